@@ -1,0 +1,1 @@
+"""scMMGPT: one language model for single cells and text."""
