@@ -1,0 +1,538 @@
+"""scGPT, the cell language model: genes and their expression in, one state a gene and one embedding a cell out.
+
+A cell is a set of tokens, `<cls>` first, then its expressed genes in any order. A token is the sum of a gene embedding
+and of an encoding of the gene's expression value (a bin, as in scGPT, or whatever the checkpoint was trained on), and
+passes through post-norm transformer layers without positions. Two decoders turn states back into expression: one
+reads a gene's own state, the other (MVC, "masked value for cell") asks the cell's embedding about a gene.
+
+Weights of the published scGPT load after `python -m scmmgpt.train convert scgpt`, and give its outputs to float32
+rounding. One deviation matters to those who train: scGPT drops attention weights with probability 0.2, while
+`ScGPTConfig.attention_dropout` is 0 by default, because any attention dropout rules out the fused attention kernels
+(a CPU training step is 2.7 times slower with it). Set it to 0.2 to train exactly as scGPT did.
+
+The encoder never computes on padding. Its default path (`attn_implementation="sdpa"`) packs the real tokens of a
+batch into one row; see `Packing`. Any other attention implementation of transformers works on the padded batch.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_scmmgpt import ScGPTConfig
+except ImportError:
+    from configuration_scmmgpt import ScGPTConfig
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None
+
+
+IGNORED_LABEL = -100  # an expression label that no loss looks at
+
+
+@dataclass
+class ScGPTModelOutput(ModelOutput):
+    """What [`ScGPTModel`] returns.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`): `expression_loss + mvc_loss`, if `expression_labels` were given.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_conditions + num_genes, hidden_size)`):
+            The state of each token; zero where `cell_attention_mask` is 0. Only position 0 with `cls_only=True`.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): The cell embedding: the state at
+            position 0, not normalised (scGPT divides it by its length where it compares cells).
+        predicted_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The expression decoder's values,
+            in the unit of the labels, if there are any.
+        mvc_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The MVC decoder's values, likewise.
+        expression_loss, mvc_loss (`torch.FloatTensor` of shape `(1,)`): The two parts of the loss.
+    """
+
+    loss: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    predicted_expression: torch.FloatTensor | None = None
+    mvc_expression: torch.FloatTensor | None = None
+    expression_loss: torch.FloatTensor | None = None
+    mvc_loss: torch.FloatTensor | None = None
+
+
+def masked_expression_loss(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the positions that have a label.
+
+    Args:
+        predicted (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Predicted expression.
+        labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True expression in the same unit, -100 where
+            nothing is to be predicted: padding, `<cls>`, and genes whose value the model was shown.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`; 0 if no position has a label.
+    """
+    has_label = labels != IGNORED_LABEL
+    error = (predicted.float() - labels.float()).masked_fill(~has_label, 0.0)
+    return error.square().sum() / has_label.sum().clamp(min=1)
+
+
+@dataclass
+class Packing:
+    """Where the real tokens of a padded batch lie once they are packed into one row, cell after cell.
+
+    Every layer but attention treats tokens alone, so it runs on the packed row and no work is spent on padding.
+    Attention runs within each cell. Cells are packed in order of length: those of equal length are neighbours and
+    share one kernel call.
+
+    Attributes:
+        shape (`tuple[int, int]`): Batch size and length of the padded batch.
+        index (`torch.LongTensor` of shape `(num_tokens,)`): Position of each packed token in the flattened padded
+            batch; None if the batch has no padding, and packing is only a change of shape.
+        rows (`torch.LongTensor` of shape `(num_cells,)`): Which cell of the batch each packed cell is.
+        starts (`torch.LongTensor` of shape `(num_cells,)`): The packed position of each cell's first token, `<cls>`.
+        lengths (`list[int]`): Number of tokens of each packed cell, ascending. Cells without tokens are left out.
+    """
+
+    shape: tuple[int, int]
+    index: torch.LongTensor | None
+    rows: torch.LongTensor
+    starts: torch.LongTensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> "Packing":
+        """Plan the packing of `inputs_embeds` (batch_size, length, hidden_size) under a 0/1 mask of its tokens."""
+        batch_size, length = inputs_embeds.shape[:2]
+        if attention_mask is None or bool(attention_mask.all()):
+            rows = torch.arange(batch_size, device=inputs_embeds.device)
+            return cls((batch_size, length), None, rows, rows * length, [length] * batch_size)
+        lengths, rows = attention_mask.bool().sum(dim=1).sort(stable=True)
+        lengths, rows = lengths[lengths > 0], rows[lengths > 0]
+        cells, positions = attention_mask[rows].nonzero(as_tuple=True)
+        index = rows[cells] * length + positions
+        return cls((batch_size, length), index, rows, lengths.cumsum(0) - lengths, lengths.tolist())
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """(batch_size, length, hidden_size) -> (num_tokens, hidden_size)."""
+        tokens = padded.flatten(0, 1)
+        return tokens if self.index is None else tokens[self.index]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """(num_tokens, hidden_size) -> (batch_size, length, hidden_size), zero where there is no token."""
+        if self.index is None:
+            return packed.unflatten(0, self.shape)
+        tokens = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[-1])
+        return tokens.index_copy(0, self.index, packed).unflatten(0, self.shape)
+
+    def unpack_first(self, packed: torch.Tensor) -> torch.Tensor:
+        """(num_cells, hidden_size) -> (batch_size, hidden_size), zero for cells without tokens."""
+        return packed.new_zeros(self.shape[0], packed.shape[-1]).index_copy(0, self.rows, packed)
+
+
+def per_head_attention(query, key, value, scaling):
+    """Attention of one cell as plain matrix products, one head at a time: CPU, bfloat16, no gradient.
+
+    PyTorch's fused CPU attention gains nothing from bfloat16, its matrix product 2.5 times the speed of float32.
+    Tensors are `(num_tokens, num_heads, head_dim)`; `query` may have fewer tokens.
+    """
+    output = torch.empty_like(query)
+    for head in range(query.shape[1]):
+        scores = torch.mm(query[:, head] * scaling, key[:, head].T)
+        output[:, head] = torch.mm(scores.softmax(dim=-1), value[:, head])
+    return output
+
+
+def packed_attention(query, key, value, packing, scaling, dropout=0.0):
+    """Attention within each cell of a packed row, by the fastest means of the device.
+
+    On CUDA in half precision it is one variable-length kernel; elsewhere each run of cells of equal length is one call
+    of the fused `scaled_dot_product_attention`, and on CPU in bfloat16 see [`per_head_attention`]. No mask anywhere.
+
+    Args:
+        query (`torch.Tensor` of shape `(num_tokens or num_cells, num_heads, head_dim)`): Packed tokens, or only the
+            first token of each cell.
+        key (`torch.Tensor` of shape `(num_tokens, num_heads, head_dim)`): Packed tokens.
+        value (`torch.Tensor` of shape `(num_tokens, num_heads, head_dim)`): Packed tokens.
+        packing ([`Packing`]): Where the cells lie.
+        scaling (`float`): Factor of the scores.
+        dropout (`float`): Probability of dropping an attention weight.
+
+    Returns:
+        `torch.Tensor` of the shape of `query`.
+    """
+    first_only = len(query) == len(packing.lengths)
+    if _has_varlen_kernel(query) and dropout == 0:
+        longest = packing.lengths[-1]
+        key_ends = torch.tensor([0, *accumulate(packing.lengths)], dtype=torch.int32, device=query.device)
+        query_ends = torch.arange(len(key_ends), dtype=torch.int32, device=query.device) if first_only else key_ends
+        return varlen_attn(
+            query, key, value, query_ends, key_ends, 1 if first_only else longest, longest, scale=scaling
+        )
+    per_head = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not query.requires_grad
+    outputs = []
+    query_start = key_start = 0
+    for length, cells in groupby(packing.lengths):
+        num_cells = len(list(cells))
+        query_length = 1 if first_only else length
+        # (num_cells, length, num_heads, head_dim): a view, since the cells of a run are neighbours
+        run_query = query[query_start : query_start + num_cells * query_length].unflatten(0, (num_cells, -1))
+        run_key = key[key_start : key_start + num_cells * length].unflatten(0, (num_cells, -1))
+        run_value = value[key_start : key_start + num_cells * length].unflatten(0, (num_cells, -1))
+        query_start += num_cells * query_length
+        key_start += num_cells * length
+        if per_head:
+            outputs.extend(map(partial(per_head_attention, scaling=scaling), run_query, run_key, run_value))
+        else:
+            heads_first = (states.transpose(1, 2) for states in (run_query, run_key, run_value))
+            run_output = nn.functional.scaled_dot_product_attention(*heads_first, dropout_p=dropout, scale=scaling)
+            outputs.append(run_output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _has_varlen_kernel(query: torch.Tensor) -> bool:
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, on heads of the padded batch: the reference, and the only path that returns weights."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ScGPTValueEncoder(nn.Module):
+    """Encodes an expression value: a scalar through a two-layer perceptron and a LayerNorm."""
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        self.max_value = config.max_value
+        self.linear1 = nn.Linear(1, config.hidden_size)
+        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, expression: torch.Tensor) -> torch.Tensor:
+        """(batch_size, num_genes) -> (batch_size, num_genes, hidden_size)."""
+        values = expression.clamp(max=self.max_value).to(self.linear1.weight.dtype)
+        hidden_states = self.linear2(nn.functional.relu(self.linear1(values.unsqueeze(-1))))
+        return self.dropout(self.norm(hidden_states))
+
+
+class ScGPTEmbeddings(nn.Module):
+    """A token: gene embedding, plus its value's encoding if it has one, plus the flag of genes to be generated."""
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        self.gene_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.gene_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.value_encoder = ScGPTValueEncoder(config)
+        self.flag_embedding = nn.Embedding(2, config.hidden_size) if config.use_flag_embedding else None
+
+    def embed_genes(self, gene_ids: torch.LongTensor) -> torch.Tensor:
+        """(batch_size, num_genes) -> (batch_size, num_genes, hidden_size), without values."""
+        return self.gene_norm(self.gene_embedding(gene_ids))
+
+    def forward(self, gene_ids, expression=None, generation_mask=None):
+        embeddings = self.embed_genes(gene_ids)
+        values = None if expression is None else self.value_encoder(expression)
+        if generation_mask is not None:
+            # A gene to be generated has no value: in its place scGPT puts the flag, if the model has one.
+            shown = (generation_mask == 0).unsqueeze(-1)
+            values = 0 if values is None else values * shown
+            if self.flag_embedding is not None:
+                values = values + self.flag_embedding.weight[1] * ~shown
+        return embeddings if values is None else embeddings + values
+
+
+class ScGPTAttention(nn.Module):
+    """Multi-head self-attention within a cell, without positions and without a causal mask."""
+
+    is_causal = False
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = 1
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, queries, hidden_states, attention_mask=None, packing=None):
+        query = self.q_proj(queries).unflatten(-1, (-1, self.head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if packing is not None:
+            output = packed_attention(query, key, value, packing, scaling=self.scaling, dropout=dropout)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            heads_first = (states.transpose(1, 2) for states in (query, key, value))
+            output, _ = attend(self, *heads_first, attention_mask, scaling=self.scaling, dropout=dropout)
+        return self.out_proj(output.flatten(-2))
+
+
+class ScGPTLayer(GradientCheckpointingLayer):
+    """A post-norm transformer layer with a ReLU feed-forward.
+
+    Tokens are `(batch_size, length, hidden_size)` with an `attention_mask`, or `(num_tokens, hidden_size)` with a
+    `packing`. With `first_only` (packed alone) the result holds only the first token of each cell.
+    """
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        self.attention = ScGPTAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states, attention_mask=None, packing=None, first_only=False):
+        queries = hidden_states[packing.starts] if first_only else hidden_states
+        attended = self.attention(queries, hidden_states, attention_mask, packing)
+        queries = self.attention_norm(queries + self.dropout(attended))
+        transformed = self.linear2(self.dropout(nn.functional.relu(self.linear1(queries))))
+        return self.output_norm(queries + self.dropout(transformed))
+
+
+class ScGPTEncoder(nn.Module):
+    """The stack of layers, on the packed batch or, for attention implementations other than SDPA, the padded one."""
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(ScGPTLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, inputs_embeds, attention_mask=None, generation_mask=None, cls_only=False):
+        """Encode tokens (batch_size, length, hidden_size); returns the same shape, or length 1 with `cls_only`."""
+        # A compiled graph must not depend on the lengths of the cells, and packing does.
+        can_pack = generation_mask is None and not torch.compiler.is_compiling()
+        if can_pack and self.config._attn_implementation == "sdpa":
+            return self._forward_packed(inputs_embeds, attention_mask, cls_only)
+        return self._forward_padded(inputs_embeds, attention_mask, generation_mask, cls_only)
+
+    def _forward_packed(self, inputs_embeds, attention_mask, cls_only):
+        packing = Packing.of(inputs_embeds, attention_mask)
+        if not packing.lengths:  # no cell has a token
+            return inputs_embeds[:, :1] * 0 if cls_only else inputs_embeds * 0
+        hidden_states = packing.pack(inputs_embeds)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            # For the embedding alone, the last layer needs every token's key and value, but one query a cell.
+            hidden_states = layer(hidden_states, packing=packing, first_only=cls_only and number == last)
+        return packing.unpack_first(hidden_states).unsqueeze(1) if cls_only else packing.unpack(hidden_states)
+
+    def _forward_padded(self, inputs_embeds, attention_mask, generation_mask, cls_only):
+        def hides_generated_genes(batch, head, query, key):
+            return (generation_mask[batch, key] == 0) | (query == key)
+
+        layer_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            and_mask_function=None if generation_mask is None else hides_generated_genes,
+        )
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layer_mask)
+        if attention_mask is not None:
+            hidden_states = hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0)
+        return hidden_states[:, :1] if cls_only else hidden_states
+
+
+class ScGPTExpressionDecoder(nn.Module):
+    """Reads a gene's expression off its state."""
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output_proj = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
+        hidden_states = nn.functional.leaky_relu(self.linear1(hidden_states))
+        hidden_states = nn.functional.leaky_relu(self.linear2(hidden_states))
+        return self.output_proj(hidden_states).squeeze(-1)
+
+
+class ScGPTMVCDecoder(nn.Module):
+    """Asks the cell embedding about a gene: the inner product of the embedding and a query made of the gene."""
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__()
+        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, cell_embeds: torch.Tensor, gene_embeds: torch.Tensor) -> torch.Tensor:
+        """(batch_size, hidden_size), (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
+        queries = self.output_proj(self.query_proj(gene_embeds).sigmoid())
+        return torch.matmul(queries, cell_embeds.unsqueeze(-1)).squeeze(-1)
+
+
+class ScGPTPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading of scGPT."""
+
+    config_class = ScGPTConfig
+    base_model_prefix = "cell_model"
+    main_input_name = "gene_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ScGPTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ScGPTEmbeddings):
+            init.uniform_(module.gene_embedding.weight, -self.config.embedding_range, self.config.embedding_range)
+        elif isinstance(module, ScGPTValueEncoder):
+            # As in scGPT. With zero biases the ReLU is scale-free, and the LayerNorm after it would erase the value.
+            for linear in (module.linear1, module.linear2):
+                bound = linear.in_features**-0.5
+                init.uniform_(linear.weight, -bound, bound)
+                init.uniform_(linear.bias, -bound, bound)
+
+
+class ScGPTModel(ScGPTPreTrainedModel):
+    """scGPT: gene tokens with expression values -> a state per gene, an embedding per cell, and expression back.
+
+    >>> model = ScGPTModel(ScGPTConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    ...     intermediate_size=16, pad_token_id=0, cls_token_id=1)).eval()
+    >>> gene_ids = torch.tensor([[1, 7, 9], [1, 8, 0]])  # <cls> first, <pad> last
+    >>> expression = torch.tensor([[-2.0, 3.0, 50.0], [-2.0, 1.0, -2.0]])
+    >>> outputs = model(gene_ids, expression, cell_attention_mask=(gene_ids != 0).long())
+    >>> outputs.last_hidden_state.shape, outputs.pooler_output.shape
+    (torch.Size([2, 3, 16]), torch.Size([2, 16]))
+    """
+
+    def __init__(self, config: ScGPTConfig):
+        super().__init__(config)
+        self.embeddings = ScGPTEmbeddings(config)
+        self.encoder = ScGPTEncoder(config)
+        self.expression_decoder = ScGPTExpressionDecoder(config)
+        self.mvc_decoder = ScGPTMVCDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.gene_embedding
+
+    def set_input_embeddings(self, value):
+        self.embeddings.gene_embedding = value
+
+    def forward(
+        self,
+        gene_ids: torch.LongTensor,
+        expression: torch.FloatTensor | None = None,
+        cell_attention_mask: torch.LongTensor | None = None,
+        condition_embeds: torch.FloatTensor | None = None,
+        generation_mask: torch.LongTensor | None = None,
+        cls_only: bool = False,
+        expression_labels: torch.FloatTensor | None = None,
+    ) -> ScGPTModelOutput:
+        """Encode a batch of cells.
+
+        Row i of a batch equals row i alone, to rounding.
+
+        Args:
+            gene_ids (`torch.LongTensor` of shape `(batch_size, num_genes)`): Ids in the gene vocabulary. Position 0 is
+                `<cls>`, unless `condition_embeds` stand in its place.
+            expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Value of each gene, in the unit that
+                the checkpoint was trained on (scGPT: bins 0..50, -2 at `<cls>`). May be left out with
+                `condition_embeds`: the expression is then what is to be generated.
+            cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding,
+                which stands on the right.
+            condition_embeds (`torch.FloatTensor` of shape `(batch_size, num_conditions, hidden_size)`): Tokens put in
+                front of the genes, such as a cell embedding or the projection of a text.
+            generation_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a gene to be generated
+                from the others, as in scGPT's generative pre-training: its value is not read, and no other token
+                attends to it. Runs on the padded batch.
+            cls_only (`bool`, defaults to False): Compute the cell embedding alone: one query a cell in the last layer.
+            expression_labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True expression where it is to
+                be predicted, -100 elsewhere. Adds both decoders' predictions and losses to the output.
+        """
+        if expression is None and condition_embeds is None:
+            raise ValueError(
+                "expression is None: a cell is its genes and their values. "
+                "Pass expression, or condition_embeds to generate it from."
+            )
+        if cls_only and expression_labels is not None:
+            raise ValueError("cls_only=True computes no gene states, but expression_labels need them: pass one.")
+        inputs_embeds = self.embeddings(gene_ids, expression, generation_mask)
+        num_conditions = 0
+        if condition_embeds is not None:
+            num_conditions = condition_embeds.shape[1]
+            inputs_embeds = torch.cat([condition_embeds.to(inputs_embeds.dtype), inputs_embeds], dim=1)
+            if cell_attention_mask is not None:
+                cell_attention_mask = nn.functional.pad(cell_attention_mask, (num_conditions, 0), value=1)
+            if generation_mask is not None:
+                generation_mask = nn.functional.pad(generation_mask, (num_conditions, 0), value=0)
+        hidden_states = self.encoder(inputs_embeds, cell_attention_mask, generation_mask, cls_only)
+        outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+        if expression_labels is not None:
+            outputs.predicted_expression = self.decode_expression(hidden_states[:, num_conditions:])
+            outputs.mvc_expression = self.decode_mvc(outputs.pooler_output, gene_ids)
+            outputs.expression_loss = masked_expression_loss(outputs.predicted_expression, expression_labels)
+            outputs.mvc_loss = masked_expression_loss(outputs.mvc_expression, expression_labels)
+            outputs.loss = outputs.expression_loss + outputs.mvc_loss
+        return outputs
+
+    def decode_expression(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
+        """Expression from gene states: (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
+        return self.expression_decoder(hidden_states)
+
+    def decode_mvc(self, cell_embeds: torch.FloatTensor, gene_ids: torch.LongTensor) -> torch.FloatTensor:
+        """Expression of `gene_ids` (batch_size, num_genes) from cell embeddings (batch_size, hidden_size) alone."""
+        return self.mvc_decoder(cell_embeds, self.embeddings.embed_genes(gene_ids))
+
+    def generate_expression(
+        self,
+        gene_ids: torch.LongTensor,
+        cell_embeds: torch.FloatTensor,
+        cell_attention_mask: torch.LongTensor | None = None,
+        expression: torch.FloatTensor | None = None,
+    ) -> torch.FloatTensor:
+        """Expression of every gene of a cell known by its embedding, in one pass: scGPT's `generate`.
+
+        Args:
+            gene_ids (`torch.LongTensor` of shape `(batch_size, num_genes)`): Position 0 is overwritten.
+            cell_embeds (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Stands in position 0.
+            cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding.
+            expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Known values, if any.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_genes)`: Predicted values; position 0 has no meaning.
+        """
+        outputs = self(
+            gene_ids[:, 1:],
+            expression=None if expression is None else expression[:, 1:],
+            cell_attention_mask=None if cell_attention_mask is None else cell_attention_mask[:, 1:],
+            condition_embeds=cell_embeds.unsqueeze(1),
+        )
+        return self.decode_expression(outputs.last_hidden_state)
+
+
+ScGPTModel.register_for_auto_class("AutoModel")
+
+__all__ = ["ScGPTModel", "ScGPTModelOutput", "ScGPTPreTrainedModel", "masked_expression_loss"]
