@@ -1,0 +1,482 @@
+"""The bridge and the generative model on tiny configurations."""
+
+import pytest
+import torch
+
+from scmmgpt.modeling_scmmgpt import (
+    ScMMGPTForCellTextAlignment,
+    ScMMGPTForConditionalGeneration,
+    cell_text_similarity,
+    contrastive_loss,
+    negative_binomial_nll,
+    sample_hard_negatives,
+)
+
+
+NUM_QUERIES = 4
+
+
+@pytest.fixture
+def alignment_model(tiny_config):
+    torch.manual_seed(0)
+    return ScMMGPTForCellTextAlignment(tiny_config).eval()
+
+
+@pytest.fixture
+def model(tiny_config):
+    torch.manual_seed(0)
+    return ScMMGPTForConditionalGeneration(tiny_config).eval()
+
+
+def make_cells(lengths, seed=0, vocab_size=43):
+    """Random cells, `<cls>` first and padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    gene_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    expression = torch.full(gene_ids.shape, -2.0)
+    for row, length in enumerate(lengths):
+        gene_ids[row, 0] = 1
+        gene_ids[row, 1:length] = torch.randperm(vocab_size - 3, generator=generator)[: length - 1] + 3
+        expression[row, 1:length] = torch.randint(1, 51, (length - 1,), generator=generator).float()
+    return {
+        "gene_ids": gene_ids,
+        "expression": expression,
+        "cell_attention_mask": (gene_ids != 0).long(),
+    }
+
+
+def make_texts(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, 0] = 2
+        ids[row, 1:length] = torch.randint(4, 40, (length - 1,), generator=generator)
+    return {"qformer_input_ids": ids, "qformer_attention_mask": (ids != 0).long()}
+
+
+def make_prompts(model, cells_per_row, words=5, seed=0):
+    """Left-padded prompts in which every cell stands for `NUM_QUERIES` placeholders between words."""
+    generator = torch.Generator().manual_seed(seed)
+    cell = model.config.cell_token_id
+    rows = []
+    for row, cells in enumerate(cells_per_row):
+        ids = torch.randint(4, 40, (words + row,), generator=generator).tolist()
+        for _ in range(cells):
+            ids += [cell] * NUM_QUERIES + torch.randint(4, 40, (2,), generator=generator).tolist()
+        rows.append(ids)
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[0] * (length - len(ids)) + ids for ids in rows]),
+        "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows]),
+    }
+
+
+def row_of(inputs, row):
+    """One row of a batch, without its padding."""
+    out = {}
+    for mask, names in {
+        "cell_attention_mask": ("gene_ids", "expression", "cell_attention_mask"),
+        "qformer_attention_mask": ("qformer_input_ids", "qformer_attention_mask"),
+        "attention_mask": ("input_ids", "attention_mask"),
+    }.items():
+        if mask in inputs:
+            keep = inputs[mask][row].bool()
+            out.update({name: inputs[name][row : row + 1, keep] for name in names if name in inputs})
+    return out
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_contrastive_loss_is_clips_where_every_text_is_different():
+    similarity = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(5)
+    logits = similarity * 7.0
+    clip = (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.t(), labels)) / 2
+    torch.testing.assert_close(contrastive_loss(similarity, torch.tensor(7.0), torch.eye(5)), clip)
+
+
+def test_cells_of_one_caption_do_not_repel_each_other():
+    similarity = torch.zeros(3, 3, requires_grad=True)
+    targets = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    contrastive_loss(similarity, torch.tensor(1.0), targets).backward()
+    assert (similarity.grad[targets.bool()] < 0).all()  # pulled together
+    assert (similarity.grad[~targets.bool()] > 0).all()  # pushed apart
+
+
+def test_hard_negatives_are_never_right_answers_and_rows_without_one_are_left_out():
+    allowed = torch.tensor([[False, True, True], [False, False, False], [True, False, False]])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rows, columns = sample_hard_negatives(torch.randn(3, 3), allowed)
+        assert rows.tolist() == [0, 2]
+        assert allowed[rows, columns].all()
+
+
+def test_the_most_similar_wrong_text_is_the_likeliest_negative():
+    torch.manual_seed(0)
+    logits = torch.tensor([[9.0, 0.0, 4.0]]).expand(400, 3)
+    _, columns = sample_hard_negatives(logits, torch.tensor([[False, True, True]]).expand(400, 3))
+    assert (columns == 2).float().mean() > 0.9
+
+
+def test_negative_binomial_nll_equals_scipys():
+    from scipy import stats
+
+    counts = torch.arange(6).double()
+    mean, dispersion = torch.full((6,), 2.5).double(), torch.full((6,), 1.7).double()
+    theirs = -stats.nbinom.logpmf(counts.numpy(), 1.7, 1.7 / (1.7 + 2.5))
+    torch.testing.assert_close(negative_binomial_nll(counts, mean, dispersion), torch.tensor(theirs))
+
+
+def test_zero_inflated_probabilities_sum_to_one_and_raise_the_zero():
+    counts = torch.arange(400).double()
+    mean, dispersion = torch.full((400,), 3.0).double(), torch.full((400,), 2.0).double()
+    dropout_logits = torch.full((400,), 0.4).double()
+    probabilities = (-negative_binomial_nll(counts, mean, dispersion, dropout_logits)).exp()
+    assert probabilities.sum().item() == pytest.approx(1)
+    assert probabilities[0] > (-negative_binomial_nll(counts, mean, dispersion)).exp()[0]
+
+
+# -- alignment --------------------------------------------------------------------------------------------------------
+
+
+def test_cell_features_of_a_row_equal_those_of_the_row_alone(alignment_model):
+    cells = make_cells([9, 4, 13])
+    together = alignment_model.get_cell_features(**cells)
+    for row in range(3):
+        alone = alignment_model.get_cell_features(**row_of(cells, row))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_text_features_of_a_row_equal_those_of_the_row_alone(alignment_model):
+    texts = make_texts([6, 3, 8])
+    together = alignment_model.get_text_features(**texts)
+    for row in range(3):
+        alone = alignment_model.get_text_features(**row_of(texts, row))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_matching_of_a_pair_equals_that_of_the_pair_alone(alignment_model):
+    inputs = {**make_cells([9, 4, 13]), **make_texts([6, 3, 8])}
+    together = alignment_model.match(**inputs)
+    assert ((together > 0) & (together < 1)).all()
+    for row in range(3):
+        torch.testing.assert_close(
+            together[row : row + 1], alignment_model.match(**row_of(inputs, row)), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_matching_of_all_pairs_equals_pair_by_pair(alignment_model):
+    cells, texts = make_cells([9, 4]), make_texts([6, 3, 8])
+    pairs = torch.cartesian_prod(torch.arange(2), torch.arange(3))
+    together = alignment_model.match(**cells, **texts, pairs=pairs)
+    for (cell, text), probability in zip(pairs.tolist(), together, strict=True):
+        alone = alignment_model.match(**row_of(cells, cell), **row_of(texts, text))
+        torch.testing.assert_close(probability[None], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_matching_names_both_numbers_when_they_do_not_pair_up(alignment_model):
+    with pytest.raises(ValueError, match="2 cells and 3 texts"):
+        alignment_model.match(**make_cells([9, 4]), **make_texts([6, 3, 8]))
+
+
+def test_sdpa_equals_eager(alignment_model):
+    inputs = {**make_cells([9, 4, 13]), **make_texts([6, 3, 8])}
+    sdpa = alignment_model.match(**inputs), alignment_model.get_cell_features(**make_cells([9, 4, 13]))
+    alignment_model.set_attn_implementation("eager")
+    eager = alignment_model.match(**inputs), alignment_model.get_cell_features(**make_cells([9, 4, 13]))
+    torch.testing.assert_close(sdpa, eager, atol=1e-5, rtol=1e-4)
+
+
+def test_every_weighted_loss_is_returned_by_name_and_adds_up(tiny_config):
+    tiny_config.captioning_weight = 0.5
+    tiny_config.cell_pretraining_weight = 0.25
+    torch.manual_seed(0)
+    model = ScMMGPTForCellTextAlignment(tiny_config)
+    cells = make_cells([9, 4, 13])
+    labels = torch.where(cells["expression"] > 25, cells["expression"], -100.0)
+    masked = torch.where(labels > 0, -1.0, cells["expression"])
+    out = model(**cells, **make_texts([6, 3, 8]), masked_expression=masked, expression_labels=labels)
+    expected = (
+        out.contrastive_loss + out.matching_loss + 0.5 * out.captioning_loss + 0.25 * out.cell_pretraining_loss
+    )
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_captioning_sees_no_later_word(tiny_config):
+    """Changing the last word changes the loss of the last word only: the gradient route to earlier ones is closed."""
+    torch.manual_seed(0)
+    model = ScMMGPTForCellTextAlignment(tiny_config).eval()
+    cells, texts = make_cells([9]), make_texts([6])
+    states = {}
+    model.qformer.register_forward_hook(lambda module, args, out: states.update(last=out.last_hidden_state))
+
+    def word_states(ids):
+        cell_states = model.encode_cells(**cells)
+        embeds = model.qformer_embeddings(input_ids=ids)
+        model.captioning_loss(cell_states, cells["cell_attention_mask"], embeds, ids, torch.ones_like(ids))
+        return states["last"][:, NUM_QUERIES:]
+
+    before = word_states(texts["qformer_input_ids"])
+    changed = texts["qformer_input_ids"].clone()
+    changed[0, -1] = 41
+    after = word_states(changed)
+    torch.testing.assert_close(before[:, :-1], after[:, :-1])
+    assert not torch.allclose(before[:, -1], after[:, -1])
+
+
+def test_same_tokens_are_never_each_others_negatives(alignment_model):
+    cells, texts = make_cells([9, 4, 13]), make_texts([6, 6, 6])
+    texts["qformer_input_ids"][1] = texts["qformer_input_ids"][0]
+    by_tokens = alignment_model(**cells, **texts).contrastive_loss
+    by_ids = alignment_model(**cells, **texts, text_ids=torch.tensor([7, 7, 9])).contrastive_loss
+    torch.testing.assert_close(by_tokens, by_ids)
+
+
+def test_a_batch_of_one_caption_has_a_finite_loss(alignment_model):
+    loss = alignment_model(**make_cells([9, 4]), **make_texts([6, 6]), text_ids=torch.tensor([1, 1])).loss
+    assert torch.isfinite(loss)
+
+
+def test_similarity_is_the_best_querys_cosine():
+    cell_features = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    text_features = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    assert cell_text_similarity(cell_features, text_features).tolist() == [[1.0, 0.0]]
+
+
+# -- cell to text -----------------------------------------------------------------------------------------------------
+
+
+def test_logits_of_a_left_padded_row_equal_those_of_the_row_alone(model):
+    prompts, cells = make_prompts(model, [1, 1, 1]), make_cells([9, 4, 13])
+    position_ids = (prompts["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    together = model(**prompts, **cells, position_ids=position_ids).logits
+    for row in range(3):
+        alone = model(**row_of({**prompts, **cells}, row)).logits
+        keep = prompts["attention_mask"][row].bool()
+        torch.testing.assert_close(together[row, keep], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_generation_of_a_row_equals_that_of_the_row_alone(model, options):
+    prompts, cells = make_prompts(model, [1, 1, 1]), make_cells([9, 4, 13])
+    together = model.generate(**prompts, **cells, max_new_tokens=6, do_sample=False, **options)
+    for row in range(3):
+        alone = model.generate(**row_of({**prompts, **cells}, row), max_new_tokens=6, do_sample=False, **options)
+        new = alone[0, prompts["attention_mask"][row].sum() :]
+        assert together[row, prompts["input_ids"].shape[1] :][: len(new)].tolist() == new.tolist()
+
+
+def test_cached_generation_equals_uncached(model):
+    prompts, cells = make_prompts(model, [1, 2]), make_cells([9, 4, 13])
+    cached = model.generate(**prompts, **cells, max_new_tokens=6, do_sample=False)
+    uncached = model.generate(**prompts, **cells, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert cached.tolist() == uncached.tolist()
+
+
+def test_several_cells_with_beams_equal_the_embeddings_route(model):
+    prompts, cells = make_prompts(model, [2, 1, 3]), make_cells([9, 4, 13, 5, 7, 3])
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
+    ours = model.generate(**prompts, **cells, **beams)[:, prompts["input_ids"].shape[1] :]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(prompts["input_ids"])
+        placeholders = prompts["input_ids"] == model.config.cell_token_id
+        embeds[placeholders] = model.model.get_cell_tokens(**cells).flatten(0, 1)
+    theirs = model.generate(inputs_embeds=embeds, attention_mask=prompts["attention_mask"], **beams)
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_each_cell_reaches_its_own_placeholder(model):
+    """Swapping two cells of a prompt changes what is read, and swapping them back restores it."""
+    prompts, cells = make_prompts(model, [2]), make_cells([9, 9])
+    swapped = {name: value.flip(0) for name, value in cells.items()}
+    assert not torch.allclose(model(**prompts, **cells).logits, model(**prompts, **swapped).logits)
+
+
+def test_the_model_never_writes_a_placeholder(model):
+    with torch.no_grad():
+        model.lm_head.weight[model.config.cell_token_id] = 100 * model.lm_head.weight.sum(0)
+    prompts, cells = make_prompts(model, [1, 1]), make_cells([9, 4])
+    for options in ({"do_sample": False}, {"do_sample": True}):
+        new = model.generate(**prompts, **cells, max_new_tokens=5, **options)[:, prompts["input_ids"].shape[1] :]
+        assert (new != model.config.cell_token_id).all()
+
+
+def test_more_placeholders_than_cells_names_both_numbers(model):
+    with pytest.raises(ValueError, match=r"8 cell placeholder tokens.*1 cells x 4"):
+        model(**make_prompts(model, [2]), **make_cells([9]))
+
+
+# -- text to cell -----------------------------------------------------------------------------------------------------
+
+
+def targets_for(batch_size, genes=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.poisson(torch.full((batch_size, genes), 2.0), generator=generator)
+    return {
+        "target_gene_ids": torch.arange(3, 3 + genes).expand(batch_size, -1),
+        "target_attention_mask": torch.ones(batch_size, genes, dtype=torch.long),
+        "target_counts": counts,
+        "target_expression": torch.log1p(counts),
+        "library_size": torch.full((batch_size,), 1000.0),
+    }
+
+
+@pytest.fixture(params=["mse", "nb", "zinb"])
+def generator_model(tiny_config, request):
+    tiny_config.expression_head = request.param
+    torch.manual_seed(0)
+    return ScMMGPTForConditionalGeneration(tiny_config).eval()
+
+
+def test_generated_expression_of_a_row_equals_that_of_the_row_alone(generator_model):
+    prompts = make_prompts(generator_model, [0, 0, 0])
+    genes = torch.arange(3, 15)
+    together = generator_model.generate_cells(**prompts, target_gene_ids=genes).expression
+    assert (together >= 0).all()
+    for row in range(3):
+        alone = generator_model.generate_cells(**row_of(prompts, row), target_gene_ids=genes).expression
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_target_never_reaches_what_is_generated(generator_model):
+    """The decoder's parameters are bit-identical whatever the target's counts are."""
+    prompts = make_prompts(generator_model, [0, 0])
+    seen = []
+    head = generator_model.model.expression_head
+    head.register_forward_hook(lambda module, args, out: seen.append(out["expression"].clone()))
+    for seed in (0, 1):
+        generator_model(**prompts, **targets_for(2, seed=seed))
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_rows_without_targets_do_not_enter_the_expression_loss(generator_model):
+    prompts, targets = make_prompts(generator_model, [0, 0, 0]), targets_for(3)
+    targets["target_attention_mask"][1] = 0
+    three = generator_model(**prompts, **targets).expression_loss
+    keep = torch.tensor([0, 2])
+    two = generator_model(
+        **{k: v[keep] for k, v in prompts.items()}, **{k: v[keep] for k, v in targets.items()}
+    ).expression_loss
+    torch.testing.assert_close(three, two)
+
+
+def test_a_batch_without_targets_has_a_differentiable_zero(generator_model):
+    targets = targets_for(2)
+    targets["target_attention_mask"][:] = 0
+    loss = generator_model(**make_prompts(generator_model, [0, 0]), **targets).expression_loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("kind", ["nb", "zinb"])
+def test_sampled_counts_depend_on_seed_and_cell_alone(tiny_config, kind):
+    tiny_config.expression_head = kind
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(tiny_config).eval()
+    prompts = make_prompts(model, [0, 0, 0])
+    arguments = {"target_gene_ids": torch.arange(3, 15), "library_size": 5e3, "do_sample": True}
+    together = model.generate_cells(**prompts, **arguments, cell_ids=[5, 6, 7]).counts
+    assert together.dtype == torch.long
+    assert (together >= 0).all()
+    alone = model.generate_cells(**row_of(prompts, 1), **arguments, cell_ids=[6]).counts
+    assert together[1].tolist() == alone[0].tolist()
+    assert model.generate_cells(**prompts, **arguments, seed=1).counts.tolist() != together.tolist()
+
+
+def test_sampled_counts_have_the_predicted_mean(tiny_config):
+    tiny_config.expression_head = "zinb"
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(tiny_config).eval()
+    prompts = {name: value.expand(3000, -1) for name, value in make_prompts(model, [0]).items()}
+    out = model.generate_cells(**prompts, target_gene_ids=torch.arange(3, 8), library_size=1e4, do_sample=True)
+    mean = out.counts.double().mean(0)
+    error = out.counts.double().std(0) / 3000**0.5
+    assert ((mean - out.expression[0].expm1()).abs() < 5 * error).all()
+
+
+def test_the_mse_head_says_that_it_can_not_be_sampled(model):
+    with pytest.raises(ValueError, match="mse expression head"):
+        model.generate_cells(**make_prompts(model, [0]), target_gene_ids=torch.arange(3, 8), do_sample=True)
+
+
+def test_language_and_expression_losses_add_up_with_their_weights(tiny_config):
+    tiny_config.language_weight, tiny_config.expression_weight = 0.5, 2.0
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(tiny_config)
+    prompts = make_prompts(model, [1, 0])
+    labels = prompts["input_ids"].masked_fill(prompts["attention_mask"] == 0, -100)
+    targets = targets_for(2)
+    targets["target_attention_mask"][0] = 0
+    out = model(**prompts, **make_cells([9]), **targets, labels=labels)
+    torch.testing.assert_close(out.loss, 0.5 * out.language_loss + 2 * out.expression_loss)
+
+
+# -- joining and loading ----------------------------------------------------------------------------------------------
+
+
+def test_components_join_with_every_weight_accounted_for(tiny_config, alignment_model):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    language_model = AutoModelForCausalLM.from_config(tiny_config.text_config)
+    model = ScMMGPTForConditionalGeneration.from_components(
+        alignment_model, language_model, cell_token_id=tiny_config.cell_token_id
+    ).eval()
+    for name, parameter in alignment_model.state_dict().items():
+        assert torch.equal(model.model.state_dict()[name], parameter), name
+    ids = torch.randint(4, 40, (2, 7))
+    torch.testing.assert_close(model(input_ids=ids).logits, language_model.eval()(input_ids=ids).logits)
+
+
+def test_joining_refuses_a_model_with_foreign_weights(tiny_config, alignment_model):
+    from transformers import AutoModelForCausalLM
+
+    alignment_model.register_parameter("stranger", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ValueError, match="stranger"):
+        ScMMGPTForConditionalGeneration.from_components(
+            alignment_model, AutoModelForCausalLM.from_config(tiny_config.text_config), cell_token_id=4
+        )
+
+
+def test_a_stage_1_checkpoint_loads_into_stage_2_by_its_key_names(alignment_model, tiny_config, tmp_path):
+    alignment_model.save_pretrained(tmp_path)
+    model, report = ScMMGPTForConditionalGeneration.from_pretrained(
+        tmp_path, config=tiny_config, output_loading_info=True
+    )
+    assert not report["unexpected_keys"]
+    new_parts = ("model.language_model.", "model.language_projection.", "model.text_to_cell.", "model.expression_head.")
+    assert all(key.startswith(new_parts) or key == "lm_head.weight" for key in report["missing_keys"])
+    torch.testing.assert_close(
+        model.get_cell_features(**make_cells([9, 4])), alignment_model.get_cell_features(**make_cells([9, 4]))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_and_loading_changes_nothing(model, tmp_path, dtype):
+    model.save_pretrained(tmp_path)
+    model = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    loaded, report = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    prompts, cells = make_prompts(model, [1, 1]), make_cells([9, 4])
+    cells["expression"] = cells["expression"].to(dtype)
+    assert torch.equal(model(**prompts, **cells).logits, loaded(**prompts, **cells).logits)
+    assert loaded.generation_config.suppress_tokens == [model.config.cell_token_id]
+
+
+def test_gradients_are_equal_with_and_without_checkpointing(tiny_config):
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(tiny_config).train()
+    prompts, cells, targets = make_prompts(model, [1, 1]), make_cells([9, 4]), targets_for(2)
+    labels = prompts["input_ids"].masked_fill(prompts["attention_mask"] == 0, -100)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**prompts, **cells, **targets, labels=labels, use_cache=False).loss.backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
