@@ -1,0 +1,98 @@
+"""Cell type annotation: accuracy, macro and weighted F1, balanced accuracy and calibration, from scikit-learn.
+
+>>> import evaluate
+>>> metric = evaluate.load("eval/metrics/cell_type_annotation")                                       # doctest: +SKIP
+>>> metric.compute(predictions=["B", "T"], references=["B", "NK"], confidences=[0.9, 0.6])            # doctest: +SKIP
+"""
+
+import datasets
+import evaluate
+import numpy as np
+from sklearn.metrics import precision_recall_fscore_support
+
+
+N_BINS = 15  # bins of the calibration error, as in Guo et al. 2017
+
+_DESCRIPTION = """
+Scores of predicted cell types against true ones. Averages over types run over the types that are present in the truth,
+so that a type that was predicted but never occurs costs recall elsewhere, and is not a class of its own.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (list of str): predicted type of each cell.
+    references (list of str): true type of each cell.
+    confidences (list of float, optional): confidence in [0, 1] of each prediction, for the calibration error.
+Returns:
+    accuracy, macro_f1, weighted_f1, balanced_accuracy; with confidences also ece (expected calibration error).
+"""
+
+
+def annotation_scores(predictions, references, confidences=None) -> dict[str, float]:
+    """Score predicted cell types.
+
+    Args:
+        predictions: Predicted labels, shape `(n_cells,)`.
+        references: True labels, shape `(n_cells,)`.
+        confidences: Confidence in [0, 1] of each prediction, or `None`.
+
+    Returns:
+        `accuracy`, `macro_f1`, `weighted_f1`, `balanced_accuracy` (mean recall of the true types), and `ece`.
+    """
+    predictions, references = np.asarray(predictions).astype(str), np.asarray(references).astype(str)
+    if len(predictions) != len(references) or not len(references):
+        raise ValueError(
+            f"Expected one prediction for each true label, but got {len(predictions)} predictions "
+            f"for {len(references)} labels."
+        )
+    labels = np.unique(references)
+    _, recall, f1, support = precision_recall_fscore_support(references, predictions, labels=labels, zero_division=0)
+    scores = {
+        "accuracy": float(np.mean(predictions == references)),
+        "macro_f1": float(f1.mean()),
+        "weighted_f1": float(np.average(f1, weights=support)),
+        "balanced_accuracy": float(recall.mean()),
+    }
+    if confidences is not None:
+        scores["ece"] = expected_calibration_error(confidences, predictions == references)
+    return scores
+
+
+def expected_calibration_error(confidences, correct, *, n_bins: int = N_BINS) -> float:
+    """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their cells.
+
+    Args:
+        confidences: Confidence in [0, 1] of each prediction, shape `(n_cells,)`.
+        correct: Whether each prediction is right, shape `(n_cells,)`.
+        n_bins: Number of bins; 15 as in Guo et al. 2017.
+
+    Returns:
+        0 where confidence equals accuracy in every bin, at most 1.
+    """
+    confidences, correct = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if not np.all((confidences >= 0) & (confidences <= 1)):
+        wrong = confidences[~((confidences >= 0) & (confidences <= 1))][0]
+        raise ValueError(
+            f"Expected confidences between 0 and 1, but found {wrong}. Pass probabilities, not scores or percentages."
+        )
+    bins = np.minimum((confidences * n_bins).astype(int), n_bins - 1)
+    gaps = np.bincount(bins, weights=correct - confidences, minlength=n_bins)
+    return float(np.abs(gaps).sum() / len(confidences))
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class CellTypeAnnotation(evaluate.Metric):
+    """`evaluate` module around `annotation_scores`."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions, references, confidences=None):
+        return annotation_scores(predictions, references, confidences)

