@@ -1,0 +1,198 @@
+"""Ontology terms behind the obs columns: resolve a label or an id to a term, and read its definition and synonyms.
+
+The terms are those of the CELLxGENE schema and come, offline, from `cellxgene-ontology-guide`; each ontology is read
+on first use (the Cell Ontology takes 15 ms, MONDO 150 ms), and each distinct label is resolved once, never per cell.
+NCBITaxon is not read at all, because it takes 3 GB of memory to name the few organisms of a corpus.
+"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+# The ontology that names the terms of each obs column (CELLxGENE schema, human cells).
+ONTOLOGIES = {
+    "cell_type": ("CL",),
+    "tissue": ("UBERON",),
+    "disease": ("MONDO", "PATO"),
+    "assay": ("EFO",),
+    "development_stage": ("HsapDv",),
+    "sex": ("PATO",),
+    "organism": (),
+}
+# Words that CELLxGENE and pandas write where nothing is known.
+MISSING = frozenset({"", "na", "nan", "none", "unknown", "unassigned", "<na>"})
+
+LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
+
+
+@dataclass(frozen=True)
+class Term:
+    """What a label of one obs column means.
+
+    Args:
+        name: The ontology's name of the term, or the label as given where no term was found; None if unknown.
+        term_id: Ontology id such as `CL:0000236`, or None.
+        how: Which rule found it: "id", "name", "synonym", "reviewed" (the table `templates/labels.json`), "unmatched"
+            or "missing"; "conflict" where the id is used but the label names another term.
+    """
+
+    name: str | None
+    term_id: str | None
+    how: str
+
+
+def normalize_label(label):
+    """Reduce a label to the words that name it, so that spelling variants compare equal.
+
+    >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
+    True
+    """
+    label = re.sub(r"(?<=\w)\+", " positive ", label.casefold())
+    return " ".join(re.findall(r"\w+", label))
+
+
+def is_missing(value):
+    """Whether an obs value says nothing: None, NaN, or one of the words in `MISSING`."""
+    return value is None or value != value or str(value).strip().casefold() in MISSING
+
+
+@functools.cache
+def _parser():
+    try:
+        from cellxgene_ontology_guide.ontology_parser import OntologyParser
+    except ImportError as error:
+        raise ImportError(
+            "Definitions and synonyms of cell types need the package `cellxgene-ontology-guide`, which is not "
+            "installed. Install `scmmgpt[train]`, or pass `ontology=False` to caption with the labels alone."
+        ) from error
+    return OntologyParser()
+
+
+@functools.cache
+def _reviewed_labels():
+    tables = json.loads(LABELS_FILE.read_text(encoding="utf-8"))
+    return {
+        column: {normalize_label(label): term_id for label, term_id in table.items()}
+        for column, table in tables["labels"].items()
+    }
+
+
+@functools.cache
+def _organisms():
+    return json.loads(LABELS_FILE.read_text(encoding="utf-8"))["organisms"]
+
+
+@functools.cache
+def _names_to_ids(ontology, kind):
+    """Map normalised names (or synonyms) of an ontology to its term ids, except those that two terms share."""
+    parser, ids = _parser(), {}
+    for label, term_id in parser.get_term_label_to_id_map(ontology).items():
+        if parser.is_term_deprecated(term_id):
+            continue
+        for name in [label] if kind == "name" else parser.get_term_synonyms(term_id):
+            key = normalize_label(name)
+            ids[key] = term_id if ids.get(key, term_id) == term_id else None
+    return {key: term_id for key, term_id in ids.items() if key and term_id}
+
+
+def ontology_version():
+    """Version of the CELLxGENE schema whose ontologies are used, e.g. `7.1.0`."""
+    return _parser().cxg_schema.version
+
+
+@functools.cache
+def term_name(term_id):
+    """The name of a term, following a deprecated term to its replacement; None if the id is not known."""
+    if term_id in _organisms():
+        return _organisms()[term_id]
+    # NCBITaxon is answered above or not at all: see the module docstring.
+    if term_id.startswith("NCBITaxon:") or not _parser().is_valid_term_id(term_id):
+        return None
+    if _parser().is_term_deprecated(term_id):
+        replacement = _parser().get_term_replacement(term_id)
+        return term_name(replacement) if replacement else _parser().get_term_label(term_id)
+    return _parser().get_term_label(term_id)
+
+
+@functools.cache
+def match_label(column, label):
+    """Find the term that a label names: exactly by name, then in the reviewed table, then by synonym.
+
+    Returns:
+        `(term_id, how)`, or `(None, "unmatched")`. Nothing is guessed: a synonym of two terms matches none.
+    """
+    tables = [("name", _names_to_ids(ontology, "name")) for ontology in ONTOLOGIES[column]]
+    if column == "organism":
+        tables.append(("name", {normalize_label(name): term_id for term_id, name in _organisms().items()}))
+    tables.append(("reviewed", _reviewed_labels().get(column, {})))
+    tables += [("synonym", _names_to_ids(ontology, "synonym")) for ontology in ONTOLOGIES[column]]
+    key = normalize_label(label)
+    # Annotators name clusters in the plural, the ontology names a cell in the singular.
+    for spelling in (key, key.removesuffix("s")):
+        for how, ids in tables:
+            if spelling in ids:
+                return ids[spelling], how
+    return None, "unmatched"
+
+
+@functools.cache
+def resolve(column, label=None, term_id=None):
+    """Resolve the label and the id that a source gives for one obs column into one term.
+
+    A valid id decides, and names the term, so that one cell type has one name in all sources. Without it, the label is
+    matched. A label that matches nothing is kept as it is, without an id.
+
+    Args:
+        column: One of `ONTOLOGIES`, e.g. "cell_type".
+        label: The source's label, or None.
+        term_id: The source's ontology id, or None.
+    """
+    label = None if is_missing(label) else str(label).strip()
+    term_id = None if is_missing(term_id) else str(term_id).strip()
+    if term_id and (name := term_name(term_id)):
+        matched = match_label(column, label)[0] if label else None
+        return Term(name, term_id, "conflict" if matched and term_name(matched) != name else "id")
+    if label is None:
+        return Term(None, None, "missing")
+    matched, how = match_label(column, label)
+    return Term(term_name(matched) if matched else label, matched, how)
+
+
+@functools.cache
+def definition(term_id):
+    """The term's textual definition as clean sentences, or None.
+
+    >>> definition("CL:0000236")
+    'A lymphocyte of B lineage that is capable of B cell mediated immunity.'
+    """
+    if not _parser().is_valid_term_id(term_id):
+        return None
+    text = " ".join((_parser().get_term_description(term_id) or "").split())
+    text = re.sub(r"\s*\[[^\[\]]*\]", "", text)  # literature references
+    text = re.sub(r"^A\(n\) ([aeiou]?)", lambda m: f"A{'n' if m[1] else ''} {m[1]}", text, flags=re.IGNORECASE)
+    if not text:
+        return None
+    return text[0].upper() + text[1:].rstrip(" ;,.") + "."
+
+
+@functools.cache
+def synonyms(term_id):
+    """Synonyms fit for prose: no short abbreviations, codes, plurals, or other spellings of the name."""
+    if not _parser().is_valid_term_id(term_id):
+        return ()
+    seen, kept = {normalize_label(_parser().get_term_label(term_id))}, []
+    for synonym in _parser().get_term_synonyms(term_id):
+        key = normalize_label(synonym)
+        prose = re.fullmatch(r"[\w ,+/'-]{5,}", synonym) and " " in synonym.replace("-", " ")
+        if prose and key not in seen and not key.endswith("cells") and "sensu" not in key:
+            seen.add(key)
+            kept.append(synonym)
+    return tuple(kept)
+
+
+def all_synonyms(term_id):
+    """Every synonym of the term as the ontology lists them, for parsing text rather than writing it."""
+    return tuple(_parser().get_term_synonyms(term_id)) if _parser().is_valid_term_id(term_id) else ()
