@@ -1,0 +1,249 @@
+"""The corpus on disk: what is written is read back exactly, and damage is refused in words."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scmmgpt.feature_extraction_scmmgpt import Cells
+from scmmgpt.train.corpus import (
+    CorpusWriter,
+    Manifest,
+    hash_vocabulary,
+    open_corpus,
+    write_corpus,
+)
+
+
+N_GENES = 200
+VOCABULARY = {"<pad>": 0, "<cls>": 1, "<eoc>": 2, **{f"G{i}": i for i in range(3, N_GENES)}}
+
+
+def make_cells(n_cells, seed=0, dtype=np.uint16, first_id=0):
+    """Random cells of 0 to 39 genes."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 40, n_cells)
+    gene_ids = [np.sort(rng.choice(np.arange(3, N_GENES), n, replace=False)) for n in lengths]
+    counts = rng.integers(1, 50, lengths.sum())
+    counts = counts + rng.random(len(counts)) if dtype == np.float32 else counts
+    return Cells(
+        indptr=np.append(0, np.cumsum(lengths)),
+        gene_ids=np.concatenate(gene_ids).astype(np.uint16),
+        counts=counts.astype(dtype),
+        cell_ids=np.arange(first_id, first_id + n_cells, dtype=np.uint64),
+        total_counts=rng.integers(50, 5000, n_cells).astype(np.float32),
+    )
+
+
+def assert_same_cells(ours, theirs):
+    for name in ("indptr", "gene_ids", "counts", "cell_ids", "total_counts"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+
+
+@pytest.fixture
+def corpus_path(tmp_path):
+    """300 training cells in three shards, 20 test cells in one."""
+    train, test = make_cells(300), make_cells(20, seed=1, first_id=1000)
+    obs = {
+        "cell_type": [None if i % 3 == 0 else f"type {i % 3}" for i in range(300)],
+        "barcode": list(map(str, range(300))),
+    }
+    splits = {"train": (train, obs), "test": (test, {})}
+    write_corpus(tmp_path / "corpus", VOCABULARY, splits, cells_per_shard=100, row_group_size=32)
+    return tmp_path / "corpus"
+
+
+def test_cells_and_annotations_come_back_as_they_were_written(corpus_path):
+    corpus = open_corpus(corpus_path)
+    cells, obs = corpus.read_cells("train")
+    assert_same_cells(cells, make_cells(300))
+    assert obs["cell_type"].to_pylist()[:4] == [None, "type 1", "type 2", None]
+    assert obs["barcode"].to_pylist()[-1] == "299"
+    assert corpus.n_cells("train") == 300
+    assert len(corpus.shards("train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "stored"),
+    [
+        ([1, 65_535], "uint16"),
+        ([1, 65_536], "float32"),
+        ([1, 2**24], "float32"),
+        ([0.1, 1234.567], "float32"),
+    ],
+)
+def test_every_value_is_kept_exactly(tmp_path, values, stored):
+    values = np.array(values)
+    values = values.astype(np.float32) if values.dtype.kind == "f" else values
+    cells = Cells(np.array([0, 2]), np.array([3, 9]), values, np.array([7], np.uint64))
+    write_corpus(tmp_path, VOCABULARY, {"train": (cells, {})})
+    corpus = open_corpus(tmp_path)
+    read, _ = corpus.read_cells("train")
+    assert corpus.shards("train")[0].counts_dtype == stored
+    np.testing.assert_array_equal(read.counts, values)
+
+
+def test_counts_that_float32_would_round_are_refused(tmp_path):
+    cells = Cells(np.array([0, 1]), np.array([3]), np.array([2**24 + 1]), np.array([7], np.uint64))
+    with pytest.raises(ValueError, match="16777217"):
+        write_corpus(tmp_path, VOCABULARY, {"train": (cells, {})})
+
+
+def test_a_finished_shard_is_never_written_again(tmp_path):
+    writer = CorpusWriter(tmp_path, VOCABULARY)
+    path = writer.write_shard("train", 0, 1, make_cells(10), {})
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    writer.write_shard("train", 0, 1, make_cells(10, seed=5), {})
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_the_same_cells_give_the_same_bytes(tmp_path):
+    paths = [CorpusWriter(tmp_path / name, VOCABULARY).write_shard("train", 0, 1, make_cells(99), {}) for name in "ab"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_missing_shard_stops_the_build_from_finishing(tmp_path):
+    writer = CorpusWriter(tmp_path, VOCABULARY)
+    writer.write_shard("train", 0, 2, make_cells(10), {})
+    with pytest.raises(ValueError, match=r"1 of 2 shards; missing are numbers \[1\]"):
+        writer.finish()
+    with pytest.raises(FileNotFoundError, match="build did not finish"):
+        open_corpus(tmp_path)
+
+
+def test_a_write_that_fails_leaves_no_shard(tmp_path, monkeypatch):
+    writer = CorpusWriter(tmp_path, VOCABULARY)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        writer.write_shard("train", 0, 1, make_cells(10), {})
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_cells_of_another_vocabulary_are_refused_when_written(tmp_path):
+    small = {symbol: i for symbol, i in VOCABULARY.items() if i < 50}
+    with pytest.raises(ValueError, match="another vocabulary"):
+        write_corpus(tmp_path, small, {"train": (make_cells(20), {})})
+
+
+def test_unordered_genes_are_refused_when_written(tmp_path):
+    cells = Cells(np.array([0, 1, 3]), np.array([9, 5, 5]), np.array([1, 1, 1]), np.arange(2, dtype=np.uint64))
+    with pytest.raises(ValueError, match="gene ids of cell 1 are not ascending and unique"):
+        write_corpus(tmp_path, VOCABULARY, {"train": (cells, {})})
+
+
+def test_unknown_annotations_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="louvain"):
+        write_corpus(tmp_path, VOCABULARY, {"train": (make_cells(2), {"louvain": ["1", "2"]})})
+
+
+def first_shard(corpus_path):
+    return corpus_path / "data" / "train-00000-of-00003.parquet"
+
+
+def test_a_truncated_shard_is_named(corpus_path):
+    shard = first_shard(corpus_path)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"train-00000-of-00003.parquet has .* truncated"):
+        open_corpus(corpus_path)
+
+
+def test_a_missing_shard_is_named(corpus_path):
+    first_shard(corpus_path).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 shards .*train-00000-of-00003.parquet"):
+        open_corpus(corpus_path)
+
+
+def flip_byte(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x40
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_is_found_by_the_checksum(corpus_path):
+    flip_byte(first_shard(corpus_path), 2000)
+    with pytest.raises(ValueError, match=r"train-00000-of-00003.parquet has sha256"):
+        open_corpus(corpus_path)
+
+
+def test_a_flipped_byte_is_found_when_read_without_checksums(corpus_path):
+    shard = first_shard(corpus_path)
+    chunk = pq.read_metadata(shard).row_group(0).column(3)  # counts
+    flip_byte(shard, chunk.data_page_offset + chunk.total_compressed_size // 2)
+    corpus = open_corpus(corpus_path, verify=False)
+    with pytest.raises((OSError, ValueError), match="(?i)crc|checksum"):
+        corpus.read_cells("train")
+
+
+def test_another_model_vocabulary_is_refused(corpus_path):
+    swapped = {**VOCABULARY, "G3": 4, "G4": 3}
+    with pytest.raises(ValueError, match=r"2 with another id \['G3', 'G4'\]"):
+        open_corpus(corpus_path, vocabulary=swapped)
+    open_corpus(corpus_path, vocabulary=dict(reversed(VOCABULARY.items())))  # the order of entries means nothing
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "splits.json"])
+def test_a_changed_side_file_is_refused(corpus_path, name):
+    content = json.loads((corpus_path / name).read_text())
+    (corpus_path / name).write_text(json.dumps({**content, "extra": 1}))
+    with pytest.raises(ValueError, match=name):
+        open_corpus(corpus_path)
+
+
+def test_a_newer_schema_is_refused(corpus_path):
+    path = corpus_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
+    with pytest.raises(ValueError, match="schema version 2; this release reads version 1"):
+        open_corpus(corpus_path)
+
+
+def test_the_manifest_survives_a_round_trip(tmp_path):
+    manifest = write_corpus(
+        tmp_path,
+        VOCABULARY,
+        {"train": (make_cells(5), {})},
+        split_by="donor",
+        splits={"train": ["d1"]},
+        sources=[{"name": "a.h5ad", "n_cells": 5}],
+        dropped={"cells": {"empty": 2}},
+        command="prepare a.h5ad",
+    )
+    assert Manifest.read(tmp_path / "manifest.json") == manifest
+    assert open_corpus(tmp_path).splits == {"train": ["d1"]}
+
+
+def test_the_vocabulary_hash_is_that_of_its_canonical_json():
+    # printf '{"<pad>":0,"A":1}' | sha256sum
+    expected = "fbc1a9921b7c0d2def31b4c0bd18c164e013e7a03bd7483d1cc0787a32624564"
+    assert hash_vocabulary({"A": 1, "<pad>": 0}) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_reads_the_published_layout(tmp_path, streaming, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    floats = make_cells(10, seed=3, dtype=np.float32, first_id=500)
+    writer = CorpusWriter(tmp_path / "corpus", VOCABULARY)
+    writer.write_shard("train", 0, 2, make_cells(10), {"cell_type": ["B cell"] * 10})
+    writer.write_shard("train", 1, 2, floats, {})
+    writer.finish()
+    rows = datasets.load_dataset(
+        "parquet",
+        data_files=str(tmp_path / "corpus" / "data" / "train-*.parquet"),
+        split="train",
+        streaming=streaming,
+        features=open_corpus(tmp_path / "corpus").features(),
+        cache_dir=str(tmp_path / "hf"),
+    )
+    rows = list(rows)
+    assert [row["cell_id"] for row in rows] == [*range(10), *range(500, 510)]
+    assert rows[0]["cell_type"] == "B cell"
+    assert rows[10]["counts"] == floats.counts[: floats.indptr[1]].tolist()
+
+
+def test_annotations_of_a_split_are_one_table(corpus_path):
+    table = open_corpus(corpus_path).obs("train", ["cell_id", "cell_type"])
+    assert isinstance(table, pa.Table)
+    assert table.num_rows == 300
+    assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}
