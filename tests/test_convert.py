@@ -144,9 +144,7 @@ def test_the_published_size_gives_the_outputs_of_the_original(tmp_path):
     info = json.loads(str(arrays["info"]))
     sizes = {name: info[name] for name in ("embsize", "nheads", "d_hid", "nlayers")}
     with torch.device("meta"):
-        shapes = {
-            name: value.shape for name, value in PlainScGPT(info["ntoken"], *sizes.values()).state_dict().items()
-        }
+        plain = PlainScGPT(info["ntoken"], *sizes.values())
     weights = published_weights({name: value.shape for name, value in plain.state_dict().items()}, info["seed"])
     flash = {LAYOUTS["flash-attn 1"](name): value for name, value in weights.items()}
     flash["flag_encoder.weight"] = np.zeros((2, info["embsize"]), dtype=np.float32)
