@@ -636,20 +636,24 @@ class GeneIndex:
 
     Args:
         vocabulary: Gene symbol -> id. Names in angle brackets (`<pad>`, `<cls>`) are special tokens, not genes.
-        aliases: Other name (previous symbol, alias, Ensembl id without version) -> symbol.
+        aliases: Other name (previous symbol, alias, Ensembl id without version) -> symbol; or the whole document of
+            `gene_aliases.json`, `{"aliases": ..., "orthologs": ...}`.
         orthologs: Species -> its gene symbol -> the human symbol of its one-to-one ortholog.
     """
 
     def __init__(
         self,
         vocabulary: Mapping[str, int],
-        aliases: Mapping[str, str] | None = None,
+        aliases: Mapping[str, Any] | None = None,
         orthologs: Mapping[str, Mapping[str, str]] | None = None,
     ):
         self.vocabulary = {name: int(i) for name, i in vocabulary.items() if not re.fullmatch(r"<.*>", name)}
         if not self.vocabulary:
             raise ValueError(f"The gene vocabulary has no genes ({len(vocabulary)} entries, all special tokens).")
-        self.aliases = dict(aliases or {})
+        aliases = aliases or {}
+        if isinstance(aliases.get("aliases"), Mapping):
+            aliases, orthologs = aliases["aliases"], aliases.get("orthologs")
+        self.aliases = dict(aliases)
         self.orthologs = {species: dict(table) for species, table in (orthologs or {}).items()}
         # `C1orf112` is written `C1ORF112` by some; two symbols that differ by case only stay apart.
         folded = Counter(name.upper() for name in self.vocabulary)
@@ -661,14 +665,6 @@ class GeneIndex:
     def to_dict(self) -> dict[str, Any]:
         """The names beyond the vocabulary, as `gene_aliases.json` stores them."""
         return {"aliases": self.aliases, "orthologs": self.orthologs}
-
-    @classmethod
-    def from_dict(cls, vocabulary: Mapping[str, int], document: Mapping[str, Any] | None) -> "GeneIndex":
-        """From `gene_aliases.json`: either `{"aliases": ..., "orthologs": ...}` or a flat alias -> symbol table."""
-        document = document or {}
-        if isinstance(document.get("aliases", ""), Mapping):
-            return cls(vocabulary, document.get("aliases"), document.get("orthologs"))
-        return cls(vocabulary, document)
 
     def lookup(self, name: str, species: str | None = None) -> tuple[int, str]:
         """Id of one name and how it was found: `symbol`, `ensembl`, `alias`, `case`, `ortholog`; -1 if it was not."""
