@@ -1,0 +1,384 @@
+"""The processor of scMMGPT: cells and texts in, model inputs out, and back.
+
+One call serves training, evaluation and the pipelines, so they all see the same inputs:
+
+- `text` goes to the language model; every `<cell>` in it stands for one cell and becomes `num_query_tokens` tokens;
+- `cells` go to the cell model, in the order in which the texts mention them;
+- `qformer_text` goes to the Q-Former's text branch (captions, class names, search queries);
+- `answers` are appended to the texts and become `labels`;
+- `target_cells` are what the texts should generate.
+"""
+
+import json
+import os
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import cached_file
+
+try:  # as a package or as remote code
+    from .feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
+    from .inspection_scmmgpt import GeneIndex, read_cells
+except ImportError:  # as a flat module in a clone
+    from feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
+    from inspection_scmmgpt import GeneIndex, read_cells
+
+
+GENE_ALIASES_FILE = "gene_aliases.json"
+COUNTS_PER_10K = 1e4
+CELL_KWARGS = ("max_genes", "selection")
+TARGET_SEED = 0x7A46  # sets the draw of target genes apart from the draws of the feature extractor
+
+# What a checkpoint was trained to answer; saved with it, so training and use can't drift apart.
+DEFAULT_PROMPTS = {
+    "describe": "<cell>\nDescribe this cell.",
+    "generate": "Generate the gene expression of this cell: {text}",
+}
+# For language models that come without one (Llama-2 base, for instance).
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+class ScMMGPTProcessor(ProcessorMixin):
+    """Turns AnnData, counts and texts into the inputs of scMMGPT.
+
+    Args:
+        feature_extractor ([`ScMMGPTFeatureExtractor`]): Counts -> gene tokens and expression values.
+        tokenizer (`PreTrainedTokenizerBase`): The language model's; `<cell>` is added if it is missing. A
+            stage-1 checkpoint has no language model and holds a copy of `qformer_tokenizer` in this place.
+        qformer_tokenizer (`PreTrainedTokenizerBase`): The Q-Former text branch's.
+        gene_tokenizer (`PreTrainedTokenizerBase`): The gene vocabulary, one word per gene symbol.
+        chat_template (`str`): By default the tokenizer's own.
+        num_query_tokens (`int`, defaults to 32): Placeholders per cell, as in the model's configuration.
+        cell_token (`str`, defaults to `"<cell>"`): The placeholder.
+        qformer_max_length (`int`, defaults to 128): Texts for the Q-Former are cut here.
+        max_target_genes (`int`, defaults to 1200): Genes per generated training cell; beyond it each cell gets a
+            random subset of its own.
+        prompts (`dict[str, str]`): The prompt of each task; `{text}` is filled in.
+    """
+
+    def __init__(
+        self,
+        feature_extractor=None,
+        tokenizer=None,
+        qformer_tokenizer=None,
+        gene_tokenizer=None,
+        chat_template=None,
+        num_query_tokens=32,
+        cell_token="<cell>",
+        qformer_max_length=128,
+        max_target_genes=1200,
+        prompts=None,
+    ):
+        self.num_query_tokens = num_query_tokens
+        self.cell_token = cell_token
+        self.qformer_max_length = qformer_max_length
+        self.max_target_genes = max_target_genes
+        self.prompts = dict(DEFAULT_PROMPTS if prompts is None else prompts)
+        self.gene_aliases: dict = {}  # `GeneIndex.to_dict`, saved in a file of its own
+        self._gene_index = None
+        if cell_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"extra_special_tokens": [cell_token]}, replace_extra_special_tokens=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # generation continues at the right end
+        chat_template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+        super().__init__(
+            feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer, chat_template=chat_template
+        )
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def cell_token_id(self) -> int:
+        """Id of `<cell>` in the language model's tokenizer."""
+        return self.tokenizer.convert_tokens_to_ids(self.cell_token)
+
+    @property
+    def gene_index(self) -> GeneIndex:
+        """Gene names, aliases and Ensembl ids -> ids in the gene vocabulary."""
+        if self._gene_index is None:
+            self._gene_index = GeneIndex.from_dict(self.gene_tokenizer.get_vocab(), self.gene_aliases)
+        return self._gene_index
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Every key that a call can return and the model takes."""
+        return [
+            "input_ids",
+            "attention_mask",
+            "labels",
+            "gene_ids",
+            "expression",
+            "cell_attention_mask",
+            "qformer_input_ids",
+            "qformer_attention_mask",
+            "target_gene_ids",
+            "target_attention_mask",
+            "target_expression",
+            "target_counts",
+            "library_size",
+        ]
+
+    def read_cells(self, adata, **kwargs) -> tuple[Cells, dict]:
+        """AnnData -> `Cells` in this vocabulary and the report of what was done; see `inspection_scmmgpt.read_cells`."""
+        return read_cells(adata, self.gene_index, **kwargs)
+
+    def gene_ids_of(self, genes: list[str]) -> np.ndarray:
+        """Vocabulary ids, int64 `(len(genes),)`, of gene symbols, aliases or Ensembl ids.
+
+        Raises:
+            ValueError: If a gene is not in the vocabulary.
+        """
+        ids = [self.gene_index.lookup(gene)[0] for gene in genes]
+        unknown = [gene for gene, i in zip(genes, ids, strict=True) if i < 0]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(genes)} genes are not in this model's vocabulary of {len(self.gene_index)}: "
+                f"{', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''}. Leave them out, or check "
+                "that they are human gene symbols or Ensembl ids."
+            )
+        return np.asarray(ids, dtype=np.int64)
+
+    def gene_symbols(self, gene_ids) -> list[str]:
+        """Symbols of vocabulary ids."""
+        return self.gene_tokenizer.convert_ids_to_tokens([int(i) for i in gene_ids])
+
+    # -- cells and texts in -------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        cells=None,
+        images=None,
+        videos=None,
+        audio=None,
+        *,
+        answers: list[str] | None = None,
+        qformer_text: str | list[str] | None = None,
+        target_cells: Cells | None = None,
+        target_rows: np.ndarray | None = None,
+        target_genes: np.ndarray | None = None,
+        epoch: int = 0,
+        return_tensors: str = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Make model inputs. Every argument is optional; the result holds the keys of what was given.
+
+        Args:
+            text: Texts for the language model, with one `<cell>` for every cell they speak of.
+            cells: [`Cells`], or an AnnData (read as `read_cells` does), in the order in which the texts mention them.
+            answers: One per text; appended, and learned (`labels` is -100 elsewhere). An empty answer is not learned.
+            qformer_text: Texts for the Q-Former.
+            target_cells: The cells to generate, one for each row of `target_rows`.
+            target_rows: Bool `(len(text),)`: which texts generate a cell; by default all.
+            target_genes: Vocabulary ids of the measured genes that may be generated; by default the whole vocabulary.
+            epoch: Enters the randomness of gene sampling and binning, beside each cell's id.
+            kwargs: `max_genes` and `selection`, in place of the feature extractor's own.
+
+        Raises:
+            ValueError: If placeholders and cells, texts and answers, or targets and rows do not match in number.
+        """
+        unknown = sorted(set(kwargs) - set(CELL_KWARGS) - {"padding"})  # `padding`: the chat template always passes it
+        if unknown:
+            raise TypeError(f"ScMMGPTProcessor does not know the arguments {unknown}.")
+        if images is not None or videos is not None or audio is not None:
+            raise ValueError("scMMGPT reads text and cells, not images, videos or audio.")
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported; scMMGPT runs on PyTorch: use 'pt'.")
+        data = {}
+        if cells is not None and not isinstance(cells, Cells):
+            cells, _ = self.read_cells(cells)
+        if cells is not None:
+            extractor_kwargs = {name: kwargs[name] for name in CELL_KWARGS if kwargs.get(name) is not None}
+            data.update(self.feature_extractor(cells, epoch=epoch, return_tensors="pt", **extractor_kwargs))
+        if qformer_text is not None:
+            data.update(self._qformer_inputs(qformer_text))
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+            data.update(self._text_inputs(text, answers, None if cells is None else len(cells)))
+        if target_cells is not None:
+            rows = np.ones(len(text), dtype=bool) if target_rows is None else np.asarray(target_rows, dtype=bool)
+            if rows.sum() != len(target_cells):
+                raise ValueError(f"{len(target_cells)} target cells were given for {int(rows.sum())} target rows.")
+            data.update(self.encode_targets(target_cells, target_genes, rows=rows, epoch=epoch))
+        if not data:
+            raise ValueError("Nothing to process: pass text, cells or qformer_text.")
+        return BatchFeature(data)
+
+    def _qformer_inputs(self, text: str | list[str]) -> dict[str, torch.Tensor]:
+        inputs = self.qformer_tokenizer(
+            [text] if isinstance(text, str) else list(text),
+            padding=True,
+            truncation=True,
+            max_length=self.qformer_max_length,
+            return_tensors="pt",
+        )
+        return {"qformer_input_ids": inputs["input_ids"], "qformer_attention_mask": inputs["attention_mask"]}
+
+    def _text_inputs(self, text: list[str], answers: list[str] | None, num_cells: int | None) -> dict:
+        mentioned = sum(t.count(self.cell_token) for t in text)
+        if mentioned != (num_cells or 0):
+            raise ValueError(
+                f"The texts mention {mentioned} cells ({self.cell_token}), but {num_cells or 0} cells were given; "
+                f"write {self.cell_token} once for each cell."
+            )
+        expanded = [t.replace(self.cell_token, self.cell_token * self.num_query_tokens) for t in text]
+        # A chat template writes its own special tokens; a bare text gets the tokenizer's.
+        ids = [self.tokenizer(t, add_special_tokens=not self._has_special_start(t))["input_ids"] for t in expanded]
+        labels = None
+        if answers is not None:
+            if len(answers) != len(text):
+                raise ValueError(f"{len(answers)} answers were given for {len(text)} texts; they go in pairs.")
+            # Tokenised apart from the prompt, so that the prompt is the same tokens as at generation.
+            answer_ids = [self._answer_ids(answer) for answer in answers]
+            labels = [[-100] * len(i) + a for i, a in zip(ids, answer_ids, strict=True)]
+            ids = [i + a for i, a in zip(ids, answer_ids, strict=True)]
+        length = max(map(len, ids))
+        data = {
+            "input_ids": _left_pad(ids, length, self.tokenizer.pad_token_id),
+            "attention_mask": _left_pad([[1] * len(i) for i in ids], length, 0),
+        }
+        if labels is not None:
+            data["labels"] = _left_pad(labels, length, -100)
+        return data
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        if not answer:
+            return []
+        return self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+
+    def _has_special_start(self, text: str) -> bool:
+        return any(token and text.startswith(token) for token in self.tokenizer.all_special_tokens)
+
+    def encode_targets(
+        self, cells: Cells, genes: np.ndarray | None = None, *, rows: np.ndarray | None = None, epoch: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """The genes that a text should generate, zeros included, and their counts.
+
+        Args:
+            cells: The cells to generate.
+            genes: Vocabulary ids `(num_measured,)` of the genes that were measured in them; by default all.
+            rows: Bool `(batch_size,)`: the rows of the result that the cells fill; the others are masked out.
+            epoch: With the cell's id, decides which genes are drawn if there are more than `max_target_genes`.
+
+        Returns:
+            `target_gene_ids` int64, `target_attention_mask` int64, `target_counts` float32 (raw counts) and
+            `target_expression` float32 (log1p CP10k of the library size), each `(batch_size, num_genes)`, and
+            `library_size` float32 `(batch_size,)`.
+        """
+        if genes is None:
+            genes = list(self.gene_index.vocabulary.values())
+        genes = np.unique(np.asarray(genes, dtype=np.int64))
+        n = len(cells)
+        lengths = np.diff(cells.indptr)
+        row_of = np.repeat(np.arange(n), lengths)
+        if len(genes) > self.max_target_genes:
+            # Each cell's own random subset, by a hash of (cell, epoch, gene): the genes that a mask would hide.
+            candidates = np.broadcast_to(np.concatenate([[self.feature_extractor.cls_token_id], genes]), (n, len(genes) + 1))
+            share = (self.max_target_genes + 0.5) / len(genes)
+            chosen = mask_genes(candidates, np.ones_like(candidates), cells.cell_ids, share, seed=TARGET_SEED, epoch=epoch)
+            gene_ids = candidates[chosen].reshape(n, self.max_target_genes)
+        else:
+            gene_ids = np.broadcast_to(genes, (n, len(genes)))
+        # One sorted key per (row, gene) finds every count at once.
+        stride = int(max(genes.max(), cells.gene_ids.max(initial=0))) + 1
+        keys = row_of * stride + cells.gene_ids.astype(np.int64)
+        wanted = np.arange(n)[:, None] * stride + gene_ids
+        position = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+        found = keys[position] == wanted if len(keys) else np.zeros(wanted.shape, dtype=bool)
+        counts = np.where(found, cells.counts[position] if len(keys) else 0, 0).astype(np.float32)
+        library_size = cells.library_sizes().astype(np.float32)
+        expression = np.log1p(counts * (COUNTS_PER_10K / np.maximum(library_size, 1))[:, None]).astype(np.float32)
+
+        rows = np.ones(n, dtype=bool) if rows is None else rows
+        data = {
+            "target_gene_ids": np.full((len(rows), gene_ids.shape[1]), self.feature_extractor.pad_token_id, np.int64),
+            "target_attention_mask": np.zeros((len(rows), gene_ids.shape[1]), np.int64),
+            "target_counts": np.zeros((len(rows), gene_ids.shape[1]), np.float32),
+            "target_expression": np.zeros((len(rows), gene_ids.shape[1]), np.float32),
+            "library_size": np.zeros(len(rows), np.float32),
+        }
+        data["target_gene_ids"][rows] = gene_ids
+        data["target_attention_mask"][rows] = 1
+        data["target_counts"][rows] = counts
+        data["target_expression"][rows] = expression
+        data["library_size"][rows] = library_size
+        return {name: torch.from_numpy(value) for name, value in data.items()}
+
+    # -- conversations ------------------------------------------------------------------------------------------------
+
+    def render_prompt(self, task: str, **fields) -> str:
+        """The text of a task's prompt as the checkpoint was trained on it, chat template included.
+
+        >>> processor.render_prompt("generate", text="A B cell.")  # doctest: +SKIP
+        '<|im_start|>user\\nGenerate the gene expression of this cell: A B cell.<|im_end|>\\n<|im_start|>assistant\\n'
+        """
+        if task not in self.prompts:
+            raise ValueError(f"No prompt for the task {task!r}; this checkpoint knows {sorted(self.prompts)}.")
+        message = {"role": "user", "content": self.prompts[task].format(**fields)}
+        return self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """As in transformers; content parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`."""
+        if conversation and isinstance(conversation[0], dict):
+            conversation = self._flatten(conversation)
+        else:
+            conversation = [self._flatten(messages) for messages in conversation]
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+    def _flatten(self, messages: list[dict]) -> list[dict]:
+        """Contents as plain strings, since most language models' templates know nothing of parts."""
+        flat = []
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                parts = [self.cell_token if part["type"] == "cell" else part["text"] for part in content]
+                content = "\n".join(parts)
+            flat.append({**message, "content": content})
+        return flat
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Save every part, and the gene aliases beside them."""
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, GENE_ALIASES_FILE), "w", encoding="utf-8") as file:
+            json.dump(self.gene_aliases, file, sort_keys=True)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The feature extractor is the class that this file imports. The auto class would load a second copy of it
+        # from the checkpoint's code, which needs trust even where this package is installed.
+        tokenizers = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
+        return [
+            ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            *(cls._load_tokenizer_from_pretrained(name, pretrained_model_name_or_path, **kwargs) for name in tokenizers),
+        ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load every part, and the gene aliases beside them."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        location = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
+        path = cached_file(
+            pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **location
+        )
+        if path is not None:
+            with open(path, encoding="utf-8") as file:
+                processor.gene_aliases = json.load(file)
+        return processor
+
+
+def _left_pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+    return torch.tensor([[value] * (length - len(row)) + row for row in rows], dtype=torch.long)
+
+
+ScMMGPTProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["DEFAULT_PROMPTS", "ScMMGPTProcessor"]

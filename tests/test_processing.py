@@ -1,0 +1,146 @@
+"""The processor: cells and texts in, model inputs out, and what a checkpoint remembers of it."""
+
+import numpy as np
+import pytest
+import torch
+
+from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+
+@pytest.fixture
+def processor(text_tokenizer, qformer_tokenizer, gene_tokenizer):
+    extractor = ScMMGPTFeatureExtractor(max_genes=20, pad_token_id=0, cls_token_id=1)
+    return ScMMGPTProcessor(extractor, text_tokenizer, qformer_tokenizer, gene_tokenizer, num_query_tokens=4)
+
+
+@pytest.fixture
+def cells():
+    return Cells(
+        indptr=np.array([0, 3, 5]),
+        gene_ids=np.array([3, 7, 9, 4, 7]),
+        counts=np.array([2, 1, 7, 1, 3]),
+        cell_ids=np.array([11, 12], dtype=np.uint64),
+        total_counts=np.array([100.0, 50.0], dtype=np.float32),
+    )
+
+
+def test_every_cell_becomes_as_many_placeholders_as_the_model_has_queries(processor, cells):
+    batch = processor(text=["this is <cell>", "the cell <cell> is"], cells=cells)
+    assert (batch["input_ids"] == processor.cell_token_id).sum(dim=1).tolist() == [4, 4]
+    assert batch["gene_ids"].shape[0] == 2
+
+
+def test_a_batch_is_padded_on_the_left_and_its_rows_are_the_rows_alone(processor):
+    texts = ["this is a B cell", "cell"]
+    together = processor(text=texts)
+    for row, text in enumerate(texts):
+        alone = processor(text=text)["input_ids"][0]
+        assert together["input_ids"][row, -len(alone) :].tolist() == alone.tolist()
+        assert together["attention_mask"][row].sum() == len(alone)
+        assert together["attention_mask"][row, -1] == 1
+
+
+def test_more_placeholders_than_cells_names_both_numbers(processor, cells):
+    with pytest.raises(ValueError, match="mention 3 cells .* 2 cells were given"):
+        processor(text=["<cell> <cell>", "<cell>"], cells=cells)
+
+
+def test_placeholders_without_cells_are_refused(processor):
+    with pytest.raises(ValueError, match="mention 1 cells .* 0 cells were given"):
+        processor(text="<cell>")
+
+
+def test_answers_are_learned_and_prompts_are_not(processor):
+    batch = processor(text=["this is", "the type is a"], answers=["a B cell", "monocyte"])
+    tokenizer = processor.tokenizer
+    for row, answer in enumerate(["a B cell", "monocyte"]):
+        learned = batch["labels"][row][batch["labels"][row] != -100]
+        assert tokenizer.decode(learned[:-1]) == answer
+        assert learned[-1] == tokenizer.eos_token_id
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_an_empty_answer_teaches_nothing(processor):
+    batch = processor(text=["this is", "the type is"], answers=["a B cell", ""])
+    assert (batch["labels"][1] == -100).all()
+
+
+def test_the_prompt_of_training_is_the_prompt_of_generation(processor, cells):
+    prompt = processor.render_prompt("describe")
+    training = processor(text=[prompt], cells=cells[:1], answers=["a B cell"])
+    generation = processor(text=[prompt], cells=cells[:1])
+    length = generation["input_ids"].shape[1]
+    assert training["input_ids"][0, :length].tolist() == generation["input_ids"][0].tolist()
+
+
+def test_targets_hold_the_counts_of_every_measured_gene_zeros_included(processor, cells):
+    targets = processor.encode_targets(cells, np.array([9, 3, 4, 7]))
+    assert targets["target_gene_ids"].tolist() == [[3, 4, 7, 9]] * 2
+    assert targets["target_counts"].tolist() == [[2, 0, 1, 7], [0, 1, 3, 0]]
+    assert targets["library_size"].tolist() == [100, 50]
+    torch.testing.assert_close(targets["target_expression"][0, 0], torch.tensor(2 / 100 * 1e4).log1p())
+
+
+def test_targets_fill_only_their_rows(processor, cells):
+    batch = processor(
+        text=["this is", "a B cell", "of the"], target_cells=cells, target_rows=np.array([True, False, True])
+    )
+    assert batch["target_attention_mask"].any(dim=1).tolist() == [True, False, True]
+    assert batch["target_counts"][1].sum() == 0
+
+
+def test_a_cells_random_target_genes_do_not_depend_on_its_batch(processor, cells):
+    processor.max_target_genes = 5
+    together = processor.encode_targets(cells)
+    for row in range(2):
+        alone = processor.encode_targets(cells[row : row + 1])
+        for name, value in together.items():
+            assert value[row : row + 1].tolist() == alone[name].tolist(), name
+    assert together["target_gene_ids"].shape == (2, 5)
+    assert processor.encode_targets(cells, epoch=1)["target_gene_ids"].tolist() != together["target_gene_ids"].tolist()
+
+
+def test_an_adata_is_read_as_its_cells(processor, adata):
+    cells, _ = processor.read_cells(adata)
+    ours, theirs = processor(cells=adata), processor(cells=cells)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_content_parts_stand_for_cells(processor, cells):
+    messages = [{"role": "user", "content": [{"type": "cell"}, {"type": "text", "text": "what is this ?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == "user : <cell>\nwhat is this ? assistant : "
+    batch = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs={"cells": cells[:1]}
+    )
+    assert (batch["input_ids"] == processor.cell_token_id).sum() == 4
+
+
+def test_an_unknown_gene_is_named(processor):
+    with pytest.raises(ValueError, match="'NOT_A_GENE'"):
+        processor.gene_ids_of(["NOT_A_GENE"])
+
+
+def test_an_unknown_task_names_the_known_ones(processor):
+    with pytest.raises(ValueError, match="describe.*generate"):
+        processor.render_prompt("translate")
+
+
+def test_saving_and_loading_changes_nothing(processor, cells, tmp_path):
+    processor.prompts["describe"] = "<cell> what is this ?"
+    processor.gene_aliases = {"aliases": {"ENSG00000000001": processor.gene_symbols([3])[0]}, "orthologs": {}}
+    processor.save_pretrained(tmp_path)
+    loaded = ScMMGPTProcessor.from_pretrained(tmp_path)
+    assert loaded.prompts == processor.prompts
+    assert loaded.gene_ids_of(["ENSG00000000001"]).tolist() == [3]
+    arguments = {
+        "text": ["this is <cell>", "the cell <cell> is"],
+        "cells": cells,
+        "answers": ["a B cell", ""],
+        "qformer_text": ["a B cell", "monocyte"],
+        "target_cells": cells,
+    }
+    ours, theirs = processor(**arguments), loaded(**arguments)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

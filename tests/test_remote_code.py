@@ -1,0 +1,108 @@
+"""A saved checkpoint is complete: it loads by the auto classes in a process that can not import this package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+
+PROGRAM = """
+import importlib.util, json, sys
+import anndata, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
+path, again, cells = sys.argv[1:]
+answers = {}
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    model, report = auto.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert type(model).__name__ == "ScMMGPTForConditionalGeneration", type(model)
+assert type(AutoConfig.from_pretrained(path, trust_remote_code=True)).__name__ == "ScMMGPTConfig"
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+for place in (path, again):
+    inputs = processor(
+        text=[processor.render_prompt("describe")] * 3, cells=anndata.read_h5ad(cells)[:3], qformer_text=["a B cell"] * 3
+    )
+    match = model.match(**{name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")})
+    prompt = {name: inputs[name] for name in inputs if not name.startswith("qformer")}
+    text = model.generate(**prompt, max_new_tokens=6, do_sample=False)
+    answers[place] = {"match": match.tolist(), "text": text.tolist()}
+    model.save_pretrained(again)
+    processor.save_pretrained(again)
+    model = AutoModel.from_pretrained(again, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(again, trust_remote_code=True)
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture
+def checkpoint(tiny_config, text_tokenizer, qformer_tokenizer, gene_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(tiny_config).eval()
+    extractor = ScMMGPTFeatureExtractor(max_genes=20, pad_token_id=0, cls_token_id=1)
+    processor = ScMMGPTProcessor(extractor, text_tokenizer, qformer_tokenizer, gene_tokenizer, num_query_tokens=4)
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return model, processor, tmp_path / "checkpoint"
+
+
+def test_a_checkpoint_answers_the_same_where_the_package_is_not_installed(checkpoint, adata, tmp_path):
+    model, processor, path = checkpoint
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    # -S -c would lose site-packages; a .pth or finder of an editable install is hidden by this hook instead.
+    hide = "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__ + str(f)]\n"
+    hide += f"sys.path = [p for p in sys.path if p not in {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}]\n"
+    run = subprocess.run(
+        [sys.executable, "-c", hide + PROGRAM, str(path), str(tmp_path / "again"), str(tmp_path / "cells.h5ad")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answers = json.loads(run.stdout.strip().splitlines()[-1])
+    inputs = processor(text=[processor.render_prompt("describe")] * 3, cells=adata[:3], qformer_text=["a B cell"] * 3)
+    match = model.match(**{name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")})
+    prompt = {name: inputs[name] for name in inputs if not name.startswith("qformer")}
+    text = model.generate(**prompt, max_new_tokens=6, do_sample=False).tolist()
+    assert len(answers) == 2
+    for answer in answers.values():
+        assert answer["match"] == pytest.approx(match.tolist(), abs=1e-6)
+        assert answer["text"] == text
+
+
+def test_a_checkpoint_holds_every_file_that_it_needs(checkpoint):
+    _, _, path = checkpoint
+    names = {file.name for file in path.iterdir()}
+    code = {
+        "configuration_scmmgpt.py",
+        "modeling_scmmgpt.py",
+        "modeling_scgpt.py",
+        "processing_scmmgpt.py",
+        "feature_extraction_scmmgpt.py",
+        "inspection_scmmgpt.py",
+    }
+    assert code <= names
+    assert {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    for name in code:
+        assert (path / name).read_bytes() == (Path(__file__).parents[1] / name).read_bytes()
+
+
+def test_a_stage_1_checkpoint_says_that_it_is_one(tiny_config, tmp_path):
+    ScMMGPTForCellTextAlignment(tiny_config).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_scmmgpt.ScMMGPTForCellTextAlignment"
+    assert "AutoModelForCausalLM" not in auto_map
