@@ -216,14 +216,21 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class ScGPTValueLinear(nn.Linear):
+    """A linear layer of the value encoder. It starts as in scGPT, with random biases.
+
+    With zero biases the ReLU would be scale-free, and the LayerNorm after it would erase the value.
+    """
+
+
 class ScGPTValueEncoder(nn.Module):
     """Encodes an expression value: a scalar through a two-layer perceptron and a LayerNorm."""
 
     def __init__(self, config: ScGPTConfig):
         super().__init__()
         self.max_value = config.max_value
-        self.linear1 = nn.Linear(1, config.hidden_size)
-        self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.linear1 = ScGPTValueLinear(1, config.hidden_size)
+        self.linear2 = ScGPTValueLinear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -405,15 +412,14 @@ class ScGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        # Only modules that own parameters come by here: transformers passes over containers of remote-code models.
         super()._init_weights(module)
-        if isinstance(module, ScGPTEmbeddings):
-            init.uniform_(module.gene_embedding.weight, -self.config.embedding_range, self.config.embedding_range)
-        elif isinstance(module, ScGPTValueEncoder):
-            # As in scGPT. With zero biases the ReLU is scale-free, and the LayerNorm after it would erase the value.
-            for linear in (module.linear1, module.linear2):
-                bound = linear.in_features**-0.5
-                init.uniform_(linear.weight, -bound, bound)
-                init.uniform_(linear.bias, -bound, bound)
+        if isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -self.config.embedding_range, self.config.embedding_range)
+        elif isinstance(module, ScGPTValueLinear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
 
 
 class ScGPTModel(ScGPTPreTrainedModel):

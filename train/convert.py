@@ -36,8 +36,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..configuration_scmmgpt import ScGPTConfig
-from ..modeling_scgpt import ScGPTModel
+from scmmgpt.configuration_scmmgpt import ScGPTConfig
+from scmmgpt.modeling_scgpt import ScGPTModel
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,327 @@
+import pytest
+import torch
+from torch import nn
+
+from scmmgpt import modeling_scgpt
+from scmmgpt.configuration_scmmgpt import ScGPTConfig
+from scmmgpt.modeling_scgpt import IGNORED_LABEL, Packing, ScGPTModel, masked_expression_loss, packed_attention
+
+
+LENGTHS = (9, 4, 0, 7, 4, 1)  # the third cell is all padding; two have the same length
+
+
+def make_config(**overrides):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    ids = {"intermediate_size": 24, "pad_token_id": 0, "cls_token_id": 1}
+    return ScGPTConfig(**(sizes | ids | {"initializer_range": 0.3, "hidden_dropout": 0.0} | overrides))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ScGPTModel(make_config()).eval()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    gene_ids = torch.randint(3, 40, mask.shape, generator=generator)
+    gene_ids[:, 0] = 1
+    expression = torch.randint(1, 51, mask.shape, generator=generator).float()
+    expression[:, 0] = -2.0
+    return {
+        "gene_ids": gene_ids * mask,
+        "expression": torch.where(mask.bool(), expression, -2.0),
+        "cell_attention_mask": mask,
+    }
+
+
+def test_each_cell_is_independent_of_its_batch(model, batch):
+    together = model(**batch).last_hidden_state
+    for row, length in enumerate(LENGTHS):
+        if length:
+            alone = model(
+                batch["gene_ids"][row : row + 1, :length], batch["expression"][row : row + 1, :length]
+            ).last_hidden_state
+            torch.testing.assert_close(together[row, :length], alone[0])
+
+
+def test_the_order_of_the_genes_does_not_matter(model, batch):
+    order = torch.tensor([0, 5, 2, 8, 1, 7, 3, 6, 4])
+    shuffled = {name: value[:1, order] for name, value in batch.items()}
+    torch.testing.assert_close(model(**shuffled).pooler_output, model(**batch).pooler_output[:1])
+
+
+def test_what_stands_in_the_padding_does_not_matter(model, batch):
+    other = dict(batch, gene_ids=batch["gene_ids"].masked_fill(batch["cell_attention_mask"] == 0, 7))
+    other["expression"] = batch["expression"].masked_fill(batch["cell_attention_mask"] == 0, 33.0)
+    torch.testing.assert_close(model(**other).last_hidden_state, model(**batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_packed_attention_equals_eager_attention(model, batch, cls_only):
+    packed = model(**batch, cls_only=cls_only)
+    model.set_attn_implementation("eager")
+    eager = model(**batch, cls_only=cls_only)
+    torch.testing.assert_close(packed.last_hidden_state, eager.last_hidden_state)
+    torch.testing.assert_close(packed.pooler_output, eager.pooler_output)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_cell_that_is_all_padding_has_states_of_zero(model, batch, implementation):
+    model.set_attn_implementation(implementation)
+    outputs = model(**batch)
+    assert (outputs.last_hidden_state[2] == 0).all()
+    assert (outputs.pooler_output[2] == 0).all()
+    assert outputs.last_hidden_state.isfinite().all()
+
+
+def test_a_batch_of_empty_cells_has_states_of_zero(model, batch):
+    empty = {name: value[2:3] for name, value in batch.items()}
+    assert (model(**empty).last_hidden_state == torch.zeros(1, 9, 16)).all()
+    assert (model(**empty, cls_only=True).last_hidden_state == torch.zeros(1, 1, 16)).all()
+
+
+def test_no_mask_means_no_padding(model, batch):
+    full = {name: value[:1] for name, value in batch.items()}
+    expected = model(**full).last_hidden_state
+    del full["cell_attention_mask"]
+    assert torch.equal(model(**full).last_hidden_state, expected)
+
+
+def test_the_cell_embedding_alone_equals_that_of_the_whole(model, batch):
+    whole, alone = model(**batch), model(**batch, cls_only=True)
+    assert alone.last_hidden_state.shape == (6, 1, 16)
+    torch.testing.assert_close(alone.pooler_output, whole.pooler_output)
+    torch.testing.assert_close(whole.pooler_output, whole.last_hidden_state[:, 0])
+
+
+def test_bfloat16_on_the_cpu_stays_close_to_float32(model, batch):
+    expected = model(**batch).pooler_output
+    with torch.no_grad():
+        ours = model.to(torch.bfloat16)(**batch, cls_only=True).pooler_output
+    real = torch.tensor(LENGTHS) > 0
+    assert torch.cosine_similarity(ours.float(), expected)[real].min() > 0.999
+
+
+def test_cells_are_packed_in_order_of_length():
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 0]])
+    embeds = torch.arange(12.0).reshape(4, 3, 1)
+    packing = Packing.of(embeds, mask)
+    assert packing.lengths == [1, 2, 3]
+    assert packing.rows.tolist() == [2, 3, 0]
+    assert packing.starts.tolist() == [0, 1, 3]
+    assert packing.pack(embeds).flatten().tolist() == [6, 9, 10, 0, 1, 2]
+    assert packing.unpack(packing.pack(embeds)).flatten().tolist() == [0, 1, 2, 0, 0, 0, 6, 0, 0, 9, 10, 0]
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_the_variable_length_kernel_is_given_what_the_loop_computes(monkeypatch, first_only):
+    """The kernel exists on CUDA alone; what stands in for it here follows its documentation."""
+
+    def stand_in(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale):
+        assert longest_query == (1 if first_only else 3)
+        assert longest_key == 3
+        output = torch.empty_like(query)
+        for cell in range(len(key_ends) - 1):
+            queries, keys = slice(*query_ends[cell : cell + 2]), slice(*key_ends[cell : cell + 2])
+            scores = torch.einsum("qhd,khd->hqk", query[queries], key[keys]) * scale
+            output[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[keys])
+        return output
+
+    packing = Packing.of(torch.zeros(4, 3, 1), torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 0]]))
+    key, value = torch.randn(2, 6, 2, 8)
+    query = torch.randn(3 if first_only else 6, 2, 8)
+    expected = packed_attention(query, key, value, packing, scaling=0.3)
+    monkeypatch.setattr(modeling_scgpt, "varlen_attn", stand_in)
+    monkeypatch.setattr(modeling_scgpt, "_has_varlen_kernel", lambda query: True)
+    torch.testing.assert_close(packed_attention(query, key, value, packing, scaling=0.3), expected)
+
+
+def test_condition_tokens_stand_before_the_genes(model, batch):
+    conditions = torch.randn(6, 3, 16)
+    outputs = model(**batch, condition_embeds=conditions)
+    assert outputs.last_hidden_state.shape == (6, 12, 16)
+    # Rows that are all padding still have their conditions.
+    assert (outputs.last_hidden_state[2, 3:] == 0).all()
+    assert (outputs.last_hidden_state[2, :3] != 0).any()
+    model.set_attn_implementation("eager")
+    eager = model(**batch, condition_embeds=conditions)
+    torch.testing.assert_close(outputs.last_hidden_state, eager.last_hidden_state)
+
+
+def test_genes_without_expression_carry_no_value(model, batch):
+    gene_ids = batch["gene_ids"][:1, 1:]
+    conditions = torch.randn(1, 2, 16)
+    outputs = model(gene_ids, condition_embeds=conditions)
+    by_hand = model.encoder(torch.cat([conditions, model.embeddings.embed_genes(gene_ids)], dim=1))
+    torch.testing.assert_close(outputs.last_hidden_state, by_hand)
+
+
+def test_generation_puts_the_embedding_in_the_place_of_cls(model, batch):
+    prompt = torch.randn(6, 16)
+    generated = model.generate_expression(batch["gene_ids"], prompt, batch["cell_attention_mask"])
+    assert generated.shape == batch["gene_ids"].shape
+    other = batch["gene_ids"].clone()
+    other[:, 0] = 5
+    torch.testing.assert_close(model.generate_expression(other, prompt, batch["cell_attention_mask"]), generated)
+    assert not torch.allclose(model.generate_expression(other, prompt + 1, batch["cell_attention_mask"]), generated)
+
+
+def test_expression_cannot_be_forgotten(model, batch):
+    with pytest.raises(ValueError, match="expression is None"):
+        model(batch["gene_ids"])
+
+
+def test_the_loss_is_the_mean_square_over_labels():
+    predicted = torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 9.0]])
+    labels = torch.tensor([[-100.0, 3.0, 2.0], [-100.0, 2.0, -100.0]])
+    assert masked_expression_loss(predicted, labels) == (4 + 0 + 1) / 3
+    assert masked_expression_loss(predicted, torch.full((2, 3), -100.0)) == 0
+
+
+def test_both_decoders_are_trained_on_the_labels(model, batch):
+    labels = torch.full_like(batch["expression"], IGNORED_LABEL)
+    labels[:2, 1:4] = batch["expression"][:2, 1:4]
+    outputs = model(**batch, expression_labels=labels)
+    decoded = model.decode_expression(model(**batch).last_hidden_state)
+    asked = model.decode_mvc(model(**batch).pooler_output, batch["gene_ids"])
+    torch.testing.assert_close(outputs.predicted_expression, decoded)
+    torch.testing.assert_close(outputs.mvc_expression, asked)
+    expected = masked_expression_loss(decoded, labels) + masked_expression_loss(asked, labels)
+    torch.testing.assert_close(outputs.loss, expected)
+    with pytest.raises(ValueError, match="cls_only"):
+        model(**batch, expression_labels=labels, cls_only=True)
+
+
+def generation_batch(batch):
+    mask = torch.zeros_like(batch["gene_ids"])
+    mask[:, 3:] = batch["cell_attention_mask"][:, 3:]
+    return dict(batch, generation_mask=mask)
+
+
+def test_genes_to_be_generated_are_seen_by_themselves_alone(model, batch):
+    """Each gets the state that it has when it is the only one, and the prompt's states do not change."""
+    together = model(**generation_batch(batch)).last_hidden_state[0]  # three shown, six to be generated
+    prompt = {name: value[:1, :3] for name, value in batch.items()}
+    torch.testing.assert_close(together[:3], model(**prompt).last_hidden_state[0])
+    for position in range(3, 9):
+        chosen = [0, 1, 2, position]
+        alone = {name: value[:1, chosen] for name, value in generation_batch(batch).items()}
+        torch.testing.assert_close(together[position], model(**alone).last_hidden_state[0, 3])
+
+
+def test_values_of_genes_to_be_generated_are_not_read(model, batch):
+    changed = generation_batch(batch)
+    expected = model(**changed).last_hidden_state
+    changed["expression"] = torch.where(changed["generation_mask"] == 1, 17.0, changed["expression"])
+    torch.testing.assert_close(model(**changed).last_hidden_state, expected)
+
+
+def test_the_flag_marks_genes_to_be_generated(batch):
+    model = ScGPTModel(make_config(use_flag_embedding=True)).eval()
+    inputs = generation_batch(batch)
+    before = model(**inputs).last_hidden_state
+    with torch.no_grad():
+        model.embeddings.flag_embedding.weight[1] += 1
+    after = model(**inputs).last_hidden_state
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.allclose(before[0, 3:], after[0, 3:])
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_eager_and_sdpa_have_the_same_gradients(model, batch, generate):
+    inputs = generation_batch(batch) if generate else batch
+    labels = torch.where(batch["cell_attention_mask"] == 1, batch["expression"], float(IGNORED_LABEL))
+    gradients = []
+    for implementation in ("sdpa", "eager"):
+        model.zero_grad()
+        model.set_attn_implementation(implementation)
+        model(**inputs, expression_labels=labels).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.isfinite().all(), name
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, batch):
+    labels = torch.where(batch["cell_attention_mask"] == 1, batch["expression"], float(IGNORED_LABEL))
+    model.train()
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        loss = model(**batch, expression_labels=labels).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(layer.gradient_checkpointing for layer in model.encoder.layers)
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_every_parameter_is_trained(batch):
+    torch.manual_seed(0)
+    model = ScGPTModel(make_config(use_flag_embedding=True, hidden_dropout=0.1, attention_dropout=0.1)).train()
+    labels = torch.where(batch["cell_attention_mask"] == 1, batch["expression"], float(IGNORED_LABEL))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for inputs in (batch, generation_batch(batch)):
+        model(**inputs, expression_labels=labels).loss.backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} has not changed"
+
+
+def test_attention_dropout_is_a_setting_of_its_own(batch):
+    torch.manual_seed(0)
+    model = ScGPTModel(make_config(attention_dropout=0.5)).train()
+    assert not torch.allclose(model(**batch).pooler_output, model(**batch).pooler_output)
+    model.config.attention_dropout = 0.0
+    torch.testing.assert_close(model(**batch).pooler_output, model(**batch).pooler_output)
+
+
+def test_a_new_value_encoder_tells_values_apart():
+    """Without random biases the encoding of every positive value would be the same."""
+    model = ScGPTModel(make_config(initializer_range=0.02))
+    assert model.embeddings.value_encoder.linear1.bias.abs().min() > 0
+    one, two, fifty = model.embeddings.value_encoder(torch.tensor([[1.0, 2.0, 50.0]]))[0]
+    assert (one - two).abs().max() > 0.1
+    assert (two - fifty).abs().max() > 0.1
+
+
+def test_gene_embeddings_start_uniform_as_in_scgpt():
+    weight = ScGPTModel(make_config(vocab_size=4000)).embeddings.gene_embedding.weight[1:]
+    assert weight.abs().max() <= 0.1001
+    assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)
+
+
+def test_saving_and_loading_changes_nothing(model, batch, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, report = ScGPTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    assert {"modeling_scgpt.py", "configuration_scmmgpt.py"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_weights_that_a_checkpoint_lacks_are_initialised(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = make_config(use_flag_embedding=True, num_hidden_layers=4)
+    loaded, report = ScGPTModel.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert "embeddings.flag_embedding.weight" in report["missing_keys"]
+    assert all(parameter.isfinite().all() and parameter.abs().max() < 3 for parameter in loaded.parameters())
+    assert torch.equal(loaded.embeddings.value_encoder.linear1.bias, model.embeddings.value_encoder.linear1.bias)
+
+
+def test_the_whole_model_compiles_as_one_graph(model, batch):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
+def test_no_module_of_the_encoder_is_torchs(model):
+    assert not any(
+        isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
+        for module in model.modules()
+    )
