@@ -1,1 +1,39 @@
 """scMMGPT: one language model for single cells and text."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+
+try:
+    __version__ = version("scmmgpt")
+except PackageNotFoundError:  # a clone that is not installed
+    __version__ = "0+unknown"
+
+# Public name -> module. Loaded on first use, so that `import scmmgpt` and `scmmgpt --help` cost nothing.
+_MODULES = {
+    "Cells": "feature_extraction_scmmgpt",
+    "GeneIndex": "inspection_scmmgpt",
+    "ScGPTConfig": "configuration_scmmgpt",
+    "ScGPTModel": "modeling_scgpt",
+    "ScMMGPTConfig": "configuration_scmmgpt",
+    "ScMMGPTFeatureExtractor": "feature_extraction_scmmgpt",
+    "ScMMGPTForCellTextAlignment": "modeling_scmmgpt",
+    "ScMMGPTForConditionalGeneration": "modeling_scmmgpt",
+    "ScMMGPTModel": "modeling_scmmgpt",
+    "ScMMGPTPipeline": "pipeline_scmmgpt",
+    "ScMMGPTProcessor": "processing_scmmgpt",
+    "inspect_matrix": "inspection_scmmgpt",
+    "read_cells": "inspection_scmmgpt",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name):
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return [*globals(), *__all__]

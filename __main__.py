@@ -1,15 +1,386 @@
-"""The `scmmgpt` command."""
+"""The `scmmgpt` command: arguments in, one pipeline call, a file out.
+
+    scmmgpt annotate cells.h5ad --model CHECKPOINT --output annotated.h5ad
+    scmmgpt generate "a B cell from blood" --model CHECKPOINT --output generated.h5ad
+
+Input that cannot be used ends in one line on stderr and exit code 2, and nothing half-written. Everything heavy is
+imported by the command that needs it.
+"""
 
 import argparse
+import contextlib
+import json
+import os
 import sys
+import tempfile
+from pathlib import Path
+
+
+ERROR = 2
+READ_HELP = {
+    "layer": "matrix to read: a layer, 'X' or 'raw' (default: found out)",
+    "assume": "what the matrix holds, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
+    "gene_column": "column of var with gene symbols or Ensembl ids (default: found out)",
+    "organism": "organism of the cells (default: found out)",
+}
 
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["inspect"]:  # a command of its own, which needs no model
+        from scmmgpt.train import inspect
+
+        return inspect.main(argv[1:])
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return args.run(args) or 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        sys.stderr.write(f"scmmgpt {args.command}: {one_line(error)}\n")
+        return ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write(f"scmmgpt {args.command}: stopped; nothing was written\n")
+        return 130
+
+
+def make_parser():
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="scmmgpt", description="One language model for single cells and text.")
-    parser.parse_args(argv)
-    parser.print_help()
-    return 0
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name, run, text, **kwargs):
+        sub = commands.add_parser(name, help=text, description=text, **kwargs)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    sub = command("annotate", annotate, "Name the type of every cell by the text that fits it best.")
+    add_input(sub)
+    add_output(sub)
+    sub.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="candidate labels; or one file: .json {label: text}, or .csv/.tsv with columns label, text, cl_id "
+        "(default: those stored with the checkpoint)",
+    )
+    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds its majority label")
+    sub.add_argument("--min-score", type=float, metavar="P", help="below this probability a cell is Unknown")
+    sub.add_argument("--matching-weight", type=float, metavar="W", help="0 = similarity alone .. 1 = matching decides")
+
+    sub = command("describe", describe, "Describe every cell in words.")
+    add_input(sub)
+    add_output(sub)
+    sub.add_argument("--prompt", help="a question about one cell, in place of the trained one")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of the search (default: 1, greedy)")
+
+    sub = command("embed", embed, "Embed every cell into the space that cells share with text.")
+    add_input(sub)
+    add_output(sub, table=False)
+    sub.add_argument(
+        "--of", choices=["cell-text", "cell"], default="cell-text", help="shared space, or the cell model's"
+    )
+
+    sub = command("search", search, "Find the cells that a text describes best.")
+    add_input(sub)
+    sub.add_argument("--text", required=True, help="what to look for, in words")
+    sub.add_argument("--top-k", type=int, default=10, metavar="K", help="how many cells (default: 10)")
+
+    sub = command("generate", generate, "Generate expression profiles of cells from words.")
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
+    sub.add_argument("--prompts-file", type=Path, metavar="FILE", help="descriptions, one a line")
+    sub.add_argument(
+        "--stored-labels", action="store_true", help="one prompt per label stored with the checkpoint, named in obs"
+    )
+    add_model(sub)
+    add_output(sub, table=False)
+    sub.add_argument("--n-cells", type=int, default=1, metavar="N", help="cells per prompt (default: 1)")
+    genes = sub.add_mutually_exclusive_group()
+    genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
+    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="the genes of this file that the model knows")
+    sub.add_argument("--library-size", type=float, metavar="N", help="total counts of a sampled cell (default: 10000)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
+
+    command("inspect", None, "Say what is in a file and whether and how it can be used.")
+    sub = command("doctor", doctor, "Show versions, device and what is installed.")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def add_model(parser):
+    """Where the model comes from and how it runs."""
+    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="cells per batch; lower it if memory runs out")
+    parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_input(parser):
+    """The file with cells and how to read it, then the model."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv")
+    add_model(parser)
+    reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` says what would be done")
+    for name, text in READ_HELP.items():
+        reading.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=text)
+    reading.add_argument("--force", action="store_true", help="go on though few genes match")
+
+
+def add_output(parser, table=True):
+    """Where the result goes."""
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
+    if table:
+        parser.add_argument("--table", type=Path, metavar="OUT.csv", help="also write what was added as a table")
+        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs beside it")
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def annotate(args):
+    """`scmmgpt annotate`."""
+    check_outputs(args)
+    labels, cl_ids = read_labels(args.labels)
+    pipeline, adata = load(args)
+    check_columns(adata, args)
+    pipeline.annotate(
+        adata,
+        labels,
+        cl_ids=cl_ids,
+        cluster_key=args.cluster_key,
+        min_score=args.min_score,
+        matching_weight=args.matching_weight,
+        **read_options(args),
+    )
+    done = adata.uns["scmmgpt"]["annotate"]
+    found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
+    finish(args, adata, {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])})
+
+
+def describe(args):
+    """`scmmgpt describe`."""
+    check_outputs(args)
+    pipeline, adata = load(args)
+    check_columns(adata, args)
+    pipeline.describe(
+        adata,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        num_beams=args.num_beams,
+        **read_options(args),
+    )
+    first = str(adata.obs["scmmgpt_description"].iloc[0])
+    distinct = int(adata.uns["scmmgpt"]["describe"]["distinct"])
+    finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": distinct, "first": first})
+
+
+def embed(args):
+    """`scmmgpt embed`."""
+    check_outputs(args)
+    pipeline, adata = load(args)
+    pipeline.embed(adata, of=args.of, **read_options(args))
+    finish(args, adata, {"cells": adata.n_obs, "dimensions": int(adata.obsm["X_scmmgpt"].shape[1])})
+
+
+def search(args):
+    """`scmmgpt search`."""
+    pipeline, adata = load(args)
+    hits = pipeline.search(adata, args.text, args.top_k, **read_options(args))
+    if args.json:
+        say(json.dumps(hits, indent=2))
+    else:
+        say("\n".join(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['cell']}" for hit in hits))
+
+
+def generate(args):
+    """`scmmgpt generate`."""
+    check_outputs(args)
+    prompts = list(args.prompts)
+    if args.prompts_file is not None:
+        prompts += [line.strip() for line in read_text(args.prompts_file).splitlines() if line.strip()]
+    if bool(prompts) == args.stored_labels:
+        raise ValueError("Name the cells to generate: one or more prompts, --prompts-file, or --stored-labels alone.")
+    genes = args.genes
+    pipeline = load_pipeline(args)
+    if args.stored_labels:
+        prompts = pipeline.annotation_settings()["labels"]
+    if args.genes_of is not None:
+        cells, _ = pipeline.processor.read_cells(read_adata(args.genes_of), force=True)
+        genes = pipeline.processor.gene_symbols(sorted(set(cells.gene_ids.tolist())))
+    generated = pipeline.generate(prompts, args.n_cells, genes=genes, library_size=args.library_size, seed=args.seed)
+    finish(args, generated, {"cells": generated.n_obs, "genes": generated.n_vars})
+
+
+def doctor(args):
+    """`scmmgpt doctor`."""
+    report = diagnose()
+    if args.json:
+        say(json.dumps(report, indent=2))
+        return
+    say("\n".join(f"{name:<28}{value}" for section in report.values() for name, value in section.items()))
+
+
+def diagnose():
+    """Versions and device, as far as they matter here."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from scmmgpt.pipeline_scmmgpt import best_device
+
+    def version_of(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    device = best_device()
+    names = "scmmgpt torch transformers numpy anndata safetensors numba scanpy datasets peft trl evaluate gradio"
+    return {
+        "machine": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "threads": torch.get_num_threads(),
+            "bfloat16 on the device": bool(device == "cuda" and torch.cuda.is_bf16_supported()),
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
+        },
+        "packages": {name: version_of(name) for name in names.split()},
+    }
+
+
+# -- shared -----------------------------------------------------------------------------------------------------------
+
+
+def load(args):
+    """The pipeline and the AnnData that a command works on; the file first, which fails sooner."""
+    adata = read_adata(args.file)
+    return load_pipeline(args), adata
+
+
+def load_pipeline(args):
+    """The pipeline of `--model`."""
+    from transformers.utils import logging
+
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+    if args.quiet or args.json:
+        logging.disable_progress_bar()
+    return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+
+
+def read_adata(path):
+    """Read a file of cells."""
+    import anndata
+
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    return anndata.read_h5ad(path)
+
+
+def read_text(path):
+    """Text of a file, or an error that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    return path.read_text(encoding="utf-8")
+
+
+def read_options(args):
+    """What `read_cells` takes from the command line."""
+    options = {name: getattr(args, name) for name in READ_HELP if getattr(args, name) is not None}
+    return {**options, "force": args.force}
+
+
+def read_labels(values):
+    """`--labels` as `(labels, cl_ids)`: names as they stand, or what a single .json, .csv or .tsv file holds."""
+    if not values:
+        return None, None
+    path = Path(values[0])
+    if len(values) > 1 or path.suffix not in (".json", ".csv", ".tsv"):
+        return list(values), None
+    if path.suffix == ".json":
+        labels = json.loads(read_text(path))
+        if not isinstance(labels, dict | list):
+            raise ValueError(f"{path} should hold {{label: text}} or a list of labels, not {type(labels).__name__}.")
+        return labels, None
+    import csv
+
+    rows = list(csv.DictReader(read_text(path).splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+    if not rows or "label" not in rows[0]:
+        raise ValueError(f"{path} has no column 'label'; it has {list(rows[0]) if rows else 'no rows'}.")
+    labels = {row["label"]: row.get("text") or row["label"] for row in rows}
+    return labels, {row["label"]: row["cl_id"] for row in rows if row.get("cl_id")}
+
+
+def check_outputs(args):
+    """Refuse an output that could not be written, before any work is done."""
+    if args.output.suffix != ".h5ad":
+        raise ValueError(f"The output is written as .h5ad, but --output is {str(args.output)!r}.")
+    for path in [args.output, getattr(args, "table", None)]:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"The folder of the output {str(path)!r} does not exist; create it first.")
+
+
+def check_columns(adata, args):
+    """Refuse columns that are not there."""
+    missing = [name for name in args.columns if name not in adata.obs]
+    if missing:
+        raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
+
+
+def finish(args, adata, summary):
+    """Write the result and say what was done."""
+    write_atomically(args.output, adata.write_h5ad, suffix=".h5ad")
+    if getattr(args, "table", None) is not None:
+        added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
+        table = adata.obs[[*args.columns, *[name for name in added if name not in args.columns]]]
+        write_atomically(args.table, lambda path: table.to_csv(path, index_label="cell"), suffix=args.table.suffix)
+    summary = {"output": str(args.output), **summary}
+    if args.json:
+        say(json.dumps(summary, indent=2))
+    else:
+        say("\n".join(f"{name}: {value}" for name, value in summary.items()))
+
+
+def write_atomically(path, write, suffix):
+    """Write beside the target under another name, then rename: the target is whole or untouched."""
+    path = path.absolute()
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def current_umask():
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def one_line(error):
+    """The message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def say(text):
+    """The command's answer goes to stdout, everything else to stderr."""
+    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,9 @@ class ScMMGPTConfig(PreTrainedConfig):
         logit_scale_init (`float`, defaults to 2.6593): Initial log inverse temperature, ln(1/0.07) as in CLIP.
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight (`float`): Stage-1 weights.
         language_weight, expression_weight (`float`): Stage-2 weights.
+        annotation (`dict`, *optional*): How cells are annotated by default: `labels` (label -> text), `cl_ids`, and
+            the `matching_weight`, `matching_candidates` and `temperature` fixed on validation data.
+        custom_pipelines (`dict`, *optional*): Task -> pipeline, for `transformers.pipeline`.
     """
 
     model_type = "scmmgpt"
@@ -142,6 +145,8 @@ class ScMMGPTConfig(PreTrainedConfig):
     expression_weight: float | int = 1.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    annotation: dict | None = None
+    custom_pipelines: dict | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.utils import cached_file
 
 try:  # as a package or as remote code
@@ -102,7 +102,7 @@ class ScMMGPTProcessor(ProcessorMixin):
     def gene_index(self) -> GeneIndex:
         """Gene names, aliases and Ensembl ids -> ids in the gene vocabulary."""
         if self._gene_index is None:
-            self._gene_index = GeneIndex.from_dict(self.gene_tokenizer.get_vocab(), self.gene_aliases)
+            self._gene_index = GeneIndex(self.gene_tokenizer.get_vocab(), self.gene_aliases)
         return self._gene_index
 
     @property
@@ -355,9 +355,11 @@ class ScMMGPTProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # The feature extractor is the class that this file imports. The auto class would load a second copy of it
         # from the checkpoint's code, which needs trust even where this package is installed.
+        extractor = ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask to run the model's code
         tokenizers = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
         return [
-            ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            extractor,
             *(cls._load_tokenizer_from_pretrained(name, pretrained_model_name_or_path, **kwargs) for name in tokenizers),
         ]
 

@@ -162,3 +162,34 @@ def tiny_config(tiny_cell_config, tiny_llama_config, text_tokenizer, qformer_tok
         projection_dim=12,
         cell_token_id=len(text_tokenizer.get_vocab()),
     )
+
+
+@pytest.fixture
+def tiny_processor(text_tokenizer, qformer_tokenizer, gene_tokenizer, gene_vocabulary):
+    """The processor that belongs to `tiny_model`."""
+    from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+    from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+    extractor = ScMMGPTFeatureExtractor(
+        max_genes=32, pad_token_id=gene_vocabulary["<pad>"], cls_token_id=gene_vocabulary["<cls>"]
+    )
+    return ScMMGPTProcessor(extractor, text_tokenizer, qformer_tokenizer, gene_tokenizer, num_query_tokens=4)
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """The whole model in small, with random weights, in evaluation mode."""
+    import torch
+
+    from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+
+    torch.manual_seed(0)
+    return ScMMGPTForConditionalGeneration(tiny_config).eval()
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_model, tiny_processor):
+    """`tiny_model` and `tiny_processor` on the CPU, ready for AnnData."""
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+    return ScMMGPTPipeline(tiny_model, tiny_processor, device="cpu")

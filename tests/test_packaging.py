@@ -17,7 +17,7 @@ TRAVELLING = (
     + ["modeling_scgpt.py"] * (ROOT / "modeling_scgpt.py").exists()
 )
 TRAVELLING_MAY_IMPORT = {"numpy", "torch", "transformers"}
-OPTIONAL = {"numba"}
+OPTIONAL = {"anndata", "numba", "scipy"}
 MODULES = sorted(
     ".".join(["scmmgpt", *path.relative_to(ROOT).with_suffix("").parts])
     for path in [*ROOT.glob("*.py"), *ROOT.glob("train/*.py"), *ROOT.glob("eval/*.py")]
