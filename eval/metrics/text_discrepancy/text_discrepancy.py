@@ -134,10 +134,15 @@ def sliced_wasserstein(x: np.ndarray, y: np.ndarray, *, n_projections: int = N_P
 
 def rouge_f(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """ROUGE-1, -2 and -L F-measures of each pair (rouge-score, no stemming), shape `(n, 3)`."""
-    scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES))
+    scorer = _rouge_scorer()
     score = functools.lru_cache(maxsize=None)(lambda reference, text: scorer.score(reference, text))
     pairs = [score(reference, text) for text, reference in zip(predictions, references, strict=True)]
     return np.array([[pair[name].fmeasure for name in ROUGE_TYPES] for pair in pairs])
+
+
+@functools.lru_cache(maxsize=1)
+def _rouge_scorer():
+    return rouge_scorer.RougeScorer(list(ROUGE_TYPES))
 
 
 def text_scores(

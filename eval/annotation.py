@@ -1,0 +1,269 @@
+"""Evaluate cell type annotation against held-out labels, beside baselines on the same split.
+
+python -m scmmgpt.eval annotation --corpus corpus --annotated annotated.h5ad --output annotation.json
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from scmmgpt.eval import baselines
+from scmmgpt.eval.cells import LabelledCells, read_splits
+from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import N_BINS, annotation_scores
+from scmmgpt.eval.results import (
+    BASELINE,
+    CONTROL,
+    MODEL,
+    N_RESAMPLES,
+    Estimate,
+    Measure,
+    bootstrap_draws,
+    format_table,
+    recentre,
+    tabulate,
+)
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_NAME = "scMMGPT"
+UNKNOWN = "unknown"  # how a prediction that names no type is written
+
+MEASURES = {
+    "accuracy": Measure("accuracy", True, "Share of cells with the right type."),
+    "macro_f1": Measure(
+        "macro F1", True, "F1 of each true type, averaged with equal weight: rare types count as much."
+    ),
+    "weighted_f1": Measure("weighted F1", True, "F1 of each true type, averaged by number of cells."),
+    "balanced_accuracy": Measure("balanced accuracy", True, "Recall of each true type, averaged with equal weight."),
+    "ece": Measure(
+        "calibration error",
+        False,
+        "Mean gap between confidence and accuracy over 15 bins of confidence; 0 is perfect.",
+    ),
+}
+
+
+def evaluate_annotation(
+    predictions: Sequence[str],
+    truth: Sequence[str],
+    train: LabelledCells,
+    test: LabelledCells,
+    *,
+    confidences: np.ndarray | None = None,
+    regression: baselines.TypePrediction | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """Score predicted types beside the baselines.
+
+    Args:
+        predictions: Predicted type of each test cell; a missing value counts as wrong.
+        truth: True type of each test cell.
+        train: The model's own training cells, for the baselines.
+        test: The test cells, in the order of `predictions`.
+        confidences: Confidence in [0, 1] of each prediction, or `None`.
+        regression: What logistic regression says of the test cells; fitted here where `None`.
+        n_resamples: Bootstrap replicates of the intervals.
+        seed: Seed of the bootstrap, the shuffled control and the choice of C.
+
+    Returns:
+        JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `per_type`, `confusion` (labels and
+        counts, true types down, predicted across), `calibration`, `baseline_choices` and sizes.
+    """
+    predictions, truth = _as_labels(predictions), np.asarray(truth).astype(str)
+    if not len(truth) == len(predictions) == len(test):
+        raise ValueError(f"Got {len(predictions)} predictions and {len(truth)} true types for {len(test)} cells.")
+    regression = regression or baselines.regression_on_shared_genes(train, test, seed=seed)
+    genes = np.intersect1d(train.genes, test.genes)
+    x_train, x_test = train.select_genes(genes).expression, test.select_genes(genes).expression
+    candidates = {
+        MODEL_NAME: (MODEL, predictions, confidences),
+        "logistic regression": (BASELINE, regression.labels, regression.confidences),
+        "nearest centroid": (BASELINE, baselines.nearest_centroid(x_train, train.labels, x_test).labels, None),
+        "majority class": (BASELINE, baselines.majority_class(train.labels, len(test)).labels, None),
+        "shuffled labels": (CONTROL, baselines.shuffled(predictions, seed=seed).astype(str), None),
+    }
+    draws = bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
+    estimates = {name: _estimates(labels, truth, conf, draws) for name, (_, labels, conf) in candidates.items()}
+    result = tabulate(MEASURES, {name: role for name, (role, _, _) in candidates.items()}, estimates)
+    return (
+        {"task": "annotation"}
+        | result
+        | {
+            "n_test": len(truth),
+            "n_train": len(train),
+            "n_genes": len(genes),
+            "n_resamples": n_resamples,
+            "seed": seed,
+            "baseline_choices": {"logistic regression": regression.choices},
+            "per_type": _per_type(truth, train.labels, predictions, regression.labels),
+            "confusion": _confusion(truth, predictions),
+            "calibration": None if confidences is None else _calibration(confidences, predictions == truth),
+        }
+    )
+
+
+def _as_labels(values: Sequence) -> np.ndarray:
+    values = np.asarray(values, dtype=object)
+    missing = np.array([value is None or value != value or value == "" for value in values], dtype=bool)
+    return np.where(missing, UNKNOWN, values).astype(str)
+
+
+def _estimates(predictions, truth, confidences, draws) -> dict[str, Estimate]:
+    scores = annotation_scores(predictions, truth, confidences)
+    labels = np.unique(truth)
+    # Confusion counts of every replicate at once: draws say how often a cell counts, cells say where.
+    columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
+    code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
+    where = np.zeros((len(truth), len(labels) * (len(labels) + 1)))
+    where[np.arange(len(truth)), code] = 1
+    confusion = (draws @ where).reshape(len(draws), len(labels), len(labels) + 1)
+    replicates = _scores_of_confusions(confusion)
+    if confidences is not None:
+        replicates["ece"] = _calibration_errors(np.asarray(confidences), predictions == truth, draws)
+        replicates["ece"] = recentre(scores["ece"], replicates["ece"]).clip(min=0)
+    return {name: Estimate(value, len(truth), replicates[name]) for name, value in scores.items()}
+
+
+def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of many confusion matrices `(n, n_types, n_types + 1)`; the last column holds any other prediction."""
+    support = confusion.sum(2)
+    hits = np.diagonal(confusion, axis1=1, axis2=2)
+    predicted = confusion[:, :, :-1].sum(1)
+    f1 = 2 * hits / np.maximum(support + predicted, 1)
+    present = support > 0  # a rare type may miss from a replicate; it is then no class of its average
+    recall = hits / np.maximum(support, 1)
+    return {
+        "accuracy": hits.sum(1) / support.sum(1),
+        "macro_f1": (f1 * present).sum(1) / present.sum(1),
+        "weighted_f1": (f1 * support).sum(1) / support.sum(1),
+        "balanced_accuracy": (recall * present).sum(1) / present.sum(1),
+    }
+
+
+def _calibration_errors(
+    confidences: np.ndarray, correct: np.ndarray, draws: np.ndarray, n_bins: int = N_BINS
+) -> np.ndarray:
+    bins = np.minimum((confidences * n_bins).astype(int), n_bins - 1)
+    gaps = np.zeros((len(bins), n_bins))
+    gaps[np.arange(len(bins)), bins] = correct - confidences
+    return np.abs(draws @ gaps).sum(1) / draws.sum(1)
+
+
+def _per_type(truth, train_labels, predictions, regression_labels) -> list[dict]:
+    rows = []
+    for label in np.unique(truth):
+        of_type = truth == label
+        row = {"type": str(label), "n_train": int((train_labels == label).sum()), "n_test": int(of_type.sum())}
+        for name, labels in ((MODEL_NAME, predictions), ("logistic regression", regression_labels)):
+            hits, named = int((labels[of_type] == label).sum()), int((labels == label).sum())
+            row[name] = {"recall": hits / row["n_test"], "precision": hits / named if named else None}
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["n_test"])
+
+
+def _confusion(truth, predictions) -> dict:
+    labels = sorted(set(truth), key=lambda label: (-(truth == label).sum(), label))
+    columns = labels + sorted(set(predictions) - set(labels))
+    counts = [[int(((truth == t) & (predictions == p)).sum()) for p in columns] for t in labels]
+    return {"labels": [str(label) for label in labels], "columns": [str(c) for c in columns], "counts": counts}
+
+
+def _calibration(confidences, correct, n_bins: int = 10) -> list[dict]:
+    confidences = np.asarray(confidences, dtype=np.float64)
+    bins = np.minimum((confidences * n_bins).astype(int), n_bins - 1)
+    return [
+        {
+            "confidence": float(confidences[bins == b].mean()),
+            "accuracy": float(np.mean(correct[bins == b])),
+            "n": int((bins == b).sum()),
+        }
+        for b in np.unique(bins)
+    ]
+
+
+def read_annotated(
+    path: str, test: LabelledCells, *, prediction_key: str, score_key: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Match an annotated `.h5ad` with the cells of the test split by barcode.
+
+    Args:
+        path: The annotated `.h5ad`.
+        test: The test split of the corpus.
+        prediction_key: obs column of predicted types.
+        score_key: obs column of confidences; may be absent.
+
+    Returns:
+        Rows of `test`, and the prediction and confidence of each (confidences `None` where the column is absent).
+    """
+    import anndata
+
+    obs = anndata.read_h5ad(path, backed="r").obs
+    if prediction_key not in obs:
+        raise ValueError(
+            f"{path} has no obs column {prediction_key!r}; it has {sorted(obs.columns)}. "
+            "Annotate it first (`scmmgpt annotate`), or name the column with --prediction-key."
+        )
+    row = {name: i for i, name in enumerate(test.names)}
+    shared = [name for name in obs.index.astype(str) if name in row]
+    if not shared:
+        raise ValueError(
+            f"None of the {len(obs)} cells of {path} is in the test split of the corpus ({len(test)} cells, such as "
+            f"{test.names[0]!r}). Annotate the held-out cells."
+        )
+    if len(shared) < len(obs):
+        logger.warning(
+            "%d of %d cells of %s are not in the test split and are left out.", len(obs) - len(shared), len(obs), path
+        )
+    if len(shared) < len(test):
+        logger.warning("%d of %d test cells were not annotated and are left out.", len(test) - len(shared), len(test))
+    part = obs.loc[shared]
+    scores = part[score_key].to_numpy(dtype=np.float64) if score_key in part else None
+    return np.array([row[name] for name in shared]), _as_labels(part[prediction_key]), scores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say where the annotation is; shared with the report."""
+    parser.add_argument("--annotated", required=True, help="annotated .h5ad of the held-out cells")
+    parser.add_argument(
+        "--prediction-key", default="scmmgpt_cell_type", help="obs column of predictions (%(default)s)"
+    )
+    parser.add_argument("--score-key", default="scmmgpt_score", help="obs column of confidences (%(default)s)")
+
+
+def run(
+    args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: baselines.TypePrediction
+) -> dict:
+    """Read the annotation that the arguments name and evaluate it; `regression` covers all test cells."""
+    rows, predictions, scores = read_annotated(
+        args.annotated, test, prediction_key=args.prediction_key, score_key=args.score_key
+    )
+    test, regression = test.take(rows), regression.take(rows)
+    return evaluate_annotation(
+        predictions, test.labels, train, test, confidences=scores, regression=regression, seed=args.seed
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m scmmgpt.eval annotation`."""
+    from scmmgpt.eval.__main__ import task_parser
+
+    parser = task_parser("annotation", "Score predicted cell types beside baselines on the same split.")
+    add_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    from scmmgpt.eval.__main__ import write_result
+
+    args = make_parser().parse_args(argv)
+    train, test = read_splits(args.corpus, label_key=args.label_key)
+    result = run(args, train, test, baselines.regression_on_shared_genes(train, test, seed=args.seed))
+    sys.stdout.write(format_table(result))
+    write_result(result, args.output)
+    return 0

@@ -1,0 +1,136 @@
+"""Real cells with labels, as evaluation needs them: sparse counts, symbols, types, from a corpus or an `.h5ad`."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+
+logger = logging.getLogger(__name__)
+
+TARGET_SUM = 1e4  # CP10k, as everywhere in the project
+MAX_CELLS = 50_000  # of a split; baselines do not gain from more, and evaluation stays in memory
+
+
+@dataclass(frozen=True)
+class LabelledCells:
+    """Cells of one split.
+
+    Args:
+        counts: Raw counts, CSR float32 of shape `(n_cells, n_genes)`.
+        total_counts: Library size over all genes of the source, shape `(n_cells,)`.
+        genes: Gene symbols, shape `(n_genes,)`.
+        labels: Cell types, shape `(n_cells,)`.
+        names: Barcodes, shape `(n_cells,)`.
+        obs: Further annotations that captions read, column name -> array of shape `(n_cells,)`.
+    """
+
+    counts: sparse.csr_matrix
+    total_counts: np.ndarray
+    genes: np.ndarray
+    labels: np.ndarray
+    names: np.ndarray
+    obs: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def expression(self) -> sparse.csr_matrix:
+        """log1p of counts per 10,000 of the library size, CSR float32 of shape `(n_cells, n_genes)`."""
+        scale = TARGET_SUM / np.maximum(self.total_counts, 1)
+        return sparse.csr_matrix(self.counts.multiply(scale[:, None]), dtype=np.float32).log1p()
+
+    def take(self, rows: np.ndarray) -> "LabelledCells":
+        """The cells at `rows`, in that order."""
+        return LabelledCells(
+            counts=self.counts[rows],
+            total_counts=self.total_counts[rows],
+            genes=self.genes,
+            labels=self.labels[rows],
+            names=self.names[rows],
+            obs={name: values[rows] for name, values in self.obs.items()},
+        )
+
+    def select_genes(self, genes: np.ndarray) -> "LabelledCells":
+        """The same cells over these genes, in that order; library sizes stay."""
+        column = {gene: i for i, gene in enumerate(self.genes)}
+        missing = [gene for gene in genes if gene not in column]
+        if missing:
+            raise ValueError(f"The cells have no genes {missing[:5]} ({len(missing)} in all). Pass shared genes only.")
+        return LabelledCells(
+            counts=self.counts[:, [column[gene] for gene in genes]],
+            total_counts=self.total_counts,
+            genes=np.asarray(genes),
+            labels=self.labels,
+            names=self.names,
+            obs=self.obs,
+        )
+
+
+def read_splits(corpus, *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
+    """The training cells and the held-out test cells of a corpus."""
+    return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
+
+
+def read_split(
+    corpus, split: str, *, label_key: str = "cell_type", max_cells: int = MAX_CELLS, seed: int = 0
+) -> LabelledCells:
+    """Read the labelled cells of a split.
+
+    Args:
+        corpus: An opened corpus (`scmmgpt.train.corpus.open_corpus`) or the path of one.
+        split: "train", "validation" or "test".
+        label_key: obs column with the cell type; cells without one are left out, and counted in the log.
+        max_cells: A larger split is sampled down to this many.
+        seed: Seed of that sample.
+
+    Returns:
+        Cells over the genes that occur in the split.
+    """
+    if isinstance(corpus, str | Path):
+        from scmmgpt.train.corpus import open_corpus
+
+        corpus = open_corpus(corpus)
+    n_cells = corpus.n_cells(split)
+    chosen = np.arange(n_cells)
+    if n_cells > max_cells:
+        chosen = np.sort(np.random.default_rng(seed).choice(n_cells, max_cells, replace=False))
+        logger.info("Sampled %d of the %d cells of split %r.", max_cells, n_cells, split)
+    blocks, tables, first = [], [], 0
+    width = len(corpus.gene_symbols)
+    for cells, table in corpus.iter_cells(split):
+        rows = chosen[(chosen >= first) & (chosen < first + len(cells))] - first
+        first += len(cells)
+        if not len(rows):
+            continue
+        part = cells[rows]
+        counts = np.asarray(part.counts, dtype=np.float32)
+        matrix = sparse.csr_matrix(
+            (counts, np.asarray(part.gene_ids, dtype=np.int64), part.indptr), shape=(len(part), width)
+        )
+        totals = part.total_counts if part.total_counts is not None else np.asarray(matrix.sum(1)).ravel()
+        blocks.append((matrix, np.asarray(totals, dtype=np.float64)))
+        tables.append(table.take(rows).to_pandas())
+    import pandas as pd
+
+    obs = pd.concat([table.astype(object) for table in tables], ignore_index=True)
+    counts = sparse.vstack([matrix for matrix, _ in blocks], format="csr")
+    symbols = corpus.gene_symbols
+    used = np.flatnonzero(np.asarray(counts.getnnz(axis=0)) > 0)
+    labelled = obs[label_key].notna().to_numpy()
+    if not labelled.any():
+        raise ValueError(f"No cell of split {split!r} has a {label_key!r}. Give the column of the true types.")
+    if not labelled.all():
+        logger.warning("Left out %d cells of split %r without a %r.", (~labelled).sum(), split, label_key)
+    obs = obs[labelled]
+    return LabelledCells(
+        counts=counts[labelled][:, used],
+        total_counts=np.concatenate([totals for _, totals in blocks])[labelled],
+        genes=symbols[used].astype(str),
+        labels=obs[label_key].to_numpy().astype(str),
+        names=obs["barcode"].to_numpy().astype(str),
+        obs={name: obs[name].to_numpy() for name in obs.columns},
+    )

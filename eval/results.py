@@ -1,0 +1,155 @@
+"""Result tables: every number with its interval, beside the baselines, and a verdict for each pair.
+
+A task measures `Estimate`s; `tabulate` turns them into the JSON that `metrics.json` and the report hold.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+N_RESAMPLES = 1000  # bootstrap replicates; the ends of a 95 % interval then vary by about a tenth of its width
+LEVEL = 0.95
+
+MODEL = "model"  # the checkpoint under test
+BASELINE = "baseline"  # what anyone could do without it
+CONTROL = "control"  # what chance gives: shuffled answers
+REFERENCE = "reference"  # knows the answer, or is the real thing: what a number means, not a rival
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a number means: its title, which direction is good (`None`: neither), and how it is made."""
+
+    title: str
+    higher_is_better: bool | None
+    about: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its bootstrap replicates.
+
+    Args:
+        value: The number itself, on all cells.
+        n: Cells (or pairs) that it rests on.
+        replicates: Values on resampled cells, shape `(n_resamples,)`, or `None` where no interval was computed.
+            Replicate i of two systems that were measured on the same cells rests on the same draw.
+    """
+
+    value: float
+    n: int
+    replicates: np.ndarray | None = None
+
+    @property
+    def interval(self) -> list[float] | None:
+        """The 95 % percentile interval, or `None`."""
+        return None if self.replicates is None else percentile_interval(self.replicates)
+
+
+def percentile_interval(replicates: np.ndarray, *, level: float = LEVEL) -> list[float] | None:
+    """Percentile interval of bootstrap replicates, leaving out those that could not be computed (NaN)."""
+    finite = np.asarray(replicates)[np.isfinite(replicates)]
+    if not len(finite):
+        return None
+    return np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
+
+
+def bootstrap_draws(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each of n cells occurs in each draw with replacement, int array of shape `(n_resamples, n)`."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+
+
+def mean_estimate(values: np.ndarray, draws: np.ndarray) -> Estimate:
+    """The mean of one value a cell, shape `(n,)`, and its replicates over `draws`, shape `(n_resamples, n)`."""
+    values = np.asarray(values, dtype=np.float64)
+    return Estimate(float(values.mean()), len(values), draws @ values / draws.sum(1))
+
+
+def recentre(value: float, replicates: np.ndarray) -> np.ndarray:
+    """Move replicates so that their mean is the value.
+
+    For statistics that resampling biases: repeated cells make means noisier and bins emptier than they are, which
+    would push every replicate to one side of the value. Width and shape of the interval stay.
+    """
+    finite = np.isfinite(replicates)
+    return replicates + (value - replicates[finite].mean()) if finite.any() else replicates
+
+
+def tabulate(
+    measures: Mapping[str, Measure],
+    systems: Mapping[str, str],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+) -> dict:
+    """Rows of a table and the verdict of each comparison.
+
+    Args:
+        measures: Name of a metric -> what it means.
+        systems: Name of a system -> its role (`MODEL`, `BASELINE`, `CONTROL`, `REFERENCE`); exactly one is the model.
+        estimates: `{system: {metric: Estimate}}`; a system may lack a metric.
+
+    Returns:
+        JSON-able dict of `measures`, `rows` (metric, system, role, value, ci, n) and `comparisons` (metric, system,
+        role, difference, ci, verdict). A difference is above zero where the model is better; the verdict is
+        "better" or "worse" where its interval excludes zero, "unclear" otherwise.
+    """
+    (model,) = (name for name, role in systems.items() if role == MODEL)
+    rows, comparisons = [], []
+    for metric, measure in measures.items():
+        for system, role in systems.items():
+            estimate = estimates[system].get(metric)
+            if estimate is None or not np.isfinite(estimate.value):
+                continue
+            rows.append(
+                {
+                    "metric": metric,
+                    "system": system,
+                    "role": role,
+                    "value": estimate.value,
+                    "ci": estimate.interval,
+                    "n": estimate.n,
+                }
+            )
+            ours = estimates[model].get(metric)
+            if role in (BASELINE, CONTROL) and ours is not None and measure.higher_is_better is not None:
+                comparison = _compare(ours, estimate, 1 if measure.higher_is_better else -1)
+                comparisons.append({"metric": metric, "system": system, "role": role} | comparison)
+    return {
+        "measures": {name: vars(measure) for name, measure in measures.items()},
+        "model": model,
+        "rows": rows,
+        "comparisons": comparisons,
+    }
+
+
+def _compare(ours: Estimate, theirs: Estimate, sign: int) -> dict:
+    interval = None
+    if ours.replicates is not None and theirs.replicates is not None:
+        interval = percentile_interval(sign * (ours.replicates - theirs.replicates))
+    verdict = "unclear"
+    if interval is not None and interval[0] > 0:
+        verdict = "better"
+    elif interval is not None and interval[1] < 0:
+        verdict = "worse"
+    return {"difference": sign * (ours.value - theirs.value), "ci": interval, "verdict": verdict}
+
+
+def format_table(result: dict) -> str:
+    """A result as plain text: one line a system, one column a metric, intervals below the values."""
+    metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
+    cells = {(row["system"], row["metric"]): row for row in result["rows"]}
+    systems = list(dict.fromkeys(row["system"] for row in result["rows"]))
+    width = max(len(system) for system in systems) + 2
+    widths = [max(len(result["measures"][m]["title"]), 18) + 2 for m in metrics]
+    titles = "".join(result["measures"][m]["title"].rjust(w) for m, w in zip(metrics, widths, strict=True))
+    lines = [" " * width + titles]
+    for system in systems:
+        values, intervals = "", ""
+        for metric, w in zip(metrics, widths, strict=True):
+            row = cells.get((system, metric))
+            values += ("" if row is None else f"{row['value']:.3f}").rjust(w)
+            ci = None if row is None else row["ci"]
+            intervals += ("" if ci is None else f"[{ci[0]:.3f}, {ci[1]:.3f}]").rjust(w)
+        lines += [system.ljust(width) + values, " " * width + intervals]
+    return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -1,0 +1,283 @@
+"""Baselines, and the three tasks that put them beside a model, on synthetic cells with planted markers."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+
+from scmmgpt.eval import baselines
+from scmmgpt.eval.annotation import MODEL_NAME, evaluate_annotation
+from scmmgpt.eval.cells import LabelledCells
+from scmmgpt.eval.description import evaluate_descriptions
+from scmmgpt.eval.generation import evaluate_generation
+from scmmgpt.eval.results import BASELINE, MODEL, Estimate, Measure, bootstrap_draws, mean_estimate, tabulate
+from scmmgpt.train.synthetic import synthetic_adata
+
+
+def labelled(n_obs, seed):
+    adata = synthetic_adata(n_obs, seed=seed, mean_total=100.0)
+    # Padding genes that are never expressed: a matrix as wide as real ones, with empty columns.
+    counts = sparse.hstack([adata.X, sparse.csr_matrix((n_obs, 20))], format="csr").astype(np.float32)
+    return LabelledCells(
+        counts=counts,
+        total_counts=np.asarray(counts.sum(1)).ravel(),
+        genes=np.array([*adata.var_names, *(f"EMPTY{i}" for i in range(20))]),
+        labels=adata.obs["cell_type"].to_numpy().astype(str),
+        names=np.array([f"{seed}-{name}" for name in adata.obs_names]),
+    )
+
+
+@pytest.fixture(scope="module")
+def train():
+    return labelled(120, seed=0)
+
+
+@pytest.fixture(scope="module")
+def test():
+    return labelled(60, seed=1)
+
+
+def rows(result, metric):
+    return {row["system"]: row["value"] for row in result["rows"] if row["metric"] == metric}
+
+
+# Types
+
+
+def test_expression_is_log1p_of_counts_per_ten_thousand(train):
+    first = train.counts[0].toarray()[0]
+    np.testing.assert_allclose(train.expression[0].toarray()[0], np.log1p(first / first.sum() * 1e4), rtol=1e-5)
+
+
+def test_majority_class_is_the_most_frequent_training_type():
+    prediction = baselines.majority_class(["a", "b", "b", "c"], 3)
+    assert prediction.labels.tolist() == ["b", "b", "b"]
+    assert prediction.confidences.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_logistic_regression_learns_the_planted_types(train, test):
+    prediction = baselines.logistic_regression(train.expression, train.labels, test.expression)
+    assert (prediction.labels == test.labels).mean() > 0.9
+    assert prediction.confidences.shape == (60,)
+
+
+def test_logistic_regression_is_sklearns_with_the_chosen_penalty(train, test):
+    prediction = baselines.logistic_regression(train.expression, train.labels, test.expression)
+    theirs = LogisticRegression(C=prediction.choices["C"], max_iter=500).fit(train.expression, train.labels)
+    np.testing.assert_array_equal(prediction.labels, theirs.predict(test.expression))
+
+
+def test_penalty_does_not_depend_on_the_cells_to_predict(train, test):
+    one = baselines.logistic_regression(train.expression, train.labels, test.expression)
+    two = baselines.logistic_regression(train.expression, train.labels, test.expression[:5] * 3)
+    assert one.choices == two.choices
+
+
+def test_a_type_with_a_single_training_cell_can_be_learnt(train, test):
+    labels = train.labels.copy()
+    labels[0] = "once"
+    prediction = baselines.logistic_regression(
+        train.expression, labels, train.expression[:1], inverse_penalties=[100.0]
+    )
+    assert prediction.labels.tolist() == ["once"]
+
+
+def test_too_few_cells_for_a_validation_part_are_refused():
+    with pytest.raises(ValueError, match="3 training cells of 2 types are too few"):
+        baselines.logistic_regression(np.eye(3), ["a", "a", "b"], np.eye(3))
+
+
+def test_nearest_centroid_by_hand():
+    x = np.array([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0]])
+    prediction = baselines.nearest_centroid(x, ["a", "a", "b"], np.array([[1.0, 1.0], [9.0, 0.0]]))
+    assert prediction.labels.tolist() == ["a", "b"]
+
+
+def test_nearest_centroid_is_the_same_for_sparse_and_dense(train, test):
+    ours = baselines.nearest_centroid(train.expression, train.labels, test.expression)
+    theirs = baselines.nearest_centroid(train.expression.toarray(), train.labels, test.expression.toarray())
+    np.testing.assert_array_equal(ours.labels, theirs.labels)
+
+
+# Texts
+
+
+def test_shuffling_keeps_the_answers_and_not_their_places():
+    values = [f"text {i}" for i in range(50)]
+    shuffled = baselines.shuffled(values)
+    assert sorted(shuffled) == sorted(values)
+    assert (shuffled != np.array(values, dtype=object)).mean() > 0.8
+
+
+def test_training_captions_come_from_cells_of_the_label():
+    texts = baselines.training_captions(["b", "a", "b"], ["a", "b", "b"], ["of a", "of b", "also of b"])
+    assert texts[1] == "of a"
+    assert {texts[0], texts[2]} <= {"of b", "also of b"}
+
+
+def test_an_unseen_type_is_named_in_the_error():
+    with pytest.raises(ValueError, match="No training cell is of type 'c'"):
+        baselines.sample_rows(["c"], ["a", "b"])
+
+
+# Cells
+
+
+def test_mean_cells_are_the_mean_profile_of_their_type(train):
+    cells = baselines.mean_cells(["B cell", "T cell", "B cell"], train)
+    theirs = train.expression.toarray()[train.labels == "B cell"].mean(0)
+    np.testing.assert_allclose(cells[0], theirs, rtol=1e-5)
+    np.testing.assert_array_equal(cells[0], cells[2])
+
+
+def test_poisson_cells_have_the_profile_of_their_type_and_differ(train):
+    cells = baselines.poisson_cells(["B cell"] * 400, train)
+    of_type = train.labels == "B cell"
+    share = np.asarray(train.counts[of_type].sum(0)).ravel() / train.total_counts[of_type].sum()
+    np.testing.assert_allclose(np.expm1(cells).mean(0) / 1e4, share, atol=0.01)
+    assert len(np.unique(cells, axis=0)) == 400
+
+
+def test_real_cells_are_training_cells_of_the_type(train):
+    cells = baselines.real_cells(["T cell"] * 5, train)
+    pool = train.expression.toarray()[train.labels == "T cell"]
+    assert all((pool == cell).all(1).any() for cell in cells)
+
+
+# Tables
+
+
+def test_interval_of_a_mean_has_the_width_of_the_normal_one():
+    values = np.r_[np.zeros(200), np.ones(200)]
+    low, high = mean_estimate(values, bootstrap_draws(400, n_resamples=4000)).interval
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.005)
+
+
+def test_a_difference_on_the_same_cells_is_paired():
+    draws = bootstrap_draws(100)
+    right = np.r_[np.ones(60), np.zeros(40)]
+    almost = np.r_[np.ones(55), np.zeros(45)]  # wrong on five cells more, and nowhere else
+    table = tabulate(
+        {"accuracy": Measure("accuracy", True, "")},
+        {"ours": MODEL, "theirs": BASELINE},
+        {"ours": {"accuracy": mean_estimate(right, draws)}, "theirs": {"accuracy": mean_estimate(almost, draws)}},
+    )
+    (comparison,) = table["comparisons"]
+    assert comparison["difference"] == pytest.approx(0.05)
+    assert comparison["verdict"] == "better"
+    assert comparison["ci"][1] < 0.12
+
+
+def test_lower_is_better_turns_the_sign():
+    table = tabulate(
+        {"distance": Measure("distance", False, "")},
+        {"ours": MODEL, "theirs": BASELINE},
+        {name: {"distance": Estimate(v, 3, np.full(10, v))} for name, v in (("ours", 2.0), ("theirs", 1.0))},
+    )
+    assert table["comparisons"][0]["difference"] == -1
+    assert table["comparisons"][0]["verdict"] == "worse"
+
+
+# Tasks
+
+
+def test_annotation_stands_beside_its_baselines(train, test):
+    result = evaluate_annotation(test.labels, test.labels, train, test, confidences=np.ones(60), n_resamples=200)
+    accuracy = rows(result, "accuracy")
+    assert accuracy[MODEL_NAME] == 1
+    assert accuracy["majority class"] == 0.25
+    assert accuracy["shuffled labels"] < 0.5 < accuracy["logistic regression"]
+    assert rows(result, "ece")[MODEL_NAME] == 0
+    assert np.trace(result["confusion"]["counts"]) == 60
+    verdicts = {c["system"]: c["verdict"] for c in result["comparisons"] if c["metric"] == "accuracy"}
+    assert verdicts["majority class"] == verdicts["shuffled labels"] == "better"
+
+
+def test_bootstrap_of_annotation_scores_is_centred_on_sklearns(train, test):
+    rng = np.random.default_rng(0)
+    guess = np.where(rng.random(60) < 0.7, test.labels, "T cell")
+    result = evaluate_annotation(guess, test.labels, train, test, n_resamples=500)
+    for row in result["rows"]:
+        low, high = row["ci"]
+        assert low <= row["value"] <= high
+
+
+def test_missing_predictions_are_wrong_not_dropped(train, test):
+    guess = test.labels.astype(object)
+    guess[:15] = None
+    result = evaluate_annotation(guess, test.labels, train, test, n_resamples=50)
+    assert rows(result, "accuracy")[MODEL_NAME] == 0.75
+    assert result["confusion"]["columns"][-1] == "unknown"
+
+
+def bag_of_words(texts):
+    """An embedder for tests: letter counts, unit length."""
+    counts = np.array(
+        [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyzBT"] for text in texts], dtype=float
+    )
+    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1)
+
+
+def test_descriptions_stand_beside_looked_up_captions(train, test):
+    references = [f"This cell is of the type {label}, from blood." for label in test.labels]
+    result = evaluate_descriptions(
+        references,
+        references,
+        test.labels,
+        train.labels,
+        baseline_labels=np.roll(test.labels, 1),
+        train_texts=[f"A cell: {label}." for label in train.labels],
+        embed=bag_of_words,
+        n_resamples=200,
+    )
+    named = rows(result, "named_type_accuracy")
+    assert named[MODEL_NAME] == named["label-only caption, true label"] == 1
+    assert named["label of logistic regression"] == 0
+    assert named["shuffled descriptions"] < 0.5
+    assert rows(result, "bleu")[MODEL_NAME] == pytest.approx(100)
+    assert {sample["cell_type"] for sample in result["samples"][:4]} == set(test.labels)
+    for row in result["rows"]:
+        assert row["ci"] is None or row["ci"][0] - 1e-9 <= row["value"] <= row["ci"][1] + 1e-9
+
+
+def test_an_empty_description_names_nothing(train, test):
+    texts = ["" for _ in test.labels]
+    result = evaluate_descriptions(
+        texts, [f"A {label}." for label in test.labels], test.labels, train.labels, embed=bag_of_words, n_resamples=50
+    )
+    assert rows(result, "named_type_accuracy")[MODEL_NAME] == 0
+    assert result["parsing"]["no_type_named"] == 1
+
+
+def test_generated_cells_stand_beside_profiles_and_real_cells(train, test):
+    prompts = np.repeat(np.unique(test.labels), 20)
+    generated = baselines.real_cells(prompts, train, seed=9)
+    result = evaluate_generation(generated, prompts, train.genes, train, test, n_resamples=200)
+    accuracy, distance = rows(result, "knn_accuracy_5"), rows(result, "energy_distance")
+    assert accuracy[MODEL_NAME] > 0.9 > 0.5 > accuracy["shuffled prompts"]
+    assert distance[MODEL_NAME] < distance["mean profile"]
+    assert distance[MODEL_NAME] < distance["shuffled prompts"]
+    diversity = rows(result, "diversity")
+    assert diversity["mean profile"] == pytest.approx(0, abs=1e-6)
+    assert diversity[MODEL_NAME] == pytest.approx(1, abs=0.15)
+
+
+def test_genes_may_come_in_any_order(train, test):
+    prompts = np.repeat(np.unique(test.labels), 10)
+    generated = baselines.poisson_cells(prompts, train)
+    order = np.random.default_rng(0).permutation(len(train.genes))
+    one = evaluate_generation(generated, prompts, train.genes, train, test, n_resamples=20)
+    two = evaluate_generation(generated[:, order], prompts, train.genes[order], train, test, n_resamples=20)
+    assert rows(one, "energy_distance")[MODEL_NAME] == pytest.approx(
+        rows(two, "energy_distance")[MODEL_NAME], rel=1e-4
+    )
+
+
+def test_generated_genes_that_no_real_cell_has_are_an_error(train, test):
+    with pytest.raises(ValueError, match="share 0 genes"):
+        evaluate_generation(np.ones((4, 3)), ["B cell"] * 4, ["x", "y", "z"], train, test)
+
+
+def test_prompts_that_no_real_cell_has_are_an_error(train, test):
+    with pytest.raises(ValueError, match="--prompt-key"):
+        evaluate_generation(np.ones((4, 60)), ["dragon"] * 4, train.genes, train, test)
