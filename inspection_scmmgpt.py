@@ -60,6 +60,7 @@ MIN_GENES = 20  # a handful of matching genes is an accident, whatever its share
 N_SAMPLED_ROWS = 512  # rows looked at for a verdict, in 8 blocks spread over the matrix
 N_BLOCKS = 8
 CHUNK_ROWS = 8192  # rows converted at a time
+DENSE_CHUNK_VALUES = 2**24  # values of a dense matrix looked at at a time
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
 # Kept by velocity pipelines beside the total counts; a part of the reads only, so never chosen unasked.
@@ -916,23 +917,34 @@ class InputPlan:
 
     def convert(self, adata: Any) -> Cells:
         """Cells of `adata`, or of any chunk of the data that the plan was made for (same variables)."""
+        parts = list(self.iter_cells(adata))
+        return parts[0] if len(parts) == 1 else Cells.concatenate(parts)
+
+    def iter_cells(self, adata: Any, chunk_size: int | None = None) -> Iterator[Cells]:
+        """Cells of `adata`, `chunk_size` at a time (by default as many as are quick to convert at once)."""
         matrix = _row_major(_matrix(adata, self.source))
-        n_cells = matrix.shape[0]
+        n_cells, n_vars = matrix.shape
+        if n_vars != len(self.match.ids):
+            raise ValueError(
+                f"{self.source} has {n_vars} variables, but its plan was made for {len(self.match.ids)}: "
+                "chunks of one dataset have the same variables. Make a new plan with `plan_input`."
+            )
+        if chunk_size is None:
+            chunk_size = CHUNK_ROWS
+            if not hasattr(matrix[:0], "tocsr"):
+                chunk_size = max(1, min(CHUNK_ROWS, DENSE_CHUNK_VALUES // max(1, n_vars)))
         names = [str(n) for n in adata.obs_names]
         var_names = _variables(adata, self.source).index
         cell_ids = hash_names(names)
-        parts, failed = [], 0
-        for start in range(0, n_cells, CHUNK_ROWS):
-            rows = read_rows(matrix, start, min(start + CHUNK_ROWS, n_cells))
-            _check_values(rows, names[start : start + CHUNK_ROWS], var_names, self.source)
-            counts, size, n_failed = _convert_rows(rows.columns(self.match.is_gene), self.verdict)
-            failed += n_failed
-            cells = Cells.from_csr(counts, self.match.ids, cell_ids=cell_ids[start : start + CHUNK_ROWS])
-            cells.total_counts = size.astype(np.float32)
-            parts.append(cells)
-        cells = parts[0] if len(parts) == 1 else Cells.concatenate(parts)
-        self._count(cells, failed)
-        return cells
+        for start in range(0, max(n_cells, 1), chunk_size):
+            here = slice(start, min(start + chunk_size, n_cells))
+            rows = read_rows(matrix, here.start, here.stop)
+            _check_values(rows, names[here], var_names, self.source)
+            counts, totals, failed = _convert_rows(rows.columns(self.match.is_gene), self.verdict)
+            cells = Cells.from_csr(counts, self.match.ids, cell_ids=cell_ids[here])
+            cells.total_counts = totals.astype(np.float32)
+            self._count(cells, failed)
+            yield cells
 
     def _count(self, cells: Cells, failed: int) -> None:
         lengths = np.diff(cells.indptr)
@@ -1193,14 +1205,19 @@ def read_cells(
     return cells, plan.report
 
 
-def iter_cells(
-    adata: Any, gene_index: GeneIndex, *, chunk_size: int = CHUNK_ROWS, plan: InputPlan | None = None, **options: Any
-) -> Iterator[Cells]:
-    """Read a (backed) AnnData in chunks of `chunk_size` cells; together they are the cells of `read_cells`."""
+def iter_cells(adata: Any, gene_index: GeneIndex, *, chunk_size: int = CHUNK_ROWS, **options: Any) -> Iterator[Cells]:
+    """Read (backed) data in chunks of `chunk_size` cells; together they are the cells of `read_cells`.
+
+    Args:
+        adata: As for `plan_input`, of which `options` are the keyword arguments.
+        gene_index: The model's genes.
+        chunk_size: Cells per chunk. It changes no cell.
+        **options: `layer`, `assume`, `gene_column`, `organism`, `force`.
+    """
     adata = _modality(adata)
-    plan = plan or plan_input(adata, gene_index, **options)
-    for start in range(0, adata.shape[0], chunk_size):
-        yield plan.convert(adata[start : start + chunk_size])
+    plan = plan_input(adata, gene_index, **options)
+    yield from plan.iter_cells(adata, chunk_size)
+    finish_report(plan.report)
 
 
 def finish_report(report: dict[str, Any]) -> None:

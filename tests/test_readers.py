@@ -1,0 +1,262 @@
+"""Every format gives the same cells, whole or in chunks; every broken file gives one clear error."""
+
+import gzip
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse as sp
+
+from scmmgpt.train.readers import CellFile, DiskRows, iter_chunks, read_file
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2")
+
+GENES = ["ACTB", "GAPDH", "CD3E", "CD19", "MS4A1", "MALAT1", "B2M"]
+CELLS = [f"AAAC{i:02d}-1" for i in range(12)]
+
+
+@pytest.fixture
+def counts():
+    return np.random.default_rng(0).poisson(1.0, (12, 7)).astype(np.float32)
+
+
+@pytest.fixture
+def cells(counts):
+    adata = ad.AnnData(sp.csr_matrix(counts), pd.DataFrame(index=CELLS), pd.DataFrame(index=GENES))
+    adata.obs["cell_type"] = ["B cell", "T cell"] * 6
+    return adata
+
+
+def write_h5ad(adata, folder):
+    adata.write_h5ad(folder / "cells.h5ad")
+    return folder / "cells.h5ad"
+
+
+def write_h5ad_by_column(adata, folder):
+    adata = adata.copy()
+    adata.X = adata.X.tocsc()
+    return write_h5ad(adata, folder)
+
+
+def write_h5ad_dense(adata, folder):
+    adata = adata.copy()
+    adata.X = adata.X.toarray()
+    return write_h5ad(adata, folder)
+
+
+def write_zarr(adata, folder):
+    adata.write_zarr(folder / "cells.zarr")
+    return folder / "cells.zarr"
+
+
+def write_h5mu(adata, folder):
+    with h5py.File(folder / "cells.h5mu", "w") as file:
+        ad.io.write_elem(file, "mod/rna", adata)
+    return folder / "cells.h5mu"
+
+
+def write_10x_h5(adata, folder):
+    with h5py.File(folder / "cells.h5", "w") as file:
+        group = file.create_group("matrix")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(adata.X, name)
+        group["shape"] = adata.shape[::-1]
+        group["barcodes"] = np.array(CELLS, dtype="S")
+        group["features/id"] = np.array([f"ENSG{i:011d}" for i in range(7)], dtype="S")
+        group["features/name"] = np.array(GENES, dtype="S")
+        group["features/feature_type"] = np.array(["Gene Expression"] * 7, dtype="S")
+    return folder / "cells.h5"
+
+
+def write_10x_h5_version_2(adata, folder):
+    with h5py.File(folder / "cells.h5", "w") as file:
+        group = file.create_group("GRCh38")
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(adata.X, name)
+        group["shape"] = adata.shape[::-1]
+        group["barcodes"] = np.array(CELLS, dtype="S")
+        group["genes"] = np.array([f"ENSG{i:011d}" for i in range(7)], dtype="S")
+        group["gene_names"] = np.array(GENES, dtype="S")
+    return folder / "cells.h5"
+
+
+def write_loom(adata, folder):
+    with h5py.File(folder / "cells.loom", "w") as file:
+        file["matrix"] = adata.X.toarray().T
+        file["row_attrs/Gene"] = np.array(GENES, dtype="S")
+        file["col_attrs/CellID"] = np.array(CELLS, dtype="S")
+    return folder / "cells.loom"
+
+
+def write_mtx(adata, folder):
+    scipy.io.mmwrite(folder / "matrix.mtx", adata.X.T)
+    (folder / "matrix.mtx.gz").write_bytes(gzip.compress((folder / "matrix.mtx").read_bytes()))
+    (folder / "matrix.mtx").unlink()
+    features = "".join(f"ENSG{i:011d}\t{gene}\tGene Expression\n" for i, gene in enumerate(GENES))
+    (folder / "features.tsv.gz").write_bytes(gzip.compress(features.encode()))
+    (folder / "barcodes.tsv.gz").write_bytes(gzip.compress("\n".join(CELLS).encode()))
+    return folder
+
+
+def write_csv(adata, folder):
+    adata.to_df().to_csv(folder / "cells.csv")
+    return folder / "cells.csv"
+
+
+def write_tsv_of_genes_by_cells(adata, folder):
+    adata.to_df().T.to_csv(folder / "cells.tsv.gz", sep="\t")
+    return folder / "cells.tsv.gz"
+
+
+FORMATS = [
+    write_h5ad,
+    write_h5ad_by_column,
+    write_h5ad_dense,
+    write_zarr,
+    write_h5mu,
+    write_10x_h5,
+    write_10x_h5_version_2,
+    write_loom,
+    write_mtx,
+    write_csv,
+    write_tsv_of_genes_by_cells,
+]
+
+
+def dense(matrix):
+    return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_every_format_gives_the_same_cells(write, cells, counts, tmp_path):
+    adata = read_file(write(cells, tmp_path))
+    np.testing.assert_array_equal(dense(adata.X), counts)
+    assert list(adata.obs_names) == CELLS
+    assert list(adata.var_names) == GENES
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_chunks_put_together_are_the_whole(write, cells, counts, tmp_path):
+    chunks = list(iter_chunks(write(cells, tmp_path), 5))
+    assert [chunk.n_obs for chunk in chunks] == [5, 5, 2]
+    np.testing.assert_array_equal(np.concatenate([dense(chunk.X) for chunk in chunks]), counts)
+    assert [name for chunk in chunks for name in chunk.obs_names] == CELLS
+
+
+def test_layers_raw_and_obs_stay_with_their_rows(cells, counts, tmp_path):
+    cells.layers["counts"] = cells.X * 2
+    cells.raw = cells
+    chunk = list(iter_chunks(write_h5ad(cells, tmp_path), 5))[1]
+    np.testing.assert_array_equal(dense(chunk.layers["counts"]), counts[5:10] * 2)
+    np.testing.assert_array_equal(dense(chunk.raw.X), counts[5:10])
+    assert list(chunk.obs["cell_type"]) == list(cells.obs["cell_type"][5:10])
+
+
+def test_a_backed_file_reads_only_the_rows_asked_for(cells, tmp_path):
+    with read_file(write_h5ad(cells, tmp_path), backed=True) as file:
+        assert isinstance(file, CellFile)
+        assert isinstance(file.X, DiskRows)
+        assert file[3:5].X[0:2].shape == (2, 7)
+
+
+def test_a_large_matrix_stored_by_column_is_gathered_in_blocks(cells, counts, tmp_path, monkeypatch):
+    monkeypatch.setattr("scmmgpt.train.readers.COLUMN_MAJOR_IN_MEMORY", 0)
+    monkeypatch.setattr("scmmgpt.train.readers.COLUMN_ENTRIES", 10)
+    chunks = list(iter_chunks(write_h5ad_by_column(cells, tmp_path), 5))
+    np.testing.assert_array_equal(np.concatenate([dense(chunk.X) for chunk in chunks]), counts)
+
+
+def test_text_columns_of_a_table_become_annotations(cells, tmp_path):
+    table = cells.to_df()
+    table.insert(0, "cell_type", cells.obs["cell_type"])
+    table.to_csv(tmp_path / "cells.csv")
+    assert list(read_file(tmp_path / "cells.csv").obs["cell_type"]) == list(cells.obs["cell_type"])
+
+
+def test_a_table_written_by_r_has_one_name_less_in_its_header(cells, counts, tmp_path):
+    lines = cells.to_df().T.to_csv(sep="\t").splitlines()
+    (tmp_path / "cells.txt").write_text("\n".join([lines[0].lstrip("\t"), *lines[1:]]))
+    adata = read_file(tmp_path / "cells.txt")
+    np.testing.assert_array_equal(dense(adata.X), counts)
+
+
+def truncated(cells, folder):
+    path = write_h5ad(cells, folder)
+    path.write_bytes(path.read_bytes()[:9000])
+    return path
+
+
+def named(name, content):
+    def write(cells, folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return write
+
+
+def without_barcodes(cells, folder):
+    write_mtx(cells, folder)
+    (folder / "barcodes.tsv.gz").unlink()
+    return folder
+
+
+def of_other_files(cells, folder):
+    write_mtx(cells, folder)
+    (folder / "barcodes.tsv.gz").write_bytes(gzip.compress(b"one\ntwo"))
+    return folder
+
+
+def bare_hdf5(cells, folder):
+    with h5py.File(folder / "cells.h5ad", "w") as file:
+        file["pictures"] = [1]
+    return folder / "cells.h5ad"
+
+
+def short_matrix(cells, folder):
+    path = write_h5ad(cells, folder)
+    with h5py.File(path, "a") as file:
+        values = file["X/data"][:-3]
+        del file["X/data"]
+        file["X/data"] = values
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "words"),
+    [
+        (lambda cells, folder: folder / "nothing.h5ad", FileNotFoundError, r"no file .*nothing\.h5ad"),
+        (truncated, ValueError, r"truncated: 9,000 of .* copy it again"),
+        (named("cells.h5ad", b""), ValueError, r"empty \(0 bytes\)"),
+        (named("cells.h5ad", b"a text"), ValueError, r"not an HDF5 file"),
+        (named("cells.h5ad", gzip.compress(b"x")), ValueError, r"gunzip"),
+        (named("cells.rds", b"X"), ValueError, r"R object.*anndataR"),
+        (named("cells.pdf", b"X"), ValueError, r"no format that is read: \.h5ad"),
+        (named("cells.csv", b"\n"), ValueError, r"no lines|no column of numbers"),
+        (named("cells.csv", b"name,what\na,b\nc,d\n"), ValueError, r"no column of numbers"),
+        (named("cells.csv.gz", b"\x1f\x8b\x08\x00"), ValueError, r"damaged"),
+        (named("cells.mtx", b"%%MatrixMarket"), FileNotFoundError, r"no features\.tsv"),
+        (without_barcodes, FileNotFoundError, r"no barcodes\.tsv"),
+        (of_other_files, ValueError, r"7 features and 2 barcodes.*do not belong together"),
+        (bare_hdf5, ValueError, r"neither AnnData.*pictures"),
+        (lambda cells, folder: folder, ValueError, r"neither a \.zarr nor.*nothing"),
+    ],
+)
+def test_a_file_that_cannot_be_read_gets_one_clear_error(write, error, words, cells, tmp_path):
+    path = write(cells, tmp_path)
+    for backed in (False, True):
+        with pytest.raises(error, match=words):
+            read_file(path, backed=backed)
+
+
+def test_a_damaged_sparse_matrix_is_refused_before_it_is_read(cells, tmp_path):
+    with pytest.raises(ValueError, match="the file is damaged"):
+        read_file(short_matrix(cells, tmp_path), backed=True)
+
+
+def test_a_chunk_has_at_least_one_cell(cells, tmp_path):
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        next(iter_chunks(write_h5ad(cells, tmp_path), 0))

@@ -1,0 +1,575 @@
+"""Files of cells: one function to open any of them, in memory or in chunks, one clear error where that cannot be.
+
+    adata = read_file("cells.h5ad")                     # in memory
+    file = read_file("atlas.h5ad", backed=True)         # on disk: rows are read when they are asked for
+    for chunk in iter_chunks("atlas.h5ad", 10_000):     # AnnData after AnnData
+        ...
+
+| format                                       | matrix on disk                    | larger than memory            |
+| -------------------------------------------- | --------------------------------- | ----------------------------- |
+| `.h5ad`, `.zarr`, `.h5mu` (its RNA part)     | sparse or dense, by row or column | by rows; if by column, slowly |
+| 10x `.h5` (version 2, version 3, CellBender) | sparse, by cell                   | by rows                       |
+| `.loom`                                      | dense, genes x cells              | by rows                       |
+| mtx folder of 10x, STARsolo, kallisto        | text triplets                     | sparse, it has to fit         |
+| `.csv`, `.tsv`, `.txt`, also compressed      | text, either way round            | sparse, it has to fit         |
+"""
+
+import gzip
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+
+logger = logging.getLogger(__name__)
+
+TEXT_ROWS = 2000  # lines of a table parsed at a time
+COLUMN_MAJOR_IN_MEMORY = 2**30  # bytes up to which a matrix stored by column is read whole and turned around
+COLUMN_ENTRIES = 2**24  # entries read at a time from a larger one
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".tab")
+KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv"
+R_RECIPE = (
+    "Save it from R with `anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or `anndataR::as_AnnData` for a "
+    "SingleCellExperiment) and pass the .h5ad file."
+)
+# Names by which the genes' side of a table is told from the cells' side, whatever the species' spelling.
+GENE_NAME = re.compile(r"^(ENS[A-Z]*G\d{6,}|RP[LS]\d+|MT-|ACTB$|GAPDH$|B2M$|MALAT1$|CD\d+[A-Z]?$|HLA-|EEF1A1$)", re.I)
+
+
+class DiskRows:
+    """A compressed sparse matrix on disk (HDF5 or Zarr) of which slices of rows can be read.
+
+    Args:
+        data, indices, indptr: The arrays of the matrix on disk.
+        shape: Cells x variables.
+        by_column: Whether it is compressed by variable (CSC). A small one is read whole and turned around once; of a
+            larger one all columns are passed over for each slice, so slices should be long.
+    """
+
+    format = "csr"
+
+    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int], *, by_column: bool = False):
+        self.data, self.indices, self.shape, self.by_column = data, indices, shape, by_column
+        self.indptr = np.asarray(indptr[:], dtype=np.int64)
+        self.dtype = data.dtype
+        size = shape[1] if by_column else shape[0]
+        if len(self.indptr) != size + 1 or self.indptr[-1] != data.shape[0]:
+            raise ValueError(
+                f"A sparse matrix of {size} {'columns' if by_column else 'rows'} has {len(self.indptr)} row pointers "
+                f"up to {self.indptr[-1]} and {data.shape[0]} values: the file is damaged. Write or copy it again."
+            )
+        self._turned: sp.csr_matrix | None = None
+
+    def __getitem__(self, rows: slice) -> sp.csr_matrix:
+        start, stop, _ = rows.indices(self.shape[0])
+        stop = max(start, stop)
+        if not self.by_column:
+            first, last = int(self.indptr[start]), int(self.indptr[stop])
+            arrays = (self.data[first:last], self.indices[first:last], self.indptr[start : stop + 1] - first)
+            return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]))
+        if self.data.shape[0] * (self.data.dtype.itemsize + self.indices.dtype.itemsize) <= COLUMN_MAJOR_IN_MEMORY:
+            if self._turned is None:
+                whole = (self.data[:], self.indices[:], self.indptr)
+                self._turned = sp.csc_matrix(whole, shape=self.shape).tocsr()
+            return self._turned[start:stop]
+        return self._gather(start, stop)
+
+    def _gather(self, start: int, stop: int) -> sp.csr_matrix:
+        """Rows of a matrix stored by column, one block of columns after another."""
+        rows, columns, values = [], [], []
+        first = 0
+        while first < self.shape[1]:
+            last = int(np.searchsorted(self.indptr, self.indptr[first] + COLUMN_ENTRIES, side="right")) - 1
+            last = min(max(last, first + 1), self.shape[1])
+            entries = slice(int(self.indptr[first]), int(self.indptr[last]))
+            row = self.indices[entries]
+            here = (row >= start) & (row < stop)
+            column = np.repeat(np.arange(first, last), np.diff(self.indptr[first : last + 1]))
+            rows.append(row[here] - start)
+            columns.append(column[here])
+            values.append(self.data[entries][here])
+            first = last
+        coordinates = (np.concatenate(rows), np.concatenate(columns))
+        return sp.csr_matrix((np.concatenate(values), coordinates), shape=(stop - start, self.shape[1]))
+
+
+class DiskTransposed:
+    """A dense genes x cells array on disk, read by cells."""
+
+    format = "csr"
+
+    def __init__(self, array: Any):
+        self.array, self.dtype = array, array.dtype
+        self.shape = (array.shape[1], array.shape[0])
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.array[:, rows].T
+
+
+class RowSlice:
+    """Some consecutive rows of a matrix on disk, still on disk."""
+
+    format = "csr"
+
+    def __init__(self, matrix: Any, start: int, stop: int):
+        self.matrix, self.start, self.dtype = matrix, start, matrix.dtype
+        self.shape = (stop - start, matrix.shape[1])
+
+    def __getitem__(self, rows: slice) -> Any:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.matrix[self.start + start : self.start + max(start, stop)]
+
+
+class RawPart:
+    """The `raw` part of a file: a matrix with variables of its own."""
+
+    def __init__(self, X: Any, var: pd.DataFrame):
+        self.X, self.var = X, var
+
+    @property
+    def var_names(self) -> pd.Index:
+        """Names of the variables."""
+        return self.var.index
+
+
+class CellFile:
+    """A file of cells whose tables are in memory and whose matrices are on disk, with the parts of an AnnData.
+
+    What reads AnnData by duck typing (`scmmgpt.inspection_scmmgpt`) reads this. A slice of cells is a `CellFile`
+    again; `to_memory` makes an AnnData of it.
+    """
+
+    def __init__(
+        self,
+        X: Any,
+        obs: pd.DataFrame,
+        var: pd.DataFrame,
+        *,
+        layers: dict[str, Any] | None = None,
+        raw: RawPart | None = None,
+        uns: dict[str, Any] | None = None,
+        handle: Any = None,
+    ):
+        self.X, self.obs, self.var, self.raw = X, obs, var, raw
+        self.layers, self.uns = dict(layers or {}), dict(uns or {})
+        self.isbacked = handle is not None
+        self._handle = handle
+        expected = (len(obs), len(var))
+        for name, matrix in {"X": X, **self.layers}.items():
+            if matrix is not None and tuple(matrix.shape) != expected:
+                raise ValueError(
+                    f"{name} has shape {tuple(matrix.shape)}, but the file names {expected[0]} cells and "
+                    f"{expected[1]} variables: it is damaged or was put together by hand. Write it again."
+                )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and variables."""
+        return len(self.obs), len(self.var)
+
+    @property
+    def n_obs(self) -> int:
+        """Cells."""
+        return len(self.obs)
+
+    @property
+    def n_vars(self) -> int:
+        """Variables."""
+        return len(self.var)
+
+    @property
+    def obs_names(self) -> pd.Index:
+        """Barcodes."""
+        return self.obs.index
+
+    @property
+    def var_names(self) -> pd.Index:
+        """Names of the variables."""
+        return self.var.index
+
+    def __len__(self) -> int:
+        return len(self.obs)
+
+    def __getitem__(self, rows: slice) -> "CellFile":
+        start, stop, _ = rows.indices(self.n_obs)
+        stop = max(start, stop)
+
+        def part(matrix: Any) -> Any:
+            return None if matrix is None else RowSlice(matrix, start, stop)
+
+        return CellFile(
+            part(self.X),
+            self.obs.iloc[start:stop],
+            self.var,
+            layers={name: part(matrix) for name, matrix in self.layers.items()},
+            raw=None if self.raw is None else RawPart(part(self.raw.X), self.raw.var),
+            uns=self.uns,
+            handle=self._handle,
+        )
+
+    def to_memory(self) -> anndata.AnnData:
+        """An AnnData of these cells, all matrices read."""
+        adata = anndata.AnnData(
+            None if self.X is None else _in_memory(self.X),
+            obs=self.obs.copy(),
+            var=self.var.copy(),
+            layers={name: _in_memory(matrix) for name, matrix in self.layers.items()},
+            uns=dict(self.uns),
+        )
+        if self.raw is not None:
+            adata.raw = anndata.AnnData(_in_memory(self.raw.X), obs=adata.obs[[]], var=self.raw.var.copy())
+        return adata
+
+    def close(self) -> None:
+        """Close the file; its matrices cannot be read after that."""
+        if hasattr(self._handle, "close"):
+            self._handle.close()
+
+    def __enter__(self) -> "CellFile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _in_memory(matrix: Any) -> Any:
+    return matrix[0 : matrix.shape[0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: str | Path, *, backed: bool = False) -> anndata.AnnData | CellFile:
+    """Open a file or folder of cells of any known format.
+
+    Args:
+        path: File or folder.
+        backed: Leave the matrices on disk and read rows when asked for, for files larger than memory.
+
+    Returns:
+        An AnnData, or with `backed` a `CellFile`, which has the same parts.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: if it is empty, truncated, damaged or of no format that is known.
+    """
+    path = Path(path)
+    kind, opener = _format(path)
+    try:
+        if kind == "h5ad" and not backed:
+            _open_hdf5(path).close()  # says clearly what is wrong with a damaged file
+            return anndata.read_h5ad(path)
+        if kind == "zarr" and not backed:
+            return anndata.read_zarr(path)
+        if kind == "h5mu" and not backed:
+            with _open_hdf5(path) as file:
+                return anndata.io.read_elem(_rna(path, file))
+        file = opener(path)
+        return file if backed else file.to_memory()
+    except (ValueError, TypeError, FileNotFoundError):
+        raise
+    except Exception as error:  # whatever a damaged file makes h5py, zarr, pandas or anndata raise
+        raise ValueError(
+            f"{path} cannot be read as {kind} ({type(error).__name__}: {error}): it is damaged or not what its name "
+            "says. Write or copy it again."
+        ) from error
+
+
+def iter_chunks(path: str | Path, chunk_size: int = 10_000) -> Iterator[anndata.AnnData]:
+    """Read a file as one AnnData of at most `chunk_size` cells after another, in order."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1.")
+    with read_file(path, backed=True) as file:
+        for start in range(0, file.n_obs, chunk_size):
+            yield file[start : start + chunk_size].to_memory()
+
+
+def _format(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
+    """Name and opener of a file's format, by its name and, where that does not tell, by its contents."""
+    if not path.exists():
+        hint = ""
+        if path.parent.is_dir():
+            similar = sorted(p.name for p in path.parent.iterdir() if p.name.startswith(path.name.split(".")[0]))[:3]
+            hint = f" That folder has {', '.join(similar)}." if similar else ""
+        raise FileNotFoundError(f"There is no file {path}.{hint}")
+    name = path.name.lower()
+    if path.is_dir():
+        if any((path / marker).exists() for marker in (".zattrs", ".zgroup", "zarr.json")):
+            return "zarr", _open_zarr
+        if _find(path, "matrix.mtx", "mtx"):
+            return "mtx", _open_mtx
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise ValueError(f"The folder {path} is neither a .zarr nor a folder with matrix.mtx (it holds {inside}).")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty (0 bytes): the copy or download did not start. Copy it again.")
+    if name.endswith((".rds", ".rda", ".rdata", ".h5seurat", ".qs")):
+        raise ValueError(f"{path.name} is an R object, which Python does not read. {R_RECIPE}")
+    if name.endswith((".mtx", ".mtx.gz")):
+        return "mtx", _open_mtx
+    if name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").endswith(TABLE_SUFFIXES):
+        return "table", _open_table
+    if name.endswith(".loom"):
+        return "loom", _open_loom
+    if h5py.is_hdf5(path) or name.endswith((".h5ad", ".h5", ".hdf5", ".h5mu")):
+        with _open_hdf5(path) as file:
+            if "row_attrs" in file and "matrix" in file:
+                return "loom", _open_loom
+            if "matrix" in file or (any("barcodes" in g for g in file.values() if isinstance(g, h5py.Group))):
+                return "10x", _open_10x
+            if "mod" in file:
+                return "h5mu", _open_h5mu
+            if "obs" in file and "var" in file:
+                return "h5ad", _open_h5ad
+            raise ValueError(
+                f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {', '.join(list(file)[:8])})."
+            )
+    raise ValueError(f"{path} is of no format that is read: {KNOWN}.")
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start.startswith(b"\x1f\x8b"):
+        raise ValueError(f"{path} is compressed by gzip as a whole: run `gunzip` on it first.")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        found = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
+        if found:
+            raise ValueError(
+                f"{path} is truncated: {int(found[1]):,} of {int(found[2]):,} bytes are there. The copy or download "
+                "stopped early; copy it again."
+            ) from error
+        raise ValueError(
+            f"{path} is not an HDF5 file, whatever its name says (it starts with {start!r}). Files that are read: "
+            f"{KNOWN}."
+        ) from error
+
+
+def _attribute(group: Any, name: str) -> Any:
+    value = group.attrs.get(name)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _disk_matrix(element: Any) -> Any:
+    """A matrix of an AnnData on disk, HDF5 or Zarr, sparse or dense, without reading it."""
+    if not hasattr(element, "keys"):
+        return element
+    encoding = str(_attribute(element, "encoding-type") or _attribute(element, "h5sparse_format") or "csr")
+    shape = _attribute(element, "shape")
+    shape = _attribute(element, "h5sparse_shape") if shape is None else shape
+    by_column = "csc" in encoding
+    return DiskRows(
+        element["data"], element["indices"], element["indptr"], tuple(int(n) for n in shape), by_column=by_column
+    )
+
+
+def _annotated(group: Any, handle: Any) -> CellFile:
+    """The AnnData in an HDF5 or Zarr group, its matrices left on disk."""
+    read = anndata.io.read_elem
+    raw = group["raw"] if "raw" in group and hasattr(group["raw"], "keys") and "X" in group["raw"] else None
+    uns = read(group["uns"]) if "uns" in group else {}
+    return CellFile(
+        _disk_matrix(group["X"]) if "X" in group else None,
+        read(group["obs"]),
+        read(group["var"]),
+        layers={name: _disk_matrix(group["layers"][name]) for name in group.get("layers", {})},
+        raw=None if raw is None else RawPart(_disk_matrix(raw["X"]), read(raw["var"])),
+        uns=dict(uns),
+        handle=handle,
+    )
+
+
+def _open_h5ad(path: Path) -> CellFile:
+    file = _open_hdf5(path)
+    return _annotated(file, file)
+
+
+def _open_h5mu(path: Path) -> CellFile:
+    file = _open_hdf5(path)
+    return _annotated(_rna(path, file), file)
+
+
+def _rna(path: Path, file: h5py.File) -> h5py.Group:
+    for name in ("rna", "gex", "RNA", "GEX"):
+        if name in file["mod"]:
+            return file["mod"][name]
+    raise ValueError(f"{path} has no `rna` modality, only {', '.join(file['mod'])}: this model reads gene expression.")
+
+
+def _open_zarr(path: Path) -> CellFile:
+    import zarr
+
+    group = zarr.open_group(str(path), mode="r")
+    if "obs" not in group or "var" not in group:
+        raise ValueError(f"{path} is a Zarr store, but no AnnData (it holds {', '.join(list(group.keys())[:8])}).")
+    return _annotated(group, group)
+
+
+def _text(array: Any) -> list[str]:
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(array[:]).ravel()]
+
+
+def _open_10x(path: Path) -> CellFile:
+    """10x Genomics' HDF5: version 3 has the group `matrix`, version 2 one group a genome; CellBender writes either."""
+    file = _open_hdf5(path)
+    groups = ["matrix"] if "matrix" in file else [name for name in file if "barcodes" in file[name]]
+    if len(groups) > 1:
+        raise ValueError(
+            f"{path} holds several genomes ({', '.join(groups)}), each a matrix of its own. Read one with "
+            "`scanpy.read_10x_h5(path, genome=...)` and save it as .h5ad."
+        )
+    group = file[groups[0]]
+    n_vars, n_cells = (int(n) for n in group["shape"][:])
+    matrix = DiskRows(group["data"], group["indices"], group["indptr"], (n_cells, n_vars))
+    if "features" in group:
+        features = group["features"]
+        table = {"gene_ids": _text(features["id"]), "feature_types": _text(features["feature_type"])}
+        names = _text(features["name"])
+        if "genome" in features:
+            table["genome"] = _text(features["genome"])
+    else:
+        table, names = {"gene_ids": _text(group["genes"])}, _text(group["gene_names"])
+    obs = pd.DataFrame(index=pd.Index(_text(group["barcodes"])))
+    return CellFile(matrix, obs, pd.DataFrame(table, index=pd.Index(names)), handle=file)
+
+
+def _open_loom(path: Path) -> CellFile:
+    """Loom: a dense genes x cells matrix with attributes of rows and columns."""
+    file = _open_hdf5(path)
+    n_vars, n_cells = file["matrix"].shape
+
+    def table(group: h5py.Group, n: int, names: tuple[str, ...]) -> pd.DataFrame:
+        columns = {k: group[k] for k in group if isinstance(group[k], h5py.Dataset) and group[k].shape == (n,)}
+        frame = pd.DataFrame({k: _text(v) if v.dtype.kind in "OS" else v[:] for k, v in columns.items()})
+        index = next((name for name in names if name in frame), None)
+        frame.index = pd.Index([str(i) for i in range(n)] if index is None else frame[index].astype(str).tolist())
+        return frame
+
+    return CellFile(
+        DiskTransposed(file["matrix"]),
+        table(file["col_attrs"], n_cells, ("CellID", "obs_names", "barcode", "Barcode")),
+        table(file["row_attrs"], n_vars, ("Gene", "var_names", "gene_symbols", "Accession")),
+        layers={name: DiskTransposed(file["layers"][name]) for name in file.get("layers", {})},
+        handle=file,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _find(folder: Path, *endings: str) -> Path | None:
+    """The file of a folder whose name, without compression, ends like one of `endings`; GEO adds prefixes."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    for ending in endings:
+        for file in files:
+            if file.name.lower().removesuffix(".gz").endswith(ending):
+                return file
+    return None
+
+
+def _open_mtx(path: Path) -> CellFile:
+    """Matrix Market with a table of features and one of barcodes (10x, STARsolo, kallisto|bustools, alevin)."""
+    from scipy.io import mmread
+
+    folder = path if path.is_dir() else path.parent
+    matrix_path = _find(folder, "matrix.mtx", "mtx") if path.is_dir() else path
+    features_path = _find(folder, "features.tsv", "genes.tsv", "genes.txt", "features.txt", "cols.txt")
+    barcodes_path = _find(folder, "barcodes.tsv", "barcodes.txt", "rows.txt")
+    for wanted, found in (("features.tsv or genes.tsv", features_path), ("barcodes.tsv", barcodes_path)):
+        if found is None:
+            raise FileNotFoundError(
+                f"Beside {matrix_path.name} there is no {wanted} in {folder}: without it nobody knows what its rows "
+                "and columns are."
+            )
+    try:
+        matrix = sp.csr_matrix(mmread(matrix_path))
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{matrix_path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
+    features = pd.read_csv(features_path, sep="\t", header=None, dtype=str, keep_default_na=False)
+    barcodes = pd.read_csv(barcodes_path, sep="\t", header=None, dtype=str, keep_default_na=False)[0]
+    if matrix.shape == (len(features), len(barcodes)):  # 10x: genes x cells
+        matrix = matrix.T.tocsr()
+    if matrix.shape != (len(barcodes), len(features)):
+        raise ValueError(
+            f"{matrix_path.name} is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(features)} features and "
+            f"{len(barcodes)} barcodes: the files do not belong together."
+        )
+    table = {}
+    if features.shape[1] > 1:
+        table["gene_ids"] = features[0].tolist()
+    if features.shape[1] > 2:
+        table["feature_types"] = features[2].tolist()
+    names = features[1 if features.shape[1] > 1 else 0].tolist()
+    var = pd.DataFrame(table, index=pd.Index(names))
+    return CellFile(matrix, pd.DataFrame(index=pd.Index(barcodes.tolist())), var)
+
+
+def _open_table(path: Path) -> CellFile:
+    """A text table with names in the first row and column, cells x genes or genes x cells, read block by block."""
+    separator = _separator(path)
+    names, blocks, notes = [], [], []
+    columns: list[str] = []
+    try:
+        for block in pd.read_csv(path, sep=separator, index_col=0, chunksize=TEXT_ROWS, low_memory=False):
+            numeric = block.select_dtypes(include=["number", "bool"])
+            notes.append(block.drop(columns=numeric.columns))
+            if columns and list(numeric.columns) != columns:
+                wrong = next(c for c in columns if c not in numeric)
+                value = next(v for v in block[wrong] if _not_a_number(v))
+                raise ValueError(f"{path} holds {value!r} in column {wrong!r}, where numbers were before.")
+            columns = list(numeric.columns)
+            names += [str(n) for n in block.index]
+            blocks.append(sp.csr_matrix(numeric.to_numpy(dtype=np.float32)))
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{path} has no lines. Copy it again.") from error
+    except (pd.errors.ParserError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or no table of numbers ({error}).") from error
+    if not columns:
+        raise ValueError(
+            f"{path} has no column of numbers (separator {separator!r}). A table of expression has cells in rows, "
+            "genes in columns and names in the first row and column, or the other way round."
+        )
+    matrix = sp.vstack(blocks, format="csr")
+    rows = pd.concat(notes)
+    rows.index = pd.Index(names)
+    column_names = pd.DataFrame(index=pd.Index([str(c) for c in columns]))
+    if _looks_like_genes(names) > _looks_like_genes(columns):
+        logger.info("%s has genes in its rows: it is turned around.", path.name)
+        return CellFile(matrix.T.tocsr(), column_names, rows)
+    return CellFile(matrix, rows, column_names)
+
+
+def _separator(path: Path) -> str:
+    opener = gzip.open if path.name.endswith(".gz") else open
+    if path.name.endswith((".bz2", ".xz")):
+        return "\t" if ".tsv" in path.name else ","
+    try:
+        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+            header = file.readline()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy it again.") from error
+    return max(("\t", ",", ";", " "), key=header.count)
+
+
+def _not_a_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def _looks_like_genes(names: list[str]) -> float:
+    return sum(bool(GENE_NAME.match(str(n))) for n in names) / max(1, len(names))
