@@ -3,6 +3,9 @@
 A cell is the set of genes that it expresses, as ids of the gene vocabulary with their counts. The extractor bins,
 selects, orders and pads them. All randomness is a hash of (seed, epoch, cell id, gene id): the same cell gives the
 same tokens in any order, batch, chunk, worker or process, and another `epoch` gives another draw.
+
+Where numba is installed, compiled kernels do the work and release the GIL; where it is not, NumPy does. Both give the
+same bits.
 """
 
 from dataclasses import dataclass
@@ -10,6 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
+
+
+try:
+    from numba import njit
+except ImportError:
+    njit = None
 
 
 VALUE_MODES = ("binned", "log1p", "raw")
@@ -21,14 +30,23 @@ MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 # Draws for different purposes come from different streams, so that a mask does not follow the selection.
 TOKEN_STREAM, MASK_STREAM, RATIO_STREAM, NAME_STREAM = range(4)
+
+# Constants with a type, because numba promotes a mix of signed and unsigned integers to floats.
+ZERO, ONE, BITS_27, BITS_30, BITS_31, BITS_32 = (np.uint64(i) for i in (0, 1, 27, 30, 31, 32))
 LOW_32 = np.uint64(0xFFFFFFFF)
+LAST_HASH = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-def _mix(state: np.ndarray) -> np.ndarray:
+# ---------------------------------------------------------------------------------------------------------------------
+# Random draws
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _mix(state):
     """SplitMix64's finaliser: a bijection of 64-bit words in which every input bit moves every output bit."""
-    state = (state ^ (state >> np.uint64(30))) * MIX_1
-    state = (state ^ (state >> np.uint64(27))) * MIX_2
-    return state ^ (state >> np.uint64(31))
+    state = (state ^ (state >> BITS_30)) * MIX_1
+    state = (state ^ (state >> BITS_27)) * MIX_2
+    return state ^ (state >> BITS_31)
 
 
 def _cell_keys(cell_ids: np.ndarray, *, seed: int, epoch: int, stream: int) -> np.ndarray:
@@ -39,9 +57,9 @@ def _cell_keys(cell_ids: np.ndarray, *, seed: int, epoch: int, stream: int) -> n
     return _mix(cell_ids.astype(np.uint64) ^ key)
 
 
-def _gene_hashes(keys: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
-    """The gene's element of its cell's random sequence: `keys` and `gene_ids` broadcast against each other."""
-    return _mix(keys + (gene_ids.astype(np.uint64) + np.uint64(1)) * GOLDEN_GAMMA)
+def _gene_hashes(cell_keys: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
+    """The gene's element of its cell's random sequence, `uint64`; the arguments broadcast. No two of a cell tie."""
+    return _mix(cell_keys + (gene_ids.astype(np.uint64) + ONE) * GOLDEN_GAMMA)
 
 
 def hash_names(names) -> np.ndarray:
@@ -59,11 +77,15 @@ def hash_names(names) -> np.ndarray:
     if names.ndim != 1:
         raise ValueError(f"Expected one name a cell, but `names` has shape {names.shape}. Pass `adata.obs_names`.")
     state = _cell_keys(np.zeros(len(names), dtype=np.uint64), seed=0, epoch=0, stream=NAME_STREAM)
-    if names.dtype.itemsize:
-        characters = np.ascontiguousarray(names).view(np.uint32).reshape(len(names), -1)
-        for column in characters.T:  # over the width of the longest name, all cells at once; NumPy pads with zeros
-            state = np.where(column > 0, _mix(state + column * GOLDEN_GAMMA), state)
+    characters = np.ascontiguousarray(names).view(np.uint32).reshape(len(names), names.dtype.itemsize // 4)
+    for column in characters.T:  # over the width of the longest name, all cells at once; NumPy pads with zeros
+        state = np.where(column > 0, _mix(state + column * GOLDEN_GAMMA), state)
     return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -97,40 +119,40 @@ class Cells:
             self.cell_ids = self.cell_ids.astype(np.uint64)
         if self.total_counts is not None:
             self.total_counts = np.asarray(self.total_counts, dtype=np.float32)
-        for name, kinds in (("gene_ids", "iu"), ("counts", "iuf"), ("cell_ids", "u")):
-            dtype = getattr(self, name).dtype
-            if dtype.kind not in kinds:
-                raise TypeError(
-                    f"`{name}` has dtype {dtype}; Cells expects {'integers' if kinds != 'iuf' else 'numbers'}."
-                )
+        for name, kinds, wanted in (
+            ("gene_ids", "iu", "integers"),
+            ("counts", "iuf", "integers or floats"),
+            ("cell_ids", "u", "64-bit integers"),
+        ):
+            if getattr(self, name).dtype.kind not in kinds:
+                raise TypeError(f"`{name}` has dtype {getattr(self, name).dtype}, but Cells holds {wanted} there.")
         n_cells = len(self.indptr) - 1
-        if n_cells < 0 or self.indptr[0] != 0 or (np.diff(self.indptr) < 0).any():
+        if n_cells < 0 or self.indptr[0] != 0 or (self.indptr[1:] < self.indptr[:-1]).any():
             raise ValueError("`indptr` must start at 0 and never fall: entry i is where cell i starts.")
-        for name, expected in (
+        for name, length in (
             ("gene_ids", self.indptr[-1]),
             ("counts", self.indptr[-1]),
             ("cell_ids", n_cells),
             ("total_counts", n_cells),
         ):
             array = getattr(self, name)
-            if array is not None and array.shape != (expected,):
-                raise ValueError(f"`{name}` has shape {array.shape}, but `indptr` asks for ({expected},).")
+            if array is not None and array.shape != (length,):
+                raise ValueError(f"`{name}` has shape {array.shape}, but `indptr` asks for ({length},).")
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
     def __getitem__(self, index) -> "Cells":
         """The cells at a slice, an array of positions or a boolean mask; a single position gives a batch of one."""
-        if isinstance(index, (int, np.integer)):
+        if isinstance(index, int | np.integer):
             if not -len(self) <= index < len(self):
-                raise IndexError(f"Cell {index} of {len(self)}.")
+                raise IndexError(f"Cell {index} was asked for, but there are {len(self)}.")
             index = np.array([index])
         if isinstance(index, slice) and index.step in (None, 1):
             start, stop, _ = index.indices(len(self))
             stop = max(start, stop)
-            entries = slice(self.indptr[start], self.indptr[stop])
+            rows, entries = slice(start, stop), slice(self.indptr[start], self.indptr[stop])
             indptr = self.indptr[start : stop + 1] - self.indptr[start]
-            rows = slice(start, stop)
         else:
             rows = np.arange(len(self))[index]
             lengths = np.diff(self.indptr)[rows]
@@ -141,13 +163,7 @@ class Cells:
 
     def library_sizes(self) -> np.ndarray:
         """`float32 (n_cells,)`: `total_counts`, or the sum of `counts` where the source did not say."""
-        if self.total_counts is not None:
-            return self.total_counts
-        return np.bincount(self._rows(), weights=self.counts, minlength=len(self)).astype(np.float32)
-
-    def _rows(self) -> np.ndarray:
-        """The cell of every entry, `int64 (nnz,)`."""
-        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        return _row_sums(self.counts, self.indptr) if self.total_counts is None else self.total_counts
 
     @classmethod
     def concatenate(cls, batches) -> "Cells":
@@ -171,8 +187,7 @@ class Cells:
         """Reads a CSR matrix of counts.
 
         Args:
-            matrix: A CSR matrix `(n_cells, n_vars)` with `indptr`, `indices`, `data` and `shape`, as
-                `scipy.sparse.csr_matrix`. Entries that are zero are dropped.
+            matrix: `(n_cells, n_vars)` with `indptr`, `indices` and `data`, as `scipy.sparse.csr_matrix`.
             vocabulary_ids: Integer `(n_vars,)`: the gene id of each column, -1 for a column to leave out. Columns with
                 the same id are summed.
             cell_ids: `uint64 (n_cells,)`, best `hash_names(adata.obs_names)`. By default the row numbers, under which
@@ -181,40 +196,87 @@ class Cells:
         Returns:
             `Cells` whose `total_counts` are the sums over all columns, those left out included.
         """
-        n_cells, n_vars = matrix.shape
-        vocabulary_ids = np.asarray(vocabulary_ids)
-        if vocabulary_ids.shape != (n_vars,):
+        return cls._from_entries(matrix.shape, matrix.indptr, matrix.indices, matrix.data, vocabulary_ids, cell_ids)
+
+    @classmethod
+    def from_dense(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
+        """Reads a dense array of counts, `(n_cells, n_vars)`; the other arguments are those of [`Cells.from_csr`]."""
+        matrix = np.ascontiguousarray(matrix)
+        if matrix.ndim != 2:
+            raise ValueError(f"Expected a matrix of cells by genes, but its shape is {matrix.shape}.")
+        if njit is None or matrix.dtype.kind not in "iuf":
+            columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
+            rows = columns // max(matrix.shape[1], 1)
+            columns -= rows * matrix.shape[1]
+            indptr = np.searchsorted(rows, np.arange(len(matrix) + 1))
+            data = matrix[rows, columns]
+        else:
+            indptr, columns, data = _nonzero_entries(matrix)
+        return cls._from_entries(matrix.shape, indptr, columns, data, vocabulary_ids, cell_ids)
+
+    @classmethod
+    def _from_entries(cls, shape, indptr, columns, data, vocabulary_ids, cell_ids):
+        n_cells, n_vars = shape
+        indptr, data, vocabulary_ids = np.asarray(indptr, dtype=np.int64), np.asarray(data), np.asarray(vocabulary_ids)
+        if vocabulary_ids.shape != (n_vars,) or vocabulary_ids.dtype.kind not in "iu":
             raise ValueError(
-                f"`vocabulary_ids` has shape {vocabulary_ids.shape}, but the matrix has {n_vars} columns. "
-                "Pass one id a column, -1 for a column to leave out."
+                f"`vocabulary_ids` is {vocabulary_ids.dtype} of shape {vocabulary_ids.shape}, but the matrix has "
+                f"{n_vars} columns. Pass one integer a column, -1 for a column to leave out."
             )
-        rows = np.repeat(np.arange(n_cells), np.diff(matrix.indptr))
-        data = np.asarray(matrix.data)
         if data.dtype.kind == "b":
             data = data.astype(np.uint16)
-        wrong = ~(data >= 0) | ~np.isfinite(data)
-        if wrong.any():
-            first = np.flatnonzero(wrong)[0]
+        lowest = data.min(initial=1)
+        if not (lowest >= 0 and np.isfinite(data.max(initial=1))):
+            wrong = np.flatnonzero(~(np.isfinite(data) & (data >= 0)))[0]
             raise ValueError(
-                f"Expected counts, but found {data[first]} in row {rows[first]}, column {matrix.indices[first]}. "
-                "Pass raw counts: negative, infinite and missing values are none."
+                f"Expected counts, but found {data[wrong]} in row {np.searchsorted(indptr, wrong, side='right') - 1}, "
+                f"column {columns[wrong]}. Pass raw counts: negative, infinite and missing values are none."
             )
-        total_counts = np.bincount(rows, weights=data, minlength=n_cells).astype(np.float32)
-        gene_ids = vocabulary_ids[matrix.indices]
-        kept = (gene_ids >= 0) & (data > 0)
-        rows, gene_ids, data = rows[kept], gene_ids[kept], data[kept]
-        order = np.lexsort((gene_ids, rows))
-        rows, gene_ids, data = rows[order], gene_ids[order], data[order]
-        first_of_gene = np.ones(len(rows), dtype=bool)
-        first_of_gene[1:] = (rows[1:] != rows[:-1]) | (gene_ids[1:] != gene_ids[:-1])
-        if not first_of_gene.all():
-            dtype = data.dtype if data.dtype.kind == "f" else np.int64
-            data = np.bincount(np.cumsum(first_of_gene) - 1, weights=data).astype(dtype)
-            rows, gene_ids = rows[first_of_gene], gene_ids[first_of_gene]
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_cells))])
+        if lowest == 0:  # stored zeros
+            indptr = np.concatenate([[0], np.cumsum(data > 0)])[indptr]
+            columns, data = columns[data > 0], data[data > 0]
+        total_counts = _row_sums(data, indptr)
+        ids = vocabulary_ids.astype(np.int32)
+        if njit is None:
+            rows, gene_ids = np.repeat(np.arange(n_cells), np.diff(indptr)), ids[columns]
+            order = _sorting_order(gene_ids.astype(np.uint32), rows)
+            order = order[gene_ids[order] >= 0]
+            kept = np.bincount(rows[order], minlength=n_cells)
+            gene_ids = gene_ids[order]
+        else:
+            kept, order, gene_ids = _sort_genes(indptr, columns.astype(np.int32, copy=False), ids)
+        indptr, data = np.concatenate([[0], np.cumsum(kept)]), data[order]
+        # Columns that stand for one gene lie side by side now.
+        is_first = np.ones(len(gene_ids), dtype=bool)
+        is_first[1:] = gene_ids[1:] != gene_ids[:-1]
+        is_first[indptr[:-1][kept > 0]] = True
+        if not is_first.all():
+            gene_of = np.cumsum(is_first)
+            data = np.bincount(gene_of - 1, weights=data).astype(np.int64 if data.dtype.kind in "iu" else data.dtype)
+            gene_ids, indptr = gene_ids[is_first], np.concatenate([[0], gene_of])[indptr]
         if cell_ids is None:
             cell_ids = np.arange(n_cells, dtype=np.uint64)
         return cls(indptr, gene_ids, data, cell_ids, total_counts)
+
+
+def _row_sums(data, indptr):
+    """Sums of a ragged array's rows, `float32 (n_rows,)`, added in float64."""
+    sums = np.zeros(len(indptr) - 1, dtype=np.float32)
+    filled = indptr[1:] > indptr[:-1]  # `reduceat` would give an empty row the entry of the next
+    if filled.any():
+        sums[filled] = np.add.reduceat(data.astype(np.float64), indptr[:-1][filled])
+    return sums
+
+
+def _sorting_order(keys, rows):
+    """The order that sorts by row, then by unsigned key; ties stay in place. NumPy sorts 16-bit digits by radix."""
+    digits = [digit for key in (keys, rows) for digit in key.view(np.uint16).reshape(len(key), -1).T if digit.any()]
+    return np.lexsort(digits) if digits else np.arange(len(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def normalize_log1p(cells: Cells, target_sum: float = 1e4) -> np.ndarray:
@@ -231,17 +293,62 @@ def normalize_log1p(cells: Cells, target_sum: float = 1e4) -> np.ndarray:
     return np.log1p(cells.counts * np.repeat(scale, np.diff(cells.indptr))).astype(np.float32)
 
 
-def _edge_counts(cells: Cells, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every entry, how many of its cell's quantile edges are below it, and how many are below or equal.
+def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+    """The value binning of scGPT: each cell's non-zero counts cut at their own quantiles.
 
-    The `n_bins - 1` edges of a cell are `np.quantile(counts, np.linspace(0, 1, n_bins - 1))` to the last bit.
+    The edges are the quantiles of the cell's counts at `n_bins - 1` equally spaced levels. A count with `a` edges
+    below or equal and `b` edges below gets bin `ceil(a + u * (b - a))`, with `u` uniform in [0, 1): a count that
+    equals several edges is spread evenly over their bins. `u` is the low half of the gene's hash.
+
+    Args:
+        cells: Raw counts. Any increasing transform of a cell's counts gives the same bins.
+        n_bins: Bins including bin 0, which means "not expressed" and is never returned.
+        seed: Seed of the experiment.
+        epoch: Pass over the data; each draws anew.
 
     Returns:
-        `lower` and `upper`, both `int64 (nnz,)`.
+        `int64 (nnz,)` in `1 .. n_bins - 1`, aligned with `cells.counts`.
     """
-    rows, starts, lengths = cells._rows(), cells.indptr[:-1], np.diff(cells.indptr)
-    order = np.lexsort((cells.counts, rows))
-    ranked = cells.counts[order]  # ascending within each cell; a cell keeps its own range of positions
+    _check_bins(n_bins)
+    keys, is_float = _sort_keys(cells.counts)
+    lower, upper = _edge_counts(cells.indptr, keys, cells.counts if is_float else keys, n_bins)
+    cell_keys = _cell_keys(cells.cell_ids, seed=seed, epoch=epoch, stream=TOKEN_STREAM)
+    hashes = _gene_hashes(np.repeat(cell_keys, np.diff(cells.indptr)), cells.gene_ids)
+    # ceil(a + u * (b - a)) = a - floor(u * (a - b)), exactly, with u in units of 2^-32
+    return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
+
+
+def _check_bins(n_bins):
+    if n_bins < 2:
+        raise ValueError(f"n_bins is {n_bins}; bin 0 is for genes that are not expressed, so at least 2 are needed.")
+
+
+def _sort_keys(counts):
+    """Unsigned integers in the order of the counts, and whether they are the bits of floats rather than the counts.
+
+    Counts that are whole numbers are integers whatever their dtype, as far as float32 represents them all (2^24).
+    """
+    if counts.dtype.kind == "f":
+        if counts.max(initial=0) <= 2**24:
+            whole = counts.astype(np.uint32)
+            if (whole == counts).all():
+                return whole, False
+        return counts.view(np.uint32), True  # positive floats are ordered as their bits
+    return counts.astype(np.uint32 if counts.max(initial=0) < 2**32 else np.uint64, copy=False), False
+
+
+def _edge_counts(indptr, keys, values, n_bins):
+    """Where every entry lies among its cell's quantile edges.
+
+    The `n_bins - 1` edges of a cell are `np.quantile(values, np.linspace(0, 1, n_bins - 1))` to the last bit.
+
+    Returns:
+        `lower` and `upper`, both `int64 (nnz,)`: how many edges are below the entry, and how many below or equal.
+    """
+    starts, lengths = indptr[:-1], np.diff(indptr)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    order = _sorting_order(keys, rows)
+    ranked = values[order]  # ascending within each cell; a cell keeps its own range of positions
 
     # step 1: the edges, by NumPy's linear interpolation between order statistics
     filled = np.flatnonzero(lengths)
@@ -270,32 +377,7 @@ def _edge_counts(cells: Cells, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
         unsorted = np.empty(len(ranked), dtype=np.int64)
         unsorted[order] = passed
         bounds.append(unsorted)
-    return bounds[0], bounds[1]
-
-
-def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    """scGPT's value binning: each cell's non-zero counts cut at their own quantiles.
-
-    The edges are the quantiles of the cell's counts at `n_bins - 1` equally spaced levels. A count above `b` edges
-    and not below `a` gets bin `ceil(a + u * (b - a))`, with `u` uniform in [0, 1): a count that equals several edges
-    is spread evenly over their bins. `u` is the low half of the gene's hash, so it is the same in every batch.
-
-    Args:
-        cells: Raw counts. Any increasing transform of a cell's counts gives the same bins.
-        n_bins: Bins including bin 0, which means "not expressed" and is never returned.
-        seed: Seed of the experiment.
-        epoch: Pass over the data; each draws anew.
-
-    Returns:
-        `int64 (nnz,)` in `1 .. n_bins - 1`, aligned with `cells.counts`.
-    """
-    if n_bins < 2:
-        raise ValueError(f"n_bins is {n_bins}; bin 0 is for genes that are not expressed, so at least 2 are needed.")
-    lower, upper = _edge_counts(cells, n_bins)
-    hashes = _gene_hashes(
-        _cell_keys(cells.cell_ids, seed=seed, epoch=epoch, stream=TOKEN_STREAM)[cells._rows()], cells.gene_ids
-    )
-    return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
+    return bounds
 
 
 def mask_genes(gene_ids, cell_attention_mask, cell_ids, mask_ratio=0.4, *, seed: int = 0, epoch: int = 0):
@@ -307,10 +389,12 @@ def mask_genes(gene_ids, cell_attention_mask, cell_ids, mask_ratio=0.4, *, seed:
         cell_ids: `uint64 (n_cells,)`, as `Cells.cell_ids`.
         mask_ratio: Share of a cell's genes to hide, rounded down, but at least one gene; or several shares, of which
             each cell draws one (scGPT was pre-trained with 0.25, 0.5 and 0.75).
-        seed, epoch: As in [`bin_counts`]; the draw is independent of the extractor's own.
+        seed: Seed of the experiment.
+        epoch: Pass over the data; each draws anew, independently of the extractor's own draws.
 
     Returns:
-        Boolean `(n_cells, n_tokens)`, of the kind of `gene_ids`, True where a gene is hidden. `<cls>` and padding never are.
+        Boolean `(n_cells, n_tokens)`, array or tensor as `gene_ids`: True where a gene is hidden. `<cls>` and padding
+        never are.
     """
     genes, attended = np.asarray(gene_ids), np.asarray(cell_attention_mask).astype(bool)
     cell_ids = np.asarray(cell_ids)
@@ -321,12 +405,16 @@ def mask_genes(gene_ids, cell_attention_mask, cell_ids, mask_ratio=0.4, *, seed:
     draws = _cell_keys(cell_ids, seed=seed, epoch=epoch, stream=RATIO_STREAM) % np.uint64(len(ratios))
     n_genes = attended.sum(axis=1)
     n_hidden = np.maximum(np.floor(ratios[draws.astype(np.int64)] * n_genes).astype(np.int64), np.minimum(n_genes, 1))
-    keys = _cell_keys(cell_ids, seed=seed, epoch=epoch, stream=MASK_STREAM)
-    hashes = np.where(attended, _gene_hashes(keys[:, None], genes), np.iinfo(np.uint64).max)
-    # Genes differ within a cell and SplitMix64 is a bijection, so hashes do not tie.
+    cell_keys = _cell_keys(cell_ids, seed=seed, epoch=epoch, stream=MASK_STREAM)
+    hashes = np.where(attended, _gene_hashes(cell_keys[:, None], genes), LAST_HASH)
     threshold = np.take_along_axis(np.sort(hashes, axis=1), np.maximum(n_hidden - 1, 0)[:, None], axis=1)
-    hidden = attended & (hashes <= threshold) & (n_hidden > 0)[:, None]
+    hidden = attended & (hashes <= threshold)
     return torch.from_numpy(hidden).to(gene_ids.device) if isinstance(gene_ids, torch.Tensor) else hidden
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature extractor
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
@@ -344,7 +432,8 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         cls_value (`float`, defaults to -2): Expression of `<cls>`, as in scGPT's embedding recipe.
         pad_value (`float`, defaults to -2): Expression of `<pad>`.
         seed (`int`, defaults to 0): Seed of every draw.
-        pad_token_id, cls_token_id (`int`): Ids of `<pad>` and `<cls>` in the gene vocabulary.
+        pad_token_id (`int`, defaults to 0): Id of `<pad>` in the gene vocabulary.
+        cls_token_id (`int`, defaults to 1): Id of `<cls>` in the gene vocabulary.
     """
 
     model_input_names = ["gene_ids", "expression", "cell_attention_mask"]
@@ -376,10 +465,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         self.cls_token_id = cls_token_id
         if value_mode not in VALUE_MODES:
             raise ValueError(f"value_mode is {value_mode!r}; choose one of {VALUE_MODES}.")
-        if n_bins < 2:
-            raise ValueError(
-                f"n_bins is {n_bins}; bin 0 is for genes that are not expressed, so at least 2 are needed."
-            )
+        _check_bins(n_bins)
         self._check_selection(max_genes, selection)
 
     @staticmethod
@@ -405,7 +491,8 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             cells: Raw counts with their gene ids.
             epoch: Pass over the data; each draws anew. Keep 0 for evaluation.
             return_tensors: `"pt"` or `"np"`.
-            max_genes, selection: In place of the extractor's own, for this call.
+            max_genes: In place of the extractor's own, for this call.
+            selection: In place of the extractor's own, for this call.
             padding: `True` pads to the longest cell of the batch, `"max_length"` to `max_genes`.
 
         Returns:
@@ -419,49 +506,419 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"padding is {padding!r}; choose True (to the longest cell) or 'max_length'.")
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"return_tensors is {return_tensors!r}; choose 'pt' or 'np'.")
-        lengths = np.diff(cells.indptr)
-        kept_lengths = np.minimum(lengths, max_genes - 1)
-        n_tokens = max_genes if padding == "max_length" else 1 + int(kept_lengths.max(initial=0))
+        _check_entries(cells)
 
-        values = self._values(cells, epoch)
-        kept = self._select(cells, max_genes - 1, selection, epoch)
-        attended = np.arange(n_tokens) <= kept_lengths[:, None]
-        is_gene = attended.copy()
-        is_gene[:, 0] = False
-        gene_ids = np.full((len(cells), n_tokens), self.pad_token_id, dtype=np.int64)
-        expression = np.full((len(cells), n_tokens), self.pad_value, dtype=np.float32)
+        longest = int(np.diff(cells.indptr).max(initial=0))
+        n_tokens = max_genes if padding == "max_length" else min(max_genes, 1 + longest)
+        shape = (len(cells), n_tokens)
+        gene_ids, attended = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        expression = np.empty(shape, dtype=np.float32)
         gene_ids[:, 0], expression[:, 0] = self.cls_token_id, self.cls_value
-        gene_ids[is_gene], expression[is_gene] = cells.gene_ids[kept], values[kept]
-        arrays = {"gene_ids": gene_ids, "expression": expression, "cell_attention_mask": attended.astype(np.int64)}
+        keys, is_float = _sort_keys(cells.counts)
+        fill = _fill_rows_numpy if njit is None or keys.dtype != np.uint32 else _fill_rows
+        fill(
+            cells.indptr,
+            cells.gene_ids.astype(np.int32, copy=False),
+            keys,
+            is_float,
+            self._values(cells),
+            np.linspace(0, 1, self.n_bins - 1),
+            _cell_keys(cells.cell_ids, seed=self.seed, epoch=epoch, stream=TOKEN_STREAM),
+            max_genes - 1,
+            selection == "top",
+            self.pad_token_id,
+            np.float32(self.pad_value),
+            gene_ids,
+            expression,
+            attended,
+        )
+        arrays = {"gene_ids": gene_ids, "expression": expression, "cell_attention_mask": attended}
         if return_tensors == "pt":
             arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return BatchFeature(arrays)
 
-    def _values(self, cells, epoch):
-        if self.value_mode == "binned":
-            return bin_counts(cells, self.n_bins, seed=self.seed, epoch=epoch)
-        return normalize_log1p(cells, self.target_sum) if self.value_mode == "log1p" else cells.counts
-
-    def _select(self, cells, n_kept, selection, epoch):
-        """Which entries stay, boolean `(nnz,)`: in cells with more than `n_kept`, the first by count or by hash."""
-        lengths = np.diff(cells.indptr)
-        kept = np.ones(len(cells.gene_ids), dtype=bool)
-        crowded = np.repeat(lengths > n_kept, lengths)
-        if crowded.any():
-            rows = cells._rows()[crowded]
-            keys = _cell_keys(cells.cell_ids, seed=self.seed, epoch=epoch, stream=TOKEN_STREAM)
-            hashes = _gene_hashes(keys[rows], cells.gene_ids[crowded]) >> np.uint64(32)
-            by = (hashes, rows) if selection == "random" else (hashes, -cells.counts[crowded].astype(np.float64), rows)
-            order = np.lexsort(by)
-            new_cell = np.ones(len(rows), dtype=bool)
-            new_cell[1:] = rows[1:] != rows[:-1]
-            start = np.flatnonzero(new_cell)[np.cumsum(new_cell) - 1]
-            chosen = np.empty(len(rows), dtype=bool)
-            chosen[order] = np.arange(len(rows)) - start < n_kept
-            kept[crowded] = chosen
-        return kept
+    def _values(self, cells):
+        """`float32 (nnz,)`, or nothing where the kernel bins the counts itself."""
+        if self.value_mode == "log1p":
+            return normalize_log1p(cells, self.target_sum)
+        return cells.counts.astype(np.float32, copy=False) if self.value_mode == "raw" else np.empty(0, np.float32)
 
 
 ScMMGPTFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
+
+
+def _check_entries(cells):
+    """Refuses counts that are not above 0, and genes that do not ascend."""
+    if not cells.counts.min(initial=1) > 0:
+        raise ValueError(
+            f"Cells holds counts above 0 only, but found {cells.counts.min()}. "
+            "Build it with `Cells.from_csr`, which drops zeros and refuses what is no count."
+        )
+    ascending = cells.gene_ids[1:] > cells.gene_ids[:-1]
+    starts = cells.indptr[1:-1]
+    ascending[starts[(starts > 0) & (starts < cells.indptr[-1])] - 1] = True
+    if not ascending.all():
+        row = np.searchsorted(cells.indptr, np.flatnonzero(~ascending)[0], side="right") - 1
+        raise ValueError(
+            f"The gene ids of cell {row} repeat or do not ascend. Build it with `Cells.from_csr`, which sorts and sums."
+        )
+
+
+def _fill_rows_numpy(
+    indptr,
+    gene_ids,
+    keys,
+    is_float,
+    values,
+    levels,
+    cell_keys,
+    n_kept,
+    by_count,
+    pad_token_id,
+    pad_value,
+    gene_ids_out,
+    expression_out,
+    attended_out,
+):
+    """What [`_fill_rows`] does, in NumPy."""
+    lengths = np.diff(indptr)
+    hashes = _gene_hashes(np.repeat(cell_keys, lengths), gene_ids)
+    if not len(values):
+        counts = keys.view(np.float32) if is_float else keys
+        lower, upper = _edge_counts(indptr, keys, counts, len(levels) + 1)
+        values = upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
+    kept = np.ones(len(gene_ids), dtype=bool)
+    crowded = lengths > n_kept
+    if crowded.any():
+        of_crowded = np.repeat(crowded, lengths)
+        in_row = np.arange(lengths[crowded].max()) < lengths[crowded, None]
+        places = np.full(in_row.shape, LAST_HASH)
+        places[in_row] = hashes[of_crowded]
+        if by_count:
+            ranks = np.zeros(in_row.shape, dtype=keys.dtype)
+            ranks[in_row] = keys[of_crowded]
+            cutoff = np.partition(ranks, -n_kept, axis=1)[:, -n_kept, None]
+            places = np.select([ranks > cutoff, ranks == cutoff], [ZERO, places], LAST_HASH)
+        last_place = np.partition(places, n_kept - 1, axis=1)[:, n_kept - 1, None]
+        kept[of_crowded] = (places <= last_place)[in_row]
+    attended_out[:] = np.arange(attended_out.shape[1]) <= np.minimum(lengths, n_kept)[:, None]
+    is_gene = attended_out[:, 1:] == 1
+    gene_ids_out[:, 1:], expression_out[:, 1:] = pad_token_id, pad_value
+    gene_ids_out[:, 1:][is_gene], expression_out[:, 1:][is_gene] = gene_ids[kept], values[kept]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled kernels: the same, one cell at a time, in memory that fits the cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _compiled(function):
+    """Compiles at the first call, once a machine; without numba the function stays as it is and is never called."""
+    if njit is None:
+        return function
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no place to keep the machine code
+        return njit(nogil=True)(function)
+
+
+# Counts below this are sorted by counting, larger ones (the tail) by radix; most cells have a tail of a few genes.
+TAIL = 255
+INSERTION_SORT_LENGTH = 48
+RADIX_BITS, RADIX_SIZE = np.uint64(8), 256
+BUCKET_SHIFT, N_BUCKETS = np.uint64(55), 512
+
+_mix_kernel = _compiled(_mix)
+
+
+@_compiled
+def _sort_by_upper_half(words, n, spare):
+    """Sorts `words[:n]` by their upper 32 bits, ties in place, and returns the array that holds them."""
+    if n <= INSERTION_SORT_LENGTH:
+        for i in range(1, n):
+            word = words[i]
+            j = i
+            while j > 0 and words[j - 1] >> BITS_32 > word >> BITS_32:
+                words[j] = words[j - 1]
+                j -= 1
+            words[j] = word
+        return words
+    slots = np.empty(RADIX_SIZE, np.int64)
+    digit_mask = np.uint64(RADIX_SIZE - 1)
+    shift = BITS_32
+    for _ in range(4):
+        slots[:] = 0
+        for i in range(n):
+            slots[(words[i] >> shift) & digit_mask] += 1
+        if slots[(words[0] >> shift) & digit_mask] < n:  # else all have this digit
+            end = 0
+            for digit in range(RADIX_SIZE):
+                end, slots[digit] = end + slots[digit], end
+            for i in range(n):
+                digit = (words[i] >> shift) & digit_mask
+                spare[slots[digit]] = words[i]
+                slots[digit] += 1
+            words, spare = spare, words
+        shift += RADIX_BITS
+    return words
+
+
+@_compiled
+def _nth_smallest(places, n, nth, buckets, candidates):
+    """The `nth` smallest (from 1) of `places[:n]`, which are hashes and so spread over all 64-bit words."""
+    buckets[:] = 0
+    for i in range(n):
+        buckets[places[i] >> BUCKET_SHIFT] += 1
+    bucket = 0
+    while buckets[bucket] < nth:
+        nth -= buckets[bucket]
+        bucket += 1
+    n_candidates = 0
+    for i in range(n):
+        if places[i] >> BUCKET_SHIFT == np.uint64(bucket):
+            j = n_candidates
+            while j > 0 and candidates[j - 1] > places[i]:
+                candidates[j] = candidates[j - 1]
+                j -= 1
+            candidates[j] = places[i]
+            n_candidates += 1
+    return candidates[nth - 1]
+
+
+@_compiled
+def _rank_keys(keys, n_small, histogram, packed, spare, ranked):
+    """Sorts the keys of a cell into `ranked`; those below `n_small` by counting.
+
+    Returns:
+        The tail in order, each key in the upper half of a word and its position in the lower, and its length.
+        `histogram[0]` counts the keys below `n_small`.
+    """
+    n = len(keys)
+    n_tail = 0
+    histogram[:] = 0
+    if n_small:
+        # Four histograms in turn: more than half of the counts are 1, and a counter waits for its own last write.
+        for i in range(0, n - 3, 4):
+            for lane in range(4):
+                histogram[lane, min(keys[i + lane], np.uint32(TAIL))] += 1
+        for i in range(n - n % 4, n):
+            histogram[0, min(keys[i], np.uint32(TAIL))] += 1
+        histogram[0] += histogram[1] + histogram[2] + histogram[3]
+        rank = 0
+        for key in range(n_small):
+            for _ in range(histogram[0, key]):
+                ranked[rank] = key
+                rank += 1
+    if not n_small or histogram[0, TAIL]:
+        for i in range(n):
+            packed[n_tail] = np.uint64(keys[i]) << BITS_32 | np.uint64(i)
+            n_tail += keys[i] >= n_small
+    tail = _sort_by_upper_half(packed, n_tail, spare)
+    for i in range(n_tail):
+        ranked[n - n_tail + i] = tail[i] >> BITS_32
+    return tail, n_tail
+
+
+@_compiled
+def _bin_cell(keys, is_float, hashes, levels, ranked, n_small, histogram, tail, n_tail, edges, table, bins):
+    """Quantile bins of one cell; see [`bin_counts`]."""
+    n, n_edges = len(keys), len(levels)
+    as_float = ranked.view(np.float32)
+    for k in range(n_edges):
+        level = levels[k] * (n - 1)
+        before = int(np.floor(level))
+        after = min(before + 1, n - 1)
+        weight = level - before
+        if is_float:  # NumPy subtracts in the precision of the values
+            low, high, step = (
+                np.float64(as_float[before]),
+                np.float64(as_float[after]),
+                as_float[after] - as_float[before],
+            )
+            step = np.float64(step)
+        else:
+            low, high = np.float64(ranked[before]), np.float64(ranked[after])
+            step = high - low
+        edges[k] = low + step * weight if weight < 0.5 else high - step * (1 - weight)
+
+    lower, upper = 0, 0
+    for key in range(n_small):
+        if histogram[0, key]:
+            while lower < n_edges and edges[lower] < key:
+                lower += 1
+            while upper < n_edges and edges[upper] <= key:
+                upper += 1
+            table[key] = np.uint64(upper) << BITS_32 | np.uint64(upper - lower)
+    if n_small:
+        for i in range(n):
+            entry = table[min(keys[i], np.uint32(TAIL))]
+            bins[i] = np.uint32((entry >> BITS_32) - (((hashes[i] & LOW_32) * (entry & LOW_32)) >> BITS_32))
+    for rank in range(n - n_tail, n):
+        value = np.float64(as_float[rank]) if is_float else np.float64(ranked[rank])
+        while lower < n_edges and edges[lower] < value:
+            lower += 1
+        while upper < n_edges and edges[upper] <= value:
+            upper += 1
+        i = tail[rank - (n - n_tail)] & LOW_32
+        bins[i] = upper - np.int64(((hashes[i] & LOW_32) * np.uint64(upper - lower)) >> BITS_32)
+
+
+@_compiled
+def _fill_rows(
+    indptr,
+    gene_ids,
+    keys,
+    is_float,
+    values,
+    levels,
+    cell_keys,
+    n_kept,
+    by_count,
+    pad_token_id,
+    pad_value,
+    gene_ids_out,
+    expression_out,
+    attended_out,
+):
+    """Bins, selects and pads every cell into its row of the outputs, from position 1 on.
+
+    Args:
+        indptr: `int64 (n_cells + 1,)`.
+        gene_ids: `int32 (nnz,)`.
+        keys: `uint32 (nnz,)`, ordered as the counts; see `_sort_keys`.
+        is_float: Whether the keys are the bits of float32 counts.
+        values: `float32 (nnz,)`; empty to bin the counts.
+        levels: `float64 (n_bins - 1,)`, the quantile levels of the bin edges.
+        cell_keys: `uint64 (n_cells,)`, the start of each cell's random sequence.
+        n_kept: Most genes of a cell that may stay.
+        by_count: Whether those with the largest counts stay, or any.
+        pad_token_id: Id of `<pad>`.
+        pad_value: float32 expression of `<pad>`.
+        gene_ids_out: `int64 (n_cells, n_tokens)`.
+        expression_out: `float32 (n_cells, n_tokens)`.
+        attended_out: `int64 (n_cells, n_tokens)`.
+    """
+    longest = 0
+    for row in range(len(cell_keys)):
+        longest = max(longest, indptr[row + 1] - indptr[row])
+    hashes, places = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
+    packed, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
+    ranked, bins = np.empty(longest, np.uint32), np.empty(longest, np.float32)
+    histogram, table = np.empty((4, TAIL + 1), np.int32), np.zeros(TAIL + 1, np.uint64)
+    edges, buckets = np.empty(len(levels), np.float64), np.empty(N_BUCKETS, np.int32)
+    n_small = 0 if is_float else TAIL
+    is_binned = len(values) == 0
+
+    for row in range(len(cell_keys)):
+        start, stop = indptr[row], indptr[row + 1]
+        n = stop - start
+        row_genes, row_keys = gene_ids[start:stop], keys[start:stop]
+        genes_row, expression_row, attended_row = gene_ids_out[row], expression_out[row], attended_out[row]
+        is_crowded = n > n_kept
+        for i in range(n):
+            hashes[i] = _mix_kernel(cell_keys[row] + (np.uint64(row_genes[i]) + ONE) * GOLDEN_GAMMA)
+
+        row_values = bins if is_binned else values[start:stop]
+        if n and (is_binned or (is_crowded and by_count)):
+            tail, n_tail = _rank_keys(row_keys, n_small, histogram, packed, spare, ranked)
+            if is_binned:
+                _bin_cell(
+                    row_keys,
+                    is_float,
+                    hashes,
+                    levels,
+                    ranked[:n],
+                    n_small,
+                    histogram,
+                    tail,
+                    n_tail,
+                    edges,
+                    table,
+                    bins,
+                )
+
+        n_tokens = 1 + min(n, n_kept)
+        if is_crowded:
+            if by_count:
+                cutoff = ranked[n - n_kept]
+                for i in range(n):
+                    places[i] = hashes[i] if row_keys[i] == cutoff else ZERO if row_keys[i] > cutoff else LAST_HASH
+            else:
+                places[:n] = hashes[:n]
+            last_place = _nth_smallest(places, n, n_kept, buckets, packed)
+            token, i = 1, 0
+            while token < n_tokens:  # without a branch: what is not kept is overwritten by the next that is
+                genes_row[token] = row_genes[i]
+                expression_row[token] = row_values[i]
+                token += places[i] <= last_place
+                i += 1
+        else:
+            for i in range(n):
+                genes_row[i + 1] = row_genes[i]
+                expression_row[i + 1] = row_values[i]
+        attended_row[:n_tokens] = 1
+        attended_row[n_tokens:] = 0
+        genes_row[n_tokens:] = pad_token_id
+        expression_row[n_tokens:] = pad_value
+
+
+@_compiled
+def _nonzero_entries(matrix):
+    """CSR arrays of a dense matrix: `indptr`, `columns` (`int32`) and `data`."""
+    n_rows, n_columns = matrix.shape
+    indptr = np.zeros(n_rows + 1, np.int64)
+    for row in range(n_rows):
+        entries = 0
+        for value in matrix[row]:
+            entries += value != 0
+        indptr[row + 1] = indptr[row] + entries
+    columns, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], matrix.dtype)
+    found = np.empty(n_columns + 1, np.int32)
+    for row in range(n_rows):
+        values, n = matrix[row], 0
+        for column in range(n_columns):
+            found[n] = column
+            n += values[column] != 0
+        start = indptr[row]
+        for i in range(n):
+            columns[start + i] = found[i]
+            data[start + i] = values[found[i]]
+    return indptr, columns, data
+
+
+@_compiled
+def _sort_genes(indptr, columns, ids):
+    """Entries of a CSR matrix in ascending order of their gene ids within each row, without those whose id is -1.
+
+    Returns:
+        Entries that stay per row (`int64`), their positions in the input (`int64`) and their gene ids (`int32`).
+    """
+    n_rows = len(indptr) - 1
+    kept, order = np.zeros(n_rows, np.int64), np.empty(len(columns), np.int64)
+    gene_ids = np.empty(len(columns), np.int32)
+    longest = 0
+    for row in range(n_rows):
+        longest = max(longest, indptr[row + 1] - indptr[row])
+    packed, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
+    total = 0
+    for row in range(n_rows):
+        n = 0
+        last = np.int32(-1)
+        is_sorted = True
+        for position in range(indptr[row], indptr[row + 1]):
+            gene_id = ids[columns[position]]
+            packed[n] = np.uint64(gene_id) << BITS_32 | np.uint64(position - indptr[row])
+            if gene_id >= 0:
+                is_sorted = is_sorted and gene_id >= last
+                last = gene_id
+                n += 1
+        words = packed if is_sorted else _sort_by_upper_half(packed, n, spare)
+        for i in range(n):
+            order[total + i] = indptr[row] + np.int64(words[i] & LOW_32)
+            gene_ids[total + i] = words[i] >> BITS_32
+        kept[row] = n
+        total += n
+    return kept, order[:total], gene_ids[:total]
+
 
 __all__ = ["Cells", "ScMMGPTFeatureExtractor", "bin_counts", "hash_names", "mask_genes", "normalize_log1p"]
