@@ -559,9 +559,7 @@ def _check_entries(cells):
     ascending[starts[(starts > 0) & (starts < cells.indptr[-1])] - 1] = True
     if not ascending.all():
         row = np.searchsorted(cells.indptr, np.flatnonzero(~ascending)[0], side="right") - 1
-        raise ValueError(
-            f"The gene ids of cell {row} repeat or do not ascend. Build it with `Cells.from_csr`, which sorts and sums."
-        )
+        raise ValueError(f"The gene ids of cell {row} repeat or do not ascend. `Cells.from_csr` sorts and sums them.")
 
 
 def _fill_rows_numpy(
