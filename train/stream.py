@@ -1,46 +1,67 @@
-"""Cells from a corpus, shuffled, in batches, for ever: [`CellStream`].
+"""Cells from a corpus, shuffled, in batches: [`CellStream`].
 
 ```python
 stream = CellStream("corpus", split="train", batch_size=64, seed=0)
 for epoch in range(3):
     stream.set_epoch(epoch)
-    for cells, obs in stream:           # Cells and {column: array of str, None where unknown}
+    for cells, obs in stream:           # Cells, and {column: array of str, None where unknown}
         batch = feature_extractor(cells, epoch=epoch)
 ```
 
 **Order.** A plan permutes the row groups of all shards by (seed, epoch). Laid end to end in this order, the cells are
 one long sequence; rank `r` of `n` owns the `r`-th of `n` equal stretches of it. A stretch is read in pools of
-`pool_size` cells: some tens of row groups, of which one or two threads decode the next pool while the current one is
-used. A pool is permuted, cut into batches, and the batches are permuted. Batches are views of the pool.
+`pool_size` cells, which are some tens of row groups; while one pool is used, threads decode the next. Since the length
+of every cell is known beforehand, a pool is permuted and cut into batches before it is read, and each cell is decoded
+straight to its place: batches are views of the pool, in which no cell was moved twice.
 
-**Ranks** see the same number of batches. What this takes is said by [`CellStream.plan`]: with `uneven="wrap"` a few
+**Ranks** yield the same number of batches. What this takes is said by [`CellStream.plan`]: with `uneven="wrap"` a few
 cells are seen twice so that all are seen, with `"drop"` a few are left out; alone, a rank does neither.
 
-**Resuming** is exact: the position is (epoch, batches handed out), nothing of a pool is saved, and the plan says where
-that is. `state_dict()` is the same on all ranks.
+**Resuming** is exact: the position is (epoch, batches handed out). Nothing of a pool is saved; the plan says what lies
+where. `state_dict()` is the same on all ranks.
 
-**Randomness** is hashes of (seed, epoch, place in the plan), and of the cell id in the feature extractor: what a cell
-looks like depends neither on the batch size nor on the number of ranks.
+**Randomness** is hashes of (seed, epoch, place in the plan) here, and of (seed, epoch, cell id) in the feature
+extractor: what a cell looks like depends neither on the batch size nor on the number of ranks or threads.
+
+**Speed** comes from the training layout, built once: `build_cache(open_corpus("corpus"))`. Without it, the published
+layout is read, which takes some 15 microseconds more per cell.
 """
 
 import collections
+import copy
 import dataclasses
 import functools
+import hashlib
+import itertools
+import logging
 import os
-import threading
+import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
+import numba
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from scmmgpt.feature_extraction_scmmgpt import Cells
-from scmmgpt.train.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, open_corpus, table_to_cells
+from scmmgpt.train.cache import (
+    CacheReader,
+    MemoryReader,
+    ParquetReader,
+    Pool,
+    build_cache,
+    cache_matches,
+    default_cache_dir,
+)
+from scmmgpt.train.corpus import OBS_COLUMNS, Corpus, open_corpus
 
+
+logger = logging.getLogger(__name__)
 
 IN_MEMORY_BYTES = 2**28  # splits that take less than this once decoded are kept in memory
-OPEN_FILES = 32  # shards kept open by each thread that decodes them
+MAX_REPEATS = 255  # times that balancing may show one cell in an epoch
+Batch = tuple[Cells, dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +71,12 @@ class Plan:
     Args:
         blocks: Row groups of the split in the order of this epoch, `int64 (n_blocks,)`.
         ends: For each of them, where it ends in the sequence of all cells, `int64 (n_blocks,)`.
-        start, stop: The stretch of the sequence that this rank owns; past the end it goes on at the beginning.
+        start: Where the stretch of this rank begins in the sequence.
+        stop: Where it ends; past the end of the sequence it goes on at its beginning.
         n_steps: Batches that every rank yields.
         n_dropped: Cells of the epoch that no rank yields.
-        n_repeated: Cells of the epoch that are yielded twice.
+        n_repeated: Cells of the epoch that are yielded a second time to make ranks equal.
+        repeats: With balancing, how often each cell of the split occurs in the sequence, `uint8 (n_cells,)`.
     """
 
     blocks: np.ndarray
@@ -63,6 +86,7 @@ class Plan:
     n_steps: int
     n_dropped: int
     n_repeated: int
+    repeats: np.ndarray | None = None
 
 
 class CellStream:
@@ -71,7 +95,7 @@ class CellStream:
     Args:
         corpus: A `Corpus`, or the path of one.
         split: `"train"`, `"validation"` or `"test"`.
-        batch_size: Cells per batch. Give this or `token_budget`.
+        batch_size: Cells per batch. Give this or `token_budget`. Losses that compare the cells of all ranks want this.
         token_budget: Tokens per batch, padding included: cells times the length of the longest, where a cell's length
             is its number of genes and one more for `<cls>`, at most `max_genes`.
         max_genes: Length at which the feature extractor cuts a cell.
@@ -79,15 +103,27 @@ class CellStream:
         shuffle: Whether to permute. Without, cells come in stored order.
         sort_by_length: Whether batches hold cells of like length. By default only with a token budget: it saves
             padding, but cells of like length tend to be of like type, which contrastive learning does not want.
+        balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose labels are to be seen more evenly. An
+            epoch then draws as many cells as the split has, cells of rare labels several times and of frequent ones
+            not always; other draws in every epoch.
+        temperature: With `balance`, a label of `n` cells is drawn in proportion to `n ** (1 / temperature)`: 1 leaves
+            things as they are, infinity makes all labels equal.
+        weights: With `balance`, label -> factor on how often it is drawn; 1 for labels not named, 0 leaves one out.
+            Cells without a label are named by None.
+        max_repeats: With `balance`, how often a cell may be drawn in one epoch. A label with few cells then falls
+            short of its share, and the epoch is that much smaller.
         seed: Seed of the order.
         epoch: First epoch; see [`CellStream.set_epoch`].
-        rank, world_size: Which of how many processes this is.
+        rank: Which process this is.
+        world_size: Of how many.
         uneven: What equal numbers of batches on all ranks cost: `"wrap"` repeats a few cells, `"drop"` leaves out a
             few. With one rank neither happens.
         drop_last: Whether to leave out the last batch of an epoch if it is smaller than `batch_size`.
-        pool_size: Cells shuffled together. Two pools are in memory at a time.
+        pool_size: Cells shuffled together. Two pools are in memory at a time, some 50 MB each.
         num_threads: Threads that decode the next pool.
-        in_memory: Whether to keep decoded cells. By default if the split takes less than 256 MB.
+        in_memory: Whether to keep all cells of the split decoded. By default if they take less than 256 MB.
+        layout: `"cache"`, `"published"`, or `"auto"`: the cache if there is one. The order is the same.
+        cache_dir: Where the cache lies; `cache` in the corpus by default.
     """
 
     def __init__(
@@ -101,6 +137,10 @@ class CellStream:
         columns: list[str] | None = None,
         shuffle: bool = True,
         sort_by_length: bool | None = None,
+        balance: str | None = None,
+        temperature: float = float("inf"),
+        weights: Mapping[str | None, float] | None = None,
+        max_repeats: int = 10,
         seed: int = 0,
         epoch: int = 0,
         rank: int = 0,
@@ -110,6 +150,8 @@ class CellStream:
         pool_size: int = 8192,
         num_threads: int | None = None,
         in_memory: bool | None = None,
+        layout: str = "auto",
+        cache_dir: str | os.PathLike | None = None,
     ):
         if (batch_size is None) == (token_budget is None):
             raise ValueError(f"Give batch_size ({batch_size}) or token_budget ({token_budget}), one of the two.")
@@ -118,23 +160,32 @@ class CellStream:
         if uneven not in ("wrap", "drop"):
             raise ValueError(f"uneven is {uneven!r}; choose 'wrap' or 'drop'.")
         if token_budget is not None and token_budget < max_genes:
-            raise ValueError(
-                f"token_budget ({token_budget}) does not hold one cell of max_genes ({max_genes}) tokens."
-            )
-        for name, value in (("batch_size", batch_size), ("pool_size", pool_size)):
+            raise ValueError(f"token_budget {token_budget} does not hold one cell of max_genes ({max_genes}) tokens.")
+        if balance is None and weights is not None:
+            raise ValueError("weights were given without balance; name the annotation that they are for.")
+        if not 1 <= max_repeats <= MAX_REPEATS:
+            raise ValueError(f"max_repeats is {max_repeats}; choose 1 to {MAX_REPEATS}.")
+        if temperature < 1:
+            raise ValueError(f"temperature is {temperature}; 1 keeps the frequencies, more makes them more even.")
+        for name, value in (("batch_size", batch_size), ("pool_size", pool_size), ("num_threads", num_threads)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        columns = [name for name in OBS_COLUMNS if name != "barcode"] if columns is None else list(columns)
+        for name in columns if balance is None else [*columns, balance]:
+            if name not in OBS_COLUMNS:
+                raise ValueError(f"A corpus has no annotation {name!r}; it has {list(OBS_COLUMNS)}.")
         self.corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
         self.split = split
         self.batch_size = batch_size
         self.token_budget = token_budget
         self.max_genes = max_genes
-        self.columns = [name for name in OBS_COLUMNS if name != "barcode"] if columns is None else list(columns)
-        unknown = sorted(set(self.columns) - set(OBS_COLUMNS))
-        if unknown:
-            raise ValueError(f"columns names {unknown}, which a corpus does not have; it has {list(OBS_COLUMNS)}.")
+        self.columns = columns
         self.shuffle = shuffle
         self.sort_by_length = token_budget is not None if sort_by_length is None else sort_by_length
+        self.balance = balance
+        self.temperature = float(temperature)
+        self.weights = dict(weights or {})
+        self.max_repeats = max_repeats
         self.seed = seed
         self.epoch = epoch
         self.rank = rank
@@ -142,19 +193,38 @@ class CellStream:
         self.uneven = uneven
         self.drop_last = drop_last
         self.pool_size = pool_size
-        if batch_size is not None:
-            # Whole batches per pool, so that only the last batch of an epoch can be smaller.
-            self.pool_size = max(1, round(pool_size / batch_size)) * batch_size
         self.num_threads = min(2, os.cpu_count() or 1) if num_threads is None else num_threads
-        n_values = sum(shard.n_values for shard in self.corpus.shards(split))
-        self.in_memory = 6 * n_values <= IN_MEMORY_BYTES if in_memory is None else in_memory
-        self._reader = _ParquetReader(self.corpus, split, self.columns)
-        self._kept: dict[int, _Block] = {}
+        self._reader = self._make_reader(layout, cache_dir, in_memory)
         self._step = 0  # batches handed out in this epoch
         self._resume = False  # whether the next iteration begins at `_step`, not at the beginning
 
+    def _make_reader(self, layout: str, cache_dir, in_memory: bool | None):
+        if layout not in ("auto", "cache", "published"):
+            raise ValueError(f"layout is {layout!r}; choose 'auto', 'cache' or 'published'.")
+        shards = self.corpus.shards(self.split)
+        path = default_cache_dir(self.corpus) if cache_dir is None else cache_dir
+        usable = layout != "published" and "barcode" not in self.columns and cache_matches(self.corpus, path)
+        if layout == "cache" and not usable:
+            raise ValueError(
+                f"There is no cache of this corpus at {path}"
+                + (" that has barcodes: leave them out of `columns`." if "barcode" in self.columns else ".")
+                + " `scmmgpt.train.stream.build_cache` makes one; or choose layout='auto'."
+            )
+        if layout == "auto" and not usable and os.path.exists(os.path.join(path, "index.json")):
+            logger.warning(
+                "The cache at %s is not used: it is of another state of the corpus, or lacks barcodes.", path
+            )
+        make = (
+            (lambda: CacheReader(self.corpus, self.split, self.columns, path))
+            if usable
+            else (lambda: ParquetReader(self.corpus, self.split, self.columns))
+        )
+        bytes_per_value = 2 + max(np.dtype(shard.counts_dtype).itemsize for shard in shards)
+        small = bytes_per_value * sum(shard.n_values for shard in shards) <= IN_MEMORY_BYTES
+        return MemoryReader(make()) if (small if in_memory is None else in_memory) else make()
+
     def __len__(self) -> int:
-        """Number of batches that this rank yields in the current epoch."""
+        """Number of batches that every rank yields in the current epoch."""
         return self.plan().n_steps
 
     @property
@@ -162,7 +232,15 @@ class CellStream:
         """Cells of the split, over all ranks."""
         return int(self._reader.sizes.sum())
 
-    # position
+    def for_rank(self, rank: int) -> "CellStream":
+        """Return the stream of another rank. It shares what is in memory with this one."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank is {rank} of world_size {self.world_size}; ranks are numbered from 0.")
+        other = copy.copy(self)
+        other.rank = rank
+        return other
+
+    # Position
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration. A position loaded within this epoch is kept."""
@@ -174,259 +252,405 @@ class CellStream:
         return {"epoch": self.epoch, "step": self._step, **self._identity()}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go to a saved position: the next iteration yields the batches that were not handed out before.
-
-        To resume from a number of optimiser steps, change `state["step"]`, the number of batches.
-        """
+        """Go to a saved position: the next iteration yields the batches that were not handed out before."""
         for name, value in self._identity().items():
-            if name in state and state[name] != value:
+            if state.get(name, value) != value:
                 raise ValueError(
                     f"The state was saved with {name}={state[name]!r}, but this stream has {value!r}: the position "
                     "would mean other cells. Use the same setting, or start at an epoch with `set_epoch`."
                 )
         self.epoch, self._step, self._resume = int(state["epoch"]), int(state["step"]), True
 
+    def seek(self, n_batches: int) -> None:
+        """Go to where a rank is after `n_batches` batches from the beginning of epoch 0, epoch after epoch.
+
+        A trainer that counts optimiser steps resumes with `seek(global_step * gradient_accumulation_steps)`; unlike
+        the position of the stream, its count does not include batches that were fetched ahead.
+        """
+        self.epoch, self._step = 0, n_batches
+        while self._step >= (n_steps := len(self)):
+            self._step -= n_steps
+            self.epoch += 1
+        self._resume = True
+
     def _identity(self) -> dict:
         """What the order of cells depends on, the epoch aside."""
         names = (
-            "split",
-            "batch_size",
-            "token_budget",
-            "max_genes",
-            "shuffle",
-            "sort_by_length",
-            "seed",
-            "world_size",
-            "uneven",
-            "drop_last",
-            "pool_size",
+            "split batch_size token_budget shuffle sort_by_length seed world_size uneven drop_last pool_size".split()
         )
-        shards = ",".join(shard.sha256 for shard in self.corpus.shards(self.split))
-        return {name: getattr(self, name) for name in names} | {"corpus": f"{_hash_text(shards):016x}"}
-
-    # plan
-
-    def plan(self, rank: int | None = None) -> Plan:
-        """Return what a rank, by default this one, reads in the current epoch."""
-        rank = self.rank if rank is None else rank
-        blocks = np.arange(len(self._reader.sizes))
-        if self.shuffle:
-            blocks = _permutation(len(blocks), self.seed, self.epoch)
-        ends = np.cumsum(self._reader.sizes[blocks])
-        total = int(ends[-1])
-        share, rest = divmod(total, self.world_size)
-        if rest and self.uneven == "wrap":
-            share += 1
-        n_steps = self._count_steps(share)
-        n_yielded = share
-        if self.drop_last and self.batch_size is not None:
-            n_yielded = share // self.batch_size * self.batch_size
-        over = n_yielded * self.world_size - total
-        start = rank * share
-        return Plan(blocks, ends, start, start + share, n_steps, max(-over, 0), max(over, 0))
-
-    def _count_steps(self, share: int) -> int:
+        identity = {name: getattr(self, name) for name in names}
         if self.token_budget is not None:
-            raise NotImplementedError
-        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+            identity["max_genes"] = self.max_genes
+        if self.balance is not None:
+            weights = sorted((str(label), factor) for label, factor in self.weights.items())
+            identity["balance"] = [self.balance, str(self.temperature), self.max_repeats, *map(list, weights)]
+        content = "".join(shard.sha256 for shard in self.corpus.shards(self.split))
+        return {**identity, "shards": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
-    # iteration
+    # Plan
 
-    def __iter__(self) -> Iterator[tuple[Cells, dict[str, np.ndarray]]]:
-        if not self._resume:
-            self._step = 0
-        self._resume = False
-        return self._iterate(self.plan(), self.epoch)
+    def plan(self) -> Plan:
+        """Return what this rank reads in the current epoch, and what equal ranks cost."""
+        sizes = self._reader.sizes
+        repeats = self._draw_repeats()
+        if repeats is not None:
+            sizes = np.add.reduceat(repeats.astype(np.int64), self._reader.starts)
+        blocks = np.arange(len(sizes))
+        if self.shuffle:
+            blocks = permutation(len(blocks), self.seed, self.epoch)
+        ends = np.cumsum(sizes[blocks])
+        total = int(ends[-1])
+        share = total // self.world_size if self.uneven == "drop" else -(-total // self.world_size)
+        if share == 0:
+            raise ValueError(
+                f"{total} cells of split {self.split!r} do not go round {self.world_size} ranks. "
+                "Use fewer ranks, or uneven='wrap'."
+            )
+        plan = Plan(
+            blocks=blocks,
+            ends=ends,
+            start=self.rank * share,
+            stop=(self.rank + 1) * share,
+            n_steps=-(-share // self.batch_size) if self.batch_size else 0,
+            n_dropped=max(total - share * self.world_size, 0),
+            n_repeated=max(share * self.world_size - total, 0),
+            repeats=repeats,
+        )
+        if self.token_budget is not None:
+            return self._equalise(plan)
+        if self.drop_last and share % self.batch_size:
+            n_dropped = plan.n_dropped + share % self.batch_size * self.world_size
+            return dataclasses.replace(plan, n_steps=plan.n_steps - 1, n_dropped=n_dropped)
+        return plan
 
-    def _iterate(self, plan: Plan, epoch: int) -> Iterator[tuple[Cells, dict[str, np.ndarray]]]:
-        batches_per_pool = self.pool_size // self.batch_size
-        pool, skip = divmod(self._step, batches_per_pool)
-        starts = list(range(plan.start + pool * self.pool_size, plan.stop, self.pool_size))
-        with ThreadPoolExecutor(1) as assembling, ThreadPoolExecutor(self.num_threads) as decoding:
-            pending = collections.deque()
-            for start in starts:
-                stop = min(start + self.pool_size, plan.stop)
-                pending.append(assembling.submit(self._read_pool, plan, start, stop, decoding))
-                if len(pending) < 2:
-                    continue
-                yield from self._batches(pending.popleft().result(), plan, skip)
-                skip = 0
-            while pending:
-                yield from self._batches(pending.popleft().result(), plan, skip)
-                skip = 0
+    def _equalise(self, plan: Plan) -> Plan:
+        """Choose the number of steps where ranks would have unequal ones, and count what that costs."""
+        share = plan.stop - plan.start
+        sizes = [self._batch_sizes(plan, rank * share) for rank in range(self.world_size)]
+        n_steps = [len(own) for own in sizes]
+        n_steps = min(n_steps) if self.uneven == "drop" else max(n_steps)
+        return dataclasses.replace(
+            plan,
+            n_steps=n_steps,
+            n_dropped=plan.n_dropped + sum(int(own[n_steps:].sum()) for own in sizes),
+            n_repeated=plan.n_repeated + sum(int(np.resize(own, n_steps)[len(own) :].sum()) for own in sizes),
+        )
 
-    def _batches(self, pool: "_Pool", plan: Plan, skip: int):
-        for start, stop in pool.bounds[skip:]:
-            if self._step == plan.n_steps:
-                return
-            self._step += 1
-            yield pool.cells[start:stop], {name: values[start:stop] for name, values in pool.obs.items()}
+    def _batch_sizes(self, plan: Plan, start: int) -> np.ndarray:
+        """Number of cells of every batch of a stretch, in order."""
+        sizes = []
+        for first, last in self._pools(plan, start):
+            _, bounds = self._arrange(self._lengths(self._pieces(plan, first, last)), first)
+            sizes.append(bounds[:, 1] - bounds[:, 0])
+        return np.concatenate(sizes)
 
-    def _read_pool(self, plan: Plan, start: int, stop: int, decoding: ThreadPoolExecutor) -> "_Pool":
+    def _pools(self, plan: Plan, start: int) -> list[tuple[int, int]]:
+        """Cut the stretch that begins at `start` into pools of about equal size, the last one no worse mixed."""
+        share = plan.stop - plan.start
+        unit = self.batch_size or 1  # whole batches per pool, so that only the last batch of an epoch can be smaller
+        n_units = -(-share // unit)
+        n_pools = -(-n_units // max(self.pool_size // unit, 1))
+        edges = np.minimum(np.arange(n_pools + 1) * n_units // n_pools * unit, share) + start
+        return list(itertools.pairwise(edges.tolist()))
+
+    def _pieces(self, plan: Plan, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Return the row groups, and their rows, that make up `[start, stop)` of the sequence."""
         total = int(plan.ends[-1])
-        spans = [(start, min(stop, total)), (0, stop - total)] if stop > total > start else [(start, stop)]
-        if start >= total:
-            spans = [(start - total, stop - total)]
+        spans = []
+        while start < stop:
+            first = start % total
+            last = min(first + stop - start, total)
+            spans.append((first, last))
+            start += last - first
         pieces = []
         for first, last in spans:
             low, high = np.searchsorted(plan.ends, [first, last - 1], side="right")
             for place in range(low, high + 1):
-                block = int(plan.blocks[place])
-                size = int(self._reader.sizes[block])
-                begin = int(plan.ends[place]) - size
-                pieces.append((block, max(first - begin, 0), min(last - begin, size)))
-        blocks = list(decoding.map(self._read_block, [block for block, _, _ in pieces]))
-        cells = Cells.concatenate([b.cells[i:j] for b, (_, i, j) in zip(blocks, pieces, strict=True)])
-        obs = {
-            name: np.concatenate([b.obs[name][i:j] for b, (_, i, j) in zip(blocks, pieces, strict=True)])
-            for name in self.columns
-        }
-        order, bounds = self._arrange(np.diff(cells.indptr), start)
-        return _Pool(cells[order], {name: values[order] for name, values in obs.items()}, bounds)
+                block, end = int(plan.blocks[place]), int(plan.ends[place])
+                begin = int(plan.ends[place - 1]) if place else 0
+                rows = np.arange(self._reader.sizes[block])
+                if plan.repeats is not None:
+                    cells = self._reader.starts[block] + rows
+                    rows = np.repeat(rows, plan.repeats[cells])
+                rows = rows[max(first - begin, 0) : min(last, end) - begin]
+                if len(rows):
+                    pieces.append((block, rows))
+        return pieces
+
+    def _lengths(self, pieces: list[tuple[int, np.ndarray]]) -> np.ndarray:
+        return np.concatenate([self._reader.n_genes[self._reader.starts[block] + rows] for block, rows in pieces])
 
     def _arrange(self, lengths: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the order of a pool's cells and the bounds of its batches, `(n_batches, 2)`."""
+        """Order the cells of the pool that begins at `start` and cut it into batches.
+
+        Returns:
+            The pool's cells in the order in which they are handed out, `int64 (n_cells,)`, and where batches begin
+            and end, `int64 (n_batches, 2)`, in the order in which they are handed out.
+        """
         order = np.arange(len(lengths))
         if self.shuffle:
-            order = _permutation(len(lengths), self.seed, self.epoch, start)
+            order = permutation(len(lengths), self.seed, self.epoch, start)
         if self.sort_by_length:
             order = order[np.argsort(lengths[order], kind="stable")]
-        edges = np.append(np.arange(0, len(lengths), self.batch_size), len(lengths))
+        if self.token_budget is None:
+            edges = np.append(np.arange(0, len(lengths), self.batch_size), len(lengths))
+            n_movable = len(lengths) // self.batch_size  # a smaller batch stays the last
+        else:
+            tokens = np.minimum(lengths[order].astype(np.int64) + 1, self.max_genes)
+            edges = _cut_by_tokens(tokens, self.token_budget)
+            n_movable = len(edges) - 1
         bounds = np.stack([edges[:-1], edges[1:]], axis=1)
-        if self.shuffle:
-            whole = len(lengths) // self.batch_size  # a smaller batch stays the last
-            bounds[:whole] = bounds[_permutation(whole, self.seed, self.epoch, start, 1)]
+        if self.shuffle and self.sort_by_length:
+            bounds[:n_movable] = bounds[permutation(n_movable, self.seed, self.epoch, start, 1)]
         return order, bounds
 
-    def _read_block(self, block: int) -> "_Block":
-        found = self._kept.get(block)
-        if found is None:
-            found = self._reader.read(block)
-            if self.in_memory:
-                self._kept[block] = found
-        return found
+    def _draw_repeats(self) -> np.ndarray | None:
+        """With balancing, draw how often each cell of the split occurs in this epoch, `uint8 (n_cells,)`."""
+        if self.balance is None:
+            return None
+        labels, codes = self._reader.label_codes(self.balance)
+        n_cells = np.bincount(codes, minlength=len(labels))
+        held = [label for label, n in zip(labels, n_cells, strict=True) if n]
+        unknown = [label for label in self.weights if label not in held]
+        if unknown:
+            raise ValueError(
+                f"weights names {unknown}, but {self.balance!r} of split {self.split!r} holds {held[:20]}."
+            )
+        shares = np.array([self.weights.get(label, 1.0) for label in labels]) * (n_cells > 0)
+        shares = shares * np.maximum(n_cells, 1) ** (1 / self.temperature)
+        if not shares.sum() > 0:
+            raise ValueError(f"The weights {self.weights} leave no cell of split {self.split!r}.")
+        expected = np.minimum(shares / shares.sum() * len(codes) / np.maximum(n_cells, 1), self.max_repeats)
+        whole = np.floor(expected)
+        # A cell occurs `whole` times, and once more with the probability that is left.
+        threshold = ((expected - whole) * 2.0**64).clip(0, 2.0**64 - 2**12).astype(np.uint64)
+        more = hashes(len(codes), self.seed, self.epoch, 2) < threshold[codes]
+        return whole.astype(np.uint8)[codes] + more.astype(np.uint8)
+
+    # Iteration
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, transform: Callable | None = None, *, workers: int = 1) -> Iterator:
+        """Iterate over the current epoch, or the rest of it after `load_state_dict`.
+
+        Args:
+            transform: Called as `transform(cells, obs)` ahead of the consumer, in threads; its results are yielded in
+                order. The position counts what was handed out, not what was prepared.
+            workers: Threads that do so.
+        """
+        if not self._resume:
+            self._step = 0
+        self._resume = False
+        prepared = self._iterate(self.plan(), self._step)
+        if transform is not None:
+            prepared = _transform_ahead(prepared, transform, workers)
+        return self._hand_out(prepared)
+
+    def _hand_out(self, batches: Iterator) -> Iterator:
+        try:
+            for batch in batches:
+                self._step += 1
+                yield batch
+        finally:
+            batches.close()
+
+    def _iterate(self, plan: Plan, step: int) -> Iterator[Batch]:
+        assembling, decoding = ThreadPoolExecutor(1), ThreadPoolExecutor(self.num_threads)
+        pending: collections.deque = collections.deque()
+        try:
+            for first, last, begin, end in self._schedule(plan, step):
+                pending.append((assembling.submit(self._read_pool, plan, first, last, decoding), begin, end))
+                if len(pending) == 2:
+                    yield from _cut(*pending.popleft())
+            while pending:
+                yield from _cut(*pending.popleft())
+        finally:
+            for executor in (assembling, decoding):
+                executor.shutdown(wait=True, cancel_futures=True)
+
+    def _schedule(self, plan: Plan, step: int) -> Iterator[tuple[int, int, int, int]]:
+        """From a step on: pools as (start, stop, first batch, last batch), until all steps are done."""
+        pools, at = self._pools(plan, plan.start), 0
+        while at < plan.n_steps:
+            for first, last in pools:
+                if self.token_budget is None:
+                    n_batches = -(-(last - first) // self.batch_size)
+                else:
+                    n_batches = len(self._arrange(self._lengths(self._pieces(plan, first, last)), first)[1])
+                begin, end = max(step - at, 0), min(n_batches, plan.n_steps - at)
+                if begin < end:
+                    yield first, last, begin, end
+                at += n_batches
+                if at >= plan.n_steps:
+                    return
+
+    def _read_pool(self, plan: Plan, start: int, stop: int, decoding: ThreadPoolExecutor) -> tuple[Pool, np.ndarray]:
+        pieces = self._pieces(plan, start, stop)
+        lengths = self._lengths(pieces)
+        order, bounds = self._arrange(lengths, start)
+        dtypes = {self._reader.counts_dtype(block) for block, _ in pieces}
+        pool = Pool.allocate(lengths[order], np.dtype("float32" if "float32" in dtypes else "uint16"), self.columns)
+        places = np.empty(len(order), dtype=np.int64)
+        places[order] = np.arange(len(order))
+        edges = np.cumsum([len(rows) for _, rows in pieces])[:-1]
+        tasks = [
+            decoding.submit(self._reader.fill, pool, block, rows, own)
+            for (block, rows), own in zip(pieces, np.split(places, edges), strict=True)
+        ]
+        for task in tasks:
+            task.result()
+        return pool, bounds
 
 
-def as_dataset(stream: CellStream, collate: Callable[..., Mapping]):
+def _cut(future, begin: int, end: int) -> Iterator[Batch]:
+    pool, bounds = future.result()
+    for start, stop in bounds[begin:end].tolist():
+        yield pool[start:stop]
+
+
+def _transform_ahead(batches: Iterator[Batch], transform: Callable, workers: int) -> Iterator:
+    """Apply a function to batches in threads, in order, with two results per thread waiting."""
+    pending: collections.deque = collections.deque()
+    executor = ThreadPoolExecutor(workers)
+    try:
+        for cells, obs in batches:
+            pending.append(executor.submit(transform, cells, obs))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        batches.close()
+
+
+def as_dataset(
+    stream: CellStream, collate: Callable[..., Mapping], *, num_epochs: int | None = None, workers: int = 1
+):
     """Wrap a stream as a `datasets.IterableDataset` of which every example is one finished batch.
 
     The batch passes through untouched, tensors included, so that `datasets` costs some 30 microseconds per batch.
-    Train with `per_device_train_batch_size=1` and `data_collator=take_batch`.
+    Collating runs ahead in threads. With `transformers.Trainer` and TRL's trainers:
+
+    ```python
+    arguments = TrainingArguments(
+        per_device_train_batch_size=1,                    # one example is one batch
+        max_steps=10_000,                                 # a stream has no end
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},   # every rank reads its own share
+        ignore_data_skip=True,                            # when resuming, see below
+    )
+    trainer = Trainer(model, arguments, train_dataset=as_dataset(stream, collate), data_collator=take_batch)
+    ```
+
+    The dataset has one shard per rank of the stream, which `datasets.distributed.split_dataset_by_node` and accelerate
+    deal out; what a rank then reads is the plan of the stream. With several ranks it must be split. A trainer that resumes skips batches by making them; to go there
+    at once, call `stream.seek(batches trained)` before training and set `ignore_data_skip`.
 
     Args:
-        stream: The stream.
-        collate: Called as `collate(cells, obs, epoch=epoch)`, returns the model's inputs by name.
+        stream: The stream, of any rank.
+        collate: Called as `collate(cells, obs, epoch=epoch)` in a thread; returns the model's inputs by name.
+        num_epochs: Epochs to yield from the stream's current one on, each in an order of its own; endless by default.
+        workers: Threads that collate.
 
     Returns:
         `datasets.IterableDataset`.
     """
     import datasets
 
-    def batches():
-        for cells, obs in stream:
-            yield dict(collate(cells, obs, epoch=stream.epoch))
+    batches = _EpochBatches(stream, collate, num_epochs, workers)
+    return datasets.IterableDataset.from_generator(batches, gen_kwargs={"ranks": list(range(stream.world_size))})
 
-    return datasets.IterableDataset.from_generator(batches)
+
+class _EpochBatches:
+    """The generator behind `as_dataset`.
+
+    `datasets` pickles its generators, to hash and to copy them. A stream has open files and a collator may hold
+    models, so what is pickled is only a name, under which the object is found again in the same or a forked process.
+    """
+
+    _alive: ClassVar[weakref.WeakValueDictionary] = weakref.WeakValueDictionary()
+
+    def __init__(self, stream: CellStream, collate: Callable[..., Mapping], num_epochs: int | None, workers: int):
+        self.stream, self.collate, self.num_epochs, self.workers = stream, collate, num_epochs, workers
+        self.name = uuid.uuid4().hex
+        self._alive[self.name] = self
+
+    def __reduce__(self):
+        return _find_batches, (self.name,)
+
+    def __call__(self, ranks: list[int]) -> Iterator[dict]:
+        for rank in ranks:
+            stream = self.stream if rank == self.stream.rank else self.stream.for_rank(rank)
+            first = stream.epoch
+            try:
+                while self.num_epochs is None or stream.epoch < first + self.num_epochs:
+                    finish = functools.partial(_finish_batch, self.collate, stream.epoch)
+                    yield from stream.batches(finish, workers=self.workers)
+                    stream.set_epoch(stream.epoch + 1)
+            finally:
+                if self.num_epochs is not None:
+                    stream.set_epoch(first)  # so that an evaluation sees the same batches every time
+
+
+def _find_batches(name: str) -> _EpochBatches:
+    found = _EpochBatches._alive.get(name)
+    if found is None:
+        raise ValueError(
+            "A dataset made by `as_dataset` can't be sent to a process that was not forked from its own. "
+            "Use a DataLoader with num_workers=0: collating already runs ahead in threads (`workers`)."
+        )
+    return found
+
+
+def _finish_batch(collate: Callable[..., Mapping], epoch: int, cells: Cells, obs: dict[str, np.ndarray]) -> dict:
+    return dict(collate(cells, obs, epoch=epoch))
 
 
 def take_batch(examples: list) -> Mapping:
-    """Data collator for [`as_dataset`]: the one example is the batch."""
+    """Return the one example, which is the batch: the data collator for [`as_dataset`]."""
     (batch,) = examples
     return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
+@numba.njit(cache=True)
+def _cut_by_tokens(tokens, budget):
+    """Return the edges of the longest batches whose size times longest cell is within the budget."""
+    edges = [0]
+    longest = 0
+    for i in range(len(tokens)):
+        longest = max(longest, tokens[i])
+        if longest * (i + 1 - edges[-1]) > budget:
+            edges.append(i)
+            longest = tokens[i]
+    edges.append(len(tokens))
+    return np.array(edges)
 
 
-@dataclasses.dataclass
-class _Block:
-    """One decoded row group."""
-
-    cells: Cells
-    obs: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass
-class _Pool:
-    """Cells that were shuffled together, in the order in which they are handed out; `bounds` are the batches."""
-
-    cells: Cells
-    obs: dict[str, np.ndarray]
-    bounds: np.ndarray
-
-
-class _ParquetReader:
-    """Reads row groups of the published layout. `sizes` are their numbers of cells, over all shards of the split."""
-
-    def __init__(self, corpus: Corpus, split: str, columns: list[str]):
-        self.corpus = corpus
-        self.columns = columns
-        self.shards = corpus.shards(split)
-        sizes, self._places = [], []
-        for index, shard in enumerate(self.shards):
-            for group, first in enumerate(range(0, shard.n_cells, shard.row_group_size)):
-                sizes.append(min(shard.row_group_size, shard.n_cells - first))
-                self._places.append((index, group))
-        self.sizes = np.array(sizes, dtype=np.int64)
-        self._local = threading.local()
-
-    def read(self, block: int) -> _Block:
-        index, group = self._places[block]
-        if not hasattr(self._local, "open"):  # a ParquetFile serves one thread at a time
-            self._local.open = functools.lru_cache(OPEN_FILES)(self._open)
-        file = self._local.open(index)
-        try:
-            table = file.read_row_group(group, columns=[*CELL_COLUMNS, *self.columns], use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(
-                f"Row group {group} of {self.corpus.path / self.shards[index].path} can't be read: {error}. "
-                "The shard is damaged: copy it anew, or delete it and run `prepare` again."
-            ) from error
-        return _Block(table_to_cells(table), {name: _strings(table[name]) for name in self.columns})
-
-    def _open(self, index: int) -> pq.ParquetFile:
-        return self.corpus.open_shard(self.shards[index])
-
-
-def _strings(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a string column as an object array, None for null."""
-    column = column.combine_chunks()
-    if not pa.types.is_dictionary(column.type):
-        return column.to_numpy(zero_copy_only=False)
-    labels = np.append(column.dictionary.to_numpy(zero_copy_only=False), None)
-    return labels[column.indices.fill_null(len(labels) - 1).to_numpy()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness
-# ---------------------------------------------------------------------------------------------------------------------
+# Randomness that is the same on every platform and with every NumPy
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele et al. 2014) of uint64, elementwise."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+    """SplitMix64 (Steele, Lea and Flood 2014) of uint64, elementwise."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
-def _hashes(n: int, *key: int) -> np.ndarray:
-    """Return `n` random uint64 that depend on the key alone, on any platform and NumPy."""
+def hashes(n: int, *key: int) -> np.ndarray:
+    """Return `n` random uint64 that depend on the key alone."""
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
-        state = _mix(state ^ np.uint64(part & (2**64 - 1)))
+        state = _mix(state ^ np.uint64(part % 2**64))
     return _mix(_mix(np.arange(n, dtype=np.uint64)) ^ state)
 
 
-def _permutation(n: int, *key: int) -> np.ndarray:
+def permutation(n: int, *key: int) -> np.ndarray:
     """Return a random permutation of `range(n)` that depends on the key alone."""
-    return np.argsort(_hashes(n, *key), kind="stable")
+    return np.argsort(hashes(n, *key), kind="stable")
 
 
-def _hash_text(text: str) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+__all__ = ["CellStream", "Plan", "as_dataset", "build_cache", "take_batch"]
