@@ -4,8 +4,8 @@ A cell is the set of genes that it expresses, as ids of the gene vocabulary with
 selects, orders and pads them. All randomness is a hash of (seed, epoch, cell id, gene id): the same cell gives the
 same tokens in any order, batch, chunk, worker or process, and another `epoch` gives another draw.
 
-Where numba is installed, compiled kernels do the work and release the GIL; where it is not, NumPy does. Both give the
-same bits.
+Where numba is installed, compiled kernels take over after the first few thousand cells, and release the GIL; before,
+and without numba, NumPy does the work. Both give the same bits.
 """
 
 from dataclasses import dataclass
@@ -204,7 +204,7 @@ class Cells:
         matrix = np.ascontiguousarray(matrix)
         if matrix.ndim != 2:
             raise ValueError(f"Expected a matrix of cells by genes, but its shape is {matrix.shape}.")
-        if njit is None or matrix.dtype.kind not in "iuf":
+        if matrix.dtype.kind not in "iuf" or not _kernels_pay(len(matrix)):
             columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
             rows = columns // max(matrix.shape[1], 1)
             columns -= rows * matrix.shape[1]
@@ -237,7 +237,7 @@ class Cells:
             columns, data = columns[data > 0], data[data > 0]
         total_counts = _row_sums(data, indptr)
         ids = vocabulary_ids.astype(np.int32)
-        if njit is None:
+        if not _kernels_pay(n_cells):
             rows, gene_ids = np.repeat(np.arange(n_cells), np.diff(indptr)), ids[columns]
             order = _sorting_order(gene_ids.astype(np.uint32), rows)
             order = order[gene_ids[order] >= 0]
@@ -270,7 +270,12 @@ def _row_sums(data, indptr):
 
 def _sorting_order(keys, rows):
     """The order that sorts by row, then by unsigned key; ties stay in place. NumPy sorts 16-bit digits by radix."""
-    digits = [digit for key in (keys, rows) for digit in key.view(np.uint16).reshape(len(key), -1).T if digit.any()]
+    digits = [
+        digit
+        for key in (keys, rows)
+        for digit in key.view(np.uint16).reshape(len(key), key.dtype.itemsize // 2).T
+        if digit.any()
+    ]
     return np.lexsort(digits) if digits else np.arange(len(rows))
 
 
@@ -515,7 +520,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         expression = np.empty(shape, dtype=np.float32)
         gene_ids[:, 0], expression[:, 0] = self.cls_token_id, self.cls_value
         keys, is_float = _sort_keys(cells.counts)
-        fill = _fill_rows_numpy if njit is None or keys.dtype != np.uint32 else _fill_rows
+        fill = _fill_rows if keys.dtype == np.uint32 and _kernels_pay(len(cells)) else _fill_rows_numpy
         fill(
             cells.indptr,
             cells.gene_ids.astype(np.int32, copy=False),
@@ -608,6 +613,18 @@ def _fill_rows_numpy(
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled kernels: the same, one cell at a time, in memory that fits the cache
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+# Compiling takes seconds, once a machine, and loading what was compiled some tenths: in NumPy so many cells take less.
+WARM_UP_CELLS = 5_000
+_n_cells_seen = 0
+
+
+def _kernels_pay(n_cells):
+    """Counts cells, and says whether there were enough to take the compiled path from here on."""
+    global _n_cells_seen
+    _n_cells_seen += n_cells
+    return njit is not None and _n_cells_seen > WARM_UP_CELLS
 
 
 def _compiled(function):
