@@ -4,7 +4,14 @@ from torch import nn
 
 from scmmgpt import modeling_scgpt
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.modeling_scgpt import IGNORED_LABEL, Packing, ScGPTModel, masked_expression_loss, packed_attention
+from scmmgpt.modeling_scgpt import (
+    IGNORED_LABEL,
+    Packing,
+    ScGPTModel,
+    Segments,
+    masked_expression_loss,
+    packed_attention,
+)
 
 
 LENGTHS = (9, 4, 0, 7, 4, 1)  # the third cell is all padding; two have the same length
@@ -68,6 +75,16 @@ def test_packed_attention_equals_eager_attention(model, batch, cls_only):
     torch.testing.assert_close(packed.pooler_output, eager.pooler_output)
 
 
+def test_cutting_the_packed_row_into_pieces_changes_nothing(model, batch, monkeypatch):
+    expected = model(**batch).last_hidden_state
+    monkeypatch.setattr(modeling_scgpt, "CPU_PIECE_TOKENS", 8)
+    with torch.no_grad():
+        packing = Packing.of(torch.zeros(6, 9, 1), batch["cell_attention_mask"])
+        assert [segments.lengths for segments in packing.pieces] == [[1, 4], [4], [7], [9]]
+        torch.testing.assert_close(model(**batch).last_hidden_state, expected)
+        torch.testing.assert_close(model(**batch, cls_only=True).pooler_output, expected[:, 0])
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_cell_that_is_all_padding_has_states_of_zero(model, batch, implementation):
     model.set_attn_implementation(implementation)
@@ -109,10 +126,11 @@ def test_cells_are_packed_in_order_of_length():
     mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 0]])
     embeds = torch.arange(12.0).reshape(4, 3, 1)
     packing = Packing.of(embeds, mask)
-    assert packing.lengths == [1, 2, 3]
+    (segments,) = packing.pieces
+    assert segments.lengths == [1, 2, 3]
+    assert segments.ends.tolist() == [0, 1, 3, 6]
     assert packing.rows.tolist() == [2, 3, 0]
-    assert packing.starts.tolist() == [0, 1, 3]
-    assert packing.pack(embeds).flatten().tolist() == [6, 9, 10, 0, 1, 2]
+    assert packing.pack(embeds)[0].flatten().tolist() == [6, 9, 10, 0, 1, 2]
     assert packing.unpack(packing.pack(embeds)).flatten().tolist() == [0, 1, 2, 0, 0, 0, 6, 0, 0, 9, 10, 0]
 
 
@@ -130,13 +148,13 @@ def test_the_variable_length_kernel_is_given_what_the_loop_computes(monkeypatch,
             output[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[keys])
         return output
 
-    packing = Packing.of(torch.zeros(4, 3, 1), torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 0]]))
+    segments = Segments.of([1, 2, 3], torch.device("cpu"))
     key, value = torch.randn(2, 6, 2, 8)
     query = torch.randn(3 if first_only else 6, 2, 8)
-    expected = packed_attention(query, key, value, packing, scaling=0.3)
+    expected = packed_attention(query, key, value, segments, scaling=0.3)
     monkeypatch.setattr(modeling_scgpt, "varlen_attn", stand_in)
     monkeypatch.setattr(modeling_scgpt, "_has_varlen_kernel", lambda query: True)
-    torch.testing.assert_close(packed_attention(query, key, value, packing, scaling=0.3), expected)
+    torch.testing.assert_close(packed_attention(query, key, value, segments, scaling=0.3), expected)
 
 
 def test_condition_tokens_stand_before_the_genes(model, batch):
