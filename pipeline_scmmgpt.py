@@ -137,6 +137,7 @@ class ScMMGPTPipeline:
         device (`str`, `int` or `torch.device`, *optional*): By default CUDA, else Apple's MPS, else the CPU.
         batch_size (`int`, *optional*): Cells per batch, for every verb; each has a default of its own. Lower it where
             memory runs out; answers don't change.
+        dtype (*optional*): Passed by `transformers.pipeline`, which has loaded the model with it; not used here.
     """
 
     # Read by `transformers.pipeline`, which loads what is asked for here and passes it to `__init__`.
@@ -153,7 +154,7 @@ class ScMMGPTPipeline:
             device = f"cuda:{device}" if device >= 0 else "cpu"
         self.task = task
         self.device = torch.device(device or best_device())
-        self.model = model.to(self.device).eval() if dtype is None else model.to(self.device, dtype).eval()
+        self.model = model.to(self.device).eval()
         self.processor = processor
         self.batch_size = batch_size
 
@@ -399,7 +400,7 @@ class ScMMGPTPipeline:
             return similarity, match
 
         # Every cell is read once with each of its candidates, so this many cells fill a batch.
-        batch_size = max((batch_size or self.batch_size or 64) // max(num_candidates, 1), 1)
+        batch_size = max(self._batch_size(batch_size, 64) // max(num_candidates, 1), 1)
         similarity, match = self._map_cells(score, cells, batch_size, "Annotating")
         return similarity, match if num_candidates else None
 
@@ -439,7 +440,7 @@ class ScMMGPTPipeline:
             raise ValueError("describe gives one description a cell; call model.generate for several.")
 
         texts = np.empty(len(cells), dtype=object)
-        for rows in self._batches(cells, batch_size or self.batch_size or 16, "Describing"):
+        for rows in self._batches(cells, self._batch_size(batch_size, 16), "Describing"):
             inputs = self.processor(text=[prompt] * len(rows), cells=cells[rows]).to(self.device)
             with torch.inference_mode():
                 ids = self.model.generate(**inputs, **options)
@@ -519,7 +520,7 @@ class ScMMGPTPipeline:
         chunks = self._gene_chunks(gene_ids, max_genes)
         expression = np.zeros((len(rows), len(gene_ids)), dtype=np.float32)
         counts = np.zeros((len(rows), len(gene_ids)), dtype=np.int32) if do_sample else None
-        batch_size = batch_size or self.batch_size or 32
+        batch_size = self._batch_size(batch_size, 32)
         starts = range(0, len(rows), batch_size)
         for start in logging.tqdm(starts, desc="Generating", unit="batch", disable=len(starts) < 2):
             batch = rows[start : start + batch_size]
@@ -608,7 +609,7 @@ class ScMMGPTPipeline:
             return (torch.nn.functional.normalize(embedded.float(), dim=-1),)
 
         cells, report = self._read(adata, **read_kwargs)
-        (adata.obsm[key_added],) = self._map_cells(embedding, cells, batch_size or self.batch_size or 64, "Embedding")
+        (adata.obsm[key_added],) = self._map_cells(embedding, cells, self._batch_size(batch_size, 64), "Embedding")
         return self._record(adata, "scmmgpt", report, embed={"of": of, "key": key_added})
 
     def search(self, adata, text, top_k=10, *, key_added=None, batch_size=None, **read_kwargs):
@@ -638,7 +639,7 @@ class ScMMGPTPipeline:
             return (_similarity(self.model.get_cell_features(**inputs), text_features),)
 
         cells, report = self._read(adata, **read_kwargs)
-        (similarity,) = self._map_cells(score, cells, batch_size or self.batch_size or 64, "Searching")
+        (similarity,) = self._map_cells(score, cells, self._batch_size(batch_size, 64), "Searching")
         if key_added is not None:
             self._add_obs(adata, key_added, similarity[:, 0])
             self._record(adata, "scmmgpt", report, search={"text": texts[0], "key": key_added})
@@ -661,7 +662,7 @@ class ScMMGPTPipeline:
         return getattr(self.model, "model", self.model)
 
     def _needs_language_model(self, verb):
-        if getattr(self.processor, "tokenizer", None) is None or not hasattr(self.model, "generate_cells"):
+        if not hasattr(self.model, "generate_cells"):
             raise ValueError(
                 f"This checkpoint has no language model (it is of stage 1), so it cannot {verb}; it can annotate, "
                 "embed and search. Stage 2, `python -m scmmgpt.train tune`, makes one that can."
@@ -685,10 +686,14 @@ class ScMMGPTPipeline:
             raise ValueError("There are no cells in this AnnData: it has 0 rows.")
         return cells, report
 
-    def _batches(self, cells, batch_size, what):
-        """Row numbers of cells that go together: alike in length, so that little is padded; the longest first."""
+    def _batch_size(self, given, default):
+        batch_size = given or self.batch_size or default
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        return batch_size
+
+    def _batches(self, cells, batch_size, what):
+        """Row numbers of cells that go together: alike in length, so that little is padded; the longest first."""
         order = np.argsort(-np.diff(cells.indptr), kind="stable")
         with logging.tqdm(total=len(order), desc=what, unit="cell", disable=len(order) <= batch_size) as progress:
             for start in range(0, len(order), batch_size):

@@ -1,0 +1,427 @@
+"""The verbs over AnnData, with a tiny random model: what they write, what they leave alone, what they refuse."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from scmmgpt.pipeline_scmmgpt import TASKS, ScMMGPTPipeline, label_probabilities, majority_vote, normalized_entropy
+
+
+LABELS = {"B": "a B cell", "T": "a T cell", "NK": "natural killer cell", "Mono": "monocyte of blood"}
+
+
+@pytest.fixture
+def counting_pipeline(tiny_config, tiny_processor):
+    """A pipeline whose model samples counts."""
+    tiny_config.expression_head = "nb"
+    torch.manual_seed(0)
+    return ScMMGPTPipeline(ScMMGPTForConditionalGeneration(tiny_config), tiny_processor, device="cpu")
+
+
+# -- decisions from scores --------------------------------------------------------------------------------------------
+
+
+def test_probabilities_sum_to_one_whatever_the_mixture():
+    rng = np.random.default_rng(0)
+    similarity, match = rng.uniform(-1, 1, (20, 6)), rng.uniform(0, 1, (20, 6))
+    match[:, 3:] = np.nan
+    for weight in (0.0, 0.3, 1.0):
+        mixed = label_probabilities(similarity, match, logit_scale=10, matching_weight=weight)
+        np.testing.assert_allclose(mixed.sum(axis=1), 1, atol=1e-5)
+
+
+def test_matching_moves_nothing_to_or_from_labels_that_it_did_not_look_at():
+    similarity, match = np.array([[0.2, 0.1, 0.0]]), np.array([[0.0, 1.0, np.nan]])
+    alone = label_probabilities(similarity, logit_scale=1)
+    mixed = label_probabilities(similarity, match, logit_scale=1, matching_weight=1)
+    np.testing.assert_allclose(mixed, [[0, alone[0, 0] + alone[0, 1], alone[0, 2]]], atol=1e-6)
+
+
+def test_a_weight_of_zero_is_similarity_alone():
+    similarity, match = np.array([[0.2, 0.1]]), np.array([[0.0, 1.0]])
+    alone = label_probabilities(similarity, logit_scale=5)
+    np.testing.assert_array_equal(label_probabilities(similarity, match, logit_scale=5, matching_weight=0), alone)
+
+
+def test_a_cell_that_matches_nothing_keeps_its_similarities():
+    similarity, match = np.array([[0.2, 0.1]]), np.zeros((1, 2))
+    alone = label_probabilities(similarity, logit_scale=5)
+    np.testing.assert_allclose(label_probabilities(similarity, match, logit_scale=5, matching_weight=1), alone)
+
+
+def test_entropy_is_between_certain_and_no_idea():
+    np.testing.assert_allclose(normalized_entropy(np.array([[1.0, 0, 0], [1 / 3] * 3])), [0, 1], atol=1e-6)
+    assert normalized_entropy(np.ones((2, 1))).tolist() == [0, 0]
+
+
+def test_a_tie_goes_to_the_label_that_sorts_first():
+    assert majority_vote(np.array(["T", "B"]), np.array(["0", "0"])).tolist() == ["B", "B"]
+
+
+# -- annotate ---------------------------------------------------------------------------------------------------------
+
+
+def test_annotate_adds_to_the_same_object_and_drops_nothing(tiny_pipeline, adata):
+    adata.layers["mine"] = adata.X.copy()
+    adata.obsm["X_pca"] = np.ones((adata.n_obs, 2))
+    adata.uns["mine"] = {"a": 1}
+    before = adata.copy()
+    result = tiny_pipeline.annotate(adata, LABELS, cl_ids={"B": "CL:0000236"})
+    assert result is adata
+    assert (result.X != before.X).nnz == 0
+    assert (result.layers["mine"] != before.layers["mine"]).nnz == 0
+    assert result.uns["mine"] == {"a": 1}
+    assert "X_pca" in result.obsm
+    assert result.var.equals(before.var)
+    assert result.obs[before.obs.columns].equals(before.obs)
+    added = set(result.obs.columns) - set(before.obs.columns)
+    assert added == {f"scmmgpt_{name}" for name in ("cell_type", "cl_id", "score", "margin", "entropy")}
+    assert set(result.obs["scmmgpt_cell_type"]) <= set(LABELS)
+    assert set(result.obs["scmmgpt_cl_id"][result.obs["scmmgpt_cell_type"] == "B"]) <= {"CL:0000236"}
+
+
+def test_an_annotated_file_comes_back_as_it_was_written(tiny_pipeline, adata, tmp_path):
+    tiny_pipeline.annotate(adata, {"CD4+/CD25 T Reg": "a T cell", "B": "a B cell"})
+    adata.write_h5ad(tmp_path / "annotated.h5ad")
+    again = anndata.read_h5ad(tmp_path / "annotated.h5ad")
+    assert again.obs["scmmgpt_cell_type"].equals(adata.obs["scmmgpt_cell_type"])
+    assert again.uns["scmmgpt"]["annotate"]["labels"].tolist() == ["CD4+/CD25 T Reg", "B"]
+    assert again.uns["scmmgpt"]["input"]
+
+
+def test_the_score_is_the_probability_of_the_answer(tiny_pipeline, adata):
+    tiny_pipeline.annotate(adata, LABELS)
+    probabilities = adata.obsm["scmmgpt_probabilities"]
+    labels = adata.uns["scmmgpt"]["annotate"]["labels"]
+    assert adata.obs["scmmgpt_cell_type"].tolist() == labels[probabilities.argmax(axis=1)].tolist()
+    np.testing.assert_allclose(adata.obs["scmmgpt_score"], probabilities.max(axis=1))
+    ranked = np.sort(probabilities, axis=1)
+    np.testing.assert_allclose(adata.obs["scmmgpt_margin"], ranked[:, -1] - ranked[:, -2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_cells_answer_depends_on_that_cell_alone(tiny_pipeline, adata, batch_size):
+    reference = tiny_pipeline.annotate(adata.copy(), LABELS).obsm["scmmgpt_probabilities"]
+    order = np.random.default_rng(0).permutation(adata.n_obs)[:23]
+    some = tiny_pipeline.annotate(adata[order].copy(), LABELS, batch_size=batch_size)
+    np.testing.assert_allclose(some.obsm["scmmgpt_probabilities"], reference[order], atol=1e-5)
+
+
+def test_each_candidate_is_matched_as_the_model_matches_it_alone(tiny_pipeline, adata):
+    settings = tiny_pipeline.annotation_settings(LABELS, matching_weight=1, matching_candidates=2)
+    cells, _ = tiny_pipeline.processor.read_cells(adata)
+    similarity, match = tiny_pipeline._label_scores(cells, settings, batch_size=8)
+    assert (np.isfinite(match).sum(axis=1) == 2).all()
+    row, column = 5, int(np.argmax(similarity[5]))
+    inputs = tiny_pipeline.processor(cells=cells[[row]], qformer_text=[list(LABELS.values())[column]])
+    with torch.no_grad():
+        alone = tiny_pipeline.model.match(**inputs).item()
+    assert match[row, column] == pytest.approx(alone, abs=1e-5)
+
+
+def test_below_the_least_score_a_cell_is_unknown(tiny_pipeline, adata):
+    tiny_pipeline.annotate(adata, LABELS, min_score=1.1)
+    assert set(adata.obs["scmmgpt_cell_type"]) == {"Unknown"}
+    assert set(adata.obs["scmmgpt_cl_id"]) == {""}
+
+
+def test_clusters_get_their_commonest_label(tiny_pipeline, adata):
+    adata.obs["cluster"] = np.resize(["0", "1"], adata.n_obs)
+    tiny_pipeline.annotate(adata, LABELS, cluster_key="cluster")
+    voted = adata.obs.groupby("cluster", observed=True)["scmmgpt_cell_type_majority"].nunique()
+    assert (voted == 1).all()
+
+
+def test_one_label_for_nearly_all_cells_is_reported_as_collapse(tiny_pipeline, adata, monkeypatch):
+    said = []
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    tiny_pipeline.annotate(adata, {"B": "a B cell", "T": "a T cell"}, min_score=1.1)
+    assert bool(adata.uns["scmmgpt"]["annotate"]["collapsed"])
+    assert "100% of 60 cells were called 'Unknown', of 2 labels" in said[-1]
+
+
+def test_calibration_is_kept_with_the_checkpoint_and_used(tiny_pipeline, adata, tmp_path):
+    labels = {name: f"a {name}" for name in adata.obs["cell_type"].cat.categories[:3]}
+    done = tiny_pipeline.calibrate(adata, "cell_type", labels, cl_ids={"B cell": "CL:0000236"})
+    assert done["n_left_out"] == (~adata.obs["cell_type"].isin(labels)).sum()
+    assert done["n_cells"] + done["n_left_out"] == adata.n_obs
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    loaded = ScMMGPTPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu")
+    settings = loaded.annotation_settings()
+    assert settings["labels"] == labels
+    assert settings["cl_ids"] == {"B cell": "CL:0000236"}
+    assert settings["matching_weight"] == done["matching_weight"]
+    assert settings["temperature"] == pytest.approx(done["temperature"])
+    expected = tiny_pipeline.annotate(adata.copy())
+    np.testing.assert_allclose(
+        loaded.annotate(adata).obsm["scmmgpt_probabilities"], expected.obsm["scmmgpt_probabilities"], atol=1e-6
+    )
+
+
+def test_calibration_is_no_worse_than_what_it_started_from(tiny_pipeline, adata):
+    labels = {name: f"a {name}" for name in adata.obs["cell_type"].cat.categories}
+    truth = np.array([list(labels).index(name) for name in adata.obs["cell_type"]])
+
+    def nll():
+        probabilities = tiny_pipeline.annotate(adata.copy(), labels).obsm["scmmgpt_probabilities"]
+        return -np.log(probabilities[np.arange(len(truth)), truth]).mean()
+
+    before = nll()
+    done = tiny_pipeline.calibrate(adata, "cell_type", labels)
+    assert nll() == pytest.approx(done["nll"], abs=1e-4)
+    assert done["nll"] <= before + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"labels": None}, "no labels to choose from"),
+        ({"labels": []}, "no labels to choose from"),
+        ({"labels": {"B": " "}}, "text of 1 labels is empty"),
+        ({"labels": LABELS, "cluster_key": "leiden"}, "no column 'leiden'"),
+        ({"labels": LABELS, "matching_weight": 2}, "from 0 to 1"),
+        ({"labels": LABELS, "temperature": 0.0}, "must be positive"),
+        ({"labels": LABELS, "batch_size": -1}, "at least 1"),
+    ],
+)
+def test_annotate_says_what_is_wrong(tiny_pipeline, adata, kwargs, message):
+    before = list(adata.obs.columns)
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline.annotate(adata, **kwargs)
+    assert list(adata.obs.columns) == before
+    assert not adata.uns
+
+
+def test_one_string_is_no_list_of_labels(tiny_pipeline, adata):
+    with pytest.raises(TypeError, match="one string 'B cell'"):
+        tiny_pipeline.annotate(adata, "B cell")
+
+
+def test_no_cells_are_an_error(tiny_pipeline, adata):
+    with pytest.raises(ValueError, match="[Nn]o cells|0 cells|0 rows"):
+        tiny_pipeline.annotate(adata[:0].copy(), LABELS)
+
+
+# -- describe ---------------------------------------------------------------------------------------------------------
+
+
+def test_descriptions_are_what_the_model_says_of_each_cell_alone(tiny_pipeline, adata):
+    adata = adata[:9].copy()
+    tiny_pipeline.describe(adata, max_new_tokens=6, batch_size=4)
+    processor, model = tiny_pipeline.processor, tiny_pipeline.model
+    for row in range(adata.n_obs):
+        inputs = processor(text=[processor.render_prompt("describe")], cells=adata[[row]])
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        alone = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+        assert adata.obs["scmmgpt_description"].iloc[row] == alone
+
+
+def test_a_question_may_leave_the_cell_unnamed(tiny_pipeline, adata):
+    tiny_pipeline.describe(adata, "what type is this cell ?", max_new_tokens=3)
+    assert "<cell>\nwhat type" in adata.uns["scmmgpt"]["describe"]["prompt"]
+
+
+def test_a_question_about_two_cells_is_refused(tiny_pipeline, adata):
+    with pytest.raises(ValueError, match="names 2 cells"):
+        tiny_pipeline.describe(adata, "<cell> or <cell> ?")
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generated_cells_come_as_anndata(tiny_pipeline):
+    cells = tiny_pipeline.generate(["a B cell", "a T cell"], genes=["CD19", "CD3E", "LYZ"])
+    assert cells.shape == (2, 3)
+    assert list(cells.var_names) == ["CD19", "CD3E", "LYZ"]
+    assert cells.obs["prompt"].tolist() == ["a B cell", "a T cell"]
+    assert cells.obs_names.tolist() == ["prompt0-cell0", "prompt1-cell0"]
+    assert cells.X.min() >= 0
+
+
+def test_all_genes_of_the_vocabulary_by_default(tiny_pipeline, gene_vocabulary):
+    assert tiny_pipeline.generate("a B cell").n_vars == len(gene_vocabulary) - 3
+
+
+def test_means_equal_the_models_own(tiny_pipeline):
+    genes = ["CD19", "LYZ"]
+    ours = tiny_pipeline.generate("a B cell", genes=genes).X.toarray()
+    processor = tiny_pipeline.processor
+    inputs = processor(text=[processor.render_prompt("generate", text="a B cell")])
+    theirs = tiny_pipeline.model.generate_cells(**inputs, target_gene_ids=torch.tensor(processor.gene_ids_of(genes)))
+    np.testing.assert_allclose(ours, theirs.expression.numpy(), atol=1e-6)
+
+
+def test_sampled_counts_are_integers_and_normalise_to_x(counting_pipeline):
+    cells = counting_pipeline.generate("a B cell", 5, library_size=500)
+    counts = cells.layers["counts"].toarray()
+    assert np.issubdtype(counts.dtype, np.integer)
+    expected = np.log1p(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * 1e4)
+    np.testing.assert_allclose(cells.X.toarray(), expected, rtol=1e-5)
+    assert len(np.unique(counts, axis=0)) == 5
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_sampled_cell_is_the_same_in_any_batch_and_beside_any_other_prompt(counting_pipeline, batch_size):
+    alone = counting_pipeline.generate("a T cell", 4).layers["counts"].toarray()
+    beside = counting_pipeline.generate(["a B cell", "a T cell"], 4, batch_size=batch_size)
+    np.testing.assert_array_equal(beside[beside.obs["prompt"] == "a T cell"].layers["counts"].toarray(), alone)
+
+
+def test_another_seed_gives_other_cells(counting_pipeline):
+    draws = [counting_pipeline.generate("a T cell", 2, seed=seed).layers["counts"].toarray() for seed in (0, 1)]
+    assert (draws[0] != draws[1]).any()
+
+
+def test_more_genes_than_fit_are_decoded_in_turns(tiny_pipeline):
+    cells = tiny_pipeline.generate("a B cell", max_genes=7)
+    assert cells.uns["scmmgpt"]["generate"]["turns"] == 6
+    assert np.isfinite(cells.X.toarray()).all()
+    chunks = tiny_pipeline._gene_chunks(np.arange(40), 7)
+    assert np.sort(np.concatenate(chunks)).tolist() == list(range(40))
+    assert max(map(len, chunks)) <= 7
+
+
+def test_labels_of_prompts_are_kept(tiny_pipeline):
+    cells = tiny_pipeline.generate({"B": "a B cell", "T": "a T cell"}, 2)
+    assert cells.obs["label"].tolist() == ["B", "B", "T", "T"]
+
+
+def test_generated_cells_can_be_written(counting_pipeline, tmp_path):
+    counting_pipeline.generate({"B": "a B cell"}, 2).write_h5ad(tmp_path / "generated.h5ad")
+    assert anndata.read_h5ad(tmp_path / "generated.h5ad").shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (("a B cell",), {"genes": ["CD19", "NOTAGENE"]}, "'NOTAGENE'"),
+        (("a B cell",), {"genes": ["CD19", "CD19"]}, "asked for twice"),
+        (("a B cell",), {"genes": []}, "genes is empty"),
+        (("a B cell", 0), {}, "n_cells is 0"),
+        (([],), {}, "needs some text"),
+        ((["a B cell", " "],), {}, "needs some text"),
+        (("a B cell",), {"library_size": -5.0}, "positive"),
+        (("a B cell",), {"do_sample": True}, "cannot be sampled"),
+    ],
+)
+def test_generate_says_what_is_wrong(tiny_pipeline, args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline.generate(*args, **kwargs)
+
+
+# -- embed and search -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("of", "width"), [("cell-text", 12), ("cell", 16)])
+def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(tiny_pipeline, adata, of, width):
+    together = tiny_pipeline.embed(adata.copy(), of=of).obsm["X_scmmgpt"]
+    alone = tiny_pipeline.embed(adata.copy(), of=of, batch_size=1).obsm["X_scmmgpt"]
+    assert together.shape == (adata.n_obs, width)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_the_input_may_be_shuffled_dense_or_log_normalised(tiny_pipeline, adata):
+    reference = tiny_pipeline.embed(adata.copy()).obsm["X_scmmgpt"]
+    shuffled = adata[:, np.random.default_rng(0).permutation(adata.n_vars)].copy()
+    np.testing.assert_allclose(tiny_pipeline.embed(shuffled).obsm["X_scmmgpt"], reference, atol=1e-5)
+    dense = adata.copy()
+    dense.X = dense.X.toarray()
+    np.testing.assert_allclose(tiny_pipeline.embed(dense).obsm["X_scmmgpt"], reference, atol=1e-5)
+
+
+def test_hits_are_the_most_similar_cells_in_order(tiny_pipeline, adata):
+    hits = tiny_pipeline.search(adata, "a B cell", top_k=5, key_added="similarity")
+    similarity = adata.obs["similarity"].to_numpy()
+    assert [hit["index"] for hit in hits] == np.argsort(-similarity, kind="stable")[:5].tolist()
+    assert [hit["cell"] for hit in hits] == adata.obs_names[[hit["index"] for hit in hits]].tolist()
+    assert [hit["rank"] for hit in hits] == [1, 2, 3, 4, 5]
+
+
+def test_several_texts_give_a_list_of_hits_each(tiny_pipeline, adata):
+    both = tiny_pipeline.search(adata, ["a B cell", "monocyte"], top_k=2)
+    assert both[1] == tiny_pipeline.search(adata, "monocyte", top_k=2)
+
+
+def test_more_hits_than_cells_are_all_cells(tiny_pipeline, adata):
+    assert len(tiny_pipeline.search(adata[:3].copy(), "a B cell", top_k=10)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "kwargs", "message"),
+    [("", {}, "empty"), ("B", {"top_k": 0}, "top_k"), (["B", "T"], {"key_added": "x"}, "one column")],
+)
+def test_search_says_what_is_wrong(tiny_pipeline, adata, text, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline.search(adata, text, **kwargs)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_1_checkpoint_annotates_but_does_not_describe(tiny_config, tiny_processor, adata, tmp_path):
+    torch.manual_seed(0)
+    ScMMGPTPipeline(ScMMGPTForCellTextAlignment(tiny_config), tiny_processor, device="cpu").save_pretrained(tmp_path)
+    loaded = ScMMGPTPipeline.from_pretrained(tmp_path, device="cpu")
+    assert type(loaded.model) is ScMMGPTForCellTextAlignment
+    loaded.annotate(adata, LABELS)
+    for verb in ("describe", "generate"):
+        with pytest.raises(ValueError, match=f"stage 1\\), so it cannot {verb}"):
+            getattr(loaded, verb)(adata)
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No checkpoint at"):
+        ScMMGPTPipeline.from_pretrained(tmp_path)
+
+
+def test_an_unknown_task_is_refused(tiny_model, tiny_processor):
+    with pytest.raises(ValueError, match="cell-annotation"):
+        ScMMGPTPipeline(tiny_model, tiny_processor, task="translation")
+
+
+PROGRAM = """
+import importlib.util, sys
+import anndata
+from transformers import pipeline
+
+assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
+path, cells, out = sys.argv[1:]
+pipe = pipeline("cell-annotation", model=path, trust_remote_code=True, device="cpu")
+pipe(anndata.read_h5ad(cells), ["a B cell", "a T cell"]).write_h5ad(out)
+"""
+
+
+def test_transformers_finds_the_pipeline_where_the_package_is_not_installed(tiny_pipeline, adata, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    hidden = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    hide = "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__ + str(f)]\n"
+    hide += f"sys.path = [p for p in sys.path if p not in {hidden!r}]\n"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    arguments = [str(tmp_path / name) for name in ("checkpoint", "cells.h5ad", "out.h5ad")]
+    run = subprocess.run(
+        [sys.executable, "-c", hide + PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    ours = tiny_pipeline.annotate(adata, ["a B cell", "a T cell"]).obsm["scmmgpt_probabilities"]
+    theirs = anndata.read_h5ad(tmp_path / "out.h5ad").obsm["scmmgpt_probabilities"]
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_every_task_is_a_verb():
+    assert all(callable(getattr(ScMMGPTPipeline, verb)) for verb in TASKS.values())
