@@ -80,7 +80,14 @@ def make_parser():
     add_output(sub)
     sub.add_argument("--prompt", help="a question about one cell, in place of the trained one")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    sub.add_argument("--reference", action="store_true", help="add the description that obs would give, to compare")
     sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of the search (default: 1, greedy)")
+
+    sub = command(
+        "calibrate", calibrate, "Fix labels, mixing weight and temperature of a checkpoint on validation cells."
+    )
+    add_input(sub, split="validation")
+    sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
     sub = command("embed", embed, "Embed every cell into the space that cells share with text.")
     add_input(sub)
@@ -124,9 +131,12 @@ def add_model(parser):
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def add_input(parser):
+def add_input(parser, split="test"):
     """The file with cells and how to read it, then the model."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv, or a corpus"
+    )
+    parser.add_argument("--split", default=split, help="of a corpus, which split to read (default: %(default)s)")
     add_model(parser)
     reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` says what would be done")
     for name, text in READ_HELP.items():
@@ -177,9 +187,52 @@ def describe(args):
         num_beams=args.num_beams,
         **read_options(args),
     )
+    if args.reference:
+        add_reference(adata)
     first = str(adata.obs["scmmgpt_description"].iloc[0])
     distinct = int(adata.uns["scmmgpt"]["describe"]["distinct"])
     finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": distinct, "first": first})
+
+
+def add_reference(adata):
+    """Beside each description, the one that training would write from the annotations in obs."""
+    from scmmgpt.feature_extraction_scmmgpt import hash_names
+    from scmmgpt.train.captions import CaptionSampler
+
+    obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
+    adata.obs["scmmgpt_reference"] = CaptionSampler().answer(obs, cell_ids=hash_names(adata.obs_names))
+
+
+def calibrate(args):
+    """`scmmgpt calibrate`."""
+    from scmmgpt.train.captions import CaptionSampler
+
+    config_file = Path(args.model) / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"No checkpoint at {args.model!r}: what is fixed is written to its config.json.")
+    pipeline, adata = load(args)
+    labelled = adata.obs
+    if (args.file / "manifest.json").is_file():  # labels that only training has are candidates all the same
+        from scmmgpt.train.corpus import open_corpus
+
+        labelled = open_corpus(args.file).obs("train").to_pandas()
+    if args.label_key not in labelled:
+        raise ValueError(f"obs has no column {args.label_key!r}; it has {list(labelled.columns)}.")
+    id_key = f"{args.label_key}_ontology_term_id"
+    table = labelled.assign(**({} if id_key in labelled else {id_key: None}))[[args.label_key, id_key]]
+    table = table.astype(object).where(table.notna(), None).drop_duplicates(args.label_key).sort_values(args.label_key)
+    ids = {str(label): term for label, term in table.itertuples(index=False) if label is not None}
+    sampler = CaptionSampler()
+    labels = {label: sampler.label_text(label, term) for label, term in ids.items()}
+    cl_ids = {label: term for label, term in ids.items() if term}
+    done = pipeline.calibrate(adata, args.label_key, labels, cl_ids=cl_ids, **read_options(args))
+
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["annotation"] = pipeline.model.config.annotation
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(config_file, lambda path: Path(path).write_text(text, encoding="utf-8"), suffix=".json")
+    names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
+    report({"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}}, args)
 
 
 def embed(args):
@@ -263,7 +316,7 @@ def diagnose():
 
 def load(args):
     """The pipeline and the AnnData that a command works on; the file first, which fails sooner."""
-    adata = read_adata(args.file)
+    adata = read_adata(args.file, args.split)
     return load_pipeline(args), adata
 
 
@@ -278,13 +331,15 @@ def load_pipeline(args):
     return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
 
 
-def read_adata(path):
-    """Read a file of cells."""
-    import anndata
+def read_adata(path, split="test"):
+    """Read a file of cells, or a split of a corpus that `prepare` made."""
+    if (path / "manifest.json").is_file():
+        from scmmgpt.train.corpus import open_corpus
 
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    return anndata.read_h5ad(path)
+        return open_corpus(path).to_adata(split)
+    from scmmgpt.train.readers import read_file
+
+    return read_file(path)
 
 
 def read_text(path):
@@ -343,8 +398,14 @@ def finish(args, adata, summary):
     if getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
         table = adata.obs[[*args.columns, *[name for name in added if name not in args.columns]]]
-        write_atomically(args.table, lambda path: table.to_csv(path, index_label="cell"), suffix=args.table.suffix)
-    summary = {"output": str(args.output), **summary}
+        if args.command == "describe":
+            table = table.rename(columns=lambda name: name.removeprefix("scmmgpt_"))
+        write_atomically(args.table, lambda path: table.to_csv(path, index_label="barcode"), suffix=args.table.suffix)
+    report({"output": str(args.output), **summary}, args)
+
+
+def report(summary, args):
+    """Say what was done, in lines or as JSON."""
     if args.json:
         say(json.dumps(summary, indent=2))
     else:

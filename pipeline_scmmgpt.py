@@ -469,7 +469,7 @@ class ScMMGPTPipeline:
 
         Args:
             prompts (`str`, `list[str]` or `dict[str, str]`): Descriptions of cells; every one gives `n_cells` cells.
-                Of a dict label -> description, the labels are kept in `obs["label"]`.
+                Of a dict label -> description, the labels are kept in `obs["cell_type"]`.
             n_cells (`int`, defaults to 1): Cells per prompt.
             genes (`list[str]`, *optional*): Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
             library_size (`float` or array of shape `(n_cells,)`, *optional*): Total counts of each generated cell, for
@@ -550,7 +550,9 @@ class ScMMGPTPipeline:
         generated.var_names = symbols
         self._add_obs(generated, "prompt", np.repeat(np.asarray(prompts, dtype=object), n_cells), categorical=True)
         if labels:
-            self._add_obs(generated, "label", np.repeat(np.asarray(labels, dtype=object), n_cells), categorical=True)
+            self._add_obs(
+                generated, "cell_type", np.repeat(np.asarray(labels, dtype=object), n_cells), categorical=True
+            )
         if do_sample:
             generated.layers["counts"] = _sparse(counts)
             generated.obs["library_size"] = np.tile(sizes, len(prompts))

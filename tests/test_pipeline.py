@@ -290,7 +290,7 @@ def test_more_genes_than_fit_are_decoded_in_turns(tiny_pipeline):
 
 def test_labels_of_prompts_are_kept(tiny_pipeline):
     cells = tiny_pipeline.generate({"B": "a B cell", "T": "a T cell"}, 2)
-    assert cells.obs["label"].tolist() == ["B", "B", "T", "T"]
+    assert cells.obs["cell_type"].tolist() == ["B", "B", "T", "T"]
 
 
 def test_generated_cells_can_be_written(counting_pipeline, tmp_path):

@@ -599,6 +599,22 @@ class Corpus:
         groups = list(self.iter_cells(split, columns))
         return Cells.concatenate([cells for cells, _ in groups]), pa.concat_tables([table for _, table in groups])
 
+    def to_adata(self, split: str):
+        """Return a split as an AnnData: counts over the whole vocabulary in CSR, barcodes as `obs_names`."""
+        import anndata
+        from scipy import sparse
+
+        cells, table = self.read_cells(split)
+        obs = table.to_pandas().set_index("barcode")
+        obs["total_counts"] = cells.library_sizes()
+        genes = np.array([name for name in self.vocabulary if not name.startswith("<")])
+        columns = [self.vocabulary[name] for name in genes]
+        arrays = (cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr)
+        counts = sparse.csr_matrix(arrays, shape=(len(cells), max(self.vocabulary.values()) + 1))
+        adata = anndata.AnnData(X=counts[:, columns], obs=obs.dropna(axis=1, how="all"))
+        adata.var_names = genes
+        return adata
+
     def open_shard(self, shard: Shard) -> pq.ParquetFile:
         """Open a shard for reading, with page checksums verified."""
         labels = list(OBS_COLUMNS[1:])

@@ -1,0 +1,267 @@
+"""The `scmmgpt` command: files in, files out, one clear line where that cannot be."""
+
+import json
+import subprocess
+import sys
+import time
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from scmmgpt.__main__ import main, make_parser, write_atomically
+
+
+COMMANDS = ["annotate", "describe", "calibrate", "embed", "search", "generate", "inspect", "doctor"]
+
+
+@pytest.fixture
+def checkpoint(tiny_pipeline, tmp_path):
+    """A saved tiny checkpoint that stores two labels."""
+    tiny_pipeline.model.config.annotation = {
+        "labels": {"B": "a B cell", "T": "a T cell"},
+        "cl_ids": {"B": "CL:0000236"},
+    }
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def cells(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    return str(tmp_path / "cells.h5ad")
+
+
+def test_help_is_there_for_every_command_and_instant(capsys):
+    start = time.perf_counter()
+    code = "import sys; from scmmgpt.__main__ import main; main(['--help'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert all(command in run.stdout for command in COMMANDS)
+    assert time.perf_counter() - start < 5, "heavy imports belong inside the commands"
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "inspect"])
+def test_each_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: scmmgpt " + command in capsys.readouterr().out
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_nothing_heavy_is_imported_for_help():
+    code = "import sys; from scmmgpt.__main__ import make_parser; make_parser(); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_annotate_writes_the_file_and_the_table(checkpoint, cells, tmp_path, capsys):
+    out, table = tmp_path / "annotated.h5ad", tmp_path / "annotated.csv"
+    arguments = ["annotate", cells, "--model", checkpoint, "-o", str(out), "--table", str(table), "--json"]
+    assert main([*arguments, "--columns", "cell_type"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    annotated = anndata.read_h5ad(out)
+    assert summary["cells"] == annotated.n_obs == 60
+    assert summary["labels"] == annotated.obs["scmmgpt_cell_type"].value_counts().to_dict()
+    rows = pd.read_csv(table)
+    assert rows.columns[:3].tolist() == ["barcode", "cell_type", "scmmgpt_cell_type"]
+    assert rows["scmmgpt_cell_type"].tolist() == annotated.obs["scmmgpt_cell_type"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.json", '{"B": "a B cell", "Mono": "monocyte"}'),
+        ("labels.json", '["B", "Mono"]'),
+        ("labels.csv", "label,text,cl_id\nB,a B cell,CL:0000236\nMono,monocyte,\n"),
+        ("labels.tsv", "label\ttext\nB\ta B cell\nMono\tmonocyte\n"),
+    ],
+)
+def test_labels_come_from_a_file(checkpoint, cells, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    out = tmp_path / "out.h5ad"
+    labels = str(tmp_path / name)
+    assert main(["annotate", cells, "--model", checkpoint, "-o", str(out), "--labels", labels, "--quiet"]) == 0
+    assert anndata.read_h5ad(out).uns["scmmgpt"]["annotate"]["labels"].tolist() == ["B", "Mono"]
+
+
+def test_labels_stand_on_the_command_line(checkpoint, cells, tmp_path):
+    out = tmp_path / "out.h5ad"
+    assert main(["annotate", cells, "--model", checkpoint, "-o", str(out), "--labels", "B", "Mono", "--quiet"]) == 0
+    assert anndata.read_h5ad(out).uns["scmmgpt"]["annotate"]["texts"].tolist() == ["a B cell", "Mono"]
+
+
+def test_describe_writes_descriptions_beside_what_obs_would_say(checkpoint, cells, tmp_path):
+    out, table = tmp_path / "described.h5ad", tmp_path / "descriptions.csv"
+    arguments = ["describe", cells, "--model", checkpoint, "-o", str(out), "--table", str(table), "--quiet"]
+    assert main([*arguments, "--columns", "cell_type", "--reference", "--max-new-tokens", "4"]) == 0
+    rows = pd.read_csv(table, keep_default_na=False)
+    assert set(rows.columns) == {"barcode", "cell_type", "description", "reference"}
+    assert rows["description"].tolist() == anndata.read_h5ad(out).obs["scmmgpt_description"].tolist()
+    assert rows["reference"].str.len().min() > 0
+
+
+def test_embed_and_search(checkpoint, cells, tmp_path, capsys):
+    out = tmp_path / "embedded.h5ad"
+    assert main(["embed", cells, "--model", checkpoint, "-o", str(out), "--quiet"]) == 0
+    assert anndata.read_h5ad(out).obsm["X_scmmgpt"].shape == (60, 12)
+    capsys.readouterr()
+    arguments = ["search", cells, "--model", checkpoint, "--text", "a B cell", "--top-k", "3", "--json"]
+    assert main(arguments) == 0
+    assert [hit["rank"] for hit in json.loads(capsys.readouterr().out)] == [1, 2, 3]
+
+
+def test_generate_from_prompts_from_a_file_and_from_stored_labels(checkpoint, cells, tmp_path):
+    out = tmp_path / "generated.h5ad"
+    base = ["generate", "--model", checkpoint, "-o", str(out), "--quiet"]
+    assert main([*base, "a B cell", "a T cell", "--n-cells", "2", "--genes", "CD19", "LYZ"]) == 0
+    assert anndata.read_h5ad(out).shape == (4, 2)
+    (tmp_path / "prompts.txt").write_text("a B cell\n\nmonocyte\n")
+    assert main([*base, "--prompts-file", str(tmp_path / "prompts.txt")]) == 0
+    assert anndata.read_h5ad(out).obs["prompt"].tolist() == ["a B cell", "monocyte"]
+    assert main([*base, "--stored-labels", "--genes-of", cells]) == 0
+    assert anndata.read_h5ad(out).obs["cell_type"].tolist() == ["B", "T"]
+
+
+def test_calibration_is_written_into_the_checkpoint(checkpoint, cells, tmp_path, capsys):
+    assert main(["calibrate", cells, "--model", checkpoint, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["annotation"]["matching_weight"] == done["matching_weight"]
+    assert sorted(config["annotation"]["labels"]) == ["B cell", "T cell", "monocyte", "natural killer cell"]
+    assert config["annotation"]["cl_ids"]["B cell"] == "CL:0000236"
+    assert "B cell" in config["annotation"]["labels"]["B cell"]
+    out = tmp_path / "out.h5ad"
+    assert main(["annotate", cells, "--model", checkpoint, "-o", str(out), "--quiet"]) == 0
+    assert len(anndata.read_h5ad(out).uns["scmmgpt"]["annotate"]["labels"]) == 4
+
+
+def test_doctor_names_versions_and_device(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"]["torch"]
+    assert report["machine"]["device"]
+
+
+# -- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def refused(arguments, capsys, tmp_path):
+    """Run a command that must fail: its one line on stderr, after checking that nothing is left behind."""
+    before = set(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("scmmgpt ")]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    assert set(tmp_path.rglob("*")) == before, "a failed command leaves nothing behind"
+    return lines[0]
+
+
+def scaled(adata):
+    adata.X = adata.X.toarray() - 1.0
+
+
+def with_nan(adata):
+    adata.X.data[0] = np.nan
+
+
+def foreign(adata):
+    adata.var_names = [f"gene-of-mars-{i}" for i in range(adata.n_vars)]
+
+
+def empty(adata):
+    adata._inplace_subset_obs(np.zeros(adata.n_obs, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"), [(scaled, "negative"), (with_nan, "NaN"), (foreign, "match"), (empty, "cells")]
+)
+def test_cells_that_cannot_be_read_are_refused(checkpoint, adata, tmp_path, capsys, spoil, word):
+    spoil(adata)
+    path = str(tmp_path / "bad.h5ad")
+    adata.write_h5ad(path)
+    line = refused(["annotate", path, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")], capsys, tmp_path)
+    assert word in line
+
+
+def test_a_missing_file_is_named(checkpoint, tmp_path, capsys):
+    path = str(tmp_path / "none.h5ad")
+    line = refused(["annotate", path, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")], capsys, tmp_path)
+    assert "none.h5ad" in line
+
+
+def test_a_file_that_is_no_h5ad_is_named(checkpoint, tmp_path, capsys):
+    (tmp_path / "text.h5ad").write_text("not HDF5")
+    path = str(tmp_path / "text.h5ad")
+    line = refused(["embed", path, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")], capsys, tmp_path)
+    assert "text.h5ad" in line
+
+
+def test_a_missing_checkpoint_is_named(cells, tmp_path, capsys):
+    line = refused(
+        ["annotate", cells, "--model", str(tmp_path / "nowhere"), "-o", str(tmp_path / "out.h5ad")], capsys, tmp_path
+    )
+    assert "nowhere" in line
+
+
+def test_an_unknown_gene_is_named(checkpoint, tmp_path, capsys):
+    arguments = [
+        "generate",
+        "a B cell",
+        "--model",
+        checkpoint,
+        "-o",
+        str(tmp_path / "out.h5ad"),
+        "--genes",
+        "NOTAGENE",
+    ]
+    assert "NOTAGENE" in refused(arguments, capsys, tmp_path)
+
+
+def test_an_output_that_could_not_be_written_is_refused_first(checkpoint, cells, tmp_path, capsys):
+    line = refused(
+        ["annotate", cells, "--model", checkpoint, "-o", str(tmp_path / "no" / "out.h5ad")], capsys, tmp_path
+    )
+    assert "does not exist" in line
+    assert ".h5ad" in refused(["annotate", cells, "--model", checkpoint, "-o", "out.csv"], capsys, tmp_path)
+
+
+def test_prompts_or_stored_labels_but_not_both_or_neither(checkpoint, tmp_path, capsys):
+    base = ["generate", "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")]
+    assert "Name the cells" in refused(base, capsys, tmp_path)
+    assert "Name the cells" in refused([*base, "a B cell", "--stored-labels"], capsys, tmp_path)
+
+
+def test_a_column_that_is_not_there_is_named(checkpoint, cells, tmp_path, capsys):
+    base = ["annotate", cells, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")]
+    assert "leiden" in refused([*base, "--cluster-key", "leiden"], capsys, tmp_path)
+    assert "donor" in refused([*base, "--columns", "donor"], capsys, tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "out.h5ad"
+    target.write_text("old")
+
+    def fail(path):
+        with open(path, "w") as file:
+            file.write("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, fail, suffix=".h5ad")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_every_option_has_a_help_text():
+    for action in make_parser()._subparsers._group_actions[0].choices.values():
+        assert all(option.help for option in action._actions)
