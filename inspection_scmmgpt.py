@@ -18,7 +18,7 @@ What each kind of matrix gets:
 - `log1p_log1p`: the same after undoing two logarithms. Undone twice, with a warning.
 - `scaled`: negative values. Refused: z-scores do not tell zero from low.
 - `invalid`: NaN or infinite values. Refused, naming the first cell and gene.
-- `unknown`: none of these. Refused unless `assume=` says what it is.
+- `unknown`: none of these. Taken as they are, with a warning; ranks, and so scGPT's bins, are right on any scale.
 - `empty`: no value above zero. Refused.
 """
 
@@ -55,10 +55,13 @@ ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
 
 WARN_SHARE = 0.60  # of genes matched; below it the user is warned
 REFUSE_SHARE = 0.20  # of genes matched; below it the input is refused unless forced
+N_EXAMPLES = 10  # unmatched genes that a report names
 MIN_GENES = 20  # a handful of matching genes is an accident, whatever its share
 
 N_SAMPLED_ROWS = 512  # rows looked at for a verdict, in 8 blocks spread over the matrix
 N_BLOCKS = 8
+N_SAMPLED_VALUES = 1_000_000  # of those rows, fewer where they are this rich
+ROUNDED = "rounded to the nearest integer"
 CHUNK_ROWS = 8192  # rows converted at a time
 DENSE_CHUNK_VALUES = 2**24  # values of a dense matrix looked at at a time
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
@@ -88,6 +91,7 @@ class MatrixVerdict:
         base: Base of the logarithm.
         exact: Whether integer counts can be recovered: each cell's values are multiples of one unit.
         target_sum: Total per cell before the logarithm, over all genes of the original data; `None` if not known.
+        complete: Whether the genes of the matrix are those that the target sum was taken over.
         precision: Absolute and relative rounding of the stored values.
     """
 
@@ -98,6 +102,7 @@ class MatrixVerdict:
     base: float = np.e
     exact: bool = False
     target_sum: float | None = None
+    complete: bool = False
     precision: tuple[float, float] = (0.0, 2.0**-23)
 
     @property
@@ -117,12 +122,19 @@ class MatrixVerdict:
 
 @dataclass
 class CountRows:
-    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape, free of any sparse library."""
+    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape, free of any sparse library.
+
+    Args:
+        indptr, indices, data: As in CSR, zeros left out.
+        shape: Rows x variables.
+        positions: int64 `(n_rows,)`: where each row stands in the matrix that it was sampled from.
+    """
 
     indptr: np.ndarray
     indices: np.ndarray
     data: np.ndarray
     shape: tuple[int, int]
+    positions: np.ndarray | None = None
 
     def columns(self, keep: np.ndarray) -> "CountRows":
         """Rows with the entries of the columns where `keep` (bool, `(n_vars,)`) holds; the shape stays."""
@@ -130,7 +142,13 @@ class CountRows:
             return self
         chosen = keep[self.indices]
         kept = np.concatenate(([0], np.cumsum(chosen)))
-        return CountRows(kept[self.indptr], self.indices[chosen], self.data[chosen], self.shape)
+        return replace(self, indptr=kept[self.indptr], indices=self.indices[chosen], data=self.data[chosen])
+
+    def locate(self, wanted: np.ndarray) -> list[int]:
+        """Row (in the matrix that was sampled) and column of the first entry where `wanted` (bool `(nnz,)`) holds."""
+        entry = int(np.flatnonzero(wanted)[0])
+        row = int(np.searchsorted(self.indptr, entry, side="right")) - 1
+        return [row if self.positions is None else int(self.positions[row]), int(self.indices[entry])]
 
     def row_sums(self, values: np.ndarray | None = None) -> np.ndarray:
         """Sum of each row's data, or of `values` in their place; float64 `(n_cells,)`."""
@@ -191,18 +209,28 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
 
 
 def sample_rows(matrix: Any, n_rows: int = N_SAMPLED_ROWS) -> CountRows:
-    """About `n_rows` rows in contiguous blocks spread evenly over the matrix (cheap for files, always the same)."""
+    """About `n_rows` rows, in contiguous blocks spread evenly over the matrix: cheap on disk, and always the same.
+
+    Of rows with very many values fewer are taken.
+    """
     n_cells, n_vars = matrix.shape
     if n_cells <= n_rows:
-        return read_rows(matrix, 0, n_cells)
-    size = n_rows // N_BLOCKS
-    parts = [read_rows(matrix, s, s + size) for s in np.linspace(0, n_cells - size, N_BLOCKS).astype(int).tolist()]
-    lengths = np.concatenate([np.diff(p.indptr) for p in parts])
+        starts, size = [0], n_cells
+    else:
+        size = n_rows // N_BLOCKS
+        starts = np.linspace(0, n_cells - size, N_BLOCKS).astype(int).tolist()
+    parts = [read_rows(matrix, start, start + size) for start in starts]
+    positions = np.concatenate([np.arange(start, start + size) for start in starts])
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    kept = np.zeros(len(lengths), dtype=bool)
+    kept[:: 1 + int(lengths.sum()) // N_SAMPLED_VALUES] = True
+    entries = np.repeat(kept, lengths)
     return CountRows(
-        np.concatenate(([0], np.cumsum(lengths))),
-        np.concatenate([p.indices for p in parts]),
-        np.concatenate([p.data for p in parts]),
-        (len(lengths), n_vars),
+        np.concatenate(([0], np.cumsum(lengths[kept]))),
+        np.concatenate([part.indices for part in parts])[entries],
+        np.concatenate([part.data for part in parts])[entries],
+        (int(kept.sum()), n_vars),
+        positions[kept],
     )
 
 
@@ -318,20 +346,25 @@ def _spread(totals: np.ndarray) -> float:
 
 
 def _nice_total(total: float) -> float:
-    """1e4, 1e5, ... if `total` is that within 1 %, else the total itself."""
-    for likely in LIKELY_TOTALS:
-        if abs(total / likely - 1) < 0.01:
-            return likely
-    return float(total)
+    """1e4, 1e5, ... if `total` is that within 0.2 %, else the total itself."""
+    return next((likely for likely in LIKELY_TOTALS if abs(total / likely - 1) < 0.002), float(total))
 
 
-def inspect_matrix(matrix: Any, *, totals: np.ndarray | None = None) -> MatrixVerdict:
+def inspect_matrix(
+    matrix: Any,
+    *,
+    totals: np.ndarray | None = None,
+    is_gene: np.ndarray | None = None,
+    says_log1p: bool = False,
+) -> MatrixVerdict:
     """Say what a matrix of expression values holds, from a sample of its rows.
 
     Args:
-        matrix: `(n_cells, n_genes)`; NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix.
+        matrix: `(n_cells, n_vars)`; NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix.
         totals: Counts per cell over all genes, `(n_cells,)`, where an `obs` column has them: it tells what total
             values were normalised to when only some of the genes are left.
+        is_gene: bool `(n_vars,)`: the variables to look at; proteins are often normalised in another way.
+        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); believed where nothing is proven.
 
     Returns:
         A verdict with its evidence; nothing is converted yet.
@@ -339,180 +372,185 @@ def inspect_matrix(matrix: Any, *, totals: np.ndarray | None = None) -> MatrixVe
     >>> inspect_matrix(np.array([[1, 0, 3], [0, 2, 5]])).kind
     'raw_integer'
     """
-    matrix = _row_major(matrix)
-    rows = sample_rows(matrix)
-    if totals is not None and matrix.shape[0] > N_SAMPLED_ROWS:
-        size = N_SAMPLED_ROWS // N_BLOCKS
-        starts = np.linspace(0, matrix.shape[0] - size, N_BLOCKS).astype(int)
-        totals = np.concatenate([totals[s : s + size] for s in starts])
-    return _inspect_rows(rows, totals)
+    rows = sample_rows(_row_major(matrix))
+    if is_gene is not None:
+        rows = rows.columns(is_gene)
+    return _inspect_rows(rows, None if totals is None else totals[rows.positions], says_log1p=says_log1p)
 
 
-def _inspect_rows(rows: CountRows, known_totals: np.ndarray | None = None) -> MatrixVerdict:
+def _inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
     values = rows.data
     evidence: dict[str, Any] = {"cells_sampled": int(rows.shape[0]), "dtype": str(values.dtype)}
     if not len(values):
         return MatrixVerdict("empty", None, evidence)
-    finite = np.isfinite(values)
-    if not finite.all():
-        return MatrixVerdict(
-            "invalid",
-            None,
-            evidence | {"nan": int(np.isnan(values).sum()), "infinite": int(np.isinf(values).sum())},
-        )
-    integer = values == np.rint(values)
+    n_nan, n_infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    if n_nan or n_infinite:
+        evidence["first_at"] = rows.locate(~np.isfinite(values))
+        return MatrixVerdict("invalid", None, evidence | {"nan": n_nan, "infinite": n_infinite})
     sums = rows.row_sums()
     evidence |= {
         "share_nonzero": _number(len(values) / max(1, rows.shape[0] * rows.shape[1])),
         "min": _number(values.min()),
         "max": _number(values.max()),
-        "share_integer": _number(integer.mean()),
+        "share_integer": _number((values == np.rint(values)).mean()),
         "total_median": _number(np.median(sums)),
         "total_cv": _number(_spread(sums)),
     }
     if values.min() < 0:
         evidence["share_negative"] = _number((values < 0).mean())
+        evidence["first_at"] = rows.locate(values < 0)
         return MatrixVerdict("scaled", None, evidence)
-    if integer.all():
+    if evidence["share_integer"] == 1:
         if values.max() == 1:
             evidence["binary"] = True
         return MatrixVerdict("raw_integer", "taken as they are", evidence)
-
     precision = _storage_precision(values)
     if precision[0]:
         evidence["decimals"] = round(-np.log10(2 * precision[0]))
+    if evidence["share_integer"] < 0.5:  # else they are counts of which some were corrected
+        fit = _find_scale(rows, precision)
+        if fit is not None:
+            return _exact_verdict(fit, precision, evidence, known_totals)
+    return _plausible_verdict(rows, precision, evidence, says_log1p=says_log1p)
 
-    # Does the matrix become integer multiples of a unit, or constant totals, on some scale?
-    fits = []
-    scales = [(0, "e", np.e)] + [(1, name, base) for name, base in LOG_BASES] + [(2, "e", np.e)]
-    for logs, name, base in scales:
-        if logs == 1 and values.max() * np.log(base) > 30 or logs == 2 and values.max() > 3.2:
-            continue  # would be more than 1e13 counts in a gene
-        linear, error = _linearize(values, logs=logs, base=base, precision=precision)
-        if not np.isfinite(linear).all():
-            continue
+
+def _find_scale(rows: CountRows, precision: tuple[float, float]) -> dict[str, Any] | None:
+    """The scale on which totals are constant or values are integer multiples of a unit; `None` if there is none."""
+    best, best_score = None, (0, 0.0)
+    for logs, name, base in ((0, "e", np.e), *((1, name, base) for name, base in LOG_BASES), (2, "e", np.e)):
+        if logs == 1 and rows.data.max() * np.log(base) > 30 or logs == 2 and rows.data.max() > 3.2:
+            continue  # more than 1e13 counts of a gene: not this scale
+        linear, error = _linearize(rows.data, logs=logs, base=base, precision=precision)
         totals = rows.row_sums(linear)
         units = _find_units(linear, error, rows.indptr)
-        filled = np.diff(rows.indptr) > 0
-        share = float(np.isfinite(units.unit[filled]).mean())
-        support = float(units.evidence[np.isfinite(units.unit)].sum())
-        fits.append(
-            {
+        found = np.isfinite(units.unit)
+        integral = float(found[np.diff(rows.indptr) > 0].mean())
+        if integral < 0.9 or units.evidence[found].sum() < 6:  # a fit by chance in one data set of a million
+            integral = 0.0
+        constant = (totals > 0).sum() > 1 and _spread(totals) < max(2e-3, 20 * precision[1])
+        if (constant + (integral > 0), integral) > best_score:
+            best_score = (constant + (integral > 0), integral)
+            best = {
                 "logs": logs,
                 "name": name,
                 "base": base,
                 "totals": totals,
-                "units": units,
-                "integral": share if support > 6 else 0.0,
-                "constant": _spread(totals) < max(2e-3, 20 * precision[1]) and (totals > 0).sum() > 1,
+                "unit": units.unit,
+                "integral": integral,
+                "constant": constant,
             }
-        )
-    best = max(fits, key=lambda f: (f["constant"] + (f["integral"] >= 0.9), f["integral"], -f["logs"]))
-    if best["constant"] or best["integral"] >= 0.9:
-        return _exact_verdict(best, precision, evidence, known_totals)
-    return _plausible_verdict(rows, precision, evidence)
+        if best_score[0] == 2:
+            break
+    return best
 
 
 def _exact_verdict(
-    best: dict, precision: tuple[float, float], evidence: dict, known_totals: np.ndarray | None
+    fit: dict[str, Any], precision: tuple[float, float], evidence: dict, known_totals: np.ndarray | None
 ) -> MatrixVerdict:
     """A matrix whose scale is proven: constant totals, or integer multiples of a unit, or both."""
-    logs, exact = best["logs"], best["integral"] >= 0.9
-    unit = best["units"].unit
+    logs, exact, unit, totals = fit["logs"], fit["integral"] > 0, fit["unit"], fit["totals"]
     has_unit = np.isfinite(unit)
-    evidence["share_cells_integral"] = _number(best["integral"])
-    kind = ("normalized", "log1p", "log1p_log1p")[logs]
+    evidence["share_cells_integral"] = _number(fit["integral"])
     target_sum = None
     if exact and np.all(np.abs(unit[has_unit] - 1) < 1e-3):
-        evidence["unit"] = 1.0  # logarithms of the counts themselves
-        if logs == 0:
+        if not logs:
             evidence["share_near_integer"] = 1.0
-            return MatrixVerdict(
-                "raw_float", "rounded to the nearest integer", evidence, exact=True, precision=precision
-            )
-    elif best["constant"]:
-        target_sum = _nice_total(float(np.median(best["totals"][best["totals"] > 0])))
+            return MatrixVerdict("raw_float", ROUNDED, evidence, precision=precision)
+        evidence["unit"] = 1.0  # logarithms of the counts themselves
+    elif fit["constant"]:
+        target_sum = _nice_total(float(np.median(totals[totals > 0])))
         evidence["target_sum_from"] = "constant totals"
-    elif exact:
-        target_sum, evidence["target_sum_from"] = _target_sum(best, known_totals)
+    else:
+        target_sum, source = _target_sum(unit[has_unit], totals[has_unit], precision, known_totals, has_unit)
+        evidence["target_sum_from"] = source
     if target_sum is not None:
         evidence["target_sum"] = _number(target_sum)
-    undo = ("", f"{best['name']}**x - 1, ", "exp(exp(x) - 1) - 1, ")[logs]
-    tail = "each cell divided by its unit: integer counts" if exact else "taken as they are: normalised values"
+    undo = ("", f"{fit['name']}**x - 1, ", "exp(exp(x) - 1) - 1, ")[logs]
     return MatrixVerdict(
-        kind,
-        undo + tail,
+        ("normalized", "log1p", "log1p_log1p")[logs],
+        undo + ("each cell divided by its unit: integer counts" if exact else "then as they are: normalised values"),
         evidence,
         logs=logs,
-        base=best["base"],
+        base=fit["base"],
         exact=exact,
         target_sum=target_sum,
+        complete=fit["constant"],
         precision=precision,
     )
 
 
-def _target_sum(best: dict, known_totals: np.ndarray | None) -> tuple[float | None, str]:
-    """What normalised values summed to before genes were removed."""
-    unit = best["units"].unit
-    has_unit = np.isfinite(unit)
-    counted = best["totals"][has_unit] / unit[has_unit]  # counts of the genes that are left
+def _target_sum(
+    unit: np.ndarray,
+    totals: np.ndarray,
+    precision: tuple[float, float],
+    known_totals: np.ndarray | None,
+    has_unit: np.ndarray,
+) -> tuple[float | None, str]:
+    """What normalised values summed to before genes were removed, and how it is known."""
+    if len(unit) > 1 and _spread(unit) < 1e-4:
+        return None, "one factor for all cells"
     if known_totals is not None:
-        products = np.asarray(known_totals, dtype=np.float64)[has_unit] * unit[has_unit]
+        products = known_totals[has_unit] * unit
         if _spread(products) < 0.01:
             return _nice_total(float(np.median(products))), "obs column of totals"
-    for likely in LIKELY_TOTALS:
-        if np.all(likely / unit[has_unit] >= counted * 0.999):
-            return likely, "assumed"
-    return None, "unknown"
+    likely = [total for total in LIKELY_TOTALS if np.all(total / unit >= totals / unit * 0.999)]
+    for total in likely:
+        sizes = total / unit
+        uncertain = sizes * max(precision[1], 1e-7) * 10
+        if precision[0] == 0 and np.median(uncertain) < 0.05 and np.mean(np.abs(sizes - np.rint(sizes)) < 0.1) > 0.9:
+            return total, "library sizes become integers"
+    return (likely[0], "assumed") if likely else (None, "unknown")
 
 
-def _plausible_verdict(rows: CountRows, precision: tuple[float, float], evidence: dict) -> MatrixVerdict:
+def _plausible_verdict(
+    rows: CountRows, precision: tuple[float, float], evidence: dict, *, says_log1p: bool
+) -> MatrixVerdict:
     """A matrix without proof of its scale: judged by closeness to integers and by range."""
     values = rows.data.astype(np.float64)
-    away = np.abs(values - np.rint(values))
-    near = float((away <= 0.15).mean())  # 0.30 by chance
+    near = float((np.abs(values - np.rint(values)) <= 0.15).mean())  # 0.30 by chance
     largest, median = float(values.max()), float(np.median(values))
     evidence |= {"share_near_integer": _number(near), "max_over_median": _number(largest / median)}
-    if near >= 0.5 and largest > 2:
+    if near >= 0.5 and largest > 2 and not says_log1p:
         evidence["share_below_half"] = _number((values < 0.5).mean())
-        return MatrixVerdict("raw_float", "rounded to the nearest integer", evidence, precision=precision)
+        return MatrixVerdict("raw_float", ROUNDED, evidence, precision=precision)
     # Expression spans orders of magnitude; after a logarithm the largest value of a matrix is a few medians.
-    if largest <= 25 and largest <= 15 * median:
+    if largest <= 25 and (says_log1p or largest <= 15 * median):
+        name, base = "e", np.e
         totals = rows.row_sums(np.expm1(values))
-        target_sum = LIKELY_TOTALS[0] if totals.max() <= LIKELY_TOTALS[0] * 1.001 else None
+        if np.median(totals) > 2e6:  # more than any scale in use: a binary logarithm
+            name, base = "2", 2.0
+            totals = rows.row_sums(np.expm1(values * np.log(base)))
+        target_sum = next((total for total in LIKELY_TOTALS if totals.max() <= total * 1.001), None)
+        evidence |= {"log_from": "uns['log1p']" if says_log1p else "range of values", "target_sum_from": "assumed"}
         return MatrixVerdict(
             "log1p",
-            "e**x - 1, taken as they are: normalised values",
-            evidence | {"log_base_from": "assumed"},
+            f"{name}**x - 1, then as they are: normalised values",
+            evidence,
             logs=1,
+            base=base,
             target_sum=target_sum,
             precision=precision,
         )
-    if largest > 25:
-        return MatrixVerdict("normalized", "taken as they are", evidence, precision=precision)
-    return MatrixVerdict("unknown", None, evidence, precision=precision)
+    kind = "normalized" if largest > 25 else "unknown"
+    return MatrixVerdict(kind, "taken as they are", evidence, precision=precision)
 
 
 def _assumed(kind: str, found: MatrixVerdict) -> MatrixVerdict:
     """The verdict that the user asserts, with what was found out about the same scale."""
+    kind = {"raw": "raw_integer", "counts": "raw_integer"}.get(kind, kind)
     if kind not in ASSUMABLE:
         raise ValueError(f"assume={kind!r} is not a kind of matrix that can be read; choose one of {ASSUMABLE}.")
     if found.kind in ("invalid", "empty"):
         return found
-    evidence = found.evidence | {"assumed_by": "user", "found": found.kind}
-    if kind == found.kind and found.usable:
-        return replace(found, evidence=evidence)
     if found.kind == "scaled":
-        raise ValueError(
-            f"assume={kind!r}, but the matrix has negative values (minimum {found.evidence['min']}), "
-            "which no counts and no normalised values have. Pass a `layer=` from before scaling."
-        )
+        return replace(found, evidence=found.evidence | {"assumed": kind})
+    evidence = found.evidence | {"assumed": kind, "found": found.kind}
+    if kind == found.kind:
+        return replace(found, evidence=evidence)
     logs = {"log1p": 1, "log1p_log1p": 2}.get(kind, 0)
-    conversion = {
-        "raw_integer": "taken as they are",
-        "raw_float": "rounded to the nearest integer",
-        "normalized": "taken as they are",
-    }.get(kind, "logarithm undone, taken as they are")
+    conversion = ROUNDED if kind == "raw_float" else "taken as they are"
+    if logs:
+        conversion = "logarithm undone, then as they are: normalised values"
     return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision)
 
 
@@ -534,28 +572,26 @@ def _convert_rows(rows: CountRows, verdict: MatrixVerdict) -> tuple[CountRows, n
     if verdict.kind == "raw_integer":
         return rows, rows.row_sums(), 0
     if verdict.kind == "raw_float":
-        counts = np.rint(rows.data)
-        kept = counts > 0
-        pointer = np.concatenate(([0], np.cumsum(kept)))[rows.indptr]
-        rows = CountRows(pointer, rows.indices[kept], counts[kept].astype(np.float32), rows.shape)
+        counts = np.rint(rows.data).astype(np.float32)
+        kept = np.concatenate(([0], np.cumsum(counts > 0)))
+        rows = CountRows(kept[rows.indptr], rows.indices[counts > 0], counts[counts > 0], rows.shape)
         return rows, rows.row_sums(), 0
     linear, error = _linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
     lengths = np.diff(rows.indptr)
-    totals = rows.row_sums(linear)
-    if verdict.target_sum is not None:
+    totals, failed = rows.row_sums(linear), 0
+    if verdict.target_sum is not None and not verdict.complete:
         totals = np.where(lengths > 0, np.maximum(verdict.target_sum, totals), 0.0)
-    failed = 0
     if verdict.exact:
         units = _find_units(linear, error, rows.indptr)
         found = np.isfinite(units.unit)
         failed = int((~found & (lengths > 0)).sum())
         linear = np.where(np.repeat(found, lengths), units.counts, linear)
         counted = rows.row_sums(linear)
-        if verdict.target_sum is None:
+        if verdict.target_sum is None or verdict.complete:
             totals = np.where(found, counted, totals)
         else:
-            with np.errstate(invalid="ignore"):
-                totals = np.where(found, np.maximum(np.rint(verdict.target_sum / units.unit), counted), totals)
+            sizes = np.rint(verdict.target_sum / np.where(found, units.unit, 1.0))
+            totals = np.where(found, np.maximum(sizes, counted), totals)
     return CountRows(rows.indptr, rows.indices, linear.astype(np.float32), rows.shape), totals, failed
 
 
@@ -564,25 +600,20 @@ def _number(value: Any) -> float:
     return float(f"{float(value):.5g}")
 
 
-def _unusable(name: str, verdict: MatrixVerdict) -> str:
+def _unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
     e = verdict.evidence
     if verdict.kind == "scaled":
         return (
-            f"{name} has negative values (minimum {e['min']:g}, {e['share_negative']:.1%} of the non-zero ones): it "
-            "was scaled or batch-corrected, and counts cannot be recovered. Keep the counts before `sc.pp.scale`, in "
-            "`adata.layers['counts']` or `adata.raw`, and pass `layer=` if they have another name."
+            f"{name} has negative values (minimum {e['min']:g}, {e['share_negative']:.1%} of the non-zero{where}): it "
+            "was scaled or batch-corrected, and counts cannot be recovered. Keep the counts before `sc.pp.scale` "
+            "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
         )
     if verdict.kind == "invalid":
         return (
-            f"{name} holds {e['nan']} NaN and {e['infinite']} infinite values in {e['cells_sampled']} cells. "
+            f"{name} holds {e['nan']} NaN and {e['infinite']} infinite values in {e['cells_sampled']} cells{where}. "
             "Find the step that made them (a division by an empty cell?), or drop those cells or genes."
         )
-    if verdict.kind == "empty":
-        return f"{name} has no value above zero in {e['cells_sampled']} cells. Is it the right layer?"
-    return (
-        f"{name} is neither counts, nor normalised, nor logarithms that we know: values from {e['min']:g} to "
-        f"{e['max']:g}, {e['share_integer']:.1%} integers. Say what it holds with `assume=` ({', '.join(ASSUMABLE)})."
-    )
+    return f"{name} has no value above zero in {e['cells_sampled']} cells. Is it the right layer?"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,15 +622,16 @@ def _unusable(name: str, verdict: MatrixVerdict) -> str:
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
 EMBEDDED_ENSEMBL = re.compile(r"(?:^|[_|:;, ])(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:$|[_|:;, ])")
-GENOME_PREFIX = re.compile(r"^(hg19|hg38|GRCh37|GRCh38|mm9|mm10|mm39|GRCm38|GRCm39)[_-]+(?=\S)", re.IGNORECASE)
+GENOME = re.compile(r"^(hg\d+|GRCh\d+|mm\d+|GRCm\d+)(?:$|[_-]+(?=\S)|\b)", re.IGNORECASE)
 PEAK = re.compile(r"^(chr)?(\d{1,2}|X|Y|MT?|GL\d+\.\d|KI\d+\.\d)[:_-]\d+[_-]\d+$", re.IGNORECASE)
-ANTIBODY = re.compile(
-    r"(_|-|\.)?(Total_?Seq[A-D]?|ADT|AB_?Capture|anti(human|mouse))\b|^(ADT|AB|PROT|HTO)[_-]", re.IGNORECASE
+ANTIBODY = re.compile(r"(Total_?Seq[A-D]?|ADT|anti(human|mouse))\b|^(ADT|AB|PROT|HTO)[_-]", re.IGNORECASE)
+CONTROL = re.compile(
+    r"^(ERCC-\d{5}|Blank-?\d+|NegControl.*|NegPrb.*|SystemControl.*|(Unassigned|Deprecated)Codeword.*)$"
 )
-SPIKE_IN = re.compile(r"^ERCC-\d{5}$")
 MADE_UNIQUE = re.compile(r"[-.]\d{1,2}$")
+EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
-HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9-]*|C\d+orf\d+)$")
+HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
 
 SPECIES_PREFIXES = {
     "ENSG": "human",
@@ -612,23 +644,19 @@ SPECIES_PREFIXES = {
     "ENSGALG": "chicken",
 }
 SPECIES_NAMES = {
-    "homo sapiens": "human",
-    "ncbitaxon:9606": "human",
-    "human": "human",
-    "mus musculus": "mouse",
-    "ncbitaxon:10090": "mouse",
-    "mouse": "mouse",
-    "macaca mulatta": "rhesus macaque",
-    "ncbitaxon:9544": "rhesus macaque",
-    "macaca fascicularis": "cynomolgus macaque",
-    "ncbitaxon:9541": "cynomolgus macaque",
-    "sus scrofa": "pig",
-    "ncbitaxon:9823": "pig",
-    "rattus norvegicus": "rat",
-    "ncbitaxon:10116": "rat",
+    "human": ("homo sapiens", "ncbitaxon:9606"),
+    "mouse": ("mus musculus", "ncbitaxon:10090"),
+    "rhesus macaque": ("macaca mulatta", "ncbitaxon:9544"),
+    "cynomolgus macaque": ("macaca fascicularis", "ncbitaxon:9541"),
+    "pig": ("sus scrofa", "ncbitaxon:9823"),
+    "rat": ("rattus norvegicus", "ncbitaxon:10116"),
+    "zebrafish": ("danio rerio", "ncbitaxon:7955"),
+    "chicken": ("gallus gallus", "ncbitaxon:9031"),
 }
-GENOMES = {"hg": "human", "grch": "human", "mm": "mouse", "grcm": "mouse"}
-GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "rna", "gex", "mrna", ""})
+# Species whose symbols are spelt as in human (CD3E) and as in mouse (Cd3e): spelling alone does not tell them apart.
+SPELT_AS_HUMAN = ("human", "rhesus macaque", "cynomolgus macaque", "pig", "chicken")
+SPELT_AS_MOUSE = ("mouse", "rat")
+GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "rna", "gex", "mrna", "", "nan"})
 GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol", "gene_ids", "gene_id")
 
 
@@ -639,7 +667,7 @@ class GeneIndex:
         vocabulary: Gene symbol -> id. Names in angle brackets (`<pad>`, `<cls>`) are special tokens, not genes.
         aliases: Other name (previous symbol, alias, Ensembl id without version) -> symbol; or the whole document of
             `gene_aliases.json`, `{"aliases": ..., "orthologs": ...}`.
-        orthologs: Species -> its gene symbol -> the human symbol of its one-to-one ortholog.
+        orthologs: Species -> its gene symbol or id -> the vocabulary's name of its one-to-one ortholog.
     """
 
     def __init__(
@@ -656,6 +684,7 @@ class GeneIndex:
             aliases, orthologs = aliases["aliases"], aliases.get("orthologs")
         self.aliases = dict(aliases)
         self.orthologs = {species: dict(table) for species, table in (orthologs or {}).items()}
+        self.species = detect_species(list(self.vocabulary))[0]
         # `C1orf112` is written `C1ORF112` by some; two symbols that differ by case only stay apart.
         folded = Counter(name.upper() for name in self.vocabulary)
         self._folded = {name.upper(): i for name, i in self.vocabulary.items() if folded[name.upper()] == 1}
@@ -663,41 +692,70 @@ class GeneIndex:
     def __len__(self) -> int:
         return len(self.vocabulary)
 
+    @classmethod
+    def from_dict(cls, vocabulary: Mapping[str, int], document: Mapping[str, Any] | None) -> "GeneIndex":
+        """From a vocabulary and the document of `gene_aliases.json`."""
+        return cls(vocabulary, document)
+
     def to_dict(self) -> dict[str, Any]:
         """The names beyond the vocabulary, as `gene_aliases.json` stores them."""
         return {"aliases": self.aliases, "orthologs": self.orthologs}
 
+    def translates(self, species: str | None) -> bool:
+        """Whether genes of `species` are led to the vocabulary by orthologs."""
+        return species in self.orthologs and species != self.species
+
     def lookup(self, name: str, species: str | None = None) -> tuple[int, str]:
-        """Id of one name and how it was found: `symbol`, `ensembl`, `alias`, `case`, `ortholog`; -1 if it was not."""
+        """Find one gene.
+
+        Args:
+            name: Symbol, alias, Ensembl id with or without version, or several of them joined.
+            species: Species of the file; `None` for that of the vocabulary.
+
+        Returns:
+            Id in the vocabulary, -1 if it is not there, and how it was found: `symbol`, `ensembl`, `alias`, `case`,
+            `excel date`, `ortholog` or `unmatched`.
+        """
         name = name.strip()
-        if species in self.orthologs:
-            human = self.orthologs[species].get(name)
-            return (self.vocabulary.get(human, -1), "ortholog") if human is not None else (-1, "unmatched")
-        found = self.vocabulary.get(name)
-        if found is not None:
-            return found, "symbol"
         ensembl = ENSEMBL.match(name)
         key = ensembl.group(1).upper() if ensembl else name
-        found = self.vocabulary.get(key)  # a vocabulary of Ensembl ids
-        if found is None:
-            found = self.vocabulary.get(self.aliases.get(key))
+        if self.translates(species):
+            table = self.orthologs[species]
+            found = self.vocabulary.get(table.get(key) or table.get(_embedded(name)))
+            return (-1, "unmatched") if found is None else (found, "ortholog")
+        if key in self.vocabulary:  # also of Ensembl ids, if the vocabulary is made of them
+            return self.vocabulary[key], "ensembl" if ensembl else "symbol"
+        found = self.vocabulary.get(self.aliases.get(key))
         if found is not None:
             return found, "ensembl" if ensembl else "alias"
         if ensembl is None:
-            embedded = EMBEDDED_ENSEMBL.search(name)
-            if embedded:
-                return self.lookup(embedded.group(1))
-            if GENOME_PREFIX.match(name):
-                return self.lookup(GENOME_PREFIX.sub("", name))
-            if "." in name:  # R's make.names writes HLA-A as HLA.A
-                found = self.vocabulary.get(name.replace(".", "-"))
-                if found is not None:
-                    return found, "alias"
-            if species in (None, "human"):
+            embedded = _embedded(name)
+            if embedded is not None:
+                return self.lookup(embedded)
+            for changed in (name.replace(".", "-"), name.replace("-", "_")):  # R's make.names, Seurat's underscores
+                if changed in self.vocabulary:
+                    return self.vocabulary[changed], "alias"
+            date = EXCEL_DATE.match(name)
+            if date:
+                return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
+            if species in (None, self.species):
                 found = self._folded.get(name.upper())
                 if found is not None:
                     return found, "case"
         return -1, "unmatched"
+
+    def _from_date(self, number: str, month: str) -> tuple[int, str]:
+        """SEPT2 and MARCH3 after a spreadsheet took them for dates; 1-Mar may be MARCH1 or MARC1, so it is left."""
+        n = int(number)
+        names = (f"SEPTIN{n}", f"SEPT{n}") if month == "Sep" else (f"MARCHF{n}", f"MARCH{n}") if n > 2 else ()
+        found = next((self.vocabulary[name] for name in names if name in self.vocabulary), None)
+        return (-1, "unmatched") if found is None else (found, "excel date")
+
+
+def _embedded(name: str) -> str | None:
+    """The Ensembl id in a name such as `CD3E_ENSG00000198851`."""
+    found = EMBEDDED_ENSEMBL.search(name)
+    return found.group(1).upper() if found else None
 
 
 @dataclass
@@ -706,7 +764,7 @@ class GeneMatch:
 
     Args:
         ids: int32 `(n_vars,)`: id in the vocabulary, -1 for what is not in it.
-        how: `(n_vars,)` of str: symbol, ensembl, alias, case, ortholog, unmatched, or the feature type set aside.
+        how: `(n_vars,)` of str: as `GeneIndex.lookup` found it, or the feature type that was set aside.
         is_gene: bool `(n_vars,)`: False for antibodies, peaks and other features that were set aside.
         report: What was matched, as plain numbers and strings.
     """
@@ -717,46 +775,76 @@ class GeneMatch:
     report: dict[str, Any]
 
 
-def detect_species(names: Sequence[str], gene_index: GeneIndex | None = None) -> tuple[str, str]:
+def detect_species(names: Sequence[str]) -> tuple[str, str]:
     """Species by the genes' names, and the evidence in words. `unknown` if the names do not tell."""
-    prefixes = Counter()
+    names = names[:: 1 + len(names) // 4000]
+    n = max(1, len(names))
+    prefixes: Counter[str] = Counter()
     for name in names:
         ensembl = ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name)
         if ensembl:
             prefixes[re.match(r"[A-Z]+", ensembl.group(1).upper()).group(0)] += 1
-    n = max(1, len(names))
-    if sum(prefixes.values()) > 0.3 * n:
+    if sum(prefixes.values()) > 0.5 * n:
         prefix, count = prefixes.most_common(1)[0]
         return SPECIES_PREFIXES.get(prefix, "unknown"), f"{count / n:.0%} of the names start with {prefix}"
-    symbols = [GENOME_PREFIX.sub("", name) for name in names]
-    mouse = sum(bool(MOUSE_SYMBOL.match(s)) for s in symbols) / n
-    human = sum(bool(HUMAN_SYMBOL.match(s)) for s in symbols) / n
-    if mouse > 0.5 and mouse > 2 * human:
-        return "mouse", f"{mouse:.0%} of the symbols are written as mouse genes are (Cd3e)"
-    if human > 0.5 and human > 2 * mouse:
-        return "human", f"{human:.0%} of the symbols are written as human genes are (CD3E)"
+    mouse = sum(bool(MOUSE_SYMBOL.match(name)) for name in names) / n
+    human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n
+    if mouse > 0.4 and mouse > 2 * human:
+        return "mouse", f"{mouse:.0%} of the names are spelt as mouse symbols are (Cd3e)"
+    if human > 0.4 and human > 2 * mouse:
+        return "human", f"{human:.0%} of the names are spelt as human symbols are (CD3E)"
     return "unknown", f"{human:.0%} of the names look human (CD3E), {mouse:.0%} mouse (Cd3e)"
 
 
-def classify_features(names: Sequence[str], feature_types: Sequence[str] | None = None) -> np.ndarray:
-    """Type of each variable: `gene`, or `antibody`, `peak`, `spike-in`, or the file's own word for another feature."""
-    types = np.array(["gene"] * len(names), dtype=object)
+def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
+    """Species to read the genes as, the species that the file says, and the evidence for the first."""
+    said = str(organism).strip().lower()
+    declared = next((name for name, others in SPECIES_NAMES.items() if said == name or said in others), None)
+    guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
+    if not guesses:
+        return declared or "unknown", declared, f"the data say {declared}" if declared else "the names do not tell"
+    # Ids are proof; spelling is not.
+    species, why = next((guess for guess in guesses if "start with" in guess[1]), guesses[0])
+    for spelt in (SPELT_AS_HUMAN, SPELT_AS_MOUSE):
+        if "start with" not in why and species in spelt and declared in spelt:
+            return declared, declared, why
+    return species, declared, why
+
+
+def classify_features(
+    names: Sequence[str], *, feature_types: Sequence[str] | None = None, genomes: Sequence[str] | None = None
+) -> np.ndarray:
+    """Type of each variable, `(n_vars,)` of str.
+
+    Args:
+        names: Names of the variables.
+        feature_types: 10x's `feature_types`; without them antibodies, peaks and controls are known by their names.
+        genomes: Genome of each variable, where several species were mapped together; else prefixes of names tell.
+
+    Returns:
+        `gene`, `antibody`, `peak`, `control`, `mouse genome` (in a mixture with human), or the file's own word.
+    """
+    types = np.full(len(names), "gene", dtype=object)
     for i, name in enumerate(names):
-        if PEAK.match(name):
+        if CONTROL.match(name):
+            types[i] = "control"
+        elif PEAK.match(name):
             types[i] = "peak"
-        elif SPIKE_IN.match(name):
-            types[i] = "spike-in"
-        elif ANTIBODY.search(name) and feature_types is None:
+        elif feature_types is None and ANTIBODY.search(name):
             types[i] = "antibody"
-    if feature_types is not None:
-        for i, feature_type in enumerate(feature_types):
-            word = str(feature_type).strip().lower()
-            if "antibod" in word or word in ("protein", "adt", "protein expression"):
-                types[i] = "antibody"
-            elif word in ("peaks", "peak", "chromatin accessibility"):
-                types[i] = "peak"
-            elif word not in GENE_FEATURE_TYPES:
-                types[i] = word
+    for i, feature_type in enumerate(feature_types if feature_types is not None else ()):
+        word = str(feature_type).strip().lower()
+        if "antibod" in word or "protein" in word or word == "adt":
+            types[i] = "antibody"
+        elif word in ("peaks", "peak", "chromatin accessibility"):
+            types[i] = "peak"
+        elif word not in GENE_FEATURE_TYPES and types[i] == "gene":
+            types[i] = word
+    found = [GENOME.match(str(name)) for name in (genomes if genomes is not None else names)]
+    mouse = np.array([bool(m) and m.group(1).lower().startswith(("mm", "grcm")) for m in found], dtype=bool)
+    human = np.array([bool(m) and m.group(1).lower().startswith(("hg", "grch")) for m in found], dtype=bool)
+    if mouse.any() and human.any():
+        types[mouse & (types == "gene")] = "mouse genome"
     return types
 
 
@@ -764,7 +852,7 @@ def match_genes(
     names: Sequence[str] | Mapping[str, Sequence[str]],
     gene_index: GeneIndex,
     *,
-    feature_types: Sequence[str] | None = None,
+    types: np.ndarray | None = None,
     organism: str | None = None,
     weights: np.ndarray | None = None,
 ) -> GeneMatch:
@@ -774,55 +862,55 @@ def match_genes(
         names: Names of the variables, or several columns of names (the best one is used first, the others fill what it
             leaves open).
         gene_index: The model's genes.
-        feature_types: 10x's `feature_types` of each variable; what is not a gene is set aside.
-        organism: What the file says it is (name or NCBITaxon id); without it the names decide.
+        types: Type of each variable as `classify_features` gives it; what is not a `gene` is set aside.
+        organism: What the file says it is (name or NCBITaxon id); the names decide where they can.
         weights: Expression of each variable, `(n_vars,)`, to weigh what matched.
+
+    Returns:
+        The match of each variable, and a report.
     """
     columns = dict(names) if isinstance(names, Mapping) else {"var_names": names}
-    columns = {key: [str(n).strip() for n in column] for key, column in columns.items()}
-    n_vars = len(next(iter(columns.values())))
-    types = np.full(n_vars, "gene", dtype=object)
-    for column in columns.values():
-        found = classify_features(column, feature_types)
-        types = np.where(types == "gene", found, types)
+    columns = {key: [GENOME.sub("", str(n).strip()) or str(n) for n in column] for key, column in columns.items()}
+    first = next(iter(columns.values()))
+    types = classify_features(first) if types is None else types
     is_gene = types == "gene"
+    n_genes = int(is_gene.sum())
+    species, declared, why = _species(
+        {k: [c[v] for v in np.flatnonzero(is_gene)] for k, c in columns.items()}, organism
+    )
 
-    declared = SPECIES_NAMES.get(str(organism).strip().lower()) if organism is not None else None
-    guesses = {k: detect_species([n for n, g in zip(c, is_gene, strict=True) if g]) for k, c in columns.items()}
-    detected, why = next((g for g in guesses.values() if g[0] != "unknown"), next(iter(guesses.values())))
-    # Macaque and human symbols look alike: only the file can say. Mouse symbols speak for themselves.
-    species = detected
-    if declared is not None and (detected == "unknown" or declared.endswith("macaque") and detected == "human"):
-        species = declared
-
-    results = {}
-    for key, column in columns.items():
-        results[key] = [gene_index.lookup(n, species) if g else (-1, "") for n, g in zip(column, is_gene, strict=True)]
-    order = sorted(results, key=lambda key: -sum(i >= 0 for i, _ in results[key]))
-    ids = np.array([i for i, _ in results[order[0]]], dtype=np.int32).reshape(-1)
-    how = np.array([h for _, h in results[order[0]]], dtype=object).reshape(-1)
-    used = [order[0]]
+    # step 1: the best column, then the others for what it leaves open
+    results = {
+        key: [gene_index.lookup(n, species) if g else (-1, "") for n, g in zip(column, is_gene, strict=True)]
+        for key, column in columns.items()
+    }
+    n_found = {key: sum(i >= 0 for i, _ in result) for key, result in results.items()}
+    order = sorted(results, key=lambda key: -n_found[key])
+    best, used = columns[order[0]], order[:1]
+    ids = np.array([i for i, _ in results[order[0]]], dtype=np.int32)
+    how = np.array([h for _, h in results[order[0]]] + [""], dtype=object)[:-1]
     for key in order[1:]:
         fill = [v for v in np.flatnonzero((ids < 0) & is_gene) if results[key][v][0] >= 0]
-        for v in fill:
-            ids[v], how[v] = results[key][v]
-        if fill:
+        if fill and n_found[key] >= REFUSE_SHARE * n_genes:
             used.append(key)
-    # `var_names_make_unique` turned the second MATR3 into MATR3-1: the same gene.
-    base = set(columns[order[0]])
+            for v in fill:
+                ids[v], how[v] = results[key][v]
+
+    # step 2: `var_names_make_unique` turned the second MATR3 into MATR3-1, which is the same gene
+    there = set(best)
     for v in np.flatnonzero((ids < 0) & is_gene):
-        name = columns[order[0]][v]
-        stem = MADE_UNIQUE.sub("", name)
-        if stem != name and stem in base:
+        stem = MADE_UNIQUE.sub("", best[v])
+        if stem != best[v] and stem in there:
             found, _ = gene_index.lookup(stem, species)
             if found >= 0:
-                ids[v], how[v] = found, "duplicate"
+                ids[v], how[v] = found, "made unique"
     how[~is_gene] = types[~is_gene]
 
-    n_genes, matched = int(is_gene.sum()), ids >= 0
+    # step 3: the report
+    matched = ids >= 0
     distinct = len(np.unique(ids[matched]))
     report = {
-        "variables": n_vars,
+        "variables": len(ids),
         "genes": n_genes,
         "matched": int(matched.sum()),
         "share_matched": _number(matched.sum() / max(1, n_genes)),
@@ -832,66 +920,72 @@ def match_genes(
         "columns": used,
         "species": species,
         "species_evidence": why,
+        "species_declared": declared or "",
         "how": {str(k): int(v) for k, v in Counter(how[is_gene].tolist()).items()},
         "set_aside": {str(k): int(v) for k, v in Counter(types[~is_gene].tolist()).items()},
     }
-    if declared is not None:
-        report["species_declared"] = declared
     unmatched = np.flatnonzero(~matched & is_gene)
-    if weights is not None:
+    if weights is not None and weights[is_gene].sum() > 0:
         total = float(weights[is_gene].sum())
-        report["share_expression_matched"] = _number(weights[matched].sum() / total) if total > 0 else 0.0
+        report["share_expression_matched"] = _number(weights[matched].sum() / total)
         unmatched = unmatched[np.argsort(-weights[unmatched], kind="stable")]
-        if total > 0:
-            report["largest_unmatched_shares"] = [_number(weights[v] / total) for v in unmatched[:10]]
-    report["largest_unmatched"] = [columns[order[0]][v] for v in unmatched[:10]]
+        report["largest_unmatched_shares"] = [_number(weights[v] / total) for v in unmatched[:N_EXAMPLES]]
+    report["largest_unmatched"] = [best[v] for v in unmatched[:N_EXAMPLES]]
     return GeneMatch(ids, how, is_gene, report)
 
 
-def _check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool, messages: list[str]) -> None:
-    """Warn under 60 % of the genes, refuse under 20 %: of the file's genes or of the vocabulary's, the smaller set."""
+def _check_types(types: np.ndarray) -> None:
+    if not (types == "gene").any():
+        kinds = ", ".join(f"{n} of type {str(kind)!r}" for kind, n in Counter(types.tolist()).items())
+        raise ValueError(
+            f"No variable is a gene ({kinds}). This model reads gene expression: pass the RNA part of the data."
+        )
+
+
+def _check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list[str]:
+    """Warnings about a match; an error if it is hopeless.
+
+    The share is of the file's genes or of the vocabulary's, whichever are fewer: neither a panel of 300 genes nor a
+    vocabulary of 800 is a mistake.
+    """
     r = match.report
-    possible = max(1, min(r["genes"], len(gene_index)))
-    share = r["vocabulary_measured"] / possible
-    examples = ", ".join(r["largest_unmatched"][:5])
-    species = r["species"]
-    if species not in ("human", "unknown") and species not in gene_index.orthologs:
+    possible = min(r["genes"], len(gene_index))
+    measured, species = r["vocabulary_measured"], r["species"]
+    share = measured / possible
+    foreign = species not in ("unknown", gene_index.species) and gene_index.species != "unknown"
+    way_out = "Name the column of `var` that has gene symbols or Ensembl ids with `gene_column=`."
+    if foreign and not gene_index.translates(species):
         way_out = (
-            f"The genes look like {species} ({r['species_evidence']}), and this checkpoint has no ortholog table for "
-            f"it (it has: {', '.join(sorted(gene_index.orthologs)) or 'none'}). Map them to human symbols first."
+            f"They are {species} genes ({r['species_evidence']}), and the model has no ortholog table for {species} "
+            f"(it has: {', '.join(sorted(gene_index.orthologs)) or 'none'}): map them to {gene_index.species} first."
         )
-    else:
-        way_out = "Name the `var` column of gene symbols or Ensembl ids with `gene_column=`."
-    if not r["genes"]:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in r["set_aside"].items())
-        raise ValueError(
-            f"None of the {r['variables']} variables is a gene ({kinds or 'no variables'}). "
-            "This model reads gene expression: pass the RNA part of the data."
+    elif foreign:
+        way_out = (
+            f"They were read as {species} genes ({r['species_evidence']}); say `organism=` if they are others, or "
+            "name the column of `var` that has their symbols with `gene_column=`."
         )
-    too_few = (
-        r["vocabulary_measured"] < MIN_GENES
-        and possible >= MIN_GENES * 2
-        or (r["vocabulary_measured"] < MIN_GENES and len(gene_index) >= 10 * MIN_GENES)
+    finding = (
+        f"Only {measured} of {possible} genes match the model's vocabulary ({share:.1%}; the largest that do not: "
+        f"{', '.join(r['largest_unmatched'][:5])}). {way_out}"
     )
-    if r["vocabulary_measured"] == 0 or ((share < REFUSE_SHARE or too_few) and not force):
-        raise ValueError(
-            f"Only {r['vocabulary_measured']} of {possible} genes match the model's vocabulary "
-            f"({share:.1%}; unmatched: {examples}). {way_out}"
-            + ("" if r["vocabulary_measured"] == 0 else " Or pass `force=True` if that is what you want.")
-        )
-    if share < WARN_SHARE or too_few:
+    few = measured < MIN_GENES <= len(gene_index) / 10
+    if measured == 0 or ((share < REFUSE_SHARE or few) and not force):
+        raise ValueError(finding + (" Or pass `force=True` to read them all the same." if measured else ""))
+    messages = [finding] if share < WARN_SHARE or few else []
+    if not messages and r.get("share_expression_matched", 1.0) < WARN_SHARE:
         messages.append(
-            f"{r['vocabulary_measured']} of {possible} genes match the model's vocabulary "
-            f"({share:.1%}; unmatched: {examples}). {way_out}"
+            f"The genes that match the model's vocabulary hold only {r['share_expression_matched']:.1%} of the "
+            f"expression; the largest that do not: {', '.join(r['largest_unmatched'][:5])}."
         )
-    declared = r.get("species_declared")
-    if declared and species not in (declared, "unknown"):
-        messages.append(f"The data say {declared}, but {r['species_evidence']}: read as {species}.")
-    if species in gene_index.orthologs:
+    if r["species_declared"] and species != r["species_declared"]:
+        messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
+    if foreign:
+        by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
         messages.append(
-            f"{species.capitalize()} genes were mapped to human ones by {r['how'].get('ortholog', 0)} one-to-one "
-            f"orthologs of {r['genes']} genes; the model was made for human cells: interpret with caution."
+            f"{r['matched']} of {r['genes']} {species} genes were mapped by {by}; the model was made for "
+            f"{gene_index.species} cells: interpret with caution."
         )
+    return messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -922,6 +1016,7 @@ class InputPlan:
 
     def iter_cells(self, adata: Any, chunk_size: int | None = None) -> Iterator[Cells]:
         """Cells of `adata`, `chunk_size` at a time (by default as many as are quick to convert at once)."""
+        adata = _modality(adata)
         matrix = _row_major(_matrix(adata, self.source))
         n_cells, n_vars = matrix.shape
         if n_vars != len(self.match.ids):
@@ -972,48 +1067,23 @@ def _check_values(rows: CountRows, names: Sequence[str], var_names: Any, source:
         return
     if rows.data.min() >= 0 and np.isfinite(rows.data.max()):  # NaN fails both
         return
-    bad = np.flatnonzero(~np.isfinite(rows.data) | (rows.data < 0))
-    cell = int(np.searchsorted(rows.indptr, bad[0], side="right")) - 1
+    bad = ~np.isfinite(rows.data) | (rows.data < 0)
+    cell, column = rows.locate(bad)
     raise ValueError(
-        f"{source} holds {rows.data[bad[0]]} at cell {names[cell]!r}, gene {str(var_names[rows.indices[bad[0]]])!r} "
-        f"({len(bad)} such values in these {rows.shape[0]} cells): expression is finite and not negative. "
+        f"{source} holds {rows.data[bad][0]} at cell {names[cell]!r}, gene {str(var_names[column])!r} "
+        f"({bad.sum()} such values in these {rows.shape[0]} cells): expression is finite and not negative. "
         "Drop those cells or genes, or pass another `layer=`."
     )
 
 
-def _known_totals(adata: Any) -> tuple[str | None, np.ndarray | None]:
+def _known_totals(adata: Any) -> np.ndarray | None:
+    """Counts per cell over all genes, where a column of `obs` has them."""
     for column in TOTAL_COLUMNS:
         if column in adata.obs:
             totals = np.asarray(adata.obs[column])
             if np.issubdtype(totals.dtype, np.number) and np.isfinite(totals).all() and (totals > 0).any():
-                return column, totals.astype(np.float64)
-    return None, None
-
-
-def _candidates(adata: Any) -> list[str]:
-    """Matrices of an AnnData in the order in which equals are preferred."""
-    layers = list(adata.layers.keys())
-    counts = [name for name in COUNT_LAYERS for layer in layers if layer.lower() == name]
-    counts = [layer for name in counts for layer in layers if layer.lower() == name]
-    found = list(dict.fromkeys(counts))
-    if getattr(adata, "raw", None) is not None:
-        found.append("raw")
-    if getattr(adata, "X", None) is not None:
-        found.append("X")
-    return found + [layer for layer in layers if layer not in found]
-
-
-def _rank(source: str, verdict: MatrixVerdict) -> int | None:
-    """How good a matrix is to read; `None` if it is not to be chosen unasked."""
-    if not verdict.usable or source.lower() in PARTIAL_LAYERS:
-        return None
-    if verdict.evidence.get("binary"):
-        return 6
-    if verdict.kind == "raw_integer":
-        return 0
-    if verdict.kind == "raw_float":
-        return 1
-    return 2 if verdict.exact else {"normalized": 3, "log1p": 4, "log1p_log1p": 5}[verdict.kind]
+                return totals.astype(np.float64)
+    return None
 
 
 def plan_input(
@@ -1041,73 +1111,161 @@ def plan_input(
         ValueError: if there are no cells, no usable matrix or (almost) no matching genes.
     """
     adata = _modality(adata)
-    messages: list[str] = []
     n_cells, n_vars = adata.shape
     if not n_cells or not n_vars:
         raise ValueError(f"The data hold {n_cells} cells and {n_vars} variables: there is nothing to read.")
-    column, totals = _known_totals(adata)
 
     # step 1: which matrix
-    names = _candidates(adata)
-    if layer is not None:
-        if layer not in names:
-            raise ValueError(f"layer={layer!r} is not in the data; it has {', '.join(names)}.")
-        names = [layer]
-    verdicts = {name: inspect_matrix(_matrix(adata, name), totals=totals) for name in names}
-    if assume is not None:
-        verdicts = {name: _assumed(assume, verdict) for name, verdict in verdicts.items()}
-    ranked = {name: _rank(name, verdict) for name, verdict in verdicts.items()}
-    if layer is not None and verdicts[layer].usable:
-        ranked[layer] = 0
-    usable = [name for name in names if ranked[name] is not None]
-    if not usable:
-        raise ValueError(
-            " ".join(_unusable(name, verdict) for name, verdict in verdicts.items() if not verdict.usable)
-            or f"Only partial counts were found ({', '.join(names)}): name one with `layer=` to read it all the same."
-        )
-    source = min(usable, key=lambda name: ranked[name])
+    found = inspect_matrices(adata, layer=layer, gene_column=gene_column)
+    verdicts = {m.name: m.verdict if assume is None else _assumed(assume, m.verdict) for m in found}
+    source, why = _choose(found, verdicts, adata, asked=layer is not None)
+    chosen = next(m for m in found if m.name == source)
     verdict = verdicts[source]
 
     # step 2: which genes
-    var = _variables(adata, source)
-    columns = _gene_columns(var, gene_column)
-    declared = organism or _declared_organism(adata)
-    sample = sample_rows(_row_major(_matrix(adata, source)))
-    linear, _ = _linearize(sample.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
-    weights = np.bincount(sample.indices, weights=linear, minlength=len(var))
-    feature_types = None
-    for name in ("feature_types", "feature_type", "modality"):
-        if name in var:
-            feature_types = [str(t) for t in var[name]]
-            break
-    match = match_genes(columns, gene_index, feature_types=feature_types, organism=declared, weights=weights)
-    _check_match(match, gene_index, force=force, messages=messages)
+    linear, _ = _linearize(chosen.rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
+    match = match_genes(
+        chosen.columns,
+        gene_index,
+        types=chosen.types,
+        organism=organism or _declared_organism(adata),
+        weights=np.bincount(chosen.rows.indices, weights=linear, minlength=len(chosen.types)),
+    )
+    messages = _check_match(match, gene_index, force=force)
 
     # step 3: what else is odd
-    obs_names = np.asarray([str(n) for n in adata.obs_names], dtype=object)
-    n_duplicates = len(obs_names) - len(set(obs_names.tolist()))
-    if n_duplicates:
-        example = Counter(obs_names.tolist()).most_common(1)[0][0]
+    messages += _matrix_messages(source, verdict)
+    names = Counter(str(n) for n in adata.obs_names)
+    n_repeated = n_cells - len(names)
+    if n_repeated:
         messages.append(
-            f"{n_duplicates} of {n_cells} barcodes are repeated (such as {example!r}): cells of the same barcode "
-            "share their random draws. Make them unique with `adata.obs_names_make_unique()`."
+            f"{n_repeated} of {n_cells} barcodes are repeated (such as {names.most_common(1)[0][0]!r}): cells of one "
+            "barcode are one cell to every random draw. Make them unique with `adata.obs_names_make_unique()`."
         )
-    messages += _matrix_messages(source, verdict, n_cells)
+    for message in messages:
+        logger.warning(message)
     report = {
         "matrix": {
             "chosen": source,
-            "why": "asked for" if layer is not None else _why(source, verdicts),
+            "why": why,
             "candidates": {name.replace("/", "_"): v.to_dict() for name, v in verdicts.items()},
-            "totals_column": column or "",
         }
         | verdict.to_dict(),
         "genes": match.report,
-        "cells": {"cells": n_cells, "duplicated_barcodes": n_duplicates},
+        "cells": {"cells": n_cells, "repeated_barcodes": n_repeated},
         "warnings": messages,
     }
-    for message in messages:
-        logger.warning(message)
     return InputPlan(source, verdict, match, report)
+
+
+@dataclass
+class Candidate:
+    """A matrix of an AnnData that may be read.
+
+    Args:
+        name: `X`, `raw` or the layer's name.
+        verdict: What it holds.
+        types: `(n_vars,)` of str: type of each of its variables.
+        columns: Columns of names of its variables.
+        rows: The sampled rows, of genes only.
+    """
+
+    name: str
+    verdict: MatrixVerdict
+    types: np.ndarray
+    columns: dict[str, list[str]]
+    rows: CountRows
+
+
+def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str | None = None) -> list[Candidate]:
+    """Every matrix of an AnnData (or the one named `layer`) with its verdict, in the order in which equals are taken.
+
+    Args:
+        adata: AnnData, in memory, backed or a view.
+        layer: `X`, `raw` or a layer's name.
+        gene_column: Column of `var` with gene names or ids.
+    """
+    layers = list(adata.layers.keys())
+    names = [known for name in COUNT_LAYERS for known in layers if known.lower() == name]
+    names += ["raw"] if getattr(adata, "raw", None) is not None else []
+    names += ["X"] if getattr(adata, "X", None) is not None else []
+    names += [name for name in layers if name not in names]
+    if layer is not None:
+        if layer not in names:
+            raise ValueError(f"layer={layer!r} is not in the data; it has {', '.join(names) or 'no matrix at all'}.")
+        names = [layer]
+    totals, says_log1p = _known_totals(adata), "log1p" in getattr(adata, "uns", ())
+    candidates, variables = [], {}
+    for name in names:
+        var = _variables(adata, name)
+        part = "raw" if name == "raw" else "var"
+        if part not in variables:
+            columns = _gene_columns(var, gene_column)
+            variables[part] = columns, _feature_types(var, columns)
+        columns, types = variables[part]
+        rows = sample_rows(_row_major(_matrix(adata, name))).columns(types == "gene")
+        known = None if totals is None else totals[rows.positions]
+        verdict = _inspect_rows(rows, known, says_log1p=says_log1p and name in ("X", "raw"))
+        candidates.append(Candidate(name, verdict, types, columns, rows))
+    return candidates
+
+
+def _choose(
+    candidates: list[Candidate], verdicts: dict[str, MatrixVerdict], adata: Any, *, asked: bool
+) -> tuple[str, str]:
+    """The matrix to read, and why."""
+    if not candidates:
+        raise ValueError("The data have no matrix at all: neither X, nor raw, nor layers.")
+    _check_types(np.concatenate([c.types for c in candidates]))
+    usable = [c for c in candidates if verdicts[c.name].usable and (asked or c.name.lower() not in PARTIAL_LAYERS)]
+    if not usable:
+        problems = []
+        for c in candidates:
+            if verdicts[c.name].usable:
+                problems.append(f"{c.name} holds a part of the reads only; name it with `layer=` to read it.")
+            else:
+                problems.append(_unusable(c.name, verdicts[c.name], _where(c, adata)))
+        raise ValueError(" ".join(problems))
+    if asked:
+        return usable[0].name, "asked for"
+    ranks = {c.name: _rank(verdicts[c.name]) for c in usable}
+    best = [c for c in usable if ranks[c.name] == min(ranks.values())]
+    # Of matrices that hold counts, one with clearly more genes is better than one that holds them as integers.
+    if ranks[best[0].name] == 0:
+        exact = [c for c in usable if ranks[c.name] == 0 or verdicts[c.name].exact]
+        most = max(len(c.types) for c in exact)
+        if len(best[0].types) < most / 1.2:
+            best = [c for c in exact if len(c.types) >= most / 1.2]
+            best.sort(key=lambda c: ranks[c.name])
+            return best[0].name, f"it holds counts of {most} variables ({_others(best[0], candidates, verdicts)})"
+    others = _others(best[0], candidates, verdicts)
+    return best[0].name, f"the nearest to counts ({others})" if others else "the only matrix"
+
+
+def _others(chosen: Candidate, candidates: list[Candidate], verdicts: dict[str, MatrixVerdict]) -> str:
+    return ", ".join(
+        f"{c.name}: {verdicts[c.name].kind}, {len(c.types)} variables" for c in candidates if c is not chosen
+    )
+
+
+def _rank(verdict: MatrixVerdict) -> int:
+    """How near a matrix is to counts; 0 is best."""
+    if verdict.evidence.get("binary"):
+        return 7
+    if verdict.exact:
+        return 2
+    return {"raw_integer": 0, "raw_float": 1, "normalized": 3, "log1p": 4, "log1p_log1p": 5, "unknown": 6}[
+        verdict.kind
+    ]
+
+
+def _where(candidate: Candidate, adata: Any) -> str:
+    """Cell and gene of the first value that makes a matrix unusable, in words."""
+    at = candidate.verdict.evidence.get("first_at")
+    if at is None:
+        return ""
+    cell = adata.obs_names[int(at[0])]
+    return f" (first at cell {str(cell)!r}, gene {next(iter(candidate.columns.values()))[int(at[1])]!r})"
 
 
 def _modality(adata: Any) -> Any:
@@ -1152,28 +1310,41 @@ def _declared_organism(adata: Any) -> str | None:
     return None
 
 
-def _why(source: str, verdicts: dict[str, MatrixVerdict]) -> str:
-    others = ", ".join(f"{name}: {v.kind}" for name, v in verdicts.items() if name != source)
-    return f"the nearest to raw counts (others: {others})" if others else "the only matrix"
+def _feature_types(var: Any, columns: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """Type of each variable, by the file's own column and by every name that it has."""
+    known = next((name for name in ("feature_types", "feature_type", "modality") if name in var), None)
+    feature_types = None if known is None else [str(t) for t in var[known]]
+    genomes = [str(g) for g in var["genome"]] if "genome" in var else None
+    types = np.full(len(var), "gene", dtype=object)
+    for names in columns.values():
+        found = classify_features(names, feature_types=feature_types, genomes=genomes)
+        types = np.where(types == "gene", found, types)
+    return types
 
 
-def _matrix_messages(source: str, verdict: MatrixVerdict, n_cells: int) -> list[str]:
-    e, messages = verdict.evidence, []
+def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
+    e = verdict.evidence
     if e.get("binary"):
-        messages.append(f"{source} holds only 0 and 1: it was binarised, and expression levels are lost.")
+        return [f"{source} holds only 0 and 1: it was binarised, and levels of expression are lost."]
     if verdict.kind == "raw_float":
-        messages.append(
+        return [
             f"{source} holds nearly integer counts ({e.get('share_near_integer', 0):.0%} within 0.15 of an integer; "
-            "ambient-corrected or multi-mapped): they are rounded. Pass `assume='normalized'` to keep the fractions."
-        )
+            "ambient-corrected or multi-mapped): they are rounded, "
+            f"{e.get('share_below_half', 0):.0%} of the values to zero. `assume='normalized'` keeps the fractions."
+        ]
     if verdict.kind == "log1p_log1p":
-        messages.append(f"{source} is the logarithm of a logarithm: both were undone. Check how the file was made.")
+        return [f"{source} is the logarithm of a logarithm: both were undone. Check how the file was made."]
     if verdict.kind == "log1p" and not verdict.exact:
-        messages.append(
-            f"{source} looks like log(1 + x) of normalised values; counts cannot be recovered, so the values are "
-            "taken back to the linear scale. Ranks within a cell, and so the model's bins, are those of the counts."
-        )
-    return messages
+        return [
+            f"{source} holds logarithms from which counts cannot be recovered: the values are taken back to their "
+            "linear scale. Ranks within a cell, and so scGPT's bins, are those of the counts."
+        ]
+    if verdict.kind == "unknown":
+        return [
+            f"{source} may be on a linear or a logarithmic scale (values from {e['min']:g} to {e['max']:g}): taken as "
+            "linear. Ranks within a cell, and so scGPT's bins, are right either way; `assume=` says which it is."
+        ]
+    return []
 
 
 def read_cells(
