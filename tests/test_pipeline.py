@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import TASKS, ScMMGPTPipeline, label_probabilities, majority_vote, normalized_entropy
+from scmmgpt.train import synthetic
 
 
 LABELS = {"B": "a B cell", "T": "a T cell", "NK": "natural killer cell", "Mono": "monocyte of blood"}
 
 
 @pytest.fixture
-def counting_pipeline(tiny_config, tiny_processor):
+def counting_pipeline():
     """A pipeline whose model samples counts."""
-    tiny_config.expression_head = "nb"
-    torch.manual_seed(0)
-    return ScMMGPTPipeline(ScMMGPTForConditionalGeneration(tiny_config), tiny_processor, device="cpu")
+    return synthetic.tiny_pipeline(expression_head="nb")
 
 
 # -- decisions from scores --------------------------------------------------------------------------------------------

@@ -1,9 +1,24 @@
-"""A small annotated AnnData with planted markers, so that tests, documentation and users have a known right answer."""
+"""Cells and a model that are made here in code: small, offline, the same every time.
+
+`synthetic_adata` draws annotated cells with planted markers, so that there is a known right answer. `tiny_pipeline`
+is the whole model in small over the same genes, with random weights: its answers mean nothing, but every call works.
+Tests and documentation run on the two, and so can anyone who wants to try the interface before fetching a checkpoint.
+"""
 
 import anndata
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
 
 # Cell type -> (Cell Ontology id, marker genes). Every other gene is background, equal in all types.
@@ -17,6 +32,17 @@ BACKGROUND = (
     "ACTB", "ACTG1", "B2M", "CFL1", "EEF1A1", "EEF2", "FAU", "FTH1", "FTL", "GAPDH", "HSP90AB1", "MALAT1",
     "PABPC1", "PFN1", "PTMA", "RPL10", "RPL13", "RPLP0", "RPS18", "RPS27", "TMSB10", "TMSB4X", "TPT1", "UBC",
 )  # fmt: skip
+# Words that the tiny tokenizers know: enough for the captions and questions of the tests; the rest is `<unk>`.
+WORDS = (
+    "a an and are as B blood by CD4 cell cells describe disease expresses from generate healthy in is it killer label "
+    "lymphocyte markers monocyte name natural normal of sample state T that the these this tissue type types what "
+    "which with . , : ; ? ! - ' ( ) user assistant system"
+).split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}assistant : {% generation %}"
+    "{{ message['content'] }} </s> {% endgeneration %}{% else %}{{ message['role'] }} : {{ message['content'] }} "
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 def synthetic_adata(n_obs=60, *, seed=0, marker_fold=20.0, mean_total=200.0):
@@ -67,3 +93,130 @@ def synthetic_adata(n_obs=60, *, seed=0, marker_fold=20.0, mean_total=200.0):
         index=[f"cell-{i}" for i in range(n_obs)],
     )
     return anndata.AnnData(X=sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes))
+
+
+def tiny_gene_vocabulary():
+    """Gene symbol -> id, the special tokens first, over exactly the genes of `synthetic_adata`."""
+    return {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *synthetic_adata(4).var_names])}
+
+
+def tiny_gene_tokenizer():
+    """The gene vocabulary as a tokenizer: one token a symbol."""
+    backend = Tokenizer(models.WordLevel(tiny_gene_vocabulary(), unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
+
+
+def _word_tokenizer(vocabulary, **special_tokens):
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
+
+
+def tiny_text_tokenizer():
+    """The language model's tokenizer: whole words, left-padded, with a chat template."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = _word_tokenizer(
+        vocabulary, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_qformer_tokenizer():
+    """The Q-Former's own tokenizer: whole words between `[CLS]` and `[SEP]`, as a BERT expects."""
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = _word_tokenizer(vocabulary, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    return tokenizer
+
+
+def tiny_cell_config():
+    """A two-layer cell model over the genes of `synthetic_adata`, without dropout."""
+    vocabulary = tiny_gene_vocabulary()
+    return ScGPTConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        hidden_dropout=0.0,
+        pad_token_id=vocabulary["<pad>"],
+        cls_token_id=vocabulary["<cls>"],
+    )
+
+
+def tiny_llama_config():
+    """A two-layer Llama over the words of `tiny_text_tokenizer` and one more token, `<cell>`."""
+    tokenizer = tiny_text_tokenizer()
+    return LlamaConfig(
+        vocab_size=len(tokenizer.get_vocab()) + 1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+
+
+def tiny_config():
+    """The whole model in small: four queries, three condition tokens; ids agree with the tiny tokenizers."""
+    qformer_tokenizer = tiny_qformer_tokenizer()
+    qformer = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "cross_attention_frequency": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": 64,
+        "vocab_size": len(qformer_tokenizer.get_vocab()),
+        "pad_token_id": qformer_tokenizer.pad_token_id,
+    }
+    return ScMMGPTConfig(
+        cell_config=tiny_cell_config().to_dict(),
+        qformer_config=qformer,
+        text_config=tiny_llama_config().to_dict(),
+        text_to_cell_config={**qformer, "num_hidden_layers": 1},
+        num_query_tokens=4,
+        num_condition_tokens=3,
+        projection_dim=12,
+        cell_token_id=len(tiny_text_tokenizer().get_vocab()),
+    )
+
+
+def tiny_processor():
+    """The processor that belongs to `tiny_config`; at most 32 genes a cell."""
+    vocabulary = tiny_gene_vocabulary()
+    extractor = ScMMGPTFeatureExtractor(
+        max_genes=32, pad_token_id=vocabulary["<pad>"], cls_token_id=vocabulary["<cls>"]
+    )
+    return ScMMGPTProcessor(
+        extractor, tiny_text_tokenizer(), tiny_qformer_tokenizer(), tiny_gene_tokenizer(), num_query_tokens=4
+    )
+
+
+def tiny_pipeline(*, seed=0, **config):
+    """The whole model in small, with random weights, on the CPU.
+
+    Args:
+        seed (`int`, defaults to 0): Seed of the weights.
+        config: Fields of [`ScMMGPTConfig`] to set, such as `expression_head="nb"`.
+
+    >>> tiny_pipeline().generate("a B cell", genes=["CD19", "LYZ"]).shape
+    (1, 2)
+    """
+    configuration = tiny_config()
+    for name, value in config.items():
+        setattr(configuration, name, value)
+    torch.manual_seed(seed)
+    return ScMMGPTPipeline(ScMMGPTForConditionalGeneration(configuration), tiny_processor(), device="cpu")
