@@ -101,6 +101,19 @@ def _donor(disease, stage, sex, organism):
     return phrase if healthy or not disease else f"{phrase} with {disease}"
 
 
+def read_gene_means(corpus: str | Path) -> np.ndarray:
+    """Read the mean share of each gene in the counts of a training cell, float64 `(vocab_size,)`, from a corpus."""
+    import pyarrow.parquet as pq
+
+    path = Path(corpus) / "genes.parquet"
+    if not path.is_file():
+        raise FileNotFoundError(f"{corpus} has no genes.parquet; a corpus that `prepare` builds has one.")
+    table = pq.read_table(path, columns=["gene_id", "mean_share"])
+    means = np.zeros(table["gene_id"].to_numpy().max() + 1)
+    means[table["gene_id"].to_numpy()] = table["mean_share"].to_numpy()
+    return means
+
+
 def find_markers(cells, gene_symbols, gene_means, *, num_markers=NUM_MARKERS):
     """Find the genes that set each cell apart: counts far above those that the corpus mean predicts for its depth.
 
@@ -117,13 +130,11 @@ def find_markers(cells, gene_symbols, gene_means, *, num_markers=NUM_MARKERS):
         List of `n_cells` lists of at most `num_markers` symbols, the most distinctive first.
     """
     informative = _informative(gene_symbols if isinstance(gene_symbols, tuple) else tuple(gene_symbols))
-    totals = cells.total_counts
-    if totals is None:
-        totals = np.add.reduceat(np.append(cells.counts, 0), cells.indptr[:-1]) * (np.diff(cells.indptr) > 0)
+    totals = cells.library_sizes().astype(np.float64)
     rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))
     kept = (cells.counts >= MIN_MARKER_COUNT) & informative[cells.gene_ids]
     rows, ids, counts = rows[kept], cells.gene_ids[kept], cells.counts[kept].astype(np.float64)
-    expected = np.maximum(gene_means[ids] * np.asarray(totals, dtype=np.float64)[rows], MIN_EXPECTED)
+    expected = np.maximum(gene_means[ids] * totals[rows], MIN_EXPECTED)
     excess = np.log((counts + DISPERSION_SIZE) / (expected + DISPERSION_SIZE))
     deviance = counts * np.log(counts / expected) - (counts + DISPERSION_SIZE) * excess
     residual = np.sqrt(2 * np.maximum(deviance, 0))
@@ -194,7 +205,7 @@ class CaptionSampler:
         seed: Seed of the drawing.
         ontology: Whether to use definitions, synonyms and ids of the Cell Ontology. Without it captions use obs alone.
         gene_means: float array `(vocab_size,)`: mean share of each gene in a cell's counts, as
-            `train.prepare.read_gene_means` reads it from a corpus. Without it no caption names marker genes.
+            `read_gene_means` reads it from a corpus. Without it no caption names marker genes.
     """
 
     def __init__(self, templates="default", *, seed=0, ontology=True, gene_means=None):

@@ -17,6 +17,7 @@
 import gzip
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,15 @@ def _annotated(group: Any, handle: Any) -> CellFile:
 
 def _open_h5ad(path: Path) -> CellFile:
     file = _open_hdf5(path)
-    return _annotated(file, file)
+    if not isinstance(file["obs"], h5py.Dataset):
+        return _annotated(file, file)
+    # Before version 0.7 AnnData stored tables as structured arrays; anndata turns them into today's, in memory.
+    file.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        adata = anndata.read_h5ad(path)
+    raw = None if adata.raw is None else RawPart(adata.raw.X, adata.raw.var)
+    return CellFile(adata.X, adata.obs, adata.var, layers=dict(adata.layers), raw=raw, uns=dict(adata.uns))
 
 
 def _open_h5mu(path: Path) -> CellFile:
