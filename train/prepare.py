@@ -194,6 +194,7 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
             value_filter = f"({args.filter}) and {value_filter}" if value_filter else args.filter
         name = f"census-{Path(args.census).name}"
         options = {"organism": args.organism, "value_filter": value_filter}
+        constants = {"organism": args.organism.replace("_", " ").capitalize()} | constants
         return [SourceSpec("census", name, args.census, columns, constants, licences.get(""), options)]
     options = {"layer": args.layer, "assume": args.assume, "gene_column": args.gene_column}
     specs = []
