@@ -17,7 +17,6 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 from transformers.utils import torch_compilable_check
 
-
 try:  # as a package or as remote code
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from .modeling_scgpt import ScGPTModel
@@ -789,8 +788,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
 
 class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     """scMMGPT as an ordinary causal language model that also reads cells (`generate`) and writes them
-    (`generate_cells`).
-    """
+    (`generate_cells`)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 

@@ -17,7 +17,6 @@ import torch
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.utils import cached_file
 
-
 try:  # as a package or as remote code
     from .feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
     from .inspection_scmmgpt import GeneIndex, read_cells

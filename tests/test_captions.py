@@ -1,7 +1,6 @@
 """Captions, class prompts and answers: what a text says, and that it depends on its cell alone."""
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import pytest
 
 pytest.importorskip("cellxgene_ontology_guide")
 
+from scmmgpt.feature_extraction_scmmgpt import Cells
 from scmmgpt.train import ontology
 from scmmgpt.train.captions import CaptionSampler, find_markers, mix, parse_cell_type, with_article
 
@@ -27,14 +27,9 @@ PBMC68K_LABELS = {
 }
 
 
-class RaggedCells(SimpleNamespace):
-    def __len__(self):
-        return len(self.indptr) - 1
-
-
 def make_cells(rows):
     """Build ragged cells from a list of {gene id: count}."""
-    return RaggedCells(
+    return Cells(
         indptr=np.cumsum([0] + [len(row) for row in rows]),
         gene_ids=np.array([g for row in rows for g in sorted(row)]),
         counts=np.array([row[g] for row in rows for g in sorted(row)]),
