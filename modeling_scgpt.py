@@ -567,6 +567,86 @@ class ScGPTModel(ScGPTPreTrainedModel):
         return self.decode_expression(outputs.last_hidden_state)
 
 
+@dataclass
+class ScGPTPreTrainingOutput(ModelOutput):
+    """What [`ScGPTForPreTraining`] returns: the sum of the losses, and each objective's own."""
+
+    loss: torch.FloatTensor | None = None
+    masked_loss: torch.FloatTensor | None = None
+    gene_prompt_loss: torch.FloatTensor | None = None
+    cell_prompt_loss: torch.FloatTensor | None = None
+
+
+class ScGPTForPreTraining(ScGPTPreTrainedModel):
+    """scGPT with its pre-training objectives: hidden genes are to be predicted in up to three ways.
+
+    - `masked`: the hidden values are replaced by `config.mask_value`; all tokens see each other.
+    - `gene_prompt`: the shown genes are a prompt; a hidden gene sees them and itself, and carries no value.
+    - `cell_prompt`: no gene carries a value; the cell embedding, of a pass above and without its gradient, stands in
+      the place of `<cls>`, as in [`~ScGPTModel.generate_expression`].
+
+    The first two train both decoders, the last the expression decoder. `ScGPTModel.from_pretrained` loads its
+    checkpoints.
+
+    Args:
+        config ([`ScGPTConfig`]): Of the cell model; `use_flag_embedding` marks the genes of `gene_prompt`.
+        objectives (`tuple[str]`, *optional*): Which of the three; all by default.
+    """
+
+    OBJECTIVES = ("masked", "gene_prompt", "cell_prompt")
+
+    def __init__(self, config: ScGPTConfig, objectives: tuple[str, ...] = OBJECTIVES):
+        super().__init__(config)
+        if not set(objectives) <= set(self.OBJECTIVES) or not set(objectives) - {"cell_prompt"}:
+            raise ValueError(
+                f"objectives are {tuple(objectives)}; choose from {self.OBJECTIVES}, and 'cell_prompt' only beside "
+                "another, which the cell embedding comes from."
+            )
+        self.objectives = tuple(objectives)
+        self.cell_model = ScGPTModel(config)
+        self.post_init()
+
+    def forward(
+        self,
+        gene_ids: torch.LongTensor,
+        expression: torch.FloatTensor,
+        cell_attention_mask: torch.LongTensor,
+        hidden_genes: torch.BoolTensor,
+    ) -> ScGPTPreTrainingOutput:
+        """Losses of a batch.
+
+        Args:
+            gene_ids (`torch.LongTensor` of shape `(batch_size, num_genes)`): As in [`ScGPTModel`].
+            expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True values, hidden ones included.
+            cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding.
+            hidden_genes (`torch.BoolTensor` of shape `(batch_size, num_genes)`): True where the value is to be
+                predicted; never at `<cls>` or padding.
+        """
+        labels = expression.masked_fill(~hidden_genes, IGNORED_LABEL)
+        losses = {}
+        if "masked" in self.objectives:
+            shown = expression.masked_fill(hidden_genes, self.config.mask_value)
+            outputs = self.cell_model(gene_ids, shown, cell_attention_mask, expression_labels=labels)
+            losses["masked_loss"] = outputs.loss
+        if "gene_prompt" in self.objectives:
+            outputs = self.cell_model(
+                gene_ids, expression, cell_attention_mask, generation_mask=hidden_genes, expression_labels=labels
+            )
+            losses["gene_prompt_loss"] = outputs.loss
+        if "cell_prompt" in self.objectives:
+            prompt = outputs.pooler_output.detach()
+            generated = self.cell_model.generate_expression(gene_ids, prompt, cell_attention_mask)
+            losses["cell_prompt_loss"] = masked_expression_loss(generated, labels)
+        return ScGPTPreTrainingOutput(loss=sum(losses.values()), **losses)
+
+
 ScGPTModel.register_for_auto_class("AutoModel")
 
-__all__ = ["ScGPTModel", "ScGPTModelOutput", "ScGPTPreTrainedModel", "masked_expression_loss"]
+__all__ = [
+    "ScGPTForPreTraining",
+    "ScGPTModel",
+    "ScGPTModelOutput",
+    "ScGPTPreTrainedModel",
+    "ScGPTPreTrainingOutput",
+    "masked_expression_loss",
+]

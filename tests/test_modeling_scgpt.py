@@ -7,6 +7,7 @@ from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.modeling_scgpt import (
     IGNORED_LABEL,
     Packing,
+    ScGPTForPreTraining,
     ScGPTModel,
     Segments,
     masked_expression_loss,
@@ -299,6 +300,48 @@ def test_attention_dropout_is_a_setting_of_its_own(batch):
     assert not torch.allclose(model(**batch).pooler_output, model(**batch).pooler_output)
     model.config.attention_dropout = 0.0
     torch.testing.assert_close(model(**batch).pooler_output, model(**batch).pooler_output)
+
+
+def hide(batch):
+    hidden = torch.zeros_like(batch["gene_ids"], dtype=torch.bool)
+    hidden[:, 2:4] = batch["cell_attention_mask"][:, 2:4].bool()
+    return dict(batch, hidden_genes=hidden)
+
+
+def test_every_objective_of_pre_training_is_reported_and_summed(batch):
+    torch.manual_seed(0)
+    model = ScGPTForPreTraining(make_config(use_flag_embedding=True)).eval()
+    outputs = model(**hide(batch))
+    parts = [outputs.masked_loss, outputs.gene_prompt_loss, outputs.cell_prompt_loss]
+    torch.testing.assert_close(outputs.loss, torch.stack(parts).sum())
+    masked = ScGPTForPreTraining(model.config, objectives=("masked",)).eval()
+    masked.load_state_dict(model.state_dict())
+    torch.testing.assert_close(masked(**hide(batch)).loss, outputs.masked_loss)
+    assert masked(**hide(batch)).cell_prompt_loss is None
+
+
+@pytest.mark.parametrize("objective", ["masked", "gene_prompt"])
+def test_pre_training_reads_no_value_that_it_hides(batch, objective):
+    model = ScGPTForPreTraining(make_config(), objectives=(objective, "cell_prompt")).eval()
+    inputs, predictions = hide(batch), []
+    model.cell_model.expression_decoder.register_forward_hook(lambda module, args, output: predictions.append(output))
+    model(**inputs)
+    model(**dict(inputs, expression=inputs["expression"].masked_fill(inputs["hidden_genes"], 44.0)))
+    torch.testing.assert_close(predictions[:2], predictions[2:])
+
+
+def test_the_cell_model_loads_from_a_pre_training_checkpoint(batch, tmp_path):
+    model = ScGPTForPreTraining(make_config()).eval()
+    model.save_pretrained(tmp_path)
+    loaded, report = ScGPTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(loaded(**batch).pooler_output, model.cell_model(**batch).pooler_output)
+
+
+@pytest.mark.parametrize("objectives", [("cell_prompt",), ("masked", "guessing"), ()])
+def test_objectives_are_checked(objectives):
+    with pytest.raises(ValueError, match="choose from"):
+        ScGPTForPreTraining(make_config(), objectives=objectives)
 
 
 def test_a_new_value_encoder_tells_values_apart():
