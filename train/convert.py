@@ -6,10 +6,11 @@
         --encoder-hidden-size 512
 
 `scgpt` reads a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) and writes one that
-`ScGPTModel.from_pretrained` loads, with the gene vocabulary beside it. Every weight is accounted for by name: a key
-that the table does not know, a missing one or one of another shape is an error that lists it, and no weight is left
-random. The outputs equal scGPT's to float32 rounding. One setting is not taken over: scGPT trained with dropout on
-attention weights (0.2), which `ScGPTConfig.attention_dropout` leaves at 0; see `modeling_scgpt`.
+`ScGPTModel.from_pretrained` loads, with the gene vocabulary and the feature extractor beside it. Every weight is
+accounted for by name: a key that the table does not know, a missing one or one of another shape is an error that lists
+it, and no weight is left random. The outputs equal scGPT's to float32 rounding. One setting is not taken over: scGPT
+trained with dropout on attention weights (0.2), which `ScGPTConfig.attention_dropout` leaves at 0; see
+`modeling_scgpt`.
 
 `lm` and `bert` read any causal language model and any BERT of transformers. A source is a Hub id, a local folder, a
 GGUF file (`folder/name.gguf`, or a folder that holds nothing else to load), or `package:NAME/FOLDER` for weights that
@@ -37,6 +38,7 @@ from transformers import (
 )
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 
 
@@ -164,6 +166,20 @@ def scgpt_config(arguments: dict, vocabulary: dict[str, int], *, use_flag_embedd
         use_flag_embedding=use_flag_embedding,
         pad_token_id=vocabulary[arguments.get("pad_token", "<pad>")],
         cls_token_id=vocabulary["<cls>"],
+    )
+
+
+def scgpt_feature_extractor(config: ScGPTConfig, max_genes: int = 1200) -> ScMMGPTFeatureExtractor:
+    """The feature extractor that follows scGPT's embedding recipe for a model of this configuration."""
+    return ScMMGPTFeatureExtractor(
+        max_genes=max_genes,
+        n_bins=config.n_bins,
+        value_mode="binned",
+        selection="random",
+        cls_value=config.pad_value,
+        pad_value=config.pad_value,
+        pad_token_id=config.pad_token_id,
+        cls_token_id=config.cls_token_id,
     )
 
 
@@ -333,6 +349,15 @@ def qformer_from_bert(
     return config, weights, AutoTokenizer.from_pretrained(folder)
 
 
+def save_cell_model(
+    folder: Path, model: ScGPTModel, vocabulary: dict[str, int], feature_extractor: ScMMGPTFeatureExtractor
+) -> None:
+    """Write a cell model with all that is needed to feed it: `vocab.json` and `preprocessor_config.json`."""
+    model.save_pretrained(folder)
+    feature_extractor.save_pretrained(folder)
+    (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary, indent=0, ensure_ascii=False) + "\n")
+
+
 def make_parser(prog: str = "python -m scmmgpt.train convert") -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -354,8 +379,10 @@ def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.kind == "scgpt":
         model, vocabulary = load_scgpt(args.source)
-        model.save_pretrained(args.output)
-        (args.output / "vocab.json").write_text(json.dumps(vocabulary, indent=0))
+        arguments = json.loads(Path(args.source, "args.json").read_text())
+        save_cell_model(
+            args.output, model, vocabulary, scgpt_feature_extractor(model.config, arguments.get("max_seq_len", 1200))
+        )
         what = f"scGPT with {model.num_parameters():,} parameters and {len(vocabulary):,} genes and special tokens"
     elif args.kind == "lm":
         model, tokenizer = load_causal_lm(args.source)
