@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scmmgpt.eval import baselines
-from scmmgpt.eval.cells import LabelledCells, read_splits
+from scmmgpt.eval.cells import LabelledCells, match_names, read_splits
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import N_BINS, annotation_scores
 from scmmgpt.eval.results import (
     BASELINE,
@@ -208,27 +208,15 @@ def read_annotated(
             f"{path} has no obs column {prediction_key!r}; it has {sorted(obs.columns)}. "
             "Annotate it first (`scmmgpt annotate`), or name the column with --prediction-key."
         )
-    row = {name: i for i, name in enumerate(test.names)}
-    shared = [name for name in obs.index.astype(str) if name in row]
-    if not shared:
-        raise ValueError(
-            f"None of the {len(obs)} cells of {path} is in the test split of the corpus ({len(test)} cells, such as "
-            f"{test.names[0]!r}). Annotate the held-out cells."
-        )
-    if len(shared) < len(obs):
-        logger.warning(
-            "%d of %d cells of %s are not in the test split and are left out.", len(obs) - len(shared), len(obs), path
-        )
-    if len(shared) < len(test):
-        logger.warning("%d of %d test cells were not annotated and are left out.", len(test) - len(shared), len(test))
-    part = obs.loc[shared]
+    rows, kept = match_names(obs.index.astype(str), test, path)
+    part = obs.iloc[kept]
     scores = part[score_key].to_numpy(dtype=np.float64) if score_key in part else None
-    return np.array([row[name] for name in shared]), _as_labels(part[prediction_key]), scores
+    return rows, _as_labels(part[prediction_key]), scores
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Arguments that say where the annotation is; shared with the report."""
-    parser.add_argument("--annotated", required=True, help="annotated .h5ad of the held-out cells")
+    parser.add_argument("--annotated", required=required, help="annotated .h5ad of the held-out cells")
     parser.add_argument(
         "--prediction-key", default="scmmgpt_cell_type", help="obs column of predictions (%(default)s)"
     )

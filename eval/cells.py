@@ -134,3 +134,41 @@ def read_split(
         names=obs["barcode"].to_numpy().astype(str),
         obs={name: obs[name].to_numpy() for name in obs.columns},
     )
+
+
+def match_names(names, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Find the cells of a result file in the test split, by barcode.
+
+    Args:
+        names: Barcodes of the file, in its order.
+        test: The test split.
+        source: The file's name, for messages.
+
+    Returns:
+        Rows of `test` and the rows of the file that they match, both int arrays of one length.
+    """
+    row = {name: i for i, name in enumerate(test.names)}
+    names = np.asarray(names).astype(str)
+    if len(row) != len(test):
+        raise ValueError(
+            f"The test split has {len(test) - len(row)} barcodes twice, so results cannot be matched to its cells. "
+            "Make barcodes unique (for example by a sample prefix) and prepare the corpus again."
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(f"{source} has {len(names) - len(set(names))} barcodes twice; each cell must occur once.")
+    kept = np.array([i for i, name in enumerate(names) if name in row], dtype=np.int64)
+    if not len(kept):
+        raise ValueError(
+            f"None of the {len(names)} cells of {source} is in the test split of the corpus ({len(test)} cells, such "
+            f"as {str(test.names[0])!r}). Evaluate the held-out cells."
+        )
+    if len(kept) < len(names):
+        logger.warning(
+            "%d of %d cells of %s are not in the test split and are left out.",
+            len(names) - len(kept),
+            len(names),
+            source,
+        )
+    if len(kept) < len(test):
+        logger.warning("%d of %d test cells are not in %s.", len(test) - len(kept), len(test), source)
+    return np.array([row[name] for name in names[kept]]), kept

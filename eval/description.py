@@ -13,7 +13,7 @@ import sacrebleu
 
 from scmmgpt.eval import baselines
 from scmmgpt.eval.annotation import MODEL_NAME
-from scmmgpt.eval.cells import LabelledCells, read_splits
+from scmmgpt.eval.cells import LabelledCells, match_names, read_splits
 from scmmgpt.eval.distances import discrepancy, gaussian_kernel, median_distance
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
     ROUGE_TYPES,
@@ -40,8 +40,10 @@ from scmmgpt.eval.results import (
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("barcode", "cell_type", "reference", "description")
+BARCODE_COLUMNS = ("barcode", "cell")
+TEXT_COLUMNS = ("scmmgpt_description", "description")
 MAX_PAIRS = 2000  # kernel matrices are quadratic in the number of texts
+BLIND_TO_PAIRING = ("mmd2", "sliced_wasserstein")  # metrics that shuffled descriptions cannot change
 
 MEASURES = {
     "named_type_accuracy": Measure(
@@ -108,7 +110,7 @@ def evaluate_descriptions(
         seed: Seed of the bootstrap, the control and the drawn captions.
 
     Returns:
-        JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `samples`, `parsing` and sizes.
+        JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `parsing`, `samples` and sizes.
     """
     descriptions = ["" if text is None or text != text else str(text) for text in descriptions]
     references, cell_types = [str(text) for text in references], np.asarray(cell_types).astype(str)
@@ -250,55 +252,64 @@ def _samples(descriptions, references, cell_types, parsed, regression, names, n_
     ]
 
 
-def read_descriptions(path: str) -> dict[str, np.ndarray]:
-    """Read `descriptions.csv`: barcode, cell_type (the true one), reference and description, a row a cell."""
-    import pandas as pd
+def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
+    """Match descriptions with the cells of the test split by barcode.
 
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    missing = [name for name in COLUMNS if name not in table]
-    if missing:
-        raise ValueError(f"{path} has no columns {missing}; it has {list(table.columns)}, and needs {list(COLUMNS)}.")
-    return {name: table[name].to_numpy() for name in COLUMNS}
+    Args:
+        path: What `scmmgpt describe` writes: the `.csv` of `--table` or the `.h5ad`. A table has the barcodes in the
+            column "barcode" or "cell", and texts in "scmmgpt_description" or "description".
+        test: The test split of the corpus.
+
+    Returns:
+        Rows of `test`, and the description of each.
+    """
+    if str(path).endswith(".h5ad"):
+        import anndata
+
+        table = anndata.read_h5ad(path, backed="r").obs.rename_axis("barcode").reset_index()
+    else:
+        import pandas as pd
+
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t" if str(path).endswith(".tsv") else ",")
+    columns = []
+    for names in (BARCODE_COLUMNS, TEXT_COLUMNS):
+        found = [name for name in names if name in table]
+        if not found:
+            raise ValueError(f"{path} has none of the columns {list(names)}; it has {list(table.columns)}.")
+        columns.append(table[found[0]].astype(str).to_numpy())
+    rows, kept = match_names(columns[0], test, path)
+    return rows, columns[1][kept]
 
 
-def write_training_texts(train: LabelledCells) -> list[str]:
-    """The text that training shows for each training cell."""
-    from scmmgpt.feature_extraction_scmmgpt import hash_names
-    from scmmgpt.train.captions import CaptionSampler
-
-    return CaptionSampler().answer(train.obs, cell_ids=hash_names(train.names))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Arguments that say where the descriptions are; shared with the report."""
-    parser.add_argument("--descriptions", required=True, help="descriptions.csv: " + ", ".join(COLUMNS))
+    parser.add_argument(
+        "--descriptions", required=required, help="described cells, the .csv or .h5ad that `scmmgpt describe` writes"
+    )
+    parser.add_argument("--templates", default="default", help="caption templates of the training (%(default)s)")
 
 
 def run(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: baselines.TypePrediction
 ) -> dict:
     """Read the descriptions that the arguments name and evaluate them; `regression` covers all test cells."""
+    from scmmgpt.feature_extraction_scmmgpt import hash_names
     from scmmgpt.train.captions import CaptionSampler, parse_cell_type
 
-    table = read_descriptions(args.descriptions)
-    baseline_labels = dict(zip(test.names.tolist(), regression.labels.tolist(), strict=True))
-    known = all(name in baseline_labels for name in table["barcode"])
-    if not known:
-        logger.warning(
-            "Some cells of %s are not in the test split; baselines that name a type are left out.", args.descriptions
-        )
-    term_ids = _term_ids(train)
-    sampler = CaptionSampler()
+    rows, descriptions = read_descriptions(args.descriptions, test)
+    test, regression = test.take(rows), regression.take(rows)
+    term_ids = _term_ids(train) | _term_ids(test)
+    sampler = CaptionSampler(args.templates)
     return evaluate_descriptions(
-        table["description"],
-        table["reference"],
-        table["cell_type"],
+        descriptions,
+        sampler.answer(test.obs, cell_ids=hash_names(test.names)),
+        test.labels,
         train.labels,
-        baseline_labels=[baseline_labels[name] for name in table["barcode"]] if known else None,
-        train_texts=write_training_texts(train),
+        baseline_labels=regression.labels,
+        train_texts=sampler.answer(train.obs, cell_ids=hash_names(train.names)),
         label_text=lambda label: sampler.label_text(label, term_ids.get(label)),
         parse=lambda text, candidates: parse_cell_type(text, {label: term_ids.get(label) for label in candidates}),
-        names=table["barcode"],
+        names=test.names,
         seed=args.seed,
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from scmmgpt.eval import baselines
 from scmmgpt.eval.annotation import MODEL_NAME
-from scmmgpt.eval.cells import LabelledCells, read_splits
+from scmmgpt.eval.cells import TARGET_SUM, LabelledCells, read_splits
 from scmmgpt.eval.distances import discrepancy, distance_kernel, gaussian_kernel, median_distance
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
     KS,
@@ -38,6 +38,7 @@ from scmmgpt.eval.results import (
 
 logger = logging.getLogger(__name__)
 
+PROMPT_KEYS = ("label", "cell_type")  # obs columns of generated cells that may hold the prompted type
 MIN_GENES = 50  # fewer shared genes do not tell types apart
 MAX_VARIABLE_GENES = 2000  # of the correlation of profiles
 MAX_PER_TYPE = 500  # cells of a type on each side of a distance
@@ -278,50 +279,49 @@ def _diversity(k_xx, k_yy, wx, wy) -> tuple[float, np.ndarray]:
     return float(value), spread(k_xx, wx) / np.maximum(spread(k_yy, wy), 1e-12)
 
 
-def read_generated(
-    path: str, *, prompt_key: str, layer: str | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_generated(path: str, *, prompt_key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read generated cells.
 
     Args:
-        path: `.h5ad`; gene symbols as `var_names`.
-        prompt_key: obs column of the prompted type.
-        layer: Layer with log1p(CP10k); where `None`, the layer "log1p" if there is one, else `X`. Whole numbers are
-            taken as counts and normalised.
+        path: What `scmmgpt generate` writes: `.h5ad` with gene symbols as `var_names`. With `layers["counts"]` and
+            `obs["library_size"]`, the counts are normalised by the library size, as those of real cells are;
+            otherwise `X` is log1p(CP10k).
+        prompt_key: obs column of the prompted type; "label" or "cell_type" where `None`.
 
     Returns:
-        log1p(CP10k) of shape `(n_cells, n_genes)`, prompts, gene symbols.
+        log1p(CP10k) of shape `(n_cells, n_genes)`, prompted types, gene symbols.
     """
     import anndata
 
-    from scmmgpt.eval.cells import TARGET_SUM
-
     adata = anndata.read_h5ad(path)
-    if prompt_key not in adata.obs:
-        raise ValueError(f"{path} has no obs column {prompt_key!r}; it has {sorted(adata.obs.columns)}.")
-    if layer is None and "log1p" in adata.layers:
-        layer = "log1p"
-    matrix = adata.X if layer is None else adata.layers[layer]
+    keys = [prompt_key] if prompt_key else [key for key in PROMPT_KEYS if key in adata.obs]
+    if not keys or keys[0] not in adata.obs:
+        raise ValueError(
+            f"{path} has no obs column {prompt_key or ' or '.join(PROMPT_KEYS)!r}; it has {list(adata.obs.columns)}. "
+            "Generate with --stored-labels, or name the column of the prompted types with --prompt-key."
+        )
+    sampled = "counts" in adata.layers and "library_size" in adata.obs
+    matrix = adata.layers["counts"] if sampled else adata.X
     matrix = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
     if not np.isfinite(matrix).all():
         raise ValueError(f"{path} holds values that are not finite, {(~np.isfinite(matrix)).sum()} of {matrix.size}.")
-    if matrix.max(initial=0) > 0 and np.array_equal(matrix, np.rint(matrix)):
-        totals = adata.obs["library_size"].to_numpy() if "library_size" in adata.obs else matrix.sum(1)
-        logger.info("%s holds counts; normalising to log1p of %g per cell.", path, TARGET_SUM)
-        matrix = np.log1p(matrix * (TARGET_SUM / np.maximum(totals, 1))[:, None]).astype(np.float32)
-    return matrix, adata.obs[prompt_key].to_numpy().astype(str), adata.var_names.to_numpy().astype(str)
+    if sampled:
+        sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
+        matrix = np.log1p(matrix * (TARGET_SUM / sizes)[:, None]).astype(np.float32)
+    return matrix, adata.obs[keys[0]].to_numpy().astype(str), adata.var_names.to_numpy().astype(str)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Arguments that say where the generated cells are; shared with the report."""
-    parser.add_argument("--generated", required=True, help=".h5ad of generated cells, log1p(CP10k) or counts")
-    parser.add_argument("--prompt-key", default="cell_type", help="obs column of the prompted type (%(default)s)")
-    parser.add_argument("--generated-layer", help="layer with log1p(CP10k); default: 'log1p' if there is one, else X")
+    parser.add_argument("--generated", required=required, help=".h5ad of generated cells, log1p(CP10k) or counts")
+    parser.add_argument(
+        "--prompt-key", help="obs column of the prompted type (default: " + " or ".join(PROMPT_KEYS) + ")"
+    )
 
 
 def run(args: argparse.Namespace, train: LabelledCells, test: LabelledCells) -> dict:
     """Read the generated cells that the arguments name and evaluate them."""
-    matrix, prompts, genes = read_generated(args.generated, prompt_key=args.prompt_key, layer=args.generated_layer)
+    matrix, prompts, genes = read_generated(args.generated, prompt_key=args.prompt_key)
     return evaluate_generation(matrix, prompts, genes, train, test, seed=args.seed)
 
 

@@ -1,0 +1,241 @@
+"""Figures of the report, as data URIs that need no network and no file beside the page."""
+
+import base64
+import io
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from scmmgpt.eval.cells import LabelledCells
+
+
+REAL, GENERATED = "#9aa5b1", "#c2410c"
+MAX_VECTOR_POINTS = 3000  # more are drawn as pixels inside the SVG: a vector for each would weigh megabytes
+MARKERS_PER_TYPE = 3
+STYLE = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#52606d",
+    "svg.hashsalt": "scmmgpt",  # the same figure is the same text in every run
+}
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as an SVG data URI for an `<img>`."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None}, dpi=150)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _wrapped(label: str, width: int = 26) -> str:
+    return "\n".join(textwrap.wrap(label, width, break_long_words=False)) or label
+
+
+def type_colors(labels: Sequence[str]) -> dict[str, tuple]:
+    """One colour a type, the same in every figure of a report."""
+    maps = [matplotlib.colormaps[name] for name in ("tab10", "Set2", "tab20b", "tab20c")]
+    colors = [color for colormap in maps for color in colormap.colors]
+    return {label: colors[i % len(colors)] for i, label in enumerate(sorted(set(labels)))}
+
+
+def confusion_figure(confusion: Mapping) -> Figure:
+    """Counts of true (down) by predicted (across) types, shaded by the share of the true type."""
+    counts = np.array(confusion["counts"])
+    rows, columns = confusion["labels"], confusion["columns"]
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.8 + 0.5 * len(columns), 2.2 + 0.42 * len(rows)))
+        axes = figure.add_subplot()
+        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for i in range(len(rows)):
+            for j in range(len(columns)):
+                if counts[i, j]:
+                    axes.text(
+                        j, i, counts[i, j], ha="center", va="center", color="white" if share[i, j] > 0.6 else "#1f2933"
+                    )
+        axes.set_xticks(range(len(columns)), [_wrapped(c, 34) for c in columns], rotation=90, linespacing=0.9)
+        axes.set_yticks(range(len(rows)), [_wrapped(r, 34) for r in rows])
+        axes.set_xlabel("predicted type")
+        axes.set_ylabel("true type")
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="both", length=0)
+        figure.colorbar(image, ax=axes, label="share of the true type", shrink=0.7, pad=0.02).outline.set_visible(
+            False
+        )
+    return figure
+
+
+def calibration_figure(calibration: Sequence[Mapping]) -> Figure:
+    """Accuracy against confidence, a point a bin, its area by the number of cells."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 3.4))
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=REAL, linewidth=1, linestyle="--")
+        x, y = [b["confidence"] for b in calibration], [b["accuracy"] for b in calibration]
+        axes.plot(x, y, color=GENERATED, linewidth=1)
+        largest = max(b["n"] for b in calibration)
+        axes.scatter(x, y, s=[20 + 160 * b["n"] / largest for b in calibration], color=GENERATED, alpha=0.8, zorder=3)
+        axes.set(xlim=(0, 1.02), ylim=(-0.02, 1.05), xlabel="confidence", ylabel="accuracy", aspect="equal")
+    return figure
+
+
+def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """UMAP of points `(n, d)` to `(n, 2)`, the same for the same seed."""
+    with warnings.catch_warnings():
+        # umap announces on import which optional back ends it did not find.
+        warnings.simplefilter("ignore")
+        import umap
+
+        reducer = umap.UMAP(
+            n_neighbors=min(15, len(points) - 1), min_dist=0.3, init="pca", random_state=seed, n_jobs=1
+        )
+        return reducer.fit_transform(np.asarray(points, dtype=np.float32))
+
+
+def umap_figures(
+    real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
+) -> tuple[Figure, Figure]:
+    """Real and generated cells on one map: coloured by type, and by where they come from.
+
+    Args:
+        real: Coordinates of real cells, shape `(n_real, 2)`.
+        real_labels: Their types.
+        generated: Coordinates of generated cells, shape `(n_generated, 2)`.
+        prompts: The types they were asked for.
+        colors: Type -> colour.
+    """
+    raster = len(real) + len(generated) > MAX_VECTOR_POINTS
+    size = float(np.clip(6000 / (len(real) + len(generated)), 3, 26))
+    shown = [label for label in colors if (real_labels == label).any() or (prompts == label).any()]
+    with matplotlib.rc_context(STYLE):
+        by_type, by_origin = Figure(figsize=(4.8, 5.6)), Figure(figsize=(4.8, 5.6))
+        axes = by_type.add_subplot()
+        for label in shown:
+            a, b = real[real_labels == label], generated[prompts == label]
+            axes.scatter(*a.T, s=size, color=colors[label], alpha=0.55, linewidths=0, rasterized=raster)
+            axes.scatter(
+                *b.T,
+                s=size * 1.3,
+                color=colors[label],
+                marker="^",
+                edgecolors="#1f2933",
+                linewidths=0.5,
+                rasterized=raster,
+            )
+            axes.scatter([], [], s=30, color=colors[label], label=_wrapped(label, 40))
+        axes.scatter([], [], s=30, color="white", edgecolors="#52606d", label="real, held out")
+        axes.scatter([], [], s=36, color="white", edgecolors="#1f2933", marker="^", label="generated")
+        axes.set_title("by type")
+        other = by_origin.add_subplot()
+        other.scatter(*real.T, s=size, color=REAL, alpha=0.8, linewidths=0, label="real, held out", rasterized=raster)
+        other.scatter(
+            *generated.T,
+            s=size,
+            color=GENERATED,
+            alpha=0.6,
+            linewidths=0,
+            marker="^",
+            label="generated",
+            rasterized=raster,
+        )
+        other.set_title("by origin")
+        for each, columns in ((axes, 1 if max(map(len, shown)) > 24 else 2), (other, 2)):
+            each.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+            each.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=columns, frameon=False, fontsize=8)
+    return by_type, by_origin
+
+
+def marker_genes(train: LabelledCells, *, per_type: int = MARKERS_PER_TYPE) -> list[tuple[str, str]]:
+    """The genes that set each type apart among training cells (scanpy, Wilcoxon), as (type, gene), each gene once."""
+    import anndata
+    import pandas as pd
+    import scanpy
+
+    names, counts = np.unique(train.labels, return_counts=True)
+    kept = np.isin(train.labels, names[counts > 1])
+    adata = anndata.AnnData(
+        train.expression[kept],
+        obs=pd.DataFrame({"type": pd.Categorical(train.labels[kept])}, index=np.arange(kept.sum()).astype(str)),
+        var=pd.DataFrame(index=train.genes),
+    )
+    with warnings.catch_warnings():
+        # Fold changes of genes that a group never expresses; the ranking does not use them.
+        warnings.simplefilter("ignore")
+        scanpy.tl.rank_genes_groups(adata, "type", method="wilcoxon", n_genes=min(50, adata.n_vars))
+    chosen: dict[str, str] = {}
+    for label in names[counts > 1]:
+        ranked = [str(gene) for gene in adata.uns["rank_genes_groups"]["names"][label]]
+        for gene in [gene for gene in ranked if gene not in chosen][:per_type]:
+            chosen[gene] = str(label)
+    return [(label, gene) for gene, label in chosen.items()]
+
+
+def marker_figure(
+    markers: Sequence[tuple[str, str]], types: Sequence[str], real: np.ndarray, generated: np.ndarray
+) -> Figure:
+    """Mean expression of marker genes by type, real held-out cells above generated ones, on one scale.
+
+    Args:
+        markers: (type, gene) in the order of the columns.
+        types: Types in the order of the rows.
+        real: Mean log1p(CP10k) of real cells, shape `(n_types, n_markers)`.
+        generated: The same of generated cells.
+    """
+    scale = np.maximum(real.max(0), 1e-6)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.2 + 0.21 * len(markers), 1.6 + 0.5 * len(types)))
+        panels = figure.subplots(2, 1, sharex=True)
+        for axes, values, title in ((panels[0], real, "real, held out"), (panels[1], generated, "generated")):
+            image = axes.imshow(values / scale, cmap="magma_r", vmin=0, vmax=1, aspect="auto")
+            axes.set_yticks(range(len(types)), [_wrapped(label, 34) for label in types], fontsize=7)
+            axes.set_title(title, loc="left")
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            for j in range(1, len(markers)):
+                if markers[j][0] != markers[j - 1][0]:
+                    axes.axvline(j - 0.5, color="white", linewidth=2)
+        panels[1].set_xticks(range(len(markers)), [gene for _, gene in markers], rotation=90, fontsize=7)
+        bar = figure.colorbar(image, ax=list(panels), shrink=0.5, pad=0.02, label="share of the largest real mean")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def training_figure(history: Sequence[Mapping]) -> Figure | None:
+    """Losses over steps: lines for training, points for validation; `None` if nothing was logged."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            is_loss = name == "loss" or name.endswith("_loss") or name.startswith("loss_")
+            if is_loss and name != "train_loss" and isinstance(value, int | float) and np.isfinite(value):
+                curves.setdefault(name, []).append((entry["step"], float(value)))
+    if not curves:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8, 3.4))
+        axes = figure.add_subplot()
+        colors = iter(matplotlib.colormaps["tab10"].colors * 4)
+        of_name = {}
+        for name in sorted(curves, key=lambda name: (name.startswith("eval_"), name != "loss", name)):
+            steps, values = zip(*curves[name], strict=True)
+            base = name.removeprefix("eval_")
+            color = of_name.setdefault(base, next(colors))
+            if name.startswith("eval_"):
+                axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=0.8, label=f"{base}, validation")
+            else:
+                axes.plot(steps, values, color=color, linewidth=2 if name == "loss" else 1.2, label=name)
+        axes.set(xlabel="optimiser step", ylabel="loss")
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return figure

@@ -1,0 +1,285 @@
+"""The report on a small corpus: one page that needs nothing else, and says where the model loses."""
+
+import json
+from html.parser import HTMLParser
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from scmmgpt.eval import annotation, baselines, description, generation
+from scmmgpt.eval.__main__ import COMMANDS
+from scmmgpt.eval.__main__ import main as evaluate
+from scmmgpt.eval.annotation import MODEL_NAME
+from scmmgpt.eval.cells import read_splits
+from scmmgpt.eval.report import describe_checkpoint, headline, read_training, verdicts
+from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names
+from scmmgpt.train.corpus import write_corpus
+from scmmgpt.train.synthetic import synthetic_adata
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A corpus of synthetic cells and, as if a model had made them, annotations, descriptions and generated cells.
+
+    Types are named right; descriptions name the wrong type for one cell in two; generated cells are real ones.
+    """
+    folder = tmp_path_factory.mktemp("demo")
+    adata = synthetic_adata(260, mean_total=100.0)
+    # Genes that no cell expresses, so that the vocabulary is as wide as evaluation asks for.
+    genes = [*adata.var_names, *(f"SILENT{i}" for i in range(20))]
+    vocabulary = {symbol: i for i, symbol in enumerate(["<pad>", "<cls>", "<eoc>", *genes])}
+    ids = np.array([vocabulary[symbol] for symbol in adata.var_names])
+    splits = {}
+    for split, rows in (("train", slice(0, 160)), ("validation", slice(160, 180)), ("test", slice(180, 260))):
+        part = adata[rows]
+        obs = {
+            "barcode": part.obs_names.to_numpy(),
+            **{name: part.obs[name].astype(str).to_numpy() for name in ("cell_type", "cell_type_ontology_term_id")},
+        }
+        splits[split] = (Cells.from_csr(part.X, ids, cell_ids=hash_names(part.obs_names)), obs)
+    write_corpus(folder / "corpus", vocabulary, splits, split_by="cell", sources=[{"name": "synthetic"}])
+
+    train, test = read_splits(folder / "corpus")
+    names = pd.Index(test.names, name="barcode")
+    obs = pd.DataFrame({"scmmgpt_cell_type": test.labels, "scmmgpt_score": 0.9}, index=names)
+    anndata.AnnData(sparse.csr_matrix((len(test), 1)), obs=obs).write_h5ad(folder / "annotated.h5ad")
+    wrong = np.where(np.arange(len(test)) % 2, np.roll(test.labels, 1), test.labels)
+    texts = pd.DataFrame({"scmmgpt_description": [f"This cell is a {label}." for label in wrong]}, index=names)
+    texts.to_csv(folder / "descriptions.csv", index_label="cell")
+    prompts = np.repeat(np.unique(test.labels), 10)
+    generated = anndata.AnnData(
+        baselines.real_cells(prompts, train, seed=3),
+        obs=pd.DataFrame({"label": prompts}, index=[f"generated{i}" for i in range(len(prompts))]),
+        var=pd.DataFrame(index=train.genes),
+    )
+    generated.write_h5ad(folder / "generated.h5ad")
+    (folder / "align").mkdir()
+    log = [{"step": i, "loss": 3.0 / i, "contrast_loss": 2.0 / i} for i in (1, 2, 3)] + [{"step": 3, "eval_loss": 1.5}]
+    (folder / "align" / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": log}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(demo):
+    return [
+        *("--corpus", str(demo / "corpus"), "--annotated", str(demo / "annotated.h5ad")),
+        *("--descriptions", str(demo / "descriptions.csv"), "--generated", str(demo / "generated.h5ad")),
+        *("--training", str(demo / "align"), "--note", "Made by hand & not by a model."),
+    ]
+
+
+@pytest.fixture(scope="module")
+def report(arguments, demo):
+    """Folder of a written report."""
+    with pytest.MonkeyPatch.context() as patch:  # forty genes are few, and each of them is a marker or not
+        patch.setattr(generation, "MIN_GENES", 20)
+        assert evaluate(["report", *arguments, "--output", str(demo / "results")]) == 0
+    return demo / "results"
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page((report / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page):
+    assert page.open == []
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe")
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith(("data:", "#"))
+
+
+def test_every_picture_has_a_text_for_those_who_cannot_see_it(page):
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 6  # confusion, calibration, two maps, markers, one training curve
+    assert all(len(picture["alt"]) > 20 for picture in pictures)
+
+
+def test_every_number_stands_beside_its_baselines(page):
+    for name in (
+        *("logistic regression", "majority class", "nearest centroid", "shuffled labels"),
+        *("label-only caption, true label", "label of logistic regression", "shuffled descriptions"),
+        *("mean profile", "mean profile + Poisson", "real training cells", "shuffled prompts"),
+    ):
+        assert name in page.text
+
+
+def test_the_page_opens_with_what_is_lost(page, report):
+    metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
+    lost = [c for c in metrics["description"]["comparisons"] if c["verdict"] == "worse"]
+    assert "names true type" in {metrics["description"]["measures"][c["metric"]]["title"] for c in lost}
+    assert page.text.index("It loses") < page.text.index("It wins") < page.text.index("Confusion matrix")
+    assert "Worse than the best baseline" in page.text
+
+
+def test_a_note_is_escaped(page, report):
+    assert "Made by hand & not by a model." in page.text
+    assert "hand &amp; not" in (report / "report.html").read_text(encoding="utf-8")
+
+
+def test_metrics_hold_values_intervals_and_provenance(report):
+    metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
+    accuracy = {row["system"]: row for row in metrics["annotation"]["rows"] if row["metric"] == "accuracy"}
+    assert accuracy[MODEL_NAME]["value"] == 1
+    assert accuracy[MODEL_NAME]["n"] == 80
+    assert accuracy["majority class"]["ci"][0] <= 0.25 <= accuracy["majority class"]["ci"][1]
+    named = {
+        row["system"]: row["value"] for row in metrics["description"]["rows"] if row["metric"] == "named_type_accuracy"
+    }
+    assert named[MODEL_NAME] == 0.5
+    provenance = metrics["provenance"]
+    assert provenance["corpus"]["split by"] == "cell"
+    assert len(provenance["corpus"]["manifest sha256"]) == len(provenance["corpus"]["splits sha256"]) == 64
+    assert set(provenance["versions"]) >= {"python", "torch", "scikit-learn"}
+
+
+def test_tasks_alone_give_the_numbers_of_the_report(report, demo, tmp_path, capsys):
+    output = tmp_path / "annotation.json"
+    common = ["--corpus", str(demo / "corpus"), "--output", str(output)]
+    assert evaluate(["annotation", *common, "--annotated", str(demo / "annotated.h5ad")]) == 0
+    together = json.loads((report / "metrics.json").read_text(encoding="utf-8"))["annotation"]
+    assert json.loads(output.read_text(encoding="utf-8")) == together
+    assert "logistic regression" in capsys.readouterr().out
+
+
+def test_counts_are_normalised_by_the_library_size_of_the_whole_cell(tmp_path):
+    counts = sparse.csr_matrix(np.array([[5.0, 0.0], [0.0, 10.0]]))
+    obs = pd.DataFrame({"label": ["a", "b"], "library_size": [1000.0, 5000.0]}, index=["x", "y"])
+    adata = anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=["G1", "G2"]))
+    adata.layers["counts"] = counts
+    adata.write_h5ad(tmp_path / "generated.h5ad")
+    matrix, prompts, genes = generation.read_generated(str(tmp_path / "generated.h5ad"))
+    np.testing.assert_allclose(matrix, np.log1p([[50.0, 0.0], [0.0, 20.0]]), rtol=1e-6)
+    assert prompts.tolist() == ["a", "b"]
+    assert genes.tolist() == ["G1", "G2"]
+
+
+def test_cells_are_matched_by_barcode_in_any_order(demo):
+    _, test = read_splits(demo / "corpus")
+    shuffled = test.take(np.random.default_rng(0).permutation(len(test)))
+    rows, predictions, _ = annotation.read_annotated(
+        str(demo / "annotated.h5ad"), shuffled, prediction_key="scmmgpt_cell_type", score_key="scmmgpt_score"
+    )
+    np.testing.assert_array_equal(predictions, shuffled.labels[rows])
+
+
+def test_cells_of_another_set_are_refused(demo, tmp_path, capsys):
+    adata = anndata.AnnData(np.ones((2, 1)), obs=pd.DataFrame({"scmmgpt_cell_type": ["a", "b"]}, index=["p", "q"]))
+    adata.write_h5ad(tmp_path / "other.h5ad")
+    arguments = ["--corpus", str(demo / "corpus"), "--annotated", str(tmp_path / "other.h5ad")]
+    assert evaluate(["annotation", *arguments, "--output", str(tmp_path / "out.json")]) == 1
+    assert "None of the 2 cells" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_report_of_nothing_is_refused(demo, tmp_path, capsys):
+    assert evaluate(["report", "--corpus", str(demo / "corpus"), "--output", str(tmp_path / "out")]) == 1
+    assert "Nothing to report" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_column_is_named(demo, tmp_path):
+    _, test = read_splits(demo / "corpus")
+    (tmp_path / "texts.csv").write_text("cell,words\nx,y\n")
+    with pytest.raises(ValueError, match=r"none of the columns \['scmmgpt_description', 'description'\].*'words'"):
+        description.read_descriptions(str(tmp_path / "texts.csv"), test)
+
+
+def test_the_last_checkpoint_serves_where_a_run_left_no_final_log(tmp_path):
+    for step in (20, 100):
+        folder = tmp_path / "tune" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    assert read_training([tmp_path / "tune"])[0]["steps"] == 100
+
+
+def test_a_checkpoint_is_described_without_loading_it(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file(
+        {"a": np.zeros((3, 4), dtype=np.float32), "b": np.zeros(5, dtype=np.float32)}, tmp_path / "model.safetensors"
+    )
+    config = {"architectures": ["X"], "text_config": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    described = describe_checkpoint(tmp_path)
+    assert described["parameters"] == 17
+    assert described["language model"] == "llama: 2 layers, 8 wide"
+
+
+def test_verdicts_tell_losses_from_draws():
+    result = {
+        "model": "ours",
+        "measures": {"m": {"title": "M", "higher_is_better": True, "about": ""}},
+        "rows": [
+            {"metric": "m", "system": s, "role": role, "value": v, "ci": None, "n": 1}
+            for s, role, v in (
+                ("ours", "model", 0.5),
+                ("a", "baseline", 0.6),
+                ("b", "baseline", 0.5),
+                ("s", "control", 0.5),
+            )
+        ],
+        "comparisons": [
+            {
+                "metric": "m",
+                "system": "a",
+                "role": "baseline",
+                "difference": -0.1,
+                "ci": [-0.2, -0.05],
+                "verdict": "worse",
+            },
+            {
+                "metric": "m",
+                "system": "b",
+                "role": "baseline",
+                "difference": 0.0,
+                "ci": [-0.1, 0.1],
+                "verdict": "unclear",
+            },
+            {
+                "metric": "m",
+                "system": "s",
+                "role": "control",
+                "difference": 0.0,
+                "ci": [-0.1, 0.1],
+                "verdict": "unclear",
+            },
+        ],
+    }
+    found = verdicts({"annotation": result})
+    assert {name: len(entries) for name, entries in found.items()} == {
+        "worse": 1,
+        "unclear": 1,
+        "better": 0,
+        "control": 1,
+    }
+    assert headline("annotation", result)["best"]["system"] == "a"
+
+
+def test_every_command_can_be_imported():
+    from importlib import import_module
+
+    assert all(callable(import_module(module).main) for module in COMMANDS.values())
