@@ -1,6 +1,10 @@
 """The corpus on disk: what is written is read back exactly, and damage is refused in words."""
 
+import errno
 import json
+import multiprocessing
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -247,3 +251,71 @@ def test_annotations_of_a_split_are_one_table(corpus_path):
     assert isinstance(table, pa.Table)
     assert table.num_rows == 300
     assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}
+
+
+# Faults of the process. The children are forked, which is quick and needs no import.
+
+FORK = multiprocessing.get_context("fork") if sys.platform != "win32" else None
+forks = pytest.mark.skipif(FORK is None, reason="processes are forked on POSIX only")
+
+
+def write_shards(path):
+    writer = CorpusWriter(path, VOCABULARY, row_group_size=50)
+    for index in range(1000):
+        writer.write_shard("train", index, 1000, make_cells(400, seed=index), {})
+
+
+@forks
+def test_a_writer_killed_at_any_moment_leaves_whole_shards_only(tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        writer = FORK.Process(target=write_shards, args=(tmp_path / "killed",))
+        writer.start()
+        time.sleep(rng.uniform(0, 0.1))
+        writer.kill()
+        writer.join()
+        for shard in (tmp_path / "killed" / "data").glob("*.parquet"):
+            assert pq.read_metadata(shard).num_rows == 400
+    alone = CorpusWriter(tmp_path / "alone", VOCABULARY, row_group_size=50)
+    shards = sorted((tmp_path / "killed" / "data").glob("*.parquet"))
+    assert shards
+    for index, shard in enumerate(shards):
+        expected = alone.write_shard("train", index, 1000, make_cells(400, seed=index), {})
+        assert shard.read_bytes() == expected.read_bytes()
+
+
+@forks
+def test_two_writers_at_once_write_every_shard_once(tmp_path):
+    writers = [FORK.Process(target=write_shards, args=(tmp_path,)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    time.sleep(0.5)
+    for writer in writers:
+        assert writer.is_alive()
+        writer.kill()
+        writer.join()
+    shards = sorted((tmp_path / "data").glob("*.parquet"))
+    assert shards
+    for index, shard in enumerate(shards):
+        counts = pq.read_table(shard, columns=["counts"])["counts"].combine_chunks().flatten().to_numpy()
+        np.testing.assert_array_equal(counts, make_cells(400, seed=index).counts)
+
+
+def write_on_a_full_disk(path):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        CorpusWriter(path, VOCABULARY).write_shard("train", 0, 1, make_cells(2000), {})
+    except OSError as error:
+        sys.exit(0 if error.errno == errno.EFBIG else 1)
+    sys.exit(2)
+
+
+@forks
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
+    writer = FORK.Process(target=write_on_a_full_disk, args=(tmp_path,))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 0
+    assert list((tmp_path / "data").iterdir()) == []

@@ -39,6 +39,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import ClassVar
 
 import numba
@@ -195,6 +196,7 @@ class CellStream:
         self.pool_size = pool_size
         self.num_threads = min(2, os.cpu_count() or 1) if num_threads is None else num_threads
         self._reader = self._make_reader(layout, cache_dir, in_memory)
+        self._planned: tuple[int, int, Plan] | None = None  # for (epoch, rank)
         self._step = 0  # batches handed out in this epoch
         self._resume = False  # whether the next iteration begins at `_step`, not at the beginning
 
@@ -202,26 +204,24 @@ class CellStream:
         if layout not in ("auto", "cache", "published"):
             raise ValueError(f"layout is {layout!r}; choose 'auto', 'cache' or 'published'.")
         shards = self.corpus.shards(self.split)
-        path = default_cache_dir(self.corpus) if cache_dir is None else cache_dir
-        usable = layout != "published" and "barcode" not in self.columns and cache_matches(self.corpus, path)
-        if layout == "cache" and not usable:
+        path = default_cache_dir(self.corpus) if cache_dir is None else Path(cache_dir)
+        matches = layout != "published" and cache_matches(self.corpus, path)
+        if layout == "cache" and (not matches or "barcode" in self.columns):
             raise ValueError(
-                f"There is no cache of this corpus at {path}"
-                + (" that has barcodes: leave them out of `columns`." if "barcode" in self.columns else ".")
-                + " `scmmgpt.train.stream.build_cache` makes one; or choose layout='auto'."
+                f"The cache at {path} has no barcodes. Leave them out of `columns`, or choose layout='auto'."
+                if matches
+                else f"There is no cache of this corpus at {path}. Make one with `scmmgpt.train.stream.build_cache`, "
+                "or choose layout='auto'."
             )
-        if layout == "auto" and not usable and os.path.exists(os.path.join(path, "index.json")):
-            logger.warning(
-                "The cache at %s is not used: it is of another state of the corpus, or lacks barcodes.", path
-            )
-        make = (
-            (lambda: CacheReader(self.corpus, self.split, self.columns, path))
-            if usable
-            else (lambda: ParquetReader(self.corpus, self.split, self.columns))
-        )
+        if layout == "auto" and not matches and (path / "index.json").exists():
+            logger.warning("The cache at %s is not used: it was built from another state of the corpus.", path)
+        if matches and "barcode" not in self.columns:
+            reader = CacheReader(self.corpus, self.split, self.columns, path)
+        else:
+            reader = ParquetReader(self.corpus, self.split, self.columns)
         bytes_per_value = 2 + max(np.dtype(shard.counts_dtype).itemsize for shard in shards)
         small = bytes_per_value * sum(shard.n_values for shard in shards) <= IN_MEMORY_BYTES
-        return MemoryReader(make()) if (small if in_memory is None else in_memory) else make()
+        return MemoryReader(reader) if (small if in_memory is None else in_memory) else reader
 
     def __len__(self) -> int:
         """Number of batches that every rank yields in the current epoch."""
@@ -291,6 +291,11 @@ class CellStream:
 
     def plan(self) -> Plan:
         """Return what this rank reads in the current epoch, and what equal ranks cost."""
+        if self._planned is None or self._planned[:2] != (self.epoch, self.rank):
+            self._planned = self.epoch, self.rank, self._make_plan()
+        return self._planned[2]
+
+    def _make_plan(self) -> Plan:
         sizes = self._reader.sizes
         repeats = self._draw_repeats()
         if repeats is not None:
@@ -546,8 +551,10 @@ def as_dataset(
     ```
 
     The dataset has one shard per rank of the stream, which `datasets.distributed.split_dataset_by_node` and accelerate
-    deal out; what a rank then reads is the plan of the stream. With several ranks it must be split. A trainer that resumes skips batches by making them; to go there
-    at once, call `stream.seek(batches trained)` before training and set `ignore_data_skip`.
+    deal out; what a rank then reads is the plan of the stream. With several ranks it must be split.
+
+    A trainer that resumes skips batches by making them; to go there at once, call `stream.seek(batches trained)`
+    before training and set `ignore_data_skip`.
 
     Args:
         stream: The stream, of any rank.

@@ -1,0 +1,408 @@
+"""One loader, measured in a process of its own: `python stream_loaders.py LOADER DATA_FOLDER` prints a line of JSON.
+
+`test_stream.py` beside this file builds the data, runs the loaders in turns and compares them. Every loader yields
+shuffled batches of 64 cells; those named `*_tokens` go on to 1,200 tokens with 51 bins.
+
+Loaders of other projects run their own code where it can be imported: `SCMMGPT_BENCHMARK_SCGPT` and
+`SCMMGPT_BENCHMARK_REFERENCE` name checkouts of scGPT and of the published scMMGPT, of which a few functions are
+imported past the packages that those do not need. annbatch wants Python 3.12 and is run by the interpreter that
+`SCMMGPT_BENCHMARK_ANNBATCH` names, with the feature extractor of this repository loaded by path.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+
+
+REPOSITORY = Path(__file__).parents[2]
+BATCH_SIZE = 64
+MAX_TOKENS = 1200
+LOADERS = {}
+
+
+def loader(function):
+    """Register a function of the data folder that returns an iterator over batch sizes."""
+    LOADERS[function.__name__] = function
+    return function
+
+
+# What is measured
+
+
+def measure(batches, seconds, warm_up):
+    """Run for `warm_up` seconds, then count cells, wall time and the CPU time of all threads for `seconds`."""
+    peak = Peak()
+    peak.start()
+    start = time.perf_counter()
+    for _ in batches:
+        if time.perf_counter() - start > warm_up:
+            break
+    n_cells, wall, cpu = 0, time.perf_counter(), time.process_time()
+    for n in batches:
+        n_cells += n
+        if time.perf_counter() - wall > seconds:
+            break
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"cells_per_second": n_cells / wall, "cpu_us_per_cell": cpu / n_cells * 1e6, "peak_mb": peak.stop()}
+
+
+class Peak(threading.Thread):
+    """Samples the anonymous memory of this process: what it holds, without the page cache it maps."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.running = 0.0, True
+
+    def run(self):
+        while self.running:
+            with open("/proc/self/status") as status:
+                kilobytes = next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+            self.peak = max(self.peak, kilobytes / 1024)
+            time.sleep(0.05)
+
+    def stop(self):
+        self.running = False
+        self.join()
+        return self.peak
+
+
+# Ours
+
+
+def our_stream(data, **settings):
+    from scmmgpt.train.corpus import open_corpus
+    from scmmgpt.train.stream import CellStream
+
+    corpus = open_corpus(data / os.environ.get("SCMMGPT_BENCHMARK_CORPUS", "corpus"), verify=False)
+    return CellStream(corpus, batch_size=BATCH_SIZE, in_memory=False, **settings)
+
+
+def our_batches(stream, transform=None):
+    for epoch in itertools.count():
+        stream.set_epoch(epoch)
+        if transform is None:
+            yield from (len(cells) for cells, _ in stream)
+        else:
+            yield from (len(batch["gene_ids"]) for batch in stream.batches(transform))
+
+
+def our_tokens():
+    from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+
+    extractor = ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
+    return lambda cells, obs: extractor(cells, padding="max_length")
+
+
+@loader
+def ours_raw(data):
+    return our_batches(our_stream(data, columns=[]))
+
+
+@loader
+def ours_raw_annotated(data):
+    return our_batches(our_stream(data))
+
+
+@loader
+def ours_tokens(data):
+    return our_batches(our_stream(data), our_tokens())
+
+
+@loader
+def ours_zstd_tokens(data):
+    return our_batches(our_stream(data, layout="cache", cache_dir=data / "cache_zstd"), our_tokens())
+
+
+@loader
+def ours_published_tokens(data):
+    return our_batches(our_stream(data, layout="published"), our_tokens())
+
+
+def ours_by_stage(data):
+    """CPU microseconds per cell of each stage, one thread, over 20 row groups; the least of three runs."""
+    from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+
+    stream = our_stream(data, columns=[], num_threads=1, layout="cache")
+    reader, n_blocks = stream._reader, 20
+    n_cells = int(reader.sizes[:n_blocks].sum())
+    extractor = ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
+    extractor(next(iter(stream))[0])
+
+    def fill():
+        return [reader.read(block)[0] for block in range(n_blocks)]
+
+    cells = fill()
+    for _ in range(200):  # past the number of cells from which the extractor compiles its kernels
+        extractor(cells[0][:BATCH_SIZE])
+
+    def tokenise():
+        for block in cells:
+            for start in range(0, len(block), BATCH_SIZE):
+                extractor(block[start : start + BATCH_SIZE], padding="max_length")
+
+    def arrange():
+        plan = stream.plan()
+        for first, last in stream._pools(plan, 0)[:2]:
+            stream._arrange(stream._lengths(stream._pieces(plan, first, last)), first)
+        return last
+
+    stages = {
+        "read, verify, decompress": least_cpu(lambda: [reader._planes(b) for b in range(n_blocks)]) / n_cells,
+        "+ decode to place": least_cpu(fill) / n_cells,
+        "shuffle": least_cpu(arrange) / arrange(),
+        "tokenise": least_cpu(tokenise) / n_cells,
+    }
+    stages["+ decode to place"] -= stages["read, verify, decompress"]
+    return {name: seconds * 1e6 for name, seconds in stages.items()}
+
+
+def least_cpu(function):
+    times = []
+    for _ in range(3):
+        start = time.thread_time()
+        function()
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
+# annbatch
+
+
+def annbatch_batches(data):
+    """annbatch over uint16 counts, in the setting found best on this data: 64 chunks of 64 cells."""
+    import annbatch
+    import zarr
+    import zarrs  # noqa: F401
+
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    collection = annbatch.DatasetCollection(data / "annbatch.zarr", mode="r")
+    for seed in itertools.count():
+        batches = annbatch.Loader(
+            shuffle=True, batch_size=BATCH_SIZE, chunk_size=64, preload_nchunks=64, rng=np.random.default_rng(seed)
+        )
+        yield from batches.use_collection(collection)
+
+
+@loader
+def annbatch_raw(data):
+    return (batch["X"].shape[0] for batch in annbatch_batches(data))
+
+
+@loader
+def annbatch_tokens(data):
+    """annbatch, and then the same kernel: this repository's feature extractor."""
+    module = extractor_by_path()
+    extractor = module.ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
+    for batch in annbatch_batches(data):
+        matrix = batch["X"]
+        cells = module.Cells(matrix.indptr, matrix.indices, matrix.data, np.arange(matrix.shape[0], dtype=np.uint64))
+        yield len(extractor(cells, padding="max_length", return_tensors="np")["gene_ids"])
+
+
+def extractor_by_path():
+    """Load the feature extractor without the package, and without torch and transformers where they are absent."""
+    try:
+        import torch  # noqa: F401
+        import transformers.feature_extraction_utils  # noqa: F401
+    except ImportError:
+        for name in ("torch", "transformers", "transformers.feature_extraction_utils"):
+            sys.modules[name] = types.ModuleType(name)
+        mixin = type("Mixin", (), {"register_for_auto_class": classmethod(lambda cls, name: None)})
+        mixin.__init__ = lambda self, **settings: None
+        sys.modules["transformers.feature_extraction_utils"].FeatureExtractionMixin = mixin
+        sys.modules["transformers.feature_extraction_utils"].BatchFeature = dict
+        sys.modules["torch"].Tensor = type("Tensor", (), {})
+    spec = importlib.util.spec_from_file_location("extractor", REPOSITORY / "feature_extraction_scmmgpt.py")
+    module = sys.modules["extractor"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_annbatch(data):
+    """Write annbatch's own layout with its defaults: shuffled, chunks of 64 cells, lz4."""
+    import annbatch
+
+    annbatch.DatasetCollection(data / "annbatch.zarr").add_adatas([data / "cells.h5ad"])
+
+
+# Other loaders
+
+
+@loader
+def annloader_raw(data):
+    """`AnnLoader` of anndata over a matrix in memory; its batches are dense."""
+    import anndata
+    from anndata.experimental import AnnLoader
+
+    adata = anndata.read_h5ad(data / "cells.h5ad")
+    adata.X = adata.X.astype(np.float32)
+    for _ in itertools.count():
+        yield from (len(batch) for batch in AnnLoader(adata, batch_size=BATCH_SIZE, shuffle=True))
+
+
+@loader
+def scdataset_raw(data):
+    """scDataset over an uncompressed h5ad: runs of 16 cells, 64 batches a fetch."""
+    import h5py
+    from anndata.io import sparse_dataset
+    from scdataset import BlockShuffling, scDataset
+
+    class Rows:
+        def __init__(self, file):
+            self.matrix = sparse_dataset(file["X"])
+
+        def __len__(self):
+            return self.matrix.shape[0]
+
+        def __getitem__(self, rows):
+            return self.matrix[rows]
+
+    strategy = BlockShuffling(block_size=16)
+    for _ in itertools.count():
+        rows = Rows(h5py.File(data / "cells.h5ad"))
+        batches = scDataset(rows, strategy, batch_size=BATCH_SIZE, fetch_factor=64)
+        yield from (batch.shape[0] for batch in batches)
+
+
+def datasets_tokens(data, form):
+    """`datasets` streaming the published Parquet through its shuffle buffer, then our feature extractor."""
+    import datasets
+
+    from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+    from scmmgpt.train.corpus import open_corpus
+
+    extractor = ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
+    corpus = open_corpus(data / "corpus", verify=False)
+    columns = ["cell_id", "gene_ids", "counts", "total_counts"]
+    stream = datasets.load_dataset(
+        "parquet",
+        data_files=str(data / "corpus" / "data" / "*.parquet"),
+        split="train",
+        streaming=True,
+        columns=columns,
+        features=datasets.Features({name: corpus.features()[name] for name in columns}),
+    )
+    stream = stream.shuffle(seed=0, buffer_size=8192)
+    if form == "numpy":
+        stream = stream.with_format("numpy")
+    for epoch in itertools.count():
+        stream.set_epoch(epoch)
+        for batch in stream.iter(BATCH_SIZE):
+            cells = Cells(
+                indptr=np.append(0, np.cumsum([len(genes) for genes in batch["gene_ids"]])),
+                gene_ids=np.concatenate([np.asarray(genes, np.uint16) for genes in batch["gene_ids"]]),
+                counts=np.concatenate([np.asarray(counts, np.uint16) for counts in batch["counts"]]),
+                cell_ids=np.asarray(batch["cell_id"], np.uint64),
+            )
+            yield len(extractor(cells, padding="max_length")["gene_ids"])
+
+
+@loader
+def datasets_python_tokens(data):
+    return datasets_tokens(data, "python")
+
+
+@loader
+def datasets_numpy_tokens(data):
+    return datasets_tokens(data, "numpy")
+
+
+# The reference implementations, from checkouts
+
+
+def stand_in(*names):
+    """Let modules that the imported functions do not use be imported: any attribute is an empty class."""
+    for name in names:
+        if name not in sys.modules and importlib.util.find_spec(name.partition(".")[0]) is None:
+            module = types.ModuleType(name)
+            module.__getattr__ = lambda attribute: type(attribute, (), {})
+            module.__path__ = []
+            sys.modules[name] = module
+
+
+def random_order(n_cells):
+    for seed in itertools.count():
+        order = np.random.default_rng(seed).permutation(n_cells)
+        for start in range(0, n_cells - BATCH_SIZE, BATCH_SIZE):
+            yield order[start : start + BATCH_SIZE].tolist()
+
+
+@loader
+def reference_tokens(data):
+    """The published scMMGPT: its `Stage1Dataset` item by item over Arrow, and its padding to the top genes."""
+    import datasets
+
+    sys.path.insert(0, os.environ["SCMMGPT_BENCHMARK_REFERENCE"])
+    stand_in(
+        "pytorch_lightning", "torchtext", "torchtext.vocab", "scgpt", "scgpt.tokenizer", "scanpy", "ot", "sacrebleu"
+    )
+    from data_provider.pretrain_dataset import Stage1Dataset
+    from data_provider.stage1_dm import pad_batch_hvalue
+
+    vocabulary = {"<pad>": 0, "<cls>": 1}
+    cells = object.__new__(Stage1Dataset)  # its constructor reads files of captions, which are not measured here
+    cells.dataset, cells.vocab = datasets.load_from_disk(data / "reference"), vocabulary
+    cells.cell_text_helper = types.SimpleNamespace(cellxgene_metadata_to_text=lambda metadata: "")
+    for rows in random_order(len(cells.dataset)):
+        items = [cells[row][0] for row in rows]
+        batch = [(item["gene_ids"], item["values"], None) for item in items]
+        padded = pad_batch_hvalue(batch, max_len=MAX_TOKENS, vocab=vocabulary)
+        yield len(padded["genes"].eq(0))
+
+
+@loader
+def scgpt_tokens(data):
+    """The collator of scGPT, with binning and sampling, over the same Arrow data as torch tensors."""
+    import datasets
+    import torch
+
+    package = sys.modules["scgpt"] = types.ModuleType("scgpt")
+    package.__path__ = [str(Path(os.environ["SCMMGPT_BENCHMARK_SCGPT"]) / "scgpt")]
+    import logging
+
+    package.logger = logging.getLogger("scgpt")
+    from scgpt.data_collator import DataCollator
+
+    collate = DataCollator(pad_token_id=0, pad_value=-2, do_mlm=False, max_length=MAX_TOKENS)
+    cells = datasets.load_from_disk(data / "reference").with_format("torch")
+    cls, cls_value = torch.tensor([1]), torch.tensor([-2.0])
+    for rows in random_order(len(cells)):
+        examples = [
+            {
+                "genes": torch.cat([cls, item["genes"]]),
+                "expressions": torch.cat([cls_value, item["expressions"].float()]),
+            }
+            for item in cells.__getitems__(rows)
+        ]
+        yield len(collate(examples)["gene"])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("loader", choices=[*LOADERS, "ours_by_stage", "build_annbatch"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--warm-up", type=float, default=2.0)
+    arguments = parser.parse_args(arguments)
+    if arguments.loader == "build_annbatch":
+        result = build_annbatch(arguments.data)
+    elif arguments.loader == "ours_by_stage":
+        result = ours_by_stage(arguments.data)
+    else:
+        result = measure(LOADERS[arguments.loader](arguments.data), arguments.seconds, arguments.warm_up)
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # some loaders keep threads that do not end
+
+
+if __name__ == "__main__":
+    main()
