@@ -10,7 +10,7 @@ pytest.importorskip("cellxgene_ontology_guide")
 
 from scmmgpt.feature_extraction_scmmgpt import Cells
 from scmmgpt.train import ontology
-from scmmgpt.train.captions import CaptionSampler, find_markers, mix, parse_cell_type, with_article
+from scmmgpt.train.captions import CaptionSampler, find_markers, parse_cell_type, with_article
 
 
 PBMC68K_LABELS = {
@@ -212,10 +212,3 @@ def test_a_wrong_template_file_is_named(tmp_path):
         CaptionSampler(path)
     with pytest.raises(FileNotFoundError, match="one of .'default', 'paper'"):
         CaptionSampler("missing")
-
-
-def test_the_hash_spreads_over_its_range():
-    draws = mix(7, 0, np.arange(100_000)).astype(np.float64) / 2**64
-    counts = np.histogram(draws, bins=16, range=(0, 1))[0]
-    # Five standard deviations of a binomial count.
-    assert np.abs(counts - 6250).max() < 5 * np.sqrt(6250)

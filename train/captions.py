@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..feature_extraction_scmmgpt import _cell_keys
 from . import ontology as terms
 
 
@@ -32,10 +33,11 @@ CAPTION_COLUMNS = ("cell_type", "tissue", "disease", "development_stage", "sex",
 
 # Genes that mark the state or the chemistry of a sample rather than a cell type, or that no text ever names.
 UNINFORMATIVE_GENES = re.compile(
-    r"^(MT-|MTRNR|RPL|RPS|MRPL|MRPS|MALAT1$|NEAT1$|XIST$|TSIX$|ERCC-|LINC|MIR\d|SNOR|ENS[A-Z]*G\d"
-    r"|A[CLFP]\d{5,}|RP\d+-|CT[ABCD]-|C\d+orf|LOC\d|.*-AS\d$|.*-IT\d$|<)"
+    r"^(MT-|MT(ATP\d|CO\d|ND\d|CYB|RNR)|RPL|RPS|MRPL|MRPS|MALAT1$|NEAT1$|XIST$|TSIX$|ERCC-|LINC|MIR\d|SNOR"
+    r"|ENS[A-Z]*G\d|A[CLFP]\d{5,}|RP\d+-|CT[ABCD]-|C\d+orf|LOC\d|.*-AS\d$|.*-IT\d$|<)"
 )
 AGE_ADJECTIVE = re.compile(r"\d+-(year|month|week)-old|adult|fetal|embryonic|newborn|adolescent|pediatric")
+CAPTION_STREAM = 35  # a stream of random numbers that nothing else draws from
 NUM_MARKERS = 5
 # Smallest deviance residual of a marker, in standard deviations.
 MIN_RESIDUAL = 3.0
@@ -47,19 +49,6 @@ MIN_EXPECTED = 0.2
 MAX_CACHED_TEXTS = 200_000
 # No smaller count can reach `MIN_RESIDUAL`; leaving them out early saves most of the work.
 MIN_MARKER_COUNT = 3
-
-
-def mix(*keys):
-    """Hash integers, or arrays of them, into well-mixed uint64 (splitmix64's finaliser, chained over the keys)."""
-    increment = np.uint64(0x9E3779B97F4A7C15)
-    state = np.zeros(1, dtype=np.uint64)
-    for key in keys:
-        # Wrapping arithmetic of uint64 arrays is silent in NumPy, and what the hash means.
-        state = (state + np.asarray(key).astype(np.uint64)) * increment + increment
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state
 
 
 def with_article(phrase):
@@ -276,7 +265,8 @@ class CaptionSampler:
         uses_markers = any("markers" in template.fields for template in templates)
         if uses_markers and cells is not None and gene_symbols is not None and self.gene_means is not None:
             markers = find_markers(cells, gene_symbols, self.gene_means)
-        draws = mix(self.seed, epoch, cell_ids)
+        ids = np.asarray(cell_ids).astype(np.uint64)
+        draws = _cell_keys(ids, seed=self.seed, epoch=epoch, stream=CAPTION_STREAM)
         spins = (draws >> np.uint64(32)).astype(np.float64) / 2**32
         others = (draws & np.uint64(0xFFFFFFFF)).tolist()
         rows = zip(*columns, strict=True)

@@ -86,6 +86,11 @@ def _organisms():
 
 
 @functools.cache
+def _exact_names(ontology):
+    return _parser().get_term_label_to_id_map(ontology)
+
+
+@functools.cache
 def _names_to_ids(ontology, kind):
     """Map normalised names (or synonyms) of an ontology to its term ids, except those that two terms share."""
     parser, ids = _parser(), {}
@@ -124,6 +129,11 @@ def match_label(column, label):
     Returns:
         `(term_id, how)`, or `(None, "unmatched")`. Nothing is guessed: a synonym of two terms matches none.
     """
+    # Most labels are names to the letter; only the others need all names and synonyms normalised.
+    for ontology in ONTOLOGIES[column]:
+        term_id = _exact_names(ontology).get(label)
+        if term_id and not _parser().is_term_deprecated(term_id):
+            return term_id, "name"
     tables = [("name", _names_to_ids(ontology, "name")) for ontology in ONTOLOGIES[column]]
     if column == "organism":
         tables.append(("name", {normalize_label(name): term_id for term_id, name in _organisms().items()}))
@@ -153,7 +163,7 @@ def resolve(column, label=None, term_id=None):
     label = None if is_missing(label) else str(label).strip()
     term_id = None if is_missing(term_id) else str(term_id).strip()
     if term_id and (name := term_name(term_id)):
-        matched = match_label(column, label)[0] if label else None
+        matched = match_label(column, label)[0] if label and label != name else None
         return Term(name, term_id, "conflict" if matched and term_name(matched) != name else "id")
     if label is None:
         return Term(None, None, "missing")

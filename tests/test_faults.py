@@ -1,0 +1,258 @@
+"""What goes wrong while a corpus is built or kept: nothing may be lost, nothing may be silently wrong."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+pytest.importorskip("cellxgene_ontology_guide")
+
+from scmmgpt.train import prepare
+from scmmgpt.train.corpus import hash_file, open_corpus
+from scmmgpt.train.synthetic import synthetic_adata
+
+
+GENES = list(synthetic_adata(4).var_names)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two files of 120 cells, and the vocabulary of their genes, which saves the builds the search for it."""
+    folder = tmp_path_factory.mktemp("sources")
+    for i in range(2):
+        synthetic_adata(120, seed=i).write_h5ad(folder / f"set{i}.h5ad")
+    (folder / "vocab.json").write_text(json.dumps({g: i for i, g in enumerate(["<pad>", "<cls>", "<eoc>", *GENES])}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_aliases(monkeypatch):
+    monkeypatch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+
+
+def arguments(sources, output, *more):
+    words = [*sorted(map(str, sources.glob("*.h5ad"))), "--vocabulary", str(sources / "vocab.json")]
+    words += ["--split-by", "cell", "--cells-per-shard", "30", "--cells-per-partition", "20", "--workers", "1"]
+    return prepare.make_parser().parse_args([*words, "--output", str(output), *more])
+
+
+@pytest.fixture(scope="module")
+def whole(sources, tmp_path_factory):
+    """A corpus that was built in peace."""
+    output = tmp_path_factory.mktemp("whole") / "corpus"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+        prepare.main(arguments(sources, output))
+    return output
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it to damage."""
+    shutil.copytree(whole, tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+def shard_bytes(corpus):
+    return {path.name: hash_file(path) for path in sorted(corpus.glob("data/*"))}
+
+
+def shard_path(corpus):
+    return sorted(corpus.glob("data/train-*.parquet"))[1]
+
+
+def test_a_build_killed_at_twenty_random_moments_ends_with_the_same_bytes(sources, whole, tmp_path):
+    """Kills fall between any two files that the build makes, and into their writing."""
+    rng = np.random.default_rng(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scmmgpt.train.prepare"])
+    output, builds, kills, finished = tmp_path / "corpus-0", 0, 0, 0
+
+    def n_files():
+        return sum(1 for _ in output.rglob("*"))
+
+    def check_and_start_over():
+        nonlocal output, finished
+        assert shard_bytes(output) == shard_bytes(whole)
+        assert (output / "splits.json").read_bytes() == (whole / "splits.json").read_bytes()
+        open_corpus(output, verify=True)
+        finished += 1
+        output = tmp_path / f"corpus-{finished}"
+
+    while kills < 20:
+        builds += 1
+        assert builds < 60, f"only {kills} builds of {builds} could be killed before they ended"
+        enough = n_files() + rng.integers(1, 12)
+        process = context.Process(target=prepare.main, args=(arguments(sources, output),))
+        process.start()
+        while process.is_alive() and n_files() < enough and not (output / "manifest.json").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            check_and_start_over()
+        else:
+            assert process.exitcode == -9
+            kills += 1
+    prepare.main(arguments(sources, output))
+    check_and_start_over()
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_a_finished_shard_is_never_written_again(sources, whole, tmp_path, monkeypatch):
+    output = tmp_path / "corpus"
+    monkeypatch.setattr(prepare._Build, "_finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare.main(arguments(sources, output))
+    before = {path: path.stat().st_mtime_ns for path in output.glob("data/*")}
+    assert len(before) == len(shard_bytes(whole))
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+    prepare.main(arguments(sources, output))
+    assert before == {path: path.stat().st_mtime_ns for path in output.glob("data/*")}
+    assert shard_bytes(output) == shard_bytes(whole)
+
+
+def test_two_builders_at_once_do_not_mix(sources, tmp_path):
+    with prepare._lock(tmp_path / "corpus"):
+        message = f"Another builder is at work on .*process {os.getpid()} on"
+        with pytest.raises(ValueError, match=message):
+            prepare.main(arguments(sources, tmp_path / "corpus"))
+    prepare.main(arguments(sources, tmp_path / "corpus"))
+
+
+def test_builders_that_start_together_leave_one_whole_corpus(sources, whole, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    builders = [context.Process(target=prepare.main, args=(arguments(sources, tmp_path / "c"),)) for _ in range(2)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert 0 in {builder.exitcode for builder in builders}
+    assert shard_bytes(tmp_path / "c") == shard_bytes(whole)
+
+
+def test_a_file_too_large_for_the_disk_is_said_clearly_and_resumed(sources, whole, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(path.stat().st_size for path in whole.glob("data/*"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 100, hard))
+    try:
+        with pytest.raises(OSError, match=r"bytes are free.*give the same command again") as error:
+            prepare.main(arguments(sources, tmp_path / "corpus"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    with pytest.raises(FileNotFoundError, match="its build did not finish"):
+        open_corpus(tmp_path / "corpus")
+    prepare.main(arguments(sources, tmp_path / "corpus"))
+    assert shard_bytes(tmp_path / "corpus") == shard_bytes(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that can be filled and enlarged."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a tmpfs cannot be mounted here: " + mounted.stderr.decode().strip())
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_said_clearly_and_resumed(sources, whole, small_disk):
+    with pytest.raises(OSError, match=r"No space left on device while writing.*give the same command again"):
+        prepare.main(arguments(sources, small_disk / "corpus"))
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    prepare.main(arguments(sources, small_disk / "corpus"))
+    assert shard_bytes(small_disk / "corpus") == shard_bytes(whole)
+
+
+def test_a_truncated_shard_is_refused_until_it_is_deleted_and_built_again(sources, copy, whole):
+    path = shard_path(copy)
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(ValueError, match="truncated"):
+        open_corpus(copy)
+    with pytest.raises(ValueError, match=f"{path.name} is damaged.*Delete it"):
+        prepare.main(arguments(sources, copy))
+    path.unlink()
+    prepare.main(arguments(sources, copy))
+    assert shard_bytes(copy) == shard_bytes(whole)
+
+
+def test_a_flipped_byte_is_found(sources, copy):
+    path = shard_path(copy)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="sha256"):
+        open_corpus(copy)
+    with pytest.raises(ValueError, match="is damaged"):
+        prepare.main(arguments(sources, copy))
+
+
+def test_a_missing_shard_is_named_and_built_again(sources, copy, whole):
+    path = shard_path(copy)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=path.name):
+        open_corpus(copy)
+    prepare.main(arguments(sources, copy))
+    assert shard_bytes(copy) == shard_bytes(whole)
+    assert json.loads((copy / "manifest.json").read_text()) == json.loads((whole / "manifest.json").read_text()) | {
+        "command": json.loads((copy / "manifest.json").read_text())["command"]
+    }
+
+
+def test_a_source_that_changed_is_not_mixed_with_the_old_one(sources, tmp_path, monkeypatch):
+    folder = tmp_path / "sources"
+    shutil.copytree(sources, folder)
+    monkeypatch.setattr(prepare._Build, "_finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare.main(arguments(folder, tmp_path / "corpus"))
+    (folder / "set1.h5ad").unlink()
+    synthetic_adata(120, seed=7).write_h5ad(folder / "set1.h5ad")
+    with pytest.raises(ValueError, match=r"other sources or options \(sources differ\)"):
+        prepare.main(arguments(folder, tmp_path / "corpus"))
+
+
+def test_a_model_of_another_vocabulary_is_refused(copy):
+    other = {g: i for i, g in enumerate(["<pad>", "<cls>", "<eoc>", *reversed(GENES)])}
+    with pytest.raises(ValueError, match="another gene vocabulary"):
+        open_corpus(copy, vocabulary=other)
+
+
+def test_shards_of_unknown_origin_are_not_adopted(sources, copy):
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="an unknown build"):
+        prepare.main(arguments(sources, copy))
+
+
+def test_workers_end_with_a_killed_builder():
+    """A killed builder leaves no process behind that works on for nobody."""
+    program = """
+import operator, os, time
+from scmmgpt.train import prepare
+with prepare._executor(2, None, []) as run:
+    print(*run(operator.call, [os.getpid], "asked"), flush=True)
+    time.sleep(60)
+"""
+    builder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    worker = int(builder.stdout.readline())
+    builder.kill()
+    builder.wait()
+    for _ in range(1000):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"worker {worker} still runs")
