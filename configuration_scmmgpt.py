@@ -29,6 +29,7 @@ CELL_AUTO_MAP = {
 }
 
 EXPRESSION_HEADS = ("mse", "nb", "zinb")
+TEXT_POOLINGS = ("mean", "cls")
 
 
 class ScGPTConfig(PreTrainedConfig):
@@ -105,6 +106,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         num_condition_tokens (`int`, defaults to 8): Condition tokens that the cell model reads when it generates.
             The first stands where `<cls>` stands in a cell.
         projection_dim (`int`, defaults to 256): Width of the shared cell-text space.
+        text_pooling (`str`, defaults to `"mean"`): How a text's states become one: `"mean"` over its tokens, or `"cls"`,
+            the first token's state, as published. At the start the latter hardly differs between texts.
         cell_token_id (`int`): Id of `<cell>` in the language model's tokenizer.
         expression_head (`str`, defaults to `"mse"`): `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a
             (zero-inflated) negative binomial of the counts, which can be sampled.
@@ -134,6 +137,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     num_query_tokens: int = 32
     num_condition_tokens: int = 8
     projection_dim: int = 256
+    text_pooling: str = "mean"
     cell_token_id: int = 32000
     expression_head: str = "mse"
     logit_scale_init: float | int = 2.6593
@@ -159,6 +163,8 @@ class ScMMGPTConfig(PreTrainedConfig):
             self.auto_map = dict(AUTO_MAP)
         if self.expression_head not in EXPRESSION_HEADS:
             raise ValueError(f"expression_head is {self.expression_head!r}; choose one of {EXPRESSION_HEADS}.")
+        if self.text_pooling not in TEXT_POOLINGS:
+            raise ValueError(f"text_pooling is {self.text_pooling!r}; choose one of {TEXT_POOLINGS}.")
         for name in ("num_query_tokens", "num_condition_tokens", "projection_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")

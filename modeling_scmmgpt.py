@@ -352,12 +352,27 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
     def get_text_features(
         self, qformer_input_ids: torch.Tensor, qformer_attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Texts in the shared space: `(num_texts, projection_dim)`, L2-normalised, read at the first token."""
+        """Texts in the shared space: `(num_texts, projection_dim)`, L2-normalised."""
+        return self.project_texts(self.read_texts(qformer_input_ids, qformer_attention_mask))
+
+    def read_texts(
+        self, qformer_input_ids: torch.Tensor, qformer_attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One state per text, `(num_texts, qformer_config.hidden_size)`, pooled as `config.text_pooling` says."""
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
         states = self.qformer(
             query_embeds=text_embeds, query_length=0, attention_mask=qformer_attention_mask
         ).last_hidden_state
-        return F.normalize(self.text_projection(states[:, 0]), dim=-1)
+        if self.config.text_pooling == "cls":
+            return states[:, 0]
+        if qformer_attention_mask is None:
+            return states.mean(dim=1)
+        weights = qformer_attention_mask.to(states.dtype)[..., None]
+        return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def project_texts(self, text_states: torch.Tensor) -> torch.Tensor:
+        """Text states -> shared space, `(num_texts, projection_dim)`, L2-normalised."""
+        return F.normalize(self.text_projection(text_states), dim=-1)
 
     def match(
         self,

@@ -1,0 +1,221 @@
+"""Both training stages on a tiny corpus: what is trained, what is not, and that a run can be cut in two."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names
+from scmmgpt.train import align, tune
+from scmmgpt.train.corpus import write_corpus
+
+
+TYPES = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A one-layer BERT over bytes-like words, saved as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("bert")
+    words = "cell type a is this of the . , : B T monocyte lymphocyte lineage blood that capable immunity in".split()
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+        )
+    ).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Forty cells of three types with planted markers, over thirty genes."""
+    path = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    types = np.array(list(TYPES))[np.arange(40) % 3]
+    counts = rng.poisson(1.0, (40, 30))
+    for row, name in enumerate(types):
+        block = list(TYPES).index(name) * 5
+        counts[row, block : block + 5] += rng.poisson(12, 5)
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *(f"GENE{i}" for i in range(30))])}
+    cells = Cells.from_csr(csr_matrix(counts), np.arange(3, 33), cell_ids=hash_names([f"cell{i}" for i in range(40)]))
+    obs = {
+        "cell_type": types,
+        "cell_type_ontology_term_id": [TYPES[name] for name in types],
+        "tissue": ["blood"] * 40,
+        "dataset_id": ["synthetic"] * 40,
+    }
+    take = lambda a, b: (cells[a:b], {name: list(values[a:b]) for name, values in obs.items()})  # noqa: E731
+    write_corpus(path, vocabulary, {"train": take(0, 32), "validation": take(32, 40)}, row_group_size=8)
+    shares = counts[:32] / counts[:32].sum(axis=1, keepdims=True)
+    means = np.concatenate([np.zeros(3), shares.mean(axis=0)])
+    pq.write_table(pa.table({"gene_id": np.arange(33), "mean_share": means}), path / "genes.parquet")
+    return str(path)
+
+
+def run_align(corpus, bert, output_dir, **options):
+    parser = align.make_parser()
+    values = {
+        "corpus": corpus,
+        "bert": bert,
+        "output_dir": output_dir,
+        "cell_config": json.dumps(
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "hidden_dropout": 0.0,
+            }
+        ),
+        "num_query_tokens": 2,
+        "projection_dim": 8,
+        "cross_attention_frequency": 1,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **options,
+    }
+    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    align.main(*parser.parse_args_and_config(arguments))
+    return align.ScMMGPTForCellTextAlignment.from_pretrained(output_dir)
+
+
+def run_tune(corpus, aligned, output_dir, **options):
+    parser = tune.make_parser()
+    values = {
+        "corpus": corpus,
+        "aligned": aligned,
+        "output_dir": output_dir,
+        "language_model": "scratch",
+        "language_model_config": json.dumps(
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "intermediate_size": 16,
+            }
+        ),
+        "text_to_cell_layers": 1,
+        "num_condition_tokens": 2,
+        "lora_dropout": 0,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **options,
+    }
+    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    tune.main(*tune.make_parser().parse_args_and_config(arguments))
+    assert parser is not None
+    return tune.ScMMGPTForConditionalGeneration.from_pretrained(output_dir)
+
+
+@pytest.fixture(scope="session")
+def aligned(corpus, bert, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("aligned"))
+    run_align(corpus, bert, path)
+    return path
+
+
+def log_of(output_dir, name):
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    return [line[name] for line in history if name in line]
+
+
+def test_alignment_trains_on_a_corpus_and_names_its_losses(corpus, bert, tmp_path):
+    run_align(corpus, bert, str(tmp_path), max_steps=80, learning_rate=2e-3, eval_strategy="epoch")
+    loss = log_of(tmp_path, "loss")
+    assert np.mean(loss[-5:]) < 0.8 * np.mean(loss[:5])
+    components = [log_of(tmp_path, name)[0] for name in ("contrastive_loss", "matching_loss")]
+    assert sum(components) == pytest.approx(loss[0], abs=0.01)
+    assert 0 <= log_of(tmp_path, "eval_zero_shot_accuracy")[-1] <= 1
+
+
+def test_frozen_pretrained_weights_are_bit_identical_and_all_others_change(corpus, bert, tmp_path):
+    args = (corpus, bert)
+    before = run_align(*args, str(tmp_path / "before"), pretrained_learning_rate=0, learning_rate=0).state_dict()
+    after = run_align(*args, str(tmp_path / "after"), pretrained_learning_rate=0).state_dict()
+    _, pretrained, _ = align.qformer_from_bert(bert, cross_attention_frequency=1, encoder_hidden_size=16)
+    frozen = {name.replace("embeddings.", "qformer_embeddings.", 1) for name in pretrained if "embeddings" in name}
+    frozen |= {name for name in pretrained if name.startswith("qformer.")}
+    for name, value in before.items():
+        unused = name.startswith(("cell_model.mvc_decoder", "cell_model.expression_decoder"))
+        same = torch.equal(value, after[name])
+        # A key's bias moves no attention weight, so its gradient is 0 up to rounding.
+        if name.endswith("key.bias") and not same:
+            continue
+        assert same == (name in frozen or unused or name.endswith("key.bias")), name
+
+
+@pytest.mark.parametrize("head", ["mse", "nb"])
+def test_tuning_trains_both_directions_and_keeps_what_is_frozen(corpus, aligned, tmp_path, head):
+    before = align.ScMMGPTForCellTextAlignment.from_pretrained(aligned).state_dict()
+    model = run_tune(corpus, aligned, str(tmp_path), expression_head=head)
+    assert len(log_of(tmp_path, "language_loss")) == len(log_of(tmp_path, "expression_loss")) == 2
+    after = model.model.state_dict()
+    for name, value in before.items():
+        if not name.startswith("cell_model."):
+            assert torch.equal(value, after[name]), name
+    assert not torch.equal(before["cell_model.encoder.layers.0.linear1.weight"], after["cell_model.encoder.layers.0.linear1.weight"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_expression_loss_is_really_in_the_total(corpus, aligned, tmp_path):
+    run_tune(corpus, aligned, str(tmp_path), expression_weight=3.0, language_weight=0.5, max_steps=1)
+    total, language, expression = (log_of(tmp_path, name)[0] for name in ("loss", "language_loss", "expression_loss"))
+    assert total == pytest.approx(0.5 * language + 3 * expression, abs=0.01)
+
+
+@pytest.mark.parametrize("which", ["full", "frozen"])
+def test_a_language_model_can_be_trained_in_full_or_left_alone(corpus, aligned, tmp_path, which):
+    model = run_tune(corpus, aligned, str(tmp_path / "a"), train_language_model=which)
+    again = run_tune(corpus, aligned, str(tmp_path / "b"), train_language_model=which, learning_rate=0)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.state_dict()[name], again.state_dict()[name]) == (which == "frozen")
+
+
+def test_a_run_that_is_cut_in_two_ends_like_one_that_is_not(corpus, bert, tmp_path):
+    whole = run_align(corpus, bert, str(tmp_path / "whole"), max_steps=6, lr_scheduler_type="constant")
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
+    run_align(corpus, bert, str(tmp_path / "cut"), max_steps=3, **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-3")
+    resumed = run_align(
+        corpus, bert, str(tmp_path / "cut"), max_steps=6, resume_from_checkpoint=checkpoint, **options
+    )
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
+    assert log_of(tmp_path / "whole", "loss") == log_of(tmp_path / "cut", "loss")

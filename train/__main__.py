@@ -1,0 +1,55 @@
+"""`python -m scmmgpt.train COMMAND`: prepare -> convert -> align (stage 1) -> tune (stage 2)."""
+
+import importlib
+import sys
+
+
+# Command -> module with `make_parser` and `main`, imported when it is called so that `--help` is instant.
+COMMANDS = {
+    "prepare": "prepare",
+    "convert": "convert",
+    "pretrain": "pretrain",
+    "align": "align",
+    "tune": "tune",
+    "finetune": "finetune",
+    "plan": "plan",
+}
+ABOUT = {
+    "prepare": "cells and annotations -> training corpus",
+    "convert": "published scGPT, causal LM or BERT -> the parts they start",
+    "pretrain": "train or continue the cell model alone",
+    "align": "stage 1: align cells and texts",
+    "tune": "stage 2: describe cells and generate them",
+    "finetune": "train for your own labelled AnnData",
+    "plan": "memory that a configuration takes per GPU",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write("usage: python -m scmmgpt.train COMMAND ...\n\n")
+        sys.stdout.writelines(f"  {name:<10}{ABOUT[name]}\n" for name in COMMANDS)
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        sys.stderr.write(f"No command {command!r}; choose one of {', '.join(COMMANDS)}.\n")
+        return 2
+    module = importlib.import_module(f"scmmgpt.train.{COMMANDS[command]}")
+    parser = module.make_parser(prog=f"python -m scmmgpt.train {command}")
+    try:
+        if hasattr(parser, "parse_args_and_config"):
+            module.main(*parser.parse_args_and_config(rest))
+        else:
+            module.main(parser.parse_args(rest))
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if "--debug" in rest:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""Stage 1: align cells and texts, by contrast and matching.
+
+```
+python -m scmmgpt.train align --config train/configs/align_demo.yaml --corpus results/demo/corpus --output_dir DIR
+accelerate launch --num_processes 8 -m scmmgpt.train align --config train/configs/align_base.yaml --corpus ...
+```
+
+The checkpoint in `--output_dir` embeds, finds and annotates cells, and is what `tune` starts from.
+"""
+
+import copy
+import logging
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast, Trainer
+from trl import TrlParser
+
+from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, normalize_log1p
+from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, cell_text_similarity
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
+from scmmgpt.train.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.collate import AlignmentCollator
+from scmmgpt.train.convert import qformer_from_bert
+from scmmgpt.train.corpus import Corpus, open_corpus
+from scmmgpt.train.stream import CellStream
+from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze, save_run
+
+
+logger = logging.getLogger(__name__)
+
+PROJECTION_CELLS = 512  # cells that the start of the projections is computed from, at most
+SVD_CELLS = 50_000  # cells that the co-expression of genes is read from, at most
+MAX_VALIDATION_CELLS = 2_000  # cells that zero-shot accuracy is measured on while training, at most
+
+
+class AlignTrainer(StreamTrainerMixin, Trainer):
+    """`Trainer` for [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy on the validation cells."""
+
+    def __init__(self, *args, captions: CaptionSampler, **kwargs):
+        self.captions = captions
+        super().__init__(*args, **kwargs)
+        # The losses are means over the batch: `Trainer` averages them over accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss; its components are logged by name."""
+        outputs = model(**inputs)
+        self.record_losses(**{name: value for name, value in outputs.items() if name.endswith("_loss")})
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Losses alone: features of a whole validation split are not worth gathering."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Validation losses, and the share of cells whose most similar class text is the right one."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        scores = self.zero_shot()
+        self.log({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return {**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in scores.items()}}
+
+    @torch.no_grad()
+    def zero_shot(self) -> dict[str, float]:
+        """Zero-shot accuracy and mean recall per type over all types of the validation split."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        batches, features, types = self.eval_batches, [], []
+        batches.set_epoch(0)
+        for cells, obs in batches.stream:
+            inputs = batches.collate.processor(cells=cells, max_genes=batches.collate.max_genes).to(self.args.device)
+            features.append(model.get_cell_features(**inputs))
+            types.append(obs["cell_type"])
+            if sum(map(len, types)) >= MAX_VALIDATION_CELLS:
+                break
+        types = np.concatenate(types)
+        known = np.array([bool(name) for name in types])
+        names = sorted(set(types[known]))
+        if not names:
+            return {}
+        texts = batches.collate.processor(qformer_text=[self.captions.label_text(name) for name in names])
+        text_features = model.get_text_features(**texts.to(self.args.device))
+        similarity = cell_text_similarity(torch.cat(features)[torch.from_numpy(known)], text_features)
+        predicted = np.array(names)[similarity.argmax(dim=1).cpu().numpy()]
+        right = predicted == types[known]
+        recall = np.mean([right[types[known] == name].mean() for name in names])
+        return {"zero_shot_accuracy": round(float(right.mean()), 4), "zero_shot_recall": round(float(recall), 4)}
+
+
+def gene_tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    """The gene vocabulary as an ordinary word-level tokenizer: `<pad>` for what it does not know, as scGPT has it."""
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
+
+
+def build_processor(corpus: Corpus, qformer_tokenizer, model_args: AlignModelArguments, max_genes: int | None):
+    """The processor of a stage-1 checkpoint; its `tokenizer` stands in until `tune` brings the language model's."""
+    extractor = ScMMGPTFeatureExtractor(
+        max_genes=max_genes or 1200,
+        value_mode=model_args.value_mode,
+        selection=model_args.selection,
+        pad_token_id=corpus.vocabulary["<pad>"],
+        cls_token_id=corpus.vocabulary["<cls>"],
+    )
+    processor = ScMMGPTProcessor(
+        extractor,
+        copy.deepcopy(qformer_tokenizer),
+        qformer_tokenizer,
+        gene_tokenizer_of(corpus.vocabulary),
+        num_query_tokens=model_args.num_query_tokens,
+        qformer_max_length=model_args.qformer_max_length,
+    )
+    processor.gene_aliases = corpus.gene_aliases
+    return processor
+
+
+def build_model(corpus: Corpus, model_args: AlignModelArguments, **weights: float):
+    """A stage-1 model and the tokenizer of its text branch.
+
+    Args:
+        corpus: Its gene vocabulary is the model's.
+        model_args: Where the parts come from.
+        weights: Loss weights, as in `ScMMGPTConfig`.
+
+    Returns:
+        Model, Q-Former tokenizer, and the names of the parameters that come pretrained.
+    """
+    vocabulary = corpus.vocabulary
+    cell_model = None
+    if model_args.cell_model is not None:
+        cell_model = ScGPTModel.from_pretrained(model_args.cell_model)
+        cell_config = cell_model.config
+        if cell_config.vocab_size != len(vocabulary):
+            raise ValueError(
+                f"{model_args.cell_model} has {cell_config.vocab_size} gene tokens, but the corpus {corpus.path} has "
+                f"{len(vocabulary)}. Prepare the corpus with `--vocabulary {model_args.cell_model}/vocab.json`."
+            )
+    else:
+        cell_config = ScGPTConfig(
+            vocab_size=len(vocabulary),
+            pad_token_id=vocabulary["<pad>"],
+            cls_token_id=vocabulary["<cls>"],
+            **model_args.cell_config,
+        )
+    qformer_config, qformer_weights, qformer_tokenizer = qformer_from_bert(
+        model_args.bert,
+        cross_attention_frequency=model_args.cross_attention_frequency,
+        num_layers=model_args.bert_layers,
+        encoder_hidden_size=cell_config.hidden_size,
+    )
+    if model_args.qformer_dropout is not None:
+        qformer_config.hidden_dropout_prob = qformer_config.attention_probs_dropout_prob = model_args.qformer_dropout
+    config = ScMMGPTConfig(
+        cell_config=cell_config,
+        qformer_config=qformer_config,
+        num_query_tokens=model_args.num_query_tokens,
+        projection_dim=model_args.projection_dim,
+        text_pooling=model_args.text_pooling,
+        **weights,
+    )
+    model = ScMMGPTForCellTextAlignment(config)
+
+    weights = {
+        name.replace("embeddings.", "qformer_embeddings.", 1) if name.startswith("embeddings.") else name: value
+        for name, value in qformer_weights.items()
+    }
+    if cell_model is not None:
+        weights.update({f"cell_model.{name}": value for name, value in cell_model.state_dict().items()})
+    report = model.load_state_dict(weights, strict=False)
+    if report.unexpected_keys:
+        raise ValueError(f"These weights have no place in the model: {report.unexpected_keys}.")
+    if cell_model is None and model_args.gene_embeddings == "svd":
+        embed_genes_by_coexpression(model.cell_model, corpus)
+    return model, qformer_tokenizer, set(weights)
+
+
+@torch.no_grad()
+def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
+    """Start gene embeddings from the right singular vectors of the training cells' log1p(CP10k), genes standardised.
+
+    Genes that rise and fall together start close together, so a small corpus need not teach that. The vectors are
+    scaled to the spread of scGPT's own initialisation; genes without a training cell keep theirs.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.decomposition import TruncatedSVD
+
+    weight = cell_model.get_input_embeddings().weight
+    pieces, total = [], 0
+    for cells, _ in corpus.iter_cells("train", columns=[]):
+        values = normalize_log1p(cells)
+        pieces.append((values, cells.gene_ids.astype(np.int64), np.diff(cells.indptr)))
+        total += len(cells)
+        if total >= SVD_CELLS:
+            break
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([lengths for *_, lengths in pieces]))])
+    values, genes = (np.concatenate(arrays) for arrays in list(zip(*pieces, strict=True))[:2])
+    matrix = csr_matrix((values, genes, indptr), shape=(len(indptr) - 1, len(weight)))
+    mean = np.asarray(matrix.mean(axis=0)).ravel()
+    deviation = np.sqrt(np.maximum(np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2, 0))
+    seen = deviation > 0
+    matrix = matrix.multiply(np.where(seen, 1 / np.maximum(deviation, 1e-6), 0)[None]).tocsr()
+    rank = min(weight.shape[1], matrix.shape[0] - 1, int(seen.sum()) - 1)
+    svd = TruncatedSVD(rank, random_state=0).fit(matrix)
+    vectors = torch.from_numpy((svd.components_ * svd.singular_values_[:, None]).T.copy()).to(weight)[seen]
+    rows = torch.from_numpy(np.flatnonzero(seen))
+    target = weight[rows].std()
+    weight[rows, :rank] = vectors / vectors.std() * target
+    logger.info("Started %d gene embeddings from the co-expression in %d cells", len(rows), matrix.shape[0])
+
+
+@torch.no_grad()
+def standardize_projections(model: ScMMGPTForCellTextAlignment, batches: StreamBatches) -> None:
+    """Start both projections from the principal axes of what they will read.
+
+    A fresh Q-Former answers nearly the same for every cell, and a BERT for every text; cosine similarities are then all
+    1, and contrast settles in the constant solution. Centred and rotated to their axes, the differences are what is
+    left. `train/LOG.md` has the comparison.
+    """
+    model.eval()
+    query_states, text_states = [], []
+    for step in range(len(batches)):
+        batch = batches[step]
+        cell_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
+        query_states.append(model.query_cells(cell_states, batch["cell_attention_mask"]).flatten(0, 1))
+        text_states.append(model.read_texts(batch["qformer_input_ids"], batch["qformer_attention_mask"]))
+        if sum(map(len, text_states)) >= PROJECTION_CELLS:
+            break
+    for projection, states in ((model.cell_projection, query_states), (model.text_projection, text_states)):
+        states = torch.cat(states)
+        mean = states.mean(dim=0)
+        _, scale, axes = torch.linalg.svd(states - mean, full_matrices=False)
+        rank = min(len(axes), projection.out_features)
+        projection.weight[:rank] = axes[:rank] * (len(states) ** 0.5 / scale.norm())
+        projection.bias.copy_(-projection.weight @ mean)
+    model.train()
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The command line."""
+    return TrlParser((DataArguments, AlignModelArguments, AlignConfig), prog=prog, description=__doc__)
+
+
+def main(data_args: DataArguments, model_args: AlignModelArguments, training_args: AlignConfig) -> None:
+    """Build, train, save."""
+    # --- Corpus and model
+    torch.manual_seed(training_args.seed)
+    corpus = open_corpus(data_args.corpus)
+    weights = ("contrastive_weight", "matching_weight", "captioning_weight", "cell_pretraining_weight")
+    model, qformer_tokenizer, pretrained = build_model(
+        corpus, model_args, **{name: getattr(training_args, name) for name in weights}
+    )
+    processor = build_processor(corpus, qformer_tokenizer, model_args, data_args.max_genes)
+
+    # --- Batches
+    captions = CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path))
+    mask_ratio = training_args.mask_ratio if training_args.cell_pretraining_weight else None
+    collate = AlignmentCollator(processor, captions, mask_ratio=mask_ratio, max_genes=data_args.max_genes)
+    train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+
+    if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
+        standardize_projections(model, train_batches)
+
+    # --- Training
+    unused = ["cell_model.mvc_decoder.", "cell_model.expression_decoder."]
+    if training_args.cell_pretraining_weight:
+        unused = []
+    if not training_args.matching_weight:
+        unused.append("matching_head.")
+    frozen = pretrained if training_args.pretrained_learning_rate == 0 else set()
+    freeze(model, lambda name: name.startswith(tuple(unused)) or name in frozen)
+    trainer = AlignTrainer(
+        model=model,
+        args=training_args,
+        processing_class=processor,
+        train_dataset=train_batches,
+        eval_dataset=eval_batches,
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        is_pretrained=pretrained.__contains__,
+        captions=captions,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if eval_batches is not None:
+        trainer.evaluate()
+    finish(trainer, "align", data=data_args, model=model_args, training=training_args)
+
+
+
+def data_seed(training_args) -> int:
+    """Seed of order, captions and sampling."""
+    return training_args.seed if training_args.data_seed is None else training_args.data_seed
+
+
+def make_batches(corpus: Corpus, collate, data_args: DataArguments, training_args) -> tuple[StreamBatches, StreamBatches | None]:
+    """Training and validation batches of this rank; no validation batches where none are asked for or there are."""
+    share = {"rank": training_args.process_index, "world_size": training_args.world_size}
+    train = CellStream(
+        corpus,
+        split="train",
+        batch_size=training_args.per_device_train_batch_size,
+        drop_last=training_args.dataloader_drop_last,
+        seed=data_seed(training_args),
+        balance=data_args.balance,
+        temperature=data_args.balance_temperature,
+        **share,
+    )
+    if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
+        return StreamBatches(train, collate), None
+    validation = CellStream(
+        corpus, split="validation", batch_size=training_args.per_device_eval_batch_size, shuffle=False, **share
+    )
+    return StreamBatches(train, collate), StreamBatches(validation, collate)
+
+
+def finish(trainer, command: str, **arguments) -> None:
+    """Save the model, its processor, the state with the training curves, and the arguments."""
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        save_run(trainer.args.output_dir, command, **arguments)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,183 @@
+"""Typed arguments of the training commands.
+
+Each command reads `--config FILE.yaml` and lets the command line override it (`trl.TrlParser`). Data and models have
+no default; hyper-parameters have the ones that worked (`train/LOG.md`).
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+
+def parse_fields(name: str, value: dict | str | None) -> dict:
+    """Fields of a configuration, from YAML as they are or from the command line as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is no JSON object: {value!r} ({error}).") from None
+    return dict(value or {})
+
+
+@dataclass
+class DataArguments:
+    """Which cells and texts to train on.
+
+    Args:
+        corpus: Folder written by `prepare`.
+        templates: Caption templates: `default`, `paper`, or a JSON file.
+        balance: Annotation whose labels are to be seen more evenly, such as `cell_type` or `dataset_id`.
+        balance_temperature: With `balance`: a label of n cells is drawn in proportion to n ** (1 / temperature).
+        max_genes: Longest cell, `<cls>` included; by default the processor's own.
+    """
+
+    corpus: str = field(metadata={"help": "Folder written by `prepare`."})
+    templates: str = field(default="default", metadata={"help": "Caption templates: default, paper, or a JSON file."})
+    balance: str | None = field(default=None, metadata={"help": "Annotation whose labels are to be seen more evenly."})
+    balance_temperature: float = field(default=2.0, metadata={"help": "1: as they come; the larger, the more even."})
+    max_genes: int | None = field(default=None, metadata={"help": "Longest cell, <cls> included."})
+
+
+@dataclass
+class AlignModelArguments:
+    """Which model to align.
+
+    Args:
+        cell_model: Converted scGPT checkpoint to start from; by default a new one of `cell_config`'s size over the
+            corpus's gene vocabulary.
+        cell_config: Fields of `ScGPTConfig` for a new cell model.
+        bert: What the Q-Former starts from: Hub id, folder, or `package:NAME/FOLDER`.
+        bert_layers: Keep only the first layers of it.
+        cross_attention_frequency: Every which Q-Former layer reads the cell.
+        qformer_max_length: Texts for the Q-Former are cut here.
+        num_query_tokens, projection_dim: As in `ScMMGPTConfig`.
+        qformer_dropout: Dropout of the Q-Former, hidden and attention; by default the BERT's own.
+        text_pooling: As in `ScMMGPTConfig`.
+        standardize_projections: Start the projections from the principal axes of what they read.
+        gene_embeddings: What new gene embeddings start from: `svd` of the corpus's co-expression, or `random`.
+        value_mode, selection: As in `ScMMGPTFeatureExtractor`.
+    """
+
+    bert: str = field(metadata={"help": "BERT that starts the Q-Former: Hub id, folder or package:NAME/FOLDER."})
+    cell_model: str | None = field(default=None, metadata={"help": "Converted scGPT checkpoint to start from."})
+    cell_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of ScGPTConfig for a new cell model; JSON on the command line."}
+    )
+    bert_layers: int | None = field(default=None, metadata={"help": "Keep only the first layers of the BERT."})
+    cross_attention_frequency: int = field(default=2, metadata={"help": "Every which layer reads the cell."})
+    qformer_max_length: int = field(default=128, metadata={"help": "Longest text of the Q-Former, in tokens."})
+    num_query_tokens: int = field(default=32, metadata={"help": "Queries, and placeholders in a prompt, per cell."})
+    projection_dim: int = field(default=256, metadata={"help": "Width of the shared cell-text space."})
+    gene_embeddings: Literal["svd", "random"] = field(
+        default="svd", metadata={"help": "What new gene embeddings start from."}
+    )
+    qformer_dropout: float | None = field(default=None, metadata={"help": "Dropout of the Q-Former; BERT's by default."})
+    text_pooling: Literal["mean", "cls"] = field(default="mean", metadata={"help": "How a text becomes one vector."})
+    standardize_projections: bool = field(
+        default=True, metadata={"help": "Start the projections from the principal axes of their inputs."}
+    )
+    value_mode: Literal["binned", "log1p", "raw"] = field(default="binned", metadata={"help": "Expression values."})
+    selection: Literal["random", "top"] = field(default="random", metadata={"help": "Which genes a long cell keeps."})
+
+    def __post_init__(self):
+        self.cell_config = parse_fields("cell_config", self.cell_config)
+
+
+@dataclass
+class StageArguments:
+    """What both stages add to `TrainingArguments`.
+
+    Args:
+        pretrained_learning_rate: Learning rate of parameters that come trained (BERT, converted scGPT, stage 1);
+            `learning_rate` is that of new ones. `None`: the same for all; 0: they stay frozen.
+    """
+
+    pretrained_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of parameters that come trained; 0 freezes them."}
+    )
+
+
+@dataclass
+class AlignConfig(StageArguments, TrainingArguments):
+    """`TrainingArguments` of stage 1. Defaults that differ: learning_rate 1e-4, bf16 off, TensorBoard reports.
+
+    Args:
+        contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight: Weights of the losses.
+        mask_ratio: Share of genes hidden for the masked-expression loss.
+        pretrained_learning_rate: See [`StageArguments`].
+    """
+
+    contrastive_weight: float = field(default=1.0, metadata={"help": "Weight of the cell-text contrast."})
+    matching_weight: float = field(default=1.0, metadata={"help": "Weight of cell-text matching."})
+    captioning_weight: float = field(default=0.0, metadata={"help": "Weight of captioning by the Q-Former."})
+    cell_pretraining_weight: float = field(default=0.0, metadata={"help": "Weight of masked expression."})
+    mask_ratio: float = field(default=0.4, metadata={"help": "Share of genes hidden for masked expression."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of new parameters."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches come finished; keep False."})
+
+
+@dataclass
+class TuneModelArguments:
+    """Which model to tune.
+
+    Args:
+        aligned: Stage-1 checkpoint.
+        language_model: Hub id, folder, GGUF file, `package:NAME/FOLDER`, or `scratch`: a new small Llama of
+            `language_model_config`'s size whose tokenizer is trained on the corpus's captions.
+        expression_head: `mse` predicts a mean; `nb` and `zinb` can be sampled into counts.
+        num_condition_tokens: Tokens that the cell model is driven by.
+        text_to_cell_layers: Layers of the text-to-cell projector.
+        lora_rank, lora_alpha, lora_dropout: LoRA on the language model's layers; rank 0 trains none.
+        train_language_model: `lora`, `full` or `frozen`.
+        train_cell_model: Whether the cell model, which also decodes, is trained.
+        train_qformer: Whether the Q-Former is trained; published, it is not.
+    """
+
+    aligned: str = field(metadata={"help": "Stage-1 checkpoint."})
+    language_model: str = field(metadata={"help": "Hub id, folder, GGUF file, package:NAME/FOLDER, or scratch."})
+    language_model_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of LlamaConfig for a scratch model; JSON on the command line."}
+    )
+    expression_head: Literal["mse", "nb", "zinb"] = field(default="nb", metadata={"help": "Expression head."})
+    num_condition_tokens: int = field(default=8, metadata={"help": "Tokens that drive the cell model."})
+    text_to_cell_layers: int = field(default=2, metadata={"help": "Layers of the text-to-cell projector."})
+    train_language_model: Literal["lora", "full", "frozen"] = field(
+        default="lora", metadata={"help": "What of the language model is trained."}
+    )
+    train_cell_model: bool = field(default=True, metadata={"help": "Whether the cell model is trained."})
+    train_qformer: bool = field(default=False, metadata={"help": "Whether the Q-Former is trained."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, divided by its rank."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of LoRA."})
+
+    def __post_init__(self):
+        self.language_model_config = parse_fields("language_model_config", self.language_model_config)
+
+
+@dataclass
+class TuneConfig(StageArguments, SFTConfig):
+    """`SFTConfig` of stage 2. Defaults that differ: no truncation, no preparation (batches come finished), fp32.
+
+    Args:
+        text_to_cell_ratio: Share of cells that are generated from their text; the rest are described.
+        language_weight, expression_weight: Weights of the two losses.
+        pretrained_learning_rate: See [`StageArguments`].
+    """
+
+    text_to_cell_ratio: float = field(default=0.5, metadata={"help": "Share of cells generated from their text."})
+    language_weight: float = field(default=1.0, metadata={"help": "Weight of the language loss."})
+    expression_weight: float = field(default=1.0, metadata={"help": "Weight of the expression loss."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of new parameters."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches come finished; keep False."})
+    max_length: int | None = field(default=None, metadata={"help": "No truncation: it would cut cells apart."})
+    dataset_kwargs: dict | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 mixed precision."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.text_to_cell_ratio <= 1:
+            raise ValueError(f"text_to_cell_ratio is {self.text_to_cell_ratio}; it is a share between 0 and 1.")

@@ -1,0 +1,106 @@
+"""Cells and their annotations -> training batches, through the one processor."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names, mask_genes
+from scmmgpt.train.captions import CaptionSampler
+
+
+DIRECTION_SEED = 0x5EED  # sets the describe-or-generate draw apart from all other draws of a cell
+
+
+def type_ids(obs: Mapping[str, np.ndarray], captions: list[str]) -> torch.Tensor:
+    """What each caption means, int64 `(n_cells,)`: the cell type's id, its name, or the caption itself.
+
+    Two captions of one type differ in words, tissue or markers; as answers to "what is this cell" they agree.
+    """
+    names = np.array(captions, dtype=object)
+    for column in ("cell_type", "cell_type_ontology_term_id"):
+        values = np.asarray(obs.get(column, np.full(len(captions), None)), dtype=object)
+        known = np.array([bool(value) and value != "unknown" for value in values])
+        names[known] = values[known]
+    return torch.from_numpy(hash_names(names.astype(str)).view(np.int64))
+
+
+class AlignmentCollator:
+    """Batches of stage 1: cells, captions, and which captions mean the same.
+
+    Args:
+        processor: Makes every input.
+        captions: Writes the texts.
+        mask_ratio: Share of genes hidden for the masked-expression loss; `None` leaves that loss out.
+        max_genes: Longest cell; by default the processor's.
+    """
+
+    def __init__(self, processor, captions: CaptionSampler, *, mask_ratio: float | None = None, max_genes=None):
+        self.processor, self.captions = processor, captions
+        self.mask_ratio, self.max_genes = mask_ratio, max_genes
+        self.gene_symbols = processor.gene_symbols(range(len(processor.gene_tokenizer)))
+
+    def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
+        texts = self.captions.caption(obs, cells, self.gene_symbols, epoch=epoch)
+        batch = dict(self.processor(cells=cells, qformer_text=texts, epoch=epoch, max_genes=self.max_genes))
+        batch["text_ids"] = type_ids(obs, texts)
+        if self.mask_ratio is not None:
+            extractor = self.processor.feature_extractor
+            hidden = mask_genes(
+                batch["gene_ids"],
+                batch["cell_attention_mask"],
+                cells.cell_ids,
+                self.mask_ratio,
+                seed=extractor.seed,
+                epoch=epoch,
+            )
+            batch["expression_labels"] = batch["expression"].masked_fill(~hidden, -100)
+            batch["masked_expression"] = batch["expression"].masked_fill(hidden, -1)
+        return batch
+
+
+class TuningCollator:
+    """Batches of stage 2: every cell is either described (cell -> text) or generated (text -> cell).
+
+    Args:
+        processor: Makes every input.
+        captions: Writes descriptions (`answer`) and prompts (`caption`).
+        text_to_cell_ratio: Share of cells to generate; which ones is a hash of cell and epoch.
+        target_genes: Vocabulary ids of the genes that the corpus measured.
+        max_genes: Longest cell; by default the processor's.
+    """
+
+    def __init__(
+        self, processor, captions: CaptionSampler, *, text_to_cell_ratio=0.5, target_genes=None, max_genes=None
+    ):
+        self.processor, self.captions = processor, captions
+        self.text_to_cell_ratio, self.target_genes, self.max_genes = text_to_cell_ratio, target_genes, max_genes
+
+    def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
+        generated = self.is_generated(cells.cell_ids, epoch)
+        # Neither text is told about the cell's own genes: a prompt must not hint at its target.
+        prompts = self.captions.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
+        answers = self.captions.answer(obs, cell_ids=cells.cell_ids, epoch=epoch)
+        describe = self.processor.render_prompt("describe")
+        texts = [
+            self.processor.render_prompt("generate", text=prompt) if generate else describe
+            for prompt, generate in zip(prompts, generated, strict=True)
+        ]
+        answers = ["" if generate else answer for answer, generate in zip(answers, generated, strict=True)]
+        described = None if generated.all() else cells[~generated]
+        batch = self.processor(
+            text=texts,
+            cells=described,
+            answers=answers,
+            target_cells=cells[generated] if self.text_to_cell_ratio else None,
+            target_rows=generated,
+            target_genes=self.target_genes,
+            epoch=epoch,
+            max_genes=self.max_genes,
+        )
+        return dict(batch)
+
+    def is_generated(self, cell_ids: np.ndarray, epoch: int) -> np.ndarray:
+        """Bool `(n_cells,)`: which cells are generated in this epoch."""
+        names = np.char.add(np.asarray(cell_ids).astype(str), f"/{epoch}/{DIRECTION_SEED}")
+        return hash_names(names) < np.uint64(self.text_to_cell_ratio * float(2**64 - 2**11))

@@ -1,0 +1,148 @@
+"""What the trainers of both stages share: finished batches from a stream, two learning rates, losses by name."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from scmmgpt.train.stream import CellStream, take_batch
+
+
+class StreamBatches(Dataset):
+    """The batches of a stream by their number within the epoch.
+
+    Being able to ask for batch `i` makes resuming exact and free: `Trainer` skips numbers, not data.
+
+    Args:
+        stream: The cells, already this rank's share.
+        collate: `collate(cells, obs, epoch=...)` -> the model's inputs.
+    """
+
+    def __init__(self, stream: CellStream, collate: Callable):
+        self.stream, self.collate = stream, collate
+        self._cells, self._next = None, None
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; its order and its random draws are its own."""
+        self.stream.set_epoch(epoch)
+        self._next = None
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        if step != self._next:
+            self.stream.load_state_dict({**self.stream.state_dict(), "step": step})
+            self._cells = iter(self.stream)
+        self._next = step + 1
+        cells, obs = next(self._cells)
+        return self.collate(cells, obs, epoch=self.stream.epoch)
+
+
+class BatchLoader(DataLoader):
+    """Goes through `StreamBatches` in order; the stream has shuffled and divided them among ranks."""
+
+    def __init__(self, batches: StreamBatches):
+        super().__init__(batches, batch_size=1, shuffle=False, collate_fn=take_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by `Trainer` at the start of an epoch."""
+        self.dataset.set_epoch(epoch)
+
+
+class StreamTrainerMixin:
+    """For a `Trainer` class: put it first among the bases.
+
+    Args:
+        train_batches, eval_batches: Where batches come from.
+        is_pretrained: Whether a parameter, by name, takes `args.pretrained_learning_rate`; by default none does.
+        kwargs: For the trainer.
+    """
+
+    def __init__(
+        self,
+        *args,
+        train_batches: StreamBatches,
+        eval_batches: StreamBatches | None = None,
+        is_pretrained: Callable[[str], bool] = lambda name: False,
+        **kwargs,
+    ):
+        self.train_batches, self.eval_batches = train_batches, eval_batches
+        self.is_pretrained = is_pretrained
+        self.losses_by_name = defaultdict(list)
+        super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self):
+        """Finished batches of this rank."""
+        return BatchLoader(self.train_batches)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Finished validation batches of this rank."""
+        return BatchLoader(self.eval_batches)
+
+    def num_examples(self, dataloader) -> int:
+        """Cells, not batches."""
+        return dataloader.dataset.stream.n_cells
+
+    def create_optimizer(self, model=None):
+        """As `Trainer`'s, with the pretrained parameters in groups of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        groups = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                pretrained = self.args.pretrained_learning_rate is not None and self.is_pretrained(name)
+                groups[pretrained, name in decayed].append(parameter)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.pretrained_learning_rate if pretrained else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                }
+                for (pretrained, decay), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def record_losses(self, **losses: torch.Tensor | None) -> None:
+        """Remember components for the next log line; training and evaluation apart."""
+        prefix = "" if self.model.training else "eval_"
+        for name, loss in losses.items():
+            if loss is not None:
+                self.losses_by_name[prefix + name].append(loss.detach())
+
+    def log(self, logs, *args, **kwargs):
+        """Add the mean of every recorded component to the line."""
+        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+        for name in [n for n in self.losses_by_name if n.startswith("eval_") == bool(prefix)]:
+            logs[name] = round(torch.stack(self.losses_by_name.pop(name)).mean().item(), 4)
+        super().log(logs, *args, **kwargs)
+
+
+def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> list[str]:
+    """Turn off the gradient of every parameter whose name is chosen; returns those that stay trainable."""
+    trainable = []
+    for name, parameter in model.named_parameters():
+        if should_freeze(name):
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad:
+            trainable.append(name)
+    return trainable
+
+
+def save_run(output_dir: str, command: str, **arguments) -> None:
+    """Write the resolved arguments beside the checkpoint, as `training.json`."""
+    document = {"command": command}
+    for name, value in arguments.items():
+        document[name] = value.to_dict() if hasattr(value, "to_dict") else vars(value)
+    path = Path(output_dir, "training.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")

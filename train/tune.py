@@ -1,0 +1,300 @@
+"""Stage 2: teach a language model to describe cells, and the cell model to generate them from texts.
+
+```
+python -m scmmgpt.train tune --config train/configs/tune_demo.yaml --corpus DIR --aligned DIR --output_dir DIR
+accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs/tune_base.yaml --corpus ...
+```
+
+`--output_dir` ends up with a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone.
+"""
+
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from trl import SFTTrainer, TrlParser
+
+from scmmgpt.feature_extraction_scmmgpt import Cells
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.train.align import data_seed, finish, make_batches
+from scmmgpt.train.arguments import DataArguments, TuneConfig, TuneModelArguments
+from scmmgpt.train.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.collate import TuningCollator
+from scmmgpt.train.convert import load_causal_lm
+from scmmgpt.train.corpus import Corpus, open_corpus
+from scmmgpt.train.trainer import StreamTrainerMixin, freeze
+
+
+logger = logging.getLogger(__name__)
+
+# The language model's linear layers and nothing else: suffixes would also hit the Q-Former's.
+LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
+SCRATCH_TEXTS = 20_000  # captions and answers that a scratch tokenizer is trained on, at most
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class TuneTrainer(StreamTrainerMixin, SFTTrainer):
+    """`SFTTrainer` whose language loss stays TRL's, plus the expression loss of the cells that texts generate.
+
+    TRL runs the backbone and computes the language loss from its last states; the expression loss comes out of the
+    same pass (`hf.md`: a loss added in `forward` alone would be ignored).
+    """
+
+    def __init__(self, *args, language_weight: float, expression_weight: float, **kwargs):
+        self.language_weight, self.expression_weight = language_weight, expression_weight
+        self.num_targets_in_batch = None
+        super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Also count the target genes of the whole step, so that accumulation weighs every gene alike."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = sum(int(batch["target_attention_mask"].sum()) for batch in samples if "target_attention_mask" in batch)
+        targets = torch.tensor(targets, device=device)
+        self.num_targets_in_batch = int(self.accelerator.gather(targets).sum())
+        return samples, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """`language_weight` x TRL's loss + `expression_weight` x the mean loss of a target gene."""
+        backbone = self.accelerator.unwrap_model(model)
+        backbone = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+        outputs = []
+        hook = backbone.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            language_loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        finally:
+            hook.remove()
+        loss = self.language_weight * language_loss
+        expression_loss = outputs[0].expression_loss
+        has_targets = "target_attention_mask" in inputs and bool(inputs["target_attention_mask"].any())
+        if expression_loss is not None:
+            scale = 1.0
+            if self.model.training and self.num_targets_in_batch:
+                # `expression_loss` is the mean over this micro-batch; the step's mean weighs it by its share of genes.
+                # DDP averages gradients over ranks, hence the factor.
+                share = inputs["target_attention_mask"].sum() / self.num_targets_in_batch
+                scale = share * self.accelerator.num_processes
+            loss = loss + self.expression_weight * scale * expression_loss
+        has_labels = bool((inputs["labels"] != -100).any())
+        self.record_losses(
+            language_loss=outputs_language_loss(language_loss, inputs, num_items_in_batch) if has_labels else None,
+            expression_loss=expression_loss if has_targets else None,
+        )
+        return (loss, outputs[0]) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Losses alone."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+def outputs_language_loss(loss: torch.Tensor, inputs: dict, num_items_in_batch) -> torch.Tensor:
+    """The micro-batch's own mean, for the log, from a loss that is divided by the tokens of the whole step."""
+    if num_items_in_batch is None:
+        return loss
+    return loss * num_items_in_batch / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template, for a language model from scratch."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        extra_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_language_model(corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments):
+    """The causal language model and its tokenizer: loaded, or a small new one trained on this corpus's captions."""
+    if model_args.language_model != "scratch":
+        return load_causal_lm(model_args.language_model)
+    texts = []
+    for cells, table in corpus.iter_cells("train"):
+        obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
+        for write in (captions.caption, captions.answer):
+            texts += write(obs, cell_ids=cells.cell_ids)
+        if len(texts) >= SCRATCH_TEXTS:
+            break
+    tokenizer = train_tokenizer(texts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 1,  # and `<cell>`
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        **model_args.language_model_config,
+    )
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def join(alignment: ScMMGPTForCellTextAlignment, language_model, processor: ScMMGPTProcessor, model_args, **weights):
+    """Stage-2 model of a stage-1 model and a language model, the embeddings extended by `<cell>`."""
+    if len(processor.tokenizer) > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(len(processor.tokenizer))
+    projector = {
+        **alignment.config.qformer_config.to_dict(),
+        "num_hidden_layers": model_args.text_to_cell_layers,
+        "cross_attention_frequency": 1,
+        "use_qformer_text_input": False,
+    }
+    return ScMMGPTForConditionalGeneration.from_components(
+        alignment,
+        language_model,
+        cell_token_id=processor.cell_token_id,
+        expression_head=model_args.expression_head,
+        num_condition_tokens=model_args.num_condition_tokens,
+        text_to_cell_config=projector,
+        **weights,
+    )
+
+
+@torch.no_grad()
+def start_from_mean_profile(model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray) -> None:
+    """Gene biases of the expression head: the training cells' mean profile, which training then improves on.
+
+    Args:
+        model: Its expression head's biases are set.
+        gene_means: float `(vocab_size,)`: mean share of each gene in a cell's counts.
+    """
+    rate = torch.from_numpy(np.asarray(gene_means, dtype=np.float32)) * 1e4
+    head = model.model.expression_head
+    bias = torch.log1p(rate) if head.kind == "mse" else torch.log(rate.clamp(min=1e-4))
+    head.gene_bias.weight.copy_(bias[:, None])
+    if head.kind != "mse":
+        head.projection.weight.mul_(0.1)  # begin near the mean profile
+        head.projection.bias.zero_()
+
+
+def add_lora(model: ScMMGPTForConditionalGeneration, model_args: TuneModelArguments) -> LoraConfig | None:
+    """The PEFT configuration, or `None` where the language model is trained in full or not at all."""
+    if model_args.train_language_model != "lora":
+        return None
+    parts = list(NEW_PARTS)
+    parts += ["cell_model"] if model_args.train_cell_model else []
+    parts += ["qformer"] if model_args.train_qformer else []
+    return LoraConfig(
+        r=model_args.lora_rank,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=LORA_TARGETS,
+        # The bridge of the text-to-cell projector is a `qformer` too; whole names keep the two apart.
+        modules_to_save=[f"model.{part}" for part in parts],
+        task_type="CAUSAL_LM",
+    )
+
+
+def is_frozen(name: str, model_args: TuneModelArguments, expression_head: str) -> bool:
+    """Whether a parameter stays as it is in stage 2."""
+    name = name.replace("modules_to_save.default.", "").removeprefix("base_model.model.").removeprefix("model.")
+    if "original_module." in name:
+        return True
+    if name.startswith(("cell_model.mvc_decoder.", "cell_model.embeddings.flag")):
+        return True
+    if name.startswith("cell_model.expression_decoder.") and expression_head != "mse":
+        return True
+    if name.startswith("cell_model."):
+        return not model_args.train_cell_model
+    if name.startswith(NEW_PARTS):
+        return False
+    if name.startswith(("language_model.", "lm_head.")):
+        return model_args.train_language_model == "frozen" or (
+            model_args.train_language_model == "lora" and "lora_" not in name
+        )
+    if name.startswith(("qformer.", "query_tokens", "cell_norm.")):
+        return not model_args.train_qformer
+    return True  # contrast, matching and the text branch are done with stage 1
+
+
+def measured_genes(corpus: Corpus) -> np.ndarray:
+    """Vocabulary ids of the genes that the corpus measured."""
+    return np.array([i for name, i in corpus.vocabulary.items() if not name.startswith("<")], dtype=np.int64)
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The command line."""
+    return TrlParser((DataArguments, TuneModelArguments, TuneConfig), prog=prog, description=__doc__)
+
+
+def main(data_args: DataArguments, model_args: TuneModelArguments, training_args: TuneConfig) -> None:
+    """Join, train, save."""
+    # --- Corpus and model
+    torch.manual_seed(training_args.seed)
+    corpus = open_corpus(data_args.corpus)
+    gene_means = read_gene_means(corpus.path)
+    captions = CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=gene_means)
+    language_model, tokenizer = build_language_model(corpus, captions, model_args)
+    alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
+    aligned = ScMMGPTProcessor.from_pretrained(model_args.aligned)
+    processor = ScMMGPTProcessor(
+        aligned.feature_extractor,
+        tokenizer,
+        aligned.qformer_tokenizer,
+        aligned.gene_tokenizer,
+        num_query_tokens=aligned.num_query_tokens,
+        qformer_max_length=aligned.qformer_max_length,
+    )
+    processor.gene_aliases = aligned.gene_aliases
+    weights = {"language_weight": training_args.language_weight, "expression_weight": training_args.expression_weight}
+    model = join(alignment, language_model, processor, model_args, **weights)
+    start_from_mean_profile(model, gene_means)
+
+    # --- Batches
+    collate = TuningCollator(
+        processor,
+        captions,
+        text_to_cell_ratio=training_args.text_to_cell_ratio,
+        target_genes=measured_genes(corpus),
+        max_genes=data_args.max_genes,
+    )
+    train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+
+    # --- Training
+    trainer = TuneTrainer(
+        model=model,
+        args=training_args,
+        processing_class=processor,
+        # TRL asks for a dataset of its own kind; the batches come from the stream.
+        train_dataset=datasets.Dataset.from_dict({"step": range(len(train_batches))}),
+        eval_dataset=None if eval_batches is None else datasets.Dataset.from_dict({"step": range(len(eval_batches))}),
+        data_collator=lambda examples: examples,
+        peft_config=add_lora(model, model_args),
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        is_pretrained=lambda name: "cell_model." in name or ("qformer." in name and "text_to_cell." not in name),
+        **weights,
+    )
+    freeze(trainer.model, lambda name: is_frozen(name, model_args, model_args.expression_head))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if isinstance(trainer.model, PeftModel):
+        adapter = Path(training_args.output_dir, "adapter")
+        if trainer.is_world_process_zero():
+            trainer.model.save_pretrained(adapter)
+        trainer.model = trainer.model.merge_and_unload()
+    finish(trainer, "tune", data=data_args, model=model_args, training=training_args)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
