@@ -158,6 +158,33 @@ def test_the_variable_length_kernel_is_given_what_the_loop_computes(monkeypatch,
     torch.testing.assert_close(packed_attention(query, key, value, segments, scaling=0.3), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_the_variable_length_kernel_of_cuda_equals_eager_attention(batch, cls_only):
+    torch.manual_seed(0)
+    model = ScGPTModel(make_config(hidden_size=64)).to("cuda", torch.bfloat16)
+    inputs = {name: value.cuda() for name, value in batch.items()}
+    outputs, gradients = [], []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        outputs.append(model(**inputs, cls_only=cls_only).last_hidden_state)
+        outputs[-1].float().square().mean().backward()
+        gradients.append(model.encoder.layers[0].attention.q_proj.weight.grad.clone())
+    torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(*gradients, rtol=0.1, atol=1e-3)
+
+
+@pytest.mark.slow  # it compiles
+def test_flex_attention_equals_packed_attention(model, batch):
+    with torch.no_grad():  # it has no backward pass on a CPU
+        for inputs in (batch, generation_batch(batch)):
+            model.set_attn_implementation("sdpa")
+            expected = model(**inputs).last_hidden_state
+            model.set_attn_implementation("flex_attention")
+            torch.testing.assert_close(model(**inputs).last_hidden_state, expected)
+
+
 def test_condition_tokens_stand_before_the_genes(model, batch):
     conditions = torch.randn(6, 3, 16)
     outputs = model(**batch, condition_embeds=conditions)
