@@ -1,11 +1,11 @@
-"""Baselines: what anyone could do without the model, what chance does, and the real thing.
+"""Baselines: what anyone could do without the model, and what chance does.
 
 They see the model's own training cells and nothing of the test cells' labels; whatever needs choosing is chosen on a
 part of the training cells.
 
 * types: `majority_class`, `nearest_centroid`, `logistic_regression` (log1p CP10k, all genes, C by validation);
 * texts: `label_only_captions`, `training_captions`;
-* cells: `mean_cells`, `poisson_cells`, `real_cells` (the reference: real training cells of the prompted type);
+* cells: `mean_cells`, `poisson_cells`;
 * control: `shuffled` answers of the model itself.
 """
 
@@ -208,11 +208,6 @@ def _rows_of(label: str, train_labels: np.ndarray) -> np.ndarray:
             f"No training cell is of type {str(label)!r}; the types are {np.unique(train_labels).tolist()}."
         )
     return rows
-
-
-def real_cells(prompts: Sequence[str], train: LabelledCells, *, seed: int = 0) -> np.ndarray:
-    """Real training cells of the prompted types, log1p(CP10k), dense `(len(prompts), n_genes)`."""
-    return train.expression[sample_rows(prompts, train.labels, seed=seed)].toarray()
 
 
 def mean_cells(prompts: Sequence[str], train: LabelledCells) -> np.ndarray:

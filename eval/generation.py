@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 PROMPT_KEYS = ("label", "cell_type")  # obs columns of generated cells that may hold the prompted type
 MIN_GENES = 50  # fewer shared genes do not tell types apart
 MAX_VARIABLE_GENES = 2000  # of the correlation of profiles
+RESERVED_SHARE = 0.2  # of the training cells, kept out of the components to serve as real cells beside generated ones
 MAX_PER_TYPE = 500  # cells of a type on each side of a distance
 
 MEASURES = {
@@ -48,7 +49,8 @@ MEASURES = {
         f"knn_accuracy_{k}": Measure(
             f"{k}-NN accuracy",
             True,
-            f"Share of generated cells whose {k} nearest real held-out cells vote for the prompted type. Cells "
+            f"Share of generated cells whose {k} nearest real held-out cells vote for the prompted type, averaged "
+            "over types. Cells "
             "that are more typical than real ones score above real ones, so read it with the distances.",
         )
         for k in KS
@@ -116,22 +118,24 @@ def evaluate_generation(
         unknown = np.unique(prompts[~kept]).tolist()
         logger.warning("Left out %d generated cells of types without real cells: %s.", (~kept).sum(), unknown)
     generated, prompts = generated[kept], prompts[kept]
+    reserved = reserve_cells(train.labels, seed=seed)
+    # Components fitted on a cell hold some of its noise: cells that are compared must be new to them.
+    space = fit_cell_space(train.expression[~reserved], seed=seed)
+    real_cells, real_prompts = draw_real_cells(prompts, train.take(np.flatnonzero(reserved)), seed=seed)
     systems = {
         MODEL_NAME: (MODEL, generated, prompts),
         "mean profile + Poisson": (BASELINE, baselines.poisson_cells(prompts, train, seed=seed), prompts),
         "mean profile": (BASELINE, baselines.mean_cells(prompts, train), prompts),
         "shuffled prompts": (CONTROL, generated, baselines.shuffled(prompts, seed=seed).astype(str)),
-        "real training cells": (REFERENCE, baselines.real_cells(prompts, train, seed=seed), prompts),
+        "real training cells": (REFERENCE, real_cells, real_prompts),
     }
-    expression = train.expression
-    space = fit_cell_space(expression, seed=seed)
     real = space.transform(test.expression)
     shared = {
         "real": real,
         "labels_of_real": test.labels,
         "bandwidth": median_distance(real, seed=seed),
         "ks": [k for k in ks if k <= len(real)],
-        "profiles": _Profiles.of(expression, test),
+        "profiles": _Profiles.of(train.expression, test),
         "n_resamples": n_resamples,
         "seed": seed,
     }
@@ -172,6 +176,31 @@ class _Profiles:
         return cls(columns, mean[columns], test.expression[:, columns].toarray())
 
 
+def reserve_cells(labels: np.ndarray, *, share: float = RESERVED_SHARE, seed: int = 0) -> np.ndarray:
+    """Mark a share of the cells of each type, at least one, but none of types with a single cell; bool `(n_cells,)`."""
+    rng = np.random.default_rng(seed)
+    reserved = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) > 1:
+            reserved[rng.choice(rows, max(round(share * len(rows)), 1), replace=False)] = True
+    return reserved
+
+
+def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Real cells of the prompted types, each once: as many of a type as were generated, or as there are.
+
+    Returns:
+        log1p(CP10k) of shape `(n_cells, n_genes)`, and types.
+    """
+    rng = np.random.default_rng(seed)
+    rows = []
+    for label, n in zip(*np.unique(prompts, return_counts=True), strict=True):
+        rows.append(rng.permutation(np.flatnonzero(cells.labels == label))[:n])
+    rows = np.concatenate(rows)
+    return cells.expression[rows].toarray(), cells.labels[rows]
+
+
 def align_genes(
     generated: np.ndarray, genes: Sequence[str], train: LabelledCells, test: LabelledCells
 ) -> tuple[np.ndarray, LabelledCells, LabelledCells]:
@@ -182,7 +211,7 @@ def align_genes(
             f"Generated cells of shape {generated.shape} need as many distinct genes, but got {len(genes)}."
         )
     # A gene without a count in the held-out cells is a zero there, not a missing gene.
-    shared = np.array([gene for gene in genes if gene in set(train.genes)])
+    shared = genes[np.isin(genes, train.genes)]
     if len(shared) < MIN_GENES:
         raise ValueError(
             f"Generated and real cells share {len(shared)} genes; at least {MIN_GENES} are needed. "
@@ -223,12 +252,14 @@ def _estimates(cells, labels, points, *, real, labels_of_real, bandwidth, ks, pr
     n = len(labels)
     draws = bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
     hits = knn_accuracy(points, labels, real, labels_of_real, ks=ks) if ks else {}
-    estimates = {f"knn_accuracy_{k}": mean_estimate(hit, draws) for k, hit in hits.items()}
+    _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    equal = 1 / sizes[types]  # every type weighs the same, however many of its cells there are
+    estimates = {f"knn_accuracy_{k}": mean_estimate(hit, draws, weights=equal) for k, hit in hits.items()}
     per_type = {}
     for label in np.unique(labels):
         mine, theirs = np.flatnonzero(labels == label), np.flatnonzero(labels_of_real == label)
         mine, theirs = mine[:MAX_PER_TYPE], theirs[:MAX_PER_TYPE]
-        if min(len(mine), len(theirs)) < MIN_CELLS:
+        if len(mine) < 2 or len(theirs) < MIN_CELLS:
             continue
         x, y = points[mine], real[theirs]
         wx = bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)

@@ -61,10 +61,19 @@ def bootstrap_draws(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) ->
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
 
 
-def mean_estimate(values: np.ndarray, draws: np.ndarray) -> Estimate:
-    """The mean of one value a cell, shape `(n,)`, and its replicates over `draws`, shape `(n_resamples, n)`."""
+def mean_estimate(values: np.ndarray, draws: np.ndarray, *, weights: np.ndarray | None = None) -> Estimate:
+    """The mean of one value a cell, and its replicates.
+
+    Args:
+        values: Shape `(n,)`.
+        draws: How often each cell occurs in each replicate, shape `(n_resamples, n)`.
+        weights: Weight of each cell, shape `(n,)`; equal where `None`.
+    """
     values = np.asarray(values, dtype=np.float64)
-    return Estimate(float(values.mean()), len(values), draws @ values / draws.sum(1))
+    weights = np.ones(len(values)) if weights is None else weights
+    return Estimate(
+        float(np.average(values, weights=weights)), len(values), draws @ (weights * values) / (draws @ weights)
+    )
 
 
 def recentre(value: float, replicates: np.ndarray) -> np.ndarray:

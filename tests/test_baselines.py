@@ -9,7 +9,7 @@ from scmmgpt.eval import baselines
 from scmmgpt.eval.annotation import MODEL_NAME, evaluate_annotation
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
-from scmmgpt.eval.generation import evaluate_generation
+from scmmgpt.eval.generation import draw_real_cells, evaluate_generation, reserve_cells
 from scmmgpt.eval.results import BASELINE, MODEL, Estimate, Measure, bootstrap_draws, mean_estimate, tabulate
 from scmmgpt.train.synthetic import synthetic_adata
 
@@ -138,10 +138,20 @@ def test_poisson_cells_have_the_profile_of_their_type_and_differ(train):
     assert len(np.unique(cells, axis=0)) == 400
 
 
-def test_real_cells_are_training_cells_of_the_type(train):
-    cells = baselines.real_cells(["T cell"] * 5, train)
+def test_real_cells_are_drawn_once_each(train):
+    prompts = np.array(["T cell"] * 5 + ["B cell"] * 100)
+    cells, labels = draw_real_cells(prompts, train)
+    assert (labels == "T cell").sum() == 5
+    assert (labels == "B cell").sum() == 30  # all that there are
     pool = train.expression.toarray()[train.labels == "T cell"]
-    assert all((pool == cell).all(1).any() for cell in cells)
+    assert all((pool == cell).all(1).any() for cell in cells[labels == "T cell"])
+    assert len(np.unique(cells, axis=0)) == len(cells)
+
+
+def test_a_share_of_every_type_is_reserved():
+    labels = np.array(["a"] * 50 + ["b"] * 3 + ["c"])
+    reserved = reserve_cells(labels)
+    assert [reserved[labels == label].sum() for label in "abc"] == [10, 1, 0]
 
 
 # Tables
@@ -250,8 +260,8 @@ def test_an_empty_description_names_nothing(train, test):
 
 
 def test_generated_cells_stand_beside_profiles_and_real_cells(train, test):
-    prompts = np.repeat(np.unique(test.labels), 20)
-    generated = baselines.real_cells(prompts, train, seed=9)
+    generated = labelled(400, seed=2).expression[:80].toarray()
+    prompts = labelled(400, seed=2).labels[:80]
     result = evaluate_generation(generated, prompts, train.genes, train, test, n_resamples=200)
     accuracy, distance = rows(result, "knn_accuracy_5"), rows(result, "energy_distance")
     assert accuracy[MODEL_NAME] > 0.9 > 0.5 > accuracy["shuffled prompts"]
@@ -260,6 +270,7 @@ def test_generated_cells_stand_beside_profiles_and_real_cells(train, test):
     diversity = rows(result, "diversity")
     assert diversity["mean profile"] == pytest.approx(0, abs=1e-6)
     assert diversity[MODEL_NAME] == pytest.approx(1, abs=0.15)
+    assert diversity["real training cells"] == pytest.approx(1, abs=0.15)
 
 
 def test_genes_may_come_in_any_order(train, test):

@@ -24,7 +24,8 @@ from scmmgpt.train.synthetic import synthetic_adata
 def demo(tmp_path_factory):
     """A corpus of synthetic cells and, as if a model had made them, annotations, descriptions and generated cells.
 
-    Types are named right; descriptions name the wrong type for one cell in two; generated cells are real ones.
+    Types are named right; descriptions name the wrong type for one cell in two; generated cells are drawn
+    from mean profiles.
     """
     folder = tmp_path_factory.mktemp("demo")
     adata = synthetic_adata(260, mean_total=100.0)
@@ -51,7 +52,7 @@ def demo(tmp_path_factory):
     texts.to_csv(folder / "descriptions.csv", index_label="cell")
     prompts = np.repeat(np.unique(test.labels), 10)
     generated = anndata.AnnData(
-        baselines.real_cells(prompts, train, seed=3),
+        baselines.poisson_cells(prompts, train, seed=3),
         obs=pd.DataFrame({"label": prompts}, index=[f"generated{i}" for i in range(len(prompts))]),
         var=pd.DataFrame(index=train.genes),
     )
