@@ -10,6 +10,7 @@ imported past the packages that those do not need. annbatch wants Python 3.12 an
 """
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -26,6 +27,16 @@ import numpy as np
 REPOSITORY = Path(__file__).parents[2]
 BATCH_SIZE = 64
 MAX_TOKENS = 1200
+UNUSED_BY_REFERENCE = (  # imported by its files, but not used by the functions that are measured
+    "pytorch_lightning",
+    "scanpy",
+    "scgpt",
+    "scgpt.tokenizer",
+    "torch_geometric",
+    "torch_geometric.data",
+    "torchtext",
+    "torchtext.vocab",
+)
 LOADERS = {}
 
 
@@ -95,10 +106,17 @@ def our_batches(stream, transform=None):
             yield from (len(batch["gene_ids"]) for batch in stream.batches(transform))
 
 
-def our_tokens():
+def warm(extractor, cells):
+    """Tokenise some 20,000 cells: the extractor takes its compiled kernels after the first few thousand."""
+    for _ in range(20_000 // len(cells)):
+        extractor(cells, return_tensors="np")
+    return extractor
+
+
+def our_tokens(stream):
     from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 
-    extractor = ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
+    extractor = warm(ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS), next(iter(stream))[0])
     return lambda cells, obs: extractor(cells, padding="max_length")
 
 
@@ -114,17 +132,30 @@ def ours_raw_annotated(data):
 
 @loader
 def ours_tokens(data):
-    return our_batches(our_stream(data), our_tokens())
+    stream = our_stream(data)
+    return our_batches(stream, our_tokens(stream))
+
+
+@loader
+def ours_tokens_one_thread(data):
+    """One rank of several, each on one thread: decoding and tokenising follow each other."""
+    rank, world_size = map(int, os.environ["SCMMGPT_BENCHMARK_RANK"].split("/"))
+    stream = our_stream(data, rank=rank, world_size=world_size, num_threads=1)
+    tokenise = our_tokens(stream)
+    os.sched_setaffinity(0, {rank % os.cpu_count()})
+    return (len(tokenise(cells, obs)["gene_ids"]) for epoch in itertools.count() for cells, obs in stream)
 
 
 @loader
 def ours_zstd_tokens(data):
-    return our_batches(our_stream(data, layout="cache", cache_dir=data / "cache_zstd"), our_tokens())
+    stream = our_stream(data, layout="cache", cache_dir=data / "cache_zstd")
+    return our_batches(stream, our_tokens(stream))
 
 
 @loader
 def ours_published_tokens(data):
-    return our_batches(our_stream(data, layout="published"), our_tokens())
+    stream = our_stream(data, layout="published")
+    return our_batches(stream, our_tokens(stream))
 
 
 def ours_by_stage(data):
@@ -134,15 +165,12 @@ def ours_by_stage(data):
     stream = our_stream(data, columns=[], num_threads=1, layout="cache")
     reader, n_blocks = stream._reader, 20
     n_cells = int(reader.sizes[:n_blocks].sum())
-    extractor = ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
-    extractor(next(iter(stream))[0])
+    extractor = warm(ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS), next(iter(stream))[0])
 
     def fill():
         return [reader.read(block)[0] for block in range(n_blocks)]
 
     cells = fill()
-    for _ in range(200):  # past the number of cells from which the extractor compiles its kernels
-        extractor(cells[0][:BATCH_SIZE])
 
     def tokenise():
         for block in cells:
@@ -200,31 +228,47 @@ def annbatch_raw(data):
 @loader
 def annbatch_tokens(data):
     """annbatch, and then the same kernel: this repository's feature extractor."""
+    batches = annbatch_batches(data)
+    first = next(batches)["X"]
     module = extractor_by_path()
-    extractor = module.ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
-    for batch in annbatch_batches(data):
-        matrix = batch["X"]
-        cells = module.Cells(matrix.indptr, matrix.indices, matrix.data, np.arange(matrix.shape[0], dtype=np.uint64))
-        yield len(extractor(cells, padding="max_length", return_tensors="np")["gene_ids"])
+
+    def cells_of(matrix):
+        return module.Cells(matrix.indptr, matrix.indices, matrix.data, np.arange(matrix.shape[0], dtype=np.uint64))
+
+    extractor = warm(module.ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS), cells_of(first))
+    for batch in batches:
+        yield len(extractor(cells_of(batch["X"]), padding="max_length", return_tensors="np")["gene_ids"])
 
 
 def extractor_by_path():
     """Load the feature extractor without the package, and without torch and transformers where they are absent."""
-    try:
-        import torch  # noqa: F401
-        import transformers.feature_extraction_utils  # noqa: F401
-    except ImportError:
+    stand_ins = {}
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         for name in ("torch", "transformers", "transformers.feature_extraction_utils"):
-            sys.modules[name] = types.ModuleType(name)
-        mixin = type("Mixin", (), {"register_for_auto_class": classmethod(lambda cls, name: None)})
-        mixin.__init__ = lambda self, **settings: None
-        sys.modules["transformers.feature_extraction_utils"].FeatureExtractionMixin = mixin
-        sys.modules["transformers.feature_extraction_utils"].BatchFeature = dict
-        sys.modules["torch"].Tensor = type("Tensor", (), {})
-    spec = importlib.util.spec_from_file_location("extractor", REPOSITORY / "feature_extraction_scmmgpt.py")
-    module = sys.modules["extractor"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+            stand_ins[name] = types.ModuleType(name)
+        stand_ins["transformers.feature_extraction_utils"].BatchFeature = dict
+        stand_ins["transformers.feature_extraction_utils"].FeatureExtractionMixin = type(
+            "Mixin",
+            (),
+            {
+                "__init__": lambda self, **settings: None,
+                "register_for_auto_class": classmethod(lambda cls, name: None),
+            },
+        )
+    with imported(stand_ins):
+        spec = importlib.util.spec_from_file_location("extractor", REPOSITORY / "feature_extraction_scmmgpt.py")
+        module = sys.modules["extractor"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def imported(modules):
+    """Let these modules be imported, for a while: other libraries would take them for the real ones."""
+    sys.modules.update(modules)
+    yield
+    for name in modules:
+        del sys.modules[name]
 
 
 def build_annbatch(data):
@@ -246,7 +290,7 @@ def annloader_raw(data):
     adata = anndata.read_h5ad(data / "cells.h5ad")
     adata.X = adata.X.astype(np.float32)
     for _ in itertools.count():
-        yield from (len(batch) for batch in AnnLoader(adata, batch_size=BATCH_SIZE, shuffle=True))
+        yield from (batch.X.shape[0] for batch in AnnLoader(adata, batch_size=BATCH_SIZE, shuffle=True))
 
 
 @loader
@@ -281,6 +325,7 @@ def datasets_tokens(data, form):
     from scmmgpt.train.corpus import open_corpus
 
     extractor = ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
+    warmed = None
     corpus = open_corpus(data / "corpus", verify=False)
     columns = ["cell_id", "gene_ids", "counts", "total_counts"]
     stream = datasets.load_dataset(
@@ -303,6 +348,8 @@ def datasets_tokens(data, form):
                 counts=np.concatenate([np.asarray(counts, np.uint16) for counts in batch["counts"]]),
                 cell_ids=np.asarray(batch["cell_id"], np.uint64),
             )
+            if not warmed:
+                warmed = warm(extractor, cells)
             yield len(extractor(cells, padding="max_length")["gene_ids"])
 
 
@@ -319,14 +366,21 @@ def datasets_numpy_tokens(data):
 # The reference implementations, from checkouts
 
 
-def stand_in(*names):
-    """Let modules that the imported functions do not use be imported: any attribute is an empty class."""
+def empty_class(attribute):
+    if attribute.startswith("__"):
+        raise AttributeError(attribute)
+    return type(attribute, (), {})
+
+
+def stand_ins(*names):
+    """Modules in place of those that the imported functions do not use: any attribute is an empty class."""
+    found = {}
     for name in names:
-        if name not in sys.modules and importlib.util.find_spec(name.partition(".")[0]) is None:
-            module = types.ModuleType(name)
-            module.__getattr__ = lambda attribute: type(attribute, (), {})
-            module.__path__ = []
-            sys.modules[name] = module
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            found[name] = types.ModuleType(name)
+            found[name].__getattr__ = empty_class
+            found[name].__path__ = []
+    return found
 
 
 def random_order(n_cells):
@@ -342,11 +396,10 @@ def reference_tokens(data):
     import datasets
 
     sys.path.insert(0, os.environ["SCMMGPT_BENCHMARK_REFERENCE"])
-    stand_in(
-        "pytorch_lightning", "torchtext", "torchtext.vocab", "scgpt", "scgpt.tokenizer", "scanpy", "ot", "sacrebleu"
-    )
-    from data_provider.pretrain_dataset import Stage1Dataset
-    from data_provider.stage1_dm import pad_batch_hvalue
+    absent = stand_ins(*UNUSED_BY_REFERENCE)
+    with imported(absent):
+        from data_provider.pretrain_dataset import Stage1Dataset
+        from data_provider.stage1_dm import pad_batch_hvalue
 
     vocabulary = {"<pad>": 0, "<cls>": 1}
     cells = object.__new__(Stage1Dataset)  # its constructor reads files of captions, which are not measured here

@@ -181,6 +181,15 @@ def run(name, folder, **environment):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def start(name, folder, **environment):
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, name, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY.parent), **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def available_loaders():
     names = [
         "ours_tokens",
@@ -212,11 +221,11 @@ def rounds(data):
     for _ in range(ROUNDS):
         for name in names:
             found[name].append(run(name, data))
-    write_results(data, loaders=found)
+    write_results(loaders=found)
     return found
 
 
-def write_results(data, **sections):
+def write_results(**sections):
     path = REPOSITORY / "results" / "benchmarks" / "stream.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -257,15 +266,30 @@ def test_ten_times_the_cells_cost_nothing_more_per_cell(data):
         [run("ours_tokens", data, SCMMGPT_BENCHMARK_CORPUS=name) for name in ("corpus", "corpus_10x")]
         for _ in range(ROUNDS)
     ]
-    write_results(data, growth=pairs)
+    write_results(growth=pairs)
     cpu = np.median([large["cpu_us_per_cell"] / small["cpu_us_per_cell"] for small, large in pairs])
     memory = np.median([large["peak_mb"] - small["peak_mb"] for small, large in pairs])
     assert cpu < 1.25
     assert memory < 100
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
+def test_ranks_add_up_until_the_cores_are_used(data):
+    totals = {1: [], 2: []}
+    for _ in range(ROUNDS):
+        for world_size, found in totals.items():
+            ranks = [
+                start("ours_tokens_one_thread", data, SCMMGPT_BENCHMARK_RANK=f"{rank}/{world_size}")
+                for rank in range(world_size)
+            ]
+            lines = [rank.communicate()[0].strip().splitlines()[-1] for rank in ranks]
+            found.append(sum(json.loads(line)["cells_per_second"] for line in lines))
+    write_results(ranks=totals)
+    assert np.median(totals[2]) > 1.5 * np.median(totals[1])
+
+
 def test_the_stages_are_accounted_for(data):
     stages = run("ours_by_stage", data)
-    write_results(data, stages=stages)
+    write_results(stages=stages)
     logger.info("CPU microseconds per cell by stage: %s", stages)
     assert sum(stages.values()) <= 30
