@@ -367,6 +367,17 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "manifest.json", "splits.json", "vocab.json"]
 
 
+def test_the_command_builds_a_cache_elsewhere(tmp_path):
+    from scmmgpt.train.__main__ import main
+
+    write_corpus(tmp_path / "corpus", VOCABULARY, {"train": (make_cells(50), {})})
+    arguments = ["cache", str(tmp_path / "corpus"), "--output", str(tmp_path / "cache"), "--compression", "zstd"]
+    assert main(arguments) == 0
+    assert main(arguments) == 0  # what is there is kept
+    stream = stream_of(open_corpus(tmp_path / "corpus"), layout="cache", cache_dir=tmp_path / "cache")
+    assert sorted(flat(ids_of(stream))) == list(range(50))
+
+
 def test_barcodes_come_from_the_published_layout(corpus):
     for cells, obs in stream_of(corpus, columns=["barcode"]):
         assert obs["barcode"].tolist() == [f"cell {i}" for i in cells.cell_ids.tolist()]

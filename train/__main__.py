@@ -7,6 +7,7 @@ import sys
 # Command -> module with `make_parser` and `main`, imported when it is called so that `--help` is instant.
 COMMANDS = {
     "prepare": "prepare",
+    "cache": "cache",
     "convert": "convert",
     "pretrain": "pretrain",
     "align": "align",
@@ -16,6 +17,7 @@ COMMANDS = {
 }
 ABOUT = {
     "prepare": "cells and annotations -> training corpus",
+    "cache": "training corpus -> the layout that streams fastest",
     "convert": "published scGPT, causal LM or BERT -> the parts they start",
     "pretrain": "train or continue the cell model alone",
     "align": "stage 1: align cells and texts",

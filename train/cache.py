@@ -1,5 +1,10 @@
 """The training layout of a corpus: what `CellStream` reads when it has to be fast.
 
+```
+python -m scmmgpt.train cache CORPUS
+python -m scmmgpt.train cache CORPUS --output /local/disk/cache --compression zstd
+```
+
 It holds the same cells in the same order and the same row groups ("blocks") as the published layout, built from it
 once per machine by [`build_cache`], on a local disk:
 
@@ -18,6 +23,7 @@ and the interleaving of bytes are part of the copy that puts a cell at its shuff
 The barcode is not cached: a stream that wants it reads the published layout.
 """
 
+import argparse
 import collections
 import dataclasses
 import functools
@@ -38,7 +44,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from scmmgpt.feature_extraction_scmmgpt import Cells
-from scmmgpt.train.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, table_to_cells, write_json
+from scmmgpt.train.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, open_corpus, table_to_cells, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -106,6 +112,26 @@ def build_cache(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def make_parser(prog: str = "python -m scmmgpt.train cache") -> argparse.ArgumentParser:
+    """Arguments of `python -m scmmgpt.train cache`."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", help="folder of the corpus")
+    parser.add_argument("--output", help="folder of the cache, best on a local disk; default: `cache` in the corpus")
+    parser.add_argument("--compression", choices=COMPRESSIONS, default="lz4")
+    parser.add_argument("--num-threads", type=int, default=os.cpu_count() or 1)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build the cache of a corpus."""
+    corpus = open_corpus(args.corpus)
+    path = build_cache(corpus, args.output, compression=args.compression, num_threads=args.num_threads)
+    n_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    logger.info("%s: %s cells in %.1f MB.", path, f"{corpus.manifest.n_cells:,}", n_bytes / 1e6)
 
 
 def default_cache_dir(corpus: Corpus) -> Path:
@@ -433,7 +459,9 @@ class CacheReader(ParquetReader):
         sizes = record["plane_bytes"][record["plane_bytes"] > 0]
         if not hasattr(self._local, "files"):
             self._local.files = functools.lru_cache(OPEN_FILES)(functools.partial(open, mode="rb", buffering=0))
-        content = os.pread(self._local.files(path).fileno(), int(sizes.sum()), int(record["offset"]))
+        file = self._local.files(path)
+        file.seek(int(record["offset"]))
+        content = file.read(int(sizes.sum()))
         if hash_bytes(content) != record["checksum"]:
             raise ValueError(f"Block {block} of {path} does not have its checksum. {_REBUILD}")
         buffer, planes, at = pa.py_buffer(content), [], 0

@@ -6,7 +6,7 @@ vocab.json         gene symbol -> id (scGPT's format)
 gene_aliases.json  other gene name -> symbol of the vocabulary (optional)
 splits.json        which datasets, donors or cells make up train, validation and test
 data/              train-00000-of-00003.parquet, ...: the published layout
-cache/             the training layout, built from `data/` on one machine (`scmmgpt.train.stream.build_cache`)
+cache/             the training layout, built from `data/` on one machine (`python -m scmmgpt.train cache`)
 ```
 
 One row of a shard is one cell (schema version 1):
@@ -189,6 +189,8 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 def _sync_folder(path: Path) -> None:
     """Make a rename in `path` durable."""
+    if os.name == "nt":  # where folders can't be opened
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

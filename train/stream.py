@@ -23,8 +23,8 @@ where. `state_dict()` is the same on all ranks.
 **Randomness** is hashes of (seed, epoch, place in the plan) here, and of (seed, epoch, cell id) in the feature
 extractor: what a cell looks like depends neither on the batch size nor on the number of ranks or threads.
 
-**Speed** comes from the training layout, built once: `build_cache(open_corpus("corpus"))`. Without it, the published
-layout is read, which takes some 15 microseconds more per cell.
+**Speed** comes from the training layout, built once by `python -m scmmgpt.train cache corpus` or `build_cache`.
+Without it, the published layout is read, which takes some 20 microseconds of CPU more per cell.
 """
 
 import collections
@@ -210,7 +210,7 @@ class CellStream:
             raise ValueError(
                 f"The cache at {path} has no barcodes. Leave them out of `columns`, or choose layout='auto'."
                 if matches
-                else f"There is no cache of this corpus at {path}. Make one with `scmmgpt.train.stream.build_cache`, "
+                else f"There is no cache of this corpus at {path}. Make one with `python -m scmmgpt.train cache`, "
                 "or choose layout='auto'."
             )
         if layout == "auto" and not matches and (path / "index.json").exists():
