@@ -1,6 +1,7 @@
 """`python -m scmmgpt.train COMMAND`: prepare -> convert -> align (stage 1) -> tune (stage 2)."""
 
 import importlib
+import logging
 import sys
 
 
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.writelines(f"  {name:<10}{ABOUT[name]}\n" for name in COMMANDS)
         return 0
     command, *rest = argv
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("scmmgpt").setLevel(logging.INFO)  # what a command did is said by its log
     if command not in COMMANDS:
         sys.stderr.write(f"No command {command!r}; choose one of {', '.join(COMMANDS)}.\n")
         return 2

@@ -1,0 +1,229 @@
+"""Pre-train the cell model alone, or continue a converted scGPT on your own corpus.
+
+```
+python -m scmmgpt.train pretrain --corpus corpus/ --output_dir checkpoints/cell --max_steps 1000
+python -m scmmgpt.train pretrain --corpus corpus/ --output_dir checkpoints/cell --cell_model checkpoints/scgpt-human
+```
+
+Each cell hides a share of its genes, and the model predicts their expression in scGPT's three ways; see
+[`ScGPTForPreTraining`]. Which genes are hidden is a hash of seed, epoch and cell, so no batch, worker or rank changes
+it. The folder written holds a [`ScGPTModel`], its gene vocabulary and its feature extractor, and is what `align` takes
+as `--cell_model`.
+
+scGPT trained with dropout 0.2 on attention weights too. Here it is off unless `--cell_config '{"attention_dropout":
+0.2}'` turns it on, because it rules out the fused attention kernels.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainingArguments
+from trl import TrlParser
+
+from scmmgpt.configuration_scmmgpt import ScGPTConfig
+from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
+from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
+from scmmgpt.train.arguments import StageArguments, parse_fields
+from scmmgpt.train.convert import save_cell_model, scgpt_feature_extractor
+from scmmgpt.train.corpus import Corpus, open_corpus
+from scmmgpt.train.stream import CellStream
+from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, save_run
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PretrainArguments:
+    """What to pre-train, and on what.
+
+    Args:
+        corpus: Folder written by `prepare`.
+        cell_model: Checkpoint of the cell model to continue; by default a new one over the corpus's gene vocabulary.
+        cell_config: Fields of [`ScGPTConfig`], for a new model or in place of the checkpoint's.
+        objectives: Which of [`ScGPTForPreTraining`]'s.
+        mask_ratios: Shares of a cell's genes to hide; each cell draws one. scGPT was pre-trained with these.
+        max_genes: Longest cell, `<cls>` included; by default the checkpoint's, or 1,200.
+        token_budget: Tokens in a training batch, of cells of like length, in place of `per_device_train_batch_size`.
+        value_mode, selection: Of a new model's feature extractor, as in [`ScMMGPTFeatureExtractor`].
+    """
+
+    corpus: str = field(metadata={"help": "Folder written by `prepare`."})
+    cell_model: str | None = field(default=None, metadata={"help": "Checkpoint of the cell model to continue."})
+    cell_config: dict | str | None = field(default=None, metadata={"help": "Fields of ScGPTConfig, as JSON."})
+    objectives: list[str] = field(
+        default_factory=lambda: list(ScGPTForPreTraining.OBJECTIVES),
+        metadata={"help": "Any of masked, gene_prompt, cell_prompt."},
+    )
+    mask_ratios: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75], metadata={"help": "Shares of genes to hide; each cell draws one."}
+    )
+    max_genes: int | None = field(default=None, metadata={"help": "Longest cell, <cls> included."})
+    token_budget: int | None = field(default=None, metadata={"help": "Tokens in a training batch."})
+    value_mode: Literal["binned", "log1p", "raw"] = field(default="binned", metadata={"help": "Expression values."})
+    selection: Literal["random", "top"] = field(default="random", metadata={"help": "Which genes a long cell keeps."})
+
+    def __post_init__(self):
+        self.cell_config = parse_fields("cell_config", self.cell_config)
+
+
+@dataclass
+class PretrainConfig(StageArguments, TrainingArguments):
+    """`TrainingArguments` of pre-training. Defaults that differ: learning_rate 1e-4 (scGPT's), batches come finished.
+
+    Args:
+        pretrained_learning_rate: See [`StageArguments`].
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches come finished; keep False."})
+
+
+class PretrainCollator:
+    """Cells -> inputs of [`ScGPTForPreTraining`].
+
+    Args:
+        feature_extractor: Makes the tokens.
+        mask_ratios: Shares of a cell's genes to hide; each cell draws one.
+    """
+
+    def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float]):
+        self.feature_extractor, self.mask_ratios = feature_extractor, mask_ratios
+
+    def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
+        """Tokens, true values, and which genes are hidden in this epoch. Annotations (`obs`) are not used."""
+        batch = dict(self.feature_extractor(cells, epoch=epoch))
+        batch["hidden_genes"] = mask_genes(
+            batch["gene_ids"],
+            batch["cell_attention_mask"],
+            cells.cell_ids,
+            self.mask_ratios,
+            seed=self.feature_extractor.seed,
+            epoch=epoch,
+        )
+        return batch
+
+
+class PretrainTrainer(StreamTrainerMixin, Trainer):
+    """`Trainer` for [`ScGPTForPreTraining`] that logs every objective by name."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The losses are means over the batch: `Trainer` averages them over accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss; its components are logged by name."""
+        outputs = model(**inputs)
+        self.record_losses(**{name: value for name, value in outputs.items() if name.endswith("_loss")})
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Losses alone."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForPreTraining, ScMMGPTFeatureExtractor]:
+    """The model to train and the feature extractor that belongs to it."""
+    vocabulary = corpus.vocabulary
+    if arguments.cell_model is None:
+        config = ScGPTConfig(
+            **{
+                "vocab_size": len(vocabulary),
+                "pad_token_id": vocabulary["<pad>"],
+                "cls_token_id": vocabulary["<cls>"],
+                "use_flag_embedding": "gene_prompt" in arguments.objectives,
+                **arguments.cell_config,
+            }
+        )
+        extractor = scgpt_feature_extractor(config)
+        extractor.value_mode, extractor.selection = arguments.value_mode, arguments.selection
+        model = ScGPTForPreTraining(config, objectives=tuple(arguments.objectives))
+    else:
+        check_vocabulary(arguments.cell_model, corpus)
+        model = ScGPTForPreTraining.from_pretrained(
+            arguments.cell_model, objectives=tuple(arguments.objectives), **arguments.cell_config
+        )
+        extractor = ScMMGPTFeatureExtractor.from_pretrained(arguments.cell_model)
+    if arguments.max_genes is not None:
+        extractor.max_genes = arguments.max_genes
+    return model, extractor
+
+
+def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
+    """Refuse to go on with a checkpoint that means other genes by the same ids."""
+    path = Path(checkpoint, "vocab.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{checkpoint} has no vocab.json; is it a folder of `convert scgpt` or `pretrain`?")
+    vocabulary = json.loads(path.read_text())
+    if vocabulary != corpus.vocabulary:
+        shared = sum(corpus.vocabulary.get(token) == number for token, number in vocabulary.items())
+        raise ValueError(
+            f"{checkpoint} has {len(vocabulary)} gene tokens and the corpus {corpus.path} {len(corpus.vocabulary)}, "
+            f"of which {shared} agree. Prepare the corpus with `--vocabulary {path}`."
+        )
+
+
+def make_batches(
+    corpus: Corpus, collate: PretrainCollator, arguments: PretrainArguments, training_args: PretrainConfig
+) -> tuple[StreamBatches, StreamBatches | None]:
+    """Training and validation batches of this rank; no validation batches where none are asked for or there are."""
+    shared = {
+        "columns": [],
+        "max_genes": collate.feature_extractor.max_genes,
+        "rank": training_args.process_index,
+        "world_size": training_args.world_size,
+    }
+    size = {"batch_size": training_args.per_device_train_batch_size, "drop_last": training_args.dataloader_drop_last}
+    if arguments.token_budget is not None:
+        size = {"token_budget": arguments.token_budget}
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    train = StreamBatches(CellStream(corpus, split="train", seed=seed, **size, **shared), collate)
+    if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
+        return train, None
+    size = training_args.per_device_eval_batch_size
+    validation = CellStream(corpus, split="validation", batch_size=size, shuffle=False, **shared)
+    return train, StreamBatches(validation, collate)
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The command line."""
+    return TrlParser((PretrainArguments, PretrainConfig), prog=prog, description=__doc__)
+
+
+def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
+    """Build, train, save."""
+    torch.manual_seed(training_args.seed)
+    corpus = open_corpus(arguments.corpus)
+    model, extractor = build_model(corpus, arguments)
+    if "gene_prompt" not in model.objectives and model.config.use_flag_embedding:
+        model.cell_model.embeddings.flag_embedding.requires_grad_(False)  # no objective reads it
+    collate = PretrainCollator(extractor, arguments.mask_ratios)
+    train_batches, eval_batches = make_batches(corpus, collate, arguments, training_args)
+    trainer = PretrainTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_batches,
+        eval_dataset=eval_batches,
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if eval_batches is not None:
+        trainer.evaluate()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        cell_model: ScGPTModel = trainer.accelerator.unwrap_model(trainer.model).cell_model
+        save_cell_model(training_args.output_dir, cell_model, corpus.vocabulary, extractor)
+        save_run(training_args.output_dir, "pretrain", model=arguments, training=training_args)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
