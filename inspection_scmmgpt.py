@@ -61,6 +61,8 @@ MIN_GENES = 20  # a handful of matching genes is an accident, whatever its share
 N_SAMPLED_ROWS = 512  # rows looked at for a verdict, in 8 blocks spread over the matrix
 N_BLOCKS = 8
 N_SAMPLED_VALUES = 1_000_000  # of those rows, fewer where they are this rich
+LARGEST_VALUE = 1e10  # no cell has more counts of a gene, nor more than a millionth of that on a log scale
+TOTALS_COLUMN = "obs column of totals"
 ROUNDED = "rounded to the nearest integer"
 CHUNK_ROWS = 8192  # rows converted at a time
 DENSE_CHUNK_VALUES = 2**24  # values of a dense matrix looked at at a time
@@ -346,8 +348,8 @@ def _spread(totals: np.ndarray) -> float:
 
 
 def _nice_total(total: float) -> float:
-    """1e4, 1e5, ... if `total` is that within 0.2 %, else the total itself."""
-    return next((likely for likely in LIKELY_TOTALS if abs(total / likely - 1) < 0.002), float(total))
+    """1e4, 1e5, ... if `total` is that within 0.2 %, else the total itself to five digits."""
+    return next((likely for likely in LIKELY_TOTALS if abs(total / likely - 1) < 0.002), _number(total))
 
 
 def inspect_matrix(
@@ -383,10 +385,14 @@ def _inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1
     evidence: dict[str, Any] = {"cells_sampled": int(rows.shape[0]), "dtype": str(values.dtype)}
     if not len(values):
         return MatrixVerdict("empty", None, evidence)
-    n_nan, n_infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-    if n_nan or n_infinite:
-        evidence["first_at"] = rows.locate(~np.isfinite(values))
-        return MatrixVerdict("invalid", None, evidence | {"nan": n_nan, "infinite": n_infinite})
+    if not _is_expression(values, signed=True):
+        wrong = ~(np.abs(values) <= LARGEST_VALUE)
+        evidence |= {
+            "nan": int(np.isnan(values).sum()),
+            "too_large": int(wrong.sum() - np.isnan(values).sum()),
+            "first_at": rows.locate(wrong),
+        }
+        return MatrixVerdict("invalid", None, evidence)
     sums = rows.row_sums()
     evidence |= {
         "share_nonzero": _number(len(values) / max(1, rows.shape[0] * rows.shape[1])),
@@ -492,7 +498,7 @@ def _target_sum(
     if known_totals is not None:
         products = known_totals[has_unit] * unit
         if _spread(products) < 0.01:
-            return _nice_total(float(np.median(products))), "obs column of totals"
+            return _nice_total(float(np.median(products))), TOTALS_COLUMN
     likely = [total for total in LIKELY_TOTALS if np.all(total / unit >= totals / unit * 0.999)]
     for total in likely:
         sizes = total / unit
@@ -577,6 +583,11 @@ def _convert_rows(rows: CountRows, verdict: MatrixVerdict) -> tuple[CountRows, n
         rows = CountRows(kept[rows.indptr], rows.indices[counts > 0], counts[counts > 0], rows.shape)
         return rows, rows.row_sums(), 0
     linear, error = _linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
+    if not _is_expression(linear):
+        raise ValueError(
+            f"Undoing the logarithm of values up to {rows.data.max():g} gives no expression: they are not logarithms. "
+            "Pass another `assume=`, or none."
+        )
     lengths = np.diff(rows.indptr)
     totals, failed = rows.row_sums(linear), 0
     if verdict.target_sum is not None and not verdict.complete:
@@ -600,6 +611,14 @@ def _number(value: Any) -> float:
     return float(f"{float(value):.5g}")
 
 
+def _is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
+    """Whether all values are numbers of a size that expression has, and not negative unless `signed`."""
+    if not len(values):
+        return True
+    # A NaN makes both comparisons false.
+    return bool(values.max() <= LARGEST_VALUE and values.min() >= (-LARGEST_VALUE if signed else 0))
+
+
 def _unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
     e = verdict.evidence
     if verdict.kind == "scaled":
@@ -610,8 +629,9 @@ def _unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
         )
     if verdict.kind == "invalid":
         return (
-            f"{name} holds {e['nan']} NaN and {e['infinite']} infinite values in {e['cells_sampled']} cells{where}. "
-            "Find the step that made them (a division by an empty cell?), or drop those cells or genes."
+            f"{name} holds {e['nan']} NaN and {e['too_large']} infinite or senseless values (above "
+            f"{LARGEST_VALUE:g}) in {e['cells_sampled']} cells{where}. Find the step that made them (a division by an "
+            "empty cell?), or drop those cells or genes."
         )
     return f"{name} has no value above zero in {e['cells_sampled']} cells. Is it the right layer?"
 
@@ -628,7 +648,7 @@ ANTIBODY = re.compile(r"(Total_?Seq[A-D]?|ADT|anti(human|mouse))\b|^(ADT|AB|PROT
 CONTROL = re.compile(
     r"^(ERCC-\d{5}|Blank-?\d+|NegControl.*|NegPrb.*|SystemControl.*|(Unassigned|Deprecated)Codeword.*)$"
 )
-MADE_UNIQUE = re.compile(r"[-.]\d{1,2}$")
+MADE_UNIQUE = re.compile(r"[-.]\d$")
 EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
 HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
@@ -897,12 +917,11 @@ def match_genes(
                 ids[v], how[v] = results[key][v]
 
     # step 2: `var_names_make_unique` turned the second MATR3 into MATR3-1, which is the same gene
-    there = set(best)
     for v in np.flatnonzero((ids < 0) & is_gene):
         stem = MADE_UNIQUE.sub("", best[v])
-        if stem != best[v] and stem in there:
-            found, _ = gene_index.lookup(stem, species)
-            if found >= 0:
+        if stem != best[v]:
+            found, by = gene_index.lookup(stem, species)
+            if by in ("symbol", "ortholog"):
                 ids[v], how[v] = found, "made unique"
     how[~is_gene] = types[~is_gene]
 
@@ -1017,7 +1036,7 @@ class InputPlan:
     def iter_cells(self, adata: Any, chunk_size: int | None = None) -> Iterator[Cells]:
         """Cells of `adata`, `chunk_size` at a time (by default as many as are quick to convert at once)."""
         adata = _modality(adata)
-        matrix = _row_major(_matrix(adata, self.source))
+        matrix = _row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
         if n_vars != len(self.match.ids):
             raise ValueError(
@@ -1031,11 +1050,15 @@ class InputPlan:
         names = [str(n) for n in adata.obs_names]
         var_names = _variables(adata, self.source).index
         cell_ids = hash_names(names)
+        from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
+        known = _known_totals(adata) if from_column else None
         for start in range(0, max(n_cells, 1), chunk_size):
             here = slice(start, min(start + chunk_size, n_cells))
-            rows = read_rows(matrix, here.start, here.stop)
+            rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
             _check_values(rows, names[here], var_names, self.source)
-            counts, totals, failed = _convert_rows(rows.columns(self.match.is_gene), self.verdict)
+            counts, totals, failed = _convert_rows(rows, self.verdict)
+            if known is not None:  # more precise than what rounded values tell
+                totals = np.where(totals > 0, np.maximum(known[here], counts.row_sums()), 0.0)
             cells = Cells.from_csr(counts, self.match.ids, cell_ids=cell_ids[here])
             cells.total_counts = totals.astype(np.float32)
             self._count(cells, failed)
@@ -1050,7 +1073,8 @@ class InputPlan:
             report["counts_not_recovered"] = report.get("counts_not_recovered", 0) + failed
 
 
-def _matrix(adata: Any, source: str) -> Any:
+def matrix_of(adata: Any, source: str) -> Any:
+    """The matrix that `X`, `raw` or a layer's name stands for."""
     if source == "X":
         return adata.X
     return adata.raw.X if source == "raw" else adata.layers[source]
@@ -1063,11 +1087,9 @@ def _variables(adata: Any, source: str) -> Any:
 
 def _check_values(rows: CountRows, names: Sequence[str], var_names: Any, source: str) -> None:
     """Refuse a value that no count, normalised or log value can be, naming its cell and gene."""
-    if np.issubdtype(rows.data.dtype, np.unsignedinteger) or not len(rows.data):
+    if _is_expression(rows.data):
         return
-    if rows.data.min() >= 0 and np.isfinite(rows.data.max()):  # NaN fails both
-        return
-    bad = ~np.isfinite(rows.data) | (rows.data < 0)
+    bad = ~((rows.data >= 0) & (rows.data <= LARGEST_VALUE))
     cell, column = rows.locate(bad)
     raise ValueError(
         f"{source} holds {rows.data[bad][0]} at cell {names[cell]!r}, gene {str(var_names[column])!r} "
@@ -1203,7 +1225,7 @@ def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str |
             columns = _gene_columns(var, gene_column)
             variables[part] = columns, _feature_types(var, columns)
         columns, types = variables[part]
-        rows = sample_rows(_row_major(_matrix(adata, name))).columns(types == "gene")
+        rows = sample_rows(_row_major(matrix_of(adata, name))).columns(types == "gene")
         known = None if totals is None else totals[rows.positions]
         verdict = _inspect_rows(rows, known, says_log1p=says_log1p and name in ("X", "raw"))
         candidates.append(Candidate(name, verdict, types, columns, rows))
@@ -1415,6 +1437,37 @@ def finish_report(report: dict[str, Any]) -> None:
         logger.warning(message)
 
 
+def check_labels(labels: Sequence[Any], name: str) -> list[str]:
+    """Look at a column of labels before it is learned from or scored against.
+
+    Args:
+        labels: One label a cell; `None`, NaN and empty words are missing.
+        name: Name of the column.
+
+    Returns:
+        Warnings: one label only, missing labels, labels of a single cell.
+
+    Raises:
+        ValueError: if no cell has a label.
+    """
+    words = [str(label).strip() for label in labels]
+    known = Counter(word for word in words if word.lower() not in ("", "nan", "none", "na", "<na>"))
+    n_missing = len(words) - sum(known.values())
+    if not known:
+        raise ValueError(f"None of the {len(words)} cells has a label in {name!r}. Name another column of `obs`.")
+    messages = []
+    if len(known) == 1:
+        messages.append(
+            f"{name!r} has one label for all cells ({next(iter(known))!r}): there is nothing to learn or to score."
+        )
+    if n_missing:
+        messages.append(f"{n_missing} of {len(words)} cells have no label in {name!r}.")
+    single = sorted(label for label, count in known.items() if count == 1)
+    if single and len(known) > 1:
+        messages.append(f"{len(single)} labels in {name!r} have a single cell ({', '.join(map(repr, single[:3]))}).")
+    return messages
+
+
 def store_report(adata: Any, report: dict[str, Any]) -> None:
     """Write a report to `adata.uns["scmmgpt"]["input"]`, in types that `.h5ad` files hold."""
     adata.uns.setdefault("scmmgpt", {})["input"] = _storable(report)
@@ -1436,12 +1489,15 @@ __all__ = [
     "InputPlan",
     "KINDS",
     "MatrixVerdict",
+    "check_labels",
     "classify_features",
     "detect_species",
     "finish_report",
+    "inspect_matrices",
     "inspect_matrix",
     "iter_cells",
     "match_genes",
+    "matrix_of",
     "plan_input",
     "read_cells",
     "store_report",

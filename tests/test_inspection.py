@@ -1,78 +1,689 @@
 """What a matrix holds, which genes it has, and how it becomes `Cells`."""
 
+import json
+
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
-from scmmgpt.inspection_scmmgpt import GeneIndex, inspect_matrix, read_cells, to_counts
+from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+from scmmgpt.inspection_scmmgpt import (
+    GeneIndex,
+    check_labels,
+    classify_features,
+    detect_species,
+    inspect_matrix,
+    iter_cells,
+    match_genes,
+    plan_input,
+    read_cells,
+    store_report,
+    to_counts,
+)
 
 
-SYMBOLS = [f"GENE{i}" for i in range(300)]
+N_CELLS, N_GENES = 40, 300
+SYMBOLS = [f"GENE{i}" for i in range(N_GENES)]
+ENSEMBL = [f"ENSG{i:011d}" for i in range(N_GENES)]
+MOUSE = [f"Gene{i}" for i in range(N_GENES)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gene_index():
     vocabulary = {"<pad>": 0, "<cls>": 1, "<eoc>": 2} | {symbol: i + 3 for i, symbol in enumerate(SYMBOLS)}
-    return GeneIndex(vocabulary, {f"ENSG{i:011d}": symbol for i, symbol in enumerate(SYMBOLS)})
+    aliases = dict(zip(ENSEMBL, SYMBOLS, strict=True)) | {"OLD7": "GENE7"}
+    return GeneIndex(vocabulary, aliases, {"mouse": dict(zip(MOUSE, SYMBOLS, strict=True))})
 
 
-@pytest.fixture
-def counts():
-    """UMI-like counts of 40 cells and 300 genes; every cell and gene has some."""
-    rng = np.random.default_rng(0)
-    mean = rng.gamma(0.4, 2.0, 300) * rng.lognormal(0, 0.5, (40, 1))
-    counts = rng.poisson(mean).astype(np.float32)
+def umi_counts(rng, n_cells=N_CELLS):
+    """UMI-like counts of cells of very different depth; every cell has a gene of one count, as UMI data do."""
+    mean = rng.gamma(0.4, 2.0, N_GENES) * rng.lognormal(0, 0.5, (n_cells, 1))
+    counts = rng.poisson(mean)
     counts[:, 0] += 1
+    counts[:, 1] = 1
     return counts
 
 
+@pytest.fixture(scope="module")
+def counts():
+    return umi_counts(np.random.default_rng(0))
+
+
 def make_adata(matrix, names=SYMBOLS):
-    adata = ad.AnnData(sp.csr_matrix(matrix))
-    adata.var_names = names
-    adata.obs_names = [f"cell{i}" for i in range(adata.n_obs)]
-    return adata
+    obs = pd.DataFrame(index=[f"cell{i}" for i in range(matrix.shape[0])])
+    return ad.AnnData(matrix, obs, pd.DataFrame(index=list(names)))
 
 
-def normalized(counts, total=1e4):
+def scaled_to(counts, total=1e4):
     return counts / counts.sum(axis=1, keepdims=True) * total
 
 
+def ambient_corrected(counts):
+    return counts - np.where(counts > 0, np.random.default_rng(1).uniform(0, 0.14, counts.shape), 0)
+
+
+def median_scaled(counts):
+    return scaled_to(counts, np.median(counts.sum(axis=1)))
+
+
+STATES = {
+    "raw": lambda c: c,
+    "ambient-corrected": ambient_corrected,
+    "CP10k": scaled_to,
+    "CPM": lambda c: scaled_to(c, 1e6),
+    "median total": median_scaled,
+    "log1p CP10k": lambda c: np.log1p(scaled_to(c)),
+    "log2 CPM": lambda c: np.log2(1 + scaled_to(c, 1e6)),
+    "log10 CP10k": lambda c: np.log10(1 + scaled_to(c)),
+    "log1p counts": np.log1p,
+    "log1p twice": lambda c: np.log1p(np.log1p(scaled_to(c))),
+}
+LAYOUTS = {
+    "dense": lambda m: m,
+    "CSR": sp.csr_matrix,
+    "CSC": sp.csc_matrix,
+    "sparse array": sp.csr_array,
+    "Fortran order": np.asfortranarray,
+}
+
+
+def tpm_like(rng):
+    """Fractions without a unit, over four orders of magnitude, as RSEM gives them."""
+    return np.where(rng.uniform(size=(N_CELLS, N_GENES)) < 0.5, rng.lognormal(2, 2, (N_CELLS, N_GENES)), 0)
+
+
+def assert_same_cells(ours, theirs):
+    for name in ("indptr", "gene_ids", "counts", "cell_ids", "total_counts"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+
+
+def same_features(ours, theirs, **options):
+    extractor = ScMMGPTFeatureExtractor(max_genes=100, **options)
+    ours, theirs = extractor(ours, return_tensors="np"), extractor(theirs, return_tensors="np")
+    return all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a matrix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("transform", "kind"),
+    ("state", "kind"),
     [
-        (lambda c: c, "raw_integer"),
-        (lambda c: normalized(c), "normalized"),
-        (lambda c: np.log1p(normalized(c)), "log1p"),
-        (lambda c: np.log2(1 + normalized(c, 1e6)), "log1p"),
-        (lambda c: np.log1p(np.log1p(normalized(c))), "log1p_log1p"),
-        (lambda c: np.log1p(normalized(c)) - 0.5, "scaled"),
+        ("raw", "raw_integer"),
+        ("ambient-corrected", "raw_float"),
+        ("CP10k", "normalized"),
+        ("CPM", "normalized"),
+        ("median total", "normalized"),
+        ("log1p CP10k", "log1p"),
+        ("log2 CPM", "log1p"),
+        ("log10 CP10k", "log1p"),
+        ("log1p counts", "log1p"),
+        ("log1p twice", "log1p_log1p"),
     ],
 )
-def test_the_state_of_a_matrix_is_recognised(counts, transform, kind):
-    assert inspect_matrix(transform(counts)).kind == kind
+def test_the_state_of_a_matrix_is_recognised(counts, state, kind):
+    assert inspect_matrix(STATES[state](counts).astype(np.float32)).kind == kind
 
 
 @pytest.mark.parametrize(
-    "transform", [normalized, lambda c: np.log1p(normalized(c)), lambda c: np.log2(1 + normalized(c, 1e6))]
+    ("matrix", "kind"),
+    [
+        (np.array([[0.0, -1.5], [2.0, 0.3]]), "scaled"),
+        (np.array([[0.0, np.nan], [2.0, 0.3]]), "invalid"),
+        (np.array([[0.0, np.inf], [2.0, 0.3]]), "invalid"),
+        (np.zeros((3, 4)), "empty"),
+        (tpm_like(np.random.default_rng(0)), "normalized"),
+        (np.log1p(tpm_like(np.random.default_rng(0))), "log1p"),
+    ],
 )
-def test_counts_come_back_from_normalised_values(counts, transform):
-    matrix = sp.csr_matrix(transform(counts).astype(np.float32))
-    rows = to_counts(matrix, inspect_matrix(matrix))
-    recovered = sp.csr_matrix((rows.data, rows.indices, rows.indptr), rows.shape).toarray()
-    np.testing.assert_array_equal(recovered, counts)
+def test_matrices_that_hold_no_counts_are_recognised(matrix, kind):
+    assert inspect_matrix(matrix).kind == kind
 
 
-def test_cells_hold_the_counts_of_the_matched_genes(counts, gene_index):
-    cells, report = read_cells(make_adata(counts), gene_index)
-    assert len(cells) == 40
-    np.testing.assert_array_equal(cells.gene_ids[: cells.indptr[1]], np.flatnonzero(counts[0]) + 3)
-    np.testing.assert_array_equal(cells.counts[: cells.indptr[1]], counts[0][counts[0] > 0])
+def test_base_and_total_of_a_logarithm_are_found(counts):
+    verdict = inspect_matrix(np.log2(1 + scaled_to(counts, 1e6)))
+    assert (verdict.base, verdict.target_sum, verdict.exact) == (2.0, 1e6, True)
+
+
+def test_zeros_and_ones_are_called_binary(counts):
+    assert inspect_matrix((counts > 0).astype(np.int8)).evidence["binary"]
+
+
+def test_counts_of_halves_are_not_taken_for_normalised_values(counts):
+    halves = counts.astype(float)
+    halves[::2, ::3] += 0.5
+    assert inspect_matrix(halves).kind == "raw_float"
+
+
+@pytest.mark.parametrize("decimals", [3, 4, 5])
+def test_rounded_logarithms_still_give_the_counts(counts, decimals):
+    matrix = np.round(np.log1p(scaled_to(counts)), decimals)
+    np.testing.assert_array_equal(to_counts(matrix, inspect_matrix(matrix)).data, counts[counts > 0])
+
+
+def test_smallest_values_of_several_counts_are_found_out(counts):
+    matrix = scaled_to(np.where(counts == 1, 0, counts)[:, 2:])
+    enough = (matrix > 0).sum(axis=1) > 20
+    rows = to_counts(matrix[enough], inspect_matrix(matrix[enough]))
+    expected = np.where(counts == 1, 0, counts)[enough, 2:]
+    np.testing.assert_array_equal(rows.data, expected[expected > 0])
+
+
+def test_library_sizes_of_a_few_genes_come_from_the_column_of_totals(counts, gene_index):
+    adata = make_adata(np.log1p(scaled_to(counts, 2000))[:, :100].astype(np.float32), SYMBOLS[:100])
+    adata.obs["n_counts"] = counts.sum(axis=1)
+    cells, report = read_cells(adata, gene_index)
     np.testing.assert_array_equal(cells.total_counts, counts.sum(axis=1))
+    assert report["matrix"]["target_sum"] == 2000
+
+
+def test_library_sizes_of_a_few_genes_come_from_the_unit(counts, gene_index):
+    adata = make_adata(np.log1p(scaled_to(counts))[:, :100].astype(np.float32), SYMBOLS[:100])
+    cells, report = read_cells(adata, gene_index)
+    np.testing.assert_array_equal(cells.total_counts, counts.sum(axis=1))
+    assert report["matrix"]["evidence"]["target_sum_from"] == "library sizes become integers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same cells, however they come
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [name for name in STATES if name != "raw"])
+def test_every_state_gives_the_same_cells(counts, gene_index, state):
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    cells, _ = read_cells(make_adata(sp.csr_matrix(STATES[state](counts).astype(np.float32))), gene_index)
+    assert_same_cells(cells, raw)
+    assert same_features(cells, raw)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["uint16", "int64", "float32", "float64"])
+def test_every_layout_and_type_gives_the_same_cells(counts, gene_index, layout, dtype):
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    cells, _ = read_cells(make_adata(LAYOUTS[layout](counts.astype(dtype))), gene_index)
+    assert_same_cells(cells, raw)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ENSEMBL,
+        [f"{name}.{i % 20}" for i, name in enumerate(ENSEMBL)],
+        [symbol if i % 3 else name for i, (symbol, name) in enumerate(zip(SYMBOLS, ENSEMBL, strict=True))],
+        [f"{symbol}_{name}" for symbol, name in zip(SYMBOLS, ENSEMBL, strict=True)],
+        [f"GRCh38_{symbol}" for symbol in SYMBOLS],
+        [f"hg19___{name}" for name in ENSEMBL],
+        [symbol.replace("GENE", "Gene") if i == 5 else symbol for i, symbol in enumerate(SYMBOLS)],
+        ["OLD7" if symbol == "GENE7" else symbol for symbol in SYMBOLS],
+        MOUSE,
+    ],
+    ids=["ids", "versioned", "mixed", "joined", "genome", "genome and id", "case", "previous symbol", "mouse"],
+)
+def test_every_kind_of_gene_name_gives_the_same_cells(counts, gene_index, names):
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    cells, _ = read_cells(make_adata(counts, names), gene_index)
+    assert_same_cells(cells, raw)
+
+
+def test_shuffled_genes_give_the_same_cells(counts, gene_index):
+    order = np.random.default_rng(2).permutation(N_GENES)
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    cells, _ = read_cells(make_adata(counts[:, order], [SYMBOLS[i] for i in order]), gene_index)
+    assert_same_cells(cells, raw)
+
+
+def test_shuffled_cells_are_the_same_cells(counts, gene_index):
+    order = np.random.default_rng(2).permutation(N_CELLS)
+    adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts)).astype(np.float32)))
+    assert_same_cells(read_cells(adata[order], gene_index)[0], read_cells(adata, gene_index)[0][order])
+
+
+def test_names_in_a_column_fill_what_the_index_leaves_open(counts, gene_index):
+    adata = make_adata(counts, [symbol if i % 2 else f"PROBE{i}" for i, symbol in enumerate(SYMBOLS)])
+    adata.var["gene_ids"] = ENSEMBL
+    cells, report = read_cells(adata, gene_index)
     assert report["genes"]["share_matched"] == 1.0
+    assert_same_cells(cells, read_cells(make_adata(counts), gene_index)[0])
 
 
-def test_almost_no_matching_genes_is_refused(counts, gene_index):
-    names = [*SYMBOLS[:9], *(f"PROBE{i}" for i in range(291))]
-    with pytest.raises(ValueError, match=r"Only 9 of 300 genes match .*gene_column"):
-        read_cells(make_adata(counts, names), gene_index)
+def test_a_view_gives_the_cells_of_its_copy(counts, gene_index):
+    adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts))))
+    assert_same_cells(read_cells(adata[5:20], gene_index)[0], read_cells(adata[5:20].copy(), gene_index)[0])
+
+
+@pytest.mark.parametrize("layout", ["dense", "CSR", "CSC"])
+def test_a_backed_file_gives_the_cells_of_memory(counts, gene_index, layout, tmp_path):
+    adata = make_adata(LAYOUTS[layout](np.log1p(scaled_to(counts)).astype(np.float32)))
+    adata.raw = adata
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    for layer in ("X", "raw"):
+        assert_same_cells(read_cells(backed, gene_index, layer=layer)[0], read_cells(adata, gene_index)[0])
+    backed.file.close()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
+def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_size):
+    adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts)).astype(np.float32)))
+    chunks = list(iter_cells(adata, gene_index, chunk_size=chunk_size))
+    assert_same_cells(Cells.concatenate(chunks), read_cells(adata, gene_index)[0])
+
+
+def test_a_plan_reads_any_chunk_of_its_data(counts, gene_index):
+    adata = make_adata(sp.csr_matrix(scaled_to(counts).astype(np.float32)))
+    plan = plan_input(adata, gene_index)
+    cells = Cells.concatenate([plan.convert(adata[:3]), plan.convert(adata[3:])])
+    assert_same_cells(cells, read_cells(adata, gene_index)[0])
+
+
+def test_a_logarithm_without_a_unit_changes_no_bin(gene_index):
+    values = tpm_like(np.random.default_rng(0))
+    linear, _ = read_cells(make_adata(values), gene_index)
+    logarithm, report = read_cells(make_adata(np.log1p(values)), gene_index)
+    assert report["matrix"]["kind"] == "log1p"
+    assert same_features(logarithm, linear)
+
+
+def test_duplicated_genes_are_summed(counts, gene_index):
+    names = [*SYMBOLS[:298], "GENE5", "GENE6-1"]
+    with pytest.warns(UserWarning, match="not unique"):
+        adata = make_adata(counts, names)
+    cells, report = read_cells(adata, gene_index)
+    dense = np.zeros((N_CELLS, N_GENES + 3))
+    dense[np.repeat(np.arange(N_CELLS), np.diff(cells.indptr)), cells.gene_ids] = cells.counts
+    np.testing.assert_array_equal(dense[:, 8], counts[:, 5] + counts[:, 298])
+    np.testing.assert_array_equal(dense[:, 9], counts[:, 6] + counts[:, 299])
+    assert report["genes"]["duplicates_summed"] == 2
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    state=st.sampled_from(list(STATES)),
+    layout=st.sampled_from(list(LAYOUTS)),
+    dtype=st.sampled_from(["float32", "float64"]),
+    n_cells=st.integers(2, 25),
+)
+def test_whatever_was_done_to_counts_is_undone(gene_index, seed, state, layout, dtype, n_cells):
+    counts = umi_counts(np.random.default_rng(seed), n_cells)
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    cells, _ = read_cells(make_adata(LAYOUTS[layout](STATES[state](counts).astype(dtype))), gene_index)
+    assert_same_cells(cells, raw)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    matrix=hnp.arrays(
+        st.sampled_from([np.float32, np.float64, np.int32, np.uint8, np.bool_]),
+        hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12),
+    ),
+    sparse=st.booleans(),
+)
+def test_any_matrix_is_read_or_refused_in_words(matrix, sparse):
+    names = SYMBOLS[: matrix.shape[1]]
+    index = GeneIndex({name: i for i, name in enumerate(names)})
+    before = matrix.copy()
+    adata = make_adata(sp.csr_matrix(matrix) if sparse else matrix, names)
+    try:
+        cells, report = read_cells(adata, index)
+    except ValueError as error:
+        assert len(str(error)) > 30  # noqa: PT017 (either outcome is right)
+    else:
+        assert len(cells) == len(matrix)
+        assert (cells.counts > 0).all()
+        assert np.isfinite(cells.counts).all()
+        json.dumps(report, allow_nan=False)
+    np.testing.assert_array_equal(matrix, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which matrix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_counts_in_a_layer_are_preferred_to_their_logarithm(counts, gene_index):
+    adata = make_adata(np.log1p(scaled_to(counts)))
+    adata.layers["counts"] = counts
+    adata.layers["spliced"] = counts // 2
+    assert read_cells(adata, gene_index)[1]["matrix"]["chosen"] == "counts"
+
+
+def test_a_part_of_the_reads_is_never_chosen_unasked(counts, gene_index):
+    adata = make_adata(np.log1p(tpm_like(np.random.default_rng(0))))
+    adata.layers["spliced"] = counts
+    assert read_cells(adata, gene_index)[1]["matrix"]["chosen"] == "X"
+    assert read_cells(adata, gene_index, layer="spliced")[1]["matrix"]["chosen"] == "spliced"
+
+
+def test_raw_is_read_where_x_is_scaled(counts, gene_index):
+    adata = make_adata(np.log1p(scaled_to(counts)))
+    adata.raw = adata
+    adata.X = adata.X - adata.X.mean(axis=0)
+    cells, report = read_cells(adata, gene_index)
+    assert report["matrix"]["chosen"] == "raw"
+    np.testing.assert_array_equal(cells.total_counts, counts.sum(axis=1))
+
+
+def test_counts_of_all_genes_are_preferred_to_counts_of_some(counts, gene_index):
+    adata = make_adata(np.log1p(scaled_to(counts)).astype(np.float32))
+    adata.raw = adata
+    adata = adata[:, :100].copy()
+    adata.layers["counts"] = counts[:, :100]
+    _, report = read_cells(adata, gene_index)
+    assert report["matrix"]["chosen"] == "raw"
+    assert "300 variables" in report["matrix"]["why"]
+
+
+def test_the_users_layer_and_assumption_win(counts, gene_index):
+    adata = make_adata(counts)
+    adata.layers["corrected"] = ambient_corrected(counts)
+    cells, report = read_cells(adata, gene_index, layer="corrected", assume="normalized")
+    assert (report["matrix"]["chosen"], report["matrix"]["why"]) == ("corrected", "asked for")
+    assert report["matrix"]["evidence"]["found"] == "raw_float"
+    np.testing.assert_allclose(cells.counts, adata.layers["corrected"][counts > 0], rtol=1e-6)
+
+
+def test_an_assumption_that_cannot_be_true_is_refused(counts, gene_index):
+    with pytest.raises(ValueError, match="they are not logarithms"):
+        read_cells(make_adata(counts * 10.0), gene_index, assume="log1p")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layer": "nothing"}, "layer='nothing' is not in the data; it has X"),
+        ({"assume": "tpm"}, r"assume='tpm'.*choose one of"),
+        ({"gene_column": "nothing"}, "gene_column='nothing' is not in var"),
+    ],
+)
+def test_an_option_that_names_nothing_is_refused(counts, gene_index, options, words):
+    with pytest.raises(ValueError, match=words):
+        read_cells(make_adata(counts), gene_index, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Genes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_weighs_genes_by_their_expression(counts, gene_index):
+    counts = counts.copy()
+    counts[:, 299] = 10_000
+    _, report = read_cells(make_adata(counts, [*SYMBOLS[:299], "UNKNOWN1"]), gene_index)
+    assert report["genes"]["share_matched"] == pytest.approx(299 / 300, abs=1e-4)
+    assert report["genes"]["share_expression_matched"] < 0.1
+    assert report["genes"]["largest_unmatched"] == ["UNKNOWN1"]
+    assert "of the expression" in report["warnings"][0]
+
+
+def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
+    def named(n):
+        return make_adata(counts, [*SYMBOLS[:n], *(f"PROBE{i}" for i in range(N_GENES - n))])
+
+    assert not read_cells(named(200), gene_index)[1]["warnings"]
+    assert "Only 150 of 300 genes match" in read_cells(named(150), gene_index)[1]["warnings"][0]
+    with pytest.raises(ValueError, match=r"Only 9 of 300 genes match .*gene_column=.*force=True"):
+        read_cells(named(9), gene_index)
+    assert read_cells(named(9), gene_index, force=True)[1]["genes"]["matched"] == 9
+    with pytest.raises(ValueError, match="Only 0 of 300"):
+        read_cells(named(0), gene_index, force=True)
+
+
+def test_a_panel_is_no_mistake_and_its_other_genes_are_absent(counts, gene_index):
+    cells, report = read_cells(make_adata(counts[:, :50], SYMBOLS[:50]), gene_index)
+    assert not report["warnings"]
+    assert report["genes"]["vocabulary_measured"] == 50
+    assert set(np.unique(cells.gene_ids)) <= set(range(3, 53))
+
+
+def test_proteins_and_peaks_are_set_aside(counts, gene_index):
+    matrix = np.hstack([counts, np.full((N_CELLS, 3), -1.5)])  # CLR-normalised proteins
+    adata = make_adata(matrix, [*SYMBOLS, "CD3", "CD19", "chr1:100-200"])
+    adata.var["feature_types"] = ["Gene Expression"] * N_GENES + ["Antibody Capture"] * 2 + ["Peaks"]
+    cells, report = read_cells(adata, gene_index)
+    assert report["genes"]["set_aside"] == {"antibody": 2, "peak": 1}
+    assert_same_cells(cells, read_cells(make_adata(counts), gene_index)[0])
+
+
+def test_features_are_known_by_their_names_too():
+    names = ["CD3E", "CD3_TotalSeqB", "ADT-CD4", "chr1:100-200", "X-5-9", "ERCC-00002", "Blank-7", "HLA-A"]
+    types = ["gene", "antibody", "antibody", "peak", "peak", "control", "control", "gene"]
+    assert list(classify_features(names)) == types
+
+
+def test_a_matrix_of_proteins_is_refused(counts, gene_index):
+    adata = make_adata(counts[:, :3], ["CD3", "CD4", "CD19"])
+    adata.var["feature_types"] = "Antibody Capture"
+    with pytest.raises(ValueError, match=r"No variable is a gene \(3 of type 'antibody'\).*RNA part"):
+        read_cells(adata, gene_index)
+
+
+def test_the_mouse_genes_of_a_mixture_are_set_aside(counts, gene_index):
+    names = [*(f"hg19_{symbol}" for symbol in SYMBOLS), *(f"mm10_{symbol}" for symbol in MOUSE)]
+    cells, report = read_cells(make_adata(np.hstack([counts, counts]), names), gene_index)
+    assert report["genes"]["set_aside"] == {"mouse genome": N_GENES}
+    assert_same_cells(cells, read_cells(make_adata(counts), gene_index)[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "species"),
+    [
+        (["CD3E", "MS4A1", "HLA-A", "C1orf112", "RP11-34P13.7"], "human"),
+        (["Cd3e", "Ms4a1", "H2-K1", "mt-Nd1", "1700012B09Rik"], "mouse"),
+        (["ENSG00000198851", "ENSG00000156738.1"], "human"),
+        (["ENSMUSG00000032093", "ENSMUSG00000024673.5"], "mouse"),
+        (["ENSMMUG00000000001"], "rhesus macaque"),
+        (["probe_1", "probe_2"], "unknown"),
+    ],
+)
+def test_the_species_is_read_off_the_names(names, species):
+    assert detect_species(names)[0] == species
+
+
+def test_mouse_given_as_human_is_said(counts, gene_index):
+    adata = make_adata(counts, MOUSE)
+    adata.obs["organism"] = "Homo sapiens"
+    _, report = read_cells(adata, gene_index)
+    assert report["genes"]["species"] == "mouse"
+    assert report["genes"]["how"] == {"ortholog": N_GENES}
+    assert any("The data say human" in warning and "read as mouse" in warning for warning in report["warnings"])
+    assert any("one-to-one orthologs" in warning for warning in report["warnings"])
+
+
+def test_mouse_without_orthologs_is_refused_by_name(counts, gene_index):
+    with pytest.raises(ValueError, match=r"They are mouse genes .*no ortholog table for mouse \(it has: none\)"):
+        read_cells(make_adata(counts, MOUSE), GeneIndex(gene_index.vocabulary))
+
+
+def test_macaque_is_believed_where_symbols_look_human(counts, gene_index):
+    index = GeneIndex(gene_index.vocabulary, {}, {"rhesus macaque": {f"MACQ{i}": s for i, s in enumerate(SYMBOLS)}})
+    adata = make_adata(counts, [f"MACQ{i}" for i in range(N_GENES)])
+    _, report = read_cells(adata, index, organism="Macaca mulatta")
+    assert report["genes"]["how"] == {"ortholog": N_GENES}
+
+
+def test_a_mouse_vocabulary_reads_mouse_genes_directly(counts):
+    index = GeneIndex({name: i for i, name in enumerate(MOUSE)}, {}, {"mouse": {}})
+    _, report = read_cells(make_adata(counts, MOUSE), index)
+    assert report["genes"]["how"] == {"symbol": N_GENES}
+    assert not report["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("HLA.A", "alias"),
+        ("Y-RNA", "alias"),
+        ("2-Sep", "excel date"),
+        ("Mar-05", "excel date"),
+        ("1-Mar", "unmatched"),
+    ],
+)
+def test_names_that_other_programs_changed_are_found(name, how):
+    index = GeneIndex({n: i for i, n in enumerate(["HLA-A", "Y_RNA", "SEPTIN2", "MARCHF5", "MARCHF1", "MARC1"])})
+    assert index.lookup(name)[1] == how
+
+
+def test_matching_needs_no_anndata(gene_index):
+    match = match_genes(["GENE1", "ENSG00000000002.3", "NOTHING"], gene_index)
+    np.testing.assert_array_equal(match.ids, [4, 5, -1])
+    assert list(match.how) == ["symbol", "ensembl", "unmatched"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layout", ["dense", "CSR"])
+def test_values_that_are_no_numbers_are_refused_by_cell_and_gene(counts, gene_index, value, layout):
+    matrix = counts.astype(np.float32)
+    matrix[3, 17] = value
+    with pytest.raises(ValueError, match=r"cell 'cell3', gene 'GENE17'"):
+        read_cells(make_adata(LAYOUTS[layout](matrix)), gene_index)
+
+
+def test_a_bad_value_outside_the_sample_is_found(gene_index):
+    matrix = sp.csr_matrix(umi_counts(np.random.default_rng(0), 2000).astype(np.float32))
+    row = 100  # not in the sampled blocks, of which the first ends at 64
+    matrix.data[matrix.indptr[row]] = np.nan
+    assert inspect_matrix(matrix).kind == "raw_integer"
+    with pytest.raises(ValueError, match=r"X holds nan at cell 'cell100', gene 'GENE0'"):
+        read_cells(make_adata(matrix), gene_index)
+
+
+def test_scaled_values_are_refused_with_a_way_out(counts, gene_index):
+    with pytest.raises(ValueError, match=r"X has negative values.*layers\['counts'\].*layer="):
+        read_cells(make_adata(counts - 2.0), gene_index)
+
+
+def test_zeros_only_are_refused(gene_index):
+    with pytest.raises(ValueError, match="no value above zero"):
+        read_cells(make_adata(np.zeros((4, N_GENES))), gene_index)
+
+
+def test_cells_without_a_gene_are_kept_and_counted(counts, gene_index):
+    counts = counts.copy()
+    counts[5] = 0
+    cells, report = read_cells(make_adata(np.log1p(counts)), gene_index)
+    assert len(cells) == N_CELLS
+    assert cells.total_counts[5] == 0
+    assert "1 of 40 cells express no gene" in report["warnings"][0]
+
+
+def test_no_cells_are_refused(gene_index):
+    with pytest.raises(ValueError, match="0 cells and 300 variables"):
+        read_cells(make_adata(np.zeros((0, N_GENES))), gene_index)
+
+
+def test_repeated_barcodes_are_warned_of(counts, gene_index):
+    adata = make_adata(counts)
+    adata.obs_names = ["same", "same", *adata.obs_names[2:]]
+    assert "1 of 40 barcodes are repeated (such as 'same')" in read_cells(adata, gene_index)[1]["warnings"][0]
+
+
+def test_words_in_the_matrix_are_refused(gene_index):
+    adata = ad.AnnData(obs=pd.DataFrame(index=["a"]), var=pd.DataFrame(index=["GENE1"]))
+    adata.layers["names"] = np.array([["B cell"]], dtype=object)
+    with pytest.raises(TypeError, match="type object; expected numbers"):
+        read_cells(adata, gene_index)
+
+
+def test_labels_are_looked_at_before_they_are_learned():
+    assert not check_labels(["B", "T", "B", "T"], "cell_type")
+    assert "one label for all cells ('B')" in check_labels(["B", "B"], "cell_type")[0]
+    assert "1 of 5 cells have no label" in check_labels(["B", "T", "B", "T", np.nan], "cell_type")[0]
+    with pytest.raises(ValueError, match="None of the 2 cells has a label in 'cell_type'"):
+        check_labels([None, ""], "cell_type")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_users_data_are_not_altered(counts, gene_index):
+    adata = make_adata(sp.csc_matrix(np.log1p(scaled_to(counts))))
+    adata.layers["counts"] = sp.csr_matrix(counts)
+    adata.layers["counts"].has_sorted_indices = False
+    before = adata.copy()
+    read_cells(adata, gene_index)
+    assert not adata.uns
+    for ours, theirs in ((adata.X, before.X), (adata.layers["counts"], before.layers["counts"])):
+        assert type(ours) is type(theirs)
+        for name in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_the_report_is_json_and_survives_a_file(counts, gene_index, tmp_path):
+    adata = make_adata(ambient_corrected(counts), [*SYMBOLS[:299], "a/b"])
+    adata.layers["a/b"] = counts - 5
+    _, report = read_cells(adata, gene_index, layer="X")
+    assert json.loads(json.dumps(report)) == report
+    del adata.layers["a/b"]
+    adata.var_names = SYMBOLS
+    store_report(adata, report)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    stored = ad.read_h5ad(tmp_path / "cells.h5ad").uns["scmmgpt"]["input"]
+    assert stored["matrix"]["kind"] == "raw_float"
+    assert list(stored["warnings"]) == report["warnings"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def human_genes():
+    pytest.importorskip("celltypist", reason="its gene tables are read", exc_type=ImportError)
+    from scmmgpt.train.gene_tables import reference_gene_index
+
+    return reference_gene_index()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "share", "how"),
+    [
+        ("kang_pbmc_unlabelled", "raw_integer", 0.9, "symbol"),
+        ("lung_cell_lines", "raw_integer", 0.99, "ensembl"),
+        ("oligodendroglioma", "normalized", 0.9, "symbol"),
+        ("pbmc_facs", "raw_integer", 0.97, "ensembl"),
+    ],
+)
+def test_what_is_said_of_real_data_is_right(shared_data, human_genes, name, kind, share, how):
+    cells, report = read_cells(ad.read_h5ad(shared_data / f"{name}.h5ad"), human_genes)
+    assert report["matrix"]["kind"] == kind
+    assert report["genes"]["species"] == "human"
+    assert report["genes"]["share_matched"] > share
+    assert max(report["genes"]["how"], key=report["genes"]["how"].get) == how
+    assert not report["warnings"]
+
+
+def test_logarithms_of_real_counts_give_the_counts(shared_data, human_genes):
+    adata = ad.read_h5ad(shared_data / "pbmc_facs.h5ad")[::10].copy()
+    raw, _ = read_cells(adata, human_genes)
+    adata.X.data = np.log1p(adata.X.data / np.repeat(adata.X.sum(axis=1).A1, np.diff(adata.X.indptr)) * 1e4)
+    assert_same_cells(read_cells(adata, human_genes)[0], raw)
+
+
+def test_the_counts_of_scanpys_bundled_data_are_recovered(human_genes):
+    scanpy = pytest.importorskip("scanpy")
+    adata = scanpy.datasets.pbmc68k_reduced()
+    cells, report = read_cells(adata, human_genes)
+    assert report["matrix"]["chosen"] == "raw"
+    np.testing.assert_array_equal(cells.total_counts, adata.obs["n_counts"])
+    assert (cells.counts == np.rint(cells.counts)).all()
+    # Putting the counts through the same steps gives back what the file holds, to its three decimals.
+    values = to_counts(adata.raw.X, plan_input(adata, human_genes).verdict).data
+    again = np.log1p(values / np.repeat(adata.obs["n_counts"].to_numpy(), np.diff(adata.raw.X.indptr)) * 1e4)
+    np.testing.assert_allclose(again, adata.raw.X.data, atol=6e-4)

@@ -14,8 +14,10 @@
 | `.csv`, `.tsv`, `.txt`, also compressed      | text, either way round            | sparse, it has to fit         |
 """
 
+import bz2
 import gzip
 import logging
+import lzma
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -527,19 +529,21 @@ def _open_mtx(path: Path) -> CellFile:
 
 def _open_table(path: Path) -> CellFile:
     """A text table with names in the first row and column, cells x genes or genes x cells, read block by block."""
-    separator = _separator(path)
+    separator, n_comments = _layout(path)
     names, blocks, notes = [], [], []
     columns: list[str] = []
+    layout = {"sep": separator, "index_col": 0, "skiprows": n_comments, "low_memory": False}
     try:
-        for block in pd.read_csv(path, sep=separator, index_col=0, chunksize=TEXT_ROWS, low_memory=False):
+        for block in pd.read_csv(path, chunksize=TEXT_ROWS, **layout):
             numeric = block.select_dtypes(include=["number", "bool"])
+            found = [str(name) for name in numeric.columns]
+            if blocks and found != columns:
+                wrong = sorted(set(found) ^ set(columns))[0]
+                value = next((v for v in block[wrong] if _not_a_number(v)), "numbers")
+                raise ValueError(f"Column {wrong!r} of {path} holds {value!r} in one place and numbers in another.")
+            columns = found
             notes.append(block.drop(columns=numeric.columns))
-            if columns and list(numeric.columns) != columns:
-                wrong = next(c for c in columns if c not in numeric)
-                value = next(v for v in block[wrong] if _not_a_number(v))
-                raise ValueError(f"{path} holds {value!r} in column {wrong!r}, where numbers were before.")
-            columns = list(numeric.columns)
-            names += [str(n) for n in block.index]
+            names += [str(name) for name in block.index]
             blocks.append(sp.csr_matrix(numeric.to_numpy(dtype=np.float32)))
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} has no lines. Copy it again.") from error
@@ -550,26 +554,33 @@ def _open_table(path: Path) -> CellFile:
             f"{path} has no column of numbers (separator {separator!r}). A table of expression has cells in rows, "
             "genes in columns and names in the first row and column, or the other way round."
         )
+    if not any(_not_a_number(name) for name in (*columns, *names)):
+        raise ValueError(
+            f"{path} has numbers only (its first row starts with {', '.join(columns[:3])}): nobody knows which genes "
+            "they are of. Add a first row or column with the names of the genes."
+        )
     matrix = sp.vstack(blocks, format="csr")
     rows = pd.concat(notes)
     rows.index = pd.Index(names)
-    column_names = pd.DataFrame(index=pd.Index([str(c) for c in columns]))
+    column_names = pd.DataFrame(index=pd.Index(columns))
     if _looks_like_genes(names) > _looks_like_genes(columns):
         logger.info("%s has genes in its rows: it is turned around.", path.name)
         return CellFile(matrix.T.tocsr(), column_names, rows)
     return CellFile(matrix, rows, column_names)
 
 
-def _separator(path: Path) -> str:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    if path.name.endswith((".bz2", ".xz")):
-        return "\t" if ".tsv" in path.name else ","
+def _layout(path: Path) -> tuple[str, int]:
+    """Separator of a table, and the number of comment lines before its header."""
+    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-            header = file.readline()
+            n_comments, line = 0, file.readline()
+            while line.startswith("#"):
+                n_comments, line = n_comments + 1, file.readline()
     except (OSError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}). Copy it again.") from error
-    return max(("\t", ",", ";", " "), key=header.count)
+    separator = max(("\t", ",", ";"), key=line.count)
+    return (separator if separator in line else r"\s+"), n_comments
 
 
 def _not_a_number(value: Any) -> bool:
