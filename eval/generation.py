@@ -177,7 +177,7 @@ class _Profiles:
 
 
 def reserve_cells(labels: np.ndarray, *, share: float = RESERVED_SHARE, seed: int = 0) -> np.ndarray:
-    """Mark a share of the cells of each type, at least one, but none of types with a single cell; bool `(n_cells,)`."""
+    """Mark a share of the cells of each type, at least one, but none of a type with a single cell; `(n_cells,)`."""
     rng = np.random.default_rng(seed)
     reserved = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):

@@ -10,6 +10,7 @@ import numpy as np
 
 
 N_RESAMPLES = 1000  # bootstrap replicates; the ends of a 95 % interval then vary by about a tenth of its width
+MAX_DRAW_ENTRIES = 20_000_000  # of a table of draws, 160 MB
 LEVEL = 0.95
 
 MODEL = "model"  # the checkpoint under test
@@ -57,7 +58,11 @@ def percentile_interval(replicates: np.ndarray, *, level: float = LEVEL) -> list
 
 
 def bootstrap_draws(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each of n cells occurs in each draw with replacement, int array of shape `(n_resamples, n)`."""
+    """How often each of n cells occurs in each draw with replacement, int array of shape `(n_resamples, n)`.
+
+    Above 20,000 cells there are fewer draws than asked for: the table must fit in memory, and the interval is narrow.
+    """
+    n_resamples = min(n_resamples, max(MAX_DRAW_ENTRIES // n, 100))
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
 
 
