@@ -92,6 +92,7 @@ def test_a_checkpoint_holds_every_file_that_it_needs(checkpoint):
         "modeling_scgpt.py",
         "processing_scmmgpt.py",
         "feature_extraction_scmmgpt.py",
+        "genes_scmmgpt.py",
         "inspection_scmmgpt.py",
     }
     assert code <= names

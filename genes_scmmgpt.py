@@ -1,0 +1,409 @@
+"""Which variables of a file are which genes of the vocabulary, whatever they are called and whatever they are.
+
+`GeneIndex` finds a gene by symbol, previous symbol, alias, Ensembl id with or without version, and by the one-to-one
+ortholog of another species. `match_genes` matches all variables of a file, from the best of its columns of names, and
+reports what share of the genes and of the expression it found. Antibodies, peaks and control probes are set aside by
+`classify_features`. A gene that a file does not measure is absent, which is not the same as zero.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+WARN_SHARE = 0.60  # of genes matched; below it the user is warned
+REFUSE_SHARE = 0.20  # of genes matched; below it the input is refused unless forced
+N_EXAMPLES = 10  # unmatched genes that a report names
+MIN_GENES = 20  # a handful of matching genes is an accident, whatever its share
+
+ENSEMBL = re.compile(r"^(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
+EMBEDDED_ENSEMBL = re.compile(r"(?:^|[_|:;, ])(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:$|[_|:;, ])")
+GENOME = re.compile(r"^(hg\d+|GRCh\d+|mm\d+|GRCm\d+)(?:$|[_-]+(?=\S)|\b)", re.IGNORECASE)
+PEAK = re.compile(r"^(chr)?(\d{1,2}|X|Y|MT?|GL\d+\.\d|KI\d+\.\d)[:_-]\d+[_-]\d+$", re.IGNORECASE)
+ANTIBODY = re.compile(r"(Total_?Seq[A-D]?|ADT|anti(human|mouse))\b|^(ADT|AB|PROT|HTO)[_-]", re.IGNORECASE)
+CONTROL = re.compile(
+    r"^(ERCC-\d{5}|Blank-?\d+|NegControl.*|NegPrb.*|SystemControl.*|(Unassigned|Deprecated)Codeword.*)$"
+)
+MADE_UNIQUE = re.compile(r"[-.]\d$")
+EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
+MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
+HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
+
+SPECIES_PREFIXES = {
+    "ENSG": "human",
+    "ENSMUSG": "mouse",
+    "ENSMMUG": "rhesus macaque",
+    "ENSMFAG": "cynomolgus macaque",
+    "ENSSSCG": "pig",
+    "ENSRNOG": "rat",
+    "ENSDARG": "zebrafish",
+    "ENSGALG": "chicken",
+}
+SPECIES_NAMES = {
+    "human": ("homo sapiens", "ncbitaxon:9606"),
+    "mouse": ("mus musculus", "ncbitaxon:10090"),
+    "rhesus macaque": ("macaca mulatta", "ncbitaxon:9544"),
+    "cynomolgus macaque": ("macaca fascicularis", "ncbitaxon:9541"),
+    "pig": ("sus scrofa", "ncbitaxon:9823"),
+    "rat": ("rattus norvegicus", "ncbitaxon:10116"),
+    "zebrafish": ("danio rerio", "ncbitaxon:7955"),
+    "chicken": ("gallus gallus", "ncbitaxon:9031"),
+}
+# Species whose symbols are spelt as in human (CD3E) and as in mouse (Cd3e): spelling alone does not tell them apart.
+SPELT_AS_HUMAN = ("human", "rhesus macaque", "cynomolgus macaque", "pig", "chicken")
+SPELT_AS_MOUSE = ("mouse", "rat")
+GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "rna", "gex", "mrna", "", "nan"})
+
+
+class GeneIndex:
+    """The genes that a model knows, and every other name by which a file may call them.
+
+    Args:
+        vocabulary: Gene symbol -> id. Names in angle brackets (`<pad>`, `<cls>`) are special tokens, not genes.
+        aliases: Other name (previous symbol, alias, Ensembl id without version) -> symbol; or the whole document of
+            `gene_aliases.json`, `{"aliases": ..., "orthologs": ...}`.
+        orthologs: Species -> its gene symbol or id -> the vocabulary's name of its one-to-one ortholog.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        aliases: Mapping[str, Any] | None = None,
+        orthologs: Mapping[str, Mapping[str, str]] | None = None,
+    ):
+        self.vocabulary = {name: int(i) for name, i in vocabulary.items() if not re.fullmatch(r"<.*>", name)}
+        if not self.vocabulary:
+            raise ValueError(f"The gene vocabulary has no genes ({len(vocabulary)} entries, all special tokens).")
+        aliases = aliases or {}
+        if isinstance(aliases.get("aliases"), Mapping):
+            aliases, orthologs = aliases["aliases"], aliases.get("orthologs")
+        self.aliases = dict(aliases)
+        self.orthologs = {species: dict(table) for species, table in (orthologs or {}).items()}
+        self.species = detect_species(list(self.vocabulary))[0]
+        # `C1orf112` is written `C1ORF112` by some; two symbols that differ by case only stay apart.
+        folded = Counter(name.upper() for name in self.vocabulary)
+        self._folded = {name.upper(): i for name, i in self.vocabulary.items() if folded[name.upper()] == 1}
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    @classmethod
+    def from_dict(cls, vocabulary: Mapping[str, int], document: Mapping[str, Any] | None) -> "GeneIndex":
+        """From a vocabulary and the document of `gene_aliases.json`."""
+        return cls(vocabulary, document)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The names beyond the vocabulary, as `gene_aliases.json` stores them."""
+        return {"aliases": self.aliases, "orthologs": self.orthologs}
+
+    def translates(self, species: str | None) -> bool:
+        """Whether genes of `species` are led to the vocabulary by orthologs."""
+        return species in self.orthologs and species != self.species
+
+    def lookup(self, name: str, species: str | None = None) -> tuple[int, str]:
+        """Find one gene.
+
+        Args:
+            name: Symbol, alias, Ensembl id with or without version, or several of them joined.
+            species: Species of the file; `None` for that of the vocabulary.
+
+        Returns:
+            Id in the vocabulary, -1 if it is not there, and how it was found: `symbol`, `ensembl`, `alias`, `case`,
+            `excel date`, `ortholog` or `unmatched`.
+        """
+        name = name.strip()
+        ensembl = ENSEMBL.match(name)
+        key = ensembl.group(1).upper() if ensembl else name
+        if self.translates(species):
+            table = self.orthologs[species]
+            found = self.vocabulary.get(table.get(key) or table.get(_embedded(name)))
+            return (-1, "unmatched") if found is None else (found, "ortholog")
+        if key in self.vocabulary:  # also of Ensembl ids, if the vocabulary is made of them
+            return self.vocabulary[key], "ensembl" if ensembl else "symbol"
+        found = self.vocabulary.get(self.aliases.get(key))
+        if found is not None:
+            return found, "ensembl" if ensembl else "alias"
+        if ensembl is None:
+            embedded = _embedded(name)
+            if embedded is not None:
+                return self.lookup(embedded)
+            for changed in (name.replace(".", "-"), name.replace("-", "_")):  # R's make.names, Seurat's underscores
+                if changed in self.vocabulary:
+                    return self.vocabulary[changed], "alias"
+            date = EXCEL_DATE.match(name)
+            if date:
+                return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
+            if species in (None, self.species):
+                found = self._folded.get(name.upper())
+                if found is not None:
+                    return found, "case"
+        return -1, "unmatched"
+
+    def _from_date(self, number: str, month: str) -> tuple[int, str]:
+        """SEPT2 and MARCH3 after a spreadsheet took them for dates; 1-Mar may be MARCH1 or MARC1, so it is left."""
+        n = int(number)
+        names = (f"SEPTIN{n}", f"SEPT{n}") if month == "Sep" else (f"MARCHF{n}", f"MARCH{n}") if n > 2 else ()
+        found = next((self.vocabulary[name] for name in names if name in self.vocabulary), None)
+        return (-1, "unmatched") if found is None else (found, "excel date")
+
+
+def _embedded(name: str) -> str | None:
+    """The Ensembl id in a name such as `CD3E_ENSG00000198851`."""
+    found = EMBEDDED_ENSEMBL.search(name)
+    return found.group(1).upper() if found else None
+
+
+@dataclass
+class GeneMatch:
+    """Which variables of a file are which genes.
+
+    Args:
+        ids: int32 `(n_vars,)`: id in the vocabulary, -1 for what is not in it.
+        how: `(n_vars,)` of str: as `GeneIndex.lookup` found it, or the feature type that was set aside.
+        is_gene: bool `(n_vars,)`: False for antibodies, peaks and other features that were set aside.
+        report: What was matched, as plain numbers and strings.
+    """
+
+    ids: np.ndarray
+    how: np.ndarray
+    is_gene: np.ndarray
+    report: dict[str, Any]
+
+
+def detect_species(names: Sequence[str]) -> tuple[str, str]:
+    """Species by the genes' names, and the evidence in words. `unknown` if the names do not tell."""
+    names = names[:: 1 + len(names) // 4000]
+    n = max(1, len(names))
+    prefixes: Counter[str] = Counter()
+    for name in names:
+        ensembl = ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name)
+        if ensembl:
+            prefixes[re.match(r"[A-Z]+", ensembl.group(1).upper()).group(0)] += 1
+    if sum(prefixes.values()) > 0.5 * n:
+        prefix, count = prefixes.most_common(1)[0]
+        return SPECIES_PREFIXES.get(prefix, "unknown"), f"{count / n:.0%} of the names start with {prefix}"
+    mouse = sum(bool(MOUSE_SYMBOL.match(name)) for name in names) / n
+    human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n
+    if mouse > 0.4 and mouse > 2 * human:
+        return "mouse", f"{mouse:.0%} of the names are spelt as mouse symbols are (Cd3e)"
+    if human > 0.4 and human > 2 * mouse:
+        return "human", f"{human:.0%} of the names are spelt as human symbols are (CD3E)"
+    return "unknown", f"{human:.0%} of the names look human (CD3E), {mouse:.0%} mouse (Cd3e)"
+
+
+def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
+    """Species to read the genes as, the species that the file says, and the evidence for the first."""
+    said = str(organism).strip().lower()
+    declared = next((name for name, others in SPECIES_NAMES.items() if said == name or said in others), None)
+    guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
+    if not guesses:
+        return declared or "unknown", declared, f"the data say {declared}" if declared else "the names do not tell"
+    # Ids are proof; spelling is not.
+    species, why = next((guess for guess in guesses if "start with" in guess[1]), guesses[0])
+    for spelt in (SPELT_AS_HUMAN, SPELT_AS_MOUSE):
+        if "start with" not in why and species in spelt and declared in spelt:
+            return declared, declared, why
+    return species, declared, why
+
+
+def classify_features(
+    names: Sequence[str], *, feature_types: Sequence[str] | None = None, genomes: Sequence[str] | None = None
+) -> np.ndarray:
+    """Type of each variable, `(n_vars,)` of str.
+
+    Args:
+        names: Names of the variables.
+        feature_types: 10x's `feature_types`; without them antibodies, peaks and controls are known by their names.
+        genomes: Genome of each variable, where several species were mapped together; else prefixes of names tell.
+
+    Returns:
+        `gene`, `antibody`, `peak`, `control`, `mouse genome` (in a mixture with human), or the file's own word.
+    """
+    types = np.full(len(names), "gene", dtype=object)
+    for i, name in enumerate(names):
+        if CONTROL.match(name):
+            types[i] = "control"
+        elif PEAK.match(name):
+            types[i] = "peak"
+        elif feature_types is None and ANTIBODY.search(name):
+            types[i] = "antibody"
+    for i, feature_type in enumerate(feature_types if feature_types is not None else ()):
+        word = str(feature_type).strip().lower()
+        if "antibod" in word or "protein" in word or word == "adt":
+            types[i] = "antibody"
+        elif word in ("peaks", "peak", "chromatin accessibility"):
+            types[i] = "peak"
+        elif word not in GENE_FEATURE_TYPES and types[i] == "gene":
+            types[i] = word
+    found = [GENOME.match(str(name)) for name in (genomes if genomes is not None else names)]
+    mouse = np.array([bool(m) and m.group(1).lower().startswith(("mm", "grcm")) for m in found], dtype=bool)
+    human = np.array([bool(m) and m.group(1).lower().startswith(("hg", "grch")) for m in found], dtype=bool)
+    if mouse.any() and human.any():
+        types[mouse & (types == "gene")] = "mouse genome"
+    return types
+
+
+def match_genes(
+    names: Sequence[str] | Mapping[str, Sequence[str]],
+    gene_index: GeneIndex,
+    *,
+    types: np.ndarray | None = None,
+    organism: str | None = None,
+    weights: np.ndarray | None = None,
+) -> GeneMatch:
+    """Match the variables of a file with the vocabulary.
+
+    Args:
+        names: Names of the variables, or several columns of names (the best one is used first, the others fill what it
+            leaves open).
+        gene_index: The model's genes.
+        types: Type of each variable as `classify_features` gives it; what is not a `gene` is set aside.
+        organism: What the file says it is (name or NCBITaxon id); the names decide where they can.
+        weights: Expression of each variable, `(n_vars,)`, to weigh what matched.
+
+    Returns:
+        The match of each variable, and a report.
+    """
+    columns = dict(names) if isinstance(names, Mapping) else {"var_names": names}
+    columns = {key: [GENOME.sub("", str(n).strip()) or str(n) for n in column] for key, column in columns.items()}
+    first = next(iter(columns.values()))
+    types = classify_features(first) if types is None else types
+    is_gene = types == "gene"
+    n_genes = int(is_gene.sum())
+    species, declared, why = _species(
+        {k: [c[v] for v in np.flatnonzero(is_gene)] for k, c in columns.items()}, organism
+    )
+
+    # step 1: the best column, then the others for what it leaves open
+    results = {
+        key: [gene_index.lookup(n, species) if g else (-1, "") for n, g in zip(column, is_gene, strict=True)]
+        for key, column in columns.items()
+    }
+    n_found = {key: sum(i >= 0 for i, _ in result) for key, result in results.items()}
+    order = sorted(results, key=lambda key: -n_found[key])
+    best, used = columns[order[0]], order[:1]
+    ids = np.array([i for i, _ in results[order[0]]], dtype=np.int32)
+    how = np.array([h for _, h in results[order[0]]] + [""], dtype=object)[:-1]
+    for key in order[1:]:
+        fill = [v for v in np.flatnonzero((ids < 0) & is_gene) if results[key][v][0] >= 0]
+        if fill and n_found[key] >= REFUSE_SHARE * n_genes:
+            used.append(key)
+            for v in fill:
+                ids[v], how[v] = results[key][v]
+
+    # step 2: `var_names_make_unique` turned the second MATR3 into MATR3-1, which is the same gene
+    for v in np.flatnonzero((ids < 0) & is_gene):
+        stem = MADE_UNIQUE.sub("", best[v])
+        if stem != best[v]:
+            found, by = gene_index.lookup(stem, species)
+            if by in ("symbol", "ortholog"):
+                ids[v], how[v] = found, "made unique"
+    how[~is_gene] = types[~is_gene]
+
+    # step 3: the report
+    matched = ids >= 0
+    distinct = len(np.unique(ids[matched]))
+    report = {
+        "variables": len(ids),
+        "genes": n_genes,
+        "matched": int(matched.sum()),
+        "share_matched": round(float(matched.sum() / max(1, n_genes)), 5),
+        "vocabulary": len(gene_index),
+        "vocabulary_measured": distinct,
+        "duplicates_summed": int(matched.sum()) - distinct,
+        "columns": used,
+        "species": species,
+        "species_evidence": why,
+        "species_declared": declared or "",
+        "how": {str(k): int(v) for k, v in Counter(how[is_gene].tolist()).items()},
+        "set_aside": {str(k): int(v) for k, v in Counter(types[~is_gene].tolist()).items()},
+    }
+    unmatched = np.flatnonzero(~matched & is_gene)
+    if weights is not None and weights[is_gene].sum() > 0:
+        total = float(weights[is_gene].sum())
+        report["share_expression_matched"] = round(float(weights[matched].sum() / total), 5)
+        unmatched = unmatched[np.argsort(-weights[unmatched], kind="stable")]
+        report["largest_unmatched_shares"] = [round(float(weights[v] / total), 7) for v in unmatched[:N_EXAMPLES]]
+    report["largest_unmatched"] = [best[v] for v in unmatched[:N_EXAMPLES]]
+    return GeneMatch(ids, how, is_gene, report)
+
+
+def check_types(types: np.ndarray) -> None:
+    """Refuse variables of which none is a gene; `types` as `classify_features` gives them."""
+    if not (types == "gene").any():
+        kinds = ", ".join(f"{n} of type {str(kind)!r}" for kind, n in Counter(types.tolist()).items())
+        raise ValueError(
+            f"No variable is a gene ({kinds}). This model reads gene expression: pass the RNA part of the data."
+        )
+
+
+def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list[str]:
+    """Judge a match.
+
+    Args:
+        match: Of all variables of a file.
+        gene_index: The genes that it was matched with.
+        force: Accept a match that is next to nothing.
+
+    Returns:
+        Warnings, in words.
+
+    Raises:
+        ValueError: if under 20 % of the genes match, or under 20 genes of a large vocabulary.
+
+    The share is of the file's genes or of the vocabulary's, whichever are fewer: neither a panel of 300 genes nor a
+    vocabulary of 800 is a mistake.
+    """
+    r = match.report
+    possible = min(r["genes"], len(gene_index))
+    measured, species = r["vocabulary_measured"], r["species"]
+    share = measured / possible
+    foreign = species not in ("unknown", gene_index.species) and gene_index.species != "unknown"
+    way_out = "Name the column of `var` that has gene symbols or Ensembl ids with `gene_column=`."
+    if foreign and not gene_index.translates(species):
+        way_out = (
+            f"They are {species} genes ({r['species_evidence']}), and the model has no ortholog table for {species} "
+            f"(it has: {', '.join(sorted(gene_index.orthologs)) or 'none'}): map them to {gene_index.species} first."
+        )
+    elif foreign:
+        way_out = (
+            f"They were read as {species} genes ({r['species_evidence']}); say `organism=` if they are others, or "
+            "name the column of `var` that has their symbols with `gene_column=`."
+        )
+    finding = (
+        f"Only {measured} of {possible} genes match the model's vocabulary ({share:.1%}; the largest that do not: "
+        f"{', '.join(r['largest_unmatched'][:5])}). {way_out}"
+    )
+    few = measured < MIN_GENES <= len(gene_index) / 10
+    if measured == 0 or ((share < REFUSE_SHARE or few) and not force):
+        raise ValueError(finding + (" Or pass `force=True` to read them all the same." if measured else ""))
+    messages = [finding] if share < WARN_SHARE or few else []
+    if not messages and r.get("share_expression_matched", 1.0) < WARN_SHARE:
+        messages.append(
+            f"The genes that match the model's vocabulary hold only {r['share_expression_matched']:.1%} of the "
+            f"expression; the largest that do not: {', '.join(r['largest_unmatched'][:5])}."
+        )
+    if r["species_declared"] and species != r["species_declared"]:
+        messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
+    if foreign:
+        by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
+        messages.append(
+            f"{r['matched']} of {r['genes']} {species} genes were mapped by {by}; the model was made for "
+            f"{gene_index.species} cells: interpret with caution."
+        )
+    return messages
+
+
+__all__ = [
+    "GeneIndex",
+    "GeneMatch",
+    "check_match",
+    "check_types",
+    "classify_features",
+    "detect_species",
+    "match_genes",
+]
