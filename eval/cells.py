@@ -132,7 +132,7 @@ def read_split(
         genes=symbols[used].astype(str),
         labels=obs[label_key].to_numpy().astype(str),
         names=obs["barcode"].to_numpy().astype(str),
-        obs={name: obs[name].to_numpy() for name in obs.columns},
+        obs={name: obs[name].where(obs[name].notna(), None).to_numpy() for name in obs.columns},
     )
 
 

@@ -189,6 +189,20 @@ def _size(config: dict, name: str | None = None) -> str | None:
     return f"{name}: {size}" if name else size
 
 
+def recorded_settings(paths: Sequence[str | None]) -> dict[str, dict]:
+    """What the commands noted in `uns["scmmgpt"]` of the `.h5ad` files: verb -> its settings that are single values."""
+    import anndata
+
+    settings: dict[str, dict] = {}
+    for path in filter(lambda path: path and str(path).endswith(".h5ad"), paths):
+        noted = anndata.read_h5ad(path, backed="r").uns.get("scmmgpt", {})
+        for verb in ("annotate", "describe", "generate"):
+            single = {name: np.asarray(value) for name, value in dict(noted.get(verb, {})).items()}
+            single = {name: value.item() for name, value in single.items() if value.ndim == 0}
+            settings |= {verb: single} if single else {}
+    return settings
+
+
 def describe_corpus(corpus) -> dict:
     """Where the cells come from and how they were divided."""
     manifest = corpus.manifest
@@ -416,6 +430,7 @@ def write_report(args: argparse.Namespace) -> dict:
             "files": {
                 str(path): sha256(path) for path in filter(None, (args.annotated, args.descriptions, args.generated))
             },
+            "settings": recorded_settings([args.annotated, args.descriptions, args.generated]),
             "training": [{"name": run["name"], "steps": run["steps"]} for run in runs],
             "versions": installed_versions(),
             "seed": args.seed,

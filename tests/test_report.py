@@ -46,7 +46,9 @@ def demo(tmp_path_factory):
     train, test = read_splits(folder / "corpus")
     names = pd.Index(test.names, name="barcode")
     obs = pd.DataFrame({"scmmgpt_cell_type": test.labels, "scmmgpt_score": 0.9}, index=names)
-    anndata.AnnData(sparse.csr_matrix((len(test), 1)), obs=obs).write_h5ad(folder / "annotated.h5ad")
+    settings = {"annotate": {"matching_weight": 0.25, "labels": np.unique(test.labels)}}
+    annotated = anndata.AnnData(sparse.csr_matrix((len(test), 1)), obs=obs, uns={"scmmgpt": settings})
+    annotated.write_h5ad(folder / "annotated.h5ad")
     wrong = np.where(np.arange(len(test)) % 2, np.roll(test.labels, 1), test.labels)
     texts = pd.DataFrame({"scmmgpt_description": [f"This cell is a {label}." for label in wrong]}, index=names)
     texts.to_csv(folder / "descriptions.csv", index_label="cell")
@@ -154,6 +156,7 @@ def test_metrics_hold_values_intervals_and_provenance(report):
     provenance = metrics["provenance"]
     assert provenance["corpus"]["split by"] == "cell"
     assert len(provenance["corpus"]["manifest sha256"]) == len(provenance["corpus"]["splits sha256"]) == 64
+    assert provenance["settings"] == {"annotate": {"matching_weight": 0.25}}
     assert set(provenance["versions"]) >= {"python", "torch", "scikit-learn"}
 
 
