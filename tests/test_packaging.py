@@ -4,11 +4,16 @@ import ast
 import doctest
 import importlib
 import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from scmmgpt import __main__ as scmmgpt_main
+from scmmgpt.eval import __main__ as eval_main
+from scmmgpt.train import __main__ as train_main
 
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +122,46 @@ def test_every_code_folder_is_packaged():
         for name in PYPROJECT["tool"]["setuptools"]["packages"]
     }
     assert folders == packaged - {""}
+
+
+TRAIN_COMMANDS = [name for name, module in train_main.COMMANDS.items() if (ROOT / "train" / f"{module}.py").exists()]
+EVAL_COMMANDS = [name for name in eval_main.COMMANDS if (ROOT / "eval" / f"{name}.py").exists()]
+CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
+# What a configuration leaves to the command line: the paths.
+PATHS = {"align": ["--corpus", "corpus"], "tune": ["--corpus", "corpus", "--aligned", "aligned"]}
+
+
+@pytest.mark.parametrize("command", TRAIN_COMMANDS)
+def test_every_training_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_main.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m scmmgpt.train {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", EVAL_COMMANDS)
+def test_every_evaluation_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        eval_main.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m scmmgpt.eval {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_is_understood_by_its_command(path, tmp_path):
+    command = path.stem.split("_")[0]
+    module = importlib.import_module(f"scmmgpt.train.{train_main.COMMANDS[command]}")
+    paths = [*PATHS.get(command, ["--corpus", "corpus"]), "--output_dir", str(tmp_path)]
+    module.make_parser().parse_args_and_config(["--config", str(path), *paths])
+
+
+def test_commands_in_the_readme_are_understood():
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("scmmgpt ")]
+    assert commands
+    for command in commands:
+        assert scmmgpt_main.make_parser().parse_args(command[1:2] if command[1] == "inspect" else command[1:])
 
 
 @pytest.mark.parametrize("path", METRICS, ids=lambda path: path.name)

@@ -99,10 +99,10 @@ DEMOS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = "python -m scmmgpt.train prepare") -> argparse.ArgumentParser:
     """Arguments of `python -m scmmgpt.train prepare`."""
     parser = argparse.ArgumentParser(
-        prog="python -m scmmgpt.train prepare",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
