@@ -8,6 +8,7 @@ Where numba is installed, compiled kernels take over after the first few thousan
 and without numba, NumPy does the work. Both give the same bits.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +33,10 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 TOKEN_STREAM, MASK_STREAM, RATIO_STREAM, NAME_STREAM = range(4)
 
 # Constants with a type, because numba promotes a mix of signed and unsigned integers to floats.
-ZERO, ONE, BITS_27, BITS_30, BITS_31, BITS_32 = (np.uint64(i) for i in (0, 1, 27, 30, 31, 32))
+ZERO, ONE, FOUR, BITS_27, BITS_30, BITS_31, BITS_32, BITS_64 = map(np.uint64, (0, 1, 4, 27, 30, 31, 32, 64))
 LOW_32 = np.uint64(0xFFFFFFFF)
 LAST_HASH = np.uint64(0xFFFFFFFFFFFFFFFF)
+LARGEST_WHOLE = np.float32(2**24)  # float32 holds every whole number up to here
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,12 +51,17 @@ def _mix(state):
     return state ^ (state >> BITS_31)
 
 
-def _cell_keys(cell_ids: np.ndarray, *, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """One 64-bit key a cell, `uint64 (n_cells,)`: where this cell's own random sequence starts."""
+@functools.lru_cache(maxsize=64)
+def _stream_key(seed, epoch, stream):
     key = np.zeros(1, dtype=np.uint64)
     for part in (seed, epoch, stream):
         key = _mix(key + GOLDEN_GAMMA + np.uint64(part % 2**64))
-    return _mix(cell_ids.astype(np.uint64) ^ key)
+    return key
+
+
+def _cell_keys(cell_ids: np.ndarray, *, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """One 64-bit key a cell, `uint64 (n_cells,)`: where this cell's own random sequence starts."""
+    return _mix(cell_ids.astype(np.uint64, copy=False) ^ _stream_key(seed, epoch, stream))
 
 
 def _gene_hashes(cell_keys: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
@@ -204,14 +211,14 @@ class Cells:
         matrix = np.ascontiguousarray(matrix)
         if matrix.ndim != 2:
             raise ValueError(f"Expected a matrix of cells by genes, but its shape is {matrix.shape}.")
-        if matrix.dtype.kind not in "iuf" or not _kernels_pay(len(matrix)):
+        if matrix.dtype.kind in "iuf" and _kernels_pay(len(matrix)):
+            indptr, columns, data = _nonzero_entries(matrix)
+        else:
             columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
             rows = columns // max(matrix.shape[1], 1)
             columns -= rows * matrix.shape[1]
             indptr = np.searchsorted(rows, np.arange(len(matrix) + 1))
             data = matrix[rows, columns]
-        else:
-            indptr, columns, data = _nonzero_entries(matrix)
         return cls._from_entries(matrix.shape, indptr, columns, data, vocabulary_ids, cell_ids)
 
     @classmethod
@@ -237,26 +244,27 @@ class Cells:
             columns, data = columns[data > 0], data[data > 0]
         total_counts = _row_sums(data, indptr)
         ids = vocabulary_ids.astype(np.int32)
-        if not _kernels_pay(n_cells):
-            rows, gene_ids = np.repeat(np.arange(n_cells), np.diff(indptr)), ids[columns]
-            order = _sorting_order(gene_ids.astype(np.uint32), rows)
-            order = order[gene_ids[order] >= 0]
-            kept = np.bincount(rows[order], minlength=n_cells)
-            gene_ids = gene_ids[order]
+        if _kernels_pay(n_cells):
+            columns = columns.astype(np.int32, copy=False)
+            indptr, gene_ids, counts, has_repeats = _sort_genes(indptr, columns, data, ids)
         else:
-            kept, order, gene_ids = _sort_genes(indptr, columns.astype(np.int32, copy=False), ids)
-        indptr, data = np.concatenate([[0], np.cumsum(kept)]), data[order]
-        # Columns that stand for one gene lie side by side now.
-        is_first = np.ones(len(gene_ids), dtype=bool)
-        is_first[1:] = gene_ids[1:] != gene_ids[:-1]
-        is_first[indptr[:-1][kept > 0]] = True
-        if not is_first.all():
+            rows, gene_ids = np.repeat(np.arange(n_cells), np.diff(indptr)), ids[columns]
+            order = _sorting_order(gene_ids.view(np.uint32), rows)
+            order = order[gene_ids[order] >= 0]
+            rows, gene_ids, counts = rows[order], gene_ids[order], data[order]
+            indptr = np.searchsorted(rows, np.arange(n_cells + 1))
+            has_repeats = ((gene_ids[1:] == gene_ids[:-1]) & (rows[1:] == rows[:-1])).any()
+        if has_repeats:  # columns that stand for one gene lie side by side now
+            is_first = np.ones(len(gene_ids), dtype=bool)
+            is_first[1:] = gene_ids[1:] != gene_ids[:-1]
+            is_first[indptr[:-1][indptr[:-1] < indptr[1:]]] = True
             gene_of = np.cumsum(is_first)
-            data = np.bincount(gene_of - 1, weights=data).astype(np.int64 if data.dtype.kind in "iu" else data.dtype)
+            dtype = np.int64 if data.dtype.kind in "iu" else data.dtype
+            counts = np.bincount(gene_of - 1, weights=counts).astype(dtype)
             gene_ids, indptr = gene_ids[is_first], np.concatenate([[0], gene_of])[indptr]
         if cell_ids is None:
             cell_ids = np.arange(n_cells, dtype=np.uint64)
-        return cls(indptr, gene_ids, data, cell_ids, total_counts)
+        return cls(indptr, gene_ids, counts, cell_ids, total_counts)
 
 
 def _row_sums(data, indptr):
@@ -315,8 +323,7 @@ def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0)
         `int64 (nnz,)` in `1 .. n_bins - 1`, aligned with `cells.counts`.
     """
     _check_bins(n_bins)
-    keys, is_float = _sort_keys(cells.counts)
-    lower, upper = _edge_counts(cells.indptr, keys, cells.counts if is_float else keys, n_bins)
+    lower, upper = _edge_counts(cells.indptr, cells.counts, n_bins)
     cell_keys = _cell_keys(cells.cell_ids, seed=seed, epoch=epoch, stream=TOKEN_STREAM)
     hashes = _gene_hashes(np.repeat(cell_keys, np.diff(cells.indptr)), cells.gene_ids)
     # ceil(a + u * (b - a)) = a - floor(u * (a - b)), exactly, with u in units of 2^-32
@@ -329,31 +336,24 @@ def _check_bins(n_bins):
 
 
 def _sort_keys(counts):
-    """Unsigned integers in the order of the counts, and whether they are the bits of floats rather than the counts.
-
-    Counts that are whole numbers are integers whatever their dtype, as far as float32 represents them all (2^24).
-    """
+    """Unsigned integers in the order of the counts: floats above 0 are ordered as their bits."""
     if counts.dtype.kind == "f":
-        if counts.max(initial=0) <= 2**24:
-            whole = counts.astype(np.uint32)
-            if (whole == counts).all():
-                return whole, False
-        return counts.view(np.uint32), True  # positive floats are ordered as their bits
-    return counts.astype(np.uint32 if counts.max(initial=0) < 2**32 else np.uint64, copy=False), False
+        return counts.view(np.uint32)
+    return counts.astype(np.uint32 if counts.max(initial=0) < 2**32 else np.uint64, copy=False)
 
 
-def _edge_counts(indptr, keys, values, n_bins):
+def _edge_counts(indptr, counts, n_bins):
     """Where every entry lies among its cell's quantile edges.
 
-    The `n_bins - 1` edges of a cell are `np.quantile(values, np.linspace(0, 1, n_bins - 1))` to the last bit.
+    The `n_bins - 1` edges of a cell are `np.quantile(counts, np.linspace(0, 1, n_bins - 1))` to the last bit.
 
     Returns:
         `lower` and `upper`, both `int64 (nnz,)`: how many edges are below the entry, and how many below or equal.
     """
     starts, lengths = indptr[:-1], np.diff(indptr)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    order = _sorting_order(keys, rows)
-    ranked = values[order]  # ascending within each cell; a cell keeps its own range of positions
+    order = _sorting_order(_sort_keys(counts), rows)
+    ranked = counts[order]  # ascending within each cell; a cell keeps its own range of positions
 
     # step 1: the edges, by NumPy's linear interpolation between order statistics
     filled = np.flatnonzero(lengths)
@@ -519,13 +519,13 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         gene_ids, attended = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         expression = np.empty(shape, dtype=np.float32)
         gene_ids[:, 0], expression[:, 0] = self.cls_token_id, self.cls_value
-        keys, is_float = _sort_keys(cells.counts)
+        keys = _sort_keys(cells.counts)
         fill = _fill_rows if keys.dtype == np.uint32 and _kernels_pay(len(cells)) else _fill_rows_numpy
         fill(
             cells.indptr,
             cells.gene_ids.astype(np.int32, copy=False),
             keys,
-            is_float,
+            cells.counts.dtype.kind == "f",
             self._values(cells),
             np.linspace(0, 1, self.n_bins - 1),
             _cell_keys(cells.cell_ids, seed=self.seed, epoch=epoch, stream=TOKEN_STREAM),
@@ -587,8 +587,7 @@ def _fill_rows_numpy(
     lengths = np.diff(indptr)
     hashes = _gene_hashes(np.repeat(cell_keys, lengths), gene_ids)
     if not len(values):
-        counts = keys.view(np.float32) if is_float else keys
-        lower, upper = _edge_counts(indptr, keys, counts, len(levels) + 1)
+        lower, upper = _edge_counts(indptr, keys.view(np.float32) if is_float else keys, len(levels) + 1)
         values = upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
     kept = np.ones(len(gene_ids), dtype=bool)
     crowded = lengths > n_kept
@@ -658,22 +657,23 @@ def _sort_by_upper_half(words, n, spare):
                 j -= 1
             words[j] = word
         return words
-    slots = np.empty(RADIX_SIZE, np.int64)
-    digit_mask = np.uint64(RADIX_SIZE - 1)
+    used_bits = ZERO
+    for i in range(n):
+        used_bits |= words[i]
+    slots, digit_mask = np.empty(RADIX_SIZE, np.uint64), np.uint64(RADIX_SIZE - 1)
     shift = BITS_32
-    for _ in range(4):
-        slots[:] = 0
+    while shift < BITS_64 and used_bits >> shift:
+        slots[:] = ZERO
         for i in range(n):
-            slots[(words[i] >> shift) & digit_mask] += 1
-        if slots[(words[0] >> shift) & digit_mask] < n:  # else all have this digit
-            end = 0
-            for digit in range(RADIX_SIZE):
-                end, slots[digit] = end + slots[digit], end
-            for i in range(n):
-                digit = (words[i] >> shift) & digit_mask
-                spare[slots[digit]] = words[i]
-                slots[digit] += 1
-            words, spare = spare, words
+            slots[(words[i] >> shift) & digit_mask] += ONE
+        end = ZERO
+        for digit in range(RADIX_SIZE):
+            end, slots[digit] = end + slots[digit], end
+        for i in range(n):
+            digit = (words[i] >> shift) & digit_mask
+            spare[slots[digit]] = words[i]
+            slots[digit] += ONE
+        words, spare = spare, words
         shift += RADIX_BITS
     return words
 
@@ -701,81 +701,81 @@ def _nth_smallest(places, n, nth, buckets, candidates):
 
 
 @_compiled
-def _rank_keys(keys, n_small, histogram, packed, spare, ranked):
-    """Sorts the keys of a cell into `ranked`; those below `n_small` by counting.
+def _rank_keys(keys, n_small, histogram, packed, spare, run_keys, run_ends):
+    """Sorts the keys of a cell into runs of equal keys: those below `n_small` by counting, the others by radix.
+
+    `run_keys` and `run_ends` receive the ascending keys, and how many keys are not above each.
 
     Returns:
-        The tail in order, each key in the upper half of a word and its position in the lower, and its length.
-        `histogram[0]` counts the keys below `n_small`.
+        The number of runs; the others, the tail, in order, each key in the upper half of a word and its position in
+        the lower; and the length of the tail.
     """
-    n = len(keys)
-    n_tail = 0
-    histogram[:] = 0
+    n, n_runs, n_tail, end = len(keys), 0, 0, 0
     if n_small:
         # Four histograms in turn: more than half of the counts are 1, and a counter waits for its own last write.
+        histogram[:] = 0
         for i in range(0, n - 3, 4):
             for lane in range(4):
                 histogram[lane, min(keys[i + lane], np.uint32(TAIL))] += 1
         for i in range(n - n % 4, n):
             histogram[0, min(keys[i], np.uint32(TAIL))] += 1
-        histogram[0] += histogram[1] + histogram[2] + histogram[3]
-        rank = 0
         for key in range(n_small):
-            for _ in range(histogram[0, key]):
-                ranked[rank] = key
-                rank += 1
-    if not n_small or histogram[0, TAIL]:
+            repeats = histogram[0, key] + histogram[1, key] + histogram[2, key] + histogram[3, key]
+            end += repeats
+            run_keys[n_runs] = key
+            run_ends[n_runs] = end
+            n_runs += repeats > 0
+    if end < n:
         for i in range(n):
             packed[n_tail] = np.uint64(keys[i]) << BITS_32 | np.uint64(i)
             n_tail += keys[i] >= n_small
     tail = _sort_by_upper_half(packed, n_tail, spare)
     for i in range(n_tail):
-        ranked[n - n_tail + i] = tail[i] >> BITS_32
-    return tail, n_tail
+        if n_runs == 0 or run_keys[n_runs - 1] != tail[i] >> BITS_32:
+            run_keys[n_runs] = tail[i] >> BITS_32
+            n_runs += 1
+        run_ends[n_runs - 1] = n - n_tail + i + 1
+    return n_runs, tail, n_tail
 
 
 @_compiled
-def _bin_cell(keys, is_float, hashes, levels, ranked, n_small, histogram, tail, n_tail, edges, table, bins):
+def _bin_cell(keys, is_float, hashes, levels, run_values, run_ends, n_runs, n_small, tail, n_tail, edges, table, bins):
     """Quantile bins of one cell; see [`bin_counts`]."""
     n, n_edges = len(keys), len(levels)
-    as_float = ranked.view(np.float32)
+    run = 0
     for k in range(n_edges):
         level = levels[k] * (n - 1)
         before = int(np.floor(level))
-        after = min(before + 1, n - 1)
         weight = level - before
-        if is_float:  # NumPy subtracts in the precision of the values
-            low, high, step = (
-                np.float64(as_float[before]),
-                np.float64(as_float[after]),
-                as_float[after] - as_float[before],
-            )
-            step = np.float64(step)
-        else:
-            low, high = np.float64(ranked[before]), np.float64(ranked[after])
-            step = high - low
+        while run_ends[run] <= before:
+            run += 1
+        low = high = run_values[run]
+        if run_ends[run] == before + 1 and before + 1 < n:
+            high = run_values[run + 1]
+        # NumPy subtracts in the precision of the values.
+        step = np.float64(np.float32(high) - np.float32(low)) if is_float else high - low
         edges[k] = low + step * weight if weight < 0.5 else high - step * (1 - weight)
 
-    lower, upper = 0, 0
-    for key in range(n_small):
-        if histogram[0, key]:
-            while lower < n_edges and edges[lower] < key:
-                lower += 1
-            while upper < n_edges and edges[upper] <= key:
-                upper += 1
-            table[key] = np.uint64(upper) << BITS_32 | np.uint64(upper - lower)
-    if n_small:
-        for i in range(n):
-            entry = table[min(keys[i], np.uint32(TAIL))]
-            bins[i] = np.uint32((entry >> BITS_32) - (((hashes[i] & LOW_32) * (entry & LOW_32)) >> BITS_32))
-    for rank in range(n - n_tail, n):
-        value = np.float64(as_float[rank]) if is_float else np.float64(ranked[rank])
+    lower, upper, start = 0, 0, 0
+    for run in range(n_runs):
+        value = run_values[run]
         while lower < n_edges and edges[lower] < value:
             lower += 1
         while upper < n_edges and edges[upper] <= value:
             upper += 1
-        i = tail[rank - (n - n_tail)] & LOW_32
-        bins[i] = upper - np.int64(((hashes[i] & LOW_32) * np.uint64(upper - lower)) >> BITS_32)
+        width = np.uint64(upper - lower)
+        if start < n - n_tail:
+            table[np.int64(value)] = np.uint64(upper) << BITS_32 | width
+        else:
+            for rank in range(start, run_ends[run]):
+                i = tail[rank - (n - n_tail)] & LOW_32
+                bins[i] = upper - np.int64(((hashes[i] & LOW_32) * width) >> BITS_32)
+        start = run_ends[run]
+    if n_tail < n:
+        for i in range(n):
+            if keys[i] < n_small:
+                entry = table[keys[i]]
+                bins[i] = np.uint32((entry >> BITS_32) - (((hashes[i] & LOW_32) * (entry & LOW_32)) >> BITS_32))
 
 
 @_compiled
@@ -800,8 +800,8 @@ def _fill_rows(
     Args:
         indptr: `int64 (n_cells + 1,)`.
         gene_ids: `int32 (nnz,)`.
-        keys: `uint32 (nnz,)`, ordered as the counts; see `_sort_keys`.
-        is_float: Whether the keys are the bits of float32 counts.
+        keys: `uint32 (nnz,)`: the counts, or the bits of float32 counts.
+        is_float: Whether they are the bits of floats.
         values: `float32 (nnz,)`; empty to bin the counts.
         levels: `float64 (n_bins - 1,)`, the quantile levels of the bin edges.
         cell_keys: `uint64 (n_cells,)`, the start of each cell's random sequence.
@@ -818,10 +818,10 @@ def _fill_rows(
         longest = max(longest, indptr[row + 1] - indptr[row])
     hashes, places = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
     packed, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
-    ranked, bins = np.empty(longest, np.uint32), np.empty(longest, np.float32)
+    whole_keys, run_keys = np.empty(longest, np.uint32), np.empty(longest + TAIL + 1, np.uint32)
+    run_ends, run_values = np.empty(longest + TAIL + 1, np.int64), np.empty(longest + TAIL + 1, np.float64)
     histogram, table = np.empty((4, TAIL + 1), np.int32), np.zeros(TAIL + 1, np.uint64)
-    edges, buckets = np.empty(len(levels), np.float64), np.empty(N_BUCKETS, np.int32)
-    n_small = 0 if is_float else TAIL
+    bins, edges, buckets = np.empty(longest, np.float32), np.empty(len(levels)), np.empty(N_BUCKETS, np.int32)
     is_binned = len(values) == 0
 
     for row in range(len(cell_keys)):
@@ -835,16 +835,33 @@ def _fill_rows(
 
         row_values = bins if is_binned else values[start:stop]
         if n and (is_binned or (is_crowded and by_count)):
-            tail, n_tail = _rank_keys(row_keys, n_small, histogram, packed, spare, ranked)
+            # Floats that are whole numbers are treated as integers, as far as float32 represents them all.
+            is_fraction = is_float
+            if is_float:
+                floats = row_keys.view(np.float32)
+                n_whole = 0
+                for i in range(n):
+                    whole_keys[i] = np.uint32(min(floats[i], LARGEST_WHOLE))
+                    n_whole += np.float32(whole_keys[i]) == floats[i]
+                is_fraction = n_whole < n
+                if not is_fraction:
+                    row_keys = whole_keys[:n]
+            n_small = 0 if is_fraction else TAIL
+            n_runs, tail, n_tail = _rank_keys(row_keys, n_small, histogram, packed, spare, run_keys, run_ends)
             if is_binned:
+                if is_fraction:
+                    run_values[:n_runs] = run_keys[:n_runs].view(np.float32)
+                else:
+                    run_values[:n_runs] = run_keys[:n_runs]
                 _bin_cell(
                     row_keys,
-                    is_float,
+                    is_fraction,
                     hashes,
                     levels,
-                    ranked[:n],
+                    run_values,
+                    run_ends,
+                    n_runs,
                     n_small,
-                    histogram,
                     tail,
                     n_tail,
                     edges,
@@ -854,18 +871,21 @@ def _fill_rows(
 
         n_tokens = 1 + min(n, n_kept)
         if is_crowded:
+            ranks = hashes
             if by_count:
-                cutoff = ranked[n - n_kept]
+                run = n_runs - 1
+                while run > 0 and run_ends[run - 1] > n - n_kept:
+                    run -= 1
+                cutoff = run_keys[run]
                 for i in range(n):
                     places[i] = hashes[i] if row_keys[i] == cutoff else ZERO if row_keys[i] > cutoff else LAST_HASH
-            else:
-                places[:n] = hashes[:n]
-            last_place = _nth_smallest(places, n, n_kept, buckets, packed)
+                ranks = places
+            last_rank = _nth_smallest(ranks, n, n_kept, buckets, packed)
             token, i = 1, 0
             while token < n_tokens:  # without a branch: what is not kept is overwritten by the next that is
                 genes_row[token] = row_genes[i]
                 expression_row[token] = row_values[i]
-                token += places[i] <= last_place
+                token += ranks[i] <= last_rank
                 i += 1
         else:
             for i in range(n):
@@ -882,58 +902,73 @@ def _nonzero_entries(matrix):
     """CSR arrays of a dense matrix: `indptr`, `columns` (`int32`) and `data`."""
     n_rows, n_columns = matrix.shape
     indptr = np.zeros(n_rows + 1, np.int64)
+    columns = np.empty(n_columns + 8 + n_rows * n_columns // 8, np.int32)
+    # Flags of four columns are looked at as one word, so that most zeros cost a quarter of a step.
+    flags = np.zeros(-(-n_columns // 4) * 4, np.uint8)
+    quads = flags.view(np.uint32)
+    filled_quads = np.empty(len(quads) + 1, np.uint32)
     for row in range(n_rows):
-        entries = 0
-        for value in matrix[row]:
-            entries += value != 0
-        indptr[row + 1] = indptr[row] + entries
-    columns, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], matrix.dtype)
-    found = np.empty(n_columns + 1, np.int32)
-    for row in range(n_rows):
-        values, n = matrix[row], 0
+        values, start = matrix[row], indptr[row]
+        if start + n_columns + 8 > len(columns):
+            longer = np.empty(2 * len(columns) + n_columns, np.int32)
+            longer[:start] = columns[:start]
+            columns = longer
         for column in range(n_columns):
-            found[n] = column
-            n += values[column] != 0
-        start = indptr[row]
-        for i in range(n):
-            columns[start + i] = found[i]
-            data[start + i] = values[found[i]]
-    return indptr, columns, data
+            flags[column] = values[column] != 0
+        # Both loops do without a branch: what is not wanted is overwritten by the next that is.
+        n_quads = ZERO
+        for quad in range(len(quads)):
+            filled_quads[n_quads] = quad
+            n_quads += np.uint64(quads[quad] != 0)
+        found, n = columns[start:], ZERO
+        for i in range(n_quads):
+            first = np.uint64(filled_quads[i]) * FOUR
+            for j in range(4):
+                column = first + np.uint64(j)
+                found[n] = column
+                n += np.uint64(flags[column])
+        indptr[row + 1] = start + np.int64(n)
+    data = np.empty(indptr[-1], matrix.dtype)
+    for row in range(n_rows):
+        values = matrix[row]
+        for i in range(indptr[row], indptr[row + 1]):
+            data[i] = values[np.uint32(columns[i])]  # unsigned: spares a check for an index from the end
+    return indptr, columns[: indptr[-1]], data
 
 
 @_compiled
-def _sort_genes(indptr, columns, ids):
+def _sort_genes(indptr, columns, data, ids):
     """Entries of a CSR matrix in ascending order of their gene ids within each row, without those whose id is -1.
 
     Returns:
-        Entries that stay per row (`int64`), their positions in the input (`int64`) and their gene ids (`int32`).
+        The new `indptr` (`int64`), gene ids (`int32`) and data, and whether a gene repeats within a row.
     """
-    n_rows = len(indptr) - 1
-    kept, order = np.zeros(n_rows, np.int64), np.empty(len(columns), np.int64)
-    gene_ids = np.empty(len(columns), np.int32)
+    n_rows, n_kept, has_repeats = len(indptr) - 1, 0, False
+    kept_indptr = np.zeros(n_rows + 1, np.int64)
+    gene_ids, counts = np.empty(len(columns), np.int32), np.empty(len(columns), data.dtype)
     longest = 0
     for row in range(n_rows):
         longest = max(longest, indptr[row + 1] - indptr[row])
     packed, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
-    total = 0
     for row in range(n_rows):
-        n = 0
-        last = np.int32(-1)
-        is_sorted = True
-        for position in range(indptr[row], indptr[row + 1]):
-            gene_id = ids[columns[position]]
-            packed[n] = np.uint64(gene_id) << BITS_32 | np.uint64(position - indptr[row])
-            if gene_id >= 0:
-                is_sorted = is_sorted and gene_id >= last
-                last = gene_id
-                n += 1
-        words = packed if is_sorted else _sort_by_upper_half(packed, n, spare)
+        row_columns, row_data = columns[indptr[row] : indptr[row + 1]], data[indptr[row] : indptr[row + 1]]
+        n, is_sorted = ZERO, True
+        for i in range(len(row_columns)):  # without a branch: an entry to leave out is overwritten by the next
+            gene_id = ids[np.uint32(row_columns[i])]
+            packed[n] = np.uint64(gene_id) << BITS_32 | np.uint64(i)
+            n += np.uint64(gene_id >= 0)
+        for i in range(1, n):
+            is_sorted &= packed[i] > packed[i - 1]
+        words = packed if is_sorted else _sort_by_upper_half(packed, np.int64(n), spare)
+        row_genes, row_counts = gene_ids[n_kept:], counts[n_kept:]
         for i in range(n):
-            order[total + i] = indptr[row] + np.int64(words[i] & LOW_32)
-            gene_ids[total + i] = words[i] >> BITS_32
-        kept[row] = n
-        total += n
-    return kept, order[:total], gene_ids[:total]
+            row_genes[i] = words[i] >> BITS_32
+            row_counts[i] = row_data[words[i] & LOW_32]
+        for i in range(1, n):
+            has_repeats |= row_genes[i] == row_genes[i - 1]
+        n_kept += np.int64(n)
+        kept_indptr[row + 1] = n_kept
+    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], has_repeats
 
 
 __all__ = ["Cells", "ScMMGPTFeatureExtractor", "bin_counts", "hash_names", "mask_genes", "normalize_log1p"]
