@@ -36,6 +36,8 @@ TOKEN_STREAM, MASK_STREAM, RATIO_STREAM, NAME_STREAM = range(4)
 ZERO, ONE, FOUR, BITS_27, BITS_30, BITS_31, BITS_32, BITS_64 = map(np.uint64, (0, 1, 4, 27, 30, 31, 32, 64))
 LOW_32 = np.uint64(0xFFFFFFFF)
 LAST_HASH = np.uint64(0xFFFFFFFFFFFFFFFF)
+# Integers up to here, and the bits of finite floats, are the keys of counts in the compiled path.
+LARGEST_KEY, LARGEST_FLOAT_KEY = np.uint32(2**31 - 1), np.uint32(0x7F7FFFFF)
 LARGEST_WHOLE = np.float32(2**24)  # float32 holds every whole number up to here
 
 
@@ -203,7 +205,19 @@ class Cells:
         Returns:
             `Cells` whose `total_counts` are the sums over all columns, those left out included.
         """
-        return cls._from_entries(matrix.shape, matrix.indptr, matrix.indices, matrix.data, vocabulary_ids, cell_ids)
+        ids = _column_ids(vocabulary_ids, matrix.shape[1])
+        indptr, columns, data = (np.asarray(array) for array in (matrix.indptr, matrix.indices, matrix.data))
+        if data.dtype.kind == "b":
+            data = data.astype(np.uint16)
+        indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
+        if data.min(initial=1) == 0:  # stored zeros
+            indptr = np.concatenate([[0], np.cumsum(data != 0)])[indptr]
+            columns, data = columns[data != 0], data[data != 0]
+        read = _read_csr if _kernels_pay(len(indptr) - 1) else _read_csr_numpy
+        *entries, is_valid = read(indptr, columns, data, ids)
+        if not is_valid:
+            _refuse_entries(indptr, columns, data)
+        return cls._from_sorted(*entries, cell_ids)
 
     @classmethod
     def from_dense(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
@@ -211,69 +225,82 @@ class Cells:
         matrix = np.ascontiguousarray(matrix)
         if matrix.ndim != 2:
             raise ValueError(f"Expected a matrix of cells by genes, but its shape is {matrix.shape}.")
-        if matrix.dtype.kind in "iuf" and _kernels_pay(len(matrix)):
-            indptr, columns, data = _nonzero_entries(matrix)
+        ids = _column_ids(vocabulary_ids, matrix.shape[1])
+        if matrix.dtype.kind == "b":
+            matrix = matrix.astype(np.uint16)
+        if _kernels_pay(len(matrix)):
+            *entries, is_valid = _read_dense(matrix, ids)
         else:
-            columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
-            rows = columns // max(matrix.shape[1], 1)
-            columns -= rows * matrix.shape[1]
-            indptr = np.searchsorted(rows, np.arange(len(matrix) + 1))
-            data = matrix[rows, columns]
-        return cls._from_entries(matrix.shape, indptr, columns, data, vocabulary_ids, cell_ids)
+            *entries, is_valid = _read_csr_numpy(*_nonzero_entries(matrix), ids)
+        if not is_valid:
+            _refuse_entries(*_nonzero_entries(matrix))
+        return cls._from_sorted(*entries, cell_ids)
 
     @classmethod
-    def _from_entries(cls, shape, indptr, columns, data, vocabulary_ids, cell_ids):
-        n_cells, n_vars = shape
-        indptr, data, vocabulary_ids = np.asarray(indptr, dtype=np.int64), np.asarray(data), np.asarray(vocabulary_ids)
-        if vocabulary_ids.shape != (n_vars,) or vocabulary_ids.dtype.kind not in "iu":
-            raise ValueError(
-                f"`vocabulary_ids` is {vocabulary_ids.dtype} of shape {vocabulary_ids.shape}, but the matrix has "
-                f"{n_vars} columns. Pass one integer a column, -1 for a column to leave out."
-            )
-        if data.dtype.kind == "b":
-            data = data.astype(np.uint16)
-        lowest = data.min(initial=1)
-        if not (lowest >= 0 and np.isfinite(data.max(initial=1))):
-            wrong = np.flatnonzero(~(np.isfinite(data) & (data >= 0)))[0]
-            raise ValueError(
-                f"Expected counts, but found {data[wrong]} in row {np.searchsorted(indptr, wrong, side='right') - 1}, "
-                f"column {columns[wrong]}. Pass raw counts: negative, infinite and missing values are none."
-            )
-        if lowest == 0:  # stored zeros
-            indptr = np.concatenate([[0], np.cumsum(data > 0)])[indptr]
-            columns, data = columns[data > 0], data[data > 0]
-        total_counts = _row_sums(data, indptr)
-        ids = vocabulary_ids.astype(np.int32)
-        if _kernels_pay(n_cells):
-            columns = columns.astype(np.int32, copy=False)
-            indptr, gene_ids, counts, has_repeats = _sort_genes(indptr, columns, data, ids)
-        else:
-            rows, gene_ids = np.repeat(np.arange(n_cells), np.diff(indptr)), ids[columns]
-            order = _sorting_order(gene_ids.view(np.uint32), rows)
-            order = order[gene_ids[order] >= 0]
-            rows, gene_ids, counts = rows[order], gene_ids[order], data[order]
-            indptr = np.searchsorted(rows, np.arange(n_cells + 1))
-            has_repeats = ((gene_ids[1:] == gene_ids[:-1]) & (rows[1:] == rows[:-1])).any()
-        if has_repeats:  # columns that stand for one gene lie side by side now
-            is_first = np.ones(len(gene_ids), dtype=bool)
-            is_first[1:] = gene_ids[1:] != gene_ids[:-1]
-            is_first[indptr[:-1][indptr[:-1] < indptr[1:]]] = True
-            gene_of = np.cumsum(is_first)
-            dtype = np.int64 if data.dtype.kind in "iu" else data.dtype
+    def _from_sorted(cls, indptr, gene_ids, counts, total_counts, cell_ids):
+        """Cells of entries in ascending order of gene within each cell, in which a gene may still repeat."""
+        repeats = np.zeros(len(gene_ids), dtype=bool)
+        repeats[1:] = gene_ids[1:] == gene_ids[:-1]
+        repeats[indptr[:-1][indptr[:-1] < indptr[1:]]] = False
+        if repeats.any():
+            gene_of = np.cumsum(~repeats)
+            dtype = np.int64 if counts.dtype.kind in "iu" else counts.dtype
             counts = np.bincount(gene_of - 1, weights=counts).astype(dtype)
-            gene_ids, indptr = gene_ids[is_first], np.concatenate([[0], gene_of])[indptr]
+            gene_ids, indptr = gene_ids[~repeats], np.concatenate([[0], gene_of])[indptr]
         if cell_ids is None:
-            cell_ids = np.arange(n_cells, dtype=np.uint64)
+            cell_ids = np.arange(len(indptr) - 1, dtype=np.uint64)
         return cls(indptr, gene_ids, counts, cell_ids, total_counts)
 
 
+def _column_ids(vocabulary_ids, n_vars):
+    vocabulary_ids = np.asarray(vocabulary_ids)
+    if vocabulary_ids.shape != (n_vars,) or vocabulary_ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"`vocabulary_ids` is {vocabulary_ids.dtype} of shape {vocabulary_ids.shape}, but the matrix has {n_vars} "
+            "columns. Pass one integer a column, -1 for a column to leave out."
+        )
+    return vocabulary_ids.astype(np.int32)
+
+
+def _refuse_entries(indptr, columns, data):
+    wrong = np.flatnonzero(~(np.isfinite(data) & (data >= 0)))[0]
+    row = np.searchsorted(indptr, wrong, side="right") - 1
+    raise ValueError(
+        f"Expected counts, but found {data[wrong]} in row {row}, column {columns[wrong]}. "
+        "Pass raw counts: negative, infinite and missing values are none."
+    )
+
+
 def _row_sums(data, indptr):
-    """Sums of a ragged array's rows, `float32 (n_rows,)`, added in float64."""
-    sums = np.zeros(len(indptr) - 1, dtype=np.float32)
-    filled = indptr[1:] > indptr[:-1]  # `reduceat` would give an empty row the entry of the next
-    if filled.any():
-        sums[filled] = np.add.reduceat(data.astype(np.float64), indptr[:-1][filled])
-    return sums
+    """Sums of a ragged array's rows, `float32 (n_rows,)`.
+
+    They are added in float64 and in four lanes, which take the entries of a row in turns but for the last few, which
+    the first lane takes: so a processor adds four at once, and every path adds in the same order.
+    """
+    lengths = np.diff(indptr)
+    lanes = np.arange(len(data)) - np.repeat(indptr[:-1], lengths)
+    lanes = np.where(lanes < np.repeat(lengths // 4 * 4, lengths), lanes % 4, 0)
+    lanes += np.repeat(np.arange(len(lengths)) * 4, lengths)
+    sums = np.bincount(lanes, weights=data, minlength=4 * len(lengths)).reshape(-1, 4)
+    return ((sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])).astype(np.float32)
+
+
+def _nonzero_entries(matrix):
+    """CSR arrays of a dense matrix, in NumPy."""
+    columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
+    rows = columns // max(matrix.shape[1], 1)
+    columns -= rows * matrix.shape[1]
+    return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns, matrix[rows, columns]
+
+
+def _read_csr_numpy(indptr, columns, data, ids):
+    """What [`_read_csr`] does, in NumPy."""
+    rows, gene_ids = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), ids[columns]
+    is_valid = bool(data.min(initial=0) >= 0 and np.isfinite(data.max(initial=0)))
+    order = _sorting_order(gene_ids.view(np.uint32), rows)
+    order = order[gene_ids[order] >= 0]
+    kept_indptr = np.searchsorted(rows[order], np.arange(len(indptr)))
+    return kept_indptr, gene_ids[order], data[order], _row_sums(data, indptr), is_valid
 
 
 def _sorting_order(keys, rows):
@@ -336,10 +363,14 @@ def _check_bins(n_bins):
 
 
 def _sort_keys(counts):
-    """Unsigned integers in the order of the counts: floats above 0 are ordered as their bits."""
-    if counts.dtype.kind == "f":
+    """Unsigned integers in the order of the counts: floats above 0 are ordered as their bits.
+
+    What is no count, because it is negative or not finite, gets a key beyond [`LARGEST_KEY`] or that of infinity.
+    """
+    if counts.dtype.itemsize == 4:
         return counts.view(np.uint32)
-    return counts.astype(np.uint32 if counts.max(initial=0) < 2**32 else np.uint64, copy=False)
+    is_large = counts.dtype.itemsize > 4 and counts.max(initial=0) > LARGEST_KEY
+    return counts.astype(np.uint64 if is_large else np.uint32)
 
 
 def _edge_counts(indptr, counts, n_bins):
@@ -511,7 +542,6 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"padding is {padding!r}; choose True (to the longest cell) or 'max_length'.")
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"return_tensors is {return_tensors!r}; choose 'pt' or 'np'.")
-        _check_entries(cells)
 
         longest = int(np.diff(cells.indptr).max(initial=0))
         n_tokens = max_genes if padding == "max_length" else min(max_genes, 1 + longest)
@@ -519,12 +549,10 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         gene_ids, attended = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         expression = np.empty(shape, dtype=np.float32)
         gene_ids[:, 0], expression[:, 0] = self.cls_token_id, self.cls_value
-        keys = _sort_keys(cells.counts)
-        fill = _fill_rows if keys.dtype == np.uint32 and _kernels_pay(len(cells)) else _fill_rows_numpy
-        fill(
+        arguments = (
             cells.indptr,
             cells.gene_ids.astype(np.int32, copy=False),
-            keys,
+            _sort_keys(cells.counts),
             cells.counts.dtype.kind == "f",
             self._values(cells),
             np.linspace(0, 1, self.n_bins - 1),
@@ -537,6 +565,10 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             expression,
             attended,
         )
+        # The kernel checks the entries as it goes and leaves to NumPy what it was not made for, large counts included.
+        if not _kernels_pay(len(cells)) or arguments[2].dtype != np.uint32 or not _fill_rows(*arguments):
+            _check_entries(cells)
+            _fill_rows_numpy(*arguments)
         arrays = {"gene_ids": gene_ids, "expression": expression, "cell_attention_mask": attended}
         if return_tensors == "pt":
             arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -554,9 +586,10 @@ ScMMGPTFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 
 def _check_entries(cells):
     """Refuses counts that are not above 0, and genes that do not ascend."""
-    if not cells.counts.min(initial=1) > 0:
+    if not (cells.counts.min(initial=1) > 0 and np.isfinite(cells.counts.max(initial=1))):
+        wrong = cells.counts[~((cells.counts > 0) & np.isfinite(cells.counts))][0]
         raise ValueError(
-            f"Cells holds counts above 0 only, but found {cells.counts.min()}. "
+            f"Cells holds counts above 0 only, but found {wrong}. "
             "Build it with `Cells.from_csr`, which drops zeros and refuses what is no count."
         )
     ascending = cells.gene_ids[1:] > cells.gene_ids[:-1]
@@ -812,6 +845,9 @@ def _fill_rows(
         gene_ids_out: `int64 (n_cells, n_tokens)`.
         expression_out: `float32 (n_cells, n_tokens)`.
         attended_out: `int64 (n_cells, n_tokens)`.
+
+    Returns:
+        False as soon as a cell has an entry that is no count, or genes that do not ascend.
     """
     longest = 0
     for row in range(len(cell_keys)):
@@ -822,13 +858,21 @@ def _fill_rows(
     run_ends, run_values = np.empty(longest + TAIL + 1, np.int64), np.empty(longest + TAIL + 1, np.float64)
     histogram, table = np.empty((4, TAIL + 1), np.int32), np.zeros(TAIL + 1, np.uint64)
     bins, edges, buckets = np.empty(longest, np.float32), np.empty(len(levels)), np.empty(N_BUCKETS, np.int32)
-    is_binned = len(values) == 0
+    is_binned, largest_key = len(values) == 0, LARGEST_FLOAT_KEY if is_float else LARGEST_KEY
 
     for row in range(len(cell_keys)):
         start, stop = indptr[row], indptr[row + 1]
         n = stop - start
         row_genes, row_keys = gene_ids[start:stop], keys[start:stop]
         genes_row, expression_row, attended_row = gene_ids_out[row], expression_out[row], attended_out[row]
+        n_wrong = 0
+        for i in range(n):
+            n_wrong += row_keys[i] - np.uint32(1) >= largest_key  # 0 wraps around
+        for i in range(1, n):
+            n_wrong += row_genes[i] <= row_genes[i - 1]
+        if n_wrong:
+            return False
+
         is_crowded = n > n_kept
         for i in range(n):
             hashes[i] = _mix_kernel(cell_keys[row] + (np.uint64(row_genes[i]) + ONE) * GOLDEN_GAMMA)
@@ -895,80 +939,114 @@ def _fill_rows(
         attended_row[n_tokens:] = 0
         genes_row[n_tokens:] = pad_token_id
         expression_row[n_tokens:] = pad_value
+    return True
 
 
 @_compiled
-def _nonzero_entries(matrix):
-    """CSR arrays of a dense matrix: `indptr`, `columns` (`int32`) and `data`."""
+def _read_row(columns, data, n, ids, packed, spare, gene_ids_out, counts_out):
+    """Sorts the entries of one row by gene id into the outputs, without columns whose id is -1.
+
+    Returns:
+        How many entries stay, the sum of all as [`_row_sums`] adds, and whether all are counts.
+    """
+    n_kept, n_right = ZERO, 0
+    for i in range(n):  # without a branch: an entry to leave out is overwritten by the next
+        gene_id = ids[np.uint32(columns[i])]
+        packed[n_kept] = np.uint64(gene_id) << BITS_32 | np.uint64(i)
+        n_kept += np.uint64(gene_id >= 0)
+    lane_0, lane_1, lane_2, lane_3 = 0.0, 0.0, 0.0, 0.0
+    for i in range(0, n - 3, 4):
+        lane_0 += data[i]
+        lane_1 += data[i + 1]
+        lane_2 += data[i + 2]
+        lane_3 += data[i + 3]
+    for i in range(n - n % 4, n):
+        lane_0 += data[i]
+    for i in range(n):
+        n_right += (data[i] >= 0) & (data[i] < np.inf)
+    n_falls = 0
+    for i in range(1, n_kept):
+        n_falls += packed[i] < packed[i - 1]
+    words = _sort_by_upper_half(packed, np.int64(n_kept), spare) if n_falls else packed
+    for i in range(n_kept):
+        gene_ids_out[i] = words[i] >> BITS_32
+        counts_out[i] = data[words[i] & LOW_32]
+    return np.int64(n_kept), (lane_0 + lane_1) + (lane_2 + lane_3), n_right == n
+
+
+@_compiled
+def _read_csr(indptr, columns, data, ids):
+    """Reads a CSR matrix of counts.
+
+    Args:
+        indptr: `int64 (n_rows + 1,)`.
+        columns: `int32 (nnz,)`, in any order within a row.
+        data: Numbers, `(nnz,)`.
+        ids: `int32 (n_columns,)`, the gene id of each column or -1.
+
+    Returns:
+        `indptr` (`int64`), `gene_ids` (`int32`, ascending within a row) and `counts` of the entries that stay, the
+        sums of all entries of each row (`float32`), and whether all entries are counts.
+    """
+    n_rows, n_kept, longest, is_valid = len(indptr) - 1, 0, 0, True
+    for row in range(n_rows):
+        longest = max(longest, indptr[row + 1] - indptr[row])
+    packed, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
+    kept_indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows, np.float32)
+    gene_ids, counts = np.empty(len(data), np.int32), np.empty(len(data), data.dtype)
+    for row in range(n_rows):
+        start, stop = indptr[row], indptr[row + 1]
+        n, totals[row], row_is_valid = _read_row(
+            columns[start:stop], data[start:stop], stop - start, ids, packed, spare, gene_ids[n_kept:], counts[n_kept:]
+        )
+        n_kept += n
+        is_valid &= row_is_valid
+        kept_indptr[row + 1] = n_kept
+    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid
+
+
+@_compiled
+def _read_dense(matrix, ids):
+    """Reads a dense matrix of counts; returns what [`_read_csr`] does."""
     n_rows, n_columns = matrix.shape
-    indptr = np.zeros(n_rows + 1, np.int64)
-    columns = np.empty(n_columns + 8 + n_rows * n_columns // 8, np.int32)
+    n_kept, is_valid = 0, True
+    packed, spare = np.empty(n_columns + 1, np.uint64), np.empty(n_columns + 1, np.uint64)
+    found, data = np.empty(n_columns + 4, np.int32), np.empty(n_columns, matrix.dtype)
+    kept_indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows, np.float32)
+    size = n_columns + n_rows * n_columns // 8  # room for one entry in eight, to begin with
+    gene_ids, counts = np.empty(size, np.int32), np.empty(size, matrix.dtype)
     # Flags of four columns are looked at as one word, so that most zeros cost a quarter of a step.
     flags = np.zeros(-(-n_columns // 4) * 4, np.uint8)
     quads = flags.view(np.uint32)
     filled_quads = np.empty(len(quads) + 1, np.uint32)
     for row in range(n_rows):
-        values, start = matrix[row], indptr[row]
-        if start + n_columns + 8 > len(columns):
-            longer = np.empty(2 * len(columns) + n_columns, np.int32)
-            longer[:start] = columns[:start]
-            columns = longer
+        values = matrix[row]
         for column in range(n_columns):
             flags[column] = values[column] != 0
         # Both loops do without a branch: what is not wanted is overwritten by the next that is.
-        n_quads = ZERO
+        n_quads, n = ZERO, ZERO
         for quad in range(len(quads)):
             filled_quads[n_quads] = quad
             n_quads += np.uint64(quads[quad] != 0)
-        found, n = columns[start:], ZERO
         for i in range(n_quads):
             first = np.uint64(filled_quads[i]) * FOUR
             for j in range(4):
                 column = first + np.uint64(j)
                 found[n] = column
                 n += np.uint64(flags[column])
-        indptr[row + 1] = start + np.int64(n)
-    data = np.empty(indptr[-1], matrix.dtype)
-    for row in range(n_rows):
-        values = matrix[row]
-        for i in range(indptr[row], indptr[row + 1]):
-            data[i] = values[np.uint32(columns[i])]  # unsigned: spares a check for an index from the end
-    return indptr, columns[: indptr[-1]], data
-
-
-@_compiled
-def _sort_genes(indptr, columns, data, ids):
-    """Entries of a CSR matrix in ascending order of their gene ids within each row, without those whose id is -1.
-
-    Returns:
-        The new `indptr` (`int64`), gene ids (`int32`) and data, and whether a gene repeats within a row.
-    """
-    n_rows, n_kept, has_repeats = len(indptr) - 1, 0, False
-    kept_indptr = np.zeros(n_rows + 1, np.int64)
-    gene_ids, counts = np.empty(len(columns), np.int32), np.empty(len(columns), data.dtype)
-    longest = 0
-    for row in range(n_rows):
-        longest = max(longest, indptr[row + 1] - indptr[row])
-    packed, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
-    for row in range(n_rows):
-        row_columns, row_data = columns[indptr[row] : indptr[row + 1]], data[indptr[row] : indptr[row + 1]]
-        n, is_sorted = ZERO, True
-        for i in range(len(row_columns)):  # without a branch: an entry to leave out is overwritten by the next
-            gene_id = ids[np.uint32(row_columns[i])]
-            packed[n] = np.uint64(gene_id) << BITS_32 | np.uint64(i)
-            n += np.uint64(gene_id >= 0)
-        for i in range(1, n):
-            is_sorted &= packed[i] > packed[i - 1]
-        words = packed if is_sorted else _sort_by_upper_half(packed, np.int64(n), spare)
-        row_genes, row_counts = gene_ids[n_kept:], counts[n_kept:]
         for i in range(n):
-            row_genes[i] = words[i] >> BITS_32
-            row_counts[i] = row_data[words[i] & LOW_32]
-        for i in range(1, n):
-            has_repeats |= row_genes[i] == row_genes[i - 1]
-        n_kept += np.int64(n)
+            data[i] = values[np.uint32(found[i])]  # unsigned: spares a check for an index from the end
+        if n_kept + n_columns > len(counts):
+            longer_ids, longer_counts = np.empty(2 * len(counts), np.int32), np.empty(2 * len(counts), matrix.dtype)
+            longer_ids[:n_kept], longer_counts[:n_kept] = gene_ids[:n_kept], counts[:n_kept]
+            gene_ids, counts = longer_ids, longer_counts
+        n_new, totals[row], row_is_valid = _read_row(
+            found, data, np.int64(n), ids, packed, spare, gene_ids[n_kept:], counts[n_kept:]
+        )
+        n_kept += n_new
+        is_valid &= row_is_valid
         kept_indptr[row + 1] = n_kept
-    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], has_repeats
+    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid
 
 
 __all__ = ["Cells", "ScMMGPTFeatureExtractor", "bin_counts", "hash_names", "mask_genes", "normalize_log1p"]
