@@ -161,8 +161,37 @@ def test_a_position_of_another_order_is_refused(corpus):
     state = stream_of(corpus).state_dict()
     with pytest.raises(ValueError, match="seed=3, but this stream has 4"):
         stream_of(corpus, seed=4).load_state_dict(state)
-    with pytest.raises(ValueError, match="world_size=1, but this stream has 2"):
-        stream_of(corpus, world_size=2).load_state_dict(state)
+
+
+def read_ranks(corpus, world_size, n_steps=None, state=None, **settings):
+    """Cells that all ranks read in `n_steps` batches each, and the state after that."""
+    seen = []
+    for rank in range(world_size):
+        stream = stream_of(corpus, rank=rank, world_size=world_size, epoch=2, **settings)
+        if state is not None:
+            stream.load_state_dict(json.loads(state))
+        for step, (cells, _) in enumerate(stream, start=1):
+            seen += cells.cell_ids.tolist()
+            if step == n_steps:
+                break
+    return seen, json.dumps(stream.state_dict()), stream.plan()
+
+
+@pytest.mark.parametrize(("few", "many"), [(2, 3), (1, 4)])
+@pytest.mark.parametrize("settings", [{}, {"token_budget": 900}, {"balance": "cell_type", "max_repeats": 4}])
+def test_another_number_of_ranks_takes_over_within_an_epoch(corpus, few, many, settings):
+    everything = sorted(flat(ids_of(stream_of(corpus, epoch=2, **settings))))
+    first, state, _ = read_ranks(corpus, many, 3, **settings)
+    second, state, _ = read_ranks(corpus, few, 4, state=state, **settings)
+    if "token_budget" not in settings:
+        settings = {**settings, "batch_size": 24}  # and batches of another size
+    third, _, plan = read_ranks(corpus, many, None, state=state, **settings)
+    assert min(map(len, (first, second, third))) > 0
+    repeated = len(first + second + third) - len(everything)
+    assert repeated == plan.n_repeated
+    numbers = np.bincount(first + second + third, minlength=1000) - np.bincount(everything, minlength=1000)
+    assert numbers.min() == 0  # nothing is lost
+    assert numbers.sum() == repeated
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

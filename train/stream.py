@@ -18,7 +18,7 @@ straight to its place: batches are views of the pool, in which no cell was moved
 cells are seen twice so that all are seen, with `"drop"` a few are left out; alone, a rank does neither.
 
 **Resuming** is exact: the position is (epoch, batches handed out). Nothing of a pool is saved; the plan says what lies
-where. `state_dict()` is the same on all ranks.
+where. `state_dict()` is the same on all ranks, and may be loaded by another number of them.
 
 **Randomness** is hashes of (seed, epoch, place in the plan) here, and of (seed, epoch, cell id) in the feature
 extractor: what a cell looks like depends neither on the batch size nor on the number of ranks or threads.
@@ -77,7 +77,7 @@ class Plan:
         n_steps: Batches that every rank yields.
         n_dropped: Cells of the epoch that no rank yields.
         n_repeated: Cells of the epoch that are yielded a second time to make ranks equal.
-        repeats: With balancing, how often each cell of the split occurs in the sequence, `uint8 (n_cells,)`.
+        repeats: How often each cell of the split occurs in the sequence, `uint8 (n_cells,)`; None for once.
     """
 
     blocks: np.ndarray
@@ -197,7 +197,8 @@ class CellStream:
         self.num_threads = min(2, os.cpu_count() or 1) if num_threads is None else num_threads
         self._reader = self._make_reader(layout, cache_dir, in_memory)
         self._planned: tuple[int, int, Plan] | None = None  # for (epoch, rank)
-        self._step = 0  # batches handed out in this epoch
+        self._step = 0  # batches handed out in this epoch, under the present settings
+        self._before: list[dict] = []  # settings, and batches handed out, earlier in this epoch
         self._resume = False  # whether the next iteration begins at `_step`, not at the beginning
 
     def _make_reader(self, layout: str, cache_dir, in_memory: bool | None):
@@ -245,21 +246,41 @@ class CellStream:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration. A position loaded within this epoch is kept."""
         if epoch != self.epoch:
-            self.epoch, self._step, self._resume = epoch, 0, False
+            self._go_to(epoch, 0, [], resume=False)
 
     def state_dict(self) -> dict:
         """Return the position, JSON-able and the same on all ranks, with what it depends on."""
-        return {"epoch": self.epoch, "step": self._step, **self._identity()}
+        return {
+            "epoch": self.epoch,
+            "step": self._step,
+            "before": self._before,
+            **self._settings(),
+            **self._identity(),
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go to a saved position: the next iteration yields the batches that were not handed out before."""
+        """Go to a saved position: the next iteration yields what was not handed out before.
+
+        The number of ranks and the size of batches may differ from those that the position was saved with. The rest
+        of the epoch then goes to the new ranks in new batches; still no cell is lost or seen again, but for those
+        that make ranks equal.
+        """
         for name, value in self._identity().items():
             if state.get(name, value) != value:
                 raise ValueError(
                     f"The state was saved with {name}={state[name]!r}, but this stream has {value!r}: the position "
                     "would mean other cells. Use the same setting, or start at an epoch with `set_epoch`."
                 )
-        self.epoch, self._step, self._resume = int(state["epoch"]), int(state["step"]), True
+        step, before = int(state["step"]), list(state.get("before", []))
+        settings = {name: state.get(name, value) for name, value in self._settings().items()}
+        if step and settings != self._settings():
+            step, before = 0, [*before, {**settings, "step": step}]
+        self._go_to(int(state["epoch"]), step, before, resume=True)
+
+    def _go_to(self, epoch: int, step: int, before: list[dict], *, resume: bool) -> None:
+        if before != self._before:
+            self._planned = None
+        self.epoch, self._step, self._before, self._resume = epoch, step, before, resume
 
     def seek(self, n_batches: int) -> None:
         """Go to where a rank is after `n_batches` batches from the beginning of epoch 0, epoch after epoch.
@@ -267,20 +288,20 @@ class CellStream:
         A trainer that counts optimiser steps resumes with `seek(global_step * gradient_accumulation_steps)`; unlike
         the position of the stream, its count does not include batches that were fetched ahead.
         """
-        self.epoch, self._step = 0, n_batches
-        while self._step >= (n_steps := len(self)):
-            self._step -= n_steps
-            self.epoch += 1
-        self._resume = True
+        self._go_to(0, 0, [], resume=True)
+        while n_batches >= (n_steps := len(self)):
+            n_batches -= n_steps
+            self._go_to(self.epoch + 1, 0, [], resume=True)
+        self._step = n_batches
+
+    def _settings(self) -> dict:
+        """What decides which rank gets which cells in which batch. It may change in the middle of an epoch."""
+        names = "batch_size token_budget max_genes sort_by_length world_size uneven drop_last pool_size".split()
+        return {name: getattr(self, name) for name in names}
 
     def _identity(self) -> dict:
-        """What the order of cells depends on, the epoch aside."""
-        names = (
-            "split batch_size token_budget shuffle sort_by_length seed world_size uneven drop_last pool_size".split()
-        )
-        identity = {name: getattr(self, name) for name in names}
-        if self.token_budget is not None:
-            identity["max_genes"] = self.max_genes
+        """What decides which cells an epoch has, and roughly in which order."""
+        identity = {name: getattr(self, name) for name in ("split", "shuffle", "seed")}
         if self.balance is not None:
             weights = sorted((str(label), factor) for label, factor in self.weights.items())
             identity["balance"] = [self.balance, str(self.temperature), self.max_repeats, *map(list, weights)]
@@ -296,8 +317,29 @@ class CellStream:
         return self._planned[2]
 
     def _make_plan(self) -> Plan:
-        sizes = self._reader.sizes
         repeats = self._draw_repeats()
+        for settings in self._before:
+            repeats = self._subtract(repeats, settings)
+        return self._plan_over(repeats)
+
+    def _subtract(self, repeats: np.ndarray | None, settings: dict) -> np.ndarray:
+        """Take off what was handed out under other settings, earlier in the epoch."""
+        left = np.ones(self.n_cells, np.int16) if repeats is None else repeats.astype(np.int16)
+        earlier = copy.copy(self)
+        vars(earlier).update({name: value for name, value in settings.items() if name != "step"})
+        for rank in range(earlier.world_size):
+            earlier.rank = rank
+            plan = dataclasses.replace(earlier._plan_over(repeats), n_steps=settings["step"])
+            for first, last, begin, end in earlier._schedule(plan, 0):
+                pieces = earlier._pieces(plan, first, last)
+                order, bounds = earlier._arrange(earlier._lengths(pieces), first)
+                cells = np.concatenate([self._reader.starts[block] + rows for block, rows in pieces])[order]
+                seen = np.concatenate([np.arange(start, stop) for start, stop in bounds[begin:end]])
+                np.subtract.at(left, cells[seen], 1)
+        return np.maximum(left, 0).astype(np.uint8)  # below 0 where ranks were made equal by repeating
+
+    def _plan_over(self, repeats: np.ndarray | None) -> Plan:
+        sizes = self._reader.sizes
         if repeats is not None:
             sizes = np.add.reduceat(repeats.astype(np.int64), self._reader.starts)
         blocks = np.arange(len(sizes))
@@ -446,7 +488,7 @@ class CellStream:
             workers: Threads that do so.
         """
         if not self._resume:
-            self._step = 0
+            self._go_to(self.epoch, 0, [], resume=False)
         self._resume = False
         prepared = self._iterate(self.plan(), self._step)
         if transform is not None:
