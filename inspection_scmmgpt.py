@@ -77,7 +77,7 @@ N_SAMPLED_VALUES = 1_000_000  # of those rows, fewer where they are this rich
 LARGEST_VALUE = 1e10  # a number above it counts nothing in a cell
 TOTALS_COLUMN = "obs column of totals"
 ROUNDED = "rounded to the nearest integer"
-CHUNK_ROWS = 8192  # rows converted at a time
+CHUNK_ROWS = 1024  # rows converted at a time: a dozen arrays of their values should stay small
 DENSE_CHUNK_VALUES = 2**24  # values of a dense matrix looked at at a time
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
@@ -296,15 +296,16 @@ class _Units:
 
     unit: np.ndarray  # float64 (n_cells,); NaN where none was found
     counts: np.ndarray  # float64 (nnz,): values / unit, rounded; only meaningful where a unit was found
-    evidence: np.ndarray  # float64 (n_cells,): minus log10 of the probability that such a fit is chance
+    evidence: np.ndarray | None  # float64 (n_cells,): minus log10 of the probability that such a fit is chance
 
 
-def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray) -> _Units:
+def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, weigh: bool = True) -> _Units:
     """Find, for each cell, the largest unit of which all its values are integer multiples.
 
     A UMI matrix divided by each cell's total keeps the integers: every value is `k * unit`, and the smallest is nearly
     always one count. The smallest is tried as 1, 2, .. `MAX_UNIT` counts. A value speaks for or against a unit
-    only if its rounding leaves it less than 0.1 counts uncertain.
+    only if its rounding leaves it less than 0.1 counts uncertain. Weighing the evidence takes time, which
+    `weigh=False` saves where the verdict is known.
     """
     n_cells = len(indptr) - 1
     lengths = np.diff(indptr)
@@ -332,9 +333,11 @@ def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray) -> _U
             nearest = np.rint(ratio)
             telling = (tolerance < 0.1) & (ratio > multiple * (1 + 1e-4))
             off = telling & ~(np.abs(ratio - nearest) <= tolerance)
-        chance = np.where(telling, -np.log10(np.minimum(2 * tolerance, 1.0) + 1e-12), 0.0)
         wrong = _segment(np.add, off.astype(np.int64), pointer)
-        support = _segment(np.add, chance, pointer)
+        support = np.zeros(len(pending))
+        if weigh or multiple > 1:
+            chance = np.where(telling, -np.log10(np.minimum(2 * tolerance, 1.0) + 1e-12), 0.0)
+            support = _segment(np.add, chance, pointer)
         fits = (wrong <= 0.002 * row_lengths) & np.isfinite(_segment(np.maximum, ratio, pointer))
         if multiple > 1:
             fits &= support > 3  # each further multiple is another chance to fit by accident
@@ -352,7 +355,7 @@ def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray) -> _U
             positions = np.arange(len(linear))[entries][chosen]
             counts[positions] = np.rint(values[chosen] / np.repeat(unit, row_lengths[fits]))
         pending = pending[~fits]
-    return _Units(found, counts, evidence)
+    return _Units(found, counts, evidence if weigh else None)
 
 
 def _spread(totals: np.ndarray) -> float:
@@ -585,7 +588,9 @@ def to_counts(matrix: Any, verdict: MatrixVerdict) -> CountRows:
     return _convert_rows(rows, verdict)[0]
 
 
-def _convert_rows(rows: CountRows, verdict: MatrixVerdict) -> tuple[CountRows, np.ndarray, int]:
+def _convert_rows(
+    rows: CountRows, verdict: MatrixVerdict, known_totals: np.ndarray | None = None
+) -> tuple[CountRows, np.ndarray, int]:
     """Counts, library sizes (float64 `(n_cells,)`) and the number of cells whose counts could not be recovered."""
     if not verdict.usable:
         raise ValueError(_unusable("The matrix", verdict))
@@ -607,7 +612,7 @@ def _convert_rows(rows: CountRows, verdict: MatrixVerdict) -> tuple[CountRows, n
     if verdict.target_sum is not None and not verdict.complete:
         totals = np.where(lengths > 0, np.maximum(verdict.target_sum, totals), 0.0)
     if verdict.exact:
-        units = _find_units(linear, error, rows.indptr)
+        units = _find_units(linear, error, rows.indptr, weigh=False)
         found = np.isfinite(units.unit)
         failed = int((~found & (lengths > 0)).sum())
         linear = np.where(np.repeat(found, lengths), units.counts, linear)
@@ -615,7 +620,9 @@ def _convert_rows(rows: CountRows, verdict: MatrixVerdict) -> tuple[CountRows, n
         if verdict.target_sum is None or verdict.complete:
             totals = np.where(found, counted, totals)
         else:
-            sizes = np.rint(verdict.target_sum / np.where(found, units.unit, 1.0))
+            sizes = known_totals  # more precise than what rounded values tell
+            if sizes is None:
+                sizes = np.rint(verdict.target_sum / np.where(found, units.unit, 1.0))
             totals = np.where(found, np.maximum(sizes, counted), totals)
     return CountRows(rows.indptr, rows.indices, linear.astype(np.float32), rows.shape), totals, failed
 
@@ -673,11 +680,12 @@ class InputPlan:
 
     def convert(self, adata: Any) -> Cells:
         """Cells of `adata`, or of any chunk of the data that the plan was made for (same variables)."""
-        parts = list(self.iter_cells(adata))
-        return parts[0] if len(parts) == 1 else Cells.concatenate(parts)
+        return next(self.iter_cells(adata, max(1, adata.shape[0])))
 
-    def iter_cells(self, adata: Any, chunk_size: int | None = None) -> Iterator[Cells]:
-        """Cells of `adata`, `chunk_size` at a time (by default as many as are quick to convert at once)."""
+    def iter_cells(self, adata: Any, chunk_size: int = CHUNK_ROWS) -> Iterator[Cells]:
+        """Cells of `adata`, `chunk_size` at a time. No chunk size changes a cell."""
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; a chunk has at least 1 cell.")
         adata = _modality(adata)
         matrix = _row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -686,26 +694,28 @@ class InputPlan:
                 f"{self.source} has {n_vars} variables, but its plan was made for {len(self.match.ids)}: "
                 "chunks of one dataset have the same variables. Make a new plan with `plan_input`."
             )
-        if chunk_size is None:
-            chunk_size = CHUNK_ROWS
-            if not hasattr(matrix[:0], "tocsr"):
-                chunk_size = max(1, min(CHUNK_ROWS, DENSE_CHUNK_VALUES // max(1, n_vars)))
+        step = CHUNK_ROWS
+        if not hasattr(matrix[:0], "tocsr"):
+            step = max(1, min(CHUNK_ROWS, DENSE_CHUNK_VALUES // max(1, n_vars)))
         names = [str(n) for n in adata.obs_names]
         var_names = _variables(adata, self.source).index
         cell_ids = hash_names(names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
-        known = _known_totals(adata) if from_column else None
+        known_totals = _known_totals(adata) if from_column else None
         for start in range(0, max(n_cells, 1), chunk_size):
-            here = slice(start, min(start + chunk_size, n_cells))
-            rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-            _check_values(rows, names[here], var_names, self.source)
-            counts, totals, failed = _convert_rows(rows, self.verdict)
-            if known is not None:  # more precise than what rounded values tell
-                totals = np.where(totals > 0, np.maximum(known[here], counts.row_sums()), 0.0)
-            cells = Cells.from_csr(counts, self.match.ids, cell_ids=cell_ids[here])
-            cells.total_counts = totals.astype(np.float32)
-            self._count(cells, failed)
-            yield cells
+            stop = min(start + chunk_size, n_cells)
+            parts = []
+            for first in range(start, max(stop, start + 1), step):
+                here = slice(first, min(first + step, stop))
+                rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
+                _check_values(rows, names[here], var_names, self.source)
+                known = None if known_totals is None else known_totals[here]
+                counts, totals, failed = _convert_rows(rows, self.verdict, known)
+                cells = Cells.from_csr(counts, self.match.ids, cell_ids=cell_ids[here])
+                cells.total_counts = totals.astype(np.float32)
+                self._count(cells, failed)
+                parts.append(cells)
+            yield parts[0] if len(parts) == 1 else Cells.concatenate(parts)
 
     def _count(self, cells: Cells, failed: int) -> None:
         lengths = np.diff(cells.indptr)
@@ -767,7 +777,7 @@ def plan_input(
         adata: AnnData, in memory, backed or a view; or a MuData, whose `rna` part is read.
         gene_index: The model's genes.
         layer: `X`, `raw` or a layer's name, instead of the best matrix found.
-        assume: What that matrix holds (one of `ASSUMABLE`), instead of the verdict.
+        assume: What that matrix holds (one of `ASSUMABLE`), instead of the verdict; `unknown` becomes known by it.
         gene_column: Column of `var` with gene names or ids, instead of the best ones found.
         organism: Species (`human`, `mouse`, `Mus musculus`, `NCBITaxon:10090`, ...), instead of what the data say.
         force: Read data of which under 20 % of the genes match.
@@ -782,10 +792,8 @@ def plan_input(
 
     # step 1: which matrix
     found = inspect_matrices(adata, layer=layer, gene_column=gene_column)
-    verdicts = {m.name: m.verdict if assume is None else _assumed(assume, m.verdict) for m in found}
-    source, why = _choose(found, verdicts, adata, asked=layer is not None)
-    chosen = next(m for m in found if m.name == source)
-    verdict = verdicts[source]
+    chosen, why = _choose(found, adata, asked=layer is not None)
+    source, verdict = chosen.name, chosen.verdict if assume is None else _assumed(assume, chosen.verdict)
 
     # step 2: which genes
     linear, _ = _linearize(chosen.rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
@@ -813,7 +821,7 @@ def plan_input(
         "matrix": {
             "chosen": source,
             "why": why,
-            "candidates": {name.replace("/", "_"): v.to_dict() for name, v in verdicts.items()},
+            "candidates": {m.name.replace("/", "_"): m.verdict.to_dict() for m in found},
         }
         | verdict.to_dict(),
         "genes": match.report,
@@ -875,42 +883,33 @@ def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str |
     return candidates
 
 
-def _choose(
-    candidates: list[Candidate], verdicts: dict[str, MatrixVerdict], adata: Any, *, asked: bool
-) -> tuple[str, str]:
+def _choose(candidates: list[Candidate], adata: Any, *, asked: bool) -> tuple[Candidate, str]:
     """The matrix to read, and why."""
     if not candidates:
         raise ValueError("The data have no matrix at all: neither X, nor raw, nor layers.")
     check_types(np.concatenate([c.types for c in candidates]))
-    usable = [c for c in candidates if verdicts[c.name].usable and (asked or c.name.lower() not in PARTIAL_LAYERS)]
+    usable = [c for c in candidates if c.verdict.usable and (asked or c.name.lower() not in PARTIAL_LAYERS)]
     if not usable:
         problems = []
         for c in candidates:
-            if verdicts[c.name].usable:
+            if c.verdict.usable:
                 problems.append(f"{c.name} holds a part of the reads only; name it with `layer=` to read it.")
             else:
-                problems.append(_unusable(c.name, verdicts[c.name], _where(c, adata)))
+                problems.append(_unusable(c.name, c.verdict, _where(c, adata)))
         raise ValueError(" ".join(problems))
     if asked:
-        return usable[0].name, "asked for"
-    ranks = {c.name: _rank(verdicts[c.name]) for c in usable}
-    best = [c for c in usable if ranks[c.name] == min(ranks.values())]
-    # Of matrices that hold counts, one with clearly more genes is better than one that holds them as integers.
-    if ranks[best[0].name] == 0:
-        exact = [c for c in usable if ranks[c.name] == 0 or verdicts[c.name].exact]
+        return usable[0], "asked for"
+    best = min(usable, key=lambda c: _rank(c.verdict))
+    why = "the nearest to counts"
+    if _rank(best.verdict) == 0:
+        # Of matrices that give counts, one of clearly more genes is better than one that holds them as integers.
+        exact = [c for c in usable if c.verdict.exact or _rank(c.verdict) == 0]
         most = max(len(c.types) for c in exact)
-        if len(best[0].types) < most / 1.2:
-            best = [c for c in exact if len(c.types) >= most / 1.2]
-            best.sort(key=lambda c: ranks[c.name])
-            return best[0].name, f"it holds counts of {most} variables ({_others(best[0], candidates, verdicts)})"
-    others = _others(best[0], candidates, verdicts)
-    return best[0].name, f"the nearest to counts ({others})" if others else "the only matrix"
-
-
-def _others(chosen: Candidate, candidates: list[Candidate], verdicts: dict[str, MatrixVerdict]) -> str:
-    return ", ".join(
-        f"{c.name}: {verdicts[c.name].kind}, {len(c.types)} variables" for c in candidates if c is not chosen
-    )
+        if len(best.types) < most / 1.2:
+            best = min((c for c in exact if len(c.types) >= most / 1.2), key=lambda c: _rank(c.verdict))
+            why = f"it gives the counts of {most} variables"
+    others = [f"{c.name}: {c.verdict.kind}, {len(c.types)} variables" for c in candidates if c is not best]
+    return best, f"{why} ({'; '.join(others)})" if others else "the only matrix"
 
 
 def _rank(verdict: MatrixVerdict) -> int:
@@ -919,9 +918,8 @@ def _rank(verdict: MatrixVerdict) -> int:
         return 7
     if verdict.exact:
         return 2
-    return {"raw_integer": 0, "raw_float": 1, "normalized": 3, "log1p": 4, "log1p_log1p": 5, "unknown": 6}[
-        verdict.kind
-    ]
+    order = {"raw_integer": 0, "raw_float": 1, "normalized": 3, "log1p": 4, "log1p_log1p": 5, "unknown": 6}
+    return order[verdict.kind]
 
 
 def _where(candidate: Candidate, adata: Any) -> str:

@@ -270,8 +270,10 @@ def test_a_backed_file_gives_the_cells_of_memory(counts, gene_index, layout, tmp
     backed.file.close()
 
 
+@pytest.mark.parametrize("step", [3, 1024])
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
-def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_size):
+def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_size, step, monkeypatch):
+    monkeypatch.setattr("scmmgpt.inspection_scmmgpt.CHUNK_ROWS", step)
     adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts)).astype(np.float32)))
     chunks = list(iter_cells(adata, gene_index, chunk_size=chunk_size))
     assert_same_cells(Cells.concatenate(chunks), read_cells(adata, gene_index)[0])
@@ -389,6 +391,26 @@ def test_the_users_layer_and_assumption_win(counts, gene_index):
     assert (report["matrix"]["chosen"], report["matrix"]["why"]) == ("corrected", "asked for")
     assert report["matrix"]["evidence"]["found"] == "raw_float"
     np.testing.assert_allclose(cells.counts, adata.layers["corrected"][counts > 0], rtol=1e-6)
+
+
+def test_an_assumption_speaks_of_the_matrix_that_is_read(counts, gene_index):
+    adata = make_adata(ambient_corrected(counts))
+    adata.raw = adata
+    adata.layers["counts"] = counts - 1.5
+    adata.X = np.log1p(tpm_like(np.random.default_rng(0)))
+    _, report = read_cells(adata, gene_index, assume="normalized")
+    assert (report["matrix"]["chosen"], report["matrix"]["kind"]) == ("raw", "normalized")
+    assert report["matrix"]["candidates"]["raw"]["kind"] == "raw_float"
+
+
+def test_cells_of_another_kind_keep_their_values(counts, gene_index):
+    matrix = scaled_to(counts)
+    matrix[7] = scaled_to(tpm_like(np.random.default_rng(0)))[7]
+    cells, report = read_cells(make_adata(matrix), gene_index)
+    assert report["cells"]["counts_not_recovered"] == 1
+    assert "In 1 of 40 cells the values are not multiples of one unit" in report["warnings"][0]
+    assert cells.total_counts[7] == pytest.approx(1e4)
+    np.testing.assert_array_equal(cells[8].counts, counts[8][counts[8] > 0])
 
 
 def test_an_assumption_that_cannot_be_true_is_refused(counts, gene_index):
