@@ -470,7 +470,7 @@ def _check_cells(cells: Cells, largest_id: int) -> None:
             f"Gene ids run from {cells.gene_ids.min()} to {cells.gene_ids.max()}, the vocabulary from 0 to "
             f"{largest_id}. Were the cells read with another vocabulary?"
         )
-    ascending = np.diff(cells.gene_ids.astype(np.int64)) > 0
+    ascending = cells.gene_ids[1:] > cells.gene_ids[:-1]
     starts = cells.indptr[1:-1]
     starts = starts[(starts > 0) & (starts < len(cells.gene_ids))]
     ascending[starts - 1] = True  # from the last gene of a cell to the first of the next

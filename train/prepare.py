@@ -68,9 +68,10 @@ logger = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
 # Streams of random numbers that nothing else draws from.
 ORDER_STREAM, DUPLICATE_STREAM = 33, 34
-# About 135 MB a shard and 1 GB of memory to merge one, at 1,500 genes a cell.
+# About 130 MB a shard, and 1 GB of memory at most for a worker, at 1,500 genes a cell.
 CELLS_PER_SHARD = 65_536
-CELLS_PER_PARTITION = 32_768
+CELLS_PER_PARTITION = 16_384
+CELLS_TAKEN = 2_048  # read or gathered at once
 CELLS_PER_SCAN = 500_000  # annotations held at once
 SMALL_SOURCES_BYTES = 2**28  # built faster than worker processes start
 SOURCE_SUFFIXES = (".h5ad", ".h5mu", ".h5", ".loom")  # found in folders; a table has to be named itself
@@ -596,14 +597,18 @@ def map_partition(task: dict) -> dict:
     raw = source.obs(task["start"], task["stop"])
     obs, _ = resolve_labels(raw)
     with _naming(spec):
-        cells = source.cells(task["start"], task["stop"], plan)
+        starts = range(task["start"], task["stop"], CELLS_TAKEN)
+        parts = [source.cells(start, min(start + CELLS_TAKEN, task["stop"]), plan) for start in starts]
+    cells = Cells.concatenate(parts)
+    del parts
     cells.cell_ids = cell_ids(obs)
 
     # step 1: leave out what is not wanted
     excluded = obs["dataset_id"].isin(task["excluded_datasets"]).to_numpy()
     poor = ~excluded & (np.diff(cells.indptr) < max(task["min_genes"], 1))
     kept = np.flatnonzero(~excluded & ~poor)
-    cells, obs = cells[kept], obs.iloc[kept]
+    if len(kept) < len(cells):
+        cells, obs = _take(cells, kept), obs.iloc[kept]
 
     # step 2: sort by type of counts, split and key
     splits = json.loads((Path(task["scratch"]) / "splits.json").read_text(encoding="utf-8"))
@@ -612,7 +617,7 @@ def map_partition(task: dict) -> dict:
     keys = _cell_keys(cells.cell_ids, seed=task["seed"], epoch=0, stream=ORDER_STREAM)
     wide = _needs_float(cells)
     order = np.lexsort((keys, split, wide))
-    cells, obs, keys, split, wide = cells[order], obs.iloc[order], keys[order], split[order], wide[order]
+    cells, obs, keys, split, wide = _take(cells, order), obs.iloc[order], keys[order], split[order], wide[order]
 
     # step 3: write them, and the sums from which the mean expression follows
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
@@ -628,16 +633,8 @@ def map_partition(task: dict) -> dict:
                 with pa.ipc.new_file(file, table.schema) as writer:
                     writer.write_table(table)
                 _flush(file)
-    train = cells[np.flatnonzero(split == SPLITS.index("train"))]
-    n_genes = max(json.loads((Path(task["scratch"]) / "vocab.json").read_text(encoding="utf-8")).values()) + 1
-    shares = train.counts / np.repeat(train.library_sizes().astype(np.float64), np.diff(train.indptr))
     with open(temporary / "genes.npz", "wb") as file:
-        np.savez(
-            file,
-            share=np.bincount(train.gene_ids, weights=shares, minlength=n_genes),
-            n_cells=np.bincount(train.gene_ids, minlength=n_genes),
-            n_train=len(train),
-        )
+        np.savez(file, **_gene_sums(cells, split == SPLITS.index("train"), Path(task["scratch"])))
         _flush(file)
     dropped = {"excluded_dataset": int(excluded.sum()), "too_few_genes": int(poor.sum())}
     write_json(temporary / "part.json", {"rows": rows, "dropped": dropped, "n_kept": len(cells)})
@@ -674,13 +671,42 @@ def merge_shard(task: dict) -> dict:
     table = pa.concat_tables(tables).unify_dictionaries()
     # Cells of one identity stay in the order of the partitions.
     order = np.argsort(table["key"].to_numpy(), kind="stable")
-    cells = table_to_cells(table)[order]
+    cells = _take(table_to_cells(table), order)
     kept, renamed = _tell_apart(cells)
     obs = table.select(OBS_COLUMNS).combine_chunks().take(order[kept])
+    del table, tables
     stats = {"duplicates": len(cells) - len(kept), "renamed": renamed}
+    if len(kept) < len(cells):
+        cells = _take(cells, kept)
     write_json(path, stats)
-    writer.write_shard(task["split"], task["index"], task["n_shards"], cells[kept], obs)
+    writer.write_shard(task["split"], task["index"], task["n_shards"], cells, obs)
     return stats
+
+
+def _take(cells: Cells, rows: np.ndarray) -> Cells:
+    """`cells[rows]`, some at a time: the positions of all values at once would take several times their memory."""
+    indptr = np.concatenate([[0], np.cumsum(np.diff(cells.indptr)[rows])])
+    gene_ids = np.empty(indptr[-1], cells.gene_ids.dtype)
+    counts = np.empty(indptr[-1], cells.counts.dtype)
+    for start in range(0, len(rows), CELLS_TAKEN):
+        part = cells[rows[start : start + CELLS_TAKEN]]
+        span = slice(indptr[start], indptr[start + len(part)])
+        gene_ids[span], counts[span] = part.gene_ids, part.counts
+    return Cells(indptr, gene_ids, counts, cells.cell_ids[rows], cells.library_sizes()[rows])
+
+
+def _gene_sums(cells: Cells, train: np.ndarray, scratch: Path) -> dict:
+    """Sum over training cells of each gene's share of the counts, and number of cells that express it."""
+    size = max(json.loads((scratch / "vocab.json").read_text(encoding="utf-8")).values()) + 1
+    share, n_cells, totals = np.zeros(size), np.zeros(size, dtype=np.int64), cells.library_sizes().astype(np.float64)
+    for start in range(0, len(cells), CELLS_TAKEN):
+        part = cells[start : start + CELLS_TAKEN]
+        weights = np.repeat(
+            train[start : start + CELLS_TAKEN] / totals[start : start + CELLS_TAKEN], np.diff(part.indptr)
+        )
+        share += np.bincount(part.gene_ids, weights=part.counts * weights, minlength=size)
+        n_cells += np.bincount(part.gene_ids[weights > 0], minlength=size)
+    return {"share": share, "n_cells": n_cells, "n_train": int(train.sum())}
 
 
 def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
