@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("cellxgene_ontology_guide")
 
 from scmmgpt.train import prepare
+from scmmgpt.train import sources as source_files
 from scmmgpt.train.corpus import hash_file, open_corpus
 from scmmgpt.train.synthetic import synthetic_adata
 
@@ -63,6 +64,15 @@ def copy(whole, tmp_path):
     return tmp_path / "corpus"
 
 
+def start_builder(sources, output):
+    """Build in a process of its own; forked, because importing anew would take longer than the build."""
+    for cache in (source_files._open, prepare._planned_source):
+        cache.cache_clear()  # an open file is not to be shared between processes
+    process = multiprocessing.get_context("fork").Process(target=prepare.main, args=(arguments(sources, output),))
+    process.start()
+    return process
+
+
 def shard_bytes(corpus):
     return {path.name: hash_file(path) for path in sorted(corpus.glob("data/*"))}
 
@@ -74,8 +84,6 @@ def shard_path(corpus):
 def test_a_build_killed_at_twenty_random_moments_ends_with_the_same_bytes(sources, whole, tmp_path):
     """Kills fall between any two files that the build makes, and into their writing."""
     rng = np.random.default_rng(0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scmmgpt.train.prepare"])
     output, builds, kills, finished = tmp_path / "corpus-0", 0, 0, 0
 
     def n_files():
@@ -93,10 +101,10 @@ def test_a_build_killed_at_twenty_random_moments_ends_with_the_same_bytes(source
         builds += 1
         assert builds < 60, f"only {kills} builds of {builds} could be killed before they ended"
         enough = n_files() + rng.integers(1, 12)
-        process = context.Process(target=prepare.main, args=(arguments(sources, output),))
-        process.start()
-        while process.is_alive() and n_files() < enough and not (output / "manifest.json").exists():
-            time.sleep(0.001)
+        process = start_builder(sources, output)
+        deadline = time.monotonic() + 30
+        while process.is_alive() and n_files() < enough and time.monotonic() < deadline:
+            time.sleep(0.003)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
         process.join()
@@ -133,10 +141,7 @@ def test_two_builders_at_once_do_not_mix(sources, tmp_path):
 
 
 def test_builders_that_start_together_leave_one_whole_corpus(sources, whole, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    builders = [context.Process(target=prepare.main, args=(arguments(sources, tmp_path / "c"),)) for _ in range(2)]
-    for builder in builders:
-        builder.start()
+    builders = [start_builder(sources, tmp_path / "c") for _ in range(2)]
     for builder in builders:
         builder.join()
     assert 0 in {builder.exitcode for builder in builders}
@@ -243,6 +248,7 @@ def test_workers_end_with_a_killed_builder():
     program = """
 import operator, os, time
 from scmmgpt.train import prepare
+from scmmgpt.train import sources as source_files
 with prepare._executor(2, None, []) as run:
     print(*run(operator.call, [os.getpid], "asked"), flush=True)
     time.sleep(60)
