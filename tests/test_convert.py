@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from torch import nn
 from transformers import (
     AutoModel,
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
+from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train import convert
 
@@ -122,6 +124,20 @@ def test_converted_weights_give_the_outputs_of_the_original(tmp_path, layout):
     sizes = {name: info[name] for name in ("embsize", "nheads", "d_hid", "nlayers")}
     model, _ = convert.load_scgpt(write_scgpt_folder(tmp_path, weights, info["ntoken"], **sizes))
     compare(model, arrays)
+
+
+def test_the_embedding_recipe_gives_the_embeddings_of_the_original(tmp_path):
+    """From counts on: binning, tokens, encoder, length. No two values of a cell are equal, so no bin is drawn."""
+    arrays = np.load(REFERENCES / "scgpt_tiny.npz")
+    info = json.loads(str(arrays["info"]))
+    weights = {name.removeprefix("weights/"): arrays[name] for name in arrays if name.startswith("weights/")}
+    sizes = {name: info[name] for name in ("embsize", "nheads", "d_hid", "nlayers")}
+    model, _ = convert.load_scgpt(write_scgpt_folder(tmp_path, weights, info["ntoken"], **sizes))
+    cells = Cells.from_csr(csr_matrix(arrays["counts"]), np.arange(24))
+    batch = convert.scgpt_feature_extractor(model.config)(cells)
+    with torch.no_grad():
+        embedding = nn.functional.normalize(model(**batch, cls_only=True).pooler_output, dim=1)
+    torch.testing.assert_close(embedding, torch.from_numpy(arrays["embedding"]), rtol=0, atol=2e-6)
 
 
 def published_weights(shapes, seed):
@@ -234,6 +250,8 @@ def test_the_command_writes_a_folder_that_from_pretrained_loads(tmp_path):
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name]), name
     assert json.loads((tmp_path / "ours" / "vocab.json").read_text())["<cls>"] == 28
+    extractor = ScMMGPTFeatureExtractor.from_pretrained(tmp_path / "ours")
+    assert (extractor.cls_token_id, extractor.cls_value, extractor.max_genes, extractor.n_bins) == (28, -2, 1200, 51)
     with pytest.raises(ValueError, match="already holds a model"):
         convert.main(convert.make_parser().parse_args(arguments))
 
