@@ -194,6 +194,19 @@ def test_another_number_of_ranks_takes_over_within_an_epoch(corpus, few, many, s
     assert numbers.sum() == repeated
 
 
+@pytest.mark.parametrize("settings", [{}, {"token_budget": 900}])
+def test_other_ranks_find_nothing_left_of_a_finished_epoch(corpus, settings):
+    _, state, _ = read_ranks(corpus, 3, **settings)
+    rest, _, plan = read_ranks(corpus, 2, state=state, **settings)
+    assert rest == []
+    assert plan.n_steps == 0
+
+
+def test_dropping_the_only_batch_is_refused(corpus):
+    with pytest.raises(ValueError, match="a rank has 30 cells, batch_size is 32"):
+        len(stream_of(corpus, split="test", drop_last=True))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("uneven", ["wrap", "drop"])
 @pytest.mark.parametrize("settings", [{}, {"token_budget": 900}, {"drop_last": True}])

@@ -348,7 +348,7 @@ class CellStream:
         ends = np.cumsum(sizes[blocks])
         total = int(ends[-1])
         share = total // self.world_size if self.uneven == "drop" else -(-total // self.world_size)
-        if share == 0:
+        if share == 0 and not self._before:  # else the epoch was over when the ranks changed
             raise ValueError(
                 f"{total} cells of split {self.split!r} do not go round {self.world_size} ranks. "
                 "Use fewer ranks, or uneven='wrap'."
@@ -366,6 +366,10 @@ class CellStream:
         if self.token_budget is not None:
             return self._equalise(plan)
         if self.drop_last and share % self.batch_size:
+            if plan.n_steps == 1:
+                raise ValueError(
+                    f"drop_last leaves nothing of an epoch: a rank has {share} cells, batch_size is {self.batch_size}."
+                )
             n_dropped = plan.n_dropped + share % self.batch_size * self.world_size
             return dataclasses.replace(plan, n_steps=plan.n_steps - 1, n_dropped=n_dropped)
         return plan
@@ -373,6 +377,8 @@ class CellStream:
     def _equalise(self, plan: Plan) -> Plan:
         """Choose the number of steps where ranks would have unequal ones, and count what that costs."""
         share = plan.stop - plan.start
+        if share == 0:
+            return plan
         sizes = [self._batch_sizes(plan, rank * share) for rank in range(self.world_size)]
         n_steps = [len(own) for own in sizes]
         n_steps = min(n_steps) if self.uneven == "drop" else max(n_steps)
@@ -396,7 +402,7 @@ class CellStream:
         share = plan.stop - plan.start
         unit = self.batch_size or 1  # whole batches per pool, so that only the last batch of an epoch can be smaller
         n_units = -(-share // unit)
-        n_pools = -(-n_units // max(self.pool_size // unit, 1))
+        n_pools = max(-(-n_units // max(self.pool_size // unit, 1)), 1)
         edges = np.minimum(np.arange(n_pools + 1) * n_units // n_pools * unit, share) + start
         return list(itertools.pairwise(edges.tolist()))
 
