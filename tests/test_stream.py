@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -407,6 +408,21 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         build_cache(corpus)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "manifest.json", "splits.json", "vocab.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on POSIX only")
+def test_a_killed_build_is_cleared_away_by_the_next(tmp_path):
+    write_corpus(tmp_path, VOCABULARY, {"train": (make_cells(50), {})})
+    corpus = open_corpus(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        np.save = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        build_cache(corpus)
+    os.waitpid(pid, 0)
+    assert len(list(tmp_path.glob(".cache.*.tmp"))) == 1
+    build_cache(corpus)
+    assert not list(tmp_path.glob(".cache.*.tmp"))
+    assert len(flat(ids_of(stream_of(corpus, layout="cache")))) == 50
 
 
 def test_the_command_builds_a_cache_elsewhere(tmp_path):

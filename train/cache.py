@@ -31,8 +31,8 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -94,7 +94,8 @@ def build_cache(
         if cache_matches(corpus, path):
             return path
         raise ValueError(f"{path} was built from another state of the corpus {corpus.path}. Delete it first.")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    _remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         index = {"version": CACHE_VERSION, "compression": compression, "source": _source(corpus), "splits": {}}
         with ThreadPoolExecutor(num_threads) as executor:
@@ -112,6 +113,19 @@ def build_cache(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what builders of this machine left behind that were killed."""
+    for folder in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.tmp"):
+        pid = int(folder.name.split(".")[-2])
+        if os.name == "posix" and pid != os.getpid():
+            try:
+                os.kill(pid, 0)  # sends nothing: asks whether there is such a process
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except PermissionError:  # it lives, and is someone else's
+                continue
 
 
 def make_parser(prog: str = "python -m scmmgpt.train cache") -> argparse.ArgumentParser:
