@@ -23,6 +23,15 @@ ALIGNMENT_AUTO_MAP = {
     "AutoModel": "modeling_scmmgpt.ScMMGPTForCellTextAlignment",
     "AutoProcessor": "processing_scmmgpt.ScMMGPTProcessor",
 }
+# Task -> verb of `pipeline_scmmgpt.ScMMGPTPipeline`, and how `transformers.pipeline` finds it in a checkpoint.
+PIPELINE_TASKS = {
+    "cell-annotation": "annotate",
+    "cell-description": "describe",
+    "cell-generation": "generate",
+    "cell-embedding": "embed",
+    "cell-search": "search",
+}
+PIPELINE = {"impl": "pipeline_scmmgpt.ScMMGPTPipeline", "pt": ["AutoModel"]}
 CELL_AUTO_MAP = {
     "AutoConfig": "configuration_scmmgpt.ScGPTConfig",
     "AutoModel": "modeling_scgpt.ScGPTModel",
@@ -116,7 +125,7 @@ class ScMMGPTConfig(PreTrainedConfig):
         language_weight, expression_weight (`float`): Stage-2 weights.
         annotation (`dict`, *optional*): How cells are annotated by default: `labels` (label -> text), `cl_ids`, and
             the `matching_weight`, `matching_candidates` and `temperature` fixed on validation data.
-        custom_pipelines (`dict`, *optional*): Task -> pipeline, for `transformers.pipeline`.
+        custom_pipelines (`dict`): Task -> pipeline, for `transformers.pipeline`; always the same.
     """
 
     model_type = "scmmgpt"
@@ -161,6 +170,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(AUTO_MAP)
+        # Always as written here: `transformers.pipeline` replaces the names in it by classes, which can't be saved.
+        self.custom_pipelines = {task: dict(PIPELINE) for task in PIPELINE_TASKS}
         if self.expression_head not in EXPRESSION_HEADS:
             raise ValueError(f"expression_head is {self.expression_head!r}; choose one of {EXPRESSION_HEADS}.")
         if self.text_pooling not in TEXT_POOLINGS:
@@ -173,4 +184,12 @@ class ScMMGPTConfig(PreTrainedConfig):
 ScGPTConfig.register_for_auto_class()
 ScMMGPTConfig.register_for_auto_class()
 
-__all__ = ["ALIGNMENT_AUTO_MAP", "AUTO_MAP", "CELL_AUTO_MAP", "EXPRESSION_HEADS", "ScGPTConfig", "ScMMGPTConfig"]
+__all__ = [
+    "ALIGNMENT_AUTO_MAP",
+    "AUTO_MAP",
+    "CELL_AUTO_MAP",
+    "EXPRESSION_HEADS",
+    "PIPELINE_TASKS",
+    "ScGPTConfig",
+    "ScMMGPTConfig",
+]

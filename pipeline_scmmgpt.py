@@ -13,10 +13,8 @@ What was read from the AnnData (which matrix, which genes, with what evidence) a
 """
 
 import hashlib
-import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +23,12 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
-    from .configuration_scmmgpt import ScMMGPTConfig
+    from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .inspection_scmmgpt import store_report
     from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from .processing_scmmgpt import ScMMGPTProcessor
 except ImportError:  # as a flat module in a clone
-    from configuration_scmmgpt import ScMMGPTConfig
+    from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from inspection_scmmgpt import store_report
     from modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from processing_scmmgpt import ScMMGPTProcessor
@@ -44,16 +42,6 @@ COUNTS_PER_10K = 1e4
 UNKNOWN = "Unknown"
 # Above this share of one label among at least as many cells, an annotation is reported as collapsed.
 COLLAPSE_SHARE, COLLAPSE_MIN_CELLS = 0.98, 50
-
-# Task names of `transformers.pipeline`, each answered by one verb of the pipeline.
-TASKS = {
-    "cell-annotation": "annotate",
-    "cell-description": "describe",
-    "cell-generation": "generate",
-    "cell-embedding": "embed",
-    "cell-search": "search",
-}
-CUSTOM_PIPELINES = {task: {"impl": "pipeline_scmmgpt.ScMMGPTPipeline", "pt": ["AutoModel"]} for task in TASKS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +121,7 @@ class ScMMGPTPipeline:
         model ([`ScMMGPTForConditionalGeneration`] or [`ScMMGPTForCellTextAlignment`]): The latter, a stage-1
             checkpoint, annotates, embeds and searches; describing and generating need the language model.
         processor ([`ScMMGPTProcessor`]): The processor that was saved with the model.
-        task (`str`, *optional*): What calling the pipeline does; one of [`TASKS`]. The verbs all work regardless.
+        task (`str`, *optional*): What calling the pipeline does; one of `PIPELINE_TASKS`. All verbs work regardless.
         device (`str`, `int` or `torch.device`, *optional*): By default CUDA, else Apple's MPS, else the CPU.
         batch_size (`int`, *optional*): Cells per batch, for every verb; each has a default of its own. Lower it where
             memory runs out; answers don't change.
@@ -148,8 +136,8 @@ class ScMMGPTPipeline:
     _load_video_processor = False
 
     def __init__(self, model, processor, task="cell-annotation", device=None, batch_size=None, dtype=None):
-        if task not in TASKS:
-            raise ValueError(f"Unknown task {task!r}; choose one of {sorted(TASKS)}.")
+        if task not in PIPELINE_TASKS:
+            raise ValueError(f"Unknown task {task!r}; choose one of {sorted(PIPELINE_TASKS)}.")
         if isinstance(device, int):
             device = f"cuda:{device}" if device >= 0 else "cpu"
         self.task = task
@@ -188,16 +176,12 @@ class ScMMGPTPipeline:
 
     def __call__(self, *args, **kwargs):
         """Do the pipeline's task: [`annotate`] unless another was named."""
-        return getattr(self, TASKS[self.task])(*args, **kwargs)
+        return getattr(self, PIPELINE_TASKS[self.task])(*args, **kwargs)
 
     def save_pretrained(self, save_directory):
-        """Save model, processor and this file, so that the folder serves every task without the package."""
-        self.model.config.custom_pipelines = json.loads(json.dumps(CUSTOM_PIPELINES))
+        """Save model and processor; the folder serves every task, without this package too."""
         self.model.save_pretrained(save_directory)
         self.processor.save_pretrained(save_directory)
-        target = Path(save_directory) / Path(__file__).name
-        if target.resolve() != Path(__file__).resolve():
-            shutil.copyfile(__file__, target)
 
     # -- annotate -----------------------------------------------------------------------------------------------------
 
@@ -778,8 +762,6 @@ def _sparse(matrix):
 
 
 __all__ = [
-    "CUSTOM_PIPELINES",
-    "TASKS",
     "ScMMGPTPipeline",
     "best_device",
     "label_probabilities",

@@ -342,6 +342,19 @@ class ScMMGPTProcessor(ProcessorMixin):
             flat.append({**message, "content": content})
         return flat
 
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def pipeline(self, model, **kwargs):
+        """The tasks over AnnData (annotate, describe, generate, embed, search) with this processor and its model.
+
+        Imported here and not above, since the pipeline imports this file; the import also makes it travel along.
+        """
+        try:
+            from .pipeline_scmmgpt import ScMMGPTPipeline
+        except ImportError:
+            from pipeline_scmmgpt import ScMMGPTPipeline
+        return ScMMGPTPipeline(model, self, **kwargs)
+
     # -- files --------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from scmmgpt.configuration_scmmgpt import PIPELINE_TASKS
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
-from scmmgpt.pipeline_scmmgpt import TASKS, ScMMGPTPipeline, label_probabilities, majority_vote, normalized_entropy
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline, label_probabilities, majority_vote, normalized_entropy
 from scmmgpt.train import synthetic
 
 
@@ -396,6 +397,9 @@ assert importlib.util.find_spec("scmmgpt") is None, "this process must not see t
 path, cells, out = sys.argv[1:]
 pipe = pipeline("cell-annotation", model=path, trust_remote_code=True, device="cpu")
 pipe(anndata.read_h5ad(cells), ["a B cell", "a T cell"]).write_h5ad(out)
+pipe.save_pretrained(path + "-again")
+again = pipeline("cell-search", model=path + "-again", trust_remote_code=True, device="cpu")
+assert len(again(anndata.read_h5ad(cells), "a B cell", top_k=3)) == 3
 """
 
 
@@ -423,4 +427,4 @@ def test_transformers_finds_the_pipeline_where_the_package_is_not_installed(tiny
 
 
 def test_every_task_is_a_verb():
-    assert all(callable(getattr(ScMMGPTPipeline, verb)) for verb in TASKS.values())
+    assert all(callable(getattr(ScMMGPTPipeline, verb)) for verb in PIPELINE_TASKS.values())
