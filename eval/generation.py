@@ -39,7 +39,7 @@ from scmmgpt.eval.results import (
 logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("label", "cell_type")  # obs columns of generated cells that may hold the prompted type
-MIN_GENES = 50  # fewer shared genes do not tell types apart
+MIN_GENES = 20  # fewer shared genes do not tell types apart
 MAX_VARIABLE_GENES = 2000  # of the correlation of profiles
 RESERVED_SHARE = 0.2  # of the training cells, kept out of the components to serve as real cells beside generated ones
 MAX_PER_TYPE = 500  # cells of a type on each side of a distance

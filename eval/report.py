@@ -190,7 +190,7 @@ def _size(config: dict, name: str | None = None) -> str | None:
 
 
 def recorded_settings(paths: Sequence[str | None]) -> dict[str, dict]:
-    """What the commands noted in `uns["scmmgpt"]` of the `.h5ad` files: verb -> its settings that are single values."""
+    """What the commands noted in `uns["scmmgpt"]` of the `.h5ad` files: verb -> its settings with a single value."""
     import anndata
 
     settings: dict[str, dict] = {}
