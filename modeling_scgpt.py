@@ -278,6 +278,7 @@ class ScGPTEmbeddings(nn.Module):
         return self.gene_norm(self.gene_embedding(gene_ids))
 
     def forward(self, gene_ids, expression=None, generation_mask=None):
+        """(batch_size, num_genes) each -> (batch_size, num_genes, hidden_size)."""
         embeddings = self.embed_genes(gene_ids)
         values = None if expression is None else self.value_encoder(expression)
         if generation_mask is not None:
