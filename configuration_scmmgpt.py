@@ -121,6 +121,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         expression_head (`str`, defaults to `"mse"`): `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a
             (zero-inflated) negative binomial of the counts, which can be sampled.
         logit_scale_init (`float`, defaults to 2.6593): Initial log inverse temperature, ln(1/0.07) as in CLIP.
+        matching_batch_size (`int`, *optional*): Cells of a stage-1 batch that matching reads together with texts, true
+            and wrong; by default all. Matching costs three passes a cell, contrast a third of one.
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight (`float`): Stage-1 weights.
         language_weight, expression_weight (`float`): Stage-2 weights.
         annotation (`dict`, *optional*): How cells are annotated by default: `labels` (label -> text), `cl_ids`, and
@@ -150,6 +152,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     cell_token_id: int = 32000
     expression_head: str = "mse"
     logit_scale_init: float | int = 2.6593
+    matching_batch_size: int | None = None
     contrastive_weight: float | int = 1.0
     matching_weight: float | int = 1.0
     captioning_weight: float | int = 0.0

@@ -506,7 +506,10 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
                 wrong = text_ids[:, None] != text_ids[None]
                 rows, wrong_texts = sample_hard_negatives(logits, wrong)
                 columns, wrong_cells = sample_hard_negatives(logits.t(), wrong.t())
-            true_pairs = torch.arange(len(gene_ids), device=gene_ids.device)
+            true_pairs = torch.arange(len(gene_ids), device=gene_ids.device)[: config.matching_batch_size]
+            rows, wrong_texts, columns, wrong_cells = (
+                x[: config.matching_batch_size] for x in (rows, wrong_texts, columns, wrong_cells)
+            )
             cells = torch.cat([true_pairs, rows, wrong_cells])
             texts = torch.cat([true_pairs, wrong_texts, columns])
             is_match = (torch.arange(len(cells), device=gene_ids.device) < len(true_pairs)).long()

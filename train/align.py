@@ -9,7 +9,6 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and is what 
 """
 
 import copy
-import logging
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from trl import TrlParser
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
-from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, normalize_log1p
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
@@ -26,14 +25,11 @@ from scmmgpt.train.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.collate import AlignmentCollator
 from scmmgpt.train.convert import qformer_from_bert
 from scmmgpt.train.corpus import Corpus, open_corpus
+from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, standardize
 from scmmgpt.train.stream import CellStream
 from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze, save_run
 
 
-logger = logging.getLogger(__name__)
-
-PROJECTION_CELLS = 512  # cells that the start of the projections is computed from, at most
-SVD_CELLS = 50_000  # cells that the co-expression of genes is read from, at most
 MAX_VALIDATION_CELLS = 2_000  # cells that zero-shot accuracy is measured on while training, at most
 
 
@@ -119,13 +115,13 @@ def build_processor(corpus: Corpus, qformer_tokenizer, model_args: AlignModelArg
     return processor
 
 
-def build_model(corpus: Corpus, model_args: AlignModelArguments, **weights: float):
+def build_model(corpus: Corpus, model_args: AlignModelArguments, **objective):
     """A stage-1 model and the tokenizer of its text branch.
 
     Args:
         corpus: Its gene vocabulary is the model's.
         model_args: Where the parts come from.
-        weights: Loss weights, as in `ScMMGPTConfig`.
+        objective: Weights of the losses and the like, fields of `ScMMGPTConfig`.
 
     Returns:
         Model, Q-Former tokenizer, and the names of the parameters that come pretrained.
@@ -161,7 +157,7 @@ def build_model(corpus: Corpus, model_args: AlignModelArguments, **weights: floa
         num_query_tokens=model_args.num_query_tokens,
         projection_dim=model_args.projection_dim,
         text_pooling=model_args.text_pooling,
-        **weights,
+        **objective,
     )
     model = ScMMGPTForCellTextAlignment(config)
 
@@ -180,47 +176,8 @@ def build_model(corpus: Corpus, model_args: AlignModelArguments, **weights: floa
 
 
 @torch.no_grad()
-def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
-    """Start gene embeddings from the right singular vectors of the training cells' log1p(CP10k), genes standardised.
-
-    Genes that rise and fall together start close together, so a small corpus need not teach that. The vectors are
-    scaled to the spread of scGPT's own initialisation; genes without a training cell keep theirs.
-    """
-    from scipy.sparse import csr_matrix
-    from sklearn.decomposition import TruncatedSVD
-
-    weight = cell_model.get_input_embeddings().weight
-    pieces, total = [], 0
-    for cells, _ in corpus.iter_cells("train", columns=[]):
-        values = normalize_log1p(cells)
-        pieces.append((values, cells.gene_ids.astype(np.int64), np.diff(cells.indptr)))
-        total += len(cells)
-        if total >= SVD_CELLS:
-            break
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate([lengths for *_, lengths in pieces]))])
-    values, genes = (np.concatenate(arrays) for arrays in list(zip(*pieces, strict=True))[:2])
-    matrix = csr_matrix((values, genes, indptr), shape=(len(indptr) - 1, len(weight)))
-    mean = np.asarray(matrix.mean(axis=0)).ravel()
-    deviation = np.sqrt(np.maximum(np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2, 0))
-    seen = deviation > 0
-    matrix = matrix.multiply(np.where(seen, 1 / np.maximum(deviation, 1e-6), 0)[None]).tocsr()
-    rank = min(weight.shape[1], matrix.shape[0] - 1, int(seen.sum()) - 1)
-    svd = TruncatedSVD(rank, random_state=0).fit(matrix)
-    vectors = torch.from_numpy((svd.components_ * svd.singular_values_[:, None]).T.copy()).to(weight)[seen]
-    rows = torch.from_numpy(np.flatnonzero(seen))
-    target = weight[rows].std()
-    weight[rows, :rank] = vectors / vectors.std() * target
-    logger.info("Started %d gene embeddings from the co-expression in %d cells", len(rows), matrix.shape[0])
-
-
-@torch.no_grad()
 def standardize_projections(model: ScMMGPTForCellTextAlignment, batches: StreamBatches) -> None:
-    """Start both projections from the principal axes of what they will read.
-
-    A fresh Q-Former answers nearly the same for every cell, and a BERT for every text; cosine similarities are then all
-    1, and contrast settles in the constant solution. Centred and rotated to their axes, the differences are what is
-    left. `train/LOG.md` has the comparison.
-    """
+    """Start both projections into the shared space from what they will read; see [`standardize`]."""
     model.eval()
     query_states, text_states = [], []
     for step in range(len(batches)):
@@ -230,13 +187,8 @@ def standardize_projections(model: ScMMGPTForCellTextAlignment, batches: StreamB
         text_states.append(model.read_texts(batch["qformer_input_ids"], batch["qformer_attention_mask"]))
         if sum(map(len, text_states)) >= PROJECTION_CELLS:
             break
-    for projection, states in ((model.cell_projection, query_states), (model.text_projection, text_states)):
-        states = torch.cat(states)
-        mean = states.mean(dim=0)
-        _, scale, axes = torch.linalg.svd(states - mean, full_matrices=False)
-        rank = min(len(axes), projection.out_features)
-        projection.weight[:rank] = axes[:rank] * (len(states) ** 0.5 / scale.norm())
-        projection.bias.copy_(-projection.weight @ mean)
+    standardize(model.cell_projection, torch.cat(query_states))
+    standardize(model.text_projection, torch.cat(text_states))
     model.train()
 
 
@@ -250,9 +202,11 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     # --- Corpus and model
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
-    weights = ("contrastive_weight", "matching_weight", "captioning_weight", "cell_pretraining_weight")
+    objective = (
+        "contrastive_weight matching_weight captioning_weight cell_pretraining_weight matching_batch_size".split()
+    )
     model, qformer_tokenizer, pretrained = build_model(
-        corpus, model_args, **{name: getattr(training_args, name) for name in weights}
+        corpus, model_args, **{name: getattr(training_args, name) for name in objective}
     )
     processor = build_processor(corpus, qformer_tokenizer, model_args, data_args.max_genes)
 

@@ -106,6 +106,7 @@ class AlignConfig(StageArguments, TrainingArguments):
 
     Args:
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight: Weights of the losses.
+        matching_batch_size: Cells per batch that matching reads; by default all. See `ScMMGPTConfig`.
         mask_ratio: Share of genes hidden for the masked-expression loss.
         pretrained_learning_rate: See [`StageArguments`].
     """
@@ -114,6 +115,7 @@ class AlignConfig(StageArguments, TrainingArguments):
     matching_weight: float = field(default=1.0, metadata={"help": "Weight of cell-text matching."})
     captioning_weight: float = field(default=0.0, metadata={"help": "Weight of captioning by the Q-Former."})
     cell_pretraining_weight: float = field(default=0.0, metadata={"help": "Weight of masked expression."})
+    matching_batch_size: int | None = field(default=None, metadata={"help": "Cells per batch that matching reads."})
     mask_ratio: float = field(default=0.4, metadata={"help": "Share of genes hidden for masked expression."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of new parameters."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches come finished; keep False."})

@@ -8,7 +8,6 @@ accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs
 `--output_dir` ends up with a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone.
 """
 
-import logging
 from pathlib import Path
 
 import datasets
@@ -28,10 +27,9 @@ from scmmgpt.train.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.collate import TuningCollator
 from scmmgpt.train.convert import load_causal_lm
 from scmmgpt.train.corpus import Corpus, open_corpus
+from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
 from scmmgpt.train.trainer import StreamTrainerMixin, freeze
 
-
-logger = logging.getLogger(__name__)
 
 # The language model's linear layers and nothing else: suffixes would also hit the Q-Former's.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -172,20 +170,22 @@ def join(alignment: ScMMGPTForCellTextAlignment, language_model, processor: ScMM
 
 
 @torch.no_grad()
-def start_from_mean_profile(model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray) -> None:
-    """Gene biases of the expression head: the training cells' mean profile, which training then improves on.
-
-    Args:
-        model: Its expression head's biases are set.
-        gene_means: float `(vocab_size,)`: mean share of each gene in a cell's counts.
-    """
-    rate = torch.from_numpy(np.asarray(gene_means, dtype=np.float32)) * 1e4
-    head = model.model.expression_head
-    bias = torch.log1p(rate) if head.kind == "mse" else torch.log(rate.clamp(min=1e-4))
-    head.gene_bias.weight.copy_(bias[:, None])
-    if head.kind != "mse":
-        head.projection.weight.mul_(0.1)  # begin near the mean profile
-        head.projection.bias.zero_()
+def standardize_language_projection(model: ScMMGPTForConditionalGeneration, batches, processor: ScMMGPTProcessor) -> None:
+    """Start the projection into the language model from what it will read, at the size of the model's own embeddings."""
+    model.eval()
+    states = []
+    for cells, _ in batches.stream:
+        inputs = processor(cells=cells, max_genes=batches.collate.max_genes)
+        cell_states = model.model.encode_cells(**inputs)
+        states.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]).flatten(0, 1))
+        if sum(map(len, states)) >= PROJECTION_CELLS * processor.num_query_tokens:
+            break
+    first, _, last = model.model.language_projection
+    states = torch.cat(states)
+    standardize(first, states)
+    size = model.get_input_embeddings().weight.float().norm(dim=1).mean()
+    last.weight.mul_(size / model.model.language_projection(states).norm(dim=1).mean())
+    model.train()
 
 
 def add_lora(model: ScMMGPTForConditionalGeneration, model_args: TuneModelArguments) -> LoraConfig | None:
@@ -270,6 +270,8 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         max_genes=data_args.max_genes,
     )
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+
+    standardize_language_projection(model, train_batches, processor)
 
     # --- Training
     trainer = TuneTrainer(

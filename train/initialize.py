@@ -1,0 +1,87 @@
+"""Where training starts from: what can be computed from the corpus need not be learned by gradient descent."""
+
+import logging
+
+import numpy as np
+import torch
+
+from scmmgpt.feature_extraction_scmmgpt import normalize_log1p
+from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.train.corpus import Corpus
+
+
+logger = logging.getLogger(__name__)
+
+SVD_CELLS = 50_000  # cells that the co-expression of genes is read from, at most
+PROJECTION_CELLS = 512  # cells that the start of a projection is computed from, at most
+
+
+@torch.no_grad()
+def standardize(linear: torch.nn.Linear, inputs: torch.Tensor) -> None:
+    """Start a linear layer from the principal axes of its inputs, centred and scaled to one.
+
+    A fresh Q-Former answers nearly the same for every cell, and a BERT for every text; cosine similarities are then all
+    1, and contrast settles in the constant solution. What is left here are the differences. `train/LOG.md` has the
+    comparison.
+
+    Args:
+        linear: Its weight and bias are set; output units beyond the inputs' rank keep their weights.
+        inputs: `(n, linear.in_features)` of what it will read.
+    """
+    mean = inputs.mean(dim=0)
+    _, scale, axes = torch.linalg.svd(inputs - mean, full_matrices=False)
+    rank = min(len(axes), linear.out_features)
+    linear.weight[:rank] = axes[:rank] * (len(inputs) ** 0.5 / scale.norm().clamp(min=1e-6))
+    linear.bias.copy_(-linear.weight @ mean)
+
+
+@torch.no_grad()
+def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
+    """Start gene embeddings from the right singular vectors of the training cells' log1p(CP10k), genes standardised.
+
+    Genes that rise and fall together start close together, so a small corpus need not teach that. The vectors are
+    scaled to the spread of scGPT's own initialisation; genes without a training cell keep theirs.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.decomposition import TruncatedSVD
+
+    weight = cell_model.get_input_embeddings().weight
+    pieces, total = [], 0
+    for cells, _ in corpus.iter_cells("train", columns=[]):
+        values = normalize_log1p(cells)
+        pieces.append((values, cells.gene_ids.astype(np.int64), np.diff(cells.indptr)))
+        total += len(cells)
+        if total >= SVD_CELLS:
+            break
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([lengths for *_, lengths in pieces]))])
+    values, genes = (np.concatenate(arrays) for arrays in list(zip(*pieces, strict=True))[:2])
+    matrix = csr_matrix((values, genes, indptr), shape=(len(indptr) - 1, len(weight)))
+    mean = np.asarray(matrix.mean(axis=0)).ravel()
+    deviation = np.sqrt(np.maximum(np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2, 0))
+    seen = deviation > 0
+    matrix = matrix.multiply(np.where(seen, 1 / np.maximum(deviation, 1e-6), 0)[None]).tocsr()
+    rank = min(weight.shape[1], matrix.shape[0] - 1, int(seen.sum()) - 1)
+    svd = TruncatedSVD(rank, random_state=0).fit(matrix)
+    vectors = torch.from_numpy((svd.components_ * svd.singular_values_[:, None]).T.copy()).to(weight)[seen]
+    rows = torch.from_numpy(np.flatnonzero(seen))
+    target = weight[rows].std()
+    weight[rows, :rank] = vectors / vectors.std() * target
+    logger.info("Started %d gene embeddings from the co-expression in %d cells", len(rows), matrix.shape[0])
+
+
+@torch.no_grad()
+def start_from_mean_profile(model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray) -> None:
+    """Gene biases of the expression head: the training cells' mean profile, which training then improves on.
+
+    Args:
+        model: Its expression head's biases are set.
+        gene_means: float `(vocab_size,)`: mean share of each gene in a cell's counts.
+    """
+    rate = torch.from_numpy(np.asarray(gene_means, dtype=np.float32)) * 1e4
+    head = model.model.expression_head
+    bias = torch.log1p(rate) if head.kind == "mse" else torch.log(rate.clamp(min=1e-4))
+    head.gene_bias.weight.copy_(bias[:, None])
+    if head.kind != "mse":
+        head.projection.weight.mul_(0.1)  # begin near the mean profile
+        head.projection.bias.zero_()
