@@ -115,8 +115,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         num_condition_tokens (`int`, defaults to 8): Condition tokens that the cell model reads when it generates.
             The first stands where `<cls>` stands in a cell.
         projection_dim (`int`, defaults to 256): Width of the shared cell-text space.
-        text_pooling (`str`, defaults to `"mean"`): How a text's states become one: `"mean"` over its tokens, or `"cls"`,
-            the first token's state, as published. At the start the latter hardly differs between texts.
+        text_pooling (`str`, defaults to `"mean"`): How a text's states become one: `"mean"` over its tokens, or
+            `"cls"`, the first token's state, as published. At the start the latter hardly differs between texts.
         cell_token_id (`int`): Id of `<cell>` in the language model's tokenizer.
         expression_head (`str`, defaults to `"mse"`): `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a
             (zero-inflated) negative binomial of the counts, which can be sampled.

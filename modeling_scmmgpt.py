@@ -17,6 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 from transformers.utils import torch_compilable_check
 
+
 try:  # as a package or as remote code
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from .modeling_scgpt import ScGPTModel
@@ -124,9 +125,7 @@ def cell_text_similarity(cell_features: torch.Tensor, text_features: torch.Tenso
     return torch.einsum("cqd,td->cqt", cell_features, text_features).amax(dim=1)
 
 
-def contrastive_loss(
-    similarity: torch.Tensor, logit_scale: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def contrastive_loss(similarity: torch.Tensor, logit_scale: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Symmetric InfoNCE with several positives a row: cross-entropy against the normalised `targets`.
 
     Args:
@@ -261,8 +260,6 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init)
         elif isinstance(module, ScMMGPTTextToCellProjector):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
-        elif isinstance(module, ScMMGPTExpressionHead):
-            init.zeros_(module.gene_bias.weight)
         elif isinstance(module, Blip2TextEmbeddings):
             # A non-persistent buffer: loading starts from the meta device, which leaves it uninitialised.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1], device="cpu").expand((1, -1)))
@@ -291,9 +288,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self, gene_ids: torch.Tensor, expression: torch.Tensor, cell_attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Gene states of cells, `(num_cells, num_genes, cell_config.hidden_size)`, as the Q-Former reads them."""
-        outputs = self.cell_model(
-            gene_ids=gene_ids, expression=expression, cell_attention_mask=cell_attention_mask
-        )
+        outputs = self.cell_model(gene_ids=gene_ids, expression=expression, cell_attention_mask=cell_attention_mask)
         return self.cell_norm(outputs.last_hidden_state)
 
     def query_cells(
@@ -636,7 +631,9 @@ class ScMMGPTExpressionHead(nn.Module):
         """Mean loss over the target genes: squared error of log1p(CP10k), or the counts' negative log-likelihood."""
         if self.kind == "mse":
             if target_expression is None:
-                raise ValueError("The mse expression head is trained on `target_expression` (log1p CP10k); none given.")
+                raise ValueError(
+                    "The mse expression head is trained on `target_expression` (log1p CP10k); none given."
+                )
             return masked_mean((parameters["expression"] - target_expression.float()).square(), mask)
         if target_counts is None or library_size is None:
             raise ValueError(
@@ -649,8 +646,10 @@ class ScMMGPTExpressionHead(nn.Module):
         )
         return masked_mean(nll, mask)
 
-    def sample(self, parameters: dict[str, torch.Tensor], library_size: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-        """Counts, `(batch_size, num_genes)` int64, each row drawn from its own seed so that no batch changes a cell."""
+    def sample(
+        self, parameters: dict[str, torch.Tensor], library_size: torch.Tensor, seeds: list[int]
+    ) -> torch.Tensor:
+        """Counts, `(batch_size, num_genes)` int64; each row is drawn from its own seed, so no batch changes a cell."""
         mean = (parameters["rate"] * library_size[:, None] / COUNTS_PER_10K).cpu()
         dispersion = parameters["dispersion"].cpu()
         dropout = parameters.get("dropout_logits")
@@ -727,8 +726,10 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             placeholders = self.find_placeholders(input_ids, inputs_embeds)
             torch_compilable_check(
                 placeholders.sum() * cell_tokens.shape[-1] == cell_tokens.numel(),
-                lambda: f"The text has {int(placeholders.sum())} cell placeholder tokens, but {len(gene_ids)} cells x "
-                f"{self.config.num_query_tokens} tokens were given; let the processor expand `<cell>`.",
+                lambda: (
+                    f"The text has {int(placeholders.sum())} cell placeholder tokens, but {len(gene_ids)} cells x "
+                    f"{self.config.num_query_tokens} tokens were given; let the processor expand `<cell>`."
+                ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], cell_tokens)
 
@@ -806,7 +807,8 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
 
 class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     """scMMGPT as an ordinary causal language model that also reads cells (`generate`) and writes them
-    (`generate_cells`)."""
+    (`generate_cells`).
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
@@ -999,7 +1001,11 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # as `generate` numbers left padding
         text_states = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **cell_inputs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **cell_inputs,
         ).last_hidden_state
         parameters = self.model.decode_cells(text_states, attention_mask, target_gene_ids)
         counts = None
@@ -1033,9 +1039,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
-            model_inputs.update(
-                gene_ids=gene_ids, expression=expression, cell_attention_mask=cell_attention_mask
-            )
+            model_inputs.update(gene_ids=gene_ids, expression=expression, cell_attention_mask=cell_attention_mask)
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

@@ -17,6 +17,7 @@ import torch
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.utils import cached_file
 
+
 try:  # as a package or as remote code
     from .feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
     from .inspection_scmmgpt import GeneIndex, read_cells
@@ -87,9 +88,7 @@ class ScMMGPTProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"  # generation continues at the right end
         chat_template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
-        super().__init__(
-            feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer, chat_template=chat_template
-        )
+        super().__init__(feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer, chat_template=chat_template)
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +124,7 @@ class ScMMGPTProcessor(ProcessorMixin):
         ]
 
     def read_cells(self, adata, **kwargs) -> tuple[Cells, dict]:
-        """AnnData -> `Cells` in this vocabulary and the report of what was done; see `inspection_scmmgpt.read_cells`."""
+        """AnnData -> `Cells` in this vocabulary, and a report; see `inspection_scmmgpt.read_cells`."""
         return read_cells(adata, self.gene_index, **kwargs)
 
     def gene_ids_of(self, genes: list[str]) -> np.ndarray:
@@ -279,9 +278,13 @@ class ScMMGPTProcessor(ProcessorMixin):
         row_of = np.repeat(np.arange(n), lengths)
         if len(genes) > self.max_target_genes:
             # Each cell's own random subset, by a hash of (cell, epoch, gene): the genes that a mask would hide.
-            candidates = np.broadcast_to(np.concatenate([[self.feature_extractor.cls_token_id], genes]), (n, len(genes) + 1))
+            candidates = np.broadcast_to(
+                np.concatenate([[self.feature_extractor.cls_token_id], genes]), (n, len(genes) + 1)
+            )
             share = (self.max_target_genes + 0.5) / len(genes)
-            chosen = mask_genes(candidates, np.ones_like(candidates), cells.cell_ids, share, seed=TARGET_SEED, epoch=epoch)
+            chosen = mask_genes(
+                candidates, np.ones_like(candidates), cells.cell_ids, share, seed=TARGET_SEED, epoch=epoch
+            )
             gene_ids = candidates[chosen].reshape(n, self.max_target_genes)
         else:
             gene_ids = np.broadcast_to(genes, (n, len(genes)))
@@ -313,10 +316,10 @@ class ScMMGPTProcessor(ProcessorMixin):
     # -- conversations ------------------------------------------------------------------------------------------------
 
     def render_prompt(self, task: str, **fields) -> str:
-        """The text of a task's prompt as the checkpoint was trained on it, chat template included.
+        r"""The text of a task's prompt as the checkpoint was trained on it, chat template included.
 
         >>> processor.render_prompt("generate", text="A B cell.")  # doctest: +SKIP
-        '<|im_start|>user\\nGenerate the gene expression of this cell: A B cell.<|im_end|>\\n<|im_start|>assistant\\n'
+        '<|im_start|>user\nGenerate the gene expression of this cell: A B cell.<|im_end|>\n<|im_start|>assistant\n'
         """
         if task not in self.prompts:
             raise ValueError(f"No prompt for the task {task!r}; this checkpoint knows {sorted(self.prompts)}.")
@@ -324,7 +327,7 @@ class ScMMGPTProcessor(ProcessorMixin):
         return self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
-        """As in transformers; content parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`."""
+        """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`."""
         if conversation and isinstance(conversation[0], dict):
             conversation = self._flatten(conversation)
         else:
@@ -373,14 +376,19 @@ class ScMMGPTProcessor(ProcessorMixin):
         tokenizers = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
         return [
             extractor,
-            *(cls._load_tokenizer_from_pretrained(name, pretrained_model_name_or_path, **kwargs) for name in tokenizers),
+            *(
+                cls._load_tokenizer_from_pretrained(name, pretrained_model_name_or_path, **kwargs)
+                for name in tokenizers
+            ),
         ]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load every part, and the gene aliases beside them."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        location = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
+        location = {
+            name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs
+        }
         path = cached_file(
             pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **location
         )

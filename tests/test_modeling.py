@@ -91,7 +91,9 @@ def test_contrastive_loss_is_clips_where_every_text_is_different():
     similarity = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(5)
     logits = similarity * 7.0
-    clip = (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.t(), labels)) / 2
+    clip = (
+        torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.t(), labels)
+    ) / 2
     torch.testing.assert_close(contrastive_loss(similarity, torch.tensor(7.0), torch.eye(5)), clip)
 
 
@@ -197,9 +199,7 @@ def test_every_weighted_loss_is_returned_by_name_and_adds_up(tiny_config):
     labels = torch.where(cells["expression"] > 25, cells["expression"], -100.0)
     masked = torch.where(labels > 0, -1.0, cells["expression"])
     out = model(**cells, **make_texts([6, 3, 8]), masked_expression=masked, expression_labels=labels)
-    expected = (
-        out.contrastive_loss + out.matching_loss + 0.5 * out.captioning_loss + 0.25 * out.cell_pretraining_loss
-    )
+    expected = out.contrastive_loss + out.matching_loss + 0.5 * out.captioning_loss + 0.25 * out.cell_pretraining_loss
     torch.testing.assert_close(out.loss, expected)
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -447,7 +447,12 @@ def test_a_stage_1_checkpoint_loads_into_stage_2_by_its_key_names(alignment_mode
         tmp_path, config=tiny_config, output_loading_info=True
     )
     assert not report["unexpected_keys"]
-    new_parts = ("model.language_model.", "model.language_projection.", "model.text_to_cell.", "model.expression_head.")
+    new_parts = (
+        "model.language_model.",
+        "model.language_projection.",
+        "model.text_to_cell.",
+        "model.expression_head.",
+    )
     assert all(key.startswith(new_parts) or key == "lm_head.weight" for key in report["missing_keys"])
     torch.testing.assert_close(
         model.get_cell_features(**make_cells([9, 4])), alignment_model.get_cell_features(**make_cells([9, 4]))

@@ -30,7 +30,9 @@ assert type(AutoConfig.from_pretrained(path, trust_remote_code=True)).__name__ =
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 for place in (path, again):
     inputs = processor(
-        text=[processor.render_prompt("describe")] * 3, cells=anndata.read_h5ad(cells)[:3], qformer_text=["a B cell"] * 3
+        text=[processor.render_prompt("describe")] * 3,
+        cells=anndata.read_h5ad(cells)[:3],
+        qformer_text=["a B cell"] * 3,
     )
     match = model.match(**{name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")})
     prompt = {name: inputs[name] for name in inputs if not name.startswith("qformer")}
@@ -62,7 +64,8 @@ def test_a_checkpoint_answers_the_same_where_the_package_is_not_installed(checkp
     environment.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     # -S -c would lose site-packages; a .pth or finder of an editable install is hidden by this hook instead.
     hide = "import sys\nsys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__ + str(f)]\n"
-    hide += f"sys.path = [p for p in sys.path if p not in {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}]\n"
+    ours = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    hide += f"sys.path = [p for p in sys.path if p not in {ours!r}]\n"
     run = subprocess.run(
         [sys.executable, "-c", hide + PROGRAM, str(path), str(tmp_path / "again"), str(tmp_path / "cells.h5ad")],
         capture_output=True,

@@ -190,7 +190,9 @@ def test_tuning_trains_both_directions_and_keeps_what_is_frozen(corpus, aligned,
     for name, value in before.items():
         if not name.startswith("cell_model."):
             assert torch.equal(value, after[name]), name
-    assert not torch.equal(before["cell_model.encoder.layers.0.linear1.weight"], after["cell_model.encoder.layers.0.linear1.weight"])
+    assert not torch.equal(
+        before["cell_model.encoder.layers.0.linear1.weight"], after["cell_model.encoder.layers.0.linear1.weight"]
+    )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -213,9 +215,7 @@ def test_a_run_that_is_cut_in_two_ends_like_one_that_is_not(corpus, bert, tmp_pa
     options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
     run_align(corpus, bert, str(tmp_path / "cut"), max_steps=3, **options)
     checkpoint = str(tmp_path / "cut" / "checkpoint-3")
-    resumed = run_align(
-        corpus, bert, str(tmp_path / "cut"), max_steps=6, resume_from_checkpoint=checkpoint, **options
-    )
+    resumed = run_align(corpus, bert, str(tmp_path / "cut"), max_steps=6, resume_from_checkpoint=checkpoint, **options)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
     assert log_of(tmp_path / "whole", "loss") == log_of(tmp_path / "cut", "loss")

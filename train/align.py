@@ -211,7 +211,9 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     processor = build_processor(corpus, qformer_tokenizer, model_args, data_args.max_genes)
 
     # --- Batches
-    captions = CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path))
+    captions = CaptionSampler(
+        data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path)
+    )
     mask_ratio = training_args.mask_ratio if training_args.cell_pretraining_weight else None
     collate = AlignmentCollator(processor, captions, mask_ratio=mask_ratio, max_genes=data_args.max_genes)
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
@@ -244,13 +246,14 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
 
 
-
 def data_seed(training_args) -> int:
     """Seed of order, captions and sampling."""
     return training_args.seed if training_args.data_seed is None else training_args.data_seed
 
 
-def make_batches(corpus: Corpus, collate, data_args: DataArguments, training_args) -> tuple[StreamBatches, StreamBatches | None]:
+def make_batches(
+    corpus: Corpus, collate, data_args: DataArguments, training_args
+) -> tuple[StreamBatches, StreamBatches | None]:
     """Training and validation batches of this rank; no validation batches where none are asked for or there are."""
     share = {"rank": training_args.process_index, "world_size": training_args.world_size}
     train = CellStream(

@@ -74,7 +74,9 @@ class AlignModelArguments:
     gene_embeddings: Literal["svd", "random"] = field(
         default="svd", metadata={"help": "What new gene embeddings start from."}
     )
-    qformer_dropout: float | None = field(default=None, metadata={"help": "Dropout of the Q-Former; BERT's by default."})
+    qformer_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the Q-Former; BERT's by default."}
+    )
     text_pooling: Literal["mean", "cls"] = field(default="mean", metadata={"help": "How a text becomes one vector."})
     standardize_projections: bool = field(
         default=True, metadata={"help": "Start the projections from the principal axes of their inputs."}

@@ -41,6 +41,7 @@ class AlignmentCollator:
         self.gene_symbols = processor.gene_symbols(range(len(processor.gene_tokenizer)))
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
+        """Inputs of [`ScMMGPTForCellTextAlignment`]."""
         texts = self.captions.caption(obs, cells, self.gene_symbols, epoch=epoch)
         batch = dict(self.processor(cells=cells, qformer_text=texts, epoch=epoch, max_genes=self.max_genes))
         batch["text_ids"] = type_ids(obs, texts)
@@ -77,6 +78,7 @@ class TuningCollator:
         self.text_to_cell_ratio, self.target_genes, self.max_genes = text_to_cell_ratio, target_genes, max_genes
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
+        """Inputs of [`ScMMGPTForConditionalGeneration`]."""
         generated = self.is_generated(cells.cell_ids, epoch)
         # Neither text is told about the cell's own genes: a prompt must not hint at its target.
         prompts = self.captions.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)

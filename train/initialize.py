@@ -21,8 +21,8 @@ PROJECTION_CELLS = 512  # cells that the start of a projection is computed from,
 def standardize(linear: torch.nn.Linear, inputs: torch.Tensor) -> None:
     """Start a linear layer from the principal axes of its inputs, centred and scaled to one.
 
-    A fresh Q-Former answers nearly the same for every cell, and a BERT for every text; cosine similarities are then all
-    1, and contrast settles in the constant solution. What is left here are the differences. `train/LOG.md` has the
+    A fresh Q-Former answers nearly the same for every cell, and a BERT for every text; cosine similarities are then
+    all 1, and contrast settles in the constant solution. What is left here are the differences. `train/LOG.md` has the
     comparison.
 
     Args:

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from trl import SFTTrainer, TrlParser
 
-from scmmgpt.feature_extraction_scmmgpt import Cells
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.align import data_seed, finish, make_batches
@@ -57,7 +56,9 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also count the target genes of the whole step, so that accumulation weighs every gene alike."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        targets = sum(int(batch["target_attention_mask"].sum()) for batch in samples if "target_attention_mask" in batch)
+        targets = sum(
+            int(batch["target_attention_mask"].sum()) for batch in samples if "target_attention_mask" in batch
+        )
         targets = torch.tensor(targets, device=device)
         self.num_targets_in_batch = int(self.accelerator.gather(targets).sum())
         return samples, num_items
@@ -170,8 +171,10 @@ def join(alignment: ScMMGPTForCellTextAlignment, language_model, processor: ScMM
 
 
 @torch.no_grad()
-def standardize_language_projection(model: ScMMGPTForConditionalGeneration, batches, processor: ScMMGPTProcessor) -> None:
-    """Start the projection into the language model from what it will read, at the size of the model's own embeddings."""
+def standardize_language_projection(
+    model: ScMMGPTForConditionalGeneration, batches, processor: ScMMGPTProcessor
+) -> None:
+    """Start the projection into the language model from what it will read, in the size of the model's embeddings."""
     model.eval()
     states = []
     for cells, _ in batches.stream:
