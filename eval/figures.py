@@ -213,29 +213,42 @@ def marker_figure(
 
 
 def training_figure(history: Sequence[Mapping]) -> Figure | None:
-    """Losses over steps: lines for training, points for validation; `None` if nothing was logged."""
+    """Losses over steps, and below them accuracies if any were logged; `None` if no loss was.
+
+    Lines are training, points validation.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for name, value in entry.items():
-            is_loss = name == "loss" or name.endswith("_loss") or name.startswith("loss_")
-            if is_loss and name != "train_loss" and isinstance(value, int | float) and np.isfinite(value):
+            is_loss = name == "loss" or name.endswith("_loss") and name != "train_loss"
+            is_share = name.startswith("eval_") and name.endswith(("_accuracy", "_recall"))
+            if (is_loss or is_share) and isinstance(value, int | float) and np.isfinite(value):
                 curves.setdefault(name, []).append((entry["step"], float(value)))
-    if not curves:
+    losses = sorted((n for n in curves if n.endswith("loss")), key=lambda n: (n.startswith("eval_"), n != "loss", n))
+    shares = sorted(set(curves) - set(losses))
+    if not losses:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 3.4))
-        axes = figure.add_subplot()
-        colors = iter(matplotlib.colormaps["tab10"].colors * 4)
-        of_name = {}
-        for name in sorted(curves, key=lambda name: (name.startswith("eval_"), name != "loss", name)):
-            steps, values = zip(*curves[name], strict=True)
-            base = name.removeprefix("eval_")
-            color = of_name.setdefault(base, next(colors))
-            if name.startswith("eval_"):
-                axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=0.8, label=f"{base}, validation")
-            else:
-                axes.plot(steps, values, color=color, linewidth=2 if name == "loss" else 1.2, label=name)
-        axes.set(xlabel="optimiser step", ylabel="loss")
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+        figure = Figure(figsize=(4.8, 3.4 if not shares else 5.2), layout="constrained")
+        panels = figure.subplots(
+            1 + bool(shares), 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + bool(shares)]
+        )
+        for axes, names, label in zip(panels[:, 0], (losses, shares), ("loss", "validation"), strict=False):
+            colors = iter(matplotlib.colormaps["tab10"].colors * 4)
+            of_name = {}
+            for name in names:
+                steps, values = zip(*curves[name], strict=True)
+                base = name.removeprefix("eval_")
+                color = of_name.setdefault(base, next(colors))
+                shown = base.removesuffix("_loss").replace("_", " ")
+                if name.startswith("eval_"):
+                    shown = shown + ", validation" if name in losses else shown
+                    axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=0.8, label=shown)
+                else:
+                    axes.plot(steps, values, color=color, linewidth=2 if name == "loss" else 1.2, label=shown)
+            axes.set_ylabel(label)
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=1.02 if axes is not panels[0, 0] else None)
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+        panels[-1, 0].set_xlabel("optimiser step")
+        panels[-1, 0].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2)
     return figure
