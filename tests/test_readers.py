@@ -163,8 +163,8 @@ def test_a_backed_file_reads_only_the_rows_asked_for(cells, tmp_path):
         assert file[3:5].X[0:2].shape == (2, 7)
 
 
-def test_a_large_matrix_stored_by_column_is_gathered_in_blocks(cells, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr("scmmgpt.train.readers.COLUMN_MAJOR_IN_MEMORY", 0)
+def test_a_matrix_stored_by_column_is_gathered_in_blocks_of_rows(cells, counts, tmp_path, monkeypatch):
+    monkeypatch.setattr("scmmgpt.train.readers.COLUMN_BLOCK_BYTES", cells.X.nnz * 8 // 3)
     monkeypatch.setattr("scmmgpt.train.readers.COLUMN_ENTRIES", 10)
     chunks = list(iter_chunks(write_h5ad_by_column(cells, tmp_path), 5))
     np.testing.assert_array_equal(np.concatenate([dense(chunk.X) for chunk in chunks]), counts)

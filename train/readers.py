@@ -34,8 +34,8 @@ import scipy.sparse as sp
 logger = logging.getLogger(__name__)
 
 TEXT_ROWS = 2000  # lines of a table parsed at a time
-COLUMN_MAJOR_IN_MEMORY = 2**30  # bytes up to which a matrix stored by column is read whole and turned around
-COLUMN_ENTRIES = 2**24  # entries read at a time from a larger one
+COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column, the rows that are kept once they were gathered
+COLUMN_ENTRIES = 2**23  # entries read at a time from it
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".tab")
 KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv"
 R_RECIPE = (
@@ -52,8 +52,8 @@ class DiskRows:
     Args:
         data, indices, indptr: The arrays of the matrix on disk.
         shape: Cells x variables.
-        by_column: Whether it is compressed by variable (CSC). A small one is read whole and turned around once; of a
-            larger one all columns are passed over for each slice, so slices should be long.
+        by_column: Whether it is compressed by variable (CSC). All of it is passed over for each block of rows, of
+            which the last is kept, so rows should be read in order.
     """
 
     format = "csr"
@@ -68,7 +68,10 @@ class DiskRows:
                 f"A sparse matrix of {size} {'columns' if by_column else 'rows'} has {len(self.indptr)} row pointers "
                 f"up to {self.indptr[-1]} and {data.shape[0]} values: the file is damaged. Write or copy it again."
             )
-        self._turned: sp.csr_matrix | None = None
+        if by_column:
+            n_bytes = max(1, data.shape[0] * (data.dtype.itemsize + indices.dtype.itemsize))
+            self._block_rows = max(1, min(shape[0], shape[0] * COLUMN_BLOCK_BYTES // n_bytes))
+            self._block, self._rows = -1, None
 
     def __getitem__(self, rows: slice) -> sp.csr_matrix:
         start, stop, _ = rows.indices(self.shape[0])
@@ -77,15 +80,18 @@ class DiskRows:
             first, last = int(self.indptr[start]), int(self.indptr[stop])
             arrays = (self.data[first:last], self.indices[first:last], self.indptr[start : stop + 1] - first)
             return sp.csr_matrix(arrays, shape=(stop - start, self.shape[1]))
-        if self.data.shape[0] * (self.data.dtype.itemsize + self.indices.dtype.itemsize) <= COLUMN_MAJOR_IN_MEMORY:
-            if self._turned is None:
-                whole = (self.data[:], self.indices[:], self.indptr)
-                self._turned = sp.csc_matrix(whole, shape=self.shape).tocsr()
-            return self._turned[start:stop]
-        return self._gather(start, stop)
+        parts = []
+        for block in range(start // self._block_rows, max(stop - 1, start) // self._block_rows + 1):
+            if block != self._block:
+                first = block * self._block_rows
+                self._rows = self._gather(first, min(first + self._block_rows, self.shape[0]))
+                self._block = block
+            first = block * self._block_rows
+            parts.append(self._rows[max(start - first, 0) : stop - first])
+        return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
     def _gather(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows of a matrix stored by column, one block of columns after another."""
+        """Rows of a matrix stored by column, one run of columns after another."""
         rows, columns, values = [], [], []
         first = 0
         while first < self.shape[1]:
@@ -94,8 +100,8 @@ class DiskRows:
             entries = slice(int(self.indptr[first]), int(self.indptr[last]))
             row = self.indices[entries]
             here = (row >= start) & (row < stop)
-            column = np.repeat(np.arange(first, last), np.diff(self.indptr[first : last + 1]))
-            rows.append(row[here] - start)
+            column = np.repeat(np.arange(first, last, dtype=np.int32), np.diff(self.indptr[first : last + 1]))
+            rows.append((row[here] - start).astype(np.int32))
             columns.append(column[here])
             values.append(self.data[entries][here])
             first = last
