@@ -33,7 +33,8 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 TOKEN_STREAM, MASK_STREAM, RATIO_STREAM, NAME_STREAM = range(4)
 
 # Constants with a type, because numba promotes a mix of signed and unsigned integers to floats.
-ZERO, ONE, FOUR, BITS_27, BITS_30, BITS_31, BITS_32, BITS_64 = map(np.uint64, (0, 1, 4, 27, 30, 31, 32, 64))
+ZERO, ONE, TWO, FOUR = map(np.uint64, (0, 1, 2, 4))
+BITS_6, BITS_27, BITS_30, BITS_31, BITS_32, BITS_56, BITS_64 = map(np.uint64, (6, 27, 30, 31, 32, 56, 64))
 LOW_32 = np.uint64(0xFFFFFFFF)
 LAST_HASH = np.uint64(0xFFFFFFFFFFFFFFFF)
 # Integers up to here, and the bits of finite floats, are the keys of counts in the compiled path.
@@ -674,6 +675,9 @@ TAIL = 255
 INSERTION_SORT_LENGTH = 48
 RADIX_BITS, RADIX_SIZE = np.uint64(8), 256
 BUCKET_SHIFT, N_BUCKETS = np.uint64(55), 512
+LARGEST_BITMAP = 2**17
+LOW_6, EVEN_BITS, EVEN_PAIRS = np.uint64(63), np.uint64(0x5555555555555555), np.uint64(0x3333333333333333)
+EVEN_NIBBLES, BYTES_OF_ONE = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x0101010101010101)
 
 _mix_kernel = _compiled(_mix)
 
@@ -943,17 +947,39 @@ def _fill_rows(
 
 
 @_compiled
-def _read_row(columns, data, n, ids, packed, spare, gene_ids_out, counts_out):
-    """Sorts the entries of one row by gene id into the outputs, without columns whose id is -1.
+def _count_bits(word):
+    """Bits set in a 64-bit word; compilers know this form and emit one instruction."""
+    word = word - ((word >> ONE) & EVEN_BITS)
+    word = (word & EVEN_PAIRS) + ((word >> TWO) & EVEN_PAIRS)
+    return (((word + (word >> FOUR)) & EVEN_NIBBLES) * BYTES_OF_ONE) >> BITS_56
+
+
+@_compiled
+def _column_codes(ids):
+    """Gene ids as `uint32`, with the next after the largest for columns to leave out; that; a bitmap of all codes."""
+    left_out = max(np.int64(ids.max()) + 1, 0) if len(ids) else 0
+    codes = np.empty(len(ids), np.uint32)
+    for column in range(len(ids)):
+        codes[column] = left_out if ids[column] < 0 else ids[column]
+    return codes, left_out, np.zeros(left_out // 64 + 1 if left_out <= LARGEST_BITMAP else 0, np.uint64)
+
+
+@_compiled
+def _read_row(columns, data, n, codes, left_out, row_codes, bitmap, ranks, packed, spare, gene_ids_out, counts_out):
+    """Sorts the entries of one row by gene id into the outputs, without columns to leave out.
 
     Returns:
         How many entries stay, the sum of all as [`_row_sums`] adds, and whether all are counts.
     """
-    n_kept, n_right = ZERO, 0
-    for i in range(n):  # without a branch: an entry to leave out is overwritten by the next
-        gene_id = ids[np.uint32(columns[i])]
-        packed[n_kept] = np.uint64(gene_id) << BITS_32 | np.uint64(i)
-        n_kept += np.uint64(gene_id >= 0)
+    n_kept, n_right, n_falls = 0, 0, 0
+    for i in range(n):
+        code = codes[np.uint32(columns[i])]
+        row_codes[i] = code
+        n_kept += code < left_out
+    for i in range(1, n):
+        n_falls += row_codes[i] <= row_codes[i - 1]
+    for i in range(n):
+        n_right += (data[i] >= 0) & (data[i] < np.inf)
     lane_0, lane_1, lane_2, lane_3 = 0.0, 0.0, 0.0, 0.0
     for i in range(0, n - 3, 4):
         lane_0 += data[i]
@@ -962,16 +988,39 @@ def _read_row(columns, data, n, ids, packed, spare, gene_ids_out, counts_out):
         lane_3 += data[i + 3]
     for i in range(n - n % 4, n):
         lane_0 += data[i]
-    for i in range(n):
-        n_right += (data[i] >= 0) & (data[i] < np.inf)
-    n_falls = 0
-    for i in range(1, n_kept):
-        n_falls += packed[i] < packed[i - 1]
-    words = _sort_by_upper_half(packed, np.int64(n_kept), spare) if n_falls else packed
-    for i in range(n_kept):
-        gene_ids_out[i] = words[i] >> BITS_32
-        counts_out[i] = data[words[i] & LOW_32]
-    return np.int64(n_kept), (lane_0 + lane_1) + (lane_2 + lane_3), n_right == n
+    total = (lane_0 + lane_1) + (lane_2 + lane_3)
+
+    if n_falls == 0:
+        for i in range(n_kept):
+            gene_ids_out[i] = row_codes[i]
+            counts_out[i] = data[i]
+        return n_kept, total, n_right == n
+
+    # A gene's place is the number of bits set before its own.
+    n_genes = ZERO
+    if len(bitmap):
+        for i in range(n):
+            code = np.uint64(row_codes[i])
+            bitmap[code >> BITS_6] |= ONE << (code & LOW_6)
+        for word in range(len(bitmap)):
+            ranks[word] = n_genes
+            n_genes += _count_bits(bitmap[word])
+    if np.int64(n_genes) == n_kept + (n_kept < n):
+        for i in range(n):
+            code = np.uint64(row_codes[i])
+            word = code >> BITS_6
+            place = ranks[word] + _count_bits(bitmap[word] & ((ONE << (code & LOW_6)) - ONE))
+            gene_ids_out[place] = row_codes[i]
+            counts_out[place] = data[i]
+    else:  # a gene has several columns, or the ids are too large for the bitmap
+        for i in range(n):
+            packed[i] = np.uint64(row_codes[i]) << BITS_32 | np.uint64(i)
+        words = _sort_by_upper_half(packed, n, spare)
+        for i in range(n_kept):
+            gene_ids_out[i] = words[i] >> BITS_32
+            counts_out[i] = data[words[i] & LOW_32]
+    bitmap[:] = ZERO
+    return n_kept, total, n_right == n
 
 
 @_compiled
@@ -991,13 +1040,26 @@ def _read_csr(indptr, columns, data, ids):
     n_rows, n_kept, longest, is_valid = len(indptr) - 1, 0, 0, True
     for row in range(n_rows):
         longest = max(longest, indptr[row + 1] - indptr[row])
-    packed, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
+    codes, left_out, bitmap = _column_codes(ids)
+    row_codes, ranks = np.empty(longest, np.uint32), np.empty(len(bitmap), np.uint64)
+    packed, spare = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
     kept_indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows, np.float32)
     gene_ids, counts = np.empty(len(data), np.int32), np.empty(len(data), data.dtype)
     for row in range(n_rows):
         start, stop = indptr[row], indptr[row + 1]
         n, totals[row], row_is_valid = _read_row(
-            columns[start:stop], data[start:stop], stop - start, ids, packed, spare, gene_ids[n_kept:], counts[n_kept:]
+            columns[start:stop],
+            data[start:stop],
+            stop - start,
+            codes,
+            left_out,
+            row_codes,
+            bitmap,
+            ranks,
+            packed,
+            spare,
+            gene_ids[n_kept:],
+            counts[n_kept:],
         )
         n_kept += n
         is_valid &= row_is_valid
@@ -1010,7 +1072,9 @@ def _read_dense(matrix, ids):
     """Reads a dense matrix of counts; returns what [`_read_csr`] does."""
     n_rows, n_columns = matrix.shape
     n_kept, is_valid = 0, True
-    packed, spare = np.empty(n_columns + 1, np.uint64), np.empty(n_columns + 1, np.uint64)
+    codes, left_out, bitmap = _column_codes(ids)
+    row_codes, ranks = np.empty(n_columns, np.uint32), np.empty(len(bitmap), np.uint64)
+    packed, spare = np.empty(n_columns, np.uint64), np.empty(n_columns, np.uint64)
     found, data = np.empty(n_columns + 4, np.int32), np.empty(n_columns, matrix.dtype)
     kept_indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows, np.float32)
     size = n_columns + n_rows * n_columns // 8  # room for one entry in eight, to begin with
@@ -1041,7 +1105,18 @@ def _read_dense(matrix, ids):
             longer_ids[:n_kept], longer_counts[:n_kept] = gene_ids[:n_kept], counts[:n_kept]
             gene_ids, counts = longer_ids, longer_counts
         n_new, totals[row], row_is_valid = _read_row(
-            found, data, np.int64(n), ids, packed, spare, gene_ids[n_kept:], counts[n_kept:]
+            found,
+            data,
+            np.int64(n),
+            codes,
+            left_out,
+            row_codes,
+            bitmap,
+            ranks,
+            packed,
+            spare,
+            gene_ids[n_kept:],
+            counts[n_kept:],
         )
         n_kept += n_new
         is_valid &= row_is_valid
