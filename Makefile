@@ -29,6 +29,24 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: setup ## all tests: offline, on the CPU, about three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
+demo: STEM := demo
+demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.
+demo-tiny: STEM := tiny
+demo-tiny: NOTE := A smoke test: a language model from scratch that has seen minutes of training. Its numbers mean nothing.
+demo demo-tiny: OUT = results/$@
+demo: setup ## the whole pipeline on real cells of blood, ten minutes; ends with results/demo/report.html
+demo-tiny: setup ## the same in two minutes, with a tiny language model from scratch
+
+demo demo-tiny:
+	$(BIN)/python -m scmmgpt.train prepare --demo pbmc68k --output $(OUT)/corpus
+	$(BIN)/python -m scmmgpt.train align --config train/configs/align_$(STEM).yaml --corpus $(OUT)/corpus --output_dir $(OUT)/aligned
+	$(BIN)/python -m scmmgpt.train tune --config train/configs/tune_$(STEM).yaml --corpus $(OUT)/corpus --aligned $(OUT)/aligned --output_dir $(OUT)/checkpoint
+	$(BIN)/scmmgpt calibrate $(OUT)/corpus --split validation --model $(OUT)/checkpoint
+	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --model $(OUT)/checkpoint --output $(OUT)/annotated.h5ad
+	$(BIN)/scmmgpt describe $(OUT)/annotated.h5ad --model $(OUT)/checkpoint --output $(OUT)/described.h5ad --table $(OUT)/descriptions.csv --columns cell_type --reference --templates short --max-new-tokens 32
+	$(BIN)/scmmgpt generate --stored-labels --n-cells 14 --model $(OUT)/checkpoint --output $(OUT)/generated.h5ad
+	$(BIN)/python -m scmmgpt.eval report --corpus $(OUT)/corpus --annotated $(OUT)/annotated.h5ad --descriptions $(OUT)/descriptions.csv --templates short --generated $(OUT)/generated.h5ad --training $(OUT)/aligned $(OUT)/checkpoint --checkpoint $(OUT)/checkpoint --note "$(NOTE)" --output $(OUT)
+
 benchmark: setup ## measure speed and memory (minutes; alone on the machine)
 	$(BIN)/python -m pytest -q -m benchmark -s tests/benchmarks
 

@@ -81,6 +81,9 @@ def make_parser():
     sub.add_argument("--prompt", help="a question about one cell, in place of the trained one")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     sub.add_argument("--reference", action="store_true", help="add the description that obs would give, to compare")
+    sub.add_argument(
+        "--templates", default="default", metavar="NAME", help="caption templates of --reference (default: default)"
+    )
     sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of the search (default: 1, greedy)")
 
     sub = command(
@@ -188,19 +191,19 @@ def describe(args):
         **read_options(args),
     )
     if args.reference:
-        add_reference(adata)
+        add_reference(adata, args.templates)
     first = str(adata.obs["scmmgpt_description"].iloc[0])
     distinct = int(adata.uns["scmmgpt"]["describe"]["distinct"])
     finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": distinct, "first": first})
 
 
-def add_reference(adata):
+def add_reference(adata, templates):
     """Beside each description, the one that training would write from the annotations in obs."""
     from scmmgpt.feature_extraction_scmmgpt import hash_names
     from scmmgpt.train.captions import CaptionSampler
 
     obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
-    adata.obs["scmmgpt_reference"] = CaptionSampler().answer(obs, cell_ids=hash_names(adata.obs_names))
+    adata.obs["scmmgpt_reference"] = CaptionSampler(templates).answer(obs, cell_ids=hash_names(adata.obs_names))
 
 
 def calibrate(args):
