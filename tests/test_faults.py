@@ -37,8 +37,10 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_aliases(monkeypatch):
+def quick(monkeypatch):
+    """No gene-name tables, which take seconds to load, and no syncing: processes are killed here, not machines."""
     monkeypatch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def arguments(sources, output, *more):
@@ -87,7 +89,7 @@ def test_a_build_killed_at_twenty_random_moments_ends_with_the_same_bytes(source
     output, builds, kills, finished = tmp_path / "corpus-0", 0, 0, 0
 
     def n_files():
-        return sum(1 for _ in output.rglob("*"))
+        return sum(len(files) for _, _, files in os.walk(output))
 
     def check_and_start_over():
         nonlocal output, finished
@@ -115,7 +117,9 @@ def test_a_build_killed_at_twenty_random_moments_ends_with_the_same_bytes(source
             kills += 1
     prepare.main(arguments(sources, output))
     check_and_start_over()
-    assert not list(tmp_path.glob("**/*.tmp"))
+    names = {"manifest.json", "vocab.json", "gene_aliases.json", "splits.json", "genes.parquet", "README.md"}
+    for folder in tmp_path.glob("corpus-*"):
+        assert {path.name for path in folder.iterdir()} == names | {"data", ".lock"}
 
 
 def test_a_finished_shard_is_never_written_again(sources, whole, tmp_path, monkeypatch):
@@ -182,6 +186,24 @@ def test_a_full_disk_is_said_clearly_and_resumed(sources, whole, small_disk):
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     prepare.main(arguments(sources, small_disk / "corpus"))
     assert shard_bytes(small_disk / "corpus") == shard_bytes(whole)
+
+
+def test_a_build_goes_on_with_smaller_partitions(sources, whole, tmp_path, monkeypatch):
+    """After running out of memory, say."""
+    merge, output = prepare.merge_shard, tmp_path / "corpus"
+    shards = iter(range(3))
+    monkeypatch.setattr(prepare, "merge_shard", lambda task: merge(task) if next(shards) < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare.main(arguments(sources, output))
+    assert len(shard_bytes(output)) == 2
+    monkeypatch.setattr(prepare, "merge_shard", merge)
+    prepare.main(arguments(sources, output, "--cells-per-partition", "9"))
+    assert shard_bytes(output) == shard_bytes(whole)
+
+
+def test_a_worker_that_the_system_ends_is_said_clearly():
+    with pytest.raises(ValueError, match="ended a worker process"), prepare._executor(2, None, []) as run:
+        run(os._exit, [1], "ended")
 
 
 def test_a_truncated_shard_is_refused_until_it_is_deleted_and_built_again(sources, copy, whole):

@@ -1,6 +1,7 @@
 """Building a corpus: nothing lost, nothing twice, the same bytes however it is built, and a manifest that is true."""
 
 import json
+import os
 
 import anndata
 import numpy as np
@@ -30,6 +31,7 @@ def own_genes(monkeypatch):
     index = GeneIndex({symbol: i for i, symbol in enumerate(GENES)})
     monkeypatch.setattr(prepare, "reference_gene_index", lambda: index)
     monkeypatch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # many tiny files, none of which outlives the test
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             module.main(*parser.parse_args_and_config(rest))
         else:
             module.main(parser.parse_args(rest))
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if "--debug" in rest:
             raise
         sys.stderr.write(f"error: {error}\n")

@@ -35,7 +35,7 @@ import socket
 import string
 import threading
 import uuid
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -309,9 +309,9 @@ def prepare(
         "split_column": split_column,
         "seed": seed,
         "cells_per_shard": cells_per_shard,
-        "cells_per_partition": cells_per_partition,
     }
-    build = _Build(output, sources, request, command)
+    # The size of a partition is not part of the request: it decides memory, not bytes.
+    build = _Build(output, sources, request, command, cells_per_partition)
     try:
         with _lock(output):
             return build.run(given, workers=workers, cluster=cluster)
@@ -351,11 +351,15 @@ def _lock(output: Path):
 class _Build:
     """One build: the steps of `prepare`, each of which leaves alone what is done."""
 
-    def __init__(self, output: Path, sources: list[SourceSpec], request: dict, command: str | None):
+    def __init__(
+        self, output: Path, sources: list[SourceSpec], request: dict, command: str | None, cells_per_partition: int
+    ):
         self.output, self.sources, self.command = output, sources, command
+        self.cells_per_partition = cells_per_partition
         # As JSON gives it back, so that requests can be compared.
         self.request = json.loads(json.dumps(request))
         self.scratch = output / ".build"
+        self.parts = self.scratch / f"parts-{cells_per_partition}"
 
     def run(self, vocabulary: dict | None, *, workers: int | None, cluster: str | None) -> Manifest:
         if (manifest := self._claim()) is not None:
@@ -419,10 +423,11 @@ class _Build:
             if not missing:
                 return manifest
             logger.warning("Building %d missing shards of %s again: %s", len(missing), self.output, missing[:5])
-        for leftover in [*self.scratch.glob("**/.*.tmp"), *self.output.glob("data/.*.tmp")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        for name in ("scan", "parts", "shards"):
-            (self.scratch / name).mkdir(parents=True, exist_ok=True)
+        for pattern in (".*.tmp", "data/.*.tmp", ".build/.*.tmp", ".build/*/.*.tmp"):
+            for leftover in self.output.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        for folder in (self.scratch / "scan", self.parts, self.scratch / "shards"):
+            folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_json(path, self.request)
         return None
@@ -433,8 +438,9 @@ class _Build:
             return spec
         path = self.scratch / f"joinids-{index}.npy"
         if not path.exists():
-            with _whole_file(path) as temporary:
-                np.save(temporary, find_joinids(spec.path, spec.options["organism"], spec.options["value_filter"]))
+            joinids = find_joinids(spec.path, spec.options["organism"], spec.options["value_filter"])
+            with _whole_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, joinids)
         return dataclasses.replace(spec, options={**spec.options, "joinids": str(path)})
 
     def _write_vocabulary(self, vocabulary: dict[str, int]) -> None:
@@ -472,13 +478,13 @@ class _Build:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _partitions(self, specs: list[SourceSpec], scans: list[dict]) -> list[dict]:
-        tasks, size = [], self.request["cells_per_partition"]
+        tasks, size = [], self.cells_per_partition
         options = {key: self.request[key] for key in ("excluded_datasets", "min_genes", "split_column", "seed")}
         for spec, scan in zip(specs, scans, strict=True):
             for start in range(0, scan["n_cells"], size):
                 stop = min(start + size, scan["n_cells"])
-                task = {"scratch": str(self.scratch), "index": len(tasks), "spec": spec, "start": start, "stop": stop}
-                tasks.append(task | options)
+                task = {"scratch": str(self.scratch), "folder": str(self.parts / f"{len(tasks):06d}"), "spec": spec}
+                tasks.append(task | {"start": start, "stop": stop} | options)
         return tasks
 
     def _shards(self, parts: list[dict]) -> list[dict]:
@@ -491,7 +497,8 @@ class _Build:
                 n_shards = -(-n_cells // self.request["cells_per_shard"])
                 ranges += [(kind, i, n_shards) for i in range(n_shards)]
             for index, (kind, slice_index, n_slices) in enumerate(ranges):
-                task = {"scratch": str(self.scratch), "output": str(self.output), "n_parts": len(parts)}
+                task = {"scratch": str(self.scratch), "output": str(self.output)}
+                task |= {"parts": str(self.parts), "n_parts": len(parts)}
                 task |= {"split": split, "index": index, "n_shards": len(ranges)}
                 tasks.append(task | {"kind": kind, "slice": (slice_index, n_slices)})
         if not tasks:
@@ -501,12 +508,12 @@ class _Build:
 
     def _finish(self, specs, scans, splits, parts, merged) -> Manifest:
         writer = _writer(self.scratch, self.output)
-        _write_gene_table(self.output / "genes.parquet", writer.vocabulary, self.scratch, len(parts))
+        _write_gene_table(self.output / "genes.parquet", writer.vocabulary, self.parts, len(parts))
         dropped = {reason: sum(part["dropped"][reason] for part in parts) for reason in DROP_REASONS}
         dropped["duplicates"] = sum(shard["duplicates"] for shard in merged)
         sources, start = [], 0
         for spec, scan in zip(specs, scans, strict=True):
-            n_parts = -(-scan["n_cells"] // self.request["cells_per_partition"])
+            n_parts = -(-scan["n_cells"] // self.cells_per_partition)
             own, start = parts[start : start + n_parts], start + n_parts
             kept = sum(part["n_kept"] for part in own)
             named = {"name": spec.name, "kind": spec.kind, "path": spec.path}
@@ -589,7 +596,7 @@ def scan_source(task: dict) -> dict:
 
 def map_partition(task: dict) -> dict:
     """Step 2: turn a range of cells of one source into scratch files sorted by split and random key."""
-    folder = Path(task["scratch"]) / "parts" / f"{task['index']:06d}"
+    folder = Path(task["folder"])
     if folder.exists():
         return json.loads((folder / "part.json").read_text(encoding="utf-8"))
     spec = task["spec"]
@@ -658,7 +665,7 @@ def merge_shard(task: dict) -> dict:
     number, n_slices = task["slice"]
     tables = []
     for part in range(task["n_parts"]):
-        folder = scratch / "parts" / f"{part:06d}"
+        folder = Path(task["parts"]) / f"{part:06d}"
         start, stop = json.loads((folder / "part.json").read_text(encoding="utf-8"))["rows"][task["kind"]][
             task["split"]
         ]
@@ -797,12 +804,12 @@ def _writer(scratch: Path, output: Path) -> CorpusWriter:
     )
 
 
-def _write_gene_table(path: Path, vocabulary: dict[str, int], scratch: Path, n_parts: int) -> None:
+def _write_gene_table(path: Path, vocabulary: dict[str, int], parts: Path, n_parts: int) -> None:
     """Write what an average training cell expresses; `captions.read_gene_means` reads it."""
     size = max(vocabulary.values()) + 1
     share, n_cells, n_train = np.zeros(size), np.zeros(size, dtype=np.int64), 0
     for part in range(n_parts):  # in order: sums of floats depend on it
-        with np.load(scratch / "parts" / f"{part:06d}" / "genes.npz") as sums:
+        with np.load(parts / f"{part:06d}" / "genes.npz") as sums:
             share += sums["share"]
             n_cells += sums["n_cells"]
             n_train += int(sums["n_train"])
@@ -821,8 +828,8 @@ def _write_gene_table(path: Path, vocabulary: dict[str, int], scratch: Path, n_p
 
 @contextlib.contextmanager
 def _whole_file(path: Path):
-    """Yield a temporary path of the same suffix that becomes `path` when the block ends well."""
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    """Yield a temporary path that becomes `path` when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -872,7 +879,13 @@ def _executor(workers: int | None, cluster: str | None, specs: list[SourceSpec])
             futures = {executor.submit(function, task): i for i, task in enumerate(tasks)}
             results = [None] * len(tasks)
             for n, future in enumerate(as_completed(futures), 1):
-                results[futures[future]] = future.result()
+                try:
+                    results[futures[future]] = future.result()
+                except BrokenExecutor as error:
+                    raise ValueError(
+                        "The system ended a worker process, most likely for want of memory. Give the command again "
+                        "with fewer `--workers` or a smaller `--cells-per-partition`; what is finished is kept."
+                    ) from error
                 logger.info("%d of %d %s", n, len(tasks), what)
             return results
 
