@@ -116,7 +116,9 @@ def make_parser():
     genes = sub.add_mutually_exclusive_group()
     genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
     genes.add_argument("--genes-of", type=Path, metavar="FILE", help="the genes of this file that the model knows")
-    sub.add_argument("--library-size", type=float, metavar="N", help="total counts of a sampled cell (default: 10000)")
+    sub.add_argument(
+        "--library-size", type=float, metavar="N", help="total counts of a sampled cell (default: as in training)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
 
     command("inspect", None, "Say what is in a file and whether and how it can be used.")
@@ -267,7 +269,8 @@ def generate(args):
     genes = args.genes
     pipeline = load_pipeline(args)
     if args.stored_labels:
-        prompts = pipeline.annotation_settings()["labels"]
+        # The one phrase that all caption templates share: every checkpoint has learned it.
+        prompts = {label: f"cell type: {label}." for label in pipeline.annotation_settings()["labels"]}
     if args.genes_of is not None:
         cells, _ = pipeline.processor.read_cells(read_adata(args.genes_of), force=True)
         genes = pipeline.processor.gene_symbols(sorted(set(cells.gene_ids.tolist())))

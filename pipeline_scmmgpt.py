@@ -457,7 +457,7 @@ class ScMMGPTPipeline:
             n_cells (`int`, defaults to 1): Cells per prompt.
             genes (`list[str]`, *optional*): Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
             library_size (`float` or array of shape `(n_cells,)`, *optional*): Total counts of each generated cell, for
-                checkpoints that sample counts; 10,000 by default.
+                checkpoints that sample counts; that of a typical training cell by default.
             do_sample (`bool`, *optional*): Draw counts from the predicted distribution. By default wherever the
                 checkpoint can (`expression_head` is `nb` or `zinb`); without it every cell of a prompt is its mean.
             seed (`int`, defaults to 0): With the prompt and the cell's number, decides what is drawn.
@@ -494,7 +494,7 @@ class ScMMGPTPipeline:
             )
         gene_ids = self._gene_ids(genes)
         symbols = [str(symbol) for symbol in self.processor.gene_symbols(gene_ids)]
-        sizes = np.broadcast_to(np.asarray(library_size or COUNTS_PER_10K, dtype=np.float32), (n_cells,))
+        sizes = np.broadcast_to(np.asarray(library_size or self.processor.library_size, dtype=np.float32), (n_cells,))
         if not (np.isfinite(sizes).all() and (sizes > 0).all()):
             raise ValueError(f"library_size must be positive counts, but holds {sizes.min()}.")
 

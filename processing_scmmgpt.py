@@ -59,6 +59,8 @@ class ScMMGPTProcessor(ProcessorMixin):
         qformer_max_length (`int`, defaults to 128): Texts for the Q-Former are cut here.
         max_target_genes (`int`, defaults to 1200): Genes per generated training cell; beyond it each cell gets a
             random subset of its own.
+        library_size (`float`, defaults to 10000): Total counts of a typical training cell: what a generated cell has
+            unless told otherwise.
         prompts (`dict[str, str]`): The prompt of each task; `{text}` is filled in.
     """
 
@@ -73,12 +75,14 @@ class ScMMGPTProcessor(ProcessorMixin):
         cell_token="<cell>",
         qformer_max_length=128,
         max_target_genes=1200,
+        library_size=COUNTS_PER_10K,
         prompts=None,
     ):
         self.num_query_tokens = num_query_tokens
         self.cell_token = cell_token
         self.qformer_max_length = qformer_max_length
         self.max_target_genes = max_target_genes
+        self.library_size = library_size
         self.prompts = dict(DEFAULT_PROMPTS if prompts is None else prompts)
         self.gene_aliases: dict = {}  # `GeneIndex.to_dict`, saved in a file of its own
         self._gene_index = None

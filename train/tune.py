@@ -231,6 +231,17 @@ def is_frozen(name: str, model_args: TuneModelArguments, expression_head: str) -
     return True  # contrast, matching and the text branch are done with stage 1
 
 
+def typical_library_size(corpus: Corpus) -> float:
+    """Median total counts of the training cells, of the first 100,000."""
+    sizes, total = [], 0
+    for cells, _ in corpus.iter_cells("train", columns=[]):
+        sizes.append(cells.library_sizes())
+        total += len(cells)
+        if total >= 100_000:
+            break
+    return float(np.median(np.concatenate(sizes)))
+
+
 def measured_genes(corpus: Corpus) -> np.ndarray:
     """Vocabulary ids of the genes that the corpus measured."""
     return np.array([i for name, i in corpus.vocabulary.items() if not name.startswith("<")], dtype=np.int64)
@@ -258,6 +269,7 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         aligned.gene_tokenizer,
         num_query_tokens=aligned.num_query_tokens,
         qformer_max_length=aligned.qformer_max_length,
+        library_size=typical_library_size(corpus),
     )
     processor.gene_aliases = aligned.gene_aliases
     weights = {"language_weight": training_args.language_weight, "expression_weight": training_args.expression_weight}
