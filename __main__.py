@@ -117,7 +117,7 @@ def make_parser():
     genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
     genes.add_argument("--genes-of", type=Path, metavar="FILE", help="the genes of this file that the model knows")
     sub.add_argument(
-        "--library-size", type=float, metavar="N", help="total counts of a sampled cell (default: as in training)"
+        "--library-size", type=float, metavar="N", help="counts of a sampled cell (default: as in training)"
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
 
