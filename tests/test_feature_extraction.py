@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,32 @@ def test_no_bin_lies_beyond_the_quantile_edges(path, kind):
         ours = bins[i, 1 : 1 + len(counts)]
         differing += ((ours > upper) | (ours < np.minimum(lower + 1, upper))).sum()
     assert differing == 0
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Bins of the original, recorded: see `references/scgpt_binning.md`."""
+    with np.load(Path(__file__).parent / "references" / "scgpt_binning.npz") as arrays:
+        return dict(arrays)
+
+
+def test_bins_are_those_of_the_original_for_the_same_draws(recorded):
+    lower, upper = feature_extraction_scmmgpt._edge_counts(recorded["indptr"].astype(int), recorded["counts"], 51)
+    np.testing.assert_array_equal(upper, recorded["highest"])
+    np.testing.assert_array_equal(np.minimum(lower + 1, upper), recorded["lowest"])
+    np.testing.assert_array_equal(upper - (recorded["draws"].astype(int) * (upper - lower) >> 32), recorded["bins"])
+
+
+def test_bins_lie_where_those_of_the_original_can_lie(path, recorded):
+    lengths = np.diff(recorded["indptr"])
+    gene_ids = np.concatenate([np.arange(length) for length in lengths])
+    cells = Cells(recorded["indptr"], gene_ids, recorded["counts"], np.arange(len(lengths), dtype=np.uint64))
+    extractor, seen = ScMMGPTFeatureExtractor(max_genes=500), []
+    for epoch in range(40):
+        batch = extractor(cells, epoch=epoch, return_tensors="np")
+        seen.append(batch["expression"][:, 1:][batch["cell_attention_mask"][:, 1:] == 1])
+    assert (recorded["lowest"] <= np.min(seen, axis=0)).all()
+    assert (np.max(seen, axis=0) <= recorded["highest"]).all()
 
 
 def test_binning_spreads_ties_evenly_over_their_bins(path):
@@ -341,7 +368,31 @@ def test_sparse_and_dense_are_the_same_cells(path, matrix, random):
     np.testing.assert_allclose(dense.total_counts, matrix.sum(axis=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("largest", [500, 2**17 - 1, 2**17, 2**30])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_ids_of_any_size_are_sorted_and_summed(path, largest, repeats):
+    rng = np.random.default_rng(0)
+    genes = np.append(rng.choice(largest, 99, replace=False), largest)
+    ids = rng.permutation(np.append(np.repeat(genes, repeats), [-1] * 20))
+    matrix = (rng.random((30, len(ids))) < 0.7) * rng.integers(1, 9, (30, len(ids)))
+    expected = sp.csr_matrix(np.stack([matrix[:, ids == gene].sum(axis=1) for gene in np.sort(genes)], axis=1))
+    for cells in (Cells.from_dense(matrix, ids), Cells.from_csr(sp.csr_matrix(matrix), ids)):
+        np.testing.assert_array_equal(cells.indptr, expected.indptr)
+        np.testing.assert_array_equal(cells.gene_ids, np.sort(genes)[expected.indices])
+        np.testing.assert_array_equal(cells.counts, expected.data)
+
+
 # The rest of the extractor
+
+
+def test_threads_do_not_disturb_each_other(path):
+    cells = make_cells(n_cells=64)
+    extractor = ScMMGPTFeatureExtractor(max_genes=50)
+    expected = extractor(cells, padding="max_length")
+    with ThreadPoolExecutor(4) as pool:
+        batches = list(pool.map(lambda i: extractor(cells[i : i + 8], padding="max_length"), range(0, 64, 8)))
+    for name in expected:
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
 
 
 def test_kernels_take_over_when_there_is_enough_to_do(monkeypatch):
