@@ -103,6 +103,7 @@ def test_the_bytes_do_not_depend_on_partitions_or_order_of_files(build, folder):
     files = sorted(folder.iterdir(), reverse=True)
     second = build(*files, "--cells-per-shard", 40, "--cells-per-partition", 7, output="other")
     assert bytes_of(first) == bytes_of(second)
+    assert (first.path / "genes.parquet").read_bytes() == (second.path / "genes.parquet").read_bytes()
 
 
 def test_worker_processes_write_the_same_bytes(build, folder):

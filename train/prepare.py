@@ -71,6 +71,7 @@ ORDER_STREAM, DUPLICATE_STREAM = 33, 34
 # About 130 MB a shard, and 1 GB of memory at most for a worker, at 1,500 genes a cell.
 CELLS_PER_SHARD = 65_536
 CELLS_PER_PARTITION = 16_384
+SHARE_UNITS = 2**36  # fine enough for one count in a million, and 10^8 cells still sum to less than 2^63
 CELLS_TAKEN = 2_048  # read or gathered at once
 CELLS_PER_SCAN = 500_000  # annotations held at once
 SMALL_SOURCES_BYTES = 2**28  # built faster than worker processes start
@@ -703,15 +704,20 @@ def _take(cells: Cells, rows: np.ndarray) -> Cells:
 
 
 def _gene_sums(cells: Cells, train: np.ndarray, scratch: Path) -> dict:
-    """Sum over training cells of each gene's share of the counts, and number of cells that express it."""
+    """Sum over training cells of each gene's share of the counts, and number of cells that express it.
+
+    Shares are summed as whole multiples of 1 / `SHARE_UNITS`: sums of floats would depend on the partitions.
+    """
     size = max(json.loads((scratch / "vocab.json").read_text(encoding="utf-8")).values()) + 1
-    share, n_cells, totals = np.zeros(size), np.zeros(size, dtype=np.int64), cells.library_sizes().astype(np.float64)
+    share, n_cells = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    totals = cells.library_sizes().astype(np.float64)
     for start in range(0, len(cells), CELLS_TAKEN):
         part = cells[start : start + CELLS_TAKEN]
         weights = np.repeat(
             train[start : start + CELLS_TAKEN] / totals[start : start + CELLS_TAKEN], np.diff(part.indptr)
         )
-        share += np.bincount(part.gene_ids, weights=part.counts * weights, minlength=size)
+        units = np.rint(part.counts * weights * SHARE_UNITS)
+        share += np.bincount(part.gene_ids, weights=units, minlength=size).astype(np.int64)
         n_cells += np.bincount(part.gene_ids[weights > 0], minlength=size)
     return {"share": share, "n_cells": n_cells, "n_train": int(train.sum())}
 
@@ -807,8 +813,8 @@ def _writer(scratch: Path, output: Path) -> CorpusWriter:
 def _write_gene_table(path: Path, vocabulary: dict[str, int], parts: Path, n_parts: int) -> None:
     """Write what an average training cell expresses; `captions.read_gene_means` reads it."""
     size = max(vocabulary.values()) + 1
-    share, n_cells, n_train = np.zeros(size), np.zeros(size, dtype=np.int64), 0
-    for part in range(n_parts):  # in order: sums of floats depend on it
+    share, n_cells, n_train = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), 0
+    for part in range(n_parts):
         with np.load(parts / f"{part:06d}" / "genes.npz") as sums:
             share += sums["share"]
             n_cells += sums["n_cells"]
@@ -819,7 +825,7 @@ def _write_gene_table(path: Path, vocabulary: dict[str, int], parts: Path, n_par
             "symbol": list(vocabulary),
             "gene_id": pa.array(ids.astype(np.uint16)),
             "n_cells": n_cells[ids],
-            "mean_share": share[ids] / max(n_train, 1),
+            "mean_share": share[ids] / SHARE_UNITS / max(n_train, 1),
         }
     )
     with _whole_file(path) as temporary:
