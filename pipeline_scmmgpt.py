@@ -456,8 +456,8 @@ class ScMMGPTPipeline:
                 Of a dict label -> description, the labels are kept in `obs["cell_type"]`.
             n_cells (`int`, defaults to 1): Cells per prompt.
             genes (`list[str]`, *optional*): Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
-            library_size (`float` or array of shape `(n_cells,)`, *optional*): Total counts of each generated cell, for
-                checkpoints that sample counts; that of a typical training cell by default.
+            library_size (`float` or array of shape `(n_cells,)`, *optional*): Total counts of each generated cell over
+                all genes, for checkpoints that sample counts; that of a typical training cell by default.
             do_sample (`bool`, *optional*): Draw counts from the predicted distribution. By default wherever the
                 checkpoint can (`expression_head` is `nb` or `zinb`); without it every cell of a prompt is its mean.
             seed (`int`, defaults to 0): With the prompt and the cell's number, decides what is drawn.
@@ -494,7 +494,8 @@ class ScMMGPTPipeline:
             )
         gene_ids = self._gene_ids(genes)
         symbols = [str(symbol) for symbol in self.processor.gene_symbols(gene_ids)]
-        sizes = np.broadcast_to(np.asarray(library_size or self.processor.library_size, dtype=np.float32), (n_cells,))
+        library_size = self.processor.library_size if library_size is None else library_size
+        sizes = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,)).copy()
         if not (np.isfinite(sizes).all() and (sizes > 0).all()):
             raise ValueError(f"library_size must be positive counts, but holds {sizes.min()}.")
 
@@ -524,8 +525,9 @@ class ScMMGPTPipeline:
                 if do_sample:
                     counts[start : start + len(batch), columns] = output.counts.cpu().numpy()
         if do_sample:
-            totals = counts.sum(axis=1, keepdims=True)
-            expression = np.log1p(counts / np.maximum(totals, 1) * COUNTS_PER_10K).astype(np.float32)
+            # By the size of the whole cell: the genes asked for may be a part of it.
+            totals = np.tile(sizes, len(prompts))[:, None]
+            expression = np.log1p(counts / totals * COUNTS_PER_10K).astype(np.float32)
         else:
             expression = np.repeat(expression, n_cells, axis=0)
 
