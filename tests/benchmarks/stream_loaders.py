@@ -202,6 +202,42 @@ def least_cpu(function):
     return min(times)
 
 
+def layouts(data):
+    """Bytes, and CPU microseconds to decode to place, per cell: the cache against plain uint16, same compression."""
+    import pyarrow as pa
+
+    from scmmgpt.train import cache
+
+    reader, n_blocks, found = our_stream(data, columns=[], layout="cache")._reader, 20, {}
+    blocks = [reader.read(block)[0] for block in range(n_blocks)]
+    n_cells = sum(map(len, blocks))
+    for name, folder in (("lz4", data / "corpus" / "cache"), ("zstd", data / "cache_zstd")):
+        codec = pa.Codec("lz4_raw" if name == "lz4" else name)
+        own = our_stream(data, columns=[], layout="cache", cache_dir=folder)._reader
+        plain = [[codec.compress(array.copy()) for array in (cells.gene_ids, cells.counts)] for cells in blocks]
+
+        def read_own(own=own):
+            for block, cells in enumerate(blocks):
+                rows, planes = np.arange(len(cells)), own._planes(block)
+                cache._join_ids(cells.indptr, rows, *planes[:2], cells.indptr, rows, cells.gene_ids)
+                cache._join_counts(cells.indptr, rows, *planes[2:], cells.indptr, rows, cells.counts)
+
+        def read_plain(plain=plain, codec=codec):
+            for arrays, cells in zip(plain, blocks, strict=True):
+                rows = np.arange(len(cells))
+                for array, target in zip(arrays, (cells.gene_ids, cells.counts), strict=True):
+                    values = np.frombuffer(codec.decompress(array, 2 * len(target)), np.uint16)
+                    cache._copy_rows(cells.indptr, rows, values, cells.indptr, rows, target)
+
+        found[name] = {
+            "bytes": int(own._blocks["plane_bytes"][:n_blocks].sum()) / n_cells,
+            "plain_bytes": sum(array.size for arrays in plain for array in arrays) / n_cells,
+            "us": least_cpu(read_own) / n_cells * 1e6,
+            "plain_us": least_cpu(read_plain) / n_cells * 1e6,
+        }
+    return found
+
+
 # annbatch
 
 
@@ -439,17 +475,18 @@ def scgpt_tokens(data):
         yield len(collate(examples)["gene"])
 
 
+TASKS = {"ours_by_stage": ours_by_stage, "layouts": layouts, "build_annbatch": build_annbatch}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("loader", choices=[*LOADERS, "ours_by_stage", "build_annbatch"])
+    parser.add_argument("loader", choices=[*LOADERS, *TASKS])
     parser.add_argument("data", type=Path)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--warm-up", type=float, default=2.0)
     arguments = parser.parse_args(arguments)
-    if arguments.loader == "build_annbatch":
-        result = build_annbatch(arguments.data)
-    elif arguments.loader == "ours_by_stage":
-        result = ours_by_stage(arguments.data)
+    if arguments.loader in TASKS:
+        result = TASKS[arguments.loader](arguments.data)
     else:
         result = measure(LOADERS[arguments.loader](arguments.data), arguments.seconds, arguments.warm_up)
     sys.stdout.write("\n" + json.dumps(result) + "\n")

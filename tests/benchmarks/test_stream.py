@@ -293,3 +293,10 @@ def test_the_stages_are_accounted_for(data):
     write_results(stages=stages)
     logger.info("CPU microseconds per cell by stage: %s", stages)
     assert sum(stages.values()) <= 30
+
+
+def test_the_cache_is_half_the_size_of_plain_counts(data):
+    found = run("layouts", data)
+    write_results(layouts=found)
+    assert found["lz4"]["bytes"] < 0.6 * found["lz4"]["plain_bytes"]
+    assert found["zstd"]["bytes"] < 0.7 * found["lz4"]["bytes"]
