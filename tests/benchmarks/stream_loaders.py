@@ -1,7 +1,7 @@
-"""One loader, measured in a process of its own: `python stream_loaders.py LOADER DATA_FOLDER` prints a line of JSON.
+"""One loader in a process of its own: `python stream_loaders.py LOADER DATA_FOLDER` says what it measured.
 
-`test_stream.py` beside this file builds the data, runs the loaders in turns and compares them. Every loader yields
-shuffled batches of 64 cells; those named `*_tokens` go on to 1,200 tokens with 51 bins.
+`test_stream.py` beside this file builds the data, lets several loaders run in turns and compares them. Every loader
+yields shuffled batches of 64 cells; those named `*_tokens` go on to 1,200 tokens with 51 bins.
 
 Loaders of other projects run their own code where it can be imported: `SCMMGPT_BENCHMARK_SCGPT` and
 `SCMMGPT_BENCHMARK_REFERENCE` name checkouts of scGPT and of the published scMMGPT, of which a few functions are
@@ -15,6 +15,7 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -53,37 +54,47 @@ def measure(batches, seconds, warm_up):
     """Run for `warm_up` seconds, then count cells, wall time and the CPU time of all threads for `seconds`."""
     peak = Peak()
     peak.start()
-    start = time.perf_counter()
-    for _ in batches:
-        if time.perf_counter() - start > warm_up:
-            break
-    n_cells, wall, cpu = 0, time.perf_counter(), time.process_time()
+    run_for(batches, warm_up)
+    wall, cpu = time.perf_counter(), time.process_time()
+    n_cells = run_for(batches, seconds)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"cells_per_second": n_cells / wall, "cpu_us_per_cell": cpu / n_cells * 1e6, "peak_mb": peak.peak}
+
+
+def race(batches, warm_up, scores):
+    """Warm up, stop, and from then on keep the score: cells so far, whether warm, memory. Others start and stop us."""
+    peak = Peak()
+    peak.start()
+    run_for(batches, warm_up)
+    scores[1] = 1
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for n in batches:
+        scores[0] += n
+        scores[2] = int(peak.peak)
+
+
+def run_for(batches, seconds):
+    start, n_cells = time.perf_counter(), 0
     for n in batches:
         n_cells += n
-        if time.perf_counter() - wall > seconds:
+        if time.perf_counter() - start > seconds:
             break
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"cells_per_second": n_cells / wall, "cpu_us_per_cell": cpu / n_cells * 1e6, "peak_mb": peak.stop()}
+    return n_cells
 
 
 class Peak(threading.Thread):
-    """Samples the anonymous memory of this process: what it holds, without the page cache it maps."""
+    """Samples the anonymous memory of this process in MB: what it holds, without the page cache it maps."""
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.peak, self.running = 0.0, True
+        self.peak = 0.0
 
     def run(self):
-        while self.running:
+        while True:
             with open("/proc/self/status") as status:
                 kilobytes = next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
             self.peak = max(self.peak, kilobytes / 1024)
             time.sleep(0.05)
-
-    def stop(self):
-        self.running = False
-        self.join()
-        return self.peak
 
 
 # Ours
@@ -97,13 +108,19 @@ def our_stream(data, **settings):
     return CellStream(corpus, batch_size=BATCH_SIZE, in_memory=False, **settings)
 
 
-def our_batches(stream, transform=None):
+def epochs(stream):
     for epoch in itertools.count():
         stream.set_epoch(epoch)
-        if transform is None:
-            yield from (len(cells) for cells, _ in stream)
-        else:
-            yield from (len(batch["gene_ids"]) for batch in stream.batches(transform))
+        yield from stream
+
+
+def our_raw_batches(stream):
+    return (len(cells) for cells, _ in epochs(stream))
+
+
+def our_token_batches(stream):
+    tokenise = our_tokens(stream)
+    return (len(tokenise(cells, obs)["gene_ids"]) for cells, obs in epochs(stream))
 
 
 def warm(extractor, cells):
@@ -122,40 +139,45 @@ def our_tokens(stream):
 
 @loader
 def ours_raw(data):
-    return our_batches(our_stream(data, columns=[]))
+    return our_raw_batches(our_stream(data, columns=[]))
 
 
 @loader
 def ours_raw_annotated(data):
-    return our_batches(our_stream(data))
+    return our_raw_batches(our_stream(data))
 
 
 @loader
 def ours_tokens(data):
+    return our_token_batches(our_stream(data))
+
+
+@loader
+def ours_ahead_tokens(data):
+    """Tokenised ahead of the consumer in a thread, as a trainer wants it whose steps leave the processor idle."""
     stream = our_stream(data)
-    return our_batches(stream, our_tokens(stream))
+    tokenise = our_tokens(stream)
+    for epoch in itertools.count():
+        stream.set_epoch(epoch)
+        yield from (len(batch["gene_ids"]) for batch in stream.batches(tokenise))
 
 
 @loader
 def ours_tokens_one_thread(data):
-    """One rank of several, each on one thread: decoding and tokenising follow each other."""
+    """One rank of several, each on one core."""
     rank, world_size = map(int, os.environ["SCMMGPT_BENCHMARK_RANK"].split("/"))
-    stream = our_stream(data, rank=rank, world_size=world_size, num_threads=1)
-    tokenise = our_tokens(stream)
     os.sched_setaffinity(0, {rank % os.cpu_count()})
-    return (len(tokenise(cells, obs)["gene_ids"]) for epoch in itertools.count() for cells, obs in stream)
+    return our_token_batches(our_stream(data, rank=rank, world_size=world_size, num_threads=1))
 
 
 @loader
 def ours_zstd_tokens(data):
-    stream = our_stream(data, layout="cache", cache_dir=data / "cache_zstd")
-    return our_batches(stream, our_tokens(stream))
+    return our_token_batches(our_stream(data, layout="cache", cache_dir=data / "cache_zstd"))
 
 
 @loader
 def ours_published_tokens(data):
-    stream = our_stream(data, layout="published")
-    return our_batches(stream, our_tokens(stream))
+    return our_token_batches(our_stream(data, layout="published"))
 
 
 def ours_by_stage(data):
@@ -484,9 +506,13 @@ def main(arguments=None):
     parser.add_argument("data", type=Path)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--warm-up", type=float, default=2.0)
+    parser.add_argument("--scores", help="file of the scores, to take part in a race")
     arguments = parser.parse_args(arguments)
     if arguments.loader in TASKS:
         result = TASKS[arguments.loader](arguments.data)
+    elif arguments.scores:
+        scores = np.memmap(arguments.scores, np.int64, "r+")
+        result = race(LOADERS[arguments.loader](arguments.data), arguments.warm_up, scores)
     else:
         result = measure(LOADERS[arguments.loader](arguments.data), arguments.seconds, arguments.warm_up)
     sys.stdout.write("\n" + json.dumps(result) + "\n")
