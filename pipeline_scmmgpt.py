@@ -306,7 +306,7 @@ class ScMMGPTPipeline:
             "labels": labels,
             "cl_ids": {**stored.get("cl_ids", {}), **(cl_ids or {})},
             "matching_weight": float(given(matching_weight, "matching_weight", 0.5)),
-            "matching_candidates": int(given(matching_candidates, "matching_candidates", 8)),
+            "matching_candidates": int(given(matching_candidates, "matching_candidates", 4)),
             "temperature": float(given(temperature, "temperature", 1 / learned)),
         }
         if not 0 <= settings["matching_weight"] <= 1:
