@@ -196,6 +196,15 @@ def test_cells_of_another_set_are_refused(demo, tmp_path, capsys):
     assert not (tmp_path / "out.json").exists()
 
 
+def test_one_task_makes_a_report(demo, tmp_path):
+    arguments = ["--corpus", str(demo / "corpus"), "--annotated", str(demo / "annotated.h5ad")]
+    assert evaluate(["report", *arguments, "--score-key", "absent", "--output", str(tmp_path)]) == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "Confusion matrix" in page.text
+    assert "Samples beside the truth" not in page.text
+
+
 def test_a_report_of_nothing_is_refused(demo, tmp_path, capsys):
     assert evaluate(["report", "--corpus", str(demo / "corpus"), "--output", str(tmp_path / "out")]) == 1
     assert "Nothing to report" in capsys.readouterr().err
