@@ -26,7 +26,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -95,6 +95,21 @@ LIKELY_TOTALS = (1e4, 1e6, 1e5, 1e3)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Precision(NamedTuple):
+    """How values were rounded when they were stored."""
+
+    absolute: float = 0.0  # half the last decimal that is kept
+    relative: float = 2.0**-22  # of the number type
+    digits: int | None = None  # significant digits that are kept
+
+    def error(self, values: np.ndarray) -> np.ndarray:
+        """Half-width of the rounding of each value, all above zero; float64."""
+        error = np.maximum(self.absolute, self.relative * values)
+        if self.digits is not None:
+            error = np.maximum(error, 0.5 * 10.0 ** (np.floor(np.log10(values)) - self.digits + 1))
+        return error
+
+
 @dataclass(frozen=True)
 class MatrixVerdict:
     """What the values of a matrix are, why we think so, and what becomes of them.
@@ -108,7 +123,7 @@ class MatrixVerdict:
         exact: Whether integer counts can be recovered: each cell's values are multiples of one unit.
         target_sum: Total per cell before the logarithm, over all genes of the original data; `None` if not known.
         complete: Whether the genes of the matrix are those that the target sum was taken over.
-        precision: Absolute and relative rounding of the stored values.
+        precision: Rounding of the stored values.
     """
 
     kind: str
@@ -119,7 +134,7 @@ class MatrixVerdict:
     exact: bool = False
     target_sum: float | None = None
     complete: bool = False
-    precision: tuple[float, float] = (0.0, 2.0**-23)
+    precision: Precision = Precision()
 
     @property
     def usable(self) -> bool:
@@ -250,38 +265,32 @@ def sample_rows(matrix: Any, n_rows: int = N_SAMPLED_ROWS) -> CountRows:
     )
 
 
-def _storage_precision(values: np.ndarray) -> tuple[float, float]:
-    """Absolute and relative half-width of the rounding of `values`: by their type, by decimals, by digits.
+def _storage_precision(values: np.ndarray) -> Precision:
+    """The rounding of `values`, all above zero, found by their type, their decimals and their significant digits.
 
     Text files and some packages round (scanpy's `pbmc68k_reduced` keeps three decimals); what was rounded away must
     not be mistaken for evidence against integrality.
     """
-    # A float logarithm and its inverse each cost about an ulp; four are allowed.
-    relative = 4 * float(np.finfo(values.dtype).eps) if np.issubdtype(values.dtype, np.floating) else 2.0**-50
-    # float64 data were often float32 once.
-    relative = max(relative, 4 * 2.0**-24)
+    # A float logarithm and its inverse each cost about an ulp; four are allowed. Float64 values were often float32.
+    kind = values.dtype if np.issubdtype(values.dtype, np.floating) else np.dtype(np.float32)
+    relative = 4 * float(max(np.finfo(kind).eps, np.finfo(np.float32).eps / 2))
     sample = np.unique(values[:: max(1, len(values) // 20000)].astype(np.float64))
-    sample = sample[(sample > 0) & np.isfinite(sample)]
-    if not len(sample):
-        return 0.0, relative
-    for decimals in range(1, 6):
-        scaled = sample * 10.0**decimals
-        if np.all(np.abs(scaled - np.rint(scaled)) <= np.maximum(1e-6, scaled * relative)) and scaled.max() < 1e6:
-            return 0.5 * 10.0**-decimals, relative
+
+    def fits(scaled: np.ndarray) -> bool:
+        return bool(np.all(np.abs(scaled - np.rint(scaled)) <= np.maximum(1e-6, scaled * relative)))
+
     magnitude = np.floor(np.log10(sample))
-    for digits in range(3, 7):
-        scaled = sample / 10.0 ** (magnitude - digits + 1)
-        if np.all(np.abs(scaled - np.rint(scaled)) <= np.maximum(1e-6, scaled * relative)):
-            return 0.0, max(relative, 0.5 * 10.0 ** (1 - digits))
-    return 0.0, relative
+    decimals = next((d for d in range(1, 6) if sample.max() * 10.0**d < 1e6 and fits(sample * 10.0**d)), None)
+    digits = next((d for d in range(3, 7) if fits(sample / 10.0 ** (magnitude - d + 1))), None)
+    if digits is not None and decimals is not None and magnitude.max() - digits + 1 <= -decimals:
+        digits = None  # the decimals say as much
+    return Precision(0.0 if decimals is None else 0.5 * 10.0**-decimals, relative, digits)
 
 
-def _linearize(
-    values: np.ndarray, *, logs: int, base: float, precision: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray]:
+def _linearize(values: np.ndarray, *, logs: int, base: float, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
     """Undo `logs` logarithms. Returns float64 values and the half-width that the rounding of each one became."""
     linear = values.astype(np.float64)
-    error = np.maximum(precision[0], precision[1] * np.abs(linear))
+    error = precision.error(linear)
     scale = np.log(base)
     for _ in range(logs):
         with np.errstate(over="ignore", invalid="ignore"):
@@ -403,7 +412,7 @@ def _inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1
     if not len(values):
         return MatrixVerdict("empty", None, evidence)
     if not _is_expression(values, signed=True):
-        wrong = ~(np.abs(values) <= LARGEST_VALUE)
+        wrong = ~(np.abs(values.astype(np.float64)) <= LARGEST_VALUE)
         evidence |= {
             "nan": int(np.isnan(values).sum()),
             "too_large": int(wrong.sum() - np.isnan(values).sum()),
@@ -428,8 +437,10 @@ def _inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1
             evidence["binary"] = True
         return MatrixVerdict("raw_integer", "taken as they are", evidence)
     precision = _storage_precision(values)
-    if precision[0]:
-        evidence["decimals"] = round(-np.log10(2 * precision[0]))
+    if precision.absolute:
+        evidence["decimals"] = round(-np.log10(2 * precision.absolute))
+    if precision.digits is not None:
+        evidence["digits"] = precision.digits
     if evidence["share_integer"] < 0.5:  # else they are counts of which some were corrected
         fit = _find_scale(rows, precision)
         if fit is not None:
@@ -437,7 +448,7 @@ def _inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1
     return _plausible_verdict(rows, precision, evidence, says_log1p=says_log1p)
 
 
-def _find_scale(rows: CountRows, precision: tuple[float, float]) -> dict[str, Any] | None:
+def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
     """The scale on which totals are constant or values are integer multiples of a unit; `None` if there is none."""
     best, best_score = None, (0, 0.0)
     for logs, name, base in ((0, "e", np.e), *((1, name, base) for name, base in LOG_BASES), (2, "e", np.e)):
@@ -450,7 +461,12 @@ def _find_scale(rows: CountRows, precision: tuple[float, float]) -> dict[str, An
         integral = float(found[np.diff(rows.indptr) > 0].mean())
         if integral < 0.9 or units.evidence[found].sum() < 6:  # a fit by chance in one data set of a million
             integral = 0.0
-        constant = (totals > 0).sum() > 1 and _spread(totals) < max(2e-3, 20 * precision[1])
+        n_totals = int((totals > 0).sum())
+        constant = n_totals > 1 and _spread(totals) < max(2e-3, 20 * precision.relative)
+        # The totals of two or three cells may agree by chance.
+        constant = constant and (
+            n_totals > 3 or integral > 0 or _nice_total(float(np.median(totals))) in LIKELY_TOTALS
+        )
         if (constant + (integral > 0), integral) > best_score:
             best_score = (constant + (integral > 0), integral)
             best = {
@@ -461,6 +477,7 @@ def _find_scale(rows: CountRows, precision: tuple[float, float]) -> dict[str, An
                 "unit": units.unit,
                 "integral": integral,
                 "constant": constant,
+                "uncertain": float((error > 0.5 * np.repeat(units.unit, np.diff(rows.indptr))).mean()),
             }
         if best_score[0] == 2:
             break
@@ -468,12 +485,14 @@ def _find_scale(rows: CountRows, precision: tuple[float, float]) -> dict[str, An
 
 
 def _exact_verdict(
-    fit: dict[str, Any], precision: tuple[float, float], evidence: dict, known_totals: np.ndarray | None
+    fit: dict[str, Any], precision: Precision, evidence: dict, known_totals: np.ndarray | None
 ) -> MatrixVerdict:
     """A matrix whose scale is proven: constant totals, or integer multiples of a unit, or both."""
     logs, exact, unit, totals = fit["logs"], fit["integral"] > 0, fit["unit"], fit["totals"]
     has_unit = np.isfinite(unit)
     evidence["share_cells_integral"] = _number(fit["integral"])
+    if exact and fit["uncertain"] > 1e-3:
+        evidence["share_uncertain"] = _number(fit["uncertain"])
     target_sum = None
     if exact and np.all(np.abs(unit[has_unit] - 1) < 1e-3):
         if not logs:
@@ -505,7 +524,7 @@ def _exact_verdict(
 def _target_sum(
     unit: np.ndarray,
     totals: np.ndarray,
-    precision: tuple[float, float],
+    precision: Precision,
     known_totals: np.ndarray | None,
     has_unit: np.ndarray,
 ) -> tuple[float | None, str]:
@@ -519,15 +538,14 @@ def _target_sum(
     likely = [total for total in LIKELY_TOTALS if np.all(total / unit >= totals / unit * 0.999)]
     for total in likely:
         sizes = total / unit
-        uncertain = sizes * max(precision[1], 1e-7) * 10
-        if precision[0] == 0 and np.median(uncertain) < 0.05 and np.mean(np.abs(sizes - np.rint(sizes)) < 0.1) > 0.9:
+        precise = not precision.absolute and precision.digits is None
+        precise = precise and np.median(sizes) * precision.relative < 5e-3
+        if precise and np.mean(np.abs(sizes - np.rint(sizes)) < 0.1) > 0.9:
             return total, "library sizes become integers"
     return (likely[0], "assumed") if likely else (None, "unknown")
 
 
-def _plausible_verdict(
-    rows: CountRows, precision: tuple[float, float], evidence: dict, *, says_log1p: bool
-) -> MatrixVerdict:
+def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *, says_log1p: bool) -> MatrixVerdict:
     """A matrix without proof of its scale: judged by closeness to integers and by range."""
     values = rows.data.astype(np.float64)
     near = float((np.abs(values - np.rint(values)) <= 0.15).mean())  # 0.30 by chance
@@ -637,7 +655,7 @@ def _is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
     if not len(values):
         return True
     # A NaN makes both comparisons false.
-    return bool(values.max() <= LARGEST_VALUE and values.min() >= (-LARGEST_VALUE if signed else 0))
+    return float(values.max()) <= LARGEST_VALUE and float(values.min()) >= (-LARGEST_VALUE if signed else 0)
 
 
 def _unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
@@ -742,7 +760,7 @@ def _check_values(rows: CountRows, names: Sequence[str], var_names: Any, source:
     """Refuse a value that no count, normalised or log value can be, naming its cell and gene."""
     if _is_expression(rows.data):
         return
-    bad = ~((rows.data >= 0) & (rows.data <= LARGEST_VALUE))
+    bad = ~((rows.data >= 0) & (rows.data.astype(np.float64) <= LARGEST_VALUE))
     cell, column = rows.locate(bad)
     raise ValueError(
         f"{source} holds {rows.data[bad][0]} at cell {names[cell]!r}, gene {str(var_names[column])!r} "
@@ -994,6 +1012,11 @@ def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
             f"{source} holds nearly integer counts ({e.get('share_near_integer', 0):.0%} within 0.15 of an integer; "
             "ambient-corrected or multi-mapped): they are rounded, "
             f"{e.get('share_below_half', 0):.0%} of the values to zero. `assume='normalized'` keeps the fractions."
+        ]
+    if e.get("share_uncertain", 0) > 0.01:
+        return [
+            f"{source} is stored so coarsely that {e['share_uncertain']:.1%} of the counts, the largest ones, come "
+            "back to about 1 % only. Use a file of more digits if there is one."
         ]
     if verdict.kind == "log1p_log1p":
         return [f"{source} is the logarithm of a logarithm: both were undone. Check how the file was made."]

@@ -288,6 +288,8 @@ def _evidence(verdict: dict[str, Any]) -> str:
         parts.append(f"scale from {e['target_sum_from']}")
     if "decimals" in e:
         parts.append(f"rounded to {e['decimals']} decimals")
+    if "digits" in e:
+        parts.append(f"rounded to {e['digits']} digits")
     if "share_near_integer" in e:
         parts.append(f"{e['share_near_integer']:.0%} near an integer (30% by chance)")
     return ", ".join(parts) + f" ({e['cells_sampled']} cells)"
