@@ -247,8 +247,11 @@ def render(report: dict[str, Any]) -> str:
 
     cells = report.get("cells", {})
     if "genes_median" in cells:
+        counts = matrix["kind"].startswith("raw") or "integer counts" in matrix["conversion"]
+        unit = "counts" if counts else "on the scale of the values"
         lines.append(
-            f"  cells: median {cells['total_median']:,g} counts ({cells['total_min']:,g} to {cells['total_max']:,g}), "
+            f"  cells: median total {cells['total_median']:,g} {unit} ({cells['total_min']:,g} to "
+            f"{cells['total_max']:,g}), "
             f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
         )
     for name, column in report["obs"].items():
