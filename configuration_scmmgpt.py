@@ -117,6 +117,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         projection_dim (`int`, defaults to 256): Width of the shared cell-text space.
         text_pooling (`str`, defaults to `"mean"`): How a text's states become one: `"mean"` over its tokens, or
             `"cls"`, the first token's state, as published. At the start the latter hardly differs between texts.
+        profile_readout (`bool`, defaults to `False`): Whether cells of a stage-1 model also reach the shared space by
+            a linear readout of their whole profile (see [`ScMMGPTProfileReadout`]); `finetune` turns it on.
         cell_token_id (`int`): Id of `<cell>` in the language model's tokenizer.
         expression_head (`str`, defaults to `"mse"`): `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a
             (zero-inflated) negative binomial of the counts, which can be sampled.
@@ -149,6 +151,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     num_condition_tokens: int = 8
     projection_dim: int = 256
     text_pooling: str = "mean"
+    profile_readout: bool = False
     cell_token_id: int = 32000
     expression_head: str = "mse"
     logit_scale_init: float | int = 2.6593

@@ -334,6 +334,22 @@ def normalize_log1p(cells: Cells, target_sum: float = 1e4) -> np.ndarray:
     return np.log1p(cells.counts * np.repeat(scale, np.diff(cells.indptr))).astype(np.float32)
 
 
+def hellinger_profile(cells: Cells) -> np.ndarray:
+    """Square root of each gene's share of its cell's counts: the coordinates in which Euclidean is Hellinger distance.
+
+    The square root evens out the variance of counts, which grows with their mean, so that neither the few strongly
+    expressed genes nor the many that are seen once decide alone; and every cell has length 1, whatever its depth.
+
+    Args:
+        cells: Raw counts. The library size is `cells.total_counts`: genes outside the vocabulary count too.
+
+    Returns:
+        `float32 (nnz,)`, aligned with `cells.counts`: sqrt(count / library size).
+    """
+    scale = 1 / np.maximum(cells.library_sizes().astype(np.float64), np.finfo(np.float32).tiny)
+    return np.sqrt(cells.counts * np.repeat(scale, np.diff(cells.indptr))).astype(np.float32)
+
+
 def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
     """The value binning of scGPT: each cell's non-zero counts cut at their own quantiles.
 
@@ -471,6 +487,8 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         seed (`int`, defaults to 0): Seed of every draw.
         pad_token_id (`int`, defaults to 0): Id of `<pad>` in the gene vocabulary.
         cls_token_id (`int`, defaults to 1): Id of `<cls>` in the gene vocabulary.
+        return_profile (`bool`, defaults to `False`): Whether to also return every expressed gene's share of the cell,
+            as [`hellinger_profile`], for models with a profile readout.
     """
 
     model_input_names = ["gene_ids", "expression", "cell_attention_mask"]
@@ -487,6 +505,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         seed=0,
         pad_token_id=0,
         cls_token_id=1,
+        return_profile=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -500,6 +519,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         self.seed = seed
         self.pad_token_id = pad_token_id
         self.cls_token_id = cls_token_id
+        self.return_profile = return_profile
         if value_mode not in VALUE_MODES:
             raise ValueError(f"value_mode is {value_mode!r}; choose one of {VALUE_MODES}.")
         _check_bins(n_bins)
@@ -534,7 +554,9 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
 
         Returns:
             `gene_ids` (`int64`), `expression` (`float32`) and `cell_attention_mask` (`int64`, 1 = attend), all
-            `(n_cells, n_tokens)`: `<cls>`, then the genes in ascending order of id, then `<pad>`.
+            `(n_cells, n_tokens)`: `<cls>`, then the genes in ascending order of id, then `<pad>`. With
+            `return_profile` also `profile_gene_ids` (`int64`) and `profile` (`float32`), both `(n_cells, longest)`:
+            all expressed genes whatever `max_genes` is, and their [`hellinger_profile`], 0 at `<pad>`.
         """
         max_genes = self.max_genes if max_genes is None else max_genes
         selection = self.selection if selection is None else selection
@@ -571,6 +593,13 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             _check_entries(cells)
             _fill_rows_numpy(*arguments)
         arrays = {"gene_ids": gene_ids, "expression": expression, "cell_attention_mask": attended}
+        if self.return_profile:
+            lengths = np.diff(cells.indptr)
+            is_gene = np.arange(longest) < lengths[:, None]
+            arrays["profile_gene_ids"] = np.full(is_gene.shape, self.pad_token_id, dtype=np.int64)
+            arrays["profile_gene_ids"][is_gene] = cells.gene_ids
+            arrays["profile"] = np.zeros(is_gene.shape, dtype=np.float32)
+            arrays["profile"][is_gene] = hellinger_profile(cells)
         if return_tensors == "pt":
             arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return BatchFeature(arrays)
@@ -1124,4 +1153,12 @@ def _read_dense(matrix, ids):
     return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid
 
 
-__all__ = ["Cells", "ScMMGPTFeatureExtractor", "bin_counts", "hash_names", "mask_genes", "normalize_log1p"]
+__all__ = [
+    "Cells",
+    "ScMMGPTFeatureExtractor",
+    "bin_counts",
+    "hash_names",
+    "hellinger_profile",
+    "mask_genes",
+    "normalize_log1p",
+]

@@ -258,11 +258,35 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, ScMMGPTBridgeModel):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
             init.constant_(module.logit_scale, self.config.logit_scale_init)
+        elif isinstance(module, ScMMGPTProfileReadout):
+            init.zeros_(module.gene_weights.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, ScMMGPTTextToCellProjector):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
         elif isinstance(module, Blip2TextEmbeddings):
             # A non-persistent buffer: loading starts from the meta device, which leaves it uninitialised.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1], device="cpu").expand((1, -1)))
+
+
+class ScMMGPTProfileReadout(nn.Module):
+    """A cell's whole expression profile -> shared space, linearly: every gene has a direction, weighted by its value.
+
+    With few labelled cells a linear model of all genes is hard to beat, and no attention over 1,200 of them is needed
+    to be one. What it reads is the square root of each gene's share of the counts (`hellinger_profile`). It begins as
+    0, and adds to what the queries say.
+    """
+
+    def __init__(self, config: ScMMGPTConfig):
+        super().__init__()
+        self.gene_weights = nn.Embedding(config.cell_config.vocab_size, config.projection_dim)
+        self.bias = nn.Parameter(torch.zeros(config.projection_dim))
+
+    def forward(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
+        """`(num_cells, projection_dim)` of gene ids and values, both `(num_cells, num_genes)`; padding is 0."""
+        weights = self.gene_weights.weight
+        return (
+            F.embedding_bag(profile_gene_ids, weights, per_sample_weights=profile.to(weights), mode="sum") + self.bias
+        )
 
 
 class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
@@ -282,6 +306,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self.cell_projection = nn.Linear(width, config.projection_dim)
         self.text_projection = nn.Linear(width, config.projection_dim)
         self.matching_head = nn.Linear(width, 2)
+        if config.profile_readout:
+            self.profile_readout = ScMMGPTProfileReadout(config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_cells(
@@ -327,12 +353,34 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             encoder_attention_mask=cell_attention_mask,
         ).last_hidden_state
 
-    def project_cells(self, query_states: torch.Tensor) -> torch.Tensor:
-        """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised."""
-        return F.normalize(self.cell_projection(query_states), dim=-1)
+    def project_cells(
+        self,
+        query_states: torch.Tensor,
+        profile_gene_ids: torch.Tensor | None = None,
+        profile: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
+
+        Raises:
+            ValueError: If the model reads profiles but none is given.
+        """
+        features = self.cell_projection(query_states)
+        if self.config.profile_readout:
+            if profile is None:
+                raise ValueError(
+                    "This checkpoint also reads each cell's whole profile (`profile_gene_ids`, `profile`), but got "
+                    "none; let its own processor make the inputs, or set `return_profile` of the feature extractor."
+                )
+            features = features + self.profile_readout(profile_gene_ids, profile)[:, None]
+        return F.normalize(features, dim=-1)
 
     def get_cell_features(
-        self, gene_ids: torch.Tensor, expression: torch.Tensor, cell_attention_mask: torch.Tensor | None = None
+        self,
+        gene_ids: torch.Tensor,
+        expression: torch.Tensor,
+        cell_attention_mask: torch.Tensor | None = None,
+        profile_gene_ids: torch.Tensor | None = None,
+        profile: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cells in the shared space: `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
 
@@ -340,9 +388,11 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             gene_ids (`torch.LongTensor` of shape `(num_cells, num_genes)`): Ids in the gene vocabulary.
             expression (`torch.FloatTensor` of shape `(num_cells, num_genes)`): Values as the processor makes them.
             cell_attention_mask (`torch.LongTensor` of shape `(num_cells, num_genes)`): 1 = a gene, 0 = padding.
+            profile_gene_ids, profile (`torch.Tensor` of shape `(num_cells, num_expressed_genes)`): All expressed genes
+                and their values, if `config.profile_readout`.
         """
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
-        return self.project_cells(self.query_cells(cell_states, cell_attention_mask))
+        return self.project_cells(self.query_cells(cell_states, cell_attention_mask), profile_gene_ids, profile)
 
     def get_text_features(
         self, qformer_input_ids: torch.Tensor, qformer_attention_mask: torch.Tensor | None = None
@@ -377,10 +427,12 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         pairs: torch.Tensor | None = None,
+        **profiles,
     ) -> torch.Tensor:
         """Probability that a text describes a cell, from both read together.
 
         Args:
+            profiles: `profile_gene_ids` and `profile`, as the processor makes them; matching does not read them.
             pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): Which cell with which text; by default the first with
                 the first, the second with the second, and so on. A cell in many pairs is encoded once.
 
@@ -446,6 +498,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         text_similarity: torch.FloatTensor | None = None,
         masked_expression: torch.FloatTensor | None = None,
         expression_labels: torch.FloatTensor | None = None,
+        profile_gene_ids: torch.LongTensor | None = None,
+        profile: torch.FloatTensor | None = None,
         return_loss: bool = True,
         **kwargs,
     ) -> AlignmentOutput:
@@ -460,6 +514,9 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             masked_expression, expression_labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The cells
                 with some values hidden, and the values to recover (-100 elsewhere), if
                 `config.cell_pretraining_weight > 0`.
+            profile_gene_ids, profile (`torch.Tensor` of shape `(batch_size, num_expressed_genes)`): As for
+                `get_cell_features`.
+            return_loss: Without it the features alone are returned, and texts need not go with cells in pairs.
         """
         config = self.config
         if cell_attention_mask is None:
@@ -469,7 +526,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
         # step 1: cells and texts, each alone, into the shared space
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
-        cell_features = self.project_cells(self.query_cells(cell_states, cell_attention_mask))
+        query_states = self.query_cells(cell_states, cell_attention_mask)
+        cell_features = self.project_cells(query_states, profile_gene_ids, profile)
         text_features = self.get_text_features(qformer_input_ids, qformer_attention_mask)
         output = AlignmentOutput(cell_features=cell_features, text_features=text_features)
         if not return_loss:
@@ -845,10 +903,12 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         values = alignment.config.to_dict()
         values.update(text_config=language_model.config, auto_map=dict(AUTO_MAP), architectures=None, **config_updates)
         values["tie_word_embeddings"] = language_model.config.tie_word_embeddings
+        values["profile_readout"] = False  # it serves annotation with a fine-tuned checkpoint; no query reads it
         model = cls(alignment.config.__class__(**values)).to(alignment.dtype)
 
         new_parts = ("language_model.", "language_projection.", "text_to_cell.", "expression_head.")
-        report = model.model.load_state_dict(alignment.state_dict(), strict=False)
+        weights = {k: v for k, v in alignment.state_dict().items() if not k.startswith("profile_readout.")}
+        report = model.model.load_state_dict(weights, strict=False)
         missing = [key for key in report.missing_keys if not key.startswith(new_parts)]
         if missing or report.unexpected_keys:
             raise ValueError(

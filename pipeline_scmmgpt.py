@@ -25,12 +25,12 @@ from transformers.utils import logging
 try:  # as a package or as remote code
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .inspection_scmmgpt import store_report
-    from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+    from .modeling_scmmgpt import CELL_INPUTS, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from .processing_scmmgpt import ScMMGPTProcessor
 except ImportError:  # as a flat module in a clone
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from inspection_scmmgpt import store_report
-    from modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+    from modeling_scmmgpt import CELL_INPUTS, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from processing_scmmgpt import ScMMGPTProcessor
 
 
@@ -591,6 +591,7 @@ class ScMMGPTPipeline:
 
         def embedding(inputs):
             if of == "cell":
+                inputs = {name: inputs[name] for name in CELL_INPUTS}
                 embedded = self._bridge().cell_model(**inputs, cls_only=True).pooler_output
             else:
                 embedded = self.model.get_cell_features(**inputs).mean(dim=1)

@@ -118,6 +118,8 @@ class ScMMGPTProcessor(ProcessorMixin):
             "gene_ids",
             "expression",
             "cell_attention_mask",
+            "profile_gene_ids",
+            "profile",
             "qformer_input_ids",
             "qformer_attention_mask",
             "target_gene_ids",

@@ -262,6 +262,7 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
     language_model, tokenizer = build_language_model(corpus, captions, model_args)
     alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
     aligned = ScMMGPTProcessor.from_pretrained(model_args.aligned)
+    aligned.feature_extractor.return_profile = False  # stage 2 has no profile readout
     processor = ScMMGPTProcessor(
         aligned.feature_extractor,
         tokenizer,
