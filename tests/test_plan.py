@@ -1,0 +1,96 @@
+"""The memory plan against a model that is really built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.train import plan
+from scmmgpt.train.arguments import TuneModelArguments
+from scmmgpt.train.trainer import freeze
+from scmmgpt.train.tune import add_lora, is_frozen
+
+
+TINY = {
+    "cell_config": {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+    },
+    "qformer_config": {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 60,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+    },
+    "num_query_tokens": 2,
+    "projection_dim": 8,
+}
+
+
+@pytest.mark.parametrize("which", ["lora", "full", "frozen"])
+def test_the_plan_counts_what_training_a_real_model_takes(which):
+    args = plan.PlanArguments(**TINY, train_language_model=which, gpus=1, frozen_precision="fp32", precision="fp32")
+    planned = plan.make_plan(args)
+
+    model = ScMMGPTForConditionalGeneration(plan.build_config(args))
+    rules = TuneModelArguments(aligned="", language_model="", train_language_model=which)
+    lora = add_lora(model, rules)
+    if lora is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, lora)
+        model.requires_grad_(True)
+    freeze(model, lambda name: is_frozen(name.replace("base_layer.", ""), rules, "nb"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    sizes = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in trained),
+        "optimiser": sum(s[k].nbytes for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")),
+    }
+    assert {name: planned["bytes_per_gpu"][name] for name in sizes} == sizes
+
+
+def test_fsdp_divides_by_the_number_of_gpus_and_ddp_does_not():
+    one, ddp, fsdp = (
+        plan.make_plan(plan.PlanArguments(**TINY, gpus=gpus, strategy=strategy))["bytes_per_gpu"]["optimiser"]
+        for gpus, strategy in [(1, "ddp"), (4, "ddp"), (4, "fsdp")]
+    )
+    assert one == ddp == 4 * fsdp
+
+
+def test_checkpointing_and_smaller_batches_save_activations():
+    def activations(**options):
+        return plan.make_plan(plan.PlanArguments(**TINY, **options))["bytes_per_gpu"]["activations"]
+
+    assert activations(gradient_checkpointing=True) < activations()
+    assert activations(batch_size=2) == activations(batch_size=4) / 2
+
+
+def test_the_published_size_is_planned_from_its_file_without_being_built(capsys):
+    path = Path(plan.__file__).parent / "configs" / "plan_llama2_7b.yaml"
+    (args,) = plan.make_parser().parse_args_and_config(["--config", str(path)])
+    plan.main(args)
+    planned = plan.make_plan(args)
+    parts = planned["parameters"]
+    assert parts["language_model"]["frozen"] + parts["lm_head"]["frozen"] == 6_738_423_808  # Llama-2 7B and `<cell>`
+    assert "It fits into 80 GiB" in capsys.readouterr().out
