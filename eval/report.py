@@ -186,7 +186,7 @@ def _size(config: dict, name: str | None = None) -> str | None:
     if not config:
         return None
     size = f"{config.get('num_hidden_layers', '?')} layers, {config.get('hidden_size', '?')} wide"
-    return f"{name}: {size}" if name else size
+    return f"{Path(name).name}: {size}" if name else size
 
 
 def recorded_settings(paths: Sequence[str | None]) -> dict[str, dict]:
