@@ -183,8 +183,9 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
         ensembl = ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name)
         if ensembl:
             prefixes[re.match(r"[A-Z]+", ensembl.group(1).upper()).group(0)] += 1
-    if sum(prefixes.values()) > 0.5 * n:
-        prefix, count = prefixes.most_common(1)[0]
+    prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
+    # Genes without a symbol are listed by id: a few foreign ids tell the species of a file of symbols.
+    if count > (0.5 if prefix == "ENSG" else 0.05) * n:
         return SPECIES_PREFIXES.get(prefix, "unknown"), f"{count / n:.0%} of the names start with {prefix}"
     mouse = sum(bool(MOUSE_SYMBOL.match(name)) for name in names) / n
     human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n

@@ -516,6 +516,8 @@ def test_the_mouse_genes_of_a_mixture_are_set_aside(counts, gene_index):
         (["ENSG00000198851", "ENSG00000156738.1"], "human"),
         (["ENSMUSG00000032093", "ENSMUSG00000024673.5"], "mouse"),
         (["ENSMMUG00000000001"], "rhesus macaque"),
+        (["CD3E", "MS4A1", "ACTB", "ENSMMUG00000000001"], "rhesus macaque"),
+        (["CD3E", "MS4A1", "ACTB", "ENSG00000198851"], "human"),
         (["probe_1", "probe_2"], "unknown"),
     ],
 )
