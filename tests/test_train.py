@@ -135,6 +135,15 @@ def test_the_expression_loss_is_really_in_the_total(corpus, aligned, tmp_path):
     assert total == pytest.approx(0.5 * language + 3 * expression, abs=0.01)
 
 
+def test_one_step_of_eight_cells_is_eight_accumulated_steps_of_one(corpus, aligned, tmp_path):
+    run_tune(corpus, aligned, str(tmp_path / "a"), max_steps=1)
+    run_tune(
+        corpus, aligned, str(tmp_path / "b"), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=8
+    )
+    for name in ("loss", "grad_norm"):
+        assert log_of(tmp_path / "a", name) == pytest.approx(log_of(tmp_path / "b", name), rel=1e-3)
+
+
 @pytest.mark.parametrize("which", ["full", "frozen"])
 def test_a_language_model_can_be_trained_in_full_or_left_alone(corpus, aligned, tmp_path, which):
     model = run_tune(corpus, aligned, str(tmp_path / "a"), train_language_model=which)

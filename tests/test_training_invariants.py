@@ -1,0 +1,103 @@
+"""What must not change training: processes, accumulation, precision and memory savings."""
+
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+
+
+@pytest.fixture
+def alignment(tiny_config):
+    """A stage-1 model without dropout that learns by contrast alone."""
+    torch.manual_seed(0)
+    tiny_config.matching_weight = 0.0  # its negatives are drawn at random, on each rank from its own rows
+    tiny_config.qformer_config.hidden_dropout_prob = 0.0
+    tiny_config.qformer_config.attention_probs_dropout_prob = 0.0
+    return ScMMGPTForCellTextAlignment(tiny_config).train()
+
+
+@pytest.fixture
+def batch(tiny_processor, adata):
+    """Eight cells of four types, a text for each."""
+    cells, _ = tiny_processor.read_cells(adata[:8].copy())
+    types = adata.obs["cell_type"][:8].astype(str)
+    inputs = dict(tiny_processor(cells=cells, qformer_text=types.tolist()))
+    return {**inputs, "text_ids": torch.from_numpy(np.unique(types, return_inverse=True)[1])}
+
+
+def gradients_of(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _one_rank(rank, world_size, folder, model, batch):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    rows = len(batch["gene_ids"]) // world_size
+    loss, gradients = gradients_of(model, {k: v[rank * rows : (rank + 1) * rows] for k, v in batch.items()})
+    for gradient in gradients.values():  # what DistributedDataParallel does
+        torch.distributed.all_reduce(gradient)
+        gradient /= world_size
+    torch.save((loss, gradients), os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_contrast_like_one(alignment, batch, tmp_path):
+    loss, gradients = gradients_of(alignment, batch)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_one_rank, args=(r, 2, str(tmp_path), alignment, batch)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    for rank in range(2):
+        their_loss, theirs = torch.load(tmp_path / f"{rank}.pt")
+        assert their_loss == pytest.approx(loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_activation_checkpointing_changes_no_gradient(alignment, batch):
+    loss, gradients = gradients_of(alignment, batch)
+    alignment.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    their_loss, theirs = gradients_of(alignment, batch)
+    assert their_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs[name], gradient, msg=name)
+
+
+def test_bfloat16_follows_float32(alignment, batch):
+    losses = {}
+    start = {name: value.clone() for name, value in alignment.state_dict().items()}
+    for use_bf16 in (False, True):
+        alignment.load_state_dict(start)
+        optimizer = torch.optim.AdamW(alignment.parameters(), lr=1e-3)
+        losses[use_bf16] = []
+        for _ in range(15):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_bf16):
+                loss = alignment(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[use_bf16].append(loss.item())
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.05, atol=0.05)
+
+
+def test_eight_cells_can_be_memorised(alignment, batch):
+    optimizer = torch.optim.AdamW(alignment.parameters(), lr=3e-3)
+    for _ in range(60):
+        alignment(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    similarity = torch.einsum("cqd,td->cqt", *[alignment(**batch)[k] for k in ("cell_features", "text_features")])
+    answers = similarity.amax(dim=1).argmax(dim=1)
+    assert batch["text_ids"][answers].tolist() == batch["text_ids"].tolist()
