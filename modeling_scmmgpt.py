@@ -257,12 +257,14 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ScMMGPTBridgeModel):
             init.normal_(module.query_tokens, std=self.config.initializer_range)
+            init.zeros_(module.query_means)
             init.constant_(module.logit_scale, self.config.logit_scale_init)
         elif isinstance(module, ScMMGPTProfileReadout):
             init.zeros_(module.gene_weights.weight)
             init.zeros_(module.bias)
         elif isinstance(module, ScMMGPTTextToCellProjector):
-            init.normal_(module.query_tokens, std=self.config.initializer_range)
+            init.normal_(module.query_tokens)  # a LayerNorm follows; smaller ones would be lost in the first steps
+            init.zeros_(module.query_means)
         elif isinstance(module, Blip2TextEmbeddings):
             # A non-persistent buffer: loading starts from the meta device, which leaves it uninitialised.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1], device="cpu").expand((1, -1)))
@@ -303,6 +305,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
         self.qformer_embeddings = Blip2TextEmbeddings(config.qformer_config)
+        # What each query answers to the average cell. It is much larger than what cells differ in, and is taken out.
+        self.query_means = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.cell_projection = nn.Linear(width, config.projection_dim)
         self.text_projection = nn.Linear(width, config.projection_dim)
         self.matching_head = nn.Linear(width, 2)
@@ -364,7 +368,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         Raises:
             ValueError: If the model reads profiles but none is given.
         """
-        features = self.cell_projection(query_states)
+        features = self.cell_projection(query_states - self.query_means)
         if self.config.profile_readout:
             if profile is None:
                 raise ValueError(
@@ -619,30 +623,48 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
 
 class ScMMGPTTextToCellProjector(nn.Module):
-    """Learned queries cross-attend to the language model's states and become condition tokens of the cell model."""
+    """Learned queries cross-attend to the language model's states and become condition tokens of the cell model.
+
+    The state of the prompt's last token, which has read all of it, is added to every query: texts differ in it from the
+    start, while a fresh cross-attention averages their differences away.
+    """
 
     def __init__(self, config: ScMMGPTConfig):
         super().__init__()
         width = config.text_to_cell_config.hidden_size
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_condition_tokens, width))
+        self.query_means = nn.Parameter(torch.zeros(1, config.num_condition_tokens, width))  # as in the bridge
+        self.summary_projection = nn.Linear(config.text_config.hidden_size, width)
         self.qformer = Blip2QFormerModel._from_config(config.text_to_cell_config)
         self.projection = nn.Linear(width, config.cell_config.hidden_size)
 
     def forward(self, text_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """`(batch_size, sequence_length, text width)` -> `(batch_size, num_condition_tokens, cell width)`."""
-        states = self.qformer(
-            query_embeds=self.query_tokens.expand(len(text_states), -1, -1),
+        return self.projection(self.read(text_states, attention_mask) - self.query_means)
+
+    @staticmethod
+    def summarize(text_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """State of the last token that is attended to, `(batch_size, text width)`, padded left or right."""
+        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        last = (positions * attention_mask.long()).argmax(dim=1)
+        return text_states[torch.arange(len(text_states), device=text_states.device), last]
+
+    def read(self, text_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The queries' states, `(batch_size, num_condition_tokens, text_to_cell_config.hidden_size)`."""
+        queries = self.query_tokens + self.summary_projection(self.summarize(text_states, attention_mask))[:, None]
+        return self.qformer(
+            query_embeds=queries,
             encoder_hidden_states=text_states,
             encoder_attention_mask=attention_mask,
         ).last_hidden_state
-        return self.projection(states)
 
 
 class ScMMGPTExpressionHead(nn.Module):
     """Gene states -> expression. Each gene has a bias of its own, so training starts from a mean profile if given one.
 
     `mse` reads log1p(CP10k) off scGPT's expression decoder; `nb` and `zinb` predict a gene's rate per 10k counts, its
-    dispersion and (`zinb`) the logit of an extra zero.
+    dispersion and (`zinb`) the logit of an extra zero. scGPT's MVC decoder, which reads the cell embedding in place of
+    the gene's state, adds to the prediction.
     """
 
     def __init__(self, config: ScMMGPTConfig):
@@ -653,16 +675,21 @@ class ScMMGPTExpressionHead(nn.Module):
             self.projection = nn.Linear(config.cell_config.hidden_size, {"nb": 2, "zinb": 3}[self.kind])
 
     def forward(
-        self, gene_states: torch.Tensor, gene_ids: torch.Tensor, decoded: torch.Tensor | None
+        self,
+        gene_states: torch.Tensor,
+        gene_ids: torch.Tensor,
+        from_cell: torch.Tensor,
+        decoded: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Parameters of the expression distribution, each `(batch_size, num_genes)` in float32.
 
         Args:
             gene_states: `(batch_size, num_genes, cell width)`.
             gene_ids: `(batch_size, num_genes)`.
+            from_cell: `(batch_size, num_genes)`, scGPT's MVC decoder on the cell embedding.
             decoded: `(batch_size, num_genes)`, scGPT's expression decoder on the same states (`mse` only).
         """
-        bias = self.gene_bias(gene_ids).squeeze(-1).float()
+        bias = self.gene_bias(gene_ids).squeeze(-1).float() + from_cell.float()
         if self.kind == "mse":
             return {"expression": decoded.float() + bias}
         log_rate, log_dispersion, *dropout_logits = self.projection(gene_states).float().unbind(dim=-1)
@@ -752,7 +779,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
     ) -> torch.Tensor:
         """Cells as the language model reads them: `(num_cells, num_query_tokens, text_config.hidden_size)`."""
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
-        return self.language_projection(self.query_cells(cell_states, cell_attention_mask))
+        return self.language_projection(self.query_cells(cell_states, cell_attention_mask) - self.query_means)
 
     def forward(
         self,
@@ -856,11 +883,14 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             Parameters by name, each `(batch_size, num_genes)`: see [`ScMMGPTExpressionHead`].
         """
         condition_embeds = self.text_to_cell(text_states, attention_mask)
-        gene_states = self.cell_model(
+        outputs = self.cell_model(
             gene_ids=gene_ids, cell_attention_mask=gene_attention_mask, condition_embeds=condition_embeds
-        ).last_hidden_state[:, condition_embeds.shape[1] :]
+        )
+        gene_states = outputs.last_hidden_state[:, condition_embeds.shape[1] :]
+        # Among a thousand genes a few condition tokens get little attention; the cell embedding reaches every gene.
+        from_cell = self.cell_model.decode_mvc(outputs.pooler_output, gene_ids)
         decoded = self.cell_model.decode_expression(gene_states) if self.config.expression_head == "mse" else None
-        return self.expression_head(gene_states, gene_ids, decoded)
+        return self.expression_head(gene_states, gene_ids, from_cell, decoded)
 
 
 class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):

@@ -183,11 +183,13 @@ def standardize_projections(model: ScMMGPTForCellTextAlignment, batches: StreamB
     for step in range(len(batches)):
         batch = batches[step]
         cell_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
-        query_states.append(model.query_cells(cell_states, batch["cell_attention_mask"]).flatten(0, 1))
+        query_states.append(model.query_cells(cell_states, batch["cell_attention_mask"]))
         text_states.append(model.read_texts(batch["qformer_input_ids"], batch["qformer_attention_mask"]))
         if sum(map(len, text_states)) >= PROJECTION_CELLS:
             break
-    standardize(model.cell_projection, torch.cat(query_states))
+    query_states = torch.cat(query_states)
+    model.query_means.copy_(query_states.mean(dim=0, keepdim=True))
+    standardize(model.cell_projection, (query_states - model.query_means).flatten(0, 1))
     standardize(model.text_projection, torch.cat(text_states))
     model.train()
 

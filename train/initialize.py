@@ -18,21 +18,23 @@ PROJECTION_CELLS = 512  # cells that the start of a projection is computed from,
 
 
 @torch.no_grad()
-def standardize(linear: torch.nn.Linear, inputs: torch.Tensor) -> None:
+def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = False) -> None:
     """Start a linear layer from the principal axes of its inputs, centred and scaled to one.
 
-    A fresh Q-Former answers nearly the same for every cell, and a BERT for every text; cosine similarities are then
+    A BERT answers nearly the same for every text, as a fresh Q-Former does for every cell; cosine similarities are then
     all 1, and contrast settles in the constant solution. What is left here are the differences. `train/LOG.md` has the
     comparison.
 
     Args:
         linear: Its weight and bias are set; output units beyond the inputs' rank keep their weights.
         inputs: `(n, linear.in_features)` of what it will read.
+        unit: Scale to a variance of one per output, not in all.
     """
     mean = inputs.mean(dim=0)
     _, scale, axes = torch.linalg.svd(inputs - mean, full_matrices=False)
     rank = min(len(axes), linear.out_features)
-    linear.weight[:rank] = axes[:rank] * (len(inputs) ** 0.5 / scale.norm().clamp(min=1e-6))
+    size = (linear.out_features if unit else 1) ** 0.5
+    linear.weight[:rank] = axes[:rank] * (size * len(inputs) ** 0.5 / scale.norm().clamp(min=1e-6))
     linear.bias.copy_(-linear.weight @ mean)
 
 

@@ -27,11 +27,12 @@ from scmmgpt.train.collate import TuningCollator
 from scmmgpt.train.convert import load_causal_lm
 from scmmgpt.train.corpus import Corpus, open_corpus
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
-from scmmgpt.train.trainer import StreamTrainerMixin, freeze
+from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze
 
 
 # The language model's linear layers and nothing else: suffixes would also hit the Q-Former's.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+TEXT_BATCHES = 16  # batches that the start of the text-to-cell projection is computed from, at most
 NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
 SCRATCH_TEXTS = 20_000  # captions and answers that a scratch tokenizer is trained on, at most
 CHAT_TEMPLATE = (
@@ -171,6 +172,29 @@ def join(alignment: ScMMGPTForCellTextAlignment, language_model, processor: ScMM
 
 
 @torch.no_grad()
+def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: StreamBatches) -> None:
+    """Start the projection onto condition tokens from what texts differ in."""
+    model.eval()
+    parts, prompts = model.model, []
+    for step in range(min(len(batches), TEXT_BATCHES)):
+        batch = batches[step]
+        text_states = parts.language_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+        rows = batch["target_attention_mask"].any(dim=1)
+        if rows.any():
+            prompts.append((text_states[rows], batch["attention_mask"][rows]))
+    if prompts:
+        summaries = torch.cat([parts.text_to_cell.summarize(*prompt) for prompt in prompts])
+        standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
+        states = torch.cat([parts.text_to_cell.read(*prompt) for prompt in prompts])
+        parts.text_to_cell.query_means.copy_(states.mean(dim=0, keepdim=True))
+        # To one per condition token and channel, as the gene tokens that it stands among.
+        standardize(parts.text_to_cell.projection, (states - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
+    model.train()
+
+
+@torch.no_grad()
 def standardize_language_projection(
     model: ScMMGPTForConditionalGeneration, batches, processor: ScMMGPTProcessor
 ) -> None:
@@ -180,11 +204,11 @@ def standardize_language_projection(
     for cells, _ in batches.stream:
         inputs = processor(cells=cells, max_genes=batches.collate.max_genes)
         cell_states = model.model.encode_cells(**inputs)
-        states.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]).flatten(0, 1))
-        if sum(map(len, states)) >= PROJECTION_CELLS * processor.num_query_tokens:
+        states.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]))
+        if sum(map(len, states)) >= PROJECTION_CELLS:
             break
     first, _, last = model.model.language_projection
-    states = torch.cat(states)
+    states = (torch.cat(states) - model.model.query_means).flatten(0, 1)
     standardize(first, states)
     size = model.get_input_embeddings().weight.float().norm(dim=1).mean()
     last.weight.mul_(size / model.model.language_projection(states).norm(dim=1).mean())
@@ -214,7 +238,7 @@ def is_frozen(name: str, model_args: TuneModelArguments, expression_head: str) -
     name = name.replace("modules_to_save.default.", "").removeprefix("base_model.model.").removeprefix("model.")
     if "original_module." in name:
         return True
-    if name.startswith(("cell_model.mvc_decoder.", "cell_model.embeddings.flag")):
+    if name.startswith("cell_model.embeddings.flag"):
         return True
     if name.startswith("cell_model.expression_decoder.") and expression_head != "mse":
         return True
@@ -226,9 +250,17 @@ def is_frozen(name: str, model_args: TuneModelArguments, expression_head: str) -
         return model_args.train_language_model == "frozen" or (
             model_args.train_language_model == "lora" and "lora_" not in name
         )
-    if name.startswith(("qformer.", "query_tokens", "cell_norm.")):
+    if name.startswith(("qformer.", "query_tokens", "query_means", "cell_norm.")):
         return not model_args.train_qformer
     return True  # contrast, matching and the text branch are done with stage 1
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether a parameter learns at the lower rate: what stage 1 has trained, and the text-to-cell Q-Former.
+
+    At the rate of the heads its post-norm layers drift together, and what texts differ in is lost.
+    """
+    return "qformer." in name or ("cell_model." in name and "_decoder." not in name)
 
 
 def typical_library_size(corpus: Corpus) -> float:
@@ -288,6 +320,7 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
 
     standardize_language_projection(model, train_batches, processor)
+    standardize_text_to_cell(model, train_batches)
 
     # --- Training
     trainer = TuneTrainer(
@@ -301,7 +334,7 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         peft_config=add_lora(model, model_args),
         train_batches=train_batches,
         eval_batches=eval_batches,
-        is_pretrained=lambda name: "cell_model." in name or ("qformer." in name and "text_to_cell." not in name),
+        is_pretrained=is_pretrained,
         **weights,
     )
     freeze(trainer.model, lambda name: is_frozen(name, model_args, model_args.expression_head))
