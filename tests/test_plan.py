@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.train import plan
@@ -12,6 +13,7 @@ from scmmgpt.train.trainer import freeze
 from scmmgpt.train.tune import add_lora, is_frozen
 
 
+ACCELERATE = Path(plan.__file__).parent / "configs" / "accelerate"
 TINY = {
     "cell_config": {
         "vocab_size": 50,
@@ -94,3 +96,13 @@ def test_the_published_size_is_planned_from_its_file_without_being_built(capsys)
     parts = planned["parameters"]
     assert parts["language_model"]["frozen"] + parts["lm_head"]["frozen"] == 6_738_423_808  # Llama-2 7B and `<cell>`
     assert "It fits into 80 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_launch_configuration_is_understood_and_wraps_layers_that_exist(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16"
+    wrapped = (config.to_dict().get("fsdp_config") or {}).get("fsdp_transformer_layer_cls_to_wrap", "")
+    args = plan.PlanArguments(**TINY)
+    names = {type(module).__name__ for module in plan.build_shapes(plan.build_config(args), 2).modules()}
+    assert set(filter(None, wrapped.split(","))) <= names
