@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from scmmgpt.train import align, tune
 
@@ -96,6 +97,16 @@ def test_alignment_trains_on_a_corpus_and_names_its_losses(corpus, bert, tmp_pat
     components = [log_of(tmp_path, name)[0] for name in ("contrastive_loss", "matching_loss")]
     assert sum(components) == pytest.approx(loss[0], abs=0.01)
     assert 0 <= log_of(tmp_path, "eval_zero_shot_accuracy")[-1] <= 1
+
+
+def test_a_checkpoint_comes_with_a_card_that_says_what_it_is(corpus, bert, tmp_path):
+    run_align(corpus, bert, str(tmp_path), eval_strategy="epoch")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "**A demonstration.** It was trained on 32 cells" in card.text
+    accuracy = log_of(tmp_path, "eval_zero_shot_accuracy")[-1]
+    assert f"| zero shot accuracy | {accuracy:.4g} |" in card.text
+    assert "8 validation cells of splits" in card.text
 
 
 def test_frozen_pretrained_weights_are_bit_identical_and_all_others_change(corpus, bert, tmp_path):

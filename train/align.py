@@ -22,6 +22,7 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, cell_text_simi
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.card import write_card
 from scmmgpt.train.collate import AlignmentCollator
 from scmmgpt.train.convert import qformer_from_bert
 from scmmgpt.train.corpus import Corpus, open_corpus
@@ -246,6 +247,9 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     if eval_batches is not None:
         trainer.evaluate()
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
+    if trainer.is_world_process_zero():
+        bases = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
+        write_card(training_args.output_dir, "align", corpus, trainer.state.log_history, **bases)
 
 
 def data_seed(training_args) -> int:

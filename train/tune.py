@@ -23,6 +23,7 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.align import data_seed, finish, make_batches
 from scmmgpt.train.arguments import DataArguments, TuneConfig, TuneModelArguments
 from scmmgpt.train.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.card import write_card
 from scmmgpt.train.collate import TuningCollator
 from scmmgpt.train.convert import load_causal_lm
 from scmmgpt.train.corpus import Corpus, open_corpus
@@ -345,6 +346,10 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
             trainer.model.save_pretrained(adapter)
         trainer.model = trainer.model.merge_and_unload()
     finish(trainer, "tune", data=data_args, model=model_args, training=training_args)
+    if trainer.is_world_process_zero():
+        language_model = None if model_args.language_model == "scratch" else model_args.language_model
+        bases = {"aligned": model_args.aligned, "language_model": language_model}
+        write_card(training_args.output_dir, "tune", corpus, trainer.state.log_history, **bases)
 
 
 if __name__ == "__main__":
