@@ -182,6 +182,24 @@ def describe_checkpoint(path: str | Path) -> dict:
     }
 
 
+def trained_elsewhere(checkpoint: str | Path, corpus) -> str | None:
+    """A warning if the checkpoint's `training.json` names a corpus other than the one evaluated on, else `None`.
+
+    Another corpus has another split: cells that are held out here may have been trained on there.
+    """
+    log = Path(checkpoint) / "training.json"
+    if not log.is_file():
+        return None
+    trained_on = Path(json.loads(log.read_text(encoding="utf-8")).get("data", {}).get("corpus") or "")
+    manifest = trained_on / "manifest.json"
+    if not manifest.is_file() or sha256(manifest) == sha256(corpus.path / "manifest.json"):
+        return None
+    return (
+        f"The checkpoint was trained on {trained_on}, not on {corpus.path}: "
+        "cells that are held out here may be among those it has seen."
+    )
+
+
 def _size(config: dict, name: str | None = None) -> str | None:
     if not config:
         return None
@@ -436,6 +454,10 @@ def write_report(args: argparse.Namespace) -> dict:
             "seed": args.seed,
             "bootstrap replicates": next(iter(results.values()))["n_resamples"],
         }
+        warning = None if args.checkpoint is None else trained_elsewhere(args.checkpoint, corpus)
+        if warning:
+            logger.warning("%s", warning)
+            provenance["warning"] = warning
         page = render(results, pictures, provenance, title=args.title, note=args.note)
         metrics = {**results, "provenance": provenance}
         output = Path(args.output)

@@ -14,9 +14,9 @@ from scmmgpt.eval.__main__ import COMMANDS
 from scmmgpt.eval.__main__ import main as evaluate
 from scmmgpt.eval.annotation import MODEL_NAME
 from scmmgpt.eval.cells import read_splits
-from scmmgpt.eval.report import describe_checkpoint, headline, read_training, verdicts
+from scmmgpt.eval.report import describe_checkpoint, headline, read_training, trained_elsewhere, verdicts
 from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names
-from scmmgpt.train.corpus import write_corpus
+from scmmgpt.train.corpus import open_corpus, write_corpus
 from scmmgpt.train.synthetic import synthetic_adata
 
 
@@ -237,6 +237,16 @@ def test_a_checkpoint_is_described_without_loading_it(tmp_path):
     described = describe_checkpoint(tmp_path)
     assert described["parameters"] == 17
     assert described["language model"] == "llama: 2 layers, 8 wide"
+
+
+def test_a_checkpoint_of_another_corpus_is_warned_of(demo, tmp_path):
+    corpus = open_corpus(demo / "corpus")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text("{}")
+    for trained_on, expected in ((other, True), (demo / "corpus", False), (tmp_path / "gone", False)):
+        (tmp_path / "training.json").write_text(json.dumps({"data": {"corpus": str(trained_on)}}))
+        assert bool(trained_elsewhere(tmp_path, corpus)) is expected
 
 
 def test_verdicts_tell_losses_from_draws():
