@@ -32,7 +32,8 @@ def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = F
     """
     mean = inputs.mean(dim=0)
     _, scale, axes = torch.linalg.svd(inputs - mean, full_matrices=False)
-    rank = min(len(axes), linear.out_features)
+    # An axis along which nothing varies is rounding noise: no start to build on, and another one on every machine.
+    rank = min(int((scale > 1e-3 * scale[0]).sum()), linear.out_features)
     size = (linear.out_features if unit else 1) ** 0.5
     linear.weight[:rank] = axes[:rank] * (size * len(inputs) ** 0.5 / scale.norm().clamp(min=1e-6))
     linear.bias.copy_(-linear.weight @ mean)

@@ -33,7 +33,7 @@ from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze
 
 # The language model's linear layers and nothing else: suffixes would also hit the Q-Former's.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-TEXT_BATCHES = 16  # batches that the start of the text-to-cell projection is computed from, at most
+PROMPT_CELLS = 128  # cells whose prompts the start of the text-to-cell projection is computed from, at most
 NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
 SCRATCH_TEXTS = 20_000  # captions and answers that a scratch tokenizer is trained on, at most
 CHAT_TEMPLATE = (
@@ -177,8 +177,12 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: St
     """Start the projection onto condition tokens from what texts differ in."""
     model.eval()
     parts, prompts = model.model, []
-    for step in range(min(len(batches), TEXT_BATCHES)):
+    n_cells = 0
+    for step in range(len(batches)):
+        if n_cells >= PROMPT_CELLS:  # cells, not batches: the start must not depend on the batch size
+            break
         batch = batches[step]
+        n_cells += len(batch["input_ids"])
         text_states = parts.language_model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).last_hidden_state
