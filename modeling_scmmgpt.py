@@ -625,8 +625,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 class ScMMGPTTextToCellProjector(nn.Module):
     """Learned queries cross-attend to the language model's states and become condition tokens of the cell model.
 
-    The state of the prompt's last token, which has read all of it, is added to every query: texts differ in it from the
-    start, while a fresh cross-attention averages their differences away.
+    The state of the prompt's last token, which has read all of it, is added to every query: texts differ in it from
+    the start, while a fresh cross-attention averages their differences away.
     """
 
     def __init__(self, config: ScMMGPTConfig):

@@ -21,9 +21,9 @@ PROJECTION_CELLS = 512  # cells that the start of a projection is computed from,
 def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = False) -> None:
     """Start a linear layer from the principal axes of its inputs, centred and scaled to one.
 
-    A BERT answers nearly the same for every text, as a fresh Q-Former does for every cell; cosine similarities are then
-    all 1, and contrast settles in the constant solution. What is left here are the differences. `train/LOG.md` has the
-    comparison.
+    A BERT answers nearly the same for every text, as a fresh Q-Former does for every cell; cosine similarities are
+    then all 1, and contrast settles in the constant solution. What is left here are the differences. `train/LOG.md`
+    has the comparison.
 
     Args:
         linear: Its weight and bias are set; output units beyond the inputs' rank keep their weights.
