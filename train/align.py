@@ -218,7 +218,13 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path)
     )
     mask_ratio = training_args.mask_ratio if training_args.cell_pretraining_weight else None
-    collate = AlignmentCollator(processor, captions, mask_ratio=mask_ratio, max_genes=data_args.max_genes)
+    collate = AlignmentCollator(
+        processor,
+        captions,
+        mask_ratio=mask_ratio,
+        mask_value=model.config.cell_config.mask_value,
+        max_genes=data_args.max_genes,
+    )
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
 
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:

@@ -42,7 +42,8 @@ def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[
         cells[shard.split] += shard.n_cells
     metrics = {name: value for line in log_history for name, value in line.items() if is_measured(name)}
     hub_ids = [base for base in bases.values() if is_hub_id(base)]
-    data = ModelCardData(library_name="transformers", tags=TAGS, base_model=hub_ids or None, license="apache-2.0")
+    # The weights' licence follows the parts that they start from (Llama-2 has its own), which are named in the text.
+    data = ModelCardData(library_name="transformers", tags=TAGS, base_model=hub_ids or None, license="other")
     sections = [f"# scMMGPT: {TITLES[command]}"]
     if cells["train"] < DEMO_CELLS:
         sections.append(

@@ -32,12 +32,13 @@ class AlignmentCollator:
         processor: Makes every input.
         captions: Writes the texts.
         mask_ratio: Share of genes hidden for the masked-expression loss; `None` leaves that loss out.
+        mask_value: What stands in place of a hidden value, `ScGPTConfig.mask_value`.
         max_genes: Longest cell; by default the processor's.
     """
 
-    def __init__(self, processor, captions: CaptionSampler, *, mask_ratio: float | None = None, max_genes=None):
+    def __init__(self, processor, captions: CaptionSampler, *, mask_ratio=None, mask_value=-1.0, max_genes=None):
         self.processor, self.captions = processor, captions
-        self.mask_ratio, self.max_genes = mask_ratio, max_genes
+        self.mask_ratio, self.mask_value, self.max_genes = mask_ratio, mask_value, max_genes
         self.gene_symbols = processor.gene_symbols(range(len(processor.gene_tokenizer)))
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
@@ -56,7 +57,7 @@ class AlignmentCollator:
                 epoch=epoch,
             )
             batch["expression_labels"] = batch["expression"].masked_fill(~hidden, -100)
-            batch["masked_expression"] = batch["expression"].masked_fill(hidden, -1)
+            batch["masked_expression"] = batch["expression"].masked_fill(hidden, self.mask_value)
         return batch
 
 
