@@ -1,5 +1,6 @@
 """Everything that the tests share is small and built here in code: nothing is downloaded, nothing is large."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -22,6 +23,15 @@ from scmmgpt.train.corpus import write_corpus
 
 
 TYPES = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
+
+
+@pytest.fixture(autouse=True)
+def logging_level():
+    """A command's main sets the package's level for its process: here it ends with the test that ran it."""
+    package = logging.getLogger("scmmgpt")
+    package.setLevel(logging.NOTSET)
+    yield
+    package.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

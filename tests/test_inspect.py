@@ -1,6 +1,7 @@
 """`scmmgpt inspect` says what is in a file, for people and for programs."""
 
 import json
+import logging
 
 import anndata as ad
 import numpy as np
@@ -50,6 +51,7 @@ def test_a_good_file_is_described_and_can_be_used(counts, tmp_path):
 def test_a_report_is_json_with_an_exit_status(counts, tmp_path, capsys):
     path = write(np.log1p(counts), tmp_path / "cells.h5ad")
     assert inspect.main([str(path), "--json"]) == 0
+    assert logging.getLogger("scmmgpt").level == logging.NOTSET  # the caller's log is as it was
     report = json.loads(capsys.readouterr().out)
     assert report["usable"]
     assert report["matrix"]["kind"] == "log1p"

@@ -44,6 +44,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -337,11 +339,11 @@ def main(args: argparse.Namespace | list[str] | None = None) -> int:
     """Run `scmmgpt inspect`; returns the exit status."""
     if not isinstance(args, argparse.Namespace):
         args = make_parser().parse_args(args)
-    logging.getLogger("scmmgpt").setLevel(logging.ERROR)  # the report has the warnings
     options = {name: getattr(args, name) for name in ("layer", "assume", "gene_column", "organism", "force")}
     try:
         gene_index = None if args.model is None else _gene_index(args.model)
-        report = inspect_file(args.file, gene_index, max_cells=args.max_cells, **options)
+        with _warnings_unlogged():
+            report = inspect_file(args.file, gene_index, max_cells=args.max_cells, **options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.json:
             _write(json.dumps({"usable": False, "error": str(error)}) + "\n")
@@ -350,6 +352,18 @@ def main(args: argparse.Namespace | list[str] | None = None) -> int:
         return ERROR
     _write(json.dumps(report, indent=2) + "\n" if args.json else render(report))
     return 0 if report["usable"] else ERROR
+
+
+@contextmanager
+def _warnings_unlogged() -> Iterator[None]:
+    """The report has the warnings; whoever calls `main` in a process of their own keeps their log as it was."""
+    package = logging.getLogger("scmmgpt")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def _gene_index(model: str) -> GeneIndex:
