@@ -154,3 +154,31 @@ def test_a_readout_meets_the_scores_of_the_regression_exactly():
     weights, bias = finetune.readout_of(model, texts)
     np.testing.assert_allclose((weights @ texts.T).numpy(), model.weights.T, atol=1e-5)
     np.testing.assert_allclose((bias @ texts.T).numpy(), model.bias, atol=1e-5)
+
+
+def test_labels_spread_to_neighbours_without_one():
+    rng = np.random.default_rng(0)
+    types = np.arange(120) % 2
+    rates = np.ones((2, 60))
+    rates[0, :30], rates[1, 30:] = 2.0, 2.0
+    profiles = np.sqrt(rng.poisson(rates[types]))
+    profiles = csr_matrix(profiles / np.linalg.norm(profiles, axis=1, keepdims=True))
+    shown, hidden = np.arange(2), np.arange(2, 120)
+    spread = finetune.fit_spread_regression(profiles[shown], types[shown], profiles[hidden], 2)
+    alone = next(finetune.fit_regressions(profiles[shown], types[shown], 2, [finetune.DEFAULT_STRENGTH]))
+
+    def accuracy(model):
+        return ((profiles[hidden] @ model.weights.T + model.bias).argmax(axis=1) == types[hidden]).mean()
+
+    assert accuracy(spread) > accuracy(alone) + 0.1
+
+
+def test_cells_without_a_label_are_read_where_labels_are_few(cells, bert, tmp_path):
+    few = cells.copy()
+    few.obs["label"] = np.where(np.arange(90) < 6, few.obs["label"].astype(str), "unknown")
+    record = run(few, bert, tmp_path, shots=2)
+    assert record["readout_strength"] == "spread"
+    assert record["cells"] == {"train": 6, "validation": 0, "unlabelled": 84}
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tmp_path / "out"), device="cpu")
+    annotated = pipeline.annotate(cells.copy())
+    assert np.mean(annotated.obs["scmmgpt_cell_type"] == annotated.obs["label"]) > 0.95

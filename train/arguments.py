@@ -129,7 +129,8 @@ class FinetuneDataArguments:
 
     Args:
         adata: Labelled cells, in any format that `scmmgpt` reads.
-        label_key: Column of `obs` with the labels; cells without one are left out.
+        label_key: Column of `obs` with the labels. Cells without one help where labels are few: the labels of their
+            neighbours spread to them.
         ontology_key: Column of `obs` with the labels' Cell Ontology ids; by default `{label_key}_ontology_term_id`
             where there is one.
         label_texts: JSON file, label -> text that describes it; by default name and definition in the Cell Ontology.

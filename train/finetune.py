@@ -22,8 +22,9 @@ What is learned, in this order:
 3. The readout is solved once more with the held-out cells, at the strength that was chosen, and the temperature of
    `annotate` is the one that fits the held-out cells best (chosen before).
 
-With `--shots` nothing is held out, and the strength is the default. From a checkpoint the readout adds to what its
-queries say, in the proportion that fits held-out cells best; a new model has queries that begin by saying nothing.
+With `--shots` nothing is held out, and the strength is the default. Cells of the file that have no label help where
+labels are few: see [`fit_spread_regression`]. From a checkpoint the readout adds to what its queries say, in the
+proportion that fits held-out cells best; a new model has queries that begin by saying nothing.
 `finetune.json` in the output says what was tried and what came out.
 """
 
@@ -36,11 +37,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, diags, vstack
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
+from sklearn.neighbors import kneighbors_graph
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
@@ -73,6 +76,9 @@ PROFILE_SCALE = 100.0  # profiles have length 1; the regression sees sqrt(counts
 STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # inverse L2 penalties that are tried, on that scale
 MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 DEFAULT_STRENGTH = 0.01  # where nothing is held out
+ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label: what sets single cells apart is mostly noise
+SPREAD = "spread"  # in place of a strength: `fit_spread_regression`
+SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE, SPREAD_STEPS = 20, 15, 0.5, 20
 DEFAULT_TEMPERATURE = 0.1
 TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
 READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the readout, in lengths of what a checkpoint's queries say
@@ -235,14 +241,70 @@ def fit_regressions(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # stopping early is a penalty more
             model.fit(profiles * PROFILE_SCALE, targets)
-        weights, bias = model.coef_, model.intercept_
-        if len(weights) == 1:  # scikit-learn keeps one score for two classes
-            weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-        all_weights, all_bias = np.zeros((n_labels, profiles.shape[1])), np.zeros(n_labels)
-        # Scores count only up to a constant: centred, a label that was not seen is neither likely nor unlikely.
-        all_weights[model.classes_] = (weights - weights.mean(axis=0)) * PROFILE_SCALE
-        all_bias[model.classes_] = bias - bias.mean()
-        yield LinearModel(all_weights, all_bias)
+        yield linear_model(model, n_labels)
+
+
+def linear_model(
+    regression: LogisticRegression, n_labels: int, axes: np.ndarray | None = None, mean: np.ndarray | None = None
+) -> LinearModel:
+    """A fitted regression on scaled profiles, or on their coordinates along `axes` around `mean`, as one on profiles.
+
+    Args:
+        regression: Fitted to `profiles * PROFILE_SCALE`, or to `(profiles - mean) @ axes.T * PROFILE_SCALE`.
+        n_labels: How many labels there are, seen or not.
+        axes: `(n_axes, n_genes)`.
+        mean: `(n_genes,)`.
+    """
+    weights, bias = regression.coef_, regression.intercept_
+    if len(weights) == 1:  # scikit-learn keeps one score for two classes
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    # Scores count only up to a constant: centred, a label that was not seen is neither likely nor unlikely.
+    weights, bias = (weights - weights.mean(axis=0)) * PROFILE_SCALE, bias - bias.mean()
+    if axes is not None:
+        weights = weights @ axes
+        bias = bias - weights @ mean
+    all_weights, all_bias = np.zeros((n_labels, weights.shape[1])), np.zeros(n_labels)
+    all_weights[regression.classes_], all_bias[regression.classes_] = weights, bias
+    return LinearModel(all_weights, all_bias)
+
+
+def fit_spread_regression(
+    labelled: csr_matrix, targets: np.ndarray, unlabelled: csr_matrix, n_labels: int
+) -> LinearModel:
+    """A regression that also learns from cells without a label: how cells vary, and what their neighbours are called.
+
+    All cells give the principal components that the regression reads, and a graph of neighbours along which the known
+    labels spread (Zhou et al. 2004); every label is given the same weight in all. The regression is then fitted to
+    every cell that a label reached. With 1, 3, 5 and 10 labelled cells of each of 10 types of sorted blood cells among
+    2,200, in 4-fold cross-validation, it is right for 79, 84, 85 and 87 % where the regression on the labelled cells
+    is right for 69, 77, 79 and 83 %; with all cells labelled it is worse than that (`train/LOG.md`).
+
+    Args:
+        labelled: Profiles `(n_labelled, n_genes)`.
+        targets: int64 `(n_labelled,)`.
+        unlabelled: Profiles `(n_unlabelled, n_genes)`.
+        n_labels: How many labels there are.
+    """
+    profiles = vstack([labelled, unlabelled], format="csr")
+    n_axes = min(SPREAD_COMPONENTS, min(profiles.shape) - 1)
+    pca = PCA(n_axes, svd_solver="arpack", random_state=0)
+    points = pca.fit_transform(profiles.astype(np.float64)) * PROFILE_SCALE
+    graph = kneighbors_graph(points, min(SPREAD_NEIGHBOURS, len(points) - 1), mode="connectivity")
+    graph = graph.maximum(graph.T)
+    scale = diags(1 / np.sqrt(np.asarray(graph.sum(axis=1)).ravel()))
+    graph = scale @ graph @ scale
+    known = np.zeros((len(points), n_labels))
+    known[np.arange(len(targets)), targets] = 1
+    spread = known
+    for _ in range(SPREAD_STEPS):
+        spread = SPREAD_SHARE * (graph @ spread) + (1 - SPREAD_SHARE) * known
+    spread = spread / np.maximum(spread.sum(axis=0), 1e-12)
+    reached = spread.any(axis=1)
+    answers = spread.argmax(axis=1)
+    answers[: len(targets)] = targets
+    model = LogisticRegression(C=DEFAULT_STRENGTH, max_iter=MAX_ITERATIONS, tol=TOLERANCE)
+    model.fit(points[reached], answers[reached])
+    return linear_model(model, n_labels, pca.components_, pca.mean_)
 
 
 def negative_log_likelihood(scores: np.ndarray, targets: np.ndarray) -> float:
@@ -250,18 +312,28 @@ def negative_log_likelihood(scores: np.ndarray, targets: np.ndarray) -> float:
     return F.cross_entropy(torch.from_numpy(np.asarray(scores, dtype=np.float64)), torch.from_numpy(targets)).item()
 
 
-def choose_strength(
-    train: csr_matrix, train_targets, validation: csr_matrix, validation_targets, n_labels: int
+def choose_regression(
+    train: csr_matrix,
+    train_targets: np.ndarray,
+    validation: csr_matrix,
+    validation_targets: np.ndarray,
+    n_labels: int,
+    unlabelled: csr_matrix,
 ) -> dict:
-    """Validation loss by strength, over `STRENGTHS`, each at its best temperature, as that is fitted later anyway."""
+    """Validation loss by strength, over `STRENGTHS`, and of `SPREAD` where there are cells without a label.
+
+    Each has its best temperature, as that is fitted later anyway.
+    """
+    models = zip(STRENGTHS, fit_regressions(train, train_targets, n_labels, STRENGTHS), strict=True)
+    if unlabelled.shape[0]:
+        models = [*models, (SPREAD, fit_spread_regression(train, train_targets, unlabelled, n_labels))]
     losses = {}
-    models = fit_regressions(train, train_targets, n_labels, STRENGTHS)
-    for strength, model in zip(STRENGTHS, models, strict=True):
+    for name, model in models:
         scores = validation @ model.weights.T + model.bias
         scores /= max(np.abs(scores).max(), 1e-9)  # the temperatures are made for cosines
         temperature = fit_temperature(scores, validation_targets)
-        losses[strength] = round(negative_log_likelihood(scores / temperature, validation_targets), 4)
-        logger.info("Readout of strength %g: validation loss %.4f", strength, losses[strength])
+        losses[name] = round(negative_log_likelihood(scores / temperature, validation_targets), 4)
+        logger.info("Readout of strength %s: validation loss %.4f", name, losses[name])
     return losses
 
 
@@ -550,6 +622,7 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
     labels = read_labels(adata.obs, data_args)
     groups = None if data_args.group_key is None else column_of(adata.obs, data_args.group_key)
     train, validation = hold_out(labels, groups, data_args, seed)
+    unlabelled_rows = np.setdiff1d(np.arange(adata.n_obs), labels.rows)
 
     # --- Model
     if model_args.checkpoint is not None:
@@ -566,7 +639,7 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
         all_cells, _ = read_cells(adata, gene_index, **read_options)
         # What is held out has no part in the gene embeddings either.
         table.cells = [
-            all_cells[labels.rows[train]],
+            all_cells[np.union1d(labels.rows[train], unlabelled_rows)],
             *(read_cells(a, gene_index, **read_options)[0] for a in unlabelled),
         ]
         model, qformer_tokenizer, pretrained = build_model(table, model_args, profile_readout=True)
@@ -582,19 +655,26 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
 
     # --- The readout
     n_labels = len(labels.names)
-    profiles = profile_matrix(cells, len(processor.gene_tokenizer))
+    n_genes = len(processor.gene_tokenizer)
+    profiles, unlabelled = profile_matrix(cells, n_genes), profile_matrix(all_cells[unlabelled_rows], n_genes)
     targets = labels.targets
     eval_batches = batches(validation, training_args.per_device_eval_batch_size) if len(validation) else None
-    record = {"labels": dict(zip(labels.names, labels.texts, strict=True)), "cells": {"train": len(train)}}
-    record["cells"]["validation"] = len(validation)
-    strength = DEFAULT_STRENGTH
+    record = {"labels": dict(zip(labels.names, labels.texts, strict=True))}
+    record["cells"] = {"train": len(train), "validation": len(validation), "unlabelled": len(unlabelled_rows)}
     if eval_batches is not None:
-        losses = choose_strength(profiles[train], targets[train], profiles[validation], targets[validation], n_labels)
-        strength = min(losses, key=losses.get)
-        record["readout_losses"] = losses
+        record["readout_losses"] = choose_regression(
+            profiles[train], targets[train], profiles[validation], targets[validation], n_labels, unlabelled
+        )
+        strength = min(record["readout_losses"], key=record["readout_losses"].get)
+    elif len(unlabelled_rows) > len(train):
+        strength = SPREAD
+    else:
+        strength = ONE_SHOT_STRENGTH if data_args.shots == 1 else DEFAULT_STRENGTH
     record["readout_strength"] = strength
 
     def fit_regression(rows: np.ndarray) -> LinearModel:
+        if strength == SPREAD:
+            return fit_spread_regression(profiles[rows], targets[rows], unlabelled, n_labels)
         return next(fit_regressions(profiles[rows], targets[rows], n_labels, [strength]))
 
     text_features = model.eval().get_text_features(**processor(qformer_text=labels.texts)).detach()
