@@ -1,4 +1,4 @@
-"""`python -m scmmgpt.eval annotation|description|generation|report`: judge a checkpoint's outputs."""
+"""`python -m scmmgpt.eval annotation|description|finetuning|generation|report`: judge a checkpoint's outputs."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ from pathlib import Path
 COMMANDS = {
     "annotation": "scmmgpt.eval.annotation",
     "description": "scmmgpt.eval.description",
+    "finetuning": "scmmgpt.eval.finetuning",
     "generation": "scmmgpt.eval.generation",
     "report": "scmmgpt.eval.report",
 }
