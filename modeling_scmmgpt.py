@@ -14,16 +14,21 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
-from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.blip_2.modeling_blip_2 import (
+    Blip2QFormerModel,
+    Blip2QFormerMultiHeadAttention,
+    Blip2TextEmbeddings,
+)
 from transformers.utils import torch_compilable_check
 
 
 try:  # as a package or as remote code
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import ScGPTModel
+    from .modeling_scgpt import ScGPTModel, eager_attention_forward
 except ImportError:  # as a flat module in a clone
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import ScGPTModel
+    from modeling_scgpt import ScGPTModel, eager_attention_forward
 
 
 MAX_LOGIT_SCALE = 4.6052  # ln(100), the ceiling of CLIP's learned inverse temperature
@@ -291,6 +296,62 @@ class ScMMGPTProfileReadout(nn.Module):
         )
 
 
+class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
+    """The Q-Former's cross-attention, which projects a cell's genes once for all queries that read them.
+
+    Keys and values depend on the cell alone, and with a thousand genes to 32 queries they are most of the work. In
+    matching a cell is read with several texts, and before that alone.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        readers: torch.Tensor | None = None,
+        projected: dict | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the class it replaces, but for two arguments.
+
+        Args:
+            hidden_states: `(num_rows, num_query_tokens, hidden_size)`.
+            attention_mask: Of the self-attention; not used.
+            encoder_hidden_states: `(num_cells, num_genes, encoder_hidden_size)`.
+            encoder_attention_mask: `(num_cells, 1, 1, num_genes)`, added to the scores.
+            readers: `(num_rows,)`: which cell each row reads; by default row i reads cell i.
+            projected: Keys and values by module: those of an earlier call on the same cells are taken from here, and
+                those of this call are left here.
+            kwargs: For the attention function.
+        """
+
+        def by_head(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+        if projected is None or self not in projected:
+            states = by_head(self.key(encoder_hidden_states)), by_head(self.value(encoder_hidden_states))
+            if projected is not None:
+                projected[self] = states
+        else:
+            states = projected[self]
+        if readers is not None:  # not `states[readers]`, whose gradient is added up element by element
+            states = [state.index_select(0, readers) for state in states]
+            if encoder_attention_mask is not None:
+                encoder_attention_mask = encoder_attention_mask.index_select(0, readers)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            by_head(self.query(hidden_states)),
+            *states,
+            encoder_attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.flatten(2), weights
+
+
 class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
     """The parts that stage 1 trains and stage 2 keeps: cell model, Q-Former with text branch, contrast and matching.
 
@@ -304,6 +365,9 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self.cell_norm = nn.LayerNorm(config.cell_config.hidden_size, eps=config.cell_config.layer_norm_eps)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        for layer in self.qformer.encoder.layer:
+            if layer.has_cross_attention:  # with the weights and names that it has
+                layer.crossattention.attention.__class__ = ScMMGPTCellAttention
         self.qformer_embeddings = Blip2TextEmbeddings(config.qformer_config)
         # What each query answers to the average cell. It is much larger than what cells differ in, and is taken out.
         self.query_means = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
@@ -327,20 +391,24 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         cell_attention_mask: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        readers: torch.Tensor | None = None,
+        projected: dict | None = None,
     ) -> torch.Tensor:
         """Let the queries read cells, alone or together with a text.
 
         Args:
-            cell_states: `(batch_size, num_genes, cell_config.hidden_size)` from `encode_cells`.
-            cell_attention_mask: `(batch_size, num_genes)`.
-            text_embeds: `(batch_size, text_length, qformer_config.hidden_size)`, to read a text beside the cell.
-            qformer_attention_mask: `(batch_size, text_length)`, or a float mask that is added to the attention scores,
-                `(batch_size, 1, num_query_tokens + text_length, num_query_tokens + text_length)`.
+            cell_states: `(num_cells, num_genes, cell_config.hidden_size)` from `encode_cells`.
+            cell_attention_mask: `(num_cells, num_genes)`.
+            text_embeds: `(num_rows, text_length, qformer_config.hidden_size)`, to read a text beside the cell.
+            qformer_attention_mask: `(num_rows, text_length)`, or a float mask that is added to the attention scores,
+                `(num_rows, 1, num_query_tokens + text_length, num_query_tokens + text_length)`.
+            readers: `(num_rows,)`: which cell each row reads; by default row i reads cell i.
+            projected: See [`ScMMGPTCellAttention`].
 
         Returns:
-            `(batch_size, num_query_tokens [+ text_length], qformer_config.hidden_size)`.
+            `(num_rows, num_query_tokens [+ text_length], qformer_config.hidden_size)`.
         """
-        queries = self.query_tokens.expand(len(cell_states), -1, -1)
+        queries = self.query_tokens.expand(len(cell_states if readers is None else readers), -1, -1)
         attention_mask = None
         if text_embeds is not None:
             attention_mask = qformer_attention_mask
@@ -355,6 +423,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             attention_mask=attention_mask,
             encoder_hidden_states=cell_states,
             encoder_attention_mask=cell_attention_mask,
+            readers=readers,
+            projected=projected,
         ).last_hidden_state
 
     def project_cells(
@@ -458,7 +528,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
         cells, texts = pairs.unbind(dim=1)
         logits = self.matching_logits(
-            cell_states[cells], cell_attention_mask[cells], text_embeds[texts], qformer_attention_mask[texts]
+            cell_states, cell_attention_mask, text_embeds[texts], qformer_attention_mask[texts], readers=cells
         )
         return logits.softmax(dim=-1)[:, 1]
 
@@ -468,9 +538,10 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         cell_attention_mask: torch.Tensor,
         text_embeds: torch.Tensor,
         qformer_attention_mask: torch.Tensor,
+        **reading,
     ) -> torch.Tensor:
-        """`(num_pairs, 2)` logits of "no match" and "match", averaged over the queries."""
-        states = self.query_cells(cell_states, cell_attention_mask, text_embeds, qformer_attention_mask)
+        """`(num_pairs, 2)` logits of "no match" and "match", averaged over the queries; see `query_cells`."""
+        states = self.query_cells(cell_states, cell_attention_mask, text_embeds, qformer_attention_mask, **reading)
         return self.matching_head(states[:, : self.config.num_query_tokens]).mean(dim=1)
 
 
@@ -530,7 +601,9 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
         # step 1: cells and texts, each alone, into the shared space
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
-        query_states = self.query_cells(cell_states, cell_attention_mask)
+        # Checkpointing gives up what a pass computed; then nothing of it can be kept for the next.
+        projected = None if self.training and self.qformer.encoder.gradient_checkpointing else {}
+        query_states = self.query_cells(cell_states, cell_attention_mask, projected=projected)
         cell_features = self.project_cells(query_states, profile_gene_ids, profile)
         text_features = self.get_text_features(qformer_input_ids, qformer_attention_mask)
         output = AlignmentOutput(cell_features=cell_features, text_features=text_features)
@@ -571,14 +644,19 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             texts = torch.cat([true_pairs, wrong_texts, columns])
             is_match = (torch.arange(len(cells), device=gene_ids.device) < len(true_pairs)).long()
             matching_logits = self.matching_logits(
-                cell_states[cells], cell_attention_mask[cells], text_embeds[texts], qformer_attention_mask[texts]
+                cell_states,
+                cell_attention_mask,
+                text_embeds.index_select(0, texts),
+                qformer_attention_mask[texts],
+                readers=cells,
+                projected=projected,
             )
             losses["matching"] = F.cross_entropy(matching_logits.float(), is_match)
 
         # step 4: captioning, each word from the queries and the words before it
         if config.captioning_weight:
             losses["captioning"] = self.captioning_loss(
-                cell_states, cell_attention_mask, text_embeds, qformer_input_ids, qformer_attention_mask
+                cell_states, cell_attention_mask, text_embeds, qformer_input_ids, qformer_attention_mask, projected
             )
 
         # step 5: the cell model's own masked-expression objective
@@ -602,6 +680,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         text_embeds: torch.Tensor,
         qformer_input_ids: torch.Tensor,
         qformer_attention_mask: torch.Tensor,
+        projected: dict | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of each text token given the queries and the tokens before it; the embeddings are the head."""
         num_queries, length = self.config.num_query_tokens, qformer_input_ids.shape[1]
@@ -611,7 +690,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         visible = visible[None] & F.pad(qformer_attention_mask.bool(), (num_queries, 0), value=True)[:, None]
         visible = visible | torch.eye(total, dtype=torch.bool, device=text_embeds.device)  # no empty softmax
         mask = additive_mask(visible[:, None], text_embeds.dtype)
-        states = self.query_cells(cell_states, cell_attention_mask, text_embeds, mask)[:, num_queries:]
+        states = self.query_cells(cell_states, cell_attention_mask, text_embeds, mask, projected=projected)
+        states = states[:, num_queries:]
         logits = F.linear(states[:, :-1], self.qformer_embeddings.word_embeddings.weight)
         labels = qformer_input_ids[:, 1:].masked_fill(qformer_attention_mask[:, 1:] == 0, IGNORE_INDEX)
         return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX)

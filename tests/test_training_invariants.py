@@ -75,6 +75,24 @@ def test_activation_checkpointing_changes_no_gradient(alignment, batch):
         torch.testing.assert_close(theirs[name], gradient, msg=name)
 
 
+def test_a_cell_is_projected_once_for_contrast_and_matching_and_nothing_changes(alignment, batch):
+    alignment.config.matching_weight = alignment.config.captioning_weight = 1.0
+    cross_attention = alignment.qformer.encoder.layer[0].crossattention.attention
+    projections = []
+    cross_attention.key.register_forward_hook(lambda module, args, output: projections.append(len(output)))
+    torch.manual_seed(0)
+    loss, gradients = gradients_of(alignment, batch)
+    assert projections == [8]
+    # Checkpointing computes every pass anew.
+    alignment.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(0)
+    their_loss, theirs = gradients_of(alignment, batch)
+    assert len(projections) > 4
+    assert their_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs[name], gradient, msg=name)
+
+
 def test_bfloat16_follows_float32(alignment, batch):
     losses = {}
     start = {name: value.clone() for name, value in alignment.state_dict().items()}
