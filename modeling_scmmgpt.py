@@ -104,8 +104,8 @@ class CellGenerationOutput(ModelOutput):
     """Cells generated from text.
 
     Args:
-        expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Expected log1p(CP10k) of each gene.
-        counts (`torch.LongTensor` of shape `(batch_size, num_genes)`): Sampled counts; `None` unless sampled.
+        expression (`torch.FloatTensor` of shape `(num_cells, num_genes)`): Expected log1p(CP10k) of each gene.
+        counts (`torch.LongTensor` of shape `(num_cells, num_genes)`): Sampled counts; `None` unless sampled.
     """
 
     expression: torch.FloatTensor | None = None
@@ -873,6 +873,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         cell_attention_mask: torch.LongTensor | None = None,
         target_gene_ids: torch.LongTensor | None = None,
         target_attention_mask: torch.LongTensor | None = None,
+        target_rows: torch.LongTensor | None = None,
         target_expression: torch.FloatTensor | None = None,
         target_counts: torch.Tensor | None = None,
         library_size: torch.FloatTensor | None = None,
@@ -907,11 +908,13 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             **kwargs,
         )
 
-        # step 3: rows with target genes generate a cell
+        # step 3: rows with target genes generate cells; a row is decoded once, however many cells it is to fit
         expression_loss = None
         if target_gene_ids is not None:
             if target_attention_mask is None:
                 target_attention_mask = torch.ones_like(target_gene_ids)
+            if target_rows is None:
+                target_rows = torch.arange(len(target_gene_ids), device=target_gene_ids.device)
             rows = target_attention_mask.any(dim=1).nonzero(as_tuple=True)[0]
             if not len(rows):
                 rows = rows.new_zeros(1)  # a fully masked row: a loss of 0 that still reaches every parameter (DDP)
@@ -923,10 +926,13 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
                 target_gene_ids[rows],
                 target_attention_mask[rows],
             )
+            decoded = torch.searchsorted(rows, target_rows).clamp(max=len(rows) - 1)
             expression_loss = self.expression_head.loss(
-                parameters,
-                target_attention_mask[rows],
-                *(None if x is None else x[rows] for x in (target_expression, target_counts, library_size)),
+                {name: value[decoded] for name, value in parameters.items()},
+                target_attention_mask[target_rows],
+                target_expression,
+                target_counts,
+                library_size,
             )
 
         return ScMMGPTModelOutput(
@@ -1074,6 +1080,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         cell_attention_mask: torch.LongTensor | None = None,
         target_gene_ids: torch.LongTensor | None = None,
         target_attention_mask: torch.LongTensor | None = None,
+        target_rows: torch.LongTensor | None = None,
         target_expression: torch.FloatTensor | None = None,
         target_counts: torch.Tensor | None = None,
         library_size: torch.FloatTensor | None = None,
@@ -1087,10 +1094,12 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
                 order, each standing for `num_query_tokens` placeholders in `input_ids`.
             target_gene_ids, target_attention_mask: `(batch_size, num_genes)`: genes that row's text should generate. A
                 row whose mask is all 0 generates none.
-            target_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): log1p(CP10k), for the `mse`
-                head.
-            target_counts (`torch.Tensor` of shape `(batch_size, num_genes)`): Raw counts, for `nb` and `zinb`.
-            library_size (`torch.FloatTensor` of shape `(batch_size,)`): Total counts of the target cell.
+            target_rows (`torch.LongTensor` of shape `(num_targets,)`): The row whose text should generate each target
+                cell. One text may have many cells to fit; it is read and decoded once. By default one cell per row.
+            target_expression (`torch.FloatTensor` of shape `(num_targets, num_genes)`): log1p(CP10k) of its row's
+                genes, for the `mse` head.
+            target_counts (`torch.Tensor` of shape `(num_targets, num_genes)`): Raw counts, for `nb` and `zinb`.
+            library_size (`torch.FloatTensor` of shape `(num_targets,)`): Total counts of the target cell.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -1103,6 +1112,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             cell_attention_mask=cell_attention_mask,
             target_gene_ids=target_gene_ids,
             target_attention_mask=target_attention_mask,
+            target_rows=target_rows,
             target_expression=target_expression,
             target_counts=target_counts,
             library_size=library_size,
@@ -1139,21 +1149,27 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         *,
         target_gene_ids: torch.LongTensor,
         library_size: torch.Tensor | float | None = None,
+        num_return_cells: int = 1,
         do_sample: bool = False,
         seed: int = 0,
         cell_ids: list[int] | None = None,
         **cell_inputs,
     ) -> CellGenerationOutput:
-        """Generate one cell per prompt.
+        """Generate cells from prompts; a prompt is read and decoded once, however many cells are drawn from it.
 
         Args:
             input_ids, attention_mask: `(batch_size, sequence_length)` prompts; left padding, as for `generate`.
             target_gene_ids: `(num_genes,)` or `(batch_size, num_genes)`: the genes to generate.
-            library_size: Total counts of a cell, one number or `(batch_size,)`; needed to sample counts.
+            library_size: Total counts of a cell, one number or `(batch_size * num_return_cells,)`; needed to sample
+                counts.
+            num_return_cells: Cells of each prompt; those of one prompt follow each other.
             do_sample: Also draw counts (`nb` and `zinb` heads).
             seed, cell_ids: A cell's draw depends on `seed` and its id alone (by default its row number), so any batch
                 gives the same cell.
             cell_inputs: `gene_ids`, `expression`, `cell_attention_mask` of cells that the prompts mention.
+
+        Returns:
+            [`CellGenerationOutput`] of `batch_size * num_return_cells` rows.
 
         Raises:
             ValueError: If counts are asked of the `mse` head or without a library size.
@@ -1178,11 +1194,13 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             **cell_inputs,
         ).last_hidden_state
         parameters = self.model.decode_cells(text_states, attention_mask, target_gene_ids)
+        parameters = {name: value.repeat_interleave(num_return_cells, dim=0) for name, value in parameters.items()}
         counts = None
         if do_sample:
+            n_cells = len(input_ids) * num_return_cells
             library_size = torch.as_tensor(library_size, dtype=torch.float32, device=input_ids.device)
-            seeds = [hash_seed(seed, cell_id) for cell_id in (cell_ids or range(len(input_ids)))]
-            counts = self.model.expression_head.sample(parameters, library_size.expand(len(input_ids)), seeds)
+            seeds = [hash_seed(seed, cell_id) for cell_id in (cell_ids or range(n_cells))]
+            counts = self.model.expression_head.sample(parameters, library_size.expand(n_cells), seeds)
         return CellGenerationOutput(expression=parameters["expression"].clamp(min=0), counts=counts)
 
     def prepare_inputs_for_generation(

@@ -499,31 +499,32 @@ class ScMMGPTPipeline:
         if not (np.isfinite(sizes).all() and (sizes > 0).all()):
             raise ValueError(f"library_size must be positive counts, but holds {sizes.min()}.")
 
-        # A mean is computed once per prompt and repeated; draws are made cell by cell.
+        # A prompt is read and decoded once; a mean is the same for all its cells, and draws are made cell by cell.
         drawn = n_cells if do_sample else 1
-        rows = [(prompt, number) for prompt in prompts for number in range(drawn)]
         chunks = self._gene_chunks(gene_ids, max_genes)
-        expression = np.zeros((len(rows), len(gene_ids)), dtype=np.float32)
-        counts = np.zeros((len(rows), len(gene_ids)), dtype=np.int32) if do_sample else None
-        batch_size = self._batch_size(batch_size, 32)
-        starts = range(0, len(rows), batch_size)
+        expression = np.zeros((len(prompts) * drawn, len(gene_ids)), dtype=np.float32)
+        counts = np.zeros((len(prompts) * drawn, len(gene_ids)), dtype=np.int32) if do_sample else None
+        batch_size = max(1, self._batch_size(batch_size, 32) // drawn)
+        starts = range(0, len(prompts), batch_size)
         for start in logging.tqdm(starts, desc="Generating", unit="batch", disable=len(starts) < 2):
-            batch = rows[start : start + batch_size]
-            texts = [self.processor.render_prompt("generate", text=prompt) for prompt, _ in batch]
+            batch = prompts[start : start + batch_size]
+            rows = slice(start * drawn, (start + len(batch)) * drawn)
+            texts = [self.processor.render_prompt("generate", text=prompt) for prompt in batch]
             inputs = self.processor(text=texts).to(self.device)
             for turn, columns in enumerate(chunks):
                 with torch.inference_mode():
                     output = self.model.generate_cells(
                         **inputs,
                         target_gene_ids=torch.from_numpy(gene_ids[columns]).to(self.device),
-                        library_size=torch.from_numpy(sizes[[number for _, number in batch]]).to(self.device),
+                        library_size=torch.from_numpy(np.tile(sizes[:drawn], len(batch))).to(self.device),
+                        num_return_cells=drawn,
                         do_sample=do_sample,
                         seed=seed + turn,
-                        cell_ids=[_cell_id(prompt, number) for prompt, number in batch],
+                        cell_ids=[_cell_id(prompt, number) for prompt in batch for number in range(drawn)],
                     )
-                expression[start : start + len(batch), columns] = output.expression.float().cpu().numpy()
+                expression[rows, columns] = output.expression.float().cpu().numpy()
                 if do_sample:
-                    counts[start : start + len(batch), columns] = output.counts.cpu().numpy()
+                    counts[rows, columns] = output.counts.cpu().numpy()
         if do_sample:
             # By the size of the whole cell: the genes asked for may be a part of it.
             totals = np.tile(sizes, len(prompts))[:, None]

@@ -179,14 +179,15 @@ class ScMMGPTProcessor(ProcessorMixin):
             cells: [`Cells`], or an AnnData (read as `read_cells` does), in the order in which the texts mention them.
             answers: One per text; appended, and learned (`labels` is -100 elsewhere). An empty answer is not learned.
             qformer_text: Texts for the Q-Former.
-            target_cells: The cells to generate, one for each row of `target_rows`.
-            target_rows: Bool `(len(text),)`: which texts generate a cell; by default all.
+            target_cells: The cells that texts are to generate.
+            target_rows: Int `(len(target_cells),)`: which text generates each of them; by default the texts in order.
             target_genes: Vocabulary ids of the measured genes that may be generated; by default the whole vocabulary.
             epoch: Enters the randomness of gene sampling and binning, beside each cell's id.
             kwargs: `max_genes` and `selection`, in place of the feature extractor's own.
 
         Raises:
-            ValueError: If placeholders and cells, texts and answers, or targets and rows do not match in number.
+            ValueError: If placeholders and cells, texts and answers, or targets and rows do not match in number, or
+                a target's row has no text.
         """
         unknown = sorted(set(kwargs) - set(CELL_KWARGS) - {"padding"})  # `padding`: the chat template always passes it
         if unknown:
@@ -207,10 +208,18 @@ class ScMMGPTProcessor(ProcessorMixin):
             text = [text] if isinstance(text, str) else list(text)
             data.update(self._text_inputs(text, answers, None if cells is None else len(cells)))
         if target_cells is not None:
-            rows = np.ones(len(text), dtype=bool) if target_rows is None else np.asarray(target_rows, dtype=bool)
-            if rows.sum() != len(target_cells):
-                raise ValueError(f"{len(target_cells)} target cells were given for {int(rows.sum())} target rows.")
-            data.update(self.encode_targets(target_cells, target_genes, rows=rows, epoch=epoch))
+            n_texts = 0 if text is None else len(text)
+            rows = np.arange(n_texts) if target_rows is None else np.asarray(target_rows)
+            if rows.dtype == bool:
+                raise TypeError("target_rows are row numbers, one for each target cell, but they are bool.")
+            if len(rows) != len(target_cells):
+                raise ValueError(f"{len(target_cells)} target cells were given for {len(rows)} target rows.")
+            if len(rows) and not 0 <= rows.min() <= rows.max() < n_texts:
+                raise ValueError(
+                    f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts, from row 0."
+                )
+            targets = self.encode_targets(target_cells, target_genes, rows=rows, n_rows=n_texts, epoch=epoch)
+            data.update(targets)
         if not data:
             raise ValueError("Nothing to process: pass text, cells or qformer_text.")
         return BatchFeature(data)
@@ -261,62 +270,71 @@ class ScMMGPTProcessor(ProcessorMixin):
         return any(token and text.startswith(token) for token in self.tokenizer.all_special_tokens)
 
     def encode_targets(
-        self, cells: Cells, genes: np.ndarray | None = None, *, rows: np.ndarray | None = None, epoch: int = 0
+        self,
+        cells: Cells,
+        genes: np.ndarray | None = None,
+        *,
+        rows: np.ndarray | None = None,
+        n_rows: int | None = None,
+        epoch: int = 0,
     ) -> dict[str, torch.Tensor]:
-        """The genes that a text should generate, zeros included, and their counts.
+        """The genes that texts should generate, zeros included, and the counts of the cells that they should fit.
 
         Args:
             cells: The cells to generate.
             genes: Vocabulary ids `(num_measured,)` of the genes that were measured in them; by default all.
-            rows: Bool `(batch_size,)`: the rows of the result that the cells fill; the others are masked out.
-            epoch: With the cell's id, decides which genes are drawn if there are more than `max_target_genes`.
+            rows: Int `(len(cells),)`: the text that generates each cell; by default each cell has its own.
+            n_rows: Number of texts; those without a cell generate nothing.
+            epoch: With the id of a text's first cell, decides which genes are drawn if there are more than
+                `max_target_genes`.
 
         Returns:
-            `target_gene_ids` int64, `target_attention_mask` int64, `target_counts` float32 (raw counts) and
-            `target_expression` float32 (log1p CP10k of the library size), each `(batch_size, num_genes)`, and
-            `library_size` float32 `(batch_size,)`.
+            Of the texts, `target_gene_ids` and `target_attention_mask`, int64 `(n_rows, num_genes)`. Of the cells,
+            `target_rows` int64 and `library_size` float32, `(len(cells),)`, and `target_counts` (raw counts) and
+            `target_expression` (log1p CP10k of the library size), float32 `(len(cells), num_genes)`.
         """
         if genes is None:
             genes = list(self.gene_index.vocabulary.values())
         genes = np.unique(np.asarray(genes, dtype=np.int64))
-        n = len(cells)
-        lengths = np.diff(cells.indptr)
-        row_of = np.repeat(np.arange(n), lengths)
+        rows = np.arange(len(cells)) if rows is None else rows
+        n_rows = len(cells) if n_rows is None else n_rows
+
+        # step 1: the genes of each text that generates
+        generating, first_cells, place = np.unique(rows, return_index=True, return_inverse=True)
+        n = len(generating)
         if len(genes) > self.max_target_genes:
-            # Each cell's own random subset, by a hash of (cell, epoch, gene): the genes that a mask would hide.
+            # A random subset by a hash of (cell, epoch, gene): the genes that a mask would hide.
             candidates = np.broadcast_to(
                 np.concatenate([[self.feature_extractor.cls_token_id], genes]), (n, len(genes) + 1)
             )
             share = (self.max_target_genes + 0.5) / len(genes)
-            chosen = mask_genes(
-                candidates, np.ones_like(candidates), cells.cell_ids, share, seed=TARGET_SEED, epoch=epoch
-            )
+            ids = cells.cell_ids[first_cells]
+            chosen = mask_genes(candidates, np.ones_like(candidates), ids, share, seed=TARGET_SEED, epoch=epoch)
             gene_ids = candidates[chosen].reshape(n, self.max_target_genes)
         else:
             gene_ids = np.broadcast_to(genes, (n, len(genes)))
-        # One sorted key per (row, gene) finds every count at once.
+
+        # step 2: each cell's counts of its text's genes; one sorted key per (cell, gene) finds them all at once
+        wanted = gene_ids[place]
         stride = int(max(genes.max(), cells.gene_ids.max(initial=0))) + 1
-        keys = row_of * stride + cells.gene_ids.astype(np.int64)
-        wanted = np.arange(n)[:, None] * stride + gene_ids
+        keys = np.repeat(np.arange(len(cells)), np.diff(cells.indptr)) * stride + cells.gene_ids.astype(np.int64)
+        wanted = np.arange(len(cells))[:, None] * stride + wanted
         position = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
         found = keys[position] == wanted if len(keys) else np.zeros(wanted.shape, dtype=bool)
         counts = np.where(found, cells.counts[position] if len(keys) else 0, 0).astype(np.float32)
         library_size = cells.library_sizes().astype(np.float32)
         expression = np.log1p(counts * (COUNTS_PER_10K / np.maximum(library_size, 1))[:, None]).astype(np.float32)
 
-        rows = np.ones(n, dtype=bool) if rows is None else rows
         data = {
-            "target_gene_ids": np.full((len(rows), gene_ids.shape[1]), self.feature_extractor.pad_token_id, np.int64),
-            "target_attention_mask": np.zeros((len(rows), gene_ids.shape[1]), np.int64),
-            "target_counts": np.zeros((len(rows), gene_ids.shape[1]), np.float32),
-            "target_expression": np.zeros((len(rows), gene_ids.shape[1]), np.float32),
-            "library_size": np.zeros(len(rows), np.float32),
+            "target_gene_ids": np.full((n_rows, gene_ids.shape[1]), self.feature_extractor.pad_token_id, np.int64),
+            "target_attention_mask": np.zeros((n_rows, gene_ids.shape[1]), np.int64),
+            "target_rows": rows.astype(np.int64),
+            "target_counts": counts,
+            "target_expression": expression,
+            "library_size": library_size,
         }
-        data["target_gene_ids"][rows] = gene_ids
-        data["target_attention_mask"][rows] = 1
-        data["target_counts"][rows] = counts
-        data["target_expression"][rows] = expression
-        data["library_size"][rows] = library_size
+        data["target_gene_ids"][generating] = gene_ids
+        data["target_attention_mask"][generating] = 1
         return {name: torch.from_numpy(value) for name, value in data.items()}
 
     # -- conversations ------------------------------------------------------------------------------------------------

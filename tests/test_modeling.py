@@ -341,6 +341,29 @@ def test_generated_expression_of_a_row_equals_that_of_the_row_alone(generator_mo
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_cells_that_share_a_prompt_give_the_loss_of_as_many_prompts(generator_model):
+    targets, prompt = targets_for(3), make_prompts(generator_model, [0])
+    apart = {name: value.expand(3, -1) for name, value in prompt.items()}
+    alone = generator_model(**apart, **targets)
+    for name in ("target_gene_ids", "target_attention_mask"):
+        targets[name] = targets[name][:1]
+    shared = generator_model(**prompt, **targets, target_rows=torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(shared.expression_loss, alone.expression_loss)
+
+
+def test_draws_from_one_prompt_are_those_of_the_prompt_repeated(tiny_config):
+    tiny_config.expression_head = "nb"
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(tiny_config).eval()
+    arguments = {"target_gene_ids": torch.arange(3, 15), "library_size": 5e3, "do_sample": True}
+    prompts = make_prompts(model, [0, 0])
+    drawn = model.generate_cells(**prompts, **arguments, num_return_cells=3, cell_ids=list(range(6)))
+    repeated = {name: value.repeat_interleave(3, dim=0) for name, value in prompts.items()}
+    expected = model.generate_cells(**repeated, **arguments, cell_ids=list(range(6)))
+    assert drawn.counts.tolist() == expected.counts.tolist()
+    torch.testing.assert_close(drawn.expression, expected.expression)
+
+
 def test_the_target_never_reaches_what_is_generated(generator_model):
     """The decoder's parameters are bit-identical whatever the target's counts are."""
     prompts = make_prompts(generator_model, [0, 0])

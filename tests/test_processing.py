@@ -82,12 +82,33 @@ def test_targets_hold_the_counts_of_every_measured_gene_zeros_included(processor
     torch.testing.assert_close(targets["target_expression"][0, 0], torch.tensor(2 / 100 * 1e4).log1p())
 
 
-def test_targets_fill_only_their_rows(processor, cells):
-    batch = processor(
-        text=["this is", "a B cell", "of the"], target_cells=cells, target_rows=np.array([True, False, True])
-    )
+def test_targets_fill_only_the_rows_of_their_texts(processor, cells):
+    batch = processor(text=["this is", "a B cell", "of the"], target_cells=cells, target_rows=[2, 0])
     assert batch["target_attention_mask"].any(dim=1).tolist() == [True, False, True]
-    assert batch["target_counts"][1].sum() == 0
+    assert batch["target_rows"].tolist() == [2, 0]
+    assert batch["library_size"].tolist() == [100, 50]
+
+
+def test_cells_of_one_text_share_its_genes(processor, cells):
+    processor.max_target_genes = 5
+    batch = processor(text=["of the", "a B cell"], target_cells=cells, target_rows=[1, 1])
+    assert batch["target_attention_mask"].any(dim=1).tolist() == [False, True]
+    genes = batch["target_gene_ids"][1].tolist()
+    alone = processor.encode_targets(cells, np.array(genes))
+    assert batch["target_counts"].tolist() == alone["target_counts"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "match"),
+    [
+        ([0, 3], ValueError, "from 0 to 3, but there are 2 texts"),
+        ([0], ValueError, "2 target cells were given for 1 target rows"),
+        ([True, True], TypeError, "row numbers"),
+    ],
+)
+def test_target_rows_must_be_rows_of_the_texts(processor, cells, rows, error, match):
+    with pytest.raises(error, match=match):
+        processor(text=["this is", "a B cell"], target_cells=cells, target_rows=rows)
 
 
 def test_a_cells_random_target_genes_do_not_depend_on_its_batch(processor, cells):
@@ -95,8 +116,8 @@ def test_a_cells_random_target_genes_do_not_depend_on_its_batch(processor, cells
     together = processor.encode_targets(cells)
     for row in range(2):
         alone = processor.encode_targets(cells[row : row + 1])
-        for name, value in together.items():
-            assert value[row : row + 1].tolist() == alone[name].tolist(), name
+        for name in set(together) - {"target_rows"}:
+            assert together[name][row : row + 1].tolist() == alone[name].tolist(), name
     assert together["target_gene_ids"].shape == (2, 5)
     assert processor.encode_targets(cells, epoch=1)["target_gene_ids"].tolist() != together["target_gene_ids"].tolist()
 

@@ -146,6 +146,30 @@ def test_the_expression_loss_is_really_in_the_total(corpus, aligned, tmp_path):
     assert total == pytest.approx(0.5 * language + 3 * expression, abs=0.01)
 
 
+def test_the_losses_of_a_step_are_those_of_the_models_own_forward(corpus, aligned, tmp_path, monkeypatch):
+    """The head scores labelled states alone, which must change nothing."""
+    compared = []
+
+    def compare(trainer, resume_from_checkpoint=None):
+        trainer.model.eval()
+        for step in range(2):
+            batch = trainer.train_batches[step]
+            ours = trainer.compute_loss(trainer.model, dict(batch))
+            compared.append((ours.item(), trainer.model(**batch).loss.item()))
+
+    monkeypatch.setattr(tune.TuneTrainer, "train", compare)
+    run_tune(corpus, aligned, str(tmp_path))
+    ours, theirs = zip(*compared, strict=True)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0, 1])
+def test_tuning_in_one_direction_alone(corpus, aligned, tmp_path, ratio):
+    run_tune(corpus, aligned, str(tmp_path), text_to_cell_ratio=ratio, prompts_per_epoch=1)
+    name = "expression_loss" if ratio else "language_loss"
+    assert log_of(tmp_path, "loss") == pytest.approx(log_of(tmp_path, name), abs=0.01)
+
+
 def test_one_step_of_eight_cells_is_eight_accumulated_steps_of_one(corpus, aligned, tmp_path):
     run_tune(corpus, aligned, str(tmp_path / "a"), max_steps=1)
     run_tune(

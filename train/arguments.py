@@ -258,11 +258,17 @@ class TuneConfig(StageArguments, SFTConfig):
 
     Args:
         text_to_cell_ratio: Share of cells that are generated from their text; the rest are described.
+        prompts_per_epoch: Different prompts that cells of equal annotations are generated from in an epoch. Cells of
+            one batch share the language model's pass over an equal prompt, so few prompts make many targets cheap. By
+            default each cell's prompt is drawn for itself.
         language_weight, expression_weight: Weights of the two losses.
         pretrained_learning_rate: See [`StageArguments`].
     """
 
     text_to_cell_ratio: float = field(default=0.5, metadata={"help": "Share of cells generated from their text."})
+    prompts_per_epoch: int | None = field(
+        default=None, metadata={"help": "Different prompts of equally annotated cells; by default each its own."}
+    )
     language_weight: float = field(default=1.0, metadata={"help": "Weight of the language loss."})
     expression_weight: float = field(default=1.0, metadata={"help": "Weight of the expression loss."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of new parameters."})
@@ -276,3 +282,5 @@ class TuneConfig(StageArguments, SFTConfig):
         super().__post_init__()
         if not 0 <= self.text_to_cell_ratio <= 1:
             raise ValueError(f"text_to_cell_ratio is {self.text_to_cell_ratio}; it is a share between 0 and 1.")
+        if self.prompts_per_epoch is not None and self.prompts_per_epoch < 1:
+            raise ValueError(f"prompts_per_epoch is {self.prompts_per_epoch}; there must be at least one.")

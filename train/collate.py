@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names, mask_genes
-from scmmgpt.train.captions import CaptionSampler
+from scmmgpt.train.captions import CAPTION_COLUMNS, CaptionSampler
 
 
 DIRECTION_SEED = 0x5EED  # sets the describe-or-generate draw apart from all other draws of a cell
@@ -23,6 +23,11 @@ def type_ids(obs: Mapping[str, np.ndarray], captions: list[str]) -> torch.Tensor
         known = np.array([bool(value) and value != "unknown" for value in values])
         names[known] = values[known]
     return torch.from_numpy(hash_names(names.astype(str)).view(np.int64))
+
+
+def rows_of(obs: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """The chosen rows of every column; `chosen` is bool `(n_cells,)`."""
+    return {name: np.asarray(values, dtype=object)[chosen] for name, values in obs.items()}
 
 
 class AlignmentCollator:
@@ -64,44 +69,63 @@ class AlignmentCollator:
 class TuningCollator:
     """Batches of stage 2: every cell is either described (cell -> text) or generated (text -> cell).
 
+    Cells of a batch that are to be generated from the same prompt share its row: the language model reads it once.
+
     Args:
         processor: Makes every input.
         captions: Writes descriptions (`answer`) and prompts (`caption`).
         text_to_cell_ratio: Share of cells to generate; which ones is a hash of cell and epoch.
+        prompts_per_epoch: Different prompts that cells of equal annotations are generated from in an epoch; by default
+            each cell's prompt is drawn for itself.
         target_genes: Vocabulary ids of the genes that the corpus measured.
         max_genes: Longest cell; by default the processor's.
     """
 
     def __init__(
-        self, processor, captions: CaptionSampler, *, text_to_cell_ratio=0.5, target_genes=None, max_genes=None
+        self,
+        processor,
+        captions: CaptionSampler,
+        *,
+        text_to_cell_ratio=0.5,
+        prompts_per_epoch=None,
+        target_genes=None,
+        max_genes=None,
     ):
         self.processor, self.captions = processor, captions
-        self.text_to_cell_ratio, self.target_genes, self.max_genes = text_to_cell_ratio, target_genes, max_genes
+        self.text_to_cell_ratio, self.prompts_per_epoch = text_to_cell_ratio, prompts_per_epoch
+        self.target_genes, self.max_genes = target_genes, max_genes
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """Inputs of [`ScMMGPTForConditionalGeneration`]."""
+        """Inputs of [`ScMMGPTForConditionalGeneration`]: described cells first, then the distinct prompts."""
         generated = self.is_generated(cells.cell_ids, epoch)
         # Neither text is told about the cell's own genes: a prompt must not hint at its target.
-        prompts = self.captions.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
-        answers = self.captions.answer(obs, cell_ids=cells.cell_ids, epoch=epoch)
-        describe = self.processor.render_prompt("describe")
-        texts = [
-            self.processor.render_prompt("generate", text=prompt) if generate else describe
-            for prompt, generate in zip(prompts, generated, strict=True)
-        ]
-        answers = ["" if generate else answer for answer, generate in zip(answers, generated, strict=True)]
-        described = None if generated.all() else cells[~generated]
+        answers = self.captions.answer(rows_of(obs, ~generated), cell_ids=cells.cell_ids[~generated], epoch=epoch)
+        targets = rows_of(obs, generated)
+        drawn_for = self.prompt_ids(targets, cells.cell_ids[generated])
+        captions = self.captions.caption(targets, cell_ids=drawn_for, epoch=epoch)
+        prompts = {text: row for row, text in enumerate(dict.fromkeys(captions), start=len(answers))}
         batch = self.processor(
-            text=texts,
-            cells=described,
-            answers=answers,
+            text=[self.processor.render_prompt("describe")] * len(answers)
+            + [self.processor.render_prompt("generate", text=prompt) for prompt in prompts],
+            cells=cells[~generated] if answers else None,
+            answers=answers + [""] * len(prompts),
             target_cells=cells[generated] if self.text_to_cell_ratio else None,
-            target_rows=generated,
+            target_rows=np.array([prompts[text] for text in captions], dtype=np.int64),
             target_genes=self.target_genes,
             epoch=epoch,
             max_genes=self.max_genes,
         )
         return dict(batch)
+
+    def prompt_ids(self, obs: Mapping[str, np.ndarray], cell_ids: np.ndarray) -> np.ndarray:
+        """uint64 `(n_cells,)`: what each prompt is drawn for, whatever the batch: the cell, or one of a few slots of
+        all cells that are annotated alike.
+        """
+        if self.prompts_per_epoch is None:
+            return cell_ids
+        columns = [np.asarray(obs[name], dtype=object) for name in CAPTION_COLUMNS if name in obs]
+        annotations = ["\0".join(map(str, values)) for values in zip(*columns, strict=True)]
+        return hash_names(np.array(annotations, dtype=str)) + cell_ids % np.uint64(self.prompts_per_epoch)
 
     def is_generated(self, cell_ids: np.ndarray, epoch: int) -> np.ndarray:
         """Bool `(n_cells,)`: which cells are generated in this epoch."""

@@ -8,6 +8,7 @@ accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs
 `--output_dir` ends up with a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone.
 """
 
+import dataclasses
 from pathlib import Path
 
 import datasets
@@ -58,9 +59,7 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also count the target genes of the whole step, so that accumulation weighs every gene alike."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        targets = sum(
-            int(batch["target_attention_mask"].sum()) for batch in samples if "target_attention_mask" in batch
-        )
+        targets = sum(count_targets(batch) for batch in samples)
         targets = torch.tensor(targets, device=device)
         self.num_targets_in_batch = int(self.accelerator.gather(targets).sum())
         return samples, num_items
@@ -70,20 +69,31 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
         backbone = self.accelerator.unwrap_model(model)
         backbone = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
         outputs = []
-        hook = backbone.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        # A prompt has no label: only states that do go through the head, which costs as much as the layers.
+        labels = inputs["labels"][:, 1:]
+        labelled = labels != -100
+
+        def keep_labelled(module, args, output):
+            outputs.append(output)
+            states = output.last_hidden_state[:, :-1][labelled][None]
+            return dataclasses.replace(output, last_hidden_state=states)
+
+        hook = backbone.model.register_forward_hook(keep_labelled)
+        scored = {name: value for name, value in inputs.items() if name != "labels"}
+        scored["shift_labels"] = labels[labelled][None]  # TRL scores these as they stand
         try:
-            language_loss = super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            language_loss = super().compute_loss(model, scored, num_items_in_batch=num_items_in_batch)
         finally:
             hook.remove()
         loss = self.language_weight * language_loss
         expression_loss = outputs[0].expression_loss
-        has_targets = "target_attention_mask" in inputs and bool(inputs["target_attention_mask"].any())
+        has_targets = count_targets(inputs) > 0
         if expression_loss is not None:
             scale = 1.0
             if self.model.training and self.num_targets_in_batch:
                 # `expression_loss` is the mean over this micro-batch; the step's mean weighs it by its share of genes.
                 # DDP averages gradients over ranks, hence the factor.
-                share = inputs["target_attention_mask"].sum() / self.num_targets_in_batch
+                share = count_targets(inputs) / self.num_targets_in_batch
                 scale = share * self.accelerator.num_processes
             loss = loss + self.expression_weight * scale * expression_loss
         has_labels = bool((inputs["labels"] != -100).any())
@@ -97,6 +107,13 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
         """Losses alone."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+def count_targets(batch: dict) -> int:
+    """Values of target genes in a batch, over all target cells."""
+    if "target_rows" not in batch:
+        return 0
+    return int(batch["target_attention_mask"][batch["target_rows"]].sum())
 
 
 def outputs_language_loss(loss: torch.Tensor, inputs: dict, num_items_in_batch) -> torch.Tensor:
@@ -176,26 +193,28 @@ def join(alignment: ScMMGPTForCellTextAlignment, language_model, processor: ScMM
 def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: StreamBatches) -> None:
     """Start the projection onto condition tokens from what texts differ in."""
     model.eval()
-    parts, prompts = model.model, []
+    parts, prompts = model.model, {}
     n_cells = 0
     for step in range(len(batches)):
         if n_cells >= PROMPT_CELLS:  # cells, not batches: the start must not depend on the batch size
             break
         batch = batches[step]
-        n_cells += len(batch["input_ids"])
-        text_states = parts.language_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-        rows = batch["target_attention_mask"].any(dim=1)
-        if rows.any():
-            prompts.append((text_states[rows], batch["attention_mask"][rows]))
+        generates = batch["target_attention_mask"].any(dim=1)
+        n_cells += int((~generates).sum()) + len(batch["target_rows"])
+        for ids, mask in zip(batch["input_ids"][generates], batch["attention_mask"][generates], strict=True):
+            prompts.setdefault(tuple(ids[mask.bool()].tolist()))
     if prompts:
-        summaries = torch.cat([parts.text_to_cell.summarize(*prompt) for prompt in prompts])
+        inputs = batches.collate.processor.tokenizer.pad(
+            {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
+        )
+        states = parts.language_model(**inputs, use_cache=False).last_hidden_state
+        mask = inputs["attention_mask"]
+        summaries = parts.text_to_cell.summarize(states, mask)
         standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
-        states = torch.cat([parts.text_to_cell.read(*prompt) for prompt in prompts])
-        parts.text_to_cell.query_means.copy_(states.mean(dim=0, keepdim=True))
+        queries = parts.text_to_cell.read(states, mask)
+        parts.text_to_cell.query_means.copy_(queries.mean(dim=0, keepdim=True))
         # To one per condition token and channel, as the gene tokens that it stands among.
-        standardize(parts.text_to_cell.projection, (states - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
+        standardize(parts.text_to_cell.projection, (queries - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
     model.train()
 
 
@@ -260,6 +279,11 @@ def is_frozen(name: str, model_args: TuneModelArguments, expression_head: str) -
     return True  # contrast, matching and the text branch are done with stage 1
 
 
+def unused_parts(text_to_cell_ratio: float) -> tuple[str, ...]:
+    """Parts that no loss reaches if cells are only described, or only generated."""
+    return {0: (".text_to_cell.", ".expression_head."), 1: (".language_projection.",)}.get(text_to_cell_ratio, ())
+
+
 def is_pretrained(name: str) -> bool:
     """Whether a parameter learns at the lower rate: what stage 1 has trained, and the text-to-cell Q-Former.
 
@@ -319,13 +343,15 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         processor,
         captions,
         text_to_cell_ratio=training_args.text_to_cell_ratio,
+        prompts_per_epoch=training_args.prompts_per_epoch,
         target_genes=measured_genes(corpus),
         max_genes=data_args.max_genes,
     )
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
 
     standardize_language_projection(model, train_batches, processor)
-    standardize_text_to_cell(model, train_batches)
+    if training_args.text_to_cell_ratio > 0:
+        standardize_text_to_cell(model, train_batches)
 
     # --- Training
     trainer = TuneTrainer(
@@ -342,7 +368,11 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         is_pretrained=is_pretrained,
         **weights,
     )
-    freeze(trainer.model, lambda name: is_frozen(name, model_args, model_args.expression_head))
+    unused = unused_parts(training_args.text_to_cell_ratio)
+    freeze(
+        trainer.model,
+        lambda name: is_frozen(name, model_args, model_args.expression_head) or any(part in name for part in unused),
+    )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if isinstance(trainer.model, PeftModel):
         adapter = Path(training_args.output_dir, "adapter")
