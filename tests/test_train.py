@@ -140,6 +140,15 @@ def test_tuning_trains_both_directions_and_keeps_what_is_frozen(corpus, aligned,
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_with_decoders_alone_cells_are_read_as_stage_1_reads_them(corpus, aligned, tmp_path):
+    before = align.ScMMGPTForCellTextAlignment.from_pretrained(aligned).state_dict()
+    model = run_tune(corpus, aligned, str(tmp_path), train_cell_model="decoders", expression_head="mse")
+    after = model.model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed
+    assert all(name.startswith(("cell_model.mvc_decoder.", "cell_model.expression_decoder.")) for name in changed)
+
+
 def test_the_expression_loss_is_really_in_the_total(corpus, aligned, tmp_path):
     run_tune(corpus, aligned, str(tmp_path), expression_weight=3.0, language_weight=0.5, max_steps=1)
     total, language, expression = (log_of(tmp_path, name)[0] for name in ("loss", "language_loss", "expression_loss"))

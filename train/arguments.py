@@ -227,7 +227,8 @@ class TuneModelArguments:
         text_to_cell_layers: Layers of the text-to-cell projector.
         lora_rank, lora_alpha, lora_dropout: LoRA on the language model's layers; rank 0 trains none.
         train_language_model: `lora`, `full` or `frozen`.
-        train_cell_model: Whether the cell model, which also decodes, is trained.
+        train_cell_model: `full`, as published; `decoders` trains its decoders alone: what stage 1 taught it of reading
+            cells stays as it is, so annotation and search do not change; or `frozen`.
         train_qformer: Whether the Q-Former is trained; published, it is not.
     """
 
@@ -242,7 +243,9 @@ class TuneModelArguments:
     train_language_model: Literal["lora", "full", "frozen"] = field(
         default="lora", metadata={"help": "What of the language model is trained."}
     )
-    train_cell_model: bool = field(default=True, metadata={"help": "Whether the cell model is trained."})
+    train_cell_model: Literal["full", "decoders", "frozen"] = field(
+        default="full", metadata={"help": "What of the cell model is trained."}
+    )
     train_qformer: bool = field(default=False, metadata={"help": "Whether the Q-Former is trained."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, divided by its rank."})

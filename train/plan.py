@@ -22,7 +22,7 @@ from trl import TrlParser
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.train.arguments import TuneModelArguments, parse_fields
-from scmmgpt.train.tune import NEW_PARTS, is_frozen
+from scmmgpt.train.tune import is_frozen, saved_parts
 
 
 GIB = 2**30
@@ -63,7 +63,9 @@ class PlanArguments:
     expression_head: Literal["mse", "nb", "zinb"] = field(default="nb", metadata={"help": "Expression head."})
     train_language_model: Literal["lora", "full", "frozen"] = field(default="lora", metadata={"help": "As in tune."})
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
-    train_cell_model: bool = field(default=True, metadata={"help": "Whether the cell model is trained in stage 2."})
+    train_cell_model: Literal["full", "decoders", "frozen"] = field(
+        default="full", metadata={"help": "What of the cell model is trained in stage 2."}
+    )
     train_qformer: bool = field(default=False, metadata={"help": "Whether the Q-Former is trained in stage 2."})
     strategy: Literal["ddp", "fsdp"] = field(default="ddp", metadata={"help": "How GPUs share the work."})
     gpus: int = field(default=8, metadata={"help": "Number of GPUs."})
@@ -131,8 +133,7 @@ def count_parameters(model, args: PlanArguments) -> dict[str, dict[str, int]]:
         for name, module in model.named_modules():
             if "language_model." in name and name.rsplit(".", 1)[-1] in LORA_LAYERS:
                 add("lora", "trained", args.lora_rank * (module.in_features + module.out_features))
-        kept = [*NEW_PARTS, *["cell_model"] * args.train_cell_model, *["qformer"] * args.train_qformer]
-        for name in kept:  # PEFT trains a copy and keeps the original
+        for name in saved_parts(rules):  # PEFT trains a copy and keeps the original
             add("originals", "frozen", sum(p.numel() for p in model.model.get_submodule(name).parameters()))
     return parts
 

@@ -35,6 +35,7 @@ from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze
 # The language model's linear layers and nothing else: suffixes would also hit the Q-Former's.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 PROMPT_CELLS = 128  # cells whose prompts the start of the text-to-cell projection is computed from, at most
+CELL_DECODERS = ["cell_model.mvc_decoder", "cell_model.expression_decoder"]
 NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
 SCRATCH_TEXTS = 20_000  # captions and answers that a scratch tokenizer is trained on, at most
 CHAT_TEMPLATE = (
@@ -239,20 +240,23 @@ def standardize_language_projection(
     model.train()
 
 
+def saved_parts(model_args: TuneModelArguments) -> list[str]:
+    """Parts that are trained beside the language model's LoRA, and saved with it."""
+    cell_model = {"full": ["cell_model"], "decoders": CELL_DECODERS, "frozen": []}[model_args.train_cell_model]
+    return [*NEW_PARTS, *cell_model, *(["qformer"] if model_args.train_qformer else [])]
+
+
 def add_lora(model: ScMMGPTForConditionalGeneration, model_args: TuneModelArguments) -> LoraConfig | None:
     """The PEFT configuration, or `None` where the language model is trained in full or not at all."""
     if model_args.train_language_model != "lora":
         return None
-    parts = list(NEW_PARTS)
-    parts += ["cell_model"] if model_args.train_cell_model else []
-    parts += ["qformer"] if model_args.train_qformer else []
     return LoraConfig(
         r=model_args.lora_rank,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
         target_modules=LORA_TARGETS,
         # The bridge of the text-to-cell projector is a `qformer` too; whole names keep the two apart.
-        modules_to_save=[f"model.{part}" for part in parts],
+        modules_to_save=[f"model.{part}" for part in saved_parts(model_args)],
         task_type="CAUSAL_LM",
     )
 
@@ -267,7 +271,8 @@ def is_frozen(name: str, model_args: TuneModelArguments, expression_head: str) -
     if name.startswith("cell_model.expression_decoder.") and expression_head != "mse":
         return True
     if name.startswith("cell_model."):
-        return not model_args.train_cell_model
+        decodes = name.startswith(tuple(CELL_DECODERS))
+        return model_args.train_cell_model == "frozen" or (model_args.train_cell_model == "decoders" and not decodes)
     if name.startswith(NEW_PARTS):
         return False
     if name.startswith(("language_model.", "lm_head.")):
