@@ -1,6 +1,8 @@
 """Both training stages on a tiny corpus: what is trained, what is not, and that a run can be cut in two."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +99,10 @@ def test_alignment_trains_on_a_corpus_and_names_its_losses(corpus, bert, tmp_pat
     components = [log_of(tmp_path, name)[0] for name in ("contrastive_loss", "matching_loss")]
     assert sum(components) == pytest.approx(loss[0], abs=0.01)
     assert 0 <= log_of(tmp_path, "eval_zero_shot_accuracy")[-1] <= 1
+    speeds = log_of(tmp_path, "cells_per_second")
+    assert len(speeds) == len(loss) - 1  # there is no time before the first line
+    assert min(speeds) > 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_checkpoint_comes_with_a_card_that_says_what_it_is(corpus, bert, tmp_path):
@@ -107,6 +113,20 @@ def test_a_checkpoint_comes_with_a_card_that_says_what_it_is(corpus, bert, tmp_p
     accuracy = log_of(tmp_path, "eval_zero_shot_accuracy")[-1]
     assert f"| zero shot accuracy | {accuracy:.4g} |" in card.text
     assert "8 validation cells of splits" in card.text
+
+
+def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp_path, monkeypatch):
+    pushed = []
+
+    def upload(repo_id, folder_path, **kwargs):
+        pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+
+    api = SimpleNamespace(upload_folder=upload, create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="me/it"))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: api)
+    run_align(corpus, bert, str(tmp_path), push_to_hub=True, eval_strategy="epoch")
+    assert len(pushed) == 1
+    assert {"model.safetensors", "modeling_scmmgpt.py", "processor_config.json", "training.json"} <= set(pushed[0])
+    assert b"**A demonstration.** It was trained on 32 cells" in pushed[0]["README.md"]
 
 
 def test_frozen_pretrained_weights_are_bit_identical_and_all_others_change(corpus, bert, tmp_path):

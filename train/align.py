@@ -9,6 +9,7 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and is what 
 """
 
 import copy
+import functools
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from scmmgpt.train.convert import qformer_from_bert
 from scmmgpt.train.corpus import Corpus, open_corpus
 from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, standardize
 from scmmgpt.train.stream import CellStream
-from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze, save_run
+from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze, save_curves, save_run
 
 
 MAX_VALIDATION_CELLS = 2_000  # cells that zero-shot accuracy is measured on while training, at most
@@ -238,6 +239,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         unused.append("matching_head.")
     frozen = pretrained if training_args.pretrained_learning_rate == 0 else set()
     freeze(model, lambda name: name.startswith(tuple(unused)) or name in frozen)
+    bases = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
     trainer = AlignTrainer(
         model=model,
         args=training_args,
@@ -248,14 +250,12 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         eval_batches=eval_batches,
         is_pretrained=pretrained.__contains__,
         captions=captions,
+        write_card=functools.partial(write_card, training_args.output_dir, "align", corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if eval_batches is not None:
         trainer.evaluate()
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
-    if trainer.is_world_process_zero():
-        bases = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
-        write_card(training_args.output_dir, "align", corpus, trainer.state.log_history, **bases)
 
 
 def data_seed(training_args) -> int:
@@ -287,11 +287,15 @@ def make_batches(
 
 
 def finish(trainer, command: str, **arguments) -> None:
-    """Save the model, its processor, the state with the training curves, and the arguments."""
-    trainer.save_model()
+    """Save the model, its processor and card, the state, the arguments and the curves; push them if that was asked."""
+    trainer.save_model(_internal_call=True)  # the push comes last, when everything is there
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_run(trainer.args.output_dir, command, **arguments)
+        save_curves(trainer.state.log_history, trainer.args.output_dir)
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What the trainers of both stages share: finished batches from a stream, two learning rates, losses by name."""
 
 import json
+import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from scmmgpt.train.stream import CellStream, take_batch
+
+
+logger = logging.getLogger(__name__)
 
 
 class StreamBatches(Dataset):
@@ -24,6 +29,7 @@ class StreamBatches(Dataset):
     def __init__(self, stream: CellStream, collate: Callable):
         self.stream, self.collate = stream, collate
         self._cells, self._next = None, None
+        self.n_cells_read = 0
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -39,6 +45,7 @@ class StreamBatches(Dataset):
             self._cells = iter(self.stream)
         self._next = step + 1
         cells, obs = next(self._cells)
+        self.n_cells_read += len(cells)
         return self.collate(cells, obs, epoch=self.stream.epoch)
 
 
@@ -59,6 +66,7 @@ class StreamTrainerMixin:
     Args:
         train_batches, eval_batches: Where batches come from.
         is_pretrained: Whether a parameter, by name, takes `args.pretrained_learning_rate`; by default none does.
+        write_card: `write_card(log_history)` writes the model card, in place of the trainer's own.
         kwargs: For the trainer.
     """
 
@@ -68,11 +76,14 @@ class StreamTrainerMixin:
         train_batches: StreamBatches,
         eval_batches: StreamBatches | None = None,
         is_pretrained: Callable[[str], bool] = lambda name: False,
+        write_card: Callable[[list[dict]], object] | None = None,
         **kwargs,
     ):
         self.train_batches, self.eval_batches = train_batches, eval_batches
         self.is_pretrained = is_pretrained
         self.losses_by_name = defaultdict(list)
+        self.write_card = write_card
+        self._last_log = None
         super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self):
@@ -112,6 +123,13 @@ class StreamTrainerMixin:
         )
         return self.optimizer
 
+    def create_model_card(self, *args, **kwargs):
+        """The card of this project, of data, parts and limits, whenever the trainer saves or pushes one."""
+        if self.write_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.write_card(self.state.log_history)
+
     def record_losses(self, **losses: torch.Tensor | None) -> None:
         """Remember components for the next log line; training and evaluation apart."""
         prefix = "" if self.model.training else "eval_"
@@ -120,7 +138,13 @@ class StreamTrainerMixin:
                 self.losses_by_name[prefix + name].append(loss.detach())
 
     def log(self, logs, *args, **kwargs):
-        """Add the mean of every recorded component to the line."""
+        """Add the mean of every recorded component to the line and, in training, the speed since the last line."""
+        if "loss" in logs and hasattr(self.train_batches, "n_cells_read"):
+            now, n_cells = time.perf_counter(), self.train_batches.n_cells_read * self.args.world_size
+            if self._last_log is not None:
+                then, n_before = self._last_log
+                logs["cells_per_second"] = round((n_cells - n_before) / (now - then), 2)
+            self._last_log = now, n_cells
         prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
         for name in [n for n in self.losses_by_name if n.startswith("eval_") == bool(prefix)]:
             logs[name] = round(torch.stack(self.losses_by_name.pop(name)).mean().item(), 4)
@@ -136,6 +160,18 @@ def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> list
         elif parameter.requires_grad:
             trainable.append(name)
     return trainable
+
+
+def save_curves(log_history: list[dict], output_dir: str) -> None:
+    """Draw the losses, and what was measured on the validation split, as `curves.png`; needs the extra `eval`."""
+    try:
+        from scmmgpt.eval.figures import training_figure
+    except ImportError as error:
+        logger.info("No picture of the training curves: %s. Install scmmgpt[eval] for it.", error)
+        return
+    figure = training_figure(log_history)
+    if figure is not None:
+        figure.savefig(Path(output_dir, "curves.png"), dpi=120, bbox_inches="tight")
 
 
 def save_run(output_dir: str, command: str, **arguments) -> None:

@@ -9,6 +9,7 @@ accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import datasets
@@ -359,6 +360,8 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         standardize_text_to_cell(model, train_batches)
 
     # --- Training
+    base = None if model_args.language_model == "scratch" else model_args.language_model
+    bases = {"aligned": model_args.aligned, "language_model": base}
     trainer = TuneTrainer(
         model=model,
         args=training_args,
@@ -371,6 +374,7 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         train_batches=train_batches,
         eval_batches=eval_batches,
         is_pretrained=is_pretrained,
+        write_card=functools.partial(write_card, training_args.output_dir, "tune", corpus, **bases),
         **weights,
     )
     unused = unused_parts(training_args.text_to_cell_ratio)
@@ -385,10 +389,6 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
             trainer.model.save_pretrained(adapter)
         trainer.model = trainer.model.merge_and_unload()
     finish(trainer, "tune", data=data_args, model=model_args, training=training_args)
-    if trainer.is_world_process_zero():
-        language_model = None if model_args.language_model == "scratch" else model_args.language_model
-        bases = {"aligned": model_args.aligned, "language_model": language_model}
-        write_card(training_args.output_dir, "tune", corpus, trainer.state.log_history, **bases)
 
 
 if __name__ == "__main__":
