@@ -243,7 +243,7 @@ class ScMMGPTProcessor(ProcessorMixin):
             )
         expanded = [t.replace(self.cell_token, self.cell_token * self.num_query_tokens) for t in text]
         # A chat template writes its own special tokens; a bare text gets the tokenizer's.
-        ids = [self.tokenizer(t, add_special_tokens=not self._has_special_start(t))["input_ids"] for t in expanded]
+        ids = [self.tokenizer(t, add_special_tokens=not self.has_special_start(t))["input_ids"] for t in expanded]
         labels = None
         if answers is not None:
             if len(answers) != len(text):
@@ -266,7 +266,8 @@ class ScMMGPTProcessor(ProcessorMixin):
             return []
         return self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
 
-    def _has_special_start(self, text: str) -> bool:
+    def has_special_start(self, text: str) -> bool:
+        """Whether a text brings its own special tokens, as what a chat template writes does."""
         return any(token and text.startswith(token) for token in self.tokenizer.all_special_tokens)
 
     def encode_targets(
@@ -353,12 +354,12 @@ class ScMMGPTProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`."""
         if conversation and isinstance(conversation[0], dict):
-            conversation = self._flatten(conversation)
+            conversation = self.flatten_messages(conversation)
         else:
-            conversation = [self._flatten(messages) for messages in conversation]
+            conversation = [self.flatten_messages(messages) for messages in conversation]
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
-    def _flatten(self, messages: list[dict]) -> list[dict]:
+    def flatten_messages(self, messages: list[dict]) -> list[dict]:
         """Contents as plain strings, since most language models' templates know nothing of parts."""
         flat = []
         for message in messages:

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from scmmgpt.train import align, tune
+from scmmgpt.train.corpus import open_corpus
 
 
 def run_align(corpus, bert, output_dir, **options):
@@ -225,3 +226,32 @@ def test_a_run_that_is_cut_in_two_ends_like_one_that_is_not(corpus, bert, tmp_pa
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
     assert log_of(tmp_path / "whole", "loss") == log_of(tmp_path / "cut", "loss")
+
+
+def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(corpus, aligned, tmp_path):
+    ids = open_corpus(corpus).obs("train", ["cell_id"])["cell_id"].to_pylist()
+    turns = [
+        {"role": "user", "content": "<cell> Same as <cell>?"},
+        {"role": "assistant", "content": "No, they differ."},
+    ]
+    rows = [{"messages": turns, "cell_ids": [str(ids[i]), str(ids[i + 1])]} for i in range(5)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "instructions": tmp_path / "chats.jsonl",
+        "instruction_ratio": 0.5,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole = run_tune(corpus, aligned, str(tmp_path / "whole"), max_steps=6, **options)
+    run_tune(corpus, aligned, str(tmp_path / "cut"), max_steps=3, **options)
+    checkpoint = tmp_path / "cut" / "checkpoint-3"
+    resumed = run_tune(
+        corpus, aligned, str(tmp_path / "cut"), max_steps=6, resume_from_checkpoint=checkpoint, **options
+    )
+    assert log_of(tmp_path / "whole", "language_loss") == log_of(tmp_path / "cut", "language_loss")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
+    plain = tmp_path / "plain"
+    run_tune(corpus, aligned, str(plain), max_steps=1)
+    assert log_of(plain, "language_loss")[0] != log_of(tmp_path / "whole", "language_loss")[0]

@@ -42,6 +42,27 @@ class DataArguments:
 
 
 @dataclass
+class TuneDataArguments(DataArguments):
+    """Which cells, texts and conversations to tune on.
+
+    Args:
+        instructions: Conversations about cells of the corpus, JSONL or Parquet; see `train/instructions.py`.
+        instruction_ratio: Share of the places in a batch that conversations take from cells.
+    """
+
+    instructions: str | None = field(
+        default=None, metadata={"help": "Conversations about cells of the corpus: JSONL or Parquet."}
+    )
+    instruction_ratio: float = field(
+        default=0.25, metadata={"help": "Share of a batch's places that conversations take."}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.instruction_ratio <= 1:
+            raise ValueError(f"instruction_ratio is {self.instruction_ratio}; it is a share, above 0 and up to 1.")
+
+
+@dataclass
 class AlignModelArguments:
     """Which model to align.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from scmmgpt.train.stream import CellStream, take_batch
+from scmmgpt.train.stream import Batch, CellStream, take_batch
 
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,18 @@ class StreamBatches(Dataset):
         self._next = None
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        cells, obs = self.read(step)
+        return self.collate(cells, obs, epoch=self.stream.epoch)
+
+    def read(self, step: int) -> Batch:
+        """Cells and annotations of a step of the epoch."""
         if step != self._next:
             self.stream.load_state_dict({**self.stream.state_dict(), "step": step})
             self._cells = iter(self.stream)
         self._next = step + 1
         cells, obs = next(self._cells)
         self.n_cells_read += len(cells)
-        return self.collate(cells, obs, epoch=self.stream.epoch)
+        return cells, obs
 
 
 class BatchLoader(DataLoader):

@@ -23,13 +23,14 @@ from trl import SFTTrainer, TrlParser
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.align import data_seed, finish, make_batches
-from scmmgpt.train.arguments import DataArguments, TuneConfig, TuneModelArguments
+from scmmgpt.train.arguments import TuneConfig, TuneDataArguments, TuneModelArguments
 from scmmgpt.train.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.card import write_card
 from scmmgpt.train.collate import TuningCollator
 from scmmgpt.train.convert import load_causal_lm
 from scmmgpt.train.corpus import Corpus, open_corpus
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
+from scmmgpt.train.instructions import InstructionBatches, read_instructions
 from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze
 
 
@@ -285,9 +286,11 @@ def is_frozen(name: str, model_args: TuneModelArguments, expression_head: str) -
     return True  # contrast, matching and the text branch are done with stage 1
 
 
-def unused_parts(text_to_cell_ratio: float) -> tuple[str, ...]:
-    """Parts that no loss reaches if cells are only described, or only generated."""
-    return {0: (".text_to_cell.", ".expression_head."), 1: (".language_projection.",)}.get(text_to_cell_ratio, ())
+def unused_parts(text_to_cell_ratio: float, has_instructions: bool) -> tuple[str, ...]:
+    """Parts that no loss reaches if cells are only described or talked about, or only generated."""
+    if text_to_cell_ratio == 0:
+        return (".text_to_cell.", ".expression_head.")
+    return (".language_projection.",) if text_to_cell_ratio == 1 and not has_instructions else ()
 
 
 def is_pretrained(name: str) -> bool:
@@ -316,10 +319,10 @@ def measured_genes(corpus: Corpus) -> np.ndarray:
 
 def make_parser(prog: str | None = None) -> TrlParser:
     """The command line."""
-    return TrlParser((DataArguments, TuneModelArguments, TuneConfig), prog=prog, description=__doc__)
+    return TrlParser((TuneDataArguments, TuneModelArguments, TuneConfig), prog=prog, description=__doc__)
 
 
-def main(data_args: DataArguments, model_args: TuneModelArguments, training_args: TuneConfig) -> None:
+def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_args: TuneConfig) -> None:
     """Join, train, save."""
     # --- Corpus and model
     torch.manual_seed(training_args.seed)
@@ -354,10 +357,16 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         max_genes=data_args.max_genes,
     )
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+    instructions = None
+    if data_args.instructions is not None:
+        instructions = read_instructions(data_args.instructions, corpus, processor)
 
     standardize_language_projection(model, train_batches, processor)
     if training_args.text_to_cell_ratio > 0:
         standardize_text_to_cell(model, train_batches)
+    if instructions is not None:
+        ratio, seed = data_args.instruction_ratio, data_seed(training_args)
+        train_batches = InstructionBatches(train_batches, instructions, ratio=ratio, seed=seed)
 
     # --- Training
     base = None if model_args.language_model == "scratch" else model_args.language_model
@@ -377,7 +386,7 @@ def main(data_args: DataArguments, model_args: TuneModelArguments, training_args
         write_card=functools.partial(write_card, training_args.output_dir, "tune", corpus, **bases),
         **weights,
     )
-    unused = unused_parts(training_args.text_to_cell_ratio)
+    unused = unused_parts(training_args.text_to_cell_ratio, instructions is not None)
     freeze(
         trainer.model,
         lambda name: is_frozen(name, model_args, model_args.expression_head) or any(part in name for part in unused),
