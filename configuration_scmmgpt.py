@@ -125,6 +125,9 @@ class ScMMGPTConfig(PreTrainedConfig):
         logit_scale_init (`float`, defaults to 2.6593): Initial log inverse temperature, ln(1/0.07) as in CLIP.
         matching_batch_size (`int`, *optional*): Cells of a stage-1 batch that matching reads together with texts, true
             and wrong; by default all. Matching costs three passes a cell, contrast a third of one.
+        contrastive_group_size (`int`, *optional*): Contrast as published, within groups of so many cells (3), from
+            cells to texts alone, only a cell's own text being right. By default over the whole batch, in both
+            directions, and texts that mean the same are all right.
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight (`float`): Stage-1 weights.
         language_weight, expression_weight (`float`): Stage-2 weights.
         annotation (`dict`, *optional*): How cells are annotated by default: `labels` (label -> text), `cl_ids`, and
@@ -156,6 +159,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     expression_head: str = "mse"
     logit_scale_init: float | int = 2.6593
     matching_batch_size: int | None = None
+    contrastive_group_size: int | None = None
     contrastive_weight: float | int = 1.0
     matching_weight: float | int = 1.0
     captioning_weight: float | int = 0.0

@@ -151,6 +151,28 @@ def contrastive_loss(similarity: torch.Tensor, logit_scale: torch.Tensor, target
     return (cell_to_text + text_to_cell) / 2
 
 
+def paired_contrastive_loss(similarity: torch.Tensor, logit_scale: torch.Tensor, group_size: int) -> torch.Tensor:
+    """InfoNCE as published: from cells to texts, within groups of cells, only a cell's own text being right.
+
+    Kept for comparison. Cells of one type in one group are taught to tell apart what nothing tells apart.
+
+    Args:
+        similarity: `(num_cells, num_cells)` cosine similarities, of cell i with the text of cell j.
+        logit_scale: Scalar that multiplies them.
+        group_size: Cells per group, in the order of the batch; those that fill no group are left out.
+
+    >>> round(paired_contrastive_loss(torch.zeros(7, 7), torch.tensor(1.0), 3).item(), 4)  # ln 3
+    1.0986
+    """
+    group_size = min(group_size, len(similarity))
+    groups = len(similarity) // group_size
+    end = groups * group_size
+    blocks = similarity[:end, :end].unflatten(0, (groups, group_size)).unflatten(2, (groups, group_size))
+    logits = torch.diagonal(blocks, dim1=0, dim2=2).float() * logit_scale  # (group_size, group_size, groups)
+    targets = torch.arange(group_size, device=logits.device)[:, None].expand(-1, groups)
+    return F.cross_entropy(logits, targets)
+
+
 def sample_hard_negatives(logits: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one wrong column per row, the likelier the more similar it is.
 
@@ -625,7 +647,11 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             if text_similarity is not None:
                 targets = torch.maximum(targets, text_similarity.to(targets))
             similarity = cell_text_similarity(gather_rows(cell_features), gather_rows(text_features))
-            losses["contrastive"] = contrastive_loss(similarity, logit_scale, targets)
+            if config.contrastive_group_size is None:
+                losses["contrastive"] = contrastive_loss(similarity, logit_scale, targets)
+            else:
+                group_size = config.contrastive_group_size
+                losses["contrastive"] = paired_contrastive_loss(similarity, logit_scale, group_size)
 
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
 

@@ -255,3 +255,41 @@ def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(co
     plain = tmp_path / "plain"
     run_tune(corpus, aligned, str(plain), max_steps=1)
     assert log_of(plain, "language_loss")[0] != log_of(tmp_path / "whole", "language_loss")[0]
+
+
+def logged_losses(output_dir):
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [line["contrastive_loss"] for line in state["log_history"] if "contrastive_loss" in line]
+
+
+def test_contrasts_differ_in_what_counts_as_right(corpus, bert, tmp_path):
+    losses = {}
+    for name, options in {
+        "default": {},
+        "cold": {"ontology_temperature": 1e-3},
+        "soft": {"ontology_temperature": 4},
+        "published": {"contrastive_group_size": 3},
+    }.items():
+        run_align(corpus, bert, tmp_path / name, matching_weight=0, **options)
+        losses[name] = logged_losses(tmp_path / name)
+    assert losses["cold"] == losses["default"]
+    assert losses["soft"][0] != losses["default"][0]
+    assert losses["published"][0] < losses["default"][0]  # two wrong texts instead of seven cells' worth of them
+
+
+def test_where_gene_embeddings_and_the_bert_start_from(corpus, bert, tmp_path):
+    models = {
+        name: run_align(corpus, bert, tmp_path / name, max_steps=1, learning_rate=0, **options)
+        for name, options in {
+            "svd": {},
+            "text": {"gene_embeddings": "text"},
+            "random": {"gene_embeddings": "random", "bert_weights": "random"},
+        }.items()
+    }
+    genes = {name: model.cell_model.get_input_embeddings().weight for name, model in models.items()}
+    assert len({weight[3:].sum().item() for weight in genes.values()}) == 3
+    spreads = torch.stack([weight[3:].std() for weight in genes.values()])
+    torch.testing.assert_close(spreads, spreads.mean().expand(3), rtol=0.3, atol=0)
+    words = {name: model.qformer_embeddings.word_embeddings.weight for name, model in models.items()}
+    torch.testing.assert_close(words["svd"], words["text"])
+    assert not torch.equal(words["svd"], words["random"])

@@ -27,7 +27,12 @@ from scmmgpt.train.card import write_card
 from scmmgpt.train.collate import AlignmentCollator
 from scmmgpt.train.convert import qformer_from_bert
 from scmmgpt.train.corpus import Corpus, open_corpus
-from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, standardize
+from scmmgpt.train.initialize import (
+    PROJECTION_CELLS,
+    embed_genes_by_coexpression,
+    embed_genes_by_name,
+    standardize,
+)
 from scmmgpt.train.stream import CellStream
 from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze, save_curves, save_run
 
@@ -163,6 +168,8 @@ def build_model(corpus: Corpus, model_args: AlignModelArguments, **objective):
     )
     model = ScMMGPTForCellTextAlignment(config)
 
+    if model_args.bert_weights == "random":
+        qformer_weights = {}
     weights = {
         name.replace("embeddings.", "qformer_embeddings.", 1) if name.startswith("embeddings.") else name: value
         for name, value in qformer_weights.items()
@@ -174,6 +181,8 @@ def build_model(corpus: Corpus, model_args: AlignModelArguments, **objective):
         raise ValueError(f"These weights have no place in the model: {report.unexpected_keys}.")
     if cell_model is None and model_args.gene_embeddings == "svd":
         embed_genes_by_coexpression(model.cell_model, corpus)
+    elif cell_model is None and model_args.gene_embeddings == "text":
+        embed_genes_by_name(model, qformer_tokenizer, vocabulary)
     return model, qformer_tokenizer, set(weights)
 
 
@@ -207,8 +216,13 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     objective = (
-        "contrastive_weight matching_weight captioning_weight cell_pretraining_weight matching_batch_size".split()
-    )
+        "contrastive_weight matching_weight captioning_weight cell_pretraining_weight matching_batch_size "
+        "contrastive_group_size"
+    ).split()
+    if training_args.ontology_temperature and training_args.world_size > 1:
+        raise ValueError(
+            "Soft targets compare the texts of one process: set ontology_temperature to 0, or train in one."
+        )
     model, qformer_tokenizer, pretrained = build_model(
         corpus, model_args, **{name: getattr(training_args, name) for name in objective}
     )
@@ -225,6 +239,8 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         mask_ratio=mask_ratio,
         mask_value=model.config.cell_config.mask_value,
         max_genes=data_args.max_genes,
+        ontology_temperature=training_args.ontology_temperature,
+        paired=training_args.contrastive_group_size is not None,
     )
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
 

@@ -78,7 +78,9 @@ class AlignModelArguments:
         qformer_dropout: Dropout of the Q-Former, hidden and attention; by default the BERT's own.
         text_pooling: As in `ScMMGPTConfig`.
         standardize_projections: Start the projections from the principal axes of what they read.
-        gene_embeddings: What new gene embeddings start from: `svd` of the corpus's co-expression, or `random`.
+        gene_embeddings: What new gene embeddings start from: `svd` of the corpus's co-expression, `text`, the BERT's
+            embeddings of the genes' names, or `random`.
+        bert_weights: `pretrained`, or `random` for the shape of the BERT alone, to see what its weights bring.
         value_mode, selection: As in `ScMMGPTFeatureExtractor`.
     """
 
@@ -92,8 +94,11 @@ class AlignModelArguments:
     qformer_max_length: int = field(default=128, metadata={"help": "Longest text of the Q-Former, in tokens."})
     num_query_tokens: int = field(default=32, metadata={"help": "Queries, and placeholders in a prompt, per cell."})
     projection_dim: int = field(default=256, metadata={"help": "Width of the shared cell-text space."})
-    gene_embeddings: Literal["svd", "random"] = field(
+    gene_embeddings: Literal["svd", "text", "random"] = field(
         default="svd", metadata={"help": "What new gene embeddings start from."}
+    )
+    bert_weights: Literal["pretrained", "random"] = field(
+        default="pretrained", metadata={"help": "Whether the BERT's weights are taken, or its shape alone."}
     )
     qformer_dropout: float | None = field(
         default=None, metadata={"help": "Dropout of the Q-Former; BERT's by default."}
@@ -130,6 +135,9 @@ class AlignConfig(StageArguments, TrainingArguments):
     Args:
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight: Weights of the losses.
         matching_batch_size: Cells per batch that matching reads; by default all. See `ScMMGPTConfig`.
+        contrastive_group_size: The published contrast, within groups of so many cells. See `ScMMGPTConfig`.
+        ontology_temperature: Texts of other types count as partly right, the nearer in the Cell Ontology the more:
+            exp(-steps / temperature). By default, 0, they are wrong alike.
         mask_ratio: Share of genes hidden for the masked-expression loss.
         pretrained_learning_rate: See [`StageArguments`].
     """
@@ -139,6 +147,12 @@ class AlignConfig(StageArguments, TrainingArguments):
     captioning_weight: float = field(default=0.0, metadata={"help": "Weight of captioning by the Q-Former."})
     cell_pretraining_weight: float = field(default=0.0, metadata={"help": "Weight of masked expression."})
     matching_batch_size: int | None = field(default=None, metadata={"help": "Cells per batch that matching reads."})
+    contrastive_group_size: int | None = field(
+        default=None, metadata={"help": "Contrast as published, within groups of so many cells."}
+    )
+    ontology_temperature: float = field(
+        default=0.0, metadata={"help": "How far in the Cell Ontology a text is partly right; 0: none is."}
+    )
     mask_ratio: float = field(default=0.4, metadata={"help": "Share of genes hidden for masked expression."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of new parameters."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches come finished; keep False."})

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names, mask_genes
+from scmmgpt.train import ontology
 from scmmgpt.train.captions import CAPTION_COLUMNS, CaptionSampler
 
 
@@ -39,10 +40,23 @@ class AlignmentCollator:
         mask_ratio: Share of genes hidden for the masked-expression loss; `None` leaves that loss out.
         mask_value: What stands in place of a hidden value, `ScGPTConfig.mask_value`.
         max_genes: Longest cell; by default the processor's.
+        ontology_temperature: Above 0, `text_similarity` says how near cell types are; see `ontology.closeness`.
+        paired: Whether only a cell's own text is right for it, whatever others mean, as published.
     """
 
-    def __init__(self, processor, captions: CaptionSampler, *, mask_ratio=None, mask_value=-1.0, max_genes=None):
+    def __init__(
+        self,
+        processor,
+        captions: CaptionSampler,
+        *,
+        mask_ratio=None,
+        mask_value=-1.0,
+        max_genes=None,
+        ontology_temperature=0.0,
+        paired=False,
+    ):
         self.processor, self.captions = processor, captions
+        self.ontology_temperature, self.paired = ontology_temperature, paired
         self.mask_ratio, self.mask_value, self.max_genes = mask_ratio, mask_value, max_genes
         self.gene_symbols = processor.gene_symbols(range(len(processor.gene_tokenizer)))
 
@@ -50,7 +64,11 @@ class AlignmentCollator:
         """Inputs of [`ScMMGPTForCellTextAlignment`]."""
         texts = self.captions.caption(obs, cells, self.gene_symbols, epoch=epoch)
         batch = dict(self.processor(cells=cells, qformer_text=texts, epoch=epoch, max_genes=self.max_genes))
-        batch["text_ids"] = type_ids(obs, texts)
+        batch["text_ids"] = torch.arange(len(texts)) if self.paired else type_ids(obs, texts)
+        if self.ontology_temperature:
+            names, ids = (obs.get(c, [None] * len(texts)) for c in ("cell_type", "cell_type_ontology_term_id"))
+            terms = [ontology.resolve("cell_type", *pair).term_id for pair in zip(names, ids, strict=True)]
+            batch["text_similarity"] = torch.from_numpy(ontology.closeness(terms, self.ontology_temperature)).float()
         if self.mask_ratio is not None:
             extractor = self.processor.feature_extractor
             hidden = mask_genes(

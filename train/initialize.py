@@ -9,11 +9,13 @@ from scmmgpt.feature_extraction_scmmgpt import normalize_log1p
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.train.corpus import Corpus
+from scmmgpt.train.gene_tables import load_hgnc
 
 
 logger = logging.getLogger(__name__)
 
 SVD_CELLS = 50_000  # cells that the co-expression of genes is read from, at most
+NAMES_PER_BATCH, NAME_TOKENS = 512, 24
 PROJECTION_CELLS = 512  # cells that the start of a projection is computed from, at most
 
 
@@ -71,6 +73,40 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
     target = weight[rows].std()
     weight[rows, :rank] = vectors / vectors.std() * target
     logger.info("Started %d gene embeddings from the co-expression in %d cells", len(rows), matrix.shape[0])
+
+
+@torch.no_grad()
+def embed_genes_by_name(model, tokenizer, vocabulary: dict[str, int]) -> None:
+    """Start gene embeddings from the principal axes of what the text branch makes of the genes' symbols and names.
+
+    Names come from HGNC where its table is at hand (see `gene_tables.load_hgnc`), such as "CD14: CD14 molecule". The
+    vectors are scaled to the spread of scGPT's own initialisation; special tokens keep theirs.
+
+    Args:
+        model: A stage-1 model; its text branch reads, the gene embeddings of its cell model are set.
+        tokenizer: The text branch's.
+        vocabulary: Gene symbol -> id.
+    """
+    weight = model.cell_model.get_input_embeddings().weight
+    names = {record.symbol: record.name for record in load_hgnc() if record.name}
+    genes = {gene: i for gene, i in vocabulary.items() if not gene.startswith("<")}
+    texts = [f"{gene}: {names[gene]}" if gene in names else gene for gene in genes]
+    order = np.argsort([len(text) for text in texts], kind="stable")  # texts of one length together: no padding
+    states = torch.empty(len(texts), model.config.qformer_config.hidden_size)
+    model.eval()
+    for start in range(0, len(order), NAMES_PER_BATCH):
+        rows = order[start : start + NAMES_PER_BATCH]
+        inputs = tokenizer(
+            [texts[row] for row in rows], padding=True, truncation=True, max_length=NAME_TOKENS, return_tensors="pt"
+        )
+        states[torch.from_numpy(rows)] = model.read_texts(inputs["input_ids"], inputs["attention_mask"])
+    model.train()
+    states -= states.mean(dim=0)
+    axes = torch.linalg.eigh(states.t() @ states)[1].flip(1)[:, : weight.shape[1]]
+    vectors = states @ axes
+    rows = torch.tensor(list(genes.values()))
+    weight[rows, : vectors.shape[1]] = vectors / vectors.std() * weight[rows].std()
+    logger.info("Started %d gene embeddings from the genes' names, %d of them in full", len(genes), len(names))
 
 
 @torch.no_grad()

@@ -7,9 +7,12 @@ NCBITaxon is not read at all, because it takes 3 GB of memory to name the few or
 
 import functools
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 
 # The ontology that names the terms of each obs column (CELLxGENE schema, human cells).
@@ -212,6 +215,45 @@ def synonyms(term_id):
             seen.add(key)
             kept.append(synonym)
     return tuple(kept)
+
+
+@functools.cache
+def distance(term_id, other_id):
+    """Steps between two terms of one ontology through their nearest common ancestor; infinite where there is none.
+
+    >>> distance("CL:0000236", "CL:0000945")  # B cell, lymphocyte of B lineage
+    1
+    """
+    if term_id == other_id:
+        return 0
+    if not (_parser().is_valid_term_id(term_id) and _parser().is_valid_term_id(other_id)):
+        return math.inf
+    steps = _parser().get_distance_between_terms(term_id, other_id)
+    return steps if steps >= 0 else math.inf
+
+
+def closeness(term_ids, temperature):
+    """How nearly right each term is as an answer for each other: exp(-steps / temperature), 1 for the term itself.
+
+    What is nearer to the common ancestor is closer: an ancestor counts for more than whatever else hangs below it.
+    Towards temperature 0 only the term itself is right. Terms without an id (`None`) are close to none.
+
+    Args:
+        term_ids: Sequence of n ids.
+        temperature: In steps of the ontology.
+
+    Returns:
+        float64 array `(n, n)`.
+    """
+    known = {term: i for i, term in enumerate(dict.fromkeys(term for term in term_ids if term))}
+    table = np.zeros((len(known) + 1, len(known) + 1))
+    for term, i in known.items():
+        for other, j in known.items():
+            table[i, j] = math.exp(-distance(term, other) / temperature) if temperature else float(i == j)
+    rows = np.array([known.get(term, len(known)) for term in term_ids], dtype=int)
+    result = table[rows[:, None], rows[None]]
+    np.fill_diagonal(result, 1.0)
+    return result
 
 
 def all_synonyms(term_id):
