@@ -196,6 +196,7 @@ class ScMMGPTPipeline:
         matching_weight=None,
         matching_candidates=None,
         temperature=None,
+        unseen_bonus=None,
         key_added="scmmgpt",
         batch_size=None,
         **read_kwargs,
@@ -212,6 +213,8 @@ class ScMMGPTPipeline:
             min_score (`float`, *optional*): Cells whose best label is less probable are called `"Unknown"`.
             matching_weight, temperature, matching_candidates (*optional*): How similarity and matching are mixed; by
                 default as calibrated on validation data and stored with the checkpoint (see [`calibrate`]).
+            unseen_bonus (`float`, *optional*): What is added to the similarity of texts that the checkpoint was not
+                fine-tuned for, as cells lie near the texts they were trained on; by default as `finetune` chose it.
             key_added (`str`, defaults to `"scmmgpt"`): Prefix of what is added.
             batch_size (`int`, *optional*): Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
@@ -223,9 +226,13 @@ class ScMMGPTPipeline:
         """
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         names = list(settings["labels"])
+        stored = getattr(self.model.config, "annotation", None) or {}
+        bonus = stored.get("unseen_bonus", 0.0) if unseen_bonus is None else unseen_bonus
+        unseen = ~np.isin(list(settings["labels"].values()), list(stored.get("labels", {}).values()))
         clusters = None if cluster_key is None else np.asarray(_column(adata, cluster_key), dtype=str)
         cells, report = self._read(adata, **read_kwargs)
         similarity, match = self._label_scores(cells, settings, batch_size)
+        similarity = similarity + bonus * unseen
         probabilities = label_probabilities(
             similarity, match, logit_scale=1 / settings["temperature"], matching_weight=settings["matching_weight"]
         )

@@ -80,6 +80,7 @@ ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label: what sets single cell
 SPREAD = "spread"  # in place of a strength: `fit_spread_regression`
 SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE, SPREAD_STEPS = 20, 15, 0.5, 20
 DEFAULT_TEMPERATURE = 0.1
+BONUS_COMPONENTS, UNSEEN_BONUSES = 50, np.arange(0, 1.5, 0.02).round(2)
 TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
 READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the readout, in lengths of what a checkpoint's queries say
 REFERENCE_TEXTS = 400  # cell types of the ontology that the axes of a new text projection are computed from, at most
@@ -347,6 +348,53 @@ def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.T
     weights = torch.from_numpy(model.weights).t() @ to_text_space
     bias = torch.from_numpy(model.bias) @ to_text_space
     return weights.float(), bias.float()
+
+
+def choose_unseen_bonus(
+    train: csr_matrix,
+    train_targets: np.ndarray,
+    validation: csr_matrix,
+    validation_targets: np.ndarray,
+    text_features: torch.Tensor,
+) -> float:
+    """What to add to the similarity of a text that was not trained, so that it can be answered at all.
+
+    Cells lie among the texts of trained labels, so any other text is hardly ever the nearest. Each label in turn is
+    left out of the regression (here on principal components, for speed) and looked for by its text among all; chosen
+    is the bonus with the best harmonic mean of the recall of what was left out and of the others, both means over the
+    turns (calibrated stacking, Chao et al. 2016). With two labels there is nothing to leave out: 0.
+
+    Args:
+        train, validation: Profiles.
+        train_targets, validation_targets: int64.
+        text_features: `(n_labels, projection_dim)`.
+    """
+    n_labels = len(text_features)
+    common = [label for label in range(n_labels) if (validation_targets == label).any()]
+    if n_labels < 3 or len(common) < 2:
+        return 0.0
+    pca = PCA(min(BONUS_COMPONENTS, min(train.shape) - 1), svd_solver="arpack", random_state=0)
+    train_points = csr_matrix(pca.fit_transform(train.astype(np.float64)))
+    points = csr_matrix(pca.transform(validation.astype(np.float64)))
+    texts = text_features.double().cpu()
+    recalls = np.zeros((2, len(UNSEEN_BONUSES)))
+    for label in common:
+        others = np.delete(np.arange(n_labels), label)
+        rows = train_targets != label
+        model = next(fit_regressions(train_points[rows], train_targets[rows], n_labels, [DEFAULT_STRENGTH]))
+        seen = LinearModel(model.weights[others], model.bias[others])
+        weights, bias = readout_of(seen, texts[others])
+        features = torch.from_numpy(points @ weights.double().numpy()) + bias
+        similarity = (F.normalize(features, dim=-1) @ texts.t()).numpy()
+        missing = validation_targets == label
+        best_seen = others[similarity[:, others].argmax(axis=1)]
+        right = best_seen == validation_targets
+        gap = similarity[:, others].max(axis=1) - similarity[:, label]
+        for number, bonus in enumerate(UNSEEN_BONUSES):
+            recalls[0, number] += (gap[missing] < bonus).mean()
+            recalls[1, number] += (right & (gap >= bonus))[~missing].mean()
+    harmonic = recalls.prod(axis=0) / np.maximum(recalls.sum(axis=0), 1e-9)
+    return float(UNSEEN_BONUSES[harmonic.argmax()])
 
 
 @torch.no_grad()
@@ -716,6 +764,11 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
             readout.bias.add_((everything[1] - first[1]) * share)
     set_temperature(model, temperature)
     record["temperature"] = temperature
+    bonus = 0.0
+    if eval_batches is not None and not model.cell_projection.weight.any():  # cells lie where the readout puts them
+        held_out = profiles[validation], targets[validation]
+        bonus = choose_unseen_bonus(profiles[train], targets[train], *held_out, text_features)
+    record["unseen_bonus"] = bonus
     if training_args.process_index == 0:
         model.config.annotation = {
             "labels": dict(zip(labels.names, labels.texts, strict=True)),
@@ -723,6 +776,7 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
             "matching_weight": 0.0,  # the matching head is not trained here
             "matching_candidates": n_labels,
             "temperature": temperature,
+            "unseen_bonus": bonus,
         }
         ScMMGPTPipeline(model, processor, device="cpu").save_pretrained(training_args.output_dir)
         save_run(training_args.output_dir, "finetune", data=data_args, model=model_args, training=training_args)
