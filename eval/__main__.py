@@ -1,4 +1,4 @@
-"""`python -m scmmgpt.eval annotation|description|finetuning|generation|report`: judge a checkpoint's outputs."""
+"""`python -m scmmgpt.eval annotation|description|finetuning|generation|report|zeroshot`: judge outputs."""
 
 import argparse
 import importlib
@@ -16,6 +16,7 @@ COMMANDS = {
     "finetuning": "scmmgpt.eval.finetuning",
     "generation": "scmmgpt.eval.generation",
     "report": "scmmgpt.eval.report",
+    "zeroshot": "scmmgpt.eval.zeroshot",
 }
 
 

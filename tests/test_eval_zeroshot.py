@@ -1,0 +1,150 @@
+"""Left-out labels: measures with known answers, what systems get to see, and the bonus for unseen texts."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from scmmgpt.eval import zeroshot
+from scmmgpt.eval.zeroshot import Labelled, Task
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.train import finetune, ontology
+
+
+IDS = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
+
+
+@pytest.fixture
+def adata():
+    """Ninety cells of three types over fifteen genes, five of which mark each."""
+    rng = np.random.default_rng(0)
+    types = np.array(list(IDS))[np.arange(90) % 3]
+    counts = rng.poisson(5.0, (90, 15))
+    for row, name in enumerate(types):
+        block = list(IDS).index(name) * 5
+        counts[row, block : block + 5] += rng.poisson(15, 5)
+    obs = pd.DataFrame({"label": types, "term": [IDS[t] for t in types]}, index=[f"c{i}" for i in range(90)])
+    genes = pd.DataFrame(index=[f"g{i}" for i in range(15)])
+    return anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=genes)
+
+
+def test_measures_of_a_perfect_and_of_a_blind_system():
+    truth = np.array([0, 1, 2, 0, 1, 2])
+    steps = np.array([[0, 1, 4], [1, 0, 3], [4, 3, 0]], dtype=float)
+    perfect = zeroshot.measure(np.eye(3)[truth], truth, 1, steps)
+    assert perfect == {"unseen": 1, "seen": 1, "harmonic": 1, "steps": 0, "among unseen": 1}
+    blind = np.eye(3)[np.where(truth == 1, 2, truth)]  # never answers label 1
+    assert zeroshot.measure(blind, truth, 1, steps) == {
+        "unseen": 0, "seen": 1, "harmonic": 0, "steps": 3, "among unseen": 0.5,
+    }  # fmt: skip
+
+
+def test_no_system_sees_a_cell_of_the_label_that_is_left_out(adata, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def spy(task):
+        seen.append((task.left_out, sorted(set(task.targets)), task.train.n_obs, task.test.n_obs))
+        return {"spy": np.zeros((task.test.n_obs, 3))}
+
+    monkeypatch.setitem(zeroshot.SYSTEMS, "chance", spy)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["--adata", str(tmp_path / "cells.h5ad"), "--label-key", "label", "--ontology-key", "term"]
+    words += ["--output", str(tmp_path / "out"), "--systems", "chance"]
+    assert zeroshot.main(words) == 0
+    assert [(left_out, targets) for left_out, targets, *_ in seen] == [(0, [1, 2]), (1, [0, 2]), (2, [0, 1])]
+    assert {rest[3] for rest in seen} == {23}
+    assert "| spy |" in capsys.readouterr().out
+    assert zeroshot.main(words) == 0
+    assert len(seen) == 3, "what is done was done again"
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 3
+
+
+def test_a_centroid_is_predicted_from_the_text_between_those_of_seen_labels(adata, monkeypatch):
+    # The left-out label's text lies halfway between the others', and so do its cells.
+    profiles = np.array([[9.0, 1.0, 1.0], [5.0, 5.0, 1.0], [1.0, 9.0, 1.0]])
+    labels = Labelled(["a", "b", "c"], ["a", "b", "c"], [None] * 3)
+    texts = np.array([[1.0, 0.0], [0.7, 0.7], [0.0, 1.0]])
+    monkeypatch.setattr(zeroshot, "read_texts", lambda labels: texts)
+    counts = anndata.AnnData(csr_matrix(100 * profiles))
+    task = Task(counts[[0, 2]], np.array([0, 2]), counts, labels, 1, 0)
+    (scores,) = zeroshot.text_centroids(task).values()
+    assert scores.argmax(axis=1).tolist() == [0, 1, 2]
+
+
+def test_steps_and_closeness_follow_the_ontology():
+    terms = {
+        "T cell": "CL:0000084",
+        "lymphocyte": "CL:0000542",
+        "leukocyte": "CL:0000738",
+        "erythrocyte": "CL:0000232",
+    }
+    ids = list(terms.values())
+    close = ontology.closeness(ids, 2.0)
+    targets = close / close.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(targets.sum(axis=1), 1)
+    to = dict(zip(terms, close[0], strict=True))
+    assert 1 == to["T cell"] > to["lymphocyte"] > to["leukocyte"] > to["erythrocyte"] > 0
+    np.testing.assert_allclose(ontology.closeness(ids, 1e-3), np.eye(4), atol=1e-12)
+    np.testing.assert_array_equal(ontology.closeness(ids, 0), np.eye(4))
+    assert ontology.distance("CL:0000084", "CL:0000084") == 0
+    assert ontology.distance("CL:0000084", "nonsense") == np.inf
+
+
+def test_terms_that_are_not_known_are_close_to_nothing_but_themselves():
+    close = ontology.closeness(["CL:0000084", None, "CL:0000084", None], 1.0)
+    np.testing.assert_array_equal(close, [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def test_an_ancestor_is_closer_than_what_else_hangs_below_it():
+    term, ancestor = "CL:0000084", "CL:0000542"  # T cell, lymphocyte
+    strangers = ["CL:0000236", "CL:0000623"]  # B cell and natural killer cell hang below lymphocyte, too
+    close = ontology.closeness([term, ancestor, *strangers], 1.0)[0]
+    assert (close[1] > close[2:]).all()
+
+
+def test_the_bonus_lets_an_unseen_label_be_answered_and_does_not_count_for_seen_ones():
+    rng = np.random.default_rng(0)
+    targets = np.arange(400) % 4
+    rates = np.ones((4, 40))
+    for label in range(4):
+        rates[label, label * 10 : label * 10 + 10] = 4
+    profiles = np.sqrt(rng.poisson(rates[targets] * 3))
+    profiles = csr_matrix(profiles / np.linalg.norm(profiles, axis=1, keepdims=True))
+    texts = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    train, held_out = np.arange(300), np.arange(300, 400)
+    bonus = finetune.choose_unseen_bonus(profiles[train], targets[train], profiles[held_out], targets[held_out], texts)
+    assert 0 < bonus < 1.5
+    two = targets % 2
+    assert finetune.choose_unseen_bonus(profiles[train], two[train], profiles[held_out], two[held_out], texts[:2]) == 0
+
+
+def test_annotate_adds_the_bonus_to_texts_that_were_not_trained_alone(adata, tiny_pipeline):
+    from scmmgpt.train.synthetic import synthetic_adata
+
+    cells = synthetic_adata(20)
+    texts = {"B cell": "a B lymphocyte", "T cell": "a T lymphocyte"}
+    tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B lymphocyte"}, "unseen_bonus": 5.0}
+    tiny_pipeline.annotate(cells, texts, matching_weight=0.0)
+    assert set(cells.obs["scmmgpt_cell_type"]) == {"T cell"}
+    tiny_pipeline.annotate(cells, texts, matching_weight=0.0, unseen_bonus=-5.0)
+    assert set(cells.obs["scmmgpt_cell_type"]) == {"B cell"}
+    tiny_pipeline.annotate(cells, {"B cell": "a B lymphocyte"}, matching_weight=0.0)
+    with_bonus = cells.obsm["scmmgpt_probabilities"].copy()
+    tiny_pipeline.annotate(cells, {"B cell": "a B lymphocyte"}, matching_weight=0.0, unseen_bonus=0.0)
+    np.testing.assert_array_equal(with_bonus, cells.obsm["scmmgpt_probabilities"])
+
+
+def test_a_pipeline_is_asked_for_all_labels_by_their_texts(tiny_pipeline):
+    from scmmgpt.train.synthetic import synthetic_adata
+
+    assert isinstance(tiny_pipeline, ScMMGPTPipeline)
+    labels = Labelled(["B cell", "T cell"], ["a B lymphocyte", "a T lymphocyte"], [None, None])
+    cells = synthetic_adata(6)
+    task = Task(cells, np.zeros(6, dtype=int), cells, labels, 1, 0)
+    scores = zeroshot.scores_of_pipeline(tiny_pipeline, task)
+    assert scores.shape == (6, 2)
+    np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1, rtol=1e-5)
