@@ -353,26 +353,25 @@ def compare(records: list[dict], ours: str) -> list[dict]:
     """
 
     def rights(setting, system):
-        found = [r["right"] for r in records if (r["setting"], r["system"]) == (setting, system)]
-        return np.array([list(right) for right in found], dtype=object).astype(float) if found else None
+        found = (r for r in records if (r["setting"], r["system"]) == (setting, system))
+        return {r["seed"]: np.array(list(r["right"]), dtype=float) for r in found}
 
     rows = []
     for setting in dict.fromkeys(record["setting"] for record in records):
         mine = rights(setting, ours)
-        if mine is None:
-            continue
         for system in dict.fromkeys(record["system"] for record in records):
             theirs = rights(setting, system)
-            if system == ours or theirs is None:
+            seeds = sorted(mine.keys() & theirs.keys())
+            if system == ours or not seeds:
                 continue
-            by_seed = (mine - theirs).mean(axis=1)
+            differences = np.array([mine[seed] - theirs[seed] for seed in seeds])
+            by_seed = differences.mean(axis=1)
             row = {"setting": setting, "system": ours, "against": system, "difference": round(by_seed.mean(), 4)}
             row["better_in"] = f"{int((by_seed > 0).sum())} of {len(by_seed)}"
             row["interval"] = None
             if setting != OTHER_SPLITS:
-                difference = (mine - theirs).mean(axis=0)
-                draws = bootstrap_draws(len(difference))
-                replicates = draws @ difference / len(difference)
+                draws = bootstrap_draws(differences.shape[1])
+                replicates = draws @ differences.mean(axis=0) / differences.shape[1]
                 row["interval"] = [round(end, 4) for end in percentile_interval(replicates)]
             rows.append(row)
     return rows

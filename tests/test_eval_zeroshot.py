@@ -70,7 +70,7 @@ def test_a_centroid_is_predicted_from_the_text_between_those_of_seen_labels(adat
     texts = np.array([[1.0, 0.0], [0.7, 0.7], [0.0, 1.0]])
     monkeypatch.setattr(zeroshot, "read_texts", lambda labels: texts)
     counts = anndata.AnnData(csr_matrix(100 * profiles))
-    task = Task(counts[[0, 2]], np.array([0, 2]), counts, labels, 1, 0)
+    task = Task(counts[[0, 2]], np.array([0, 2]), counts, labels, 1, 0, "")
     (scores,) = zeroshot.text_centroids(task).values()
     assert scores.argmax(axis=1).tolist() == [0, 1, 2]
 
@@ -144,7 +144,7 @@ def test_a_pipeline_is_asked_for_all_labels_by_their_texts(tiny_pipeline):
     assert isinstance(tiny_pipeline, ScMMGPTPipeline)
     labels = Labelled(["B cell", "T cell"], ["a B lymphocyte", "a T lymphocyte"], [None, None])
     cells = synthetic_adata(6)
-    task = Task(cells, np.zeros(6, dtype=int), cells, labels, 1, 0)
+    task = Task(cells, np.zeros(6, dtype=int), cells, labels, 1, 0, "")
     scores = zeroshot.scores_of_pipeline(tiny_pipeline, task)
     assert scores.shape == (6, 2)
     np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1, rtol=1e-5)
