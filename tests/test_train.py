@@ -257,11 +257,6 @@ def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(co
     assert log_of(plain, "language_loss")[0] != log_of(tmp_path / "whole", "language_loss")[0]
 
 
-def logged_losses(output_dir):
-    state = json.loads((output_dir / "trainer_state.json").read_text())
-    return [line["contrastive_loss"] for line in state["log_history"] if "contrastive_loss" in line]
-
-
 def test_contrasts_differ_in_what_counts_as_right(corpus, bert, tmp_path):
     losses = {}
     for name, options in {
@@ -271,7 +266,7 @@ def test_contrasts_differ_in_what_counts_as_right(corpus, bert, tmp_path):
         "published": {"contrastive_group_size": 3},
     }.items():
         run_align(corpus, bert, tmp_path / name, matching_weight=0, **options)
-        losses[name] = logged_losses(tmp_path / name)
+        losses[name] = log_of(tmp_path / name, "contrastive_loss")
     assert losses["cold"] == losses["default"]
     assert losses["soft"][0] != losses["default"][0]
     assert losses["published"][0] < losses["default"][0]  # two wrong texts instead of seven cells' worth of them
