@@ -1,0 +1,142 @@
+"""The tasks in a browser, on this machine: annotate and describe a file of cells, find cells, generate cells.
+
+    python -m scmmgpt.app CHECKPOINT            # opens http://127.0.0.1:7860; nothing leaves the machine
+
+In a Hugging Face Space, where no argument can be given, the checkpoint is the environment variable `SCMMGPT_MODEL`, a
+Hub id or a folder. Needs the extra `app`.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import anndata
+import gradio as gr
+import numpy as np
+import pandas as pd
+
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+
+SHOWN_ROWS = 50  # cells in a table; the file to download has all
+TOP_GENES = 30  # genes of generated cells in a table
+
+
+def read(path: str | None) -> anndata.AnnData:
+    """The uploaded file; errors are shown in the browser."""
+    if not path:
+        raise gr.Error("Choose a file of cells first.")
+    try:
+        return anndata.read_h5ad(path)
+    except (OSError, ValueError) as error:
+        raise gr.Error(f"{Path(path).name} can't be read as .h5ad: {error}") from None
+
+
+def save(adata: anndata.AnnData, name: str) -> str:
+    """A file to download, in a folder of its own."""
+    path = Path(tempfile.mkdtemp(prefix="scmmgpt-"), name)
+    adata.write_h5ad(path)
+    return str(path)
+
+
+def task(function):
+    """Show what is wrong with an input in the browser, in the words that the command would use."""
+
+    def run(*args):
+        try:
+            return function(*args)
+        except (ValueError, TypeError) as error:
+            raise gr.Error(str(error)) from None
+
+    return run
+
+
+def build(pipeline: ScMMGPTPipeline) -> gr.Blocks:
+    """The page for one checkpoint."""
+
+    @task
+    def annotate(path, labels):
+        adata = read(path)
+        names = [label.strip() for label in labels.split(",") if label.strip()]
+        pipeline.annotate(adata, names or None)
+        columns = ["scmmgpt_cell_type", "scmmgpt_score", "scmmgpt_entropy"]
+        counts = adata.obs["scmmgpt_cell_type"].value_counts().rename_axis("cell type").reset_index(name="cells")
+        return counts[counts["cells"] > 0], rows_of(adata, columns), save(adata, f"{Path(path).stem}_annotated.h5ad")
+
+    @task
+    def describe(path, n_cells, question):
+        adata = read(path)
+        adata = adata[: int(n_cells)].copy()
+        pipeline.describe(adata, question.strip() or None)
+        return rows_of(adata, ["scmmgpt_description"])
+
+    @task
+    def search(path, text, top_k):
+        return pd.DataFrame(pipeline.search(read(path), text, top_k=int(top_k)))
+
+    @task
+    def generate(prompt, n_cells):
+        adata = pipeline.generate(prompt, int(n_cells))
+        mean = np.asarray(adata.X.mean(axis=0)).ravel()
+        top = np.argsort(-mean)[:TOP_GENES]
+        genes = pd.DataFrame({"gene": adata.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
+        return genes, save(adata, "generated.h5ad")
+
+    writes = hasattr(pipeline.model, "generate_cells")  # a checkpoint of stage 1 has no language model
+    with gr.Blocks(title="scMMGPT") as page:
+        gr.Markdown("# scMMGPT\nSingle cells and words, both ways. Files stay on the machine that runs this page.")
+        with gr.Tab("Annotate"):
+            path = gr.File(label="Cells (.h5ad)", file_types=[".h5ad"], type="filepath")
+            labels = gr.Textbox(label="Cell types to choose from, with commas between; the checkpoint's own if empty")
+            button = gr.Button("Annotate", variant="primary")
+            outputs = [
+                gr.Dataframe(label="Cells per type"),
+                gr.Dataframe(label="First cells"),
+                gr.File(label="Result"),
+            ]
+            button.click(annotate, [path, labels], outputs, api_name="annotate")
+        with gr.Tab("Search"):
+            path = gr.File(label="Cells (.h5ad)", file_types=[".h5ad"], type="filepath")
+            text = gr.Textbox(label="What to look for", placeholder="a cytotoxic lymphocyte")
+            top_k = gr.Slider(1, 100, value=10, step=1, label="Cells")
+            button = gr.Button("Search", variant="primary")
+            button.click(search, [path, text, top_k], gr.Dataframe(label="Best matches"), api_name="search")
+        if writes:
+            with gr.Tab("Describe"):
+                path = gr.File(label="Cells (.h5ad)", file_types=[".h5ad"], type="filepath")
+                n_cells = gr.Slider(1, SHOWN_ROWS, value=8, step=1, label="So many, from the first")
+                question = gr.Textbox(label="Question about a cell; the one of training if empty")
+                button = gr.Button("Describe", variant="primary")
+                table = gr.Dataframe(label="Descriptions", wrap=True)
+                button.click(describe, [path, n_cells, question], table, api_name="describe")
+            with gr.Tab("Generate"):
+                prompt = gr.Textbox(label="Description", placeholder="A B cell from blood.")
+                n_cells = gr.Slider(1, 1000, value=20, step=1, label="Cells")
+                button = gr.Button("Generate", variant="primary")
+                outputs = [gr.Dataframe(label="Highest genes"), gr.File(label="Generated cells")]
+                button.click(generate, [prompt, n_cells], outputs, api_name="generate")
+    return page
+
+
+def rows_of(adata: anndata.AnnData, columns: list[str]) -> pd.DataFrame:
+    """The first cells with some columns of `obs`, as a table to show."""
+    return adata.obs[columns].head(SHOWN_ROWS).rename_axis("cell").reset_index()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Open the page."""
+    parser = argparse.ArgumentParser(prog="python -m scmmgpt.app", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "model", nargs="?", default=os.environ.get("SCMMGPT_MODEL"), help="checkpoint: folder or Hub id"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for a whole network")
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args(argv)
+    if not args.model:
+        parser.error("which checkpoint? Name it, or set SCMMGPT_MODEL.")
+    build(ScMMGPTPipeline.from_pretrained(args.model)).launch(server_name=args.host, server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()
