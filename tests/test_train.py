@@ -1,12 +1,16 @@
 """Both training stages on a tiny corpus: what is trained, what is not, and that a run can be cut in two."""
 
 import json
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 
 from scmmgpt.train import align, tune
@@ -47,7 +51,11 @@ def run_align(corpus, bert, output_dir, **options):
 
 
 def run_tune(corpus, aligned, output_dir, **options):
-    parser = tune.make_parser()
+    tune_only(corpus, aligned, output_dir, **options)
+    return tune.ScMMGPTForConditionalGeneration.from_pretrained(output_dir)
+
+
+def tune_only(corpus, aligned, output_dir, **options):
     values = {
         "corpus": corpus,
         "aligned": aligned,
@@ -77,8 +85,6 @@ def run_tune(corpus, aligned, output_dir, **options):
     }
     arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     tune.main(*tune.make_parser().parse_args_and_config(arguments))
-    assert parser is not None
-    return tune.ScMMGPTForConditionalGeneration.from_pretrained(output_dir)
 
 
 @pytest.fixture(scope="session")
@@ -288,3 +294,43 @@ def test_where_gene_embeddings_and_the_bert_start_from(corpus, bert, tmp_path):
     words = {name: model.qformer_embeddings.word_embeddings.weight for name, model in models.items()}
     torch.testing.assert_close(words["svd"], words["text"])
     assert not torch.equal(words["svd"], words["random"])
+
+
+def _one_rank(rank, port, world_size, command, arguments):
+    """A process of a run by `torchrun`, which sets these variables."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process it was forked from
+    command(*arguments[:-1], **arguments[-1])
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(command, *arguments, world_size=2, **options):
+    """Run a command in processes that talk over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_one_rank, args=(rank, port, world_size, command, (*arguments, options)))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("which", ["full", "lora"])
+def test_two_processes_tune_like_one(corpus, aligned, tmp_path, which):
+    options = {"max_steps": 1, "train_language_model": which, "lr_scheduler_type": "constant"}
+    whole = run_tune(corpus, aligned, str(tmp_path / "one"), per_device_train_batch_size=32, **options)
+    run_ranks(tune_only, corpus, aligned, str(tmp_path / "two"), per_device_train_batch_size=16, **options)
+    halves = tune.ScMMGPTForConditionalGeneration.from_pretrained(tmp_path / "two")
+    for name in ("loss", "grad_norm"):
+        assert log_of(tmp_path / "two", name) == pytest.approx(log_of(tmp_path / "one", name), rel=1e-3), name
+    for name, value in whole.state_dict().items():  # Adam's first step goes by the sign of a gradient alone
+        assert (value - halves.state_dict()[name]).abs().max() <= 2e-3 + 1e-6, name
+    assert len(log_of(tmp_path / "two", "language_loss")) == len(log_of(tmp_path / "two", "expression_loss")) == 1

@@ -245,7 +245,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
 
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
-        standardize_projections(model, train_batches)
+        standardize_projections(model, train_batches.of_all_ranks())
 
     # --- Training
     unused = ["cell_model.mvc_decoder.", "cell_model.expression_decoder."]

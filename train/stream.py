@@ -241,6 +241,12 @@ class CellStream:
         other.rank = rank
         return other
 
+    def for_single_process(self) -> "CellStream":
+        """Return the stream that a process alone would read. It shares what is in memory with this one."""
+        other = copy.copy(self)
+        other.rank, other.world_size, other._planned = 0, 1, None
+        return other
+
     # Position
 
     def set_epoch(self, epoch: int) -> None:

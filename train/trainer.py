@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from scmmgpt.train.stream import Batch, CellStream, take_batch
@@ -33,6 +34,10 @@ class StreamBatches(Dataset):
 
     def __len__(self) -> int:
         return len(self.stream)
+
+    def of_all_ranks(self) -> "StreamBatches":
+        """The batches that a single process would see: the same on every rank."""
+        return StreamBatches(self.stream.for_single_process(), self.collate)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; its order and its random draws are its own."""
@@ -143,7 +148,7 @@ class StreamTrainerMixin:
                 self.losses_by_name[prefix + name].append(loss.detach())
 
     def log(self, logs, *args, **kwargs):
-        """Add the mean of every recorded component to the line and, in training, the speed since the last line."""
+        """Add the mean of every recorded component over all ranks and, in training, the speed since the last line."""
         if "loss" in logs and hasattr(self.train_batches, "n_cells_read"):
             now, n_cells = time.perf_counter(), self.train_batches.n_cells_read * self.args.world_size
             if self._last_log is not None:
@@ -151,8 +156,13 @@ class StreamTrainerMixin:
                 logs["cells_per_second"] = round((n_cells - n_before) / (now - then), 2)
             self._last_log = now, n_cells
         prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        for name in [n for n in self.losses_by_name if n.startswith("eval_") == bool(prefix)]:
-            logs[name] = round(torch.stack(self.losses_by_name.pop(name)).mean().item(), 4)
+        names = [name for name in self.losses_by_name if name.startswith("eval_") == bool(prefix)]
+        own = {name: torch.stack(self.losses_by_name.pop(name)).float() for name in names}
+        # A rank has what its batches had: one may have described no cell where another did.
+        ranks = gather_object([{name: (values.sum().item(), len(values)) for name, values in own.items()}])
+        for name in sorted({name for rank in ranks for name in rank}):
+            totals, counts = zip(*(rank[name] for rank in ranks if name in rank), strict=True)
+            logs[name] = round(sum(totals) / sum(counts), 4)
         super().log(logs, *args, **kwargs)
 
 

@@ -69,8 +69,8 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`language_weight` x TRL's loss + `expression_weight` x the mean loss of a target gene."""
-        backbone = self.accelerator.unwrap_model(model)
-        backbone = backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+        unwrapped = self.accelerator.unwrap_model(model)
+        backbone = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         outputs = []
         # A prompt has no label: only states that do go through the head, which costs as much as the layers.
         labels = inputs["labels"][:, 1:]
@@ -81,13 +81,22 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
             states = output.last_hidden_state[:, :-1][labelled][None]
             return dataclasses.replace(output, last_hidden_state=states)
 
-        hook = backbone.model.register_forward_hook(keep_labelled)
+        def show_expression_loss(module, args, output):
+            # DDP takes for unused whatever it can't reach from what the model returns, and this is a field of it.
+            output["aux_loss"] = outputs[0].expression_loss
+            return output
+
+        hooks = [
+            backbone.model.register_forward_hook(keep_labelled),
+            unwrapped.register_forward_hook(show_expression_loss),
+        ]
         scored = {name: value for name, value in inputs.items() if name != "labels"}
         scored["shift_labels"] = labels[labelled][None]  # TRL scores these as they stand
         try:
             language_loss = super().compute_loss(model, scored, num_items_in_batch=num_items_in_batch)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         loss = self.language_weight * language_loss
         expression_loss = outputs[0].expression_loss
         has_targets = count_targets(inputs) > 0
@@ -101,10 +110,20 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
             loss = loss + self.expression_weight * scale * expression_loss
         has_labels = bool((inputs["labels"] != -100).any())
         self.record_losses(
-            language_loss=outputs_language_loss(language_loss, inputs, num_items_in_batch) if has_labels else None,
+            language_loss=self.mean_language_loss(language_loss, inputs, num_items_in_batch) if has_labels else None,
             expression_loss=expression_loss if has_targets else None,
         )
         return (loss, outputs[0]) if return_outputs else loss
+
+    def mean_language_loss(self, loss: torch.Tensor, inputs: dict, num_items_in_batch) -> torch.Tensor:
+        """The micro-batch's own mean, for the log, from a loss that is divided by the tokens of the whole step.
+
+        TRL multiplies that by the number of ranks, since DDP averages over them.
+        """
+        if num_items_in_batch is None:
+            return loss
+        n_ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss * num_items_in_batch / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1) / n_ranks
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Losses alone."""
@@ -117,13 +136,6 @@ def count_targets(batch: dict) -> int:
     if "target_rows" not in batch:
         return 0
     return int(batch["target_attention_mask"][batch["target_rows"]].sum())
-
-
-def outputs_language_loss(loss: torch.Tensor, inputs: dict, num_items_in_batch) -> torch.Tensor:
-    """The micro-batch's own mean, for the log, from a loss that is divided by the tokens of the whole step."""
-    if num_items_in_batch is None:
-        return loss
-    return loss * num_items_in_batch / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
@@ -361,9 +373,10 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     if data_args.instructions is not None:
         instructions = read_instructions(data_args.instructions, corpus, processor)
 
-    standardize_language_projection(model, train_batches, processor)
+    # Every rank starts from the same cells and so from the same weights; FSDP broadcasts none.
+    standardize_language_projection(model, train_batches.of_all_ranks(), processor)
     if training_args.text_to_cell_ratio > 0:
-        standardize_text_to_cell(model, train_batches)
+        standardize_text_to_cell(model, train_batches.of_all_ranks())
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_batches = InstructionBatches(train_batches, instructions, ratio=ratio, seed=seed)
