@@ -215,10 +215,10 @@ class Cells:
             indptr = np.concatenate([[0], np.cumsum(data != 0)])[indptr]
             columns, data = columns[data != 0], data[data != 0]
         read = _read_csr if _kernels_pay(len(indptr) - 1) else _read_csr_numpy
-        *entries, is_valid = read(indptr, columns, data, ids)
+        *entries, is_valid, may_repeat = read(indptr, columns, data, ids)
         if not is_valid:
             _refuse_entries(indptr, columns, data)
-        return cls._from_sorted(*entries, cell_ids)
+        return cls._from_sorted(*entries, cell_ids, may_repeat)
 
     @classmethod
     def from_dense(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
@@ -230,27 +230,34 @@ class Cells:
         if matrix.dtype.kind == "b":
             matrix = matrix.astype(np.uint16)
         if _kernels_pay(len(matrix)):
-            *entries, is_valid = _read_dense(matrix, ids)
+            *entries, is_valid, may_repeat = _read_dense(matrix, ids)
         else:
-            *entries, is_valid = _read_csr_numpy(*_nonzero_entries(matrix), ids)
+            *entries, is_valid, may_repeat = _read_csr_numpy(*_nonzero_entries(matrix), ids)
         if not is_valid:
             _refuse_entries(*_nonzero_entries(matrix))
-        return cls._from_sorted(*entries, cell_ids)
+        return cls._from_sorted(*entries, cell_ids, may_repeat)
 
     @classmethod
-    def _from_sorted(cls, indptr, gene_ids, counts, total_counts, cell_ids):
+    def _from_sorted(cls, indptr, gene_ids, counts, total_counts, cell_ids, may_repeat):
         """Cells of entries in ascending order of gene within each cell, in which a gene may still repeat."""
-        repeats = np.zeros(len(gene_ids), dtype=bool)
-        repeats[1:] = gene_ids[1:] == gene_ids[:-1]
-        repeats[indptr[:-1][indptr[:-1] < indptr[1:]]] = False
-        if repeats.any():
-            gene_of = np.cumsum(~repeats)
-            dtype = np.int64 if counts.dtype.kind in "iu" else counts.dtype
-            counts = np.bincount(gene_of - 1, weights=counts).astype(dtype)
-            gene_ids, indptr = gene_ids[~repeats], np.concatenate([[0], gene_of])[indptr]
+        if may_repeat:
+            indptr, gene_ids, counts = _sum_repeats(indptr, gene_ids, counts)
         if cell_ids is None:
             cell_ids = np.arange(len(indptr) - 1, dtype=np.uint64)
         return cls(indptr, gene_ids, counts, cell_ids, total_counts)
+
+
+def _sum_repeats(indptr, gene_ids, counts):
+    """The same entries with those of one gene, which are neighbours, added up."""
+    repeats = np.zeros(len(gene_ids), dtype=bool)
+    repeats[1:] = gene_ids[1:] == gene_ids[:-1]
+    repeats[indptr[:-1][indptr[:-1] < indptr[1:]]] = False
+    if not repeats.any():
+        return indptr, gene_ids, counts
+    gene_of = np.cumsum(~repeats)
+    dtype = np.int64 if counts.dtype.kind in "iu" else counts.dtype
+    counts = np.bincount(gene_of - 1, weights=counts).astype(dtype)
+    return np.concatenate([[0], gene_of])[indptr], gene_ids[~repeats], counts
 
 
 def _column_ids(vocabulary_ids, n_vars):
@@ -301,7 +308,7 @@ def _read_csr_numpy(indptr, columns, data, ids):
     order = _sorting_order(gene_ids.view(np.uint32), rows)
     order = order[gene_ids[order] >= 0]
     kept_indptr = np.searchsorted(rows[order], np.arange(len(indptr)))
-    return kept_indptr, gene_ids[order], data[order], _row_sums(data, indptr), is_valid
+    return kept_indptr, gene_ids[order], data[order], _row_sums(data, indptr), is_valid, True
 
 
 def _sorting_order(keys, rows):
@@ -703,7 +710,6 @@ def _compiled(function):
 TAIL = 255
 INSERTION_SORT_LENGTH = 48
 RADIX_BITS, RADIX_SIZE = np.uint64(8), 256
-BUCKET_SHIFT, N_BUCKETS = np.uint64(55), 512
 LARGEST_BITMAP = 2**17
 LOW_6, EVEN_BITS, EVEN_PAIRS = np.uint64(63), np.uint64(0x5555555555555555), np.uint64(0x3333333333333333)
 EVEN_NIBBLES, BYTES_OF_ONE = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x0101010101010101)
@@ -745,25 +751,31 @@ def _sort_by_upper_half(words, n, spare):
 
 
 @_compiled
-def _nth_smallest(places, n, nth, buckets, candidates):
-    """The `nth` smallest (from 1) of `places[:n]`, which are hashes and so spread over all 64-bit words."""
-    buckets[:] = 0
-    for i in range(n):
-        buckets[places[i] >> BUCKET_SHIFT] += 1
-    bucket = 0
-    while buckets[bucket] < nth:
-        nth -= buckets[bucket]
-        bucket += 1
-    n_candidates = 0
-    for i in range(n):
-        if places[i] >> BUCKET_SHIFT == np.uint64(bucket):
-            j = n_candidates
-            while j > 0 and candidates[j - 1] > places[i]:
-                candidates[j] = candidates[j - 1]
-                j -= 1
-            candidates[j] = places[i]
-            n_candidates += 1
-    return candidates[nth - 1]
+def _find_cutoff(hashes, n, n_kept, n_low, n_high):
+    """A word that exactly `n_kept` of the distinct `hashes[:n]` do not exceed.
+
+    Hashes are spread evenly, so that interpolation finds it in about four counts of them, each a few instructions.
+
+    Args:
+        hashes: `uint64 (n,)`, in which 0 and [`LAST_HASH`] may repeat.
+        n: How many.
+        n_kept: At least 1, and fewer than `n`.
+        n_low: How many of them are 0.
+        n_high: How many of them are not [`LAST_HASH`].
+    """
+    low, high = ZERO, LAST_HASH
+    while True:
+        share = (n_kept - n_low + 0.5) / (n_high - n_low + 1)
+        cutoff = low + max(np.uint64(np.float64(high - low) * share), ONE)
+        n_found = 0
+        for i in range(n):
+            n_found += hashes[i] <= cutoff
+        if n_found == n_kept:
+            return cutoff
+        if n_found < n_kept:
+            low, n_low = cutoff, n_found
+        else:
+            high, n_high = cutoff, n_found
 
 
 @_compiled
@@ -777,6 +789,9 @@ def _rank_keys(keys, n_small, histogram, packed, spare, run_keys, run_ends):
         the lower; and the length of the tail.
     """
     n, n_runs, n_tail, end = len(keys), 0, 0, 0
+    largest = np.uint32(0)
+    for i in range(n):
+        largest = max(largest, keys[i])
     if n_small:
         # Four histograms in turn: more than half of the counts are 1, and a counter waits for its own last write.
         histogram[:] = 0
@@ -785,7 +800,7 @@ def _rank_keys(keys, n_small, histogram, packed, spare, run_keys, run_ends):
                 histogram[lane, min(keys[i + lane], np.uint32(TAIL))] += 1
         for i in range(n - n % 4, n):
             histogram[0, min(keys[i], np.uint32(TAIL))] += 1
-        for key in range(n_small):
+        for key in range(1, min(np.int64(largest) + 1, n_small)):
             repeats = histogram[0, key] + histogram[1, key] + histogram[2, key] + histogram[3, key]
             end += repeats
             run_keys[n_runs] = key
@@ -805,10 +820,18 @@ def _rank_keys(keys, n_small, histogram, packed, spare, run_keys, run_ends):
 
 
 @_compiled
-def _bin_cell(keys, is_float, hashes, levels, run_values, run_ends, n_runs, n_small, tail, n_tail, edges, table, bins):
-    """Quantile bins of one cell; see [`bin_counts`]."""
-    n, n_edges = len(keys), len(levels)
-    run = 0
+def _draw_bin(entry, gene_hash):
+    """The bin of a count from its entry in the table of [`_bin_cell`]: highest bin, and how many edges it equals."""
+    return np.float32(np.int32(entry >> BITS_32) - np.int32(((gene_hash & LOW_32) * (entry & LOW_32)) >> BITS_32))
+
+
+@_compiled
+def _bin_cell(is_float, n, hashes, levels, run_values, run_ends, n_runs, tail, n_tail, edges, table, bins):
+    """Quantile bins of one cell; see [`bin_counts`].
+
+    `table` receives an entry for each count that is not in the tail, and `bins` the bins of the tail.
+    """
+    n_edges, run = len(levels), 0
     for k in range(n_edges):
         level = levels[k] * (n - 1)
         before = int(np.floor(level))
@@ -829,19 +852,14 @@ def _bin_cell(keys, is_float, hashes, levels, run_values, run_ends, n_runs, n_sm
             lower += 1
         while upper < n_edges and edges[upper] <= value:
             upper += 1
-        width = np.uint64(upper - lower)
+        entry = np.uint64(upper) << BITS_32 | np.uint64(upper - lower)
         if start < n - n_tail:
-            table[np.int64(value)] = np.uint64(upper) << BITS_32 | width
+            table[np.int64(value)] = entry
         else:
             for rank in range(start, run_ends[run]):
                 i = tail[rank - (n - n_tail)] & LOW_32
-                bins[i] = upper - np.int64(((hashes[i] & LOW_32) * width) >> BITS_32)
+                bins[i] = _draw_bin(entry, hashes[i])
         start = run_ends[run]
-    if n_tail < n:
-        for i in range(n):
-            if keys[i] < n_small:
-                entry = table[keys[i]]
-                bins[i] = np.uint32((entry >> BITS_32) - (((hashes[i] & LOW_32) * (entry & LOW_32)) >> BITS_32))
 
 
 @_compiled
@@ -890,7 +908,7 @@ def _fill_rows(
     whole_keys, run_keys = np.empty(longest, np.uint32), np.empty(longest + TAIL + 1, np.uint32)
     run_ends, run_values = np.empty(longest + TAIL + 1, np.int64), np.empty(longest + TAIL + 1, np.float64)
     histogram, table = np.empty((4, TAIL + 1), np.int32), np.zeros(TAIL + 1, np.uint64)
-    bins, edges, buckets = np.empty(longest, np.float32), np.empty(len(levels)), np.empty(N_BUCKETS, np.int32)
+    bins, edges, kept = np.empty(longest, np.float32), np.empty(len(levels)), np.empty(longest, np.uint32)
     is_binned, largest_key = len(values) == 0, LARGEST_FLOAT_KEY if is_float else LARGEST_KEY
 
     for row in range(len(cell_keys)):
@@ -910,7 +928,7 @@ def _fill_rows(
         for i in range(n):
             hashes[i] = _mix_kernel(cell_keys[row] + (np.uint64(row_genes[i]) + ONE) * GOLDEN_GAMMA)
 
-        row_values = bins if is_binned else values[start:stop]
+        row_values, is_tabled = bins if is_binned else values[start:stop], False
         if n and (is_binned or (is_crowded and by_count)):
             # Floats that are whole numbers are treated as integers, as far as float32 represents them all.
             is_fraction = is_float
@@ -931,43 +949,60 @@ def _fill_rows(
                 else:
                     run_values[:n_runs] = run_keys[:n_runs]
                 _bin_cell(
-                    row_keys,
                     is_fraction,
+                    n,
                     hashes,
                     levels,
                     run_values,
                     run_ends,
                     n_runs,
-                    n_small,
                     tail,
                     n_tail,
                     edges,
                     table,
                     bins,
                 )
+                # Without a tail, only the genes that stay are looked up.
+                is_tabled = n_tail == 0
+                if 0 < n_tail < n:
+                    for i in range(n):
+                        if row_keys[i] < n_small:
+                            bins[i] = _draw_bin(table[row_keys[i]], hashes[i])
 
         n_tokens = 1 + min(n, n_kept)
         if is_crowded:
-            ranks = hashes
+            ranks, n_low, n_high = hashes, 0, n
             if by_count:
                 run = n_runs - 1
                 while run > 0 and run_ends[run - 1] > n - n_kept:
                     run -= 1
-                cutoff = run_keys[run]
+                smallest = run_keys[run]
+                n_low, n_high = n - run_ends[run], n - (run_ends[run - 1] if run else 0)
                 for i in range(n):
-                    places[i] = hashes[i] if row_keys[i] == cutoff else ZERO if row_keys[i] > cutoff else LAST_HASH
+                    places[i] = hashes[i] if row_keys[i] == smallest else ZERO if row_keys[i] > smallest else LAST_HASH
                 ranks = places
-            last_rank = _nth_smallest(ranks, n, n_kept, buckets, packed)
-            token, i = 1, 0
-            while token < n_tokens:  # without a branch: what is not kept is overwritten by the next that is
-                genes_row[token] = row_genes[i]
-                expression_row[token] = row_values[i]
-                token += ranks[i] <= last_rank
-                i += 1
+            cutoff = _find_cutoff(ranks, n, n_kept, n_low, n_high)
+            n_found = ZERO
+            for i in range(n):  # without a branch: what is not kept is overwritten by the next that is
+                kept[n_found] = i
+                n_found += np.uint64(ranks[i] <= cutoff)
+            for i in range(n_kept):
+                genes_row[i + 1] = row_genes[kept[i]]
+            if is_tabled:
+                for i in range(n_kept):
+                    expression_row[i + 1] = _draw_bin(table[row_keys[kept[i]]], hashes[kept[i]])
+            else:
+                for i in range(n_kept):
+                    expression_row[i + 1] = row_values[kept[i]]
         else:
             for i in range(n):
                 genes_row[i + 1] = row_genes[i]
-                expression_row[i + 1] = row_values[i]
+            if is_tabled:
+                for i in range(n):
+                    expression_row[i + 1] = _draw_bin(table[row_keys[i]], hashes[i])
+            else:
+                for i in range(n):
+                    expression_row[i + 1] = row_values[i]
         attended_row[:n_tokens] = 1
         attended_row[n_tokens:] = 0
         genes_row[n_tokens:] = pad_token_id
@@ -985,28 +1020,35 @@ def _count_bits(word):
 
 @_compiled
 def _column_codes(ids):
-    """Gene ids as `uint32`, with the next after the largest for columns to leave out; that; a bitmap of all codes."""
+    """Gene ids as `uint32`, with the next after the largest for columns to leave out.
+
+    Returns:
+        The codes; that one; whether the others ascend; and a bitmap of all codes.
+    """
     left_out = max(np.int64(ids.max()) + 1, 0) if len(ids) else 0
     codes = np.empty(len(ids), np.uint32)
     for column in range(len(ids)):
         codes[column] = left_out if ids[column] < 0 else ids[column]
-    return codes, left_out, np.zeros(left_out // 64 + 1 if left_out <= LARGEST_BITMAP else 0, np.uint64)
+    last, column = -1, 0
+    while column < len(ids) and (ids[column] < 0 or ids[column] > last):
+        last = max(last, ids[column])
+        column += 1
+    bitmap = np.zeros(left_out // 64 + 1 if left_out <= LARGEST_BITMAP else 0, np.uint64)
+    return codes, np.uint64(left_out), column == len(ids), bitmap
 
 
 @_compiled
-def _read_row(columns, data, n, codes, left_out, row_codes, bitmap, ranks, packed, spare, gene_ids_out, counts_out):
-    """Sorts the entries of one row by gene id into the outputs, without columns to leave out.
-
-    Returns:
-        How many entries stay, the sum of all as [`_row_sums`] adds, and whether all are counts.
-    """
-    n_kept, n_right, n_falls = 0, 0, 0
+def _add_counts(data, n):
+    """Sum of `data[:n]` as [`_row_sums`] adds, and whether all are counts."""
+    # Whole numbers add up to the same in any order.
+    n_whole, total = 0, 0
     for i in range(n):
-        code = codes[np.uint32(columns[i])]
-        row_codes[i] = code
-        n_kept += code < left_out
-    for i in range(1, n):
-        n_falls += row_codes[i] <= row_codes[i - 1]
+        whole = np.int32(min(max(data[i], 0), LARGEST_WHOLE))
+        n_whole += whole == data[i]
+        total += whole
+    if n_whole == n:
+        return np.float64(total), True
+    n_right = 0
     for i in range(n):
         n_right += (data[i] >= 0) & (data[i] < np.inf)
     lane_0, lane_1, lane_2, lane_3 = 0.0, 0.0, 0.0, 0.0
@@ -1017,19 +1059,35 @@ def _read_row(columns, data, n, codes, left_out, row_codes, bitmap, ranks, packe
         lane_3 += data[i + 3]
     for i in range(n - n % 4, n):
         lane_0 += data[i]
-    total = (lane_0 + lane_1) + (lane_2 + lane_3)
+    return (lane_0 + lane_1) + (lane_2 + lane_3), n_right == n
 
-    if n_falls == 0:
-        for i in range(n_kept):
-            gene_ids_out[i] = row_codes[i]
-            counts_out[i] = data[i]
-        return n_kept, total, n_right == n
+
+@_compiled
+def _read_row(columns, data, n, codes, left_out, is_ascending, row_codes, bitmap, ranks, gene_ids_out, counts_out):
+    """Sorts the entries of one row by gene id into the outputs, without columns to leave out.
+
+    Returns:
+        How many entries stay, and whether genes may repeat among them.
+    """
+    n_falls = 0
+    for i in range(1, n):
+        n_falls += columns[i] <= columns[i - 1]
+    if is_ascending and n_falls == 0:
+        n_kept = ZERO
+        for i in range(n):
+            code = codes[np.uint32(columns[i])]
+            gene_ids_out[n_kept] = code
+            counts_out[n_kept] = data[i]
+            n_kept += np.uint64(code < left_out)
+        return np.int64(n_kept), False
 
     # A gene's place is the number of bits set before its own.
-    n_genes = ZERO
+    n_kept, n_genes = 0, ZERO
     if len(bitmap):
         for i in range(n):
-            code = np.uint64(row_codes[i])
+            code = np.uint64(codes[np.uint32(columns[i])])
+            row_codes[i] = code
+            n_kept += code < left_out
             bitmap[code >> BITS_6] |= ONE << (code & LOW_6)
         for word in range(len(bitmap)):
             ranks[word] = n_genes
@@ -1041,15 +1099,20 @@ def _read_row(columns, data, n, codes, left_out, row_codes, bitmap, ranks, packe
             place = ranks[word] + _count_bits(bitmap[word] & ((ONE << (code & LOW_6)) - ONE))
             gene_ids_out[place] = row_codes[i]
             counts_out[place] = data[i]
-    else:  # a gene has several columns, or the ids are too large for the bitmap
-        for i in range(n):
-            packed[i] = np.uint64(row_codes[i]) << BITS_32 | np.uint64(i)
-        words = _sort_by_upper_half(packed, n, spare)
-        for i in range(n_kept):
-            gene_ids_out[i] = words[i] >> BITS_32
-            counts_out[i] = data[words[i] & LOW_32]
+        bitmap[:] = ZERO
+        return n_kept, False
+
+    # A gene has several columns, or the ids are too large for the bitmap.
     bitmap[:] = ZERO
-    return n_kept, total, n_right == n
+    words, spare, n_kept = np.empty(n, np.uint64), np.empty(n, np.uint64), 0
+    for i in range(n):
+        words[i] = np.uint64(codes[np.uint32(columns[i])]) << BITS_32 | np.uint64(i)
+        n_kept += words[i] >> BITS_32 < left_out
+    words = _sort_by_upper_half(words, n, spare)
+    for i in range(n_kept):
+        gene_ids_out[i] = words[i] >> BITS_32
+        counts_out[i] = data[words[i] & LOW_32]
+    return n_kept, True
 
 
 @_compiled
@@ -1064,93 +1127,107 @@ def _read_csr(indptr, columns, data, ids):
 
     Returns:
         `indptr` (`int64`), `gene_ids` (`int32`, ascending within a row) and `counts` of the entries that stay, the
-        sums of all entries of each row (`float32`), and whether all entries are counts.
+        sums of all entries of each row (`float32`), whether all entries are counts, and whether genes may repeat.
     """
-    n_rows, n_kept, longest, is_valid = len(indptr) - 1, 0, 0, True
+    n_rows, n_kept, longest, is_valid, may_repeat = len(indptr) - 1, 0, 0, True, False
     for row in range(n_rows):
         longest = max(longest, indptr[row + 1] - indptr[row])
-    codes, left_out, bitmap = _column_codes(ids)
+    codes, left_out, is_ascending, bitmap = _column_codes(ids)
     row_codes, ranks = np.empty(longest, np.uint32), np.empty(len(bitmap), np.uint64)
-    packed, spare = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
     kept_indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows, np.float32)
     gene_ids, counts = np.empty(len(data), np.int32), np.empty(len(data), data.dtype)
     for row in range(n_rows):
         start, stop = indptr[row], indptr[row + 1]
-        n, totals[row], row_is_valid = _read_row(
+        row_data = data[start:stop]
+        totals[row], row_is_valid = _add_counts(row_data, stop - start)
+        n, row_may_repeat = _read_row(
             columns[start:stop],
-            data[start:stop],
+            row_data,
             stop - start,
             codes,
             left_out,
+            is_ascending,
             row_codes,
             bitmap,
             ranks,
-            packed,
-            spare,
             gene_ids[n_kept:],
             counts[n_kept:],
         )
         n_kept += n
         is_valid &= row_is_valid
+        may_repeat |= row_may_repeat
         kept_indptr[row + 1] = n_kept
-    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid
+    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid, may_repeat
+
+
+@_compiled
+def _nonzero_bits(values, first, n):
+    """A word whose bit `i` says whether `values[first + i]` is not zero, for `i` below `n`."""
+    word = ZERO
+    for i in range(n):
+        word |= np.uint64(values[first + np.uint64(i)] != 0) << np.uint64(i)
+    return word
+
+
+@_compiled
+def _find_nonzero(values, found):
+    """Writes the positions of what is not zero, and rubbish behind them (`found` has 64 places more); counts them."""
+    n = ZERO
+    for block in range(-(-len(values) // 64)):
+        first = np.uint64(block) * np.uint64(64)
+        n_left = len(values) - block * 64
+        # A constant length is what compilers make vectors of.
+        word = _nonzero_bits(values, first, 64) if n_left >= 64 else _nonzero_bits(values, first, n_left)
+        n_next = n + _count_bits(word)
+        # Six at a time without a branch: most words of a sparse row need no second turn.
+        while word:
+            for i in range(6):
+                found[n + np.uint64(i)] = first + _count_bits(~word & (word - ONE))  # the lowest bit set
+                word &= word - ONE
+            n += np.uint64(6)
+        n = n_next
+    return np.int64(n)
 
 
 @_compiled
 def _read_dense(matrix, ids):
     """Reads a dense matrix of counts; returns what [`_read_csr`] does."""
     n_rows, n_columns = matrix.shape
-    n_kept, is_valid = 0, True
-    codes, left_out, bitmap = _column_codes(ids)
+    n_kept, is_valid, may_repeat = 0, True, False
+    codes, left_out, is_ascending, bitmap = _column_codes(ids)
     row_codes, ranks = np.empty(n_columns, np.uint32), np.empty(len(bitmap), np.uint64)
-    packed, spare = np.empty(n_columns, np.uint64), np.empty(n_columns, np.uint64)
-    found, data = np.empty(n_columns + 4, np.int32), np.empty(n_columns, matrix.dtype)
+    found, data = np.empty(n_columns + 64, np.int32), np.empty(n_columns, matrix.dtype)
     kept_indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows, np.float32)
     size = n_columns + n_rows * n_columns // 8  # room for one entry in eight, to begin with
     gene_ids, counts = np.empty(size, np.int32), np.empty(size, matrix.dtype)
-    # Flags of four columns are looked at as one word, so that most zeros cost a quarter of a step.
-    flags = np.zeros(-(-n_columns // 4) * 4, np.uint8)
-    quads = flags.view(np.uint32)
-    filled_quads = np.empty(len(quads) + 1, np.uint32)
     for row in range(n_rows):
         values = matrix[row]
-        for column in range(n_columns):
-            flags[column] = values[column] != 0
-        # Both loops do without a branch: what is not wanted is overwritten by the next that is.
-        n_quads, n = ZERO, ZERO
-        for quad in range(len(quads)):
-            filled_quads[n_quads] = quad
-            n_quads += np.uint64(quads[quad] != 0)
-        for i in range(n_quads):
-            first = np.uint64(filled_quads[i]) * FOUR
-            for j in range(4):
-                column = first + np.uint64(j)
-                found[n] = column
-                n += np.uint64(flags[column])
+        n = _find_nonzero(values, found)
         for i in range(n):
             data[i] = values[np.uint32(found[i])]  # unsigned: spares a check for an index from the end
         if n_kept + n_columns > len(counts):
             longer_ids, longer_counts = np.empty(2 * len(counts), np.int32), np.empty(2 * len(counts), matrix.dtype)
             longer_ids[:n_kept], longer_counts[:n_kept] = gene_ids[:n_kept], counts[:n_kept]
             gene_ids, counts = longer_ids, longer_counts
-        n_new, totals[row], row_is_valid = _read_row(
+        totals[row], row_is_valid = _add_counts(data, n)
+        n, row_may_repeat = _read_row(
             found,
             data,
-            np.int64(n),
+            n,
             codes,
             left_out,
+            is_ascending,
             row_codes,
             bitmap,
             ranks,
-            packed,
-            spare,
             gene_ids[n_kept:],
             counts[n_kept:],
         )
-        n_kept += n_new
+        n_kept += n
         is_valid &= row_is_valid
+        may_repeat |= row_may_repeat
         kept_indptr[row + 1] = n_kept
-    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid
+    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid, may_repeat
 
 
 __all__ = [
