@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train import convert
 
@@ -238,6 +239,20 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"best_model\.pt"):
         convert.load_scgpt(tmp_path)
+
+
+def test_a_converted_checkpoint_finds_its_genes_by_their_other_names(tmp_path):
+    (tmp_path / "published").mkdir()
+    folder = plain_folder(tmp_path / "published")
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary["CD3E"], vocabulary["RACK1"] = vocabulary.pop("G4"), vocabulary.pop("G9")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    arguments = ["scgpt", str(folder), "--output", str(tmp_path / "ours")]
+    convert.main(convert.make_parser().parse_args(arguments))
+    stored = [json.loads((tmp_path / "ours" / name).read_text()) for name in ("vocab.json", "gene_aliases.json")]
+    index = GeneIndex.from_dict(*stored)
+    assert index.lookup("ENSG00000198851.12") == (4, "ensembl")
+    assert index.lookup("ENSG00000204628") == (9, "ensembl")
 
 
 def test_the_command_writes_a_folder_that_from_pretrained_loads(tmp_path):

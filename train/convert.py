@@ -6,7 +6,8 @@
         --encoder-hidden-size 512
 
 `scgpt` reads a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) and writes one that
-`ScGPTModel.from_pretrained` loads, with the gene vocabulary and the feature extractor beside it. Every weight is
+`ScGPTModel.from_pretrained` loads, with the gene vocabulary, the other names of its genes (Ensembl ids, previous
+symbols, orthologs: see `gene_tables`) and the feature extractor beside it. Every weight is
 accounted for by name: a key that the table does not know, a missing one or one of another shape is an error that lists
 it, and no weight is left random. The outputs equal scGPT's to float32 rounding. One setting is not taken over: scGPT
 trained with dropout on attention weights (0.2), which `ScGPTConfig.attention_dropout` leaves at 0; see
@@ -40,6 +41,8 @@ from transformers import (
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.train.corpus import write_json
+from scmmgpt.train.gene_tables import build_gene_aliases
 
 
 logger = logging.getLogger(__name__)
@@ -350,12 +353,20 @@ def qformer_from_bert(
 
 
 def save_cell_model(
-    folder: Path, model: ScGPTModel, vocabulary: dict[str, int], feature_extractor: ScMMGPTFeatureExtractor
+    folder: str | Path,
+    model: ScGPTModel,
+    vocabulary: dict[str, int],
+    gene_aliases: dict,
+    feature_extractor: ScMMGPTFeatureExtractor,
 ) -> None:
-    """Write a cell model with all that is needed to feed it: `vocab.json` and `preprocessor_config.json`."""
+    """Write a cell model with all that is needed to feed it.
+
+    That is `vocab.json`, `gene_aliases.json` (both for `GeneIndex.from_dict`) and `preprocessor_config.json`.
+    """
     model.save_pretrained(folder)
     feature_extractor.save_pretrained(folder)
-    (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary, indent=0, ensure_ascii=False) + "\n")
+    write_json(Path(folder, "vocab.json"), vocabulary)
+    write_json(Path(folder, "gene_aliases.json"), gene_aliases)
 
 
 def make_parser(prog: str = "python -m scmmgpt.train convert") -> argparse.ArgumentParser:
@@ -380,9 +391,8 @@ def main(args: argparse.Namespace) -> None:
     if args.kind == "scgpt":
         model, vocabulary = load_scgpt(args.source)
         arguments = json.loads(Path(args.source, "args.json").read_text())
-        save_cell_model(
-            args.output, model, vocabulary, scgpt_feature_extractor(model.config, arguments.get("max_seq_len", 1200))
-        )
+        extractor = scgpt_feature_extractor(model.config, arguments.get("max_seq_len", 1200))
+        save_cell_model(args.output, model, vocabulary, build_gene_aliases(vocabulary), extractor)
         what = f"scGPT with {model.num_parameters():,} parameters and {len(vocabulary):,} genes and special tokens"
     elif args.kind == "lm":
         model, tokenizer = load_causal_lm(args.source)

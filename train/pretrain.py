@@ -221,7 +221,7 @@ def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         cell_model: ScGPTModel = trainer.accelerator.unwrap_model(trainer.model).cell_model
-        save_cell_model(training_args.output_dir, cell_model, corpus.vocabulary, extractor)
+        save_cell_model(training_args.output_dir, cell_model, corpus.vocabulary, corpus.gene_aliases, extractor)
         save_run(training_args.output_dir, "pretrain", model=arguments, training=training_args)
 
 
