@@ -382,6 +382,19 @@ def test_ids_of_any_size_are_sorted_and_summed(path, largest, repeats):
         np.testing.assert_array_equal(cells.counts, expected.data)
 
 
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_columns_in_the_order_of_the_vocabulary_may_be_left_out_and_stored_in_any_order(path, is_reversed):
+    ids = np.array([3, -1, 5, 8, -1, 13])
+    rows = sp.csr_matrix(np.array([[1, 2, 3, 4, 5, 6], [0, 7, 0, 0, 8, 9], [0, 0, 0, 0, 1, 0]], dtype=np.float32))
+    if is_reversed:
+        rows = sp.csr_matrix((rows.data[::-1], rows.indices[::-1], [0, 1, 4, 10]), shape=rows.shape)[::-1]
+    for cells in (Cells.from_csr(rows, ids), Cells.from_dense(rows.toarray(), ids)):
+        assert cells.indptr.tolist() == [0, 4, 5, 5]
+        assert cells.gene_ids.tolist() == [3, 5, 8, 13, 13]
+        assert cells.counts.tolist() == [1, 3, 4, 6, 9]
+        assert cells.total_counts.tolist() == [21, 24, 1]
+
+
 # The rest of the extractor
 
 
