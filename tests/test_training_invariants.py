@@ -2,12 +2,20 @@
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.fsdp import fully_shard
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.train import plan
+from scmmgpt.train.trainer import flatten_scalars
+
+
+ACCELERATE = Path(plan.__file__).parent / "configs" / "accelerate"
 
 
 @pytest.fixture
@@ -36,24 +44,39 @@ def gradients_of(model, batch):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _one_rank(rank, world_size, folder, model, batch):
+def _one_rank(rank, world_size, folder, model, batch, sharded):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
     rows = len(batch["gene_ids"]) // world_size
+    if sharded:  # as `accelerate` does by `configs/accelerate/fsdp.yaml`, which it ignores on CPUs
+        flatten_scalars(model)
+        mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
+        for module in [module for module in model.modules() if type(module).__name__ in sharded]:
+            fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     loss, gradients = gradients_of(model, {k: v[rank * rows : (rank + 1) * rows] for k, v in batch.items()})
-    for gradient in gradients.values():  # what DistributedDataParallel does
-        torch.distributed.all_reduce(gradient)
-        gradient /= world_size
+    if sharded:
+        gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    else:
+        for gradient in gradients.values():  # what DistributedDataParallel does
+            torch.distributed.all_reduce(gradient)
+            gradient /= world_size
     torch.save((loss, gradients), os.path.join(folder, f"{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_contrast_like_one(alignment, batch, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_contrast_like_one(alignment, batch, tmp_path, strategy):
+    settings = load_config_from_file(str(ACCELERATE / "fsdp.yaml")).fsdp_config
+    sharded = settings["fsdp_transformer_layer_cls_to_wrap"].split(",") if strategy == "fsdp" else []
     loss, gradients = gradients_of(alignment, batch)
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_one_rank, args=(r, 2, str(tmp_path), alignment, batch)) for r in range(2)]
+    processes = [
+        context.Process(target=_one_rank, args=(rank, 2, str(tmp_path), alignment, batch, sharded))
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -63,7 +86,7 @@ def test_two_processes_contrast_like_one(alignment, batch, tmp_path):
         their_loss, theirs = torch.load(tmp_path / f"{rank}.pt")
         assert their_loss == pytest.approx(loss, rel=1e-5)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+            torch.testing.assert_close(theirs[name].view_as(gradient), gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_activation_checkpointing_changes_no_gradient(alignment, batch):

@@ -95,6 +95,8 @@ class StreamTrainerMixin:
         self.write_card = write_card
         self._last_log = None
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            flatten_scalars(self.model)
 
     def get_train_dataloader(self):
         """Finished batches of this rank."""
@@ -140,6 +142,12 @@ class StreamTrainerMixin:
         elif self.is_world_process_zero():
             self.write_card(self.state.log_history)
 
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is not None and self.is_fsdp_enabled:  # back to how the model defines them
+            scalars = {name for name in state_dict if name.endswith("logit_scale")}
+            state_dict = {name: value.reshape(()) if name in scalars else value for name, value in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
     def record_losses(self, **losses: torch.Tensor | None) -> None:
         """Remember components for the next log line; training and evaluation apart."""
         prefix = "" if self.model.training else "eval_"
@@ -164,6 +172,15 @@ class StreamTrainerMixin:
             totals, counts = zip(*(rank[name] for rank in ranks if name in rank), strict=True)
             logs[name] = round(sum(totals) / sum(counts), 4)
         super().log(logs, *args, **kwargs)
+
+
+def flatten_scalars(model: torch.nn.Module) -> None:
+    """Make parameters without a dimension, which FSDP refuses, vectors of length 1."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                flat = torch.nn.Parameter(parameter.detach()[None], requires_grad=parameter.requires_grad)
+                setattr(module, name, flat)
 
 
 def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> list[str]:
