@@ -63,16 +63,28 @@ def test_no_system_sees_a_cell_of_the_label_that_is_left_out(adata, tmp_path, mo
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 3
 
 
-def test_a_centroid_is_predicted_from_the_text_between_those_of_seen_labels(adata, monkeypatch):
-    # The left-out label's text lies halfway between the others', and so do its cells.
-    profiles = np.array([[9.0, 1.0, 1.0], [5.0, 5.0, 1.0], [1.0, 9.0, 1.0]])
-    labels = Labelled(["a", "b", "c"], ["a", "b", "c"], [None] * 3)
-    texts = np.array([[1.0, 0.0], [0.7, 0.7], [0.0, 1.0]])
+def test_a_centroid_is_predicted_from_the_text_between_those_of_seen_labels():
+    centroids, texts = np.array([[9.0, 1.0], [1.0, 9.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    between = zeroshot.predict_centroid(centroids, texts, np.array([0.5, 0.5]))
+    np.testing.assert_allclose(between, [5, 5])
+    known = zeroshot.predict_centroid(centroids, texts, texts[0], penalty=1e-9)
+    np.testing.assert_allclose(known, centroids[0], rtol=1e-6)
+
+
+def test_a_bonus_finds_no_fewer_cells_of_the_label_that_is_left_out(monkeypatch):
+    angles = np.array([0.0, 0.4, 0.8, 1.2])  # four labels in a row, in texts and in cells
+    texts = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     monkeypatch.setattr(zeroshot, "read_texts", lambda labels: texts)
-    counts = anndata.AnnData(csr_matrix(100 * profiles))
-    task = Task(counts[[0, 2]], np.array([0, 2]), counts, labels, 1, 0, "")
-    (scores,) = zeroshot.text_centroids(task).values()
-    assert scores.argmax(axis=1).tolist() == [0, 1, 2]
+    rng = np.random.default_rng(0)
+    truth = np.arange(80) % 4
+    rates = 100 * np.stack([np.cos(angles), np.sin(angles), np.ones(4)], axis=1)[truth]
+    cells = anndata.AnnData(csr_matrix(rng.poisson(rates).astype(np.float32)))
+    labels = Labelled(list("abcd"), list("abcd"), [None] * 4)
+    kept = np.flatnonzero(truth != 1)
+    task = Task(cells[kept], truth[kept], cells, labels, 1, 0, "")
+    raised, plain = (scores.argmax(axis=1) for scores in zeroshot.text_centroids(task).values())
+    assert (raised[truth == 1] == 1).mean() >= (plain[truth == 1] == 1).mean()
+    assert (plain[truth != 1] == truth[truth != 1]).mean() > 0.9
 
 
 def test_steps_and_closeness_follow_the_ontology():
