@@ -206,19 +206,12 @@ class Cells:
         Returns:
             `Cells` whose `total_counts` are the sums over all columns, those left out included.
         """
-        ids = _column_ids(vocabulary_ids, matrix.shape[1])
         indptr, columns, data = (np.asarray(array) for array in (matrix.indptr, matrix.indices, matrix.data))
-        if data.dtype.kind == "b":
-            data = data.astype(np.uint16)
-        indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
         if data.min(initial=1) == 0:  # stored zeros
             indptr = np.concatenate([[0], np.cumsum(data != 0)])[indptr]
             columns, data = columns[data != 0], data[data != 0]
-        read = _read_csr if _kernels_pay(len(indptr) - 1) else _read_csr_numpy
-        *entries, is_valid, may_repeat = read(indptr, columns, data, ids)
-        if not is_valid:
-            _refuse_entries(indptr, columns, data)
-        return cls._from_sorted(*entries, cell_ids, may_repeat)
+        ids, pays = _column_ids(vocabulary_ids, matrix.shape[1]), _kernels_pay(len(indptr) - 1)
+        return cls._from_entries(indptr, columns, data, ids, cell_ids, pays)
 
     @classmethod
     def from_dense(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
@@ -226,25 +219,24 @@ class Cells:
         matrix = np.ascontiguousarray(matrix)
         if matrix.ndim != 2:
             raise ValueError(f"Expected a matrix of cells by genes, but its shape is {matrix.shape}.")
-        ids = _column_ids(vocabulary_ids, matrix.shape[1])
-        if matrix.dtype.kind == "b":
-            matrix = matrix.astype(np.uint16)
-        if _kernels_pay(len(matrix)):
-            *entries, is_valid, may_repeat = _read_dense(matrix, ids)
-        else:
-            *entries, is_valid, may_repeat = _read_csr_numpy(*_nonzero_entries(matrix), ids)
-        if not is_valid:
-            _refuse_entries(*_nonzero_entries(matrix))
-        return cls._from_sorted(*entries, cell_ids, may_repeat)
+        ids, pays = _column_ids(vocabulary_ids, matrix.shape[1]), _kernels_pay(len(matrix))
+        return cls._from_entries(*(_find_entries if pays else _find_entries_numpy)(matrix), ids, cell_ids, pays)
 
     @classmethod
-    def _from_sorted(cls, indptr, gene_ids, counts, total_counts, cell_ids, may_repeat):
-        """Cells of entries in ascending order of gene within each cell, in which a gene may still repeat."""
+    def _from_entries(cls, indptr, columns, data, ids, cell_ids, is_compiled):
+        """Cells of CSR arrays without zeros."""
+        indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
+        if data.dtype.kind == "b":
+            data = data.astype(np.uint16)
+        read = _read_csr if is_compiled else _read_csr_numpy
+        kept_indptr, gene_ids, counts, total_counts, is_valid, may_repeat = read(indptr, columns, data, ids)
+        if not is_valid:
+            _refuse_entries(indptr, columns, data)
         if may_repeat:
-            indptr, gene_ids, counts = _sum_repeats(indptr, gene_ids, counts)
+            kept_indptr, gene_ids, counts = _sum_repeats(kept_indptr, gene_ids, counts)
         if cell_ids is None:
             cell_ids = np.arange(len(indptr) - 1, dtype=np.uint64)
-        return cls(indptr, gene_ids, counts, cell_ids, total_counts)
+        return cls(kept_indptr, gene_ids, counts, cell_ids, total_counts)
 
 
 def _sum_repeats(indptr, gene_ids, counts):
@@ -293,8 +285,8 @@ def _row_sums(data, indptr):
     return ((sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])).astype(np.float32)
 
 
-def _nonzero_entries(matrix):
-    """CSR arrays of a dense matrix, in NumPy."""
+def _find_entries_numpy(matrix):
+    """What [`_find_entries`] does, in NumPy."""
     columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
     rows = columns // max(matrix.shape[1], 1)
     columns -= rows * matrix.shape[1]
@@ -1170,8 +1162,8 @@ def _nonzero_bits(values, first, n):
 
 
 @_compiled
-def _find_nonzero(values, found):
-    """Writes the positions of what is not zero, and rubbish behind them (`found` has 64 places more); counts them."""
+def _find_nonzero(values, found, data):
+    """Writes where values are not zero, and those values, and rubbish behind them (up to 6 places); counts them."""
     n = ZERO
     for block in range(-(-len(values) // 64)):
         first = np.uint64(block) * np.uint64(64)
@@ -1182,7 +1174,9 @@ def _find_nonzero(values, found):
         # Six at a time without a branch: most words of a sparse row need no second turn.
         while word:
             for i in range(6):
-                found[n + np.uint64(i)] = first + _count_bits(~word & (word - ONE))  # the lowest bit set
+                column = first + (_count_bits(~word & (word - ONE)) & LOW_6)  # the lowest bit set, or 0 for none
+                found[n + np.uint64(i)] = column
+                data[n + np.uint64(i)] = values[column]
                 word &= word - ONE
             n += np.uint64(6)
         n = n_next
@@ -1190,44 +1184,20 @@ def _find_nonzero(values, found):
 
 
 @_compiled
-def _read_dense(matrix, ids):
-    """Reads a dense matrix of counts; returns what [`_read_csr`] does."""
+def _find_entries(matrix):
+    """CSR arrays (`int64`, `int32` and as the matrix) of what is not zero in a dense matrix."""
     n_rows, n_columns = matrix.shape
-    n_kept, is_valid, may_repeat = 0, True, False
-    codes, left_out, is_ascending, bitmap = _column_codes(ids)
-    row_codes, ranks = np.empty(n_columns, np.uint32), np.empty(len(bitmap), np.uint64)
-    found, data = np.empty(n_columns + 64, np.int32), np.empty(n_columns, matrix.dtype)
-    kept_indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows, np.float32)
-    size = n_columns + n_rows * n_columns // 8  # room for one entry in eight, to begin with
-    gene_ids, counts = np.empty(size, np.int32), np.empty(size, matrix.dtype)
+    indptr = np.zeros(n_rows + 1, np.int64)
+    size = n_columns + n_rows * n_columns // 8 + 6  # room for one entry in eight, to begin with
+    columns, data = np.empty(size, np.int32), np.empty(size, matrix.dtype)
     for row in range(n_rows):
-        values = matrix[row]
-        n = _find_nonzero(values, found)
-        for i in range(n):
-            data[i] = values[np.uint32(found[i])]  # unsigned: spares a check for an index from the end
-        if n_kept + n_columns > len(counts):
-            longer_ids, longer_counts = np.empty(2 * len(counts), np.int32), np.empty(2 * len(counts), matrix.dtype)
-            longer_ids[:n_kept], longer_counts[:n_kept] = gene_ids[:n_kept], counts[:n_kept]
-            gene_ids, counts = longer_ids, longer_counts
-        totals[row], row_is_valid = _add_counts(data, n)
-        n, row_may_repeat = _read_row(
-            found,
-            data,
-            n,
-            codes,
-            left_out,
-            is_ascending,
-            row_codes,
-            bitmap,
-            ranks,
-            gene_ids[n_kept:],
-            counts[n_kept:],
-        )
-        n_kept += n
-        is_valid &= row_is_valid
-        may_repeat |= row_may_repeat
-        kept_indptr[row + 1] = n_kept
-    return kept_indptr, gene_ids[:n_kept], counts[:n_kept], totals, is_valid, may_repeat
+        start = indptr[row]
+        if start + n_columns + 6 > len(columns):
+            longer_columns, longer_data = np.empty(2 * len(columns), np.int32), np.empty(2 * len(data), matrix.dtype)
+            longer_columns[:start], longer_data[:start] = columns[:start], data[:start]
+            columns, data = longer_columns, longer_data
+        indptr[row + 1] = start + _find_nonzero(matrix[row], columns[start:], data[start:])
+    return indptr, columns[: indptr[-1]], data[: indptr[-1]]
 
 
 __all__ = [
