@@ -105,7 +105,7 @@ def scores_of_pipeline(pipeline, task: Task, *, text: str | None = None, **optio
     return np.log(np.maximum(annotated.obsm["scmmgpt_probabilities"].astype(np.float64), 1e-30))
 
 
-def finetuned(task: Task, *, name: str = "finetune", options: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def finetuned(task: Task) -> dict[str, np.ndarray]:
     """`finetune` from scratch: with the bonus for unseen labels that it chose, without it, and with it but no text.
 
     The last says what is found by being unlike all trained labels alone: the left-out label is described as "cell".
@@ -114,11 +114,11 @@ def finetuned(task: Task, *, name: str = "finetune", options: Sequence[str] = ()
     adata.obs["label"] = np.array(task.labels.names, dtype=object)[task.targets]
     adata.obs["label_ontology_term_id"] = np.array(task.labels.ids, dtype=object)[task.targets]
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = run_finetune(adata, folder, label_key="label", seed=task.seed, options=options)
+        pipeline = run_finetune(adata, folder, label_key="label", seed=task.seed)
         return {
-            name: scores_of_pipeline(pipeline, task),
-            f"{name}, no bonus": scores_of_pipeline(pipeline, task, unseen_bonus=0.0),
-            f"{name}, no text": scores_of_pipeline(pipeline, task, text=CaptionSampler().label_text("cell")),
+            "finetune": scores_of_pipeline(pipeline, task),
+            "finetune, no bonus": scores_of_pipeline(pipeline, task, unseen_bonus=0.0),
+            "finetune, no text": scores_of_pipeline(pipeline, task, text=CaptionSampler().label_text("cell")),
         }
 
 
@@ -218,7 +218,6 @@ def chance(task: Task) -> dict[str, np.ndarray]:
 
 SYSTEMS: dict[str, Callable[[Task], dict[str, np.ndarray]]] = {
     "finetune": finetuned,
-    "finetune, 6 layers": functools.partial(finetuned, name="finetune, 6 layers", options=["--bert_layers", "6"]),
     "align": aligned,
     "align, soft targets": functools.partial(aligned, name="align, soft targets", options=SOFT),
     "align, published contrast": functools.partial(aligned, name="align, published contrast", options=PAPER),
