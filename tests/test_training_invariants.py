@@ -44,19 +44,18 @@ def gradients_of(model, batch):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _one_rank(rank, world_size, folder, model, batch, sharded):
+def _one_rank(rank, world_size, folder, model, batch, sharded, rows):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
-    rows = len(batch["gene_ids"]) // world_size
     if sharded:  # as `accelerate` does by `configs/accelerate/fsdp.yaml`, which it ignores on CPUs
         flatten_scalars(model)
         mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
         for module in [module for module in model.modules() if type(module).__name__ in sharded]:
             fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    loss, gradients = gradients_of(model, {k: v[rank * rows : (rank + 1) * rows] for k, v in batch.items()})
+    loss, gradients = gradients_of(model, {name: value[rows[rank]] for name, value in batch.items()})
     if sharded:
         gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
     else:
@@ -67,14 +66,12 @@ def _one_rank(rank, world_size, folder, model, batch, sharded):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_contrast_like_one(alignment, batch, tmp_path, strategy):
-    settings = load_config_from_file(str(ACCELERATE / "fsdp.yaml")).fsdp_config
-    sharded = settings["fsdp_transformer_layer_cls_to_wrap"].split(",") if strategy == "fsdp" else []
-    loss, gradients = gradients_of(alignment, batch)
+def check_two_processes(folder, model, batch, sharded, rows):
+    """Loss and gradients of two processes, which see these rows of the batch, are those of one that sees it all."""
+    loss, gradients = gradients_of(model, batch)
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_one_rank, args=(rank, 2, str(tmp_path), alignment, batch, sharded))
+        context.Process(target=_one_rank, args=(rank, 2, str(folder), model, batch, sharded, rows))
         for rank in range(2)
     ]
     for process in processes:
@@ -83,10 +80,36 @@ def test_two_processes_contrast_like_one(alignment, batch, tmp_path, strategy):
         process.join(120)
         assert process.exitcode == 0
     for rank in range(2):
-        their_loss, theirs = torch.load(tmp_path / f"{rank}.pt")
+        their_loss, theirs = torch.load(folder / f"{rank}.pt")
         assert their_loss == pytest.approx(loss, rel=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(theirs[name].view_as(gradient), gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def sharded():
+    """The layers that FSDP shards one by one."""
+    settings = load_config_from_file(str(ACCELERATE / "fsdp.yaml")).fsdp_config
+    return settings["fsdp_transformer_layer_cls_to_wrap"].split(",")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_contrast_like_one(alignment, batch, tmp_path, strategy, sharded):
+    halves = slice(0, 4), slice(4, 8)
+    check_two_processes(tmp_path, alignment, batch, sharded if strategy == "fsdp" else [], halves)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # logits, which nothing writes into
+def test_the_generative_model_can_be_sharded(tiny_model, tiny_processor, adata, tmp_path, sharded):
+    cells, _ = tiny_processor.read_cells(adata[:4].copy())
+    batch = tiny_processor(
+        text=["<cell> a"] * 2 + ["b"] * 2,
+        cells=cells[:2],
+        answers=["b", "a", "", ""],
+        target_cells=cells[2:],
+        target_rows=np.array([2, 3]),
+    )
+    check_two_processes(tmp_path, tiny_model.train(), dict(batch), sharded, (slice(None), slice(None)))
 
 
 def test_activation_checkpointing_changes_no_gradient(alignment, batch):
