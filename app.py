@@ -12,9 +12,15 @@ import tempfile
 from pathlib import Path
 
 import anndata
-import gradio as gr
 import numpy as np
 import pandas as pd
+
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    message = "The page needs gradio; install it with `pip install scmmgpt[app]`."
+    raise ModuleNotFoundError(message, name="gradio") from error
 
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
