@@ -176,7 +176,7 @@ def per_head_attention(query, key, value):
     return output
 
 
-def packed_attention(query, key, value, segments, scaling, dropout=0.0):
+def packed_attention(query, key, value, segments, scaling, dropout=0.0, num_conditions=None):
     """Attention within each cell of a packed row, by the fastest means of the device.
 
     On CUDA in half precision it is one variable-length kernel; elsewhere each run of cells of equal length is one call
@@ -190,18 +190,20 @@ def packed_attention(query, key, value, segments, scaling, dropout=0.0):
         segments ([`Segments`]): Where the cells lie.
         scaling (`float`): Factor of the scores.
         dropout (`float`): Probability of dropping an attention weight.
+        num_conditions (`int`, *optional*): See [`attention_by_conditions`].
 
     Returns:
         `torch.Tensor` of the shape of `query`.
     """
     first_only = len(query) == len(segments.lengths)
-    if _has_varlen_kernel(query) and dropout == 0:
+    whole = num_conditions is None
+    if whole and _has_varlen_kernel(query) and dropout == 0:
         longest = segments.lengths[-1]
         query_ends, longest_query = segments.ends, longest
         if first_only:
             query_ends, longest_query = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device), 1
         return varlen_attn(query, key, value, query_ends, segments.ends, longest_query, longest, scale=scaling)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not query.requires_grad:
+    if whole and query.device.type == "cpu" and query.dtype == torch.bfloat16 and not query.requires_grad:
         lengths = segments.lengths
         queries = (query * scaling).split(1 if first_only else lengths)
         return torch.cat(list(map(per_head_attention, queries, key.split(lengths), value.split(lengths))))
@@ -212,10 +214,42 @@ def packed_attention(query, key, value, segments, scaling, dropout=0.0):
     states_by_run = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
     outputs = []
     for (_, num_cells), states in zip(runs, states_by_run, strict=True):
-        heads_first = (state.unflatten(0, (num_cells, -1)).transpose(1, 2) for state in states)
-        output = nn.functional.scaled_dot_product_attention(*heads_first, dropout_p=dropout, scale=scaling)
+        heads_first = [state.unflatten(0, (num_cells, -1)).transpose(1, 2) for state in states]
+        if whole:
+            output = nn.functional.scaled_dot_product_attention(*heads_first, dropout_p=dropout, scale=scaling)
+        else:
+            output = attention_by_conditions(*heads_first, num_conditions, scaling, dropout)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
+
+
+def attention_by_conditions(query, key, value, num_conditions, scaling, dropout=0.0):
+    """Attention in which conditions see all tokens, and a gene only the conditions and itself.
+
+    Genes learn of each other through the conditions, which costs as much as there are genes, not their square.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(num_cells, num_heads, num_conditions + num_genes, head_dim)`):
+            Conditions first; no padding.
+        num_conditions (`int`): How many there are.
+        scaling (`float`): Factor of the scores.
+        dropout (`float`): Probability of dropping an attention weight.
+
+    Returns:
+        `torch.Tensor` of the shape of `query`.
+    """
+    conditions, genes = query[:, :, :num_conditions], query[:, :, num_conditions:]
+    (condition_keys, own_keys), (condition_values, own_values) = (
+        (states[:, :, :num_conditions], states[:, :, num_conditions:]) for states in (key, value)
+    )
+    of_conditions = nn.functional.scaled_dot_product_attention(
+        conditions, key, value, dropout_p=dropout, scale=scaling
+    )
+    own_scores = (genes * own_keys).sum(dim=-1, keepdim=True)
+    scores = torch.cat([torch.matmul(genes, condition_keys.transpose(-1, -2)), own_scores], dim=-1) * scaling
+    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout).to(value.dtype)
+    of_genes = torch.matmul(weights[..., :-1], condition_values) + weights[..., -1:] * own_values
+    return torch.cat([of_conditions, of_genes], dim=2)
 
 
 def _has_varlen_kernel(query: torch.Tensor) -> bool:
@@ -306,14 +340,14 @@ class ScGPTAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, queries, hidden_states, attention_mask=None, segments=None):
+    def forward(self, queries, hidden_states, attention_mask=None, segments=None, num_conditions=None):
         """Attend from `queries` to `hidden_states`, which are the same tokens or more; see [`ScGPTLayer`]."""
         query = self.q_proj(queries).unflatten(-1, (-1, self.head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         dropout = self.config.attention_dropout if self.training else 0.0
         if segments is not None:
-            output = packed_attention(query, key, value, segments, scaling=self.scaling, dropout=dropout)
+            output = packed_attention(query, key, value, segments, self.scaling, dropout, num_conditions)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             heads_first = (states.transpose(1, 2) for states in (query, key, value))
@@ -325,7 +359,8 @@ class ScGPTLayer(GradientCheckpointingLayer):
     """A post-norm transformer layer with a ReLU feed-forward.
 
     Tokens are `(batch_size, length, hidden_size)` with an `attention_mask`, or packed, `(num_tokens, hidden_size)`,
-    with `segments`. With `first_only` (packed alone) the result holds only the first token of each cell.
+    with `segments`. With `first_only` (packed alone) the result holds only the first token of each cell;
+    `num_conditions` (packed alone) is that of [`attention_by_conditions`].
     """
 
     def __init__(self, config: ScGPTConfig):
@@ -337,10 +372,10 @@ class ScGPTLayer(GradientCheckpointingLayer):
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states, attention_mask=None, segments=None, first_only=False):
+    def forward(self, hidden_states, attention_mask=None, segments=None, first_only=False, num_conditions=None):
         """Tokens in, tokens out."""
         queries = hidden_states[segments.ends[:-1]] if first_only else hidden_states
-        attended = self.attention(queries, hidden_states, attention_mask, segments)
+        attended = self.attention(queries, hidden_states, attention_mask, segments, num_conditions)
         queries = self.attention_norm(queries + self.dropout(attended))
         transformed = self.linear2(self.dropout(nn.functional.relu(self.linear1(queries))))
         return self.output_norm(queries + self.dropout(transformed))
@@ -355,35 +390,43 @@ class ScGPTEncoder(nn.Module):
         self.layers = nn.ModuleList(ScGPTLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, inputs_embeds, attention_mask=None, generation_mask=None, cls_only=False):
-        """Encode tokens (batch_size, length, hidden_size); returns the same shape, or length 1 with `cls_only`."""
+    def forward(self, inputs_embeds, attention_mask=None, generation_mask=None, cls_only=False, num_conditions=None):
+        """Encode tokens (batch_size, length, hidden_size); returns the same shape, or length 1 with `cls_only`.
+
+        With `num_conditions`, see [`attention_by_conditions`].
+        """
         # A compiled graph must not depend on the lengths of the cells, and packing does.
         can_pack = generation_mask is None and not torch.compiler.is_compiling()
         if can_pack and self.config._attn_implementation == "sdpa":
-            return self._forward_packed(inputs_embeds, attention_mask, cls_only)
-        return self._forward_padded(inputs_embeds, attention_mask, generation_mask, cls_only)
+            return self._forward_packed(inputs_embeds, attention_mask, cls_only, num_conditions)
+        return self._forward_padded(inputs_embeds, attention_mask, generation_mask, cls_only, num_conditions)
 
-    def _forward_packed(self, inputs_embeds, attention_mask, cls_only):
+    def _forward_packed(self, inputs_embeds, attention_mask, cls_only, num_conditions):
         packing = Packing.of(inputs_embeds, attention_mask)
         if not packing.pieces:  # no cell has a token
             return inputs_embeds[:, :1] * 0 if cls_only else inputs_embeds * 0
         outputs = []
         for hidden_states, segments in zip(packing.pack(inputs_embeds), packing.pieces, strict=True):
             for layer in self.layers[:-1]:
-                hidden_states = layer(hidden_states, segments=segments)
+                hidden_states = layer(hidden_states, segments=segments, num_conditions=num_conditions)
             # For the embedding alone, the last layer needs every token's key and value, but one query a cell.
-            outputs.append(self.layers[-1](hidden_states, segments=segments, first_only=cls_only))
+            last = {"segments": segments, "first_only": cls_only, "num_conditions": num_conditions}
+            outputs.append(self.layers[-1](hidden_states, **last))
         return packing.unpack_first(outputs) if cls_only else packing.unpack(outputs)
 
-    def _forward_padded(self, inputs_embeds, attention_mask, generation_mask, cls_only):
+    def _forward_padded(self, inputs_embeds, attention_mask, generation_mask, cls_only, num_conditions):
         def hides_generated_genes(batch, head, query, key):
             return (generation_mask[batch, key] == 0) | (query == key)
 
+        def hides_other_genes(batch, head, query, key):
+            return (query < num_conditions) | (key < num_conditions) | (query == key)
+
+        hides = None if generation_mask is None else hides_generated_genes
         layer_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            and_mask_function=None if generation_mask is None else hides_generated_genes,
+            and_mask_function=hides if num_conditions is None else hides_other_genes,
         )
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -419,8 +462,10 @@ class ScGPTMVCDecoder(nn.Module):
 
     def forward(self, cell_embeds: torch.Tensor, gene_embeds: torch.Tensor) -> torch.Tensor:
         """(batch_size, hidden_size), (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
-        queries = self.output_proj(self.query_proj(gene_embeds).sigmoid())
-        return torch.matmul(queries, cell_embeds.unsqueeze(-1)).squeeze(-1)
+        queries = self.query_proj(gene_embeds).sigmoid()
+        # `output_proj` of every query times the cell embedding is the query times one product of the two.
+        asked = torch.matmul(cell_embeds.to(queries.dtype), self.output_proj.weight)
+        return torch.matmul(queries, asked.unsqueeze(-1).to(queries.dtype)).squeeze(-1)
 
 
 class ScGPTPreTrainedModel(PreTrainedModel):
@@ -488,6 +533,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         generation_mask: torch.LongTensor | None = None,
         cls_only: bool = False,
         expression_labels: torch.FloatTensor | None = None,
+        genes_attend_to: str = "all",
     ) -> ScGPTModelOutput:
         """Encode a batch of cells.
 
@@ -509,7 +555,17 @@ class ScGPTModel(ScGPTPreTrainedModel):
             cls_only (`bool`, defaults to False): Compute the cell embedding alone: one query a cell in the last layer.
             expression_labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True expression where it is to
                 be predicted, -100 elsewhere. Adds both decoders' predictions and losses to the output.
+            genes_attend_to (`str`, defaults to `"all"`): With `"conditions"` a gene attends to the conditions and to
+                itself alone, as a gene that scGPT's generative pre-training hides does to the genes that it shows.
+                Conditions attend to all. The cost grows with the number of genes, not with its square.
         """
+        if genes_attend_to not in ("all", "conditions"):
+            raise ValueError(f"genes_attend_to is {genes_attend_to!r}; choose 'all' or 'conditions'.")
+        by_conditions = genes_attend_to == "conditions"
+        if by_conditions and (condition_embeds is None or generation_mask is not None or cls_only):
+            raise ValueError(
+                "genes_attend_to='conditions' needs condition_embeds, and neither generation_mask nor cls_only."
+            )
         if expression is None and condition_embeds is None:
             raise ValueError(
                 "expression is None: a cell is its genes and their values. "
@@ -526,7 +582,13 @@ class ScGPTModel(ScGPTPreTrainedModel):
                 cell_attention_mask = nn.functional.pad(cell_attention_mask, (num_conditions, 0), value=1)
             if generation_mask is not None:
                 generation_mask = nn.functional.pad(generation_mask, (num_conditions, 0), value=0)
-        hidden_states = self.encoder(inputs_embeds, cell_attention_mask, generation_mask, cls_only)
+        hidden_states = self.encoder(
+            inputs_embeds,
+            cell_attention_mask,
+            generation_mask,
+            cls_only,
+            num_conditions=num_conditions if by_conditions else None,
+        )
         outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
         if expression_labels is not None:
             outputs.predicted_expression = self.decode_expression(hidden_states[:, num_conditions:])

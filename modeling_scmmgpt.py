@@ -996,7 +996,10 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         """
         condition_embeds = self.text_to_cell(text_states, attention_mask)
         outputs = self.cell_model(
-            gene_ids=gene_ids, cell_attention_mask=gene_attention_mask, condition_embeds=condition_embeds
+            gene_ids=gene_ids,
+            cell_attention_mask=gene_attention_mask,
+            condition_embeds=condition_embeds,
+            genes_attend_to="conditions",
         )
         gene_states = outputs.last_hidden_state[:, condition_embeds.shape[1] :]
         # Among a thousand genes a few condition tokens get little attention; the cell embedding reaches every gene.

@@ -215,6 +215,53 @@ def test_generation_puts_the_embedding_in_the_place_of_cls(model, batch):
     assert not torch.allclose(model.generate_expression(other, prompt + 1, batch["cell_attention_mask"]), generated)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_genes_that_attend_to_conditions_equal_eager_attention_under_that_mask(model, batch, dtype):
+    gene_ids, mask, conditions = batch["gene_ids"], batch["cell_attention_mask"], torch.randn(6, 3, 16)
+    inputs = {"gene_ids": gene_ids, "condition_embeds": conditions, "cell_attention_mask": mask}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        states = model(**inputs, genes_attend_to="conditions").last_hidden_state.float()
+    mask = nn.functional.pad(mask, (3, 0), value=1)
+    visible = torch.eye(12, dtype=torch.bool)
+    visible[:3] = visible[:, :3] = True
+    visible = visible & mask[:, None].bool() | torch.eye(12, dtype=torch.bool)
+    additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+    expected = torch.cat([conditions, model.embeddings.embed_genes(gene_ids)], dim=1)
+    model.set_attn_implementation("eager")
+    padded = model(**inputs, genes_attend_to="conditions").last_hidden_state
+    for layer in model.encoder.layers:
+        expected = layer(expected, additive)
+    torch.testing.assert_close(padded, expected * mask[..., None])
+    tolerance = {"rtol": 0, "atol": 0.1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(states, expected * mask[..., None], **tolerance)
+
+
+def test_a_gene_reaches_another_through_the_conditions_alone(model, batch):
+    gene_ids, conditions = batch["gene_ids"][:1], torch.randn(1, 2, 16)
+    other = gene_ids.clone()
+    other[0, 4] = 39
+    model.encoder.layers = model.encoder.layers[:1]  # one layer: conditions have told nobody yet
+    before, after = (
+        model(ids, condition_embeds=conditions, genes_attend_to="conditions").last_hidden_state[0]
+        for ids in (gene_ids, other)
+    )
+    changed = (before != after).any(dim=-1)
+    assert changed.nonzero().flatten().tolist() == [0, 1, 2 + 4]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"genes_attend_to": "none"}, "choose 'all' or 'conditions'"),
+        ({"genes_attend_to": "conditions", "condition_embeds": None}, "needs condition_embeds"),
+        ({"genes_attend_to": "conditions", "cls_only": True}, "cls_only"),
+    ],
+)
+def test_what_genes_attend_to_is_checked(model, batch, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{**batch, "condition_embeds": torch.randn(6, 2, 16), **inputs})
+
+
 def test_expression_cannot_be_forgotten(model, batch):
     with pytest.raises(ValueError, match="expression is None"):
         model(batch["gene_ids"])
@@ -276,9 +323,12 @@ def test_the_flag_marks_genes_to_be_generated(batch):
     assert not torch.allclose(before[0, 3:], after[0, 3:])
 
 
-@pytest.mark.parametrize("generate", [False, True])
-def test_eager_and_sdpa_have_the_same_gradients(model, batch, generate):
-    inputs = generation_batch(batch) if generate else batch
+@pytest.mark.parametrize("kind", ["read", "generate", "by conditions"])
+def test_eager_and_sdpa_have_the_same_gradients(model, batch, kind):
+    inputs = generation_batch(batch) if kind == "generate" else batch
+    if kind == "by conditions":
+        conditions = torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(1))
+        inputs = {**batch, "condition_embeds": conditions, "genes_attend_to": "conditions"}
     labels = torch.where(batch["cell_attention_mask"] == 1, batch["expression"], float(IGNORED_LABEL))
     gradients = []
     for implementation in ("sdpa", "eager"):
