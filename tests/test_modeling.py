@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from scmmgpt import modeling_scmmgpt
 from scmmgpt.modeling_scmmgpt import (
     ScMMGPTForCellTextAlignment,
     ScMMGPTForConditionalGeneration,
     cell_text_similarity,
     contrastive_loss,
     negative_binomial_nll,
+    pieces_by_length,
     sample_hard_negatives,
 )
 
@@ -175,6 +177,35 @@ def test_matching_of_all_pairs_equals_pair_by_pair(alignment_model):
     for (cell, text), probability in zip(pairs.tolist(), together, strict=True):
         alone = alignment_model.match(**row_of(cells, cell), **row_of(texts, text))
         torch.testing.assert_close(probability[None], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("piece_tokens", [1, 30])
+def test_cutting_texts_into_pieces_of_similar_length_changes_nothing(alignment_model, monkeypatch, piece_tokens):
+    inputs = {**make_cells([9, 5, 7, 9, 3]), **make_texts([9, 2, 7, 5, 9])}
+    results = []
+    for tokens in (10**6, piece_tokens):
+        monkeypatch.setitem(modeling_scmmgpt.PIECE_TOKENS, "cpu", tokens)
+        alignment_model.zero_grad()
+        torch.manual_seed(0)  # negatives are drawn
+        output = alignment_model(**inputs)
+        output.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in alignment_model.named_parameters() if p.grad is not None}
+        results.append((output, gradients))
+    (whole, expected), (cut, gradients) = results
+    torch.testing.assert_close(dict(cut), dict(whole))
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_pieces_hold_every_row_once_and_its_whole_text(monkeypatch):
+    monkeypatch.setitem(modeling_scmmgpt.PIECE_TOKENS, "cpu", 20)
+    lengths = torch.tensor([9, 0, 2, 30, 9, 7, 1])
+    pieces = pieces_by_length((torch.arange(30) < lengths[:, None]).long(), extra=3)
+    assert torch.cat([rows for rows, _ in pieces]).sort().values.tolist() == list(range(7))
+    assert [longest for _, longest in pieces] == [max(1, lengths[rows].max()) for rows, _ in pieces]
+    assert all(len(rows) == 1 or len(rows) * (3 + longest) <= 20 for rows, longest in pieces)
+    assert len(pieces) == 5
 
 
 def test_matching_names_both_numbers_when_they_do_not_pair_up(alignment_model):

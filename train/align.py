@@ -156,8 +156,10 @@ def build_model(corpus: Corpus, model_args: AlignModelArguments, **objective):
         num_layers=model_args.bert_layers,
         encoder_hidden_size=cell_config.hidden_size,
     )
+    # Attention weights are not dropped, as in the cell model: on a CPU that rules out the fused kernel.
+    qformer_config.attention_probs_dropout_prob = 0.0
     if model_args.qformer_dropout is not None:
-        qformer_config.hidden_dropout_prob = qformer_config.attention_probs_dropout_prob = model_args.qformer_dropout
+        qformer_config.hidden_dropout_prob = model_args.qformer_dropout
     config = ScMMGPTConfig(
         cell_config=cell_config,
         qformer_config=qformer_config,

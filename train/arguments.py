@@ -75,7 +75,7 @@ class AlignModelArguments:
         cross_attention_frequency: Every which Q-Former layer reads the cell.
         qformer_max_length: Texts for the Q-Former are cut here.
         num_query_tokens, projection_dim: As in `ScMMGPTConfig`.
-        qformer_dropout: Dropout of the Q-Former, hidden and attention; by default the BERT's own.
+        qformer_dropout: Dropout of the Q-Former's states, not of attention weights; by default the BERT's own.
         text_pooling: As in `ScMMGPTConfig`.
         standardize_projections: Start the projections from the principal axes of what they read.
         gene_embeddings: What new gene embeddings start from: `svd` of the corpus's co-expression, `text`, the BERT's
