@@ -13,8 +13,10 @@ import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.train import align, tune
 from scmmgpt.train.corpus import open_corpus
+from scmmgpt.train.trainer import frozen_dropouts
 
 
 def run_align(corpus, bert, output_dir, **options):
@@ -85,6 +87,28 @@ def tune_only(corpus, aligned, output_dir, **options):
     }
     arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     tune.main(*tune.make_parser().parse_args_and_config(arguments))
+
+
+def test_only_frozen_parts_stop_to_drop_states():
+    frozen, trained = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()) for _ in range(2))
+    frozen.requires_grad_(False)
+    model = torch.nn.ModuleList([torch.nn.Sequential(frozen, trained), torch.nn.Dropout()])
+    assert frozen_dropouts(model) == [frozen[1]]
+    trained.requires_grad_(False)
+    assert len(frozen_dropouts(model)) == 3
+
+
+def test_a_frozen_cell_model_gives_a_training_step_the_same_cells_every_time(tiny_config):
+    tiny_config.cell_config.hidden_dropout = 0.5
+    model = ScMMGPTForCellTextAlignment(tiny_config)
+    model.cell_model.requires_grad_(False)
+    for trained in (False, True):
+        model.cell_model.requires_grad_(trained).train()
+        for dropout in frozen_dropouts(model):
+            dropout.eval()
+        gene_ids = torch.tensor([[1, 5, 7, 9]])
+        first, second = (model.encode_cells(gene_ids, torch.ones(1, 4)) for _ in range(2))
+        assert torch.equal(first, second) != trained
 
 
 @pytest.fixture(scope="session")

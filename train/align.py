@@ -13,7 +13,7 @@ import functools
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast
 from trl import TrlParser
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
@@ -34,31 +34,18 @@ from scmmgpt.train.initialize import (
     standardize,
 )
 from scmmgpt.train.stream import CellStream
-from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze, save_curves, save_run
+from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_curves, save_run
 
 
 MAX_VALIDATION_CELLS = 2_000  # cells that zero-shot accuracy is measured on while training, at most
 
 
-class AlignTrainer(StreamTrainerMixin, Trainer):
-    """`Trainer` for [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy on the validation cells."""
+class AlignTrainer(ModelLossTrainer):
+    """Trainer of [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy on the validation cells."""
 
     def __init__(self, *args, captions: CaptionSampler, **kwargs):
         self.captions = captions
         super().__init__(*args, **kwargs)
-        # The losses are means over the batch: `Trainer` averages them over accumulation steps.
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; its components are logged by name."""
-        outputs = model(**inputs)
-        self.record_losses(**{name: value for name, value in outputs.items() if name.endswith("_loss")})
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Losses alone: features of a whole validation split are not worth gathering."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Validation losses, and the share of cells whose most similar class text is the right one."""

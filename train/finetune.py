@@ -45,7 +45,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
 from sklearn.neighbors import kneighbors_graph
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl import TrlParser
 
@@ -66,7 +66,7 @@ from scmmgpt.train.captions import CaptionSampler
 from scmmgpt.train.gene_tables import build_gene_aliases, reference_gene_index
 from scmmgpt.train.prepare import SPECIAL_TOKENS
 from scmmgpt.train.readers import read_file
-from scmmgpt.train.trainer import BatchLoader, StreamTrainerMixin, freeze, save_run
+from scmmgpt.train.trainer import ModelLossTrainer, freeze, save_run
 
 
 logger = logging.getLogger(__name__)
@@ -446,20 +446,12 @@ class LabelledBatches(Dataset):
         return {**inputs, **self.text_inputs, "labels": self.targets[rows]}
 
 
-class FinetuneTrainer(StreamTrainerMixin, Trainer):
-    """`Trainer` of cell -> label, each label standing by its text."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False
+class FinetuneTrainer(ModelLossTrainer):
+    """Trainer of cell -> label, each label standing by its text."""
 
     def num_examples(self, dataloader) -> int:
         """Cells, not batches."""
         return len(dataloader.dataset.cells)
-
-    def get_train_dataloader(self):
-        """Finished batches of this rank."""
-        return BatchLoader(self.train_batches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the labels, from similarities at the temperature that the readout was given."""

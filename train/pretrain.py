@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
@@ -33,7 +33,7 @@ from scmmgpt.train.arguments import StageArguments, parse_fields
 from scmmgpt.train.convert import save_cell_model, scgpt_feature_extractor
 from scmmgpt.train.corpus import Corpus, open_corpus
 from scmmgpt.train.stream import CellStream
-from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, save_run
+from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, save_run
 
 
 logger = logging.getLogger(__name__)
@@ -108,26 +108,6 @@ class PretrainCollator:
             epoch=epoch,
         )
         return batch
-
-
-class PretrainTrainer(StreamTrainerMixin, Trainer):
-    """`Trainer` for [`ScGPTForPreTraining`] that logs every objective by name."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # The losses are means over the batch: `Trainer` averages them over accumulation steps.
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's own loss; its components are logged by name."""
-        outputs = model(**inputs)
-        self.record_losses(**{name: value for name, value in outputs.items() if name.endswith("_loss")})
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Losses alone."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
 
 def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForPreTraining, ScMMGPTFeatureExtractor]:
@@ -207,7 +187,7 @@ def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
         model.cell_model.embeddings.flag_embedding.requires_grad_(False)  # no objective reads it
     collate = PretrainCollator(extractor, arguments.mask_ratios)
     train_batches, eval_batches = make_batches(corpus, collate, arguments, training_args)
-    trainer = PretrainTrainer(
+    trainer = ModelLossTrainer(
         model=model,
         args=training_args,
         train_dataset=train_batches,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
 
 from scmmgpt.train.stream import Batch, CellStream, take_batch
 
@@ -94,6 +95,7 @@ class StreamTrainerMixin:
         self.losses_by_name = defaultdict(list)
         self.write_card = write_card
         self._last_log = None
+        self._frozen_dropouts = None
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             flatten_scalars(self.model)
@@ -135,6 +137,13 @@ class StreamTrainerMixin:
         )
         return self.optimizer
 
+    def still_frozen_parts(self) -> None:
+        """Let what is frozen give the same states at every step: `Trainer` puts all in training mode before each."""
+        if self._frozen_dropouts is None:
+            self._frozen_dropouts = frozen_dropouts(self.model)
+        for dropout in self._frozen_dropouts:
+            dropout.eval()
+
     def create_model_card(self, *args, **kwargs):
         """The card of this project, of data, parts and limits, whenever the trainer saves or pushes one."""
         if self.write_card is None:
@@ -174,6 +183,27 @@ class StreamTrainerMixin:
         super().log(logs, *args, **kwargs)
 
 
+class ModelLossTrainer(StreamTrainerMixin, Trainer):
+    """`Trainer` of a model that returns its loss, and the components of it as `*_loss`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # The losses are means over the batch: `Trainer` averages them over accumulation steps.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss; its components are logged by name."""
+        self.still_frozen_parts()
+        outputs = model(**inputs)
+        self.record_losses(**{name: value for name, value in outputs.items() if name.endswith("_loss")})
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Losses alone: features of a whole validation split are not worth gathering."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
 def flatten_scalars(model: torch.nn.Module) -> None:
     """Make parameters without a dimension, which FSDP refuses, vectors of length 1."""
     for module in model.modules():
@@ -192,6 +222,17 @@ def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> list
         elif parameter.requires_grad:
             trainable.append(name)
     return trainable
+
+
+def frozen_dropouts(model: torch.nn.Module) -> list[torch.nn.Dropout]:
+    """Dropouts inside of parts none of whose parameters is trained: noise in them costs time and teaches nothing.
+
+    Only they are to leave training mode, not the parts: a layer that the gradient passes is still checkpointed.
+    """
+    parameters = list(model.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    return [dropout for child in model.children() for dropout in frozen_dropouts(child)]
 
 
 def save_curves(log_history: list[dict], output_dir: str) -> None:

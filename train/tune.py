@@ -69,6 +69,7 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`language_weight` x TRL's loss + `expression_weight` x the mean loss of a target gene."""
+        self.still_frozen_parts()
         unwrapped = self.accelerator.unwrap_model(model)
         backbone = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         outputs = []
