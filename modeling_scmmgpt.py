@@ -535,17 +535,26 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         return self.project_texts(self.read_texts(qformer_input_ids, qformer_attention_mask))
 
     def read_texts(
-        self, qformer_input_ids: torch.Tensor, qformer_attention_mask: torch.Tensor | None = None
+        self,
+        qformer_input_ids: torch.Tensor,
+        qformer_attention_mask: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One state per text, `(num_texts, qformer_config.hidden_size)`, pooled as `config.text_pooling` says."""
+        """One state per text, `(num_texts, qformer_config.hidden_size)`, pooled as `config.text_pooling` says.
+
+        Args:
+            qformer_input_ids, qformer_attention_mask: `(num_texts, text_length)`.
+            text_embeds: `(num_texts, text_length, qformer_config.hidden_size)`, where they are at hand.
+        """
+        if text_embeds is None:
+            text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
         if qformer_attention_mask is None:
             qformer_attention_mask = torch.ones_like(qformer_input_ids)
         pieces = pieces_by_length(qformer_attention_mask)
         pooled = []
         for rows, length in pieces:
-            mask = qformer_attention_mask[rows, :length]
-            text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids[rows, :length])
-            states = self.qformer(query_embeds=text_embeds, query_length=0, attention_mask=mask).last_hidden_state
+            mask, embeds = qformer_attention_mask[rows, :length], text_embeds.index_select(0, rows)[:, :length]
+            states = self.qformer(query_embeds=embeds, query_length=0, attention_mask=mask).last_hidden_state
             weights = mask.to(states.dtype)[..., None]
             first = self.config.text_pooling == "cls"
             pooled.append(states[:, 0] if first else (states * weights).sum(dim=1) / weights.sum(dim=1))
@@ -680,7 +689,9 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         projected = None if self.training and self.qformer.encoder.gradient_checkpointing else {}
         query_states = self.query_cells(cell_states, cell_attention_mask, projected=projected)
         cell_features = self.project_cells(query_states, profile_gene_ids, profile)
-        text_features = self.get_text_features(qformer_input_ids, qformer_attention_mask)
+        text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
+        text_states = self.read_texts(qformer_input_ids, qformer_attention_mask, text_embeds)
+        text_features = self.project_texts(text_states)
         output = AlignmentOutput(cell_features=cell_features, text_features=text_features)
         if not return_loss:
             return output
@@ -705,8 +716,6 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             else:
                 group_size = config.contrastive_group_size
                 losses["contrastive"] = paired_contrastive_loss(similarity, logit_scale, group_size)
-
-        text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
 
         # step 3: matching of true pairs against each cell with a wrong text and each text with a wrong cell
         if config.matching_weight:
