@@ -819,6 +819,7 @@ class ScMMGPTTextToCellProjector(nn.Module):
 
     def read(self, text_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The queries' states, `(batch_size, num_condition_tokens, text_to_cell_config.hidden_size)`."""
+        text_states = text_states.to(self.query_tokens.dtype)  # a frozen language model may be held in another
         queries = self.query_tokens + self.summary_projection(self.summarize(text_states, attention_mask))[:, None]
         return self.qformer(
             query_embeds=queries,
@@ -923,12 +924,17 @@ class ScMMGPTExpressionHead(nn.Module):
 
 
 class ScMMGPTModel(ScMMGPTBridgeModel):
-    """The bridge, the headless language model and both projectors."""
+    """The bridge, the headless language model and both projectors.
 
-    def __init__(self, config: ScMMGPTConfig):
+    Args:
+        config: Sizes of the parts.
+        language_model: The headless language model, which is taken over; by default a new one of `config.text_config`.
+    """
+
+    def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         width, text_width = config.qformer_config.hidden_size, config.text_config.hidden_size
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         self.language_projection = nn.Sequential(
             nn.Linear(width, config.projection_dim), nn.ReLU(), nn.Linear(config.projection_dim, text_width)
         )
@@ -1073,15 +1079,25 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
 class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     """scMMGPT as an ordinary causal language model that also reads cells (`generate`) and writes them
     (`generate_cells`).
+
+    Args:
+        config: Sizes of the parts.
+        language_model: The causal language model, which is taken over; by default a new one of `config.text_config`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
-    def __init__(self, config: ScMMGPTConfig):
+    def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         config.auto_map = dict(AUTO_MAP)
-        self.model = ScMMGPTModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        if language_model is None:
+            self.model = ScMMGPTModel(config)
+            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        else:
+            for module in language_model.modules():
+                module._is_hf_initialized = True  # else one put in by hand would be drawn anew
+            self.model = ScMMGPTModel(config, language_model.base_model)
+            self.lm_head = language_model.get_output_embeddings()
         self.post_init()
         self.forbid_placeholders()
 
@@ -1100,18 +1116,26 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         What neither brings (the two projectors and the expression head) is freshly initialised.
 
         Args:
-            alignment: Trained stage-1 model.
-            language_model: Any `AutoModelForCausalLM` whose embeddings already have a row for `<cell>`.
+            alignment: Trained stage-1 model. Its weights are copied; new parts take its dtype.
+            language_model: Any `AutoModelForCausalLM` whose embeddings already have a row for `<cell>`. Its modules
+                and configuration are taken over, not copied, on the device, in the dtype and quantised as they are:
+                what trains the new model changes this one.
             config_updates: Fields of [`ScMMGPTConfig`], at least `cell_token_id`.
 
         Raises:
             ValueError: If a weight of either component has no place in the model.
         """
+        if language_model.get_output_embeddings().bias is not None:
+            raise ValueError("The head of the language model has a bias, for which scMMGPT has no place.")
         values = alignment.config.to_dict()
-        values.update(text_config=language_model.config, auto_map=dict(AUTO_MAP), architectures=None, **config_updates)
+        values.update(text_config=language_model.config.to_dict(), auto_map=dict(AUTO_MAP), architectures=None)
+        values.update(config_updates)
         values["tie_word_embeddings"] = language_model.config.tie_word_embeddings
         values["profile_readout"] = False  # it serves annotation with a fine-tuned checkpoint; no query reads it
-        model = cls(alignment.config.__class__(**values)).to(alignment.dtype)
+        config = alignment.config.__class__(**values)
+        config.text_config = language_model.config  # itself: a new composite would reset how it attends
+        with torch.device(language_model.device):
+            model = cls._from_config(config, dtype=alignment.dtype, language_model=language_model)
 
         new_parts = ("language_model.", "language_projection.", "text_to_cell.", "expression_head.")
         weights = {k: v for k, v in alignment.state_dict().items() if not k.startswith("profile_readout.")}
@@ -1121,9 +1145,6 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"The stage-1 model does not fit: missing {missing}, unexpected {report.unexpected_keys}."
             )
-        model.model.language_model.load_state_dict(language_model.base_model.state_dict())
-        model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
-        model.tie_weights()
         if language_model.generation_config is not None:
             model.generation_config = GenerationConfig(
                 eos_token_id=language_model.generation_config.eos_token_id,

@@ -471,18 +471,31 @@ def test_language_and_expression_losses_add_up_with_their_weights(tiny_config):
 # -- joining and loading ----------------------------------------------------------------------------------------------
 
 
-def test_components_join_with_every_weight_accounted_for(tiny_config, alignment_model):
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_components_join_with_every_weight_accounted_for(tiny_config, alignment_model, tied, dtype):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    language_model = AutoModelForCausalLM.from_config(tiny_config.text_config)
+    tiny_config.text_config.tie_word_embeddings = tied
+    language_model = AutoModelForCausalLM.from_config(tiny_config.text_config, dtype=dtype).eval()
+    layer = language_model.base_model.layers[0].mlp
+    layer.up_proj = torch.nn.Linear(layer.hidden_size, layer.intermediate_size, bias=False, dtype=dtype)  # by hand
+    ids = torch.randint(4, 40, (2, 7))
+    logits = language_model(input_ids=ids).logits
+    weights = {name: value.clone() for name, value in language_model.state_dict().items()}
+    places = {value.data_ptr() for value in language_model.parameters()}
     model = ScMMGPTForConditionalGeneration.from_components(
         alignment_model, language_model, cell_token_id=tiny_config.cell_token_id
     ).eval()
     for name, parameter in alignment_model.state_dict().items():
         assert torch.equal(model.model.state_dict()[name], parameter), name
-    ids = torch.randint(4, 40, (2, 7))
-    torch.testing.assert_close(model(input_ids=ids).logits, language_model.eval()(input_ids=ids).logits)
+    ours = model.state_dict()
+    for name, value in weights.items():
+        assert torch.equal(ours[name.replace("model.", "model.language_model.", 1)], value), name
+    assert places <= {value.data_ptr() for value in model.parameters()}  # taken over, not copied
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert model.model.language_projection[0].weight.dtype == torch.float32
+    assert torch.equal(model(input_ids=ids).logits, logits)
 
 
 def test_joining_refuses_a_model_with_foreign_weights(tiny_config, alignment_model):
