@@ -45,12 +45,17 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("which", ["lora", "full", "frozen"])
-def test_the_plan_counts_what_training_a_real_model_takes(which):
-    args = plan.PlanArguments(**TINY, train_language_model=which, gpus=1, frozen_precision="fp32", precision="fp32")
+@pytest.mark.parametrize(("which", "held"), [("lora", "fp32"), ("full", "fp32"), ("frozen", "fp32"), ("lora", "bf16")])
+def test_the_plan_counts_what_training_a_real_model_takes(which, held):
+    args = plan.PlanArguments(
+        **TINY, train_language_model=which, language_model_precision=held, gpus=1, precision="fp32"
+    )
     planned = plan.make_plan(args)
 
     model = ScMMGPTForConditionalGeneration(plan.build_config(args))
+    if held == "bf16":
+        model.model.language_model.to(torch.bfloat16)
+        model.lm_head.to(torch.bfloat16)
     rules = TuneModelArguments(aligned="", language_model="", train_language_model=which)
     lora = add_lora(model, rules)
     if lora is not None:
@@ -70,6 +75,21 @@ def test_the_plan_counts_what_training_a_real_model_takes(which):
         "optimiser": sum(s[k].nbytes for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")),
     }
     assert {name: planned["bytes_per_gpu"][name] for name in sizes} == sizes
+
+
+def test_four_bits_are_counted_as_bitsandbytes_holds_them_and_for_the_layers_alone():
+    fp32, held = (
+        plan.make_plan(plan.PlanArguments(**TINY, language_model_precision=precision))["bytes_per_gpu"]["weights"]
+        for precision in ("fp32", "4bit")
+    )
+    layers = 2 * (4 * 24 * 24 + 3 * 24 * 32)
+    assert fp32 - held == pytest.approx((4 - plan.NF4_BYTES) * layers, abs=1)
+
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+    layer = bitsandbytes.nn.Linear4bit(256, 256, bias=False, quant_type="nf4").to("cpu")
+    maxima = layer.weight.quant_state
+    size = layer.weight.nbytes + maxima.absmax.nbytes + maxima.state2.absmax.nbytes
+    assert size == 256 * 256 * plan.NF4_BYTES
 
 
 def test_fsdp_divides_by_the_number_of_gpus_and_ddp_does_not():

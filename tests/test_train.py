@@ -12,6 +12,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.train import align, tune
@@ -245,6 +247,132 @@ def test_a_language_model_can_be_trained_in_full_or_left_alone(corpus, aligned, 
     again = run_tune(corpus, aligned, str(tmp_path / "b"), train_language_model=which, learning_rate=0)
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     assert torch.equal(model.state_dict()[name], again.state_dict()[name]) == (which == "frozen")
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """A one-layer Llama, saved in bfloat16 as most are."""
+    path = tmp_path_factory.mktemp("language_model")
+    tokenizer = tune.train_tokenizer(["This cell is a B cell.", "Generate a monocyte."])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.1,  # enough for rounding to be seen
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def run_in_precision(corpus, aligned, path, monkeypatch, **options):
+    """Tune; returns the dtypes that were trained, and a batch's logits before the run is saved and after."""
+    seen = {}
+
+    def train(trainer, resume_from_checkpoint=None):
+        super(tune.TuneTrainer, trainer).train(resume_from_checkpoint)
+        seen["dtypes"] = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+        seen["batch"] = trainer.train_batches[0]
+        with torch.no_grad():
+            seen["logits"] = trainer.model.eval()(**seen["batch"]).logits.float()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.TuneTrainer, "train", train)
+        model = run_tune(corpus, aligned, path, max_steps=6, learning_rate=3e-3, **options)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        return seen["dtypes"], seen["logits"], model.eval()(**seen["batch"]).logits
+
+
+def relative_distance(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("precision", "which", "autocast", "rounding"),
+    [
+        ("bf16", "lora", False, 0.01),
+        ("bf16", "frozen", True, 0.01),
+        ("4bit", "lora", True, 0.02),
+        ("4bit", "frozen", False, 0.02),
+    ],
+)
+def test_a_language_model_held_in_less_memory_is_tuned_like_one_in_float32(
+    corpus, aligned, language_model, tmp_path, monkeypatch, precision, which, autocast, rounding
+):
+    if precision == "4bit":
+        pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+    options = {"language_model": language_model, "train_language_model": which, "bf16": autocast}
+    run_in_precision(corpus, aligned, tmp_path / "fp32", monkeypatch, **options)
+    options["language_model_precision"] = precision
+    trained, before, after = run_in_precision(corpus, aligned, tmp_path / "less", monkeypatch, **options)
+    assert trained == {torch.float32}
+    assert relative_distance(after, before) < 0.03
+    for name in ("language_loss", "expression_loss"):
+        assert log_of(tmp_path / "less", name) == pytest.approx(log_of(tmp_path / "fp32", name), rel=rounding)
+    saved = load_file(tmp_path / "less" / "model.safetensors")
+    assert saved["model.language_model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert saved["model.language_projection.0.weight"].dtype == torch.float32
+
+
+def test_an_adapter_trained_on_bfloat16_weights_loads_on_float32_ones(corpus, aligned, language_model, tmp_path):
+    merged = run_tune(
+        corpus, aligned, tmp_path, language_model=language_model, language_model_precision="bf16"
+    ).state_dict()
+    base = tune.join(
+        align.ScMMGPTForCellTextAlignment.from_pretrained(aligned),
+        tune.load_causal_lm(language_model, dtype=torch.float32)[0],
+        tune.ScMMGPTProcessor.from_pretrained(tmp_path),
+        tune.TuneModelArguments("", "", text_to_cell_layers=1, num_condition_tokens=2),
+    )
+    loaded = tune.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, value in merged.items():
+        if name not in ("model.language_model.embed_tokens.weight", "lm_head.weight"):  # have a new row for `<cell>`
+            torch.testing.assert_close(loaded[name], value, rtol=2**-8, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("which", ["lora", "frozen"])
+def test_tuning_in_four_bits_that_is_cut_in_two_ends_like_one_that_is_not(
+    corpus, aligned, language_model, tmp_path, which
+):
+    pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+    options = {
+        "language_model": language_model,
+        "language_model_precision": "4bit",
+        "train_language_model": which,
+        "lr_scheduler_type": "constant",
+        "eval_strategy": "steps",  # evaluating must not change what follows
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = run_tune(corpus, aligned, tmp_path / "whole", max_steps=4, **options)
+    run_tune(corpus, aligned, tmp_path / "cut", **options)
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    resumed = run_tune(corpus, aligned, tmp_path / "cut", max_steps=4, resume_from_checkpoint=checkpoint, **options)
+    assert log_of(tmp_path / "whole", "loss") == log_of(tmp_path / "cut", "loss")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
+    if which == "frozen":  # on the way the whole model is saved, in 4 bits what is trained in 4 bits
+        half = tune.ScMMGPTForConditionalGeneration.from_pretrained(checkpoint)
+        in_4bit = [name for name, module in half.named_modules() if type(module).__name__ == "Linear4bit"]
+        assert len(in_4bit) == 7
+        assert all(name.startswith("model.language_model.layers.0.") for name in in_4bit)
+
+
+def test_precision_is_refused_where_it_cannot_be(monkeypatch):
+    with pytest.raises(ValueError, match="what is trained is held in fp32"):
+        tune.TuneModelArguments("", "some/model", train_language_model="full", language_model_precision="bf16")
+    with pytest.raises(ValueError, match="no weights to hold in 4 bits"):
+        tune.TuneModelArguments("", "scratch", language_model_precision="4bit")
+    monkeypatch.setattr(tune, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ImportError, match=r"scmmgpt\[quantized\]"):
+        tune.load_in_4bit("some/model", torch.device("cpu"))
 
 
 def test_a_run_that_is_cut_in_two_ends_like_one_that_is_not(corpus, bert, tmp_path):

@@ -262,6 +262,9 @@ class TuneModelArguments:
         text_to_cell_layers: Layers of the text-to-cell projector.
         lora_rank, lora_alpha, lora_dropout: LoRA on the language model's layers; rank 0 trains none.
         train_language_model: `lora`, `full` or `frozen`.
+        language_model_precision: How weights of the language model that are not trained are held: `fp32`; `bf16`, in
+            half the memory; or `4bit`, QLoRA's NF4 for its layers, which needs the extra `quantized`. All that is
+            trained is fp32.
         train_cell_model: `full`, as published; `decoders` trains its decoders alone: what stage 1 taught it of reading
             cells stays as it is, so annotation and search do not change; or `frozen`.
         train_qformer: Whether the Q-Former is trained; published, it is not.
@@ -278,6 +281,9 @@ class TuneModelArguments:
     train_language_model: Literal["lora", "full", "frozen"] = field(
         default="lora", metadata={"help": "What of the language model is trained."}
     )
+    language_model_precision: Literal["fp32", "bf16", "4bit"] = field(
+        default="fp32", metadata={"help": "How frozen weights of the language model are held."}
+    )
     train_cell_model: Literal["full", "decoders", "frozen"] = field(
         default="full", metadata={"help": "What of the cell model is trained."}
     )
@@ -288,6 +294,13 @@ class TuneModelArguments:
 
     def __post_init__(self):
         self.language_model_config = parse_fields("language_model_config", self.language_model_config)
+        if self.language_model_precision != "fp32" and self.train_language_model == "full":
+            raise ValueError(
+                f"language_model_precision is {self.language_model_precision!r}, but train_language_model is 'full', "
+                "and what is trained is held in fp32. Use lora or frozen, or fp32; `--bf16 True` computes in bfloat16."
+            )
+        if self.language_model_precision == "4bit" and self.language_model == "scratch":
+            raise ValueError("A language model from scratch has no weights to hold in 4 bits; use fp32 or bf16.")
 
 
 @dataclass

@@ -27,6 +27,9 @@ from scmmgpt.train.tune import is_frozen, saved_parts
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2}
+# Per weight, as QLoRA (Dettmers et al. 2023, section 3) counts: 4 bits, a byte per 64 for their maximum, and four
+# bytes for the scale of 256 of those.
+NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Tensors of the layer's width that one layer keeps for its backward pass, with fused attention: its input, two norms,
 # queries, keys, values, attention's output and log-sums, two residuals; the feed-forward's own are counted apart.
@@ -42,13 +45,12 @@ class PlanArguments:
         cell_config, qformer_config, text_config: Fields of the parts; the defaults are scGPT's whole-human, a
             BERT-base Q-Former (PubMedBERT's size) and Llama-2 7B.
         num_query_tokens, projection_dim, expression_head: As in `ScMMGPTConfig`.
-        train_language_model, lora_rank, train_cell_model, train_qformer: As in `tune`.
+        train_language_model, language_model_precision, lora_rank, train_cell_model, train_qformer: As in `tune`.
         strategy: `ddp` keeps everything on every GPU; `fsdp` shards weights, gradients and optimiser states.
         gpus, gpu_gib: How many, and the memory of one in GiB.
         batch_size: Cells per GPU and step.
         cell_length, text_length: Genes of a cell and tokens of a text, queries included.
-        precision: `bf16` is mixed precision: weights in fp32, activations in bfloat16.
-        frozen_precision: How frozen weights are held; `tune` holds them in fp32.
+        precision: `bf16` is mixed precision: what is trained in fp32, activations in bfloat16.
         gradient_checkpointing: Whether layers are recomputed in the backward pass.
     """
 
@@ -62,6 +64,9 @@ class PlanArguments:
     projection_dim: int = field(default=256, metadata={"help": "Width of the shared space."})
     expression_head: Literal["mse", "nb", "zinb"] = field(default="nb", metadata={"help": "Expression head."})
     train_language_model: Literal["lora", "full", "frozen"] = field(default="lora", metadata={"help": "As in tune."})
+    language_model_precision: Literal["fp32", "bf16", "4bit"] = field(
+        default="fp32", metadata={"help": "How frozen weights of the language model are held."}
+    )
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
     train_cell_model: Literal["full", "decoders", "frozen"] = field(
         default="full", metadata={"help": "What of the cell model is trained in stage 2."}
@@ -74,14 +79,13 @@ class PlanArguments:
     cell_length: int = field(default=1200, metadata={"help": "Genes of a cell."})
     text_length: int = field(default=160, metadata={"help": "Tokens of a text, queries included."})
     precision: Literal["bf16", "fp32"] = field(default="bf16", metadata={"help": "Mixed precision, or none."})
-    frozen_precision: Literal["bf16", "fp32"] = field(
-        default="fp32", metadata={"help": "How frozen weights are held."}
-    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
 
     def __post_init__(self):
         if self.stage not in (1, 2):
             raise ValueError(f"stage is {self.stage}; there are 1 (align) and 2 (tune).")
+        if self.language_model_precision == "4bit" and self.strategy == "fsdp":
+            raise ValueError("FSDP cannot shard a language model in 4 bits; use ddp, or bf16.")
         for name in ("gpus", "batch_size", "cell_length", "text_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -122,6 +126,7 @@ def count_parameters(model, args: PlanArguments) -> dict[str, dict[str, int]]:
         aligned="",
         language_model="",
         train_language_model=args.train_language_model,
+        language_model_precision=args.language_model_precision,
         train_cell_model=args.train_cell_model,
         train_qformer=args.train_qformer,
     )
@@ -136,6 +141,16 @@ def count_parameters(model, args: PlanArguments) -> dict[str, dict[str, int]]:
         for name in saved_parts(rules):  # PEFT trains a copy and keeps the original
             add("originals", "frozen", sum(p.numel() for p in model.model.get_submodule(name).parameters()))
     return parts
+
+
+def saved_bytes(model, args: PlanArguments) -> int:
+    """What the language model's weights take less than in fp32: a head in 4 bits there is not."""
+    if args.stage == 1 or args.language_model_precision == "fp32":
+        return 0
+    body = model.model.language_model
+    if args.language_model_precision == "bf16":
+        return sum(p.numel() for p in {*body.parameters(), *model.lm_head.parameters()}) * 2
+    return int(sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear)) * (4 - NF4_BYTES))
 
 
 def is_idle(name: str) -> bool:
@@ -179,7 +194,7 @@ def make_plan(args: PlanArguments) -> dict:
     # DDP's buckets hold a second copy of the gradients; FSDP gathers one layer at a time.
     communication = trained * 4 if args.strategy == "ddp" else largest_layer(model) * 4
     memory = {
-        "weights": (trained * 4 + frozen * BYTES[args.frozen_precision]) // shards,
+        "weights": ((trained + frozen) * 4 - saved_bytes(model, args)) // shards,
         "gradients": trained * 4 // shards,
         "optimiser": trained * 8 // shards,  # AdamW: two fp32 moments
         "communication": communication if args.gpus > 1 else 0,

@@ -5,19 +5,24 @@ python -m scmmgpt.train tune --config train/configs/tune_demo.yaml --corpus DIR 
 accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs/tune_base.yaml --corpus ...
 ```
 
-`--output_dir` ends up with a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone.
+`--output_dir` ends up with a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The
+checkpoint loads in float32 unless `dtype` says otherwise; a language model that `--language_model_precision` held in
+less is stored in bfloat16.
 """
 
 import dataclasses
 import functools
+from importlib import import_module
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers.integrations import dequantize_and_replace
+from transformers.utils import is_bitsandbytes_available
 from trl import SFTTrainer, TrlParser
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
@@ -27,7 +32,7 @@ from scmmgpt.train.arguments import TuneConfig, TuneDataArguments, TuneModelArgu
 from scmmgpt.train.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.card import write_card
 from scmmgpt.train.collate import TuningCollator
-from scmmgpt.train.convert import load_causal_lm
+from scmmgpt.train.convert import load_causal_lm, resolve_source
 from scmmgpt.train.corpus import Corpus, open_corpus
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
 from scmmgpt.train.instructions import InstructionBatches, read_instructions
@@ -161,10 +166,15 @@ def train_tokenizer(texts: list[str], vocab_size: int = 2000) -> PreTrainedToken
     )
 
 
-def build_language_model(corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments):
+def build_language_model(
+    corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
+):
     """The causal language model and its tokenizer: loaded, or a small new one trained on this corpus's captions."""
+    if model_args.language_model_precision == "4bit":
+        return load_in_4bit(model_args.language_model, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model_args.language_model_precision]
     if model_args.language_model != "scratch":
-        return load_causal_lm(model_args.language_model)
+        return load_causal_lm(model_args.language_model, dtype=dtype)
     texts = []
     for cells, table in corpus.iter_cells("train"):
         obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
@@ -181,7 +191,48 @@ def build_language_model(corpus: Corpus, captions: CaptionSampler, model_args: T
         tie_word_embeddings=True,
         **model_args.language_model_config,
     )
-    return AutoModelForCausalLM.from_config(config), tokenizer
+    return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
+
+
+def load_in_4bit(source: str, device: torch.device):
+    """A causal language model on a device, its layers in NF4 as QLoRA holds them, and its tokenizer.
+
+    Embeddings, norms and head are float32; the layers multiply in bfloat16.
+
+    Raises:
+        ImportError: If bitsandbytes is missing or does not know the device.
+    """
+    if not is_bitsandbytes_available() or device.type not in import_module("bitsandbytes").supported_torch_devices:
+        raise ImportError(
+            f"language_model_precision '4bit' needs bitsandbytes, and one that runs on {device.type!r}: "
+            "`pip install -U 'scmmgpt[quantized]'`. 'bf16' halves the memory without it."
+        )
+    if resolve_source(source)[1] is not None:
+        raise ValueError(
+            f"{source} is a GGUF file, quantised already; make a checkpoint of it by `python -m scmmgpt.train convert "
+            "lm` for language_model_precision '4bit'."
+        )
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    language_model, tokenizer = load_causal_lm(
+        source, dtype=torch.bfloat16, quantization_config=settings, device_map={"": str(device)}
+    )
+    for module in language_model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else an evaluation on such a CPU rearranges the weights, and no gradient passes them from then on.
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(language_model, use_gradient_checkpointing=False), tokenizer
+
+
+def dequantize(model: ScMMGPTForConditionalGeneration) -> None:
+    """Make bfloat16 weights of the language model's 4-bit ones, in place, so that merging rounds no LoRA to 4 bits."""
+    config = model.config.text_config
+    dequantize_and_replace(model.model.language_model, config.quantization_config, dtype=torch.bfloat16)
+    del config.quantization_config
 
 
 def join(alignment: ScMMGPTForCellTextAlignment, language_model, processor: ScMMGPTProcessor, model_args, **weights):
@@ -222,8 +273,8 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: St
     if prompts:
         inputs = batches.collate.processor.tokenizer.pad(
             {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
-        )
-        states = parts.language_model(**inputs, use_cache=False).last_hidden_state
+        ).to(model.device)
+        states = parts.language_model(**inputs, use_cache=False).last_hidden_state.float()
         mask = inputs["attention_mask"]
         summaries = parts.text_to_cell.summarize(states, mask)
         standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
@@ -242,7 +293,7 @@ def standardize_language_projection(
     model.eval()
     states = []
     for cells, _ in batches.stream:
-        inputs = processor(cells=cells, max_genes=batches.collate.max_genes)
+        inputs = processor(cells=cells, max_genes=batches.collate.max_genes).to(model.device)
         cell_states = model.model.encode_cells(**inputs)
         states.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]))
         if sum(map(len, states)) >= PROJECTION_CELLS:
@@ -342,7 +393,7 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     corpus = open_corpus(data_args.corpus)
     gene_means = read_gene_means(corpus.path)
     captions = CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=gene_means)
-    language_model, tokenizer = build_language_model(corpus, captions, model_args)
+    language_model, tokenizer = build_language_model(corpus, captions, model_args, training_args.device)
     alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
     aligned = ScMMGPTProcessor.from_pretrained(model_args.aligned)
     aligned.feature_extractor.return_profile = False  # stage 2 has no profile readout
@@ -358,6 +409,10 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     processor.gene_aliases = aligned.gene_aliases
     weights = {"language_weight": training_args.language_weight, "expression_weight": training_args.expression_weight}
     model = join(alignment, language_model, processor, model_args, **weights)
+    in_4bit = model_args.language_model_precision == "4bit"
+    if in_4bit:  # of a frozen one, checkpoints on the way are too; loading them must leave the other parts alone
+        others = [f"model.{name}" for name, _ in model.model.named_children() if name != "language_model"]
+        model.config.text_config.quantization_config.llm_int8_skip_modules = ["lm_head", *others]
     start_from_mean_profile(model, gene_means)
 
     # --- Batches
@@ -400,6 +455,8 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         write_card=functools.partial(write_card, training_args.output_dir, "tune", corpus, **bases),
         **weights,
     )
+    if in_4bit and trainer.is_fsdp_enabled:
+        raise ValueError("FSDP cannot shard a language model in 4 bits; use DDP, or language_model_precision 'bf16'.")
     unused = unused_parts(training_args.text_to_cell_ratio, instructions is not None)
     freeze(
         trainer.model,
@@ -410,6 +467,9 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         adapter = Path(training_args.output_dir, "adapter")
         if trainer.is_world_process_zero():
             trainer.model.save_pretrained(adapter)
+    if in_4bit:
+        dequantize(model)
+    if isinstance(trainer.model, PeftModel):
         trainer.model = trainer.model.merge_and_unload()
     finish(trainer, "tune", data=data_args, model=model_args, training=training_args)
 
