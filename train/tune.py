@@ -6,8 +6,8 @@ accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs
 ```
 
 `--output_dir` ends up with a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The
-checkpoint loads in float32 unless `dtype` says otherwise; a language model that `--language_model_precision` held in
-less is stored in bfloat16.
+checkpoint loads in float32 unless `dtype` says otherwise; weights that `--language_model_precision` held in less are
+stored in bfloat16.
 """
 
 import dataclasses
