@@ -207,7 +207,7 @@ def race(stage, contenders, batches):
     return speeds
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("median", [1350, 600])
 def test_an_align_step(published, config, median, precision):
     gene_ids, values, mask = draw_cells(median, CELLS["align"])
@@ -249,9 +249,10 @@ def test_an_align_step(published, config, median, precision):
     print(f"\nalign, median of {median} genes, {precision}")  # noqa: T201
     batches = {name: (texts, cells) if name == "published" else our_batch for name in contenders}
     speeds = race("align", contenders, batches)
-    # The aim is 2. In float32 the matrix products, which both need, take most of the time on a CPU.
-    assert speeds["ours"] >= 1.3 * speeds["published"]
-    assert speeds["ours, their number of pairs"] >= 1.4 * speeds["published"]
+    # In float32 matrix products, which both need, take most of the time on a CPU.
+    least, least_alike = (1.7, 2.0) if precision == torch.bfloat16 else (1.3, 1.4)
+    assert speeds["ours"] >= least * speeds["published"]
+    assert speeds["ours, their number of pairs"] >= least_alike * speeds["published"]
 
 
 def their_texts(captions, lengths, generated):
@@ -310,7 +311,7 @@ def build_ours(config, alignment, language_model, precision, **settings):
     return ours(model, lambda model, batch: model(**batch).loss, watched, precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("median", [1350, 600])
 def test_a_tune_step(published, config, median, precision):
     gene_ids, values, mask = draw_cells(median, CELLS["tune"])
@@ -353,7 +354,8 @@ def test_a_tune_step(published, config, median, precision):
     }
     print(f"\ntune, median of {median} genes, {precision}")  # noqa: T201
     speeds = race("tune", contenders, batches)
-    # The aim is 2, but the work differs: they neither train the cell model nor ask it for a cell. Their decoder is a
+    # With the cell model trained the work differs: they neither train it nor ask it for a cell. Their decoder is a
     # perceptron of a gene and of the target cell itself; ours is the cell model, driven by the text.
-    assert speeds["ours, cell model frozen"] >= 0.9 * speeds["published"]
-    assert speeds["ours"] >= 0.5 * speeds["published"]
+    least, least_alike = (0.8, 2.0) if precision == torch.bfloat16 else (0.5, 1.2)
+    assert speeds["ours"] >= least * speeds["published"]
+    assert speeds["ours, cell model frozen"] >= least_alike * speeds["published"]
