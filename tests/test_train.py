@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.train import align, tune
 from scmmgpt.train.corpus import open_corpus
-from scmmgpt.train.trainer import frozen_dropouts
+from scmmgpt.train.trainer import frozen_modules
 
 
 def run_align(corpus, bert, output_dir, **options):
@@ -91,26 +91,48 @@ def tune_only(corpus, aligned, output_dir, **options):
     tune.main(*tune.make_parser().parse_args_and_config(arguments))
 
 
-def test_only_frozen_parts_stop_to_drop_states():
+def test_only_frozen_parts_leave_training_mode():
     frozen, trained = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()) for _ in range(2))
     frozen.requires_grad_(False)
     model = torch.nn.ModuleList([torch.nn.Sequential(frozen, trained), torch.nn.Dropout()])
-    assert frozen_dropouts(model) == [frozen[1]]
+    assert frozen_modules(model) == [frozen, *frozen]
     trained.requires_grad_(False)
-    assert len(frozen_dropouts(model)) == 3
+    assert frozen_modules(model) == list(model.modules())
 
 
-def test_a_frozen_cell_model_gives_a_training_step_the_same_cells_every_time(tiny_config):
-    tiny_config.cell_config.hidden_dropout = 0.5
+@pytest.mark.parametrize("dropout", ["hidden_dropout", "attention_dropout"])
+def test_a_frozen_cell_model_gives_a_training_step_the_same_cells_every_time(tiny_config, dropout):
+    setattr(tiny_config.cell_config, dropout, 0.5)
     model = ScMMGPTForCellTextAlignment(tiny_config)
     model.cell_model.requires_grad_(False)
     for trained in (False, True):
         model.cell_model.requires_grad_(trained).train()
-        for dropout in frozen_dropouts(model):
-            dropout.eval()
+        for module in frozen_modules(model):
+            module.training = False
         gene_ids = torch.tensor([[1, 5, 7, 9]])
         first, second = (model.encode_cells(gene_ids, torch.ones(1, 4)) for _ in range(2))
         assert torch.equal(first, second) != trained
+
+
+def test_what_tuning_freezes_is_still_at_every_step_and_what_it_trains_is_not(corpus, aligned, tmp_path, monkeypatch):
+    compute_loss, noisy = tune.TuneTrainer.compute_loss, []
+
+    def watch(trainer, model, *args, **kwargs):
+        loss = compute_loss(trainer, model, *args, **kwargs)
+        noisy.append({name for name, module in model.named_modules() if module.training})
+        return loss
+
+    monkeypatch.setattr(tune.TuneTrainer, "compute_loss", watch)
+    options = {"lora_dropout": 0.1, "train_cell_model": "decoders", "eval_strategy": "steps", "eval_steps": 1}
+    run_tune(corpus, aligned, tmp_path, **options)
+    steps = [names for names in noisy if names]
+    assert len(steps) == 2 < len(noisy)  # the others are of evaluation
+    for names in steps:
+        still = ("model.cell_model.encoder.layers.0.attention", "model.qformer.encoder.layer.0.attention.attention")
+        trained = ("layers.0.mlp.up_proj.lora_dropout.default", "model.text_to_cell.modules_to_save.default")
+        assert not any(name.endswith(still) for name in names)
+        assert all(any(name.endswith(part) for name in names) for part in trained)
+        assert any(name.endswith("model.cell_model.encoder.layers.0") for name in names)  # else not checkpointed
 
 
 @pytest.fixture(scope="session")

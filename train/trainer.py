@@ -95,7 +95,7 @@ class StreamTrainerMixin:
         self.losses_by_name = defaultdict(list)
         self.write_card = write_card
         self._last_log = None
-        self._frozen_dropouts = None
+        self._frozen_modules = None
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             flatten_scalars(self.model)
@@ -139,10 +139,10 @@ class StreamTrainerMixin:
 
     def still_frozen_parts(self) -> None:
         """Let what is frozen give the same states at every step: `Trainer` puts all in training mode before each."""
-        if self._frozen_dropouts is None:
-            self._frozen_dropouts = frozen_dropouts(self.model)
-        for dropout in self._frozen_dropouts:
-            dropout.eval()
+        if self._frozen_modules is None:
+            self._frozen_modules = frozen_modules(self.model)
+        for module in self._frozen_modules:
+            module.training = False
 
     def create_model_card(self, *args, **kwargs):
         """The card of this project, of data, parts and limits, whenever the trainer saves or pushes one."""
@@ -224,15 +224,16 @@ def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> list
     return trainable
 
 
-def frozen_dropouts(model: torch.nn.Module) -> list[torch.nn.Dropout]:
-    """Dropouts inside of parts none of whose parameters is trained: noise in them costs time and teaches nothing.
+def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules of parts none of whose parameters is trained: noise in them costs time and teaches nothing.
 
-    Only they are to leave training mode, not the parts: a layer that the gradient passes is still checkpointed.
+    Dropout is a module, or a function that a module calls in training mode, as attention does. All are to leave that
+    mode but those that can be checkpointed, which they are in it alone: the gradient passes frozen layers too.
     """
     parameters = list(model.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
-        return [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    return [dropout for child in model.children() for dropout in frozen_dropouts(child)]
+        return [module for module in model.modules() if not hasattr(module, "gradient_checkpointing")]
+    return [module for child in model.children() for module in frozen_modules(child)]
 
 
 def save_curves(log_history: list[dict], output_dir: str) -> None:
