@@ -422,6 +422,9 @@ class ScGPTEncoder(nn.Module):
             return (query < num_conditions) | (key < num_conditions) | (query == key)
 
         hides = None if generation_mask is None else hides_generated_genes
+        if (hides or num_conditions is not None) and "flash" in self.config._attn_implementation:
+            # transformers drops a mask function for it, without a word.
+            raise ValueError("Flash attention lets genes see all others; generate by 'sdpa' or 'eager' attention.")
         layer_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -463,6 +466,8 @@ class ScGPTMVCDecoder(nn.Module):
     def forward(self, cell_embeds: torch.Tensor, gene_embeds: torch.Tensor) -> torch.Tensor:
         """(batch_size, hidden_size), (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
         queries = self.query_proj(gene_embeds).sigmoid()
+        if type(self.output_proj) is not nn.Linear:  # LoRA or quantised: its weight alone is not what it computes
+            return torch.matmul(self.output_proj(queries), cell_embeds.unsqueeze(-1)).squeeze(-1)
         # `output_proj` of every query times the cell embedding is the query times one product of the two.
         asked = torch.matmul(cell_embeds.to(queries.dtype), self.output_proj.weight)
         return torch.matmul(queries, asked.unsqueeze(-1).to(queries.dtype)).squeeze(-1)

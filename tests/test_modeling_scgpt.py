@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from scmmgpt import modeling_scgpt
@@ -260,6 +261,26 @@ def test_a_gene_reaches_another_through_the_conditions_alone(model, batch):
 def test_what_genes_attend_to_is_checked(model, batch, inputs, message):
     with pytest.raises(ValueError, match=message):
         model(**{**batch, "condition_embeds": torch.randn(6, 2, 16), **inputs})
+
+
+@pytest.mark.parametrize("kind", ["generate", "by conditions"])
+def test_flash_attention_is_refused_where_it_would_show_what_is_hidden(model, batch, kind):
+    model.config._attn_implementation_internal = "flash_attention_2"  # as if it were installed
+    inputs = generation_batch(batch)
+    if kind == "by conditions":
+        inputs = {**batch, "condition_embeds": torch.randn(6, 2, 16), "genes_attend_to": "conditions"}
+    with pytest.raises(ValueError, match="lets genes see all others"):
+        model(**inputs)
+
+
+def test_the_mvc_decoder_can_be_adapted(model, batch):
+    cell, genes = torch.randn(6, 16), batch["gene_ids"]
+    settings = LoraConfig(target_modules=".*mvc_decoder.*_proj", init_lora_weights=False)
+    adapted = get_peft_model(model, settings)
+    with_lora = model.decode_mvc(cell, genes)
+    with_lora.sum().backward()
+    assert all(weight.grad.any() for weight in adapted.parameters() if weight.requires_grad)
+    torch.testing.assert_close(adapted.merge_and_unload().decode_mvc(cell, genes), with_lora)
 
 
 def test_expression_cannot_be_forgotten(model, batch):
