@@ -1037,8 +1037,6 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         language_model: The causal language model, which is taken over; by default a new one of `config.text_config`.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         config.auto_map = dict(AUTO_MAP)
@@ -1050,6 +1048,9 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True  # else one put in by hand would be drawn anew
             self.model = ScMMGPTModel(config, language_model.base_model)
             self.lm_head = language_model.get_output_embeddings()
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
         self.forbid_placeholders()
 
@@ -1223,7 +1224,8 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask: `(batch_size, sequence_length)` prompts; left padding, as for `generate`.
-            target_gene_ids: `(num_genes,)` or `(batch_size, num_genes)`: the genes to generate.
+            target_gene_ids: `(num_genes,)` or `(batch_size, num_genes)`: the genes to generate. What is predicted of
+                one depends a little on which others are asked with it, since the conditions see them all.
             library_size: Total counts of a cell, one number or `(batch_size * num_return_cells,)`; needed to sample
                 counts.
             num_return_cells: Cells of each prompt; those of one prompt follow each other.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Qwen2Config
 
 from scmmgpt.modeling_scmmgpt import (
     ScMMGPTForCellTextAlignment,
@@ -452,8 +453,6 @@ def test_language_and_expression_losses_add_up_with_their_weights(tiny_config):
 
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_components_join_with_every_weight_accounted_for(tiny_config, alignment_model, tied, dtype):
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(1)
     tiny_config.text_config.tie_word_embeddings = tied
     language_model = AutoModelForCausalLM.from_config(tiny_config.text_config, dtype=dtype).eval()
@@ -477,9 +476,24 @@ def test_components_join_with_every_weight_accounted_for(tiny_config, alignment_
     assert torch.equal(model(input_ids=ids).logits, logits)
 
 
-def test_joining_refuses_a_model_with_foreign_weights(tiny_config, alignment_model):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("kind", [GPT2Config, GPTNeoXConfig, Qwen2Config])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_language_model_stays_tied_or_not_whatever_its_embeddings_are_called(alignment_model, tmp_path, kind, tied):
+    sizes = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = kind(**sizes, num_key_value_heads=2, tie_word_embeddings=tied)
+    language_model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(5, 40, (2, 7))
+    logits = language_model(input_ids=ids).logits
+    model = ScMMGPTForConditionalGeneration.from_components(alignment_model, language_model, cell_token_id=4)
+    model.save_pretrained(tmp_path)
+    for ours in (model.eval(), ScMMGPTForConditionalGeneration.from_pretrained(tmp_path).eval()):
+        assert torch.equal(ours(input_ids=ids).logits, logits)
+        ours.resize_token_embeddings(48)
+        assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
+        torch.testing.assert_close(ours(input_ids=ids).logits[..., :40], logits)
 
+
+def test_joining_refuses_a_model_with_foreign_weights(tiny_config, alignment_model):
     alignment_model.register_parameter("stranger", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match="stranger"):
         ScMMGPTForConditionalGeneration.from_components(
