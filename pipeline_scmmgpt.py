@@ -469,7 +469,8 @@ class ScMMGPTPipeline:
                 checkpoint can (`expression_head` is `nb` or `zinb`); without it every cell of a prompt is its mean.
             seed (`int`, defaults to 0): With the prompt and the cell's number, decides what is drawn.
             max_genes (`int`, *optional*): Genes that are decoded together, by default as many as in training; more are
-                decoded in turns.
+                decoded in turns. What is predicted of a gene depends a little on which others share its turn, and so
+                on `genes` too.
             key_added, batch_size: As for [`annotate`]; 32 cells a batch by default.
 
         Returns:

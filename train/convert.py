@@ -274,8 +274,8 @@ def load_causal_lm(source: str | Path, **kwargs) -> tuple[PreTrainedModel, PreTr
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: Hub id, folder, GGUF file, or `package:NAME/FOLDER`. GGUF weights are dequantised to float32, since
-            quantised ones can neither be trained nor saved.
+        source: Hub id, folder, GGUF file, or `package:NAME/FOLDER`. GGUF weights are dequantised, since quantised ones
+            can neither be trained nor saved.
         kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
     """
     source, gguf_file = resolve_source(source)
