@@ -221,7 +221,7 @@ def training_figure(history: Sequence[Mapping]) -> Figure | None:
     for entry in history:
         for name, value in entry.items():
             is_loss = name == "loss" or name.endswith("_loss") and name != "train_loss"
-            is_share = name.startswith("eval_") and name.endswith(("_accuracy", "_recall"))
+            is_share = name.startswith("eval_") and name.endswith(("_accuracy", "_recall", "_recall_at_10"))
             if (is_loss or is_share) and isinstance(value, int | float) and np.isfinite(value):
                 curves.setdefault(name, []).append((entry["step"], float(value)))
     losses = sorted((n for n in curves if n.endswith("loss")), key=lambda n: (n.startswith("eval_"), n != "loss", n))

@@ -154,10 +154,32 @@ def test_alignment_trains_on_a_corpus_and_names_its_losses(corpus, bert, tmp_pat
     components = [log_of(tmp_path, name)[0] for name in ("contrastive_loss", "matching_loss")]
     assert sum(components) == pytest.approx(loss[0], abs=0.01)
     assert 0 <= log_of(tmp_path, "eval_zero_shot_accuracy")[-1] <= 1
+    recalls = [log_of(tmp_path, f"eval_cell_to_text_recall_at_{k}")[-1] for k in (1, 5, 10)]
+    assert recalls == sorted(recalls)
+    assert 0 <= recalls[0] <= recalls[-1] <= 1
     speeds = log_of(tmp_path, "cells_per_second")
     assert len(speeds) == len(loss) - 1  # there is no time before the first line
     assert min(speeds) > 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_retrieval_recall_equals_that_of_sorted_lists(seed):
+    rng = np.random.default_rng(seed)
+    similarity, own = rng.random((30, 12)), np.concatenate([np.arange(12), rng.integers(0, 12, 18)])
+    scores = align.retrieval_recall(torch.from_numpy(similarity), torch.from_numpy(own))
+    for k in (1, 5, 10):
+        texts = np.argsort(-similarity, axis=1)[:, :k]
+        found = [own[cell] in texts[cell] for cell in range(30)]
+        assert scores[f"cell_to_text_recall_at_{k}"] == round(np.mean(found), 4)
+        cells = np.argsort(-similarity, axis=0)[:k]
+        found = [text in own[cells[:, text]] for text in range(12)]
+        assert scores[f"text_to_cell_recall_at_{k}"] == round(np.mean(found), 4)
+
+
+def test_a_model_to_which_all_is_the_same_retrieves_nothing():
+    scores = align.retrieval_recall(torch.zeros(40, 20), torch.arange(40) % 20)
+    assert set(scores.values()) == {0.0}
 
 
 def test_a_checkpoint_comes_with_a_card_that_says_what_it_is(corpus, bert, tmp_path):

@@ -37,18 +37,20 @@ from scmmgpt.train.stream import CellStream
 from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_curves, save_run
 
 
-MAX_VALIDATION_CELLS = 2_000  # cells that zero-shot accuracy is measured on while training, at most
+MAX_VALIDATION_CELLS = 2_000  # cells that are annotated and retrieved while training, at most
+RECALL_AT = (1, 5, 10)
+TEXTS_AT_ONCE = 256
 
 
 class AlignTrainer(ModelLossTrainer):
-    """Trainer of [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy on the validation cells."""
+    """Trainer of [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy and retrieval recall."""
 
     def __init__(self, *args, captions: CaptionSampler, **kwargs):
         self.captions = captions
         super().__init__(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Validation losses, and the share of cells whose most similar class text is the right one."""
+        """Validation losses, and what [`zero_shot`] measures."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         scores = self.zero_shot()
         self.log({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
@@ -56,28 +58,68 @@ class AlignTrainer(ModelLossTrainer):
 
     @torch.no_grad()
     def zero_shot(self) -> dict[str, float]:
-        """Zero-shot accuracy and mean recall per type over all types of the validation split."""
+        """Zero-shot accuracy and mean recall per type over all types of the validation split; retrieval recall.
+
+        Retrieval is among the captions and the cells of the split, of at most `MAX_VALIDATION_CELLS` cells.
+        """
         model = self.accelerator.unwrap_model(self.model).eval()
-        batches, features, types = self.eval_batches, [], []
+        batches, features, types, captions = self.eval_batches, [], [], []
         batches.set_epoch(0)
         for cells, obs in batches.stream:
             inputs = batches.collate.processor(cells=cells, max_genes=batches.collate.max_genes).to(self.args.device)
             features.append(model.get_cell_features(**inputs))
             types.append(obs["cell_type"])
+            captions += self.captions.caption(obs, cells, batches.collate.gene_symbols)
             if sum(map(len, types)) >= MAX_VALIDATION_CELLS:
                 break
-        types = np.concatenate(types)
+        features, types = torch.cat(features), np.concatenate(types)
+
+        def similarity_to(texts: list[str]) -> torch.Tensor:
+            pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
+            inputs = (batches.collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
+            text_features = torch.cat([model.get_text_features(**piece) for piece in inputs])
+            return cell_text_similarity(features, text_features).float().cpu()
+
+        captions, own = np.unique(captions, return_inverse=True)
+        scores = retrieval_recall(similarity_to(captions.tolist()), torch.from_numpy(own))
         known = np.array([bool(name) for name in types])
         names = sorted(set(types[known]))
         if not names:
-            return {}
-        texts = batches.collate.processor(qformer_text=[self.captions.label_text(name) for name in names])
-        text_features = model.get_text_features(**texts.to(self.args.device))
-        similarity = cell_text_similarity(torch.cat(features)[torch.from_numpy(known)], text_features)
-        predicted = np.array(names)[similarity.argmax(dim=1).cpu().numpy()]
+            return scores
+        similarity = similarity_to([self.captions.label_text(name) for name in names])
+        predicted = np.array(names)[similarity[torch.from_numpy(known)].argmax(dim=1).numpy()]
         right = predicted == types[known]
         recall = np.mean([right[types[known] == name].mean() for name in names])
-        return {"zero_shot_accuracy": round(float(right.mean()), 4), "zero_shot_recall": round(float(recall), 4)}
+        accuracy = {"zero_shot_accuracy": round(float(right.mean()), 4), "zero_shot_recall": round(float(recall), 4)}
+        return {**accuracy, **scores}
+
+
+def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, float]:
+    """How often the right text is among the k most similar to a cell, and a right cell among those to a text.
+
+    Ties count as misses: a model to which all is the same retrieves nothing.
+
+    Args:
+        similarity: `(num_cells, num_texts)`.
+        own: `(num_cells,)` int64: the text of each cell; every text has a cell.
+
+    >>> similarity = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.4]])
+    >>> scores = retrieval_recall(similarity, torch.tensor([0, 1, 1]))
+    >>> scores["cell_to_text_recall_at_1"], scores["text_to_cell_recall_at_1"]
+    (0.6667, 1.0)
+    """
+    is_own = torch.nn.functional.one_hot(own, similarity.shape[1]).bool()
+    right = similarity.gather(1, own[:, None])
+    best = similarity.masked_fill(~is_own, float("-inf")).amax(dim=0)
+    ranks = {
+        "cell_to_text": ((similarity >= right) & ~is_own).sum(dim=1),
+        "text_to_cell": ((similarity >= best) & ~is_own).sum(dim=0),
+    }
+    return {
+        f"{direction}_recall_at_{k}": round((rank < k).float().mean().item(), 4)
+        for direction, rank in ranks.items()
+        for k in RECALL_AT
+    }
 
 
 def gene_tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
