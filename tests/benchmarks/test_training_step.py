@@ -27,7 +27,7 @@ from scmmgpt.configuration_scmmgpt import ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.tests.benchmarks import published_model
 from scmmgpt.train.arguments import TuneModelArguments
-from scmmgpt.train.trainer import freeze, frozen_dropouts
+from scmmgpt.train.trainer import freeze, frozen_modules
 from scmmgpt.train.tune import add_lora, is_frozen
 
 
@@ -306,8 +306,8 @@ def build_ours(config, alignment, language_model, precision, **settings):
     watched = [(parts, "encode_cells", "cells"), (parts, "query_cells", "Q-Former")]
     watched += [(parts.language_model, "forward", "LM"), (parts, "decode_cells", "decoder")]
     model.train()
-    for dropout in frozen_dropouts(model):
-        dropout.eval()
+    for module in frozen_modules(model):
+        module.training = False
     return ours(model, lambda model, batch: model(**batch).loss, watched, precision)
 
 
