@@ -1076,10 +1076,16 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             config_updates: Fields of [`ScMMGPTConfig`], at least `cell_token_id`.
 
         Raises:
-            ValueError: If a weight of either component has no place in the model.
+            ValueError: If a weight of either component has no place in the model, or the language model does more
+                than multiply by its head, as Gemma 2, Granite and Cohere do.
         """
         if language_model.get_output_embeddings().bias is not None:
             raise ValueError("The head of the language model has a bias, for which scMMGPT has no place.")
+        if not _has_plain_logits(language_model):
+            raise ValueError(
+                f"A {language_model.config.model_type!r} language model scales or caps what comes out of its head, "
+                "for which scMMGPT has no place; Llama, Qwen2, Mistral or SmolLM2 do not."
+            )
         values = alignment.config.to_dict()
         values.update(text_config=language_model.config.to_dict(), auto_map=dict(AUTO_MAP), architectures=None)
         values.update(config_updates)
@@ -1309,6 +1315,21 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **cells}
+
+
+@torch.no_grad()
+def _has_plain_logits(language_model: PreTrainedModel) -> bool:
+    """Whether logits are what the head makes of the last states; tried on a few tokens."""
+    if language_model.device.type == "meta":
+        return True
+    was_training = language_model.training
+    language_model.eval()
+    tokens = torch.arange(4, device=language_model.device)[None]  # one alone might be padding, whose logits are 0
+    states = language_model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    expected = language_model.get_output_embeddings()(states).float()
+    logits = language_model(input_ids=tokens, use_cache=False).logits.float()
+    language_model.train(was_training)
+    return torch.allclose(logits, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def hash_seed(seed: int, cell_id: int) -> int:

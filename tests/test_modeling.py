@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    Qwen2Config,
+)
 
 from scmmgpt.modeling_scmmgpt import (
     ScMMGPTForCellTextAlignment,
@@ -491,6 +499,16 @@ def test_a_language_model_stays_tied_or_not_whatever_its_embeddings_are_called(a
         ours.resize_token_embeddings(48)
         assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
         torch.testing.assert_close(ours(input_ids=ids).logits[..., :40], logits)
+
+
+@pytest.mark.parametrize("kind", [CohereConfig, Gemma2Config, GraniteConfig])
+def test_joining_refuses_a_language_model_that_changes_what_its_head_gives(alignment_model, kind):
+    own = {GraniteConfig: {"logits_scaling": 8.0}, Gemma2Config: {"head_dim": 12, "initializer_range": 0.5}}
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = kind(vocab_size=40, intermediate_size=24, **sizes, **own.get(kind, {}))
+    language_model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="scales or caps"):
+        ScMMGPTForConditionalGeneration.from_components(alignment_model, language_model, cell_token_id=4)
 
 
 def test_joining_refuses_a_model_with_foreign_weights(tiny_config, alignment_model):
