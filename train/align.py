@@ -77,8 +77,9 @@ class AlignTrainer(ModelLossTrainer):
         def similarity_to(texts: list[str]) -> torch.Tensor:
             pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
             inputs = (batches.collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
-            text_features = torch.cat([model.get_text_features(**piece) for piece in inputs])
-            return cell_text_similarity(features, text_features).float().cpu()
+            # Piece by piece: every query of every cell against every caption at once would take half a gigabyte.
+            text_features = (model.get_text_features(**piece) for piece in inputs)
+            return torch.cat([cell_text_similarity(features, piece).float().cpu() for piece in text_features], dim=1)
 
         captions, own = np.unique(captions, return_inverse=True)
         scores = retrieval_recall(similarity_to(captions.tolist()), torch.from_numpy(own))
