@@ -1,5 +1,6 @@
 """The memory plan against a model that is really built."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,19 @@ def test_checkpointing_and_smaller_batches_save_activations():
     def activations(**options):
         return plan.make_plan(plan.PlanArguments(**TINY, **options))["bytes_per_gpu"]["activations"]
 
-    assert activations(gradient_checkpointing=True) < activations()
-    assert activations(batch_size=2) == activations(batch_size=4) / 2
+    assert activations(gradient_checkpointing=True, text_length=100) < activations(text_length=100)
+    assert activations(batch_size=2, precision="fp32") < 0.6 * activations(batch_size=4, precision="fp32")
+    # The bfloat16 copies of weights that are held in fp32
+    assert activations(language_model_precision="bf16") < activations(language_model_precision="fp32")
+
+
+@pytest.mark.parametrize("options", [{"stage": 1}, {}, {"precision": "fp32"}, {"language_model_precision": "bf16"}])
+def test_what_tensors_without_numbers_save_is_what_real_ones_save(options, monkeypatch):
+    args = plan.PlanArguments(**TINY, **options)
+    planned = plan.activation_bytes(plan.build_config(args), args)
+    monkeypatch.setattr(plan, "FakeTensorMode", contextlib.nullcontext)
+    assert plan.activation_bytes(plan.build_config(args), args) == pytest.approx(planned, rel=0.01)
+    assert all(planned.values())
 
 
 def test_the_published_size_is_planned_from_its_file_without_being_built(capsys):

@@ -6,34 +6,34 @@ python -m scmmgpt.train plan --text_config '{"model_type": "llama"}' --gpus 8 --
 ```
 
 The model is built on the meta device: shapes without numbers, so seven billion parameters take seconds and no memory.
-Weights, gradients and optimiser states are then counted exactly; activations are estimated from the shapes, with and
-without activation checkpointing, and leave out what allocators and communication add (allow a fifth).
+Weights, gradients and optimiser states are then counted exactly, and so is what autograd keeps for the backward pass,
+with the fused attention of a CPU in place of that of a GPU. With checkpointing that is an estimate. What allocators
+and communication add is left out (allow a fifth).
 """
 
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import AutoConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from trl import TrlParser
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.train.arguments import TuneModelArguments, parse_fields
+from scmmgpt.train.trainer import freeze
 from scmmgpt.train.tune import is_frozen, saved_parts
 
 
 GIB = 2**30
-BYTES = {"fp32": 4, "bf16": 2}
 # Per weight, as QLoRA (Dettmers et al. 2023, section 3) counts: 4 bits, a byte per 64 for their maximum, and four
 # bytes for the scale of 256 of those.
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Tensors of the layer's width that one layer keeps for its backward pass, with fused attention: its input, two norms,
-# queries, keys, values, attention's output and log-sums, two residuals; the feed-forward's own are counted apart.
-WIDTHS_PER_LAYER = 10
 
 
 @dataclass
@@ -115,6 +115,19 @@ def build_shapes(config: ScMMGPTConfig, stage: int):
         return (ScMMGPTForCellTextAlignment if stage == 1 else ScMMGPTForConditionalGeneration)(config)
 
 
+def tune_rules(args: PlanArguments) -> TuneModelArguments:
+    """What `tune` is told of how parts are trained."""
+    return TuneModelArguments(
+        aligned="",
+        language_model="",
+        train_language_model=args.train_language_model,
+        language_model_precision=args.language_model_precision,
+        lora_rank=args.lora_rank,
+        train_cell_model=args.train_cell_model,
+        train_qformer=args.train_qformer,
+    )
+
+
 def count_parameters(model, args: PlanArguments) -> dict[str, dict[str, int]]:
     """Trained and frozen parameters by part; LoRA's are a part of their own. Tied weights count once."""
     parts: dict[str, dict[str, int]] = {}
@@ -122,14 +135,7 @@ def count_parameters(model, args: PlanArguments) -> dict[str, dict[str, int]]:
     def add(part: str, kind: str, number: int) -> None:
         parts.setdefault(part, {"trained": 0, "frozen": 0})[kind] += number
 
-    rules = TuneModelArguments(
-        aligned="",
-        language_model="",
-        train_language_model=args.train_language_model,
-        language_model_precision=args.language_model_precision,
-        train_cell_model=args.train_cell_model,
-        train_qformer=args.train_qformer,
-    )
+    rules = tune_rules(args)
     for name, parameter in model.named_parameters():
         part = name.removeprefix("model.").split(".")[0]
         frozen = is_frozen(name, rules, args.expression_head) if args.stage == 2 else is_idle(name)
@@ -158,34 +164,109 @@ def is_idle(name: str) -> bool:
     return name.startswith(("cell_model.mvc_decoder.", "cell_model.expression_decoder.", "cell_model.embeddings.flag"))
 
 
-def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, int]:
-    """Estimate of what each part keeps for the backward pass, in bytes, for one GPU's batch.
+@contextmanager
+def counting_saved(seen: dict[int, torch.UntypedStorage]):
+    """Collect every storage that autograd keeps for the backward pass of what runs inside, by its address."""
 
-    With checkpointing a layer keeps its input only, and one layer at a time is recomputed in full.
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        seen.setdefault(storage._cdata, storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, int]:
+    """What each part keeps for the backward pass, in bytes, for one GPU's batch; half of it is read, half generated.
+
+    The parts run forward on fake tensors, shapes without numbers, and what autograd saves is added up. With mixed
+    precision that holds copies of fp32 weights in bfloat16. With checkpointing a layer keeps its input only, and one
+    layer at a time is recomputed in full.
     """
-    size = BYTES[args.precision]
-    heads = {"cell": config.cell_config, "qformer": config.qformer_config, "text": config.text_config}
-    tokens = {"cell": args.cell_length, "qformer": config.num_query_tokens, "text": args.text_length}
-    if args.stage == 1:
-        tokens["qformer"] = 3 * (config.num_query_tokens + args.text_length)  # matching reads three pairs per cell
-        del heads["text"]
-    result = {}
-    for name, part in heads.items():
-        width = part.hidden_size
-        feed_forward = part.intermediate_size * (3 if name == "text" else 2)  # gated feed-forwards keep one more
-        layer = args.batch_size * tokens[name] * (WIDTHS_PER_LAYER * width + feed_forward) * size
-        kept = args.batch_size * tokens[name] * width * size
-        n = part.num_hidden_layers
-        result[name] = n * kept + layer if args.gradient_checkpointing else n * layer
-    if args.stage == 2:
-        # Logits and their gradient in fp32: the largest tensors of a step.
-        result["logits"] = 2 * args.batch_size * args.text_length * config.text_config.vocab_size * 4
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+        if args.stage == 1:
+            run, model = run_align, ScMMGPTForCellTextAlignment(config)
+        else:
+            held = torch.float32 if args.language_model_precision == "fp32" else torch.bfloat16
+            language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=held)
+            run, model = run_tune, ScMMGPTForConditionalGeneration(config, language_model)
+            # LoRA keeps the inputs of the layers that it adapts, as training them does.
+            rules = tune_rules(args)
+            rules.train_language_model = "frozen" if args.train_language_model == "frozen" else "full"
+            freeze(model, lambda name: is_frozen(name, rules, args.expression_head))
+        known = {p.untyped_storage()._cdata for p in model.parameters()}
+        result, held = {}, []
+        for part, layers, state_bytes, seen in run(model.train(), args):
+            full = sum(storage.nbytes() for address, storage in seen.items() if address not in known)
+            known.update(seen)
+            held.append(seen)  # else a later storage may get the address of one of these
+            checkpointed = layers * state_bytes + full // max(layers, 1)
+            result[part] = checkpointed if args.gradient_checkpointing and layers else full
     return result
+
+
+def run_align(model, args: PlanArguments):
+    """Run stage 1 forward; yields (part, its layers, bytes of a layer's input, what was saved)."""
+    batch, texts = args.batch_size, args.text_length
+    gene_ids = torch.zeros(batch, args.cell_length, dtype=torch.long)
+    with counting_saved(seen := {}):
+        states = model.encode_cells(gene_ids, torch.zeros(gene_ids.shape))
+    yield "cell", model.config.cell_config.num_hidden_layers, states.nbytes, seen
+    with counting_saved(seen := {}):
+        projected = {}
+        model.project_cells(model.query_cells(states, projected=projected))
+        ids = torch.zeros(batch, texts, dtype=torch.long)
+        embeds = model.qformer_embeddings(input_ids=ids)
+        model.project_texts(model.read_texts(ids, None, embeds))
+        pairs = torch.arange(3 * batch) % batch  # matching reads three texts with each cell
+        length = args.num_query_tokens + texts
+        mask = torch.zeros(3 * batch, 1, length, length)
+        matched = model.query_cells(states, None, embeds[pairs], mask, readers=pairs, projected=projected)
+        model.matching_head(matched[:, : args.num_query_tokens])
+    yield "qformer", model.config.qformer_config.num_hidden_layers, matched.nbytes, seen
+
+
+def run_tune(model, args: PlanArguments):
+    """Run stage 2 forward; as [`run_align`]."""
+    parts, config, half = model.model, model.config, max(1, args.batch_size // 2)
+    gene_ids = torch.zeros(half, args.cell_length, dtype=torch.long)
+    with counting_saved(seen := {}):
+        states = parts.encode_cells(gene_ids, torch.zeros(gene_ids.shape))
+    yield "cell", config.cell_config.num_hidden_layers, states.nbytes, seen
+    with counting_saved(seen := {}):
+        tokens = parts.language_projection(parts.query_cells(states))
+    yield "qformer", config.qformer_config.num_hidden_layers, tokens.nbytes, seen
+    held = parts.get_input_embeddings().weight.dtype
+    embeds = torch.zeros(args.batch_size, args.text_length, config.text_config.hidden_size, dtype=held)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    mask[:, 0] = 0  # padded on the left, as batches are
+    with counting_saved(seen := {}):
+        inputs = {"inputs_embeds": embeds.requires_grad_(), "attention_mask": mask, "use_cache": False}
+        states = parts.language_model(**inputs).last_hidden_state
+    yield "text", config.text_config.num_hidden_layers, states.nbytes, seen
+    with counting_saved(seen := {}):
+        logits = model.lm_head(states).float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
+    seen[-1] = torch.empty_like(logits).untyped_storage()  # their gradient comes while all else is still held
+    yield "logits", 0, 0, seen
+    with counting_saved(seen := {}):
+        condition = parts.text_to_cell.projection(torch.zeros_like(parts.text_to_cell.query_tokens)).expand(
+            half, -1, -1
+        )
+        outputs = parts.cell_model(gene_ids, condition_embeds=condition, genes_attend_to="conditions")
+        from_cell = parts.cell_model.decode_mvc(outputs.pooler_output, gene_ids)
+        decoded = parts.cell_model.decode_expression(outputs.last_hidden_state[:, config.num_condition_tokens :])
+        parts.expression_head(
+            outputs.last_hidden_state[:, config.num_condition_tokens :], gene_ids, from_cell, decoded
+        )
+    yield "generated cell", config.cell_config.num_hidden_layers, outputs.last_hidden_state.nbytes, seen
 
 
 def make_plan(args: PlanArguments) -> dict:
     """Bytes per GPU by what they are for, and whether they fit."""
     config = build_config(args)
+    activations = activation_bytes(config, args)
     model = build_shapes(config, args.stage)
     parts = count_parameters(model, args)
     trained = sum(part["trained"] for part in parts.values())
@@ -198,7 +279,7 @@ def make_plan(args: PlanArguments) -> dict:
         "gradients": trained * 4 // shards,
         "optimiser": trained * 8 // shards,  # AdamW: two fp32 moments
         "communication": communication if args.gpus > 1 else 0,
-        "activations": sum(activation_bytes(config, args).values()),
+        "activations": sum(activations.values()),
     }
     total = sum(memory.values())
     return {
@@ -206,7 +287,7 @@ def make_plan(args: PlanArguments) -> dict:
         "trained": trained,
         "frozen": frozen,
         "bytes_per_gpu": {**memory, "total": total},
-        "activations": activation_bytes(config, args),
+        "activations": activations,
         "fits": total <= 0.8 * args.gpu_gib * GIB,
     }
 
