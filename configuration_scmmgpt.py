@@ -108,7 +108,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         cell_config (`ScGPTConfig` or `dict`): The cell language model.
         qformer_config (`Blip2QFormerConfig` or `dict`): The cell-to-text bridge with its text branch. Its
             `encoder_hidden_size` always follows `cell_config.hidden_size`, and its text branch is always on.
-        text_config (`PreTrainedConfig` or `dict`): Any causal language model of transformers.
+        text_config (`PreTrainedConfig` or `dict`): A causal language model of transformers that adds nothing to what
+            its head gives, such as Llama, Mistral, Qwen2, SmolLM2 or GPT-2.
         text_to_cell_config (`Blip2QFormerConfig` or `dict`): The text-to-cell projector: queries that cross-attend to
             the language model's hidden states. Its `encoder_hidden_size` follows `text_config.hidden_size`.
         num_query_tokens (`int`, defaults to 32): Q-Former queries, and `<cell>` placeholders, per cell.
