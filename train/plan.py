@@ -13,7 +13,7 @@ and communication add is left out (allow a fifth).
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -149,7 +149,7 @@ def count_parameters(model, args: PlanArguments) -> dict[str, dict[str, int]]:
     return parts
 
 
-def saved_bytes(model, args: PlanArguments) -> int:
+def spared_bytes(model, args: PlanArguments) -> int:
     """What the language model's weights take less than in fp32: a head in 4 bits there is not."""
     if args.stage == 1 or args.language_model_precision == "fp32":
         return 0
@@ -165,7 +165,7 @@ def is_idle(name: str) -> bool:
 
 
 @contextmanager
-def counting_saved(seen: dict[int, torch.UntypedStorage]):
+def counting_kept(seen: dict[int, torch.UntypedStorage]):
     """Collect every storage that autograd keeps for the backward pass of what runs inside, by its address."""
 
     def keep(tensor):
@@ -192,28 +192,27 @@ def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, in
             language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=held)
             run, model = run_tune, ScMMGPTForConditionalGeneration(config, language_model)
             # LoRA keeps the inputs of the layers that it adapts, as training them does.
-            rules = tune_rules(args)
-            rules.train_language_model = "frozen" if args.train_language_model == "frozen" else "full"
+            trained = "frozen" if args.train_language_model == "frozen" else "full"
+            rules = replace(tune_rules(args), train_language_model=trained, language_model_precision="fp32")
             freeze(model, lambda name: is_frozen(name, rules, args.expression_head))
-        known = {p.untyped_storage()._cdata for p in model.parameters()}
-        result, held = {}, []
+        known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+        result = {}
         for part, layers, state_bytes, seen in run(model.train(), args):
             full = sum(storage.nbytes() for address, storage in seen.items() if address not in known)
-            known.update(seen)
-            held.append(seen)  # else a later storage may get the address of one of these
+            known |= seen  # and is held, else a later storage may get the address of one of these
             checkpointed = layers * state_bytes + full // max(layers, 1)
             result[part] = checkpointed if args.gradient_checkpointing and layers else full
     return result
 
 
 def run_align(model, args: PlanArguments):
-    """Run stage 1 forward; yields (part, its layers, bytes of a layer's input, what was saved)."""
+    """Run stage 1 forward; yields (part, its layers, bytes of a layer's input, what was kept)."""
     batch, texts = args.batch_size, args.text_length
     gene_ids = torch.zeros(batch, args.cell_length, dtype=torch.long)
-    with counting_saved(seen := {}):
+    with counting_kept(seen := {}):
         states = model.encode_cells(gene_ids, torch.zeros(gene_ids.shape))
     yield "cell", model.config.cell_config.num_hidden_layers, states.nbytes, seen
-    with counting_saved(seen := {}):
+    with counting_kept(seen := {}):
         projected = {}
         model.project_cells(model.query_cells(states, projected=projected))
         ids = torch.zeros(batch, texts, dtype=torch.long)
@@ -231,36 +230,30 @@ def run_tune(model, args: PlanArguments):
     """Run stage 2 forward; as [`run_align`]."""
     parts, config, half = model.model, model.config, max(1, args.batch_size // 2)
     gene_ids = torch.zeros(half, args.cell_length, dtype=torch.long)
-    with counting_saved(seen := {}):
+    with counting_kept(seen := {}):
         states = parts.encode_cells(gene_ids, torch.zeros(gene_ids.shape))
-    yield "cell", config.cell_config.num_hidden_layers, states.nbytes, seen
-    with counting_saved(seen := {}):
-        tokens = parts.language_projection(parts.query_cells(states))
-    yield "qformer", config.qformer_config.num_hidden_layers, tokens.nbytes, seen
+    cell_bytes = states.nbytes
+    yield "cell", config.cell_config.num_hidden_layers, cell_bytes, seen
+    with counting_kept(seen := {}):
+        states = parts.query_cells(states)
+        parts.language_projection(states)
+    yield "qformer", config.qformer_config.num_hidden_layers, states.nbytes, seen
     held = parts.get_input_embeddings().weight.dtype
     embeds = torch.zeros(args.batch_size, args.text_length, config.text_config.hidden_size, dtype=held)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     mask[:, 0] = 0  # padded on the left, as batches are
-    with counting_saved(seen := {}):
+    with counting_kept(seen := {}):
         inputs = {"inputs_embeds": embeds.requires_grad_(), "attention_mask": mask, "use_cache": False}
         states = parts.language_model(**inputs).last_hidden_state
     yield "text", config.text_config.num_hidden_layers, states.nbytes, seen
-    with counting_saved(seen := {}):
+    with counting_kept(seen := {}):
         logits = model.lm_head(states).float()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
     seen[-1] = torch.empty_like(logits).untyped_storage()  # their gradient comes while all else is still held
     yield "logits", 0, 0, seen
-    with counting_saved(seen := {}):
-        condition = parts.text_to_cell.projection(torch.zeros_like(parts.text_to_cell.query_tokens)).expand(
-            half, -1, -1
-        )
-        outputs = parts.cell_model(gene_ids, condition_embeds=condition, genes_attend_to="conditions")
-        from_cell = parts.cell_model.decode_mvc(outputs.pooler_output, gene_ids)
-        decoded = parts.cell_model.decode_expression(outputs.last_hidden_state[:, config.num_condition_tokens :])
-        parts.expression_head(
-            outputs.last_hidden_state[:, config.num_condition_tokens :], gene_ids, from_cell, decoded
-        )
-    yield "generated cell", config.cell_config.num_hidden_layers, outputs.last_hidden_state.nbytes, seen
+    with counting_kept(seen := {}):
+        parts.decode_cells(states[:half], mask[:half], gene_ids)
+    yield "generated cell", config.cell_config.num_hidden_layers, cell_bytes, seen
 
 
 def make_plan(args: PlanArguments) -> dict:
@@ -275,7 +268,7 @@ def make_plan(args: PlanArguments) -> dict:
     # DDP's buckets hold a second copy of the gradients; FSDP gathers one layer at a time.
     communication = trained * 4 if args.strategy == "ddp" else largest_layer(model) * 4
     memory = {
-        "weights": ((trained + frozen) * 4 - saved_bytes(model, args)) // shards,
+        "weights": ((trained + frozen) * 4 - spared_bytes(model, args)) // shards,
         "gradients": trained * 4 // shards,
         "optimiser": trained * 8 // shards,  # AdamW: two fp32 moments
         "communication": communication if args.gpus > 1 else 0,
