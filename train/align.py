@@ -63,7 +63,8 @@ class AlignTrainer(ModelLossTrainer):
         Retrieval is among the captions and the cells of the split, of at most `MAX_VALIDATION_CELLS` cells.
         """
         model = self.accelerator.unwrap_model(self.model).eval()
-        batches, features, types, captions = self.eval_batches, [], [], []
+        # All ranks measure the same cells: among a share of them each would find more.
+        batches, features, types, captions = self.eval_batches.of_all_ranks(), [], [], []
         batches.set_epoch(0)
         for cells, obs in batches.stream:
             inputs = batches.collate.processor(cells=cells, max_genes=batches.collate.max_genes).to(self.args.device)
