@@ -13,6 +13,7 @@ Published training is in bfloat16 mixed precision; so are these steps, and in fl
 """
 
 import copy
+import re
 import time
 from collections import defaultdict
 
@@ -324,7 +325,14 @@ def test_a_tune_step(published, config, median, precision):
     if precision == torch.bfloat16:  # PyTorch's fused encoder runs in float32 alone, and is faster than the other one
         encode = their_model.cell_encoder.forward
         their_model.cell_encoder.forward = torch.autocast("cpu", enabled=False)(encode)
-    alignment.load_state_dict(published_model.our_names(their_model, LAYERS), strict=False)
+    report = alignment.load_state_dict(published_model.our_names(their_model, LAYERS), strict=False)
+    assert not report.unexpected_keys
+    # Their stage 2 has no reading of texts, no contrast and no matching.
+    stage1 = re.compile(
+        r"qformer_embeddings\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\.|logit_scale|query_means"
+    )
+    alone = ("cell_projection.", "text_projection.", "matching_head.")
+    assert [name for name in report.missing_keys if not stage1.match(name) and not name.startswith(alone)] == []
 
     lengths = text_mask.sum(dim=1)
     cells = {"gene_ids": gene_ids, "values": values, "padding_mask": mask == 0}
