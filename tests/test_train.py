@@ -16,9 +16,13 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train import align, tune
+from scmmgpt.train.captions import CaptionSampler
+from scmmgpt.train.collate import AlignmentCollator
 from scmmgpt.train.corpus import open_corpus
-from scmmgpt.train.trainer import frozen_modules
+from scmmgpt.train.stream import CellStream
+from scmmgpt.train.trainer import StreamBatches, frozen_modules
 
 
 def run_align(corpus, bert, output_dir, **options):
@@ -175,6 +179,24 @@ def test_retrieval_recall_equals_that_of_sorted_lists(seed):
         cells = np.argsort(-similarity, axis=0)[:k]
         found = [text in own[cells[:, text]] for text in range(12)]
         assert scores[f"text_to_cell_recall_at_{k}"] == round(np.mean(found), 4)
+
+
+def test_every_rank_measures_the_same_cells(corpus, aligned):
+    model, processor = ScMMGPTForCellTextAlignment.from_pretrained(aligned), ScMMGPTProcessor.from_pretrained(aligned)
+    captions = CaptionSampler("short")
+    scores = []
+    for rank, world_size in [(0, 1), (0, 2), (1, 2)]:
+        share = {"batch_size": 2, "shuffle": False, "rank": rank, "world_size": world_size}
+        stream = CellStream(open_corpus(corpus), split="validation", **share)
+        trainer = SimpleNamespace(
+            model=model,
+            captions=captions,
+            accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+            eval_batches=StreamBatches(stream, AlignmentCollator(processor, captions)),
+            args=SimpleNamespace(device="cpu"),
+        )
+        scores.append(align.AlignTrainer.zero_shot(trainer))
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_a_model_to_which_all_is_the_same_retrieves_nothing():
