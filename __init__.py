@@ -11,8 +11,8 @@ except PackageNotFoundError:  # a clone that is not installed
 
 # Public name -> module. Loaded on first use, so that `import scmmgpt` and `scmmgpt --help` cost nothing.
 _MODULES = {
-    "Cells": "feature_extraction_scmmgpt",
-    "GeneIndex": "inspection_scmmgpt",
+    "Cells": "cells_scmmgpt",
+    "GeneIndex": "genes_scmmgpt",
     "ScGPTConfig": "configuration_scmmgpt",
     "ScGPTModel": "modeling_scgpt",
     "ScMMGPTConfig": "configuration_scmmgpt",
@@ -22,8 +22,8 @@ _MODULES = {
     "ScMMGPTModel": "modeling_scmmgpt",
     "ScMMGPTPipeline": "pipeline_scmmgpt",
     "ScMMGPTProcessor": "processing_scmmgpt",
-    "inspect_matrix": "inspection_scmmgpt",
-    "read_cells": "inspection_scmmgpt",
+    "inspect_matrix": "matrices_scmmgpt",
+    "read_cells": "reading_scmmgpt",
 }
 
 __all__ = sorted(_MODULES)

@@ -29,9 +29,9 @@ def main(argv=None):
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["inspect"]:  # a command of its own, which needs no model
-        from scmmgpt.train import inspect
+        from scmmgpt import inspect_input
 
-        return inspect.main(argv[1:])
+        return inspect_input.main(argv[1:])
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -201,8 +201,8 @@ def describe(args):
 
 def add_reference(adata, templates):
     """Beside each description, the one that training would write from the annotations in obs."""
-    from scmmgpt.feature_extraction_scmmgpt import hash_names
-    from scmmgpt.train.captions import CaptionSampler
+    from scmmgpt.cells_scmmgpt import hash_names
+    from scmmgpt.train.data.captions import CaptionSampler
 
     obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
     adata.obs["scmmgpt_reference"] = CaptionSampler(templates).answer(obs, cell_ids=hash_names(adata.obs_names))
@@ -210,7 +210,7 @@ def add_reference(adata, templates):
 
 def calibrate(args):
     """`scmmgpt calibrate`."""
-    from scmmgpt.train.captions import CaptionSampler
+    from scmmgpt.train.data.captions import CaptionSampler
 
     config_file = Path(args.model) / "config.json"
     if not config_file.is_file():
@@ -218,7 +218,7 @@ def calibrate(args):
     pipeline, adata = load(args)
     labelled = adata.obs
     if (args.file / "manifest.json").is_file():  # labels that only training has are candidates all the same
-        from scmmgpt.train.corpus import open_corpus
+        from scmmgpt.train.data.corpus import open_corpus
 
         labelled = open_corpus(args.file).obs("train").to_pandas()
     if args.label_key not in labelled:
@@ -340,10 +340,10 @@ def load_pipeline(args):
 def read_adata(path, split="test"):
     """Read a file of cells, or a split of a corpus that `prepare` made."""
     if (path / "manifest.json").is_file():
-        from scmmgpt.train.corpus import open_corpus
+        from scmmgpt.train.data.corpus import open_corpus
 
         return open_corpus(path).to_adata(split)
-    from scmmgpt.train.readers import read_file
+    from scmmgpt.readers import read_file
 
     return read_file(path)
 

@@ -24,14 +24,14 @@ from transformers.utils import logging
 
 try:  # as a package or as remote code
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
-    from .inspection_scmmgpt import store_report
     from .modeling_scmmgpt import CELL_INPUTS, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from .processing_scmmgpt import ScMMGPTProcessor
+    from .reading_scmmgpt import store_report
 except ImportError:  # as a flat module in a clone
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
-    from inspection_scmmgpt import store_report
     from modeling_scmmgpt import CELL_INPUTS, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from processing_scmmgpt import ScMMGPTProcessor
+    from reading_scmmgpt import store_report
 
 
 logger = logging.get_logger(__name__)

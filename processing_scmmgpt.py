@@ -19,17 +19,20 @@ from transformers.utils import cached_file
 
 
 try:  # as a package or as remote code
-    from .feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
-    from .inspection_scmmgpt import GeneIndex, read_cells
+    from .cells_scmmgpt import TARGET_SEED, Cells
+    from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
+    from .genes_scmmgpt import GeneIndex
+    from .reading_scmmgpt import read_cells
 except ImportError:  # as a flat module in a clone
-    from feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
-    from inspection_scmmgpt import GeneIndex, read_cells
+    from cells_scmmgpt import TARGET_SEED, Cells
+    from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
+    from genes_scmmgpt import GeneIndex
+    from reading_scmmgpt import read_cells
 
 
 GENE_ALIASES_FILE = "gene_aliases.json"
 COUNTS_PER_10K = 1e4
 CELL_KWARGS = ("max_genes", "selection")
-TARGET_SEED = 0x7A46  # sets the draw of target genes apart from the draws of the feature extractor
 
 # What a checkpoint was trained to answer; saved with it, so training and use can't drift apart.
 DEFAULT_PROMPTS = {
@@ -130,7 +133,7 @@ class ScMMGPTProcessor(ProcessorMixin):
         ]
 
     def read_cells(self, adata, **kwargs) -> tuple[Cells, dict]:
-        """AnnData -> `Cells` in this vocabulary, and a report; see `inspection_scmmgpt.read_cells`."""
+        """AnnData -> `Cells` in this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
         return read_cells(adata, self.gene_index, **kwargs)
 
     def gene_ids_of(self, genes: list[str]) -> np.ndarray:

@@ -91,7 +91,7 @@ def read_split(
         Cells over the genes that occur in the split.
     """
     if isinstance(corpus, str | Path):
-        from scmmgpt.train.corpus import open_corpus
+        from scmmgpt.train.data.corpus import open_corpus
 
         corpus = open_corpus(corpus)
     n_cells = corpus.n_cells(split)

@@ -293,8 +293,8 @@ def run(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: baselines.TypePrediction
 ) -> dict:
     """Read the descriptions that the arguments name and evaluate them; `regression` covers all test cells."""
-    from scmmgpt.feature_extraction_scmmgpt import hash_names
-    from scmmgpt.train.captions import CaptionSampler, parse_cell_type
+    from scmmgpt.cells_scmmgpt import hash_names
+    from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
 
     rows, descriptions = read_descriptions(args.descriptions, test)
     test, regression = test.take(rows), regression.take(rows)

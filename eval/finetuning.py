@@ -465,8 +465,8 @@ def read_labelled(path: str, label_key: str) -> tuple[AnnData, np.ndarray]:
     Raises:
         ValueError: If `X` holds anything but counts, which every system here normalises itself.
     """
+    from scmmgpt.readers import read_file
     from scmmgpt.train.finetune import column_of
-    from scmmgpt.train.readers import read_file
 
     adata = read_file(path)
     labels = column_of(adata.obs, label_key)

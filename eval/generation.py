@@ -14,12 +14,7 @@ from scmmgpt.eval import baselines
 from scmmgpt.eval.annotation import MODEL_NAME
 from scmmgpt.eval.cells import TARGET_SUM, LabelledCells, read_splits
 from scmmgpt.eval.distances import discrepancy, distance_kernel, gaussian_kernel, median_distance
-from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
-    KS,
-    MIN_CELLS,
-    fit_cell_space,
-    knn_accuracy,
-)
+from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import KS, MIN_CELLS, fit_cell_space, knn_accuracy
 from scmmgpt.eval.results import (
     BASELINE,
     CONTROL,

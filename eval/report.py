@@ -399,7 +399,7 @@ def write_report(args: argparse.Namespace) -> dict:
     Returns:
         What `metrics.json` holds.
     """
-    from scmmgpt.train.corpus import open_corpus
+    from scmmgpt.train.data.corpus import open_corpus
 
     tasks = [
         t

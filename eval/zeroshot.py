@@ -39,8 +39,8 @@ from sklearn.model_selection import train_test_split
 
 from scmmgpt.eval.__main__ import write_result
 from scmmgpt.eval.finetuning import log1p_cp10k, quieten, read_labelled, run_finetune
-from scmmgpt.train import ontology
-from scmmgpt.train.captions import CaptionSampler
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.finetune import column_of
 
 
@@ -125,7 +125,8 @@ def finetuned(task: Task) -> dict[str, np.ndarray]:
 def aligned(task: Task, *, name: str = "align", options: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """`prepare` and `align` of a small model, from scratch."""
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-    from scmmgpt.train import align, prepare
+    from scmmgpt.train import align
+    from scmmgpt.train.data import prepare
 
     corpus = Path(task.folder, "corpus")
     if not corpus.is_dir():

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import torch
 from scipy.sparse import csr_matrix
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names
-from scmmgpt.train import synthetic
-from scmmgpt.train.corpus import write_corpus
+from scmmgpt import synthetic
+from scmmgpt.cells_scmmgpt import Cells, hash_names
+from scmmgpt.train.data.corpus import write_corpus
 
 
 TYPES = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}

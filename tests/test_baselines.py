@@ -11,7 +11,7 @@ from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
 from scmmgpt.eval.generation import draw_real_cells, evaluate_generation, reserve_cells
 from scmmgpt.eval.results import BASELINE, MODEL, Estimate, Measure, bootstrap_draws, mean_estimate, tabulate
-from scmmgpt.train.synthetic import synthetic_adata
+from scmmgpt.synthetic import synthetic_adata
 
 
 def labelled(n_obs, seed):

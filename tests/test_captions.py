@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("cellxgene_ontology_guide")
 
-from scmmgpt.feature_extraction_scmmgpt import Cells
-from scmmgpt.train import ontology
-from scmmgpt.train.captions import CaptionSampler, find_markers, parse_cell_type, with_article
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.captions import CaptionSampler, find_markers, parse_cell_type, with_article
 
 
 PBMC68K_LABELS = {

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from scmmgpt.train.captions import CaptionSampler
-from scmmgpt.train.collate import TuningCollator
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.collate import TuningCollator
 
 
 @pytest.fixture

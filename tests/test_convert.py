@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train import convert

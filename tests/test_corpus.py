@@ -11,14 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from scmmgpt.feature_extraction_scmmgpt import Cells
-from scmmgpt.train.corpus import (
-    CorpusWriter,
-    Manifest,
-    hash_vocabulary,
-    open_corpus,
-    write_corpus,
-)
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.train.data.corpus import CorpusWriter, Manifest, hash_vocabulary, open_corpus, write_corpus
 
 
 N_GENES = 200

@@ -12,7 +12,8 @@ from scipy.sparse import csr_matrix
 from scmmgpt.eval import zeroshot
 from scmmgpt.eval.zeroshot import Labelled, Task
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.train import finetune, ontology
+from scmmgpt.train import finetune
+from scmmgpt.train.data import ontology
 
 
 IDS = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
@@ -135,7 +136,7 @@ def test_the_bonus_lets_an_unseen_label_be_answered_and_does_not_count_for_seen_
 
 
 def test_annotate_adds_the_bonus_to_texts_that_were_not_trained_alone(adata, tiny_pipeline):
-    from scmmgpt.train.synthetic import synthetic_adata
+    from scmmgpt.synthetic import synthetic_adata
 
     cells = synthetic_adata(20)
     texts = {"B cell": "a B lymphocyte", "T cell": "a T lymphocyte"}
@@ -151,7 +152,7 @@ def test_annotate_adds_the_bonus_to_texts_that_were_not_trained_alone(adata, tin
 
 
 def test_a_pipeline_is_asked_for_all_labels_by_their_texts(tiny_pipeline):
-    from scmmgpt.train.synthetic import synthetic_adata
+    from scmmgpt.synthetic import synthetic_adata
 
     assert isinstance(tiny_pipeline, ScMMGPTPipeline)
     labels = Labelled(["B cell", "T cell"], ["a B lymphocyte", "a T lymphocyte"], [None, None])

@@ -17,10 +17,10 @@ import pytest
 
 pytest.importorskip("cellxgene_ontology_guide")
 
-from scmmgpt.train import prepare
-from scmmgpt.train import sources as source_files
-from scmmgpt.train.corpus import hash_file, open_corpus
-from scmmgpt.train.synthetic import synthetic_adata
+from scmmgpt.synthetic import synthetic_adata
+from scmmgpt.train.data import prepare
+from scmmgpt.train.data import sources as source_files
+from scmmgpt.train.data.corpus import hash_file, open_corpus
 
 
 GENES = list(synthetic_adata(4).var_names)
@@ -269,8 +269,8 @@ def test_workers_end_with_a_killed_builder():
     """A killed builder leaves no process behind that works on for nobody."""
     program = """
 import operator, os, time
-from scmmgpt.train import prepare
-from scmmgpt.train import sources as source_files
+from scmmgpt.train.data import prepare
+from scmmgpt.train.data import sources as source_files
 with prepare._executor(2, None, []) as run:
     print(*run(operator.call, [os.getpid], "asked"), flush=True)
     time.sleep(60)

@@ -15,15 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoFeatureExtractor
 
-from scmmgpt import feature_extraction_scmmgpt
-from scmmgpt.feature_extraction_scmmgpt import (
-    Cells,
-    ScMMGPTFeatureExtractor,
-    bin_counts,
-    hash_names,
-    mask_genes,
-    normalize_log1p,
-)
+from scmmgpt import feature_extraction_scmmgpt, kernels_scmmgpt
+from scmmgpt.cells_scmmgpt import Cells, hash_names, normalize_log1p
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, bin_counts, mask_genes
 
 
 WORD = 2**64
@@ -38,9 +32,9 @@ def path(request, monkeypatch):
 
 
 def take_path(monkeypatch, path):
-    if path == "compiled" and feature_extraction_scmmgpt.njit is None:
+    if path == "compiled" and kernels_scmmgpt.njit is None:
         pytest.skip("numba is not installed")
-    monkeypatch.setattr(feature_extraction_scmmgpt, "WARM_UP_CELLS", -1 if path == "compiled" else math.inf)
+    monkeypatch.setattr(kernels_scmmgpt, "WARM_UP_CELLS", -1 if path == "compiled" else math.inf)
 
 
 # The reference: Python integers and one np.quantile a cell.
@@ -409,11 +403,11 @@ def test_threads_do_not_disturb_each_other(path):
 
 
 def test_kernels_take_over_when_there_is_enough_to_do(monkeypatch):
-    if feature_extraction_scmmgpt.njit is None:
+    if kernels_scmmgpt.njit is None:
         pytest.skip("numba is not installed")
-    monkeypatch.setattr(feature_extraction_scmmgpt, "WARM_UP_CELLS", 25)
-    monkeypatch.setattr(feature_extraction_scmmgpt, "_n_cells_seen", 0)
-    assert [feature_extraction_scmmgpt._kernels_pay(10) for _ in range(4)] == [False, False, True, True]
+    monkeypatch.setattr(kernels_scmmgpt, "WARM_UP_CELLS", 25)
+    monkeypatch.setattr(kernels_scmmgpt, "_n_cells_seen", 0)
+    assert [kernels_scmmgpt.kernels_pay(10) for _ in range(4)] == [False, False, True, True]
 
 
 def test_everything_works_without_numba(tmp_path):
@@ -421,10 +415,11 @@ def test_everything_works_without_numba(tmp_path):
 import sys
 sys.modules["numba"] = None  # its import fails
 import numpy as np
+from scmmgpt import cells_scmmgpt, kernels_scmmgpt
 from scmmgpt import feature_extraction_scmmgpt as module
-module.WARM_UP_CELLS = -1
-cells = module.Cells.from_dense(np.eye(3), np.arange(3) + 2)
-assert module.njit is None
+kernels_scmmgpt.WARM_UP_CELLS = -1
+cells = cells_scmmgpt.Cells.from_dense(np.eye(3), np.arange(3) + 2)
+assert kernels_scmmgpt.njit is None
 assert module.ScMMGPTFeatureExtractor(value_mode="raw")(cells)["gene_ids"].tolist() == [[1, 2], [1, 3], [1, 4]]
 """
     folders = os.pathsep.join([str(Path(feature_extraction_scmmgpt.__file__).parents[1]), *sys.path])

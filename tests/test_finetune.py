@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, hellinger_profile
+from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train import finetune
 from scmmgpt.train.arguments import FinetuneDataArguments

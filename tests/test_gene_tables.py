@@ -2,8 +2,8 @@
 
 import pytest
 
-from scmmgpt.inspection_scmmgpt import GeneIndex
-from scmmgpt.train.gene_tables import GeneRecord, build_gene_aliases, load_hgnc, load_orthologs, resolve_names
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.train.data.gene_tables import GeneRecord, build_gene_aliases, load_hgnc, load_orthologs, resolve_names
 
 
 RECORDS = [

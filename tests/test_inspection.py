@@ -11,20 +11,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
-from scmmgpt.inspection_scmmgpt import (
-    GeneIndex,
-    check_labels,
-    classify_features,
-    detect_species,
-    inspect_matrix,
-    iter_cells,
-    match_genes,
-    plan_input,
-    read_cells,
-    store_report,
-    to_counts,
-)
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, match_genes
+from scmmgpt.matrices_scmmgpt import inspect_matrix, to_counts
+from scmmgpt.reading_scmmgpt import check_labels, choose_input, iter_cells, read_cells, store_report
 
 
 N_CELLS, N_GENES = 40, 300
@@ -284,7 +275,7 @@ def test_a_backed_file_gives_the_cells_of_memory(counts, gene_index, layout, tmp
 @pytest.mark.parametrize("step", [3, 1024])
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
 def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_size, step, monkeypatch):
-    monkeypatch.setattr("scmmgpt.inspection_scmmgpt.CHUNK_ROWS", step)
+    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", step)
     adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts)).astype(np.float32)))
     chunks = list(iter_cells(adata, gene_index, chunk_size=chunk_size))
     assert_same_cells(Cells.concatenate(chunks), read_cells(adata, gene_index)[0])
@@ -292,7 +283,7 @@ def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_size, ste
 
 def test_a_plan_reads_any_chunk_of_its_data(counts, gene_index):
     adata = make_adata(sp.csr_matrix(scaled_to(counts).astype(np.float32)))
-    plan = plan_input(adata, gene_index)
+    plan = choose_input(adata, gene_index)
     cells = Cells.concatenate([plan.convert(adata[:3]), plan.convert(adata[3:])])
     assert_same_cells(cells, read_cells(adata, gene_index)[0])
 
@@ -683,7 +674,7 @@ def test_the_report_is_json_and_survives_a_file(counts, gene_index, tmp_path):
 @pytest.fixture(scope="module")
 def human_genes():
     pytest.importorskip("celltypist", reason="its gene tables are read", exc_type=ImportError)
-    from scmmgpt.train.gene_tables import reference_gene_index
+    from scmmgpt.train.data.gene_tables import reference_gene_index
 
     return reference_gene_index()
 
@@ -721,6 +712,6 @@ def test_the_counts_of_scanpys_bundled_data_are_recovered(human_genes):
     np.testing.assert_array_equal(cells.total_counts, adata.obs["n_counts"])
     assert (cells.counts == np.rint(cells.counts)).all()
     # Putting the counts through the same steps gives back what the file holds, to its three decimals.
-    values = to_counts(adata.raw.X, plan_input(adata, human_genes).verdict).data
+    values = to_counts(adata.raw.X, choose_input(adata, human_genes).verdict).data
     again = np.log1p(values / np.repeat(adata.obs["n_counts"].to_numpy(), np.diff(adata.raw.X.indptr)) * 1e4)
     np.testing.assert_allclose(again, adata.raw.X.data, atol=6e-4)

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.align import build_processor
 from scmmgpt.train.arguments import AlignModelArguments
-from scmmgpt.train.captions import CaptionSampler
-from scmmgpt.train.collate import TuningCollator
-from scmmgpt.train.corpus import open_corpus
-from scmmgpt.train.instructions import InstructionBatches, append_rows, encode_conversation, read_instructions
-from scmmgpt.train.stream import CellStream
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.collate import TuningCollator
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.data.instructions import InstructionBatches, append_rows, encode_conversation, read_instructions
+from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.trainer import StreamBatches
 from scmmgpt.train.tune import train_tokenizer
 

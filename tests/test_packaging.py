@@ -116,7 +116,7 @@ def test_constraints_begin_with_torch():
 
 
 def test_every_code_folder_is_packaged():
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/__init__.py")}
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.]*/**/__init__.py")}
     packaged = {
         name.removeprefix("scmmgpt").strip(".").replace(".", "/")
         for name in PYPROJECT["tool"]["setuptools"]["packages"]
@@ -124,7 +124,11 @@ def test_every_code_folder_is_packaged():
     assert folders == packaged - {""}
 
 
-TRAIN_COMMANDS = [name for name, module in train_main.COMMANDS.items() if (ROOT / "train" / f"{module}.py").exists()]
+TRAIN_COMMANDS = [
+    name
+    for name, module in train_main.COMMANDS.items()
+    if (ROOT / "train" / f"{module.replace('.', '/')}.py").exists()
+]
 EVAL_COMMANDS = [name for name in eval_main.COMMANDS if (ROOT / "eval" / f"{name}.py").exists()]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
 # What a configuration leaves to the command line: the paths.

@@ -12,13 +12,13 @@ import scipy.sparse as sp
 
 pytest.importorskip("cellxgene_ontology_guide")
 
-from scmmgpt.inspection_scmmgpt import GeneIndex
-from scmmgpt.train import prepare
-from scmmgpt.train.captions import CaptionSampler, read_gene_means
-from scmmgpt.train.corpus import SPLITS, hash_file, open_corpus
-from scmmgpt.train.splits import split_cells, split_units
-from scmmgpt.train.stream import CellStream
-from scmmgpt.train.synthetic import synthetic_adata
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.synthetic import synthetic_adata
+from scmmgpt.train.data import prepare
+from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.data.corpus import SPLITS, hash_file, open_corpus
+from scmmgpt.train.data.splits import split_cells, split_units
+from scmmgpt.train.data.stream import CellStream
 
 
 GENES = list(synthetic_adata(4).var_names)
@@ -344,7 +344,7 @@ def test_unknown_columns_are_refused(build, folder):
 
 def test_census_releases_must_be_pinned():
     pytest.importorskip("cellxgene_census", reason="extra `census` is not installed")
-    from scmmgpt.train.sources import open_census
+    from scmmgpt.train.data.sources import open_census
 
     with pytest.raises(ValueError, match="Pin one by its date"):
         open_census("stable")
@@ -404,9 +404,11 @@ def test_the_demo_is_real_counts(tmp_path):
 
 
 def test_the_development_data_become_one_corpus(shared_data, tmp_path):
-    prepare.main(prepare.make_parser().parse_args([str(shared_data), "--output", str(tmp_path / "all")]))
+    n_cells = {"pbmc_facs": 3874, "kang_pbmc_unlabelled": 2000}
+    files = [str(shared_data / f"{name}.h5ad") for name in n_cells]
+    prepare.main(prepare.make_parser().parse_args([*files, "--output", str(tmp_path / "all")]))
     corpus = open_corpus(tmp_path / "all")
-    assert corpus.manifest.n_cells == 3874 + 2000 + 1408 + 184
+    assert {source["name"]: source["n_cells"] for source in corpus.manifest.sources} == n_cells
     for source in corpus.manifest.sources:
         adata = anndata.read_h5ad(shared_data / f"{source['name']}.h5ad", backed="r")
         assert source["n_cells"] == source["n_kept"] == adata.n_obs

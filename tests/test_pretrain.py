@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train import pretrain
-from scmmgpt.train.corpus import open_corpus, write_corpus
+from scmmgpt.train.data.corpus import open_corpus, write_corpus
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
 

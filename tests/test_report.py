@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.eval import annotation, baselines, description, generation
 from scmmgpt.eval.__main__ import COMMANDS
 from scmmgpt.eval.__main__ import main as evaluate
 from scmmgpt.eval.annotation import MODEL_NAME
 from scmmgpt.eval.cells import read_splits
 from scmmgpt.eval.report import describe_checkpoint, headline, read_training, trained_elsewhere, verdicts
-from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names
-from scmmgpt.train.corpus import open_corpus, write_corpus
-from scmmgpt.train.synthetic import synthetic_adata
+from scmmgpt.synthetic import synthetic_adata
+from scmmgpt.train.data.corpus import open_corpus, write_corpus
 
 
 @pytest.fixture(scope="module")

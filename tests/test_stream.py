@@ -7,9 +7,10 @@ import signal
 import numpy as np
 import pytest
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
-from scmmgpt.train.corpus import open_corpus, write_corpus
-from scmmgpt.train.stream import CellStream, as_dataset, build_cache, take_batch
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.train.data.corpus import open_corpus, write_corpus
+from scmmgpt.train.data.stream import CellStream, as_dataset, build_cache, take_batch
 
 
 N_GENES = 300

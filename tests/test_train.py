@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train import align, tune
-from scmmgpt.train.captions import CaptionSampler
-from scmmgpt.train.collate import AlignmentCollator
-from scmmgpt.train.corpus import open_corpus
-from scmmgpt.train.stream import CellStream
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.collate import AlignmentCollator
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.trainer import StreamBatches, frozen_modules
 
 

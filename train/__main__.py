@@ -7,8 +7,8 @@ import sys
 
 # Command -> module with `make_parser` and `main`, imported when it is called so that `--help` is instant.
 COMMANDS = {
-    "prepare": "prepare",
-    "cache": "cache",
+    "prepare": "data.prepare",
+    "cache": "data.cache",
     "convert": "convert",
     "pretrain": "pretrain",
     "align": "align",

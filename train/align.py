@@ -22,18 +22,13 @@ from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
-from scmmgpt.train.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.card import write_card
-from scmmgpt.train.collate import AlignmentCollator
 from scmmgpt.train.convert import qformer_from_bert
-from scmmgpt.train.corpus import Corpus, open_corpus
-from scmmgpt.train.initialize import (
-    PROJECTION_CELLS,
-    embed_genes_by_coexpression,
-    embed_genes_by_name,
-    standardize,
-)
-from scmmgpt.train.stream import CellStream
+from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.data.collate import AlignmentCollator
+from scmmgpt.train.data.corpus import Corpus, open_corpus
+from scmmgpt.train.data.stream import CellStream
+from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, embed_genes_by_name, standardize
 from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_curves, save_run
 
 

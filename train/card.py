@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from scmmgpt.train.corpus import Corpus
+from scmmgpt.train.data.corpus import Corpus
 
 
 DEMO_CELLS = 100_000  # trained on fewer, a checkpoint shows that everything runs, and little else

@@ -41,8 +41,8 @@ from transformers import (
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
-from scmmgpt.train.corpus import write_json
-from scmmgpt.train.gene_tables import build_gene_aliases
+from scmmgpt.train.data.corpus import write_json
+from scmmgpt.train.data.gene_tables import build_gene_aliases
 
 
 logger = logging.getLogger(__name__)

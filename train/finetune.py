@@ -49,23 +49,19 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl import TrlParser
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, hellinger_profile
-from scmmgpt.inspection_scmmgpt import GeneIndex, plan_input, read_cells
-from scmmgpt.modeling_scmmgpt import (
-    CELL_INPUTS,
-    MAX_LOGIT_SCALE,
-    ScMMGPTForCellTextAlignment,
-    cell_text_similarity,
-)
+from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train import ontology
+from scmmgpt.readers import read_file
+from scmmgpt.reading_scmmgpt import choose_input, read_cells
 from scmmgpt.train.align import build_model, build_processor, data_seed
 from scmmgpt.train.arguments import FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
-from scmmgpt.train.captions import CaptionSampler
-from scmmgpt.train.gene_tables import build_gene_aliases, reference_gene_index
-from scmmgpt.train.prepare import SPECIAL_TOKENS
-from scmmgpt.train.readers import read_file
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
+from scmmgpt.train.data.prepare import SPECIAL_TOKENS
 from scmmgpt.train.trainer import ModelLossTrainer, freeze, save_run
 
 
@@ -203,7 +199,7 @@ def gene_vocabulary(adatas: list, read_options: dict) -> dict[str, int]:
     symbols = {i: symbol for symbol, i in reference.vocabulary.items()}
     found = set()
     for adata in adatas:
-        ids = plan_input(adata, reference, **read_options).match.ids
+        ids = choose_input(adata, reference, **read_options).match.ids
         found |= {symbols[i] for i in ids[ids >= 0].tolist()}
     return {name: i for i, name in enumerate([*SPECIAL_TOKENS, *sorted(found)])}
 

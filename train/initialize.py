@@ -5,11 +5,11 @@ import logging
 import numpy as np
 import torch
 
-from scmmgpt.feature_extraction_scmmgpt import normalize_log1p
+from scmmgpt.cells_scmmgpt import normalize_log1p
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
-from scmmgpt.train.corpus import Corpus
-from scmmgpt.train.gene_tables import load_hgnc
+from scmmgpt.train.data.corpus import Corpus
+from scmmgpt.train.data.gene_tables import load_hgnc
 
 
 logger = logging.getLogger(__name__)

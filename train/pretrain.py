@@ -26,13 +26,14 @@ import torch
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor, mask_genes
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
 from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
 from scmmgpt.train.arguments import StageArguments, parse_fields
 from scmmgpt.train.convert import save_cell_model, scgpt_feature_extractor
-from scmmgpt.train.corpus import Corpus, open_corpus
-from scmmgpt.train.stream import CellStream
+from scmmgpt.train.data.corpus import Corpus, open_corpus
+from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, save_run
 
 

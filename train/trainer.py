@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from scmmgpt.train.stream import Batch, CellStream, take_batch
+from scmmgpt.train.data.stream import Batch, CellStream, take_batch
 
 
 logger = logging.getLogger(__name__)

@@ -29,13 +29,13 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForCond
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.align import data_seed, finish, make_batches
 from scmmgpt.train.arguments import TuneConfig, TuneDataArguments, TuneModelArguments
-from scmmgpt.train.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.card import write_card
-from scmmgpt.train.collate import TuningCollator
 from scmmgpt.train.convert import load_causal_lm, resolve_source
-from scmmgpt.train.corpus import Corpus, open_corpus
+from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
+from scmmgpt.train.data.collate import TuningCollator
+from scmmgpt.train.data.corpus import Corpus, open_corpus
+from scmmgpt.train.data.instructions import InstructionBatches, read_instructions
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
-from scmmgpt.train.instructions import InstructionBatches, read_instructions
 from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze
 
 

@@ -101,8 +101,8 @@ class Peak(threading.Thread):
 
 
 def our_stream(data, **settings):
-    from scmmgpt.train.corpus import open_corpus
-    from scmmgpt.train.stream import CellStream
+    from scmmgpt.train.data.corpus import open_corpus
+    from scmmgpt.train.data.stream import CellStream
 
     corpus = open_corpus(data / os.environ.get("SCMMGPT_BENCHMARK_CORPUS", "corpus"), verify=False)
     return CellStream(corpus, batch_size=BATCH_SIZE, in_memory=False, **settings)
@@ -228,7 +228,7 @@ def layouts(data):
     """Bytes, and CPU microseconds to decode to place, per cell: the cache against plain uint16, same compression."""
     import pyarrow as pa
 
-    from scmmgpt.train import cache
+    from scmmgpt.train.data import cache
 
     reader, n_blocks, found = our_stream(data, columns=[], layout="cache")._reader, 20, {}
     blocks = [reader.read(block)[0] for block in range(n_blocks)]
@@ -379,8 +379,9 @@ def datasets_tokens(data, form):
     """`datasets` streaming the published Parquet through its shuffle buffer, then our feature extractor."""
     import datasets
 
-    from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
-    from scmmgpt.train.corpus import open_corpus
+    from scmmgpt.cells_scmmgpt import Cells
+    from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+    from scmmgpt.train.data.corpus import open_corpus
 
     extractor = ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS)
     warmed = None

@@ -30,8 +30,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from scmmgpt import feature_extraction_scmmgpt
-from scmmgpt.feature_extraction_scmmgpt import Cells, ScMMGPTFeatureExtractor
+from scmmgpt import cells_scmmgpt, feature_extraction_scmmgpt, kernels_scmmgpt
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def microseconds_per_cell(function, batches, passes=1):
 @pytest.fixture(scope="module")
 def rounds(scgpt):
     """CPU microseconds per cell of every round, by input: ours and the original's."""
-    if feature_extraction_scmmgpt.njit is None:
+    if kernels_scmmgpt.njit is None:
         pytest.skip("numba is not installed, and the bar is for the compiled path")
     torch.set_num_threads(1)
     matrix = synthetic_matrix()
@@ -147,7 +148,7 @@ def rounds(scgpt):
             theirs = original.from_dense, chunks
         runs[name] = ours, theirs
     for (ours, batches), (theirs, their_batches) in runs.values():
-        for _ in range(1 + feature_extraction_scmmgpt.WARM_UP_CELLS // N_CELLS):  # compile
+        for _ in range(1 + kernels_scmmgpt.WARM_UP_CELLS // N_CELLS):  # compile
             microseconds_per_cell(ours, batches)
         theirs(their_batches[0])
     found = {name: {"ours": [], "original": []} for name in INPUTS}
@@ -180,13 +181,11 @@ def test_bins_are_those_of_the_original_under_our_draws(scgpt, monkeypatch):
     """The original's own binning, given our uniform draws in place of its random ones: not one bin may differ."""
     cells = Cells.from_csr(synthetic_matrix(seed=2), np.arange(N_GENES))
     ours = feature_extraction_scmmgpt.bin_counts(cells, N_BINS)
-    keys = feature_extraction_scmmgpt._cell_keys(
-        cells.cell_ids, seed=0, epoch=0, stream=feature_extraction_scmmgpt.TOKEN_STREAM
-    )
+    keys = cells_scmmgpt.cell_keys(cells.cell_ids, seed=0, epoch=0, stream=cells_scmmgpt.RandomStream.TOKEN)
     differing = 0
     for i in range(len(cells)):
         entries = slice(cells.indptr[i], cells.indptr[i + 1])
-        hashes = feature_extraction_scmmgpt._gene_hashes(keys[i], cells.gene_ids[entries])
+        hashes = cells_scmmgpt.gene_hashes(keys[i], cells.gene_ids[entries])
         draws = (hashes & np.uint64(2**32 - 1)) / 2**32
         monkeypatch.setattr(np.random, "rand", lambda n, draws=draws: draws)
         theirs = scgpt.preprocess.binning(torch.from_numpy(cells.counts[entries]), N_BINS)

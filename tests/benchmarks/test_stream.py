@@ -85,9 +85,9 @@ def data():
 
 
 def build_corpus(folder):
-    from scmmgpt.feature_extraction_scmmgpt import Cells
-    from scmmgpt.train.corpus import open_corpus, write_corpus
-    from scmmgpt.train.stream import build_cache
+    from scmmgpt.cells_scmmgpt import Cells
+    from scmmgpt.train.data.corpus import open_corpus, write_corpus
+    from scmmgpt.train.data.stream import build_cache
 
     indptr, gene_ids, counts = synthetic_cells(N_CELLS, N_GENES)
     cells = Cells(indptr, gene_ids, counts, np.arange(N_CELLS, dtype=np.uint64))
@@ -107,8 +107,8 @@ def build_larger_corpus(folder):
     """A corpus of ten times the cells, whose shards are links to those of the smaller one."""
     import dataclasses
 
-    from scmmgpt.train.corpus import Manifest, open_corpus
-    from scmmgpt.train.stream import build_cache
+    from scmmgpt.train.data.corpus import Manifest, open_corpus
+    from scmmgpt.train.data.stream import build_cache
 
     larger = folder / "corpus_10x"
     if (larger / "cache").exists():
@@ -132,8 +132,8 @@ def build_arrow(folder):
     """The data set of the published scMMGPT: Arrow lists, the 2,047 largest values of each cell, its annotations."""
     import datasets
 
-    from scmmgpt.train.cache import CACHED_COLUMNS
-    from scmmgpt.train.corpus import open_corpus
+    from scmmgpt.train.data.cache import CACHED_COLUMNS
+    from scmmgpt.train.data.corpus import open_corpus
 
     def examples():
         corpus = open_corpus(folder / "corpus", verify=False)
@@ -163,7 +163,7 @@ def build_h5ad(folder):
     import anndata
     import scipy.sparse
 
-    from scmmgpt.train.corpus import open_corpus
+    from scmmgpt.train.data.corpus import open_corpus
 
     cells, _ = open_corpus(folder / "corpus", verify=False).read_cells("train", [])
     matrix = scipy.sparse.csr_matrix(

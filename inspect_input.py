@@ -51,17 +51,10 @@ from typing import Any
 
 import numpy as np
 
-from ..inspection_scmmgpt import (
-    ASSUMABLE,
-    GeneIndex,
-    check_labels,
-    detect_species,
-    finish_report,
-    inspect_matrices,
-    matrix_of,
-    plan_input,
-)
-from .readers import CellFile, DiskRows, read_file
+from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
+from scmmgpt.matrices_scmmgpt import ASSUMABLE
+from scmmgpt.readers import CellFile, DiskRows, read_file
+from scmmgpt.reading_scmmgpt import check_labels, choose_input, finish_report, inspect_matrices, matrix_of
 
 
 ERROR = 2
@@ -92,7 +85,7 @@ def inspect_file(
         path: File or folder of any format that `readers.read_file` opens.
         gene_index: The genes of a model. Without it, all human genes of GENCODE v44, if their table is installed.
         max_cells: Cells to convert; the matrix is judged by a sample in any case.
-        **options: `layer`, `assume`, `gene_column`, `organism`, `force`, as for `plan_input`.
+        **options: `layer`, `assume`, `gene_column`, `organism`, `force`, as for `choose_input`.
 
     Returns:
         A dictionary that `json.dumps` takes: `usable`, `error`, `file`, `matrix`, `genes`, `cells`, `obs`, `warnings`.
@@ -108,7 +101,7 @@ def inspect_file(
         report: dict[str, Any] = {"usable": True, "error": "", "file": _describe_file(Path(path), file, file.X)}
         report["obs"], warnings = _describe_obs(file)
         try:
-            plan = plan_input(file, gene_index, **options)
+            plan = choose_input(file, gene_index, **options)
             report |= plan.report | {"file": _describe_file(Path(path), file, matrix_of(file, plan.source))}
             report["warnings"] += warnings
             report["genes"]["judged_by"] = vocabulary
@@ -123,7 +116,7 @@ def inspect_file(
 
 
 def _reference() -> tuple[GeneIndex, str]:
-    from .gene_tables import reference_gene_index
+    from scmmgpt.train.data.gene_tables import reference_gene_index
 
     return reference_gene_index(), "GENCODE v44, all human genes"
 
@@ -367,7 +360,7 @@ def _warnings_unlogged() -> Iterator[None]:
 
 
 def _gene_index(model: str) -> GeneIndex:
-    from ..processing_scmmgpt import ScMMGPTProcessor
+    from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
     return ScMMGPTProcessor.from_pretrained(model).gene_index
 

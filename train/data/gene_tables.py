@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..inspection_scmmgpt import GeneIndex
+from scmmgpt.genes_scmmgpt import GeneIndex
 
 
 GENCODE = ("celltypist", "data/samples/GENCODEv44_Gene_id2name.csv")

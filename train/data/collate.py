@@ -5,12 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from scmmgpt.feature_extraction_scmmgpt import Cells, hash_names, mask_genes
-from scmmgpt.train import ontology
-from scmmgpt.train.captions import CAPTION_COLUMNS, CaptionSampler
-
-
-DIRECTION_SEED = 0x5EED  # sets the describe-or-generate draw apart from all other draws of a cell
+from scmmgpt.cells_scmmgpt import DIRECTION_SEED, Cells, hash_names
+from scmmgpt.feature_extraction_scmmgpt import mask_genes
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler
 
 
 def type_ids(obs: Mapping[str, np.ndarray], captions: list[str]) -> torch.Tensor:

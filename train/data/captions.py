@@ -1,7 +1,8 @@
 """Captions of cells: what the text side of the model reads, drawn from templates over obs and the Cell Ontology.
 
-Templates are versioned data (`train/templates/*.json`). A caption is a pure function of the template set, seed, epoch,
-cell id, obs values and counts of one cell: no batch, worker or rank changes it, and another epoch draws another text.
+Templates are versioned data (`train/data/templates/*.json`). A caption is a pure function of the template set, seed,
+epoch, cell id, obs values and counts of one cell: no batch, worker or rank changes it, and another epoch draws another
+text.
 
     sampler = CaptionSampler(gene_means=means)
     texts = sampler.caption(obs, cells, gene_symbols, epoch=0, cell_ids=cells.cell_ids)
@@ -22,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..feature_extraction_scmmgpt import _cell_keys
-from . import ontology as terms
+from scmmgpt.cells_scmmgpt import RandomStream, cell_keys
+from scmmgpt.train.data import ontology as terms
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -37,7 +38,6 @@ UNINFORMATIVE_GENES = re.compile(
     r"|ENS[A-Z]*G\d|A[CLFP]\d{5,}|RP\d+-|CT[ABCD]-|C\d+orf|LOC\d|.*-AS\d$|.*-IT\d$|<)"
 )
 AGE_ADJECTIVE = re.compile(r"\d+-(year|month|week)-old|adult|fetal|embryonic|newborn|adolescent|pediatric")
-CAPTION_STREAM = 35  # a stream of random numbers that nothing else draws from
 NUM_MARKERS = 5
 # Smallest deviance residual of a marker, in standard deviations.
 MIN_RESIDUAL = 3.0
@@ -189,8 +189,8 @@ class CaptionSampler:
     """Write captions, class prompts and answers about cells.
 
     Args:
-        templates: Name of a set in `train/templates` ("default", or "paper" for the published model's single template)
-            or the path of a JSON file like those.
+        templates: Name of a set in `train/data/templates` ("default", or "paper" for the published model's single
+            template) or the path of a JSON file like those.
         seed: Seed of the drawing.
         ontology: Whether to use definitions, synonyms and ids of the Cell Ontology. Without it captions use obs alone.
         gene_means: float array `(vocab_size,)`: mean share of each gene in a cell's counts, as
@@ -266,7 +266,7 @@ class CaptionSampler:
         if uses_markers and cells is not None and gene_symbols is not None and self.gene_means is not None:
             markers = find_markers(cells, gene_symbols, self.gene_means)
         ids = np.asarray(cell_ids).astype(np.uint64)
-        draws = _cell_keys(ids, seed=self.seed, epoch=epoch, stream=CAPTION_STREAM)
+        draws = cell_keys(ids, seed=self.seed, epoch=epoch, stream=RandomStream.CAPTION)
         spins = (draws >> np.uint64(32)).astype(np.float64) / 2**32
         others = (draws & np.uint64(0xFFFFFFFF)).tolist()
         rows = zip(*columns, strict=True)

@@ -43,10 +43,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..feature_extraction_scmmgpt import Cells, _cell_keys
-from ..inspection_scmmgpt import GeneIndex
-from . import ontology
-from .corpus import (
+from scmmgpt.cells_scmmgpt import Cells, RandomStream, cell_keys
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.corpus import (
     MAX_VOCABULARY_SIZE,
     OBS_COLUMNS,
     SCHEMA_VERSION,
@@ -58,16 +58,14 @@ from .corpus import (
     table_to_cells,
     write_json,
 )
-from .gene_tables import build_gene_aliases, reference_gene_index
-from .sources import SourceSpec, cell_ids, find_joinids, fingerprint, open_source, resolve_labels
-from .splits import assign_splits, split_cells, split_units
+from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
+from scmmgpt.train.data.sources import SourceSpec, cell_ids, find_joinids, fingerprint, open_source, resolve_labels
+from scmmgpt.train.data.splits import assign_splits, split_cells, split_units
 
 
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")
-# Streams of random numbers that nothing else draws from.
-ORDER_STREAM, DUPLICATE_STREAM = 33, 34
 # About 130 MB a shard, and 1 GB of memory at most for a worker, at 1,500 genes a cell.
 CELLS_PER_SHARD = 65_536
 CELLS_PER_PARTITION = 16_384
@@ -622,7 +620,7 @@ def map_partition(task: dict) -> dict:
     splits = json.loads((Path(task["scratch"]) / "splits.json").read_text(encoding="utf-8"))
     column = task["split_column"] and source.column(task["split_column"], task["start"], task["stop"])[kept]
     split = assign_splits(obs, cells.cell_ids, splits, column)
-    keys = _cell_keys(cells.cell_ids, seed=task["seed"], epoch=0, stream=ORDER_STREAM)
+    keys = cell_keys(cells.cell_ids, seed=task["seed"], epoch=0, stream=RandomStream.ORDER)
     wide = _needs_float(cells)
     order = np.lexsort((keys, split, wide))
     cells, obs, keys, split, wide = _take(cells, order), obs.iloc[order], keys[order], split[order], wide[order]
@@ -745,7 +743,7 @@ def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
                 break
         else:
             renamed += 1
-            cells.cell_ids[i] = _cell_keys(ids[i : i + 1], seed=len(twins), epoch=0, stream=DUPLICATE_STREAM)[0]
+            cells.cell_ids[i] = cell_keys(ids[i : i + 1], seed=len(twins), epoch=0, stream=RandomStream.DUPLICATE)[0]
     return np.flatnonzero(kept), renamed
 
 

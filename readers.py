@@ -151,7 +151,7 @@ class RawPart:
 class CellFile:
     """A file of cells whose tables are in memory and whose matrices are on disk, with the parts of an AnnData.
 
-    What reads AnnData by duck typing (`scmmgpt.inspection_scmmgpt`) reads this. A slice of cells is a `CellFile`
+    What reads AnnData by duck typing (`scmmgpt.reading_scmmgpt`) reads this. A slice of cells is a `CellFile`
     again; `to_memory` makes an AnnData of it.
     """
 

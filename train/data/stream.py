@@ -45,8 +45,8 @@ from typing import ClassVar
 import numba
 import numpy as np
 
-from scmmgpt.feature_extraction_scmmgpt import Cells
-from scmmgpt.train.cache import (
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.train.data.cache import (
     CacheReader,
     MemoryReader,
     ParquetReader,
@@ -55,7 +55,7 @@ from scmmgpt.train.cache import (
     cache_matches,
     default_cache_dir,
 )
-from scmmgpt.train.corpus import OBS_COLUMNS, Corpus, open_corpus
+from scmmgpt.train.data.corpus import OBS_COLUMNS, Corpus, open_corpus
 
 
 logger = logging.getLogger(__name__)

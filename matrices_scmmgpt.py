@@ -1,12 +1,4 @@
-"""The input doctor: what an expression matrix holds, which genes it has, and how it becomes `Cells`.
-
-Half of the trouble with single-cell models happens before the first layer: log-normalised values taken for counts, a
-gene column that does not match, proteins fed as genes. `plan_input` decides, from a sample of the rows, which matrix
-of an AnnData to read, what its values are and which variables are genes of the vocabulary; `InputPlan.convert` applies
-the decision to any chunk of the same data; `read_cells` does both. Every decision is in the report, a plain dictionary
-that `json.dumps` takes and that `store_report` puts into `uns`.
-
-AnnData and SciPy are used by duck typing only: this file travels with the weights and needs NumPy alone.
+"""What the values of an expression matrix are, and how they become counts.
 
 What each kind of matrix gets:
 
@@ -22,39 +14,11 @@ What each kind of matrix gets:
 - `empty`: no value above zero. Refused.
 """
 
-import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .feature_extraction_scmmgpt import Cells, hash_names
-    from .genes_scmmgpt import (
-        GeneIndex,
-        GeneMatch,
-        check_match,
-        check_types,
-        classify_features,
-        detect_species,
-        match_genes,
-    )
-except ImportError:  # beside the other files of a checkpoint
-    from feature_extraction_scmmgpt import Cells, hash_names
-    from genes_scmmgpt import (
-        GeneIndex,
-        GeneMatch,
-        check_match,
-        check_types,
-        classify_features,
-        detect_species,
-        match_genes,
-    )
-
-logger = logging.getLogger(__name__)
 
 KINDS = (
     "raw_integer",
@@ -75,24 +39,12 @@ N_SAMPLED_ROWS = 512  # rows looked at for a verdict, in 8 blocks spread over th
 N_BLOCKS = 8
 N_SAMPLED_VALUES = 1_000_000  # of those rows, fewer where they are this rich
 LARGEST_VALUE = 1e10  # a number above it counts nothing in a cell
-TOTALS_COLUMN = "obs column of totals"
 ROUNDED = "rounded to the nearest integer"
-CHUNK_ROWS = 1024  # rows converted at a time: a dozen arrays of their values should stay small
-DENSE_CHUNK_VALUES = 2**24  # values of a dense matrix looked at at a time
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
-# Kept by velocity pipelines beside the total counts; a part of the reads only, so never chosen unasked.
-PARTIAL_LAYERS = frozenset({"spliced", "unspliced", "ambiguous", "ms", "mu", "velocity", "variance_velocity"})
-COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "raw")
-GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol", "gene_ids", "gene_id")
-TOTAL_COLUMNS = ("total_counts", "n_counts", "nCount_RNA", "nUMI", "n_umi", "n_umis", "raw_sum")
 LOG_BASES = (("e", np.e), ("2", 2.0), ("10", 10.0))
 LIKELY_TOTALS = (1e4, 1e6, 1e5, 1e3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Matrices
-# ---------------------------------------------------------------------------------------------------------------------
+TOTALS_COLUMN = "obs column of totals"
 
 
 class Precision(NamedTuple):
@@ -196,7 +148,7 @@ def _segment(ufunc: np.ufunc, values: np.ndarray, indptr: np.ndarray, empty: flo
     return result
 
 
-def _row_major(matrix: Any) -> Any:
+def row_major(matrix: Any) -> Any:
     """The matrix in a form whose rows can be sliced; a new object if it had to be converted."""
     if getattr(matrix, "format", "csr") != "csr":
         if hasattr(matrix, "to_memory"):  # AnnData's view of a column-major matrix on disk
@@ -287,7 +239,7 @@ def _storage_precision(values: np.ndarray) -> Precision:
     return Precision(0.0 if decimals is None else 0.5 * 10.0**-decimals, relative, digits)
 
 
-def _linearize(values: np.ndarray, *, logs: int, base: float, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
+def linearize(values: np.ndarray, *, logs: int, base: float, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
     """Undo `logs` logarithms. Returns float64 values and the half-width that the rounding of each one became."""
     linear = values.astype(np.float64)
     error = precision.error(linear)
@@ -400,18 +352,19 @@ def inspect_matrix(
     >>> inspect_matrix(np.array([[1, 0, 3], [0, 2, 5]])).kind
     'raw_integer'
     """
-    rows = sample_rows(_row_major(matrix))
+    rows = sample_rows(row_major(matrix))
     if is_gene is not None:
         rows = rows.columns(is_gene)
-    return _inspect_rows(rows, None if totals is None else totals[rows.positions], says_log1p=says_log1p)
+    return inspect_rows(rows, None if totals is None else totals[rows.positions], says_log1p=says_log1p)
 
 
-def _inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
+def inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
+    """The verdict on sampled rows; see [`inspect_matrix`]."""
     values = rows.data
     evidence: dict[str, Any] = {"cells_sampled": int(rows.shape[0]), "dtype": str(values.dtype)}
     if not len(values):
         return MatrixVerdict("empty", None, evidence)
-    if not _is_expression(values, signed=True):
+    if not is_expression(values, signed=True):
         wrong = ~(np.abs(values.astype(np.float64)) <= LARGEST_VALUE)
         evidence |= {
             "nan": int(np.isnan(values).sum()),
@@ -454,7 +407,7 @@ def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
     for logs, name, base in ((0, "e", np.e), *((1, name, base) for name, base in LOG_BASES), (2, "e", np.e)):
         if logs == 1 and rows.data.max() * np.log(base) > 30 or logs == 2 and rows.data.max() > 3.2:
             continue  # more than 1e13 counts of a gene: not this scale
-        linear, error = _linearize(rows.data, logs=logs, base=base, precision=precision)
+        linear, error = linearize(rows.data, logs=logs, base=base, precision=precision)
         totals = rows.row_sums(linear)
         units = _find_units(linear, error, rows.indptr)
         found = np.isfinite(units.unit)
@@ -576,7 +529,7 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
     return MatrixVerdict(kind, "taken as they are", evidence, precision=precision)
 
 
-def _assumed(kind: str, found: MatrixVerdict) -> MatrixVerdict:
+def assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
     """The verdict that the user asserts, with what was found out about the same scale."""
     kind = {"raw": "raw_integer", "counts": "raw_integer"}.get(kind, kind)
     if kind not in ASSUMABLE:
@@ -601,17 +554,17 @@ def to_counts(matrix: Any, verdict: MatrixVerdict) -> CountRows:
     Returns:
         Rows whose `data` are counts: integers where they can be had, else normalised values on a linear scale.
     """
-    matrix = _row_major(matrix)
+    matrix = row_major(matrix)
     rows = read_rows(matrix, 0, matrix.shape[0])
-    return _convert_rows(rows, verdict)[0]
+    return convert_rows(rows, verdict)[0]
 
 
-def _convert_rows(
+def convert_rows(
     rows: CountRows, verdict: MatrixVerdict, known_totals: np.ndarray | None = None
 ) -> tuple[CountRows, np.ndarray, int]:
     """Counts, library sizes (float64 `(n_cells,)`) and the number of cells whose counts could not be recovered."""
     if not verdict.usable:
-        raise ValueError(_unusable("The matrix", verdict))
+        raise ValueError(describe_unusable("The matrix", verdict))
     if verdict.kind == "raw_integer":
         return rows, rows.row_sums(), 0
     if verdict.kind == "raw_float":
@@ -619,8 +572,8 @@ def _convert_rows(
         kept = np.concatenate(([0], np.cumsum(counts > 0)))
         rows = CountRows(kept[rows.indptr], rows.indices[counts > 0], counts[counts > 0], rows.shape)
         return rows, rows.row_sums(), 0
-    linear, error = _linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
-    if not _is_expression(linear):
+    linear, error = linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
+    if not is_expression(linear):
         raise ValueError(
             f"Undoing the logarithm of values up to {rows.data.max():g} gives no expression: they are not logarithms. "
             "Pass another `assume=`, or none."
@@ -650,7 +603,7 @@ def _number(value: Any) -> float:
     return float(f"{float(value):.5g}")
 
 
-def _is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
+def is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
     """Whether all values are numbers of a size that expression has, and not negative unless `signed`."""
     if not len(values):
         return True
@@ -658,7 +611,8 @@ def _is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
     return float(values.max()) <= LARGEST_VALUE and float(values.min()) >= (-LARGEST_VALUE if signed else 0)
 
 
-def _unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
+def describe_unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
+    """Why a matrix cannot be used, and the way out."""
     e = verdict.evidence
     if verdict.kind == "scaled":
         return (
@@ -673,497 +627,3 @@ def _unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
             "empty cell?), or drop those cells or genes."
         )
     return f"{name} has no value above zero in {e['cells_sampled']} cells. Is it the right layer?"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# AnnData -> Cells
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class InputPlan:
-    """How one dataset is read: decided once, applied to every chunk of it.
-
-    Args:
-        source: `X`, `raw` or a layer's name.
-        verdict: What that matrix holds.
-        match: Its genes.
-        report: Everything that was found out; grows while chunks are converted.
-    """
-
-    source: str
-    verdict: MatrixVerdict
-    match: GeneMatch
-    report: dict[str, Any]
-
-    def convert(self, adata: Any) -> Cells:
-        """Cells of `adata`, or of any chunk of the data that the plan was made for (same variables)."""
-        return next(self.iter_cells(adata, max(1, adata.shape[0])))
-
-    def iter_cells(self, adata: Any, chunk_size: int = CHUNK_ROWS) -> Iterator[Cells]:
-        """Cells of `adata`, `chunk_size` at a time. No chunk size changes a cell."""
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; a chunk has at least 1 cell.")
-        adata = _modality(adata)
-        matrix = _row_major(matrix_of(adata, self.source))
-        n_cells, n_vars = matrix.shape
-        if n_vars != len(self.match.ids):
-            raise ValueError(
-                f"{self.source} has {n_vars} variables, but its plan was made for {len(self.match.ids)}: "
-                "chunks of one dataset have the same variables. Make a new plan with `plan_input`."
-            )
-        step = CHUNK_ROWS
-        if not hasattr(matrix[:0], "tocsr"):
-            step = max(1, min(CHUNK_ROWS, DENSE_CHUNK_VALUES // max(1, n_vars)))
-        names = [str(n) for n in adata.obs_names]
-        var_names = _variables(adata, self.source).index
-        cell_ids = hash_names(names)
-        from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
-        known_totals = _known_totals(adata) if from_column else None
-        for start in range(0, max(n_cells, 1), chunk_size):
-            stop = min(start + chunk_size, n_cells)
-            parts = []
-            for first in range(start, max(stop, start + 1), step):
-                here = slice(first, min(first + step, stop))
-                rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-                _check_values(rows, names[here], var_names, self.source)
-                known = None if known_totals is None else known_totals[here]
-                counts, totals, failed = _convert_rows(rows, self.verdict, known)
-                cells = Cells.from_csr(counts, self.match.ids, cell_ids=cell_ids[here])
-                cells.total_counts = totals.astype(np.float32)
-                self._count(cells, failed)
-                parts.append(cells)
-            yield parts[0] if len(parts) == 1 else Cells.concatenate(parts)
-
-    def _count(self, cells: Cells, failed: int) -> None:
-        lengths = np.diff(cells.indptr)
-        report = self.report["cells"]
-        report["converted"] = report.get("converted", 0) + len(cells)
-        report["without_genes"] = report.get("without_genes", 0) + int((lengths == 0).sum())
-        if self.verdict.exact:
-            report["counts_not_recovered"] = report.get("counts_not_recovered", 0) + failed
-
-
-def matrix_of(adata: Any, source: str) -> Any:
-    """The matrix that `X`, `raw` or a layer's name stands for."""
-    if source == "X":
-        return adata.X
-    return adata.raw.X if source == "raw" else adata.layers[source]
-
-
-def _variables(adata: Any, source: str) -> Any:
-    """The table of variables (`var`) that belongs to a matrix."""
-    return adata.raw.var if source == "raw" else adata.var
-
-
-def _check_values(rows: CountRows, names: Sequence[str], var_names: Any, source: str) -> None:
-    """Refuse a value that no count, normalised or log value can be, naming its cell and gene."""
-    if _is_expression(rows.data):
-        return
-    bad = ~((rows.data >= 0) & (rows.data.astype(np.float64) <= LARGEST_VALUE))
-    cell, column = rows.locate(bad)
-    raise ValueError(
-        f"{source} holds {rows.data[bad][0]} at cell {names[cell]!r}, gene {str(var_names[column])!r} "
-        f"({bad.sum()} such values in these {rows.shape[0]} cells): expression is finite and not negative. "
-        "Drop those cells or genes, or pass another `layer=`."
-    )
-
-
-def _known_totals(adata: Any) -> np.ndarray | None:
-    """Counts per cell over all genes, where a column of `obs` has them."""
-    for column in TOTAL_COLUMNS:
-        if column in adata.obs:
-            totals = np.asarray(adata.obs[column])
-            if np.issubdtype(totals.dtype, np.number) and np.isfinite(totals).all() and (totals > 0).any():
-                return totals.astype(np.float64)
-    return None
-
-
-def plan_input(
-    adata: Any,
-    gene_index: GeneIndex,
-    *,
-    layer: str | None = None,
-    assume: str | None = None,
-    gene_column: str | None = None,
-    organism: str | None = None,
-    force: bool = False,
-) -> InputPlan:
-    """Decide how to read an AnnData: which matrix, what its values are, which variables are genes.
-
-    Args:
-        adata: AnnData, in memory, backed or a view; or a MuData, whose `rna` part is read.
-        gene_index: The model's genes.
-        layer: `X`, `raw` or a layer's name, instead of the best matrix found.
-        assume: What that matrix holds (one of `ASSUMABLE`), instead of the verdict; `unknown` becomes known by it.
-        gene_column: Column of `var` with gene names or ids, instead of the best ones found.
-        organism: Species (`human`, `mouse`, `Mus musculus`, `NCBITaxon:10090`, ...), instead of what the data say.
-        force: Read data of which under 20 % of the genes match.
-
-    Raises:
-        ValueError: if there are no cells, no usable matrix or (almost) no matching genes.
-    """
-    adata = _modality(adata)
-    n_cells, n_vars = adata.shape
-    if not n_cells or not n_vars:
-        raise ValueError(f"The data hold {n_cells} cells and {n_vars} variables: there is nothing to read.")
-
-    # step 1: which matrix
-    found = inspect_matrices(adata, layer=layer, gene_column=gene_column)
-    chosen, why = _choose(found, adata, asked=layer is not None)
-    source, verdict = chosen.name, chosen.verdict if assume is None else _assumed(assume, chosen.verdict)
-
-    # step 2: which genes
-    linear, _ = _linearize(chosen.rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
-    match = match_genes(
-        chosen.columns,
-        gene_index,
-        types=chosen.types,
-        organism=organism or _declared_organism(adata),
-        weights=np.bincount(chosen.rows.indices, weights=linear, minlength=len(chosen.types)),
-    )
-    messages = check_match(match, gene_index, force=force)
-
-    # step 3: what else is odd
-    messages += _matrix_messages(source, verdict)
-    names = Counter(str(n) for n in adata.obs_names)
-    n_repeated = n_cells - len(names)
-    if n_repeated:
-        messages.append(
-            f"{n_repeated} of {n_cells} barcodes are repeated (such as {names.most_common(1)[0][0]!r}): cells of one "
-            "barcode are one cell to every random draw. Make them unique with `adata.obs_names_make_unique()`."
-        )
-    for message in messages:
-        logger.warning(message)
-    report = {
-        "matrix": {
-            "chosen": source,
-            "why": why,
-            "candidates": {m.name.replace("/", "_"): m.verdict.to_dict() for m in found},
-        }
-        | verdict.to_dict(),
-        "genes": match.report,
-        "cells": {"cells": n_cells, "repeated_barcodes": n_repeated},
-        "warnings": messages,
-    }
-    return InputPlan(source, verdict, match, report)
-
-
-@dataclass
-class Candidate:
-    """A matrix of an AnnData that may be read.
-
-    Args:
-        name: `X`, `raw` or the layer's name.
-        verdict: What it holds.
-        types: `(n_vars,)` of str: type of each of its variables.
-        columns: Columns of names of its variables.
-        rows: The sampled rows, of genes only.
-    """
-
-    name: str
-    verdict: MatrixVerdict
-    types: np.ndarray
-    columns: dict[str, list[str]]
-    rows: CountRows
-
-
-def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str | None = None) -> list[Candidate]:
-    """Every matrix of an AnnData (or the one named `layer`) with its verdict, in the order in which equals are taken.
-
-    Args:
-        adata: AnnData, in memory, backed or a view.
-        layer: `X`, `raw` or a layer's name.
-        gene_column: Column of `var` with gene names or ids.
-    """
-    layers = list(adata.layers.keys())
-    names = [known for name in COUNT_LAYERS for known in layers if known.lower() == name]
-    names += ["raw"] if getattr(adata, "raw", None) is not None else []
-    names += ["X"] if getattr(adata, "X", None) is not None else []
-    names += [name for name in layers if name not in names]
-    if layer is not None:
-        if layer not in names:
-            raise ValueError(f"layer={layer!r} is not in the data; it has {', '.join(names) or 'no matrix at all'}.")
-        names = [layer]
-    totals, says_log1p = _known_totals(adata), "log1p" in getattr(adata, "uns", ())
-    candidates, variables = [], {}
-    for name in names:
-        var = _variables(adata, name)
-        part = "raw" if name == "raw" else "var"
-        if part not in variables:
-            columns = _gene_columns(var, gene_column)
-            variables[part] = columns, _feature_types(var, columns)
-        columns, types = variables[part]
-        rows = sample_rows(_row_major(matrix_of(adata, name))).columns(types == "gene")
-        known = None if totals is None else totals[rows.positions]
-        verdict = _inspect_rows(rows, known, says_log1p=says_log1p and name in ("X", "raw"))
-        candidates.append(Candidate(name, verdict, types, columns, rows))
-    return candidates
-
-
-def _choose(candidates: list[Candidate], adata: Any, *, asked: bool) -> tuple[Candidate, str]:
-    """The matrix to read, and why."""
-    if not candidates:
-        raise ValueError("The data have no matrix at all: neither X, nor raw, nor layers.")
-    check_types(np.concatenate([c.types for c in candidates]))
-    usable = [c for c in candidates if c.verdict.usable and (asked or c.name.lower() not in PARTIAL_LAYERS)]
-    if not usable:
-        problems = []
-        for c in candidates:
-            if c.verdict.usable:
-                problems.append(f"{c.name} holds a part of the reads only; name it with `layer=` to read it.")
-            else:
-                problems.append(_unusable(c.name, c.verdict, _where(c, adata)))
-        raise ValueError(" ".join(problems))
-    if asked:
-        return usable[0], "asked for"
-    best = min(usable, key=lambda c: _rank(c.verdict))
-    why = "the nearest to counts"
-    if _rank(best.verdict) == 0:
-        # Of matrices that give counts, one of clearly more genes is better than one that holds them as integers.
-        exact = [c for c in usable if c.verdict.exact or _rank(c.verdict) == 0]
-        most = max(len(c.types) for c in exact)
-        if len(best.types) < most / 1.2:
-            best = min((c for c in exact if len(c.types) >= most / 1.2), key=lambda c: _rank(c.verdict))
-            why = f"it gives the counts of {most} variables"
-    others = [f"{c.name}: {c.verdict.kind}, {len(c.types)} variables" for c in candidates if c is not best]
-    return best, f"{why} ({'; '.join(others)})" if others else "the only matrix"
-
-
-def _rank(verdict: MatrixVerdict) -> int:
-    """How near a matrix is to counts; 0 is best."""
-    if verdict.evidence.get("binary"):
-        return 7
-    if verdict.exact:
-        return 2
-    order = {"raw_integer": 0, "raw_float": 1, "normalized": 3, "log1p": 4, "log1p_log1p": 5, "unknown": 6}
-    return order[verdict.kind]
-
-
-def _where(candidate: Candidate, adata: Any) -> str:
-    """Cell and gene of the first value that makes a matrix unusable, in words."""
-    at = candidate.verdict.evidence.get("first_at")
-    if at is None:
-        return ""
-    cell = adata.obs_names[int(at[0])]
-    return f" (first at cell {str(cell)!r}, gene {next(iter(candidate.columns.values()))[int(at[1])]!r})"
-
-
-def _modality(adata: Any) -> Any:
-    modalities = getattr(adata, "mod", None)
-    if not isinstance(modalities, Mapping):
-        return adata
-    for name in ("rna", "gex", "RNA", "GEX"):
-        if name in modalities:
-            return modalities[name]
-    raise ValueError(
-        f"The MuData has no `rna` modality (it has {', '.join(modalities)}). Pass the AnnData of the RNA."
-    )
-
-
-def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
-    if gene_column is not None:
-        if gene_column in ("index", "var_names"):
-            return {"var_names": [str(n) for n in var.index]}
-        if gene_column not in var:
-            raise ValueError(f"gene_column={gene_column!r} is not in var; it has {', '.join(map(str, var.columns))}.")
-        return {gene_column: [str(n) for n in var[gene_column]]}
-    columns = {"var_names": [str(n) for n in var.index]}
-    for name in var.columns:
-        values = var[name]
-        kind = getattr(values.dtype, "kind", "O")
-        if kind in "OSUT" or str(values.dtype) in ("category", "string", "str"):
-            values = [str(v) for v in values]
-            # A column of a few words (feature_types, genome, chromosome) names no genes.
-            if str(name).lower() in GENE_COLUMNS or len(set(values)) > 0.5 * len(values):
-                columns[str(name)] = values
-    return columns
-
-
-def _declared_organism(adata: Any) -> str | None:
-    for column in ("organism_ontology_term_id", "organism", "species"):
-        if column in adata.obs:
-            values = {str(v) for v in adata.obs[column].unique()}
-            if len(values) == 1:
-                return values.pop()
-        if column in adata.uns and isinstance(adata.uns[column], str):
-            return adata.uns[column]
-    return None
-
-
-def _feature_types(var: Any, columns: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """Type of each variable, by the file's own column and by every name that it has."""
-    known = next((name for name in ("feature_types", "feature_type", "modality") if name in var), None)
-    feature_types = None if known is None else [str(t) for t in var[known]]
-    genomes = [str(g) for g in var["genome"]] if "genome" in var else None
-    types = np.full(len(var), "gene", dtype=object)
-    for names in columns.values():
-        found = classify_features(names, feature_types=feature_types, genomes=genomes)
-        types = np.where(types == "gene", found, types)
-    return types
-
-
-def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
-    e = verdict.evidence
-    if e.get("binary"):
-        return [f"{source} holds only 0 and 1: it was binarised, and levels of expression are lost."]
-    if verdict.kind == "raw_float":
-        return [
-            f"{source} holds nearly integer counts ({e.get('share_near_integer', 0):.0%} within 0.15 of an integer; "
-            "ambient-corrected or multi-mapped): they are rounded, "
-            f"{e.get('share_below_half', 0):.0%} of the values to zero. `assume='normalized'` keeps the fractions."
-        ]
-    if e.get("share_uncertain", 0) > 0.01:
-        return [
-            f"{source} is stored so coarsely that {e['share_uncertain']:.1%} of the counts, the largest ones, come "
-            "back to about 1 % only. Use a file of more digits if there is one."
-        ]
-    if verdict.kind == "log1p_log1p":
-        return [f"{source} is the logarithm of a logarithm: both were undone. Check how the file was made."]
-    if verdict.kind == "log1p" and not verdict.exact:
-        return [
-            f"{source} holds logarithms from which counts cannot be recovered: the values are taken back to their "
-            "linear scale. Ranks within a cell, and so scGPT's bins, are those of the counts."
-        ]
-    if verdict.kind == "unknown":
-        return [
-            f"{source} may be on a linear or a logarithmic scale (values from {e['min']:g} to {e['max']:g}): taken as "
-            "linear. Ranks within a cell, and so scGPT's bins, are right either way; `assume=` says which it is."
-        ]
-    return []
-
-
-def read_cells(
-    adata: Any,
-    gene_index: GeneIndex,
-    *,
-    layer: str | None = None,
-    assume: str | None = None,
-    gene_column: str | None = None,
-    organism: str | None = None,
-    force: bool = False,
-) -> tuple[Cells, dict[str, Any]]:
-    """Read an AnnData into `Cells`, with a report of what was found and done. See `plan_input` for the arguments.
-
-    The AnnData is not altered; `store_report` writes the report to `uns["scmmgpt"]` if that is wanted.
-    """
-    adata = _modality(adata)
-    plan = plan_input(
-        adata,
-        gene_index,
-        layer=layer,
-        assume=assume,
-        gene_column=gene_column,
-        organism=organism,
-        force=force,
-    )
-    cells = plan.convert(adata)
-    finish_report(plan.report)
-    return cells, plan.report
-
-
-def iter_cells(adata: Any, gene_index: GeneIndex, *, chunk_size: int = CHUNK_ROWS, **options: Any) -> Iterator[Cells]:
-    """Read (backed) data in chunks of `chunk_size` cells; together they are the cells of `read_cells`.
-
-    Args:
-        adata: As for `plan_input`, of which `options` are the keyword arguments.
-        gene_index: The model's genes.
-        chunk_size: Cells per chunk. It changes no cell.
-        **options: `layer`, `assume`, `gene_column`, `organism`, `force`.
-    """
-    adata = _modality(adata)
-    plan = plan_input(adata, gene_index, **options)
-    yield from plan.iter_cells(adata, chunk_size)
-    finish_report(plan.report)
-
-
-def finish_report(report: dict[str, Any]) -> None:
-    """Add the warnings that only the converted cells can tell."""
-    cells = report["cells"]
-    converted = cells.get("converted", 0)
-    if cells.get("without_genes"):
-        if cells["without_genes"] == converted:
-            raise ValueError(
-                f"None of the {converted} cells expresses a gene of the vocabulary: every value of the matched genes "
-                "is zero. Is it the right layer?"
-            )
-        message = (
-            f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary: they are kept, empty."
-        )
-        report["warnings"].append(message)
-        logger.warning(message)
-    if cells.get("counts_not_recovered"):
-        message = (
-            f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: they "
-            "keep their normalised values."
-        )
-        report["warnings"].append(message)
-        logger.warning(message)
-
-
-def check_labels(labels: Sequence[Any], name: str) -> list[str]:
-    """Look at a column of labels before it is learned from or scored against.
-
-    Args:
-        labels: One label a cell; `None`, NaN and empty words are missing.
-        name: Name of the column.
-
-    Returns:
-        Warnings: one label only, missing labels, labels of a single cell.
-
-    Raises:
-        ValueError: if no cell has a label.
-    """
-    words = [str(label).strip() for label in labels]
-    known = Counter(word for word in words if word.lower() not in ("", "nan", "none", "na", "<na>"))
-    n_missing = len(words) - sum(known.values())
-    if not known:
-        raise ValueError(f"None of the {len(words)} cells has a label in {name!r}. Name another column of `obs`.")
-    messages = []
-    if len(known) == 1:
-        messages.append(
-            f"{name!r} has one label for all cells ({next(iter(known))!r}): there is nothing to learn or to score."
-        )
-    if n_missing:
-        messages.append(f"{n_missing} of {len(words)} cells have no label in {name!r}.")
-    single = sorted(label for label, count in known.items() if count == 1)
-    if single and len(known) > 1:
-        messages.append(f"{len(single)} labels in {name!r} have a single cell ({', '.join(map(repr, single[:3]))}).")
-    return messages
-
-
-def store_report(adata: Any, report: dict[str, Any]) -> None:
-    """Write a report to `adata.uns["scmmgpt"]["input"]`, in types that `.h5ad` files hold."""
-    adata.uns.setdefault("scmmgpt", {})["input"] = _storable(report)
-
-
-def _storable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k).replace("/", "_"): _storable(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return np.array(value, dtype=object if any(isinstance(v, str) for v in value) else None)
-    return value
-
-
-__all__ = [
-    "ASSUMABLE",
-    "CountRows",
-    "GeneIndex",
-    "GeneMatch",
-    "InputPlan",
-    "KINDS",
-    "MatrixVerdict",
-    "check_labels",
-    "classify_features",
-    "detect_species",
-    "finish_report",
-    "inspect_matrices",
-    "inspect_matrix",
-    "iter_cells",
-    "match_genes",
-    "matrix_of",
-    "plan_input",
-    "read_cells",
-    "store_report",
-    "to_counts",
-]

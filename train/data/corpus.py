@@ -46,7 +46,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from scmmgpt.feature_extraction_scmmgpt import Cells
+from scmmgpt.cells_scmmgpt import Cells
 
 
 logger = logging.getLogger(__name__)

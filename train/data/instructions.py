@@ -21,14 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from scmmgpt.feature_extraction_scmmgpt import Cells
+from scmmgpt.cells_scmmgpt import INSTRUCTION_SEED, Cells
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train.corpus import CELL_COLUMNS, Corpus, table_to_cells
-from scmmgpt.train.stream import permutation
+from scmmgpt.train.data.corpus import CELL_COLUMNS, Corpus, table_to_cells
+from scmmgpt.train.data.stream import permutation
 from scmmgpt.train.trainer import StreamBatches
 
 
-INSTRUCTION_SEED = 0x1257  # sets the order of conversations apart from that of cells
 KEYS = {"cell_ids": "cell_id", "barcodes": "barcode"}  # column of the file -> column of the corpus
 SHOWN = 5  # values that an error lists, at most
 

@@ -44,8 +44,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from scmmgpt.feature_extraction_scmmgpt import Cells
-from scmmgpt.train.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, open_corpus, table_to_cells, write_json
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, open_corpus, table_to_cells, write_json
 
 
 logger = logging.getLogger(__name__)

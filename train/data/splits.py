@@ -3,12 +3,11 @@
 import numpy as np
 import pandas as pd
 
-from ..feature_extraction_scmmgpt import _cell_keys, hash_names
-from . import ontology
-from .corpus import SPLITS
+from scmmgpt.cells_scmmgpt import RandomStream, cell_keys, hash_names
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.corpus import SPLITS
 
 
-SPLIT_STREAM = 32  # a stream of random numbers that nothing else draws from
 SPELLINGS = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
 MIN_UNITS = 3  # one for each split
 
@@ -57,7 +56,7 @@ def split_units(units, fractions, *, by="auto", seed=0):
         )
     total = sum(left.values())
     names = hash_names(["/".join(unit) for unit in left])
-    keys = _cell_keys(names, seed=seed, epoch=0, stream=SPLIT_STREAM)
+    keys = cell_keys(names, seed=seed, epoch=0, stream=RandomStream.SPLIT)
     order = [unit for _, unit in sorted(zip(keys.tolist(), left, strict=True))]
     chosen = {name: [] for name in SPLITS}
     for name in ("test", "validation"):
@@ -89,7 +88,7 @@ def split_cells(ids, cell_types, fractions, *, seed=0):
         Cell type -> `[cut-off of test, cut-off of validation]`: cells whose hash is below the first test, and those
         below the second validate.
     """
-    keys = _cell_keys(ids, seed=seed, epoch=0, stream=SPLIT_STREAM)
+    keys = cell_keys(ids, seed=seed, epoch=0, stream=RandomStream.SPLIT)
     codes, names = pd.factorize(
         np.array(["" if name is None else name for name in cell_types], dtype=object), sort=True
     )
@@ -117,7 +116,7 @@ def assign_splits(obs, ids, splits, column=None):
     if splits["by"] == "column":
         return np.array([_spelled(value) for value in column], dtype=np.int8)
     if splits["by"] == "cell":
-        keys = _cell_keys(ids, seed=splits["seed"], epoch=0, stream=SPLIT_STREAM)
+        keys = cell_keys(ids, seed=splits["seed"], epoch=0, stream=RandomStream.SPLIT)
         cutoffs = splits["cutoffs"]
         limits = np.array([cutoffs[name or ""] for name in obs["cell_type"]], dtype=np.uint64).reshape(-1, 2)
         test, validation, train = (SPLITS.index(name) for name in ("test", "validation", "train"))

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..feature_extraction_scmmgpt import Cells, hash_names
-from ..inspection_scmmgpt import GeneIndex, InputPlan, plan_input
-from . import ontology
-from .corpus import OBS_COLUMNS, SMALL_CORPUS_BYTES, hash_file
-from .readers import read_file
+from scmmgpt.cells_scmmgpt import Cells, hash_names
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.readers import read_file
+from scmmgpt.reading_scmmgpt import InputChoice, choose_input
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.corpus import OBS_COLUMNS, SMALL_CORPUS_BYTES, hash_file
 
 
 CENSUS_LICENCE = "cc-by-4.0"  # all CELLxGENE Discover data
@@ -38,7 +39,7 @@ class SourceSpec:
         columns: Corpus column -> the source's obs column that holds it, where the names differ.
         constants: Corpus column -> value for all cells.
         licence: Licence of the data, or None if the source says.
-        options: Arguments of `plan_input` for a file; `organism`, `value_filter` and `joinids` (an `.npy` file) for
+        options: Arguments of `choose_input` for a file; `organism`, `value_filter` and `joinids` (an `.npy` file) for
             the Census.
     """
 
@@ -73,11 +74,11 @@ class FileSource:
             raise ValueError(f"{self.spec.path} has no obs column {name!r}; it has {list(self.adata.obs)}.")
         return self.adata.obs[name].iloc[start:stop].to_numpy(dtype=object)
 
-    def plan(self, gene_index: GeneIndex) -> InputPlan:
+    def plan(self, gene_index: GeneIndex) -> InputChoice:
         """How to read the counts, decided on a sample of the rows."""
-        return plan_input(self.adata, gene_index, **self.spec.options)
+        return choose_input(self.adata, gene_index, **self.spec.options)
 
-    def cells(self, start: int, stop: int, plan: InputPlan) -> Cells:
+    def cells(self, start: int, stop: int, plan: InputChoice) -> Cells:
         """Counts of a range of cells, read by the plan."""
         return plan.convert(self.adata[start:stop])
 
@@ -144,12 +145,12 @@ class CensusSource:
         frame = table.read(coords=(joinids,), column_names=["soma_joinid", name]).concat().to_pandas()
         return frame.set_index("soma_joinid").loc[joinids, name].to_numpy(dtype=object)
 
-    def plan(self, gene_index: GeneIndex) -> InputPlan:
+    def plan(self, gene_index: GeneIndex) -> InputChoice:
         """How to read the counts, decided on a sample of the cells."""
         sampled = np.unique(np.linspace(0, self.n_cells - 1, min(self.n_cells, N_SAMPLED_CELLS)).astype(int))
-        return plan_input(self._read(self.joinids[sampled]), gene_index)
+        return choose_input(self._read(self.joinids[sampled]), gene_index)
 
-    def cells(self, start: int, stop: int, plan: InputPlan) -> Cells:
+    def cells(self, start: int, stop: int, plan: InputChoice) -> Cells:
         """Counts of a range of cells, read by the plan."""
         return plan.convert(self._read(self.joinids[start:stop]))
 

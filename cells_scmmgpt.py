@@ -1,0 +1,331 @@
+"""`Cells`, a ragged batch of cells, the random numbers that belong to a cell, and its normalised profiles."""
+
+import enum
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+
+try:  # as a package or as remote code
+    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, find_entries, kernels_pay, mix64, read_csr
+except ImportError:  # beside the other files of a checkpoint
+    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, find_entries, kernels_pay, mix64, read_csr
+
+
+class RandomStream(enum.IntEnum):
+    """Every stream of random numbers: draws for different purposes come from different streams.
+
+    A new purpose gets a new number. A number is never given twice: what it drew is part of finished corpora and
+    checkpoints.
+    """
+
+    TOKEN = 0  # which genes of a cell stay, and the bins of tied counts
+    MASK = 1  # which genes are hidden
+    RATIO = 2  # how many
+    NAME = 3  # identities of cells from their barcodes
+    SPLIT = 32  # which split a cell, donor or dataset belongs to
+    ORDER = 33  # the order of the cells in a corpus
+    DUPLICATE = 34  # new identities of different cells that share one
+    CAPTION = 35  # which template, and which synonyms
+
+
+# Seeds that set a draw apart where the stream is that of another draw.
+TARGET_SEED = 0x7A46  # target genes of generation: `RandomStream.MASK`
+DIRECTION_SEED = 0x5EED  # whether a cell is described or generated: `hash_names`
+INSTRUCTION_SEED = 0x1257  # order of conversations
+
+
+@functools.lru_cache(maxsize=64)
+def _stream_key(seed, epoch, stream):
+    key = np.zeros(1, dtype=np.uint64)
+    for part in (seed, epoch, stream):
+        key = mix64(key + GOLDEN_GAMMA + np.uint64(part % 2**64))
+    return key
+
+
+def cell_keys(cell_ids: np.ndarray, *, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """One 64-bit key a cell, `uint64 (n_cells,)`: where this cell's own random sequence starts."""
+    return mix64(cell_ids.astype(np.uint64, copy=False) ^ _stream_key(seed, epoch, stream))
+
+
+def gene_hashes(cell_keys: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
+    """The gene's element of its cell's random sequence, `uint64`; the arguments broadcast. No two of a cell tie."""
+    return mix64(cell_keys + (gene_ids.astype(np.uint64) + ONE) * GOLDEN_GAMMA)
+
+
+def hash_names(names) -> np.ndarray:
+    """Stable 64-bit identities of cells from their barcodes.
+
+    The hash depends on the characters alone: not on the process, the other names, or their order.
+
+    Args:
+        names: Strings, shape `(n_cells,)`, such as `adata.obs_names`.
+
+    Returns:
+        `uint64 (n_cells,)`.
+    """
+    names = np.asarray(names).astype(np.str_)
+    if names.ndim != 1:
+        raise ValueError(f"Expected one name a cell, but `names` has shape {names.shape}. Pass `adata.obs_names`.")
+    state = cell_keys(np.zeros(len(names), dtype=np.uint64), seed=0, epoch=0, stream=RandomStream.NAME)
+    characters = np.ascontiguousarray(names).view(np.uint32).reshape(len(names), names.dtype.itemsize // 4)
+    for column in characters.T:  # over the width of the longest name, all cells at once; NumPy pads with zeros
+        state = np.where(column > 0, mix64(state + column * GOLDEN_GAMMA), state)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Cells:
+    """A ragged batch of cells in CSR layout, genes already as ids of the gene vocabulary.
+
+    Args:
+        indptr: `int64 (n_cells + 1,)`; cell `i` owns `gene_ids[indptr[i]:indptr[i + 1]]`, and so its `counts`.
+        gene_ids: Integer `(nnz,)`; within a cell unique and ascending.
+        counts: Integer or float32 `(nnz,)`, above 0: raw counts (or the values at hand), never their log.
+        cell_ids: `uint64 (n_cells,)`: the stable identity of each cell, from which all its randomness derives.
+            [`hash_names`] makes it of barcodes.
+        total_counts: `float32 (n_cells,)`: library size over all genes of the source, whether or not they are in the
+            vocabulary. `None` stands for the sum of `counts`.
+    """
+
+    indptr: np.ndarray
+    gene_ids: np.ndarray
+    counts: np.ndarray
+    cell_ids: np.ndarray
+    total_counts: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.indptr = np.asarray(self.indptr, dtype=np.int64)
+        self.gene_ids = np.asarray(self.gene_ids)
+        self.counts = np.asarray(self.counts)
+        if self.counts.dtype.kind == "f":
+            self.counts = self.counts.astype(np.float32, copy=False)
+        self.cell_ids = np.asarray(self.cell_ids)
+        if self.cell_ids.dtype.kind == "i":
+            self.cell_ids = self.cell_ids.astype(np.uint64)
+        if self.total_counts is not None:
+            self.total_counts = np.asarray(self.total_counts, dtype=np.float32)
+        for name, kinds, wanted in (
+            ("gene_ids", "iu", "integers"),
+            ("counts", "iuf", "integers or floats"),
+            ("cell_ids", "u", "64-bit integers"),
+        ):
+            if getattr(self, name).dtype.kind not in kinds:
+                raise TypeError(f"`{name}` has dtype {getattr(self, name).dtype}, but Cells holds {wanted} there.")
+        n_cells = len(self.indptr) - 1
+        if n_cells < 0 or self.indptr[0] != 0 or (self.indptr[1:] < self.indptr[:-1]).any():
+            raise ValueError("`indptr` must start at 0 and never fall: entry i is where cell i starts.")
+        for name, length in (
+            ("gene_ids", self.indptr[-1]),
+            ("counts", self.indptr[-1]),
+            ("cell_ids", n_cells),
+            ("total_counts", n_cells),
+        ):
+            array = getattr(self, name)
+            if array is not None and array.shape != (length,):
+                raise ValueError(f"`{name}` has shape {array.shape}, but `indptr` asks for ({length},).")
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def __getitem__(self, index) -> "Cells":
+        """The cells at a slice, an array of positions or a boolean mask; a single position gives a batch of one."""
+        if isinstance(index, int | np.integer):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"Cell {index} was asked for, but there are {len(self)}.")
+            index = np.array([index])
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(len(self))
+            stop = max(start, stop)
+            rows, entries = slice(start, stop), slice(self.indptr[start], self.indptr[stop])
+            indptr = self.indptr[start : stop + 1] - self.indptr[start]
+        else:
+            rows = np.arange(len(self))[index]
+            lengths = np.diff(self.indptr)[rows]
+            indptr = np.concatenate([[0], np.cumsum(lengths)])
+            entries = np.repeat(self.indptr[rows] - indptr[:-1], lengths) + np.arange(indptr[-1])
+        total_counts = None if self.total_counts is None else self.total_counts[rows]
+        return Cells(indptr, self.gene_ids[entries], self.counts[entries], self.cell_ids[rows], total_counts)
+
+    def library_sizes(self) -> np.ndarray:
+        """`float32 (n_cells,)`: `total_counts`, or the sum of `counts` where the source did not say."""
+        return _row_sums(self.counts, self.indptr) if self.total_counts is None else self.total_counts
+
+    @classmethod
+    def concatenate(cls, batches) -> "Cells":
+        """Joins batches of cells, in order. Library sizes are written out if any batch has its own."""
+        batches = list(batches)
+        if not batches:
+            raise ValueError("There is no batch to concatenate.")
+        offsets = np.cumsum([0] + [batch.indptr[-1] for batch in batches])
+        indptr = [batch.indptr[:-1] + offset for batch, offset in zip(batches, offsets, strict=False)]
+        known = any(batch.total_counts is not None for batch in batches)
+        return cls(
+            np.concatenate([*indptr, offsets[-1:]]),
+            np.concatenate([batch.gene_ids for batch in batches]),
+            np.concatenate([batch.counts for batch in batches]),
+            np.concatenate([batch.cell_ids for batch in batches]),
+            np.concatenate([batch.library_sizes() for batch in batches]) if known else None,
+        )
+
+    @classmethod
+    def from_csr(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
+        """Reads a CSR matrix of counts.
+
+        Args:
+            matrix: `(n_cells, n_vars)` with `indptr`, `indices` and `data`, as `scipy.sparse.csr_matrix`.
+            vocabulary_ids: Integer `(n_vars,)`: the gene id of each column, -1 for a column to leave out. Columns with
+                the same id are summed.
+            cell_ids: `uint64 (n_cells,)`, best `hash_names(adata.obs_names)`. By default the row numbers, under which
+                a cell's random draws depend on the chunk that it is read in.
+
+        Returns:
+            `Cells` whose `total_counts` are the sums over all columns, those left out included.
+        """
+        indptr, columns, data = (np.asarray(array) for array in (matrix.indptr, matrix.indices, matrix.data))
+        if data.min(initial=1) == 0:  # stored zeros
+            indptr = np.concatenate([[0], np.cumsum(data != 0)])[indptr]
+            columns, data = columns[data != 0], data[data != 0]
+        ids, pays = _column_ids(vocabulary_ids, matrix.shape[1]), kernels_pay(len(indptr) - 1)
+        return cls._from_entries(indptr, columns, data, ids, cell_ids, pays)
+
+    @classmethod
+    def from_dense(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
+        """Reads a dense array of counts, `(n_cells, n_vars)`; the other arguments are those of [`Cells.from_csr`]."""
+        matrix = np.ascontiguousarray(matrix)
+        if matrix.ndim != 2:
+            raise ValueError(f"Expected a matrix of cells by genes, but its shape is {matrix.shape}.")
+        ids, pays = _column_ids(vocabulary_ids, matrix.shape[1]), kernels_pay(len(matrix))
+        return cls._from_entries(*(find_entries if pays else _find_entries_numpy)(matrix), ids, cell_ids, pays)
+
+    @classmethod
+    def _from_entries(cls, indptr, columns, data, ids, cell_ids, is_compiled):
+        """Cells of CSR arrays without zeros."""
+        indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
+        if data.dtype.kind == "b":
+            data = data.astype(np.uint16)
+        read = read_csr if is_compiled else _read_csr_numpy
+        kept_indptr, gene_ids, counts, total_counts, is_valid, may_repeat = read(indptr, columns, data, ids)
+        if not is_valid:
+            _refuse_entries(indptr, columns, data)
+        if may_repeat:
+            kept_indptr, gene_ids, counts = _sum_repeats(kept_indptr, gene_ids, counts)
+        if cell_ids is None:
+            cell_ids = np.arange(len(indptr) - 1, dtype=np.uint64)
+        return cls(kept_indptr, gene_ids, counts, cell_ids, total_counts)
+
+
+def _sum_repeats(indptr, gene_ids, counts):
+    """The same entries with those of one gene, which are neighbours, added up."""
+    repeats = np.zeros(len(gene_ids), dtype=bool)
+    repeats[1:] = gene_ids[1:] == gene_ids[:-1]
+    repeats[indptr[:-1][indptr[:-1] < indptr[1:]]] = False
+    if not repeats.any():
+        return indptr, gene_ids, counts
+    gene_of = np.cumsum(~repeats)
+    dtype = np.int64 if counts.dtype.kind in "iu" else counts.dtype
+    counts = np.bincount(gene_of - 1, weights=counts).astype(dtype)
+    return np.concatenate([[0], gene_of])[indptr], gene_ids[~repeats], counts
+
+
+def _column_ids(vocabulary_ids, n_vars):
+    vocabulary_ids = np.asarray(vocabulary_ids)
+    if vocabulary_ids.shape != (n_vars,) or vocabulary_ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"`vocabulary_ids` is {vocabulary_ids.dtype} of shape {vocabulary_ids.shape}, but the matrix has {n_vars} "
+            "columns. Pass one integer a column, -1 for a column to leave out."
+        )
+    return vocabulary_ids.astype(np.int32)
+
+
+def _refuse_entries(indptr, columns, data):
+    wrong = np.flatnonzero(~(np.isfinite(data) & (data >= 0)))[0]
+    row = np.searchsorted(indptr, wrong, side="right") - 1
+    raise ValueError(
+        f"Expected counts, but found {data[wrong]} in row {row}, column {columns[wrong]}. "
+        "Pass raw counts: negative, infinite and missing values are none."
+    )
+
+
+def _row_sums(data, indptr):
+    """Sums of a ragged array's rows, `float32 (n_rows,)`.
+
+    They are added in float64 and in four lanes, which take the entries of a row in turns but for the last few, which
+    the first lane takes: so a processor adds four at once, and every path adds in the same order.
+    """
+    lengths = np.diff(indptr)
+    lanes = np.arange(len(data)) - np.repeat(indptr[:-1], lengths)
+    lanes = np.where(lanes < np.repeat(lengths // 4 * 4, lengths), lanes % 4, 0)
+    lanes += np.repeat(np.arange(len(lengths)) * 4, lengths)
+    sums = np.bincount(lanes, weights=data, minlength=4 * len(lengths)).reshape(-1, 4)
+    return ((sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])).astype(np.float32)
+
+
+def _find_entries_numpy(matrix):
+    """What [`find_entries`] does, in NumPy."""
+    columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
+    rows = columns // max(matrix.shape[1], 1)
+    columns -= rows * matrix.shape[1]
+    return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns, matrix[rows, columns]
+
+
+def _read_csr_numpy(indptr, columns, data, ids):
+    """What [`read_csr`] does, in NumPy."""
+    rows, gene_ids = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), ids[columns]
+    is_valid = bool(data.min(initial=0) >= 0 and np.isfinite(data.max(initial=0)))
+    order = sorting_order(gene_ids.view(np.uint32), rows)
+    order = order[gene_ids[order] >= 0]
+    kept_indptr = np.searchsorted(rows[order], np.arange(len(indptr)))
+    return kept_indptr, gene_ids[order], data[order], _row_sums(data, indptr), is_valid, True
+
+
+def sorting_order(keys, rows):
+    """The order that sorts by row, then by unsigned key; ties stay in place. NumPy sorts 16-bit digits by radix."""
+    digits = [
+        digit
+        for key in (keys, rows)
+        for digit in key.view(np.uint16).reshape(len(key), key.dtype.itemsize // 2).T
+        if digit.any()
+    ]
+    return np.lexsort(digits) if digits else np.arange(len(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def normalize_log1p(cells: Cells, target_sum: float = 1e4) -> np.ndarray:
+    """log1p of counts scaled to a library of `target_sum`, as `scanpy.pp.normalize_total` and `log1p`.
+
+    Args:
+        cells: Raw counts. The library size is `cells.total_counts`: genes outside the vocabulary count too.
+        target_sum: Counts per cell after scaling.
+
+    Returns:
+        `float32 (nnz,)`, aligned with `cells.counts`: ln(1 + count / library size * target_sum).
+    """
+    scale = target_sum / np.maximum(cells.library_sizes().astype(np.float64), np.finfo(np.float32).tiny)
+    return np.log1p(cells.counts * np.repeat(scale, np.diff(cells.indptr))).astype(np.float32)
+
+
+def hellinger_profile(cells: Cells) -> np.ndarray:
+    """Square root of each gene's share of its cell's counts: the coordinates in which Euclidean is Hellinger distance.
+
+    The square root evens out the variance of counts, which grows with their mean, so that neither the few strongly
+    expressed genes nor the many that are seen once decide alone; and every cell has length 1, whatever its depth.
+
+    Args:
+        cells: Raw counts. The library size is `cells.total_counts`: genes outside the vocabulary count too.
+
+    Returns:
+        `float32 (nnz,)`, aligned with `cells.counts`: sqrt(count / library size).
+    """
+    scale = 1 / np.maximum(cells.library_sizes().astype(np.float64), np.finfo(np.float32).tiny)
+    return np.sqrt(cells.counts * np.repeat(scale, np.diff(cells.indptr))).astype(np.float32)

@@ -1,0 +1,1 @@
+"""From files of cells to training batches: prepare a corpus, write captions, stream, collate."""
