@@ -54,10 +54,11 @@ style: setup ## format and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: setup ## lint, formatting, installed versions
+check: setup ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -c "import tomllib; tomllib.load(open('pyproject.toml', 'rb'))"
+	mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/scmmgpt
+	cd $(VENV)/types && ../bin/python -m mypy --config-file ../../pyproject.toml
 
 clean: ## remove what make made: .venv and results
 	rm -rf $(VENV) results build *.egg-info

@@ -8,12 +8,12 @@ imported by the command that needs it.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
+
+from scmmgpt.files import whole_file
 
 
 ERROR = 2
@@ -235,7 +235,8 @@ def calibrate(args):
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["annotation"] = pipeline.model.config.annotation
     text = json.dumps(config, indent=2) + "\n"
-    write_atomically(config_file, lambda path: Path(path).write_text(text, encoding="utf-8"), suffix=".json")
+    with whole_file(config_file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
     report({"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}}, args)
 
@@ -400,13 +401,15 @@ def check_columns(adata, args):
 
 def finish(args, adata, summary):
     """Write the result and say what was done."""
-    write_atomically(args.output, adata.write_h5ad, suffix=".h5ad")
+    with whole_file(args.output) as temporary:
+        adata.write_h5ad(temporary)
     if getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
         table = adata.obs[[*args.columns, *[name for name in added if name not in args.columns]]]
         if args.command == "describe":
             table = table.rename(columns=lambda name: name.removeprefix("scmmgpt_"))
-        write_atomically(args.table, lambda path: table.to_csv(path, index_label="barcode"), suffix=args.table.suffix)
+        with whole_file(args.table) as temporary:
+            table.to_csv(temporary, index_label="barcode")
     report({"output": str(args.output), **summary}, args)
 
 
@@ -416,28 +419,6 @@ def report(summary, args):
         say(json.dumps(summary, indent=2))
     else:
         say("\n".join(f"{name}: {value}" for name, value in summary.items()))
-
-
-def write_atomically(path, write, suffix):
-    """Write beside the target under another name, then rename: the target is whole or untouched."""
-    path = path.absolute()
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def current_umask():
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def one_line(error):

@@ -2,11 +2,9 @@
 
 import argparse
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 
 # Imported when asked for: a task must not need the libraries of another.
@@ -28,15 +26,6 @@ def task_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="JSON file to write; the report: a folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (%(default)s)")
     return parser
-
-
-def write_result(result: dict, path: str) -> None:
-    """Write a result as JSON, in one step, so that a reader never meets half a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from scmmgpt.eval.results import (
     recentre,
     tabulate,
 )
+from scmmgpt.files import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -247,11 +248,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    from scmmgpt.eval.__main__ import write_result
-
     args = make_parser().parse_args(argv)
     train, test = read_splits(args.corpus, label_key=args.label_key)
     result = run(args, train, test, baselines.regression_on_shared_genes(train, test, seed=args.seed))
     sys.stdout.write(format_table(result))
-    write_result(result, args.output)
+    write_json(args.output, result)
     return 0

@@ -43,6 +43,7 @@ from scmmgpt.eval import baselines
 from scmmgpt.eval.cells import TARGET_SUM
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annotation_scores
 from scmmgpt.eval.results import bootstrap_draws, percentile_interval
+from scmmgpt.files import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -442,14 +443,12 @@ def shots_figure(rows: list[dict]):
 
 def write_outputs(records: list[dict], about: dict, output: str | Path) -> str:
     """Write `results.json`, `results.csv`, `table.md` and `shots.png`; returns the table."""
-    from scmmgpt.eval.__main__ import write_result
-
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     rows = summarise(records)
     comparisons = [row for ours in OURS for row in compare(records, ours)]
     table = markdown_table(rows)
-    write_result({**about, "rows": rows, "comparisons": comparisons, "runs": records}, str(output / "results.json"))
+    write_json(output / "results.json", {**about, "rows": rows, "comparisons": comparisons, "runs": records})
     with (output / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [name for name in records[0] if name != "right"], extrasaction="ignore")
         writer.writeheader()
@@ -498,8 +497,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. What DIR/results.json has already is not computed again."""
-    from scmmgpt.eval.__main__ import write_result
-
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     args, options = make_parser().parse_args(argv[:cut]), argv[cut + 1 :]
@@ -526,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "%s, seed %d, %s: accuracy %.3f, macro-F1 %.3f",
             *(record[name] for name in ("setting", "seed", "system", "accuracy", "macro_f1")),
         )
-        write_result({**about, "runs": records}, str(path))
+        write_json(path, {**about, "runs": records})
     sys.stdout.write(write_outputs(records, about, args.output))
     return 0
 

@@ -29,6 +29,7 @@ from scmmgpt.eval.results import (
     recentre,
     tabulate,
 )
+from scmmgpt.files import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -362,10 +363,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    from scmmgpt.eval.__main__ import write_result
-
     args = make_parser().parse_args(argv)
     result = run(args, *read_splits(args.corpus, label_key=args.label_key))
     sys.stdout.write(format_table(result))
-    write_result(result, args.output)
+    write_json(args.output, result)
     return 0

@@ -25,6 +25,7 @@ from scmmgpt.eval import annotation, baselines, description, figures, generation
 from scmmgpt.eval.cells import LabelledCells, read_split
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import fit_cell_space
 from scmmgpt.eval.results import BASELINE, CONTROL, MODEL, REFERENCE
+from scmmgpt.files import whole_file, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -462,16 +463,11 @@ def write_report(args: argparse.Namespace) -> dict:
         metrics = {**results, "provenance": provenance}
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
-        _write(output / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-        _write(output / "report.html", page)
+        write_json(output / "metrics.json", metrics)
+        with whole_file(output / "report.html") as temporary:
+            temporary.write_text(page, encoding="utf-8")
         progress.update()
     return metrics
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -37,8 +37,8 @@ from anndata import AnnData
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from scmmgpt.eval.__main__ import write_result
 from scmmgpt.eval.finetuning import log1p_cp10k, quieten, read_labelled, run_finetune
+from scmmgpt.files import write_json
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.finetune import column_of
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     record = {"of": system, "system": name, "seed": seed, "label": label}
                     records.append(record | measure(scores, truth[test], left_out, steps))
                     logger.info("%s", records[-1])
-                write_result({**about, "rows": summarise(records), "runs": records}, str(path))
+                write_json(path, {**about, "rows": summarise(records), "runs": records})
     table = markdown_table(summarise(records))
     Path(args.output, "table.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)

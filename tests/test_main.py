@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scmmgpt.__main__ import main, make_parser, write_atomically
+from scmmgpt.__main__ import main, make_parser
+from scmmgpt.files import whole_file
 
 
 COMMANDS = ["annotate", "describe", "calibrate", "embed", "search", "generate", "inspect", "doctor"]
@@ -257,7 +258,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, fail, suffix=".h5ad")
+        with whole_file(target) as temporary:
+            fail(temporary)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

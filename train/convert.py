@@ -40,8 +40,8 @@ from transformers import (
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.files import write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
-from scmmgpt.train.data.corpus import write_json
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 
 

@@ -45,7 +45,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, open_corpus, table_to_cells, write_json
+from scmmgpt.files import write_json
+from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, open_corpus, table_to_cells
 
 
 logger = logging.getLogger(__name__)

@@ -47,6 +47,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.files import sync_folder, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -171,33 +172,6 @@ class Manifest:
         return cls(**fields)
 
 
-def write_json(path: str | os.PathLike, value: object) -> None:
-    """Write `value` as indented JSON under a temporary name and rename it, so that no reader sees a part of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename in `path` durable."""
-    if os.name == "nt":  # where folders can't be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +278,7 @@ class CorpusWriter:
                 logger.info("%s was written by another worker in the meantime; keeping theirs.", path)
             except OSError:  # a file system without hard links
                 os.rename(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
         return path
@@ -324,7 +298,7 @@ class CorpusWriter:
 
         The arguments are the fields of `Manifest`; `splits` becomes `splits.json`.
         """
-        for leftover in (self.path / "data").glob(".*.tmp"):
+        for leftover in (self.path / "data").glob(".*.tmp*"):
             leftover.unlink(missing_ok=True)
         shards = [describe_shard(path, self.path) for path in self._complete_shards()]
         write_json(self.path / "vocab.json", dict(sorted(self.vocabulary.items(), key=lambda item: item[1])))

@@ -44,6 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scmmgpt.cells_scmmgpt import Cells, RandomStream, cell_keys
+from scmmgpt.files import whole_file, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.corpus import (
@@ -56,7 +57,6 @@ from scmmgpt.train.data.corpus import (
     hash_file,
     hash_vocabulary,
     table_to_cells,
-    write_json,
 )
 from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
 from scmmgpt.train.data.sources import SourceSpec, cell_ids, find_joinids, fingerprint, open_source, resolve_labels
@@ -386,7 +386,7 @@ class _Build:
 
     def _close(self, manifest: Manifest) -> Manifest:
         """Write the card and clear the scratch files of a finished corpus."""
-        with _whole_file(self.output / "README.md") as temporary:
+        with whole_file(self.output / "README.md") as temporary:
             temporary.write_text(dataset_card(self.output.name, manifest), encoding="utf-8")
         shutil.rmtree(self.scratch, ignore_errors=True)
         return manifest
@@ -422,7 +422,7 @@ class _Build:
             if not missing:
                 return manifest
             logger.warning("Building %d missing shards of %s again: %s", len(missing), self.output, missing[:5])
-        for pattern in (".*.tmp", "data/.*.tmp", ".build/.*.tmp", ".build/*/.*.tmp"):
+        for pattern in (".*.tmp*", "data/.*.tmp*", ".build/.*.tmp*", ".build/*/.*.tmp*"):
             for leftover in self.output.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         for folder in (self.scratch / "scan", self.parts, self.scratch / "shards"):
@@ -438,7 +438,7 @@ class _Build:
         path = self.scratch / f"joinids-{index}.npy"
         if not path.exists():
             joinids = find_joinids(spec.path, spec.options["organism"], spec.options["value_filter"])
-            with _whole_file(path) as temporary, open(temporary, "wb") as file:
+            with whole_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, joinids)
         return dataclasses.replace(spec, options={**spec.options, "joinids": str(path)})
 
@@ -826,19 +826,8 @@ def _write_gene_table(path: Path, vocabulary: dict[str, int], parts: Path, n_par
             "mean_share": share[ids] / SHARE_UNITS / max(n_train, 1),
         }
     )
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         pq.write_table(table, temporary)
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path):
-    """Yield a temporary path that becomes `path` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flush(file) -> None:

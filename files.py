@@ -1,0 +1,57 @@
+"""Writing files whole: a reader, or a run that comes after a crash, meets all of a file or none of it."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield the path of a temporary file, beside `path` and of its suffix, that becomes `path` if the block succeeds.
+
+    The file is on the disk, not only in a cache, before it gets its name. Where the block fails, `path` stays as it was.
+    Permissions are those that the process gives to new files.
+
+    Args:
+        path: Where the file is to be. Its folder has to exist.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "answer.txt"
+    >>> with whole_file(path) as temporary:
+    ...     _ = temporary.write_text("42")
+    ...     path.exists()
+    False
+    >>> path.read_text()
+    '42'
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    if os.name == "nt":  # where folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write `value` as indented JSON, whole; folders that are missing are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
