@@ -130,6 +130,7 @@ TRAIN_COMMANDS = [
     if (ROOT / "train" / f"{module.replace('.', '/')}.py").exists()
 ]
 EVAL_COMMANDS = [name for name in eval_main.COMMANDS if (ROOT / "eval" / f"{name}.py").exists()]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
 # What a configuration leaves to the command line: the paths.
 PATHS = {"align": ["--corpus", "corpus"], "tune": ["--corpus", "corpus", "--aligned", "aligned"]}
@@ -159,13 +160,41 @@ def test_every_configuration_is_understood_by_its_command(path, tmp_path):
     module.make_parser().parse_args_and_config(["--config", str(path), *paths])
 
 
-def test_commands_in_the_readme_are_understood():
-    text = (ROOT / "README.md").read_text()
+def documented_commands(path):
+    """Every command of a page: the lines of its bash blocks, and the code that begins a row of a table."""
+    text = path.read_text()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("scmmgpt ")]
-    assert commands
-    for command in commands:
-        assert scmmgpt_main.make_parser().parse_args(command[1:2] if command[1] == "inspect" else command[1:])
+    lines += re.findall(r"^\| `([^`]*)` \|", text, flags=re.MULTILINE)
+    lines = [line.removeprefix(".venv/bin/") for line in lines]
+    return [line for line in lines if re.match(r"(scmmgpt|python -m scmmgpt\.train) \w", line)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_documented_commands_are_understood(path, tmp_path):
+    for line in documented_commands(path):
+        words = shlex.split(line, comments=True)
+        if "--help" in words:
+            continue
+        if words[0] == "scmmgpt":
+            arguments = words[1:2] if words[1] == "inspect" else words[1:]
+            assert scmmgpt_main.make_parser().parse_args(arguments)
+        else:
+            module = importlib.import_module(f"scmmgpt.train.{train_main.COMMANDS[words[3]]}")
+            parser, arguments = module.make_parser(), words[4:]
+            if "--config" in arguments:
+                arguments[arguments.index("--config") + 1] = str(ROOT / arguments[arguments.index("--config") + 1])
+            parse = getattr(parser, "parse_args_and_config", parser.parse_args)
+            assert parse(arguments)
+
+
+def test_the_readme_documents_commands():
+    assert len(documented_commands(ROOT / "README.md")) > 5
+
+
+def test_links_between_pages_lead_somewhere():
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
 @pytest.mark.parametrize("path", METRICS, ids=lambda path: path.name)
