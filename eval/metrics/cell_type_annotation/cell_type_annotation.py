@@ -8,6 +8,7 @@
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.metrics import precision_recall_fscore_support
 
 
@@ -15,7 +16,7 @@ N_BINS = 15  # bins of the calibration error, as in Guo et al. 2017
 
 _DESCRIPTION = """
 Scores of predicted cell types against true ones. Averages over types run over the types that are present in the truth,
-so that a type that was predicted but never occurs costs recall elsewhere, and is not a class of its own.
+so that a type that was predicted but never occurs lowers the recall of others, and is not a class of its own.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -28,7 +29,9 @@ Returns:
 """
 
 
-def annotation_scores(predictions, references, confidences=None) -> dict[str, float]:
+def annotation_scores(
+    predictions: ArrayLike, references: ArrayLike, confidences: ArrayLike | None = None
+) -> dict[str, float]:
     """Score predicted cell types.
 
     Args:
@@ -58,7 +61,7 @@ def annotation_scores(predictions, references, confidences=None) -> dict[str, fl
     return scores
 
 
-def expected_calibration_error(confidences, correct, *, n_bins: int = N_BINS) -> float:
+def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, *, n_bins: int = N_BINS) -> float:
     """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their cells.
 
     Args:
@@ -84,7 +87,7 @@ def expected_calibration_error(confidences, correct, *, n_bins: int = N_BINS) ->
 class CellTypeAnnotation(evaluate.Metric):
     """`evaluate` module around `annotation_scores`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
@@ -94,5 +97,7 @@ class CellTypeAnnotation(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, confidences=None):
+    def _compute(
+        self, predictions: list[str], references: list[str], confidences: ArrayLike | None = None
+    ) -> dict[str, float]:
         return annotation_scores(predictions, references, confidences)

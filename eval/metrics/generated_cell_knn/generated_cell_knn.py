@@ -3,6 +3,13 @@
 The protocol of Cell2Sentence (k = 3, 5, 10, 25, neighbours among real held-out cells), in a space that no model under
 test has learnt: principal components of real *training* cells.
 
+MMD and energy distance are the same statistic, `E k(x, x') + E k(y, y') - 2 E k(x, y)`, for two kernels: a Gaussian
+kernel gives the squared maximum mean discrepancy (Gretton et al. 2012), the negative Euclidean distance gives the
+energy distance (Székely & Rizzo 2013; scPerturb's E-distance without the square). Both are computed from kernel
+matrices, so that a thousand bootstrap replicates cost three matrix products.
+
+`evaluate.load` reads this file by its path: it imports nothing of the package, and the package may import it.
+
 >>> import evaluate
 >>> metric = evaluate.load("eval/metrics/generated_cell_knn")                                         # doctest: +SKIP
 >>> metric.compute(references=prompted_types, generated=generated, real=real, real_labels=labels,
@@ -10,16 +17,17 @@ test has learnt: principal components of real *training* cells.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 import ot
+from numpy.typing import ArrayLike
 from scipy import sparse
+from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
-
-from scmmgpt.eval.distances import energy_distance, median_distance, mmd_squared
 
 
 KS = (3, 5, 10, 25)
@@ -47,7 +55,127 @@ Returns:
 """
 
 
-def fit_cell_space(train, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances between two samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def median_distance(points: np.ndarray, *, max_points: int = 2000, seed: int = 0) -> float:
+    """Median Euclidean distance between points, the usual bandwidth of a Gaussian kernel.
+
+    Fix it on real data and use it for every system that is compared, or each is measured with a ruler of its own.
+
+    Args:
+        points: Shape `(n, d)`, n >= 2.
+        max_points: More points than this are subsampled; the median hardly moves and the cost is quadratic.
+        seed: Seed of the subsample.
+
+    Returns:
+        The median; the mean where more than half of all pairs coincide, and 1.0 where all do.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    if len(points) > max_points:
+        points = points[np.random.default_rng(seed).choice(len(points), max_points, replace=False)]
+    distances = pdist(points)
+    return float(np.median(distances) or distances.mean() or 1.0)
+
+
+def gaussian_kernel(x: np.ndarray, y: np.ndarray, bandwidth: float) -> np.ndarray:
+    """`exp(-|x - y|^2 / (2 bandwidth^2))`, shape `(len(x), len(y))`."""
+    return np.exp(-cdist(x, y, "sqeuclidean") / (2 * bandwidth**2))
+
+
+def distance_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`-|x - y|`, shape `(len(x), len(y))`: the kernel whose discrepancy is the energy distance."""
+    return -cdist(x, y)
+
+
+def discrepancy(
+    k_xx: np.ndarray,
+    k_yy: np.ndarray,
+    k_xy: np.ndarray,
+    *,
+    unbiased: bool = True,
+    x_weights: np.ndarray | None = None,
+    y_weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """`E k(x, x') + E k(y, y') - 2 E k(x, y)` from the three kernel matrices.
+
+    Args:
+        k_xx: Kernel matrix of x with itself, shape `(n, n)`.
+        k_yy: Kernel matrix of y with itself, shape `(m, m)`.
+        k_xy: Kernel matrix of x with y, shape `(n, m)`.
+        unbiased: Leave pairs of a point with itself out of the first two means. The result is then zero on average
+            for two samples of one distribution, and may be negative.
+        x_weights: Weights of the points of x, shape `(n_replicates, n)`; a bootstrap replicate is the count of each
+            point in a draw with replacement. Copies of one point are one point in the sense of `unbiased`.
+        y_weights: Weights of the points of y, shape `(n_replicates, m)`.
+
+    Returns:
+        Shape `(n_replicates,)`; a scalar array without weights.
+    """
+    single = x_weights is None and y_weights is None
+    wx = np.ones((1, len(k_xx))) if x_weights is None else np.asarray(x_weights, dtype=np.float64)
+    wy = np.ones((1, len(k_yy))) if y_weights is None else np.asarray(y_weights, dtype=np.float64)
+
+    def within(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        total, pairs = ((weights @ kernel) * weights).sum(1), weights.sum(1) ** 2
+        if unbiased:
+            total = total - (weights**2) @ np.diag(kernel)
+            pairs = pairs - (weights**2).sum(1)
+        # A replicate that drew one point only has no pair; NaN says so and percentiles leave it out.
+        return np.divide(total, pairs, out=np.full_like(total, np.nan), where=pairs > 0)
+
+    between = ((wx @ k_xy) * wy).sum(1) / (wx.sum(1) * wy.sum(1))
+    result = within(k_xx, wx) + within(k_yy, wy) - 2 * between
+    return result[0] if single else result
+
+
+def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None, unbiased: bool = True) -> float:
+    """Squared maximum mean discrepancy with a Gaussian kernel.
+
+    Args:
+        x: Sample of shape `(n, d)`, n >= 2.
+        y: Sample of shape `(m, d)`, m >= 2.
+        bandwidth: Width of the kernel; the median distance within `y`, the real data, where `None`.
+        unbiased: The U-statistic, zero on average for equal distributions and possibly negative.
+
+    Returns:
+        MMD squared, between about 0 and 2.
+    """
+    x, y = _check_samples(x, y)
+    bandwidth = median_distance(y) if bandwidth is None else bandwidth
+    kernels = (gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))
+    return float(discrepancy(*kernels, unbiased=unbiased))
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray, *, unbiased: bool = True) -> float:
+    """Energy distance `2 E|x - y| - E|x - x'| - E|y - y'|`, in the units of the points.
+
+    Args:
+        x: Sample of shape `(n, d)`, n >= 2.
+        y: Sample of shape `(m, d)`, m >= 2.
+        unbiased: The U-statistic, zero on average for equal distributions and possibly negative.
+    """
+    x, y = _check_samples(x, y)
+    return float(discrepancy(distance_kernel(x, x), distance_kernel(y, y), distance_kernel(x, y), unbiased=unbiased))
+
+
+def _check_samples(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"Expected two samples (n, d) and (m, d) of the same width, but got {x.shape} and {y.shape}.")
+    if len(x) < 2 or len(y) < 2:
+        raise ValueError(f"A distance between samples needs two points in each, but got {len(x)} and {len(y)}.")
+    return x, y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generated cells among real ones
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fit_cell_space(train: np.ndarray | sparse.csr_matrix, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
     """Principal components of real training cells.
 
     Args:
@@ -64,9 +192,9 @@ def fit_cell_space(train, *, n_components: int = N_COMPONENTS, seed: int = 0) ->
 
 def knn_accuracy(
     points: np.ndarray,
-    labels: Sequence[str],
+    labels: ArrayLike,
     reference_points: np.ndarray,
-    reference_labels: Sequence[str],
+    reference_labels: ArrayLike,
     *,
     ks: Sequence[int] = KS,
 ) -> dict[int, np.ndarray]:
@@ -82,20 +210,20 @@ def knn_accuracy(
     Returns:
         For each k a boolean array `(n,)`; its mean is the accuracy.
     """
-    labels, reference_labels = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
+    of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
     if max(ks) > len(reference_points):
         raise ValueError(
             f"Asked for {max(ks)} neighbours among {len(reference_points)} real cells. "
             "Pass a smaller `ks`, or more cells."
         )
-    return {k: KNeighborsClassifier(k).fit(reference_points, reference_labels).predict(points) == labels for k in ks}
+    return {k: KNeighborsClassifier(k).fit(reference_points, of_reference).predict(points) == of_point for k in ks}
 
 
 def distances_by_type(
     points: np.ndarray,
-    labels: Sequence[str],
+    labels: ArrayLike,
     reference_points: np.ndarray,
-    reference_labels: Sequence[str],
+    reference_labels: ArrayLike,
     *,
     bandwidth: float | None = None,
     min_cells: int = MIN_CELLS,
@@ -115,11 +243,11 @@ def distances_by_type(
     Returns:
         `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}`.
     """
-    labels, reference_labels = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
+    of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
     bandwidth = median_distance(reference_points) if bandwidth is None else bandwidth
     result = {}
-    for label in np.unique(reference_labels):
-        x, y = points[labels == label], reference_points[reference_labels == label]
+    for label in np.unique(of_reference):
+        x, y = points[of_point == label], reference_points[of_reference == label]
         if min(len(x), len(y)) < max(min_cells, 2):
             continue
         result[str(label)] = {
@@ -138,11 +266,11 @@ def distances_by_type(
 
 
 def generated_cell_scores(
-    generated,
-    prompts: Sequence[str],
-    real,
-    real_labels: Sequence[str],
-    train,
+    generated: np.ndarray | sparse.csr_matrix,
+    prompts: ArrayLike,
+    real: np.ndarray | sparse.csr_matrix,
+    real_labels: ArrayLike,
+    train: np.ndarray | sparse.csr_matrix,
     *,
     ks: Sequence[int] = KS,
     n_components: int = N_COMPONENTS,
@@ -179,7 +307,7 @@ def generated_cell_scores(
 class GeneratedCellKnn(evaluate.Metric):
     """`evaluate` module around `generated_cell_scores`; the matrices never enter `evaluate`'s table."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
@@ -187,5 +315,14 @@ class GeneratedCellKnn(evaluate.Metric):
             features=datasets.Features({"references": datasets.Value("string")}),
         )
 
-    def _compute(self, references, *, generated, real, real_labels, train, **options):
+    def _compute(
+        self,
+        references: list[str],
+        *,
+        generated: np.ndarray | sparse.csr_matrix,
+        real: np.ndarray | sparse.csr_matrix,
+        real_labels: ArrayLike,
+        train: np.ndarray | sparse.csr_matrix,
+        **options: Any,
+    ) -> dict[str, float]:
         return generated_cell_scores(generated, references, real, real_labels, train, **options)
