@@ -9,34 +9,24 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from scmmgpt.eval import baselines
+from scmmgpt.eval import baselines, results
 from scmmgpt.eval.cells import LabelledCells, match_names
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import N_BINS, annotation_scores
-from scmmgpt.eval.results import (
-    BASELINE,
-    CONTROL,
-    MODEL,
-    MODEL_NAME,
-    N_RESAMPLES,
-    Estimate,
-    Measure,
-    bootstrap_draws,
-    recentre,
-    tabulate,
-)
 from scmmgpt.eval.task import run_task, task_parser
 
 
 UNKNOWN = "unknown"  # how a prediction that names no type is written
 
 MEASURES = {
-    "accuracy": Measure("accuracy", True, "Share of cells with the right type."),
-    "macro_f1": Measure(
+    "accuracy": results.Measure("accuracy", True, "Share of cells with the right type."),
+    "macro_f1": results.Measure(
         "macro F1", True, "F1 of each true type, averaged with equal weight: rare types count as much."
     ),
-    "weighted_f1": Measure("weighted F1", True, "F1 of each true type, averaged by number of cells."),
-    "balanced_accuracy": Measure("balanced accuracy", True, "Recall of each true type, averaged with equal weight."),
-    "ece": Measure(
+    "weighted_f1": results.Measure("weighted F1", True, "F1 of each true type, averaged by number of cells."),
+    "balanced_accuracy": results.Measure(
+        "balanced accuracy", True, "Recall of each true type, averaged with equal weight."
+    ),
+    "ece": results.Measure(
         "calibration error",
         False,
         "Mean gap between confidence and accuracy over 15 bins of confidence; 0 is perfect.",
@@ -52,7 +42,7 @@ def evaluate_annotation(
     *,
     confidences: np.ndarray | None = None,
     regression: baselines.TypePrediction | None = None,
-    n_resamples: int = N_RESAMPLES,
+    n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
     """Score predicted types beside the baselines.
@@ -78,15 +68,15 @@ def evaluate_annotation(
     genes = np.intersect1d(train.genes, test.genes)
     x_train, x_test = train.select_genes(genes).expression, test.select_genes(genes).expression
     candidates = {
-        MODEL_NAME: (MODEL, predictions, confidences),
-        "logistic regression": (BASELINE, regression.labels, regression.confidences),
-        "nearest centroid": (BASELINE, baselines.nearest_centroid(x_train, train.labels, x_test).labels, None),
-        "majority class": (BASELINE, baselines.majority_class(train.labels, len(test)).labels, None),
-        "shuffled labels": (CONTROL, baselines.shuffled(predictions, seed=seed).astype(str), None),
+        results.MODEL_NAME: (results.MODEL, predictions, confidences),
+        "logistic regression": (results.BASELINE, regression.labels, regression.confidences),
+        "nearest centroid": (results.BASELINE, baselines.nearest_centroid(x_train, train.labels, x_test).labels, None),
+        "majority class": (results.BASELINE, baselines.majority_class(train.labels, len(test)).labels, None),
+        "shuffled labels": (results.CONTROL, baselines.shuffled(predictions, seed=seed).astype(str), None),
     }
-    draws = bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
+    draws = results.bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
     estimates = {name: _estimates(labels, truth, conf, draws) for name, (_, labels, conf) in candidates.items()}
-    result = tabulate(MEASURES, {name: role for name, (role, _, _) in candidates.items()}, estimates)
+    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in candidates.items()}, estimates)
     return (
         {"task": "annotation"}
         | result
@@ -112,7 +102,7 @@ def _as_labels(values: ArrayLike) -> np.ndarray:
 
 def _estimates(
     predictions: np.ndarray, truth: np.ndarray, confidences: np.ndarray | None, draws: np.ndarray
-) -> dict[str, Estimate]:
+) -> dict[str, results.Estimate]:
     scores = annotation_scores(predictions, truth, confidences)
     labels = np.unique(truth)
     # Confusion counts of all replicates in one product: how often a cell was drawn, times the entry that it counts in.
@@ -124,8 +114,8 @@ def _estimates(
     replicates = _scores_of_confusions(confusion)
     if confidences is not None:
         replicates["ece"] = _calibration_errors(np.asarray(confidences), predictions == truth, draws)
-        replicates["ece"] = recentre(scores["ece"], replicates["ece"]).clip(min=0)
-    return {name: Estimate(value, len(truth), replicates[name]) for name, value in scores.items()}
+        replicates["ece"] = results.recentre(scores["ece"], replicates["ece"]).clip(min=0)
+    return {name: results.Estimate(value, len(truth), replicates[name]) for name, value in scores.items()}
 
 
 def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -161,7 +151,7 @@ def _per_type(
         of_type = truth == label
         n_test = int(of_type.sum())
         row: dict = {"type": str(label), "n_train": int((train_labels == label).sum()), "n_test": n_test}
-        for name, labels in ((MODEL_NAME, predictions), ("logistic regression", regression_labels)):
+        for name, labels in ((results.MODEL_NAME, predictions), ("logistic regression", regression_labels)):
             hits, named = int((labels[of_type] == label).sum()), int((labels == label).sum())
             row[name] = {"recall": hits / n_test, "precision": hits / named if named else None}
         rows.append(row)

@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from anndata import AnnData
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
@@ -118,25 +117,13 @@ def cross_validated_regression(
         seed: Seed of the folds. Where a label has a single cell, C cannot be chosen and is scikit-learn's default, 1.
     """
     model = LogisticRegression(warm_start=True, max_iter=baselines.MAX_ITERATIONS, tol=1e-3)
-
-    def fit(rows: np.ndarray, inverse_penalties: Sequence[float]) -> Iterator[LogisticRegression]:
-        for model.C in inverse_penalties:
-            yield model.fit(train[rows], labels[rows])
-
     n_folds = min(FOLDS, np.unique(labels, return_counts=True)[1].min())
     best = 1.0
-    with warnings.catch_warnings():
-        # A weakly penalised model whose fit did not finish is a candidate like any other; the folds decide.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        if n_folds > 1:
-            right = np.zeros(len(baselines.INVERSE_PENALTIES))
-            folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-            for fitting, held_out in folds.split(labels, labels):
-                for i, fitted in enumerate(fit(fitting, baselines.INVERSE_PENALTIES)):
-                    right[i] += (fitted.predict(train[held_out]) == labels[held_out]).sum()
-            best = baselines.INVERSE_PENALTIES[right.argmax()]
-        logger.info("Logistic regression: C = %g", best)
-        return next(fit(np.arange(len(labels)), [best])).predict(test)
+    if n_folds > 1:
+        folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels)
+        best, _ = baselines.choose_penalty(model, train, labels, folds)
+    logger.info("Logistic regression: C = %g", best)
+    return baselines.fit_quietly(model.set_params(C=best), train, labels).predict(test)
 
 
 def regression(budget: LabelBudget) -> np.ndarray:

@@ -11,7 +11,7 @@ a part of the training cells.
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,6 @@ def logistic_regression(
     test: np.ndarray | sparse.csr_matrix,
     *,
     inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
-    validation_share: float = VALIDATION_SHARE,
     seed: int = 0,
 ) -> TypePrediction:
     """Multinomial logistic regression on log1p(CP10k) of all genes, the strongest simple annotator of small data.
@@ -98,7 +97,6 @@ def logistic_regression(
         train_labels: Shape `(n_train,)`.
         test: Expression of the cells to name, shape `(n_cells, n_genes)`.
         inverse_penalties: Values of C to try.
-        validation_share: Share of the training cells to choose C on.
         seed: Seed of that part.
 
     Returns:
@@ -108,13 +106,9 @@ def logistic_regression(
     if len(np.unique(labels)) == 1:
         return majority_class(labels, test.shape[0])
     train, test = (sparse.csr_matrix(m) if sparse.issparse(m) else np.asarray(m) for m in (train, test))
-    fitting, validation = _validation_part(labels, validation_share, seed)
-    accuracies = {}
-    for c in sorted(inverse_penalties):
-        predicted = _fit(train[fitting], labels[fitting], c).predict(train[validation])
-        accuracies[c] = float((predicted == labels[validation]).mean())
-    best = max(accuracies, key=lambda c: accuracies[c])
-    probabilities = _fit(train, labels, best).predict_proba(test)
+    model = LogisticRegression(max_iter=MAX_ITERATIONS)
+    best, accuracies = choose_penalty(model, train, labels, [_validation_part(labels, seed)], inverse_penalties)
+    probabilities = fit_quietly(model.set_params(C=best), train, labels).predict_proba(test)
     return TypePrediction(
         labels=np.unique(labels)[probabilities.argmax(1)],
         confidences=probabilities.max(1),
@@ -134,19 +128,46 @@ def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, see
     return logistic_regression(x_train, train.labels, x_test, seed=seed)
 
 
-def _fit(x: np.ndarray | sparse.csr_matrix, y: np.ndarray, c: float) -> LogisticRegression:
+def choose_penalty(
+    model: LogisticRegression,
+    x: np.ndarray | sparse.csr_matrix,
+    labels: np.ndarray,
+    folds: Iterable[tuple[np.ndarray, np.ndarray]],
+    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+) -> tuple[float, dict[float, float]]:
+    """The C with the best accuracy over folds, the smallest among equals, and the accuracy of each C.
+
+    Args:
+        model: Fitted for every C and fold.
+        x: `(n_cells, n_features)`.
+        labels: `(n_cells,)`.
+        folds: Rows to fit on, and rows to predict.
+        inverse_penalties: Values of C to try.
+    """
+    hits, n = dict.fromkeys(sorted(inverse_penalties), 0), 0
+    for fitting, held_out in folds:
+        n += len(held_out)
+        for c in hits:
+            predicted = fit_quietly(model.set_params(C=c), x[fitting], labels[fitting]).predict(x[held_out])
+            hits[c] += int((predicted == labels[held_out]).sum())
+    return max(hits, key=lambda c: hits[c]), {c: right / n for c, right in hits.items()}
+
+
+def fit_quietly(
+    model: LogisticRegression, x: np.ndarray | sparse.csr_matrix, labels: np.ndarray
+) -> LogisticRegression:
+    """Fit without warnings: a weakly penalised model whose fit did not finish is a candidate like any other."""
     with warnings.catch_warnings():
-        # A weakly penalised model whose fit did not finish is a candidate like any other; validation decides.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(x, y)
+        return model.fit(x, labels)
 
 
-def _validation_part(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _validation_part(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to fit on and rows to choose on; types with one cell stay among the former, where they can be learnt."""
     names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     repeated = np.flatnonzero(counts[codes] > 1)
     n_types = int((counts > 1).sum())
-    n_validation = max(round(share * len(labels)), n_types)
+    n_validation = max(round(VALIDATION_SHARE * len(labels)), n_types)
     if n_types < 2 or len(repeated) - n_validation < n_types:
         raise ValueError(
             f"{len(labels)} training cells of {len(names)} types are too few to choose a penalty on a part of them. "

@@ -1,9 +1,9 @@
 """Real cells with labels, as evaluation needs them: sparse counts, symbols, types, from a corpus or an `.h5ad`."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -53,14 +53,9 @@ class LabelledCells:
 
     def take(self, rows: np.ndarray) -> "LabelledCells":
         """The cells at `rows`, in that order."""
-        return LabelledCells(
-            counts=self.counts[rows],
-            total_counts=self.total_counts[rows],
-            genes=self.genes,
-            labels=self.labels[rows],
-            names=self.names[rows],
-            obs={name: values[rows] for name, values in self.obs.items()},
-        )
+        of_cells = ("counts", "total_counts", "labels", "names")
+        taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in of_cells}
+        return replace(self, **taken, obs={name: values[rows] for name, values in self.obs.items()})
 
     def select_genes(self, genes: np.ndarray) -> "LabelledCells":
         """The same cells over these genes, in that order; library sizes stay."""
@@ -68,14 +63,7 @@ class LabelledCells:
         missing = [gene for gene in genes if gene not in column]
         if missing:
             raise ValueError(f"The cells have no genes {missing[:5]} ({len(missing)} in all). Pass shared genes only.")
-        return LabelledCells(
-            counts=self.counts[:, [column[gene] for gene in genes]],
-            total_counts=self.total_counts,
-            genes=np.asarray(genes),
-            labels=self.labels,
-            names=self.names,
-            obs=self.obs,
-        )
+        return replace(self, counts=self.counts[:, [column[gene] for gene in genes]], genes=np.asarray(genes))
 
 
 def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
@@ -83,22 +71,13 @@ def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") 
     return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
 
 
-def read_split(
-    corpus: "Corpus | str | Path",
-    split: str,
-    *,
-    label_key: str = "cell_type",
-    max_cells: int = MAX_CELLS,
-    seed: int = 0,
-) -> LabelledCells:
-    """Read the labelled cells of a split.
+def read_split(corpus: "Corpus | str | Path", split: str, *, label_key: str = "cell_type") -> LabelledCells:
+    """Read the labelled cells of a split, at most `MAX_CELLS` of them, drawn at random.
 
     Args:
         corpus: An opened corpus or the path of one.
         split: "train", "validation" or "test".
         label_key: obs column with the cell type; cells without one are left out, and counted in the log.
-        max_cells: A larger split is sampled down to this many.
-        seed: Seed of that sample.
 
     Returns:
         Cells over the genes that occur in the split.
@@ -109,9 +88,9 @@ def read_split(
         corpus = open_corpus(corpus)
     n_cells = corpus.n_cells(split)
     chosen = np.arange(n_cells)
-    if n_cells > max_cells:
-        chosen = np.sort(np.random.default_rng(seed).choice(n_cells, max_cells, replace=False))
-        logger.info("Sampled %d of the %d cells of split %r.", max_cells, n_cells, split)
+    if n_cells > MAX_CELLS:
+        chosen = np.sort(np.random.default_rng(0).choice(n_cells, MAX_CELLS, replace=False))
+        logger.info("Sampled %d of the %d cells of split %r.", MAX_CELLS, n_cells, split)
     blocks, tables, first = [], [], 0
     width = len(corpus.gene_symbols)
     for cells, table in corpus.iter_cells(split):

