@@ -302,13 +302,19 @@ def test_a_type_with_few_real_cells_leaves_the_interval_of_diversity_believable(
             assert 0 <= row["ci"][0] <= row["value"] <= row["ci"][1] < 3
 
 
-def test_diversity_has_no_interval_where_most_draws_have_no_ratio(train, test):
-    rows = np.concatenate([np.flatnonzero(test.labels == label)[:3] for label in np.unique(test.labels)])
-    cells = test.take(np.repeat(rows[::3], 3))  # three copies of one cell of each type
-    generated = baselines.poisson_cells(test.labels, train)
-    result = evaluate_generation(generated, test.labels, train.genes, train, cells, n_resamples=50)
-    assert not [row for row in result["rows"] if row["metric"] == "diversity"]
-    assert result["per_type"][MODEL_NAME]["B cell"]["diversity"] is None
+@pytest.mark.parametrize("has_value", [False, True])
+def test_diversity_has_no_interval_where_most_draws_have_no_ratio(train, test, has_value):
+    chosen = []  # of each type, copies of one cell; with `has_value` another one, which a third of draws lack
+    for n, label in enumerate(np.unique(test.labels), start=3):
+        one, other = np.flatnonzero(test.labels == label)[:2]
+        chosen += [one] * (n - has_value) + [other] * has_value
+    prompts = np.repeat(np.unique(test.labels), 10)
+    generated = baselines.poisson_cells(prompts, train)
+    result = evaluate_generation(generated, prompts, train.genes, train, test.take(np.array(chosen)), n_resamples=100)
+    measured = [row for row in result["rows"] if row["metric"] == "diversity"]
+    assert bool(measured) == has_value
+    assert all(row["ci"] is None for row in measured)
+    assert (result["per_type"][MODEL_NAME]["B cell"]["diversity"] is not None) == has_value
 
 
 def test_genes_may_come_in_any_order(train, test):
