@@ -67,19 +67,11 @@ def run_finetune(
 
     path = Path(output, "cells.h5ad")
     adata.write_h5ad(path)
-    words: list[Any] = [
-        "--adata",
-        path,
-        "--label_key",
-        label_key,
-        "--output_dir",
-        Path(output, "checkpoint"),
-        "--seed",
-        seed,
-    ]
+    checkpoint = Path(output, "checkpoint").resolve()
+    words: list[Any] = ["--adata", path, "--label_key", label_key, "--output_dir", checkpoint, "--seed", seed]
     words += ["--save_strategy", "no", "--disable_tqdm", True, *options]
     finetune.main(*finetune.make_parser().parse_args_and_config([str(word) for word in words]))
-    return ScMMGPTPipeline.from_pretrained(str(Path(output, "checkpoint").resolve()))
+    return ScMMGPTPipeline.from_pretrained(str(checkpoint))
 
 
 def finetuned(

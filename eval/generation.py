@@ -279,19 +279,18 @@ def _compare_samples(
     wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
     wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
     pairs = ((x, x), (y, y), (x, y))
-    distances = [knn.distance_kernel(a, b) for a, b in pairs]
-    similarities = [knn.gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs]
-    return {
-        "energy_distance": (
-            float(knn.discrepancy(*distances)),
-            knn.discrepancy(*distances, x_weights=wx, y_weights=wy),
-        ),
-        "mmd2": (float(knn.discrepancy(*similarities)), knn.discrepancy(*similarities, x_weights=wx, y_weights=wy)),
-        "profile_correlation": _profile_correlation(
-            cells[:, truth.columns], truth.profiles[rows], truth.center, wx, wy
-        ),
-        "diversity": diversity(-distances[0], -distances[1], wx, wy),
+    kernels = {
+        "energy_distance": [knn.distance_kernel(a, b) for a, b in pairs],
+        "mmd2": [knn.gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs],
     }
+    measured = {
+        name: (float(knn.discrepancy(*k)), knn.discrepancy(*k, x_weights=wx, y_weights=wy))
+        for name, k in kernels.items()
+    }
+    profiles = cells[:, truth.columns], truth.profiles[rows]
+    measured["profile_correlation"] = _profile_correlation(*profiles, truth.center, wx, wy)
+    x_distances, y_distances, _ = (-k for k in kernels["energy_distance"])
+    return measured | {"diversity": diversity(x_distances, y_distances, wx, wy)}
 
 
 def _profile_correlation(
