@@ -1,1 +1,1 @@
-"""Everything that judges a checkpoint: one benchmark task a file, metrics, baselines and the report."""
+"""Evaluation of a checkpoint: one benchmark task a file, metrics, baselines and the report."""

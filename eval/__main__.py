@@ -1,4 +1,4 @@
-"""`python -m scmmgpt.eval annotation|description|finetuning|generation|report|zeroshot`: judge outputs."""
+"""`python -m scmmgpt.eval annotation|description|finetuning|generation|report|zeroshot`: evaluate a checkpoint."""
 
 import argparse
 import importlib
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 
-# Imported when asked for: a task must not need the libraries of another.
+# A task is imported when it is called: no task needs the libraries of another.
 COMMANDS = {
     "annotation": "scmmgpt.eval.annotation",
     "description": "scmmgpt.eval.description",
@@ -18,18 +18,8 @@ COMMANDS = {
 }
 
 
-def task_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every task has."""
-    parser = argparse.ArgumentParser(prog=f"python -m scmmgpt.eval {command}", description=description)
-    parser.add_argument("--corpus", required=True, help="corpus folder, whose train split feeds the baselines")
-    parser.add_argument("--label-key", default="cell_type", help="column of true types in the corpus (%(default)s)")
-    parser.add_argument("--output", required=True, help="JSON file to write; the report: a folder")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn (%(default)s)")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to the task; returns the exit status."""
+    """Call the task; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:
         parser = argparse.ArgumentParser(prog="python -m scmmgpt.eval", description=__doc__)

@@ -4,43 +4,29 @@ python -m scmmgpt.eval annotation --corpus corpus --annotated annotated.h5ad --o
 """
 
 import argparse
-import logging
-import sys
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from scmmgpt.eval import baselines
-from scmmgpt.eval.cells import LabelledCells, match_names, read_splits
+from scmmgpt.eval import baselines, results
+from scmmgpt.eval.cells import LabelledCells, match_names
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import N_BINS, annotation_scores
-from scmmgpt.eval.results import (
-    BASELINE,
-    CONTROL,
-    MODEL,
-    N_RESAMPLES,
-    Estimate,
-    Measure,
-    bootstrap_draws,
-    format_table,
-    recentre,
-    tabulate,
-)
-from scmmgpt.files import write_json
+from scmmgpt.eval.task import run_task, task_parser
 
 
-logger = logging.getLogger(__name__)
-
-MODEL_NAME = "scMMGPT"
 UNKNOWN = "unknown"  # how a prediction that names no type is written
 
 MEASURES = {
-    "accuracy": Measure("accuracy", True, "Share of cells with the right type."),
-    "macro_f1": Measure(
+    "accuracy": results.Measure("accuracy", True, "Share of cells with the right type."),
+    "macro_f1": results.Measure(
         "macro F1", True, "F1 of each true type, averaged with equal weight: rare types count as much."
     ),
-    "weighted_f1": Measure("weighted F1", True, "F1 of each true type, averaged by number of cells."),
-    "balanced_accuracy": Measure("balanced accuracy", True, "Recall of each true type, averaged with equal weight."),
-    "ece": Measure(
+    "weighted_f1": results.Measure("weighted F1", True, "F1 of each true type, averaged by number of cells."),
+    "balanced_accuracy": results.Measure(
+        "balanced accuracy", True, "Recall of each true type, averaged with equal weight."
+    ),
+    "ece": results.Measure(
         "calibration error",
         False,
         "Mean gap between confidence and accuracy over 15 bins of confidence; 0 is perfect.",
@@ -49,14 +35,14 @@ MEASURES = {
 
 
 def evaluate_annotation(
-    predictions: Sequence[str],
-    truth: Sequence[str],
+    predictions: ArrayLike,
+    truth: ArrayLike,
     train: LabelledCells,
     test: LabelledCells,
     *,
     confidences: np.ndarray | None = None,
     regression: baselines.TypePrediction | None = None,
-    n_resamples: int = N_RESAMPLES,
+    n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
     """Score predicted types beside the baselines.
@@ -67,7 +53,7 @@ def evaluate_annotation(
         train: The model's own training cells, for the baselines.
         test: The test cells, in the order of `predictions`.
         confidences: Confidence in [0, 1] of each prediction, or `None`.
-        regression: What logistic regression says of the test cells; fitted here where `None`.
+        regression: Prediction of logistic regression for the test cells; fitted here where `None`.
         n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the shuffled control and the choice of C.
 
@@ -82,15 +68,15 @@ def evaluate_annotation(
     genes = np.intersect1d(train.genes, test.genes)
     x_train, x_test = train.select_genes(genes).expression, test.select_genes(genes).expression
     candidates = {
-        MODEL_NAME: (MODEL, predictions, confidences),
-        "logistic regression": (BASELINE, regression.labels, regression.confidences),
-        "nearest centroid": (BASELINE, baselines.nearest_centroid(x_train, train.labels, x_test).labels, None),
-        "majority class": (BASELINE, baselines.majority_class(train.labels, len(test)).labels, None),
-        "shuffled labels": (CONTROL, baselines.shuffled(predictions, seed=seed).astype(str), None),
+        results.MODEL_NAME: (results.MODEL, predictions, confidences),
+        "logistic regression": (results.BASELINE, regression.labels, regression.confidences),
+        "nearest centroid": (results.BASELINE, baselines.nearest_centroid(x_train, train.labels, x_test).labels, None),
+        "majority class": (results.BASELINE, baselines.majority_class(train.labels, len(test)).labels, None),
+        "shuffled labels": (results.CONTROL, baselines.shuffled(predictions, seed=seed).astype(str), None),
     }
-    draws = bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
+    draws = results.bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
     estimates = {name: _estimates(labels, truth, conf, draws) for name, (_, labels, conf) in candidates.items()}
-    result = tabulate(MEASURES, {name: role for name, (role, _, _) in candidates.items()}, estimates)
+    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in candidates.items()}, estimates)
     return (
         {"task": "annotation"}
         | result
@@ -108,16 +94,18 @@ def evaluate_annotation(
     )
 
 
-def _as_labels(values: Sequence) -> np.ndarray:
-    values = np.asarray(values, dtype=object)
-    missing = np.array([value is None or value != value or value == "" for value in values], dtype=bool)
-    return np.where(missing, UNKNOWN, values).astype(str)
+def _as_labels(values: ArrayLike) -> np.ndarray:
+    labels = np.asarray(values, dtype=object)
+    missing = np.array([label is None or label != label or label == "" for label in labels], dtype=bool)
+    return np.where(missing, UNKNOWN, labels).astype(str)
 
 
-def _estimates(predictions, truth, confidences, draws) -> dict[str, Estimate]:
+def _estimates(
+    predictions: np.ndarray, truth: np.ndarray, confidences: np.ndarray | None, draws: np.ndarray
+) -> dict[str, results.Estimate]:
     scores = annotation_scores(predictions, truth, confidences)
     labels = np.unique(truth)
-    # Confusion counts of every replicate at once: draws say how often a cell counts, cells say where.
+    # Confusion counts of all replicates in one product: how often a cell was drawn, times the entry that it counts in.
     columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
     code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
     where = np.zeros((len(truth), len(labels) * (len(labels) + 1)))
@@ -126,8 +114,8 @@ def _estimates(predictions, truth, confidences, draws) -> dict[str, Estimate]:
     replicates = _scores_of_confusions(confusion)
     if confidences is not None:
         replicates["ece"] = _calibration_errors(np.asarray(confidences), predictions == truth, draws)
-        replicates["ece"] = recentre(scores["ece"], replicates["ece"]).clip(min=0)
-    return {name: Estimate(value, len(truth), replicates[name]) for name, value in scores.items()}
+        replicates["ece"] = results.recentre(scores["ece"], replicates["ece"]).clip(min=0)
+    return {name: results.Estimate(value, len(truth), replicates[name]) for name, value in scores.items()}
 
 
 def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -136,7 +124,7 @@ def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     predicted = confusion[:, :, :-1].sum(1)
     f1 = 2 * hits / np.maximum(support + predicted, 1)
-    present = support > 0  # a rare type may miss from a replicate; it is then no class of its average
+    present = support > 0  # a replicate may lack a rare type, which is then no class of its average
     recall = hits / np.maximum(support, 1)
     return {
         "accuracy": hits.sum(1) / support.sum(1),
@@ -155,26 +143,29 @@ def _calibration_errors(
     return np.abs(draws @ gaps).sum(1) / draws.sum(1)
 
 
-def _per_type(truth, train_labels, predictions, regression_labels) -> list[dict]:
-    rows = []
+def _per_type(
+    truth: np.ndarray, train_labels: np.ndarray, predictions: np.ndarray, regression_labels: np.ndarray
+) -> list[dict]:
+    rows: list[dict] = []
     for label in np.unique(truth):
         of_type = truth == label
-        row = {"type": str(label), "n_train": int((train_labels == label).sum()), "n_test": int(of_type.sum())}
-        for name, labels in ((MODEL_NAME, predictions), ("logistic regression", regression_labels)):
+        n_test = int(of_type.sum())
+        row: dict = {"type": str(label), "n_train": int((train_labels == label).sum()), "n_test": n_test}
+        for name, labels in ((results.MODEL_NAME, predictions), ("logistic regression", regression_labels)):
             hits, named = int((labels[of_type] == label).sum()), int((labels == label).sum())
-            row[name] = {"recall": hits / row["n_test"], "precision": hits / named if named else None}
+            row[name] = {"recall": hits / n_test, "precision": hits / named if named else None}
         rows.append(row)
     return sorted(rows, key=lambda row: -row["n_test"])
 
 
-def _confusion(truth, predictions) -> dict:
+def _confusion(truth: np.ndarray, predictions: np.ndarray) -> dict:
     labels = sorted(set(truth), key=lambda label: (-(truth == label).sum(), label))
     columns = labels + sorted(set(predictions) - set(labels))
     counts = [[int(((truth == t) & (predictions == p)).sum()) for p in columns] for t in labels]
     return {"labels": [str(label) for label in labels], "columns": [str(c) for c in columns], "counts": counts}
 
 
-def _calibration(confidences, correct, n_bins: int = 10) -> list[dict]:
+def _calibration(confidences: np.ndarray, correct: np.ndarray, n_bins: int = 10) -> list[dict]:
     confidences = np.asarray(confidences, dtype=np.float64)
     bins = np.minimum((confidences * n_bins).astype(int), n_bins - 1)
     return [
@@ -224,10 +215,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument("--score-key", default="scmmgpt_score", help="obs column of confidences (%(default)s)")
 
 
-def run(
-    args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: baselines.TypePrediction
+def evaluate_file(
+    args: argparse.Namespace,
+    train: LabelledCells,
+    test: LabelledCells,
+    regression: baselines.TypePrediction | None = None,
 ) -> dict:
-    """Read the annotation that the arguments name and evaluate it; `regression` covers all test cells."""
+    """Evaluate the annotation that the arguments name; `regression` covers all test cells and is fitted if `None`."""
+    regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, predictions, scores = read_annotated(
         args.annotated, test, prediction_key=args.prediction_key, score_key=args.score_key
     )
@@ -237,20 +232,8 @@ def run(
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m scmmgpt.eval annotation`."""
-    from scmmgpt.eval.__main__ import task_parser
-
-    parser = task_parser("annotation", "Score predicted cell types beside baselines on the same split.")
-    add_arguments(parser)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    args = make_parser().parse_args(argv)
-    train, test = read_splits(args.corpus, label_key=args.label_key)
-    result = run(args, train, test, baselines.regression_on_shared_genes(train, test, seed=args.seed))
-    sys.stdout.write(format_table(result))
-    write_json(args.output, result)
-    return 0
+    parser = task_parser("annotation", "Score predicted cell types beside baselines on the same split.")
+    add_arguments(parser)
+    return run_task(parser, evaluate_file, argv)

@@ -1,7 +1,7 @@
 """Baselines: what anyone could do without the model, and what chance does.
 
-They see the model's own training cells and nothing of the test cells' labels; whatever needs choosing is chosen on a
-part of the training cells.
+Baselines learn from the model's own training cells and never read labels of test cells; hyper-parameters are chosen on
+a part of the training cells.
 
 * types: `majority_class`, `nearest_centroid`, `logistic_regression` (log1p CP10k, all genes, C by validation);
 * texts: `label_only_captions`, `training_captions`;
@@ -11,17 +11,19 @@ part of the training cells.
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestCentroid
 
-from scmmgpt.eval.cells import TARGET_SUM, LabelledCells
+from scmmgpt.cells_scmmgpt import log1p_cp10k
+from scmmgpt.eval.cells import LabelledCells
 
 
 logger = logging.getLogger(__name__)
@@ -51,14 +53,16 @@ class TypePrediction:
         return TypePrediction(self.labels[rows], confidences, self.choices)
 
 
-def majority_class(train_labels: Sequence[str], n_cells: int) -> TypePrediction:
+def majority_class(train_labels: ArrayLike, n_cells: int) -> TypePrediction:
     """Call every cell the most frequent training type, with its share as confidence; ties go to the first by name."""
     names, counts = np.unique(np.asarray(train_labels).astype(str), return_counts=True)
     share = counts.max() / counts.sum()
     return TypePrediction(np.full(n_cells, names[counts.argmax()]), np.full(n_cells, share))
 
 
-def nearest_centroid(train, train_labels: Sequence[str], test) -> TypePrediction:
+def nearest_centroid(
+    train: np.ndarray | sparse.csr_matrix, train_labels: ArrayLike, test: np.ndarray | sparse.csr_matrix
+) -> TypePrediction:
     """Call every cell the type whose mean log1p(CP10k) profile is nearest.
 
     Args:
@@ -76,12 +80,11 @@ def nearest_centroid(train, train_labels: Sequence[str], test) -> TypePrediction
 
 
 def logistic_regression(
-    train,
-    train_labels: Sequence[str],
-    test,
+    train: np.ndarray | sparse.csr_matrix,
+    train_labels: ArrayLike,
+    test: np.ndarray | sparse.csr_matrix,
     *,
     inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
-    validation_share: float = VALIDATION_SHARE,
     seed: int = 0,
 ) -> TypePrediction:
     """Multinomial logistic regression on log1p(CP10k) of all genes, the strongest simple annotator of small data.
@@ -94,29 +97,20 @@ def logistic_regression(
         train_labels: Shape `(n_train,)`.
         test: Expression of the cells to name, shape `(n_cells, n_genes)`.
         inverse_penalties: Values of C to try.
-        validation_share: Share of the training cells to choose C on.
         seed: Seed of that part.
 
     Returns:
         Labels, the probability of each, and in `choices` C and the validation accuracies.
     """
-    train_labels = np.asarray(train_labels).astype(str)
-    if len(np.unique(train_labels)) == 1:
-        return majority_class(train_labels, test.shape[0])
+    labels = np.asarray(train_labels).astype(str)
+    if len(np.unique(labels)) == 1:
+        return majority_class(labels, test.shape[0])
     train, test = (sparse.csr_matrix(m) if sparse.issparse(m) else np.asarray(m) for m in (train, test))
-    fitting, validation = _validation_part(train_labels, validation_share, seed)
-    accuracies = {
-        c: float(
-            (
-                _fit(train[fitting], train_labels[fitting], c).predict(train[validation]) == train_labels[validation]
-            ).mean()
-        )
-        for c in sorted(inverse_penalties)
-    }
-    best = max(accuracies, key=accuracies.get)
-    probabilities = _fit(train, train_labels, best).predict_proba(test)
+    model = LogisticRegression(max_iter=MAX_ITERATIONS)
+    best, accuracies = choose_penalty(model, train, labels, [_validation_part(labels, seed)], inverse_penalties)
+    probabilities = fit_quietly(model.set_params(C=best), train, labels).predict_proba(test)
     return TypePrediction(
-        labels=np.unique(train_labels)[probabilities.argmax(1)],
+        labels=np.unique(labels)[probabilities.argmax(1)],
         confidences=probabilities.max(1),
         choices={"C": best, "validation_accuracy": {str(c): a for c, a in accuracies.items()}},
     )
@@ -134,19 +128,46 @@ def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, see
     return logistic_regression(x_train, train.labels, x_test, seed=seed)
 
 
-def _fit(x, y, c: float) -> LogisticRegression:
+def choose_penalty(
+    model: LogisticRegression,
+    x: np.ndarray | sparse.csr_matrix,
+    labels: np.ndarray,
+    folds: Iterable[tuple[np.ndarray, np.ndarray]],
+    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+) -> tuple[float, dict[float, float]]:
+    """The C with the best accuracy over folds, the smallest among equals, and the accuracy of each C.
+
+    Args:
+        model: Fitted for every C and fold.
+        x: `(n_cells, n_features)`.
+        labels: `(n_cells,)`.
+        folds: Rows to fit on, and rows to predict.
+        inverse_penalties: Values of C to try.
+    """
+    hits, n = dict.fromkeys(sorted(inverse_penalties), 0), 0
+    for fitting, held_out in folds:
+        n += len(held_out)
+        for c in hits:
+            predicted = fit_quietly(model.set_params(C=c), x[fitting], labels[fitting]).predict(x[held_out])
+            hits[c] += int((predicted == labels[held_out]).sum())
+    return max(hits, key=lambda c: hits[c]), {c: right / n for c, right in hits.items()}
+
+
+def fit_quietly(
+    model: LogisticRegression, x: np.ndarray | sparse.csr_matrix, labels: np.ndarray
+) -> LogisticRegression:
+    """Fit without warnings: a weakly penalised model whose fit did not finish is a candidate like any other."""
     with warnings.catch_warnings():
-        # An unfinished fit of a weakly penalised model is a candidate like any other; validation judges it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(x, y)
+        return model.fit(x, labels)
 
 
-def _validation_part(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _validation_part(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to fit on and rows to choose on; types with one cell stay among the former, where they can be learnt."""
     names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     repeated = np.flatnonzero(counts[codes] > 1)
     n_types = int((counts > 1).sum())
-    n_validation = max(round(share * len(labels)), n_types)
+    n_validation = max(round(VALIDATION_SHARE * len(labels)), n_types)
     if n_types < 2 or len(repeated) - n_validation < n_types:
         raise ValueError(
             f"{len(labels)} training cells of {len(names)} types are too few to choose a penalty on a part of them. "
@@ -158,15 +179,15 @@ def _validation_part(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
     return np.concatenate([fitting, np.flatnonzero(counts[codes] == 1)]), validation
 
 
-def shuffled(values: Sequence, *, seed: int = 0) -> np.ndarray:
-    """The same answers, dealt to other cells at random: what their mere frequencies are worth."""
+def shuffled(values: ArrayLike, *, seed: int = 0) -> np.ndarray:
+    """The same values in random order over cells: what their frequencies alone are worth."""
     return np.random.default_rng(seed).permutation(np.asarray(values, dtype=object))
 
 
 def label_only_captions(
-    labels: Sequence[str], label_text: Callable[[str], str] = "cell type: {}.".format
+    labels: Sequence[str] | np.ndarray, label_text: Callable[[str], str] = "cell type: {}.".format
 ) -> list[str]:
-    """A caption that says the type and nothing else of the cell.
+    """A caption of the type and nothing else, for each cell.
 
     Args:
         labels: Type of each cell, true or predicted.
@@ -177,7 +198,7 @@ def label_only_captions(
 
 
 def training_captions(
-    labels: Sequence[str], train_labels: Sequence[str], train_texts: Sequence[str], *, seed: int = 0
+    labels: ArrayLike, train_labels: ArrayLike, train_texts: Sequence[str], *, seed: int = 0
 ) -> list[str]:
     """For each label the text of a random training cell of that type.
 
@@ -191,13 +212,13 @@ def training_captions(
     return [train_texts[row] for row in rows]
 
 
-def sample_rows(labels: Sequence[str], train_labels: Sequence[str], *, seed: int = 0) -> np.ndarray:
+def sample_rows(labels: ArrayLike, train_labels: ArrayLike, *, seed: int = 0) -> np.ndarray:
     """For each label a random row of `train_labels` with that label, drawn with replacement, int `(len(labels),)`."""
     rng = np.random.default_rng(seed)
-    labels, train_labels = np.asarray(labels).astype(str), np.asarray(train_labels).astype(str)
-    rows = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        rows[labels == label] = rng.choice(_rows_of(label, train_labels), (labels == label).sum())
+    wanted, available = np.asarray(labels).astype(str), np.asarray(train_labels).astype(str)
+    rows = np.empty(len(wanted), dtype=np.int64)
+    for label in np.unique(wanted):
+        rows[wanted == label] = rng.choice(_rows_of(label, available), (wanted == label).sum())
     return rows
 
 
@@ -210,11 +231,11 @@ def _rows_of(label: str, train_labels: np.ndarray) -> np.ndarray:
     return rows
 
 
-def mean_cells(prompts: Sequence[str], train: LabelledCells) -> np.ndarray:
-    """The mean log1p(CP10k) profile of the prompted types: the best single guess, and always the same one.
+def mean_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells) -> np.ndarray:
+    """The mean log1p(CP10k) profile of the prompted type, the same for all cells of a type.
 
     Args:
-        prompts: Type asked for, shape `(n_cells,)`.
+        prompts: Prompted types, shape `(n_cells,)`.
         train: Training cells.
 
     Returns:
@@ -227,11 +248,11 @@ def mean_cells(prompts: Sequence[str], train: LabelledCells) -> np.ndarray:
     return np.stack([means[label] for label in prompts])
 
 
-def poisson_cells(prompts: Sequence[str], train: LabelledCells, *, seed: int = 0) -> np.ndarray:
+def poisson_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells, *, seed: int = 0) -> np.ndarray:
     """Cells drawn from the mean profile of their type with Poisson noise, at the library size of a real cell of it.
 
     Args:
-        prompts: Type asked for, shape `(n_cells,)`.
+        prompts: Prompted types, shape `(n_cells,)`.
         train: Training cells.
         seed: Seed of library sizes and noise.
 
@@ -244,6 +265,6 @@ def poisson_cells(prompts: Sequence[str], train: LabelledCells, *, seed: int = 0
     for label in set(prompts):
         of_type = _rows_of(label, train.labels)
         shares[label] = np.asarray(train.counts[of_type].sum(0)).ravel() / train.total_counts[of_type].sum()
-    totals = train.total_counts[rows][:, None]
-    counts = rng.poisson(np.stack([shares[label] for label in prompts]) * totals)
-    return np.log1p(counts * (TARGET_SUM / totals)).astype(np.float32)
+    totals = train.total_counts[rows]
+    counts = rng.poisson(np.stack([shares[label] for label in prompts]) * totals[:, None])
+    return log1p_cp10k(counts, totals)

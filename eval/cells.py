@@ -1,16 +1,25 @@
 """Real cells with labels, as evaluation needs them: sparse counts, symbols, types, from a corpus or an `.h5ad`."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
+
+from scmmgpt.cells_scmmgpt import log1p_cp10k
+
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scmmgpt.train.data.corpus import Corpus
 
 
 logger = logging.getLogger(__name__)
 
-TARGET_SUM = 1e4  # CP10k, as everywhere in the project
 MAX_CELLS = 50_000  # of a split; baselines do not gain from more, and evaluation stays in memory
 
 
@@ -40,19 +49,13 @@ class LabelledCells:
     @property
     def expression(self) -> sparse.csr_matrix:
         """log1p of counts per 10,000 of the library size, CSR float32 of shape `(n_cells, n_genes)`."""
-        scale = TARGET_SUM / np.maximum(self.total_counts, 1)
-        return sparse.csr_matrix(self.counts.multiply(scale[:, None]), dtype=np.float32).log1p()
+        return log1p_cp10k(self.counts, self.total_counts)
 
     def take(self, rows: np.ndarray) -> "LabelledCells":
         """The cells at `rows`, in that order."""
-        return LabelledCells(
-            counts=self.counts[rows],
-            total_counts=self.total_counts[rows],
-            genes=self.genes,
-            labels=self.labels[rows],
-            names=self.names[rows],
-            obs={name: values[rows] for name, values in self.obs.items()},
-        )
+        of_cells = ("counts", "total_counts", "labels", "names")
+        taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in of_cells}
+        return replace(self, **taken, obs={name: values[rows] for name, values in self.obs.items()})
 
     def select_genes(self, genes: np.ndarray) -> "LabelledCells":
         """The same cells over these genes, in that order; library sizes stay."""
@@ -60,32 +63,21 @@ class LabelledCells:
         missing = [gene for gene in genes if gene not in column]
         if missing:
             raise ValueError(f"The cells have no genes {missing[:5]} ({len(missing)} in all). Pass shared genes only.")
-        return LabelledCells(
-            counts=self.counts[:, [column[gene] for gene in genes]],
-            total_counts=self.total_counts,
-            genes=np.asarray(genes),
-            labels=self.labels,
-            names=self.names,
-            obs=self.obs,
-        )
+        return replace(self, counts=self.counts[:, [column[gene] for gene in genes]], genes=np.asarray(genes))
 
 
-def read_splits(corpus, *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
+def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
     """The training cells and the held-out test cells of a corpus."""
     return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
 
 
-def read_split(
-    corpus, split: str, *, label_key: str = "cell_type", max_cells: int = MAX_CELLS, seed: int = 0
-) -> LabelledCells:
-    """Read the labelled cells of a split.
+def read_split(corpus: "Corpus | str | Path", split: str, *, label_key: str = "cell_type") -> LabelledCells:
+    """Read the labelled cells of a split, at most `MAX_CELLS` of them, drawn at random.
 
     Args:
-        corpus: An opened corpus (`scmmgpt.train.corpus.open_corpus`) or the path of one.
+        corpus: An opened corpus or the path of one.
         split: "train", "validation" or "test".
         label_key: obs column with the cell type; cells without one are left out, and counted in the log.
-        max_cells: A larger split is sampled down to this many.
-        seed: Seed of that sample.
 
     Returns:
         Cells over the genes that occur in the split.
@@ -96,9 +88,9 @@ def read_split(
         corpus = open_corpus(corpus)
     n_cells = corpus.n_cells(split)
     chosen = np.arange(n_cells)
-    if n_cells > max_cells:
-        chosen = np.sort(np.random.default_rng(seed).choice(n_cells, max_cells, replace=False))
-        logger.info("Sampled %d of the %d cells of split %r.", max_cells, n_cells, split)
+    if n_cells > MAX_CELLS:
+        chosen = np.sort(np.random.default_rng(0).choice(n_cells, MAX_CELLS, replace=False))
+        logger.info("Sampled %d of the %d cells of split %r.", MAX_CELLS, n_cells, split)
     blocks, tables, first = [], [], 0
     width = len(corpus.gene_symbols)
     for cells, table in corpus.iter_cells(split):
@@ -136,7 +128,26 @@ def read_split(
     )
 
 
-def match_names(names, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
+def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarray]:
+    """The labelled cells of a file of counts, and their labels.
+
+    Raises:
+        ValueError: If `X` holds anything but counts; every system of the benchmarks normalises them itself.
+    """
+    from scmmgpt.readers import read_file
+    from scmmgpt.train.finetune import column_of
+
+    adata: AnnData = read_file(path)
+    labels = column_of(adata.obs, label_key)
+    known = labels != None  # noqa: E711 (elementwise)
+    adata = adata[known].copy()
+    values = sparse.csr_matrix(adata.X).data
+    if (values < 0).any() or not np.array_equal(values, np.round(values)):
+        raise ValueError(f"X of {path} holds no counts, which all systems need. Put them into X.")
+    return adata, labels[known].astype(str)
+
+
+def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
     """Find the cells of a result file in the test split, by barcode.
 
     Args:
@@ -148,27 +159,26 @@ def match_names(names, test: LabelledCells, source: str) -> tuple[np.ndarray, np
         Rows of `test` and the rows of the file that they match, both int arrays of one length.
     """
     row = {name: i for i, name in enumerate(test.names)}
-    names = np.asarray(names).astype(str)
+    barcodes = np.asarray(names).astype(str)
     if len(row) != len(test):
         raise ValueError(
             f"The test split has {len(test) - len(row)} barcodes twice, so results cannot be matched to its cells. "
             "Make barcodes unique (for example by a sample prefix) and prepare the corpus again."
         )
-    if len(set(names)) != len(names):
-        raise ValueError(f"{source} has {len(names) - len(set(names))} barcodes twice; each cell must occur once.")
-    kept = np.array([i for i, name in enumerate(names) if name in row], dtype=np.int64)
+    if len(set(barcodes)) != len(barcodes):
+        n_repeated = len(barcodes) - len(set(barcodes))
+        raise ValueError(f"{source} has {n_repeated} barcodes twice; each cell must occur once.")
+    kept = np.array([i for i, name in enumerate(barcodes) if name in row], dtype=np.int64)
     if not len(kept):
         raise ValueError(
-            f"None of the {len(names)} cells of {source} is in the test split of the corpus ({len(test)} cells, such "
-            f"as {str(test.names[0])!r}). Evaluate the held-out cells."
+            f"None of the {len(barcodes)} cells of {source} is in the test split of the corpus ({len(test)} cells, "
+            f"such as {str(test.names[0])!r}). Evaluate the held-out cells."
         )
-    if len(kept) < len(names):
+    if len(kept) < len(barcodes):
+        n_unknown = len(barcodes) - len(kept)
         logger.warning(
-            "%d of %d cells of %s are not in the test split and are left out.",
-            len(names) - len(kept),
-            len(names),
-            source,
+            "Left out %d of %d cells of %s, which are not in the test split.", n_unknown, len(barcodes), source
         )
     if len(kept) < len(test):
         logger.warning("%d of %d test cells are not in %s.", len(test) - len(kept), len(test), source)
-    return np.array([row[name] for name in names[kept]]), kept
+    return np.array([row[name] for name in barcodes[kept]]), kept

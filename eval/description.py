@@ -5,38 +5,23 @@ python -m scmmgpt.eval description --corpus corpus --descriptions descriptions.c
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import sacrebleu
+from numpy.typing import ArrayLike
 
-from scmmgpt.eval import baselines
-from scmmgpt.eval.annotation import MODEL_NAME
-from scmmgpt.eval.cells import LabelledCells, match_names, read_splits
-from scmmgpt.eval.distances import discrepancy, gaussian_kernel, median_distance
+from scmmgpt.eval import baselines, results
+from scmmgpt.eval.cells import LabelledCells, match_names
+from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
     ROUGE_TYPES,
     cell_types_in_text,
     embed_texts,
     rouge_f,
-    text_scores,
+    sliced_wasserstein,
 )
-from scmmgpt.eval.results import (
-    BASELINE,
-    CONTROL,
-    MODEL,
-    N_RESAMPLES,
-    REFERENCE,
-    Estimate,
-    Measure,
-    bootstrap_draws,
-    format_table,
-    mean_estimate,
-    recentre,
-    tabulate,
-)
-from scmmgpt.files import write_json
+from scmmgpt.eval.task import run_task, task_parser
 
 
 logger = logging.getLogger(__name__)
@@ -44,31 +29,31 @@ logger = logging.getLogger(__name__)
 BARCODE_COLUMNS = ("barcode", "cell")
 TEXT_COLUMNS = ("scmmgpt_description", "description")
 MAX_PAIRS = 2000  # kernel matrices are quadratic in the number of texts
-BLIND_TO_PAIRING = ("mmd2", "sliced_wasserstein")  # metrics that shuffled descriptions cannot change
+BLIND_TO_PAIRING = ("mmd2", "sliced_wasserstein")  # metrics that stay the same when descriptions are shuffled
 
 MEASURES = {
-    "named_type_accuracy": Measure(
+    "named_type_accuracy": results.Measure(
         "names true type",
         True,
         "Share of descriptions whose first named cell type (or a synonym of it) is the true one.",
     ),
-    "cosine": Measure(
+    "cosine": results.Measure(
         "cosine", True, "Mean cosine of description and reference, as all-MiniLM-L6-v2 sentence embeddings."
     ),
-    "mmd2": Measure(
+    "mmd2": results.Measure(
         "MMD²",
         False,
         "Unbiased squared maximum mean discrepancy between the embeddings of descriptions and references, with the "
-        "median distance between references as bandwidth; 0 on average for equal distributions. It compares all texts "
-        "with all, and cannot see which cell a text belongs to.",
+        "median distance between references as bandwidth; 0 on average for equal distributions. It compares "
+        "distributions, and does not depend on which cell a text belongs to.",
     ),
-    "sliced_wasserstein": Measure(
+    "sliced_wasserstein": results.Measure(
         "sliced Wasserstein",
         False,
-        "Sliced 2-Wasserstein distance between the same embeddings, 200 directions; as blind to the pairing.",
+        "Sliced 2-Wasserstein distance between the same embeddings, 200 directions; independent of the pairing, too.",
     ),
-    "rougeL": Measure("ROUGE-L", True, "Mean ROUGE-L F-measure against the reference."),
-    "bleu": Measure("BLEU", True, "Corpus BLEU against the reference (sacrebleu defaults), 0 to 100."),
+    "rougeL": results.Measure("ROUGE-L", True, "Mean ROUGE-L F-measure against the reference."),
+    "bleu": results.Measure("BLEU", True, "Corpus BLEU against the reference (sacrebleu defaults), 0 to 100."),
 }
 
 
@@ -78,18 +63,18 @@ def first_named_type(text: str, labels: Sequence[str]) -> str | None:
 
 
 def evaluate_descriptions(
-    descriptions: Sequence[str],
+    descriptions: Sequence[str] | np.ndarray,
     references: Sequence[str],
-    cell_types: Sequence[str],
-    train_labels: Sequence[str],
+    cell_types: ArrayLike,
+    train_labels: ArrayLike,
     *,
-    baseline_labels: Sequence[str] | None = None,
+    baseline_labels: ArrayLike | None = None,
     train_texts: Sequence[str] | None = None,
     label_text: Callable[[str], str] = "cell type: {}.".format,
     parse: Callable[[str, Sequence[str]], str | None] = first_named_type,
     embed: Callable[[Sequence[str]], np.ndarray] = embed_texts,
-    names: Sequence[str] | None = None,
-    n_resamples: int = N_RESAMPLES,
+    names: ArrayLike | None = None,
+    n_resamples: int = results.N_RESAMPLES,
     n_samples: int = 12,
     seed: int = 0,
 ) -> dict:
@@ -100,10 +85,10 @@ def evaluate_descriptions(
         references: Reference text of each cell.
         cell_types: True type of each cell.
         train_labels: Types of the training cells.
-        baseline_labels: Type of each cell as logistic regression predicts it; adds the baselines that write from it.
+        baseline_labels: Predictions of logistic regression; adds the baselines that write a caption of them.
         train_texts: Text of each training cell; adds the baselines that copy one.
         label_text: Writes the label-only caption of a type.
-        parse: Finds the type that a text names among candidates.
+        parse: Finds the candidate that a text names, `None` where it names none.
         embed: Sentence embedder, texts to array `(n, d)`.
         names: Barcodes, for the samples.
         n_resamples: Bootstrap replicates of the intervals.
@@ -113,107 +98,105 @@ def evaluate_descriptions(
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `parsing`, `samples` and sizes.
     """
-    descriptions = ["" if text is None or text != text else str(text) for text in descriptions]
-    references, cell_types = [str(text) for text in references], np.asarray(cell_types).astype(str)
-    if not len(descriptions) == len(references) == len(cell_types):
-        raise ValueError(
-            f"Got {len(descriptions)} descriptions, {len(references)} references and {len(cell_types)} cell types."
-        )
-    if len(references) < 2:
-        raise ValueError(f"A comparison of texts needs two cells at least, but got {len(references)}.")
-    n_given = len(references)
-    if n_given > MAX_PAIRS:
-        rows = np.sort(np.random.default_rng(seed).choice(n_given, MAX_PAIRS, replace=False))
-        logger.info("Sampled %d of %d descriptions.", MAX_PAIRS, n_given)
-        descriptions, references = [descriptions[i] for i in rows], [references[i] for i in rows]
-        cell_types = cell_types[rows]
-        baseline_labels = None if baseline_labels is None else np.asarray(baseline_labels)[rows]
-        names = None if names is None else np.asarray(names)[rows]
-    candidates = sorted(set(train_labels) | set(cell_types))
-    texts = {MODEL_NAME: (MODEL, descriptions)}
-    majority = baselines.majority_class(train_labels, len(references)).labels
-    if baseline_labels is not None:
-        texts["label of logistic regression"] = (BASELINE, baselines.label_only_captions(baseline_labels, label_text))
-        if train_texts is not None:
-            texts["training caption of that label"] = (
-                BASELINE,
-                baselines.training_captions(baseline_labels, train_labels, train_texts, seed=seed),
-            )
-    texts["majority label"] = (BASELINE, baselines.label_only_captions(majority, label_text))
-    texts["shuffled descriptions"] = (CONTROL, baselines.shuffled(descriptions, seed=seed).tolist())
-    texts["label-only caption, true label"] = (REFERENCE, baselines.label_only_captions(cell_types, label_text))
-    known = np.isin(cell_types, train_labels).all()
-    if train_texts is not None and known:
-        texts["training caption of the true type"] = (
-            REFERENCE,
-            baselines.training_captions(cell_types, train_labels, train_texts, seed=seed + 1),
-        )
-    draws = bootstrap_draws(len(references), n_resamples=n_resamples, seed=seed)
-    embedded_references = embed(references)
-    parsed = {}
+    texts = ["" if text is None or text != text else str(text) for text in descriptions]
+    types, train_types = np.asarray(cell_types).astype(str), np.asarray(train_labels).astype(str)
+    if not len(texts) == len(references) == len(types):
+        raise ValueError(f"Got {len(texts)} descriptions, {len(references)} references and {len(types)} cell types.")
+    rows = _sample_rows(len(types), seed)
+    texts, truths, types = [texts[i] for i in rows], [str(references[i]) for i in rows], types[rows]
+    predicted, barcodes = (None if v is None else np.asarray(v)[rows] for v in (baseline_labels, names))
+    systems = _systems(texts, types, predicted, train_types, train_texts, label_text, seed)
+    candidates = sorted(set(train_types) | set(types))
+    draws = results.bootstrap_draws(len(truths), n_resamples=n_resamples, seed=seed)
+    embedded_truths = embed(truths)
+    named = {name: [parse(text, candidates) for text in of_system] for name, (_, of_system) in systems.items()}
     estimates = {}
-    for name, (_, of_system) in texts.items():
-        parsed[name] = [parse(text, candidates) for text in of_system]
-        estimates[name] = _estimates(
-            of_system,
-            references,
-            np.array(parsed[name], dtype=object) == cell_types,
-            embed(of_system),
-            embedded_references,
-            draws,
-            seed,
-        )
-    result = tabulate(MEASURES, {name: role for name, (role, _) in texts.items()}, estimates)
-    regression = texts.get("label of logistic regression", (None, None))[1] and list(baseline_labels)
-    return (
-        {"task": "description"}
-        | result
-        | {
-            "n": len(references),
-            "n_given": n_given,
-            "n_resamples": n_resamples,
-            "seed": seed,
-            "parsing": {
-                "no_type_named": float(np.mean([label is None for label in parsed[MODEL_NAME]])),
-                "several_types_named": float(
-                    np.mean([len(cell_types_in_text(text, candidates)) > 1 for text in descriptions])
-                ),
-                "distinct_descriptions": len(set(descriptions)),
-            },
-            "samples": _samples(
-                descriptions, references, cell_types, parsed[MODEL_NAME], regression, names, n_samples
-            ),
-        }
-    )
-
-
-def _estimates(texts, references, named, embedded, embedded_references, draws, seed) -> dict[str, Estimate]:
-    n = len(references)
-    scores = text_scores(
-        texts,
-        references,
-        prediction_embeddings=embedded,
-        reference_embeddings=embedded_references,
-        seed=seed,
-    )
-    cosine = (embedded * embedded_references).sum(1) / np.maximum(
-        np.linalg.norm(embedded, axis=1) * np.linalg.norm(embedded_references, axis=1), 1e-12
-    )
-    bandwidth = median_distance(embedded_references)
-    pairs = ((embedded, embedded), (embedded_references, embedded_references), (embedded, embedded_references))
-    mmd2 = discrepancy(*(gaussian_kernel(a, b, bandwidth) for a, b in pairs), x_weights=draws, y_weights=draws)
-    return {
-        "named_type_accuracy": mean_estimate(named, draws),
-        "cosine": mean_estimate(cosine, draws),
-        "mmd2": Estimate(scores["mmd2"], n, recentre(scores["mmd2"], mmd2)),
-        "sliced_wasserstein": Estimate(scores["sliced_wasserstein"], n),
-        "rougeL": mean_estimate(rouge_f(texts, references)[:, ROUGE_TYPES.index("rougeL")], draws),
-        "bleu": Estimate(scores["bleu"], n, _bleu_replicates(texts, references, draws)),
+    for name, (_, of_system) in systems.items():
+        hits = np.array(named[name], dtype=object) == types
+        estimates[name] = _estimates(of_system, truths, hits, embed(of_system), embedded_truths, draws, seed)
+    roles = {name: role for name, (role, _) in systems.items()}
+    result = {"task": "description"} | results.tabulate(MEASURES, roles, estimates)
+    result |= {"n": len(truths), "n_given": len(references), "n_resamples": n_resamples, "seed": seed}
+    return result | {
+        "parsing": {
+            "no_type_named": float(np.mean([label is None for label in named[results.MODEL_NAME]])),
+            "several_types_named": float(np.mean([len(cell_types_in_text(text, candidates)) > 1 for text in texts])),
+            "distinct_descriptions": len(set(texts)),
+        },
+        "samples": _samples(texts, truths, types, named[results.MODEL_NAME], predicted, barcodes)[:n_samples],
     }
 
 
-def _bleu_replicates(texts, references, draws) -> np.ndarray:
-    """Corpus BLEU of every replicate, from the n-gram counts of each sentence, which add up."""
+def _sample_rows(n: int, seed: int) -> np.ndarray:
+    """Rows of the pairs to score: all, or `MAX_PAIRS` of them."""
+    if n < 2:
+        raise ValueError(f"A comparison of texts needs two cells at least, but got {n}.")
+    if n <= MAX_PAIRS:
+        return np.arange(n)
+    logger.info("Sampled %d of %d descriptions.", MAX_PAIRS, n)
+    return np.sort(np.random.default_rng(seed).choice(n, MAX_PAIRS, replace=False))
+
+
+def _systems(
+    texts: list[str],
+    types: np.ndarray,
+    predicted: np.ndarray | None,
+    train_types: np.ndarray,
+    train_texts: Sequence[str] | None,
+    label_text: Callable[[str], str],
+    seed: int,
+) -> dict[str, tuple[str, list[str]]]:
+    """Role and texts of the model, of captions looked up for predicted and for true types, and of the control."""
+    systems: dict[str, tuple[str, list[str]]] = {results.MODEL_NAME: (results.MODEL, texts)}
+    if predicted is not None:
+        systems["label of logistic regression"] = (
+            results.BASELINE,
+            baselines.label_only_captions(predicted, label_text),
+        )
+    if predicted is not None and train_texts is not None:
+        copied = baselines.training_captions(predicted, train_types, train_texts, seed=seed)
+        systems["training caption of that label"] = (results.BASELINE, copied)
+    majority = baselines.majority_class(train_types, len(types)).labels
+    systems["majority label"] = (results.BASELINE, baselines.label_only_captions(majority, label_text))
+    systems["shuffled descriptions"] = (results.CONTROL, baselines.shuffled(texts, seed=seed).tolist())
+    systems["label-only caption, true label"] = (results.REFERENCE, baselines.label_only_captions(types, label_text))
+    if train_texts is not None and np.isin(types, train_types).all():
+        copied = baselines.training_captions(types, train_types, train_texts, seed=seed + 1)
+        systems["training caption of the true type"] = (results.REFERENCE, copied)
+    return systems
+
+
+def _estimates(
+    texts: list[str],
+    references: list[str],
+    is_named: np.ndarray,
+    embedded: np.ndarray,
+    embedded_references: np.ndarray,
+    draws: np.ndarray,
+    seed: int,
+) -> dict[str, results.Estimate]:
+    n = len(references)
+    norms = np.linalg.norm(embedded, axis=1) * np.linalg.norm(embedded_references, axis=1)
+    cosine = (embedded * embedded_references).sum(1) / np.maximum(norms, 1e-12)
+    bandwidth = median_distance(embedded_references)
+    pairs = ((embedded, embedded), (embedded_references, embedded_references), (embedded, embedded_references))
+    kernels = [gaussian_kernel(a, b, bandwidth) for a, b in pairs]
+    mmd2 = float(discrepancy(*kernels))
+    bleu = sacrebleu.corpus_bleu(texts, [references]).score
+    return {
+        "named_type_accuracy": results.mean_estimate(is_named, draws),
+        "cosine": results.mean_estimate(cosine, draws),
+        "mmd2": results.Estimate(
+            mmd2, n, results.recentre(mmd2, discrepancy(*kernels, x_weights=draws, y_weights=draws))
+        ),
+        "sliced_wasserstein": results.Estimate(sliced_wasserstein(embedded, embedded_references, seed=seed), n),
+        "rougeL": results.mean_estimate(rouge_f(texts, references)[:, ROUGE_TYPES.index("rougeL")], draws),
+        "bleu": results.Estimate(bleu, n, _bleu_replicates(texts, references, draws)),
+    }
+
+
+def _bleu_replicates(texts: list[str], references: list[str], draws: np.ndarray) -> np.ndarray:
+    """Corpus BLEU of every replicate: a replicate's n-gram counts are the sum of those of its sentences."""
     metric = sacrebleu.BLEU()
     sentences = sacrebleu.BLEU(effective_order=True)
     scored = [sentences.sentence_score(text, [reference]) for text, reference in zip(texts, references, strict=True)]
@@ -233,23 +216,30 @@ def _bleu_replicates(texts, references, draws) -> np.ndarray:
     )
 
 
-def _samples(descriptions, references, cell_types, parsed, regression, names, n_samples) -> list[dict]:
+def _samples(
+    texts: list[str],
+    references: list[str],
+    types: np.ndarray,
+    named: list[str | None],
+    predicted: np.ndarray | None,
+    barcodes: np.ndarray | None,
+) -> list[dict]:
     """Cells to show: one of each type in turn, in the order given, right or wrong alike."""
     by_type: dict[str, list[int]] = {}
-    for i, label in enumerate(cell_types):
+    for i, label in enumerate(types):
         by_type.setdefault(label, []).append(i)
     turns = max(map(len, by_type.values()))
     order = [rows[turn] for turn in range(turns) for rows in by_type.values() if turn < len(rows)]
     return [
         {
-            "name": None if names is None else str(names[i]),
-            "cell_type": str(cell_types[i]),
-            "named": parsed[i],
-            "logistic_regression": None if not regression else str(regression[i]),
-            "description": descriptions[i],
+            "name": None if barcodes is None else str(barcodes[i]),
+            "cell_type": str(types[i]),
+            "named": named[i],
+            "logistic_regression": None if predicted is None else str(predicted[i]),
+            "description": texts[i],
             "reference": references[i],
         }
-        for i in order[:n_samples]
+        for i in order
     ]
 
 
@@ -290,13 +280,17 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument("--templates", default="default", help="caption templates of the training (%(default)s)")
 
 
-def run(
-    args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: baselines.TypePrediction
+def evaluate_file(
+    args: argparse.Namespace,
+    train: LabelledCells,
+    test: LabelledCells,
+    regression: baselines.TypePrediction | None = None,
 ) -> dict:
-    """Read the descriptions that the arguments name and evaluate them; `regression` covers all test cells."""
+    """Evaluate descriptions that the arguments name; `regression` covers all test cells and is fitted if `None`."""
     from scmmgpt.cells_scmmgpt import hash_names
     from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
 
+    regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, descriptions = read_descriptions(args.descriptions, test)
     test, regression = test.take(rows), regression.take(rows)
     term_ids = _term_ids(train) | _term_ids(test)
@@ -322,20 +316,8 @@ def _term_ids(cells: LabelledCells) -> dict[str, str | None]:
     return {label: None if term != term else term for label, term in zip(cells.labels, ids, strict=True)}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m scmmgpt.eval description`."""
-    from scmmgpt.eval.__main__ import task_parser
-
-    parser = task_parser("description", "Score descriptions of cells beside captions that need no language model.")
-    add_arguments(parser)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    args = make_parser().parse_args(argv)
-    train, test = read_splits(args.corpus, label_key=args.label_key)
-    result = run(args, train, test, baselines.regression_on_shared_genes(train, test, seed=args.seed))
-    sys.stdout.write(format_table(result))
-    write_json(args.output, result)
-    return 0
+    parser = task_parser("description", "Score descriptions of cells beside captions that need no language model.")
+    add_arguments(parser)
+    return run_task(parser, evaluate_file, argv)

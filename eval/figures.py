@@ -5,33 +5,26 @@ import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scmmgpt.eval.cells import LabelledCells
+from scmmgpt.train.curves import figure_style
 
 
 REAL, GENERATED = "#9aa5b1", "#c2410c"
 MAX_VECTOR_POINTS = 3000  # more are drawn as pixels inside the SVG: a vector for each would weigh megabytes
 MARKERS_PER_TYPE = 3
-STYLE = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.edgecolor": "#52606d",
-    "svg.hashsalt": "scmmgpt",  # the same figure is the same text in every run
-}
 
 
 def data_uri(figure: Figure) -> str:
     """The figure as an SVG data URI for an `<img>`."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with figure_style():
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None}, dpi=150)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -40,10 +33,10 @@ def _wrapped(label: str, width: int = 26) -> str:
     return "\n".join(textwrap.wrap(label, width, break_long_words=False)) or label
 
 
-def type_colors(labels: Sequence[str]) -> dict[str, tuple]:
+def type_colors(labels: Sequence[str]) -> dict[str, Any]:
     """One colour a type, the same in every figure of a report."""
-    maps = [matplotlib.colormaps[name] for name in ("tab10", "Set2", "tab20b", "tab20c")]
-    colors = [color for colormap in maps for color in colormap.colors]
+    names = ("tab10", "Set2", "tab20b", "tab20c")
+    colors = [color for name in names for color in matplotlib.color_sequences[name]]
     return {label: colors[i % len(colors)] for i, label in enumerate(sorted(set(labels)))}
 
 
@@ -52,7 +45,7 @@ def confusion_figure(confusion: Mapping) -> Figure:
     counts = np.array(confusion["counts"])
     rows, columns = confusion["labels"], confusion["columns"]
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    with matplotlib.rc_context(STYLE):
+    with figure_style():
         figure = Figure(figsize=(2.8 + 0.5 * len(columns), 2.2 + 0.42 * len(rows)))
         axes = figure.add_subplot()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -79,7 +72,7 @@ def confusion_figure(confusion: Mapping) -> Figure:
 
 def calibration_figure(calibration: Sequence[Mapping]) -> Figure:
     """Accuracy against confidence, a point a bin, its area by the number of cells."""
-    with matplotlib.rc_context(STYLE):
+    with figure_style():
         figure = Figure(figsize=(3.6, 3.4))
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=REAL, linewidth=1, linestyle="--")
@@ -107,49 +100,35 @@ def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
 def umap_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:
-    """Real and generated cells on one map: coloured by type, and by where they come from.
+    """Real and generated cells on one map: coloured by type, and by origin.
 
     Args:
         real: Coordinates of real cells, shape `(n_real, 2)`.
         real_labels: Their types.
         generated: Coordinates of generated cells, shape `(n_generated, 2)`.
-        prompts: The types they were asked for.
+        prompts: The types that generated cells were prompted with.
         colors: Type -> colour.
     """
     raster = len(real) + len(generated) > MAX_VECTOR_POINTS
     size = float(np.clip(6000 / (len(real) + len(generated)), 3, 26))
+
+    def draw(axes: Axes, points: np.ndarray, **style: Any) -> None:
+        axes.scatter(points[:, 0], points[:, 1], **{"s": size, "rasterized": raster, **style})
+
     shown = [label for label in colors if (real_labels == label).any() or (prompts == label).any()]
-    with matplotlib.rc_context(STYLE):
+    with figure_style():
         by_type, by_origin = Figure(figsize=(4.8, 5.6)), Figure(figsize=(4.8, 5.6))
-        axes = by_type.add_subplot()
+        axes, other = by_type.add_subplot(), by_origin.add_subplot()
         for label in shown:
-            a, b = real[real_labels == label], generated[prompts == label]
-            axes.scatter(*a.T, s=size, color=colors[label], alpha=0.55, linewidths=0, rasterized=raster)
-            axes.scatter(
-                *b.T,
-                s=size * 1.3,
-                color=colors[label],
-                marker="^",
-                edgecolors="#1f2933",
-                linewidths=0.5,
-                rasterized=raster,
-            )
+            draw(axes, real[real_labels == label], color=colors[label], alpha=0.55, linewidths=0)
+            prompted = {"color": colors[label], "marker": "^", "edgecolors": "#1f2933", "linewidths": 0.5}
+            draw(axes, generated[prompts == label], s=size * 1.3, **prompted)
             axes.scatter([], [], s=30, color=colors[label], label=_wrapped(label, 40))
         axes.scatter([], [], s=30, color="white", edgecolors="#52606d", label="real, held out")
         axes.scatter([], [], s=36, color="white", edgecolors="#1f2933", marker="^", label="generated")
+        draw(other, real, color=REAL, alpha=0.8, linewidths=0, label="real, held out")
+        draw(other, generated, color=GENERATED, alpha=0.6, linewidths=0, marker="^", label="generated")
         axes.set_title("by type")
-        other = by_origin.add_subplot()
-        other.scatter(*real.T, s=size, color=REAL, alpha=0.8, linewidths=0, label="real, held out", rasterized=raster)
-        other.scatter(
-            *generated.T,
-            s=size,
-            color=GENERATED,
-            alpha=0.6,
-            linewidths=0,
-            marker="^",
-            label="generated",
-            rasterized=raster,
-        )
         other.set_title("by origin")
         for each, columns in ((axes, 1 if max(map(len, shown)) > 24 else 2), (other, 2)):
             each.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
@@ -194,7 +173,7 @@ def marker_figure(
         generated: The same of generated cells.
     """
     scale = np.maximum(real.max(0), 1e-6)
-    with matplotlib.rc_context(STYLE):
+    with figure_style():
         figure = Figure(figsize=(3.2 + 0.21 * len(markers), 1.6 + 0.5 * len(types)))
         panels = figure.subplots(2, 1, sharex=True)
         for axes, values, title in ((panels[0], real, "real, held out"), (panels[1], generated, "generated")):
@@ -209,46 +188,4 @@ def marker_figure(
         panels[1].set_xticks(range(len(markers)), [gene for _, gene in markers], rotation=90, fontsize=7)
         bar = figure.colorbar(image, ax=list(panels), shrink=0.5, pad=0.02, label="share of the largest real mean")
         bar.outline.set_visible(False)
-    return figure
-
-
-def training_figure(history: Sequence[Mapping]) -> Figure | None:
-    """Losses over steps, and below them accuracies if any were logged; `None` if no loss was.
-
-    Lines are training, points validation.
-    """
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for entry in history:
-        for name, value in entry.items():
-            is_loss = name == "loss" or name.endswith("_loss") and name != "train_loss"
-            is_share = name.startswith("eval_") and name.endswith(("_accuracy", "_recall", "_recall_at_10"))
-            if (is_loss or is_share) and isinstance(value, int | float) and np.isfinite(value):
-                curves.setdefault(name, []).append((entry["step"], float(value)))
-    losses = sorted((n for n in curves if n.endswith("loss")), key=lambda n: (n.startswith("eval_"), n != "loss", n))
-    shares = sorted(set(curves) - set(losses))
-    if not losses:
-        return None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 3.4 if not shares else 5.2), layout="constrained")
-        panels = figure.subplots(
-            1 + bool(shares), 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + bool(shares)]
-        )
-        for axes, names, label in zip(panels[:, 0], (losses, shares), ("loss", "validation"), strict=False):
-            colors = iter(matplotlib.colormaps["tab10"].colors * 4)
-            of_name = {}
-            for name in names:
-                steps, values = zip(*curves[name], strict=True)
-                base = name.removeprefix("eval_")
-                color = of_name.setdefault(base, next(colors))
-                shown = base.removesuffix("_loss").replace("_", " ")
-                if name.startswith("eval_"):
-                    shown = shown + ", validation" if name in losses else shown
-                    axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=0.8, label=shown)
-                else:
-                    axes.plot(steps, values, color=color, linewidth=2 if name == "loss" else 1.2, label=shown)
-            axes.set_ylabel(label)
-            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=1.02 if axes is not panels[0, 0] else None)
-            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
-        panels[-1, 0].set_xlabel("optimiser step")
-        panels[-1, 0].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2)
     return figure

@@ -1,35 +1,22 @@
-"""Evaluate cells generated from words against real held-out cells, beside profiles that need no model.
+"""Evaluate cells generated from text against real held-out cells, beside profiles that need no model.
 
 python -m scmmgpt.eval generation --corpus corpus --generated generated.h5ad --output generation.json
 """
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy import sparse
 
-from scmmgpt.eval import baselines
-from scmmgpt.eval.annotation import MODEL_NAME
-from scmmgpt.eval.cells import TARGET_SUM, LabelledCells, read_splits
-from scmmgpt.eval.distances import discrepancy, distance_kernel, gaussian_kernel, median_distance
-from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import KS, MIN_CELLS, fit_cell_space, knn_accuracy
-from scmmgpt.eval.results import (
-    BASELINE,
-    CONTROL,
-    MODEL,
-    N_RESAMPLES,
-    REFERENCE,
-    Estimate,
-    Measure,
-    bootstrap_draws,
-    format_table,
-    mean_estimate,
-    recentre,
-    tabulate,
-)
-from scmmgpt.files import write_json
+from scmmgpt.cells_scmmgpt import log1p_cp10k
+from scmmgpt.eval import baselines, results
+from scmmgpt.eval.cells import LabelledCells
+from scmmgpt.eval.metrics.generated_cell_knn import generated_cell_knn as knn
+from scmmgpt.eval.task import run_task, task_parser
 
 
 logger = logging.getLogger(__name__)
@@ -42,134 +29,149 @@ MAX_PER_TYPE = 500  # cells of a type on each side of a distance
 
 MEASURES = {
     **{
-        f"knn_accuracy_{k}": Measure(
+        f"knn_accuracy_{k}": results.Measure(
             f"{k}-NN accuracy",
             True,
             f"Share of generated cells whose {k} nearest real held-out cells vote for the prompted type, averaged "
-            "over types. Cells "
-            "that are more typical than real ones score above real ones, so read it with the distances.",
+            "over types. Cells that are more typical than real ones score above them: read it with the distances.",
         )
-        for k in KS
+        for k in knn.KS
     },
-    "energy_distance": Measure(
+    "energy_distance": results.Measure(
         "E-distance",
         False,
         "Energy distance between generated and real held-out cells of one type, unbiased, averaged over types.",
     ),
-    "mmd2": Measure(
+    "mmd2": results.Measure(
         "MMD²",
         False,
         "Squared maximum mean discrepancy of the same cells, unbiased, with one bandwidth from all held-out cells.",
     ),
-    "profile_correlation": Measure(
+    "profile_correlation": results.Measure(
         "profile correlation",
         True,
         "Pearson correlation over genes of the type's mean profile minus the mean of all training cells, generated "
         "against real held-out, averaged over types.",
     ),
-    "diversity": Measure(
+    "diversity": results.Measure(
         "diversity",
         None,
-        "Mean distance between generated cells of a type over that between real ones: 1 is right, 0 one cell copied.",
+        "Mean distance between generated cells of a type over that of real cells, averaged over types: 1 is right, "
+        "0 is one cell copied. The interval leaves out bootstrap draws that hold a single real cell of a type, for "
+        "which the ratio has no value; where half of the draws or more do, there is no interval.",
     ),
 }
 
 
 def evaluate_generation(
     generated: np.ndarray,
-    prompts: Sequence[str],
-    genes: Sequence[str],
+    prompts: ArrayLike,
+    genes: ArrayLike,
     train: LabelledCells,
     test: LabelledCells,
     *,
-    ks: Sequence[int] = KS,
-    n_resamples: int = N_RESAMPLES,
+    n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
     """Score generated cells beside the baselines, all in principal components of real training cells.
 
     Args:
         generated: log1p(CP10k), shape `(n_generated, n_genes)`.
-        prompts: Type that each generated cell was asked for.
+        prompts: Prompted type of each generated cell.
         genes: Symbols of the columns; those that no real cell has are left out.
-        train: Real training cells: they define the space and the baselines.
-        test: Real held-out cells: the truth.
-        ks: Numbers of neighbours; those above the number of held-out cells are left out.
+        train: Real training cells, which define the space and the baselines.
+        test: Real held-out cells, the truth.
         n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of everything that is drawn.
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `per_type` and sizes.
     """
-    prompts = np.asarray(prompts).astype(str)
+    types = np.asarray(prompts).astype(str)
     generated, train, test = align_genes(generated, genes, train, test)
-    kept = np.isin(prompts, test.labels) & np.isin(prompts, train.labels)
-    if not kept.any():
-        raise ValueError(
-            f"No prompted type ({np.unique(prompts).tolist()}) is among the types of training and held-out cells "
-            f"({np.intersect1d(test.labels, train.labels).tolist()}). "
-            "Name the column of the prompts with --prompt-key."
-        )
-    if not kept.all():
-        unknown = np.unique(prompts[~kept]).tolist()
-        logger.warning("Left out %d generated cells of types without real cells: %s.", (~kept).sum(), unknown)
-    generated, prompts = generated[kept], prompts[kept]
+    kept = _types_with_real_cells(types, train, test)
+    generated, types = generated[kept], types[kept]
     reserved = reserve_cells(train.labels, seed=seed)
     # Components fitted on a cell hold some of its noise: cells that are compared must be new to them.
-    space = fit_cell_space(train.expression[~reserved], seed=seed)
-    real_cells, real_prompts = draw_real_cells(prompts, train.take(np.flatnonzero(reserved)), seed=seed)
+    space = knn.fit_cell_space(train.expression[~reserved], seed=seed)
+    real_cells, real_types = draw_real_cells(types, train.take(np.flatnonzero(reserved)), seed=seed)
     systems = {
-        MODEL_NAME: (MODEL, generated, prompts),
-        "mean profile + Poisson": (BASELINE, baselines.poisson_cells(prompts, train, seed=seed), prompts),
-        "mean profile": (BASELINE, baselines.mean_cells(prompts, train), prompts),
-        "shuffled prompts": (CONTROL, generated, baselines.shuffled(prompts, seed=seed).astype(str)),
-        "real training cells": (REFERENCE, real_cells, real_prompts),
+        results.MODEL_NAME: (results.MODEL, generated, types),
+        "mean profile + Poisson": (results.BASELINE, baselines.poisson_cells(types, train, seed=seed), types),
+        "mean profile": (results.BASELINE, baselines.mean_cells(types, train), types),
+        "shuffled prompts": (results.CONTROL, generated, baselines.shuffled(types, seed=seed).astype(str)),
+        "real training cells": (results.REFERENCE, real_cells, real_types),
     }
-    real = space.transform(test.expression)
-    shared = {
-        "real": real,
-        "labels_of_real": test.labels,
-        "bandwidth": median_distance(real, seed=seed),
-        "ks": [k for k in ks if k <= len(real)],
-        "profiles": _Profiles.of(train.expression, test),
-        "n_resamples": n_resamples,
-        "seed": seed,
-    }
+    truth = HeldOutCells.of(train.expression, test, space.transform(test.expression), seed)
     estimates, per_type = {}, {}
     for name, (_, cells, labels) in systems.items():
-        estimates[name], per_type[name] = _estimates(cells, labels, space.transform(cells), **shared)
-    result = tabulate(MEASURES, {name: role for name, (role, _, _) in systems.items()}, estimates)
+        points = space.transform(cells)
+        estimates[name], per_type[name] = _estimates(cells, labels, points, truth, n_resamples=n_resamples, seed=seed)
+    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in systems.items()}, estimates)
     return (
         {"task": "generation"}
         | result
         | {
-            "n_generated": len(prompts),
+            "n_generated": len(types),
             "n_left_out": int((~kept).sum()),
             "n_real": len(test),
             "n_train": len(train),
             "n_genes": len(test.genes),
             "n_components": int(space.n_components_),
-            "bandwidth": shared["bandwidth"],
+            "bandwidth": truth.bandwidth,
             "n_resamples": n_resamples,
             "seed": seed,
-            "types_in_distances": sorted(per_type[MODEL_NAME]),
+            "types_in_distances": sorted(per_type[results.MODEL_NAME]),
             "per_type": per_type,
         }
     )
 
 
-class _Profiles:
-    """Variable genes, the mean of all training cells and held-out cells over them."""
+def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: LabelledCells) -> np.ndarray:
+    """Whether training and test cells of the prompted type exist, bool `(n_generated,)`."""
+    kept = np.isin(types, test.labels) & np.isin(types, train.labels)
+    if not kept.any():
+        raise ValueError(
+            f"No prompted type ({np.unique(types).tolist()}) is among the types of training and held-out cells "
+            f"({np.intersect1d(test.labels, train.labels).tolist()}). "
+            "Name the column of the prompts with --prompt-key."
+        )
+    if not kept.all():
+        unknown = np.unique(types[~kept]).tolist()
+        logger.warning("Left out %d generated cells of types without real cells: %s.", (~kept).sum(), unknown)
+    return kept
 
-    def __init__(self, columns, center, real):
-        self.columns, self.center, self.real = columns, center, real
+
+@dataclass(frozen=True)
+class HeldOutCells:
+    """Real held-out cells, as generated ones are compared with them.
+
+    Args:
+        points: Principal components, `(n_real, n_components)`.
+        labels: Types, `(n_real,)`.
+        bandwidth: Width of the Gaussian kernel for all systems.
+        columns: The most variable genes of the training cells, for profiles.
+        profiles: log1p(CP10k) of the held-out cells over those genes, `(n_real, n_columns)`.
+        center: Mean log1p(CP10k) of all training cells over those genes, `(n_columns,)`.
+    """
+
+    points: np.ndarray
+    labels: np.ndarray
+    bandwidth: float
+    columns: np.ndarray
+    profiles: np.ndarray
+    center: np.ndarray
 
     @classmethod
-    def of(cls, train_expression, test):
+    def of(
+        cls, train_expression: sparse.csr_matrix, test: LabelledCells, points: np.ndarray, seed: int
+    ) -> "HeldOutCells":
+        """Choose the bandwidth from the held-out cells, and the genes of profiles from the training cells."""
         mean = np.asarray(train_expression.mean(0)).ravel()
         variance = np.asarray(train_expression.multiply(train_expression).mean(0)).ravel() - mean**2
         columns = np.sort(np.argsort(-variance, kind="stable")[:MAX_VARIABLE_GENES])
-        return cls(columns, mean[columns], test.expression[:, columns].toarray())
+        profiles = test.expression[:, columns].toarray()
+        return cls(points, test.labels, knn.median_distance(points, seed=seed), columns, profiles, mean[columns])
 
 
 def reserve_cells(labels: np.ndarray, *, share: float = RESERVED_SHARE, seed: int = 0) -> np.ndarray:
@@ -190,36 +192,31 @@ def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, *, seed: int = 0)
         log1p(CP10k) of shape `(n_cells, n_genes)`, and types.
     """
     rng = np.random.default_rng(seed)
-    rows = []
-    for label, n in zip(*np.unique(prompts, return_counts=True), strict=True):
-        rows.append(rng.permutation(np.flatnonzero(cells.labels == label))[:n])
-    rows = np.concatenate(rows)
+    wanted = zip(*np.unique(prompts, return_counts=True), strict=True)
+    rows = np.concatenate([rng.permutation(np.flatnonzero(cells.labels == label))[:n] for label, n in wanted])
     return cells.expression[rows].toarray(), cells.labels[rows]
 
 
 def align_genes(
-    generated: np.ndarray, genes: Sequence[str], train: LabelledCells, test: LabelledCells
+    generated: np.ndarray, genes: ArrayLike, train: LabelledCells, test: LabelledCells
 ) -> tuple[np.ndarray, LabelledCells, LabelledCells]:
     """Bring generated, training and held-out cells onto the genes that all of them have."""
-    genes = np.asarray(genes).astype(str)
-    if generated.shape[1] != len(genes) or len(set(genes)) != len(genes):
+    symbols = np.asarray(genes).astype(str)
+    if generated.shape[1] != len(symbols) or len(set(symbols)) != len(symbols):
         raise ValueError(
-            f"Generated cells of shape {generated.shape} need as many distinct genes, but got {len(genes)}."
+            f"Generated cells of shape {generated.shape} need as many distinct genes, but got {len(symbols)}."
         )
     # A gene without a count in the held-out cells is a zero there, not a missing gene.
-    shared = genes[np.isin(genes, train.genes)]
+    shared = symbols[np.isin(symbols, train.genes)]
     if len(shared) < MIN_GENES:
         raise ValueError(
             f"Generated and real cells share {len(shared)} genes; at least {MIN_GENES} are needed. "
             "Generate the genes of the corpus, named by the symbols of its vocabulary."
         )
-    if len(shared) < len(genes):
-        logger.info(
-            "%d of %d generated genes occur in no training cell and are left out.",
-            len(genes) - len(shared),
-            len(genes),
-        )
-    column = {gene: i for i, gene in enumerate(genes)}
+    if len(shared) < len(symbols):
+        unknown = len(symbols) - len(shared)
+        logger.info("Left out %d of %d generated genes, which no training cell has.", unknown, len(symbols))
+    column = {gene: i for i, gene in enumerate(symbols)}
     return (
         np.asarray(generated)[:, [column[gene] for gene in shared]],
         train.select_genes(shared),
@@ -228,82 +225,113 @@ def align_genes(
 
 
 def _with_genes(cells: LabelledCells, genes: np.ndarray) -> LabelledCells:
-    """The cells over these genes; those in which no cell has a count are zero."""
-    from scipy import sparse
-
+    """The cells over these genes; genes without a count in any cell are columns of zeros."""
     column = {gene: i for i, gene in enumerate(cells.genes)}
     where = np.array([column.get(gene, len(cells.genes)) for gene in genes])
     padded = sparse.hstack([cells.counts, sparse.csr_matrix((len(cells), 1), dtype=np.float32)], format="csc")
-    return LabelledCells(
-        counts=sparse.csr_matrix(padded[:, where]),
-        total_counts=cells.total_counts,
-        genes=np.asarray(genes),
-        labels=cells.labels,
-        names=cells.names,
-        obs=cells.obs,
-    )
+    return replace(cells, counts=sparse.csr_matrix(padded[:, where]), genes=np.asarray(genes))
 
 
-def _estimates(cells, labels, points, *, real, labels_of_real, bandwidth, ks, profiles, n_resamples, seed):
+def _estimates(
+    cells: np.ndarray, labels: np.ndarray, points: np.ndarray, truth: HeldOutCells, *, n_resamples: int, seed: int
+) -> tuple[dict[str, results.Estimate], dict[str, dict[str, float | None]]]:
+    """Estimates of one system, and values by type.
+
+    Args:
+        cells: log1p(CP10k) of the system, `(n, n_genes)`.
+        labels: Prompted types, `(n,)`.
+        points: The cells in principal components, `(n, n_components)`.
+        truth: Real held-out cells.
+        n_resamples: Bootstrap replicates.
+        seed: Seed of the bootstrap.
+    """
     n = len(labels)
-    draws = bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
-    hits = knn_accuracy(points, labels, real, labels_of_real, ks=ks) if ks else {}
+    draws = results.bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
+    ks = [k for k in knn.KS if k <= len(truth.points)]
+    hits = knn.knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
     _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    equal = 1 / sizes[types]  # every type weighs the same, however many of its cells there are
-    estimates = {f"knn_accuracy_{k}": mean_estimate(hit, draws, weights=equal) for k, hit in hits.items()}
-    per_type = {}
+    equal = 1 / sizes[types]  # every type weighs the same, whatever its number of cells
+    estimates = {f"knn_accuracy_{k}": results.mean_estimate(hit, draws, weights=equal) for k, hit in hits.items()}
+    by_type = {}
     for label in np.unique(labels):
-        mine, theirs = np.flatnonzero(labels == label), np.flatnonzero(labels_of_real == label)
-        mine, theirs = mine[:MAX_PER_TYPE], theirs[:MAX_PER_TYPE]
-        if len(mine) < 2 or len(theirs) < MIN_CELLS:
-            continue
-        x, y = points[mine], real[theirs]
-        wx = bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
-        wy = bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
-        kernels = {
-            "energy_distance": [distance_kernel(a, b) for a, b in ((x, x), (y, y), (x, y))],
-            "mmd2": [gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y))],
-        }
-        measured = {
-            name: (float(discrepancy(*k)), discrepancy(*k, x_weights=wx, y_weights=wy)) for name, k in kernels.items()
-        }
-        measured["profile_correlation"] = _profile_correlation(cells[mine], profiles, theirs, wx, wy)
-        measured["diversity"] = _diversity(*kernels["energy_distance"][:2], wx, wy)
-        per_type[str(label)] = measured
+        mine, theirs = (np.flatnonzero(of == label)[:MAX_PER_TYPE] for of in (labels, truth.labels))
+        if len(mine) >= 2 and len(theirs) >= knn.MIN_CELLS:
+            by_type[str(label)] = _compare_samples(cells[mine], points[mine], truth, theirs, n_resamples, seed)
     for name in ("energy_distance", "mmd2", "profile_correlation", "diversity"):
-        if per_type:
-            values, replicates = zip(*(measured[name] for measured in per_type.values()), strict=True)
-            value = float(np.mean(values))
-            estimates[name] = Estimate(value, n, recentre(value, np.mean(replicates, axis=0)))
+        measured = [of_type[name] for of_type in by_type.values() if np.isfinite(of_type[name][0])]
+        if measured:
+            value = float(np.mean([value for value, _ in measured]))
+            replicates = np.mean([replicates for _, replicates in measured], axis=0)
+            usable = np.isfinite(replicates).mean() > 0.5 or name != "diversity"
+            estimates[name] = results.Estimate(value, n, results.recentre(value, replicates) if usable else None)
     return estimates, {
-        label: {name: value for name, (value, _) in measured.items()}
+        label: {name: value if np.isfinite(value) else None for name, (value, _) in measured.items()}
         | {f"knn_accuracy_{k}": float(hit[labels == label].mean()) for k, hit in hits.items()}
-        for label, measured in per_type.items()
+        for label, measured in by_type.items()
     }
 
 
-def _profile_correlation(cells, profiles, rows_of_real, wx, wy) -> tuple[float, np.ndarray]:
-    def correlate(a, b):
+def _compare_samples(
+    cells: np.ndarray, x: np.ndarray, truth: HeldOutCells, rows: np.ndarray, n_resamples: int, seed: int
+) -> dict[str, tuple[float, np.ndarray]]:
+    """Each measure of the cells of one type, `points` x, against the held-out cells `rows`: value and replicates."""
+    y = truth.points[rows]
+    wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
+    wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
+    pairs = ((x, x), (y, y), (x, y))
+    kernels = {
+        "energy_distance": [knn.distance_kernel(a, b) for a, b in pairs],
+        "mmd2": [knn.gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs],
+    }
+    measured = {
+        name: (float(knn.discrepancy(*k)), knn.discrepancy(*k, x_weights=wx, y_weights=wy))
+        for name, k in kernels.items()
+    }
+    profiles = cells[:, truth.columns], truth.profiles[rows]
+    measured["profile_correlation"] = _profile_correlation(*profiles, truth.center, wx, wy)
+    x_distances, y_distances, _ = (-k for k in kernels["energy_distance"])
+    return measured | {"diversity": diversity(x_distances, y_distances, wx, wy)}
+
+
+def _profile_correlation(
+    x: np.ndarray, y: np.ndarray, center: np.ndarray, wx: np.ndarray, wy: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Correlation over genes of the mean profiles of x and y, both minus `center`, and its replicates."""
+
+    def correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
         norms = np.sqrt((a**2).sum(1) * (b**2).sum(1))
         return np.divide((a * b).sum(1), norms, out=np.zeros(len(a)), where=norms > 0)
 
-    x, y = np.asarray(cells)[:, profiles.columns], profiles.real[rows_of_real]
-    value = correlate(x.mean(0, keepdims=True) - profiles.center, y.mean(0, keepdims=True) - profiles.center)[0]
-    replicates = correlate(
-        wx @ x / wx.sum(1, keepdims=True) - profiles.center, wy @ y / wy.sum(1, keepdims=True) - profiles.center
-    )
+    value = correlate(x.mean(0, keepdims=True) - center, y.mean(0, keepdims=True) - center)[0]
+    replicates = correlate(wx @ x / wx.sum(1, keepdims=True) - center, wy @ y / wy.sum(1, keepdims=True) - center)
     return float(value), replicates
 
 
-def _diversity(k_xx, k_yy, wx, wy) -> tuple[float, np.ndarray]:
-    def spread(kernel, weights):
-        pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
-        return ((weights @ -kernel) * weights).sum(1) / np.maximum(pairs, 1)
+def diversity(x: np.ndarray, y: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean distance between generated cells over mean distance between real cells of one type.
 
-    ones_x, ones_y = np.ones((1, len(k_xx))), np.ones((1, len(k_yy)))
-    value = spread(k_xx, ones_x)[0] / max(spread(k_yy, ones_y)[0], 1e-12)
-    return float(value), spread(k_xx, wx) / np.maximum(spread(k_yy, wy), 1e-12)
+    Args:
+        x: Distances between generated cells, `(n, n)`.
+        y: Distances between real cells, `(m, m)`.
+        wx: How often each generated cell occurs in each bootstrap draw, `(n_resamples, n)`.
+        wy: The same of the real cells, `(n_resamples, m)`.
+
+    Returns:
+        The ratio and its replicates `(n_resamples,)`, NaN where all real cells are copies of one: of three cells, one
+        draw in nine holds the same cell three times, and a ratio to a distance of zero means nothing.
+    """
+
+    def spread(distances: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        pairs = weights.sum(1) ** 2 - (weights**2).sum(1)  # copies of one cell are no pair
+        return ((weights @ distances) * weights).sum(1) / np.maximum(pairs, 1)
+
+    of_all = spread(y, np.ones((1, len(y))))[0]
+    generated = np.concatenate([spread(x, np.ones((1, len(x)))), spread(x, wx)])
+    real = np.concatenate([[of_all], spread(y, wy)])
+    # Rounding leaves distances of about 1e-8 of the others between equal cells.
+    ratios = np.divide(generated, real, out=np.full_like(real, np.nan), where=real > 1e-6 * of_all)
+    return float(ratios[0]), ratios[1:]
 
 
 def read_generated(path: str, *, prompt_key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -333,8 +361,7 @@ def read_generated(path: str, *, prompt_key: str | None = None) -> tuple[np.ndar
     if not np.isfinite(matrix).all():
         raise ValueError(f"{path} holds values that are not finite, {(~np.isfinite(matrix)).sum()} of {matrix.size}.")
     if sampled:
-        sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
-        matrix = np.log1p(matrix * (TARGET_SUM / sizes)[:, None]).astype(np.float32)
+        matrix = log1p_cp10k(matrix, adata.obs["library_size"].to_numpy(dtype=np.float64))
     return matrix, adata.obs[keys[0]].to_numpy().astype(str), adata.var_names.to_numpy().astype(str)
 
 
@@ -346,25 +373,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     )
 
 
-def run(args: argparse.Namespace, train: LabelledCells, test: LabelledCells) -> dict:
-    """Read the generated cells that the arguments name and evaluate them."""
+def evaluate_file(args: argparse.Namespace, train: LabelledCells, test: LabelledCells) -> dict:
+    """Evaluate the generated cells that the arguments name."""
     matrix, prompts, genes = read_generated(args.generated, prompt_key=args.prompt_key)
     return evaluate_generation(matrix, prompts, genes, train, test, seed=args.seed)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m scmmgpt.eval generation`."""
-    from scmmgpt.eval.__main__ import task_parser
-
-    parser = task_parser("generation", "Score generated cells beside profiles that need no model.")
-    add_arguments(parser)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    args = make_parser().parse_args(argv)
-    result = run(args, *read_splits(args.corpus, label_key=args.label_key))
-    sys.stdout.write(format_table(result))
-    write_json(args.output, result)
-    return 0
+    parser = task_parser("generation", "Score generated cells beside profiles that need no model.")
+    add_arguments(parser)
+    return run_task(parser, evaluate_file, argv)

@@ -1,6 +1,6 @@
 """Result tables: every number with its interval, beside the baselines, and a verdict for each pair.
 
-A task measures `Estimate`s; `tabulate` turns them into the JSON that `metrics.json` and the report hold.
+An evaluation gives `Estimate`s; `tabulate` turns them into the JSON that `metrics.json` and the report hold.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ N_RESAMPLES = 1000  # bootstrap replicates; the ends of a 95 % interval then var
 MAX_DRAW_ENTRIES = 20_000_000  # of a table of draws, 160 MB
 LEVEL = 0.95
 
-MODEL = "model"  # the checkpoint under test
+MODEL = "model"  # the checkpoint that is evaluated
 BASELINE = "baseline"  # what anyone could do without it
 CONTROL = "control"  # what chance gives: shuffled answers
 REFERENCE = "reference"  # knows the answer, or is the real thing: what a number means, not a rival
+MODEL_NAME = "scMMGPT"
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ def recentre(value: float, replicates: np.ndarray) -> np.ndarray:
 
 
 def tabulate(
-    measures: Mapping[str, Measure],
-    systems: Mapping[str, str],
-    estimates: Mapping[str, Mapping[str, Estimate]],
+    measures: Mapping[str, Measure], systems: Mapping[str, str], estimates: Mapping[str, Mapping[str, Estimate]]
 ) -> dict:
     """Rows of a table and the verdict of each comparison.
 

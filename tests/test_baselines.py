@@ -6,11 +6,20 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from scmmgpt.eval import baselines
-from scmmgpt.eval.annotation import MODEL_NAME, evaluate_annotation
+from scmmgpt.eval.annotation import evaluate_annotation
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
-from scmmgpt.eval.generation import draw_real_cells, evaluate_generation, reserve_cells
-from scmmgpt.eval.results import BASELINE, MODEL, Estimate, Measure, bootstrap_draws, mean_estimate, tabulate
+from scmmgpt.eval.generation import diversity, draw_real_cells, evaluate_generation, reserve_cells
+from scmmgpt.eval.results import (
+    BASELINE,
+    MODEL,
+    MODEL_NAME,
+    Estimate,
+    Measure,
+    bootstrap_draws,
+    mean_estimate,
+    tabulate,
+)
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -271,6 +280,41 @@ def test_generated_cells_stand_beside_profiles_and_real_cells(train, test):
     assert diversity["mean profile"] == pytest.approx(0, abs=1e-6)
     assert diversity[MODEL_NAME] == pytest.approx(1, abs=0.15)
     assert diversity["real training cells"] == pytest.approx(1, abs=0.15)
+
+
+def test_diversity_has_no_replicate_where_all_drawn_real_cells_are_one():
+    real = 1 - np.eye(3)  # three cells, all at distance 1
+    once, thrice = np.ones(3, dtype=int), np.array([3, 0, 0])
+    value, replicates = diversity(2 * real, real, np.array([once, once, thrice]), np.array([once, thrice, once]))
+    assert value == pytest.approx(2)
+    np.testing.assert_allclose(replicates, [2, np.nan, 0])
+    assert np.isnan(diversity(real, 0 * real, once[None], once[None])[0])
+
+
+def test_a_type_with_few_real_cells_leaves_the_interval_of_diversity_believable(train, test):
+    b_cells = np.flatnonzero(test.labels == "B cell")
+    few = test.take(np.setdiff1d(np.arange(len(test)), b_cells[3:]))
+    prompts = np.repeat(np.unique(test.labels), 10)
+    generated = baselines.poisson_cells(prompts, train)
+    result = evaluate_generation(generated, prompts, train.genes, train, few, n_resamples=500)
+    for row in result["rows"]:
+        if row["metric"] == "diversity":
+            assert 0 <= row["ci"][0] <= row["value"] <= row["ci"][1] < 3
+
+
+@pytest.mark.parametrize("has_value", [False, True])
+def test_diversity_has_no_interval_where_most_draws_have_no_ratio(train, test, has_value):
+    chosen = []  # of each type, copies of one cell; with `has_value` another one, which a third of draws lack
+    for n, label in enumerate(np.unique(test.labels), start=3):
+        one, other = np.flatnonzero(test.labels == label)[:2]
+        chosen += [one] * (n - has_value) + [other] * has_value
+    prompts = np.repeat(np.unique(test.labels), 10)
+    generated = baselines.poisson_cells(prompts, train)
+    result = evaluate_generation(generated, prompts, train.genes, train, test.take(np.array(chosen)), n_resamples=100)
+    measured = [row for row in result["rows"] if row["metric"] == "diversity"]
+    assert bool(measured) == has_value
+    assert all(row["ci"] is None for row in measured)
+    assert (result["per_type"][MODEL_NAME]["B cell"]["diversity"] is not None) == has_value
 
 
 def test_genes_may_come_in_any_order(train, test):

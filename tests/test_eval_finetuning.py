@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.eval import finetuning
-from scmmgpt.eval.finetuning import ALL, OTHER_SPLITS, System, Task
+from scmmgpt.eval import annotators, finetuning
+from scmmgpt.eval.annotators import LabelBudget, System
+from scmmgpt.eval.cells import read_labelled
+from scmmgpt.eval.finetuning import ALL, OTHER_SPLITS
 
 
 @pytest.fixture
@@ -26,18 +28,18 @@ def adata():
 
 
 @pytest.fixture
-def task(adata):
+def budget(adata):
     labels = adata.obs["label"].replace("unknown", "T").to_numpy().astype(str)
-    return Task(adata[:60].copy(), labels[:60], np.arange(20), adata[60:].copy(), 0)
+    return LabelBudget(adata[:60].copy(), labels[:60], np.arange(20), adata[60:].copy(), 0)
 
 
-def plan(labels, **options):
-    return finetuning.plan_runs(labels, **{"shots": [2], "seeds": 3, "splits": 2, "test_share": 0.25, **options})
+def draw(labels, **options):
+    return finetuning.draw_runs(labels, **{"shots": [2], "seeds": 3, "splits": 2, "test_share": 0.25, **options})
 
 
 def test_no_test_cell_is_in_training_and_few_labels_are_shown():
     labels = np.array(["a", "b"])[np.arange(40) % 2]
-    runs = plan(labels)
+    runs = draw(labels)
     assert [run["setting"] for run in runs] == ["2"] * 3 + [ALL] * 3 + [OTHER_SPLITS]
     for run in runs:
         assert not set(run["train"]) & set(run["test"])
@@ -49,32 +51,32 @@ def test_no_test_cell_is_in_training_and_few_labels_are_shown():
     assert len({tuple(run["test"]) for run in runs}) == 2
 
 
-@pytest.mark.parametrize("system", [finetuning.regression, finetuning.component_regression, finetuning.centroid])
-def test_baselines_learn_a_gene_that_tells_types_apart(task, system):
+@pytest.mark.parametrize("system", [annotators.regression, annotators.component_regression, annotators.centroid])
+def test_baselines_learn_a_gene_that_tells_types_apart(budget, system):
     truth = np.array(["B", "T"])[np.arange(60, 80) % 2]
-    assert (system(task) == truth).mean() > 0.9
+    assert (system(budget) == truth).mean() > 0.9
 
 
-def test_celltypist_trains_on_the_shown_cells(task):
+def test_celltypist_trains_on_the_shown_cells(budget):
     pytest.importorskip("celltypist", exc_type=ImportError)
-    answers = finetuning.celltypist(task)
+    answers = annotators.celltypist(budget)
     assert (answers == np.array(["B", "T"])[np.arange(60, 80) % 2]).mean() > 0.9
 
 
 def test_one_cell_of_each_label_is_enough_for_a_regression():
     x = np.array([[0.0, 1.0], [1.0, 0.0]])
-    assert finetuning.cross_validated_regression(x, np.array(["a", "b"]), x).tolist() == ["a", "b"]
+    assert annotators.cross_validated_regression(x, np.array(["a", "b"]), x).tolist() == ["a", "b"]
 
 
 def test_answers_that_no_seed_changes_are_computed_once(adata):
     calls = []
 
-    def count(task):
-        calls.append(len(task.shown))
-        return np.full(task.test.n_obs, "T")
+    def count(budget):
+        calls.append(len(budget.shown))
+        return np.full(budget.test.n_obs, "T")
 
     labels = np.array(["B", "T"])[np.arange(80) % 2]
-    runs = plan(labels)
+    runs = draw(labels)
     records = list(finetuning.evaluate(adata, labels, {"it": System(count)}, runs))
     assert len(records) == len(runs) == 7
     assert len(calls) == 5  # three draws of few cells, all cells once, and another split
@@ -85,8 +87,8 @@ def test_answers_that_no_seed_changes_are_computed_once(adata):
 
 def test_what_reads_unlabelled_cells_is_left_out_where_all_are_labelled(adata):
     labels = np.array(["B", "T"])[np.arange(80) % 2]
-    systems = {"semi": System(lambda task: np.full(task.test.n_obs, "T"), semi=True)}
-    settings = [record["setting"] for record in finetuning.evaluate(adata, labels, systems, plan(labels))]
+    systems = {"semi": System(lambda budget: np.full(budget.test.n_obs, "T"), semi_supervised=True)}
+    settings = [record["setting"] for record in finetuning.evaluate(adata, labels, systems, draw(labels))]
     assert settings == ["2"] * 3
 
 
@@ -114,12 +116,12 @@ def test_summaries_and_comparisons_are_over_seeds():
 
 def test_cells_without_a_label_and_values_that_are_no_counts(adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    read, labels = finetuning.read_labelled(tmp_path / "cells.h5ad", "label")
+    read, labels = read_labelled(tmp_path / "cells.h5ad", "label")
     assert len(read) == len(labels) == 79
     adata.X = adata.X * 0.5
     adata.write_h5ad(tmp_path / "halves.h5ad")
     with pytest.raises(ValueError, match="no counts"):
-        finetuning.read_labelled(tmp_path / "halves.h5ad", "label")
+        read_labelled(tmp_path / "halves.h5ad", "label")
 
 
 def test_the_command_writes_a_table_and_goes_on_where_it_stopped(adata, tmp_path, capsys):
@@ -148,11 +150,11 @@ def test_finetune_sees_only_the_labels_that_are_shown(monkeypatch):
         seen.update(labels=adata.obs[label_key].tolist(), options=options, seed=seed)
         return Pipeline()
 
-    monkeypatch.setattr(finetuning, "run_finetune", fake)
+    monkeypatch.setattr(annotators, "run_finetune", fake)
     counts = csr_matrix(np.ones((6, 3), dtype=np.float32))
     adata = anndata.AnnData(counts)
-    task = Task(adata, np.array(["B", "T", "B", "T", "B", "T"]), np.array([0, 1]), adata.copy(), 4)
-    finetuning.finetuned(task, label_key="label")
+    budget = LabelBudget(adata, np.array(["B", "T", "B", "T", "B", "T"]), np.array([0, 1]), adata.copy(), 4)
+    annotators.finetuned(budget, label_key="label")
     assert seen == {"labels": ["B", "T"], "options": ["--shots", 1], "seed": 4}
-    finetuning.finetuned(task, label_key="label", unlabelled=True)
+    annotators.finetuned(budget, label_key="label", unlabelled=True)
     assert seen["labels"] == ["B", "T", None, None, None, None]

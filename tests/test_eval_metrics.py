@@ -1,6 +1,10 @@
 """Metrics against scikit-learn, SciPy and POT, and the properties that a reader would expect of them."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import evaluate
@@ -13,24 +17,23 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 from sklearn.metrics.pairwise import rbf_kernel
 
-from scmmgpt.eval.distances import (
-    discrepancy,
-    distance_kernel,
-    energy_distance,
-    gaussian_kernel,
-    median_distance,
-    mmd_squared,
-)
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import (
     annotation_scores,
     expected_calibration_error,
 )
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import (
+    discrepancy,
+    distance_kernel,
     distances_by_type,
+    energy_distance,
     fit_cell_space,
+    gaussian_kernel,
     generated_cell_scores,
     knn_accuracy,
+    median_distance,
+    mmd_squared,
 )
+from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
     cell_types_in_text,
     embed_texts,
@@ -52,6 +55,40 @@ def rng():
 def load(tmp_path):
     # The cache of `evaluate` must not be shared between processes that run these tests at the same time.
     return lambda name: evaluate.load(str(METRICS / name), cache_dir=str(tmp_path))
+
+
+LOAD_AND_COMPUTE = """
+import sys
+
+import evaluate
+import numpy as np
+
+sys.modules["scmmgpt"] = None  # importing it raises ImportError
+folder, name = sys.argv[1:]
+metric = evaluate.load(f"{folder}/{name}", cache_dir=folder)
+eye = np.eye(4)
+print(metric.compute(references=["B", "T", "B", "T"], **{
+    "cell_type_annotation": {"predictions": ["B", "T", "T", "T"]},
+    "text_discrepancy": {
+        "predictions": ["a B", "a T", "B", "T"], "prediction_embeddings": eye, "reference_embeddings": eye
+    },
+    "generated_cell_knn": {
+        "generated": eye, "real": eye, "real_labels": ["B", "T", "B", "T"], "train": eye, "ks": [1], "n_components": 2
+    },
+}[name]))
+"""
+
+
+@pytest.mark.parametrize("name", ["cell_type_annotation", "generated_cell_knn", "text_discrepancy"])
+def test_a_copied_metric_needs_nothing_of_the_package(name, tmp_path):
+    shutil.copytree(METRICS / name, tmp_path / name)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", LOAD_AND_COMPUTE, str(tmp_path), name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"cell_type_annotation": "accuracy", "generated_cell_knn": "knn_accuracy_1"}.get(
+        name, "mmd2"
+    ) in done.stdout
 
 
 # Annotation
@@ -119,6 +156,12 @@ def test_biased_energy_distance_equals_scipys_in_one_dimension(rng):
     x, y = rng.normal(size=25), rng.normal(0.5, 2, size=40)
     ours = energy_distance(x[:, None], y[:, None], unbiased=False)
     assert ours == pytest.approx(scipy.stats.energy_distance(x, y) ** 2)
+
+
+@pytest.mark.parametrize("m", [12, 2100])
+def test_the_two_metrics_measure_one_discrepancy(rng, m):
+    x, y = rng.normal(size=(20, 3)), rng.normal(0.5, 1, size=(m, 3))
+    assert text_discrepancy.mmd_squared(x, y) == pytest.approx(mmd_squared(x, y), abs=1e-12)
 
 
 def test_distances_grow_with_the_shift(rng):

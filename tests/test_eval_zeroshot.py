@@ -10,7 +10,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scmmgpt.eval import zeroshot
-from scmmgpt.eval.zeroshot import Labelled, Task
+from scmmgpt.eval.zeroshot import LabelTexts, LeftOutLabel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train import finetune
 from scmmgpt.train.data import ontology
@@ -47,9 +47,9 @@ def test_measures_of_a_perfect_and_of_a_blind_system():
 def test_no_system_sees_a_cell_of_the_label_that_is_left_out(adata, tmp_path, monkeypatch, capsys):
     seen = []
 
-    def spy(task):
-        seen.append((task.left_out, sorted(set(task.targets)), task.train.n_obs, task.test.n_obs))
-        return {"spy": np.zeros((task.test.n_obs, 3))}
+    def spy(case):
+        seen.append((case.left_out, sorted(set(case.targets)), case.train.n_obs, case.test.n_obs))
+        return {"spy": np.zeros((case.test.n_obs, 3))}
 
     monkeypatch.setitem(zeroshot.SYSTEMS, "chance", spy)
     adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -75,15 +75,15 @@ def test_a_centroid_is_predicted_from_the_text_between_those_of_seen_labels():
 def test_a_bonus_finds_no_fewer_cells_of_the_label_that_is_left_out(monkeypatch):
     angles = np.array([0.0, 0.4, 0.8, 1.2])  # four labels in a row, in texts and in cells
     texts = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    monkeypatch.setattr(zeroshot, "read_texts", lambda labels: texts)
+    monkeypatch.setattr(zeroshot, "embed_texts", lambda _: texts)
     rng = np.random.default_rng(0)
     truth = np.arange(80) % 4
     rates = 100 * np.stack([np.cos(angles), np.sin(angles), np.ones(4)], axis=1)[truth]
     cells = anndata.AnnData(csr_matrix(rng.poisson(rates).astype(np.float32)))
-    labels = Labelled(list("abcd"), list("abcd"), [None] * 4)
+    labels = LabelTexts(list("abcd"), list("abcd"), [None] * 4)
     kept = np.flatnonzero(truth != 1)
-    task = Task(cells[kept], truth[kept], cells, labels, 1, 0, "")
-    raised, plain = (scores.argmax(axis=1) for scores in zeroshot.text_centroids(task).values())
+    case = LeftOutLabel(cells[kept], truth[kept], cells, labels, 1, 0, "")
+    raised, plain = (scores.argmax(axis=1) for scores in zeroshot.text_centroids(case).values())
     assert (raised[truth == 1] == 1).mean() >= (plain[truth == 1] == 1).mean()
     assert (plain[truth != 1] == truth[truth != 1]).mean() > 0.9
 
@@ -155,9 +155,9 @@ def test_a_pipeline_is_asked_for_all_labels_by_their_texts(tiny_pipeline):
     from scmmgpt.synthetic import synthetic_adata
 
     assert isinstance(tiny_pipeline, ScMMGPTPipeline)
-    labels = Labelled(["B cell", "T cell"], ["a B lymphocyte", "a T lymphocyte"], [None, None])
+    labels = LabelTexts(["B cell", "T cell"], ["a B lymphocyte", "a T lymphocyte"], [None, None])
     cells = synthetic_adata(6)
-    task = Task(cells, np.zeros(6, dtype=int), cells, labels, 1, 0, "")
-    scores = zeroshot.scores_of_pipeline(tiny_pipeline, task)
+    case = LeftOutLabel(cells, np.zeros(6, dtype=int), cells, labels, 1, 0, "")
+    scores = zeroshot.scores_of_pipeline(tiny_pipeline, case)
     assert scores.shape == (6, 2)
     np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1, rtol=1e-5)

@@ -1,7 +1,9 @@
 """The report on a small corpus: one page that needs nothing else, and says where the model loses."""
 
 import json
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -13,10 +15,12 @@ from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.eval import annotation, baselines, description, generation
 from scmmgpt.eval.__main__ import COMMANDS
 from scmmgpt.eval.__main__ import main as evaluate
-from scmmgpt.eval.annotation import MODEL_NAME
 from scmmgpt.eval.cells import read_splits
-from scmmgpt.eval.report import describe_checkpoint, headline, read_training, trained_elsewhere, verdicts
+from scmmgpt.eval.provenance import describe_checkpoint, read_training, trained_elsewhere
+from scmmgpt.eval.report import headline, verdicts
+from scmmgpt.eval.results import MODEL_NAME
 from scmmgpt.synthetic import synthetic_adata
+from scmmgpt.train.curves import training_figure
 from scmmgpt.train.data.corpus import open_corpus, write_corpus
 
 
@@ -131,7 +135,7 @@ def test_the_page_opens_with_what_is_lost(page, report):
     metrics = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
     lost = [c for c in metrics["description"]["comparisons"] if c["verdict"] == "worse"]
     assert "names true type" in {metrics["description"]["measures"][c["metric"]]["title"] for c in lost}
-    assert page.text.index("It loses") < page.text.index("It wins") < page.text.index("Confusion matrix")
+    assert page.text.index("Losses (") < page.text.index("Wins (") < page.text.index("Confusion matrix")
     assert "Worse than the best baseline" in page.text
 
 
@@ -202,7 +206,7 @@ def test_one_task_makes_a_report(demo, tmp_path):
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
     assert "Confusion matrix" in page.text
-    assert "Samples beside the truth" not in page.text
+    assert "Samples beside the true types" not in page.text
 
 
 def test_a_report_of_nothing_is_refused(demo, tmp_path, capsys):
@@ -297,6 +301,25 @@ def test_verdicts_tell_losses_from_draws():
         "control": 1,
     }
     assert headline("annotation", result)["best"]["system"] == "a"
+
+
+def test_training_imports_nothing_of_evaluation_and_nothing_imports_a_command_line():
+    root = Path(__file__).parents[1]
+    for path in [*(root / "train").rglob("*.py"), *(root / "eval").rglob("*.py")]:
+        imports = re.findall(r"^\s*(?:from|import) (.*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if "train" in path.relative_to(root).parts:
+            assert not [name for name in imports if name.startswith("scmmgpt.eval")], path
+        assert not [name for name in imports if "__main__" in name], path
+
+
+def test_curves_pair_training_and_validation_by_colour():
+    history = [{"step": s, "loss": 3 / s, "contrast_loss": 2 / s, "train_loss": 9.0} for s in (1, 2)]
+    history += [{"step": 2, "eval_contrast_loss": 1.5, "eval_recall": 0.5, "eval_loss": float("nan")}]
+    losses, shares = training_figure(history).axes
+    assert [line.get_label() for line in losses.lines] == ["loss", "contrast", "contrast, validation"]
+    assert losses.lines[1].get_color() == losses.lines[2].get_color() != losses.lines[0].get_color()
+    assert [line.get_label() for line in shares.lines] == ["recall"]
+    assert training_figure([{"step": 1, "train_loss": 1.0}]) is None
 
 
 def test_every_command_can_be_imported():

@@ -24,12 +24,13 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import qformer_from_bert
+from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, embed_genes_by_name, standardize
-from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_curves, save_run
+from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_run
 
 
 MAX_VALIDATION_CELLS = 2_000  # cells that are annotated and retrieved while training, at most

@@ -236,18 +236,6 @@ def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for child in model.children() for module in frozen_modules(child)]
 
 
-def save_curves(log_history: list[dict], output_dir: str) -> None:
-    """Draw the losses, and what was measured on the validation split, as `curves.png`; needs the extra `eval`."""
-    try:
-        from scmmgpt.eval.figures import training_figure
-    except ImportError as error:
-        logger.info("No picture of the training curves: %s. Install scmmgpt[eval] for it.", error)
-        return
-    figure = training_figure(log_history)
-    if figure is not None:
-        figure.savefig(Path(output_dir, "curves.png"), dpi=120, bbox_inches="tight")
-
-
 def save_run(output_dir: str, command: str, **arguments) -> None:
     """Write the resolved arguments beside the checkpoint, as `training.json`."""
     document = {"command": command}

@@ -1,5 +1,8 @@
 """Cell type annotation: accuracy, macro and weighted F1, balanced accuracy and calibration, from scikit-learn.
 
+Averages over types run over the types that are present in the truth: a type that was predicted but never occurs lowers
+the recall of others, and is not a class of its own.
+
 >>> import evaluate
 >>> metric = evaluate.load("eval/metrics/cell_type_annotation")                                       # doctest: +SKIP
 >>> metric.compute(predictions=["B", "T"], references=["B", "NK"], confidences=[0.9, 0.6])            # doctest: +SKIP
@@ -8,27 +11,16 @@
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.metrics import precision_recall_fscore_support
 
 
 N_BINS = 15  # bins of the calibration error, as in Guo et al. 2017
 
-_DESCRIPTION = """
-Scores of predicted cell types against true ones. Averages over types run over the types that are present in the truth,
-so that a type that was predicted but never occurs costs recall elsewhere, and is not a class of its own.
-"""
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (list of str): predicted type of each cell.
-    references (list of str): true type of each cell.
-    confidences (list of float, optional): confidence in [0, 1] of each prediction, for the calibration error.
-Returns:
-    accuracy, macro_f1, weighted_f1, balanced_accuracy; with confidences also ece (expected calibration error).
-"""
-
-
-def annotation_scores(predictions, references, confidences=None) -> dict[str, float]:
+def annotation_scores(
+    predictions: ArrayLike, references: ArrayLike, confidences: ArrayLike | None = None
+) -> dict[str, float]:
     """Score predicted cell types.
 
     Args:
@@ -58,7 +50,7 @@ def annotation_scores(predictions, references, confidences=None) -> dict[str, fl
     return scores
 
 
-def expected_calibration_error(confidences, correct, *, n_bins: int = N_BINS) -> float:
+def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, *, n_bins: int = N_BINS) -> float:
     """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their cells.
 
     Args:
@@ -80,19 +72,20 @@ def expected_calibration_error(confidences, correct, *, n_bins: int = N_BINS) ->
     return float(np.abs(gaps).sum() / len(confidences))
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class CellTypeAnnotation(evaluate.Metric):
     """`evaluate` module around `annotation_scores`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
+            inputs_description=annotation_scores.__doc__,
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
             ),
         )
 
-    def _compute(self, predictions, references, confidences=None):
+    def _compute(
+        self, predictions: list[str], references: list[str], confidences: ArrayLike | None = None
+    ) -> dict[str, float]:
         return annotation_scores(predictions, references, confidences)

