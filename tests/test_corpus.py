@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.train.data.corpus import CorpusWriter, Manifest, hash_vocabulary, open_corpus, write_corpus
+from scmmgpt.train.data.corpus import Manifest, hash_vocabulary, open_corpus
+from scmmgpt.train.data.corpus_writer import CorpusWriter, write_corpus
 
 
 N_GENES = 200
@@ -55,7 +56,7 @@ def corpus_path(tmp_path):
 
 def test_cells_and_annotations_come_back_as_they_were_written(corpus_path):
     corpus = open_corpus(corpus_path)
-    cells, obs = corpus.read_cells("train")
+    cells, obs = corpus.load("train")
     assert_same_cells(cells, make_cells(300))
     assert obs["cell_type"].to_pylist()[:4] == [None, "type 1", "type 2", None]
     assert obs["barcode"].to_pylist()[-1] == "299"
@@ -78,7 +79,7 @@ def test_every_value_is_kept_exactly(tmp_path, values, stored):
     cells = Cells(np.array([0, 2]), np.array([3, 9]), values, np.array([7], np.uint64))
     write_corpus(tmp_path, VOCABULARY, {"train": (cells, {})})
     corpus = open_corpus(tmp_path)
-    read, _ = corpus.read_cells("train")
+    read, _ = corpus.load("train")
     assert corpus.shards("train")[0].counts_dtype == stored
     np.testing.assert_array_equal(read.counts, values)
 
@@ -171,7 +172,7 @@ def test_a_flipped_byte_is_found_when_read_without_checksums(corpus_path):
     flip_byte(shard, chunk.data_page_offset + chunk.total_compressed_size // 2)
     corpus = open_corpus(corpus_path, verify=False)
     with pytest.raises((OSError, ValueError), match="(?i)crc|checksum"):
-        corpus.read_cells("train")
+        corpus.load("train")
 
 
 def test_another_model_vocabulary_is_refused(corpus_path):

@@ -17,7 +17,8 @@ from scmmgpt.eval.annotation import MODEL_NAME
 from scmmgpt.eval.cells import read_splits
 from scmmgpt.eval.report import describe_checkpoint, headline, read_training, trained_elsewhere, verdicts
 from scmmgpt.synthetic import synthetic_adata
-from scmmgpt.train.data.corpus import open_corpus, write_corpus
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.data.corpus_writer import write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,324 @@
+"""Writing a corpus: shards in any order and by any number of processes, and the manifest when all are there.
+
+A shard is written under a temporary name, synced, and linked to its final name in one step: a file in `data/` is
+always whole, and is never written twice. `corpus` describes the files.
+"""
+
+import logging
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.files import sync_folder, write_json
+from scmmgpt.train.data.corpus import (
+    MAX_VOCABULARY_SIZE,
+    OBS_COLUMNS,
+    ROW_GROUP_SIZE,
+    SPLITS,
+    Manifest,
+    Shard,
+    hash_file,
+    hash_vocabulary,
+    shard_schema,
+)
+
+
+Obs = Mapping[str, Any] | pd.DataFrame | pa.Table
+
+logger = logging.getLogger(__name__)
+
+MAX_EXACT_FLOAT32_INTEGER = 2**24
+SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<index>\d{5})-of-(?P<n_shards>\d{5})\.parquet")
+
+
+class CorpusWriter:
+    """Writes a corpus, shard by shard, and its manifest at the end.
+
+    Shards may be written in any order and by several processes, each with a writer of its own; `finish` is called
+    once, when all are there. A shard that exists is left alone, so that a build can go on after it was killed. For
+    the stream to mix well, the caller puts cells of many sources into each shard, in random order.
+
+    Args:
+        path: Folder of the corpus; created where missing.
+        vocabulary: Gene symbol -> id.
+        gene_aliases: Other gene name -> symbol of the vocabulary.
+        row_group_size: Cells per Parquet row group.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        vocabulary: Mapping[str, int],
+        *,
+        gene_aliases: Mapping[str, Any] | None = None,
+        row_group_size: int = ROW_GROUP_SIZE,
+    ) -> None:
+        if not vocabulary or min(vocabulary.values()) < 0 or max(vocabulary.values()) >= MAX_VOCABULARY_SIZE:
+            raise ValueError(
+                f"The gene vocabulary has {len(vocabulary)} entries with ids up to "
+                f"{max(vocabulary.values(), default=None)}; a corpus stores ids 0 to {MAX_VOCABULARY_SIZE - 1}."
+            )
+        self.path = Path(path)
+        self.vocabulary = dict(vocabulary)
+        self.vocabulary_hash = hash_vocabulary(vocabulary)
+        self.gene_aliases = gene_aliases
+        self.row_group_size = row_group_size
+        (self.path / "data").mkdir(parents=True, exist_ok=True)
+
+    def shard_path(self, split: str, index: int, n_shards: int) -> Path:
+        """Return where this shard lies, or will."""
+        if split not in SPLITS:
+            raise ValueError(f"Unknown split {split!r}; choose one of {SPLITS}.")
+        if not 0 <= index < n_shards:
+            raise ValueError(f"Shard {index} of {n_shards} does not exist; shards are numbered from 0.")
+        return self.path / "data" / f"{split}-{index:05d}-of-{n_shards:05d}.parquet"
+
+    def write_shard(self, split: str, index: int, n_shards: int, cells: Cells, obs: Obs) -> Path:
+        """Write one shard. If it exists already, it is kept and nothing is written.
+
+        Args:
+            split: `"train"`, `"validation"` or `"test"`.
+            index: Number of the shard in its split, from 0.
+            n_shards: Number of shards of the split.
+            cells: The cells, in the order in which they shall lie in the shard.
+            obs: Column name -> one string (or None) per cell, for any of `OBS_COLUMNS`; a table of pandas or
+                pyarrow also serves. Columns left out are null.
+
+        Returns:
+            Path of the shard.
+        """
+        path = self.shard_path(split, index, n_shards)
+        if path.exists():
+            return path
+        counts = _exact_counts(cells.counts)
+        _check_cells(cells, max(self.vocabulary.values()))
+        columns = _obs_columns(obs, len(cells))
+        schema = shard_schema(counts.dtype.name, self.vocabulary_hash)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                with pq.ParquetWriter(file, schema, **_parquet_options(counts.dtype)) as writer:
+                    for start in range(0, len(cells), self.row_group_size):
+                        stop = min(start + self.row_group_size, len(cells))
+                        table = _row_group(cells, counts, columns, schema, start, stop)
+                        writer.write_table(table, row_group_size=self.row_group_size)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)  # unlike a rename, this never replaces another writer's finished shard
+            except FileExistsError:
+                logger.info("%s was written by another worker in the meantime; keeping theirs.", path)
+            except OSError:  # a file system without hard links
+                os.rename(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def finish(self, *, splits: Mapping[str, Any] | None = None, **fields: Any) -> Manifest:
+        """Check that the shards are complete and write vocabulary, splits and, last, the manifest.
+
+        Args:
+            splits: Content of `splits.json`.
+            fields: Fields of `Manifest` that describe sources and build.
+        """
+        for leftover in (self.path / "data").glob(".*.tmp*"):
+            leftover.unlink(missing_ok=True)
+        shards = [describe_shard(path, self.path) for path in self._complete_shards()]
+        write_json(self.path / "vocab.json", dict(sorted(self.vocabulary.items(), key=lambda item: item[1])))
+        if self.gene_aliases is not None:
+            write_json(self.path / "gene_aliases.json", dict(self.gene_aliases))
+        write_json(self.path / "splits.json", dict(splits or {}))
+        manifest = Manifest(
+            vocabulary_hash=self.vocabulary_hash,
+            vocabulary_size=len(self.vocabulary),
+            shards=shards,
+            splits_hash=hash_file(self.path / "splits.json"),
+            **fields,
+        )
+        manifest.write(self.path / "manifest.json")
+        return manifest
+
+    def _complete_shards(self) -> list[Path]:
+        paths = sorted((self.path / "data").glob("*.parquet"))
+        found: dict[str, dict[int, set[int]]] = {}
+        for path in paths:
+            name = SHARD_NAME.fullmatch(path.name)
+            if name is None:
+                raise ValueError(f"{path} is not named like a shard (train-00000-of-00001.parquet); move it away.")
+            indices = found.setdefault(name["split"], {}).setdefault(int(name["n_shards"]), set())
+            indices.add(int(name["index"]))
+        for split, by_number in found.items():
+            if len(by_number) > 1:
+                raise ValueError(
+                    f"{self.path / 'data'} mixes shards of several builds: split {split!r} is there in "
+                    f"{sorted(by_number)} shards. Remove the ones that do not belong."
+                )
+            ((n_shards, indices),) = by_number.items()
+            missing = sorted(set(range(n_shards)) - indices)
+            if missing:
+                raise ValueError(
+                    f"Split {split!r} has {len(indices)} of {n_shards} shards; missing are numbers {missing[:10]}. "
+                    "Run the build again: it writes only what is missing."
+                )
+        if not paths:
+            raise ValueError(f"No shard was written to {self.path / 'data'}: there are no cells to make a corpus of.")
+        return paths
+
+
+def write_corpus(
+    path: str | os.PathLike,
+    vocabulary: Mapping[str, int],
+    cells_by_split: Mapping[str, tuple[Cells, Obs]],
+    *,
+    cells_per_shard: int = 100_000,
+    row_group_size: int = ROW_GROUP_SIZE,
+    gene_aliases: Mapping[str, Any] | None = None,
+    **manifest_fields: Any,
+) -> Manifest:
+    """Write a corpus that fits in memory, cells in the given order.
+
+    Args:
+        path: Folder of the corpus.
+        vocabulary: Gene symbol -> id.
+        cells_by_split: Split -> (cells, obs), as for `CorpusWriter.write_shard`.
+        cells_per_shard: Cells per shard; the last shard of a split may be smaller.
+        row_group_size: Cells per Parquet row group.
+        gene_aliases: Other gene name -> symbol of the vocabulary.
+        manifest_fields: Passed to `CorpusWriter.finish`.
+
+    Returns:
+        The manifest, as written.
+    """
+    writer = CorpusWriter(path, vocabulary, gene_aliases=gene_aliases, row_group_size=row_group_size)
+    for split, (cells, obs) in cells_by_split.items():
+        columns = _obs_columns(obs, len(cells))
+        starts = range(0, len(cells), cells_per_shard)
+        for index, start in enumerate(starts):
+            stop = min(start + cells_per_shard, len(cells))
+            part = {name: column.slice(start, stop - start) for name, column in columns.items()}
+            writer.write_shard(split, index, len(starts), cells[start:stop], part)
+    return writer.finish(**manifest_fields)
+
+
+def describe_shard(path: Path, root: Path) -> Shard:
+    """Read a shard's footer and checksum into the record that the manifest keeps."""
+    metadata = pq.read_metadata(path)
+    schema = metadata.schema.to_arrow_schema()
+    return Shard(
+        path=path.relative_to(root).as_posix(),
+        split=path.name.split("-")[0],
+        n_cells=metadata.num_rows,
+        n_values=int(pc.sum(pq.read_table(path, columns=["n_genes"])["n_genes"]).as_py() or 0),
+        n_bytes=path.stat().st_size,
+        sha256=hash_file(path),
+        counts_dtype=np.dtype(schema.field("counts").type.value_type.to_pandas_dtype()).name,
+        row_group_size=metadata.row_group(0).num_rows if metadata.num_row_groups else ROW_GROUP_SIZE,
+    )
+
+
+def _parquet_options(counts_dtype: np.dtype) -> dict[str, Any]:
+    """Encodings that give the smallest files: deltas of sorted ids, dictionaries of small counts and of labels."""
+    small = counts_dtype == np.uint16
+    encodings = {"gene_ids.list.element": "DELTA_BINARY_PACKED", "barcode": "DELTA_BYTE_ARRAY"}
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": ["n_genes", *OBS_COLUMNS[1:], *(["counts.list.element"] if small else [])],
+        "column_encoding": encodings | ({} if small else {"counts.list.element": "BYTE_STREAM_SPLIT"}),
+        "write_page_checksum": True,
+        "write_statistics": list(OBS_COLUMNS[1:]),
+    }
+
+
+def _exact_counts(counts: np.ndarray) -> np.ndarray:
+    """Return counts as uint16 if all fit without loss, else as float32; refuse what neither holds."""
+    small = counts.astype(np.uint16, copy=False)
+    if np.array_equal(small, counts):
+        return small
+    if np.issubdtype(counts.dtype, np.integer) and counts.max() > MAX_EXACT_FLOAT32_INTEGER:
+        raise ValueError(
+            f"The largest count is {counts.max()}; a corpus stores integers exactly up to "
+            f"{MAX_EXACT_FLOAT32_INTEGER} per gene and cell. Are these counts of molecules or reads?"
+        )
+    return counts.astype(np.float32, copy=False)
+
+
+def _check_cells(cells: Cells, largest_id: int) -> None:
+    if len(cells.cell_ids) != len(cells) or cells.indptr[0] != 0 or cells.indptr[-1] != len(cells.gene_ids):
+        raise ValueError(
+            f"The cells are inconsistent: {len(cells)} cells, {len(cells.cell_ids)} cell_ids, indptr from "
+            f"{cells.indptr[0]} to {cells.indptr[-1]}, {len(cells.gene_ids)} gene ids."
+        )
+    n_genes = np.diff(cells.indptr)
+    if len(n_genes) and n_genes.max() >= 2**16:
+        raise ValueError(f"A cell has {n_genes.max()} genes; at most {2**16 - 1} can be stored.")
+    if len(cells.gene_ids) == 0:
+        return
+    if cells.gene_ids.min() < 0 or cells.gene_ids.max() > largest_id:
+        raise ValueError(
+            f"Gene ids run from {cells.gene_ids.min()} to {cells.gene_ids.max()}, the vocabulary from 0 to "
+            f"{largest_id}. Were the cells read with another vocabulary?"
+        )
+    ascending = cells.gene_ids[1:] > cells.gene_ids[:-1]
+    starts = cells.indptr[1:-1]
+    starts = starts[(starts > 0) & (starts < len(cells.gene_ids))]
+    ascending[starts - 1] = True  # from the last gene of a cell to the first of the next
+    if not ascending.all():
+        cell = np.searchsorted(cells.indptr, np.flatnonzero(~ascending)[0], side="right") - 1
+        raise ValueError(f"The gene ids of cell {cell} are not ascending and unique.")
+    if not (np.isfinite(cells.counts).all() and cells.counts.min() > 0):
+        raise ValueError(f"Stored counts must be finite and above 0, but the smallest is {cells.counts.min()}.")
+
+
+def _obs_columns(obs: Obs, n_cells: int) -> dict[str, pa.Array]:
+    """Return every column of `OBS_COLUMNS` as a string array; missing ones are null."""
+    names = list(obs.column_names if isinstance(obs, pa.Table) else obs.keys())
+    if unknown := sorted(set(names) - set(OBS_COLUMNS)):
+        raise ValueError(f"obs has columns {unknown} that the schema does not know; it has {list(OBS_COLUMNS)}.")
+    columns = {}
+    for name in OBS_COLUMNS:
+        values = obs[name] if name in names else pa.nulls(n_cells)
+        if isinstance(values, pa.ChunkedArray):
+            values = values.combine_chunks()
+        elif not isinstance(values, pa.Array):
+            values = pa.array(values, from_pandas=True)
+        if len(values) != n_cells:
+            raise ValueError(f"obs[{name!r}] has {len(values)} values for {n_cells} cells.")
+        columns[name] = values.cast(pa.string())
+    return columns
+
+
+def _row_group(
+    cells: Cells, counts: np.ndarray, columns: dict[str, pa.Array], schema: pa.Schema, start: int, stop: int
+) -> pa.Table:
+    first, last = cells.indptr[start], cells.indptr[stop]
+    offsets = pa.array((cells.indptr[start : stop + 1] - first).astype(np.int32))
+    if cells.total_counts is None:
+        totals = np.add.reduceat(np.append(counts[first:last], 0).astype(np.float64), offsets.to_numpy()[:-1])
+        totals[np.diff(offsets.to_numpy()) == 0] = 0
+    else:
+        totals = cells.total_counts[start:stop]
+    arrays = {
+        "cell_id": pa.array(cells.cell_ids[start:stop], pa.uint64()),
+        "n_genes": pa.array(np.diff(cells.indptr[start : stop + 1]).astype(np.uint16)),
+        "gene_ids": _lists(offsets, cells.gene_ids[first:last].astype(np.uint16), schema.field("gene_ids").type),
+        "counts": _lists(offsets, counts[first:last], schema.field("counts").type),
+        "total_counts": pa.array(totals.astype(np.float32)),
+        **{name: column.slice(start, stop - start) for name, column in columns.items()},
+    }
+    return pa.table(arrays, schema=schema)
+
+
+def _lists(offsets: pa.Array, values: np.ndarray, kind: pa.ListType) -> pa.ListArray:
+    return pa.ListArray.from_arrays(offsets, pa.array(values), type=kind)
