@@ -15,7 +15,7 @@ from typing import Any
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield the path of a temporary file, beside `path` and of its suffix, that becomes `path` if the block succeeds.
 
-    The file is on the disk, not only in a cache, before it gets its name. Where the block fails, `path` stays as it was.
+    The file is on the disk, not only in a cache, before it gets its name. If the block fails, `path` stays as it was.
     Permissions are those that the process gives to new files.
 
     Args:
@@ -49,13 +49,6 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path: Where the folder is to be. Its parent has to exist.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "answers"
-    >>> with whole_folder(path) as temporary:
-    ...     _ = (temporary / "first.txt").write_text("42")
-    >>> [file.name for file in path.iterdir()]
-    ['first.txt']
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

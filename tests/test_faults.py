@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("cellxgene_ontology_guide")
 
+from scmmgpt.files import whole_folder
 from scmmgpt.synthetic import synthetic_adata
 from scmmgpt.train.data import build, build_steps, prepare
 from scmmgpt.train.data import sources as source_files
@@ -284,3 +285,20 @@ with start_workers(2) as run:
             return
         time.sleep(0.01)
     pytest.fail(f"worker {worker} still runs")
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder"
+
+    def write(content):
+        with whole_folder(path) as temporary:
+            (temporary / "half").write_text("")
+            (temporary / "file").write_bytes(content)
+
+    with pytest.raises(TypeError):
+        write(None)
+    assert not list(tmp_path.iterdir())
+    write(b"first")
+    write(b"second")
+    assert (path / "file").read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]

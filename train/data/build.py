@@ -1,13 +1,12 @@
 """Building a corpus: an external sort by a random key, so that the cells of all sources lie mixed in every shard.
 
-1. Scan: every source's annotations, genes and kind of values; the gene vocabulary and the splits follow.
-2. Map: every partition (a range of cells of one source) becomes scratch files sorted by split and key.
-3. Merge: every shard (a range of keys of one split) merges its slices of all scratch files.
+1. Scan: read every source's annotations, genes and kind of values. The gene vocabulary and the splits follow.
+2. Map: turn every partition (a range of cells of one source) into scratch files sorted by split and key.
+3. Merge: write every shard (a range of keys of one split) from its slices of all scratch files.
 
-`CorpusBuilder` decides what has to be done, `build_steps` does it, and `workers` says in which processes. Every step
-writes whole files and is skipped if its files are there. A build that was killed, or ran out of disk, goes on where
-it stopped, and ends with the same bytes, whatever the number of workers. One builder at a time holds the folder's
-lock.
+`CorpusBuilder` lists the tasks, `build_steps` holds the three steps, and `workers` runs tasks in processes. Every step
+writes whole files, and is skipped if its files are there. A build that was killed, or ran out of disk, goes on where
+it stopped, and ends with the same bytes, whatever the number of workers.
 """
 
 import contextlib
@@ -55,6 +54,8 @@ from scmmgpt.train.data.sources import SourceSpec, cell_ids, find_joinids, finge
 from scmmgpt.train.data.splits import split_cells, split_units
 from scmmgpt.train.data.workers import start_workers
 
+
+Results = list[dict[str, Any]]  # of one step, by task
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ class CorpusBuilder:
         write_json(self.scratch / "gene_aliases.json", build_gene_aliases(vocabulary))
         write_json(self.scratch / "vocab.json", vocabulary)
 
-    def _splits(self, specs: list[SourceSpec], scans: list[dict[str, Any]]) -> dict[str, Any]:
+    def _splits(self, specs: list[SourceSpec], scans: Results) -> dict[str, Any]:
         """Decide the splits, once."""
         path, request = self.scratch / "splits.json", self.request
         if path.exists():
@@ -243,7 +244,7 @@ class CorpusBuilder:
         write_json(path, content)
         return read_json(path)
 
-    def _partitions(self, specs: list[SourceSpec], scans: list[dict[str, Any]]) -> list[PartitionTask]:
+    def _partitions(self, specs: list[SourceSpec], scans: Results) -> list[PartitionTask]:
         tasks: list[PartitionTask] = []
         options = {key: self.request[key] for key in ("excluded_datasets", "min_genes", "split_column", "seed")}
         for spec, scan in zip(specs, scans, strict=True):
@@ -253,7 +254,7 @@ class CorpusBuilder:
                 tasks.append(PartitionTask(self.scratch, folder, spec, start, stop, **options))
         return tasks
 
-    def _shards(self, parts: list[dict[str, Any]]) -> list[ShardTask]:
+    def _shards(self, parts: Results) -> list[ShardTask]:
         """Number the shards of each split: those of 16-bit counts first, then those of other values."""
         tasks = []
         folders = [self.parts / f"{number:06d}" for number in range(len(parts))]
@@ -271,12 +272,7 @@ class CorpusBuilder:
         return tasks
 
     def _finish(
-        self,
-        specs: list[SourceSpec],
-        scans: list[dict[str, Any]],
-        splits: dict[str, Any],
-        parts: list[dict[str, Any]],
-        merged: list[dict[str, int]],
+        self, specs: list[SourceSpec], scans: Results, splits: dict[str, Any], parts: Results, merged: Results
     ) -> Manifest:
         """Write genes, vocabulary, splits and manifest."""
         writer = open_writer(self.scratch, self.output)

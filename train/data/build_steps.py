@@ -1,23 +1,19 @@
-"""The steps of an external sort of cells by a random key; `build` says which tasks there are, and when.
+"""The three steps of the external sort that `build` describes: functions of a task and of files.
 
-1. `scan_source` reads the annotations, genes and kind of values of a source, but not its counts.
-2. `map_partition` turns a range of cells of a source into a folder of scratch files, sorted by split and random key.
-3. `merge_shard` merges a range of keys of one split, out of all these folders, into a shard.
-
-A task is plain data and runs in any process that sees the folders. A task whose result is on the disk is not done
-again. Scratch files of a build, in `.build` of the corpus:
+A task is plain data, so that any process that sees the folders can run it. A task whose result is on the disk is not
+done again. Scratch files of a build, in `.build` of the corpus:
 
 ```
 request.json                      everything that decides the bytes of the corpus
 vocab.json, gene_aliases.json     the genes, and their other names
 joinids-0.npy                     the cells of a Census slice, by number of the source
-scan/00000.json                   result of step 1, by number of the source
+scan/00000.json                   what `scan_source` found, by number of the source
 splits.json                       how the cells are divided
-parts-16384/000000/               results of step 2, by number of cells and of the partition:
+parts-16384/000000/               what `map_partition` made, by number of cells and of the partition:
     uint16.arrow, float32.arrow   its cells, those of 16-bit counts and the others
     genes.npz                     sums over its training cells, by gene
     part.json                     where the cells of each split lie, and how many were left out
-shards/train-00000-of-00009.json  result of step 3
+shards/train-00000-of-00009.json  what `merge_shard` dropped and renamed, by shard
 ```
 """
 
@@ -48,11 +44,6 @@ COUNT_KINDS = ("uint16", "float32")
 SHARE_UNITS = 2**36  # fine enough for one count in a million, and 10^8 cells still sum to less than 2^63
 CELLS_TAKEN = 2_048  # read or gathered at once
 CELLS_PER_SCAN = 500_000  # annotations held at once
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Step 1: scan
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +106,6 @@ def scan_source(task: ScanTask) -> dict[str, Any]:
     }
     write_json(path, scan)
     return read_json(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Step 2: map
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,11 +212,6 @@ def _gene_sums(cells: Cells, train: np.ndarray, n_genes: int) -> dict[str, Any]:
     return {"share": share, "n_cells": n_cells, "n_train": int(train.sum())}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Step 3: merge
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
     """Shard `index` of a split: slice number `slice_index` of the `n_slices` of its kind of counts."""
@@ -300,7 +281,7 @@ def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
         same_genes = np.array_equal(cells.gene_ids[mine], cells.gene_ids[other])
         return same_genes and np.array_equal(cells.counts[mine], cells.counts[other])
 
-    for i in np.flatnonzero(ids[1:] == ids[:-1]) + 1:
+    for i in (np.flatnonzero(ids[1:] == ids[:-1]) + 1).tolist():
         first = i
         while first > 0 and ids[first - 1] == ids[i]:
             first -= 1
@@ -311,11 +292,6 @@ def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
             renamed += 1
             cells.cell_ids[i] = cell_keys(ids[i : i + 1], seed=len(twins), epoch=0, stream=RandomStream.DUPLICATE)[0]
     return np.flatnonzero(kept), renamed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by the steps
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _take(cells: Cells, rows: np.ndarray) -> Cells:

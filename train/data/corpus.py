@@ -55,24 +55,10 @@ SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")  # scGPT's; they come before the genes in a new vocabulary
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")
+LABEL_COLUMNS = ("cell_type", "tissue", "disease", "assay", "development_stage", "sex", "organism")
 OBS_COLUMNS = (
-    "barcode",
-    "dataset_id",
-    "donor_id",
-    "cell_type",
-    "cell_type_ontology_term_id",
-    "tissue",
-    "tissue_ontology_term_id",
-    "disease",
-    "disease_ontology_term_id",
-    "assay",
-    "assay_ontology_term_id",
-    "development_stage",
-    "development_stage_ontology_term_id",
-    "sex",
-    "sex_ontology_term_id",
-    "organism",
-    "organism_ontology_term_id",
+    *("barcode", "dataset_id", "donor_id"),
+    *(name for label in LABEL_COLUMNS for name in (label, f"{label}_ontology_term_id")),
 )
 ROW_GROUP_SIZE = 512  # cells: the unit in which cells are read; a few tens of them make one shuffled pool
 MAX_VOCABULARY_SIZE = 2**16  # gene ids are stored as uint16; scGPT's vocabulary has 60,697 entries

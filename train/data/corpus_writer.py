@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ from scmmgpt.train.data.corpus import (
 )
 
 
-Obs = Mapping[str, Any] | pd.DataFrame | pa.Table
+Obs: TypeAlias = Mapping[str, Any] | pd.DataFrame | pa.Table
 
 logger = logging.getLogger(__name__)
 
@@ -100,17 +100,13 @@ class CorpusWriter:
         path = self.shard_path(split, index, n_shards)
         if path.exists():
             return path
-        counts = _exact_counts(cells.counts)
         _check_cells(cells, max(self.vocabulary.values()))
-        columns = _obs_columns(obs, len(cells))
-        schema = shard_schema(counts.dtype.name, self.vocabulary_hash)
+        table = self._shard_table(cells, _exact_counts(cells.counts), _obs_columns(obs, len(cells)))
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
-                with pq.ParquetWriter(file, schema, **_parquet_options(counts.dtype)) as writer:
-                    for start in range(0, len(cells), self.row_group_size):
-                        stop = min(start + self.row_group_size, len(cells))
-                        table = _row_group(cells, counts, columns, schema, start, stop)
+                with pq.ParquetWriter(file, table.schema, **_parquet_options(table.schema)) as writer:
+                    if len(cells):
                         writer.write_table(table, row_group_size=self.row_group_size)
                 file.flush()
                 os.fsync(file.fileno())
@@ -124,6 +120,22 @@ class CorpusWriter:
         finally:
             temporary.unlink(missing_ok=True)
         return path
+
+    def _shard_table(self, cells: Cells, counts: np.ndarray, columns: dict[str, pa.Array]) -> pa.Table:
+        schema = shard_schema(counts.dtype.name, self.vocabulary_hash)
+        offsets = pa.array(cells.indptr.astype(np.int32))
+        lists = {
+            name: pa.ListArray.from_arrays(offsets, pa.array(values), type=schema.field(name).type)
+            for name, values in (("gene_ids", cells.gene_ids.astype(np.uint16, copy=False)), ("counts", counts))
+        }
+        arrays = {
+            "cell_id": pa.array(cells.cell_ids, pa.uint64()),
+            "n_genes": pa.array(np.diff(cells.indptr).astype(np.uint16)),
+            **lists,
+            "total_counts": pa.array(cells.library_sizes()),
+            **columns,
+        }
+        return pa.table(arrays, schema=schema)
 
     def finish(self, *, splits: Mapping[str, Any] | None = None, **fields: Any) -> Manifest:
         """Check that the shards are complete and write vocabulary, splits and, last, the manifest.
@@ -150,29 +162,29 @@ class CorpusWriter:
         return manifest
 
     def _complete_shards(self) -> list[Path]:
-        paths = sorted((self.path / "data").glob("*.parquet"))
-        found: dict[str, dict[int, set[int]]] = {}
+        folder = self.path / "data"
+        paths = sorted(folder.glob("*.parquet"))
+        indices: dict[str, dict[int, set[int]]] = {}  # split -> number of shards -> those that are there
         for path in paths:
             name = SHARD_NAME.fullmatch(path.name)
             if name is None:
                 raise ValueError(f"{path} is not named like a shard (train-00000-of-00001.parquet); move it away.")
-            indices = found.setdefault(name["split"], {}).setdefault(int(name["n_shards"]), set())
-            indices.add(int(name["index"]))
-        for split, by_number in found.items():
+            found = indices.setdefault(name["split"], {}).setdefault(int(name["n_shards"]), set())
+            found.add(int(name["index"]))
+        for split, by_number in indices.items():
             if len(by_number) > 1:
                 raise ValueError(
-                    f"{self.path / 'data'} mixes shards of several builds: split {split!r} is there in "
-                    f"{sorted(by_number)} shards. Remove the ones that do not belong."
+                    f"{folder} mixes shards of several builds: split {split!r} is there in {sorted(by_number)} "
+                    "shards. Remove the ones that do not belong."
                 )
-            ((n_shards, indices),) = by_number.items()
-            missing = sorted(set(range(n_shards)) - indices)
-            if missing:
+            ((n_shards, found),) = by_number.items()
+            if missing := sorted(set(range(n_shards)) - found):
                 raise ValueError(
-                    f"Split {split!r} has {len(indices)} of {n_shards} shards; missing are numbers {missing[:10]}. "
+                    f"Split {split!r} has {len(found)} of {n_shards} shards; missing are numbers {missing[:10]}. "
                     "Run the build again: it writes only what is missing."
                 )
         if not paths:
-            raise ValueError(f"No shard was written to {self.path / 'data'}: there are no cells to make a corpus of.")
+            raise ValueError(f"No shard was written to {folder}: there are no cells to make a corpus of.")
         return paths
 
 
@@ -202,12 +214,11 @@ def write_corpus(
     """
     writer = CorpusWriter(path, vocabulary, gene_aliases=gene_aliases, row_group_size=row_group_size)
     for split, (cells, obs) in cells_by_split.items():
-        columns = _obs_columns(obs, len(cells))
+        table = pa.table(_obs_columns(obs, len(cells)))
         starts = range(0, len(cells), cells_per_shard)
         for index, start in enumerate(starts):
-            stop = min(start + cells_per_shard, len(cells))
-            part = {name: column.slice(start, stop - start) for name, column in columns.items()}
-            writer.write_shard(split, index, len(starts), cells[start:stop], part)
+            part = cells[start : start + cells_per_shard]
+            writer.write_shard(split, index, len(starts), part, table.slice(start, len(part)))
     return writer.finish(**manifest_fields)
 
 
@@ -227,9 +238,9 @@ def describe_shard(path: Path, root: Path) -> Shard:
     )
 
 
-def _parquet_options(counts_dtype: np.dtype) -> dict[str, Any]:
+def _parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """Encodings that give the smallest files: deltas of sorted ids, dictionaries of small counts and of labels."""
-    small = counts_dtype == np.uint16
+    small = schema.field("counts").type.value_type == pa.uint16()
     encodings = {"gene_ids.list.element": "DELTA_BINARY_PACKED", "barcode": "DELTA_BYTE_ARRAY"}
     return {
         "compression": "zstd",
@@ -255,11 +266,6 @@ def _exact_counts(counts: np.ndarray) -> np.ndarray:
 
 
 def _check_cells(cells: Cells, largest_id: int) -> None:
-    if len(cells.cell_ids) != len(cells) or cells.indptr[0] != 0 or cells.indptr[-1] != len(cells.gene_ids):
-        raise ValueError(
-            f"The cells are inconsistent: {len(cells)} cells, {len(cells.cell_ids)} cell_ids, indptr from "
-            f"{cells.indptr[0]} to {cells.indptr[-1]}, {len(cells.gene_ids)} gene ids."
-        )
     n_genes = np.diff(cells.indptr)
     if len(n_genes) and n_genes.max() >= 2**16:
         raise ValueError(f"A cell has {n_genes.max()} genes; at most {2**16 - 1} can be stored.")
@@ -297,28 +303,3 @@ def _obs_columns(obs: Obs, n_cells: int) -> dict[str, pa.Array]:
             raise ValueError(f"obs[{name!r}] has {len(values)} values for {n_cells} cells.")
         columns[name] = values.cast(pa.string())
     return columns
-
-
-def _row_group(
-    cells: Cells, counts: np.ndarray, columns: dict[str, pa.Array], schema: pa.Schema, start: int, stop: int
-) -> pa.Table:
-    first, last = cells.indptr[start], cells.indptr[stop]
-    offsets = pa.array((cells.indptr[start : stop + 1] - first).astype(np.int32))
-    if cells.total_counts is None:
-        totals = np.add.reduceat(np.append(counts[first:last], 0).astype(np.float64), offsets.to_numpy()[:-1])
-        totals[np.diff(offsets.to_numpy()) == 0] = 0
-    else:
-        totals = cells.total_counts[start:stop]
-    arrays = {
-        "cell_id": pa.array(cells.cell_ids[start:stop], pa.uint64()),
-        "n_genes": pa.array(np.diff(cells.indptr[start : stop + 1]).astype(np.uint16)),
-        "gene_ids": _lists(offsets, cells.gene_ids[first:last].astype(np.uint16), schema.field("gene_ids").type),
-        "counts": _lists(offsets, counts[first:last], schema.field("counts").type),
-        "total_counts": pa.array(totals.astype(np.float32)),
-        **{name: column.slice(start, stop - start) for name, column in columns.items()},
-    }
-    return pa.table(arrays, schema=schema)
-
-
-def _lists(offsets: pa.Array, values: np.ndarray, kind: pa.ListType) -> pa.ListArray:
-    return pa.ListArray.from_arrays(offsets, pa.array(values), type=kind)

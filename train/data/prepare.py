@@ -139,9 +139,11 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
         return [SourceSpec("census", name, args.census, columns, constants, licences.get(""), options)]
     options = {"layer": args.layer, "assume": args.assume, "gene_column": args.gene_column}
     specs = []
-    for path in _expand(args.sources):
-        name = Path(path).name.removesuffix(".gz").removesuffix(Path(path).suffix) or Path(path).name
-        specs.append(SourceSpec("file", name, path, columns, constants, licences.get(name, licences.get("")), options))
+    for file in _expand(args.sources):
+        name = file.name.removesuffix(".gz").removesuffix(file.suffix) or file.name
+        specs.append(
+            SourceSpec("file", name, str(file), columns, constants, licences.get(name, licences.get("")), options)
+        )
     names = [spec.name for spec in specs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -150,7 +152,7 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
     return specs
 
 
-def _expand(paths: list[str]) -> list[str]:
+def _expand(paths: list[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -162,7 +164,7 @@ def _expand(paths: list[str]) -> list[str]:
             files += found
         else:
             files.append(path)
-    return [str(path) for path in dict.fromkeys(files)]
+    return list(dict.fromkeys(files))
 
 
 def _is_source(path: Path) -> bool:
