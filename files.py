@@ -12,7 +12,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield the path of a temporary file, beside `path` and of its suffix, that becomes `path` if the block succeeds.
 
     The file is on the disk, not only in a cache, before it gets its name. If the block fails, `path` stays as it was.
@@ -20,6 +20,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path: Where the file is to be. Its folder has to exist.
+        keep_existing: Whether a `path` that is there by the end of the block stays, instead of being replaced.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "answer.txt"
@@ -35,7 +36,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         _sync_file(temporary)
-        os.replace(temporary, path)
+        if keep_existing:
+            _link(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -65,6 +69,16 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name unless the name is taken, which a rename cannot do."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.rename(temporary, path)
 
 
 def _sync_file(path: Path) -> None:

@@ -269,10 +269,10 @@ def test_a_writer_killed_at_any_moment_leaves_whole_shards_only(tmp_path):
         time.sleep(rng.uniform(0, 0.1))
         writer.kill()
         writer.join()
-        for shard in (tmp_path / "killed" / "data").glob("*.parquet"):
+        for shard in (tmp_path / "killed" / "data").glob("train-*.parquet"):
             assert pq.read_metadata(shard).num_rows == 400
     alone = CorpusWriter(tmp_path / "alone", VOCABULARY, row_group_size=50)
-    shards = sorted((tmp_path / "killed" / "data").glob("*.parquet"))
+    shards = sorted((tmp_path / "killed" / "data").glob("train-*.parquet"))
     assert shards
     for index, shard in enumerate(shards):
         expected = alone.write_shard("train", index, 1000, make_cells(400, seed=index), {})
@@ -289,7 +289,7 @@ def test_two_writers_at_once_write_every_shard_once(tmp_path):
         assert writer.is_alive()
         writer.kill()
         writer.join()
-    shards = sorted((tmp_path / "data").glob("*.parquet"))
+    shards = sorted((tmp_path / "data").glob("train-*.parquet"))
     assert shards
     for index, shard in enumerate(shards):
         counts = pq.read_table(shard, columns=["counts"])["counts"].combine_chunks().flatten().to_numpy()

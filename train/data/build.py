@@ -164,7 +164,7 @@ class CorpusBuilder:
             found = read_json(self.scratch / "request.json")
         elif manifest is not None:
             found = manifest.notes.get("request")
-        elif any(self.output.glob("data/*.parquet")):
+        elif any(self.output.glob("data/[!.]*.parquet")):
             raise ValueError(f"{self.output / 'data'} holds shards of an unknown build. Choose another folder.")
         if found is not None and found != self.request:
             changed = sorted(key for key in self.request if found.get(key) != self.request[key])

@@ -30,6 +30,7 @@ from scmmgpt.train.data import ontology as terms
 
 
 Obs = Mapping[str, Any]  # obs column -> one value per cell
+Symbols = Sequence[str] | np.ndarray  # gene symbol of every vocabulary id
 Combination = tuple[Any, ...]  # a cell's values of `CAPTION_COLUMNS`, each followed by that of its partner of ids
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -98,7 +99,7 @@ def read_gene_means(corpus: str | Path) -> np.ndarray:
     return means
 
 
-def find_markers(cells: Cells, gene_symbols: Sequence[str], gene_means: np.ndarray) -> list[list[str]]:
+def find_markers(cells: Cells, gene_symbols: Symbols, gene_means: np.ndarray) -> list[list[str]]:
     """Find the genes that set each cell apart: counts far above those that the corpus mean predicts for its depth.
 
     Genes are ranked by the deviance residual of a negative binomial count whose mean is the cell's total times the
@@ -220,7 +221,7 @@ class CaptionSampler:
         self,
         obs: Obs,
         cells: Cells | None = None,
-        gene_symbols: Sequence[str] | None = None,
+        gene_symbols: Symbols | None = None,
         *,
         epoch: int = 0,
         cell_ids: np.ndarray | None = None,

@@ -34,7 +34,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +220,7 @@ class Corpus:
         """Cells of a split."""
         return sum(shard.n_cells for shard in self.shards(split))
 
-    def obs(self, split: str, columns: list[str] | None = None) -> pa.Table:
+    def obs(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the annotations of a split: `cell_id`, `n_genes`, `total_counts` and `OBS_COLUMNS`, or `columns`.
 
         Labels come as dictionary arrays; `.to_pandas()` makes them categories.
@@ -233,7 +233,7 @@ class Corpus:
         ]
         return pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).unify_dictionaries()
 
-    def row_groups(self, split: str, columns: list[str] | None = None) -> Iterator[tuple[Cells, pa.Table]]:
+    def row_groups(self, split: str, columns: Sequence[str] | None = None) -> Iterator[tuple[Cells, pa.Table]]:
         """Yield the cells of a split (counts) and their annotations, in stored order, one Parquet row group at a time.
 
         Args:
@@ -247,7 +247,7 @@ class Corpus:
                     table = file.read_row_group(group, columns=[*CELL_COLUMNS, *columns])
                     yield table_to_cells(table), table.select(columns)
 
-    def load(self, split: str, columns: list[str] | None = None) -> tuple[Cells, pa.Table]:
+    def load(self, split: str, columns: Sequence[str] | None = None) -> tuple[Cells, pa.Table]:
         """Read all cells of a split and their annotations into memory, in stored order; see `row_groups`."""
         groups = list(self.row_groups(split, columns))
         return Cells.concatenate([cells for cells, _ in groups]), pa.concat_tables([table for _, table in groups])

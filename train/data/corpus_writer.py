@@ -1,13 +1,11 @@
 """Writing a corpus: shards in any order and by any number of processes, and the manifest when all are there.
 
-A shard is written under a temporary name, synced, and linked to its final name in one step: a file in `data/` is
-always whole, and is never written twice. `corpus` describes the files.
+A shard gets its name when it is whole, and never replaces one that another process has finished. `corpus` describes
+the files.
 """
 
-import logging
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.files import sync_folder, write_json
+from scmmgpt.files import whole_file, write_json
 from scmmgpt.train.data.corpus import (
     MAX_VOCABULARY_SIZE,
     OBS_COLUMNS,
@@ -34,8 +32,6 @@ from scmmgpt.train.data.corpus import (
 
 
 Obs: TypeAlias = Mapping[str, Any] | pd.DataFrame | pa.Table
-
-logger = logging.getLogger(__name__)
 
 MAX_EXACT_FLOAT32_INTEGER = 2**24
 SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<index>\d{5})-of-(?P<n_shards>\d{5})\.parquet")
@@ -102,23 +98,10 @@ class CorpusWriter:
             return path
         _check_cells(cells, max(self.vocabulary.values()))
         table = self._shard_table(cells, _exact_counts(cells.counts), _obs_columns(obs, len(cells)))
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                with pq.ParquetWriter(file, table.schema, **_parquet_options(table.schema)) as writer:
-                    if len(cells):
-                        writer.write_table(table, row_group_size=self.row_group_size)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(temporary, path)  # unlike a rename, this never replaces another writer's finished shard
-            except FileExistsError:
-                logger.info("%s was written by another worker in the meantime; keeping theirs.", path)
-            except OSError:  # a file system without hard links
-                os.rename(temporary, path)
-            sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, keep_existing=True) as temporary, open(temporary, "wb") as file:
+            with pq.ParquetWriter(file, table.schema, **_parquet_options(table.schema)) as writer:
+                if len(cells):
+                    writer.write_table(table, row_group_size=self.row_group_size)
         return path
 
     def _shard_table(self, cells: Cells, counts: np.ndarray, columns: dict[str, pa.Array]) -> pa.Table:
@@ -163,7 +146,7 @@ class CorpusWriter:
 
     def _complete_shards(self) -> list[Path]:
         folder = self.path / "data"
-        paths = sorted(folder.glob("*.parquet"))
+        paths = sorted(folder.glob("[!.]*.parquet"))
         indices: dict[str, dict[int, set[int]]] = {}  # split -> number of shards -> those that are there
         for path in paths:
             name = SHARD_NAME.fullmatch(path.name)

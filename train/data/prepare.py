@@ -58,16 +58,11 @@ def make_parser(prog: str = "python -m scmmgpt.train prepare") -> argparse.Argum
     source.add_argument("--layer", help="matrix of the files to read, instead of the best one found")
     source.add_argument("--assume", help="what that matrix holds, instead of what is found")
     source.add_argument("--gene-column", help="column of `var` with gene names, instead of the best one found")
-    source.add_argument(
-        "--column", action="append", default=[], metavar="NAME=COLUMN", help="obs column that holds NAME, repeatable"
-    )
-    source.add_argument(
-        "--constant", action="append", default=[], metavar="NAME=VALUE", help="value of NAME for all cells, repeatable"
-    )
-    source.add_argument(
-        "--licence", action="append", default=[], metavar="[SOURCE=]LICENCE", help="terms of the data, repeatable"
-    )
-    source.add_argument("--exclude-dataset", action="append", default=[], metavar="ID", help="repeatable")
+    repeats: dict[str, Any] = {"action": "append", "default": []}
+    source.add_argument("--column", **repeats, metavar="NAME=COLUMN", help="obs column that holds NAME, repeatable")
+    source.add_argument("--constant", **repeats, metavar="NAME=VALUE", help="value of NAME for all cells, repeatable")
+    source.add_argument("--licence", **repeats, metavar="[SOURCE=]LICENCE", help="terms of the data, repeatable")
+    source.add_argument("--exclude-dataset", **repeats, metavar="ID", help="repeatable")
 
     corpus = parser.add_argument_group("corpus")
     corpus.add_argument("--output", required=True, help="folder of the corpus")
