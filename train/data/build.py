@@ -45,7 +45,7 @@ from scmmgpt.train.data.corpus import (
     SPECIAL_TOKENS,
     SPLITS,
     Manifest,
-    hash_file,
+    check_shard,
     hash_vocabulary,
 )
 from scmmgpt.train.data.dataset_card import dataset_card
@@ -174,14 +174,10 @@ class CorpusBuilder:
             )
         missing = []
         for shard in manifest.shards if manifest else []:
-            file = self.output / shard.path
-            if not file.exists():
+            if (self.output / shard.path).exists():
+                check_shard(self.output, shard, checksum=True)
+            else:
                 missing.append(shard.path)
-            elif file.stat().st_size != shard.n_bytes or hash_file(file) != shard.sha256:
-                raise ValueError(
-                    f"Shard {file} is damaged: it is not what the manifest says ({file.stat().st_size} of "
-                    f"{shard.n_bytes} bytes). Delete it and give the same command again to build it anew."
-                )
         if missing:
             logger.warning("Building %d missing shards of %s again: %s", len(missing), self.output, missing[:5])
             return None

@@ -288,12 +288,7 @@ class Corpus:
     def verify(self) -> None:
         """Compare every shard with its checksum in the manifest. Reads the whole corpus."""
         for shard in self.manifest.shards:
-            found = hash_file(self.path / shard.path)
-            if found != shard.sha256:
-                raise ValueError(
-                    f"Shard {self.path / shard.path} has sha256 {found[:12]}..., the manifest says "
-                    f"{shard.sha256[:12]}...: its content has changed. {_RESTORE}"
-                )
+            check_shard(self.path, shard, checksum=True)
 
 
 def table_to_cells(table: pa.Table) -> Cells:
@@ -347,6 +342,22 @@ def open_corpus(
     return corpus
 
 
+def check_shard(path: Path, shard: Shard, *, checksum: bool) -> None:
+    """Refuse a shard of the corpus at `path` of another size, or another checksum, than the manifest says."""
+    file = path / shard.path
+    n_bytes = file.stat().st_size
+    if n_bytes != shard.n_bytes:
+        raise ValueError(
+            f"Shard {file} has {n_bytes} bytes, the manifest says {shard.n_bytes}: "
+            f"it is {'truncated' if n_bytes < shard.n_bytes else 'not the one that was written'}. {_RESTORE}"
+        )
+    if checksum and (found := hash_file(file)) != shard.sha256:
+        raise ValueError(
+            f"Shard {file} has sha256 {found[:12]}..., the manifest says {shard.sha256[:12]}...: its content has "
+            f"changed. {_RESTORE}"
+        )
+
+
 def _check_files(path: Path, manifest: Manifest) -> None:
     missing = [shard.path for shard in manifest.shards if not (path / shard.path).exists()]
     if missing:
@@ -355,12 +366,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
             "Run `prepare` again with the same arguments: it writes what is missing."
         )
     for shard in manifest.shards:
-        n_bytes = (path / shard.path).stat().st_size
-        if n_bytes != shard.n_bytes:
-            raise ValueError(
-                f"Shard {path / shard.path} has {n_bytes} bytes, the manifest says {shard.n_bytes}: "
-                f"it is {'truncated' if n_bytes < shard.n_bytes else 'not the one that was written'}. {_RESTORE}"
-            )
+        check_shard(path, shard, checksum=False)
     for name in ("vocab.json", "splits.json"):
         if not (path / name).exists():
             raise FileNotFoundError(f"{path / name} is missing. Restore it from the source of the corpus.")
