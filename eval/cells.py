@@ -93,7 +93,7 @@ def read_split(corpus: "Corpus | str | Path", split: str, *, label_key: str = "c
         logger.info("Sampled %d of the %d cells of split %r.", MAX_CELLS, n_cells, split)
     blocks, tables, first = [], [], 0
     width = len(corpus.gene_symbols)
-    for cells, table in corpus.iter_cells(split):
+    for cells, table in corpus.row_groups(split):
         rows = chosen[(chosen >= first) & (chosen < first + len(cells))] - first
         first += len(cells)
         if not len(rows):

@@ -17,10 +17,12 @@ import pytest
 
 pytest.importorskip("cellxgene_ontology_guide")
 
+from scmmgpt.files import whole_folder
 from scmmgpt.synthetic import synthetic_adata
-from scmmgpt.train.data import prepare
+from scmmgpt.train.data import build, build_steps, prepare
 from scmmgpt.train.data import sources as source_files
 from scmmgpt.train.data.corpus import hash_file, open_corpus
+from scmmgpt.train.data.workers import start_workers
 
 
 GENES = list(synthetic_adata(4).var_names)
@@ -39,7 +41,7 @@ def sources(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No gene-name tables, which take seconds to load, and no syncing: processes are killed here, not machines."""
-    monkeypatch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+    monkeypatch.setattr(build, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -54,7 +56,7 @@ def whole(sources, tmp_path_factory):
     """A corpus that was built in peace."""
     output = tmp_path_factory.mktemp("whole") / "corpus"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+        patch.setattr(build, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
         prepare.main(arguments(sources, output))
     return output
 
@@ -68,7 +70,7 @@ def copy(whole, tmp_path):
 
 def start_builder(sources, output):
     """Build in a process of its own; forked, because importing anew would take longer than the build."""
-    for cache in (source_files._open, prepare._planned_source):
+    for cache in (source_files._open, build_steps._chosen_source):
         cache.cache_clear()  # an open file is not to be shared between processes
     process = multiprocessing.get_context("fork").Process(target=prepare.main, args=(arguments(sources, output),))
     process.start()
@@ -124,20 +126,20 @@ def test_a_build_killed_at_twenty_random_moments_ends_with_the_same_bytes(source
 
 def test_a_finished_shard_is_never_written_again(sources, whole, tmp_path, monkeypatch):
     output = tmp_path / "corpus"
-    monkeypatch.setattr(prepare._Build, "_finish", lambda *_: 1 / 0)
+    monkeypatch.setattr(build.CorpusBuilder, "_finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.main(arguments(sources, output))
     before = {path: path.stat().st_mtime_ns for path in output.glob("data/*")}
     assert len(before) == len(shard_bytes(whole))
     monkeypatch.undo()
-    monkeypatch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+    monkeypatch.setattr(build, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
     prepare.main(arguments(sources, output))
     assert before == {path: path.stat().st_mtime_ns for path in output.glob("data/*")}
     assert shard_bytes(output) == shard_bytes(whole)
 
 
 def test_two_builders_at_once_do_not_mix(sources, tmp_path):
-    with prepare._lock(tmp_path / "corpus"):
+    with build.lock_folder(tmp_path / "corpus"):
         message = f"Another builder is at work on .*process {os.getpid()} on"
         with pytest.raises(ValueError, match=message):
             prepare.main(arguments(sources, tmp_path / "corpus"))
@@ -190,19 +192,19 @@ def test_a_full_disk_is_said_clearly_and_resumed(sources, whole, small_disk):
 
 def test_a_build_goes_on_with_smaller_partitions(sources, whole, tmp_path, monkeypatch):
     """After running out of memory, say."""
-    merge, output = prepare.merge_shard, tmp_path / "corpus"
+    merge, output = build.merge_shard, tmp_path / "corpus"
     shards = iter(range(3))
-    monkeypatch.setattr(prepare, "merge_shard", lambda task: merge(task) if next(shards) < 2 else 1 / 0)
+    monkeypatch.setattr(build, "merge_shard", lambda task: merge(task) if next(shards) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.main(arguments(sources, output))
     assert len(shard_bytes(output)) == 2
-    monkeypatch.setattr(prepare, "merge_shard", merge)
+    monkeypatch.setattr(build, "merge_shard", merge)
     prepare.main(arguments(sources, output, "--cells-per-partition", "9"))
     assert shard_bytes(output) == shard_bytes(whole)
 
 
 def test_a_worker_that_the_system_ends_is_said_clearly():
-    with pytest.raises(ValueError, match="ended a worker process"), prepare._executor(2, None, []) as run:
+    with pytest.raises(ValueError, match="ended a worker process"), start_workers(2) as run:
         run(os._exit, [1], "ended")
 
 
@@ -211,7 +213,7 @@ def test_a_truncated_shard_is_refused_until_it_is_deleted_and_built_again(source
     os.truncate(path, path.stat().st_size - 10)
     with pytest.raises(ValueError, match="truncated"):
         open_corpus(copy)
-    with pytest.raises(ValueError, match=f"{path.name} is damaged.*Delete it"):
+    with pytest.raises(ValueError, match=f"{path.name} .* truncated. Delete the shard"):
         prepare.main(arguments(sources, copy))
     path.unlink()
     prepare.main(arguments(sources, copy))
@@ -225,7 +227,7 @@ def test_a_flipped_byte_is_found(sources, copy):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="sha256"):
         open_corpus(copy)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="sha256.*Delete the shard"):
         prepare.main(arguments(sources, copy))
 
 
@@ -244,7 +246,7 @@ def test_a_missing_shard_is_named_and_built_again(sources, copy, whole):
 def test_a_source_that_changed_is_not_mixed_with_the_old_one(sources, tmp_path, monkeypatch):
     folder = tmp_path / "sources"
     shutil.copytree(sources, folder)
-    monkeypatch.setattr(prepare._Build, "_finish", lambda *_: 1 / 0)
+    monkeypatch.setattr(build.CorpusBuilder, "_finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.main(arguments(folder, tmp_path / "corpus"))
     (folder / "set1.h5ad").unlink()
@@ -269,9 +271,8 @@ def test_workers_end_with_a_killed_builder():
     """A killed builder leaves no process behind that works on for nobody."""
     program = """
 import operator, os, time
-from scmmgpt.train.data import prepare
-from scmmgpt.train.data import sources as source_files
-with prepare._executor(2, None, []) as run:
+from scmmgpt.train.data.workers import start_workers
+with start_workers(2) as run:
     print(*run(operator.call, [os.getpid], "asked"), flush=True)
     time.sleep(60)
 """
@@ -284,3 +285,20 @@ with prepare._executor(2, None, []) as run:
             return
         time.sleep(0.01)
     pytest.fail(f"worker {worker} still runs")
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder"
+
+    def write(content):
+        with whole_folder(path) as temporary:
+            (temporary / "half").write_text("")
+            (temporary / "file").write_bytes(content)
+
+    with pytest.raises(TypeError):
+        write(None)
+    assert not list(tmp_path.iterdir())
+    write(b"first")
+    write(b"second")
+    assert (path / "file").read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -84,7 +84,7 @@ def test_rows_come_from_jsonl_and_parquet_alike(corpus, processor, rows, tmp_pat
 
 def test_the_counts_of_a_named_cell_are_those_of_the_corpus(corpus, processor, rows, tmp_path):
     found = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
-    cells, _ = open_corpus(corpus).read_cells("train", [])
+    cells, _ = open_corpus(corpus).load("train", [])
     for i in range(len(found.cells)):
         own = cells[int(np.flatnonzero(cells.cell_ids == found.cells.cell_ids[i])[0])]
         np.testing.assert_array_equal(found.cells[i].gene_ids, own.gene_ids)

@@ -14,7 +14,8 @@ pytest.importorskip("cellxgene_ontology_guide")
 
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.synthetic import synthetic_adata
-from scmmgpt.train.data import prepare
+from scmmgpt.train.data import build as builder
+from scmmgpt.train.data import build_steps, prepare
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.corpus import SPLITS, hash_file, open_corpus
 from scmmgpt.train.data.splits import split_cells, split_units
@@ -29,8 +30,8 @@ SMALL = ["--cells-per-shard", "40", "--cells-per-partition", "25"]
 def own_genes(monkeypatch):
     """Judge genes by those of the synthetic cells alone: the real tables take seconds to load."""
     index = GeneIndex({symbol: i for i, symbol in enumerate(GENES)})
-    monkeypatch.setattr(prepare, "reference_gene_index", lambda: index)
-    monkeypatch.setattr(prepare, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
+    monkeypatch.setattr(build_steps, "reference_gene_index", lambda: index)
+    monkeypatch.setattr(builder, "build_gene_aliases", lambda vocabulary: {"aliases": {}, "orthologs": {}})
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # many tiny files, none of which outlives the test
 
 
@@ -62,7 +63,7 @@ def read_all(corpus):
     """Every cell of a corpus as {(dataset, barcode): ({symbol: count}, obs row with its split)}."""
     found = {}
     for split in corpus.split_names:
-        cells, table = corpus.read_cells(split)
+        cells, table = corpus.load(split)
         for i, row in enumerate(table.to_pylist()):
             span = slice(cells.indptr[i], cells.indptr[i + 1])
             symbols = corpus.gene_symbols[cells.gene_ids[span]]
@@ -246,7 +247,7 @@ def test_copies_of_a_cell_are_dropped_and_namesakes_renamed(build, folder):
     assert corpus.manifest.n_cells == 110
     assert corpus.manifest.dropped["cells"]["duplicates"] == 10
     assert corpus.manifest.notes["renamed_cells"] == 50
-    assert len(np.unique(corpus.read_cells("train")[0].cell_ids)) == 110
+    assert len(np.unique(corpus.load("train")[0].cell_ids)) == 110
 
 
 def test_cells_with_too_few_genes_are_dropped_and_counted(build, folder):

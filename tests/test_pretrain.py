@@ -8,7 +8,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train import pretrain
-from scmmgpt.train.data.corpus import open_corpus, write_corpus
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.data.corpus_writer import write_corpus
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -86,7 +87,7 @@ def test_a_checkpoint_of_other_genes_is_refused(corpus_path, tmp_path, gene_voca
 
 def test_hidden_genes_are_a_share_of_the_expressed_ones(corpus_path):
     corpus = open_corpus(corpus_path)
-    cells, _ = corpus.read_cells("train")
+    cells, _ = corpus.load("train")
     extractor = ScMMGPTFeatureExtractor(pad_token_id=0, cls_token_id=1)
     batch = pretrain.PretrainCollator(extractor, [0.5])(cells, {}, epoch=1)
     hidden, mask = batch["hidden_genes"], batch["cell_attention_mask"].bool()

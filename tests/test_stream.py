@@ -9,7 +9,8 @@ import pytest
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.train.data.corpus import open_corpus, write_corpus
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.data.corpus_writer import write_corpus
 from scmmgpt.train.data.stream import CellStream, as_dataset, build_cache, take_batch
 
 

@@ -60,8 +60,8 @@ from scmmgpt.train.align import build_model, build_processor, data_seed
 from scmmgpt.train.arguments import FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
-from scmmgpt.train.data.prepare import SPECIAL_TOKENS
 from scmmgpt.train.trainer import ModelLossTrainer, freeze, save_run
 
 
@@ -96,7 +96,7 @@ class CellTable:
     cells: list[Cells] = field(default_factory=list)
     path: str = "of these files"
 
-    def iter_cells(self, split: str = "train", columns=None) -> Iterator[tuple[Cells, None]]:
+    def row_groups(self, split: str = "train", columns=None) -> Iterator[tuple[Cells, None]]:
         """Every file's cells."""
         for cells in self.cells:
             yield cells, None

@@ -53,7 +53,7 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
 
     weight = cell_model.get_input_embeddings().weight
     pieces, total = [], 0
-    for cells, _ in corpus.iter_cells("train", columns=[]):
+    for cells, _ in corpus.row_groups("train", columns=[]):
         values = normalize_log1p(cells)
         pieces.append((values, cells.gene_ids.astype(np.int64), np.diff(cells.indptr)))
         total += len(cells)

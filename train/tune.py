@@ -176,7 +176,7 @@ def build_language_model(
     if model_args.language_model != "scratch":
         return load_causal_lm(model_args.language_model, dtype=dtype)
     texts = []
-    for cells, table in corpus.iter_cells("train"):
+    for cells, table in corpus.row_groups("train"):
         obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
         for write in (captions.caption, captions.answer):
             texts += write(obs, cell_ids=cells.cell_ids)
@@ -368,7 +368,7 @@ def is_pretrained(name: str) -> bool:
 def typical_library_size(corpus: Corpus) -> float:
     """Median total counts of the training cells, of the first 100,000."""
     sizes, total = [], 0
-    for cells, _ in corpus.iter_cells("train", columns=[]):
+    for cells, _ in corpus.row_groups("train", columns=[]):
         sizes.append(cells.library_sizes())
         total += len(cells)
         if total >= 100_000:

@@ -86,7 +86,8 @@ def data():
 
 def build_corpus(folder):
     from scmmgpt.cells_scmmgpt import Cells
-    from scmmgpt.train.data.corpus import open_corpus, write_corpus
+    from scmmgpt.train.data.corpus import open_corpus
+    from scmmgpt.train.data.corpus_writer import write_corpus
     from scmmgpt.train.data.stream import build_cache
 
     indptr, gene_ids, counts = synthetic_cells(N_CELLS, N_GENES)
@@ -137,7 +138,7 @@ def build_arrow(folder):
 
     def examples():
         corpus = open_corpus(folder / "corpus", verify=False)
-        for cells, obs in corpus.iter_cells("train", list(CACHED_COLUMNS)):
+        for cells, obs in corpus.row_groups("train", list(CACHED_COLUMNS)):
             annotations = obs.to_pylist()
             for row in range(len(cells)):
                 cell = slice(cells.indptr[row], cells.indptr[row + 1])
@@ -165,7 +166,7 @@ def build_h5ad(folder):
 
     from scmmgpt.train.data.corpus import open_corpus
 
-    cells, _ = open_corpus(folder / "corpus", verify=False).read_cells("train", [])
+    cells, _ = open_corpus(folder / "corpus", verify=False).load("train", [])
     matrix = scipy.sparse.csr_matrix(
         (cells.counts, cells.gene_ids.astype(np.int32), cells.indptr), shape=(len(cells), N_GENES + 3)
     )

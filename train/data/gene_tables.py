@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from scmmgpt.genes_scmmgpt import GeneIndex
 
 
@@ -72,11 +74,17 @@ def _required(package: str, path: str) -> Path:
     return file
 
 
+def _pairs(table: tuple[str, str]) -> pd.DataFrame:
+    """The distinct rows of a table of two columns, in which both have a value."""
+    pairs = pd.read_csv(_required(*table), header=None, names=["human", "other"], dtype=str, keep_default_na=False)
+    return pairs[(pairs != "").all(axis=1)].drop_duplicates()
+
+
 @lru_cache
 def load_ensembl() -> dict[str, str]:
     """Human Ensembl gene id, without version -> symbol in GENCODE v44 (62,754 genes)."""
-    with open(_required(*GENCODE), newline="", encoding="utf-8") as file:
-        return {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] and row[1]}
+    pairs = _pairs(GENCODE)
+    return dict(zip(pairs["human"], pairs["other"], strict=True))
 
 
 @lru_cache
@@ -84,20 +92,9 @@ def load_orthologs(species: str) -> dict[str, str]:
     """Symbols of a species -> human symbols, for genes with exactly one ortholog in either direction."""
     if species not in ORTHOLOGS:
         raise ValueError(f"There is no ortholog table for {species!r}; there are tables for {', '.join(ORTHOLOGS)}.")
-    with open(_required(*ORTHOLOGS[species]), newline="", encoding="utf-8") as file:
-        pairs = {(row[0], row[1]) for row in csv.reader(file) if len(row) == 2 and row[0] and row[1]}
-    return _one_to_one(pairs)
-
-
-def _one_to_one(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Human, other -> `{other: human}` of the pairs in which neither side has a second partner."""
-    partners: dict[tuple[str, str], set[str]] = {}
-    pairs = set(pairs)
-    for human, other in pairs:
-        partners.setdefault(("human", human), set()).add(other)
-        partners.setdefault(("other", other), set()).add(human)
-    unique = (p for p in pairs if len(partners["human", p[0]]) == 1 and len(partners["other", p[1]]) == 1)
-    return {other: human for human, other in sorted(unique)}
+    pairs = _pairs(ORTHOLOGS[species])
+    pairs = pairs[~pairs["human"].duplicated(keep=False) & ~pairs["other"].duplicated(keep=False)]
+    return dict(zip(pairs["other"], pairs["human"], strict=True))
 
 
 def load_hgnc(path: str | Path | None = None) -> list[GeneRecord]:
@@ -116,30 +113,27 @@ def load_hgnc(path: str | Path | None = None) -> list[GeneRecord]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no HGNC table {path}: get hgnc_complete_set.txt from genenames.org.")
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = reader.fieldnames or []
-        columns = {key: next((n for n in names if n in header), None) for key, names in HGNC_COLUMNS.items()}
-        missing = [HGNC_COLUMNS[key][0] for key in ("symbol", "previous") if columns[key] is None]
-        if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(missing)} (it has {', '.join(header[:8])} ...).")
-        return [
-            GeneRecord(
-                row[columns["symbol"]].strip(),
-                _names(row.get(columns["previous"])),
-                _names(row.get(columns["aliases"])),
-                (row.get(columns["ensembl"]) or "").strip(),
-                (row.get(columns["name"]) or "").strip(),
-            )
-            for row in reader
-            if row[columns["symbol"]] and (row.get(columns["status"]) or "Approved").startswith("Approved")
-        ]
+    frame = _read_tsv(path)
+    known = {name: key for key, names in HGNC_COLUMNS.items() for name in names if name in frame}
+    missing = [HGNC_COLUMNS[key][0] for key in ("symbol", "previous") if key not in known.values()]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)} (it has {', '.join(frame.columns[:8])} ...).")
+    frame = frame.rename(columns=known).reindex(columns=list(HGNC_COLUMNS), fill_value="")
+    frame = frame[(frame["symbol"] != "") & (frame["status"].str.startswith("Approved") | (frame["status"] == ""))]
+    return [
+        GeneRecord(
+            row.symbol.strip(), _names(row.previous), _names(row.aliases), row.ensembl.strip(), row.name.strip()
+        )
+        for row in frame.itertuples(index=False)
+    ]
 
 
-def _names(cell: str | None) -> tuple[str, ...]:
+def _read_tsv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False)
+
+
+def _names(cell: str) -> tuple[str, ...]:
     """HGNC separates the names in a cell by `|`, extracts of it by commas."""
-    if not cell:
-        return ()
     cell = cell.strip('"')
     return tuple(name for name in (n.strip() for n in cell.split("|" if "|" in cell else ", ")) if name)
 
@@ -149,9 +143,9 @@ def load_mouse_ensembl() -> dict[str, str]:
     path = package_file(*MGI)
     if path is None:
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return {i: row["symbol"] for row in rows for i in _names(row["ensembl"]) if i.startswith("ENSMUSG")}
+    rows = _read_tsv(path)
+    ids = [(_names(names), symbol) for names, symbol in zip(rows["ensembl"], rows["symbol"], strict=True)]
+    return {name: symbol for names, symbol in ids for name in names if name.startswith("ENSMUSG")}
 
 
 def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> dict[str, str]:
@@ -170,7 +164,7 @@ def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> d
                 if name and name not in owners:
                     found.setdefault(name, set()).add(i)
         owners |= found
-    resolved = {}
+    resolved: dict[str, str] = {}
     for i, record in enumerate(records):
         names = [n for tier in tiers for n in tier(record) if n and owners[n] == {i}]
         known = next((n for n in names if n in vocabulary), None)

@@ -1,18 +1,18 @@
 """Ontology terms behind the obs columns: resolve a label or an id to a term, and read its definition and synonyms.
 
-The terms are those of the CELLxGENE schema and come, offline, from `cellxgene-ontology-guide`; each ontology is read
-on first use (the Cell Ontology takes 15 ms, MONDO 150 ms), and each distinct label is resolved once, never per cell.
-NCBITaxon is not read at all, because it takes 3 GB of memory to name the few organisms of a corpus.
+The terms are those of the CELLxGENE schema and come, offline, from `cellxgene-ontology-guide`. Each ontology is read
+on first use (the Cell Ontology takes 15 ms, MONDO 150 ms). Each distinct label is resolved once, not once per cell.
+NCBITaxon is never read, because it takes 3 GB of memory; `templates/labels.json` names the few organisms of a corpus.
 """
 
 import functools
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from scmmgpt.files import read_json
 
 
 # The ontology that names the terms of each obs column (CELLxGENE schema, human cells).
@@ -47,7 +47,7 @@ class Term:
     how: str
 
 
-def normalize_label(label):
+def normalize_label(label: str) -> str:
     """Reduce a label to the words that name it, so that spelling variants compare equal.
 
     >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
@@ -57,13 +57,13 @@ def normalize_label(label):
     return " ".join(re.findall(r"\w+", label))
 
 
-def is_missing(value):
-    """Whether an obs value says nothing: None, NaN, or one of the words in `MISSING`."""
+def is_missing(value: Any) -> bool:
+    """Whether an obs value is unknown: None, NaN, or one of the words in `MISSING`."""
     return value is None or value != value or str(value).strip().casefold() in MISSING
 
 
 @functools.cache
-def _parser():
+def _parser() -> Any:
     try:
         from cellxgene_ontology_guide.ontology_parser import OntologyParser
     except ImportError as error:
@@ -75,26 +75,25 @@ def _parser():
 
 
 @functools.cache
-def _reviewed_labels():
-    tables = json.loads(LABELS_FILE.read_text(encoding="utf-8"))
+def _reviewed_labels() -> dict[str, dict[str, str]]:
     return {
         column: {normalize_label(label): term_id for label, term_id in table.items()}
-        for column, table in tables["labels"].items()
+        for column, table in read_json(LABELS_FILE)["labels"].items()
     }
 
 
 @functools.cache
-def _organisms():
-    return json.loads(LABELS_FILE.read_text(encoding="utf-8"))["organisms"]
+def _organisms() -> dict[str, str]:
+    return read_json(LABELS_FILE)["organisms"]
 
 
 @functools.cache
-def _exact_names(ontology):
+def _exact_names(ontology: str) -> dict[str, str]:
     return _parser().get_term_label_to_id_map(ontology)
 
 
-def names_of(column):
-    """Every current name of the terms that an obs column may hold -> term id, in the ontology's order."""
+def names_of(column: str) -> dict[str, str]:
+    """Name -> term id of every current term that an obs column may hold, in the ontology's order."""
     parser = _parser()
     return {
         name: term_id
@@ -105,10 +104,11 @@ def names_of(column):
 
 
 @functools.cache
-def _names_to_ids(ontology, kind):
+def _names_to_ids(ontology: str, kind: str) -> dict[str, str]:
     """Map normalised names (or synonyms) of an ontology to its term ids, except those that two terms share."""
-    parser, ids = _parser(), {}
-    for label, term_id in parser.get_term_label_to_id_map(ontology).items():
+    parser = _parser()
+    ids: dict[str, str | None] = {}
+    for label, term_id in _exact_names(ontology).items():
         if parser.is_term_deprecated(term_id):
             continue
         for name in [label] if kind == "name" else parser.get_term_synonyms(term_id):
@@ -117,17 +117,17 @@ def _names_to_ids(ontology, kind):
     return {key: term_id for key, term_id in ids.items() if key and term_id}
 
 
-def ontology_version():
+def ontology_version() -> str:
     """Version of the CELLxGENE schema whose ontologies are used, e.g. `7.1.0`."""
     return _parser().cxg_schema.version
 
 
 @functools.cache
-def term_name(term_id):
-    """The name of a term, following a deprecated term to its replacement; None if the id is not known."""
+def term_name(term_id: str) -> str | None:
+    """Name of a term, or of the term that replaced it if it is deprecated; None if the id is not known."""
     if term_id in _organisms():
         return _organisms()[term_id]
-    # NCBITaxon is answered above or not at all: see the module docstring.
+    # No other organism is named: see the head of this file.
     if term_id.startswith("NCBITaxon:") or not _parser().is_valid_term_id(term_id):
         return None
     if _parser().is_term_deprecated(term_id):
@@ -137,13 +137,13 @@ def term_name(term_id):
 
 
 @functools.cache
-def match_label(column, label):
+def match_label(column: str, label: str) -> tuple[str | None, str]:
     """Find the term that a label names: exactly by name, then in the reviewed table, then by synonym.
 
     Returns:
         `(term_id, how)`, or `(None, "unmatched")`. Nothing is guessed: a synonym of two terms matches none.
     """
-    # Most labels are names to the letter; only the others need all names and synonyms normalised.
+    # Most labels equal a name exactly; only the others need all names and synonyms normalised.
     for ontology in ONTOLOGIES[column]:
         term_id = _exact_names(ontology).get(label)
         if term_id and not _parser().is_term_deprecated(term_id):
@@ -163,11 +163,11 @@ def match_label(column, label):
 
 
 @functools.cache
-def resolve(column, label=None, term_id=None):
+def resolve(column: str, label: Any = None, term_id: Any = None) -> Term:
     """Resolve the label and the id that a source gives for one obs column into one term.
 
-    A valid id decides, and names the term, so that one cell type has one name in all sources. Without it, the label is
-    matched. A label that matches nothing is kept as it is, without an id.
+    A valid id decides and names the term, so that one cell type has one name in all sources. Without a valid id, the
+    label is matched. A label that matches nothing is kept as it is, without an id.
 
     Args:
         column: One of `ONTOLOGIES`, e.g. "cell_type".
@@ -186,7 +186,7 @@ def resolve(column, label=None, term_id=None):
 
 
 @functools.cache
-def definition(term_id):
+def definition(term_id: str) -> str | None:
     """The term's textual definition as clean sentences, or None.
 
     >>> definition("CL:0000236")
@@ -203,7 +203,7 @@ def definition(term_id):
 
 
 @functools.cache
-def synonyms(term_id):
+def synonyms(term_id: str) -> tuple[str, ...]:
     """Synonyms fit for prose: no short abbreviations, codes, plurals, or other spellings of the name."""
     if not _parser().is_valid_term_id(term_id):
         return ()
@@ -218,7 +218,7 @@ def synonyms(term_id):
 
 
 @functools.cache
-def distance(term_id, other_id):
+def distance(term_id: str | None, other_id: str | None) -> float:
     """Steps between two terms of one ontology through their nearest common ancestor; infinite where there is none.
 
     >>> distance("CL:0000236", "CL:0000945")  # B cell, lymphocyte of B lineage
@@ -232,30 +232,6 @@ def distance(term_id, other_id):
     return steps if steps >= 0 else math.inf
 
 
-def closeness(term_ids, temperature):
-    """How nearly right each term is as an answer for each other: exp(-steps / temperature), 1 for the term itself.
-
-    What is nearer to the common ancestor is closer: an ancestor counts for more than whatever else hangs below it.
-    Towards temperature 0 only the term itself is right. Terms without an id (`None`) are close to none.
-
-    Args:
-        term_ids: Sequence of n ids.
-        temperature: In steps of the ontology.
-
-    Returns:
-        float64 array `(n, n)`.
-    """
-    known = {term: i for i, term in enumerate(dict.fromkeys(term for term in term_ids if term))}
-    table = np.zeros((len(known) + 1, len(known) + 1))
-    for term, i in known.items():
-        for other, j in known.items():
-            table[i, j] = math.exp(-distance(term, other) / temperature) if temperature else float(i == j)
-    rows = np.array([known.get(term, len(known)) for term in term_ids], dtype=int)
-    result = table[rows[:, None], rows[None]]
-    np.fill_diagonal(result, 1.0)
-    return result
-
-
-def all_synonyms(term_id):
+def all_synonyms(term_id: str) -> tuple[str, ...]:
     """Every synonym of the term as the ontology lists them, for parsing text rather than writing it."""
     return tuple(_parser().get_term_synonyms(term_id)) if _parser().is_valid_term_id(term_id) else ()

@@ -1,15 +1,16 @@
 """Where cells come from: files of one dataset each, or a filtered slice of the CELLxGENE Census.
 
-A source is described by a `SourceSpec`, which travels to workers as plain data; `open_source` opens it there. Both
-kinds read any range of their cells without the rest, give obs in the columns of the corpus, and convert counts by the
-input doctor's plan, which is made once for the whole source.
+A `SourceSpec` describes a source as plain data, which travels to workers; `open_source` opens the source there. Both
+kinds of source read any range of their cells without the rest, give obs in the columns of the corpus, and convert
+values to counts by an `InputChoice`, made once for the whole source.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from scmmgpt.train.data.corpus import OBS_COLUMNS, SMALL_CORPUS_BYTES, hash_file
 CENSUS_LICENCE = "cc-by-4.0"  # all CELLxGENE Discover data
 # The Census has no barcodes; its `observation_joinid` identifies a cell across releases.
 CENSUS_COLUMNS = (*(name for name in OBS_COLUMNS if name != "barcode"), "observation_joinid")
-N_SAMPLED_CELLS = 512  # of a Census slice, on which the input doctor decides
+N_SAMPLED_CELLS = 512  # of a Census slice, to choose how to read it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +50,22 @@ class SourceSpec:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, str] = dataclasses.field(default_factory=dict)
     licence: str | None = None
-    options: Mapping = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The spec as text, which also identifies it."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
+    @classmethod
+    def from_json(cls, text: str) -> "SourceSpec":
+        """The spec that `to_json` wrote."""
+        return cls(**json.loads(text))
+
 
 class FileSource:
     """One file of cells of any format that `readers.read_file` opens, its rows read when they are asked for."""
 
-    def __init__(self, spec: SourceSpec):
+    def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
         self.adata = read_file(spec.path, backed=True)
         self.n_cells = self.adata.n_obs
@@ -74,19 +80,19 @@ class FileSource:
             raise ValueError(f"{self.spec.path} has no obs column {name!r}; it has {list(self.adata.obs)}.")
         return self.adata.obs[name].iloc[start:stop].to_numpy(dtype=object)
 
-    def plan(self, gene_index: GeneIndex) -> InputChoice:
+    def choose(self, gene_index: GeneIndex) -> InputChoice:
         """How to read the counts, decided on a sample of the rows."""
         return choose_input(self.adata, gene_index, **self.spec.options)
 
-    def cells(self, start: int, stop: int, plan: InputChoice) -> Cells:
-        """Counts of a range of cells, read by the plan."""
-        return plan.convert(self.adata[start:stop])
+    def cells(self, start: int, stop: int, choice: InputChoice) -> Cells:
+        """Counts of a range of cells, read as chosen."""
+        return choice.convert(self.adata[start:stop])
 
-    def provenance(self) -> dict:
+    def provenance(self) -> dict[str, Any]:
         """What identifies the file and its terms of use."""
         path = Path(self.spec.path)
         n_bytes = sum(file.stat().st_size for file in _files_of(path))
-        found = {"bytes": n_bytes}
+        found: dict[str, Any] = {"bytes": n_bytes}
         if path.is_file() and n_bytes <= SMALL_CORPUS_BYTES:
             found["sha256"] = hash_file(path)
         licence = self.spec.licence
@@ -105,22 +111,30 @@ class CensusSource:
     Their joinids are listed once, by `find_joinids`, so that cell i is the same cell for every worker.
     """
 
-    def __init__(self, spec: SourceSpec):
+    def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
         self.joinids = np.load(spec.options["joinids"], mmap_mode="r")
         self.n_cells = len(self.joinids)
         self._census = open_census(spec.path)
+        self._obs = self._census["census_data"][spec.options["organism"]].obs
 
-    def _read(self, joinids: np.ndarray):
+    def _known_columns(self) -> list[str]:
+        return [name for name in CENSUS_COLUMNS if name in self._obs.keys()]
+
+    def _read_obs(self, start: int, stop: int | None, columns: list[str]) -> pd.DataFrame:
+        joinids = np.asarray(self.joinids[start:stop])
+        frame = self._obs.read(coords=(joinids,), column_names=["soma_joinid", *columns]).concat().to_pandas()
+        return frame.set_index("soma_joinid", drop=False).loc[joinids]
+
+    def _read(self, joinids: np.ndarray) -> Any:
+        """The AnnData of some cells."""
         import cellxgene_census
 
-        organism = self.spec.options["organism"]
-        known = self._census["census_data"][organism].obs.keys()
         adata = cellxgene_census.get_anndata(
             self._census,
-            organism,
+            self.spec.options["organism"],
             obs_coords=np.asarray(joinids),
-            obs_column_names=["soma_joinid", *(name for name in CENSUS_COLUMNS if name in known)],
+            obs_column_names=["soma_joinid", *self._known_columns()],
             var_column_names=["feature_id", "feature_name"],
         )
         adata.obs.index = _census_names(adata.obs)
@@ -130,33 +144,26 @@ class CensusSource:
 
     def obs(self, start: int = 0, stop: int | None = None) -> pd.DataFrame:
         """Obs of a range of cells in the columns of the corpus, labels as the source gives them."""
-        joinids = np.asarray(self.joinids[start:stop])
-        table = self._census["census_data"][self.spec.options["organism"]].obs
-        known = [name for name in CENSUS_COLUMNS if name in table.keys()]
-        frame = table.read(coords=(joinids,), column_names=["soma_joinid", *known]).concat().to_pandas()
-        frame = frame.set_index("soma_joinid", drop=False).loc[joinids]
+        frame = self._read_obs(start, stop, self._known_columns())
         frame.index = _census_names(frame)
         return _standard_obs(frame, self.spec)
 
     def column(self, name: str, start: int, stop: int) -> np.ndarray:
         """Values of any obs column."""
-        joinids = np.asarray(self.joinids[start:stop])
-        table = self._census["census_data"][self.spec.options["organism"]].obs
-        frame = table.read(coords=(joinids,), column_names=["soma_joinid", name]).concat().to_pandas()
-        return frame.set_index("soma_joinid").loc[joinids, name].to_numpy(dtype=object)
+        return self._read_obs(start, stop, [name])[name].to_numpy(dtype=object)
 
-    def plan(self, gene_index: GeneIndex) -> InputChoice:
+    def choose(self, gene_index: GeneIndex) -> InputChoice:
         """How to read the counts, decided on a sample of the cells."""
         sampled = np.unique(np.linspace(0, self.n_cells - 1, min(self.n_cells, N_SAMPLED_CELLS)).astype(int))
         return choose_input(self._read(self.joinids[sampled]), gene_index)
 
-    def cells(self, start: int, stop: int, plan: InputChoice) -> Cells:
-        """Counts of a range of cells, read by the plan."""
-        return plan.convert(self._read(self.joinids[start:stop]))
+    def cells(self, start: int, stop: int, choice: InputChoice) -> Cells:
+        """Counts of a range of cells, read as chosen."""
+        return choice.convert(self._read(self.joinids[start:stop]))
 
-    def provenance(self) -> dict:
+    def provenance(self) -> dict[str, Any]:
         """What identifies the slice and its terms of use."""
-        info = {"licence": self.spec.licence or CENSUS_LICENCE}
+        info: dict[str, Any] = {"licence": self.spec.licence or CENSUS_LICENCE}
         info |= {name: self.spec.options[name] for name in ("organism", "value_filter")}
         summary = self._census["census_info"]["summary"] if "census_info" in self._census else None
         if summary is not None:
@@ -164,7 +171,7 @@ class CensusSource:
             info["census"] = dict(zip(frame["label"].astype(str), frame["value"].astype(str), strict=True))
         return info
 
-    def citations(self, dataset_ids) -> dict[str, str]:
+    def citations(self, dataset_ids: Iterable[str]) -> dict[str, str]:
         """Citation of each dataset, where the Census gives them."""
         if "census_info" not in self._census or "datasets" not in self._census["census_info"]:
             return {}
@@ -179,7 +186,7 @@ def _census_names(frame: pd.DataFrame) -> pd.Index:
     return pd.Index(frame["observation_joinid" if "observation_joinid" in frame else "soma_joinid"].astype(str))
 
 
-def open_census(release_or_uri: str):
+def open_census(release_or_uri: str) -> Any:
     """Open a Census release by its date, or any SOMA by its path or URI."""
     try:
         import cellxgene_census
@@ -209,22 +216,25 @@ def find_joinids(release_or_uri: str, organism: str, value_filter: str | None) -
     return joinids
 
 
-def open_source(spec: SourceSpec) -> FileSource | CensusSource:
+Source = FileSource | CensusSource
+
+
+def open_source(spec: SourceSpec) -> Source:
     """Open a source, or return it if this process has it open and it has not changed since."""
     return _open(spec.to_json(), json.dumps(fingerprint(spec)))
 
 
 @functools.lru_cache(maxsize=4)  # files that one process keeps open
-def _open(spec_json: str, _fingerprint: str):
-    spec = SourceSpec(**json.loads(spec_json))
-    return {"file": FileSource, "census": CensusSource}[spec.kind](spec)
+def _open(spec_json: str, _fingerprint: str) -> Source:
+    spec = SourceSpec.from_json(spec_json)
+    return FileSource(spec) if spec.kind == "file" else CensusSource(spec)
 
 
 def _files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def fingerprint(spec: SourceSpec) -> dict:
+def fingerprint(spec: SourceSpec) -> dict[str, int]:
     """What must not change between the parts of one build: size and time of change of a source's files."""
     if spec.kind == "census":
         return {}
@@ -234,7 +244,7 @@ def fingerprint(spec: SourceSpec) -> dict:
     return {"bytes": sum(f.stat().st_size for f in files), "changed": max(f.stat().st_mtime_ns for f in files)}
 
 
-def _text(value) -> str | None:
+def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
@@ -254,37 +264,44 @@ def _standard_obs(frame: pd.DataFrame, spec: SourceSpec) -> pd.DataFrame:
     return standard
 
 
-def resolve_labels(obs: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
+def resolve_labels(obs: pd.DataFrame, report: dict[str, Any] | None = None) -> pd.DataFrame:
     """Replace labels and ids by ontology terms, each distinct pair looked up once.
 
+    Args:
+        obs: Frame with every column of `ontology.ONTOLOGIES` and its partner of ids.
+        report: Is filled, or added to, by column: `cells`, numbers of cells by how their label was resolved, and the
+            labels that were `renamed`, `unmatched` or in `conflicts` with their id.
+
     Returns:
-        The frame with every column of `ontology.ONTOLOGIES` and its partner resolved, and a report by column: numbers
-        of cells by how they were resolved, and the labels that were renamed, unmatched or contradicted by their id.
+        A copy of the frame with these columns resolved.
     """
-    obs, report = obs.copy(), {}
+    obs, report = obs.copy(), {} if report is None else report
     for column in ontology.ONTOLOGIES:
         partner = f"{column}_ontology_term_id"
         labels, label_values = pd.factorize(obs[column])  # -1 where missing
         ids, id_values = pd.factorize(obs[partner])
         pairs, cells = np.unique((labels + 1) * (len(id_values) + 1) + ids + 1, return_inverse=True)
         n_cells = np.bincount(cells, minlength=len(pairs))
-        terms, found = [], {"cells": {}}
+        found, terms = report.setdefault(column, {"cells": {}}), []
         for pair, n in zip(pairs.tolist(), n_cells.tolist(), strict=True):
-            label, term_id = divmod(pair, len(id_values) + 1)
-            label = None if label == 0 else label_values[label - 1]
-            term = ontology.resolve(column, label, None if term_id == 0 else id_values[term_id - 1])
+            label_code, id_code = divmod(pair, len(id_values) + 1)
+            label = label_values[label_code - 1] if label_code else None
+            term = ontology.resolve(column, label, id_values[id_code - 1] if id_code else None)
             terms.append(term)
-            found["cells"][term.how] = found["cells"].get(term.how, 0) + n
+            _add(found["cells"], term.how, n)
             if term.how == "unmatched":
-                found.setdefault("unmatched", {})[str(label)] = n
+                _add(found.setdefault("unmatched", {}), str(label), n)
             elif term.how == "conflict":
-                found.setdefault("conflicts", {})[f"{label} / {term.term_id} {term.name}"] = n
+                _add(found.setdefault("conflicts", {}), f"{label} / {term.term_id} {term.name}", n)
             elif term.name != label and label is not None:
                 found.setdefault("renamed", {})[str(label)] = f"{term.name} ({term.term_id}, by {term.how})"
         obs[column] = np.array([term.name for term in terms], dtype=object)[cells]
         obs[partner] = np.array([term.term_id for term in terms], dtype=object)[cells]
-        report[column] = found
-    return obs, report
+    return obs
+
+
+def _add(counts: dict[str, int], key: str, n: int) -> None:
+    counts[key] = counts.get(key, 0) + n
 
 
 def cell_ids(obs: pd.DataFrame) -> np.ndarray:

@@ -1,0 +1,334 @@
+"""The three steps of the external sort that `build` describes: functions of a task and of files.
+
+A task is plain data, so that any process that sees the folders can run it. A task whose result is on the disk is not
+done again. Scratch files of a build, in `.build` of the corpus:
+
+```
+request.json                      everything that decides the bytes of the corpus
+vocab.json, gene_aliases.json     the genes, and their other names
+joinids-0.npy                     the cells of a Census slice, by number of the source
+scan/00000.json                   what `scan_source` found, by number of the source
+splits.json                       how the cells are divided
+parts-16384/000000/               what `map_partition` made, by number of cells and of the partition:
+    uint16.arrow, float32.arrow   its cells, those of 16-bit counts and the others
+    genes.npz                     sums over its training cells, by gene
+    part.json                     where the cells of each split lie, and how many were left out
+shards/train-00000-of-00009.json  what `merge_shard` dropped and renamed, by shard
+```
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from scmmgpt.cells_scmmgpt import Cells, RandomStream, cell_keys
+from scmmgpt.files import read_json, whole_folder, write_json
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.reading_scmmgpt import InputChoice
+from scmmgpt.train.data.corpus import OBS_COLUMNS, SPLITS, table_to_cells
+from scmmgpt.train.data.corpus_writer import CorpusWriter
+from scmmgpt.train.data.gene_tables import reference_gene_index
+from scmmgpt.train.data.sources import CensusSource, Source, SourceSpec, cell_ids, open_source, resolve_labels
+from scmmgpt.train.data.splits import assign_splits
+
+
+COUNT_KINDS = ("uint16", "float32")
+SHARE_UNITS = 2**36  # fine enough for one count in a million, and 10^8 cells still sum to less than 2^63
+CELLS_TAKEN = 2_048  # read or gathered at once
+CELLS_PER_SCAN = 500_000  # annotations held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanTask:
+    """Source number `index`, whose genes are judged by the build's vocabulary, or by all human genes."""
+
+    scratch: Path
+    index: int
+    spec: SourceSpec
+    has_vocabulary: bool
+
+
+def scan_source(task: ScanTask) -> dict[str, Any]:
+    """Read what a source has, but not its counts.
+
+    Returns:
+        `n_cells`; `units`, a list of `[dataset_id, donor_id or None, n_cells]`; `symbols`, the genes that it measures;
+        `record`, what the manifest says of it.
+    """
+    path = task.scratch / "scan" / f"{task.index:05d}.json"
+    if path.exists():
+        return read_json(path)
+    source = open_source(task.spec)
+    gene_index = _gene_index(task.scratch) if task.has_vocabulary else reference_gene_index()
+    with _naming(task.spec):
+        choice = source.choose(gene_index)
+    symbols = {i: symbol for symbol, i in gene_index.vocabulary.items()}
+    units: Counter[tuple[str, str]] = Counter()
+    datasets: Counter[str] = Counter()
+    labels: dict[str, Any] = {}
+    for start in range(0, source.n_cells, CELLS_PER_SCAN):
+        obs = resolve_labels(source.obs(start, start + CELLS_PER_SCAN), labels)
+        units.update(obs.groupby(["dataset_id", obs["donor_id"].fillna("")], sort=False).size().to_dict())
+    for (dataset, _), n_cells in units.items():
+        datasets[dataset] += n_cells
+    genes = choice.match.report
+    record = {
+        **source.provenance(),
+        "n_cells": source.n_cells,
+        "datasets": datasets,
+        "n_donors": sum(donor != "" for _, donor in units),
+        "values": {key: choice.report["matrix"][key] for key in ("chosen", "kind", "conversion")},
+        "genes": {
+            "measured": genes["genes"],
+            "matched": genes["matched"],
+            "unmatched": genes["genes"] - genes["matched"],
+            "share_expression_matched": genes.get("share_expression_matched"),
+            "largest_unmatched": genes["largest_unmatched"],
+        },
+        "labels": labels,
+        "warnings": choice.report["warnings"],
+    }
+    if isinstance(source, CensusSource):
+        record["citations"] = source.citations(datasets)
+    scan = {
+        "n_cells": source.n_cells,
+        "units": [[dataset, donor or None, n_cells] for (dataset, donor), n_cells in units.items()],
+        "symbols": sorted({symbols[i] for i in choice.match.ids[choice.match.ids >= 0].tolist()}),
+        "record": record,
+    }
+    write_json(path, scan)
+    return read_json(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionTask:
+    """Cells `start` to `stop` of a source, and the fields of the request that decide about them."""
+
+    scratch: Path
+    folder: Path
+    spec: SourceSpec
+    start: int
+    stop: int
+    excluded_datasets: list[str]
+    min_genes: int
+    split_column: str | None
+    seed: int
+
+
+def map_partition(task: PartitionTask) -> dict[str, Any]:
+    """Turn a range of cells of one source into scratch files sorted by split and random key.
+
+    Returns:
+        `rows`, kind of counts -> split -> `[first, last + 1]` in the scratch file; `dropped`, reason -> number of
+        cells; `n_kept`.
+    """
+    if task.folder.exists():
+        return read_json(task.folder / "part.json")
+    source, choice = _chosen_source(task.spec.to_json(), task.scratch)
+    obs = resolve_labels(source.obs(task.start, task.stop))
+    with _naming(task.spec):
+        starts = range(task.start, task.stop, CELLS_TAKEN)
+        parts = [source.cells(start, min(start + CELLS_TAKEN, task.stop), choice) for start in starts]
+    cells = Cells.concatenate(parts)
+    del parts
+    cells.cell_ids = cell_ids(obs)
+
+    # 1. Leave out what is not wanted.
+    excluded = obs["dataset_id"].isin(task.excluded_datasets).to_numpy()
+    poor = ~excluded & (np.diff(cells.indptr) < max(task.min_genes, 1))
+    kept = np.flatnonzero(~excluded & ~poor)
+    if len(kept) < len(cells):
+        cells, obs = _take(cells, kept), obs.iloc[kept]
+
+    # 2. Sort by kind of counts, split and key.
+    column = source.column(task.split_column, task.start, task.stop)[kept] if task.split_column else None
+    split = assign_splits(obs, cells.cell_ids, read_json(task.scratch / "splits.json"), column)
+    keys = cell_keys(cells.cell_ids, seed=task.seed, epoch=0, stream=RandomStream.ORDER)
+    kind = _needs_float(cells).astype(int)  # position in `COUNT_KINDS`
+    order = np.lexsort((keys, split, kind))
+    cells, obs, keys, split = _take(cells, order), obs.iloc[order], keys[order], split[order]
+
+    # 3. Write them, and the sums from which the mean expression follows.
+    rows = {}
+    bounds = np.searchsorted(kind[order], np.arange(len(COUNT_KINDS) + 1)).tolist()
+    with whole_folder(task.folder) as temporary:
+        for name, start, stop in zip(COUNT_KINDS, bounds, bounds[1:], strict=False):
+            edges = np.searchsorted(split[start:stop], np.arange(len(SPLITS) + 1)).tolist()
+            rows[name] = {split_name: edges[i : i + 2] for i, split_name in enumerate(SPLITS)}
+            if stop > start:
+                table = _scratch_table(cells[start:stop], obs.iloc[start:stop], keys[start:stop], name)
+                with pa.ipc.new_file(str(temporary / f"{name}.arrow"), table.schema) as writer:
+                    writer.write_table(table)
+        n_genes = max(_gene_index(task.scratch).vocabulary.values()) + 1
+        np.savez(temporary / "genes.npz", **_gene_sums(cells, split == SPLITS.index("train"), n_genes))
+        dropped = {"excluded_dataset": int(excluded.sum()), "too_few_genes": int(poor.sum())}
+        write_json(temporary / "part.json", {"rows": rows, "dropped": dropped, "n_kept": len(cells)})
+    return read_json(task.folder / "part.json")
+
+
+def _needs_float(cells: Cells) -> np.ndarray:
+    """Which cells hold a count that is no 16-bit integer, bool `(n_cells,)`. No cell may be empty."""
+    counts = cells.counts
+    fits = (counts == np.rint(counts)) & (counts <= np.iinfo(np.uint16).max)
+    return ~np.logical_and.reduceat(fits, cells.indptr[:-1]) if len(cells) else np.zeros(0, dtype=bool)
+
+
+def _scratch_table(cells: Cells, obs: pd.DataFrame, keys: np.ndarray, kind: str) -> pa.Table:
+    offsets = pa.array(cells.indptr.astype(np.int32))
+    columns = {
+        "key": pa.array(keys),
+        "cell_id": pa.array(cells.cell_ids),
+        "gene_ids": pa.ListArray.from_arrays(offsets, pa.array(cells.gene_ids.astype(np.uint16))),
+        "counts": pa.ListArray.from_arrays(offsets, pa.array(cells.counts.astype(kind))),
+        "total_counts": pa.array(cells.library_sizes()),
+    }
+    for name in OBS_COLUMNS:
+        values = pa.array(obs[name].to_numpy(dtype=object), pa.string(), from_pandas=True)
+        columns[name] = values if name == "barcode" else values.dictionary_encode()
+    return pa.table(columns)
+
+
+def _gene_sums(cells: Cells, train: np.ndarray, n_genes: int) -> dict[str, Any]:
+    """Sum over training cells of each gene's share of the counts, and number of cells that express it.
+
+    Shares are summed as whole multiples of 1 / `SHARE_UNITS`: sums of floats would depend on the partitions.
+    """
+    share, n_cells = np.zeros(n_genes, dtype=np.int64), np.zeros(n_genes, dtype=np.int64)
+    per_count = train / cells.library_sizes().astype(np.float64)
+    for start in range(0, len(cells), CELLS_TAKEN):
+        part = cells[start : start + CELLS_TAKEN]
+        weights = np.repeat(per_count[start : start + CELLS_TAKEN], np.diff(part.indptr))
+        units = np.rint(part.counts * weights * SHARE_UNITS)
+        share += np.bincount(part.gene_ids, weights=units, minlength=n_genes).astype(np.int64)
+        n_cells += np.bincount(part.gene_ids[weights > 0], minlength=n_genes)
+    return {"share": share, "n_cells": n_cells, "n_train": int(train.sum())}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """Shard `index` of a split: slice number `slice_index` of the `n_slices` of its kind of counts."""
+
+    scratch: Path
+    output: Path
+    parts: list[Path]
+    split: str
+    index: int
+    n_shards: int
+    kind: str
+    slice_index: int
+    n_slices: int
+
+
+def merge_shard(task: ShardTask) -> dict[str, int]:
+    """Merge one range of keys of all scratch files into a shard.
+
+    Returns:
+        Number of cells dropped as `duplicates`, and `renamed`.
+    """
+    writer = open_writer(task.scratch, task.output)
+    shard = writer.shard_path(task.split, task.index, task.n_shards)
+    path = task.scratch / "shards" / f"{shard.stem}.json"
+    if shard.exists() and path.exists():
+        return read_json(path)
+    tables = []
+    for folder in task.parts:
+        start, stop = read_json(folder / "part.json")["rows"][task.kind][task.split]
+        if stop > start:
+            table = pa.ipc.open_file(pa.memory_map(str(folder / f"{task.kind}.arrow"))).read_all()
+            keys = table["key"].to_numpy()[start:stop]
+            bounds = [_key_bound(task.slice_index + i, task.n_slices) for i in range(2)]
+            first, last = np.searchsorted(keys, bounds).tolist()
+            last = stop - start if task.slice_index + 1 == task.n_slices else last
+            tables.append(table.slice(start + first, last - first))
+    table = pa.concat_tables(tables).unify_dictionaries()
+    # Cells of one identity stay in the order of the partitions.
+    order = np.argsort(table["key"].to_numpy(), kind="stable")
+    cells = _take(table_to_cells(table), order)
+    kept, renamed = _tell_apart(cells)
+    obs = table.select(OBS_COLUMNS).combine_chunks().take(order[kept])
+    del table, tables
+    stats = {"duplicates": len(cells) - len(kept), "renamed": renamed}
+    if len(kept) < len(cells):
+        cells = _take(cells, kept)
+    write_json(path, stats)
+    writer.write_shard(task.split, task.index, task.n_shards, cells, obs)
+    return stats
+
+
+def _key_bound(number: int, n_slices: int) -> np.uint64:
+    return np.uint64(min(number * 2**64 // n_slices, 2**64 - 1))
+
+
+def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
+    """Among neighbours of one identity, drop exact copies and rename the rest, in place.
+
+    Returns:
+        Positions of the cells to keep, and the number of renamed ones.
+    """
+    ids = cells.cell_ids.copy()
+    kept, renamed = np.ones(len(cells), dtype=bool), 0
+
+    def is_copy(i: int, j: int) -> bool:
+        mine, other = (slice(cells.indptr[k], cells.indptr[k + 1]) for k in (i, j))
+        same_genes = np.array_equal(cells.gene_ids[mine], cells.gene_ids[other])
+        return same_genes and np.array_equal(cells.counts[mine], cells.counts[other])
+
+    for i in (np.flatnonzero(ids[1:] == ids[:-1]) + 1).tolist():
+        first = i
+        while first > 0 and ids[first - 1] == ids[i]:
+            first -= 1
+        twins = [j for j in range(first, i) if kept[j]]
+        if any(is_copy(i, j) for j in twins):
+            kept[i] = False
+        else:
+            renamed += 1
+            cells.cell_ids[i] = cell_keys(ids[i : i + 1], seed=len(twins), epoch=0, stream=RandomStream.DUPLICATE)[0]
+    return np.flatnonzero(kept), renamed
+
+
+def _take(cells: Cells, rows: np.ndarray) -> Cells:
+    """`cells[rows]`, some at a time: the positions of all values at once would take several times their memory."""
+    indptr = np.concatenate([[0], np.cumsum(np.diff(cells.indptr)[rows])])
+    gene_ids = np.empty(indptr[-1], cells.gene_ids.dtype)
+    counts = np.empty(indptr[-1], cells.counts.dtype)
+    for start in range(0, len(rows), CELLS_TAKEN):
+        part = cells[rows[start : start + CELLS_TAKEN]]
+        span = slice(indptr[start], indptr[start + len(part)])
+        gene_ids[span], counts[span] = part.gene_ids, part.counts
+    return Cells(indptr, gene_ids, counts, cells.cell_ids[rows], cells.library_sizes()[rows])
+
+
+@functools.lru_cache(maxsize=2)
+def _gene_index(scratch: Path) -> GeneIndex:
+    return GeneIndex(read_json(scratch / "vocab.json"), read_json(scratch / "gene_aliases.json"))
+
+
+@functools.lru_cache(maxsize=4)
+def _chosen_source(spec_json: str, scratch: Path) -> tuple[Source, InputChoice]:
+    spec = SourceSpec.from_json(spec_json)
+    source = open_source(spec)
+    with _naming(spec):
+        return source, source.choose(_gene_index(scratch))
+
+
+def open_writer(scratch: Path, output: Path) -> CorpusWriter:
+    """Return a writer of the corpus with the genes of its build."""
+    aliases = read_json(scratch / "gene_aliases.json")
+    return CorpusWriter(output, read_json(scratch / "vocab.json"), gene_aliases=aliases)
+
+
+@contextlib.contextmanager
+def _naming(spec: SourceSpec) -> Iterator[None]:
+    """Name the source that an error is about."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{spec.path}: {error}") from error

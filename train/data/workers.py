@@ -1,0 +1,66 @@
+"""Where the tasks of a build run: in this process, in processes of this machine, or on a Dask cluster."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]
+
+
+@contextlib.contextmanager
+def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks]:
+    """Yield `run(function, tasks, what)`, which returns `function(task)` of every task, in order.
+
+    Args:
+        workers: Processes of this machine; 1 runs the tasks in this process.
+        cluster: Address of a Dask scheduler, instead.
+    """
+    with contextlib.ExitStack() as stack:
+        executor: Executor | None = None
+        if cluster is not None:
+            try:
+                from distributed import Client
+            except ImportError as error:
+                raise ImportError("`--cluster` needs Dask. Install `scmmgpt[cluster]`.") from error
+            executor = stack.enter_context(stack.enter_context(Client(cluster)).get_executor())
+        elif workers > 1:
+            method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+            context = multiprocessing.get_context(method)
+            executor = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+            stack.callback(executor.shutdown, cancel_futures=True)
+
+        def run(function: Callable[[Any], Any], tasks: Sequence[Any], what: str) -> list[Any]:
+            if executor is None:
+                return [function(task) for task in tasks]
+            futures = [executor.submit(function, task) for task in tasks]
+            try:
+                for n, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    logger.info("%d of %d %s", n, len(tasks), what)
+            except BrokenExecutor as error:
+                raise ValueError(
+                    "The system ended a worker process, most likely for want of memory. Give the command again "
+                    "with fewer `--workers` or a smaller `--cells-per-partition`; what is finished is kept."
+                ) from error
+            return [future.result() for future in futures]
+
+        yield run
+
+
+def _end_with_parent() -> None:
+    """End this worker process when its builder is gone, killed or not: nobody would collect its work."""
+
+    def watch() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
