@@ -30,7 +30,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
 from scmmgpt.train.data.prepare import SPECIAL_TOKENS
-from scmmgpt.train.labels import column_of, hold_out, read_labels
+from scmmgpt.train.labels import Labels, column_of, hold_out, read_labels
 from scmmgpt.train.readout import (
     LabelledProfiles,
     choose_unseen_bonus,
@@ -76,11 +76,6 @@ DEFAULT_TEMPERATURE = 0.1  # where nothing is held out
 READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # lengths of the readout, in those of a checkpoint's queries
 REFERENCE_TEXTS = 400  # cell types of the ontology that the axes of a new text projection are computed from, at most
 DEFAULT_EPOCHS = 3  # from a checkpoint
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells and models
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -109,8 +104,15 @@ def gene_vocabulary(adatas: list, read_options: dict[str, Any]) -> dict[str, int
     return {name: i for i, name in enumerate([*SPECIAL_TOKENS, *sorted(found)])}
 
 
-def load_checkpoint(path: str) -> tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str]]:
-    """A checkpoint, with a profile readout of zeros if it had none; its processor; its pretrained parameters."""
+Start: TypeAlias = tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]  # see `load_checkpoint`
+
+
+def load_checkpoint(path: str, adata: Any, read_options: dict[str, Any]) -> Start:
+    """A checkpoint to fine-tune, with a profile readout of zeros if it had none.
+
+    Returns:
+        The model, its processor, the names of its pretrained parameters, and the cells of `adata` in its vocabulary.
+    """
     processor = ScMMGPTProcessor.from_pretrained(path)
     config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
     if (config.architectures or [""])[0] != "ScMMGPTForCellTextAlignment":
@@ -122,31 +124,29 @@ def load_checkpoint(path: str) -> tuple[ScMMGPTForCellTextAlignment, ScMMGPTProc
     if missing or info["unexpected_keys"]:
         raise ValueError(f"{path} does not fit: missing {missing}, unexpected {sorted(info['unexpected_keys'])}.")
     pretrained = {name for name, _ in model.named_parameters() if not name.startswith("profile_readout.")}
-    return model, processor, pretrained
+    return model, processor, pretrained, processor.read_cells(adata, **read_options)[0]
 
 
 def new_model(
-    adatas: list, rows: np.ndarray, texts: list[str], model_args: FinetuneModelArguments, read_options: dict[str, Any]
-) -> tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]:
-    """A model of the genes of these files, its processor, its pretrained parameters, and the cells of the first file.
+    adata: Any, others: list, rows: np.ndarray, model_args: FinetuneModelArguments, read_options: dict[str, Any]
+) -> Start:
+    """A new model of the genes that these files measure; returns what `load_checkpoint` does.
 
     Args:
-        adatas: The labelled file, then files of unlabelled cells.
-        rows: Rows of the labelled file that are not held out: the others have no part in the gene embeddings either.
-        texts: Of the labels.
+        adata: The labelled cells.
+        others: Files of unlabelled cells.
+        rows: Rows of `adata` that are not held out: what is held out has no part in the gene embeddings either.
         model_args: Sizes, and where the parts come from.
         read_options: For `read_cells`.
     """
-    vocabulary = gene_vocabulary(adatas, read_options)
+    vocabulary = gene_vocabulary([adata, *others], read_options)
     table = CellTable(vocabulary, build_gene_aliases(vocabulary))
     gene_index = GeneIndex(vocabulary, table.gene_aliases)
-    cells, *others = (read_cells(adata, gene_index, **read_options)[0] for adata in adatas)
-    table.cells = [cells[rows], *others]
+    cells, *more = (read_cells(each, gene_index, **read_options)[0] for each in (adata, *others))
+    table.cells = [cells[rows], *more]
     corpus = cast(Corpus, table)
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args, profile_readout=True)
-    processor = build_processor(corpus, qformer_tokenizer, model_args, model_args.max_genes)
-    begin_with_texts(model.eval(), processor, texts)
-    return model, processor, pretrained, cells
+    return model, build_processor(corpus, qformer_tokenizer, model_args, model_args.max_genes), pretrained, cells
 
 
 @torch.no_grad()
@@ -309,11 +309,6 @@ class KeepBest(TrainerCallback):
         self.model.load_state_dict(self.weights)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The readout in the model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def queries_contribute(model: ScMMGPTForCellTextAlignment) -> bool:
     """Whether queries move cells at all: the cell projection of a new model is zero."""
     return bool(model.cell_projection.weight.any())
@@ -329,11 +324,9 @@ def set_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias:
 @torch.no_grad()
 def add_to_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias: torch.Tensor) -> None:
     """Add to the readout's parameters, on whichever device training has left them."""
-    for parameter, change in (
-        (model.profile_readout.gene_weights.weight, weights),
-        (model.profile_readout.bias, bias),
-    ):
-        parameter.add_(change.to(parameter.device))
+    readout = model.profile_readout
+    readout.gene_weights.weight.add_(weights.to(readout.gene_weights.weight.device))
+    readout.bias.add_(bias.to(readout.bias.device))
 
 
 @torch.no_grad()
@@ -386,36 +379,26 @@ def projected_length(model: ScMMGPTForCellTextAlignment, batches: LabelledBatche
     return model.cell_projection(queries - model.query_means).norm(dim=-1).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+def save_checkpoint(
+    model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, labels: Labels, record: dict, output: str
+) -> None:
+    """Write the checkpoint, with what `annotate` takes from its configuration, and `finetune.json`."""
+    model.config.annotation = {
+        "labels": labels.text_of,
+        "cl_ids": labels.cl_ids,
+        "matching_weight": 0.0,  # the matching head is not trained here
+        "matching_candidates": len(labels.names),
+        "temperature": record["temperature"],
+        "unseen_bonus": record["unseen_bonus"],
+    }
+    ScMMGPTPipeline(model, processor, device="cpu").save_pretrained(output)
+    write_json(Path(output, "finetune.json"), record)
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
     """The command line."""
     parts: Any = (FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig)
     return TrlParser(parts, prog=prog, description=__doc__)
-
-
-def start_model(
-    adata: Any,
-    rows: np.ndarray,
-    texts: list[str],
-    data_args: FinetuneDataArguments,
-    model_args: FinetuneModelArguments,
-) -> tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]:
-    """The checkpoint or a new model, with processor and names of pretrained parameters; all cells of the file."""
-    read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
-    if model_args.checkpoint is None:
-        adatas = [adata, *(read_file(path) for path in data_args.unlabelled)]
-        model, processor, pretrained, cells = new_model(adatas, rows, texts, model_args, read_options)
-    elif data_args.unlabelled:
-        raise ValueError("Unlabelled files start a new model's gene embeddings; a checkpoint has its own.")
-    else:
-        model, processor, pretrained = load_checkpoint(model_args.checkpoint)
-        cells, _ = processor.read_cells(adata, **read_options)
-    processor.feature_extractor.return_profile = True
-    return model, processor, pretrained, cells
 
 
 def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig) -> None:
@@ -428,8 +411,17 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
     groups = None if data_args.group_key is None else column_of(adata.obs, data_args.group_key)
     train, validation = hold_out(labels, groups, data_args, seed)
     unlabelled = np.setdiff1d(np.arange(adata.n_obs), labels.rows)
-    rows = np.union1d(labels.rows[train], unlabelled)
-    model, processor, pretrained, cells = start_model(adata, rows, labels.texts, data_args, model_args)
+    read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
+    if model_args.checkpoint is None:
+        others = [read_file(path) for path in data_args.unlabelled]
+        rows = np.union1d(labels.rows[train], unlabelled)
+        model, processor, pretrained, cells = new_model(adata, others, rows, model_args, read_options)
+        begin_with_texts(model.eval(), processor, labels.texts)
+    elif data_args.unlabelled:
+        raise ValueError("Unlabelled files start a new model's gene embeddings; a checkpoint has its own.")
+    else:
+        model, processor, pretrained, cells = load_checkpoint(model_args.checkpoint, adata, read_options)
+    processor.feature_extractor.return_profile = True
 
     def batches(part: np.ndarray, batch_size: int, **order: Any) -> LabelledBatches:
         part_cells, targets = cells[labels.rows[part]], labels.targets[part]
@@ -455,9 +447,11 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
     if eval_batches is not None:
         logits = read_similarity(model, eval_batches) * model.logit_scale.exp().item()
         record["before"] = scores_of(logits, eval_batches.targets.numpy())
-    if training_args.num_train_epochs is None:
-        training_args.num_train_epochs = DEFAULT_EPOCHS if model_args.checkpoint is not None else 0
-    if training_args.num_train_epochs > 0:
+    epochs = training_args.num_train_epochs
+    if epochs is None:
+        epochs = DEFAULT_EPOCHS if model_args.checkpoint is not None else 0
+    if epochs > 0:
+        training_args.num_train_epochs = epochs
         train_batches = batches(
             train,
             training_args.per_device_train_batch_size,
@@ -482,18 +476,8 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
     set_temperature(model, temperature)
     record |= {"temperature": temperature, "unseen_bonus": bonus}
     if training_args.process_index == 0:
-        model.config.annotation = {
-            "labels": labels.text_of,
-            "cl_ids": labels.cl_ids,
-            "matching_weight": 0.0,  # the matching head is not trained here
-            "matching_candidates": len(labels.names),
-            "temperature": temperature,
-            "unseen_bonus": bonus,
-        }
-        output = str(training_args.output_dir)
-        ScMMGPTPipeline(model, processor, device="cpu").save_pretrained(output)
-        save_run(output, "finetune", data=data_args, model=model_args, training=training_args)
-        write_json(Path(output, "finetune.json"), record)
+        save_checkpoint(model, processor, labels, record, str(training_args.output_dir))
+        save_run(str(training_args.output_dir), "finetune", data=data_args, model=model_args, training=training_args)
     logger.info("Held-out scores: %s", record.get("after", "nothing was held out"))
 
 

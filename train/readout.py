@@ -159,6 +159,7 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
 
     search = LogisticRegressionCV(
         Cs=STRENGTHS,
+        l1_ratios=(0.0,),
         cv=[(data.train, data.validation)],
         scoring=score,
         max_iter=MAX_ITERATIONS,
