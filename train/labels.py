@@ -115,7 +115,7 @@ def hold_out(
         )
     if groups is not None:
         return hold_out_groups(labels, groups[labels.rows].astype(str), data_args, seed)
-    # A label's only cell stays in training: nothing could be learned of it otherwise.
+    # A label's only cell stays in training: without it the label could not be learned.
     common = everything[counts[labels.targets] > 1]
     n_validation = max(round(data_args.validation_share * len(common)), int((counts > 1).sum()))
     if len(common) < 2 * n_validation:
