@@ -337,6 +337,18 @@ def test_the_bert_command_writes_what_qformer_from_bert_reads(bert_folder, tmp_p
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
+def test_the_first_layers_of_a_converted_bert_are_those_of_the_bert(bert_folder, tmp_path):
+    arguments = ["bert", str(bert_folder), "--output", str(tmp_path / "qformer"), "--encoder-hidden-size", "8"]
+    convert.main(convert.make_parser().parse_args(arguments))
+    config, weights, _ = convert.qformer_from_bert(tmp_path / "qformer", num_layers=1)
+    expected_config, expected, _ = convert.qformer_from_bert(bert_folder, num_layers=1)
+    assert config.num_hidden_layers == expected_config.num_hidden_layers == 1
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    with pytest.raises(ValueError, match="num_layers is 4, but .* has 3 layers"):
+        convert.qformer_from_bert(tmp_path / "qformer", num_layers=4)
+
+
 def test_a_qformer_is_not_made_of_anything_but_a_bert(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="starts from a BERT, but .* a 'llama' model"):

@@ -12,8 +12,8 @@ from scipy.sparse import csr_matrix
 from scmmgpt.eval import zeroshot
 from scmmgpt.eval.zeroshot import LabelTexts, LeftOutLabel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.train import finetune
 from scmmgpt.train.data import ontology
+from scmmgpt.train.readout import LabelledProfiles, choose_unseen_bonus
 
 
 IDS = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
@@ -106,10 +106,12 @@ def test_the_bonus_lets_an_unseen_label_be_answered_and_does_not_count_for_seen_
     profiles = csr_matrix(profiles / np.linalg.norm(profiles, axis=1, keepdims=True))
     texts = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     train, held_out = np.arange(300), np.arange(300, 400)
-    bonus = finetune.choose_unseen_bonus(profiles[train], targets[train], profiles[held_out], targets[held_out], texts)
+    data = LabelledProfiles(profiles, targets, 4, train, held_out, profiles[:0])
+    bonus = choose_unseen_bonus(data, texts)
     assert 0 < bonus < 1.5
     two = targets % 2
-    assert finetune.choose_unseen_bonus(profiles[train], two[train], profiles[held_out], two[held_out], texts[:2]) == 0
+    data = LabelledProfiles(profiles, two, 2, train, held_out, profiles[:0])
+    assert choose_unseen_bonus(data, texts[:2]) == 0
 
 
 def test_annotate_adds_the_bonus_to_texts_that_were_not_trained_alone(adata, tiny_pipeline):

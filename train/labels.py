@@ -1,0 +1,141 @@
+"""Labelled cells: the label of each cell, the text that describes each label, and which cells are held out."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
+
+from scmmgpt.train.arguments import FinetuneDataArguments
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.captions import CaptionSampler
+
+
+@dataclass
+class Labels:
+    """Labels of some rows of an AnnData.
+
+    Args:
+        rows: int64 `(n_labelled,)`: the rows that have a label.
+        targets: int64 `(n_labelled,)`: positions in `names`.
+        names: The labels, sorted.
+        texts: The description of each label.
+        cl_ids: Label -> Cell Ontology id, where known.
+    """
+
+    rows: np.ndarray
+    targets: np.ndarray
+    names: list[str]
+    texts: list[str]
+    cl_ids: dict[str, str]
+
+    @property
+    def text_of(self) -> dict[str, str]:
+        """Label -> its text."""
+        return dict(zip(self.names, self.texts, strict=True))
+
+
+def column_of(obs: Any, name: str) -> np.ndarray:
+    """A column of `obs` as strings, `None` where nothing is known, object `(n_obs,)`.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if name not in obs:
+        raise ValueError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns))}.")
+    values = np.asarray(obs[name], dtype=object)
+    return np.array([None if ontology.is_missing(value) else str(value) for value in values], dtype=object)
+
+
+def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
+    """Labels of the cells, and the text of each: the given one, or its name and definition in the Cell Ontology.
+
+    Raises:
+        ValueError: If there are fewer than two labels, or a text is given for something else than a label.
+    """
+    values = column_of(obs, data_args.label_key)
+    rows = np.flatnonzero(values != None)  # noqa: E711 (elementwise)
+    names, targets = np.unique(values[rows].astype(str), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"obs[{data_args.label_key!r}] has {len(names)} labels; there is nothing to tell apart.")
+    labels = [str(name) for name in names]
+    ids_key = data_args.ontology_key or f"{data_args.label_key}_ontology_term_id"
+    ids: dict[str, str] = {}
+    if data_args.ontology_key or ids_key in obs:
+        id_of_cell = column_of(obs, ids_key)[rows]
+        for number, name in enumerate(labels):
+            found = {value for value in id_of_cell[targets == number] if value}
+            if len(found) == 1:
+                ids[name] = found.pop()
+    given: dict[str, str] = {}
+    if data_args.label_texts:
+        given = json.loads(Path(data_args.label_texts).read_text(encoding="utf-8"))
+        unknown = sorted(set(given) - set(labels))
+        if unknown:
+            raise ValueError(f"{data_args.label_texts} describes {unknown[:5]}, which are no labels of these cells.")
+    captions = CaptionSampler()
+    texts = [given.get(name) or captions.label_text(name, ids.get(name)) for name in labels]
+    # Two labels may mean one term; their own names then tell them apart.
+    texts = [f"{name}: {text}" if texts.count(text) > 1 else text for name, text in zip(labels, texts, strict=True)]
+    return Labels(rows, targets, labels, texts, ids)
+
+
+def hold_out(
+    labels: Labels, groups: np.ndarray | None, data_args: FinetuneDataArguments, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the labelled cells into a training part and a validation part.
+
+    Args:
+        labels: The labelled cells.
+        groups: Group of every row of the AnnData, `(n_obs,)`; no group is in both parts.
+        data_args: `shots` leaves the validation part empty; else `validation_share` is its size.
+        seed: Seed of the draw.
+
+    Returns:
+        Positions in `labels.rows`, int64, of both parts.
+
+    Raises:
+        ValueError: If these cells cannot be divided.
+    """
+    everything = np.arange(len(labels.rows))
+    counts = np.bincount(labels.targets)
+    if data_args.shots is not None:
+        rng = np.random.default_rng(seed)
+        chosen = [
+            rng.permutation(np.flatnonzero(labels.targets == label))[: data_args.shots]
+            for label in range(len(labels.names))
+        ]
+        return np.sort(np.concatenate(chosen)), everything[:0]
+    if counts.max() == 1:
+        raise ValueError(
+            f"Every label of obs[{data_args.label_key!r}] has a single cell, so none can be held out; "
+            "train on all of them with --shots 1."
+        )
+    if groups is not None:
+        return hold_out_groups(labels, groups[labels.rows].astype(str), data_args, seed)
+    # A label's only cell stays in training: without it the label could not be learned.
+    common = everything[counts[labels.targets] > 1]
+    n_validation = max(round(data_args.validation_share * len(common)), int((counts > 1).sum()))
+    if len(common) < 2 * n_validation:
+        raise ValueError(
+            f"{len(everything)} labelled cells of {len(labels.names)} labels are too few to hold some out; "
+            f"train on all of them with --shots {counts.max()}."
+        )
+    split = StratifiedShuffleSplit(1, test_size=n_validation, random_state=seed)
+    _, held_out = next(split.split(common, labels.targets[common]))
+    validation = np.sort(common[held_out])
+    return np.setdiff1d(everything, validation), validation
+
+
+def hold_out_groups(
+    labels: Labels, groups: np.ndarray, data_args: FinetuneDataArguments, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out whole groups, `(n_labelled,)`, such that labels are spread alike over both parts: see `hold_out`."""
+    n_groups = len(np.unique(groups))
+    if n_groups < 2:
+        raise ValueError(f"obs[{data_args.group_key!r}] has one group, which cannot be in two parts; leave it out.")
+    n_folds = min(n_groups, round(1 / data_args.validation_share), int(np.bincount(labels.targets).max()))
+    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    return next(folds.split(labels.rows, labels.targets, groups))

@@ -1,0 +1,312 @@
+"""The mathematics of the profile readout: a linear map from a cell's profile into the space of cells and texts.
+
+1. The **profile** of a cell is the square root of every gene's share of its counts (Hellinger coordinates, length 1).
+2. A multinomial logistic **regression** on profiles scores the labels. Held-out cells choose its strength, the inverse
+   of its L2 penalty (`fit_regressions`). Where cells without a label are at hand, the labels of their neighbours may
+   spread to them first (`fit_spread_regression`).
+3. The **readout** turns the regression's weights into the shared space (`readout_of`): the product of a cell's readout
+   with the text of a label is the label's score. A cell so becomes a mixture of the texts of the labels that it
+   resembles, and a label that was never trained can be given as a text.
+4. Two numbers for `annotate` come from held-out cells: the **temperature** of its softmax (`fit_temperature`), and the
+   **bonus** of texts that were not trained (`choose_unseen_bonus`).
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix, vstack
+from scipy.stats import hmean
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.metrics import f1_score
+from sklearn.neighbors import kneighbors_graph
+from sklearn.semi_supervised import LabelSpreading
+from torch.nn import functional as F
+
+from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
+
+
+logger = logging.getLogger(__name__)
+
+Strength: TypeAlias = float | str  # an inverse L2 penalty, or SPREAD
+Profiles: TypeAlias = csr_matrix | np.ndarray  # (n_cells, n_genes), or coordinates along other axes
+
+PROFILE_SCALE = 100.0  # profiles have length 1; the regression sees sqrt(counts per 10k), whose length is 100
+STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # inverse L2 penalties that are tried, on that scale
+MAX_ITERATIONS, TOLERANCE = 200, 1e-3
+DEFAULT_STRENGTH = 0.01  # where nothing is held out
+ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label: what sets single cells apart is mostly noise
+SPREAD = "spread"  # in place of a strength: `fit_spread_regression`
+SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 20, 15, 0.5
+BONUS_COMPONENTS, UNSEEN_BONUSES = 50, np.arange(0, 1.5, 0.02).round(2)
+TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
+
+
+@dataclass
+class LabelledProfiles:
+    """The profiles that regressions learn from.
+
+    Args:
+        profiles: CSR float32 `(n_labelled, n_genes)`.
+        targets: int64 `(n_labelled,)`.
+        n_labels: Number of labels.
+        train, validation: Rows to train on, and rows that are held out, which may be none.
+        unlabelled: Profiles of cells without a label, CSR `(n_unlabelled, n_genes)`.
+    """
+
+    profiles: csr_matrix
+    targets: np.ndarray
+    n_labels: int
+    train: np.ndarray
+    validation: np.ndarray
+    unlabelled: csr_matrix
+
+
+@dataclass
+class LinearModel:
+    """A multinomial logistic regression on profiles.
+
+    Args:
+        weights: float64 `(n_labels, n_genes)`, of mean 0 over the labels that the regression saw; 0 for the others.
+        bias: float64 `(n_labels,)`, likewise.
+    """
+
+    weights: np.ndarray
+    bias: np.ndarray
+
+    def scores(self, profiles: Profiles) -> np.ndarray:
+        """Logits of the labels, float64 `(n_cells, n_labels)`."""
+        return profiles @ self.weights.T + self.bias
+
+
+@dataclass
+class Regressions:
+    """One regression, fitted to the training cells and to all labelled cells.
+
+    Args:
+        strength: Its inverse L2 penalty, or `SPREAD`.
+        train: Fitted to the training cells.
+        everything: Fitted to all labelled cells; the same model where none are held out.
+        losses: Validation loss by strength.
+    """
+
+    strength: Strength
+    train: LinearModel
+    everything: LinearModel
+    losses: dict[Strength, float] = field(default_factory=dict)
+
+
+def profile_matrix(cells: Cells, n_genes: int) -> csr_matrix:
+    """Profiles as a sparse matrix `(n_cells, n_genes)`."""
+    return csr_matrix((hellinger_profile(cells), cells.gene_ids, cells.indptr), shape=(len(cells), n_genes))
+
+
+def linear_model(weights: np.ndarray, bias: np.ndarray, seen: np.ndarray, n_labels: int) -> LinearModel:
+    """The coefficients of a regression on `profiles * PROFILE_SCALE`, as a model of all labels on profiles."""
+    weights, bias = np.atleast_2d(weights), np.atleast_1d(bias)
+    if len(weights) == 1:  # scikit-learn keeps one score for two classes
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+    if len(weights) > len(seen):  # also fitted to labels without a cell
+        weights, bias = weights[seen], bias[seen]
+    # Scores count only up to a constant: centred, a label that was not seen is neither likely nor unlikely.
+    model = LinearModel(np.zeros((n_labels, weights.shape[1])), np.zeros(n_labels))
+    model.weights[seen] = (weights - weights.mean(axis=0)) * PROFILE_SCALE
+    model.bias[seen] = bias - bias.mean()
+    return model
+
+
+def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, strength: float) -> LinearModel:
+    """Solve the regression for one strength; `n_labels` counts labels that no cell has, too."""
+    regression = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS, tol=TOLERANCE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # to stop early is one more penalty
+        regression.fit(profiles * PROFILE_SCALE, targets)
+    return linear_model(regression.coef_, regression.intercept_, regression.classes_, n_labels)
+
+
+def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regressions:
+    """Choose the strength, on held-out cells where there are some, and fit.
+
+    Args:
+        data: The profiles. If nothing is held out, labels spread where most cells have none.
+        shots: Cells of each label, if that number was given.
+    """
+    if len(data.validation):
+        return choose_regression(data)
+    if data.unlabelled.shape[0] > len(data.train):
+        model = fit_spread_regression(data, data.train)
+        return Regressions(SPREAD, model, model)
+    strength = ONE_SHOT_STRENGTH if shots == 1 else DEFAULT_STRENGTH
+    model = fit_regression(data.profiles[data.train], data.targets[data.train], data.n_labels, strength)
+    return Regressions(strength, model, model)
+
+
+def choose_regression(data: LabelledProfiles) -> Regressions:
+    """The regression with the lowest validation loss over `STRENGTHS`, and `SPREAD` where cells have no label.
+
+    The loss of each is that at its best temperature, as the temperature is fitted later anyway.
+    """
+    seen = np.unique(data.targets[data.train])
+
+    def score(regression: LogisticRegression, profiles: csr_matrix, targets: np.ndarray) -> float:
+        model = linear_model(regression.coef_, regression.intercept_, seen, data.n_labels)
+        return -calibrated_loss(model.scores(profiles / PROFILE_SCALE), targets)
+
+    search = LogisticRegressionCV(
+        Cs=STRENGTHS,
+        l1_ratios=(0.0,),
+        cv=[(data.train, data.validation)],
+        scoring=score,
+        max_iter=MAX_ITERATIONS,
+        tol=TOLERANCE,
+        use_legacy_attributes=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # to stop early is one more penalty
+        search.fit(data.profiles * PROFILE_SCALE, data.targets)
+    validation_losses = -search.scores_[0, 0]  # of one fold, by strength
+    best = validation_losses.argmin()
+    losses: dict[Strength, float] = dict(zip(STRENGTHS, validation_losses.round(4).tolist(), strict=True))
+    path = search.coefs_paths_[0, 0, best]  # fitted to the training cells: weights, then bias
+    train = linear_model(path[:, :-1], path[:, -1], seen, data.n_labels)
+    everything = linear_model(search.coef_, search.intercept_, search.classes_, data.n_labels)
+    chosen = Regressions(STRENGTHS[best], train, everything, losses)
+    if data.unlabelled.shape[0]:
+        train = fit_spread_regression(data, data.train)
+        loss = calibrated_loss(train.scores(data.profiles[data.validation]), data.targets[data.validation])
+        losses[SPREAD] = round(loss, 4)
+        if loss < validation_losses[best]:
+            everything = fit_spread_regression(data, np.arange(len(data.targets)))
+            chosen = Regressions(SPREAD, train, everything, losses)
+    logger.info("Validation loss by strength of the readout: %s", losses)
+    return chosen
+
+
+def fit_spread_regression(data: LabelledProfiles, rows: np.ndarray) -> LinearModel:
+    """A regression that also learns from cells without a label: from their variation and from labels that reach them.
+
+    These labelled rows and all unlabelled cells give the principal components that the regression reads, and a graph
+    of neighbours along which the known labels spread. The regression is then fitted to every cell that a label
+    reached. It gains where labels are few, and loses where all cells have one: see `train/LOG.md`.
+    """
+    profiles = vstack([data.profiles[rows], data.unlabelled], format="csr").astype(np.float64)
+    pca = PCA(min(SPREAD_COMPONENTS, min(profiles.shape) - 1), svd_solver="arpack", random_state=0)
+    points = pca.fit_transform(profiles)
+    spread = spread_labels(points, np.concatenate([data.targets[rows], np.full(data.unlabelled.shape[0], -1)]))
+    reached = spread >= 0
+    model = fit_regression(points[reached], spread[reached], data.n_labels, DEFAULT_STRENGTH)
+    weights = model.weights @ pca.components_
+    return LinearModel(weights, model.bias - weights @ pca.mean_)
+
+
+def spread_labels(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Label spreading (Zhou et al. 2004) to cells without a label; every label gets the same weight in all.
+
+    Args:
+        points: `(n_cells, n_axes)`.
+        targets: int64 `(n_cells,)`, -1 where unknown; in the result, where no label reached the cell.
+    """
+    spreading = LabelSpreading(kernel=neighbour_graph, alpha=SPREAD_SHARE).fit(points, targets)
+    shares = spreading.label_distributions_
+    nearest = spreading.classes_[(shares / shares.sum(axis=0)).argmax(axis=1)]
+    return np.where(targets >= 0, targets, np.where(shares.any(axis=1), nearest, -1))
+
+
+def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
+    """Two cells are joined where one is among the nearest neighbours of the other; a kernel for scikit-learn."""
+    graph = kneighbors_graph(points, min(SPREAD_NEIGHBOURS, len(points) - 1), mode="connectivity")
+    return graph.maximum(graph.T)
+
+
+def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `(n_genes, projection_dim)` and bias whose products with the texts are the regression's scores.
+
+    The shortest such vectors lie in the span of the texts, which is what makes a cell a mixture of texts. With more
+    labels than dimensions the scores are met in the least-squares sense.
+
+    Args:
+        model: The regression.
+        text_features: `(n_labels, projection_dim)`, on any device.
+
+    Returns:
+        float32, on the CPU.
+    """
+    to_text_space = torch.linalg.pinv(text_features.double(), rcond=1e-4).t().cpu()  # (n_labels, projection_dim)
+    weights = torch.from_numpy(model.weights).t() @ to_text_space
+    bias = torch.from_numpy(model.bias) @ to_text_space
+    return weights.float(), bias.float()
+
+
+def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over cells of -log softmax(logits)[target]."""
+    return F.cross_entropy(torch.from_numpy(np.asarray(logits, dtype=np.float64)), torch.from_numpy(targets)).item()
+
+
+def calibrated_loss(scores: np.ndarray, targets: np.ndarray) -> float:
+    """Negative log-likelihood of scores of any scale, at the temperature that fits them best."""
+    scores = scores / max(np.abs(scores).max(), 1e-9)  # the temperatures are made for cosines
+    return negative_log_likelihood(scores / fit_temperature(scores, targets), targets)
+
+
+def fit_temperature(similarity: np.ndarray, targets: np.ndarray) -> float:
+    """The temperature whose softmax fits the labels best, of `TEMPERATURES`.
+
+    Args:
+        similarity: `(n_cells, n_labels)`, cosines.
+        targets: int64 `(n_cells,)`.
+    """
+    return float(min(TEMPERATURES, key=lambda t: negative_log_likelihood(similarity / t, targets)))
+
+
+def scores_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Loss, accuracy and macro-F1 of `(n_cells, n_labels)` logits."""
+    predicted = logits.argmax(axis=1)
+    return {
+        "loss": round(negative_log_likelihood(logits, targets), 4),
+        "accuracy": round(float((predicted == targets).mean()), 4),
+        "macro_f1": round(float(f1_score(targets, predicted, average="macro", labels=np.unique(targets))), 4),
+    }
+
+
+def choose_unseen_bonus(data: LabelledProfiles, text_features: torch.Tensor) -> float:
+    """The number that `annotate` adds to the similarity of a text that was not trained (calibrated stacking).
+
+    Cells lie among the texts of trained labels, so any other text is hardly ever the nearest. Each label in turn is
+    left out of the regression (here on principal components, for speed) and looked for by its text among all. The
+    bonus with the best harmonic mean of two recalls is chosen: of the left-out labels and of the others, each a mean
+    over the turns (Chao et al. 2016). With two labels there is nothing to leave out: 0.
+
+    Args:
+        data: Profiles, with some held out.
+        text_features: `(n_labels, projection_dim)`.
+    """
+    n_labels = len(text_features)
+    train_targets, validation_targets = data.targets[data.train], data.targets[data.validation]
+    common = [label for label in range(n_labels) if (validation_targets == label).any()]
+    if n_labels < 3 or len(common) < 2:
+        return 0.0
+    train = data.profiles[data.train].astype(np.float64)
+    pca = PCA(min(BONUS_COMPONENTS, min(train.shape) - 1), svd_solver="arpack", random_state=0)
+    train_points = pca.fit_transform(train)
+    points = pca.transform(data.profiles[data.validation].astype(np.float64))
+    texts = text_features.double().cpu()
+    recalls = np.zeros((2, len(UNSEEN_BONUSES)))
+    for label in common:
+        others = np.delete(np.arange(n_labels), label)
+        rows = train_targets != label
+        model = fit_regression(train_points[rows], train_targets[rows], n_labels, DEFAULT_STRENGTH)
+        weights, bias = readout_of(LinearModel(model.weights[others], model.bias[others]), texts[others])
+        features = torch.from_numpy(points @ weights.double().numpy()) + bias
+        similarity = (F.normalize(features, dim=-1) @ texts.t()).numpy()
+        left_out = validation_targets == label
+        right = others[similarity[:, others].argmax(axis=1)] == validation_targets
+        gap = similarity[:, others].max(axis=1) - similarity[:, label]
+        wins = gap[:, None] < UNSEEN_BONUSES  # (n_cells, n_bonuses): the text that was left out is the nearest
+        recalls[0] += wins[left_out].mean(axis=0)
+        recalls[1] += (right[:, None] & ~wins)[~left_out].mean(axis=0)
+    return float(UNSEEN_BONUSES[hmean(recalls, axis=0).argmax()])
