@@ -283,7 +283,7 @@ def test_more_genes_than_fit_are_decoded_in_turns(tiny_pipeline):
     cells = tiny_pipeline.generate("a B cell", max_genes=7)
     assert cells.uns["scmmgpt"]["generate"]["turns"] == 6
     assert np.isfinite(cells.X.toarray()).all()
-    chunks = tiny_pipeline._gene_chunks(np.arange(40), 7)
+    chunks = tiny_pipeline._gene_turns(np.arange(40), 7)
     assert np.sort(np.concatenate(chunks)).tolist() == list(range(40))
     assert max(map(len, chunks)) <= 7
 
