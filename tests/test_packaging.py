@@ -165,7 +165,7 @@ def test_commands_in_the_readme_are_understood():
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("scmmgpt ")]
     assert commands
     for command in commands:
-        assert scmmgpt_main.make_parser().parse_args(command[1:2] if command[1] == "inspect" else command[1:])
+        assert scmmgpt_main.make_parser().parse_args(command[1:])
 
 
 @pytest.mark.parametrize("path", METRICS, ids=lambda path: path.name)
