@@ -361,7 +361,7 @@ def save_cell_model(
 ) -> None:
     """Write a cell model with all that is needed to feed it.
 
-    That is `vocab.json`, `gene_aliases.json` (both for `GeneIndex.from_dict`) and `preprocessor_config.json`.
+    That is `vocab.json`, `gene_aliases.json` (both for `GeneIndex`) and `preprocessor_config.json`.
     """
     model.save_pretrained(folder)
     feature_extractor.save_pretrained(folder)
