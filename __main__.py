@@ -333,18 +333,13 @@ def doctor(args: Args) -> None:
 def diagnose() -> dict[str, dict[str, Any]]:
     """Versions and device, as far as they matter here."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import distributions
 
     import torch
 
     from scmmgpt.pipeline_scmmgpt import best_device
 
-    def version_of(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
+    installed = {package.name: package.version for package in distributions()}
     device = best_device()
     names = "scmmgpt torch transformers numpy anndata safetensors numba scanpy datasets peft trl evaluate gradio"
     return {
@@ -356,7 +351,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
             "bfloat16 on the device": bool(device == "cuda" and torch.cuda.is_bf16_supported()),
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
         },
-        "packages": {name: version_of(name) for name in names.split()},
+        "packages": {name: installed.get(name, "not installed") for name in names.split()},
     }
 
 

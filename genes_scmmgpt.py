@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,29 +33,27 @@ EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
 HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
 
-SPECIES_PREFIXES = {
-    "ENSG": "human",
-    "ENSMUSG": "mouse",
-    "ENSMMUG": "rhesus macaque",
-    "ENSMFAG": "cynomolgus macaque",
-    "ENSSSCG": "pig",
-    "ENSRNOG": "rat",
-    "ENSDARG": "zebrafish",
-    "ENSGALG": "chicken",
-}
-SPECIES_NAMES = {
-    "human": ("homo sapiens", "ncbitaxon:9606"),
-    "mouse": ("mus musculus", "ncbitaxon:10090"),
-    "rhesus macaque": ("macaca mulatta", "ncbitaxon:9544"),
-    "cynomolgus macaque": ("macaca fascicularis", "ncbitaxon:9541"),
-    "pig": ("sus scrofa", "ncbitaxon:9823"),
-    "rat": ("rattus norvegicus", "ncbitaxon:10116"),
-    "zebrafish": ("danio rerio", "ncbitaxon:7955"),
-    "chicken": ("gallus gallus", "ncbitaxon:9031"),
-}
-# Species whose symbols are spelt as in human (CD3E) and as in mouse (Cd3e): spelling alone does not tell them apart.
-SPELT_AS_HUMAN = ("human", "rhesus macaque", "cynomolgus macaque", "pig", "chicken")
-SPELT_AS_MOUSE = ("mouse", "rat")
+
+class Species(NamedTuple):
+    """How the species of a file is told: by what the file says, by Ensembl ids, or by the spelling of symbols."""
+
+    name: str
+    latin: str
+    taxon: str
+    ensembl: str  # prefix of its gene ids
+    spelt_as: str | None  # species whose symbols are spelt alike; spelling does not tell the two apart
+
+
+SPECIES = (
+    Species("human", "homo sapiens", "ncbitaxon:9606", "ENSG", "human"),  # CD3E
+    Species("mouse", "mus musculus", "ncbitaxon:10090", "ENSMUSG", "mouse"),  # Cd3e
+    Species("rhesus macaque", "macaca mulatta", "ncbitaxon:9544", "ENSMMUG", "human"),
+    Species("cynomolgus macaque", "macaca fascicularis", "ncbitaxon:9541", "ENSMFAG", "human"),
+    Species("pig", "sus scrofa", "ncbitaxon:9823", "ENSSSCG", "human"),
+    Species("rat", "rattus norvegicus", "ncbitaxon:10116", "ENSRNOG", "mouse"),
+    Species("zebrafish", "danio rerio", "ncbitaxon:7955", "ENSDARG", None),
+    Species("chicken", "gallus gallus", "ncbitaxon:9031", "ENSGALG", "human"),
+)
 GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "rna", "gex", "mrna", "", "nan"})
 
 
@@ -177,7 +175,8 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
     prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
     # Genes without a symbol are listed by id: a few foreign ids tell the species of a file of symbols.
     if count > (0.5 if prefix == "ENSG" else 0.05) * n:
-        return SPECIES_PREFIXES.get(prefix, "unknown"), f"{count / n:.0%} of the names start with {prefix}"
+        species = next((known.name for known in SPECIES if known.ensembl == prefix), "unknown")
+        return species, f"{count / n:.0%} of the names start with {prefix}"
     mouse = sum(bool(MOUSE_SYMBOL.match(name)) for name in names) / n
     human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n
     if mouse > 0.4 and mouse > 2 * human:
@@ -190,15 +189,15 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
     """Species to read the genes as, the species that the file says, and the evidence for the first."""
     said = str(organism).strip().lower()
-    declared = next((name for name, others in SPECIES_NAMES.items() if said == name or said in others), None)
+    found = next((known for known in SPECIES if said in (known.name, known.latin, known.taxon)), None)
+    declared = None if found is None else found.name
     guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
     if not guesses:
         return declared or "unknown", declared, f"the data say {declared}" if declared else "the names do not tell"
     # Ids are proof; spelling is not.
     species, why = next((guess for guess in guesses if "start with" in guess[1]), guesses[0])
-    for spelt in (SPELT_AS_HUMAN, SPELT_AS_MOUSE):
-        if "start with" not in why and species in spelt and declared is not None and declared in spelt:
-            return declared, declared, why
+    if found is not None and "start with" not in why and species == found.spelt_as:
+        return found.name, declared, why
     return species, declared, why
 
 

@@ -258,8 +258,5 @@ def _evidence(verdict: dict[str, Any]) -> str:
 
 
 def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    raise AssertionError
+    power = sum(n >= 1000**k for k in (1, 2, 3))
+    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -1,15 +1,15 @@
 """What a biologist does with scMMGPT, on AnnData: annotate, describe, generate, embed and search cells.
 
 One object holds the model and its processor and offers every task as a verb. Each verb takes an AnnData, adds its
-answers to it under names that begin with `scmmgpt`, drops nothing and returns the same object:
+results under names that begin with `scmmgpt`, drops nothing and returns the same object:
 
->>> cells = ScMMGPTPipeline.from_pretrained("path/to/checkpoint")  # doctest: +SKIP
->>> cells.annotate(adata).obs["scmmgpt_cell_type"]  # doctest: +SKIP
+>>> pipeline = ScMMGPTPipeline.from_pretrained("path/to/checkpoint")  # doctest: +SKIP
+>>> pipeline.annotate(adata).obs["scmmgpt_cell_type"]  # doctest: +SKIP
 
 Through transformers the same object is `pipeline("cell-annotation", model=path, trust_remote_code=True)`.
 
 What was read from the AnnData (which matrix, which genes, with what evidence) and what was done with it is in
-`adata.uns["scmmgpt"]`. A cell's answer depends on that cell alone, in whatever batch or order it comes.
+`adata.uns["scmmgpt"]`. The result of a cell depends on that cell alone, in whatever batch or order it comes.
 """
 
 import hashlib
@@ -60,24 +60,22 @@ UNKNOWN = "Unknown"
 COLLAPSE_SHARE, COLLAPSE_MIN_CELLS = 0.98, 50
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decisions from scores: pure functions
-# ---------------------------------------------------------------------------------------------------------------------
+# -- decisions from scores: pure functions ----------------------------------------------------------------------------
 
 
 def label_probabilities(
     similarity: np.ndarray, match: np.ndarray | None = None, *, logit_scale: float, matching_weight: float = 0.0
 ) -> np.ndarray:
-    """Probability of each label for each cell, from similarity and, where known, from matching.
+    """Probability of each label for each cell: a softmax over similarities, mixed with matching where that is known.
 
-    The two are mixed as probabilities: matching redistributes the share that similarity gave to the labels it looked
-    at, so that labels it did not look at keep theirs and every row still sums to 1.
+    The candidates of a cell are the labels that were matched with it. Matching redistributes the probability that
+    similarity gave to the candidates; the other labels keep theirs, and every row sums to 1.
 
     Args:
         similarity: `(n_cells, n_labels)` cosine similarities.
-        match: `(n_cells, n_labels)` probabilities that the label's text describes the cell; NaN where not computed.
+        match: `(n_cells, n_labels)` probabilities that the label's text describes the cell; NaN off the candidates.
         logit_scale: Inverse temperature of the softmax over labels.
-        matching_weight: 0 = similarity alone, 1 = matching alone decides among the labels it looked at.
+        matching_weight: 0 = similarity alone, 1 = matching alone decides among the candidates.
 
     Returns:
         float32 `(n_cells, n_labels)`; each row sums to 1.
@@ -90,12 +88,12 @@ def label_probabilities(
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponents / exponents.sum(axis=1, keepdims=True)
     if match is not None and matching_weight:
-        looked_at = ~np.isnan(match)
-        match = np.where(looked_at, match, 0.0)
-        share = (probabilities * looked_at).sum(axis=1, keepdims=True)
+        candidates = ~np.isnan(match)
+        match = np.where(candidates, match, 0.0)
+        share = (probabilities * candidates).sum(axis=1, keepdims=True)
         total = match.sum(axis=1, keepdims=True)
-        redistributed = np.where(looked_at, share * match / np.where(total > 0, total, 1), probabilities)
-        # A cell that matches none of its candidates says nothing about which is right.
+        redistributed = np.where(candidates, share * match / np.where(total > 0, total, 1), probabilities)
+        # Where no candidate matches, matching does not tell them apart.
         redistributed = np.where(total > 0, redistributed, probabilities)
         probabilities = (1 - matching_weight) * probabilities + matching_weight * redistributed
     return probabilities.astype(np.float32)
@@ -163,7 +161,7 @@ def fit_mixture(
     Args:
         similarity, match: As for [`label_probabilities`].
         target: Int `(n_cells,)`: number of each cell's true label.
-        temperature: Middle of the grid, which goes from an eighth to eight times of it.
+        temperature: Middle of the grid, which reaches from an eighth of it to eight times of it.
 
     Returns:
         `temperature`, `matching_weight`, and the `nll` and `accuracy` that they give.
@@ -183,34 +181,32 @@ def fit_mixture(
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pipeline
-# ---------------------------------------------------------------------------------------------------------------------
+# -- the pipeline -----------------------------------------------------------------------------------------------------
 
 
 class ScMMGPTPipeline:
     """A model and its processor, with every task as a verb over AnnData.
 
-    The way of `annotate(adata)`, from top to bottom; the other verbs over cells differ in what they compute only:
+    The way of `annotate(adata)`, from top to bottom. The other verbs over cells differ in what the model computes.
 
         annotation_settings              labels and their texts, temperature, matching weight
-        processor.read_cells             reading_scmmgpt: AnnData -> Cells, and a report of what was read
-        _label_scores
-            processor, once a batch      feature_extraction_scmmgpt: Cells -> gene ids and values
-            model, once a batch          modeling_scmmgpt: similarity with each label, matching with the best
-        label_probabilities              pure functions: scores -> probabilities ->
-        choose_labels                    a label for each cell, and how certain it is
-        _record                          all answers and the report go into the AnnData, at the end
+        _read: processor.read_cells      reading_scmmgpt: AnnData -> Cells, and a report of what was read
+        _label_scores, batch by batch
+            processor                    feature_extraction_scmmgpt: Cells -> gene ids and values
+            model                        modeling_scmmgpt: similarity with all labels, matching with the best
+        label_probabilities              similarity and matching -> probability of each label
+        choose_labels                    probabilities -> a label for each cell, and how certain it is
+        _record                          labels and report -> adata
 
     Args:
-        model ([`ScMMGPTForConditionalGeneration`] or [`ScMMGPTForCellTextAlignment`]): The latter, a stage-1
-            checkpoint, annotates, embeds and searches; describing and generating need the language model.
-        processor ([`ScMMGPTProcessor`]): The processor that was saved with the model.
-        task (`str`, *optional*): What calling the pipeline does; one of `PIPELINE_TASKS`. All verbs work regardless.
-        device (`str`, `int` or `torch.device`, *optional*): By default CUDA, else Apple's MPS, else the CPU.
-        batch_size (`int`, *optional*): Cells per batch, for every verb; each has a default of its own. Lower it where
-            memory runs out; answers don't change.
-        dtype (*optional*): Passed by `transformers.pipeline`, which has loaded the model with it; not used here.
+        model: [`ScMMGPTForConditionalGeneration`]; or [`ScMMGPTForCellTextAlignment`], a checkpoint of stage 1, which
+            annotates, embeds and searches, but has no language model to describe and generate with.
+        processor: The processor that was saved with the model.
+        task: What calling the pipeline does; one of `PIPELINE_TASKS`. All verbs work regardless.
+        device: By default CUDA, else Apple's MPS, else the CPU.
+        batch_size: Cells per batch, for every verb; each has a default of its own. It changes no result: lower it
+            where memory runs out.
+        dtype: Passed by `transformers.pipeline`, which has loaded the model with it; not used here.
     """
 
     # Read by `transformers.pipeline`, which loads what is asked for here and passes it to `__init__`.
@@ -253,9 +249,9 @@ class ScMMGPTPipeline:
         """Load a checkpoint from a local folder or the Hub.
 
         Args:
-            checkpoint (`str` or `os.PathLike`): A folder, or a model id on the Hub.
+            checkpoint: A folder, or a model id on the Hub.
             device, task, batch_size: As for the class.
-            dtype (`torch.dtype`, *optional*): By default the one that the checkpoint was saved in.
+            dtype: By default the one that the checkpoint was saved in.
             kwargs: For `from_pretrained` of model and processor (`revision`, `token`, `cache_dir`, ...).
         """
         checkpoint = os.fspath(checkpoint)
@@ -264,7 +260,7 @@ class ScMMGPTPipeline:
                 raise FileNotFoundError(
                     f"No checkpoint at {checkpoint!r}: the folder must hold config.json, weights and processor."
                 )
-        # The classes beside this file, never code from the checkpoint: loading weights runs nothing of their maker's.
+        # The classes beside this file, never code from the checkpoint: loading weights runs no code of theirs.
         config = ScMMGPTConfig.from_pretrained(checkpoint, **kwargs)
         kinds = {kind.__name__: kind for kind in (ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration)}
         architecture = (config.architectures or ["nothing"])[0]
@@ -301,22 +297,21 @@ class ScMMGPTPipeline:
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> Any:
-        """Name the type of every cell by the text that fits it best. Only the given labels can be answered.
+        """Name the type of every cell: the label, of the given ones, whose text fits the cell best.
 
         Args:
-            adata (`AnnData`): Cells; any matrix and gene names that [`read_cells`] understands.
-            labels (`dict[str, str]` or `list[str]`, *optional*): Label -> text that describes it, or labels alone. By
-                default those stored with the checkpoint. A listed label that the checkpoint knows brings its text.
-            cl_ids (`dict[str, str]`, *optional*): Label -> Cell Ontology id, beside those stored with the checkpoint.
-            cluster_key (`str`, *optional*): Column of `obs` with clusters; the commonest label of a cell's cluster is
-                added as well.
-            min_score (`float`, *optional*): Cells whose best label is less probable are called `"Unknown"`.
-            matching_weight, temperature, matching_candidates (*optional*): How similarity and matching are mixed; by
-                default as calibrated on validation data and stored with the checkpoint (see [`calibrate`]).
-            unseen_bonus (`float`, *optional*): What is added to the similarity of texts that the checkpoint was not
-                fine-tuned for, as cells lie near the texts they were trained on; by default as `finetune` chose it.
-            key_added (`str`, defaults to `"scmmgpt"`): Prefix of what is added.
-            batch_size (`int`, *optional*): Cells per batch, 64 by default.
+            adata: AnnData, of any matrix and gene names that [`read_cells`] understands.
+            labels: Label -> text that describes it, or labels alone; by default those stored with the checkpoint. A
+                label alone brings the text that the checkpoint stores for it, else it is its own text.
+            cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
+            cluster_key: Column of `obs` with clusters: the commonest label of each cell's cluster is added as well.
+            min_score: Cells whose best label is less probable are called `"Unknown"`.
+            matching_weight, matching_candidates, temperature: How similarity and matching are mixed; by default as
+                [`calibrate`] stored it with the checkpoint.
+            unseen_bonus: Added to the similarity of texts that the checkpoint was not fine-tuned for, since cells lie
+                near the texts of training; by default as `finetune` chose it.
+            key_added: Prefix of what is added.
+            batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
 
         Returns:
@@ -360,11 +355,10 @@ class ScMMGPTPipeline:
         matching_candidates: int | None = None,
         temperature: float | None = None,
     ) -> dict[str, Any]:
-        """What [`annotate`] will use: given values first, then those stored with the checkpoint, then defaults.
+        """What [`annotate`] uses: given values first, then those stored with the checkpoint, then defaults.
 
         Returns:
-            `dict` with `labels` (label -> text), `cl_ids` (label -> id), `matching_weight`, `matching_candidates` and
-            `temperature`.
+            `labels` (label -> text), `cl_ids` (label -> id), `matching_weight`, `matching_candidates`, `temperature`.
         """
         stored = self._stored_annotation()
 
@@ -395,19 +389,18 @@ class ScMMGPTPipeline:
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> dict[str, Any]:
-        """Fix the mixing weight and the temperature on labelled *validation* cells and store them in the config.
+        """Fit matching weight and temperature on labelled *validation* cells, never on test cells, and store them.
 
-        Both minimise the negative log-likelihood of the true labels, on a grid. What is stored (labels and their texts
-        included) is saved with the model and is what [`annotate`] uses by default. Never call it with test cells.
+        Both minimise the negative log-likelihood of the true labels, on a grid. They are stored in the model's config,
+        with the labels and their texts, and are what [`annotate`] uses by default.
 
         Args:
-            adata (`AnnData`): Validation cells.
-            label_key (`str`): Column of `obs` with the true labels. Cells whose label is not among `labels` are left
-                out, and counted in the result.
+            adata: AnnData of validation cells.
+            label_key: Column of `obs` with the true labels. Cells whose label is not among `labels` are left out.
             labels, cl_ids, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
-            `dict` with what was stored, `nll`, `accuracy`, `n_cells` and `n_left_out`.
+            What was stored, `nll`, `accuracy`, `n_cells` and `n_left_out`.
         """
         settings = self.annotation_settings(labels, cl_ids, matching_weight=0.5)
         names = list(settings["labels"])
@@ -444,7 +437,7 @@ class ScMMGPTPipeline:
     def _label_scores(
         self, cells: Cells, settings: dict[str, Any], batch_size: int | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """`(similarity, match)` of all cells with all labels; match is NaN off each cell's candidates, or None."""
+        """Similarity and matching for [`label_probabilities`]; no matching if its weight is 0."""
         texts = list(settings["labels"].values())
         text_inputs = self.processor(qformer_text=texts).to(self.device)
         text_features = self._features_of_texts(texts)
@@ -462,7 +455,7 @@ class ScMMGPTPipeline:
             match[pairs[:, 0], pairs[:, 1]] = self._bridge().match(**inputs, **text_inputs, pairs=pairs).to(match)
             return similarity, match
 
-        # Every cell is read once with each of its candidates, so this many cells fill a batch.
+        # A cell is matched once with each of its candidates, so this many cells fill a batch.
         batch_size = max(self._batch_size(batch_size, 64) // max(num_candidates, 1), 1)
         scores = self._map_cells(score, cells, batch_size, "Annotating")
         return scores[0], scores[1] if num_candidates else None
@@ -482,13 +475,13 @@ class ScMMGPTPipeline:
         """Describe every cell in words.
 
         Args:
-            adata (`AnnData`): Cells.
-            prompt (`str`, *optional*): A question about one cell, in place of the one that the checkpoint was trained
-                on; `<cell>` in it stands for the cell, and goes first if it is not named.
-            max_new_tokens (`int`, defaults to 64): Longest answer, in tokens.
+            adata: AnnData.
+            prompt: A question about one cell, in place of the one that the checkpoint was trained on. `<cell>` in it
+                stands for the cell; without it, the cell goes first.
+            max_new_tokens: Longest description, in tokens.
             key_added, batch_size: As for [`annotate`]; 16 cells a batch by default.
-            kwargs: For [`read_cells`], as for [`annotate`]; the others for `generate` (`num_beams`, `do_sample`,
-                `temperature`, ...). Greedy by default.
+            kwargs: For [`read_cells`], as for [`annotate`]; the others for the model's `generate` (`num_beams`,
+                `do_sample`, `temperature`, ...). Greedy by default.
 
         Returns:
             The same `adata`, with `obs["{key}_description"]`.
@@ -541,25 +534,24 @@ class ScMMGPTPipeline:
         """Generate expression profiles of cells from words.
 
         Args:
-            prompts (`str`, `list[str]` or `dict[str, str]`): Descriptions of cells; every one gives `n_cells` cells.
-                Of a dict label -> description, the labels are kept in `obs["cell_type"]`.
-            n_cells (`int`, defaults to 1): Cells per prompt.
-            genes (`list[str]`, *optional*): Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
-            library_size (`float` or array of shape `(n_cells,)`, *optional*): Total counts of each generated cell over
-                all genes, for checkpoints that sample counts; that of a typical training cell by default.
-            do_sample (`bool`, *optional*): Draw counts from the predicted distribution. By default wherever the
-                checkpoint can (`expression_head` is `nb` or `zinb`); without it every cell of a prompt is its mean.
-            seed (`int`, defaults to 0): With the prompt and the cell's number, decides what is drawn.
-            max_genes (`int`, *optional*): Genes that are decoded together, by default as many as in training; more are
-                decoded in turns. What is predicted of a gene depends a little on which others share its turn, and so
-                on `genes` too.
+            prompts: Descriptions of cells, each of which gives `n_cells` cells; or label -> description, whose labels
+                are kept in `obs["cell_type"]`.
+            n_cells: Cells per prompt.
+            genes: Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
+            library_size: Total counts over all genes of the cells of a prompt, a number or `(n_cells,)`, for
+                checkpoints that sample counts; by default that of a typical training cell.
+            do_sample: Draw counts from the predicted distribution; by default wherever the checkpoint can
+                (`expression_head` is `nb` or `zinb`). Without sampling every cell of a prompt is the predicted mean.
+            seed: With the prompt and the cell's number, decides what is drawn.
+            max_genes: Genes that are decoded together, by default as many as in training; more are decoded in turns.
+                The prediction of a gene depends a little on the others of its turn, and so on `genes` too.
             key_added, batch_size: As for [`annotate`]; 32 cells a batch by default.
 
         Returns:
             A new `AnnData` `(len(prompts) * n_cells, n_genes)`: `X` is log1p of counts per 10,000; with sampling,
             `layers["counts"]` has the counts; `obs["prompt"]`; `var_names` are the model's gene symbols.
         """
-        new_adata = _anndata_class()
+        new_adata, sparse = _anndata_and_sparse()
         self._language_model("generate")
         labels, prompts = _labels_and_prompts(prompts)
         if n_cells < 1:
@@ -575,14 +567,14 @@ class ScMMGPTPipeline:
         else:
             expression = np.repeat(values, n_cells, axis=0)
 
-        generated = new_adata(X=_sparse(expression))
+        generated = new_adata(X=sparse(expression))
         generated.obs_names = [f"prompt{p}-cell{i}" for p in range(len(prompts)) for i in range(n_cells)]
         generated.var_names = [str(symbol) for symbol in self.processor.gene_symbols(gene_ids)]
         told = {"prompt": prompts} | ({"cell_type": labels} if labels else {})
         for name, words in told.items():
             _add_obs(generated, name, np.repeat(np.asarray(words, dtype=object), n_cells), categorical=True)
         if do_sample:
-            generated.layers["counts"] = _sparse(values)
+            generated.layers["counts"] = sparse(values)
             generated.obs["library_size"] = np.tile(sizes, len(prompts))
         done = {"prompts": np.asarray(prompts, dtype=object), "n_cells": n_cells, "seed": seed}
         return self._record(generated, key_added, None, generate={**done, "sampled": do_sample, "turns": len(turns)})
@@ -681,11 +673,11 @@ class ScMMGPTPipeline:
         """Embed every cell.
 
         Args:
-            adata (`AnnData`): Cells.
-            of (`str`, defaults to `"cell-text"`): `"cell-text"` is the mean of the cell's queries in the space that
-                cells share with text, `projection_dim` wide; `"cell"` is the cell model's own embedding (its `<cls>`
-                state, as scGPT's), `hidden_size` wide. Both are L2-normalised.
-            key_added (`str`, defaults to `"X_scmmgpt"`): Name in `obsm`.
+            adata: AnnData.
+            of: `"cell-text"` is the mean of the cell's queries in the space that cells share with text,
+                `projection_dim` wide; `"cell"` is the cell model's own embedding (its `<cls>` state, as scGPT's),
+                `hidden_size` wide. Both are L2-normalised.
+            key_added: Name in `obsm`.
             batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
@@ -719,15 +711,15 @@ class ScMMGPTPipeline:
         """Find the cells that a text describes best.
 
         Args:
-            adata (`AnnData`): Cells to search in.
-            text (`str` or `list[str]`): What to look for, in words.
-            top_k (`int`, defaults to 10): How many cells to return per text.
-            key_added (`str`, *optional*): Also add every cell's similarity as this column of `obs` (one text only).
+            adata: AnnData.
+            text: What to look for, in words; one text or several.
+            top_k: How many cells to return per text.
+            key_added: Also add every cell's similarity as this column of `obs` (one text only).
             batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
-            `list` of hits, best first, each a `dict` with `rank`, `cell` (its name), `index` (its row) and `score`
-            (cosine similarity, -1 to 1); for a list of texts, a list of such lists.
+            Hits, best first, each with `rank`, `cell` (its name), `index` (its row) and `score` (cosine similarity,
+            -1 to 1); for several texts, a list of such lists.
         """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
@@ -746,16 +738,7 @@ class ScMMGPTPipeline:
         if key_added is not None:
             _add_obs(adata, key_added, similarity[:, 0])
             self._record(adata, "scmmgpt", report, search={"text": texts[0], "key": key_added})
-        names = np.asarray(adata.obs_names, dtype=str)
-        hits = []
-        for column in similarity.T:
-            best = np.argsort(-column, kind="stable")[:top_k]
-            hits.append(
-                [
-                    {"rank": rank + 1, "cell": str(names[i]), "index": int(i), "score": round(float(column[i]), 6)}
-                    for rank, i in enumerate(best)
-                ]
-            )
+        hits = [_best_hits(column, adata.obs_names, top_k) for column in similarity.T]
         return hits[0] if isinstance(text, str) else hits
 
     # -- shared -------------------------------------------------------------------------------------------------------
@@ -830,9 +813,7 @@ class ScMMGPTPipeline:
         return adata
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small parts
-# ---------------------------------------------------------------------------------------------------------------------
+# -- small parts ------------------------------------------------------------------------------------------------------
 
 
 def best_device() -> str:
@@ -887,6 +868,15 @@ def _warn_of_collapse(found: np.ndarray, found_cells: np.ndarray, n_labels: int,
     return collapsed
 
 
+def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:
+    best = np.argsort(-similarity, kind="stable")[:top_k].tolist()
+    scores = [round(float(similarity[i]), 6) for i in best]
+    return [
+        {"rank": rank, "cell": str(names[i]), "index": i, "score": score}
+        for rank, (i, score) in enumerate(zip(best, scores, strict=True), start=1)
+    ]
+
+
 def _column(adata: Any, key: str) -> Any:
     if key not in adata.obs:
         raise ValueError(f"obs has no column {key!r}; it has {list(adata.obs.columns)}.")
@@ -905,21 +895,14 @@ def _cell_id(prompt: str, number: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _anndata_class() -> Any:
+def _anndata_and_sparse() -> tuple[Any, Any]:
+    """The classes of what is generated: AnnData, and SciPy's CSR, since most values of a cell are zero."""
     try:
         from anndata import AnnData
+        from scipy.sparse import csr_matrix
     except ImportError as error:
         raise ImportError("Generated cells are returned as AnnData; install it with `pip install anndata`.") from error
-    return AnnData
-
-
-def _sparse(matrix: np.ndarray) -> Any:
-    """CSR where scipy is at hand: most values of a cell are zero."""
-    try:
-        from scipy import sparse
-    except ImportError:
-        return matrix
-    return sparse.csr_matrix(matrix)
+    return AnnData, csr_matrix
 
 
 __all__ = [

@@ -52,20 +52,18 @@ class ScMMGPTProcessor(ProcessorMixin):
     """Turns AnnData, counts and texts into the inputs of scMMGPT.
 
     Args:
-        feature_extractor ([`ScMMGPTFeatureExtractor`]): Counts -> gene tokens and expression values.
-        tokenizer (`PreTrainedTokenizerBase`): The language model's; `<cell>` is added if it is missing. A
-            stage-1 checkpoint has no language model and holds a copy of `qformer_tokenizer` in this place.
-        qformer_tokenizer (`PreTrainedTokenizerBase`): The Q-Former text branch's.
-        gene_tokenizer (`PreTrainedTokenizerBase`): The gene vocabulary, one word per gene symbol.
-        chat_template (`str`): By default the tokenizer's own.
-        num_query_tokens (`int`, defaults to 32): Placeholders per cell, as in the model's configuration.
-        cell_token (`str`, defaults to `"<cell>"`): The placeholder.
-        qformer_max_length (`int`, defaults to 128): Texts for the Q-Former are cut here.
-        max_target_genes (`int`, defaults to 1200): Genes per generated training cell; beyond it each cell gets a
-            random subset of its own.
-        library_size (`float`, defaults to 10000): Total counts of a typical training cell: what a generated cell has
-            unless told otherwise.
-        prompts (`dict[str, str]`): The prompt of each task; `{text}` in it stands for what the prompt is about.
+        feature_extractor: Counts -> gene tokens and expression values.
+        tokenizer: The language model's; `<cell>` is added if it is missing. A stage-1 checkpoint has no language model
+            and holds a copy of `qformer_tokenizer` in this place.
+        qformer_tokenizer: The Q-Former text branch's.
+        gene_tokenizer: The gene vocabulary, one word per gene symbol.
+        chat_template: By default the tokenizer's own.
+        num_query_tokens: Placeholders per cell, as in the model's configuration.
+        cell_token: The placeholder.
+        qformer_max_length: Texts for the Q-Former are cut to so many tokens.
+        max_target_genes: Genes per generated training cell; of more, each cell gets a random subset of its own.
+        library_size: Total counts of a typical training cell, which generated cells have unless told otherwise.
+        prompts: The prompt of each task; `{text}` in it stands for what the prompt is about.
     """
 
     feature_extractor: ScMMGPTFeatureExtractor
