@@ -15,7 +15,7 @@ What was read from the AnnData (which matrix, which genes, with what evidence) a
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,14 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
+    from .annotation_scmmgpt import (
+        choose_labels,
+        fit_mixture,
+        is_collapsed,
+        label_probabilities,
+        labels_with_texts,
+        majority_vote,
+    )
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .modeling_scmmgpt import (
@@ -38,6 +46,14 @@ try:  # as a package or as remote code
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import store_report
 except ImportError:  # as a flat module in a clone
+    from annotation_scmmgpt import (
+        choose_labels,
+        fit_mixture,
+        is_collapsed,
+        label_probabilities,
+        labels_with_texts,
+        majority_vote,
+    )
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from modeling_scmmgpt import (
@@ -55,133 +71,7 @@ except ImportError:  # as a flat module in a clone
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
-UNKNOWN = "Unknown"
-# Above this share of one label among at least as many cells, an annotation is reported as collapsed.
-COLLAPSE_SHARE, COLLAPSE_MIN_CELLS = 0.98, 50
-
-
-# -- decisions from scores: pure functions ----------------------------------------------------------------------------
-
-
-def label_probabilities(
-    similarity: np.ndarray, match: np.ndarray | None = None, *, logit_scale: float, matching_weight: float = 0.0
-) -> np.ndarray:
-    """Probability of each label for each cell: a softmax over similarities, mixed with matching where that is known.
-
-    The candidates of a cell are the labels that were matched with it. Matching redistributes the probability that
-    similarity gave to the candidates; the other labels keep theirs, and every row sums to 1.
-
-    Args:
-        similarity: `(n_cells, n_labels)` cosine similarities.
-        match: `(n_cells, n_labels)` probabilities that the label's text describes the cell; NaN off the candidates.
-        logit_scale: Inverse temperature of the softmax over labels.
-        matching_weight: 0 = similarity alone, 1 = matching alone decides among the candidates.
-
-    Returns:
-        float32 `(n_cells, n_labels)`; each row sums to 1.
-
-    >>> label_probabilities(np.array([[0.5, 0.5, -9.0]]), np.array([[0.9, 0.3, np.nan]]), logit_scale=1.0,
-    ...                     matching_weight=1.0).round(2)
-    array([[0.75, 0.25, 0.  ]], dtype=float32)
-    """
-    logits = np.asarray(similarity, dtype=np.float64) * logit_scale
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = exponents / exponents.sum(axis=1, keepdims=True)
-    if match is not None and matching_weight:
-        candidates = ~np.isnan(match)
-        match = np.where(candidates, match, 0.0)
-        share = (probabilities * candidates).sum(axis=1, keepdims=True)
-        total = match.sum(axis=1, keepdims=True)
-        redistributed = np.where(candidates, share * match / np.where(total > 0, total, 1), probabilities)
-        # Where no candidate matches, matching does not tell them apart.
-        redistributed = np.where(total > 0, redistributed, probabilities)
-        probabilities = (1 - matching_weight) * probabilities + matching_weight * redistributed
-    return probabilities.astype(np.float32)
-
-
-def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Entropy of each row over the entropy of a uniform row, so 0 = certain and 1 = no idea, `(n_cells,)` float32.
-
-    >>> normalized_entropy(np.array([[1.0, 0.0], [0.5, 0.5]]))
-    array([0., 1.], dtype=float32)
-    """
-    if probabilities.shape[1] < 2:
-        return np.zeros(len(probabilities), dtype=np.float32)
-    logs = np.log(probabilities, where=probabilities > 0, out=np.zeros(probabilities.shape))
-    return np.abs(-(probabilities * logs).sum(axis=1) / math.log(probabilities.shape[1])).astype(np.float32)
-
-
-def choose_labels(
-    probabilities: np.ndarray, names: Sequence[str], cl_ids: dict[str, str], min_score: float | None = None
-) -> dict[str, np.ndarray]:
-    """Name each cell by its most probable label, and measure how certain that name is.
-
-    Args:
-        probabilities: `(n_cells, n_labels)`, as [`label_probabilities`] gives them.
-        names: The labels.
-        cl_ids: Label -> Cell Ontology id, of the labels that have one.
-        min_score: Cells whose best label is less probable are called `"Unknown"`.
-
-    Returns:
-        Arrays of shape `(n_cells,)`: `cell_type` and `cl_id` (str), `score` (probability of the best label), `margin`
-        (over the runner-up) and `entropy` (0 certain .. 1 no idea), float32.
-    """
-    best = probabilities.argmax(axis=1)
-    ranked = np.sort(probabilities, axis=1)
-    score = ranked[:, -1]
-    cell_type = np.asarray(names, dtype=object)[best].astype(str)
-    cl_id = np.asarray([cl_ids.get(name, "") for name in names], dtype=object)[best].astype(str)
-    if min_score is not None:
-        unknown = score < min_score
-        cell_type, cl_id = np.where(unknown, UNKNOWN, cell_type), np.where(unknown, "", cl_id)
-    margin = score - ranked[:, -2] if len(names) > 1 else score
-    entropy = normalized_entropy(probabilities)
-    return {"cell_type": cell_type, "cl_id": cl_id, "score": score, "margin": margin, "entropy": entropy}
-
-
-def majority_vote(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The commonest label of each cell's cluster; ties go to the label that sorts first.
-
-    >>> majority_vote(np.array(["B", "B", "T", "T"]), np.array(["0", "0", "0", "1"]))
-    array(['B', 'B', 'B', 'T'], dtype='<U1')
-    """
-    voted = np.empty_like(labels)
-    for cluster in np.unique(clusters):
-        members = clusters == cluster
-        names, counts = np.unique(labels[members], return_counts=True)
-        voted[members] = names[counts.argmax()]
-    return voted
-
-
-def fit_mixture(
-    similarity: np.ndarray, match: np.ndarray | None, target: np.ndarray, temperature: float
-) -> dict[str, float]:
-    """The temperature and the matching weight with the least negative log-likelihood of the true labels, on a grid.
-
-    Args:
-        similarity, match: As for [`label_probabilities`].
-        target: Int `(n_cells,)`: number of each cell's true label.
-        temperature: Middle of the grid, which reaches from an eighth of it to eight times of it.
-
-    Returns:
-        `temperature`, `matching_weight`, and the `nll` and `accuracy` that they give.
-    """
-    best: dict[str, float] = {}
-    for candidate in temperature * 2.0 ** np.arange(-3, 3.5, 0.5):
-        for weight in np.linspace(0, 1, 11):
-            probabilities = label_probabilities(similarity, match, logit_scale=1 / candidate, matching_weight=weight)
-            nll = -np.log(np.maximum(probabilities[np.arange(len(target)), target], 1e-9)).mean()
-            if not best or nll < best["nll"] - 1e-9:
-                best = {
-                    "nll": float(nll),
-                    "accuracy": float((probabilities.argmax(axis=1) == target).mean()),
-                    "temperature": float(candidate),
-                    "matching_weight": round(float(weight), 3),
-                }
-    return best
-
-
-# -- the pipeline -----------------------------------------------------------------------------------------------------
+TEXT_INPUTS = ("qformer_input_ids", "qformer_attention_mask")
 
 
 class ScMMGPTPipeline:
@@ -194,8 +84,8 @@ class ScMMGPTPipeline:
         _label_scores, batch by batch
             processor                    feature_extraction_scmmgpt: Cells -> gene ids and values
             model                        modeling_scmmgpt: similarity with all labels, matching with the best
-        label_probabilities              similarity and matching -> probability of each label
-        choose_labels                    probabilities -> a label for each cell, and how certain it is
+        label_probabilities              annotation_scmmgpt: similarity and matching -> probabilities
+        choose_labels                                        probabilities -> a label for each cell, and how certain it is
         _record                          labels and report -> adata
 
     Args:
@@ -335,6 +225,14 @@ class ScMMGPTPipeline:
             _add_obs(adata, f"{key_added}_{name}", values, categorical=values.dtype.kind == "U")
         adata.obsm[f"{key_added}_probabilities"] = probabilities
         found, found_cells = np.unique(columns["cell_type"], return_counts=True)
+        collapsed = is_collapsed(found_cells, len(names))
+        if collapsed:
+            logger.warning(
+                f"{found_cells.max() / len(cells):.0%} of {len(cells)} cells were called "
+                f"{str(found[found_cells.argmax()])!r}, of {len(names)} labels. If you don't expect that, look at "
+                f"uns[{key_added!r}]['input'] and at the entropy: matrix or genes may not be what the model needs, or "
+                "the labels' texts may be too alike."
+            )
         done = {
             "labels": np.asarray(names, dtype=object),
             "texts": np.asarray(texts, dtype=object),
@@ -343,7 +241,7 @@ class ScMMGPTPipeline:
             "found": np.asarray(found, dtype=object),
             "found_cells": found_cells,
             "mean_entropy": float(columns["entropy"].mean()),
-            "collapsed": _warn_of_collapse(found, found_cells, len(names), key_added),
+            "collapsed": collapsed,
         }
         return self._record(adata, key_added, report, annotate=done)
 
@@ -367,7 +265,7 @@ class ScMMGPTPipeline:
 
         learned = self._bridge().logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().item()
         settings: dict[str, Any] = {
-            "labels": _labels_with_texts(labels, stored.get("labels", {})),
+            "labels": labels_with_texts(labels, stored.get("labels", {})),
             "cl_ids": {**stored.get("cl_ids", {}), **(cl_ids or {})},
             "matching_weight": float(given(matching_weight, "matching_weight", 0.5)),
             "matching_candidates": int(given(matching_candidates, "matching_candidates", 4)),
@@ -440,7 +338,7 @@ class ScMMGPTPipeline:
         """Similarity and matching for [`label_probabilities`]; no matching if its weight is 0."""
         texts = list(settings["labels"].values())
         text_inputs = self.processor(qformer_text=texts).to(self.device)
-        text_features = self._features_of_texts(texts)
+        text_features = self._text_features(text_inputs)
         num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
 
         def score(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -728,7 +626,7 @@ class ScMMGPTPipeline:
             raise ValueError(f"top_k is {top_k}; ask for at least one cell.")
         if key_added is not None and len(texts) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts.")
-        text_features = self._features_of_texts(texts)
+        text_features = self._text_features(self.processor(qformer_text=texts).to(self.device))
 
         def score(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
             return (cell_text_similarity(self._bridge().get_cell_features(**inputs), text_features),)
@@ -796,13 +694,11 @@ class ScMMGPTPipeline:
                 result[rows] = output
         return results
 
-    def _features_of_texts(self, texts: list[str], batch_size: int = 256) -> torch.Tensor:
-        features = []
-        for start in range(0, len(texts), batch_size):
-            inputs = self.processor(qformer_text=texts[start : start + batch_size]).to(self.device)
-            with torch.inference_mode():
-                features.append(self._bridge().get_text_features(**inputs))
-        return torch.cat(features)
+    def _text_features(self, inputs: Mapping[str, torch.Tensor], batch_size: int = 256) -> torch.Tensor:
+        """Texts in the shared space, `(n_texts, projection_dim)`, from the processor's `qformer_text` inputs."""
+        batches = zip(*(inputs[name].split(batch_size) for name in TEXT_INPUTS), strict=True)
+        with torch.inference_mode():
+            return torch.cat([self._bridge().get_text_features(*batch) for batch in batches])
 
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
         """Note in `uns` what was read and what was done, beside what earlier calls noted."""
@@ -823,26 +719,6 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _labels_with_texts(labels: dict[str, str] | Sequence[str] | None, known: dict[str, str]) -> dict[str, str]:
-    """Label -> text that describes it. A label without a text of its own gets that of `known`, or is its own text."""
-    if isinstance(labels, str):
-        raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
-    if labels is None:
-        labels = known
-    elif not isinstance(labels, dict):
-        labels = {label: known.get(label, label) for label in labels}
-    labels = {str(label): str(text) for label, text in labels.items()}
-    if not labels:
-        raise ValueError(
-            "There are no labels to choose from: this checkpoint stores none. Pass labels, a list of cell types "
-            "or a dict of cell type -> description."
-        )
-    empty = [label for label, text in labels.items() if not text.strip()]
-    if empty:
-        raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
-    return labels
-
-
 def _labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[list[str], list[str]]:
     """Labels, if a dict brings them, and the texts of the prompts, of which none may be empty."""
     labels = list(prompts) if isinstance(prompts, dict) else []
@@ -852,20 +728,6 @@ def _labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[
     if not texts or not all(text.strip() for text in texts):
         raise ValueError(f"Every prompt needs some text, but of {len(texts)} at least one has none.")
     return labels, texts
-
-
-def _warn_of_collapse(found: np.ndarray, found_cells: np.ndarray, n_labels: int, key: str) -> bool:
-    """Whether nearly all cells got one label, of which the user is warned."""
-    n_cells, top = found_cells.sum(), found_cells.argmax()
-    share = found_cells[top] / n_cells
-    collapsed = bool(n_labels > 1 and n_cells >= COLLAPSE_MIN_CELLS and share >= COLLAPSE_SHARE)
-    if collapsed:
-        logger.warning(
-            f"{share:.0%} of {n_cells} cells were called {str(found[top])!r}, of {n_labels} labels. If you "
-            f"don't expect that, look at uns[{key!r}]['input'] and at the entropy: matrix or genes may not be what "
-            "the model needs, or the labels' texts may be too alike."
-        )
-    return collapsed
 
 
 def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:
@@ -905,11 +767,4 @@ def _anndata_and_sparse() -> tuple[Any, Any]:
     return AnnData, csr_matrix
 
 
-__all__ = [
-    "ScMMGPTPipeline",
-    "best_device",
-    "choose_labels",
-    "label_probabilities",
-    "majority_vote",
-    "normalized_entropy",
-]
+__all__ = ["ScMMGPTPipeline", "best_device"]

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from scmmgpt import synthetic
+from scmmgpt.annotation_scmmgpt import label_probabilities, majority_vote, normalized_entropy
 from scmmgpt.configuration_scmmgpt import PIPELINE_TASKS
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
-from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline, label_probabilities, majority_vote, normalized_entropy
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
 LABELS = {"B": "a B cell", "T": "a T cell", "NK": "natural killer cell", "Mono": "monocyte of blood"}
