@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Args = argparse.Namespace
 
 ERROR = 2
+FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
 READ_HELP = {
     "layer": "matrix to read: a layer, 'X' or 'raw' (default: found out)",
     "assume": "what the matrix holds, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
@@ -57,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="scmmgpt", description="One language model for single cells and text.")
-    parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, run: Callable[[Args], int | None], text: str) -> argparse.ArgumentParser:
@@ -127,10 +127,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
 
     sub = command("inspect", inspect, "Say what is in a file and whether and how it can be used.")
-    add_file(sub)
-    sub.add_argument("--model", help="checkpoint whose genes FILE is judged by (default: all human genes)")
+    sub.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
+    sub.add_argument(
+        "--model", metavar="CHECKPOINT", help="checkpoint whose genes FILE is judged by (default: all human genes)"
+    )
     sub.add_argument("--max-cells", type=int, default=20_000, metavar="N", help="cells to convert (default: 20000)")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_reading(sub)
     sub = command("doctor", doctor, "Show versions, device and what is installed.")
     sub.add_argument("--json", action="store_true", help="as JSON")
     return parser
@@ -145,21 +148,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def add_file(parser: argparse.ArgumentParser, also: str = "") -> None:
-    """The file with cells and how to read it."""
-    formats = f"cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv{also}"
-    parser.add_argument("file", type=Path, metavar="FILE", help=formats)
+def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """The file with cells, the model, and how to read the file."""
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus")
+    parser.add_argument("--split", default=split, help="of a corpus, which split to read (default: %(default)s)")
+    add_model(parser)
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How to read the file with cells."""
     reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` says what would be done")
     for name, text in READ_HELP.items():
         reading.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=text)
     reading.add_argument("--force", action="store_true", help="go on though few genes match")
-
-
-def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
-    """The file with cells, which may be a corpus, and the model."""
-    add_file(parser, also=", or a corpus")
-    parser.add_argument("--split", default=split, help="of a corpus, which split to read (default: %(default)s)")
-    add_model(parser)
 
 
 def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:

@@ -85,7 +85,7 @@ class ScMMGPTPipeline:
             processor                    feature_extraction_scmmgpt: Cells -> gene ids and values
             model                        modeling_scmmgpt: similarity with all labels, matching with the best
         label_probabilities              annotation_scmmgpt: similarity and matching -> probabilities
-        choose_labels                                        probabilities -> a label for each cell, and how certain it is
+        choose_labels                    annotation_scmmgpt: a label for each cell, and how certain it is
         _record                          labels and report -> adata
 
     Args:
