@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="scmmgpt", description="One language model for single cells and text.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name: str, run: Callable[[Args], int | None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return sub
+    command = partial(add_command, parser.add_subparsers(dest="command", metavar="COMMAND"))
 
     sub = command("annotate", annotate, "Name the type of every cell by the text that fits it best.")
     add_input(sub)
@@ -136,6 +131,14 @@ def make_parser() -> argparse.ArgumentParser:
     add_reading(sub)
     sub = command("doctor", doctor, "Show versions, device and what is installed.")
     sub.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def add_command(commands: Any, name: str, run: Callable[[Args], int | None], text: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -187,7 +187,7 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
 
 
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
-    """Species to read the genes as, the species that the file says, and the evidence for the first."""
+    """Species that the genes are read as, species that the file declares, and the evidence for the former."""
     said = str(organism).strip().lower()
     found = next((known for known in SPECIES if said in (known.name, known.latin, known.taxon)), None)
     declared = None if found is None else found.name

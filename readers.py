@@ -103,7 +103,7 @@ class DiskColumns(DiskRows):
         for block in range(start // self._block_rows, max(stop - 1, start) // self._block_rows + 1):
             first = block * self._block_rows
             if block != self._block:
-                self._rows = self._rows[:0]  # makes room before the next block is gathered
+                self._block, self._rows = -1, self._rows[:0]  # makes room before the next block is gathered
                 self._rows = self._gather(first, min(first + self._block_rows, self.shape[0]))
                 self._block = block
             parts.append(self._rows[max(start - first, 0) : stop - first])
