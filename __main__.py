@@ -9,14 +9,26 @@ imported by the command that needs it.
 
 import argparse
 import json
+import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from scmmgpt.files import whole_file
 
 
+if TYPE_CHECKING:
+    import anndata
+
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+Args = argparse.Namespace
+
 ERROR = 2
+FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
 READ_HELP = {
     "layer": "matrix to read: a layer, 'X' or 'raw' (default: found out)",
     "assume": "what the matrix holds, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
@@ -25,13 +37,8 @@ READ_HELP = {
 }
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["inspect"]:  # a command of its own, which needs no model
-        from scmmgpt import inspect_input
-
-        return inspect_input.main(argv[1:])
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -49,17 +56,10 @@ def main(argv=None):
         return 130
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="scmmgpt", description="One language model for single cells and text.")
-    parser.set_defaults(debug=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name, run, text, **kwargs):
-        sub = commands.add_parser(name, help=text, description=text, **kwargs)
-        sub.set_defaults(run=run)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return sub
+    command = partial(add_command, parser.add_subparsers(dest="command", metavar="COMMAND"))
 
     sub = command("annotate", annotate, "Name the type of every cell by the text that fits it best.")
     add_input(sub)
@@ -121,13 +121,28 @@ def make_parser():
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
 
-    command("inspect", None, "Say what is in a file and whether and how it can be used.")
+    sub = command("inspect", inspect, "Say what is in a file and whether and how it can be used.")
+    sub.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
+    sub.add_argument(
+        "--model", metavar="CHECKPOINT", help="checkpoint whose genes FILE is judged by (default: all human genes)"
+    )
+    sub.add_argument("--max-cells", type=int, default=20_000, metavar="N", help="cells to convert (default: 20000)")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_reading(sub)
     sub = command("doctor", doctor, "Show versions, device and what is installed.")
     sub.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
-def add_model(parser):
+def add_command(commands: Any, name: str, run: Callable[[Args], int | None], text: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
     """Where the model comes from and how it runs."""
     parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -136,20 +151,23 @@ def add_model(parser):
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def add_input(parser, split="test"):
-    """The file with cells and how to read it, then the model."""
-    parser.add_argument(
-        "file", type=Path, metavar="FILE", help="cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv, or a corpus"
-    )
+def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """The file with cells, the model, and how to read the file."""
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus")
     parser.add_argument("--split", default=split, help="of a corpus, which split to read (default: %(default)s)")
     add_model(parser)
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How to read the file with cells."""
     reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` says what would be done")
     for name, text in READ_HELP.items():
         reading.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=text)
     reading.add_argument("--force", action="store_true", help="go on though few genes match")
 
 
-def add_output(parser, table=True):
+def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
     """Where the result goes."""
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
     if table:
@@ -160,7 +178,7 @@ def add_output(parser, table=True):
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def annotate(args):
+def annotate(args: Args) -> None:
     """`scmmgpt annotate`."""
     check_outputs(args)
     labels, cl_ids = read_labels(args.labels)
@@ -180,7 +198,7 @@ def annotate(args):
     finish(args, adata, {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])})
 
 
-def describe(args):
+def describe(args: Args) -> None:
     """`scmmgpt describe`."""
     check_outputs(args)
     pipeline, adata = load(args)
@@ -199,7 +217,7 @@ def describe(args):
     finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": distinct, "first": first})
 
 
-def add_reference(adata, templates):
+def add_reference(adata: "anndata.AnnData", templates: str) -> None:
     """Beside each description, the one that training would write from the annotations in obs."""
     from scmmgpt.cells_scmmgpt import hash_names
     from scmmgpt.train.data.captions import CaptionSampler
@@ -208,7 +226,7 @@ def add_reference(adata, templates):
     adata.obs["scmmgpt_reference"] = CaptionSampler(templates).answer(obs, cell_ids=hash_names(adata.obs_names))
 
 
-def calibrate(args):
+def calibrate(args: Args) -> None:
     """`scmmgpt calibrate`."""
     from scmmgpt.train.data.captions import CaptionSampler
 
@@ -241,7 +259,7 @@ def calibrate(args):
     report({"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}}, args)
 
 
-def embed(args):
+def embed(args: Args) -> None:
     """`scmmgpt embed`."""
     check_outputs(args)
     pipeline, adata = load(args)
@@ -249,7 +267,7 @@ def embed(args):
     finish(args, adata, {"cells": adata.n_obs, "dimensions": int(adata.obsm["X_scmmgpt"].shape[1])})
 
 
-def search(args):
+def search(args: Args) -> None:
     """`scmmgpt search`."""
     pipeline, adata = load(args)
     hits = pipeline.search(adata, args.text, args.top_k, **read_options(args))
@@ -259,10 +277,10 @@ def search(args):
         say("\n".join(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['cell']}" for hit in hits))
 
 
-def generate(args):
+def generate(args: Args) -> None:
     """`scmmgpt generate`."""
     check_outputs(args)
-    prompts = list(args.prompts)
+    prompts: Any = list(args.prompts)
     if args.prompts_file is not None:
         prompts += [line.strip() for line in read_text(args.prompts_file).splitlines() if line.strip()]
     if bool(prompts) == args.stored_labels:
@@ -279,30 +297,54 @@ def generate(args):
     finish(args, generated, {"cells": generated.n_obs, "genes": generated.n_vars})
 
 
-def doctor(args):
+def inspect(args: Args) -> int:
+    """`scmmgpt inspect`; exit status 0 if the file can be used."""
+    from scmmgpt.inspect_input import inspect_file, render
+
+    package = logging.getLogger("scmmgpt")
+    level = package.level
+    package.setLevel(logging.ERROR)  # the report has the warnings
+    try:
+        report = inspect_file(args.file, model_genes(args.model), max_cells=args.max_cells, **read_options(args))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if not args.json:
+            raise
+        say(json.dumps({"usable": False, "error": str(error)}))
+        return ERROR
+    finally:
+        package.setLevel(level)
+    say(json.dumps(report, indent=2) if args.json else render(report))
+    return 0 if report["usable"] else ERROR
+
+
+def model_genes(model: str | None) -> Any:
+    """The genes of a checkpoint; `None` without one."""
+    if model is None:
+        return None
+    from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+    return ScMMGPTProcessor.from_pretrained(model).gene_index
+
+
+def doctor(args: Args) -> None:
     """`scmmgpt doctor`."""
     report = diagnose()
     if args.json:
         say(json.dumps(report, indent=2))
-        return
-    say("\n".join(f"{name:<28}{value}" for section in report.values() for name, value in section.items()))
+    else:
+        say("\n".join(f"{name:<28}{value}" for section in report.values() for name, value in section.items()))
 
 
-def diagnose():
+def diagnose() -> dict[str, dict[str, Any]]:
     """Versions and device, as far as they matter here."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import distributions
 
     import torch
 
     from scmmgpt.pipeline_scmmgpt import best_device
 
-    def version_of(name):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
+    installed = {package.name: package.version for package in distributions()}
     device = best_device()
     names = "scmmgpt torch transformers numpy anndata safetensors numba scanpy datasets peft trl evaluate gradio"
     return {
@@ -314,20 +356,20 @@ def diagnose():
             "bfloat16 on the device": bool(device == "cuda" and torch.cuda.is_bf16_supported()),
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
         },
-        "packages": {name: version_of(name) for name in names.split()},
+        "packages": {name: installed.get(name, "not installed") for name in names.split()},
     }
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
-def load(args):
+def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     """The pipeline and the AnnData that a command works on; the file first, which fails sooner."""
     adata = read_adata(args.file, args.split)
     return load_pipeline(args), adata
 
 
-def load_pipeline(args):
+def load_pipeline(args: Args) -> "ScMMGPTPipeline":
     """The pipeline of `--model`."""
     from transformers.utils import logging
 
@@ -338,7 +380,7 @@ def load_pipeline(args):
     return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
 
 
-def read_adata(path, split="test"):
+def read_adata(path: Path, split: str = "test") -> Any:
     """Read a file of cells, or a split of a corpus that `prepare` made."""
     if (path / "manifest.json").is_file():
         from scmmgpt.train.data.corpus import open_corpus
@@ -349,20 +391,20 @@ def read_adata(path, split="test"):
     return read_file(path)
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """Text of a file, or an error that names it."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     return path.read_text(encoding="utf-8")
 
 
-def read_options(args):
+def read_options(args: Args) -> dict[str, Any]:
     """What `read_cells` takes from the command line."""
     options = {name: getattr(args, name) for name in READ_HELP if getattr(args, name) is not None}
     return {**options, "force": args.force}
 
 
-def read_labels(values):
+def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
     """`--labels` as `(labels, cl_ids)`: names as they stand, or what a single .json, .csv or .tsv file holds."""
     if not values:
         return None, None
@@ -383,7 +425,7 @@ def read_labels(values):
     return labels, {row["label"]: row["cl_id"] for row in rows if row.get("cl_id")}
 
 
-def check_outputs(args):
+def check_outputs(args: Args) -> None:
     """Refuse an output that could not be written, before any work is done."""
     if args.output.suffix != ".h5ad":
         raise ValueError(f"The output is written as .h5ad, but --output is {str(args.output)!r}.")
@@ -392,14 +434,14 @@ def check_outputs(args):
             raise FileNotFoundError(f"The folder of the output {str(path)!r} does not exist; create it first.")
 
 
-def check_columns(adata, args):
+def check_columns(adata: "anndata.AnnData", args: Args) -> None:
     """Refuse columns that are not there."""
     missing = [name for name in args.columns if name not in adata.obs]
     if missing:
         raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
 
 
-def finish(args, adata, summary):
+def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
     """Write the result and say what was done."""
     with whole_file(args.output) as temporary:
         adata.write_h5ad(temporary)
@@ -413,7 +455,7 @@ def finish(args, adata, summary):
     report({"output": str(args.output), **summary}, args)
 
 
-def report(summary, args):
+def report(summary: dict[str, Any], args: Args) -> None:
     """Say what was done, in lines or as JSON."""
     if args.json:
         say(json.dumps(summary, indent=2))
@@ -421,14 +463,18 @@ def report(summary, args):
         say("\n".join(f"{name}: {value}" for name, value in summary.items()))
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def say(text):
+def say(text: str) -> None:
     """The command's answer goes to stdout, everything else to stderr."""
-    sys.stdout.write(text + "\n")
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ Hub id or a folder. Needs the extra `app`.
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -46,10 +48,10 @@ def save(adata: anndata.AnnData, name: str) -> str:
     return str(path)
 
 
-def task(function):
+def task(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show what is wrong with an input in the browser, in the words that the command would use."""
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         try:
             return function(*args)
         except (ValueError, TypeError) as error:
@@ -62,27 +64,30 @@ def build(pipeline: ScMMGPTPipeline) -> gr.Blocks:
     """The page for one checkpoint."""
 
     @task
-    def annotate(path, labels):
+    def annotate(path: str | None, labels: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
         adata = read(path)
         names = [label.strip() for label in labels.split(",") if label.strip()]
         pipeline.annotate(adata, names or None)
         columns = ["scmmgpt_cell_type", "scmmgpt_score", "scmmgpt_entropy"]
         counts = adata.obs["scmmgpt_cell_type"].value_counts().rename_axis("cell type").reset_index(name="cells")
-        return counts[counts["cells"] > 0], rows_of(adata, columns), save(adata, f"{Path(path).stem}_annotated.h5ad")
+        return (
+            counts[counts["cells"] > 0],
+            rows_of(adata, columns),
+            save(adata, f"{Path(path or '').stem}_annotated.h5ad"),
+        )
 
     @task
-    def describe(path, n_cells, question):
-        adata = read(path)
-        adata = adata[: int(n_cells)].copy()
+    def describe(path: str | None, n_cells: int, question: str) -> pd.DataFrame:
+        adata = read(path)[: int(n_cells)].copy()
         pipeline.describe(adata, question.strip() or None)
         return rows_of(adata, ["scmmgpt_description"])
 
     @task
-    def search(path, text, top_k):
+    def search(path: str | None, text: str, top_k: int) -> pd.DataFrame:
         return pd.DataFrame(pipeline.search(read(path), text, top_k=int(top_k)))
 
     @task
-    def generate(prompt, n_cells):
+    def generate(prompt: str, n_cells: int) -> tuple[pd.DataFrame, str]:
         adata = pipeline.generate(prompt, int(n_cells))
         mean = np.asarray(adata.X.mean(axis=0)).ravel()
         top = np.argsort(-mean)[:TOP_GENES]

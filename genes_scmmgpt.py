@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,29 +33,27 @@ EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
 HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
 
-SPECIES_PREFIXES = {
-    "ENSG": "human",
-    "ENSMUSG": "mouse",
-    "ENSMMUG": "rhesus macaque",
-    "ENSMFAG": "cynomolgus macaque",
-    "ENSSSCG": "pig",
-    "ENSRNOG": "rat",
-    "ENSDARG": "zebrafish",
-    "ENSGALG": "chicken",
-}
-SPECIES_NAMES = {
-    "human": ("homo sapiens", "ncbitaxon:9606"),
-    "mouse": ("mus musculus", "ncbitaxon:10090"),
-    "rhesus macaque": ("macaca mulatta", "ncbitaxon:9544"),
-    "cynomolgus macaque": ("macaca fascicularis", "ncbitaxon:9541"),
-    "pig": ("sus scrofa", "ncbitaxon:9823"),
-    "rat": ("rattus norvegicus", "ncbitaxon:10116"),
-    "zebrafish": ("danio rerio", "ncbitaxon:7955"),
-    "chicken": ("gallus gallus", "ncbitaxon:9031"),
-}
-# Species whose symbols are spelt as in human (CD3E) and as in mouse (Cd3e): spelling alone does not tell them apart.
-SPELT_AS_HUMAN = ("human", "rhesus macaque", "cynomolgus macaque", "pig", "chicken")
-SPELT_AS_MOUSE = ("mouse", "rat")
+
+class Species(NamedTuple):
+    """How the species of a file is told: by what the file says, by Ensembl ids, or by the spelling of symbols."""
+
+    name: str
+    latin: str
+    taxon: str
+    ensembl: str  # prefix of its gene ids
+    spelt_as: str | None  # species whose symbols are spelt alike; spelling does not tell the two apart
+
+
+SPECIES = (
+    Species("human", "homo sapiens", "ncbitaxon:9606", "ENSG", "human"),  # CD3E
+    Species("mouse", "mus musculus", "ncbitaxon:10090", "ENSMUSG", "mouse"),  # Cd3e
+    Species("rhesus macaque", "macaca mulatta", "ncbitaxon:9544", "ENSMMUG", "human"),
+    Species("cynomolgus macaque", "macaca fascicularis", "ncbitaxon:9541", "ENSMFAG", "human"),
+    Species("pig", "sus scrofa", "ncbitaxon:9823", "ENSSSCG", "human"),
+    Species("rat", "rattus norvegicus", "ncbitaxon:10116", "ENSRNOG", "mouse"),
+    Species("zebrafish", "danio rerio", "ncbitaxon:7955", "ENSDARG", None),
+    Species("chicken", "gallus gallus", "ncbitaxon:9031", "ENSGALG", "human"),
+)
 GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "rna", "gex", "mrna", "", "nan"})
 
 
@@ -74,7 +72,7 @@ class GeneIndex:
         vocabulary: Mapping[str, int],
         aliases: Mapping[str, Any] | None = None,
         orthologs: Mapping[str, Mapping[str, str]] | None = None,
-    ):
+    ) -> None:
         self.vocabulary = {name: int(i) for name, i in vocabulary.items() if not re.fullmatch(r"<.*>", name)}
         if not self.vocabulary:
             raise ValueError(f"The gene vocabulary has no genes ({len(vocabulary)} entries, all special tokens).")
@@ -90,15 +88,6 @@ class GeneIndex:
 
     def __len__(self) -> int:
         return len(self.vocabulary)
-
-    @classmethod
-    def from_dict(cls, vocabulary: Mapping[str, int], document: Mapping[str, Any] | None) -> "GeneIndex":
-        """From a vocabulary and the document of `gene_aliases.json`."""
-        return cls(vocabulary, document)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The names beyond the vocabulary, as `gene_aliases.json` stores them."""
-        return {"aliases": self.aliases, "orthologs": self.orthologs}
 
     def translates(self, species: str | None) -> bool:
         """Whether genes of `species` are led to the vocabulary by orthologs."""
@@ -118,13 +107,13 @@ class GeneIndex:
         name = name.strip()
         ensembl = ENSEMBL.match(name)
         key = ensembl.group(1).upper() if ensembl else name
-        if self.translates(species):
+        if species is not None and self.translates(species):
             table = self.orthologs[species]
-            found = self.vocabulary.get(table.get(key) or table.get(_embedded(name)))
+            found = self.vocabulary.get(table.get(key) or table.get(_embedded(name) or "") or "")
             return (-1, "unmatched") if found is None else (found, "ortholog")
         if key in self.vocabulary:  # also of Ensembl ids, if the vocabulary is made of them
             return self.vocabulary[key], "ensembl" if ensembl else "symbol"
-        found = self.vocabulary.get(self.aliases.get(key))
+        found = self.vocabulary.get(self.aliases.get(key, ""))
         if found is not None:
             return found, "ensembl" if ensembl else "alias"
         if ensembl is None:
@@ -182,11 +171,12 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
     for name in names:
         ensembl = ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name)
         if ensembl:
-            prefixes[re.match(r"[A-Z]+", ensembl.group(1).upper()).group(0)] += 1
+            prefixes[ensembl.group(1).upper()[:-11]] += 1  # without the number
     prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
     # Genes without a symbol are listed by id: a few foreign ids tell the species of a file of symbols.
     if count > (0.5 if prefix == "ENSG" else 0.05) * n:
-        return SPECIES_PREFIXES.get(prefix, "unknown"), f"{count / n:.0%} of the names start with {prefix}"
+        species = next((known.name for known in SPECIES if known.ensembl == prefix), "unknown")
+        return species, f"{count / n:.0%} of the names start with {prefix}"
     mouse = sum(bool(MOUSE_SYMBOL.match(name)) for name in names) / n
     human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n
     if mouse > 0.4 and mouse > 2 * human:
@@ -197,17 +187,17 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
 
 
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
-    """Species to read the genes as, the species that the file says, and the evidence for the first."""
+    """Species that the genes are read as, species that the file declares, and the evidence for the former."""
     said = str(organism).strip().lower()
-    declared = next((name for name, others in SPECIES_NAMES.items() if said == name or said in others), None)
+    found = next((known for known in SPECIES if said in (known.name, known.latin, known.taxon)), None)
+    declared = None if found is None else found.name
     guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
     if not guesses:
         return declared or "unknown", declared, f"the data say {declared}" if declared else "the names do not tell"
     # Ids are proof; spelling is not.
     species, why = next((guess for guess in guesses if "start with" in guess[1]), guesses[0])
-    for spelt in (SPELT_AS_HUMAN, SPELT_AS_MOUSE):
-        if "start with" not in why and species in spelt and declared in spelt:
-            return declared, declared, why
+    if found is not None and "start with" not in why and species == found.spelt_as:
+        return found.name, declared, why
     return species, declared, why
 
 
@@ -241,8 +231,9 @@ def classify_features(
         elif word not in GENE_FEATURE_TYPES and types[i] == "gene":
             types[i] = word
     found = [GENOME.match(str(name)) for name in (genomes if genomes is not None else names)]
-    mouse = np.array([bool(m) and m.group(1).lower().startswith(("mm", "grcm")) for m in found], dtype=bool)
-    human = np.array([bool(m) and m.group(1).lower().startswith(("hg", "grch")) for m in found], dtype=bool)
+    assemblies = [m.group(1).lower() if m else "" for m in found]
+    mouse = np.array([assembly.startswith(("mm", "grcm")) for assembly in assemblies], dtype=bool)
+    human = np.array([assembly.startswith(("hg", "grch")) for assembly in assemblies], dtype=bool)
     if mouse.any() and human.any():
         types[mouse & (types == "gene")] = "mouse genome"
     return types
@@ -271,66 +262,64 @@ def match_genes(
     """
     columns = dict(names) if isinstance(names, Mapping) else {"var_names": names}
     columns = {key: [GENOME.sub("", str(n).strip()) or str(n) for n in column] for key, column in columns.items()}
-    first = next(iter(columns.values()))
-    types = classify_features(first) if types is None else types
+    types = classify_features(next(iter(columns.values()))) if types is None else types
     is_gene = types == "gene"
-    n_genes = int(is_gene.sum())
-    species, declared, why = _species(
-        {k: [c[v] for v in np.flatnonzero(is_gene)] for k, c in columns.items()}, organism
-    )
+    genes = np.flatnonzero(is_gene).tolist()
+    species, declared, why = _species({key: [column[v] for v in genes] for key, column in columns.items()}, organism)
 
     # step 1: the best column, then the others for what it leaves open
-    results = {
-        key: [gene_index.lookup(n, species) if g else (-1, "") for n, g in zip(column, is_gene, strict=True)]
-        for key, column in columns.items()
-    }
-    n_found = {key: sum(i >= 0 for i, _ in result) for key, result in results.items()}
+    results = {key: {v: gene_index.lookup(column[v], species) for v in genes} for key, column in columns.items()}
+    n_found = {key: sum(i >= 0 for i, _ in result.values()) for key, result in results.items()}
     order = sorted(results, key=lambda key: -n_found[key])
-    best, used = columns[order[0]], order[:1]
-    ids = np.array([i for i, _ in results[order[0]]], dtype=np.int32)
-    how = np.array([h for _, h in results[order[0]]] + [""], dtype=object)[:-1]
-    for key in order[1:]:
-        fill = [v for v in np.flatnonzero((ids < 0) & is_gene) if results[key][v][0] >= 0]
-        if fill and n_found[key] >= REFUSE_SHARE * n_genes:
+    ids, how = np.full(len(types), -1, dtype=np.int32), types.astype(object)
+    used: list[str] = []
+    for key in order:
+        fill = [v for v in genes if ids[v] < 0 and (not used or results[key][v][0] >= 0)]
+        if not used or (fill and n_found[key] >= REFUSE_SHARE * len(genes)):
             used.append(key)
             for v in fill:
                 ids[v], how[v] = results[key][v]
 
     # step 2: `var_names_make_unique` turned the second MATR3 into MATR3-1, which is the same gene
-    for v in np.flatnonzero((ids < 0) & is_gene):
+    best = columns[order[0]]
+    for v in [v for v in genes if ids[v] < 0]:
         stem = MADE_UNIQUE.sub("", best[v])
         if stem != best[v]:
             found, by = gene_index.lookup(stem, species)
             if by in ("symbol", "ortholog"):
                 ids[v], how[v] = found, "made unique"
-    how[~is_gene] = types[~is_gene]
 
-    # step 3: the report
-    matched = ids >= 0
-    distinct = len(np.unique(ids[matched]))
-    report = {
-        "variables": len(ids),
+    report = {"columns": used, "species": species, "species_evidence": why, "species_declared": declared or ""}
+    match = GeneMatch(ids, how, is_gene, report)
+    report |= _count_matches(match, best, len(gene_index), weights)
+    return match
+
+
+def _count_matches(
+    match: GeneMatch, names: Sequence[str], n_vocabulary: int, weights: np.ndarray | None
+) -> dict[str, Any]:
+    """How many variables were matched, how, with what share of the expression, and which large ones were not."""
+    matched, is_gene = match.ids >= 0, match.is_gene
+    n_matched, n_genes, distinct = int(matched.sum()), int(is_gene.sum()), len(np.unique(match.ids[matched]))
+    counts: dict[str, Any] = {
+        "variables": len(match.ids),
         "genes": n_genes,
-        "matched": int(matched.sum()),
-        "share_matched": round(float(matched.sum() / max(1, n_genes)), 5),
-        "vocabulary": len(gene_index),
+        "matched": n_matched,
+        "share_matched": round(n_matched / max(1, n_genes), 5),
+        "vocabulary": n_vocabulary,
         "vocabulary_measured": distinct,
-        "duplicates_summed": int(matched.sum()) - distinct,
-        "columns": used,
-        "species": species,
-        "species_evidence": why,
-        "species_declared": declared or "",
-        "how": {str(k): int(v) for k, v in Counter(how[is_gene].tolist()).items()},
-        "set_aside": {str(k): int(v) for k, v in Counter(types[~is_gene].tolist()).items()},
+        "duplicates_summed": n_matched - distinct,
+        "how": {str(k): int(v) for k, v in Counter(match.how[is_gene].tolist()).items()},
+        "set_aside": {str(k): int(v) for k, v in Counter(match.how[~is_gene].tolist()).items()},
     }
     unmatched = np.flatnonzero(~matched & is_gene)
     if weights is not None and weights[is_gene].sum() > 0:
         total = float(weights[is_gene].sum())
-        report["share_expression_matched"] = round(float(weights[matched].sum() / total), 5)
+        counts["share_expression_matched"] = round(float(weights[matched].sum() / total), 5)
         unmatched = unmatched[np.argsort(-weights[unmatched], kind="stable")]
-        report["largest_unmatched_shares"] = [round(float(weights[v] / total), 7) for v in unmatched[:N_EXAMPLES]]
-    report["largest_unmatched"] = [best[v] for v in unmatched[:N_EXAMPLES]]
-    return GeneMatch(ids, how, is_gene, report)
+        counts["largest_unmatched_shares"] = [round(float(weights[v] / total), 7) for v in unmatched[:N_EXAMPLES]]
+    counts["largest_unmatched"] = [names[v] for v in unmatched[:N_EXAMPLES].tolist()]
+    return counts
 
 
 def check_types(types: np.ndarray) -> None:

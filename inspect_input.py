@@ -1,63 +1,26 @@
-"""What is in a file of cells, can it be used, and what will be done with it.
+"""What is in a file of cells, can it be used, and what will be done with it: the report of `scmmgpt inspect`.
 
-    scmmgpt inspect cells.h5ad
-    scmmgpt inspect filtered_feature_bc_matrix/ --model CHECKPOINT --json
-
-The same checks run inside every command; here they only report. Exit status 0: usable; 2: not.
-
-What each input gets:
-
-| input                                                | verdict                | what is done                        |
-| ---------------------------------------------------- | ---------------------- | ----------------------------------- |
-| integer counts                                       | `raw_integer`          | taken                               |
-| SoupX, CellBender, Salmon: nearly integers           | `raw_float`            | rounded, with a warning             |
-| CP10k, CPM, any total, of UMI counts                 | `normalized`, exact    | integer counts recovered            |
-| TPM, imputed, batch-corrected, without negatives     | `normalized`           | taken as they are                   |
-| log1p (base e, 2 or 10) of normalised UMI counts     | `log1p`, exact         | integer counts recovered            |
-| log1p of the counts themselves                       | `log1p`, exact         | integer counts recovered            |
-| log1p of TPM or of corrected values                  | `log1p`                | logarithm undone, with a warning    |
-| log1p taken twice                                    | `log1p_log1p`          | both undone, with a warning         |
-| fractions of unclear scale                           | `unknown`              | taken as they are, with a warning   |
-| only 0 and 1                                         | `raw_integer`, binary  | taken, with a warning               |
-| scaled (negative values)                             | `scaled`               | refused if there is no other matrix |
-| NaN or infinite values                               | `invalid`              | refused, cell and gene named        |
-| no value above zero                                  | `empty`                | refused                             |
-| no cells, or no variables                            |                        | refused                             |
-| genes by symbol, old symbol, Ensembl id, a mixture   | how many by which      | matched; duplicates summed          |
-| under 60 % of the genes matched                      | the largest unmatched  | warning                             |
-| under 20 % matched, or under 20 genes                | the same, a way out    | refused, unless `--force`           |
-| mouse, macaque or pig genes                          | the species, and why   | one-to-one orthologs, a warning     |
-| another species than the file says                   | both                   | warning                             |
-| species without an ortholog table                    | the species, and why   | refused where names do not match    |
-| antibodies, peaks, spike-ins, control probes         | how many of each       | set aside, never read as genes      |
-| nothing but antibodies or peaks                      | how many of each       | refused                             |
-| human and mouse mapped together                      | `mouse genome`         | mouse genes set aside               |
-| a panel of few genes (Xenium, MERFISH)               | how many were measured | the others are absent, not zero     |
-| cells without any gene of the vocabulary             | how many               | kept, empty, with a warning         |
-| the same barcode twice                               | how many, an example   | warning                             |
-| one label for all cells                              | the label              | warning                             |
-| a missing, empty, truncated or foreign file          |                        | one error that says which           |
+The same checks run inside every command; here they only report. `matrices_scmmgpt` lists what each kind of matrix
+gets, `genes_scmmgpt.check_match` when genes are refused; README has both in one table.
 """
 
-import argparse
-import json
-import logging
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
-from scmmgpt.matrices_scmmgpt import ASSUMABLE
 from scmmgpt.readers import CellFile, DiskRows, read_file
-from scmmgpt.reading_scmmgpt import check_labels, choose_input, finish_report, inspect_matrices, matrix_of
+from scmmgpt.reading_scmmgpt import (
+    InputChoice,
+    check_labels,
+    choose_input,
+    finish_report,
+    inspect_matrices,
+    matrix_of,
+)
 
 
-ERROR = 2
 MAX_CELLS = 20_000  # cells converted for a report; of a larger file a part of each eighth is
 N_PARTS = 8
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "assay", "organism", "donor_id")
@@ -101,11 +64,11 @@ def inspect_file(
         report: dict[str, Any] = {"usable": True, "error": "", "file": _describe_file(Path(path), file, file.X)}
         report["obs"], warnings = _describe_obs(file)
         try:
-            plan = choose_input(file, gene_index, **options)
-            report |= plan.report | {"file": _describe_file(Path(path), file, matrix_of(file, plan.source))}
+            choice = choose_input(file, gene_index, **options)
+            report |= choice.report | {"file": _describe_file(Path(path), file, matrix_of(file, choice.source))}
             report["warnings"] += warnings
             report["genes"]["judged_by"] = vocabulary
-            report["cells"] |= _describe_cells(file, plan, max_cells)
+            report["cells"] |= _describe_cells(file, choice, max_cells)
             finish_report(report)
         except ValueError as error:
             report |= {"usable": False, "error": str(error)}
@@ -124,8 +87,7 @@ def _reference() -> tuple[GeneIndex, str]:
 def _describe_file(path: Path, file: CellFile, matrix: Any) -> dict[str, Any]:
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     if isinstance(matrix, DiskRows):
-        layout = "sparse, by column" if matrix.by_column else "sparse, by row"
-        in_memory = matrix.data.shape[0] * (matrix.data.dtype.itemsize + matrix.indices.dtype.itemsize)
+        layout, in_memory = matrix.layout, matrix.n_bytes
     elif hasattr(matrix, "nnz"):
         layout, in_memory = "sparse, by row", matrix.data.nbytes + matrix.indices.nbytes
     else:
@@ -161,21 +123,16 @@ def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
     return columns, warnings
 
 
-def _describe_cells(file: CellFile, plan: Any, max_cells: int) -> dict[str, Any]:
+def _describe_cells(file: CellFile, choice: InputChoice, max_cells: int) -> dict[str, Any]:
     """Convert the cells, or parts of a large file, and summarise them."""
-    if file.n_obs <= max_cells:
-        parts = [file]
-    else:
+    parts = [file]
+    if file.n_obs > max_cells:
         size = max(1, max_cells // N_PARTS)
         starts = np.linspace(0, file.n_obs - size, N_PARTS).astype(int).tolist()
         parts = [file[start : start + size] for start in starts]
-    genes, totals = [], []
-    for part in parts:
-        for cells in plan.iter_cells(part):
-            genes.append(np.diff(cells.indptr))
-            totals.append(cells.library_sizes())
-    genes, totals = np.concatenate(genes), np.concatenate(totals)
-    return plan.report["cells"] | {
+    measured = [(np.diff(c.indptr), c.library_sizes()) for part in parts for c in choice.iter_cells(part)]
+    genes, totals = (np.concatenate(values) for values in zip(*measured, strict=True))
+    return choice.report["cells"] | {
         "genes_median": float(np.median(genes)),
         "total_median": float(f"{np.median(totals):.6g}"),
         "total_min": float(f"{totals.min():.6g}"),
@@ -205,21 +162,44 @@ def _describe_unusable(file: CellFile) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """A report as text for people."""
-    file, lines = report["file"], []
+    file = report["file"]
     size = f"{file['layout']}, {_bytes(file['bytes'])} on disk, {_bytes(file['bytes_in_memory'])} in memory"
-    lines.append(f"{Path(file['path']).name}: {file['cells']:,} cells x {file['variables']:,} variables ({size})")
+    lines = [f"{Path(file['path']).name}: {file['cells']:,} cells x {file['variables']:,} variables ({size})"]
+    lines += _matrix_lines(report.get("matrix", {}))
+    lines += _gene_lines(report.get("genes", {}))
+    cells = report.get("cells", {})
+    if "genes_median" in cells:
+        matrix = report["matrix"]
+        counts = matrix["kind"].startswith("raw") or "integer counts" in matrix["conversion"]
+        unit = "counts" if counts else "on the scale of the values"
+        lines.append(
+            f"  cells: median total {cells['total_median']:,g} {unit} ({cells['total_min']:,g} to "
+            f"{cells['total_max']:,g}), "
+            f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
+        )
+    for name, column in report["obs"].items():
+        lines.append(f"       {name}: {column['values']} values, {column['share']:.0%} {column['most_common']!r}")
+    lines += [f"  ! {warning}" for warning in report.get("warnings", [])]
+    if report["usable"]:
+        lines.append(f"  => can be used: scmmgpt annotate {file['path']} --model CHECKPOINT --output annotated.h5ad")
+    else:
+        lines.append(f"  => cannot be used: {report['error']}")
+    return "\n".join(lines)
 
-    matrix = report.get("matrix", {})
+
+def _matrix_lines(matrix: dict[str, Any]) -> list[str]:
+    lines = []
     for name, verdict in matrix.get("candidates", {}).items():
-        mark = "->" if name == matrix.get("chosen") else "  "
-        lines.append(f"  {mark} {name}: {_kind(verdict)}")
+        chosen = name == matrix.get("chosen")
+        lines.append(f"  {'->' if chosen else '  '} {name}: {_kind(verdict)}")
         lines.append(f"       evidence: {_evidence(verdict)}")
-        if name == matrix.get("chosen"):
+        if chosen:
             lines.append(f"       read: {verdict['conversion']} ({matrix['why']})")
+    return lines
 
-    genes = report.get("genes", {})
-    if genes:
-        lines.append(f"  genes: {genes['species']} ({genes['species_evidence']})")
+
+def _gene_lines(genes: dict[str, Any]) -> list[str]:
+    lines = [f"  genes: {genes['species']} ({genes['species_evidence']})"] if genes else []
     if "matched" in genes:
         share = genes.get("share_expression_matched")
         weighed = "" if share is None else f", with {share:.1%} of the expression"
@@ -239,23 +219,7 @@ def render(report: dict[str, Any]) -> str:
         )
     if genes.get("set_aside"):
         lines.append(f"       set aside: {', '.join(f'{n:,} {kind}' for kind, n in genes['set_aside'].items())}")
-
-    cells = report.get("cells", {})
-    if "genes_median" in cells:
-        counts = matrix["kind"].startswith("raw") or "integer counts" in matrix["conversion"]
-        unit = "counts" if counts else "on the scale of the values"
-        lines.append(
-            f"  cells: median total {cells['total_median']:,g} {unit} ({cells['total_min']:,g} to "
-            f"{cells['total_max']:,g}), "
-            f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
-        )
-    for name, column in report["obs"].items():
-        lines.append(f"       {name}: {column['values']} values, {column['share']:.0%} {column['most_common']!r}")
-    lines += [f"  ! {warning}" for warning in report.get("warnings", [])]
-    lines.append(f"  => can be used: scmmgpt annotate {file['path']} --model CHECKPOINT --output annotated.h5ad")
-    if not report["usable"]:
-        lines[-1] = f"  => cannot be used: {report['error']}"
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _kind(verdict: dict[str, Any]) -> str:
@@ -294,84 +258,5 @@ def _evidence(verdict: dict[str, Any]) -> str:
 
 
 def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    raise AssertionError
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `scmmgpt inspect`."""
-    parser.add_argument("file", type=Path, help="file or folder of cells (.h5ad, .zarr, 10x .h5 or mtx, .loom, .csv)")
-    parser.add_argument("--model", help="checkpoint whose genes the file is judged by (default: all human genes)")
-    parser.add_argument("--layer", help="matrix to read: a layer, 'X' or 'raw' (default: found out)")
-    parser.add_argument("--assume", choices=ASSUMABLE, help="what the matrix holds, where the verdict is wrong")
-    parser.add_argument("--gene-column", help="column of var with gene symbols or Ensembl ids (default: found out)")
-    parser.add_argument("--organism", help="organism of the cells (default: found out)")
-    parser.add_argument("--force", action="store_true", help="judge also a file of which hardly a gene matches")
-    parser.add_argument("--max-cells", type=int, default=MAX_CELLS, help="cells to convert (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of `scmmgpt inspect`."""
-    parser = argparse.ArgumentParser(
-        prog="scmmgpt inspect", description="Say what is in a file and whether and how it can be used."
-    )
-    add_arguments(parser)
-    return parser
-
-
-def main(args: argparse.Namespace | list[str] | None = None) -> int:
-    """Run `scmmgpt inspect`; returns the exit status."""
-    if not isinstance(args, argparse.Namespace):
-        args = make_parser().parse_args(args)
-    options = {name: getattr(args, name) for name in ("layer", "assume", "gene_column", "organism", "force")}
-    try:
-        gene_index = None if args.model is None else _gene_index(args.model)
-        with _warnings_unlogged():
-            report = inspect_file(args.file, gene_index, max_cells=args.max_cells, **options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if args.json:
-            _write(json.dumps({"usable": False, "error": str(error)}) + "\n")
-        else:
-            sys.stderr.write(f"scmmgpt inspect: {error}\n")
-        return ERROR
-    _write(json.dumps(report, indent=2) + "\n" if args.json else render(report))
-    return 0 if report["usable"] else ERROR
-
-
-@contextmanager
-def _warnings_unlogged() -> Iterator[None]:
-    """The report has the warnings; whoever calls `main` in a process of their own keeps their log as it was."""
-    package = logging.getLogger("scmmgpt")
-    level = package.level
-    package.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
-
-
-def _gene_index(model: str) -> GeneIndex:
-    from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-
-    return ScMMGPTProcessor.from_pretrained(model).gene_index
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    power = sum(n >= 1000**k for k in (1, 2, 3))
+    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -11,27 +11,28 @@ One call serves training, evaluation and the pipelines, so they all see the same
 
 import json
 import os
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import TARGET_SEED, Cells
+    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
     from .reading_scmmgpt import read_cells
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import TARGET_SEED, Cells
+    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
     from reading_scmmgpt import read_cells
 
 
 GENE_ALIASES_FILE = "gene_aliases.json"
-COUNTS_PER_10K = 1e4
 CELL_KWARGS = ("max_genes", "selection")
 
 # What a checkpoint was trained to answer; saved with it, so training and use can't drift apart.
@@ -51,44 +52,47 @@ class ScMMGPTProcessor(ProcessorMixin):
     """Turns AnnData, counts and texts into the inputs of scMMGPT.
 
     Args:
-        feature_extractor ([`ScMMGPTFeatureExtractor`]): Counts -> gene tokens and expression values.
-        tokenizer (`PreTrainedTokenizerBase`): The language model's; `<cell>` is added if it is missing. A
-            stage-1 checkpoint has no language model and holds a copy of `qformer_tokenizer` in this place.
-        qformer_tokenizer (`PreTrainedTokenizerBase`): The Q-Former text branch's.
-        gene_tokenizer (`PreTrainedTokenizerBase`): The gene vocabulary, one word per gene symbol.
-        chat_template (`str`): By default the tokenizer's own.
-        num_query_tokens (`int`, defaults to 32): Placeholders per cell, as in the model's configuration.
-        cell_token (`str`, defaults to `"<cell>"`): The placeholder.
-        qformer_max_length (`int`, defaults to 128): Texts for the Q-Former are cut here.
-        max_target_genes (`int`, defaults to 1200): Genes per generated training cell; beyond it each cell gets a
-            random subset of its own.
-        library_size (`float`, defaults to 10000): Total counts of a typical training cell: what a generated cell has
-            unless told otherwise.
-        prompts (`dict[str, str]`): The prompt of each task; `{text}` is filled in.
+        feature_extractor: Counts -> gene tokens and expression values.
+        tokenizer: The language model's; `<cell>` is added if it is missing. A stage-1 checkpoint has no language model
+            and holds a copy of `qformer_tokenizer` in this place.
+        qformer_tokenizer: The Q-Former text branch's.
+        gene_tokenizer: The gene vocabulary, one word per gene symbol.
+        chat_template: By default the tokenizer's own.
+        num_query_tokens: Placeholders per cell, as in the model's configuration.
+        cell_token: The placeholder.
+        qformer_max_length: Texts for the Q-Former are cut to so many tokens.
+        max_target_genes: Genes per generated training cell; of more, each cell gets a random subset of its own.
+        library_size: Total counts of a typical training cell, which generated cells have unless told otherwise.
+        prompts: The prompt of each task; `{text}` in it stands for what the prompt is about.
     """
+
+    feature_extractor: ScMMGPTFeatureExtractor
+    tokenizer: PreTrainedTokenizerBase
+    qformer_tokenizer: PreTrainedTokenizerBase
+    gene_tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
-        feature_extractor=None,
-        tokenizer=None,
-        qformer_tokenizer=None,
-        gene_tokenizer=None,
-        chat_template=None,
-        num_query_tokens=32,
-        cell_token="<cell>",
-        qformer_max_length=128,
-        max_target_genes=1200,
-        library_size=COUNTS_PER_10K,
-        prompts=None,
-    ):
+        feature_extractor: ScMMGPTFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase,
+        gene_tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        num_query_tokens: int = 32,
+        cell_token: str = "<cell>",
+        qformer_max_length: int = 128,
+        max_target_genes: int = 1200,
+        library_size: float = COUNTS_PER_10K,
+        prompts: dict[str, str] | None = None,
+    ) -> None:
         self.num_query_tokens = num_query_tokens
         self.cell_token = cell_token
         self.qformer_max_length = qformer_max_length
         self.max_target_genes = max_target_genes
         self.library_size = library_size
         self.prompts = dict(DEFAULT_PROMPTS if prompts is None else prompts)
-        self.gene_aliases: dict = {}  # `GeneIndex.to_dict`, saved in a file of its own
-        self._gene_index = None
+        self.gene_aliases: dict[str, Any] = {}  # of `GeneIndex`; saved in a file of its own
+        self._gene_index: GeneIndex | None = None
         if cell_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"extra_special_tokens": [cell_token]}, replace_extra_special_tokens=False)
         if tokenizer.pad_token is None:
@@ -102,7 +106,7 @@ class ScMMGPTProcessor(ProcessorMixin):
     @property
     def cell_token_id(self) -> int:
         """Id of `<cell>` in the language model's tokenizer."""
-        return self.tokenizer.convert_tokens_to_ids(self.cell_token)
+        return cast(int, self.tokenizer.convert_tokens_to_ids(self.cell_token))
 
     @property
     def gene_index(self) -> GeneIndex:
@@ -114,25 +118,12 @@ class ScMMGPTProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Every key that a call can return and the model takes."""
-        return [
-            "input_ids",
-            "attention_mask",
-            "labels",
-            "gene_ids",
-            "expression",
-            "cell_attention_mask",
-            "profile_gene_ids",
-            "profile",
-            "qformer_input_ids",
-            "qformer_attention_mask",
-            "target_gene_ids",
-            "target_attention_mask",
-            "target_expression",
-            "target_counts",
-            "library_size",
-        ]
+        text = "input_ids attention_mask labels qformer_input_ids qformer_attention_mask"
+        cells = "gene_ids expression cell_attention_mask profile_gene_ids profile"
+        targets = "target_gene_ids target_attention_mask target_expression target_counts library_size"
+        return f"{text} {cells} {targets}".split()
 
-    def read_cells(self, adata, **kwargs) -> tuple[Cells, dict]:
+    def read_cells(self, adata: Any, **kwargs: Any) -> tuple[Cells, dict[str, Any]]:
         """AnnData -> `Cells` in this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
         return read_cells(adata, self.gene_index, **kwargs)
 
@@ -152,19 +143,19 @@ class ScMMGPTProcessor(ProcessorMixin):
             )
         return np.asarray(ids, dtype=np.int64)
 
-    def gene_symbols(self, gene_ids) -> list[str]:
+    def gene_symbols(self, gene_ids: Iterable[int]) -> list[str]:
         """Symbols of vocabulary ids."""
-        return self.gene_tokenizer.convert_ids_to_tokens([int(i) for i in gene_ids])
+        return list(self.gene_tokenizer.convert_ids_to_tokens([int(i) for i in gene_ids]))
 
     # -- cells and texts in -------------------------------------------------------------------------------------------
 
     def __call__(
         self,
         text: str | list[str] | None = None,
-        cells=None,
-        images=None,
-        videos=None,
-        audio=None,
+        cells: Any = None,
+        images: None = None,
+        videos: None = None,
+        audio: None = None,
         *,
         answers: list[str] | None = None,
         qformer_text: str | list[str] | None = None,
@@ -173,7 +164,7 @@ class ScMMGPTProcessor(ProcessorMixin):
         target_genes: np.ndarray | None = None,
         epoch: int = 0,
         return_tensors: str = "pt",
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Make model inputs. Every argument is optional; the result holds the keys of what was given.
 
@@ -199,7 +190,7 @@ class ScMMGPTProcessor(ProcessorMixin):
             raise ValueError("scMMGPT reads text and cells, not images, videos or audio.")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; scMMGPT runs on PyTorch: use 'pt'.")
-        data = {}
+        data: dict[str, torch.Tensor] = {}
         if cells is not None and not isinstance(cells, Cells):
             cells, _ = self.read_cells(cells)
         if cells is not None:
@@ -212,17 +203,8 @@ class ScMMGPTProcessor(ProcessorMixin):
             data.update(self._text_inputs(text, answers, None if cells is None else len(cells)))
         if target_cells is not None:
             n_texts = 0 if text is None else len(text)
-            rows = np.arange(n_texts) if target_rows is None else np.asarray(target_rows)
-            if rows.dtype == bool:
-                raise TypeError("target_rows are row numbers, one for each target cell, but they are bool.")
-            if len(rows) != len(target_cells):
-                raise ValueError(f"{len(target_cells)} target cells were given for {len(rows)} target rows.")
-            if len(rows) and not 0 <= rows.min() <= rows.max() < n_texts:
-                raise ValueError(
-                    f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts, from row 0."
-                )
-            targets = self.encode_targets(target_cells, target_genes, rows=rows, n_rows=n_texts, epoch=epoch)
-            data.update(targets)
+            rows = _check_target_rows(target_rows, n_texts, len(target_cells))
+            data.update(self.encode_targets(target_cells, target_genes, rows=rows, n_rows=n_texts, epoch=epoch))
         if not data:
             raise ValueError("Nothing to process: pass text, cells or qformer_text.")
         return BatchFeature(data)
@@ -237,7 +219,9 @@ class ScMMGPTProcessor(ProcessorMixin):
         )
         return {"qformer_input_ids": inputs["input_ids"], "qformer_attention_mask": inputs["attention_mask"]}
 
-    def _text_inputs(self, text: list[str], answers: list[str] | None, num_cells: int | None) -> dict:
+    def _text_inputs(
+        self, text: list[str], answers: list[str] | None, num_cells: int | None
+    ) -> dict[str, torch.Tensor]:
         mentioned = sum(t.count(self.cell_token) for t in text)
         if mentioned != (num_cells or 0):
             raise ValueError(
@@ -297,9 +281,7 @@ class ScMMGPTProcessor(ProcessorMixin):
             `target_rows` int64 and `library_size` float32, `(len(cells),)`, and `target_counts` (raw counts) and
             `target_expression` (log1p CP10k of the library size), float32 `(len(cells), num_genes)`.
         """
-        if genes is None:
-            genes = list(self.gene_index.vocabulary.values())
-        genes = np.unique(np.asarray(genes, dtype=np.int64))
+        genes = np.unique(list(self.gene_index.vocabulary.values()) if genes is None else genes).astype(np.int64)
         rows = np.arange(len(cells)) if rows is None else rows
         n_rows = len(cells) if n_rows is None else n_rows
 
@@ -308,9 +290,7 @@ class ScMMGPTProcessor(ProcessorMixin):
         n = len(generating)
         if len(genes) > self.max_target_genes:
             # A random subset by a hash of (cell, epoch, gene): the genes that a mask would hide.
-            candidates = np.broadcast_to(
-                np.concatenate([[self.feature_extractor.cls_token_id], genes]), (n, len(genes) + 1)
-            )
+            candidates = np.tile(np.concatenate([[self.feature_extractor.cls_token_id], genes]), (n, 1))
             share = (self.max_target_genes + 0.5) / len(genes)
             ids = cells.cell_ids[first_cells]
             chosen = mask_genes(candidates, np.ones_like(candidates), ids, share, seed=TARGET_SEED, epoch=epoch)
@@ -327,14 +307,13 @@ class ScMMGPTProcessor(ProcessorMixin):
         found = keys[position] == wanted if len(keys) else np.zeros(wanted.shape, dtype=bool)
         counts = np.where(found, cells.counts[position] if len(keys) else 0, 0).astype(np.float32)
         library_size = cells.library_sizes().astype(np.float32)
-        expression = np.log1p(counts * (COUNTS_PER_10K / np.maximum(library_size, 1))[:, None]).astype(np.float32)
 
         data = {
             "target_gene_ids": np.full((n_rows, gene_ids.shape[1]), self.feature_extractor.pad_token_id, np.int64),
             "target_attention_mask": np.zeros((n_rows, gene_ids.shape[1]), np.int64),
             "target_rows": rows.astype(np.int64),
             "target_counts": counts,
-            "target_expression": expression,
+            "target_expression": log1p_cp10k(counts, library_size),
             "library_size": library_size,
         }
         data["target_gene_ids"][generating] = gene_ids
@@ -343,26 +322,32 @@ class ScMMGPTProcessor(ProcessorMixin):
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
-    def render_prompt(self, task: str, **fields) -> str:
-        r"""The text of a task's prompt as the checkpoint was trained on it, chat template included.
+    def render_prompt(self, task: str, *, text: str = "") -> str:
+        r"""The prompt of a task as the checkpoint was trained on it, chat template included.
+
+        `text` takes the place of `{text}`; nothing else in a prompt, which comes with a checkpoint, is interpreted.
 
         >>> processor.render_prompt("generate", text="A B cell.")  # doctest: +SKIP
         '<|im_start|>user\nGenerate the gene expression of this cell: A B cell.<|im_end|>\n<|im_start|>assistant\n'
         """
         if task not in self.prompts:
             raise ValueError(f"No prompt for the task {task!r}; this checkpoint knows {sorted(self.prompts)}.")
-        message = {"role": "user", "content": self.prompts[task].format(**fields)}
+        return self.render_question(self.prompts[task].replace("{text}", text))
+
+    def render_question(self, question: str) -> str:
+        """What a user says as the language model reads it, up to where its answer begins."""
+        message = {"role": "user", "content": question}
         return self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
-    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+    def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`."""
         if conversation and isinstance(conversation[0], dict):
             conversation = self.flatten_messages(conversation)
         else:
             conversation = [self.flatten_messages(messages) for messages in conversation]
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def flatten_messages(self, messages: list[dict]) -> list[dict]:
+    def flatten_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Contents as plain strings, since most language models' templates know nothing of parts."""
         flat = []
         for message in messages:
@@ -375,10 +360,11 @@ class ScMMGPTProcessor(ProcessorMixin):
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
-    def pipeline(self, model, **kwargs):
+    def pipeline(self, model: Any, **kwargs: Any) -> Any:
         """The tasks over AnnData (annotate, describe, generate, embed, search) with this processor and its model.
 
-        Imported here and not above, since the pipeline imports this file; the import also makes it travel along.
+        The import below stands here and not above since the pipeline imports this file. It has to stay in this file:
+        code travels with a checkpoint by the imports of its processor, and `transformers.pipeline` needs the pipeline.
         """
         try:
             from .pipeline_scmmgpt import ScMMGPTPipeline
@@ -388,7 +374,9 @@ class ScMMGPTProcessor(ProcessorMixin):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Save every part, and the gene aliases beside them."""
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, GENE_ALIASES_FILE), "w", encoding="utf-8") as file:
@@ -396,34 +384,45 @@ class ScMMGPTProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list[Any]:
         # The feature extractor is the class that this file imports. The auto class would load a second copy of it
         # from the checkpoint's code, which needs trust even where this package is installed.
         extractor = ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask to run the model's code
-        tokenizers = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
-        return [
-            extractor,
-            *(
-                cls._load_tokenizer_from_pretrained(name, pretrained_model_name_or_path, **kwargs)
-                for name in tokenizers
-            ),
-        ]
+        names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
+        load = cls._load_tokenizer_from_pretrained
+        return [extractor, *(load(name, pretrained_model_name_or_path, **kwargs) for name in names)]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> "ScMMGPTProcessor":
         """Load every part, and the gene aliases beside them."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        location = {
-            name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs
-        }
-        path = cached_file(
-            pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **location
-        )
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wanted = ("cache_dir", "revision", "token", "local_files_only")
+        options = {name: kwargs[name] for name in wanted if name in kwargs}
+        options["_raise_exceptions_for_missing_entries"] = False
+        path = cached_file(pretrained_model_name_or_path, GENE_ALIASES_FILE, **options)
         if path is not None:
             with open(path, encoding="utf-8") as file:
                 processor.gene_aliases = json.load(file)
         return processor
+
+
+def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: int) -> np.ndarray:
+    """The text, by its row, that generates each target cell; by default each text generates one cell."""
+    rows = np.arange(n_texts) if target_rows is None else np.asarray(target_rows)
+    if rows.dtype == bool:
+        raise TypeError("target_rows are row numbers, one for each target cell, but they are bool.")
+    if len(rows) != n_targets:
+        raise ValueError(f"{n_targets} target cells were given for {len(rows)} target rows.")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < n_texts:
+        raise ValueError(
+            f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts, from row 0."
+        )
+    return rows
 
 
 def _left_pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ is the whole model in small over the same genes, with random weights: its answer
 Tests and documentation run on the two, and so can anyone who wants to try the interface before fetching a checkpoint.
 """
 
+from typing import Any
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -45,14 +47,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def synthetic_adata(n_obs=60, *, seed=0, marker_fold=20.0, mean_total=200.0):
+def synthetic_adata(
+    n_obs: int = 60, *, seed: int = 0, marker_fold: float = 20.0, mean_total: float = 200.0
+) -> anndata.AnnData:
     """Draw cells of four blood types over forty genes, their markers raised, everything else alike.
 
     Args:
-        n_obs (`int`, defaults to 60): Cells; types take turns, so that every type has its share.
-        seed (`int`, defaults to 0): Seed of the Poisson noise and of the cells' sizes.
-        marker_fold (`float`, defaults to 20.0): Expression of a marker in its type over that in the others.
-        mean_total (`float`, defaults to 200.0): Mean number of counts of a cell.
+        n_obs: Cells; types take turns, so that every type has its share.
+        seed: Seed of the Poisson noise and of the cells' sizes.
+        marker_fold: Expression of a marker in its type over that in the others.
+        mean_total: Mean number of counts of a cell.
 
     Returns:
         `AnnData` of shape `(n_obs, 40)`: raw counts (CSR, float32) in `X`, gene symbols as `var_names`, Ensembl-free,
@@ -95,18 +99,18 @@ def synthetic_adata(n_obs=60, *, seed=0, marker_fold=20.0, mean_total=200.0):
     return anndata.AnnData(X=sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes))
 
 
-def tiny_gene_vocabulary():
+def tiny_gene_vocabulary() -> dict[str, int]:
     """Gene symbol -> id, the special tokens first, over exactly the genes of `synthetic_adata`."""
     return {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *synthetic_adata(4).var_names])}
 
 
-def tiny_gene_tokenizer():
+def tiny_gene_tokenizer() -> PreTrainedTokenizerFast:
     """The gene vocabulary as a tokenizer: one token a symbol."""
     backend = Tokenizer(models.WordLevel(tiny_gene_vocabulary(), unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 
 
-def _word_tokenizer(vocabulary, **special_tokens):
+def _word_tokenizer(vocabulary: dict[str, int], **special_tokens: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
@@ -114,7 +118,7 @@ def _word_tokenizer(vocabulary, **special_tokens):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
 
 
-def tiny_text_tokenizer():
+def tiny_text_tokenizer() -> PreTrainedTokenizerFast:
     """The language model's tokenizer: whole words, left-padded, with a chat template."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = _word_tokenizer(
@@ -124,7 +128,7 @@ def tiny_text_tokenizer():
     return tokenizer
 
 
-def tiny_qformer_tokenizer():
+def tiny_qformer_tokenizer() -> PreTrainedTokenizerFast:
     """The Q-Former's own tokenizer: whole words between `[CLS]` and `[SEP]`, as a BERT expects."""
     vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = _word_tokenizer(vocabulary, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
@@ -134,7 +138,7 @@ def tiny_qformer_tokenizer():
     return tokenizer
 
 
-def tiny_cell_config():
+def tiny_cell_config() -> ScGPTConfig:
     """A two-layer cell model over the genes of `synthetic_adata`, without dropout."""
     vocabulary = tiny_gene_vocabulary()
     return ScGPTConfig(
@@ -149,7 +153,7 @@ def tiny_cell_config():
     )
 
 
-def tiny_llama_config():
+def tiny_llama_config() -> LlamaConfig:
     """A two-layer Llama over the words of `tiny_text_tokenizer` and one more token, `<cell>`."""
     tokenizer = tiny_text_tokenizer()
     return LlamaConfig(
@@ -167,7 +171,7 @@ def tiny_llama_config():
     )
 
 
-def tiny_config():
+def tiny_config() -> ScMMGPTConfig:
     """The whole model in small: four queries, three condition tokens; ids agree with the tiny tokenizers."""
     qformer_tokenizer = tiny_qformer_tokenizer()
     qformer = {
@@ -194,7 +198,7 @@ def tiny_config():
     )
 
 
-def tiny_processor():
+def tiny_processor() -> ScMMGPTProcessor:
     """The processor that belongs to `tiny_config`; at most 32 genes a cell."""
     vocabulary = tiny_gene_vocabulary()
     extractor = ScMMGPTFeatureExtractor(
@@ -205,11 +209,11 @@ def tiny_processor():
     )
 
 
-def tiny_pipeline(*, seed=0, **config):
+def tiny_pipeline(*, seed: int = 0, **config: Any) -> ScMMGPTPipeline:
     """The whole model in small, with random weights, on the CPU.
 
     Args:
-        seed (`int`, defaults to 0): Seed of the weights.
+        seed: Seed of the weights.
         config: Fields of [`ScMMGPTConfig`] to set, such as `expression_head="nb"`.
 
     >>> tiny_pipeline().generate("a B cell", genes=["CD19", "LYZ"]).shape

@@ -251,7 +251,7 @@ def test_a_converted_checkpoint_finds_its_genes_by_their_other_names(tmp_path):
     arguments = ["scgpt", str(folder), "--output", str(tmp_path / "ours")]
     convert.main(convert.make_parser().parse_args(arguments))
     stored = [json.loads((tmp_path / "ours" / name).read_text()) for name in ("vocab.json", "gene_aliases.json")]
-    index = GeneIndex.from_dict(*stored)
+    index = GeneIndex(*stored)
     assert index.lookup("ENSG00000198851.12") == (4, "ensembl")
     assert index.lookup("ENSG00000204628") == (9, "ensembl")
 

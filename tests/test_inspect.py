@@ -10,6 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 from scmmgpt import inspect_input
+from scmmgpt.__main__ import main
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.inspect_input import inspect_file, render
 
@@ -50,7 +51,7 @@ def test_a_good_file_is_described_and_can_be_used(counts, tmp_path):
 
 def test_a_report_is_json_with_an_exit_status(counts, tmp_path, capsys):
     path = write(np.log1p(counts), tmp_path / "cells.h5ad")
-    assert inspect_input.main([str(path), "--json"]) == 0
+    assert main(["inspect", str(path), "--json"]) == 0
     assert logging.getLogger("scmmgpt").level == logging.NOTSET  # the caller's log is as it was
     report = json.loads(capsys.readouterr().out)
     assert report["usable"]
@@ -60,10 +61,16 @@ def test_a_report_is_json_with_an_exit_status(counts, tmp_path, capsys):
 
 def test_a_file_that_cannot_be_used_says_why_and_what_it_holds(counts, tmp_path, capsys):
     path = write(counts - 1.5, tmp_path / "cells.h5ad")
-    assert inspect_input.main([str(path)]) == 2
+    assert main(["inspect", str(path)]) == 2
     out = capsys.readouterr().out
     assert "X: scaled values" in out
     assert "=> cannot be used: X has negative values" in out
+
+
+def test_an_assumption_that_is_none_names_the_choices(counts, tmp_path, capsys):
+    path = write(counts, tmp_path / "cells.h5ad")
+    assert main(["inspect", str(path), "--assume", "nonsense"]) == 2
+    assert "assume='nonsense' is not a kind" in capsys.readouterr().out
 
 
 def test_foreign_genes_are_reported_with_their_species(counts, tmp_path):
@@ -75,7 +82,7 @@ def test_foreign_genes_are_reported_with_their_species(counts, tmp_path):
 
 @pytest.mark.parametrize("flag", [[], ["--json"]])
 def test_a_missing_file_is_one_line_and_status_2(flag, tmp_path, capsys):
-    assert inspect_input.main([str(tmp_path / "nothing.h5ad"), *flag]) == 2
+    assert main(["inspect", str(tmp_path / "nothing.h5ad"), *flag]) == 2
     captured = capsys.readouterr()
     text = captured.out if flag else captured.err
     assert "There is no file" in text

@@ -166,3 +166,10 @@ def test_saving_and_loading_changes_nothing(processor, cells, tmp_path):
     ours, theirs = processor(**arguments), loaded(**arguments)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_prompt_of_a_checkpoint_is_text_and_nothing_in_it_is_interpreted(processor):
+    processor.prompts["generate"] = "{text.__class__} {text:>9999999999} { {0} {text}"
+    assert "{text.__class__} {text:>9999999999} { {0} a {text} cell" in processor.render_prompt(
+        "generate", text="a {text} cell"
+    )
