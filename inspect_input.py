@@ -52,9 +52,15 @@ from typing import Any
 import numpy as np
 
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
-from scmmgpt.matrices_scmmgpt import ASSUMABLE
 from scmmgpt.readers import CellFile, DiskRows, read_file
-from scmmgpt.reading_scmmgpt import check_labels, choose_input, finish_report, inspect_matrices, matrix_of
+from scmmgpt.reading_scmmgpt import (
+    ASSUMABLE,
+    check_labels,
+    choose_input,
+    finish_report,
+    inspect_matrices,
+    matrix_of,
+)
 
 
 ERROR = 2

@@ -604,7 +604,8 @@ def map_partition(task: dict) -> dict:
     obs, _ = resolve_labels(raw)
     with _naming(spec):
         starts = range(task["start"], task["stop"], CELLS_TAKEN)
-        parts = [source.cells(start, min(start + CELLS_TAKEN, task["stop"]), plan) for start in starts]
+        read = (source.cells(start, min(start + CELLS_TAKEN, task["stop"]), plan) for start in starts)
+        parts = [cells.sorted_by_gene() for cells in read]
     cells = Cells.concatenate(parts)
     del parts
     cells.cell_ids = cell_ids(obs)
