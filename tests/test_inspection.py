@@ -287,11 +287,25 @@ def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_size, ste
     assert_same_cells(Cells.concatenate(chunks), read_cells(adata, gene_index)[0])
 
 
-def test_a_plan_reads_any_chunk_of_its_data(counts, gene_index):
+def test_a_choice_reads_any_chunk_of_its_data(counts, gene_index):
     adata = make_adata(sp.csr_matrix(scaled_to(counts).astype(np.float32)))
-    plan = choose_input(adata, gene_index)
-    cells = Cells.concatenate([plan.convert(adata[:3]), plan.convert(adata[3:])])
+    choice = choose_input(adata, gene_index)
+    cells = Cells.concatenate([choice.convert(adata[:3]), choice.convert(adata[3:])])
     assert_same_cells(cells, read_cells(adata, gene_index)[0])
+
+
+@pytest.mark.parametrize("warm_up", [-1, 10**9], ids=["compiled", "numpy"])
+@pytest.mark.parametrize(
+    "stored",
+    [np.asfortranarray, lambda m: m.astype(">f4"), lambda m: np.repeat(m, 2, axis=1)[:, ::2], sp.csr_matrix],
+    ids=["column-major", "big-endian", "view", "CSR"],
+)
+def test_rows_are_the_same_however_they_are_stored(counts, stored, warm_up, monkeypatch):
+    monkeypatch.setattr("scmmgpt.kernels_scmmgpt.WARM_UP_CELLS", warm_up)
+    matrix = counts.astype(np.float32)
+    rows, expected = read_rows(stored(matrix), 5, 30), sp.csr_matrix(matrix[5:30])
+    for name in ("indptr", "indices", "data"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(expected, name))
 
 
 def test_a_logarithm_without_a_unit_changes_no_bin(gene_index):
