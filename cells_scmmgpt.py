@@ -1,17 +1,21 @@
-"""`Cells`, a ragged batch of cells, the random numbers that belong to a cell, and its normalised profiles."""
+"""`Cells`, a ragged batch of cells, the random numbers that belong to a cell, and its normalised profiles.
+
+In shapes, `nnz` is the number of entries of all cells: expressed genes with their counts.
+"""
 
 import enum
 import functools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import numpy as np
 
 
 try:  # as a package or as remote code
-    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, find_entries, kernels_pay, mix64, read_csr
+    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, kernels_pay, mix64, name_genes
 except ImportError:  # beside the other files of a checkpoint
-    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, find_entries, kernels_pay, mix64, read_csr
+    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, kernels_pay, mix64, name_genes
 
 
 class RandomStream(enum.IntEnum):
@@ -76,7 +80,7 @@ def gene_hashes(cell_keys: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
     return mix64(cell_keys + (gene_ids.astype(np.uint64) + ONE) * GOLDEN_GAMMA)
 
 
-def hash_names(names) -> np.ndarray:
+def hash_names(names: Any) -> np.ndarray:
     """Stable 64-bit identities of cells from their barcodes.
 
     The hash depends on the characters alone: not on the process, the other names, or their order.
@@ -108,7 +112,7 @@ class Cells:
 
     Args:
         indptr: `int64 (n_cells + 1,)`; cell `i` owns `gene_ids[indptr[i]:indptr[i + 1]]`, and so its `counts`.
-        gene_ids: Integer `(nnz,)`; within a cell unique and ascending.
+        gene_ids: Integer `(nnz,)`; within a cell unique, in any order.
         counts: Integer or float32 `(nnz,)`, above 0: raw counts (or the values at hand), never their log.
         cell_ids: `uint64 (n_cells,)`: the stable identity of each cell, from which all its randomness derives.
             [`hash_names`] makes it of barcodes.
@@ -122,7 +126,7 @@ class Cells:
     cell_ids: np.ndarray
     total_counts: np.ndarray | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.indptr = np.asarray(self.indptr, dtype=np.int64)
         self.gene_ids = np.asarray(self.gene_ids)
         self.counts = np.asarray(self.counts)
@@ -156,7 +160,7 @@ class Cells:
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
-    def __getitem__(self, index) -> "Cells":
+    def __getitem__(self, index: Any) -> "Cells":
         """The cells at a slice, an array of positions or a boolean mask; a single position gives a batch of one."""
         if isinstance(index, int | np.integer):
             if not -len(self) <= index < len(self):
@@ -177,10 +181,21 @@ class Cells:
 
     def library_sizes(self) -> np.ndarray:
         """`float32 (n_cells,)`: `total_counts`, or the sum of `counts` where the source did not say."""
-        return _row_sums(self.counts, self.indptr) if self.total_counts is None else self.total_counts
+        if self.total_counts is not None:
+            return self.total_counts
+        return _row_sums(self.counts, self.indptr).astype(np.float32)
+
+    def sorted_by_gene(self) -> "Cells":
+        """The same cells with ascending gene ids within each cell."""
+        rows = np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        is_sorted = (self.gene_ids[1:] > self.gene_ids[:-1]) | (rows[1:] > rows[:-1])
+        if is_sorted.all():
+            return self
+        order = sorting_order(self.gene_ids.astype(np.uint32, copy=False), rows)
+        return replace(self, gene_ids=self.gene_ids[order], counts=self.counts[order])
 
     @classmethod
-    def concatenate(cls, batches) -> "Cells":
+    def concatenate(cls, batches: Iterable["Cells"]) -> "Cells":
         """Joins batches of cells, in order. Library sizes are written out if any batch has its own."""
         batches = list(batches)
         if not batches:
@@ -197,7 +212,13 @@ class Cells:
         )
 
     @classmethod
-    def from_csr(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
+    def from_csr(
+        cls,
+        matrix: Any,
+        vocabulary_ids: np.ndarray,
+        cell_ids: np.ndarray | None = None,
+        total_counts: np.ndarray | None = None,
+    ) -> "Cells":
         """Reads a CSR matrix of counts.
 
         Args:
@@ -206,57 +227,32 @@ class Cells:
                 the same id are summed.
             cell_ids: `uint64 (n_cells,)`, best `hash_names(adata.obs_names)`. By default the row numbers, under which
                 a cell's random draws depend on the chunk that it is read in.
+            total_counts: Library sizes `(n_cells,)`; by default the sums over all columns, those left out included.
 
         Returns:
-            `Cells` whose `total_counts` are the sums over all columns, those left out included.
+            `Cells`, the genes of each in the order of the entries of `matrix`.
         """
         indptr, columns, data = (np.asarray(array) for array in (matrix.indptr, matrix.indices, matrix.data))
-        if data.min(initial=1) == 0:  # stored zeros
+        smallest = data.min(initial=1)
+        if not (smallest >= 0 and np.isfinite(data.max(initial=0))):
+            _refuse_entries(indptr, columns, data)
+        if smallest == 0:  # stored zeros
             indptr = np.concatenate([[0], np.cumsum(data != 0)])[indptr]
             columns, data = columns[data != 0], data[data != 0]
-        ids, pays = _column_ids(vocabulary_ids, matrix.shape[1]), kernels_pay(len(indptr) - 1)
-        return cls._from_entries(indptr, columns, data, ids, cell_ids, pays)
-
-    @classmethod
-    def from_dense(cls, matrix, vocabulary_ids, cell_ids=None) -> "Cells":
-        """Reads a dense array of counts, `(n_cells, n_vars)`; the other arguments are those of [`Cells.from_csr`]."""
-        matrix = np.ascontiguousarray(matrix)
-        if matrix.ndim != 2:
-            raise ValueError(f"Expected a matrix of cells by genes, but its shape is {matrix.shape}.")
-        ids, pays = _column_ids(vocabulary_ids, matrix.shape[1]), kernels_pay(len(matrix))
-        return cls._from_entries(*(find_entries if pays else _find_entries_numpy)(matrix), ids, cell_ids, pays)
-
-    @classmethod
-    def _from_entries(cls, indptr, columns, data, ids, cell_ids, is_compiled):
-        """Cells of CSR arrays without zeros."""
         indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
-        if data.dtype.kind == "b":
+        ids = _column_ids(vocabulary_ids, matrix.shape[1])
+        if np.bincount(ids[ids >= 0], minlength=1).max() > 1:  # sums of a gene's columns need room
+            data = data.astype(np.float64 if data.dtype.kind == "f" else np.int64)
+        elif data.dtype.kind == "b":
             data = data.astype(np.uint16)
-        read = read_csr if is_compiled else _read_csr_numpy
-        kept_indptr, gene_ids, counts, total_counts, is_valid, may_repeat = read(indptr, columns, data, ids)
-        if not is_valid:
-            _refuse_entries(indptr, columns, data)
-        if may_repeat:
-            kept_indptr, gene_ids, counts = _sum_repeats(kept_indptr, gene_ids, counts)
+        to_genes = name_genes if kernels_pay(len(indptr) - 1) else _name_genes_numpy
+        indptr, gene_ids, counts, sums = to_genes(indptr, columns, data, ids, int(ids.max(initial=-1)) + 1)
         if cell_ids is None:
             cell_ids = np.arange(len(indptr) - 1, dtype=np.uint64)
-        return cls(kept_indptr, gene_ids, counts, cell_ids, total_counts)
+        return cls(indptr, gene_ids, counts, cell_ids, sums if total_counts is None else total_counts)
 
 
-def _sum_repeats(indptr, gene_ids, counts):
-    """The same entries with those of one gene, which are neighbours, added up."""
-    repeats = np.zeros(len(gene_ids), dtype=bool)
-    repeats[1:] = gene_ids[1:] == gene_ids[:-1]
-    repeats[indptr[:-1][indptr[:-1] < indptr[1:]]] = False
-    if not repeats.any():
-        return indptr, gene_ids, counts
-    gene_of = np.cumsum(~repeats)
-    dtype = np.int64 if counts.dtype.kind in "iu" else counts.dtype
-    counts = np.bincount(gene_of - 1, weights=counts).astype(dtype)
-    return np.concatenate([[0], gene_of])[indptr], gene_ids[~repeats], counts
-
-
-def _column_ids(vocabulary_ids, n_vars):
+def _column_ids(vocabulary_ids: Any, n_vars: int) -> np.ndarray:
     vocabulary_ids = np.asarray(vocabulary_ids)
     if vocabulary_ids.shape != (n_vars,) or vocabulary_ids.dtype.kind not in "iu":
         raise ValueError(
@@ -266,7 +262,7 @@ def _column_ids(vocabulary_ids, n_vars):
     return vocabulary_ids.astype(np.int32)
 
 
-def _refuse_entries(indptr, columns, data):
+def _refuse_entries(indptr: np.ndarray, columns: np.ndarray, data: np.ndarray) -> NoReturn:
     wrong = np.flatnonzero(~(np.isfinite(data) & (data >= 0)))[0]
     row = np.searchsorted(indptr, wrong, side="right") - 1
     raise ValueError(
@@ -275,39 +271,31 @@ def _refuse_entries(indptr, columns, data):
     )
 
 
-def _row_sums(data, indptr):
-    """Sums of a ragged array's rows, `float32 (n_rows,)`.
-
-    They are added in float64 and in four lanes, which take the entries of a row in turns but for the last few, which
-    the first lane takes: so a processor adds four at once, and every path adds in the same order.
-    """
-    lengths = np.diff(indptr)
-    lanes = np.arange(len(data)) - np.repeat(indptr[:-1], lengths)
-    lanes = np.where(lanes < np.repeat(lengths // 4 * 4, lengths), lanes % 4, 0)
-    lanes += np.repeat(np.arange(len(lengths)) * 4, lengths)
-    sums = np.bincount(lanes, weights=data, minlength=4 * len(lengths)).reshape(-1, 4)
-    return ((sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])).astype(np.float32)
+def _row_sums(data: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """Sums of the entries of each cell, `float64 (n_cells,)`, added one after the other as the kernel does."""
+    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    return np.bincount(rows, weights=data, minlength=len(indptr) - 1)
 
 
-def _find_entries_numpy(matrix):
-    """What [`find_entries`] does, in NumPy."""
-    columns = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
-    rows = columns // max(matrix.shape[1], 1)
-    columns -= rows * matrix.shape[1]
-    return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns, matrix[rows, columns]
+def _name_genes_numpy(
+    indptr: np.ndarray, columns: np.ndarray, data: np.ndarray, ids: np.ndarray, n_ids: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What [`name_genes`] does, in NumPy."""
+    totals, gene_ids = _row_sums(data, indptr), ids[columns]
+    has_gene = gene_ids >= 0
+    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))[has_gene]
+    gene_ids, data = gene_ids[has_gene], data[has_gene]
+    order = sorting_order(gene_ids.view(np.uint32), rows)  # entries of one gene become neighbours
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (gene_ids[order][1:] != gene_ids[order][:-1]) | (rows[order][1:] != rows[order][:-1])
+    sums = np.bincount(np.cumsum(is_first) - 1, weights=data[order])
+    by_place = np.argsort(order[is_first])
+    first = order[is_first][by_place]
+    rows, gene_ids, data = rows[first], gene_ids[first], sums[by_place].astype(data.dtype)
+    return np.searchsorted(rows, np.arange(len(indptr))), gene_ids, data, totals
 
 
-def _read_csr_numpy(indptr, columns, data, ids):
-    """What [`read_csr`] does, in NumPy."""
-    rows, gene_ids = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), ids[columns]
-    is_valid = bool(data.min(initial=0) >= 0 and np.isfinite(data.max(initial=0)))
-    order = sorting_order(gene_ids.view(np.uint32), rows)
-    order = order[gene_ids[order] >= 0]
-    kept_indptr = np.searchsorted(rows[order], np.arange(len(indptr)))
-    return kept_indptr, gene_ids[order], data[order], _row_sums(data, indptr), is_valid, True
-
-
-def sorting_order(keys, rows):
+def sorting_order(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The order that sorts by row, then by unsigned key; ties stay in place. NumPy sorts 16-bit digits by radix."""
     digits = [
         digit

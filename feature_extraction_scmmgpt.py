@@ -1,12 +1,15 @@
 """Counts in, model inputs out: `Cells`, a ragged batch of cells, and `ScMMGPTFeatureExtractor`, which tokenises it.
 
 A cell is the set of genes that it expresses, as ids of the gene vocabulary with their counts. The extractor bins,
-selects, orders and pads them. All randomness is a hash of (seed, epoch, cell id, gene id): the same cell gives the
+selects and pads them. All randomness is a hash of (seed, epoch, cell id, gene id): the same cell gives the
 same tokens in any order, batch, chunk, worker or process, and another `epoch` gives another draw.
 
 Where numba is installed, compiled kernels take over after the first few thousand cells, and release the GIL; before,
 and without numba, NumPy does the work. Both give the same bits.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from transformers.feature_extraction_utils import BatchFeature, FeatureExtractio
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import (
+        COUNTS_PER_10K,
         Cells,
         RandomStream,
         cell_keys,
@@ -23,9 +27,10 @@ try:  # as a package or as remote code
         normalize_log1p,
         sorting_order,
     )
-    from .kernels_scmmgpt import BITS_32, LARGEST_KEY, LAST_HASH, LOW_32, ZERO, fill_rows, kernels_pay
+    from .kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_rows, kernels_pay
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import (
+        COUNTS_PER_10K,
         Cells,
         RandomStream,
         cell_keys,
@@ -34,7 +39,7 @@ except ImportError:  # beside the other files of a checkpoint
         normalize_log1p,
         sorting_order,
     )
-    from kernels_scmmgpt import BITS_32, LARGEST_KEY, LAST_HASH, LOW_32, ZERO, fill_rows, kernels_pay
+    from kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_rows, kernels_pay
 
 
 VALUE_MODES = ("binned", "log1p", "raw")
@@ -58,30 +63,26 @@ def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0)
         `int64 (nnz,)` in `1 .. n_bins - 1`, aligned with `cells.counts`.
     """
     _check_bins(n_bins)
-    lower, upper = _edge_counts(cells.indptr, cells.counts, n_bins)
+    lower, upper = _edge_counts(cells.indptr, _as_keys(cells.counts), n_bins)
     keys_of_cells = cell_keys(cells.cell_ids, seed=seed, epoch=epoch, stream=RandomStream.TOKEN)
     hashes = gene_hashes(np.repeat(keys_of_cells, np.diff(cells.indptr)), cells.gene_ids)
     # ceil(a + u * (b - a)) = a - floor(u * (a - b)), exactly, with u in units of 2^-32
     return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
 
 
-def _check_bins(n_bins):
+def _check_bins(n_bins: int) -> None:
     if n_bins < 2:
         raise ValueError(f"n_bins is {n_bins}; bin 0 is for genes that are not expressed, so at least 2 are needed.")
 
 
-def _sort_keys(counts):
-    """Unsigned integers in the order of the counts: floats above 0 are ordered as their bits.
-
-    What is no count, because it is negative or not finite, gets a key beyond [`LARGEST_KEY`] or that of infinity.
-    """
-    if counts.dtype.itemsize == 4:
-        return counts.view(np.uint32)
-    is_large = counts.dtype.itemsize > 4 and counts.max(initial=0) > LARGEST_KEY
-    return counts.astype(np.uint64 if is_large else np.uint32)
+def _as_keys(counts: np.ndarray) -> np.ndarray:
+    """The counts as `float32`, `uint32` or, if there are larger ones, `uint64`."""
+    if counts.dtype.kind == "f":
+        return counts
+    return counts.astype(np.uint64 if counts.max(initial=0) >= 2**32 else np.uint32, copy=False)
 
 
-def _edge_counts(indptr, counts, n_bins):
+def _edge_counts(indptr: np.ndarray, counts: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
     """Where every entry lies among its cell's quantile edges.
 
     The `n_bins - 1` edges of a cell are `np.quantile(counts, np.linspace(0, 1, n_bins - 1))` to the last bit.
@@ -91,7 +92,8 @@ def _edge_counts(indptr, counts, n_bins):
     """
     starts, lengths = indptr[:-1], np.diff(indptr)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    order = sorting_order(_sort_keys(counts), rows)
+    # The bits of floats above 0 are in the order of the floats.
+    order = sorting_order(counts.view(np.uint32) if counts.dtype == np.float32 else counts, rows)
     ranked = counts[order]  # ascending within each cell; a cell keeps its own range of positions
 
     # step 1: the edges, by NumPy's linear interpolation between order statistics
@@ -115,16 +117,21 @@ def _edge_counts(indptr, counts, n_bins):
 
     # step 3: count edges along the sorted entries; all edges of the cells before lie behind, so they are taken off
     edges_before = np.repeat(np.cumsum(lengths > 0) - 1, lengths) * (n_bins - 1)
-    bounds = []
-    for edge_positions in (passes, reaches):
-        passed = np.cumsum(np.bincount(edge_positions.ravel(), minlength=len(ranked) + 1))[:-1] - edges_before
-        unsorted = np.empty(len(ranked), dtype=np.int64)
-        unsorted[order] = passed
-        bounds.append(unsorted)
-    return bounds
+    bounds = np.empty((2, len(ranked)), dtype=np.int64)
+    for bound, edge_positions in zip(bounds, (passes, reaches), strict=True):
+        bound[order] = np.cumsum(np.bincount(edge_positions.ravel(), minlength=len(ranked) + 1))[:-1] - edges_before
+    return bounds[0], bounds[1]
 
 
-def mask_genes(gene_ids, cell_attention_mask, cell_ids, mask_ratio=0.4, *, seed: int = 0, epoch: int = 0):
+def mask_genes(
+    gene_ids: np.ndarray | torch.Tensor,
+    cell_attention_mask: np.ndarray | torch.Tensor,
+    cell_ids: np.ndarray,
+    mask_ratio: float | Sequence[float] = 0.4,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+) -> np.ndarray | torch.Tensor:
     """Chooses the genes to hide in the pre-training objectives: an exact share of each cell, by hash.
 
     Args:
@@ -186,19 +193,19 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
 
     def __init__(
         self,
-        max_genes=1200,
-        n_bins=51,
-        value_mode="binned",
-        selection="random",
-        target_sum=1e4,
-        cls_value=-2.0,
-        pad_value=-2.0,
-        seed=0,
-        pad_token_id=0,
-        cls_token_id=1,
-        return_profile=False,
-        **kwargs,
-    ):
+        max_genes: int = 1200,
+        n_bins: int = 51,
+        value_mode: str = "binned",
+        selection: str = "random",
+        target_sum: float = COUNTS_PER_10K,
+        cls_value: float = -2.0,
+        pad_value: float = -2.0,
+        seed: int = 0,
+        pad_token_id: int = 0,
+        cls_token_id: int = 1,
+        return_profile: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.max_genes = max_genes
         self.n_bins = n_bins
@@ -217,7 +224,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         self._check_selection(max_genes, selection)
 
     @staticmethod
-    def _check_selection(max_genes, selection):
+    def _check_selection(max_genes: int, selection: str) -> None:
         if max_genes < 2:
             raise ValueError(f"max_genes is {max_genes}; `<cls>` and one gene take 2.")
         if selection not in SELECTIONS:
@@ -245,7 +252,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
 
         Returns:
             `gene_ids` (`int64`), `expression` (`float32`) and `cell_attention_mask` (`int64`, 1 = attend), all
-            `(n_cells, n_tokens)`: `<cls>`, then the genes in ascending order of id, then `<pad>`. With
+            `(n_cells, n_tokens)`: `<cls>`, then the genes in the order of the cell, then `<pad>`. With
             `return_profile` also `profile_gene_ids` (`int64`) and `profile` (`float32`), both `(n_cells, longest)`:
             all expressed genes whatever `max_genes` is, and their [`hellinger_profile`], 0 at `<pad>`.
         """
@@ -257,17 +264,20 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"return_tensors is {return_tensors!r}; choose 'pt' or 'np'.")
 
+        _check_counts(cells.counts)
         longest = int(np.diff(cells.indptr).max(initial=0))
         n_tokens = max_genes if padding == "max_length" else min(max_genes, 1 + longest)
         shape = (len(cells), n_tokens)
         gene_ids, attended = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         expression = np.empty(shape, dtype=np.float32)
         gene_ids[:, 0], expression[:, 0] = self.cls_token_id, self.cls_value
-        arguments = (
+        counts = _as_keys(cells.counts)
+        # Counts beyond 32 bits are left to NumPy.
+        fill = fill_rows if kernels_pay(len(cells)) and counts.dtype != np.uint64 else _fill_rows_numpy
+        fill(
             cells.indptr,
             cells.gene_ids.astype(np.int32, copy=False),
-            _sort_keys(cells.counts),
-            cells.counts.dtype.kind == "f",
+            counts,
             self._values(cells),
             np.linspace(0, 1, self.n_bins - 1),
             cell_keys(cells.cell_ids, seed=self.seed, epoch=epoch, stream=RandomStream.TOKEN),
@@ -279,10 +289,6 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             expression,
             attended,
         )
-        # The kernel checks the entries as it goes and leaves to NumPy what it was not made for, large counts included.
-        if not kernels_pay(len(cells)) or arguments[2].dtype != np.uint32 or not fill_rows(*arguments):
-            _check_entries(cells)
-            _fill_rows_numpy(*arguments)
         arrays = {"gene_ids": gene_ids, "expression": expression, "cell_attention_mask": attended}
         if self.return_profile:
             lengths = np.diff(cells.indptr)
@@ -295,7 +301,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return BatchFeature(arrays)
 
-    def _values(self, cells):
+    def _values(self, cells: Cells) -> np.ndarray:
         """`float32 (nnz,)`, or nothing where the kernel bins the counts itself."""
         if self.value_mode == "log1p":
             return normalize_log1p(cells, self.target_sum)
@@ -305,43 +311,36 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
 ScMMGPTFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 
 
-def _check_entries(cells):
-    """Refuses counts that are not above 0, and genes that do not ascend."""
-    if not (cells.counts.min(initial=1) > 0 and np.isfinite(cells.counts.max(initial=1))):
-        wrong = cells.counts[~((cells.counts > 0) & np.isfinite(cells.counts))][0]
+def _check_counts(counts: np.ndarray) -> None:
+    """Refuses counts that are not above 0."""
+    if not (counts.min(initial=1) > 0 and np.isfinite(counts.max(initial=1))):
+        wrong = counts[~((counts > 0) & np.isfinite(counts))][0]
         raise ValueError(
             f"Cells holds counts above 0 only, but found {wrong}. "
             "Build it with `Cells.from_csr`, which drops zeros and refuses what is no count."
         )
-    ascending = cells.gene_ids[1:] > cells.gene_ids[:-1]
-    starts = cells.indptr[1:-1]
-    ascending[starts[(starts > 0) & (starts < cells.indptr[-1])] - 1] = True
-    if not ascending.all():
-        row = np.searchsorted(cells.indptr, np.flatnonzero(~ascending)[0], side="right") - 1
-        raise ValueError(f"The gene ids of cell {row} repeat or do not ascend. `Cells.from_csr` sorts and sums them.")
 
 
 def _fill_rows_numpy(
-    indptr,
-    gene_ids,
-    keys,
-    is_float,
-    values,
-    levels,
-    cell_keys,
-    n_kept,
-    by_count,
-    pad_token_id,
-    pad_value,
-    gene_ids_out,
-    expression_out,
-    attended_out,
-):
+    indptr: np.ndarray,
+    gene_ids: np.ndarray,
+    counts: np.ndarray,
+    values: np.ndarray,
+    levels: np.ndarray,
+    cell_keys: np.ndarray,
+    n_kept: int,
+    by_count: bool,
+    pad_token_id: int,
+    pad_value: np.float32,
+    gene_ids_out: np.ndarray,
+    expression_out: np.ndarray,
+    attended_out: np.ndarray,
+) -> None:
     """What [`fill_rows`] does, in NumPy."""
     lengths = np.diff(indptr)
     hashes = gene_hashes(np.repeat(cell_keys, lengths), gene_ids)
     if not len(values):
-        lower, upper = _edge_counts(indptr, keys.view(np.float32) if is_float else keys, len(levels) + 1)
+        lower, upper = _edge_counts(indptr, counts, len(levels) + 1)
         values = upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
     kept = np.ones(len(gene_ids), dtype=bool)
     crowded = lengths > n_kept
@@ -351,12 +350,14 @@ def _fill_rows_numpy(
         places = np.full(in_row.shape, LAST_HASH)
         places[in_row] = hashes[of_crowded]
         if by_count:
-            ranks = np.zeros(in_row.shape, dtype=keys.dtype)
-            ranks[in_row] = keys[of_crowded]
+            ranks = np.zeros(in_row.shape, dtype=counts.dtype)
+            ranks[in_row] = counts[of_crowded]
             cutoff = np.partition(ranks, -n_kept, axis=1)[:, -n_kept, None]
             places = np.select([ranks > cutoff, ranks == cutoff], [ZERO, places], LAST_HASH)
         last_place = np.partition(places, n_kept - 1, axis=1)[:, n_kept - 1, None]
         kept[of_crowded] = (places <= last_place)[in_row]
+        if kept.sum() > np.minimum(lengths, n_kept).sum():
+            raise ValueError(REPEATED)
     attended_out[:] = np.arange(attended_out.shape[1]) <= np.minimum(lengths, n_kept)[:, None]
     is_gene = attended_out[:, 1:] == 1
     gene_ids_out[:, 1:], expression_out[:, 1:] = pad_token_id, pad_value

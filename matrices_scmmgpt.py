@@ -20,19 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-KINDS = (
-    "raw_integer",
-    "raw_float",
-    "normalized",
-    "log1p",
-    "log1p_log1p",
-    "scaled",
-    "invalid",
-    "unknown",
-    "empty",
-)
-# Kinds that a user may assert with `assume=`.
-ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
+try:  # as a package or as remote code
+    from .kernels_scmmgpt import find_entries, kernels_pay
+except ImportError:  # beside the other files of a checkpoint
+    from kernels_scmmgpt import find_entries, kernels_pay
 
 
 N_SAMPLED_ROWS = 512  # rows looked at for a verdict, in 8 blocks spread over the matrix
@@ -67,8 +58,8 @@ class MatrixVerdict:
     """What the values of a matrix are, why we think so, and what becomes of them.
 
     Args:
-        kind: One of `KINDS`.
-        conversion: What `to_counts` does with the values, in words; `None` if the matrix cannot be used.
+        kind: One of those at the top of this file.
+        conversion: What `convert_rows` does with the values, in words; `None` if the matrix cannot be used.
         evidence: The numbers that the verdict rests on, of the sampled rows.
         logs: How many times `log(1 + x)` was applied (0, 1 or 2).
         base: Base of the logarithm.
@@ -162,25 +153,34 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
 
     The values keep their type; explicit zeros are dropped; nothing in `matrix` changes.
     """
+    if getattr(matrix, "format", None) == "csr" and isinstance(getattr(matrix, "data", None), np.ndarray):
+        # In memory, where SciPy would copy the entries.
+        entries = slice(matrix.indptr[start], matrix.indptr[stop])
+        indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
+        return _checked(
+            CountRows(indptr, matrix.indices[entries], matrix.data[entries], (stop - start, matrix.shape[1]))
+        )
     block = matrix[start:stop]
     for method in ("to_memory", "compute"):
         if hasattr(block, method):
             block = getattr(block, method)()
     if hasattr(block, "tocsr"):
-        block = block.tocsr()
-        indptr = block.indptr.astype(np.int64)
-        rows = CountRows(indptr, np.asarray(block.indices), np.asarray(block.data), tuple(block.shape))
+        return read_rows(block.tocsr(), 0, block.shape[0])
+    block = np.asarray(block)
+    if block.ndim != 2:
+        raise ValueError(f"The matrix has shape {block.shape}; expected two dimensions, (n_cells, n_genes).")
+    # Numba knows neither half floats, nor bytes in the order of other machines, nor words.
+    is_known = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
+    find = find_entries if is_known and kernels_pay(len(block)) else _find_entries_numpy
+    return _checked(CountRows(*find(np.ascontiguousarray(block)), block.shape))
+
+
+def _checked(rows: CountRows) -> CountRows:
+    """The rows without stored zeros, if they hold numbers."""
+    if not rows.data.all():
         stored = rows.data != 0
-        if not stored.all():
-            kept = np.concatenate(([0], np.cumsum(stored)))
-            rows = CountRows(kept[indptr], rows.indices[stored], rows.data[stored], rows.shape)
-    else:
-        block = np.asarray(block)
-        if block.ndim != 2:
-            raise ValueError(f"The matrix has shape {block.shape}; expected two dimensions, (n_cells, n_genes).")
-        row, column = np.nonzero(block)
-        indptr = np.concatenate(([0], np.cumsum(np.bincount(row, minlength=len(block)))))
-        rows = CountRows(indptr, column, block[row, column], block.shape)
+        kept = np.concatenate(([0], np.cumsum(stored)))
+        rows = replace(rows, indptr=kept[rows.indptr], indices=rows.indices[stored], data=rows.data[stored])
     if rows.data.dtype == bool:
         rows.data = rows.data.astype(np.int8)
     if not np.issubdtype(rows.data.dtype, np.number) or np.issubdtype(rows.data.dtype, np.complexfloating):
@@ -189,6 +189,13 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
             "Convert it with `adata.X = adata.X.astype('float32')`, or pass another `layer=`."
         )
     return rows
+
+
+def _find_entries_numpy(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What [`find_entries`] does, in NumPy."""
+    places = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
+    rows, columns = np.divmod(places, max(matrix.shape[1], 1))
+    return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns.astype(np.int32), matrix.ravel()[places]
 
 
 def sample_rows(matrix: Any, n_rows: int = N_SAMPLED_ROWS) -> CountRows:
@@ -529,49 +536,30 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
     return MatrixVerdict(kind, "taken as they are", evidence, precision=precision)
 
 
-def assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
-    """The verdict that the user asserts, with what was found out about the same scale."""
-    kind = {"raw": "raw_integer", "counts": "raw_integer"}.get(kind, kind)
-    if kind not in ASSUMABLE:
-        raise ValueError(f"assume={kind!r} is not a kind of matrix that can be read; choose one of {ASSUMABLE}.")
-    if found.kind in ("invalid", "empty"):
-        return found
-    if found.kind == "scaled":
-        return replace(found, evidence=found.evidence | {"assumed": kind})
-    evidence = found.evidence | {"assumed": kind, "found": found.kind}
-    if kind == found.kind:
-        return replace(found, evidence=evidence)
-    logs = {"log1p": 1, "log1p_log1p": 2}.get(kind, 0)
-    conversion = ROUNDED if kind == "raw_float" else "taken as they are"
-    if logs:
-        conversion = "logarithm undone, then as they are: normalised values"
-    return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision)
-
-
-def to_counts(matrix: Any, verdict: MatrixVerdict) -> CountRows:
-    """Convert a matrix to counts as `verdict` says (see the table at the top of this file).
-
-    Returns:
-        Rows whose `data` are counts: integers where they can be had, else normalised values on a linear scale.
-    """
-    matrix = row_major(matrix)
-    rows = read_rows(matrix, 0, matrix.shape[0])
-    return convert_rows(rows, verdict)[0]
-
-
 def convert_rows(
     rows: CountRows, verdict: MatrixVerdict, known_totals: np.ndarray | None = None
-) -> tuple[CountRows, np.ndarray, int]:
-    """Counts, library sizes (float64 `(n_cells,)`) and the number of cells whose counts could not be recovered."""
+) -> tuple[CountRows, np.ndarray | None, int]:
+    """Convert values to counts as the verdict says (see the table at the top of this file).
+
+    Args:
+        rows: The values as they are stored.
+        verdict: What they are.
+        known_totals: Counts per cell over all genes of the original data, `(n_cells,)`, where they are known.
+
+    Returns:
+        Counts, or normalised values on a linear scale where counts cannot be had; library sizes, float64
+        `(n_cells,)`, or `None` where they are the sums of the counts; and the number of cells whose counts could not
+        be recovered.
+    """
     if not verdict.usable:
-        raise ValueError(describe_unusable("The matrix", verdict))
+        raise ValueError(f"The values are {verdict.kind}: no counts can be had of them.")
     if verdict.kind == "raw_integer":
-        return rows, rows.row_sums(), 0
+        return rows, None, 0
     if verdict.kind == "raw_float":
         counts = np.rint(rows.data).astype(np.float32)
         kept = np.concatenate(([0], np.cumsum(counts > 0)))
         rows = CountRows(kept[rows.indptr], rows.indices[counts > 0], counts[counts > 0], rows.shape)
-        return rows, rows.row_sums(), 0
+        return rows, None, 0
     linear, error = linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
     if not is_expression(linear):
         raise ValueError(
@@ -609,21 +597,3 @@ def is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
         return True
     # A NaN makes both comparisons false.
     return float(values.max()) <= LARGEST_VALUE and float(values.min()) >= (-LARGEST_VALUE if signed else 0)
-
-
-def describe_unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
-    """Why a matrix cannot be used, and the way out."""
-    e = verdict.evidence
-    if verdict.kind == "scaled":
-        return (
-            f"{name} has negative values (minimum {e['min']:g}, {e['share_negative']:.1%} of the non-zero{where}): it "
-            "was scaled or batch-corrected, and counts cannot be recovered. Keep the counts before `sc.pp.scale` "
-            "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
-        )
-    if verdict.kind == "invalid":
-        return (
-            f"{name} holds {e['nan']} NaN and {e['too_large']} infinite or senseless values (above "
-            f"{LARGEST_VALUE:g}) in {e['cells_sampled']} cells{where}. Find the step that made them (a division by an "
-            "empty cell?), or drop those cells or genes."
-        )
-    return f"{name} has no value above zero in {e['cells_sampled']} cells. Is it the right layer?"

@@ -299,6 +299,7 @@ class ScMMGPTProcessor(ProcessorMixin):
             gene_ids = np.broadcast_to(genes, (n, len(genes)))
 
         # step 2: each cell's counts of its text's genes; one sorted key per (cell, gene) finds them all at once
+        cells = cells.sorted_by_gene()
         wanted = gene_ids[place]
         stride = int(max(genes.max(), cells.gene_ids.max(initial=0))) + 1
         keys = np.repeat(np.arange(len(cells)), np.diff(cells.indptr)) * stride + cells.gene_ids.astype(np.int64)

@@ -12,7 +12,7 @@ AnnData and SciPy are used by duck typing only: this file travels with the weigh
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,11 @@ try:  # as a package or as remote code
     from .genes_scmmgpt import GeneIndex, GeneMatch, check_match, check_types, classify_features, match_genes
     from .matrices_scmmgpt import (
         LARGEST_VALUE,
+        ROUNDED,
         TOTALS_COLUMN,
         CountRows,
         MatrixVerdict,
-        assume_kind,
         convert_rows,
-        describe_unusable,
         inspect_rows,
         is_expression,
         linearize,
@@ -41,12 +40,11 @@ except ImportError:  # beside the other files of a checkpoint
     from genes_scmmgpt import GeneIndex, GeneMatch, check_match, check_types, classify_features, match_genes
     from matrices_scmmgpt import (
         LARGEST_VALUE,
+        ROUNDED,
         TOTALS_COLUMN,
         CountRows,
         MatrixVerdict,
-        assume_kind,
         convert_rows,
-        describe_unusable,
         inspect_rows,
         is_expression,
         linearize,
@@ -66,6 +64,10 @@ GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "sym
 TOTAL_COLUMNS = ("total_counts", "n_counts", "nCount_RNA", "nUMI", "n_umi", "n_umis", "raw_sum")
 
 
+# Kinds that a user may assert with `assume=`.
+ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
+
+
 @dataclass
 class InputChoice:
     """How one dataset is read: decided once, applied to every chunk of it.
@@ -83,7 +85,7 @@ class InputChoice:
     report: dict[str, Any]
 
     def convert(self, adata: Any) -> Cells:
-        """Cells of `adata`, or of any chunk of the data that the plan was made for (same variables)."""
+        """Cells of `adata`, or of any chunk of the data that the choice was made for (same variables)."""
         return next(self.iter_cells(adata, max(1, adata.shape[0])))
 
     def iter_cells(self, adata: Any, chunk_size: int = CHUNK_ROWS) -> Iterator[Cells]:
@@ -95,8 +97,8 @@ class InputChoice:
         n_cells, n_vars = matrix.shape
         if n_vars != len(self.match.ids):
             raise ValueError(
-                f"{self.source} has {n_vars} variables, but its plan was made for {len(self.match.ids)}: "
-                "chunks of one dataset have the same variables. Make a new plan with `choose_input`."
+                f"{self.source} has {n_vars} variables, but the choice was made for {len(self.match.ids)}: "
+                "chunks of one dataset have the same variables. Call `choose_input` for other data."
             )
         step = CHUNK_ROWS
         if not hasattr(matrix[:0], "tocsr"):
@@ -115,10 +117,8 @@ class InputChoice:
                 _check_values(rows, names[here], var_names, self.source)
                 known = None if known_totals is None else known_totals[here]
                 counts, totals, failed = convert_rows(rows, self.verdict, known)
-                cells = Cells.from_csr(counts, self.match.ids, cell_ids=cell_ids[here])
-                cells.total_counts = totals.astype(np.float32)
-                self._count(cells, failed)
-                parts.append(cells)
+                parts.append(Cells.from_csr(counts, self.match.ids, cell_ids[here], totals))
+                self._count(parts[-1], failed)
             yield parts[0] if len(parts) == 1 else Cells.concatenate(parts)
 
     def _count(self, cells: Cells, failed: int) -> None:
@@ -197,7 +197,7 @@ def choose_input(
     # step 1: which matrix
     found = inspect_matrices(adata, layer=layer, gene_column=gene_column)
     chosen, why = _choose(found, adata, asked=layer is not None)
-    source, verdict = chosen.name, chosen.verdict if assume is None else assume_kind(assume, chosen.verdict)
+    source, verdict = chosen.name, chosen.verdict if assume is None else _assume_kind(assume, chosen.verdict)
 
     # step 2: which genes
     linear, _ = linearize(chosen.rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
@@ -233,6 +233,25 @@ def choose_input(
         "warnings": messages,
     }
     return InputChoice(source, verdict, match, report)
+
+
+def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
+    """The verdict that the user asserts, with what was found out about the same scale."""
+    kind = {"raw": "raw_integer", "counts": "raw_integer"}.get(kind, kind)
+    if kind not in ASSUMABLE:
+        raise ValueError(f"assume={kind!r} is not a kind of matrix that can be read; choose one of {ASSUMABLE}.")
+    if found.kind in ("invalid", "empty"):
+        return found
+    if found.kind == "scaled":
+        return replace(found, evidence=found.evidence | {"assumed": kind})
+    evidence = found.evidence | {"assumed": kind, "found": found.kind}
+    if kind == found.kind:
+        return replace(found, evidence=evidence)
+    logs = {"log1p": 1, "log1p_log1p": 2}.get(kind, 0)
+    conversion = ROUNDED if kind == "raw_float" else "taken as they are"
+    if logs:
+        conversion = "logarithm undone, then as they are: normalised values"
+    return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision)
 
 
 @dataclass
@@ -299,7 +318,7 @@ def _choose(candidates: list[Candidate], adata: Any, *, asked: bool) -> tuple[Ca
             if c.verdict.usable:
                 problems.append(f"{c.name} holds a part of the reads only; name it with `layer=` to read it.")
             else:
-                problems.append(describe_unusable(c.name, c.verdict, _where(c, adata)))
+                problems.append(_describe_unusable(c.name, c.verdict, _where(c, adata)))
         raise ValueError(" ".join(problems))
     if asked:
         return usable[0], "asked for"
@@ -314,6 +333,24 @@ def _choose(candidates: list[Candidate], adata: Any, *, asked: bool) -> tuple[Ca
             why = f"it gives the counts of {most} variables"
     others = [f"{c.name}: {c.verdict.kind}, {len(c.types)} variables" for c in candidates if c is not best]
     return best, f"{why} ({'; '.join(others)})" if others else "the only matrix"
+
+
+def _describe_unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
+    """Why a matrix cannot be used, and the way out."""
+    e = verdict.evidence
+    if verdict.kind == "scaled":
+        return (
+            f"{name} has negative values (minimum {e['min']:g}, {e['share_negative']:.1%} of the non-zero{where}): it "
+            "was scaled or batch-corrected, and counts cannot be recovered. Keep the counts before `sc.pp.scale` "
+            "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
+        )
+    if verdict.kind == "invalid":
+        return (
+            f"{name} holds {e['nan']} NaN and {e['too_large']} infinite or senseless values (above "
+            f"{LARGEST_VALUE:g}) in {e['cells_sampled']} cells{where}. Find the step that made them (a division by an "
+            "empty cell?), or drop those cells or genes."
+        )
+    return f"{name} has no value above zero in {e['cells_sampled']} cells. Is it the right layer?"
 
 
 def _rank(verdict: MatrixVerdict) -> int:
@@ -433,8 +470,7 @@ def read_cells(
 
     The AnnData is not altered; `store_report` writes the report to `uns["scmmgpt"]` if that is wanted.
     """
-    adata = _modality(adata)
-    plan = choose_input(
+    choice = choose_input(
         adata,
         gene_index,
         layer=layer,
@@ -443,24 +479,9 @@ def read_cells(
         organism=organism,
         force=force,
     )
-    cells = plan.convert(adata)
-    finish_report(plan.report)
-    return cells, plan.report
-
-
-def iter_cells(adata: Any, gene_index: GeneIndex, *, chunk_size: int = CHUNK_ROWS, **options: Any) -> Iterator[Cells]:
-    """Read (backed) data in chunks of `chunk_size` cells; together they are the cells of `read_cells`.
-
-    Args:
-        adata: As for `choose_input`, of which `options` are the keyword arguments.
-        gene_index: The model's genes.
-        chunk_size: Cells per chunk. It changes no cell.
-        **options: `layer`, `assume`, `gene_column`, `organism`, `force`.
-    """
-    adata = _modality(adata)
-    plan = choose_input(adata, gene_index, **options)
-    yield from plan.iter_cells(adata, chunk_size)
-    finish_report(plan.report)
+    cells = choice.convert(_modality(adata))
+    finish_report(choice.report)
+    return cells, choice.report
 
 
 def finish_report(report: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, match_genes
-from scmmgpt.matrices_scmmgpt import inspect_matrix, to_counts
-from scmmgpt.reading_scmmgpt import check_labels, choose_input, iter_cells, read_cells, store_report
+from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
+from scmmgpt.reading_scmmgpt import check_labels, choose_input, read_cells, store_report
 
 
 N_CELLS, N_GENES = 40, 300
@@ -48,6 +48,11 @@ def counts():
 def make_adata(matrix, names=SYMBOLS):
     obs = pd.DataFrame(index=[f"cell{i}" for i in range(matrix.shape[0])])
     return ad.AnnData(matrix, obs, pd.DataFrame(index=list(names)))
+
+
+def to_counts(matrix):
+    """The rows of a matrix as counts, whatever its values are."""
+    return convert_rows(read_rows(matrix, 0, matrix.shape[0]), inspect_matrix(matrix))[0]
 
 
 def scaled_to(counts, total=1e4):
@@ -89,6 +94,7 @@ def tpm_like(rng):
 
 
 def assert_same_cells(ours, theirs):
+    ours, theirs = ours.sorted_by_gene(), theirs.sorted_by_gene()
     for name in ("indptr", "gene_ids", "counts", "cell_ids", "total_counts"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
 
@@ -167,13 +173,13 @@ def test_counts_of_halves_are_not_taken_for_normalised_values(counts):
 @pytest.mark.parametrize("state", ["CP10k", "log1p CP10k"])
 def test_rounded_values_still_give_the_counts(counts, state, rounded):
     matrix = rounded(STATES[state](counts))
-    np.testing.assert_array_equal(to_counts(matrix, inspect_matrix(matrix)).data, counts[counts > 0])
+    np.testing.assert_array_equal(to_counts(matrix).data, counts[counts > 0])
 
 
 def test_smallest_values_of_several_counts_are_found_out(counts):
     matrix = scaled_to(np.where(counts == 1, 0, counts)[:, 2:])
     enough = (matrix > 0).sum(axis=1) > 20
-    rows = to_counts(matrix[enough], inspect_matrix(matrix[enough]))
+    rows = to_counts(matrix[enough])
     expected = np.where(counts == 1, 0, counts)[enough, 2:]
     np.testing.assert_array_equal(rows.data, expected[expected > 0])
 
@@ -277,15 +283,29 @@ def test_a_backed_file_gives_the_cells_of_memory(counts, gene_index, layout, tmp
 def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_size, step, monkeypatch):
     monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", step)
     adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts)).astype(np.float32)))
-    chunks = list(iter_cells(adata, gene_index, chunk_size=chunk_size))
+    chunks = list(choose_input(adata, gene_index).iter_cells(adata, chunk_size))
     assert_same_cells(Cells.concatenate(chunks), read_cells(adata, gene_index)[0])
 
 
-def test_a_plan_reads_any_chunk_of_its_data(counts, gene_index):
+def test_a_choice_reads_any_chunk_of_its_data(counts, gene_index):
     adata = make_adata(sp.csr_matrix(scaled_to(counts).astype(np.float32)))
-    plan = choose_input(adata, gene_index)
-    cells = Cells.concatenate([plan.convert(adata[:3]), plan.convert(adata[3:])])
+    choice = choose_input(adata, gene_index)
+    cells = Cells.concatenate([choice.convert(adata[:3]), choice.convert(adata[3:])])
     assert_same_cells(cells, read_cells(adata, gene_index)[0])
+
+
+@pytest.mark.parametrize("warm_up", [-1, 10**9], ids=["compiled", "numpy"])
+@pytest.mark.parametrize(
+    "stored",
+    [np.asfortranarray, lambda m: m.astype(">f4"), lambda m: np.repeat(m, 2, axis=1)[:, ::2], sp.csr_matrix],
+    ids=["column-major", "big-endian", "view", "CSR"],
+)
+def test_rows_are_the_same_however_they_are_stored(counts, stored, warm_up, monkeypatch):
+    monkeypatch.setattr("scmmgpt.kernels_scmmgpt.WARM_UP_CELLS", warm_up)
+    matrix = counts.astype(np.float32)
+    rows, expected = read_rows(stored(matrix), 5, 30), sp.csr_matrix(matrix[5:30])
+    for name in ("indptr", "indices", "data"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(expected, name))
 
 
 def test_a_logarithm_without_a_unit_changes_no_bin(gene_index):
@@ -712,6 +732,6 @@ def test_the_counts_of_scanpys_bundled_data_are_recovered(human_genes):
     np.testing.assert_array_equal(cells.total_counts, adata.obs["n_counts"])
     assert (cells.counts == np.rint(cells.counts)).all()
     # Putting the counts through the same steps gives back what the file holds, to its three decimals.
-    values = to_counts(adata.raw.X, choose_input(adata, human_genes).verdict).data
+    values = to_counts(adata.raw.X).data
     again = np.log1p(values / np.repeat(adata.obs["n_counts"].to_numpy(), np.diff(adata.raw.X.indptr)) * 1e4)
     np.testing.assert_allclose(again, adata.raw.X.data, atol=6e-4)

@@ -136,7 +136,8 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
     obs = resolve_labels(source.obs(task.start, task.stop))
     with _naming(task.spec):
         starts = range(task.start, task.stop, CELLS_TAKEN)
-        parts = [source.cells(start, min(start + CELLS_TAKEN, task.stop), choice) for start in starts]
+        read = (source.cells(start, min(start + CELLS_TAKEN, task.stop), choice) for start in starts)
+        parts = [cells.sorted_by_gene() for cells in read]
     cells = Cells.concatenate(parts)
     del parts
     cells.cell_ids = cell_ids(obs)
