@@ -47,7 +47,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from trl import TrlParser
 
 from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -62,6 +61,7 @@ from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
 from scmmgpt.train.data.prepare import SPECIAL_TOKENS
+from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, freeze, save_run
 
 
@@ -641,9 +641,11 @@ class KeepBest(TrainerCallback):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
-    return TrlParser((FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig), prog=prog, description=__doc__)
+    return OptionParser(
+        (FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig), prog=prog, description=__doc__
+    )
 
 
 def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig) -> None:
