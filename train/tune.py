@@ -67,7 +67,7 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
         """`language_weight` x TRL's loss + `expression_weight` x the mean loss of a target gene."""
         self.still_frozen_parts()
         unwrapped: Any = self.accelerator.unwrap_model(model)
-        backbone = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        backbone: Any = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         outputs: list = []
         # The head costs as much as the layers: only states with a label go through it, and a prompt has none.
         labels = inputs["labels"][:, 1:]
