@@ -5,7 +5,7 @@ python -m scmmgpt.train align --config train/configs/align_demo.yaml --corpus re
 accelerate launch --num_processes 8 -m scmmgpt.train align --config train/configs/align_base.yaml --corpus ...
 ```
 
-The checkpoint in `--output_dir` embeds, finds and annotates cells, and is what `tune` starts from.
+The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` starts from it.
 """
 
 import copy

@@ -1,14 +1,14 @@
-"""How much memory a configuration takes per GPU, before anything is rented.
+"""The memory that a configuration takes per GPU, computed without a GPU.
 
 ```
 python -m scmmgpt.train plan --config train/configs/plan_llama2_7b.yaml
 python -m scmmgpt.train plan --text_config '{"model_type": "llama"}' --gpus 8 --strategy fsdp --batch_size 4
 ```
 
-The model is built on the meta device: shapes without numbers, so seven billion parameters take seconds and no memory.
-Weights, gradients and optimiser states are then counted exactly, and so is what autograd keeps for the backward pass,
-with the fused attention of a CPU in place of that of a GPU. With checkpointing that is an estimate. What allocators
-and communication add is left out (allow a fifth).
+The model is built on the meta device, which holds shapes without numbers: seven billion parameters take seconds and no
+memory. Weights, gradients and optimiser states are counted exactly. So are the activations that autograd keeps, with
+the fused attention of a CPU in place of a GPU's; with checkpointing their size is an estimate. Overheads of allocators
+and communication are left out; allow a fifth of the memory for them.
 """
 
 import sys

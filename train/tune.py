@@ -5,8 +5,8 @@ python -m scmmgpt.train tune --config train/configs/tune_demo.yaml --corpus DIR 
 accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs/tune_base.yaml --corpus ...
 ```
 
-`--output_dir` ends up with a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The
-checkpoint loads in float32 unless `dtype` says otherwise; weights that `--language_model_precision` held in less are
+`--output_dir` gets a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The checkpoint
+loads in float32 unless `dtype` names another type. Weights that were held in less (`--language_model_precision`) are
 stored in bfloat16.
 """
 
