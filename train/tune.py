@@ -5,9 +5,9 @@ python -m scmmgpt.train tune --config train/configs/tune_demo.yaml --corpus DIR 
 accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs/tune_base.yaml --corpus ...
 ```
 
-`--output_dir` gets a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The checkpoint
-loads in float32 unless `dtype` names another type. Weights that were held in less (`--language_model_precision`) are
-stored in bfloat16.
+`--output_dir` gets a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The
+checkpoint loads in float32 unless `dtype` names another type. Weights that were held in less
+(`--language_model_precision`) are stored in bfloat16.
 """
 
 import dataclasses
