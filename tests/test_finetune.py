@@ -46,10 +46,13 @@ def run(adata, bert, path, **options):
         "adata": path / "cells.h5ad",
         "label_key": "label",
         "bert": bert,
-        "cell_config": json.dumps(cell_config),
-        "bert_layers": 1,
-        "num_query_tokens": 2,
-        "projection_dim": 16,
+        "new_model": json.dumps(
+            {
+                "cell_config": cell_config,
+                "qformer_config": {"num_hidden_layers": 1},
+                "model_config": {"num_query_tokens": 2, "projection_dim": 16},
+            }
+        ),
         "output_dir": path / "out",
         "use_cpu": True,
         "disable_tqdm": True,

@@ -17,8 +17,8 @@ from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.data.instructions import InstructionBatches, append_rows, encode_conversation, read_instructions
 from scmmgpt.train.data.stream import CellStream
+from scmmgpt.train.language_model import train_tokenizer
 from scmmgpt.train.trainer import StreamBatches
-from scmmgpt.train.tune import train_tokenizer
 
 
 ASK, COMPARE, AGAIN = "<cell>\nWhich cell is this?", "Compare <cell> and <cell>.", "Are you sure?"

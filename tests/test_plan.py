@@ -10,8 +10,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.train import plan
 from scmmgpt.train.arguments import TuneModelArguments
+from scmmgpt.train.language_model import add_lora
 from scmmgpt.train.trainer import freeze
-from scmmgpt.train.tune import add_lora, is_frozen
+from scmmgpt.train.tune import is_frozen, saved_parts
 
 
 ACCELERATE = Path(plan.__file__).parent / "configs" / "accelerate"
@@ -41,30 +42,28 @@ TINY = {
         "num_key_value_heads": 2,
         "intermediate_size": 32,
     },
-    "num_query_tokens": 2,
-    "projection_dim": 8,
+    "model_config": {"num_query_tokens": 2, "projection_dim": 8},
 }
 
 
 @pytest.mark.parametrize(("which", "held"), [("lora", "fp32"), ("full", "fp32"), ("frozen", "fp32"), ("lora", "bf16")])
 def test_the_plan_counts_what_training_a_real_model_takes(which, held):
-    args = plan.PlanArguments(
-        **TINY, train_language_model=which, language_model_precision=held, gpus=1, precision="fp32"
-    )
+    parts = {"language_model": which}
+    args = plan.PlanArguments(**TINY, train_parts=parts, language_model_precision=held, gpus=1, precision="fp32")
     planned = plan.make_plan(args)
 
     model = ScMMGPTForConditionalGeneration(plan.build_config(args))
     if held == "bf16":
         model.model.language_model.to(torch.bfloat16)
         model.lm_head.to(torch.bfloat16)
-    rules = TuneModelArguments(aligned="", language_model="", train_language_model=which)
-    lora = add_lora(model, rules)
+    rules = TuneModelArguments(aligned="", language_model="", train_parts=parts)
+    lora = add_lora(rules, saved_parts(rules.trained))
     if lora is not None:
         from peft import get_peft_model
 
         model = get_peft_model(model, lora)
         model.requires_grad_(True)
-    freeze(model, lambda name: is_frozen(name.replace("base_layer.", ""), rules, "nb"))
+    freeze(model, lambda name: is_frozen(name.replace("base_layer.", ""), rules.trained, "nb"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:

@@ -5,7 +5,7 @@ import logging
 import sys
 
 
-# Command -> module with `make_parser` and `main`, imported when it is called so that `--help` is instant.
+# Command -> module with `make_parser` and `main`, imported only when its command runs.
 COMMANDS = {
     "prepare": "data.prepare",
     "cache": "data.cache",
@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": "tune",
     "finetune": "finetune",
     "plan": "plan",
+    "options": "options",
 }
 ABOUT = {
     "prepare": "cells and annotations -> training corpus",
@@ -25,6 +26,7 @@ ABOUT = {
     "tune": "stage 2: describe cells and generate them",
     "finetune": "train for your own labelled AnnData",
     "plan": "memory that a configuration takes per GPU",
+    "options": "write docs/options.md to the standard output",
 }
 
 
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command, *rest = argv
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("scmmgpt").setLevel(logging.INFO)  # what a command did is said by its log
+    logging.getLogger("scmmgpt").setLevel(logging.INFO)  # commands report by their log
     if command not in COMMANDS:
         sys.stderr.write(f"No command {command!r}; choose one of {', '.join(COMMANDS)}.\n")
         return 2

@@ -5,16 +5,17 @@ python -m scmmgpt.train align --config train/configs/align_demo.yaml --corpus re
 accelerate launch --num_processes 8 -m scmmgpt.train align --config train/configs/align_base.yaml --corpus ...
 ```
 
-The checkpoint in `--output_dir` embeds, finds and annotates cells, and is what `tune` starts from.
+The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` starts from it.
 """
 
 import copy
 import functools
+from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
-from trl import TrlParser
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
@@ -29,11 +30,13 @@ from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.stream import CellStream
-from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, embed_genes_by_name, standardize
+from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, standardize
+from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_run
 
 
-MAX_VALIDATION_CELLS = 2_000  # cells that are annotated and retrieved while training, at most
+MAX_VALIDATION_CELLS = 2_000  # at most, for the annotation and the retrieval of an evaluation
+MASK_RATIO = 0.4  # share of genes hidden for the masked-expression loss, as in scGPT's fine-tuning
 RECALL_AT = (1, 5, 10)
 TEXTS_AT_ONCE = 256
 
@@ -41,12 +44,14 @@ TEXTS_AT_ONCE = 256
 class AlignTrainer(ModelLossTrainer):
     """Trainer of [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy and retrieval recall."""
 
-    def __init__(self, *args, captions: CaptionSampler, **kwargs):
+    def __init__(self, *args: Any, captions: CaptionSampler, **kwargs: Any) -> None:
         self.captions = captions
         super().__init__(*args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Validation losses, and what [`zero_shot`] measures."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Validation losses and the scores of [`zero_shot`]."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         scores = self.zero_shot()
         self.log({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
@@ -58,28 +63,34 @@ class AlignTrainer(ModelLossTrainer):
 
         Retrieval is among the captions and the cells of the split, of at most `MAX_VALIDATION_CELLS` cells.
         """
-        model = self.accelerator.unwrap_model(self.model).eval()
-        # All ranks measure the same cells: among a share of them each would find more.
-        batches, features, types, captions = self.eval_batches.of_all_ranks(), [], [], []
+        model: Any = self.accelerator.unwrap_model(self.model).eval()
+        for name in ("get_cell_features", "get_text_features"):
+            if name not in vars(model):  # FSDP gathers the weights for `forward` alone; without FSDP this does nothing
+                register_fsdp_forward_method(model, name)
+        # All ranks measure the same cells: retrieval among a rank's share of them would be easier.
+        batches: Any = self.eval_batches
+        batches = batches.of_all_ranks()
+        processor, max_genes = batches.collate.processor, batches.collate.max_genes
+        feature_pieces, type_pieces, captions = [], [], []
         batches.set_epoch(0)
         for cells, obs in batches.stream:
-            inputs = batches.collate.processor(cells=cells, max_genes=batches.collate.max_genes).to(self.args.device)
-            features.append(model.get_cell_features(**inputs))
-            types.append(obs["cell_type"])
+            inputs = processor(cells=cells, max_genes=max_genes).to(self.args.device)
+            feature_pieces.append(model.get_cell_features(**inputs))
+            type_pieces.append(obs["cell_type"])
             captions += self.captions.caption(obs, cells, batches.collate.gene_symbols)
-            if sum(map(len, types)) >= MAX_VALIDATION_CELLS:
+            if sum(map(len, type_pieces)) >= MAX_VALIDATION_CELLS:
                 break
-        features, types = torch.cat(features), np.concatenate(types)
+        features, types = torch.cat(feature_pieces), np.concatenate(type_pieces)
 
         def similarity_to(texts: list[str]) -> torch.Tensor:
             pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
-            inputs = (batches.collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
-            # Piece by piece: every query of every cell against every caption at once would take half a gigabyte.
+            inputs = (processor(qformer_text=piece).to(self.args.device) for piece in pieces)
+            # Piece by piece, since all queries of all cells times all captions take half a gigabyte.
             text_features = (model.get_text_features(**piece) for piece in inputs)
             return torch.cat([cell_text_similarity(features, piece).float().cpu() for piece in text_features], dim=1)
 
-        captions, own = np.unique(captions, return_inverse=True)
-        scores = retrieval_recall(similarity_to(captions.tolist()), torch.from_numpy(own))
+        different, own = np.unique(captions, return_inverse=True)
+        scores = retrieval_recall(similarity_to(different.tolist()), torch.from_numpy(own))
         known = np.array([bool(name) for name in types])
         names = sorted(set(types[known]))
         if not names:
@@ -93,13 +104,13 @@ class AlignTrainer(ModelLossTrainer):
 
 
 def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, float]:
-    """How often the right text is among the k most similar to a cell, and a right cell among those to a text.
+    """Recall at k: of a cell's own text among all texts, and of any of a text's own cells among all cells.
 
-    Ties count as misses: a model to which all is the same retrieves nothing.
+    Ties count as misses: a model with constant features retrieves nothing.
 
     Args:
-        similarity: `(num_cells, num_texts)`.
-        own: `(num_cells,)` int64: the text of each cell; every text has a cell.
+        similarity: float `(num_cells, num_texts)`.
+        own: int64 `(num_cells,)`: the text of each cell; every text has a cell.
 
     >>> similarity = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.4]])
     >>> scores = retrieval_recall(similarity, torch.tensor([0, 1, 1]))
@@ -121,15 +132,20 @@ def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, f
 
 
 def gene_tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
-    """The gene vocabulary as an ordinary word-level tokenizer: `<pad>` for what it does not know, as scGPT has it."""
+    """The gene vocabulary as a word-level tokenizer; unknown genes become `<pad>`, as in scGPT."""
     from tokenizers import Tokenizer, models
 
     backend = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 
 
-def build_processor(corpus: Corpus, qformer_tokenizer, model_args: AlignModelArguments, max_genes: int | None):
-    """The processor of a stage-1 checkpoint; its `tokenizer` stands in until `tune` brings the language model's."""
+def build_processor(
+    corpus: Corpus,
+    qformer_tokenizer: PreTrainedTokenizerBase,
+    model_args: AlignModelArguments,
+    max_genes: int | None,
+) -> ScMMGPTProcessor:
+    """The processor of a stage-1 checkpoint. `tune` replaces its `tokenizer` by the language model's."""
     extractor = ScMMGPTFeatureExtractor(
         max_genes=max_genes or 1200,
         value_mode=model_args.value_mode,
@@ -142,63 +158,42 @@ def build_processor(corpus: Corpus, qformer_tokenizer, model_args: AlignModelArg
         copy.deepcopy(qformer_tokenizer),
         qformer_tokenizer,
         gene_tokenizer_of(corpus.vocabulary),
-        num_query_tokens=model_args.num_query_tokens,
+        num_query_tokens=model_args.model_config.get("num_query_tokens", ScMMGPTConfig.num_query_tokens),
         qformer_max_length=model_args.qformer_max_length,
     )
     processor.gene_aliases = corpus.gene_aliases
     return processor
 
 
-def build_model(corpus: Corpus, model_args: AlignModelArguments, **objective):
+def build_model(
+    corpus: Corpus, model_args: AlignModelArguments, **fields: Any
+) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
     """A stage-1 model and the tokenizer of its text branch.
 
     Args:
         corpus: Its gene vocabulary is the model's.
         model_args: Where the parts come from.
-        objective: Weights of the losses and the like, fields of `ScMMGPTConfig`.
+        fields: More fields of `ScMMGPTConfig`.
 
     Returns:
         Model, Q-Former tokenizer, and the names of the parameters that come pretrained.
     """
-    vocabulary = corpus.vocabulary
-    cell_model = None
-    if model_args.cell_model is not None:
-        cell_model = ScGPTModel.from_pretrained(model_args.cell_model)
-        cell_config = cell_model.config
-        if cell_config.vocab_size != len(vocabulary):
-            raise ValueError(
-                f"{model_args.cell_model} has {cell_config.vocab_size} gene tokens, but the corpus {corpus.path} has "
-                f"{len(vocabulary)}. Prepare the corpus with `--vocabulary {model_args.cell_model}/vocab.json`."
-            )
-    else:
-        cell_config = ScGPTConfig(
-            vocab_size=len(vocabulary),
-            pad_token_id=vocabulary["<pad>"],
-            cls_token_id=vocabulary["<cls>"],
-            **model_args.cell_config,
-        )
+    cell_model, cell_config = load_cell_model(corpus, model_args)
     qformer_config, qformer_weights, qformer_tokenizer = qformer_from_bert(
         model_args.bert,
-        cross_attention_frequency=model_args.cross_attention_frequency,
-        num_layers=model_args.bert_layers,
+        cross_attention_frequency=model_args.qformer_config.get("cross_attention_frequency", 2),
+        num_layers=model_args.qformer_config.get("num_hidden_layers"),
         encoder_hidden_size=cell_config.hidden_size,
     )
-    # Attention weights are not dropped, as in the cell model: on a CPU that rules out the fused kernel.
-    qformer_config.attention_probs_dropout_prob = 0.0
-    if model_args.qformer_dropout is not None:
-        qformer_config.hidden_dropout_prob = model_args.qformer_dropout
+    # Dropout of attention weights rules out the fused kernel on a CPU; the cell model has none either.
+    qformer_config.attention_probs_dropout_prob = model_args.qformer_config.get("attention_probs_dropout_prob", 0.0)
+    qformer_config.hidden_dropout_prob = model_args.qformer_config.get(
+        "hidden_dropout_prob", qformer_config.hidden_dropout_prob
+    )
     config = ScMMGPTConfig(
-        cell_config=cell_config,
-        qformer_config=qformer_config,
-        num_query_tokens=model_args.num_query_tokens,
-        projection_dim=model_args.projection_dim,
-        text_pooling=model_args.text_pooling,
-        **objective,
+        cell_config=cell_config, qformer_config=qformer_config, **{**model_args.model_config, **fields}
     )
     model = ScMMGPTForCellTextAlignment(config)
-
-    if model_args.bert_weights == "random":
-        qformer_weights = {}
     weights = {
         name.replace("embeddings.", "qformer_embeddings.", 1) if name.startswith("embeddings.") else name: value
         for name, value in qformer_weights.items()
@@ -208,35 +203,49 @@ def build_model(corpus: Corpus, model_args: AlignModelArguments, **objective):
     report = model.load_state_dict(weights, strict=False)
     if report.unexpected_keys:
         raise ValueError(f"These weights have no place in the model: {report.unexpected_keys}.")
-    if cell_model is None and model_args.gene_embeddings == "svd":
+    if cell_model is None:
         embed_genes_by_coexpression(model.cell_model, corpus)
-    elif cell_model is None and model_args.gene_embeddings == "text":
-        embed_genes_by_name(model, qformer_tokenizer, vocabulary)
     return model, qformer_tokenizer, set(weights)
+
+
+def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[ScGPTModel | None, ScGPTConfig]:
+    """The cell model to start from, if there is one, and the configuration of the cell model."""
+    vocabulary = corpus.vocabulary
+    if model_args.cell_model is None:
+        special = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
+        return None, ScGPTConfig(vocab_size=len(vocabulary), **special, **model_args.cell_config)
+    cell_model = ScGPTModel.from_pretrained(model_args.cell_model)
+    n_tokens = cell_model.config.vocab_size
+    if n_tokens != len(vocabulary):
+        raise ValueError(
+            f"{model_args.cell_model} has {n_tokens} gene tokens, but the corpus {corpus.path} has "
+            f"{len(vocabulary)}. Prepare the corpus with `--vocabulary {model_args.cell_model}/vocab.json`."
+        )
+    return cell_model, cast(ScGPTConfig, cell_model.config)
 
 
 @torch.no_grad()
 def standardize_projections(model: ScMMGPTForCellTextAlignment, batches: StreamBatches) -> None:
-    """Start both projections into the shared space from what they will read; see [`standardize`]."""
+    """Start both projections into the shared space from their inputs' principal axes; see [`standardize`]."""
     model.eval()
-    query_states, text_states = [], []
+    query_pieces, text_states = [], []
     for step in range(len(batches)):
         batch = batches[step]
         cell_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
-        query_states.append(model.query_cells(cell_states, batch["cell_attention_mask"]))
+        query_pieces.append(model.query_cells(cell_states, batch["cell_attention_mask"]))
         text_states.append(model.read_texts(batch["qformer_input_ids"], batch["qformer_attention_mask"]))
         if sum(map(len, text_states)) >= PROJECTION_CELLS:
             break
-    query_states = torch.cat(query_states)
+    query_states = torch.cat(query_pieces)
     model.query_means.copy_(query_states.mean(dim=0, keepdim=True))
     standardize(model.cell_projection, (query_states - model.query_means).flatten(0, 1))
     standardize(model.text_projection, torch.cat(text_states))
     model.train()
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
-    return TrlParser((DataArguments, AlignModelArguments, AlignConfig), prog=prog, description=__doc__)
+    return OptionParser((DataArguments, AlignModelArguments, AlignConfig), prog=prog, description=__doc__)
 
 
 def main(data_args: DataArguments, model_args: AlignModelArguments, training_args: AlignConfig) -> None:
@@ -244,32 +253,21 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     # --- Corpus and model
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
-    objective = (
-        "contrastive_weight matching_weight captioning_weight cell_pretraining_weight matching_batch_size "
-        "contrastive_group_size"
-    ).split()
-    if training_args.ontology_temperature and training_args.world_size > 1:
-        raise ValueError(
-            "Soft targets compare the texts of one process: set ontology_temperature to 0, or train in one."
-        )
-    model, qformer_tokenizer, pretrained = build_model(
-        corpus, model_args, **{name: getattr(training_args, name) for name in objective}
-    )
-    processor = build_processor(corpus, qformer_tokenizer, model_args, data_args.max_genes)
+    model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
+    config = model.config
+    processor = build_processor(corpus, qformer_tokenizer, model_args, model_args.max_genes)
 
     # --- Batches
     captions = CaptionSampler(
         data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path)
     )
-    mask_ratio = training_args.mask_ratio if training_args.cell_pretraining_weight else None
     collate = AlignmentCollator(
         processor,
         captions,
-        mask_ratio=mask_ratio,
-        mask_value=model.config.cell_config.mask_value,
-        max_genes=data_args.max_genes,
-        ontology_temperature=training_args.ontology_temperature,
-        paired=training_args.contrastive_group_size is not None,
+        mask_ratio=MASK_RATIO if config.cell_pretraining_weight else None,
+        mask_value=config.cell_config.mask_value,
+        max_genes=model_args.max_genes,
+        paired=config.contrastive_group_size is not None,
     )
     train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
 
@@ -278,13 +276,13 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
 
     # --- Training
     unused = ["cell_model.mvc_decoder.", "cell_model.expression_decoder."]
-    if training_args.cell_pretraining_weight:
+    if config.cell_pretraining_weight:
         unused = []
-    if not training_args.matching_weight:
+    if not config.matching_weight:
         unused.append("matching_head.")
     frozen = pretrained if training_args.pretrained_learning_rate == 0 else set()
     freeze(model, lambda name: name.startswith(tuple(unused)) or name in frozen)
-    bases = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
+    bases: dict[str, Any] = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
     trainer = AlignTrainer(
         model=model,
         args=training_args,
@@ -295,7 +293,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         eval_batches=eval_batches,
         is_pretrained=pretrained.__contains__,
         captions=captions,
-        write_card=functools.partial(write_card, training_args.output_dir, "align", corpus, **bases),
+        write_card=functools.partial(write_card, str(training_args.output_dir), "align", corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if eval_batches is not None:
@@ -303,7 +301,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
 
 
-def data_seed(training_args) -> int:
+def data_seed(training_args: TrainingArguments) -> int:
     """Seed of order, captions and sampling."""
     return training_args.seed if training_args.data_seed is None else training_args.data_seed
 
@@ -331,9 +329,9 @@ def make_batches(
     return StreamBatches(train, collate), StreamBatches(validation, collate)
 
 
-def finish(trainer, command: str, **arguments) -> None:
-    """Save the model, its processor and card, the state, the arguments and the curves; push them if that was asked."""
-    trainer.save_model(_internal_call=True)  # the push comes last, when everything is there
+def finish(trainer: Any, command: str, **arguments: Any) -> None:
+    """Save the model, its processor and card, state, arguments and curves; push them with `push_to_hub`."""
+    trainer.save_model(_internal_call=True)  # without a push, which comes last
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_run(trainer.args.output_dir, command, **arguments)
@@ -341,7 +339,3 @@ def finish(trainer, command: str, **arguments) -> None:
     trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-
-
-if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())

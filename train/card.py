@@ -1,4 +1,4 @@
-"""The model card of a checkpoint, `README.md`: what it was trained on and from, what was measured, what it cannot do.
+"""The model card of a checkpoint, `README.md`: its training data, its origins, its measured numbers, its limits.
 
 Everything is read from the run itself: the corpus's manifest, the arguments, and the trainer's log.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from scmmgpt.train.data.corpus import Corpus
+from scmmgpt.train.data.corpus import Corpus, Manifest
 
 
 DEMO_CELLS = 100_000  # trained on fewer, a checkpoint shows that everything runs, and little else
@@ -29,20 +29,20 @@ def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[
     Args:
         output_dir: The checkpoint.
         command: `align` or `tune`.
-        corpus: What it was trained on.
-        log_history: The trainer's; the last value of every `eval_` number is reported.
-        bases: What each part started from, by the part's name; `None` for parts that started new.
+        corpus: The training data.
+        log_history: The trainer's; the card has the last value of every `eval_` number.
+        bases: Part -> the checkpoint that it started from; `None` for a new part.
 
     Returns:
         The file.
     """
     manifest = corpus.manifest
-    cells = Counter()
+    cells: Counter[str] = Counter()
     for shard in manifest.shards:
         cells[shard.split] += shard.n_cells
     metrics = {name: value for line in log_history for name, value in line.items() if is_measured(name)}
-    hub_ids = [base for base in bases.values() if is_hub_id(base)]
-    # The weights' licence follows the parts that they start from (Llama-2 has its own), which are named in the text.
+    hub_ids = [base for base in bases.values() if base is not None and is_hub_id(base)]
+    # The licence follows the parts that the weights start from (Llama-2 has its own); the text names these parts.
     data = ModelCardData(library_name="transformers", tags=TAGS, base_model=hub_ids or None, license="other")
     sections = [f"# scMMGPT: {TITLES[command]}"]
     if cells["train"] < DEMO_CELLS:
@@ -58,16 +58,16 @@ def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[
 
 
 def is_measured(name: str) -> bool:
-    """Whether a logged number says something about the model rather than the machine."""
+    """Whether a logged number describes the model rather than the machine."""
     return name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
 
 
-def is_hub_id(base: str | None) -> bool:
-    """Whether a base is named as on the Hub, `owner/name`, and is no file or package here."""
-    return base is not None and base.count("/") == 1 and ":" not in base and not Path(base).exists()
+def is_hub_id(base: str) -> bool:
+    """Whether a base is a name on the Hub, `owner/name`, and no file or package of this machine."""
+    return base.count("/") == 1 and ":" not in base and not Path(base).exists()
 
 
-def describe_data(manifest, cells: Counter) -> str:
+def describe_data(manifest: Manifest, cells: Counter[str]) -> str:
     """Cells by split, sources and their licences, and the hashes that identify both."""
     sources = [(source.get("name", "unnamed"), source.get("licence") or "not stated") for source in manifest.sources]
     lines = [
@@ -87,8 +87,8 @@ def describe_bases(bases: dict[str, str | None]) -> str:
     return "\n".join([*lines, "", "Parts that are not new keep the licences of those who made them."])
 
 
-def describe_metrics(metrics: dict[str, float], manifest, cells: Counter) -> str:
-    """The last validation numbers and the split that they are of."""
+def describe_metrics(metrics: dict[str, float], manifest: Manifest, cells: Counter[str]) -> str:
+    """The last validation numbers, and of which split."""
     if not metrics:
         return "Nothing was measured while training."
     split = f"{cells['validation']:,} validation cells of splits `{(manifest.splits_hash or 'none')[:16]}`"

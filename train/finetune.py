@@ -39,7 +39,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from trl import TrlParser
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.files import write_json
@@ -56,6 +55,7 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus
 from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
 from scmmgpt.train.labels import Labels, column_of, hold_out, read_labels
+from scmmgpt.train.options import OptionParser
 from scmmgpt.train.readout import (
     LabelledProfiles,
     choose_unseen_bonus,
@@ -394,10 +394,10 @@ def save_checkpoint(
     write_json(Path(output, "finetune.json"), record)
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
     parts: Any = (FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig)
-    return TrlParser(parts, prog=prog, description=__doc__)
+    return OptionParser(parts, prog=prog, description=__doc__)
 
 
 def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig) -> None:

@@ -17,73 +17,64 @@ scGPT trained with dropout 0.2 on attention weights too. Here it is off unless `
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import TrainingArguments
-from trl import TrlParser
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
 from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
-from scmmgpt.train.arguments import StageArguments, parse_fields
+from scmmgpt.train.arguments import StageArguments
 from scmmgpt.train.convert import save_cell_model, scgpt_feature_extractor
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.stream import CellStream
+from scmmgpt.train.options import CheckedFields, OptionParser, described, inherited, option
 from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, save_run
 
 
 logger = logging.getLogger(__name__)
 
 
+@described
 @dataclass
-class PretrainArguments:
-    """What to pre-train, and on what.
+class PretrainArguments(CheckedFields):
+    """What to pre-train, and on what."""
 
-    Args:
-        corpus: Folder written by `prepare`.
-        cell_model: Checkpoint of the cell model to continue; by default a new one over the corpus's gene vocabulary.
-        cell_config: Fields of [`ScGPTConfig`], for a new model or in place of the checkpoint's.
-        objectives: Which of [`ScGPTForPreTraining`]'s.
-        mask_ratios: Shares of a cell's genes to hide; each cell draws one. scGPT was pre-trained with these.
-        max_genes: Longest cell, `<cls>` included; by default the checkpoint's, or 1,200.
-        token_budget: Tokens in a training batch, of cells of like length, in place of `per_device_train_batch_size`.
-        value_mode, selection: Of a new model's feature extractor, as in [`ScMMGPTFeatureExtractor`].
-    """
-
-    corpus: str = field(metadata={"help": "Folder written by `prepare`."})
-    cell_model: str | None = field(default=None, metadata={"help": "Checkpoint of the cell model to continue."})
-    cell_config: dict | str | None = field(default=None, metadata={"help": "Fields of ScGPTConfig, as JSON."})
-    objectives: list[str] = field(
-        default_factory=lambda: list(ScGPTForPreTraining.OBJECTIVES),
-        metadata={"help": "Any of masked, gene_prompt, cell_prompt."},
+    corpus: str = option("Folder written by `prepare`.")
+    cell_model: str | None = option("Checkpoint of the cell model to continue; by default a new one.", None)
+    cell_config: dict[str, Any] = option(
+        "Fields of `ScGPTConfig`, for a new model or in place of the checkpoint's.", {}, fields=ScGPTConfig
     )
-    mask_ratios: list[float] = field(
-        default_factory=lambda: [0.25, 0.5, 0.75], metadata={"help": "Shares of genes to hide; each cell draws one."}
+    objectives: list[str] = option(
+        "Any of masked, gene_prompt, cell_prompt; see `ScGPTForPreTraining`.", list(ScGPTForPreTraining.OBJECTIVES)
     )
-    max_genes: int | None = field(default=None, metadata={"help": "Longest cell, <cls> included."})
-    token_budget: int | None = field(default=None, metadata={"help": "Tokens in a training batch."})
-    value_mode: Literal["binned", "log1p", "raw"] = field(default="binned", metadata={"help": "Expression values."})
-    selection: Literal["random", "top"] = field(default="random", metadata={"help": "Which genes a long cell keeps."})
-
-    def __post_init__(self):
-        self.cell_config = parse_fields("cell_config", self.cell_config)
+    mask_ratios: list[float] = option(
+        "Shares of a cell's genes to hide; each cell draws one. scGPT was pre-trained with these.", [0.25, 0.5, 0.75]
+    )
+    max_genes: int | None = option(
+        "Longest cell in tokens, `<cls>` included; by default the checkpoint's, or 1,200.", None
+    )
+    token_budget: int | None = option(
+        "Tokens in a training batch, of cells of similar length, in place of `per_device_train_batch_size`.", None
+    )
+    value_mode: Literal["binned", "log1p", "raw"] = option(
+        "Expression values: 51 bins as scGPT has, log1p(CP10k), or counts.", "binned"
+    )
+    selection: Literal["random", "top"] = option("Genes of a cell above `max_genes`: drawn, or the highest.", "random")
 
 
 @dataclass
 class PretrainConfig(StageArguments, TrainingArguments):
-    """`TrainingArguments` of pre-training. Defaults that differ: learning_rate 1e-4 (scGPT's), batches come finished.
+    """`TrainingArguments` of pre-training, with scGPT's learning rate; all parameters learn at the same rate."""
 
-    Args:
-        pretrained_learning_rate: See [`StageArguments`].
-    """
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches come finished; keep False."})
+    pretrained_learning_rate: float | None = option("", None, hidden=True)
+    learning_rate: float = inherited("learning_rate", 1e-4)
+    remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
 
 
 class PretrainCollator:
@@ -174,9 +165,9 @@ def make_batches(
     return train, StreamBatches(validation, collate)
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
-    return TrlParser((PretrainArguments, PretrainConfig), prog=prog, description=__doc__)
+    return OptionParser((PretrainArguments, PretrainConfig), prog=prog, description=__doc__)
 
 
 def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:

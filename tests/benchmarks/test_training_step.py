@@ -28,8 +28,9 @@ from scmmgpt.configuration_scmmgpt import ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.tests.benchmarks import published_model
 from scmmgpt.train.arguments import TuneModelArguments
+from scmmgpt.train.language_model import add_lora
 from scmmgpt.train.trainer import freeze, frozen_modules
-from scmmgpt.train.tune import add_lora, is_frozen
+from scmmgpt.train.tune import is_frozen, saved_parts
 
 
 pytestmark = [
@@ -298,11 +299,11 @@ def our_texts(captions, lengths, generated):
 
 def build_ours(config, alignment, language_model, precision, **settings):
     """Our stage-2 model as `tune` trains it."""
-    arguments = TuneModelArguments(aligned="", language_model="", expression_head="mse", **settings)
+    arguments = TuneModelArguments(aligned="", language_model="", train_parts=settings)
     config = {"cell_token_id": CELL_TOKEN, "text_to_cell_config": config.text_to_cell_config}
     model = ScMMGPTForConditionalGeneration.from_components(alignment, language_model, **config)
-    model = get_peft_model(model, add_lora(model, arguments))
-    freeze(model, lambda name: is_frozen(name, arguments, "mse"))
+    model = get_peft_model(model, add_lora(arguments, saved_parts(arguments.trained)))
+    freeze(model, lambda name: is_frozen(name, arguments.trained, "mse"))
     parts = model.get_base_model().model
     watched = [(parts, "encode_cells", "cells"), (parts, "query_cells", "Q-Former")]
     watched += [(parts.language_model, "forward", "LM"), (parts, "decode_cells", "decoder")]
@@ -356,9 +357,7 @@ def test_a_tune_step(published, config, median, precision):
     contenders = {
         "published": theirs(their_model.train(), lambda model, batch: model(batch)["loss"], their_watched, precision),
         "ours": build_ours(our_config, alignment, copy.deepcopy(language_model), precision),
-        "ours, cell model frozen": build_ours(
-            our_config, alignment, language_model, precision, train_cell_model="frozen"
-        ),
+        "ours, cell model frozen": build_ours(our_config, alignment, language_model, precision, cell_model="frozen"),
     }
     print(f"\ntune, median of {median} genes, {precision}")  # noqa: T201
     speeds = race("tune", contenders, batches)

@@ -1,0 +1,160 @@
+"""The language model of stage 2: loaded, held in 4 bits, or new with a tokenizer of its own; and its LoRA."""
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, prepare_model_for_kbit_training
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations import dequantize_and_replace
+from transformers.utils import is_bitsandbytes_available
+
+from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.train.arguments import TuneModelArguments
+from scmmgpt.train.convert import load_causal_lm, resolve_source
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.corpus import Corpus
+
+
+# The language model's linear layers and nothing else: suffixes alone would also match the Q-Former's.
+LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+SCRATCH_TEXTS = 20_000  # captions and answers for the tokenizer of a new language model, at most
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_language_model(
+    corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and its tokenizer: loaded, or a small new one with this corpus's captions."""
+    if model_args.language_model_precision == "4bit":
+        return load_in_4bit(model_args.language_model, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model_args.language_model_precision]
+    if model_args.language_model != "scratch":
+        return load_causal_lm(model_args.language_model, dtype=dtype)
+    tokenizer = train_tokenizer(caption_texts(corpus, captions))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 1,  # and `<cell>`
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        **model_args.language_model_config,
+    )
+    return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
+
+
+def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
+    """Captions and answers of the first training cells, about `SCRATCH_TEXTS`."""
+    texts: list[str] = []
+    for cells, table in corpus.row_groups("train"):
+        obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
+        for write in (captions.caption, captions.answer):
+            texts += write(obs, cell_ids=cells.cell_ids)
+        if len(texts) >= SCRATCH_TEXTS:
+            break
+    return texts
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template, for a new language model."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        extra_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model on a device, its layers in NF4 as in QLoRA, and its tokenizer.
+
+    Embeddings, norms and head are float32; the layers multiply in bfloat16.
+
+    Raises:
+        ImportError: If bitsandbytes is missing or does not know the device.
+        ValueError: If the source is a GGUF file.
+    """
+    if not is_bitsandbytes_available() or device.type not in import_module("bitsandbytes").supported_torch_devices:
+        raise ImportError(
+            f"language_model_precision '4bit' needs bitsandbytes, and one that runs on {device.type!r}: "
+            "`pip install -U 'scmmgpt[quantized]'`. 'bf16' halves the memory without it."
+        )
+    if resolve_source(source)[1] is not None:
+        raise ValueError(
+            f"{source} is a GGUF file, quantised already; make a checkpoint of it by `python -m scmmgpt.train convert "
+            "lm` for language_model_precision '4bit'."
+        )
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    language_model, tokenizer = load_causal_lm(
+        source, dtype=torch.bfloat16, quantization_config=settings, device_map={"": str(device)}
+    )
+    layers: Iterator[Any] = language_model.modules()
+    for module in layers:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else an evaluation on such a CPU rearranges the weights, and no gradient passes them afterwards.
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(language_model, use_gradient_checkpointing=False), tokenizer
+
+
+def skip_other_parts(model: ScMMGPTForConditionalGeneration) -> None:
+    """Let a checkpoint of a model with 4-bit layers load its other parts, and the head, as they are."""
+    others = [f"model.{name}" for name, _ in model.model.named_children() if name != "language_model"]
+    model.config.text_config.quantization_config.llm_int8_skip_modules = ["lm_head", *others]
+
+
+def dequantize(model: ScMMGPTForConditionalGeneration) -> None:
+    """Turn 4-bit weights of the language model into bfloat16, in place; merging then rounds no LoRA to 4 bits."""
+    config = model.config.text_config
+    dequantize_and_replace(model.model.language_model, config.quantization_config, dtype=torch.bfloat16)
+    del config.quantization_config
+
+
+def add_lora(model_args: TuneModelArguments, saved_parts: Sequence[str]) -> LoraConfig | None:
+    """The PEFT configuration, or `None` where the language model is trained in full or frozen.
+
+    Args:
+        model_args: Whether there is LoRA, and its settings.
+        saved_parts: Parts that are trained in full beside it, and saved with it.
+    """
+    if model_args.trained.language_model != "lora":
+        return None
+    return LoraConfig(
+        **{
+            "target_modules": LORA_TARGETS,
+            # The text-to-cell projector has a `qformer` too, hence whole names.
+            "modules_to_save": [f"model.{part}" for part in saved_parts],
+            "task_type": "CAUSAL_LM",
+            **model_args.lora_config,
+        }
+    )
