@@ -1,5 +1,7 @@
 """The bridge and the generative model on tiny configurations."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -12,7 +14,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from scmmgpt.cells_scmmgpt import hash_seed
 from scmmgpt.modeling_scmmgpt import (
+    MAX_LOGIT_SCALE,
     ScMMGPTForCellTextAlignment,
     ScMMGPTForConditionalGeneration,
     cell_text_similarity,
@@ -235,7 +239,7 @@ def test_captioning_sees_no_later_word(tiny_config):
     def word_states(ids):
         cell_states = model.encode_cells(**cells)
         embeds = model.qformer_embeddings(input_ids=ids)
-        model.captioning_loss(cell_states, cells["cell_attention_mask"], embeds, ids, torch.ones_like(ids))
+        model.captioning_loss(cell_states, cells["cell_attention_mask"], embeds, torch.ones_like(ids), ids)
         return states["last"][:, NUM_QUERIES:]
 
     before = word_states(texts["qformer_input_ids"])
@@ -257,6 +261,12 @@ def test_same_tokens_are_never_each_others_negatives(alignment_model):
 def test_a_batch_of_one_caption_has_a_finite_loss(alignment_model):
     loss = alignment_model(**make_cells([9, 4]), **make_texts([6, 6]), text_ids=torch.tensor([1, 1])).loss
     assert torch.isfinite(loss)
+
+
+def test_the_inverse_temperature_is_at_most_a_hundred(alignment_model):
+    for log_scale, expected in ((2.0, math.exp(2.0)), (MAX_LOGIT_SCALE, 100.0), (7.0, 100.0)):
+        torch.nn.init.constant_(alignment_model.logit_scale, log_scale)
+        assert alignment_model.inverse_temperature().item() == pytest.approx(expected)
 
 
 def test_similarity_is_the_best_querys_cosine():
@@ -426,6 +436,10 @@ def test_sampled_counts_depend_on_seed_and_cell_alone(tiny_config, kind):
     alone = model.generate_cells(**row_of(prompts, 1), **arguments, cell_ids=[6]).counts
     assert together[1].tolist() == alone[0].tolist()
     assert model.generate_cells(**prompts, **arguments, seed=1).counts.tolist() != together.tolist()
+
+
+def test_seeds_of_cells_stay_what_they_were():
+    assert [hash_seed(3, 7), hash_seed(0, 0), hash_seed(1, -1)] == [8308050873407804673, 0, 8245168133484221968]
 
 
 def test_sampled_counts_have_the_predicted_mean(tiny_config):
