@@ -21,7 +21,7 @@ from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerModel,
@@ -74,36 +74,32 @@ class AlignmentOutput(ModelOutput):
 
 
 @dataclass
-class ScMMGPTModelOutput(ModelOutput):
-    """Output of [`ScMMGPTModel`]: the language model's states and, for rows with target genes, the expression."""
+class ScMMGPTModelOutput(BaseModelOutputWithPast):
+    """Output of [`ScMMGPTModel`]: that of the language model and, for rows with target genes, the expression loss.
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    Args:
+        cell_hidden_states (`torch.FloatTensor` of shape `(num_cells, num_query_tokens, text_config.hidden_size)`):
+            The cells as inputs of the language model.
+        expression_loss (`torch.FloatTensor` of shape `(1,)`): Loss of the target genes; `None` without targets.
+    """
+
     cell_hidden_states: Tensor | None = None
     expression_loss: Tensor | None = None
 
 
 @dataclass
-class ScMMGPTCausalLMOutput(ModelOutput):
-    """Output of [`ScMMGPTForConditionalGeneration`].
+class ScMMGPTCausalLMOutput(CausalLMOutputWithPast):
+    """Output of [`ScMMGPTForConditionalGeneration`], with what [`ScMMGPTModelOutput`] adds.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`): `language_weight * language_loss + expression_weight *
             expression_loss`, over the components that the batch has.
         language_loss (`torch.FloatTensor` of shape `(1,)`): Cross-entropy of `labels`; `None` without labels.
-        expression_loss (`torch.FloatTensor` of shape `(1,)`): Loss of the target genes; `None` without targets.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, text_config.vocab_size)`).
     """
 
-    loss: Tensor | None = None
     language_loss: Tensor | None = None
     expression_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     cell_hidden_states: Tensor | None = None
 
 
@@ -274,7 +270,7 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["ScGPTLayer", "Blip2QFormerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -896,7 +892,6 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         gene_ids: Tensor | None = None,
         expression: Tensor | None = None,
@@ -909,7 +904,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         library_size: Tensor | None = None,
         **kwargs: Any,
     ) -> ScMMGPTModelOutput:
-        """See [`ScMMGPTForConditionalGeneration.forward`] for the arguments."""
+        """See [`ScMMGPTForConditionalGeneration.forward`]. `kwargs`, such as the cache, go to the language model."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if inputs_embeds is None:
@@ -927,7 +922,6 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             **kwargs,
         )  # last_hidden_state: (B, T, L)
 
@@ -942,14 +936,8 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             expression_loss = self.expression_head.loss(
                 parameters, target_attention_mask[rows], target_expression, target_counts, library_size
             )
-        return ScMMGPTModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cell_hidden_states=cell_tokens,
-            expression_loss=expression_loss,
-        )
+        fields = {name: value for name, value in outputs.items() if name in ScMMGPTModelOutput.__dataclass_fields__}
+        return ScMMGPTModelOutput(**fields, cell_hidden_states=cell_tokens, expression_loss=expression_loss)
 
     def insert_cells(self, cell_tokens: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """`inputs_embeds` `(batch_size, sequence_length, text_config.hidden_size)` with cells for placeholders.
@@ -1146,6 +1134,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -1164,6 +1153,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, logits_to_keep: As in any
                 causal language model of transformers. `labels` is -100 where no token is a target.
+            cache: `past_key_values` as transformers 5.24 and later call it.
             gene_ids, expression, cell_attention_mask: `(num_cells, num_genes)`: all cells of the batch in reading
                 order, each standing for `num_query_tokens` placeholders in `input_ids`.
             target_gene_ids, target_attention_mask: `(batch_size, num_genes)`: genes to generate from the row's text. A
@@ -1175,11 +1165,12 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             target_counts (`torch.Tensor` of shape `(num_targets, num_genes)`): Raw counts, for `nb` and `zinb`.
             library_size (`torch.FloatTensor` of shape `(num_targets,)`): Total counts of the target cell.
         """
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        kwargs.update({name: value for name, value in caches.items() if value is not None})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             gene_ids=gene_ids,
             expression=expression,
@@ -1204,16 +1195,8 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         if outputs.expression_loss is not None:
             loss = (0 if loss is None else loss) + self.config.expression_weight * outputs.expression_loss
 
-        return ScMMGPTCausalLMOutput(
-            loss=loss,
-            language_loss=language_loss,
-            expression_loss=outputs.expression_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cell_hidden_states=outputs.cell_hidden_states,
-        )
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return ScMMGPTCausalLMOutput(loss=loss, language_loss=language_loss, logits=logits, **fields)
 
     @torch.no_grad()
     def generate_cells(

@@ -305,6 +305,35 @@ def test_cached_generation_equals_uncached(model):
     assert cached.tolist() == uncached.tolist()
 
 
+def test_looking_words_up_in_the_prompt_changes_no_word(model):
+    inputs = {**make_prompts(model, [1]), **make_cells([9])}
+    alone = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    looked_up = model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)
+    assert looked_up.tolist() == alone.tolist()
+
+
+def test_a_prompt_can_be_continued_from_a_cache(model):
+    prompts, cells = make_prompts(model, [1]), make_cells([9])
+    whole = model.generate(**prompts, **cells, max_new_tokens=6, do_sample=False)
+    begun = model.generate(**prompts, **cells, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    name = "cache" if "cache" in begun else "past_key_values"
+    mask = torch.ones_like(begun.sequences)
+    mask[:, : prompts["attention_mask"].shape[1]] = prompts["attention_mask"]
+    continued = model.generate(
+        input_ids=begun.sequences, attention_mask=mask, max_new_tokens=3, do_sample=False, **{name: begun[name]}
+    )
+    assert continued.tolist() == whole.tolist()
+
+
+def test_a_forward_pass_can_be_continued_from_a_cache(model):
+    inputs = {**make_prompts(model, [1]), **make_cells([9])}
+    whole = model(**inputs).logits
+    start = model(**{**inputs, "input_ids": inputs["input_ids"][:, :-2], "attention_mask": None}, use_cache=True)
+    name = "cache" if "cache" in start else "past_key_values"
+    rest = model(input_ids=inputs["input_ids"][:, -2:], **{name: start[name]}).logits
+    torch.testing.assert_close(rest, whole[:, -2:], atol=1e-5, rtol=1e-4)
+
+
 def test_several_cells_with_beams_equal_the_embeddings_route(model):
     prompts, cells = make_prompts(model, [2, 1, 3]), make_cells([9, 4, 13, 5, 7, 3])
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}

@@ -368,7 +368,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
     losses, gradients = [], []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model.zero_grad()
         loss = model(**batch, expression_labels=labels).loss
         loss.backward()
