@@ -271,6 +271,7 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["ScGPTLayer", "Blip2QFormerLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
+    accepts_loss_kwargs = False  # losses are means of the batch, which `Trainer` then divides by accumulation steps
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

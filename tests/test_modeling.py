@@ -12,6 +12,8 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     Qwen2Config,
+    Trainer,
+    TrainingArguments,
 )
 
 from scmmgpt.cells_scmmgpt import hash_seed
@@ -497,6 +499,32 @@ def test_language_and_expression_losses_add_up_with_their_weights(tiny_config):
     targets["target_attention_mask"][0] = 0
     out = model(**prompts, **make_cells([9]), **targets, labels=labels)
     torch.testing.assert_close(out.loss, 0.5 * out.language_loss + 2 * out.expression_loss)
+
+
+def test_accumulation_changes_no_gradient_of_a_plain_trainer(tiny_config, tmp_path):
+    tiny_config.expression_head = "nb"
+    torch.manual_seed(0)
+    start = ScMMGPTForConditionalGeneration(tiny_config)
+    prompts, cells = make_prompts(start, [1] * 8), make_cells([9] * 8)
+    length = len(make_prompts(start, [1])["input_ids"][0])
+    inputs = {name: value[:, -length:] for name, value in prompts.items()}
+    inputs.update(cells, labels=inputs["input_ids"].clone(), target_gene_ids=torch.arange(3, 8).expand(8, -1))
+    inputs.update(target_counts=torch.arange(40).view(8, 5), library_size=torch.full((8,), 1e3))
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(8)]
+    weights = []
+    for batch_size in (8, 2):
+        model = ScMMGPTForConditionalGeneration(tiny_config)
+        model.load_state_dict(start.state_dict())
+        options = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "max_steps": 1, "use_cpu": True}
+        options.update(per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size)
+        arguments = TrainingArguments(
+            str(tmp_path), save_strategy="no", report_to="none", disable_tqdm=True, **options
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append({name: value - start.state_dict()[name] for name, value in model.state_dict().items()})
+    assert weights[0]["model.expression_head.projection.weight"].abs().max() > 1e-3
+    for name, step in weights[0].items():
+        torch.testing.assert_close(weights[1][name], step, rtol=1e-3, atol=1e-6, msg=name)
 
 
 # -- joining and loading ----------------------------------------------------------------------------------------------
