@@ -916,7 +916,10 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         if gene_ids is not None and expression is not None:
             cell_tokens = self.get_cell_tokens(gene_ids, expression, cell_attention_mask)  # (C, Q, L)
             cell_tokens = cell_tokens.to(inputs_embeds)
-            inputs_embeds = self.insert_cells(cell_tokens, input_ids, inputs_embeds)
+            placeholders = self.find_placeholders(input_ids, inputs_embeds, len(gene_ids))  # (B, T)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], cell_tokens)
+        elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt; generation goes on token by token
+            self.find_placeholders(input_ids, inputs_embeds, 0)
 
         # step 2: the language model reads text and cells alike
         outputs = self.language_model(
@@ -940,28 +943,25 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         fields = {name: value for name, value in outputs.items() if name in ScMMGPTModelOutput.__dataclass_fields__}
         return ScMMGPTModelOutput(**fields, cell_hidden_states=cell_tokens, expression_loss=expression_loss)
 
-    def insert_cells(self, cell_tokens: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """`inputs_embeds` `(batch_size, sequence_length, text_config.hidden_size)` with cells for placeholders.
+    def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor, num_cells: int) -> Tensor:
+        """`(batch_size, sequence_length)` bool: where a `<cell>` token stands.
 
         Raises:
-            ValueError: If the number of placeholders is not that of the cells' tokens.
+            ValueError: If the cells do not have a placeholder for each of their tokens, or a placeholder has no cell.
         """
-        placeholders = self.find_placeholders(input_ids, inputs_embeds)  # (B, T)
+        if input_ids is not None:
+            placeholders = input_ids == self.config.cell_token_id
+        else:
+            token = torch.full((), self.config.cell_token_id, dtype=torch.long, device=inputs_embeds.device)
+            placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
         torch_compilable_check(
-            placeholders.sum() * cell_tokens.shape[-1] == cell_tokens.numel(),
+            placeholders.sum() == num_cells * self.config.num_query_tokens,
             lambda: (
-                f"The text has {int(placeholders.sum())} cell placeholder tokens, but {len(cell_tokens)} cells x "
+                f"The text has {int(placeholders.sum())} cell placeholder tokens, but {num_cells} cells x "
                 f"{self.config.num_query_tokens} tokens were given; let the processor expand `<cell>`."
             ),
         )
-        return inputs_embeds.masked_scatter(placeholders[..., None], cell_tokens)
-
-    def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """`(batch_size, sequence_length)` bool: where a `<cell>` token stands."""
-        if input_ids is not None:
-            return input_ids == self.config.cell_token_id
-        token = torch.full((), self.config.cell_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+        return placeholders
 
     def decode_cells(
         self, text_states: Tensor, attention_mask: Tensor, gene_ids: Tensor, gene_attention_mask: Tensor | None = None
