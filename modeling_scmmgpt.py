@@ -921,7 +921,9 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt; generation goes on token by token
             self.find_placeholders(input_ids, inputs_embeds, 0)
 
-        # step 2: the language model reads text and cells alike
+        # step 2: the language model reads text and cells alike; positions are counted from the first token attended to
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -1244,14 +1246,9 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             raise ValueError("do_sample=True draws counts, which needs `library_size`, the total counts of a cell.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # as `generate` numbers left padding
         text_states = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **cell_inputs,
-        ).last_hidden_state
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **cell_inputs
+        ).last_hidden_state  # (B, T, L)
         parameters = self.model.decode_cells(text_states, attention_mask, target_gene_ids)
         parameters = {name: value.repeat_interleave(num_return_cells, dim=0) for name, value in parameters.items()}
         counts = None

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from scmmgpt.cells_scmmgpt import hash_seed
+from scmmgpt.configuration_scmmgpt import ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import (
     MAX_LOGIT_SCALE,
     ScMMGPTForCellTextAlignment,
@@ -288,6 +289,24 @@ def test_logits_of_a_left_padded_row_equal_those_of_the_row_alone(model):
         alone = model(**row_of({**prompts, **cells}, row)).logits
         keep = prompts["attention_mask"][row].bool()
         torch.testing.assert_close(together[row, keep], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [GPT2Config, GPTNeoXConfig])
+def test_the_language_loss_of_a_left_padded_row_equals_that_of_the_row_alone(tiny_config, kind):
+    sizes = {"vocab_size": 48, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    tiny_config.text_config = kind(**sizes, bos_token_id=1, eos_token_id=1)
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(ScMMGPTConfig(**tiny_config.to_dict())).eval()
+    torch.nn.init.normal_(model.get_input_embeddings().weight)  # positions of the usual initialisation hardly matter
+    for name, weight in model.model.language_model.named_parameters():
+        if name.startswith("wpe"):
+            torch.nn.init.normal_(weight)
+    prompts = make_prompts(model, [0, 0])
+    labels = torch.full_like(prompts["input_ids"], -100)
+    labels[0, 2:] = prompts["input_ids"][0, 2:]  # the padded row alone; its first token, at 1, is predicted by nothing
+    together = model(**prompts, labels=labels).language_loss
+    alone = row_of(prompts, 0)
+    torch.testing.assert_close(model(**alone, labels=alone["input_ids"]).language_loss, together, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
