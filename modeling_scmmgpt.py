@@ -236,9 +236,11 @@ def additive_mask(attend: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def first_equal_rows(rows: Tensor) -> Tensor:
-    """For each row of a matrix, the index of the first row that equals it."""
-    return (rows[:, None] == rows[None]).all(dim=-1).int().argmax(dim=1)
+def hash_texts(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """A 64-bit number for each text, `(num_texts,)`: equal for equal tokens, however padded and on whatever rank."""
+    is_token = attention_mask.bool()
+    powers = torch.where(is_token, 0x5851F42D4C957F2D, 1).cumprod(dim=1)  # modulo 2**64; the multiplier is Knuth's
+    return ((input_ids + 1) * powers * is_token).sum(dim=1)
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
@@ -600,7 +602,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             gene_ids, expression, cell_attention_mask: `(batch_size, num_genes)`, one cell a row.
             qformer_input_ids, qformer_attention_mask: `(batch_size, text_length)`, the text of the same row's cell.
             text_ids (`torch.LongTensor` of shape `(batch_size,)`): Equal where two texts mean the same, so that they
-                are never negatives of each other. By default, where their tokens are equal.
+                are never negatives of each other, on all ranks. By default, where their tokens are equal.
             masked_expression, expression_labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The cells
                 with some values hidden, and the values to recover (-100 elsewhere), if
                 `config.cell_pretraining_weight > 0`.
@@ -628,7 +630,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             return output
 
         if text_ids is None:
-            text_ids = first_equal_rows(qformer_input_ids * qformer_attention_mask)
+            text_ids = hash_texts(qformer_input_ids, qformer_attention_mask)
         pairs = cell_states, cell_attention_mask, text_embeds, qformer_attention_mask
         losses: dict[str, Tensor] = {}
         # step 2: contrast over the whole batch of all ranks

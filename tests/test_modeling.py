@@ -24,6 +24,7 @@ from scmmgpt.modeling_scmmgpt import (
     ScMMGPTForConditionalGeneration,
     cell_text_similarity,
     contrastive_loss,
+    hash_texts,
     negative_binomial_nll,
     sample_hard_negatives,
 )
@@ -259,6 +260,16 @@ def test_same_tokens_are_never_each_others_negatives(alignment_model):
     by_tokens = alignment_model(**cells, **texts).contrastive_loss
     by_ids = alignment_model(**cells, **texts, text_ids=torch.tensor([7, 7, 9])).contrastive_loss
     torch.testing.assert_close(by_tokens, by_ids)
+
+
+def test_texts_have_one_number_where_their_tokens_are_equal():
+    ids = torch.tensor([[2, 7, 9, 0], [0, 2, 7, 9], [2, 9, 7, 0], [2, 7, 0, 0], [2, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+    first, same, *others = hash_texts(ids, mask).tolist()
+    assert first == same
+    assert len({first, *others}) == 4
+    pairs = torch.cartesian_prod(torch.arange(300), torch.arange(300))
+    assert len(hash_texts(pairs, torch.ones_like(pairs)).unique()) == 300**2
 
 
 def test_a_batch_of_one_caption_has_a_finite_loss(alignment_model):
