@@ -350,7 +350,7 @@ class ScGPTEmbeddings(nn.Module):
             shown = (generation_mask == 0).unsqueeze(-1)  # (B, G, 1)
             values = torch.zeros_like(embeddings) if values is None else values * shown
             if self.flag_embedding is not None:
-                values = values + self.flag_embedding.weight[1] * ~shown
+                values = values + self.flag_embedding(torch.ones_like(gene_ids[:1, :1])) * ~shown
         return embeddings if values is None else embeddings + values
 
 
@@ -534,7 +534,8 @@ class ScGPTMVCDecoder(nn.Module):
     def forward(self, cell_embeds: Tensor, gene_embeds: Tensor) -> Tensor:
         """(batch_size, hidden_size), (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
         queries = self.query_proj(gene_embeds).sigmoid()
-        if type(self.output_proj) is not nn.Linear:  # LoRA or quantised: the layer is more than its weight
+        # LoRA or quantised, a layer is more than its weight; offloaded, it has its weight only while it runs.
+        if type(self.output_proj) is not nn.Linear or self.output_proj.weight.is_meta:
             return torch.matmul(self.output_proj(queries), cell_embeds.unsqueeze(-1)).squeeze(-1)
         # (W q) . c = q . (W' c): one product a cell in place of one a gene.
         projected = torch.matmul(cell_embeds.to(queries.dtype), self.output_proj.weight)  # (B, D)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -281,6 +282,20 @@ def test_the_mvc_decoder_can_be_adapted(model, batch):
     with_lora.sum().backward()
     assert all(weight.grad.any() for weight in adapted.parameters() if weight.requires_grad)
     torch.testing.assert_close(adapted.merge_and_unload().decode_mvc(cell, genes), with_lora)
+
+
+def test_an_offloaded_model_predicts_the_same(batch, tmp_path):
+    torch.manual_seed(0)
+    config = make_config(use_flag_embedding=True)
+    model = ScGPTModel(config).eval()
+    hidden = torch.zeros_like(batch["gene_ids"])
+    hidden[:, 2] = 1
+    inputs = {**batch, "generation_mask": hidden, "expression_labels": batch["expression"]}
+    expected = model(**inputs)
+    offloaded = disk_offload(model, tmp_path, execution_device=torch.device("cpu"), offload_buffers=True)
+    outputs = offloaded(**inputs)
+    torch.testing.assert_close(outputs.mvc_expression, expected.mvc_expression)
+    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
 
 
 def test_expression_cannot_be_forgotten(model, batch):
