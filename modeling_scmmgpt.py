@@ -203,6 +203,9 @@ def negative_binomial_nll(
         dispersion: Same shape, > 0: inverse dispersion theta; the variance is `mean + mean**2 / theta`.
         dropout_logits: Same shape: logit of an extra zero.
     """
+    dtype = mean.dtype
+    if mean.device.type != "mps":  # which has no float64; in float32 a dispersion above 1e5 leaves no digit of lgamma
+        counts, mean, dispersion = counts.double(), mean.double(), dispersion.double()
     log_norm = torch.log(dispersion + mean)
     log_zero = dispersion * (torch.log(dispersion) - log_norm)  # log P(0)
     log_likelihood = (
@@ -213,10 +216,10 @@ def negative_binomial_nll(
         - torch.lgamma(counts + 1)
     )
     if dropout_logits is None:
-        return -log_likelihood
-    kept = F.logsigmoid(-dropout_logits)
-    extra_zero = torch.logaddexp(F.logsigmoid(dropout_logits), kept + log_zero)
-    return -torch.where(counts > 0, kept + log_likelihood, extra_zero)
+        return -log_likelihood.to(dtype)
+    kept = F.logsigmoid(-dropout_logits).to(log_zero.dtype)
+    extra_zero = torch.logaddexp(F.logsigmoid(dropout_logits).to(log_zero.dtype), kept + log_zero)
+    return -torch.where(counts > 0, kept + log_likelihood, extra_zero).to(dtype)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -302,15 +305,13 @@ class ScMMGPTProfileReadout(nn.Module):
 
     def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__()
-        self.gene_weights = nn.Embedding(config.cell_config.vocab_size, config.projection_dim)
+        self.gene_weights = nn.EmbeddingBag(config.cell_config.vocab_size, config.projection_dim, mode="sum")
         self.bias = nn.Parameter(torch.zeros(config.projection_dim))
 
     def forward(self, profile_gene_ids: Tensor, profile: Tensor) -> Tensor:
         """`(num_cells, projection_dim)` of gene ids and values, both `(num_cells, num_genes)`; padding is 0."""
-        weights = self.gene_weights.weight
-        return (
-            F.embedding_bag(profile_gene_ids, weights, per_sample_weights=profile.to(weights), mode="sum") + self.bias
-        )
+        profile = profile.to(self.gene_weights.weight.dtype)
+        return self.gene_weights(profile_gene_ids, per_sample_weights=profile) + self.bias
 
 
 class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
@@ -582,6 +583,14 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.qformer_embeddings.word_embeddings = value
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the Q-Former's word embeddings; transformers would note their number in `text_config`."""
+        text_vocab_size = self.config.text_config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.text_config.vocab_size = text_vocab_size
+        self.config.qformer_config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
     def forward(
         self,
         gene_ids: Tensor,
@@ -656,7 +665,11 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
     def inverse_temperature(self) -> Tensor:
         """Factor of the cosine similarities, at most 100."""
-        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = self.logit_scale
+        clamped = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
+        if clamped.requires_grad:  # above the ceiling, only a gradient that leads back passes
+            clamped.register_hook(lambda grad: torch.where(scale > MAX_LOGIT_SCALE, grad.clamp(min=0), grad))
+        return clamped.exp()
 
     def contrastive_loss(self, cell_features: Tensor, text_features: Tensor, text_ids: Tensor) -> Tensor:
         """Contrast of `(batch_size, num_query_tokens, projection_dim)` cells and `(batch_size, projection_dim)` texts.
@@ -1257,7 +1270,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         if do_sample:
             n_cells = len(input_ids) * num_return_cells
             library_size = torch.as_tensor(library_size, dtype=torch.float32, device=input_ids.device)
-            seeds = [hash_seed(seed, cell_id) for cell_id in (cell_ids or range(n_cells))]
+            seeds = [hash_seed(seed, cell_id) for cell_id in (range(n_cells) if cell_ids is None else cell_ids)]
             counts = self.model.expression_head.sample(parameters, library_size.expand(n_cells), seeds)
         return CellGenerationOutput(expression=parameters["expression"].clamp(min=0), counts=counts)
 

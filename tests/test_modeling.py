@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -147,6 +148,13 @@ def test_negative_binomial_nll_equals_scipys():
     torch.testing.assert_close(negative_binomial_nll(counts, mean, dispersion), torch.tensor(theirs))
 
 
+@pytest.mark.parametrize("dispersion", [1e5, 1e8])
+def test_a_large_dispersion_is_poisson_in_float32(dispersion):
+    nll = negative_binomial_nll(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(dispersion))
+    assert nll.dtype == torch.float32
+    assert nll.item() == pytest.approx(3 - 2 * math.log(3) + math.log(2), abs=1e-4)
+
+
 def test_zero_inflated_probabilities_sum_to_one_and_raise_the_zero():
     counts = torch.arange(400).double()
     mean, dispersion = torch.full((400,), 3.0).double(), torch.full((400,), 2.0).double()
@@ -281,6 +289,25 @@ def test_the_inverse_temperature_is_at_most_a_hundred(alignment_model):
     for log_scale, expected in ((2.0, math.exp(2.0)), (MAX_LOGIT_SCALE, 100.0), (7.0, 100.0)):
         torch.nn.init.constant_(alignment_model.logit_scale, log_scale)
         assert alignment_model.inverse_temperature().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pairs_are_right", [False, True])
+def test_a_temperature_beyond_its_ceiling_comes_back_and_goes_no_further(alignment_model, pairs_are_right):
+    torch.nn.init.constant_(alignment_model.logit_scale, 7.0)
+    texts = torch.tensor([[1.0, 0.0], [0.995, 0.1]])
+    cells = texts if pairs_are_right else texts.flip(0)  # right pairs call for a higher scale, wrong ones for a lower
+    alignment_model.contrastive_loss(cells[:, None], texts, torch.arange(2)).backward()
+    gradient = alignment_model.logit_scale.grad.item()
+    assert gradient == 0 if pairs_are_right else gradient > 0
+
+
+def test_words_can_be_added_to_a_stage_1_model(alignment_model, tmp_path):
+    language_model_size = alignment_model.config.text_config.vocab_size
+    alignment_model.resize_token_embeddings(50)
+    alignment_model.save_pretrained(tmp_path)
+    loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().num_embeddings == 50
+    assert loaded.config.text_config.vocab_size == language_model_size
 
 
 def test_similarity_is_the_best_querys_cosine():
@@ -453,7 +480,7 @@ def test_draws_from_one_prompt_are_those_of_the_prompt_repeated(tiny_config):
     model = ScMMGPTForConditionalGeneration(tiny_config).eval()
     arguments = {"target_gene_ids": torch.arange(3, 15), "library_size": 5e3, "do_sample": True}
     prompts = make_prompts(model, [0, 0])
-    drawn = model.generate_cells(**prompts, **arguments, num_return_cells=3, cell_ids=list(range(6)))
+    drawn = model.generate_cells(**prompts, **arguments, num_return_cells=3, cell_ids=np.arange(6))
     repeated = {name: value.repeat_interleave(3, dim=0) for name, value in prompts.items()}
     expected = model.generate_cells(**repeated, **arguments, cell_ids=list(range(6)))
     assert drawn.counts.tolist() == expected.counts.tolist()
