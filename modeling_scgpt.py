@@ -666,11 +666,11 @@ class ScGPTModel(ScGPTPreTrainedModel):
         )  # (B, L, D), or (B, 1, D) with `cls_only`
         outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
         if expression_labels is not None:
-            outputs.predicted_expression = self.decode_expression(hidden_states[:, num_conditions:])
-            outputs.mvc_expression = self.decode_mvc(hidden_states[:, 0], gene_ids)
-            outputs.expression_loss = masked_expression_loss(outputs.predicted_expression, expression_labels)
-            outputs.mvc_loss = masked_expression_loss(outputs.mvc_expression, expression_labels)
-            outputs.loss = outputs.expression_loss + outputs.mvc_loss
+            outputs["predicted_expression"] = self.decode_expression(hidden_states[:, num_conditions:])
+            outputs["mvc_expression"] = self.decode_mvc(hidden_states[:, 0], gene_ids)
+            outputs["expression_loss"] = masked_expression_loss(outputs.predicted_expression, expression_labels)
+            outputs["mvc_loss"] = masked_expression_loss(outputs.mvc_expression, expression_labels)
+            outputs["loss"] = outputs.expression_loss + outputs.mvc_loss
         return outputs
 
     def decode_expression(self, hidden_states: Tensor) -> Tensor:
@@ -748,7 +748,12 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor, hidden_genes: Tensor
+        self,
+        gene_ids: Tensor,
+        expression: Tensor,
+        cell_attention_mask: Tensor,
+        hidden_genes: Tensor,
+        return_loss: bool = True,
     ) -> ScGPTPreTrainingOutput:
         """Losses of a batch.
 
@@ -758,6 +763,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding.
             hidden_genes (`torch.BoolTensor` of shape `(batch_size, num_genes)`): True where the value is to be
                 predicted; never at `<cls>` or padding.
+            return_loss (`bool`): Always true: it tells `Trainer` that there is a loss without labels.
         """
         labels = expression.masked_fill(~hidden_genes, IGNORED_LABEL)
         losses: dict[str, Tensor] = {}

@@ -600,7 +600,6 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         qformer_attention_mask: Tensor | None = None,
         text_ids: Tensor | None = None,
         masked_expression: Tensor | None = None,
-        expression_labels: Tensor | None = None,
         profile_gene_ids: Tensor | None = None,
         profile: Tensor | None = None,
         return_loss: bool = True,
@@ -612,9 +611,9 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             qformer_input_ids, qformer_attention_mask: `(batch_size, text_length)`, the text of the same row's cell.
             text_ids (`torch.LongTensor` of shape `(batch_size,)`): Equal where two texts mean the same, so that they
                 are never negatives of each other, on all ranks. By default, where their tokens are equal.
-            masked_expression, expression_labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The cells
-                with some values hidden, and the values to recover (-100 elsewhere), if
-                `config.cell_pretraining_weight > 0`.
+            masked_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The cells with some values
+                hidden, if `config.cell_pretraining_weight > 0`. `expression_labels`, the values to recover (-100
+                elsewhere), are in `kwargs`: `Trainer` computes no loss where a named argument with "label" is missing.
             profile_gene_ids, profile (`torch.Tensor` of shape `(batch_size, num_expressed_genes)`): As for
                 `get_cell_features`.
             return_loss: If false, only the features are returned, and the numbers of cells and texts may differ.
@@ -655,7 +654,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         # step 5: the cell model's own masked-expression objective
         if self.config.cell_pretraining_weight and masked_expression is not None:
             losses["cell_pretraining"] = self.cell_model(
-                gene_ids, masked_expression, cell_attention_mask, expression_labels=expression_labels
+                gene_ids, masked_expression, cell_attention_mask, expression_labels=kwargs["expression_labels"]
             ).loss
 
         for name, loss in losses.items():
@@ -943,7 +942,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )  # last_hidden_state: (B, T, L)
 
         # step 3: rows with target genes generate cells

@@ -301,6 +301,17 @@ def test_a_temperature_beyond_its_ceiling_comes_back_and_goes_no_further(alignme
     assert gradient == 0 if pairs_are_right else gradient > 0
 
 
+def test_a_plain_trainer_evaluates_the_loss(alignment_model, tmp_path):
+    inputs = {**make_cells([9] * 4), **make_texts([6] * 4)}
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    torch.manual_seed(0)
+    expected = alignment_model(**inputs).loss.item()
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(alignment_model, arguments, eval_dataset=rows)
+    torch.manual_seed(0)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_words_can_be_added_to_a_stage_1_model(alignment_model, tmp_path):
     language_model_size = alignment_model.config.text_config.vocab_size
     alignment_model.resize_token_embeddings(50)
@@ -355,6 +366,14 @@ def test_generation_of_a_row_equals_that_of_the_row_alone(model, options):
         alone = model.generate(**row_of({**prompts, **cells}, row), max_new_tokens=6, do_sample=False, **options)
         new = alone[0, prompts["attention_mask"][row].sum() :]
         assert together[row, prompts["input_ids"].shape[1] :][: len(new)].tolist() == new.tolist()
+
+
+def test_a_language_model_that_returns_tuples_by_default_generates(model):
+    inputs = {**make_prompts(model, [1]), **make_cells([9])}
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    model.config.text_config.return_dict = False
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).tolist() == expected.tolist()
+    torch.testing.assert_close(model(**inputs, return_dict=False).logits, model(**inputs).logits)
 
 
 def test_cached_generation_equals_uncached(model):

@@ -3,6 +3,7 @@ import torch
 from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from scmmgpt import modeling_scgpt
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
@@ -419,6 +420,22 @@ def hide(batch):
     hidden = torch.zeros_like(batch["gene_ids"], dtype=torch.bool)
     hidden[:, 2:4] = batch["cell_attention_mask"][:, 2:4].bool()
     return dict(batch, hidden_genes=hidden)
+
+
+@pytest.mark.parametrize("kind", [ScGPTModel, ScGPTForPreTraining])
+def test_a_plain_trainer_evaluates_the_loss(batch, tmp_path, kind):
+    inputs = {name: value[[0, 1, 3, 4]] for name, value in batch.items()}
+    torch.manual_seed(0)
+    model = kind(make_config()).eval()
+    hidden = (inputs["gene_ids"] > 20) & (inputs["cell_attention_mask"] == 1)
+    if kind is ScGPTModel:
+        inputs["expression_labels"] = inputs["expression"].masked_fill(~hidden, IGNORED_LABEL)
+    else:
+        inputs["hidden_genes"] = hidden
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    evaluated = Trainer(model, arguments, eval_dataset=rows).evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(model(**inputs).loss.item(), rel=1e-4)
 
 
 def test_every_objective_of_pre_training_is_reported_and_summed(batch):
