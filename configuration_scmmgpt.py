@@ -4,6 +4,8 @@
 model and the text-to-cell projector. Both validate at construction and serialise to `config.json`.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
@@ -86,7 +88,7 @@ class ScGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = 60694
     cls_token_id: int | None = 60695
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -108,8 +110,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         cell_config (`ScGPTConfig` or `dict`): The cell language model.
         qformer_config (`Blip2QFormerConfig` or `dict`): The cell-to-text bridge with its text branch. Its
             `encoder_hidden_size` always follows `cell_config.hidden_size`, and its text branch is always on.
-        text_config (`PreTrainedConfig` or `dict`): A causal language model of transformers that adds nothing to what
-            its head gives, such as Llama, Mistral, Qwen2, SmolLM2 or GPT-2.
+        text_config (`PreTrainedConfig` or `dict`): A causal language model of transformers whose logits are its head's
+            output, neither scaled nor capped, such as Llama, Mistral, Qwen2, SmolLM2 or GPT-2.
         text_to_cell_config (`Blip2QFormerConfig` or `dict`): The text-to-cell projector: queries that cross-attend to
             the language model's hidden states. Its `encoder_hidden_size` follows `text_config.hidden_size`.
         num_query_tokens (`int`, defaults to 32): Q-Former queries, and `<cell>` placeholders, per cell.
@@ -117,18 +119,18 @@ class ScMMGPTConfig(PreTrainedConfig):
             The first stands where `<cls>` stands in a cell.
         projection_dim (`int`, defaults to 256): Width of the shared cell-text space.
         text_pooling (`str`, defaults to `"mean"`): How a text's states become one: `"mean"` over its tokens, or
-            `"cls"`, the first token's state, as published. At the start the latter hardly differs between texts.
+            `"cls"`, the first token's state, as published. Before training, `"cls"` hardly differs between texts.
         profile_readout (`bool`, defaults to `False`): Whether cells of a stage-1 model also reach the shared space by
-            a linear readout of their whole profile (see [`ScMMGPTProfileReadout`]); `finetune` turns it on.
+            a linear readout of their whole profile (see [`ScMMGPTProfileReadout`]); `finetune` sets it.
         cell_token_id (`int`): Id of `<cell>` in the language model's tokenizer.
         expression_head (`str`, defaults to `"mse"`): `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a
             (zero-inflated) negative binomial of the counts, which can be sampled.
         logit_scale_init (`float`, defaults to 2.6593): Initial log inverse temperature, ln(1/0.07) as in CLIP.
-        matching_batch_size (`int`, *optional*): Cells of a stage-1 batch that matching reads together with texts, true
-            and wrong; by default all. Matching costs three passes a cell, contrast a third of one.
-        contrastive_group_size (`int`, *optional*): Contrast as published, within groups of so many cells (3), from
-            cells to texts alone, only a cell's own text being right. By default over the whole batch, in both
-            directions, and texts that mean the same are all right.
+        matching_batch_size (`int`, *optional*): Cells of a stage-1 batch that enter the matching loss; by default all.
+            Matching costs three passes a cell (with its text, a wrong text, a wrong cell), contrast a third of one.
+        contrastive_group_size (`int`, *optional*): The published contrast: cells to texts, within groups of so many
+            cells (3), with a cell's own text as the only positive. By default the contrast is symmetric, over the
+            whole batch, and all texts of one meaning are positives.
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight (`float`): Stage-1 weights.
         language_weight, expression_weight (`float`): Stage-2 weights.
         annotation (`dict`, *optional*): How cells are annotated by default: `labels` (label -> text), `cl_ids`, and
@@ -138,8 +140,8 @@ class ScMMGPTConfig(PreTrainedConfig):
 
     model_type = "scmmgpt"
     sub_configs_defaults = {
-        "cell_config": ScGPTConfig,
-        "qformer_config": Blip2QFormerConfig,
+        "cell_config": SubConfigSpec(config_class=ScGPTConfig),
+        "qformer_config": SubConfigSpec(config_class=Blip2QFormerConfig),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "text_to_cell_config": SubConfigSpec(
             config_class=Blip2QFormerConfig,
@@ -147,10 +149,11 @@ class ScMMGPTConfig(PreTrainedConfig):
         ),
     }
 
-    cell_config: dict | PreTrainedConfig | None = None
-    qformer_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    text_to_cell_config: dict | PreTrainedConfig | None = None
+    # Passed as configurations, dictionaries or None; after construction each is a configuration.
+    cell_config: Any = None
+    qformer_config: Any = None
+    text_config: Any = None
+    text_to_cell_config: Any = None
     num_query_tokens: int = 32
     num_condition_tokens: int = 8
     projection_dim: int = 256
@@ -172,7 +175,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     annotation: dict | None = None
     custom_pipelines: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.qformer_config.encoder_hidden_size = self.cell_config.hidden_size
         self.qformer_config.use_qformer_text_input = True

@@ -2,23 +2,29 @@
 
 A cell is a set of tokens, `<cls>` first, then its expressed genes in any order. A token is the sum of a gene embedding
 and of an encoding of the gene's expression value (a bin, as in scGPT, or whatever the checkpoint was trained on), and
-passes through post-norm transformer layers without positions. Two decoders turn states back into expression: one
-reads a gene's own state, the other (MVC, "masked value for cell") asks the cell's embedding about a gene.
+passes through post-norm transformer layers without positions. Two decoders predict expression: one from a gene's own
+state, the other (MVC, "masked value for cell") from the cell embedding and a query made of the gene.
 
 Weights of the published scGPT load after `python -m scmmgpt.train convert scgpt`, and give its outputs to float32
-rounding. One deviation matters to those who train: scGPT drops attention weights with probability 0.2, while
-`ScGPTConfig.attention_dropout` is 0 by default, because any attention dropout rules out the fused attention kernels
-(a CPU training step is 2.7 times slower with it). Set it to 0.2 to train exactly as scGPT did.
+rounding. Training deviates in one default: scGPT drops attention weights with probability 0.2, while
+`ScGPTConfig.attention_dropout` is 0, because any attention dropout rules out the fused attention kernels (a CPU
+training step is 2.7 times slower with it). Set `attention_dropout` to 0.2 to train exactly as scGPT did.
 
 The encoder never computes on padding. Its default path (`attn_implementation="sdpa"`) packs the real tokens of a
 batch into one row; see `Packing`. Any other attention implementation of transformers works on the padded batch.
+
+Shapes in comments: B cells of a batch, G genes of the padded batch (`<cls>` among them), K condition tokens put in
+front of the genes, L = K + G tokens, N tokens of a packed row, C cells of a packed row, D `hidden_size`, H heads.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
@@ -32,13 +38,12 @@ try:
 except ImportError:
     from configuration_scmmgpt import ScGPTConfig
 
-try:
+varlen_attn: Any = None  # PyTorch before 2.10 lacks it
+with suppress(ImportError):
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # PyTorch before 2.10
-    varlen_attn = None
 
 
-IGNORED_LABEL = -100  # an expression label that no loss looks at
+IGNORED_LABEL = -100  # an expression label that enters no loss
 CPU_PIECE_TOKENS = 2400  # tokens that run through all layers at once: 5 MB of float32 states, 10 % faster than 20,000
 
 
@@ -58,16 +63,16 @@ class ScGPTModelOutput(ModelOutput):
         expression_loss, mvc_loss (`torch.FloatTensor` of shape `(1,)`): The two parts of the loss.
     """
 
-    loss: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    predicted_expression: torch.FloatTensor | None = None
-    mvc_expression: torch.FloatTensor | None = None
-    expression_loss: torch.FloatTensor | None = None
-    mvc_loss: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    predicted_expression: Tensor | None = None
+    mvc_expression: Tensor | None = None
+    expression_loss: Tensor | None = None
+    mvc_loss: Tensor | None = None
 
 
-def masked_expression_loss(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def masked_expression_loss(predicted: Tensor, labels: Tensor) -> Tensor:
     """Mean squared error over the positions that have a label.
 
     Args:
@@ -93,7 +98,7 @@ class Segments:
     """
 
     lengths: list[int]
-    ends: torch.IntTensor
+    ends: Tensor
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> "Segments":
@@ -119,12 +124,12 @@ class Packing:
     """
 
     shape: tuple[int, int]
-    index: torch.LongTensor | None
-    rows: torch.LongTensor
+    index: Tensor | None
+    rows: Tensor
     pieces: list[Segments]
 
     @classmethod
-    def of(cls, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> "Packing":
+    def of(cls, inputs_embeds: Tensor, attention_mask: Tensor | None) -> "Packing":
         """Plan the packing of `inputs_embeds` (batch_size, length, hidden_size) under a 0/1 mask of its tokens."""
         batch_size, length = inputs_embeds.shape[:2]
         device = inputs_embeds.device
@@ -136,20 +141,20 @@ class Packing:
             cells, positions = attention_mask[rows].nonzero(as_tuple=True)
             index = rows[cells] * length + positions
         cut = device.type == "cpu" and not torch.is_grad_enabled()
-        pieces = []
+        pieces: list[list[int]] = []
         for size in lengths:
             if not pieces or (cut and sum(pieces[-1]) + size > CPU_PIECE_TOKENS):
                 pieces.append([])
             pieces[-1].append(size)
         return cls((batch_size, length), index, rows, [Segments.of(piece, device) for piece in pieces])
 
-    def pack(self, padded: torch.Tensor) -> list[torch.Tensor]:
+    def pack(self, padded: Tensor) -> list[Tensor]:
         """(batch_size, length, hidden_size) -> (num_tokens, hidden_size) of each piece."""
         tokens = padded.flatten(0, 1)
         tokens = tokens if self.index is None else tokens[self.index]
         return list(tokens.split([sum(piece.lengths) for piece in self.pieces]))
 
-    def unpack(self, packed: list[torch.Tensor]) -> torch.Tensor:
+    def unpack(self, packed: list[Tensor]) -> Tensor:
         """(num_tokens, hidden_size) of each piece -> (batch_size, length, hidden_size), zero where no token is."""
         tokens = torch.cat(packed)
         if self.index is not None:
@@ -157,26 +162,34 @@ class Packing:
             tokens = empty.index_copy(0, self.index, tokens)
         return tokens.unflatten(0, self.shape)
 
-    def unpack_first(self, packed: list[torch.Tensor]) -> torch.Tensor:
+    def unpack_first(self, packed: list[Tensor]) -> Tensor:
         """(num_cells, hidden_size) of each piece -> (batch_size, 1, hidden_size), zero for cells without tokens."""
         tokens = torch.cat(packed)
         return tokens.new_zeros(self.shape[0], tokens.shape[-1]).index_copy(0, self.rows, tokens).unsqueeze(1)
 
 
-def per_head_attention(query, key, value):
+def per_head_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of one cell as plain matrix products, one head at a time: CPU, bfloat16, no gradient.
 
     PyTorch's fused CPU attention gains nothing from bfloat16, its matrix product 2.5 times the speed of float32.
     Tensors are `(num_tokens, num_heads, head_dim)`, `query` is already scaled and may have fewer tokens.
     """
-    output = torch.empty_like(query)
+    output = torch.empty_like(query)  # (N, H, D / H)
     for head in range(query.shape[1]):
-        weights = torch.mm(query[:, head], key[:, head].T).softmax(dim=-1)
+        weights = torch.mm(query[:, head], key[:, head].T).softmax(dim=-1)  # (N, N)
         output[:, head] = torch.mm(weights, value[:, head])
     return output
 
 
-def packed_attention(query, key, value, segments, scaling, dropout=0.0, num_conditions=None):
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    dropout: float = 0.0,
+    num_conditions: int | None = None,
+) -> Tensor:
     """Attention within each cell of a packed row, by the fastest means of the device.
 
     On CUDA in half precision it is one variable-length kernel; elsewhere each run of cells of equal length is one call
@@ -214,19 +227,22 @@ def packed_attention(query, key, value, segments, scaling, dropout=0.0, num_cond
     states_by_run = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
     outputs = []
     for (_, num_cells), states in zip(runs, states_by_run, strict=True):
-        heads_first = [state.unflatten(0, (num_cells, -1)).transpose(1, 2) for state in states]
-        if whole:
-            output = nn.functional.scaled_dot_product_attention(*heads_first, dropout_p=dropout, scale=scaling)
+        # (num_cells * length, H, D / H) -> (num_cells, H, length, D / H)
+        q, k, v = (state.unflatten(0, (num_cells, -1)).transpose(1, 2) for state in states)
+        if num_conditions is None:
+            output = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         else:
-            output = attention_by_conditions(*heads_first, num_conditions, scaling, dropout)
+            output = attention_by_conditions(q, k, v, num_conditions, scaling, dropout)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
-def attention_by_conditions(query, key, value, num_conditions, scaling, dropout=0.0):
-    """Attention in which conditions see all tokens, and a gene only the conditions and itself.
+def attention_by_conditions(
+    query: Tensor, key: Tensor, value: Tensor, num_conditions: int, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention in which conditions attend to all tokens, and a gene to the conditions and itself.
 
-    Genes learn of each other through the conditions, which costs as much as there are genes, not their square.
+    Genes exchange information through the conditions. The cost is linear in the number of genes, not quadratic.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(num_cells, num_heads, num_conditions + num_genes, head_dim)`):
@@ -244,15 +260,16 @@ def attention_by_conditions(query, key, value, num_conditions, scaling, dropout=
     )
     of_conditions = nn.functional.scaled_dot_product_attention(
         conditions, key, value, dropout_p=dropout, scale=scaling
-    )
-    own_scores = (genes * own_keys).sum(dim=-1, keepdim=True)
+    )  # (B, H, K, D / H)
+    own_scores = (genes * own_keys).sum(dim=-1, keepdim=True)  # (B, H, G, 1)
     scores = torch.cat([torch.matmul(genes, condition_keys.transpose(-1, -2)), own_scores], dim=-1) * scaling
+    # (B, H, G, K + 1): every condition, and last the gene itself
     weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout).to(value.dtype)
     of_genes = torch.matmul(weights[..., :-1], condition_values) + weights[..., -1:] * own_values
     return torch.cat([of_conditions, of_genes], dim=2)
 
 
-def _has_varlen_kernel(query: torch.Tensor) -> bool:
+def _has_varlen_kernel(query: Tensor) -> bool:
     return (
         varlen_attn is not None
         and query.is_cuda
@@ -262,9 +279,18 @@ def _has_varlen_kernel(query: torch.Tensor) -> bool:
     )
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
     """Attention written out, on heads of the padded batch: the reference, and the only path that returns weights."""
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1)
@@ -282,7 +308,7 @@ class ScGPTValueLinear(nn.Linear):
 class ScGPTValueEncoder(nn.Module):
     """Encodes an expression value: a scalar through a two-layer perceptron and a LayerNorm."""
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
         self.max_value = config.max_value
         self.linear1 = ScGPTValueLinear(1, config.hidden_size)
@@ -290,7 +316,7 @@ class ScGPTValueEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, expression: torch.Tensor) -> torch.Tensor:
+    def forward(self, expression: Tensor) -> Tensor:
         """(batch_size, num_genes) -> (batch_size, num_genes, hidden_size)."""
         values = expression.clamp(max=self.max_value).to(self.linear1.weight.dtype)
         hidden_states = self.linear2(nn.functional.relu(self.linear1(values.unsqueeze(-1))))
@@ -298,29 +324,33 @@ class ScGPTValueEncoder(nn.Module):
 
 
 class ScGPTEmbeddings(nn.Module):
-    """A token: gene embedding, plus its value's encoding if it has one, plus the flag of genes to be generated."""
+    """A token: the gene's embedding, plus the encoding of its value if known, plus the flag of genes to generate."""
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
-        self.gene_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.gene_embedding: nn.Module = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.gene_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.value_encoder = ScGPTValueEncoder(config)
         self.flag_embedding = nn.Embedding(2, config.hidden_size) if config.use_flag_embedding else None
 
-    def embed_genes(self, gene_ids: torch.LongTensor) -> torch.Tensor:
+    def embed_genes(self, gene_ids: Tensor) -> Tensor:
         """(batch_size, num_genes) -> (batch_size, num_genes, hidden_size), without values."""
         return self.gene_norm(self.gene_embedding(gene_ids))
 
-    def forward(self, gene_ids, expression=None, generation_mask=None):
+    def forward(
+        self, gene_ids: Tensor, expression: Tensor | None = None, generation_mask: Tensor | None = None
+    ) -> Tensor:
         """(batch_size, num_genes) each -> (batch_size, num_genes, hidden_size)."""
-        embeddings = self.embed_genes(gene_ids)
-        values = None if expression is None else self.value_encoder(expression)
+        embeddings = self.embed_genes(gene_ids)  # (B, G, D)
+        values = None if expression is None else self.value_encoder(expression)  # (B, G, D)
         if generation_mask is not None:
             # A gene to be generated has no value: in its place scGPT puts the flag, if the model has one.
-            shown = (generation_mask == 0).unsqueeze(-1)
-            values = 0 if values is None else values * shown
+            shown = (generation_mask == 0).unsqueeze(-1)  # (B, G, 1)
+            values = torch.zeros_like(embeddings) if values is None else values * shown
             if self.flag_embedding is not None:
-                values = values + self.flag_embedding.weight[1] * ~shown
+                values = values + self.flag_embedding(torch.ones_like(gene_ids[:1, :1])) * ~shown
         return embeddings if values is None else embeddings + values
 
 
@@ -329,7 +359,7 @@ class ScGPTAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -340,8 +370,16 @@ class ScGPTAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, queries, hidden_states, attention_mask=None, segments=None, num_conditions=None):
+    def forward(
+        self,
+        queries: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        segments: Segments | None = None,
+        num_conditions: int | None = None,
+    ) -> Tensor:
         """Attend from `queries` to `hidden_states`, which are the same tokens or more; see [`ScGPTLayer`]."""
+        # (N, D) packed or (B, L, D) padded -> heads: (N, H, D / H) or (B, L, H, D / H)
         query = self.q_proj(queries).unflatten(-1, (-1, self.head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -363,7 +401,7 @@ class ScGPTLayer(GradientCheckpointingLayer):
     `num_conditions` (packed alone) is that of [`attention_by_conditions`].
     """
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
         self.attention = ScGPTAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -372,25 +410,51 @@ class ScGPTLayer(GradientCheckpointingLayer):
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states, attention_mask=None, segments=None, first_only=False, num_conditions=None):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        segments: Segments | None = None,
+        first_only: bool = False,
+        num_conditions: int | None = None,
+    ) -> Tensor:
         """Tokens in, tokens out."""
-        queries = hidden_states[segments.ends[:-1]] if first_only else hidden_states
+        queries = hidden_states  # (N, D) packed or (B, L, D) padded
+        if first_only and segments is not None:
+            queries = hidden_states[segments.ends[:-1]]  # (C, D)
         attended = self.attention(queries, hidden_states, attention_mask, segments, num_conditions)
         queries = self.attention_norm(queries + self.dropout(attended))
         transformed = self.linear2(self.dropout(nn.functional.relu(self.linear1(queries))))
         return self.output_norm(queries + self.dropout(transformed))
 
 
+def _shown_genes_are_visible(generation_mask: Tensor) -> Callable:
+    """Mask function: a token attends to itself and to the genes that are not to be generated."""
+    return lambda batch, head, query, key: (generation_mask[batch, key] == 0) | (query == key)
+
+
+def _conditions_are_visible(num_conditions: int) -> Callable:
+    """Mask function: as [`attention_by_conditions`]."""
+    return lambda batch, head, query, key: (query < num_conditions) | (key < num_conditions) | (query == key)
+
+
 class ScGPTEncoder(nn.Module):
     """The stack of layers, on the packed batch or, for attention implementations other than SDPA, the padded one."""
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(ScGPTLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, inputs_embeds, attention_mask=None, generation_mask=None, cls_only=False, num_conditions=None):
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        generation_mask: Tensor | None = None,
+        cls_only: bool = False,
+        num_conditions: int | None = None,
+    ) -> Tensor:
         """Encode tokens (batch_size, length, hidden_size); returns the same shape, or length 1 with `cls_only`.
 
         With `num_conditions`, see [`attention_by_conditions`].
@@ -401,7 +465,9 @@ class ScGPTEncoder(nn.Module):
             return self._forward_packed(inputs_embeds, attention_mask, cls_only, num_conditions)
         return self._forward_padded(inputs_embeds, attention_mask, generation_mask, cls_only, num_conditions)
 
-    def _forward_packed(self, inputs_embeds, attention_mask, cls_only, num_conditions):
+    def _forward_packed(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cls_only: bool, num_conditions: int | None
+    ) -> Tensor:
         packing = Packing.of(inputs_embeds, attention_mask)
         if not packing.pieces:  # no cell has a token
             return inputs_embeds[:, :1] * 0 if cls_only else inputs_embeds * 0
@@ -410,26 +476,28 @@ class ScGPTEncoder(nn.Module):
             for layer in self.layers[:-1]:
                 hidden_states = layer(hidden_states, segments=segments, num_conditions=num_conditions)
             # For the embedding alone, the last layer needs every token's key and value, but one query a cell.
-            last = {"segments": segments, "first_only": cls_only, "num_conditions": num_conditions}
-            outputs.append(self.layers[-1](hidden_states, **last))
+            last = self.layers[-1]
+            outputs.append(last(hidden_states, segments=segments, first_only=cls_only, num_conditions=num_conditions))
         return packing.unpack_first(outputs) if cls_only else packing.unpack(outputs)
 
-    def _forward_padded(self, inputs_embeds, attention_mask, generation_mask, cls_only, num_conditions):
-        def hides_generated_genes(batch, head, query, key):
-            return (generation_mask[batch, key] == 0) | (query == key)
-
-        def hides_other_genes(batch, head, query, key):
-            return (query < num_conditions) | (key < num_conditions) | (query == key)
-
-        hides = None if generation_mask is None else hides_generated_genes
-        if (hides or num_conditions is not None) and "flash" in self.config._attn_implementation:
-            # transformers drops a mask function for it, without a word.
+    def _forward_padded(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        generation_mask: Tensor | None,
+        cls_only: bool,
+        num_conditions: int | None,
+    ) -> Tensor:
+        visible = None
+        if num_conditions is not None:
+            visible = _conditions_are_visible(num_conditions)
+        elif generation_mask is not None:
+            visible = _shown_genes_are_visible(generation_mask)
+        if visible is not None and "flash" in self.config._attn_implementation:
+            # transformers ignores a mask function there, without a warning.
             raise ValueError("Flash attention lets genes see all others; generate by 'sdpa' or 'eager' attention.")
         layer_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            and_mask_function=hides if num_conditions is None else hides_other_genes,
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, and_mask_function=visible
         )
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -440,15 +508,15 @@ class ScGPTEncoder(nn.Module):
 
 
 class ScGPTExpressionDecoder(nn.Module):
-    """Reads a gene's expression off its state."""
+    """Predicts a gene's expression from the gene's state."""
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
         self.linear1 = nn.Linear(config.hidden_size, config.hidden_size)
         self.linear2 = nn.Linear(config.hidden_size, config.hidden_size)
         self.output_proj = nn.Linear(config.hidden_size, 1)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """(batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
         hidden_states = nn.functional.leaky_relu(self.linear1(hidden_states))
         hidden_states = nn.functional.leaky_relu(self.linear2(hidden_states))
@@ -456,26 +524,28 @@ class ScGPTExpressionDecoder(nn.Module):
 
 
 class ScGPTMVCDecoder(nn.Module):
-    """Asks the cell embedding about a gene: the inner product of the embedding and a query made of the gene."""
+    """Predicts a gene's expression from the cell embedding: the inner product with a query made of the gene."""
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__()
         self.query_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.output_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, cell_embeds: torch.Tensor, gene_embeds: torch.Tensor) -> torch.Tensor:
+    def forward(self, cell_embeds: Tensor, gene_embeds: Tensor) -> Tensor:
         """(batch_size, hidden_size), (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
         queries = self.query_proj(gene_embeds).sigmoid()
-        if type(self.output_proj) is not nn.Linear:  # LoRA or quantised: its weight alone is not what it computes
+        # LoRA or quantised, a layer is more than its weight; offloaded, it has its weight only while it runs.
+        if type(self.output_proj) is not nn.Linear or self.output_proj.weight.is_meta:
             return torch.matmul(self.output_proj(queries), cell_embeds.unsqueeze(-1)).squeeze(-1)
-        # `output_proj` of every query times the cell embedding is the query times one product of the two.
-        asked = torch.matmul(cell_embeds.to(queries.dtype), self.output_proj.weight)
-        return torch.matmul(queries, asked.unsqueeze(-1).to(queries.dtype)).squeeze(-1)
+        # (W q) . c = q . (W' c): one product a cell in place of one a gene.
+        projected = torch.matmul(cell_embeds.to(queries.dtype), self.output_proj.weight)  # (B, D)
+        return torch.matmul(queries, projected.unsqueeze(-1).to(queries.dtype)).squeeze(-1)
 
 
 class ScGPTPreTrainedModel(PreTrainedModel):
     """Initialisation and loading of scGPT."""
 
+    config: ScGPTConfig
     config_class = ScGPTConfig
     base_model_prefix = "cell_model"
     main_input_name = "gene_ids"
@@ -487,7 +557,7 @@ class ScGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         # Only modules that own parameters come by here: transformers passes over containers of remote-code models.
         super()._init_weights(module)
         if isinstance(module, nn.Embedding):
@@ -513,7 +583,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
     (torch.Size([2, 3, 16]), torch.Size([2, 16]))
     """
 
-    def __init__(self, config: ScGPTConfig):
+    def __init__(self, config: ScGPTConfig) -> None:
         super().__init__(config)
         self.embeddings = ScGPTEmbeddings(config)
         self.encoder = ScGPTEncoder(config)
@@ -521,23 +591,23 @@ class ScGPTModel(ScGPTPreTrainedModel):
         self.mvc_decoder = ScGPTMVCDecoder(config)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         """The gene embedding."""
         return self.embeddings.gene_embedding
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the gene embedding."""
         self.embeddings.gene_embedding = value
 
     def forward(
         self,
-        gene_ids: torch.LongTensor,
-        expression: torch.FloatTensor | None = None,
-        cell_attention_mask: torch.LongTensor | None = None,
-        condition_embeds: torch.FloatTensor | None = None,
-        generation_mask: torch.LongTensor | None = None,
+        gene_ids: Tensor,
+        expression: Tensor | None = None,
+        cell_attention_mask: Tensor | None = None,
+        condition_embeds: Tensor | None = None,
+        generation_mask: Tensor | None = None,
         cls_only: bool = False,
-        expression_labels: torch.FloatTensor | None = None,
+        expression_labels: Tensor | None = None,
         genes_attend_to: str = "all",
     ) -> ScGPTModelOutput:
         """Encode a batch of cells.
@@ -578,11 +648,11 @@ class ScGPTModel(ScGPTPreTrainedModel):
             )
         if cls_only and expression_labels is not None:
             raise ValueError("cls_only=True computes no gene states, but expression_labels need them: pass one.")
-        inputs_embeds = self.embeddings(gene_ids, expression, generation_mask)
+        inputs_embeds = self.embeddings(gene_ids, expression, generation_mask)  # (B, G, D)
         num_conditions = 0
         if condition_embeds is not None:
             num_conditions = condition_embeds.shape[1]
-            inputs_embeds = torch.cat([condition_embeds.to(inputs_embeds.dtype), inputs_embeds], dim=1)
+            inputs_embeds = torch.cat([condition_embeds.to(inputs_embeds.dtype), inputs_embeds], dim=1)  # (B, L, D)
             if cell_attention_mask is not None:
                 cell_attention_mask = nn.functional.pad(cell_attention_mask, (num_conditions, 0), value=1)
             if generation_mask is not None:
@@ -593,31 +663,31 @@ class ScGPTModel(ScGPTPreTrainedModel):
             generation_mask,
             cls_only,
             num_conditions=num_conditions if by_conditions else None,
-        )
+        )  # (B, L, D), or (B, 1, D) with `cls_only`
         outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
         if expression_labels is not None:
-            outputs.predicted_expression = self.decode_expression(hidden_states[:, num_conditions:])
-            outputs.mvc_expression = self.decode_mvc(outputs.pooler_output, gene_ids)
-            outputs.expression_loss = masked_expression_loss(outputs.predicted_expression, expression_labels)
-            outputs.mvc_loss = masked_expression_loss(outputs.mvc_expression, expression_labels)
-            outputs.loss = outputs.expression_loss + outputs.mvc_loss
+            outputs["predicted_expression"] = self.decode_expression(hidden_states[:, num_conditions:])
+            outputs["mvc_expression"] = self.decode_mvc(hidden_states[:, 0], gene_ids)
+            outputs["expression_loss"] = masked_expression_loss(outputs.predicted_expression, expression_labels)
+            outputs["mvc_loss"] = masked_expression_loss(outputs.mvc_expression, expression_labels)
+            outputs["loss"] = outputs.expression_loss + outputs.mvc_loss
         return outputs
 
-    def decode_expression(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
+    def decode_expression(self, hidden_states: Tensor) -> Tensor:
         """Expression from gene states: (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
         return self.expression_decoder(hidden_states)
 
-    def decode_mvc(self, cell_embeds: torch.FloatTensor, gene_ids: torch.LongTensor) -> torch.FloatTensor:
+    def decode_mvc(self, cell_embeds: Tensor, gene_ids: Tensor) -> Tensor:
         """Expression of `gene_ids` (batch_size, num_genes) from cell embeddings (batch_size, hidden_size) alone."""
         return self.mvc_decoder(cell_embeds, self.embeddings.embed_genes(gene_ids))
 
     def generate_expression(
         self,
-        gene_ids: torch.LongTensor,
-        cell_embeds: torch.FloatTensor,
-        cell_attention_mask: torch.LongTensor | None = None,
-        expression: torch.FloatTensor | None = None,
-    ) -> torch.FloatTensor:
+        gene_ids: Tensor,
+        cell_embeds: Tensor,
+        cell_attention_mask: Tensor | None = None,
+        expression: Tensor | None = None,
+    ) -> Tensor:
         """Expression of every gene of a cell known by its embedding, in one pass: scGPT's `generate`.
 
         Args:
@@ -642,19 +712,19 @@ class ScGPTModel(ScGPTPreTrainedModel):
 class ScGPTPreTrainingOutput(ModelOutput):
     """What [`ScGPTForPreTraining`] returns: the sum of the losses, and each objective's own."""
 
-    loss: torch.FloatTensor | None = None
-    masked_loss: torch.FloatTensor | None = None
-    gene_prompt_loss: torch.FloatTensor | None = None
-    cell_prompt_loss: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    masked_loss: Tensor | None = None
+    gene_prompt_loss: Tensor | None = None
+    cell_prompt_loss: Tensor | None = None
 
 
 class ScGPTForPreTraining(ScGPTPreTrainedModel):
-    """scGPT with its pre-training objectives: hidden genes are to be predicted in up to three ways.
+    """scGPT with its pre-training objectives, three ways to predict the values of hidden genes.
 
-    - `masked`: the hidden values are replaced by `config.mask_value`; all tokens see each other.
-    - `gene_prompt`: the shown genes are a prompt; a hidden gene sees them and itself, and carries no value.
-    - `cell_prompt`: no gene carries a value; the cell embedding, of a pass above and without its gradient, stands in
-      the place of `<cls>`, as in [`~ScGPTModel.generate_expression`].
+    - `masked`: `config.mask_value` replaces the hidden values; all tokens attend to each other.
+    - `gene_prompt`: a hidden gene carries no value and attends to the shown genes and to itself.
+    - `cell_prompt`: no gene carries a value. The cell embedding of a pass above, detached, stands in the place of
+      `<cls>`, as in [`~ScGPTModel.generate_expression`].
 
     The first two train both decoders, the last the expression decoder. `ScGPTModel.from_pretrained` loads its
     checkpoints.
@@ -666,7 +736,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
     OBJECTIVES = ("masked", "gene_prompt", "cell_prompt")
 
-    def __init__(self, config: ScGPTConfig, objectives: tuple[str, ...] = OBJECTIVES):
+    def __init__(self, config: ScGPTConfig, objectives: tuple[str, ...] = OBJECTIVES) -> None:
         super().__init__(config)
         if not set(objectives) <= set(self.OBJECTIVES) or not set(objectives) - {"cell_prompt"}:
             raise ValueError(
@@ -679,10 +749,11 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
     def forward(
         self,
-        gene_ids: torch.LongTensor,
-        expression: torch.FloatTensor,
-        cell_attention_mask: torch.LongTensor,
-        hidden_genes: torch.BoolTensor,
+        gene_ids: Tensor,
+        expression: Tensor,
+        cell_attention_mask: Tensor,
+        hidden_genes: Tensor,
+        return_loss: bool = True,
     ) -> ScGPTPreTrainingOutput:
         """Losses of a batch.
 
@@ -692,9 +763,10 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding.
             hidden_genes (`torch.BoolTensor` of shape `(batch_size, num_genes)`): True where the value is to be
                 predicted; never at `<cls>` or padding.
+            return_loss (`bool`): Always true: it tells `Trainer` that there is a loss without labels.
         """
         labels = expression.masked_fill(~hidden_genes, IGNORED_LABEL)
-        losses = {}
+        losses: dict[str, Tensor] = {}
         if "masked" in self.objectives:
             shown = expression.masked_fill(hidden_genes, self.config.mask_value)
             outputs = self.cell_model(gene_ids, shown, cell_attention_mask, expression_labels=labels)
@@ -708,7 +780,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
             prompt = outputs.pooler_output.detach()
             generated = self.cell_model.generate_expression(gene_ids, prompt, cell_attention_mask)
             losses["cell_prompt_loss"] = masked_expression_loss(generated, labels)
-        return ScGPTPreTrainingOutput(loss=sum(losses.values()), **losses)
+        return ScGPTPreTrainingOutput(loss=torch.stack(list(losses.values())).sum(), **losses)
 
 
 ScGPTModel.register_for_auto_class("AutoModel")

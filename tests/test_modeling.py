@@ -1,5 +1,8 @@
 """The bridge and the generative model on tiny configurations."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -10,13 +13,19 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     Qwen2Config,
+    Trainer,
+    TrainingArguments,
 )
 
+from scmmgpt.cells_scmmgpt import hash_seed
+from scmmgpt.configuration_scmmgpt import ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import (
+    MAX_LOGIT_SCALE,
     ScMMGPTForCellTextAlignment,
     ScMMGPTForConditionalGeneration,
     cell_text_similarity,
     contrastive_loss,
+    hash_texts,
     negative_binomial_nll,
     sample_hard_negatives,
 )
@@ -139,6 +148,13 @@ def test_negative_binomial_nll_equals_scipys():
     torch.testing.assert_close(negative_binomial_nll(counts, mean, dispersion), torch.tensor(theirs))
 
 
+@pytest.mark.parametrize("dispersion", [1e5, 1e8])
+def test_a_large_dispersion_is_poisson_in_float32(dispersion):
+    nll = negative_binomial_nll(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(dispersion))
+    assert nll.dtype == torch.float32
+    assert nll.item() == pytest.approx(3 - 2 * math.log(3) + math.log(2), abs=1e-4)
+
+
 def test_zero_inflated_probabilities_sum_to_one_and_raise_the_zero():
     counts = torch.arange(400).double()
     mean, dispersion = torch.full((400,), 3.0).double(), torch.full((400,), 2.0).double()
@@ -235,7 +251,7 @@ def test_captioning_sees_no_later_word(tiny_config):
     def word_states(ids):
         cell_states = model.encode_cells(**cells)
         embeds = model.qformer_embeddings(input_ids=ids)
-        model.captioning_loss(cell_states, cells["cell_attention_mask"], embeds, ids, torch.ones_like(ids))
+        model.captioning_loss(cell_states, cells["cell_attention_mask"], embeds, torch.ones_like(ids), ids)
         return states["last"][:, NUM_QUERIES:]
 
     before = word_states(texts["qformer_input_ids"])
@@ -254,9 +270,55 @@ def test_same_tokens_are_never_each_others_negatives(alignment_model):
     torch.testing.assert_close(by_tokens, by_ids)
 
 
+def test_texts_have_one_number_where_their_tokens_are_equal():
+    ids = torch.tensor([[2, 7, 9, 0], [0, 2, 7, 9], [2, 9, 7, 0], [2, 7, 0, 0], [2, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+    first, same, *others = hash_texts(ids, mask).tolist()
+    assert first == same
+    assert len({first, *others}) == 4
+    pairs = torch.cartesian_prod(torch.arange(300), torch.arange(300))
+    assert len(hash_texts(pairs, torch.ones_like(pairs)).unique()) == 300**2
+
+
 def test_a_batch_of_one_caption_has_a_finite_loss(alignment_model):
     loss = alignment_model(**make_cells([9, 4]), **make_texts([6, 6]), text_ids=torch.tensor([1, 1])).loss
     assert torch.isfinite(loss)
+
+
+def test_the_inverse_temperature_is_at_most_a_hundred(alignment_model):
+    for log_scale, expected in ((2.0, math.exp(2.0)), (MAX_LOGIT_SCALE, 100.0), (7.0, 100.0)):
+        torch.nn.init.constant_(alignment_model.logit_scale, log_scale)
+        assert alignment_model.inverse_temperature().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("pairs_are_right", [False, True])
+def test_a_temperature_beyond_its_ceiling_comes_back_and_goes_no_further(alignment_model, pairs_are_right):
+    torch.nn.init.constant_(alignment_model.logit_scale, 7.0)
+    texts = torch.tensor([[1.0, 0.0], [0.995, 0.1]])
+    cells = texts if pairs_are_right else texts.flip(0)  # right pairs call for a higher scale, wrong ones for a lower
+    alignment_model.contrastive_loss(cells[:, None], texts, torch.arange(2)).backward()
+    gradient = alignment_model.logit_scale.grad.item()
+    assert gradient == 0 if pairs_are_right else gradient > 0
+
+
+def test_a_plain_trainer_evaluates_the_loss(alignment_model, tmp_path):
+    inputs = {**make_cells([9] * 4), **make_texts([6] * 4)}
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    torch.manual_seed(0)
+    expected = alignment_model(**inputs).loss.item()
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(alignment_model, arguments, eval_dataset=rows)
+    torch.manual_seed(0)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_words_can_be_added_to_a_stage_1_model(alignment_model, tmp_path):
+    language_model_size = alignment_model.config.text_config.vocab_size
+    alignment_model.resize_token_embeddings(50)
+    alignment_model.save_pretrained(tmp_path)
+    loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().num_embeddings == 50
+    assert loaded.config.text_config.vocab_size == language_model_size
 
 
 def test_similarity_is_the_best_querys_cosine():
@@ -278,6 +340,24 @@ def test_logits_of_a_left_padded_row_equal_those_of_the_row_alone(model):
         torch.testing.assert_close(together[row, keep], alone[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [GPT2Config, GPTNeoXConfig])
+def test_the_language_loss_of_a_left_padded_row_equals_that_of_the_row_alone(tiny_config, kind):
+    sizes = {"vocab_size": 48, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    tiny_config.text_config = kind(**sizes, bos_token_id=1, eos_token_id=1)
+    torch.manual_seed(0)
+    model = ScMMGPTForConditionalGeneration(ScMMGPTConfig(**tiny_config.to_dict())).eval()
+    torch.nn.init.normal_(model.get_input_embeddings().weight)  # positions of the usual initialisation hardly matter
+    for name, weight in model.model.language_model.named_parameters():
+        if name.startswith("wpe"):
+            torch.nn.init.normal_(weight)
+    prompts = make_prompts(model, [0, 0])
+    labels = torch.full_like(prompts["input_ids"], -100)
+    labels[0, 2:] = prompts["input_ids"][0, 2:]  # the padded row alone; its first token, at 1, is predicted by nothing
+    together = model(**prompts, labels=labels).language_loss
+    alone = row_of(prompts, 0)
+    torch.testing.assert_close(model(**alone, labels=alone["input_ids"]).language_loss, together, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 def test_generation_of_a_row_equals_that_of_the_row_alone(model, options):
     prompts, cells = make_prompts(model, [1, 1, 1]), make_cells([9, 4, 13])
@@ -288,11 +368,48 @@ def test_generation_of_a_row_equals_that_of_the_row_alone(model, options):
         assert together[row, prompts["input_ids"].shape[1] :][: len(new)].tolist() == new.tolist()
 
 
+def test_a_language_model_that_returns_tuples_by_default_generates(model):
+    inputs = {**make_prompts(model, [1]), **make_cells([9])}
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    model.config.text_config.return_dict = False
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).tolist() == expected.tolist()
+    torch.testing.assert_close(model(**inputs, return_dict=False).logits, model(**inputs).logits)
+
+
 def test_cached_generation_equals_uncached(model):
     prompts, cells = make_prompts(model, [1, 2]), make_cells([9, 4, 13])
     cached = model.generate(**prompts, **cells, max_new_tokens=6, do_sample=False)
     uncached = model.generate(**prompts, **cells, max_new_tokens=6, do_sample=False, use_cache=False)
     assert cached.tolist() == uncached.tolist()
+
+
+def test_looking_words_up_in_the_prompt_changes_no_word(model):
+    inputs = {**make_prompts(model, [1]), **make_cells([9])}
+    alone = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    looked_up = model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)
+    assert looked_up.tolist() == alone.tolist()
+
+
+def test_a_prompt_can_be_continued_from_a_cache(model):
+    prompts, cells = make_prompts(model, [1]), make_cells([9])
+    whole = model.generate(**prompts, **cells, max_new_tokens=6, do_sample=False)
+    begun = model.generate(**prompts, **cells, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    name = "cache" if "cache" in begun else "past_key_values"
+    mask = torch.ones_like(begun.sequences)
+    mask[:, : prompts["attention_mask"].shape[1]] = prompts["attention_mask"]
+    continued = model.generate(
+        input_ids=begun.sequences, attention_mask=mask, max_new_tokens=3, do_sample=False, **{name: begun[name]}
+    )
+    assert continued.tolist() == whole.tolist()
+
+
+def test_a_forward_pass_can_be_continued_from_a_cache(model):
+    inputs = {**make_prompts(model, [1]), **make_cells([9])}
+    whole = model(**inputs).logits
+    start = model(**{**inputs, "input_ids": inputs["input_ids"][:, :-2], "attention_mask": None}, use_cache=True)
+    name = "cache" if "cache" in start else "past_key_values"
+    rest = model(input_ids=inputs["input_ids"][:, -2:], **{name: start[name]}).logits
+    torch.testing.assert_close(rest, whole[:, -2:], atol=1e-5, rtol=1e-4)
 
 
 def test_several_cells_with_beams_equal_the_embeddings_route(model):
@@ -321,6 +438,12 @@ def test_the_model_never_writes_a_placeholder(model):
     for options in ({"do_sample": False}, {"do_sample": True}):
         new = model.generate(**prompts, **cells, max_new_tokens=5, **options)[:, prompts["input_ids"].shape[1] :]
         assert (new != model.config.cell_token_id).all()
+
+
+def test_a_placeholder_without_a_cell_is_refused(model):
+    for run in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(ValueError, match="has 4 cell placeholder tokens, but 0 cells x 4 tokens were given"):
+            run(**make_prompts(model, [1]))
 
 
 def test_more_placeholders_than_cells_names_both_numbers(model):
@@ -376,7 +499,7 @@ def test_draws_from_one_prompt_are_those_of_the_prompt_repeated(tiny_config):
     model = ScMMGPTForConditionalGeneration(tiny_config).eval()
     arguments = {"target_gene_ids": torch.arange(3, 15), "library_size": 5e3, "do_sample": True}
     prompts = make_prompts(model, [0, 0])
-    drawn = model.generate_cells(**prompts, **arguments, num_return_cells=3, cell_ids=list(range(6)))
+    drawn = model.generate_cells(**prompts, **arguments, num_return_cells=3, cell_ids=np.arange(6))
     repeated = {name: value.repeat_interleave(3, dim=0) for name, value in prompts.items()}
     expected = model.generate_cells(**repeated, **arguments, cell_ids=list(range(6)))
     assert drawn.counts.tolist() == expected.counts.tolist()
@@ -428,6 +551,10 @@ def test_sampled_counts_depend_on_seed_and_cell_alone(tiny_config, kind):
     assert model.generate_cells(**prompts, **arguments, seed=1).counts.tolist() != together.tolist()
 
 
+def test_seeds_of_cells_stay_what_they_were():
+    assert [hash_seed(3, 7), hash_seed(0, 0), hash_seed(1, -1)] == [8308050873407804673, 0, 8245168133484221968]
+
+
 def test_sampled_counts_have_the_predicted_mean(tiny_config):
     tiny_config.expression_head = "zinb"
     torch.manual_seed(0)
@@ -454,6 +581,32 @@ def test_language_and_expression_losses_add_up_with_their_weights(tiny_config):
     targets["target_attention_mask"][0] = 0
     out = model(**prompts, **make_cells([9]), **targets, labels=labels)
     torch.testing.assert_close(out.loss, 0.5 * out.language_loss + 2 * out.expression_loss)
+
+
+def test_accumulation_changes_no_gradient_of_a_plain_trainer(tiny_config, tmp_path):
+    tiny_config.expression_head = "nb"
+    torch.manual_seed(0)
+    start = ScMMGPTForConditionalGeneration(tiny_config)
+    prompts, cells = make_prompts(start, [1] * 8), make_cells([9] * 8)
+    length = len(make_prompts(start, [1])["input_ids"][0])
+    inputs = {name: value[:, -length:] for name, value in prompts.items()}
+    inputs.update(cells, labels=inputs["input_ids"].clone(), target_gene_ids=torch.arange(3, 8).expand(8, -1))
+    inputs.update(target_counts=torch.arange(40).view(8, 5), library_size=torch.full((8,), 1e3))
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(8)]
+    weights = []
+    for batch_size in (8, 2):
+        model = ScMMGPTForConditionalGeneration(tiny_config)
+        model.load_state_dict(start.state_dict())
+        options = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "max_steps": 1, "use_cpu": True}
+        options.update(per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size)
+        arguments = TrainingArguments(
+            str(tmp_path), save_strategy="no", report_to="none", disable_tqdm=True, **options
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append({name: value - start.state_dict()[name] for name, value in model.state_dict().items()})
+    assert weights[0]["model.expression_head.projection.weight"].abs().max() > 1e-3
+    for name, step in weights[0].items():
+        torch.testing.assert_close(weights[1][name], step, rtol=1e-3, atol=1e-6, msg=name)
 
 
 # -- joining and loading ----------------------------------------------------------------------------------------------

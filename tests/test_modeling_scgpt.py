@@ -1,7 +1,9 @@
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from scmmgpt import modeling_scgpt
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
@@ -283,6 +285,20 @@ def test_the_mvc_decoder_can_be_adapted(model, batch):
     torch.testing.assert_close(adapted.merge_and_unload().decode_mvc(cell, genes), with_lora)
 
 
+def test_an_offloaded_model_predicts_the_same(batch, tmp_path):
+    torch.manual_seed(0)
+    config = make_config(use_flag_embedding=True)
+    model = ScGPTModel(config).eval()
+    hidden = torch.zeros_like(batch["gene_ids"])
+    hidden[:, 2] = 1
+    inputs = {**batch, "generation_mask": hidden, "expression_labels": batch["expression"]}
+    expected = model(**inputs)
+    offloaded = disk_offload(model, tmp_path, execution_device=torch.device("cpu"), offload_buffers=True)
+    outputs = offloaded(**inputs)
+    torch.testing.assert_close(outputs.mvc_expression, expected.mvc_expression)
+    torch.testing.assert_close(outputs.last_hidden_state, expected.last_hidden_state)
+
+
 def test_expression_cannot_be_forgotten(model, batch):
     with pytest.raises(ValueError, match="expression is None"):
         model(batch["gene_ids"])
@@ -368,7 +384,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, batch):
     losses, gradients = [], []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model.zero_grad()
         loss = model(**batch, expression_labels=labels).loss
         loss.backward()
@@ -404,6 +420,22 @@ def hide(batch):
     hidden = torch.zeros_like(batch["gene_ids"], dtype=torch.bool)
     hidden[:, 2:4] = batch["cell_attention_mask"][:, 2:4].bool()
     return dict(batch, hidden_genes=hidden)
+
+
+@pytest.mark.parametrize("kind", [ScGPTModel, ScGPTForPreTraining])
+def test_a_plain_trainer_evaluates_the_loss(batch, tmp_path, kind):
+    inputs = {name: value[[0, 1, 3, 4]] for name, value in batch.items()}
+    torch.manual_seed(0)
+    model = kind(make_config()).eval()
+    hidden = (inputs["gene_ids"] > 20) & (inputs["cell_attention_mask"] == 1)
+    if kind is ScGPTModel:
+        inputs["expression_labels"] = inputs["expression"].masked_fill(~hidden, IGNORED_LABEL)
+    else:
+        inputs["hidden_genes"] = hidden
+    rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    evaluated = Trainer(model, arguments, eval_dataset=rows).evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(model(**inputs).loss.item(), rel=1e-4)
 
 
 def test_every_objective_of_pre_training_is_reported_and_summed(batch):

@@ -99,6 +99,12 @@ def test_two_processes_contrast_like_one(alignment, batch, tmp_path, strategy, s
     check_two_processes(tmp_path, alignment, batch, sharded if strategy == "fsdp" else [], halves)
 
 
+def test_two_processes_tell_texts_without_ids_apart(alignment, batch, tmp_path):
+    order = [0, 1, 2, 3, 5, 6, 7, 4]  # else the texts of both halves would have the same row numbers
+    batch = {name: value[order] for name, value in batch.items() if name != "text_ids"}
+    check_two_processes(tmp_path, alignment, batch, [], (slice(0, 4), slice(4, 8)))
+
+
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # logits, which nothing writes into
 def test_the_generative_model_can_be_sharded(tiny_model, tiny_processor, adata, tmp_path, sharded):
     cells, _ = tiny_processor.read_cells(adata[:4].copy())

@@ -53,6 +53,7 @@ class TuneTrainer(StreamTrainerMixin, SFTTrainer):
         self.language_weight, self.expression_weight = language_weight, expression_weight
         self.num_targets_in_batch: int | None = None
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # here alone: TRL divides the loss by the tokens of the whole step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Also count the target genes of the whole step, so that accumulation weighs every gene alike."""
