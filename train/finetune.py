@@ -372,7 +372,7 @@ def add_readout(
 @torch.no_grad()
 def projected_length(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> float:
     """Mean length of the projected queries of the first batch's cells, before normalisation."""
-    inputs = batches[0]
+    inputs = next(iter(batches))
     states = model.encode_cells(*(inputs[name] for name in CELL_INPUTS))
     queries = model.query_cells(states, inputs["cell_attention_mask"])
     return model.cell_projection(queries - model.query_means).norm(dim=-1).mean().item()
