@@ -9,7 +9,7 @@ SHELL := /bin/bash
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup test demo demo-tiny benchmark style check clean
+.PHONY: help setup test test-newest demo demo-tiny benchmark style check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -28,6 +28,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: setup ## all tests: offline, on the CPU, about three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+# The versions of constraints.txt are those of today. Whoever installs without them gets the newest of the ranges in
+# pyproject.toml, and what travels with the weights must run there too. Nothing of .venv is used; torch stays as it is.
+test-newest: ## model, processor and pipeline with the newest releases that pyproject.toml allows
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet torch==2.13.0
+	.venv-newest/bin/python -m pip install --quiet torch==2.13.0 -e '.[train,dev]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py
 
 demo: STEM := demo
 demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.
@@ -60,5 +68,5 @@ check: setup ## lint, formatting and types
 	mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/scmmgpt
 	cd $(VENV)/types && ../bin/python -m mypy --config-file ../../pyproject.toml
 
-clean: ## remove what make made: .venv and results
-	rm -rf $(VENV) results build *.egg-info
+clean: ## remove what make made: virtual environments and results
+	rm -rf $(VENV) .venv-newest results build *.egg-info
