@@ -166,6 +166,8 @@ class Cells:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"Cell {index} was asked for, but there are {len(self)}.")
             index = np.array([index])
+        rows: slice | np.ndarray
+        entries: slice | np.ndarray
         if isinstance(index, slice) and index.step in (None, 1):
             start, stop, _ = index.indices(len(self))
             stop = max(start, stop)

@@ -19,7 +19,7 @@ import numpy as np
 try:
     from numba import njit
 except ImportError:
-    njit = None
+    njit: Any = None
 
 
 # SplitMix64 (Steele, Lea and Flood 2014): the counter's increment and the two multipliers of its finaliser.
@@ -147,7 +147,7 @@ def _rank_counts(counts: np.ndarray, rank_of: np.ndarray, values: np.ndarray, en
         for rank in range(largest + 1):
             values[rank] = rank
             ends[rank] += ends[max(rank - 1, 0)]
-        return np.int64(largest) + 1
+        return int(largest) + 1
     order, n_ranks = np.argsort(counts), 0
     for position in range(len(counts)):
         count = counts[order[position]]

@@ -86,7 +86,11 @@ class MatrixVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as the report holds it."""
-        report = {"kind": self.kind, "conversion": self.conversion or "none", "evidence": dict(self.evidence)}
+        report: dict[str, Any] = {
+            "kind": self.kind,
+            "conversion": self.conversion or "none",
+            "evidence": dict(self.evidence),
+        }
         if self.logs:
             report["log_base"] = "e" if self.base == np.e else f"{self.base:g}"
         if self.target_sum is not None:
@@ -172,7 +176,8 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
     # Numba knows neither half floats, nor bytes in the order of other machines, nor words.
     is_known = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
     find = find_entries if is_known and kernels_pay(len(block)) else _find_entries_numpy
-    return _checked(CountRows(*find(np.ascontiguousarray(block)), block.shape))
+    indptr, columns, data = find(np.ascontiguousarray(block))
+    return _checked(CountRows(indptr, columns, data, block.shape))
 
 
 def _checked(rows: CountRows) -> CountRows:
@@ -264,7 +269,7 @@ class _Units:
 
     unit: np.ndarray  # float64 (n_cells,); NaN where none was found
     counts: np.ndarray  # float64 (nnz,): values / unit, rounded; only meaningful where a unit was found
-    evidence: np.ndarray | None  # float64 (n_cells,): minus log10 of the probability that such a fit is chance
+    evidence: np.ndarray  # float64 (n_cells,): minus log10 of the probability that such a fit is chance
 
 
 def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, weigh: bool = True) -> _Units:
@@ -281,13 +286,13 @@ def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, we
     found = np.full(n_cells, np.nan)
     evidence = np.zeros(n_cells)
     counts = np.zeros(len(linear))
-    pending = np.flatnonzero(lengths)
+    pending, every = np.flatnonzero(lengths), slice(None)
+    entries: slice | np.ndarray
     for multiple in range(1, MAX_UNIT + 1):
         if not len(pending):
             break
-        if len(pending) == n_cells:
-            entries, pointer = slice(None), indptr
-        else:
+        entries, pointer = every, indptr
+        if len(pending) < n_cells:
             entries = np.repeat(np.isin(np.arange(n_cells), pending), lengths)
             pointer = np.concatenate(([0], np.cumsum(lengths[pending])))
         row_lengths = lengths[pending]
@@ -323,7 +328,7 @@ def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, we
             positions = np.arange(len(linear))[entries][chosen]
             counts[positions] = np.rint(values[chosen] / np.repeat(unit, row_lengths[fits]))
         pending = pending[~fits]
-    return _Units(found, counts, evidence if weigh else None)
+    return _Units(found, counts, evidence)
 
 
 def _spread(totals: np.ndarray) -> float:
@@ -498,9 +503,9 @@ def _target_sum(
     likely = [total for total in LIKELY_TOTALS if np.all(total / unit >= totals / unit * 0.999)]
     for total in likely:
         sizes = total / unit
-        precise = not precision.absolute and precision.digits is None
-        precise = precise and np.median(sizes) * precision.relative < 5e-3
-        if precise and np.mean(np.abs(sizes - np.rint(sizes)) < 0.1) > 0.9:
+        unrounded = not precision.absolute and precision.digits is None
+        precise = np.median(sizes) * precision.relative < 5e-3
+        if unrounded and precise and np.mean(np.abs(sizes - np.rint(sizes)) < 0.1) > 0.9:
             return total, "library sizes become integers"
     return (likely[0], "assumed") if likely else (None, "unknown")
 
@@ -541,15 +546,9 @@ def convert_rows(
 ) -> tuple[CountRows, np.ndarray | None, int]:
     """Convert values to counts as the verdict says (see the table at the top of this file).
 
-    Args:
-        rows: The values as they are stored.
-        verdict: What they are.
-        known_totals: Counts per cell over all genes of the original data, `(n_cells,)`, where they are known.
-
-    Returns:
-        Counts, or normalised values on a linear scale where counts cannot be had; library sizes, float64
-        `(n_cells,)`, or `None` where they are the sums of the counts; and the number of cells whose counts could not
-        be recovered.
+    `known_totals` are the counts per cell over all genes of the original data, `(n_cells,)`. Returns counts, or
+    normalised values where counts cannot be had; library sizes, float64 `(n_cells,)`, or `None` where they are the
+    sums of the counts; and the number of cells whose counts could not be recovered.
     """
     if not verdict.usable:
         raise ValueError(f"The values are {verdict.kind}: no counts can be had of them.")
