@@ -3,6 +3,7 @@
 import enum
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,14 +31,35 @@ class RandomStream(enum.IntEnum):
     CAPTION = 35  # which template, and which synonyms
 
 
+COUNTS_PER_10K = 1e4  # "CP10k": the library size that normalised expression is given for, everywhere in the project
+
 # Seeds that set a draw apart where the stream is that of another draw.
 TARGET_SEED = 0x7A46  # target genes of generation: `RandomStream.MASK`
 DIRECTION_SEED = 0x5EED  # whether a cell is described or generated: `hash_names`
 INSTRUCTION_SEED = 0x1257  # order of conversations
 
 
+def hashes(n: int, *key: int) -> np.ndarray:
+    """`n` random numbers, `uint64 (n,)`, that depend on the key alone: a seed, an epoch, a place in an order."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = mix64((state ^ np.uint64(part % 2**64)) + GOLDEN_GAMMA)
+    return mix64((mix64(np.arange(n, dtype=np.uint64) + GOLDEN_GAMMA) ^ state) + GOLDEN_GAMMA)
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A random order of `range(n)`, `int64 (n,)`, that depends on the key alone."""
+    return np.argsort(hashes(n, *key), kind="stable")
+
+
+def hash_seed(seed: int, cell_id: int) -> int:
+    """A 63-bit seed from two integers; those of neighbouring ids have nothing in common."""
+    state = np.array([(int(seed) * int(GOLDEN_GAMMA) + int(cell_id)) % 2**64], dtype=np.uint64)
+    return int(mix64(state)[0]) >> 1
+
+
 @functools.lru_cache(maxsize=64)
-def _stream_key(seed, epoch, stream):
+def _stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
     key = np.zeros(1, dtype=np.uint64)
     for part in (seed, epoch, stream):
         key = mix64(key + GOLDEN_GAMMA + np.uint64(part % 2**64))
@@ -301,7 +323,43 @@ def sorting_order(keys, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def normalize_log1p(cells: Cells, target_sum: float = 1e4) -> np.ndarray:
+def library_scale(library_sizes: np.ndarray, target_sum: float = COUNTS_PER_10K) -> np.ndarray:
+    """What the counts of each cell are multiplied by to sum to `target_sum`; 0 for a cell without counts.
+
+    Args:
+        library_sizes: `(n_cells,)`: counts per cell.
+        target_sum: Counts per cell after scaling.
+
+    Returns:
+        `float64 (n_cells,)`.
+    """
+    sizes = np.asarray(library_sizes, dtype=np.float64)
+    return np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+
+
+def log1p_cp10k(counts: Any, library_sizes: np.ndarray, target_sum: float = COUNTS_PER_10K) -> Any:
+    """log1p of counts scaled to a library of `target_sum`, of a matrix; [`normalize_log1p`] is for [`Cells`].
+
+    Args:
+        counts: Raw counts, `(n_cells, n_genes)`: an array or a SciPy sparse matrix.
+        library_sizes: `(n_cells,)`: counts per cell over all genes, of which the matrix may hold some.
+        target_sum: Counts per cell after scaling.
+
+    Returns:
+        float32 `(n_cells, n_genes)`: an array, or a CSR matrix for a sparse one.
+    """
+    scale = library_scale(library_sizes, target_sum)[:, None]
+    if hasattr(counts, "tocsr"):
+        return counts.multiply(scale).tocsr().astype(np.float32).log1p()
+    return np.log1p(counts * scale).astype(np.float32)
+
+
+def _scaled_counts(cells: Cells, target_sum: float) -> np.ndarray:
+    """`float64 (nnz,)`: counts after scaling each cell to `target_sum`."""
+    return cells.counts * np.repeat(library_scale(cells.library_sizes(), target_sum), np.diff(cells.indptr))
+
+
+def normalize_log1p(cells: Cells, target_sum: float = COUNTS_PER_10K) -> np.ndarray:
     """log1p of counts scaled to a library of `target_sum`, as `scanpy.pp.normalize_total` and `log1p`.
 
     Args:
@@ -311,8 +369,7 @@ def normalize_log1p(cells: Cells, target_sum: float = 1e4) -> np.ndarray:
     Returns:
         `float32 (nnz,)`, aligned with `cells.counts`: ln(1 + count / library size * target_sum).
     """
-    scale = target_sum / np.maximum(cells.library_sizes().astype(np.float64), np.finfo(np.float32).tiny)
-    return np.log1p(cells.counts * np.repeat(scale, np.diff(cells.indptr))).astype(np.float32)
+    return np.log1p(_scaled_counts(cells, target_sum)).astype(np.float32)
 
 
 def hellinger_profile(cells: Cells) -> np.ndarray:
@@ -327,5 +384,4 @@ def hellinger_profile(cells: Cells) -> np.ndarray:
     Returns:
         `float32 (nnz,)`, aligned with `cells.counts`: sqrt(count / library size).
     """
-    scale = 1 / np.maximum(cells.library_sizes().astype(np.float64), np.finfo(np.float32).tiny)
-    return np.sqrt(cells.counts * np.repeat(scale, np.diff(cells.indptr))).astype(np.float32)
+    return np.sqrt(_scaled_counts(cells, 1.0)).astype(np.float32)

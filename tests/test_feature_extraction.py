@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from transformers import AutoFeatureExtractor
 
 from scmmgpt import feature_extraction_scmmgpt, kernels_scmmgpt
-from scmmgpt.cells_scmmgpt import Cells, hash_names, normalize_log1p
+from scmmgpt.cells_scmmgpt import (
+    Cells,
+    hash_names,
+    hash_seed,
+    hashes,
+    log1p_cp10k,
+    normalize_log1p,
+    permutation,
+)
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, bin_counts, mask_genes
 
 
@@ -219,6 +227,19 @@ def test_log1p_is_that_of_scanpy():
     scanpy.pp.log1p(adata)
     ours = normalize_log1p(Cells.from_dense(counts, np.arange(30)), 1e4)
     np.testing.assert_allclose(ours, adata.X[counts > 0], rtol=1e-6)
+
+
+def test_log1p_of_a_matrix_is_that_of_its_cells():
+    counts = np.array([[3, 0, 7], [0, 0, 0], [1, 0.25, 0]], dtype=np.float32)
+    sizes = np.array([20, 0, 0.5])
+    expected = [[math.log1p(1500), 0, math.log1p(3500)], [0, 0, 0], [math.log1p(20_000), math.log1p(5000), 0]]
+    np.testing.assert_allclose(log1p_cp10k(counts, sizes), expected, rtol=1e-6)
+    sparse = log1p_cp10k(sp.csr_matrix(counts), sizes)
+    assert sparse.dtype == np.float32
+    np.testing.assert_allclose(sparse.toarray(), expected, rtol=1e-6)
+    filled = counts > 0
+    cells = Cells(np.r_[0, filled.sum(axis=1).cumsum()], np.nonzero(filled)[1], counts[filled], np.arange(3), sizes)
+    np.testing.assert_allclose(normalize_log1p(cells), np.array(expected)[filled], rtol=1e-6)
 
 
 def test_log1p_counts_the_genes_outside_the_vocabulary():
@@ -602,6 +623,20 @@ def reference_name_hash(name):
     for character in name:
         state = split_mix((state + ord(character) * 0x9E3779B97F4A7C15) % WORD)
     return state
+
+
+def test_hashes_are_those_of_their_key():
+    def reference(i, *key):
+        state = 0
+        for part in key:
+            state = split_mix(((state ^ part % WORD) + 0x9E3779B97F4A7C15) % WORD)
+        return split_mix(((split_mix(i + 0x9E3779B97F4A7C15) ^ state) + 0x9E3779B97F4A7C15) % WORD)
+
+    expected = [reference(i, 3, -1, 2**64 - 1) for i in range(50)]
+    assert hashes(50, 3, -1, 2**64 - 1).tolist() == expected
+    assert permutation(50, 3, -1, 2**64 - 1).tolist() == sorted(range(50), key=expected.__getitem__)
+    for seed, cell_id in ((0, 0), (7, 2**64 - 1), (2**62, 5)):
+        assert hash_seed(seed, cell_id) == split_mix((seed * 0x9E3779B97F4A7C15 + cell_id) % WORD) >> 1
 
 
 @given(matrices(), st.floats(0.01, 1.0), st.integers(0, 3))
