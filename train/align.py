@@ -24,12 +24,12 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import qformer_from_bert
+from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, embed_genes_by_name, standardize
-from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_curves, save_run
+from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_curves, save_run
 
 
 MAX_VALIDATION_CELLS = 2_000  # cells that are annotated and retrieved while training, at most
@@ -59,20 +59,20 @@ class AlignTrainer(ModelLossTrainer):
         """
         model = self.accelerator.unwrap_model(self.model).eval()
         # All ranks measure the same cells: among a share of them each would find more.
-        batches, features, types, captions = self.eval_batches.of_all_ranks(), [], [], []
-        batches.set_epoch(0)
-        for cells, obs in batches.stream:
-            inputs = batches.collate.processor(cells=cells, max_genes=batches.collate.max_genes).to(self.args.device)
+        dataset, features, types, captions = self.eval_dataset.of_all_ranks(), [], [], []
+        collate = dataset.collate
+        for cells, obs, _ in dataset.source.batches():
+            inputs = collate.processor(cells=cells, max_genes=collate.max_genes).to(self.args.device)
             features.append(model.get_cell_features(**inputs))
             types.append(obs["cell_type"])
-            captions += self.captions.caption(obs, cells, batches.collate.gene_symbols)
+            captions += self.captions.caption(obs, cells, collate.gene_symbols)
             if sum(map(len, types)) >= MAX_VALIDATION_CELLS:
                 break
         features, types = torch.cat(features), np.concatenate(types)
 
         def similarity_to(texts: list[str]) -> torch.Tensor:
             pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
-            inputs = (batches.collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
+            inputs = (collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
             # Piece by piece: every query of every cell against every caption at once would take half a gigabyte.
             text_features = (model.get_text_features(**piece) for piece in inputs)
             return torch.cat([cell_text_similarity(features, piece).float().cpu() for piece in text_features], dim=1)
@@ -215,12 +215,11 @@ def build_model(corpus: Corpus, model_args: AlignModelArguments, **objective):
 
 
 @torch.no_grad()
-def standardize_projections(model: ScMMGPTForCellTextAlignment, batches: StreamBatches) -> None:
+def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> None:
     """Start both projections into the shared space from what they will read; see [`standardize`]."""
     model.eval()
     query_states, text_states = [], []
-    for step in range(len(batches)):
-        batch = batches[step]
+    for batch in dataset:
         cell_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
         query_states.append(model.query_cells(cell_states, batch["cell_attention_mask"]))
         text_states.append(model.read_texts(batch["qformer_input_ids"], batch["qformer_attention_mask"]))
@@ -247,10 +246,6 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         "contrastive_weight matching_weight captioning_weight cell_pretraining_weight matching_batch_size "
         "contrastive_group_size"
     ).split()
-    if training_args.ontology_temperature and training_args.world_size > 1:
-        raise ValueError(
-            "Soft targets compare the texts of one process: set ontology_temperature to 0, or train in one."
-        )
     model, qformer_tokenizer, pretrained = build_model(
         corpus, model_args, **{name: getattr(training_args, name) for name in objective}
     )
@@ -267,13 +262,14 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         mask_ratio=mask_ratio,
         mask_value=model.config.cell_config.mask_value,
         max_genes=data_args.max_genes,
-        ontology_temperature=training_args.ontology_temperature,
         paired=training_args.contrastive_group_size is not None,
     )
-    train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+    train_dataset, eval_dataset = make_datasets(
+        corpus, collate, training_args, balance=data_args.balance, temperature=data_args.balance_temperature
+    )
 
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
-        standardize_projections(model, train_batches.of_all_ranks())
+        standardize_projections(model, train_dataset.of_all_ranks())
 
     # --- Training
     unused = ["cell_model.mvc_decoder.", "cell_model.expression_decoder."]
@@ -288,46 +284,16 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         model=model,
         args=training_args,
         processing_class=processor,
-        train_dataset=train_batches,
-        eval_dataset=eval_batches,
-        train_batches=train_batches,
-        eval_batches=eval_batches,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         is_pretrained=pretrained.__contains__,
         captions=captions,
         write_card=functools.partial(write_card, training_args.output_dir, "align", corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if eval_batches is not None:
+    if eval_dataset is not None:
         trainer.evaluate()
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
-
-
-def data_seed(training_args) -> int:
-    """Seed of order, captions and sampling."""
-    return training_args.seed if training_args.data_seed is None else training_args.data_seed
-
-
-def make_batches(
-    corpus: Corpus, collate, data_args: DataArguments, training_args
-) -> tuple[StreamBatches, StreamBatches | None]:
-    """Training and validation batches of this rank; no validation batches where none are asked for or there are."""
-    share = {"rank": training_args.process_index, "world_size": training_args.world_size}
-    train = CellStream(
-        corpus,
-        split="train",
-        batch_size=training_args.per_device_train_batch_size,
-        drop_last=training_args.dataloader_drop_last,
-        seed=data_seed(training_args),
-        balance=data_args.balance,
-        temperature=data_args.balance_temperature,
-        **share,
-    )
-    if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
-        return StreamBatches(train, collate), None
-    validation = CellStream(
-        corpus, split="validation", batch_size=training_args.per_device_eval_batch_size, shuffle=False, **share
-    )
-    return StreamBatches(train, collate), StreamBatches(validation, collate)
 
 
 def finish(trainer, command: str, **arguments) -> None:

@@ -15,7 +15,6 @@ import functools
 from importlib import import_module
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
@@ -27,16 +26,17 @@ from trl import SFTTrainer, TrlParser
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train.align import data_seed, finish, make_batches
+from scmmgpt.train.align import finish
 from scmmgpt.train.arguments import TuneConfig, TuneDataArguments, TuneModelArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import load_causal_lm, resolve_source
+from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.instructions import InstructionBatches, read_instructions
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
-from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze
+from scmmgpt.train.trainer import StreamTrainer, data_seed, freeze, make_datasets
 
 
 # The language model's linear layers and nothing else: suffixes would also hit the Q-Former's.
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class TuneTrainer(StreamTrainerMixin, SFTTrainer):
+class TuneTrainer(StreamTrainer, SFTTrainer):
     """`SFTTrainer` whose language loss stays TRL's, plus the expression loss of the cells that texts generate.
 
     TRL runs the backbone and computes the language loss from its last states; the expression loss comes out of the
@@ -257,21 +257,20 @@ def join(alignment: ScMMGPTForCellTextAlignment, language_model, processor: ScMM
 
 
 @torch.no_grad()
-def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: StreamBatches) -> None:
+def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
     """Start the projection onto condition tokens from what texts differ in."""
     model.eval()
     parts, prompts = model.model, {}
     n_cells = 0
-    for step in range(len(batches)):
+    for batch in dataset:
         if n_cells >= PROMPT_CELLS:  # cells, not batches: the start must not depend on the batch size
             break
-        batch = batches[step]
         generates = batch["target_attention_mask"].any(dim=1)
         n_cells += int((~generates).sum()) + len(batch["target_rows"])
         for ids, mask in zip(batch["input_ids"][generates], batch["attention_mask"][generates], strict=True):
             prompts.setdefault(tuple(ids[mask.bool()].tolist()))
     if prompts:
-        inputs = batches.collate.processor.tokenizer.pad(
+        inputs = dataset.collate.processor.tokenizer.pad(
             {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         states = parts.language_model(**inputs, use_cache=False).last_hidden_state.float()
@@ -287,13 +286,13 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: St
 
 @torch.no_grad()
 def standardize_language_projection(
-    model: ScMMGPTForConditionalGeneration, batches, processor: ScMMGPTProcessor
+    model: ScMMGPTForConditionalGeneration, dataset: BatchDataset, processor: ScMMGPTProcessor
 ) -> None:
     """Start the projection into the language model from what it will read, in the size of the model's embeddings."""
     model.eval()
     states = []
-    for cells, _ in batches.stream:
-        inputs = processor(cells=cells, max_genes=batches.collate.max_genes).to(model.device)
+    for cells, *_ in dataset.source.batches():
+        inputs = processor(cells=cells, max_genes=dataset.collate.max_genes).to(model.device)
         cell_states = model.model.encode_cells(**inputs)
         states.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]))
         if sum(map(len, states)) >= PROJECTION_CELLS:
@@ -424,18 +423,20 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         target_genes=measured_genes(corpus),
         max_genes=data_args.max_genes,
     )
-    train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+    train_dataset, eval_dataset = make_datasets(
+        corpus, collate, training_args, balance=data_args.balance, temperature=data_args.balance_temperature
+    )
     instructions = None
     if data_args.instructions is not None:
         instructions = read_instructions(data_args.instructions, corpus, processor)
 
     # Every rank starts from the same cells and so from the same weights; FSDP broadcasts none.
-    standardize_language_projection(model, train_batches.of_all_ranks(), processor)
+    standardize_language_projection(model, train_dataset.of_all_ranks(), processor)
     if training_args.text_to_cell_ratio > 0:
-        standardize_text_to_cell(model, train_batches.of_all_ranks())
+        standardize_text_to_cell(model, train_dataset.of_all_ranks())
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
-        train_batches = InstructionBatches(train_batches, instructions, ratio=ratio, seed=seed)
+        train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
 
     # --- Training
     base = None if model_args.language_model == "scratch" else model_args.language_model
@@ -444,13 +445,10 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         model=model,
         args=training_args,
         processing_class=processor,
-        # TRL asks for a dataset of its own kind; the batches come from the stream.
-        train_dataset=datasets.Dataset.from_dict({"step": range(len(train_batches))}),
-        eval_dataset=None if eval_batches is None else datasets.Dataset.from_dict({"step": range(len(eval_batches))}),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=lambda examples: examples,
         peft_config=add_lora(model, model_args),
-        train_batches=train_batches,
-        eval_batches=eval_batches,
         is_pretrained=is_pretrained,
         write_card=functools.partial(write_card, training_args.output_dir, "tune", corpus, **bases),
         **weights,
