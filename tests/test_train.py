@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -498,25 +499,28 @@ def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(co
     ]
     rows = [{"messages": turns, "cell_ids": [str(ids[i]), str(ids[i + 1])]} for i in range(5)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {
-        "instructions": tmp_path / "chats.jsonl",
-        "instruction_ratio": 0.5,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "steps",
-        "save_steps": 3,
-    }
-    whole = run_tune(corpus, aligned, str(tmp_path / "whole"), max_steps=6, **options)
-    run_tune(corpus, aligned, str(tmp_path / "cut"), max_steps=3, **options)
-    checkpoint = tmp_path / "cut" / "checkpoint-3"
-    resumed = run_tune(
-        corpus, aligned, str(tmp_path / "cut"), max_steps=6, resume_from_checkpoint=checkpoint, **options
-    )
-    assert log_of(tmp_path / "whole", "language_loss") == log_of(tmp_path / "cut", "language_loss")
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
+    options = {"instructions": tmp_path / "chats.jsonl", "instruction_ratio": 0.5}
+    check_cut(lambda path, **settings: tune_only(corpus, aligned, path, **settings), tmp_path, 6, 9, **options)
     plain = tmp_path / "plain"
     run_tune(corpus, aligned, str(plain), max_steps=1)
     assert log_of(plain, "language_loss")[0] != log_of(tmp_path / "whole", "language_loss")[0]
+
+
+@pytest.mark.parametrize("command", [align, tune])
+def test_epochs_are_counted_on_a_streamed_dataset(corpus, bert, aligned, tmp_path, monkeypatch, command):
+    trainer_class = align.AlignTrainer if command is align else tune.TuneTrainer
+    train, seen = trainer_class.train, []
+    monkeypatch.setattr(
+        trainer_class, "train", lambda self, **options: seen.append(self.train_dataset) or train(self, **options)
+    )
+    options = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"}
+    run, start = (align_only, bert) if command is align else (tune_only, aligned)
+    run(corpus, start, str(tmp_path), **options)
+    assert isinstance(seen[0], datasets.IterableDataset)
+    assert len(seen[0]) == 4
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [line["epoch"] for line in history if "loss" in line] == [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]
+    assert {line["epoch"] for line in history if "eval_loss" in line} == {1, 2}
 
 
 def test_contrasts_differ_in_what_counts_as_right(corpus, bert, tmp_path):

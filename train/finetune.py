@@ -27,11 +27,10 @@ proportion that fits held-out cells best; a new model has queries that begin by 
 `finetune.json` in the output says what was tried and what came out.
 """
 
-import copy
 import json
 import logging
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,9 +59,9 @@ from scmmgpt.reading_scmmgpt import choose_input, read_cells
 from scmmgpt.train.align import build_model, build_processor, data_seed
 from scmmgpt.train.arguments import FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
 from scmmgpt.train.data import ontology
-from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
+from scmmgpt.train.data.labelled import LabelledBatches
 from scmmgpt.train.data.prepare import SPECIAL_TOKENS
 from scmmgpt.train.trainer import ModelLossTrainer, freeze, save_run
 
@@ -405,84 +404,10 @@ def set_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LabelledCells:
-    """Labelled cells in memory, as a source of [`BatchDataset`].
-
-    Args:
-        cells: The cells.
-        targets: int64 `(n_cells,)`.
-        batch_size: Cells per batch.
-        seed: Of the order, which is another one in every epoch; `None` keeps the cells in theirs.
-        rank, world_size: This process, of how many.
-    """
-
-    def __init__(
-        self,
-        cells: Cells,
-        targets: np.ndarray,
-        *,
-        batch_size: int,
-        seed: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.cells, self.targets, self.n_cells = cells, targets, len(cells)
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-
-    def __len__(self) -> int:
-        per_rank = -(-self.n_cells // self.world_size)
-        return -(-per_rank // self.batch_size)
-
-    def batches(
-        self, epoch: int = 0, start: int = 0
-    ) -> Generator[tuple[Cells, dict[str, np.ndarray], int], None, None]:
-        """Cells, their `target`s, and the epoch of their random draws: always the same one without a seed."""
-        order = np.arange(self.n_cells)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        # Every rank takes as many steps; the last ones repeat a few cells where the number does not divide.
-        per_rank = -(-len(order) // self.world_size)
-        own = np.resize(order, per_rank * self.world_size)[self.rank :: self.world_size]
-        for step in range(start, len(self)):
-            rows = own[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.cells[rows], {"target": self.targets[rows]}, 0 if self.seed is None else epoch
-
-    def for_rank(self, rank: int, world_size: int) -> "LabelledCells":
-        """The same cells as another rank reads them."""
-        other = copy.copy(self)
-        other.rank, other.world_size = rank, world_size
-        return other
-
-    def identity(self) -> dict:
-        """What a position within an epoch depends on."""
-        return {"batch_size": self.batch_size, "seed": self.seed, "world_size": self.world_size}
-
-
-def targets_of(dataset: BatchDataset) -> np.ndarray:
-    """The label of every cell of a dataset over [`LabelledCells`], int64 `(n_cells,)`."""
-    assert isinstance(dataset.source, LabelledCells)
-    return dataset.source.targets
-
-
-class LabelCollator:
-    """Inputs of cells, and the texts of all labels in every batch.
-
-    Args:
-        processor: Makes every input.
-        texts: Of all labels.
-    """
-
-    def __init__(self, processor: ScMMGPTProcessor, texts: Sequence[str]) -> None:
-        self.processor, self.text_inputs = processor, dict(processor(qformer_text=list(texts)))
-
-    def __call__(self, cells: Cells, obs: dict[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """Inputs of the model, and `labels` int64 `(n_cells,)`."""
-        inputs = self.processor(cells=cells, epoch=epoch)
-        return {**inputs, **self.text_inputs, "labels": torch.from_numpy(obs["target"])}
-
-
 class FinetuneTrainer(ModelLossTrainer):
     """Trainer of cell -> label, each label standing by its text."""
+
+    eval_dataset: LabelledBatches
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -497,15 +422,12 @@ class FinetuneTrainer(ModelLossTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss, accuracy and macro-F1 on the validation cells; every rank reads all of them."""
         similarity = read_similarity(self.accelerator.unwrap_model(self.model), self.eval_dataset)
         scale = self.accelerator.unwrap_model(self.model).logit_scale.exp().item()
-        scores = scores_of(similarity * scale, targets_of(self.eval_dataset))
+        scores = scores_of(similarity * scale, self.eval_dataset.targets.numpy())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -523,14 +445,13 @@ def scores_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def read_similarity(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> np.ndarray:
+def read_similarity(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> np.ndarray:
     """Cosine similarity of every cell with every label's text, `(n_cells, n_labels)`."""
     model.eval()
     device = model.logit_scale.device
-    text_inputs = dataset.collate.text_inputs
-    text_features = model.get_text_features(**{name: value.to(device) for name, value in text_inputs.items()})
+    text_features = model.get_text_features(**{name: value.to(device) for name, value in batches.text_inputs.items()})
     rows = []
-    for batch in dataset:
+    for batch in batches:
         inputs = {k: v.to(device) for k, v in batch.items() if k != "labels" and not k.startswith("qformer_")}
         rows.append(cell_text_similarity(model.get_cell_features(**inputs), text_features))
     return torch.cat(rows).float().cpu().numpy()
@@ -585,7 +506,7 @@ def load_checkpoint(path: str):
 
 
 @torch.no_grad()
-def add_readout(model, readout, profiles: csr_matrix, eval_dataset: BatchDataset | None) -> float:
+def add_readout(model, readout, profiles: csr_matrix, eval_batches: LabelledBatches | None) -> float:
     """Set the readout and the temperature; returns what the readout was multiplied by.
 
     Queries that say something already (a checkpoint's) and the readout are added in the proportion that fits the
@@ -599,15 +520,15 @@ def add_readout(model, readout, profiles: csr_matrix, eval_dataset: BatchDataset
     if silent:
         candidates = [1 / length]
     else:
-        unit = projected_length(model, eval_dataset) / length if eval_dataset is not None else 1 / length
-        candidates = [unit * share for share in (READOUT_SHARES if eval_dataset is not None else (1.0,))]
+        unit = projected_length(model, eval_batches) / length if eval_batches is not None else 1 / length
+        candidates = [unit * share for share in (READOUT_SHARES if eval_batches is not None else (1.0,))]
     best = None
     for scale in candidates:
         set_readout(model, weights, bias, scale)
-        if eval_dataset is None:
+        if eval_batches is None:
             set_temperature(model, DEFAULT_TEMPERATURE)
             return scale
-        similarity, targets = read_similarity(model, eval_dataset), targets_of(eval_dataset)
+        similarity, targets = read_similarity(model, eval_batches), eval_batches.targets.numpy()
         temperature = fit_temperature(similarity, targets)
         loss = negative_log_likelihood(similarity / temperature, targets)
         if best is None or loss < best[0]:
@@ -617,9 +538,9 @@ def add_readout(model, readout, profiles: csr_matrix, eval_dataset: BatchDataset
     return best[1]
 
 
-def projected_length(model, dataset: BatchDataset) -> float:
+def projected_length(model, batches: LabelledBatches) -> float:
     """Mean length of what the queries of the first batch's cells say in the shared space, before normalisation."""
-    inputs = next(iter(dataset))
+    inputs = next(iter(batches))
     states = model.encode_cells(*(inputs[name] for name in CELL_INPUTS))
     queries = model.query_cells(states, inputs["cell_attention_mask"])
     return model.cell_projection(queries).norm(dim=-1).mean().item()
@@ -628,8 +549,8 @@ def projected_length(model, dataset: BatchDataset) -> float:
 def take_gradient_steps(
     model: ScMMGPTForCellTextAlignment,
     processor: ScMMGPTProcessor,
-    train_dataset: BatchDataset,
-    eval_dataset: BatchDataset | None,
+    train_batches: LabelledBatches,
+    eval_batches: LabelledBatches | None,
     training_args: FinetuneConfig,
     pretrained: set[str],
 ) -> list[dict]:
@@ -642,22 +563,22 @@ def take_gradient_steps(
     )
     freeze(model, lambda name: name.startswith(unused) or name == "logit_scale")
     callbacks = []
-    if eval_dataset is not None:
+    if eval_batches is not None:
         training_args.eval_strategy = IntervalStrategy.EPOCH
         callbacks.append(KeepBest(model, training_args.patience))
     trainer = FinetuneTrainer(
         model=model,
         args=training_args,
         processing_class=processor,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=train_batches,
+        eval_dataset=eval_batches,
         is_pretrained=pretrained.__contains__,
         callbacks=callbacks,
     )
-    if eval_dataset is not None:
+    if eval_batches is not None:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if eval_dataset is not None:
+    if eval_batches is not None:
         callbacks[0].restore()
     model.requires_grad_(True)
     return [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -740,19 +661,20 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
     processor.feature_extractor.return_profile = True
     cells = all_cells[labels.rows]
 
-    def dataset_of(rows: np.ndarray, batch_size: int, **order: Any) -> BatchDataset:
-        source = LabelledCells(cells[rows], labels.targets[rows], batch_size=batch_size, **order)
-        return BatchDataset(source, LabelCollator(processor, labels.texts))
+    def batches(rows: np.ndarray, batch_size: int, **order) -> LabelledBatches:
+        return LabelledBatches(
+            processor, cells[rows], labels.targets[rows], labels.texts, batch_size=batch_size, **order
+        )
 
     # --- The readout
     n_labels = len(labels.names)
     n_genes = len(processor.gene_tokenizer)
     profiles, unlabelled = profile_matrix(cells, n_genes), profile_matrix(all_cells[unlabelled_rows], n_genes)
     targets = labels.targets
-    eval_dataset = dataset_of(validation, training_args.per_device_eval_batch_size) if len(validation) else None
+    eval_batches = batches(validation, training_args.per_device_eval_batch_size) if len(validation) else None
     record = {"labels": dict(zip(labels.names, labels.texts, strict=True))}
     record["cells"] = {"train": len(train), "validation": len(validation), "unlabelled": len(unlabelled_rows)}
-    if eval_dataset is not None:
+    if eval_batches is not None:
         record["readout_losses"] = choose_regression(
             profiles[train], targets[train], profiles[validation], targets[validation], n_labels, unlabelled
         )
@@ -770,20 +692,20 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
 
     text_features = model.eval().get_text_features(**processor(qformer_text=labels.texts)).detach()
     first = readout_of(fit_regression(train), text_features)
-    share = add_readout(model, first, profiles[train], eval_dataset)
+    share = add_readout(model, first, profiles[train], eval_batches)
     record["readout_share"] = share
 
     # --- Gradient steps
     epochs = training_args.num_train_epochs
     if epochs is None:
         epochs = DEFAULT_EPOCHS if model_args.checkpoint is not None else 0
-    if eval_dataset is not None:
+    if eval_batches is not None:
         record["before"] = scores_of(
-            read_similarity(model, eval_dataset) * model.logit_scale.exp().item(), targets_of(eval_dataset)
+            read_similarity(model, eval_batches) * model.logit_scale.exp().item(), eval_batches.targets.numpy()
         )
     if epochs > 0:
         training_args.num_train_epochs = epochs
-        train_dataset = dataset_of(
+        train_batches = batches(
             train,
             training_args.per_device_train_batch_size,
             seed=seed,
@@ -791,15 +713,15 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
             world_size=training_args.world_size,
         )
         record["epochs"] = take_gradient_steps(
-            model, processor, train_dataset, eval_dataset, training_args, pretrained
+            model, processor, train_batches, eval_batches, training_args, pretrained
         )
 
     # --- All labelled cells, temperature, checkpoint
     temperature = DEFAULT_TEMPERATURE
-    if eval_dataset is not None:
-        similarity = read_similarity(model, eval_dataset)
-        temperature = fit_temperature(similarity, targets_of(eval_dataset))
-        record["after"] = scores_of(similarity / temperature, targets_of(eval_dataset))
+    if eval_batches is not None:
+        similarity = read_similarity(model, eval_batches)
+        temperature = fit_temperature(similarity, eval_batches.targets.numpy())
+        record["after"] = scores_of(similarity / temperature, eval_batches.targets.numpy())
         everything = readout_of(fit_regression(np.arange(len(targets))), text_features)
         readout = model.profile_readout
         with torch.no_grad():  # what gradient steps added stays
@@ -808,7 +730,7 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
     set_temperature(model, temperature)
     record["temperature"] = temperature
     bonus = 0.0
-    if eval_dataset is not None and not model.cell_projection.weight.any():  # cells lie where the readout puts them
+    if eval_batches is not None and not model.cell_projection.weight.any():  # cells lie where the readout puts them
         held_out = profiles[validation], targets[validation]
         bonus = choose_unseen_bonus(profiles[train], targets[train], *held_out, text_features)
     record["unseen_bonus"] = bonus
