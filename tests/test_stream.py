@@ -405,6 +405,19 @@ def test_a_dataset_yields_finished_batches_of_the_epoch_that_is_set(corpus):
     assert dataset.n_cells_read == 3000
 
 
+def test_threads_collate_with_copies(corpus):
+    class Collator:
+        calls = ()
+
+        def __call__(self, cells, obs, *, epoch):
+            self.calls = (*self.calls, threading.current_thread().name)
+            return {"n_calls": len(self.calls)}
+
+    dataset = BatchDataset(stream_of(corpus), Collator(), workers=2)
+    assert sum(batch["n_calls"] for batch in dataset) >= len(dataset)
+    assert dataset.collate.calls == ()
+
+
 def test_a_batch_that_can_not_be_made_is_an_error_of_the_consumer(corpus):
     def broken(cells, obs, *, epoch):
         raise KeyError("no such column")

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class PretrainArguments:
     value_mode: Literal["binned", "log1p", "raw"] = field(default="binned", metadata={"help": "Expression values."})
     selection: Literal["random", "top"] = field(default="random", metadata={"help": "Which genes a long cell keeps."})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.cell_config = parse_fields("cell_config", self.cell_config)
 
 
@@ -113,7 +113,6 @@ class PretrainCollator:
 def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForPreTraining, ScMMGPTFeatureExtractor]:
     """The model to train and the feature extractor that belongs to it."""
     vocabulary = corpus.vocabulary
-    assert isinstance(arguments.cell_config, dict)
     if arguments.cell_model is None:
         config = ScGPTConfig(
             **{
@@ -154,8 +153,7 @@ def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
 
 def make_parser(prog: str | None = None) -> TrlParser:
     """The command line."""
-    classes: Any = (PretrainArguments, PretrainConfig)
-    return TrlParser(classes, prog=prog, description=__doc__)
+    return TrlParser((PretrainArguments, PretrainConfig), prog=prog, description=__doc__)
 
 
 def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:

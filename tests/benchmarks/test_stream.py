@@ -321,8 +321,8 @@ def test_what_trainers_read_comes_thirty_times_as_fast_as_in_the_reference(resul
     assert speed_ratio(results, "ours_dataset_tokens", "reference_tokens") >= 30
 
 
-def test_the_published_layout_alone_comes_twenty_times_as_fast_as_in_the_reference(results):
-    assert speed_ratio(results, "ours_published_tokens", "reference_tokens") >= 20
+def test_the_published_layout_alone_comes_twelve_times_as_fast_as_in_the_reference(results):
+    assert speed_ratio(results, "ours_published_tokens", "reference_tokens") >= 12
 
 
 def test_a_cell_costs_little_cpu_and_memory(results):

@@ -71,7 +71,6 @@ class BlockReader:
     Attributes:
         columns: Annotations that are read.
         sizes: Cells of every block of the split, `int64 (n_blocks,)`, over all shards in order.
-        starts: Number of cells before each of them, `int64 (n_blocks,)`.
         places: Number of the shard, and of the row group in it.
         bytes_decoded: Bytes of gene ids and counts of the split, decoded.
     """
@@ -84,7 +83,6 @@ class BlockReader:
                 sizes.append(min(shard.row_group_size, shard.n_cells - first))
                 self.places.append((index, group))
         self.sizes = np.array(sizes, dtype=np.int64)
-        self.starts = np.cumsum(self.sizes) - self.sizes
         self.bytes_decoded = sum(s.n_values * (2 + np.dtype(s.counts_dtype).itemsize) for s in self.shards)
         self._cached = [is_cached(corpus, shard) for shard in self.shards]
         self._local = threading.local()
@@ -150,14 +148,14 @@ class MemoryReader:
     """Decodes a whole split once and keeps it."""
 
     def __init__(self, reader: BlockReader) -> None:
-        self.starts, self.counts_dtype = reader.starts, reader.counts_dtype
+        self._starts, self.counts_dtype = np.cumsum(reader.sizes) - reader.sizes, reader.counts_dtype
         blocks = [reader.read(block) for block in range(len(reader.sizes))]
         self._cells = Cells.concatenate([cells for cells, _ in blocks])
         self._obs = {name: np.concatenate([obs[name] for _, obs in blocks]) for name in reader.columns}
 
     def fill(self, pool: CellPool, block: int, rows: np.ndarray, places: np.ndarray) -> None:
         """Copy `rows` of a block to their `places` in a pool."""
-        pool.fill(self.starts[block] + rows, places, self._cells, self._obs)
+        pool.fill(self._starts[block] + rows, places, self._cells, self._obs)
 
 
 def _strings(column: pa.ChunkedArray) -> np.ndarray:

@@ -109,22 +109,23 @@ class CellOrder:
     def epoch(self, number: int) -> "EpochOrder":
         """The order within one epoch. The latest is remembered."""
         if number not in self._epochs:
-            order = EpochOrder.of(self, number)
             self._epochs.clear()
-            self._epochs[number] = order
-            self._n_steps[number] = order.n_steps
+            self._epochs[number] = EpochOrder.of(self, number)
         return self._epochs[number]
 
-    def locate(self, n_steps: int) -> tuple[int, int]:
-        """The epoch, and the step within it, that follow on so many steps from the beginning of epoch 0.
-
-        Epochs differ in their number of steps with balancing and with a token budget.
-        """
+    def n_steps(self, epoch: int) -> int:
+        """Batches of every rank in an epoch. Epochs differ with balancing and with a token budget."""
         if self.label_codes is None and self.token_budget is None:
-            return divmod(n_steps, self.epoch(0).n_steps)
+            epoch = 0
+        if epoch not in self._n_steps:
+            self._n_steps[epoch] = self.epoch(epoch).n_steps
+        return self._n_steps[epoch]
+
+    def locate(self, n_steps: int) -> tuple[int, int]:
+        """The epoch, and the step within it, that follow on so many steps from the beginning of epoch 0."""
         epoch = 0
-        while n_steps >= (length := self._n_steps.get(epoch) or self.epoch(epoch).n_steps):
-            n_steps -= length
+        while n_steps >= self.n_steps(epoch):
+            n_steps -= self.n_steps(epoch)
             epoch += 1
         return epoch, n_steps
 

@@ -94,7 +94,7 @@ class CellStream:
 
     def __len__(self) -> int:
         """Batches of every rank in an epoch, which is as long as the first; see `batches.py`."""
-        return self.order.epoch(0).n_steps
+        return self.order.n_steps(0)
 
     @property
     def n_cells(self) -> int:
