@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.align import build_processor
 from scmmgpt.train.arguments import AlignModelArguments
+from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.data.instructions import InstructionBatches, append_rows, encode_conversation, read_instructions
 from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.language_model import train_tokenizer
-from scmmgpt.train.trainer import StreamBatches
 
 
 ASK, COMPARE, AGAIN = "<cell>\nWhich cell is this?", "Compare <cell> and <cell>.", "Are you sure?"
@@ -58,7 +58,7 @@ def read(path, corpus, processor):
 def batches_of(corpus, processor, instructions, *, ratio, rank=0, world_size=1, batch_size=8):
     stream = CellStream(corpus, batch_size=batch_size, seed=0, rank=rank, world_size=world_size)
     collate = TuningCollator(processor, CaptionSampler("short", seed=0), target_genes=np.arange(3, 33))
-    return InstructionBatches(StreamBatches(stream, collate), instructions, ratio=ratio, seed=0)
+    return InstructionBatches(BatchDataset(stream, collate), instructions, ratio=ratio, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +158,7 @@ def test_conversations_take_their_share_and_each_comes_up_equally_often(corpus, 
     seen = []
     for rank in range(2):
         batches = batches_of(corpus, processor, instructions, ratio=0.375, rank=rank, world_size=2, batch_size=4)
-        for epoch in range(4):
-            batches.set_epoch(epoch)
-            seen += [batches.conversations_of(step) for step in range(len(batches))]
+        seen += [batches.conversations_of(number) for number in range(4 * len(batches))]
     assert {len(chosen) for chosen in seen} == {1, 2}
     numbers, times = np.unique(np.concatenate(seen), return_counts=True)
     assert numbers.tolist() == list(range(12))
@@ -170,7 +168,7 @@ def test_conversations_take_their_share_and_each_comes_up_equally_often(corpus, 
 def test_a_batch_holds_described_generated_and_discussed_cells(corpus, processor, rows, tmp_path):
     instructions = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
     batches = batches_of(corpus, processor, instructions, ratio=0.5)
-    batch = batches[0]
+    batch = next(iter(batches))
     chosen = batches.conversations_of(0)
     assert len(chosen) == 4
     placeholders = (batch["input_ids"] == processor.cell_token_id).sum()
@@ -185,14 +183,26 @@ def test_a_batch_holds_described_generated_and_discussed_cells(corpus, processor
     assert (batch["labels"] != -100)[-4:].any(dim=1).all()
 
 
-def test_a_step_is_the_same_batch_whenever_it_is_asked_for(corpus, processor, rows, tmp_path):
+def test_a_resumed_epoch_holds_the_same_conversations(corpus, processor, rows, tmp_path):
     instructions = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
-    once = batches_of(corpus, processor, instructions, ratio=0.5)
-    inorder = [once[step] for step in range(len(once))]
-    resumed = batches_of(corpus, processor, instructions, ratio=0.5)[2]
-    assert resumed.keys() == inorder[2].keys()
-    for name, value in inorder[2].items():
-        assert torch.equal(value, resumed[name]), name
+    whole, resumed = (batches_of(corpus, processor, instructions, ratio=0.5) for _ in range(2))
+    for batches in (whole, resumed):
+        batches.set_epoch(1)
+    resumed.skim(2)
+    expected, found = list(whole), list(resumed)
+    assert len(expected) == len(found) == 4
+    for step in (2, 3):
+        assert found[step].keys() == expected[step].keys()
+        for name, value in expected[step].items():
+            assert torch.equal(value, found[step][name]), name
+
+
+def test_a_single_process_sees_the_same_conversations_on_every_rank(corpus, processor, rows, tmp_path):
+    instructions = read(write(tmp_path / "a.jsonl", rows), corpus, processor)
+    own = [batches_of(corpus, processor, instructions, ratio=0.5, rank=r, world_size=2) for r in range(2)]
+    first, second = (next(iter(batches.of_all_ranks())) for batches in own)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_rows_are_appended_to_the_side_where_nothing_stands(processor):

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,12 +22,13 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train import align, tune
 from scmmgpt.train import language_model as language_models
 from scmmgpt.train.convert import load_causal_lm
+from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.language_model import train_tokenizer
-from scmmgpt.train.trainer import StreamBatches, flatten_scalars, frozen_modules
+from scmmgpt.train.trainer import flatten_scalars, frozen_modules
 
 
 SMALL_PROJECTOR = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidden_layers": 1}}
@@ -40,6 +42,11 @@ def words_of(values):
 
 
 def run_align(corpus, bert, output_dir, model_config=None, **options):
+    align_only(corpus, bert, output_dir, model_config, **options)
+    return align.ScMMGPTForCellTextAlignment.from_pretrained(output_dir)
+
+
+def align_only(corpus, bert, output_dir, model_config=None, **options):
     values = {
         "corpus": corpus,
         "bert": bert,
@@ -58,7 +65,6 @@ def run_align(corpus, bert, output_dir, model_config=None, **options):
         **options,
     }
     align.main(*align.make_parser().parse_args_and_config(words_of(values)))
-    return align.ScMMGPTForCellTextAlignment.from_pretrained(output_dir)
 
 
 def run_tune(corpus, aligned, output_dir, model_config=None, **options):
@@ -190,7 +196,7 @@ def zero_shot_of(corpus, aligned, rank=0, world_size=1, shard=False):
         model=model,
         captions=captions,
         accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-        eval_batches=StreamBatches(stream, AlignmentCollator(processor, captions)),
+        eval_dataset=BatchDataset(stream, AlignmentCollator(processor, captions)),
         args=SimpleNamespace(device="cpu"),
     )
     return [align.AlignTrainer.zero_shot(trainer) for _ in range(2)]  # a second time nothing differs
@@ -297,8 +303,7 @@ def test_the_losses_of_a_step_are_those_of_the_models_own_forward(corpus, aligne
 
     def compare(trainer, resume_from_checkpoint=None):
         trainer.model.eval()
-        for step in range(2):
-            batch = trainer.train_batches[step]
+        for _, batch in zip(range(2), trainer.train_dataset, strict=False):
             ours = trainer.compute_loss(trainer.model, dict(batch))
             compared.append((ours.item(), trainer.model(**batch).loss.item()))
 
@@ -361,7 +366,8 @@ def run_in_precision(corpus, aligned, path, monkeypatch, **options):
     def train(trainer, resume_from_checkpoint=None):
         super(tune.TuneTrainer, trainer).train(resume_from_checkpoint)
         seen["dtypes"] = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
-        seen["batch"] = trainer.train_batches[0]
+        trainer.train_dataset.set_epoch(0)
+        seen["batch"] = next(iter(trainer.train_dataset))
         with torch.no_grad():
             seen["logits"] = trainer.model.eval()(**seen["batch"]).logits.float()
 
@@ -461,15 +467,48 @@ def test_precision_is_refused_where_it_cannot_be(monkeypatch):
         language_models.load_in_4bit("some/model", torch.device("cpu"))
 
 
-def test_a_run_that_is_cut_in_two_ends_like_one_that_is_not(corpus, bert, tmp_path):
-    whole = run_align(corpus, bert, str(tmp_path / "whole"), max_steps=6, lr_scheduler_type="constant")
-    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
-    run_align(corpus, bert, str(tmp_path / "cut"), max_steps=3, **options)
-    checkpoint = str(tmp_path / "cut" / "checkpoint-3")
-    resumed = run_align(corpus, bert, str(tmp_path / "cut"), max_steps=6, resume_from_checkpoint=checkpoint, **options)
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
-    assert log_of(tmp_path / "whole", "loss") == log_of(tmp_path / "cut", "loss")
+def check_cut(run, tmp_path, cut, steps, **options):
+    """A run that is killed after `cut` steps, at a checkpoint, and resumed ends like one that is not."""
+    options = {"lr_scheduler_type": "constant", **options}
+    run(str(tmp_path / "whole"), max_steps=steps, **options)
+    options |= {"save_strategy": "steps", "save_steps": cut}
+    run(str(tmp_path / "cut"), max_steps=cut, **options)
+    run(
+        str(tmp_path / "cut"),
+        max_steps=steps,
+        resume_from_checkpoint=tmp_path / "cut" / f"checkpoint-{cut}",
+        **options,
+    )
+    for name in ("loss", "epoch", "step"):
+        assert log_of(tmp_path / "whole", name) == log_of(tmp_path / "cut", name), name
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+# An epoch is four batches of eight cells: the cuts are in epochs 0, 1 and 3.
+@pytest.mark.parametrize(
+    ("cut", "steps", "options"),
+    [
+        (3, 6, {}),
+        (6, 9, {}),
+        (13, 17, {}),
+        (4, 9, {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}),  # 7 batches, 3 steps
+        (11, 15, {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3, "balance": "cell_type"}),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_cut_in_two_ends_like_one_that_is_not(corpus, bert, tmp_path, cut, steps, options):
+    check_cut(lambda path, **settings: align_only(corpus, bert, path, **settings), tmp_path, cut, steps, **options)
+
+
+@pytest.mark.parametrize(("cut", "steps"), [(4, 7), (8, 9)])
+def test_two_processes_that_are_cut_in_two_end_like_ones_that_are_not(corpus, bert, tmp_path, cut, steps):
+    """Sixteen cells a rank make four batches, hence two steps an epoch and a cut in epoch 1 or after epoch 3."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 5}
+    check_cut(
+        lambda path, **settings: run_ranks(align_only, corpus, bert, path, **settings), tmp_path, cut, steps, **options
+    )
 
 
 def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(corpus, aligned, tmp_path):
@@ -480,25 +519,28 @@ def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(co
     ]
     rows = [{"messages": turns, "cell_ids": [str(ids[i]), str(ids[i + 1])]} for i in range(5)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {
-        "instructions": tmp_path / "chats.jsonl",
-        "instruction_ratio": 0.5,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "steps",
-        "save_steps": 3,
-    }
-    whole = run_tune(corpus, aligned, str(tmp_path / "whole"), max_steps=6, **options)
-    run_tune(corpus, aligned, str(tmp_path / "cut"), max_steps=3, **options)
-    checkpoint = tmp_path / "cut" / "checkpoint-3"
-    resumed = run_tune(
-        corpus, aligned, str(tmp_path / "cut"), max_steps=6, resume_from_checkpoint=checkpoint, **options
-    )
-    assert log_of(tmp_path / "whole", "language_loss") == log_of(tmp_path / "cut", "language_loss")
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(value, resumed.state_dict()[name], msg=name)
+    options = {"instructions": tmp_path / "chats.jsonl", "instruction_ratio": 0.5}
+    check_cut(lambda path, **settings: tune_only(corpus, aligned, path, **settings), tmp_path, 6, 9, **options)
     plain = tmp_path / "plain"
     run_tune(corpus, aligned, str(plain), max_steps=1)
     assert log_of(plain, "language_loss")[0] != log_of(tmp_path / "whole", "language_loss")[0]
+
+
+@pytest.mark.parametrize("command", [align, tune])
+def test_epochs_are_counted_on_a_streamed_dataset(corpus, bert, aligned, tmp_path, monkeypatch, command):
+    trainer_class = align.AlignTrainer if command is align else tune.TuneTrainer
+    train, seen = trainer_class.train, []
+    monkeypatch.setattr(
+        trainer_class, "train", lambda self, **options: seen.append(self.train_dataset) or train(self, **options)
+    )
+    options = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"}
+    run, start = (align_only, bert) if command is align else (tune_only, aligned)
+    run(corpus, start, str(tmp_path), **options)
+    assert isinstance(seen[0], datasets.IterableDataset)
+    assert len(seen[0]) == 4
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [line["epoch"] for line in history if "loss" in line] == [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]
+    assert {line["epoch"] for line in history if "eval_loss" in line} == {1, 2}
 
 
 def test_contrasts_differ_in_what_counts_as_right(corpus, bert, tmp_path):

@@ -19,7 +19,7 @@ COMMANDS = {
 }
 ABOUT = {
     "prepare": "cells and annotations -> training corpus",
-    "cache": "training corpus -> the layout that streams fastest",
+    "cache": "training corpus -> a copy of it that streams faster",
     "convert": "published scGPT, causal LM or BERT -> the parts they start",
     "pretrain": "train or continue the cell model alone",
     "align": "stage 1: align cells and texts",

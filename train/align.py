@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
@@ -26,13 +26,13 @@ from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArgume
 from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import qformer_from_bert
 from scmmgpt.train.curves import save_curves
+from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, standardize
 from scmmgpt.train.options import OptionParser
-from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, freeze, save_run
+from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 
 
 MAX_VALIDATION_CELLS = 2_000  # at most, for the annotation and the retrieval of an evaluation
@@ -68,23 +68,21 @@ class AlignTrainer(ModelLossTrainer):
             if name not in vars(model):  # FSDP gathers the weights for `forward` alone; without FSDP this does nothing
                 register_fsdp_forward_method(model, name)
         # All ranks measure the same cells: retrieval among a rank's share of them would be easier.
-        batches: Any = self.eval_batches
-        batches = batches.of_all_ranks()
-        processor, max_genes = batches.collate.processor, batches.collate.max_genes
+        dataset = self.eval_dataset.of_all_ranks()
+        collate: Any = dataset.collate
         feature_pieces, type_pieces, captions = [], [], []
-        batches.set_epoch(0)
-        for cells, obs in batches.stream:
-            inputs = processor(cells=cells, max_genes=max_genes).to(self.args.device)
+        for cells, obs, _ in dataset.source.batches():
+            inputs = collate.processor(cells=cells, max_genes=collate.max_genes).to(self.args.device)
             feature_pieces.append(model.get_cell_features(**inputs))
             type_pieces.append(obs["cell_type"])
-            captions += self.captions.caption(obs, cells, batches.collate.gene_symbols)
+            captions += self.captions.caption(obs, cells, collate.gene_symbols)
             if sum(map(len, type_pieces)) >= MAX_VALIDATION_CELLS:
                 break
         features, types = torch.cat(feature_pieces), np.concatenate(type_pieces)
 
         def similarity_to(texts: list[str]) -> torch.Tensor:
             pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
-            inputs = (processor(qformer_text=piece).to(self.args.device) for piece in pieces)
+            inputs = (collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
             # Piece by piece, since all queries of all cells times all captions take half a gigabyte.
             text_features = (model.get_text_features(**piece) for piece in inputs)
             return torch.cat([cell_text_similarity(features, piece).float().cpu() for piece in text_features], dim=1)
@@ -225,12 +223,11 @@ def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[Sc
 
 
 @torch.no_grad()
-def standardize_projections(model: ScMMGPTForCellTextAlignment, batches: StreamBatches) -> None:
+def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> None:
     """Start both projections into the shared space from their inputs' principal axes; see [`standardize`]."""
     model.eval()
     query_pieces, text_states = [], []
-    for step in range(len(batches)):
-        batch = batches[step]
+    for batch in dataset:
         cell_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
         query_pieces.append(model.query_cells(cell_states, batch["cell_attention_mask"]))
         text_states.append(model.read_texts(batch["qformer_input_ids"], batch["qformer_attention_mask"]))
@@ -269,10 +266,12 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         max_genes=model_args.max_genes,
         paired=config.contrastive_group_size is not None,
     )
-    train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+    train_dataset, eval_dataset = make_datasets(
+        corpus, collate, training_args, balance=data_args.balance, temperature=data_args.balance_temperature
+    )
 
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
-        standardize_projections(model, train_batches.of_all_ranks())
+        standardize_projections(model, train_dataset.of_all_ranks())
 
     # --- Training
     unused = ["cell_model.mvc_decoder.", "cell_model.expression_decoder."]
@@ -287,46 +286,16 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         model=model,
         args=training_args,
         processing_class=processor,
-        train_dataset=train_batches,
-        eval_dataset=eval_batches,
-        train_batches=train_batches,
-        eval_batches=eval_batches,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         is_pretrained=pretrained.__contains__,
         captions=captions,
         write_card=functools.partial(write_card, str(training_args.output_dir), "align", corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if eval_batches is not None:
+    if eval_dataset is not None:
         trainer.evaluate()
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
-
-
-def data_seed(training_args: TrainingArguments) -> int:
-    """Seed of order, captions and sampling."""
-    return training_args.seed if training_args.data_seed is None else training_args.data_seed
-
-
-def make_batches(
-    corpus: Corpus, collate, data_args: DataArguments, training_args
-) -> tuple[StreamBatches, StreamBatches | None]:
-    """Training and validation batches of this rank; no validation batches where none are asked for or there are."""
-    share = {"rank": training_args.process_index, "world_size": training_args.world_size}
-    train = CellStream(
-        corpus,
-        split="train",
-        batch_size=training_args.per_device_train_batch_size,
-        drop_last=training_args.dataloader_drop_last,
-        seed=data_seed(training_args),
-        balance=data_args.balance,
-        temperature=data_args.balance_temperature,
-        **share,
-    )
-    if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
-        return StreamBatches(train, collate), None
-    validation = CellStream(
-        corpus, split="validation", batch_size=training_args.per_device_eval_batch_size, shuffle=False, **share
-    )
-    return StreamBatches(train, collate), StreamBatches(validation, collate)
 
 
 def finish(trainer: Any, command: str, **arguments: Any) -> None:

@@ -32,9 +32,8 @@ from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
 from scmmgpt.train.arguments import StageArguments
 from scmmgpt.train.convert import save_cell_model, scgpt_feature_extractor
 from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.data.stream import CellStream
 from scmmgpt.train.options import CheckedFields, OptionParser, described, inherited, option
-from scmmgpt.train.trainer import ModelLossTrainer, StreamBatches, save_run
+from scmmgpt.train.trainer import ModelLossTrainer, make_datasets, save_run
 
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class PretrainCollator:
         mask_ratios: Shares of a cell's genes to hide; each cell draws one.
     """
 
-    def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float]):
+    def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float]) -> None:
         self.feature_extractor, self.mask_ratios = feature_extractor, mask_ratios
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
@@ -143,28 +142,6 @@ def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
         )
 
 
-def make_batches(
-    corpus: Corpus, collate: PretrainCollator, arguments: PretrainArguments, training_args: PretrainConfig
-) -> tuple[StreamBatches, StreamBatches | None]:
-    """Training and validation batches of this rank; no validation batches where none are asked for or there are."""
-    shared = {
-        "columns": [],
-        "max_genes": collate.feature_extractor.max_genes,
-        "rank": training_args.process_index,
-        "world_size": training_args.world_size,
-    }
-    size = {"batch_size": training_args.per_device_train_batch_size, "drop_last": training_args.dataloader_drop_last}
-    if arguments.token_budget is not None:
-        size = {"token_budget": arguments.token_budget}
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    train = StreamBatches(CellStream(corpus, split="train", seed=seed, **size, **shared), collate)
-    if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
-        return train, None
-    size = training_args.per_device_eval_batch_size
-    validation = CellStream(corpus, split="validation", batch_size=size, shuffle=False, **shared)
-    return train, StreamBatches(validation, collate)
-
-
 def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
     return OptionParser((PretrainArguments, PretrainConfig), prog=prog, description=__doc__)
@@ -175,26 +152,33 @@ def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(arguments.corpus)
     model, extractor = build_model(corpus, arguments)
-    if "gene_prompt" not in model.objectives and model.config.use_flag_embedding:
-        model.cell_model.embeddings.flag_embedding.requires_grad_(False)  # no objective reads it
+    flag_embedding = model.cell_model.embeddings.flag_embedding
+    if "gene_prompt" not in model.objectives and flag_embedding is not None:
+        flag_embedding.requires_grad_(False)  # no objective reads it
     collate = PretrainCollator(extractor, arguments.mask_ratios)
-    train_batches, eval_batches = make_batches(corpus, collate, arguments, training_args)
+    train_dataset, eval_dataset = make_datasets(
+        corpus,
+        collate,
+        training_args,
+        columns=[],
+        token_budget=arguments.token_budget,
+        max_genes=extractor.max_genes,
+    )
     trainer = ModelLossTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_batches,
-        eval_dataset=eval_batches,
-        train_batches=train_batches,
-        eval_batches=eval_batches,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if eval_batches is not None:
+    if eval_dataset is not None:
         trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():
         cell_model: ScGPTModel = trainer.accelerator.unwrap_model(trainer.model).cell_model
-        save_cell_model(training_args.output_dir, cell_model, corpus.vocabulary, corpus.gene_aliases, extractor)
-        save_run(training_args.output_dir, "pretrain", model=arguments, training=training_args)
+        output_dir = str(training_args.output_dir)
+        save_cell_model(output_dir, cell_model, corpus.vocabulary, corpus.gene_aliases, extractor)
+        save_run(output_dir, "pretrain", model=arguments, training=training_args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import functools
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import numpy as np
 import torch
 from peft import PeftModel
@@ -24,9 +23,10 @@ from trl import SFTTrainer
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train.align import data_seed, finish, make_batches
+from scmmgpt.train.align import finish
 from scmmgpt.train.arguments import TrainedParts, TuneConfig, TuneDataArguments, TuneModelArguments
 from scmmgpt.train.card import write_card
+from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
@@ -34,7 +34,7 @@ from scmmgpt.train.data.instructions import InstructionBatches, read_instruction
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
 from scmmgpt.train.language_model import add_lora, build_language_model, dequantize, skip_other_parts
 from scmmgpt.train.options import OptionParser
-from scmmgpt.train.trainer import StreamBatches, StreamTrainerMixin, freeze
+from scmmgpt.train.trainer import StreamTrainer, data_seed, freeze, make_datasets
 
 
 PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
@@ -42,7 +42,7 @@ CELL_DECODERS = ["cell_model.mvc_decoder", "cell_model.expression_decoder"]
 NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
 
 
-class TuneTrainer(StreamTrainerMixin, SFTTrainer):
+class TuneTrainer(StreamTrainer, SFTTrainer):
     """`SFTTrainer` whose language loss stays TRL's, plus the expression loss of the cells that texts generate.
 
     TRL runs the backbone and computes the language loss from its last states. It ignores a loss that `forward` adds,
@@ -192,16 +192,15 @@ def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Cor
 
 
 @torch.no_grad()
-def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: StreamBatches) -> None:
+def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
     """Start the projection onto condition tokens from the differences between prompts."""
     model.eval()
-    parts, collate = model.model, cast(Any, batches.collate)
+    parts, collate = model.model, cast(Any, dataset.collate)
     prompts: dict[tuple[int, ...], None] = {}
     n_cells = 0
-    for step in range(len(batches)):
+    for batch in dataset:
         if n_cells >= PROMPT_CELLS:  # counted in cells, so that the start does not depend on the batch size
             break
-        batch = batches[step]
         generates = batch["target_attention_mask"].any(dim=1)
         n_cells += int((~generates).sum()) + len(batch["target_rows"])
         for ids, mask in zip(batch["input_ids"][generates], batch["attention_mask"][generates], strict=True):
@@ -223,12 +222,12 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, batches: St
 
 @torch.no_grad()
 def standardize_language_projection(
-    model: ScMMGPTForConditionalGeneration, batches: StreamBatches, processor: ScMMGPTProcessor
+    model: ScMMGPTForConditionalGeneration, dataset: BatchDataset, processor: ScMMGPTProcessor
 ) -> None:
     """Start the projection into the language model from its inputs, at the norm of the model's embeddings."""
     model.eval()
     pieces: list[torch.Tensor] = []
-    for cells, _ in batches.stream:
+    for cells, *_ in dataset.source.batches():
         inputs = processor(cells=cells).to(model.device)
         cell_states = model.model.encode_cells(**inputs)
         pieces.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]))
@@ -324,18 +323,20 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         prompts_per_epoch=training_args.prompts_per_epoch,
         target_genes=measured_genes(corpus),
     )
-    train_batches, eval_batches = make_batches(corpus, collate, data_args, training_args)
+    train_dataset, eval_dataset = make_datasets(
+        corpus, collate, training_args, balance=data_args.balance, temperature=data_args.balance_temperature
+    )
     instructions = None
     if data_args.instructions is not None:
         instructions = read_instructions(data_args.instructions, corpus, processor)
 
     # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
-    standardize_language_projection(model, train_batches.of_all_ranks(), processor)
+    standardize_language_projection(model, train_dataset.of_all_ranks(), processor)
     if training_args.text_to_cell_ratio > 0:
-        standardize_text_to_cell(model, train_batches.of_all_ranks())
+        standardize_text_to_cell(model, train_dataset.of_all_ranks())
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
-        train_batches = InstructionBatches(train_batches, instructions, ratio=ratio, seed=seed)
+        train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
 
     # --- Training
     base = None if model_args.language_model == "scratch" else model_args.language_model
@@ -344,13 +345,10 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         model=model,
         args=training_args,
         processing_class=processor,
-        # TRL asks for a dataset of its own kind; the batches come from the stream.
-        train_dataset=datasets.Dataset.from_dict({"step": range(len(train_batches))}),
-        eval_dataset=None if eval_batches is None else datasets.Dataset.from_dict({"step": range(len(eval_batches))}),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         data_collator=lambda examples: examples,
         peft_config=add_lora(model_args, saved_parts(model_args.trained)),
-        train_batches=train_batches,
-        eval_batches=eval_batches,
         is_pretrained=is_pretrained,
         write_card=functools.partial(write_card, str(training_args.output_dir), "tune", corpus, **bases),
         language_weight=model.config.language_weight,

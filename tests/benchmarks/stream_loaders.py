@@ -100,27 +100,26 @@ class Peak(threading.Thread):
 # Ours
 
 
-def our_stream(data, **settings):
+def our_stream(data, corpus="corpus", **settings):
+    from scmmgpt.train.data.blocks import BlockReader
     from scmmgpt.train.data.corpus import open_corpus
     from scmmgpt.train.data.stream import CellStream
 
-    corpus = open_corpus(data / os.environ.get("SCMMGPT_BENCHMARK_CORPUS", "corpus"), verify=False)
-    return CellStream(corpus, batch_size=BATCH_SIZE, in_memory=False, **settings)
-
-
-def epochs(stream):
-    for epoch in itertools.count():
-        stream.set_epoch(epoch)
-        yield from stream
+    corpus = open_corpus(data / os.environ.get("SCMMGPT_BENCHMARK_CORPUS", corpus), verify=False)
+    stream = CellStream(corpus, batch_size=BATCH_SIZE, **settings)
+    assert isinstance(stream.reader, BlockReader)  # not in memory
+    return stream
 
 
 def our_raw_batches(stream):
-    return (len(cells) for cells, _ in epochs(stream))
+    for epoch in itertools.count():
+        yield from (len(cells) for cells, *_ in stream.batches(epoch))
 
 
 def our_token_batches(stream):
     tokenise = our_tokens(stream)
-    return (len(tokenise(cells, obs)["gene_ids"]) for cells, obs in epochs(stream))
+    for epoch in itertools.count():
+        yield from (len(tokenise(cells, obs)["gene_ids"]) for cells, obs, _ in stream.batches(epoch))
 
 
 def warm(extractor, cells):
@@ -134,7 +133,7 @@ def our_tokens(stream):
     from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 
     extractor = warm(ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS), next(iter(stream))[0])
-    return lambda cells, obs: extractor(cells, padding="max_length")
+    return lambda cells, obs, epoch=0: extractor(cells, padding="max_length", epoch=epoch)
 
 
 @loader
@@ -153,13 +152,15 @@ def ours_tokens(data):
 
 
 @loader
-def ours_ahead_tokens(data):
-    """Tokenised ahead of the consumer in a thread, as a trainer wants it whose steps leave the processor idle."""
+def ours_dataset_tokens(data):
+    """What trainers read: finished batches, made ahead of the consumer in a thread."""
+    from scmmgpt.train.data.batches import BatchDataset
+
     stream = our_stream(data)
-    tokenise = our_tokens(stream)
+    dataset = BatchDataset(stream, our_tokens(stream))
     for epoch in itertools.count():
-        stream.set_epoch(epoch)
-        yield from (len(batch["gene_ids"]) for batch in stream.batches(tokenise))
+        dataset.set_epoch(epoch)
+        yield from (len(batch["gene_ids"]) for batch in dataset)
 
 
 @loader
@@ -167,32 +168,40 @@ def ours_tokens_one_thread(data):
     """One rank of several, each on one core."""
     rank, world_size = map(int, os.environ["SCMMGPT_BENCHMARK_RANK"].split("/"))
     os.sched_setaffinity(0, {rank % os.cpu_count()})
-    return our_token_batches(our_stream(data, rank=rank, world_size=world_size, num_threads=1))
+    return our_token_batches(our_stream(data, rank=rank, world_size=world_size))
 
 
 @loader
-def ours_zstd_tokens(data):
-    return our_token_batches(our_stream(data, layout="cache", cache_dir=data / "cache_zstd"))
+def ours_published_raw(data):
+    return our_raw_batches(our_stream(data, "corpus_published", columns=[]))
 
 
 @loader
 def ours_published_tokens(data):
-    return our_token_batches(our_stream(data, layout="published"))
+    return our_token_batches(our_stream(data, "corpus_published"))
 
 
 def ours_by_stage(data):
     """CPU microseconds per cell of each stage, one thread, over 20 row groups; the least of three runs."""
     from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+    from scmmgpt.train.data.blocks import CellPool
 
-    stream = our_stream(data, columns=[], num_threads=1, layout="cache")
-    reader, n_blocks = stream._reader, 20
+    stream = our_stream(data, columns=[])
+    reader, n_blocks = stream.reader, 20
     n_cells = int(reader.sizes[:n_blocks].sum())
     extractor = warm(ScMMGPTFeatureExtractor(max_genes=MAX_TOKENS), next(iter(stream))[0])
 
-    def fill():
+    def read():
         return [reader.read(block)[0] for block in range(n_blocks)]
 
-    cells = fill()
+    cells = read()
+    pool = CellPool.allocate(reader.n_genes[:n_cells], np.dtype("uint16"), [])
+    places = np.split(np.random.default_rng(0).permutation(n_cells), np.cumsum(reader.sizes[: n_blocks - 1]))
+    pool.cells.indptr = np.append(0, np.cumsum(reader.n_genes[:n_cells][np.argsort(np.concatenate(places))]))
+
+    def copy_to_place():
+        for block, own in zip(cells, places, strict=True):
+            pool.fill(np.arange(len(block)), own, block, {})
 
     def tokenise():
         for block in cells:
@@ -200,18 +209,17 @@ def ours_by_stage(data):
                 extractor(block[start : start + BATCH_SIZE], padding="max_length")
 
     def arrange():
-        plan = stream.plan()
-        for first, last in stream._pools(plan, 0)[:2]:
-            stream._arrange(stream._lengths(stream._pieces(plan, first, last)), first)
+        order = stream.order.epoch(0)
+        for first, last, *_ in itertools.islice(order.pools(0), 2):
+            order.pool(first, last)
         return last
 
     stages = {
-        "read, verify, decompress": least_cpu(lambda: [reader._planes(b) for b in range(n_blocks)]) / n_cells,
-        "+ decode to place": least_cpu(fill) / n_cells,
+        "read and decompress": least_cpu(read) / n_cells,
+        "copy to place": least_cpu(copy_to_place) / n_cells,
         "shuffle": least_cpu(arrange) / arrange(),
         "tokenise": least_cpu(tokenise) / n_cells,
     }
-    stages["+ decode to place"] -= stages["read, verify, decompress"]
     return {name: seconds * 1e6 for name, seconds in stages.items()}
 
 
@@ -222,42 +230,6 @@ def least_cpu(function):
         function()
         times.append(time.thread_time() - start)
     return min(times)
-
-
-def layouts(data):
-    """Bytes, and CPU microseconds to decode to place, per cell: the cache against plain uint16, same compression."""
-    import pyarrow as pa
-
-    from scmmgpt.train.data import cache
-
-    reader, n_blocks, found = our_stream(data, columns=[], layout="cache")._reader, 20, {}
-    blocks = [reader.read(block)[0] for block in range(n_blocks)]
-    n_cells = sum(map(len, blocks))
-    for name, folder in (("lz4", data / "corpus" / "cache"), ("zstd", data / "cache_zstd")):
-        codec = pa.Codec("lz4_raw" if name == "lz4" else name)
-        own = our_stream(data, columns=[], layout="cache", cache_dir=folder)._reader
-        plain = [[codec.compress(array.copy()) for array in (cells.gene_ids, cells.counts)] for cells in blocks]
-
-        def read_own(own=own):
-            for block, cells in enumerate(blocks):
-                rows, planes = np.arange(len(cells)), own._planes(block)
-                cache._join_ids(cells.indptr, rows, *planes[:2], cells.indptr, rows, cells.gene_ids)
-                cache._join_counts(cells.indptr, rows, *planes[2:], cells.indptr, rows, cells.counts)
-
-        def read_plain(plain=plain, codec=codec):
-            for arrays, cells in zip(plain, blocks, strict=True):
-                rows = np.arange(len(cells))
-                for array, target in zip(arrays, (cells.gene_ids, cells.counts), strict=True):
-                    values = np.frombuffer(codec.decompress(array, 2 * len(target)), np.uint16)
-                    cache._copy_rows(cells.indptr, rows, values, cells.indptr, rows, target)
-
-        found[name] = {
-            "bytes": int(own._blocks["plane_bytes"][:n_blocks].sum()) / n_cells,
-            "plain_bytes": sum(array.size for arrays in plain for array in arrays) / n_cells,
-            "us": least_cpu(read_own) / n_cells * 1e6,
-            "plain_us": least_cpu(read_plain) / n_cells * 1e6,
-        }
-    return found
 
 
 # annbatch
@@ -313,6 +285,7 @@ def extractor_by_path():
                 "register_for_auto_class": classmethod(lambda cls, name: None),
             },
         )
+    sys.path.insert(0, str(REPOSITORY))  # the files that travel with a checkpoint lie beside each other
     with imported(stand_ins):
         spec = importlib.util.spec_from_file_location("extractor", REPOSITORY / "feature_extraction_scmmgpt.py")
         module = sys.modules["extractor"] = importlib.util.module_from_spec(spec)
@@ -498,7 +471,7 @@ def scgpt_tokens(data):
         yield len(collate(examples)["gene"])
 
 
-TASKS = {"ours_by_stage": ours_by_stage, "layouts": layouts, "build_annbatch": build_annbatch}
+TASKS = {"ours_by_stage": ours_by_stage, "build_annbatch": build_annbatch}
 
 
 def main(arguments=None):

@@ -7,7 +7,7 @@ import torch
 
 from scmmgpt.cells_scmmgpt import DIRECTION_SEED, Cells, hash_names
 from scmmgpt.feature_extraction_scmmgpt import mask_genes
-from scmmgpt.train.data import ontology
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler
 
 
@@ -38,23 +38,20 @@ class AlignmentCollator:
         mask_ratio: Share of genes hidden for the masked-expression loss; `None` leaves that loss out.
         mask_value: What stands in place of a hidden value, `ScGPTConfig.mask_value`.
         max_genes: Longest cell; by default the processor's.
-        ontology_temperature: Above 0, `text_similarity` says how near cell types are; see `ontology.closeness`.
         paired: Whether only a cell's own text is right for it, whatever others mean, as published.
     """
 
     def __init__(
         self,
-        processor,
+        processor: ScMMGPTProcessor,
         captions: CaptionSampler,
         *,
-        mask_ratio=None,
-        mask_value=-1.0,
-        max_genes=None,
-        ontology_temperature=0.0,
-        paired=False,
-    ):
-        self.processor, self.captions = processor, captions
-        self.ontology_temperature, self.paired = ontology_temperature, paired
+        mask_ratio: float | None = None,
+        mask_value: float = -1.0,
+        max_genes: int | None = None,
+        paired: bool = False,
+    ) -> None:
+        self.processor, self.captions, self.paired = processor, captions, paired
         self.mask_ratio, self.mask_value, self.max_genes = mask_ratio, mask_value, max_genes
         self.gene_symbols = processor.gene_symbols(range(len(processor.gene_tokenizer)))
 
@@ -63,10 +60,6 @@ class AlignmentCollator:
         texts = self.captions.caption(obs, cells, self.gene_symbols, epoch=epoch)
         batch = dict(self.processor(cells=cells, qformer_text=texts, epoch=epoch, max_genes=self.max_genes))
         batch["text_ids"] = torch.arange(len(texts)) if self.paired else type_ids(obs, texts)
-        if self.ontology_temperature:
-            names, ids = (obs.get(c, [None] * len(texts)) for c in ("cell_type", "cell_type_ontology_term_id"))
-            terms = [ontology.resolve("cell_type", *pair).term_id for pair in zip(names, ids, strict=True)]
-            batch["text_similarity"] = torch.from_numpy(ontology.closeness(terms, self.ontology_temperature)).float()
         if self.mask_ratio is not None:
             extractor = self.processor.feature_extractor
             hidden = mask_genes(
@@ -99,14 +92,14 @@ class TuningCollator:
 
     def __init__(
         self,
-        processor,
+        processor: ScMMGPTProcessor,
         captions: CaptionSampler,
         *,
-        text_to_cell_ratio=0.5,
-        prompts_per_epoch=None,
-        target_genes=None,
-        max_genes=None,
-    ):
+        text_to_cell_ratio: float = 0.5,
+        prompts_per_epoch: int | None = None,
+        target_genes: np.ndarray | None = None,
+        max_genes: int | None = None,
+    ) -> None:
         self.processor, self.captions = processor, captions
         self.text_to_cell_ratio, self.prompts_per_epoch = text_to_cell_ratio, prompts_per_epoch
         self.target_genes, self.max_genes = target_genes, max_genes

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from scmmgpt.cells_scmmgpt import INSTRUCTION_SEED, Cells
+from scmmgpt.cells_scmmgpt import INSTRUCTION_SEED, Cells, permutation
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.train.data.batches import BatchDataset, CellSource, Obs
+from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import CELL_COLUMNS, Corpus, table_to_cells
-from scmmgpt.train.data.stream import permutation
-from scmmgpt.train.trainer import StreamBatches
 
 
 KEYS = {"cell_ids": "cell_id", "barcodes": "barcode"}  # column of the file -> column of the corpus
@@ -82,8 +83,8 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
         names.append((where, cells))
     if not conversations:
         raise ValueError(f"{path} has no rows.")
-    cell_rows, cells = _fetch(corpus, KEYS[column or "cell_ids"], names)
-    return Instructions(conversations, cell_rows, cells)
+    cell_rows, mentioned_cells = _fetch(corpus, KEYS[column or "cell_ids"], names)
+    return Instructions(conversations, cell_rows, mentioned_cells)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -104,10 +105,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from None
             if not isinstance(row, Mapping):
                 raise ValueError(f"Line {number} of {path} is no JSON object, but {type(row).__name__}.")
-            yield f"Line {number} of {path}", row
+            yield f"Line {number} of {path}", dict(row)
 
 
-def _check_messages(messages, where: str, processor: ScMMGPTProcessor) -> list[dict[str, str]]:
+def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> list[dict[str, str]]:
     """The messages with string contents, in an order that can be learned."""
     if not messages or not all(message.get("role") and message.get("content") for message in messages):
         raise ValueError(f"{where} has messages {messages!r}; each needs a role and a content.")
@@ -137,7 +138,8 @@ def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[
     wanted = {name for _, own in names for name in own}
     if not wanted:
         return [[] for _ in names], None
-    places, batches = {}, []
+    places: dict[Any, int] = {}
+    batches = []
     for found, cells in _search(corpus, "train", column, sorted(wanted)):
         for name in found:
             if name in places:
@@ -159,7 +161,7 @@ def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[
     return [[places[name] for name in own] for _, own in names], Cells.concatenate(batches)
 
 
-def _cell_id(name, where: str) -> int:
+def _cell_id(name: Any, where: str) -> int:
     try:
         value = int(name)
     except (TypeError, ValueError):
@@ -195,7 +197,9 @@ def encode_conversation(
         where: What to call the conversation in an error.
     """
     tokenizer = processor.tokenizer
-    ids, labels, written = [], [], ""
+    ids: list[int] = []
+    labels: list[int] = []
+    written = ""
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -220,65 +224,71 @@ def encode_conversation(
     return ids, labels
 
 
-class InstructionBatches(StreamBatches):
+class InstructionBatches(BatchDataset):
     """Batches of stage 2 in which conversations take the place of some cells.
 
-    Which ones is a function of the step alone, so that resuming needs no state: ranks deal the conversations out in an
-    order that is permuted anew each time through, and each is seen as often as any other.
+    The number of a batch decides which conversations, so that resuming needs no state: ranks deal the conversations
+    out in an order that is permuted anew each time through, and each is seen as often as any other.
 
     Args:
-        batches: What is mixed with.
+        batches: The batches of a [`CellStream`] with a batch size that conversations are mixed with.
         instructions: The conversations.
         ratio: Share of the places in a batch that they take.
         seed: Of their order.
     """
 
-    def __init__(self, batches: StreamBatches, instructions: Instructions, *, ratio: float, seed: int):
-        super().__init__(batches.stream, batches.collate)
+    def __init__(self, batches: BatchDataset, instructions: Instructions, *, ratio: float, seed: int) -> None:
+        super().__init__(batches.source, batches.collate, workers=batches.workers)
+        self.batch_size: int = batches.source.order.batch_size  # type: ignore[attr-defined]
         self.instructions, self.ratio, self.seed = instructions, ratio, seed
-        self._order: tuple[int, np.ndarray] | None = None  # of the latest time through
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        cells, obs = self.read(step)
-        chosen = self.conversations_of(step)[: len(cells)]
+    def _over(self, source: CellSource) -> "InstructionBatches":
+        batches = BatchDataset(source, self.collate, workers=self.workers)
+        return InstructionBatches(batches, self.instructions, ratio=self.ratio, seed=self.seed)
+
+    def make_batch(
+        self, collate: TuningCollator, cells: Cells, obs: Obs, *, epoch: int, number: int
+    ) -> Mapping[str, Any]:
+        """Described and generated cells first, then the conversations."""
+        chosen = self.conversations_of(number)[: len(cells)]
         kept = slice(0, len(cells) - len(chosen))
         batches = []
         if len(cells) > len(chosen):
             kept_obs = {name: values[kept] for name, values in obs.items()}
-            batches.append(self.collate(cells[kept], kept_obs, epoch=self.stream.epoch))
+            batches.append(dict(collate(cells[kept], kept_obs, epoch=epoch)))
         if chosen:
-            batches.append(self.encode(chosen))
-        return append_rows(*batches, processor=self.collate.processor) if len(batches) > 1 else batches[0]
+            batches.append(encode_conversations(self.instructions, chosen, collate, epoch=epoch))
+        return append_rows(*batches, processor=collate.processor) if len(batches) > 1 else batches[0]
 
-    def conversations_of(self, step: int) -> list[int]:
-        """Numbers of the conversations in this rank's batch of this epoch's step."""
-        stream, total = self.stream, len(self.instructions)
-        before = stream.epoch * len(stream) + step
-        first, last = (int(steps * stream.batch_size * self.ratio) for steps in (before, before + 1))
-        start = first * stream.world_size + stream.rank * (last - first)
-        return [self._place(place // total, place % total) for place in range(start, start + last - first)]
+    def conversations_of(self, number: int) -> list[int]:
+        """Numbers of the conversations in a batch of this rank, which is counted from the beginning of epoch 0."""
+        first, last = (int(batches * self.batch_size * self.ratio) for batches in (number, number + 1))
+        start = first * self.source.world_size + self.source.rank * (last - first)
+        places, total = range(start, start + last - first), len(self.instructions)
+        times = {place // total for place in places}  # times through all conversations
+        orders = {time: permutation(total, self.seed, INSTRUCTION_SEED, time) for time in times}
+        return [int(orders[place // total][place % total]) for place in places]
 
-    def _place(self, time: int, place: int) -> int:
-        if self._order is None or self._order[0] != time:
-            self._order = time, permutation(len(self.instructions), self.seed, INSTRUCTION_SEED, time)
-        return int(self._order[1][place])
 
-    def encode(self, chosen: list[int]) -> dict[str, torch.Tensor]:
-        """Inputs of these conversations."""
-        instructions, processor = self.instructions, self.collate.processor
-        encoded = [encode_conversation(instructions.conversations[i], processor, f"conversation {i}") for i in chosen]
-        length = max(len(ids) for ids, _ in encoded)
-        batch = {
-            "input_ids": [[processor.tokenizer.pad_token_id] * (length - len(ids)) + ids for ids, _ in encoded],
-            "attention_mask": [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in encoded],
-            "labels": [[-100] * (length - len(labels)) + labels for _, labels in encoded],
-        }
-        batch = {name: torch.tensor(rows) for name, rows in batch.items()}
-        rows = [row for i in chosen for row in instructions.cell_rows[i]]
-        if rows:
-            cells = instructions.cells[np.array(rows)]
-            batch |= processor(cells=cells, epoch=self.stream.epoch, max_genes=self.collate.max_genes)
-        return batch
+def encode_conversations(
+    instructions: Instructions, chosen: list[int], collate: TuningCollator, *, epoch: int
+) -> dict[str, torch.Tensor]:
+    """Inputs of the chosen conversations: texts padded on the left, and their cells in reading order."""
+    processor = collate.processor
+    encoded = [encode_conversation(instructions.conversations[i], processor, f"conversation {i}") for i in chosen]
+    length = max(len(ids) for ids, _ in encoded)
+    rows = {
+        "input_ids": [[processor.tokenizer.pad_token_id] * (length - len(ids)) + ids for ids, _ in encoded],
+        "attention_mask": [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in encoded],
+        "labels": [[-100] * (length - len(labels)) + labels for _, labels in encoded],
+    }
+    batch = {name: torch.tensor(values) for name, values in rows.items()}
+    places = [place for i in chosen for place in instructions.cell_rows[i]]
+    if places:
+        assert instructions.cells is not None
+        cells = instructions.cells[np.array(places)]
+        batch |= processor(cells=cells, epoch=epoch, max_genes=collate.max_genes)
+    return batch
 
 
 def append_rows(first: dict, second: dict, *, processor: ScMMGPTProcessor) -> dict[str, torch.Tensor]:
