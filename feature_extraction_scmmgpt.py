@@ -289,7 +289,11 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             expression,
             attended,
         )
-        arrays = {"gene_ids": gene_ids, "expression": expression, "cell_attention_mask": attended}
+        arrays: dict[str, np.ndarray] = {
+            "gene_ids": gene_ids,
+            "expression": expression,
+            "cell_attention_mask": attended,
+        }
         if self.return_profile:
             lengths = np.diff(cells.indptr)
             is_gene = np.arange(longest) < lengths[:, None]
@@ -298,7 +302,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             arrays["profile"] = np.zeros(is_gene.shape, dtype=np.float32)
             arrays["profile"][is_gene] = hellinger_profile(cells)
         if return_tensors == "pt":
-            arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            return BatchFeature({name: torch.from_numpy(array) for name, array in arrays.items()})
         return BatchFeature(arrays)
 
     def _values(self, cells: Cells) -> np.ndarray:

@@ -666,11 +666,13 @@ class ScGPTModel(ScGPTPreTrainedModel):
         )  # (B, L, D), or (B, 1, D) with `cls_only`
         outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
         if expression_labels is not None:
-            outputs["predicted_expression"] = self.decode_expression(hidden_states[:, num_conditions:])
-            outputs["mvc_expression"] = self.decode_mvc(hidden_states[:, 0], gene_ids)
-            outputs["expression_loss"] = masked_expression_loss(outputs.predicted_expression, expression_labels)
-            outputs["mvc_loss"] = masked_expression_loss(outputs.mvc_expression, expression_labels)
-            outputs["loss"] = outputs.expression_loss + outputs.mvc_loss
+            predicted = self.decode_expression(hidden_states[:, num_conditions:])  # (B, G)
+            from_cell = self.decode_mvc(hidden_states[:, 0], gene_ids)  # (B, G)
+            expression_loss = masked_expression_loss(predicted, expression_labels)
+            mvc_loss = masked_expression_loss(from_cell, expression_labels)
+            outputs["predicted_expression"], outputs["mvc_expression"] = predicted, from_cell
+            outputs["expression_loss"], outputs["mvc_loss"] = expression_loss, mvc_loss
+            outputs["loss"] = expression_loss + mvc_loss
         return outputs
 
     def decode_expression(self, hidden_states: Tensor) -> Tensor:

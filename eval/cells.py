@@ -135,7 +135,7 @@ def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarr
         ValueError: If `X` holds anything but counts; every system of the benchmarks normalises them itself.
     """
     from scmmgpt.readers import read_file
-    from scmmgpt.train.finetune import column_of
+    from scmmgpt.train.labels import column_of
 
     adata: AnnData = read_file(path)
     labels = column_of(adata.obs, label_key)

@@ -46,7 +46,7 @@ from scmmgpt.files import write_json
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
-from scmmgpt.train.finetune import column_of
+from scmmgpt.train.labels import column_of
 
 
 logger = logging.getLogger(__name__)

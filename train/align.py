@@ -10,7 +10,7 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` s
 
 import copy
 import functools
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,8 +210,8 @@ def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[Sc
     """The cell model to start from, if there is one, and the configuration of the cell model."""
     vocabulary = corpus.vocabulary
     if model_args.cell_model is None:
-        special = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
-        return None, ScGPTConfig(vocab_size=len(vocabulary), **special, **model_args.cell_config)
+        fields: dict[str, Any] = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
+        return None, ScGPTConfig(vocab_size=len(vocabulary), **fields | model_args.cell_config)
     cell_model = ScGPTModel.from_pretrained(model_args.cell_model)
     n_tokens = cell_model.config.vocab_size
     if n_tokens != len(vocabulary):
@@ -219,7 +219,7 @@ def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[Sc
             f"{model_args.cell_model} has {n_tokens} gene tokens, but the corpus {corpus.path} has "
             f"{len(vocabulary)}. Prepare the corpus with `--vocabulary {model_args.cell_model}/vocab.json`."
         )
-    return cell_model, cast(ScGPTConfig, cell_model.config)
+    return cell_model, cell_model.config
 
 
 @torch.no_grad()

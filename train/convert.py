@@ -23,7 +23,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,12 +42,12 @@ from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.files import write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 
 
 logger = logging.getLogger(__name__)
 
-SPECIAL_GENE_TOKENS = ("<pad>", "<cls>", "<eoc>")
 
 # scGPT's attention has had three names for the same rows: the plain PyTorch path (`in_proj_weight`), flash-attn 1
 # (`Wqkv.weight`) and the wrapper around flash-attn 2 (`_impl.Wqkv.weight`). All stack queries, keys and values.
@@ -192,15 +192,15 @@ def scgpt_feature_extractor(config: ScGPTConfig, max_genes: int = 1200) -> ScMMG
         selection="random",
         cls_value=config.pad_value,
         pad_value=config.pad_value,
-        pad_token_id=config.pad_token_id,
-        cls_token_id=config.cls_token_id,
+        pad_token_id=cast(int, config.pad_token_id),
+        cls_token_id=cast(int, config.cls_token_id),
     )
 
 
 def read_gene_vocabulary(path: Path) -> dict[str, int]:
     """Read scGPT's `vocab.json` (token -> id), append special tokens that it lacks as scGPT does, sort by id."""
     vocabulary = json.loads(path.read_text())
-    for token in SPECIAL_GENE_TOKENS:
+    for token in SPECIAL_TOKENS:
         vocabulary.setdefault(token, len(vocabulary))
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ValueError(f"The ids of {path} are not 0..{len(vocabulary) - 1}, each once.")

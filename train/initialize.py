@@ -1,6 +1,7 @@
 """Where training starts: what can be computed from the corpus need not be learned by gradient descent."""
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
     from scipy.sparse import csr_matrix
     from sklearn.decomposition import TruncatedSVD
 
-    weight = cell_model.get_input_embeddings().weight
+    weight: torch.Tensor = cast(torch.nn.Embedding, cell_model.get_input_embeddings()).weight
     pieces, total = [], 0
     for cells, _ in corpus.row_groups("train", columns=[]):
         values = normalize_log1p(cells)

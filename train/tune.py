@@ -233,11 +233,13 @@ def standardize_language_projection(
         pieces.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]))
         if sum(map(len, pieces)) >= PROJECTION_CELLS:
             break
-    first, _, last = model.model.language_projection
+    projection: Any = model.model.language_projection
+    first, last = projection[0], projection[2]
     states = (torch.cat(pieces) - model.model.query_means).flatten(0, 1)
     standardize(first, states)
-    size = model.get_input_embeddings().weight.float().norm(dim=1).mean()
-    last.weight.mul_(size / model.model.language_projection(states).norm(dim=1).mean())
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.float().norm(dim=1).mean()
+    last.weight.mul_(size / projection(states).norm(dim=1).mean())
     model.train()
 
 
@@ -360,7 +362,7 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     unused = unused_parts(training_args.text_to_cell_ratio, instructions is not None)
     trained, head = model_args.trained, model.config.expression_head
     freeze(
-        cast(torch.nn.Module, trainer.model),
+        trainer.model,
         lambda name: is_frozen(name, trained, head) or any(part in name for part in unused),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
