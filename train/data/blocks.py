@@ -164,6 +164,7 @@ def _strings(column: pa.ChunkedArray) -> np.ndarray:
         return column.to_numpy(zero_copy_only=False)
     parts = []
     for chunk in column.chunks:
-        labels = np.array([*chunk.dictionary.to_pylist(), None], dtype=object)
+        labels = np.full(len(chunk.dictionary) + 1, None, dtype=object)
+        labels[:-1] = chunk.dictionary.to_numpy(zero_copy_only=False)
         parts.append(labels[chunk.indices.fill_null(len(labels) - 1).to_numpy()])
     return np.concatenate(parts) if parts else np.empty(0, dtype=object)

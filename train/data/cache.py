@@ -1,8 +1,8 @@
-"""A copy of a corpus that streams 2.5 times as fast: `python -m scmmgpt.train cache CORPUS`.
+"""A copy of a corpus that streams some 2.5 times as fast: `python -m scmmgpt.train cache CORPUS`.
 
-Published shards are Parquet of lists of delta-coded integers, which is small (1.7 kB a cell) and costs some 25
-microseconds of CPU a cell to decode. The copy is Arrow IPC files of the same rows and row groups under LZ4, 4.3 kB a
-cell, which pyarrow reads through a memory map at next to no cost:
+Published shards are Parquet of lists of delta-coded integers, which is small (1.7 kB a synthetic cell) and costs some
+25 microseconds of CPU a cell to decode. The copy is Arrow IPC files of the same rows and row groups under LZ4, 4.3 kB
+a cell, which pyarrow reads through a memory map in some 4 microseconds:
 
 ```
 cache/train-00000-of-00003.arrow    the rows of data/train-00000-of-00003.parquet
@@ -51,7 +51,7 @@ def open_cached(corpus: Corpus, shard: Shard, columns: list[str]) -> pa.ipc.Reco
     """Open the copy of a shard, of which only these columns are read."""
     source = pa.memory_map(str(cached_path(corpus, shard)))
     names = pa.ipc.open_file(source).schema.names
-    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns], use_threads=False)
     return pa.ipc.open_file(source, options=options)
 
 
