@@ -15,7 +15,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, match_genes
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
-from scmmgpt.reading_scmmgpt import check_labels, choose_input, read_cells, store_report
+from scmmgpt.pipeline_scmmgpt import storable
+from scmmgpt.reading_scmmgpt import check_labels, choose_input, read_cells
 
 
 N_CELLS, N_GENES = 40, 300
@@ -679,7 +680,7 @@ def test_the_report_is_json_and_survives_a_file(counts, gene_index, tmp_path):
     assert json.loads(json.dumps(report)) == report
     del adata.layers["a/b"]
     adata.var_names = SYMBOLS
-    store_report(adata, report)
+    adata.uns["scmmgpt"] = {"input": storable(report)}
     adata.write_h5ad(tmp_path / "cells.h5ad")
     stored = ad.read_h5ad(tmp_path / "cells.h5ad").uns["scmmgpt"]["input"]
     assert stored["matrix"]["kind"] == "raw_float"
