@@ -25,9 +25,7 @@ EMBEDDED_ENSEMBL = re.compile(r"(?:^|[_|:;, ])(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?
 GENOME = re.compile(r"^(hg\d+|GRCh\d+|mm\d+|GRCm\d+)(?:$|[_-]+(?=\S)|\b)", re.IGNORECASE)
 PEAK = re.compile(r"^(chr)?(\d{1,2}|X|Y|MT?|GL\d+\.\d|KI\d+\.\d)[:_-]\d+[_-]\d+$", re.IGNORECASE)
 ANTIBODY = re.compile(r"(Total_?Seq[A-D]?|ADT|anti(human|mouse))\b|^(ADT|AB|PROT|HTO)[_-]", re.IGNORECASE)
-CONTROL = re.compile(
-    r"^(ERCC-\d{5}|Blank-?\d+|NegControl.*|NegPrb.*|SystemControl.*|(Unassigned|Deprecated)Codeword.*)$"
-)
+CONTROL = re.compile(r"^(ERCC-\d{5}|Blank-?\d+|(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword).*)$")
 MADE_UNIQUE = re.compile(r"[-.]\d$")
 EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
@@ -222,7 +220,7 @@ def classify_features(
             types[i] = "peak"
         elif feature_types is None and ANTIBODY.search(name):
             types[i] = "antibody"
-    for i, feature_type in enumerate(feature_types if feature_types is not None else ()):
+    for i, feature_type in enumerate(() if feature_types is None else feature_types):
         word = str(feature_type).strip().lower()
         if "antibod" in word or "protein" in word or word == "adt":
             types[i] = "antibody"
@@ -230,11 +228,9 @@ def classify_features(
             types[i] = "peak"
         elif word not in GENE_FEATURE_TYPES and types[i] == "gene":
             types[i] = word
-    found = [GENOME.match(str(name)) for name in (genomes if genomes is not None else names)]
-    assemblies = [m.group(1).lower() if m else "" for m in found]
-    mouse = np.array([assembly.startswith(("mm", "grcm")) for assembly in assemblies], dtype=bool)
-    human = np.array([assembly.startswith(("hg", "grch")) for assembly in assemblies], dtype=bool)
-    if mouse.any() and human.any():
+    found = [GENOME.match(str(name)) for name in (names if genomes is None else genomes)]
+    mouse = np.array([m is not None and m.group(1).lower().startswith(("mm", "grcm")) for m in found], dtype=bool)
+    if mouse.any() and any(m is not None and m.group(1).lower().startswith(("hg", "grch")) for m in found):
         types[mouse & (types == "gene")] = "mouse genome"
     return types
 

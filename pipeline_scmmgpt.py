@@ -53,6 +53,8 @@ except ImportError:  # as a flat module in a clone
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
+# Inputs of a batch of cells -> tensors with one row a cell.
+CellFunction = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
 
@@ -122,20 +124,15 @@ class ScMMGPTPipeline:
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> "ScMMGPTPipeline":
-        """Load a checkpoint from a local folder or the Hub. No code of the checkpoint is run.
+        """Load a checkpoint, a folder or a model id on the Hub. No code of the checkpoint is run.
 
-        Args:
-            checkpoint: A folder, or a model id on the Hub.
-            device, task, batch_size: As for the class.
-            dtype: By default the one that the checkpoint was saved in.
-            kwargs: For `from_pretrained` of model and processor (`revision`, `token`, `cache_dir`, ...).
+        `dtype` is by default that of the checkpoint. `kwargs` go to `from_pretrained` of model and processor
+        (`revision`, `token`, `cache_dir`, ...); the other arguments are as for the class.
         """
         checkpoint = os.fspath(checkpoint)
         is_folder = Path(checkpoint).is_absolute() or checkpoint.startswith(".")
         if is_folder and not (Path(checkpoint) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"No checkpoint at {checkpoint!r}: the folder must hold config.json, weights and processor."
-            )
+            raise FileNotFoundError(f"No checkpoint at {checkpoint!r}; name a folder with config.json and weights.")
         config = ScMMGPTConfig.from_pretrained(checkpoint, **kwargs)
         kinds = {kind.__name__: kind for kind in (ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration)}
         architecture = (config.architectures or ["nothing"])[0]
@@ -201,7 +198,9 @@ class ScMMGPTPipeline:
         clusters = None if cluster_key is None else _words(adata, cluster_key)
         cells, report = self.processor.read_cells(adata, **read_kwargs)
         similarity, match = self._label_scores(cells, settings, batch_size)
-        similarity = similarity + self._unseen_bonus(texts, unseen_bonus)
+        stored = self.model.config.annotation or {}
+        bonus = stored.get("unseen_bonus", 0.0) if unseen_bonus is None else unseen_bonus
+        similarity = similarity + bonus * ~np.isin(texts, list(stored.get("labels", {}).values()))
         weight, temperature = settings["matching_weight"], settings["temperature"]
         probabilities = label_probabilities(similarity, match, logit_scale=1 / temperature, matching_weight=weight)
         columns = choose_labels(probabilities, names, settings["cl_ids"], min_score, clusters)
@@ -306,12 +305,6 @@ class ScMMGPTPipeline:
         self.model.config.annotation = stored
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}
 
-    def _unseen_bonus(self, texts: list[str], bonus: float | None) -> np.ndarray:
-        """The constant of calibrated stacking for each text, `(n_texts,)`; 0 for the texts of fine-tuning."""
-        stored = self.model.config.annotation or {}
-        bonus = stored.get("unseen_bonus", 0.0) if bonus is None else bonus
-        return bonus * ~np.isin(texts, list(stored.get("labels", {}).values()))
-
     def _label_scores(
         self, cells: Cells, settings: dict[str, Any], batch_size: int | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -352,11 +345,10 @@ class ScMMGPTPipeline:
         """Describe every cell in words.
 
         Args:
-            adata: AnnData.
             prompt: A question about one cell; by default the prompt of training. `<cell>` in the prompt stands for the
                 cell; a prompt without `<cell>` follows the cell.
             max_new_tokens: Longest description, in tokens.
-            key_added, batch_size: As for [`annotate`]; 16 cells a batch by default.
+            adata, key_added, batch_size: As for [`annotate`]; 16 cells a batch by default.
             kwargs: For [`read_cells`], as for [`annotate`]; the others for the model's `generate` (`num_beams`,
                 `do_sample`, `temperature`, ...). Decoding is greedy by default.
 
@@ -391,10 +383,7 @@ class ScMMGPTPipeline:
             raise ValueError("The prompt is empty; pass a question about the cell, or no prompt.")
         token = self.processor.cell_token
         if question.count(token) > 1:
-            raise ValueError(
-                f"The prompt names {question.count(token)} cells ({token}), but is put to one cell at a time; write "
-                f"{token} once."
-            )
+            raise ValueError(f"The prompt names {question.count(token)} cells ({token}); name one, the cell of a row.")
         return self.processor.render_question(question if token in question else f"{token}\n{question}")
 
     # -- generate -----------------------------------------------------------------------------------------------------
@@ -510,9 +499,7 @@ class ScMMGPTPipeline:
         can_sample = self.model.config.expression_head != "mse"
         do_sample = can_sample if do_sample is None else bool(do_sample)
         if do_sample and not can_sample:
-            raise ValueError(
-                "This checkpoint predicts a mean (expression_head='mse') and cannot be sampled; pass do_sample=False."
-            )
+            raise ValueError("A mean (expression_head='mse') cannot be sampled; pass do_sample=False.")
         if n_cells > 1 and not do_sample:
             logger.warning(f"Without sampling, the {n_cells} cells of a prompt are equal: each is the predicted mean.")
         return do_sample
@@ -534,9 +521,7 @@ class ScMMGPTPipeline:
         unique, first = np.unique(ids, return_index=True)
         if len(unique) < len(ids):
             repeated = sorted({genes[i] for i in set(range(len(ids))) - set(first.tolist())})
-            raise ValueError(
-                f"{len(ids) - len(unique)} genes are asked for twice, for instance {repeated[:5]}; name each once."
-            )
+            raise ValueError(f"{len(ids) - len(unique)} genes are asked for twice: {repeated[:5]}; name each once.")
         return ids
 
     def _gene_turns(self, gene_ids: np.ndarray, max_genes: int | None) -> list[np.ndarray]:
@@ -558,12 +543,11 @@ class ScMMGPTPipeline:
         """Embed every cell.
 
         Args:
-            adata: AnnData.
             of: `"cell-text"` is the mean of the cell's queries in the shared space, `projection_dim` wide; `"cell"` is
                 the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide. Both are
                 L2-normalised.
             key_added: Name in `obsm`.
-            batch_size, read_kwargs: As for [`annotate`].
+            adata, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
             The same `adata`, with the float32 embedding in `obsm[key_added]`.
@@ -596,11 +580,10 @@ class ScMMGPTPipeline:
         """Find the cells that a text describes best.
 
         Args:
-            adata: AnnData.
             text: Description of the wanted cells, one text or several.
             top_k: Cells to return per text.
             key_added: Column of `obs` to add every cell's similarity as (one text only).
-            batch_size, read_kwargs: As for [`annotate`].
+            adata, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row) and `score` (cosine similarity,
@@ -656,14 +639,8 @@ class ScMMGPTPipeline:
                 yield rows
                 progress.update(len(rows))
 
-    def _map_cells(
-        self,
-        function: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]],
-        cells: Cells,
-        batch_size: int,
-        what: str,
-    ) -> list[np.ndarray]:
-        """Apply `function(inputs) -> tensors`, one row a cell, to all cells; float32 arrays in the cells' order."""
+    def _map_cells(self, function: CellFunction, cells: Cells, batch_size: int, what: str) -> list[np.ndarray]:
+        """Apply `function` to all cells, batch by batch; float32 arrays in the cells' order."""
         results: list[np.ndarray] = []
         for rows in self._batches(cells, batch_size, what):
             inputs = self.processor(cells=cells[rows]).to(self.device)
@@ -711,10 +688,7 @@ def _labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: di
         labels = {label: stored.get(label, label) for label in labels}
     labels = {str(label): str(text) for label, text in labels.items()}
     if not labels:
-        raise ValueError(
-            "There are no labels to choose from: this checkpoint stores none. Pass labels, a list of cell types "
-            "or a dict of cell type -> description."
-        )
+        raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
     empty = [label for label, text in labels.items() if not text.strip()]
     if empty:
         raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
