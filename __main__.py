@@ -217,7 +217,7 @@ def calibrate(args: Args) -> None:
     with whole_file(config_file) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
-    summarise(args, {"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}})
+    write(args, {"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}})
 
 
 def embed(args: Args) -> None:
@@ -396,16 +396,13 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> Non
             table = table.rename(columns={name: new for name, new in short.items() if new not in table})
         with whole_file(args.table) as temporary:
             table.to_csv(temporary, index_label="barcode")
-    summarise(args, {"output": str(args.output), **summary})
+    write(args, {"output": str(args.output), **summary})
 
 
-def summarise(args: Args, summary: dict[str, Any]) -> None:
-    """Write a summary, one entry a line."""
-    write(args, summary, (f"{name}: {value}" for name, value in summary.items()))
-
-
-def write(args: Args, result: Any, lines: Iterable[str]) -> None:
-    """Write a result to stdout, as JSON or in lines; logs and errors go to stderr."""
+def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
+    """Write a result to stdout, as JSON or in lines, by default an entry a line; logs and errors go to stderr."""
+    if lines is None:
+        lines = (f"{name}: {value}" for name, value in result.items())
     try:
         sys.stdout.write((json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
         sys.stdout.flush()

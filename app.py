@@ -28,7 +28,6 @@ from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
 SHOWN_ROWS = 50  # cells in a table; the file to download has all
-TOP_GENES = 30  # genes of generated cells in a table
 
 
 def read(path: str | None) -> anndata.AnnData:
@@ -87,7 +86,7 @@ def build(pipeline: ScMMGPTPipeline) -> gr.Blocks:
     def generate(prompt: str, n_cells: int) -> tuple[pd.DataFrame, str]:
         adata = pipeline.generate(prompt, int(n_cells))
         mean = np.asarray(adata.X.mean(axis=0)).ravel()
-        top = np.argsort(-mean)[:TOP_GENES]
+        top = np.argsort(-mean)[:30]
         genes = pd.DataFrame({"gene": adata.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
         return genes, save(adata, "generated.h5ad")
 

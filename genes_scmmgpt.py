@@ -114,21 +114,19 @@ class GeneIndex:
         found = self.vocabulary.get(self.aliases.get(key, ""))
         if found is not None:
             return found, "ensembl" if ensembl else "alias"
-        if ensembl is None:
-            embedded = _embedded(name)
-            if embedded is not None:
-                return self.lookup(embedded)
-            for changed in (name.replace(".", "-"), name.replace("-", "_")):  # undo R's make.names and Seurat
-                if changed in self.vocabulary:
-                    return self.vocabulary[changed], "alias"
-            date = EXCEL_DATE.match(name)
-            if date:
-                return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
-            if species in (None, self.species):
-                found = self._folded.get(name.upper())
-                if found is not None:
-                    return found, "case"
-        return -1, "unmatched"
+        if ensembl:
+            return -1, "unmatched"
+        embedded = _embedded(name)
+        if embedded is not None:
+            return self.lookup(embedded)
+        for changed in (name.replace(".", "-"), name.replace("-", "_")):  # undo R's make.names and Seurat
+            if changed in self.vocabulary:
+                return self.vocabulary[changed], "alias"
+        date = EXCEL_DATE.match(name)
+        if date:
+            return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
+        found = self._folded.get(name.upper()) if species in (None, self.species) else None
+        return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
         """SEPT2 and MARCH3 after a spreadsheet made dates of them. 1-Mar may be MARCH1 or MARC1: it has no match."""
@@ -146,30 +144,20 @@ def _embedded(name: str) -> str | None:
 
 @dataclass
 class GeneMatch:
-    """The genes of a file's variables.
+    """The genes of a file's variables."""
 
-    Args:
-        ids: int32 `(n_vars,)`: id in the vocabulary, or -1.
-        how: `(n_vars,)` of str: kind of the match (`GeneIndex.lookup`), or the feature type that was set aside.
-        is_gene: bool `(n_vars,)`: False for antibodies, peaks and other features that were set aside.
-        report: Numbers and examples, as `json.dumps` takes them.
-    """
-
-    ids: np.ndarray
-    how: np.ndarray
-    is_gene: np.ndarray
-    report: dict[str, Any]
+    ids: np.ndarray  # int32 `(n_vars,)`: id in the vocabulary, or -1
+    how: np.ndarray  # `(n_vars,)` of str: kind of the match (`GeneIndex.lookup`), or the feature type set aside
+    is_gene: np.ndarray  # bool `(n_vars,)`: False for antibodies, peaks and other features set aside
+    report: dict[str, Any]  # numbers and examples, as `json.dumps` takes them
 
 
 def detect_species(names: Sequence[str]) -> tuple[str, str]:
     """Species of gene names, or `unknown`, and the evidence in words."""
     names = names[:: 1 + len(names) // 4000]
     n = max(1, len(names))
-    prefixes: Counter[str] = Counter()
-    for name in names:
-        ensembl = ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name)
-        if ensembl:
-            prefixes[ensembl.group(1).upper()[:-11]] += 1  # without the number
+    found = (ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name) for name in names)
+    prefixes = Counter(ensembl.group(1).upper()[:-11] for ensembl in found if ensembl)  # ids without the number
     prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
     # In a file of symbols, genes without a symbol have ids: a few ids of another species than human are enough.
     if count > (0.5 if prefix == "ENSG" else 0.05) * n:
@@ -236,25 +224,23 @@ def classify_features(
 
 
 def match_genes(
-    names: Sequence[str] | Mapping[str, Sequence[str]],
+    columns: Mapping[str, Sequence[str]],
     gene_index: GeneIndex,
     *,
-    types: np.ndarray | None = None,
-    organism: str | None = None,
-    weights: np.ndarray | None = None,
+    types: np.ndarray,
+    organism: str | None,
+    weights: np.ndarray,
 ) -> GeneMatch:
     """Match the variables of a file with the vocabulary.
 
     Args:
-        names: Names of the variables, or several columns of names: the best one, then others for unmatched variables.
+        columns: Columns of names of the variables: the best column is used first, others for unmatched variables.
         gene_index: The model's genes.
         types: Type of each variable (`classify_features`); all types but `gene` are set aside.
         organism: Species that the file declares (name or NCBITaxon id); names overrule it where they identify another.
         weights: Expression of each variable, `(n_vars,)`, for the matched share of the expression.
     """
-    columns = dict(names) if isinstance(names, Mapping) else {"var_names": names}
     columns = {key: [GENOME.sub("", str(n).strip()) or str(n) for n in column] for key, column in columns.items()}
-    types = classify_features(next(iter(columns.values()))) if types is None else types
     is_gene = types == "gene"
     genes = np.flatnonzero(is_gene).tolist()
     species, declared, why = _species({key: [column[v] for v in genes] for key, column in columns.items()}, organism)
@@ -287,9 +273,7 @@ def match_genes(
     return match
 
 
-def _count_matches(
-    match: GeneMatch, names: Sequence[str], n_vocabulary: int, weights: np.ndarray | None
-) -> dict[str, Any]:
+def _count_matches(match: GeneMatch, names: Sequence[str], n_vocabulary: int, weights: np.ndarray) -> dict[str, Any]:
     """Numbers of matched variables, their share of the expression, and the largest unmatched ones."""
     matched, is_gene = match.ids >= 0, match.is_gene
     n_matched, n_genes, distinct = int(matched.sum()), int(is_gene.sum()), len(np.unique(match.ids[matched]))
@@ -305,8 +289,8 @@ def _count_matches(
         "set_aside": {str(k): int(v) for k, v in Counter(match.how[~is_gene].tolist()).items()},
     }
     unmatched = np.flatnonzero(~matched & is_gene)
-    if weights is not None and weights[is_gene].sum() > 0:
-        total = float(weights[is_gene].sum())
+    total = float(weights[is_gene].sum())
+    if total > 0:
         counts["share_expression_matched"] = round(float(weights[matched].sum() / total), 5)
         unmatched = unmatched[np.argsort(-weights[unmatched], kind="stable")]
         counts["largest_unmatched_shares"] = [round(float(weights[v] / total), 7) for v in unmatched[:N_EXAMPLES]]
@@ -346,10 +330,8 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
             f"They were read as {species} genes ({r['species_evidence']}); name another species with `organism=`, or "
             "the column of `var` that has their symbols with `gene_column=`."
         )
-    finding = (
-        f"Only {measured} of {possible} genes match the model's vocabulary ({share:.1%}; the largest that do not: "
-        f"{', '.join(r['largest_unmatched'][:5])}). {way_out}"
-    )
+    largest = f"the largest that do not: {', '.join(r['largest_unmatched'][:5])}"
+    finding = f"Only {measured} of {possible} genes match the model's vocabulary ({share:.1%}; {largest}). {way_out}"
     few = measured < MIN_GENES <= len(gene_index) / 10
     if measured == 0 or ((share < REFUSE_SHARE or few) and not force):
         raise ValueError(finding + (" Or pass `force=True` to read the matching genes." if measured else ""))
@@ -357,7 +339,7 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
     if not messages and r.get("share_expression_matched", 1.0) < WARN_SHARE:
         messages.append(
             f"The genes that match the model's vocabulary hold only {r['share_expression_matched']:.1%} of the "
-            f"expression; the largest that do not: {', '.join(r['largest_unmatched'][:5])}."
+            f"expression; {largest}."
         )
     if r["species_declared"] and species != r["species_declared"]:
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")

@@ -13,7 +13,6 @@ from scmmgpt.readers import CellFile, DiskRows, read_file
 from scmmgpt.reading_scmmgpt import InputChoice, check_labels, choose_input, finish_report, inspect_matrices, matrix_of
 
 
-N_PARTS = 8  # of a large file that are converted
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "assay", "organism", "donor_id")
 
 KIND_WORDS = {
@@ -97,13 +96,9 @@ def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
     columns, warnings = {}, []
     for name in LABEL_COLUMNS:
         if name in file.obs and file.n_obs:
-            values = file.obs[name].astype(str)
-            counts = values.value_counts()
-            columns[name] = {
-                "values": len(counts),
-                "most_common": str(counts.index[0]),
-                "share": round(float(counts.iloc[0] / file.n_obs), 4),
-            }
+            counts = file.obs[name].astype(str).value_counts()
+            share = round(float(counts.iloc[0] / file.n_obs), 4)
+            columns[name] = {"values": len(counts), "most_common": str(counts.index[0]), "share": share}
     if "cell_type" in columns:
         try:
             warnings = check_labels(file.obs["cell_type"].astype(str).tolist(), "cell_type")
@@ -115,9 +110,9 @@ def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
 def _describe_cells(file: CellFile, choice: InputChoice, max_cells: int) -> dict[str, Any]:
     """Numbers of genes and counts of the converted cells."""
     parts = [file]
-    if file.n_obs > max_cells:
-        size = max(1, max_cells // N_PARTS)
-        starts = np.linspace(0, file.n_obs - size, N_PARTS).astype(int).tolist()
+    if file.n_obs > max_cells:  # eight parts, spread over the file
+        size = max(1, max_cells // 8)
+        starts = np.linspace(0, file.n_obs - size, 8).astype(int).tolist()
         parts = [file[start : start + size] for start in starts]
     measured = [(np.diff(c.indptr), c.library_sizes()) for part in parts for c in choice.iter_cells(part)]
     genes, totals = (np.concatenate(values) for values in zip(*measured, strict=True))

@@ -1,7 +1,7 @@
 """The tasks of scMMGPT over AnnData: annotate, describe, generate, embed and search cells.
 
-One object holds the model and its processor and offers every task as a verb. A verb adds its results to the AnnData
-under names that begin with `scmmgpt`, drops nothing and returns the same object:
+Each task is a verb of [`ScMMGPTPipeline`]. A verb adds its results to the AnnData under names that begin with
+`scmmgpt`, drops nothing and returns the same object:
 
 >>> pipeline = ScMMGPTPipeline.from_pretrained("path/to/checkpoint")  # doctest: +SKIP
 >>> pipeline.annotate(adata).obs["scmmgpt_cell_type"]  # doctest: +SKIP
@@ -89,10 +89,7 @@ class ScMMGPTPipeline:
 
     # `transformers.pipeline` loads the parts that are `True` and passes them to `__init__`.
     _load_processor = True
-    _load_tokenizer = False
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_video_processor = False
+    _load_tokenizer = _load_feature_extractor = _load_image_processor = _load_video_processor = False
 
     def __init__(
         self,
@@ -296,13 +293,9 @@ class ScMMGPTPipeline:
         similarity, match = self._label_scores(cells[np.flatnonzero(usable)], settings, batch_size)
         target = np.asarray([names.index(label) for label in truth[usable]])
         best = fit_mixture(similarity, match, target, settings["temperature"])
-        stored = {
-            **settings,
-            "cl_ids": {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]},
-            "temperature": best["temperature"],
-            "matching_weight": best["matching_weight"],
-        }
-        self.model.config.annotation = stored
+        cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
+        fitted = {name: best[name] for name in ("temperature", "matching_weight")}
+        self.model.config.annotation = stored = {**settings, "cl_ids": cl_ids, **fitted}
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}
 
     def _label_scores(
@@ -663,8 +656,8 @@ class ScMMGPTPipeline:
         """Add the settings of a verb, and the report of what was read, to `uns`; entries of other verbs stay."""
         if report is not None:
             adata.uns.setdefault("scmmgpt", {})["input"] = storable(report)
-        checkpoint = str(self.model.config._name_or_path or "")
-        adata.uns[key] = {**adata.uns.get(key, {}), **done, "checkpoint": checkpoint}
+        done["checkpoint"] = str(self.model.config._name_or_path or "")
+        adata.uns[key] = {**adata.uns.get(key, {}), **done}
         return adata
 
 

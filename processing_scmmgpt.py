@@ -1,15 +1,10 @@
-"""The processor of scMMGPT: cells and texts -> model inputs, for training, evaluation and the pipeline alike.
-
-- `text` goes to the language model; every `<cell>` in it stands for one cell and becomes `num_query_tokens` tokens;
-- `cells` go to the cell model, in the order in which the texts mention them;
-- `qformer_text` goes to the Q-Former's text branch (captions, labels, search texts);
-- `answers` are appended to the texts and become `labels`;
-- `target_cells` are the cells that the texts are trained to generate.
-"""
+"""The processor of scMMGPT: cells and texts -> model inputs, for training, evaluation and the pipeline alike."""
 
 import json
 import os
 from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -90,7 +85,6 @@ class ScMMGPTProcessor(ProcessorMixin):
         self.library_size = library_size
         self.prompts = dict(DEFAULT_PROMPTS if prompts is None else prompts)
         self.gene_aliases: dict[str, Any] = {}  # the `aliases` of `GeneIndex`; saved in a separate file
-        self._gene_index: GeneIndex | None = None
         if cell_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"extra_special_tokens": [cell_token]}, replace_extra_special_tokens=False)
         if tokenizer.pad_token is None:
@@ -106,12 +100,10 @@ class ScMMGPTProcessor(ProcessorMixin):
         """Id of `<cell>` in the language model's tokenizer."""
         return cast(int, self.tokenizer.convert_tokens_to_ids(self.cell_token))
 
-    @property
+    @cached_property
     def gene_index(self) -> GeneIndex:
         """Gene names, aliases and Ensembl ids -> ids in the gene vocabulary."""
-        if self._gene_index is None:
-            self._gene_index = GeneIndex(self.gene_tokenizer.get_vocab(), self.gene_aliases)
-        return self._gene_index
+        return GeneIndex(self.gene_tokenizer.get_vocab(), self.gene_aliases)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -167,10 +159,11 @@ class ScMMGPTProcessor(ProcessorMixin):
         """Make model inputs. Every argument is optional; the result holds the keys of the given ones.
 
         Args:
-            text: Texts for the language model, with one `<cell>` for every cell they mention.
+            text: Texts for the language model, with one `<cell>` for every cell they mention; each `<cell>` becomes
+                `num_query_tokens` tokens.
             cells: [`Cells`], or an AnnData for `read_cells`, in the order in which the texts mention them.
             answers: One per text, appended to it; `labels` is -100 for all other tokens. An empty answer has no loss.
-            qformer_text: Texts for the Q-Former.
+            qformer_text: Texts for the Q-Former's text branch (captions, labels, search texts).
             target_cells: The cells that the texts should generate.
             target_rows: Int `(len(target_cells),)`: the text that generates each cell; by default the texts in order.
             target_genes: Vocabulary ids of the measured genes that may be generated; by default the whole vocabulary.
@@ -208,14 +201,10 @@ class ScMMGPTProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _qformer_inputs(self, text: str | list[str]) -> dict[str, torch.Tensor]:
-        inputs = self.qformer_tokenizer(
-            [text] if isinstance(text, str) else list(text),
-            padding=True,
-            truncation=True,
-            max_length=self.qformer_max_length,
-            return_tensors="pt",
-        )
-        return {"qformer_input_ids": inputs["input_ids"], "qformer_attention_mask": inputs["attention_mask"]}
+        texts = [text] if isinstance(text, str) else list(text)
+        options = {"padding": True, "truncation": True, "max_length": self.qformer_max_length}
+        inputs = self.qformer_tokenizer(texts, **options, return_tensors="pt")
+        return {f"qformer_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
 
     def _text_inputs(
         self, text: list[str], answers: list[str] | None, num_cells: int | None
@@ -349,8 +338,6 @@ class ScMMGPTProcessor(ProcessorMixin):
             return content
         return "\n".join(self.cell_token if part["type"] == "cell" else part["text"] for part in content)
 
-    # -- tasks --------------------------------------------------------------------------------------------------------
-
     def pipeline(self, model: Any, **kwargs: Any) -> Any:
         """[`ScMMGPTPipeline`] of this processor and its model.
 
@@ -370,8 +357,8 @@ class ScMMGPTProcessor(ProcessorMixin):
     ) -> list[str]:
         """Save every part and the gene aliases."""
         os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, GENE_ALIASES_FILE), "w", encoding="utf-8") as file:
-            json.dump(self.gene_aliases, file, sort_keys=True)
+        aliases = json.dumps(self.gene_aliases, sort_keys=True)
+        Path(save_directory, GENE_ALIASES_FILE).write_text(aliases, encoding="utf-8")
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -398,8 +385,7 @@ class ScMMGPTProcessor(ProcessorMixin):
             pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **options
         )
         if path is not None:
-            with open(path, encoding="utf-8") as file:
-                processor.gene_aliases = json.load(file)
+            processor.gene_aliases = json.loads(Path(path).read_text(encoding="utf-8"))
         return processor
 
 
@@ -411,9 +397,7 @@ def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: 
     if len(rows) != n_targets:
         raise ValueError(f"{n_targets} target cells were given for {len(rows)} target rows; pass one row for each.")
     if len(rows) and not 0 <= rows.min() <= rows.max() < n_texts:
-        raise ValueError(
-            f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts; count from 0."
-        )
+        raise ValueError(f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts (from 0).")
     return rows
 
 

@@ -33,15 +33,9 @@ import scipy.sparse as sp
 
 logger = logging.getLogger(__name__)
 
-TEXT_ROWS = 2000  # lines of a table parsed at a time
 COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column: size of the block of rows that is kept in memory
 COLUMN_ENTRIES = 2**23  # of a matrix stored by column: entries loaded at a time
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".tab")
 KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv"
-R_RECIPE = (
-    "Save it from R with `anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or `anndataR::as_AnnData` for a "
-    "SingleCellExperiment) and pass the .h5ad file."
-)
 # Common gene names, in any species' spelling: the side of a table with more of them is the genes' side.
 GENE_NAME = re.compile(r"^(ENS[A-Z]*G\d{6,}|RP[LS]\d+|MT-|ACTB$|GAPDH$|B2M$|MALAT1$|CD\d+[A-Z]?$|HLA-|EEF1A1$)", re.I)
 
@@ -50,11 +44,7 @@ class DiskRows:
     """A sparse matrix on disk (HDF5 or Zarr), compressed by row (CSR); a slice of rows is a matrix in memory.
 
     `anndata.io.sparse_dataset` takes five times as long for slices of 64 rows, as samples need (as long for 1,024),
-    and needs AnnData's attributes on the matrix, which 10x files lack.
-
-    Args:
-        data, indices, indptr: The arrays of the matrix on disk.
-        shape: Cells x variables.
+    and needs AnnData's attributes on the matrix, which 10x files lack. `shape` is cells x variables.
     """
 
     layout = "sparse, by row"
@@ -262,30 +252,29 @@ def _format(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
         hint = f" That folder has {', '.join(similar)}." if similar else ""
         raise FileNotFoundError(f"There is no file {path}.{hint}")
     if path.is_dir():
-        return _format_of_folder(path)
+        if any((path / marker).exists() for marker in (".zattrs", ".zgroup", "zarr.json")):
+            return "zarr", _open_zarr
+        if _find(path, "matrix.mtx", "mtx"):
+            return "mtx", _open_mtx
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise ValueError(f"The folder {path} is neither a .zarr nor has it a matrix.mtx (it holds {inside}).")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty (0 bytes): the copy or download failed. Copy it again.")
     name = path.name.lower()
     if name.endswith((".rds", ".rda", ".rdata", ".h5seurat", ".qs")):
-        raise ValueError(f"{path.name} is an R object. {R_RECIPE}")
+        raise ValueError(
+            f"{path.name} is an R object. Save it from R with `anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or "
+            "`anndataR::as_AnnData` for a SingleCellExperiment) and pass the .h5ad file."
+        )
     if name.endswith((".mtx", ".mtx.gz")):
         return "mtx", _open_mtx
-    if name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").endswith(TABLE_SUFFIXES):
+    if re.search(r"\.(csv|tsv|txt|tab)(\.gz|\.bz2|\.xz)?$", name):
         return "table", _open_table
     if name.endswith(".loom"):
         return "loom", _open_loom
     if h5py.is_hdf5(path) or name.endswith((".h5ad", ".h5", ".hdf5", ".h5mu")):
         return _format_of_hdf5(path)
     raise ValueError(f"{path} is of an unknown format. Known are {KNOWN}.")
-
-
-def _format_of_folder(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
-    if any((path / marker).exists() for marker in (".zattrs", ".zgroup", "zarr.json")):
-        return "zarr", _open_zarr
-    if _find(path, "matrix.mtx", "mtx"):
-        return "mtx", _open_mtx
-    inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    raise ValueError(f"The folder {path} is neither a .zarr nor has it a matrix.mtx (it holds {inside}).")
 
 
 def _format_of_hdf5(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
@@ -298,9 +287,8 @@ def _format_of_hdf5(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
             return "h5mu", _open_h5mu
         if "obs" in file and "var" in file:
             return "h5ad", _open_h5ad
-        raise ValueError(
-            f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {', '.join(list(file)[:8])})."
-        )
+        inside = ", ".join(list(file)[:8])
+        raise ValueError(f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {inside}).")
 
 
 def _open_hdf5(path: Path) -> h5py.File:
@@ -343,14 +331,13 @@ def _annotated(group: Any, handle: Any) -> CellFile:
     """The AnnData in an HDF5 or Zarr group; its matrices stay on disk."""
     read = anndata.io.read_elem
     raw = group["raw"] if "raw" in group and hasattr(group["raw"], "keys") and "X" in group["raw"] else None
-    uns = read(group["uns"]) if "uns" in group else {}
     return CellFile(
         _disk_matrix(group["X"]) if "X" in group else None,
         read(group["obs"]),
         read(group["var"]),
         layers={name: _disk_matrix(group["layers"][name]) for name in group.get("layers", {})},
         raw=None if raw is None else RawPart(_disk_matrix(raw["X"]), read(raw["var"])),
-        uns=dict(uns),
+        uns=dict(read(group["uns"])) if "uns" in group else {},
         handle=handle,
     )
 
@@ -407,15 +394,13 @@ def _open_10x(path: Path) -> CellFile:
     n_vars, n_cells = (int(n) for n in group["shape"][:])
     matrix = DiskRows(group["data"], group["indices"], group["indptr"], (n_cells, n_vars))
     if "features" in group:
-        features = group["features"]
-        table = {"gene_ids": _text(features["id"]), "feature_types": _text(features["feature_type"])}
-        names = _text(features["name"])
-        if "genome" in features:
-            table["genome"] = _text(features["genome"])
+        features, names = group["features"], group["features"]["name"]
+        columns = {"gene_ids": "id", "feature_types": "feature_type", "genome": "genome"}
+        table = {name: _text(features[stored]) for name, stored in columns.items() if stored in features}
     else:
-        table, names = {"gene_ids": _text(group["genes"])}, _text(group["gene_names"])
-    obs = pd.DataFrame(index=pd.Index(_text(group["barcodes"])))
-    return CellFile(matrix, obs, pd.DataFrame(table, index=pd.Index(names)), handle=file)
+        table, names = {"gene_ids": _text(group["genes"])}, group["gene_names"]
+    var = pd.DataFrame(table, index=pd.Index(_text(names)))
+    return CellFile(matrix, pd.DataFrame(index=pd.Index(_text(group["barcodes"]))), var, handle=file)
 
 
 def _open_loom(path: Path) -> CellFile:
@@ -459,10 +444,7 @@ def _open_mtx(path: Path) -> CellFile:
     barcodes_path = _find(folder, "barcodes.tsv", "barcodes.txt", "rows.txt")
     for wanted, found in (("features.tsv or genes.tsv", features_path), ("barcodes.tsv", barcodes_path)):
         if found is None:
-            raise FileNotFoundError(
-                f"Beside {matrix_path.name} there is no {wanted} in {folder}, which names the rows or columns of the "
-                "matrix; copy it there."
-            )
+            raise FileNotFoundError(f"Beside {matrix_path.name} there is no {wanted} in {folder}; copy it there.")
     try:
         matrix = sp.csr_matrix(mmread(matrix_path))
     except (ValueError, EOFError, OSError) as error:
@@ -476,25 +458,22 @@ def _open_mtx(path: Path) -> CellFile:
             f"{matrix_path.name} is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(features)} features and "
             f"{len(barcodes)} barcodes: the files do not belong together. Copy all three from one source."
         )
-    table = {}
-    if features.shape[1] > 1:
-        table["gene_ids"] = features[0].tolist()
-    if features.shape[1] > 2:
-        table["feature_types"] = features[2].tolist()
-    var = pd.DataFrame(table, index=pd.Index(features[min(features.shape[1] - 1, 1)].tolist()))
+    names = features[min(features.shape[1] - 1, 1)]  # the second column, or the only one
+    stored = {"gene_ids": 0, "feature_types": 2} if features.shape[1] > 1 else {}
+    table = {name: features[column].tolist() for name, column in stored.items() if column in features}
+    var = pd.DataFrame(table, index=pd.Index(names.tolist()))
     return CellFile(matrix, pd.DataFrame(index=pd.Index(barcodes.tolist())), var)
 
 
 def _open_table(path: Path) -> CellFile:
     """A text table with names in the first row and column, cells x genes or genes x cells, parsed in blocks."""
     separator, n_comments = _layout(path)
-    names: list[str] = []
     columns: list[str] = []
     blocks: list[sp.csr_matrix] = []
     notes: list[pd.DataFrame] = []
     layout: dict[str, Any] = {"sep": separator, "index_col": 0, "skiprows": n_comments, "low_memory": False}
     try:
-        for block in pd.read_csv(path, chunksize=TEXT_ROWS, **layout):
+        for block in pd.read_csv(path, chunksize=2000, **layout):
             numeric = block.select_dtypes(include=["number", "bool"])
             found = [str(name) for name in numeric.columns]
             if blocks and found != columns:
@@ -502,8 +481,8 @@ def _open_table(path: Path) -> CellFile:
                 value = next((v for v in block[wrong] if _not_a_number(v)), "numbers")
                 raise ValueError(f"Column {wrong!r} of {path} mixes {value!r} and numbers; keep one of both.")
             columns = found
+            block.index = block.index.map(str)
             notes.append(block.drop(columns=numeric.columns))
-            names += [str(name) for name in block.index]
             blocks.append(sp.csr_matrix(numeric.to_numpy(dtype=np.float32)))
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} has no lines; copy it again.") from error
@@ -514,16 +493,16 @@ def _open_table(path: Path) -> CellFile:
             f"{path} has no column of numbers (separator {separator!r}). Write cells in rows, genes in columns and "
             "names in the first row and column, or the transposed table."
         )
-    if not any(_not_a_number(name) for name in (*columns, *names)):
+    rows = pd.concat(notes)
+    if not any(_not_a_number(name) for name in (*columns, *rows.index)):
         raise ValueError(
             f"{path} has numbers only (its first row starts with {', '.join(columns[:3])}). Add a first row or column "
             "with the names of the genes."
         )
     matrix = sp.vstack(blocks, format="csr")
-    rows = pd.concat(notes)
-    rows.index = pd.Index(names)
     column_names = pd.DataFrame(index=pd.Index(columns))
-    if _looks_like_genes(names) > _looks_like_genes(columns):
+    in_rows, in_columns = (np.mean([bool(GENE_NAME.match(n)) for n in names]) for names in (rows.index, columns))
+    if in_rows > in_columns:
         logger.info("%s has genes in its rows: it is transposed.", path.name)
         return CellFile(matrix.T.tocsr(), column_names, rows)
     return CellFile(matrix, rows, column_names)
@@ -549,7 +528,3 @@ def _not_a_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return True
     return False
-
-
-def _looks_like_genes(names: list[str]) -> float:
-    return sum(bool(GENE_NAME.match(str(n))) for n in names) / max(1, len(names))

@@ -108,9 +108,8 @@ def _word_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words; the ids of the special tokens come first, in the order of the arguments."""
     vocabulary = {token: i for i, token in enumerate([*special_tokens.values(), *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    )
+    splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
 
 
@@ -168,9 +167,8 @@ def tiny_config() -> ScMMGPTConfig:
 def tiny_processor() -> ScMMGPTProcessor:
     """The processor that belongs to `tiny_config`; at most 32 genes a cell."""
     extractor = ScMMGPTFeatureExtractor(max_genes=32, pad_token_id=0, cls_token_id=1)
-    return ScMMGPTProcessor(
-        extractor, tiny_text_tokenizer(), tiny_qformer_tokenizer(), tiny_gene_tokenizer(), num_query_tokens=4
-    )
+    tokenizers = (tiny_text_tokenizer(), tiny_qformer_tokenizer(), tiny_gene_tokenizer())
+    return ScMMGPTProcessor(extractor, *tokenizers, num_query_tokens=4)
 
 
 def tiny_pipeline(*, seed: int = 0, **config: Any) -> ScMMGPTPipeline:

@@ -582,7 +582,9 @@ def test_names_that_other_programs_changed_are_found(name, how):
 
 
 def test_matching_needs_no_anndata(gene_index):
-    match = match_genes(["GENE1", "ENSG00000000002.3", "NOTHING"], gene_index)
+    columns = {"var_names": ["GENE1", "ENSG00000000002.3", "NOTHING"]}
+    types = np.full(3, "gene", dtype=object)
+    match = match_genes(columns, gene_index, types=types, organism=None, weights=np.ones(3))
     np.testing.assert_array_equal(match.ids, [4, 5, -1])
     assert list(match.how) == ["symbol", "ensembl", "unmatched"]
 
