@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        sys.stderr.write(f"scmmgpt {args.command}: {message}\n")
+        sys.stderr.write(f"scmmgpt {args.command}: {' '.join(str(error).split()) or type(error).__name__}\n")
         return ERROR
     except KeyboardInterrupt:
         sys.stderr.write(f"scmmgpt {args.command}: stopped; nothing was written\n")
@@ -181,11 +180,10 @@ def describe(args: Args) -> None:
         from scmmgpt.train.data.captions import CaptionSampler
 
         obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
-        captions = CaptionSampler(args.templates).answer(obs, cell_ids=hash_names(adata.obs_names))
-        adata.obs["scmmgpt_reference"] = captions
-    first = str(adata.obs["scmmgpt_description"].iloc[0])
-    distinct = int(adata.uns["scmmgpt"]["describe"]["distinct"])
-    finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": distinct, "first": first})
+        sampler, cell_ids = CaptionSampler(args.templates), hash_names(adata.obs_names)
+        adata.obs["scmmgpt_reference"] = sampler.answer(obs, cell_ids=cell_ids)
+    texts = adata.obs["scmmgpt_description"]
+    finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": texts.nunique(), "first": str(texts.iloc[0])})
 
 
 def calibrate(args: Args) -> None:

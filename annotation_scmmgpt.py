@@ -128,10 +128,7 @@ def fit_mixture(
             probabilities = label_probabilities(similarity, match, logit_scale=1 / candidate, matching_weight=weight)
             nll = -np.log(np.maximum(probabilities[np.arange(len(target)), target], 1e-9)).mean()
             if not best or nll < best["nll"] - 1e-9:
-                best = {
-                    "nll": float(nll),
-                    "accuracy": float((probabilities.argmax(axis=1) == target).mean()),
-                    "temperature": float(candidate),
-                    "matching_weight": round(float(weight), 3),
-                }
+                accuracy = float((probabilities.argmax(axis=1) == target).mean())
+                fitted = {"temperature": float(candidate), "matching_weight": round(float(weight), 3)}
+                best = {"nll": float(nll), "accuracy": accuracy, **fitted}
     return best

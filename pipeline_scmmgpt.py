@@ -177,8 +177,8 @@ class ScMMGPTPipeline:
             min_score: Cells whose best label is less probable are labelled `"Unknown"`.
             matching_weight: Weight of matching against similarity, 0 to 1.
             matching_candidates: Labels of each cell, the most similar ones, that are matched with it.
-            temperature: Temperature of the softmax over labels. The default of these three is the value stored by
-                [`calibrate`].
+            temperature: Temperature of the softmax over labels. [`calibrate`] stores the defaults of matching weight,
+                matching candidates and temperature.
             unseen_bonus: Calibrated stacking: added to the similarity of texts that the checkpoint was not fine-tuned
                 for, since cells lie near the texts of training. The default is the value stored by `finetune`.
             key_added: Prefix of the added names.
@@ -211,8 +211,8 @@ class ScMMGPTPipeline:
         if collapsed:
             logger.warning(
                 f"{share:.0%} of {len(cells)} cells were labelled {str(found[found_cells.argmax()])!r}, of "
-                f"{len(names)} labels. If you don't expect that, look at uns['scmmgpt']['input'] and at the entropy: "
-                "the matrix or the genes may be the wrong ones, or the texts of the labels too alike."
+                f"{len(names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the matrix or the "
+                "genes may be the wrong ones, or the texts of the labels too alike."
             )
         done = {
             "labels": np.asarray(names, dtype=object),
@@ -647,9 +647,9 @@ class ScMMGPTPipeline:
 
     def _text_features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Texts in the shared space, `(n_texts, projection_dim)`, from the processor's `qformer_text` inputs."""
-        names = ("qformer_input_ids", "qformer_attention_mask")
         with torch.inference_mode():
-            batches = zip(*(inputs[name].split(256) for name in names), strict=True)
+            ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
+            batches = zip(ids.split(256), mask.split(256), strict=True)
             return torch.cat([self._bridge().get_text_features(*batch) for batch in batches])
 
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
@@ -694,7 +694,7 @@ def _labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[
     texts = [prompts] if isinstance(prompts, str) else list(prompts.values() if isinstance(prompts, dict) else prompts)
     n_empty = sum(not text.strip() for text in texts)
     if n_empty or not texts:
-        raise ValueError(f"Every prompt needs some text, but {n_empty} of {len(texts)} prompts are empty.")
+        raise ValueError(f"Pass one prompt or more; each needs some text, but {n_empty} of {len(texts)} are empty.")
     return labels, texts
 
 

@@ -357,8 +357,7 @@ class ScMMGPTProcessor(ProcessorMixin):
     ) -> list[str]:
         """Save every part and the gene aliases."""
         os.makedirs(save_directory, exist_ok=True)
-        aliases = json.dumps(self.gene_aliases, sort_keys=True)
-        Path(save_directory, GENE_ALIASES_FILE).write_text(aliases, encoding="utf-8")
+        Path(save_directory, GENE_ALIASES_FILE).write_text(json.dumps(self.gene_aliases, sort_keys=True), "utf-8")
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

@@ -104,29 +104,27 @@ def tiny_gene_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 
 
-def _word_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words; the ids of the special tokens come first, in the order of the arguments."""
+def _word_tokenizer(padding_side: str, **special_tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; the special tokens have the first ids, in the order of the arguments."""
     vocabulary = {token: i for i, token in enumerate([*special_tokens.values(), *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
     splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=padding_side, **special_tokens)
 
 
 def tiny_text_tokenizer() -> PreTrainedTokenizerFast:
     """The language model's tokenizer: whole words, left-padded, with a chat template."""
-    tokenizer = _word_tokenizer(pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.padding_side = "left"
+    tokenizer = _word_tokenizer("left", pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def tiny_qformer_tokenizer() -> PreTrainedTokenizerFast:
     """The Q-Former's tokenizer: whole words between `[CLS]` and `[SEP]`, as for a BERT."""
-    tokenizer = _word_tokenizer(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
-    special_tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
-    processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special_tokens)
-    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer = _word_tokenizer("right", pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return tokenizer
 
 
