@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }} </s> {% endgeneration %}{% else %}{{ message['role'] }} : {{ message['content'] }} "
     "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
 )
-TWO_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
+TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def synthetic_adata(
@@ -130,23 +130,23 @@ def tiny_qformer_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_cell_config() -> ScGPTConfig:
     """A two-layer cell model over the genes of `synthetic_adata`, without dropout."""
-    sizes = {"vocab_size": len(tiny_gene_vocabulary()), "hidden_size": 16, "intermediate_size": 24}
+    sizes: dict[str, Any] = {"vocab_size": len(tiny_gene_vocabulary()), "hidden_size": 16, "intermediate_size": 24}
     return ScGPTConfig(**sizes, **TWO_LAYERS, hidden_dropout=0.0, pad_token_id=0, cls_token_id=1)
 
 
 def tiny_llama_config() -> LlamaConfig:
     """A two-layer Llama over the words of `tiny_text_tokenizer` and one more token, `<cell>`."""
     tokenizer = tiny_text_tokenizer()
-    sizes = {"vocab_size": len(tokenizer.get_vocab()) + 1, "hidden_size": 32, "intermediate_size": 48}
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer.get_vocab()) + 1, "hidden_size": 32, "intermediate_size": 48}
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    options = {"num_key_value_heads": 1, "max_position_embeddings": 256, "tie_word_embeddings": True}
+    options: dict[str, Any] = {"num_key_value_heads": 1, "max_position_embeddings": 256, "tie_word_embeddings": True}
     return LlamaConfig(**sizes, **TWO_LAYERS, **tokens, **options)
 
 
 def tiny_config() -> ScMMGPTConfig:
     """The whole model in small: four queries, three condition tokens; ids agree with the tiny tokenizers."""
     tokenizer = tiny_qformer_tokenizer()
-    sizes = {"vocab_size": len(tokenizer.get_vocab()), "hidden_size": 24, "intermediate_size": 32}
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer.get_vocab()), "hidden_size": 24, "intermediate_size": 32}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     options = {"cross_attention_frequency": 1, "max_position_embeddings": 64, "pad_token_id": tokenizer.pad_token_id}
     qformer = {**sizes, **TWO_LAYERS, **no_dropout, **options}
