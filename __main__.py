@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "candidate labels; or one file: .json {label: text}, or .csv/.tsv with columns label, text, cl_id"
     sub.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
     sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels")
-    sub.add_argument("--min-score", type=float, metavar="P", help="cells of a lower probability become Unknown")
+    sub.add_argument("--min-score", type=float, metavar="P", help="cells of a lower probability are Unknown")
     sub.add_argument("--matching-weight", type=float, metavar="W", help="0 = similarity alone .. 1 = matching decides")
 
     sub = command(describe)
@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", help="a question about one cell (default: the prompt of training)")
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest description (default: 64)")
     sub.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
-    sub.add_argument("--templates", default="default", metavar="NAME", help="of --reference (default: default)")
+    sub.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
     sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of the search (default: 1, greedy)")
 
     sub = command(calibrate)
@@ -108,13 +108,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--n-cells", type=int, default=1, metavar="N", help="cells per prompt (default: 1)")
     genes = sub.add_mutually_exclusive_group()
     genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
-    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="the genes of this file that the model knows")
-    sub.add_argument("--library-size", type=float, metavar="N", help="counts of a cell (default: typical of training)")
+    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
+    sub.add_argument("--library-size", type=float, metavar="N", help="counts of a sampled cell (default: of training)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
 
     sub = command(inspect)
     sub.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
-    sub.add_argument("--model", metavar="CHECKPOINT", help="checkpoint with the genes to match (default: all human)")
+    sub.add_argument("--model", metavar="CHECKPOINT", help="checkpoint with the vocabulary (default: all human genes)")
     sub.add_argument("--max-cells", type=int, default=20_000, metavar="N", help="cells to convert (default: 20000)")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
@@ -129,7 +129,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="cells per batch; lower it if memory runs out")
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
 def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
@@ -153,7 +153,7 @@ def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
     if table:
         parser.add_argument("--table", type=Path, metavar="OUT.csv", help="table of the added columns of obs")
-        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="other columns of the table")
+        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
