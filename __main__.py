@@ -3,8 +3,8 @@
     scmmgpt annotate cells.h5ad --model CHECKPOINT --output annotated.h5ad
     scmmgpt generate "a B cell from blood" --model CHECKPOINT --output generated.h5ad
 
-Input that cannot be used ends in one line on stderr and exit code 2, and nothing half-written. Everything heavy is
-imported by the command that needs it.
+A command whose input cannot be used prints one line on stderr, exits with code 2 and leaves no half-written file.
+Each command imports heavy libraries itself, so that `--help` is instant.
 """
 
 import argparse
@@ -12,8 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +26,18 @@ if TYPE_CHECKING:
 
 Args = argparse.Namespace
 
-ERROR = 2
+ERROR = 2  # exit code
 FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
 READ_HELP = {
-    "layer": "matrix to read: a layer, 'X' or 'raw' (default: found out)",
-    "assume": "what the matrix holds, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
-    "gene_column": "column of var with gene symbols or Ensembl ids (default: found out)",
-    "organism": "organism of the cells (default: found out)",
+    "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
+    "assume": "kind of the matrix's values, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
+    "gene_column": "column of var with gene symbols or Ensembl ids (default: the best one found)",
+    "organism": "organism of the cells (default: detected)",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.debug:
             raise
-        sys.stderr.write(f"scmmgpt {args.command}: {one_line(error)}\n")
+        sys.stderr.write(f"scmmgpt {args.command}: {' '.join(str(error).split()) or type(error).__name__}\n")
         return ERROR
     except KeyboardInterrupt:
         sys.stderr.write(f"scmmgpt {args.command}: stopped; nothing was written\n")
@@ -59,183 +58,144 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="scmmgpt", description="One language model for single cells and text.")
-    command = partial(add_command, parser.add_subparsers(dest="command", metavar="COMMAND"))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    sub = command("annotate", annotate, "Name the type of every cell by the text that fits it best.")
+    def command(run: Callable[[Args], int | None]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    sub = command(annotate)
     add_input(sub)
     add_output(sub)
-    sub.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="LABEL",
-        help="candidate labels; or one file: .json {label: text}, or .csv/.tsv with columns label, text, cl_id "
-        "(default: those stored with the checkpoint)",
-    )
-    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds its majority label")
-    sub.add_argument("--min-score", type=float, metavar="P", help="below this probability a cell is Unknown")
+    text = "candidate labels; or one file: .json {label: text}, or .csv/.tsv with columns label, text, cl_id"
+    sub.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
+    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels")
+    sub.add_argument("--min-score", type=float, metavar="P", help="cells of a lower probability are Unknown")
     sub.add_argument("--matching-weight", type=float, metavar="W", help="0 = similarity alone .. 1 = matching decides")
 
-    sub = command("describe", describe, "Describe every cell in words.")
+    sub = command(describe)
     add_input(sub)
     add_output(sub)
-    sub.add_argument("--prompt", help="a question about one cell, in place of the trained one")
-    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    sub.add_argument("--reference", action="store_true", help="add the description that obs would give, to compare")
-    sub.add_argument(
-        "--templates", default="default", metavar="NAME", help="caption templates of --reference (default: default)"
-    )
+    sub.add_argument("--prompt", help="a question about one cell (default: the prompt of training)")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest description (default: 64)")
+    sub.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
+    sub.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
     sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of the search (default: 1, greedy)")
 
-    sub = command(
-        "calibrate", calibrate, "Fix labels, mixing weight and temperature of a checkpoint on validation cells."
-    )
+    sub = command(calibrate)
     add_input(sub, split="validation")
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
-    sub = command("embed", embed, "Embed every cell into the space that cells share with text.")
+    sub = command(embed)
     add_input(sub)
     add_output(sub, table=False)
-    sub.add_argument(
-        "--of", choices=["cell-text", "cell"], default="cell-text", help="shared space, or the cell model's"
-    )
+    spaces = ("cell-text", "cell")
+    sub.add_argument("--of", choices=spaces, default=spaces[0], help="shared space (default), or the cell model's")
 
-    sub = command("search", search, "Find the cells that a text describes best.")
+    sub = command(search)
     add_input(sub)
-    sub.add_argument("--text", required=True, help="what to look for, in words")
-    sub.add_argument("--top-k", type=int, default=10, metavar="K", help="how many cells (default: 10)")
+    sub.add_argument("--text", required=True, help="description of the wanted cells")
+    sub.add_argument("--top-k", type=int, default=10, metavar="K", help="number of hits (default: 10)")
 
-    sub = command("generate", generate, "Generate expression profiles of cells from words.")
+    sub = command(generate)
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
     sub.add_argument("--prompts-file", type=Path, metavar="FILE", help="descriptions, one a line")
-    sub.add_argument(
-        "--stored-labels", action="store_true", help="one prompt per label stored with the checkpoint, named in obs"
-    )
+    sub.add_argument("--stored-labels", action="store_true", help="one prompt for each label of the checkpoint")
     add_model(sub)
     add_output(sub, table=False)
     sub.add_argument("--n-cells", type=int, default=1, metavar="N", help="cells per prompt (default: 1)")
     genes = sub.add_mutually_exclusive_group()
     genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
-    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="the genes of this file that the model knows")
-    sub.add_argument(
-        "--library-size", type=float, metavar="N", help="counts of a sampled cell (default: as in training)"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="seed of what is sampled (default: 0)")
+    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
+    sub.add_argument("--library-size", type=float, metavar="N", help="counts of a sampled cell (default: of training)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
 
-    sub = command("inspect", inspect, "Say what is in a file and whether and how it can be used.")
+    sub = command(inspect)
     sub.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
-    sub.add_argument(
-        "--model", metavar="CHECKPOINT", help="checkpoint whose genes FILE is judged by (default: all human genes)"
-    )
+    sub.add_argument("--model", metavar="CHECKPOINT", help="checkpoint with the vocabulary (default: all human genes)")
     sub.add_argument("--max-cells", type=int, default=20_000, metavar="N", help="cells to convert (default: 20000)")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
-    sub = command("doctor", doctor, "Show versions, device and what is installed.")
-    sub.add_argument("--json", action="store_true", help="as JSON")
-    return parser
-
-
-def add_command(commands: Any, name: str, run: Callable[[Args], int | None], text: str) -> argparse.ArgumentParser:
-    """The parser of one command."""
-    parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub = command(doctor)
+    sub.add_argument("--json", action="store_true", help="print the versions as JSON")
     return parser
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Where the model comes from and how it runs."""
+    """Options of the checkpoint and of how it runs."""
     parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="cells per batch; lower it if memory runs out")
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
 def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
-    """The file with cells, the model, and how to read the file."""
+    """The file of cells, the model, and how to read the file."""
     parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus")
-    parser.add_argument("--split", default=split, help="of a corpus, which split to read (default: %(default)s)")
+    parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
     add_model(parser)
     add_reading(parser)
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How to read the file with cells."""
-    reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` says what would be done")
+    """How to read the file of cells."""
+    reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` shows the choices made")
     for name, text in READ_HELP.items():
         reading.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=text)
-    reading.add_argument("--force", action="store_true", help="go on though few genes match")
+    reading.add_argument("--force", action="store_true", help="read FILE even if few genes match")
 
 
 def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
-    """Where the result goes."""
+    """Files of the result."""
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
     if table:
-        parser.add_argument("--table", type=Path, metavar="OUT.csv", help="also write what was added as a table")
-        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs beside it")
+        parser.add_argument("--table", type=Path, metavar="OUT.csv", help="table of the added columns of obs")
+        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
 def annotate(args: Args) -> None:
-    """`scmmgpt annotate`."""
-    check_outputs(args)
+    """Annotate every cell with the label whose text fits it best."""
     labels, cl_ids = read_labels(args.labels)
     pipeline, adata = load(args)
-    check_columns(adata, args)
-    pipeline.annotate(
-        adata,
-        labels,
-        cl_ids=cl_ids,
-        cluster_key=args.cluster_key,
-        min_score=args.min_score,
-        matching_weight=args.matching_weight,
-        **read_options(args),
-    )
+    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
+    pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
     done = adata.uns["scmmgpt"]["annotate"]
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
     finish(args, adata, {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])})
 
 
 def describe(args: Args) -> None:
-    """`scmmgpt describe`."""
-    check_outputs(args)
+    """Describe every cell in words."""
     pipeline, adata = load(args)
-    check_columns(adata, args)
-    pipeline.describe(
-        adata,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        num_beams=args.num_beams,
-        **read_options(args),
-    )
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
+    pipeline.describe(adata, args.prompt, **options, **read_options(args))
     if args.reference:
-        add_reference(adata, args.templates)
-    first = str(adata.obs["scmmgpt_description"].iloc[0])
-    distinct = int(adata.uns["scmmgpt"]["describe"]["distinct"])
-    finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": distinct, "first": first})
+        from scmmgpt.cells_scmmgpt import hash_names
+        from scmmgpt.train.data.captions import CaptionSampler
 
-
-def add_reference(adata: "anndata.AnnData", templates: str) -> None:
-    """Beside each description, the one that training would write from the annotations in obs."""
-    from scmmgpt.cells_scmmgpt import hash_names
-    from scmmgpt.train.data.captions import CaptionSampler
-
-    obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
-    adata.obs["scmmgpt_reference"] = CaptionSampler(templates).answer(obs, cell_ids=hash_names(adata.obs_names))
+        obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
+        sampler, cell_ids = CaptionSampler(args.templates), hash_names(adata.obs_names)
+        adata.obs["scmmgpt_reference"] = sampler.answer(obs, cell_ids=cell_ids)
+    texts = adata.obs["scmmgpt_description"]
+    finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": texts.nunique(), "first": str(texts.iloc[0])})
 
 
 def calibrate(args: Args) -> None:
-    """`scmmgpt calibrate`."""
+    """Fit matching weight and temperature on validation cells; store them and the labels in the checkpoint."""
     from scmmgpt.train.data.captions import CaptionSampler
 
     config_file = Path(args.model) / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"No checkpoint at {args.model!r}: what is fixed is written to its config.json.")
+        raise FileNotFoundError(f"No config.json in {args.model!r}: name the folder of a checkpoint to write to.")
     pipeline, adata = load(args)
     labelled = adata.obs
-    if (args.file / "manifest.json").is_file():  # labels that only training has are candidates all the same
+    if (args.file / "manifest.json").is_file():  # the labels of the training split are candidates too
         from scmmgpt.train.data.corpus import open_corpus
 
         labelled = open_corpus(args.file).obs("train").to_pandas()
@@ -252,33 +212,28 @@ def calibrate(args: Args) -> None:
 
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["annotation"] = pipeline.model.config.annotation
-    text = json.dumps(config, indent=2) + "\n"
     with whole_file(config_file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
-    report({"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}}, args)
+    write(args, {"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}})
 
 
 def embed(args: Args) -> None:
-    """`scmmgpt embed`."""
-    check_outputs(args)
+    """Embed every cell into the space that cells share with text."""
     pipeline, adata = load(args)
     pipeline.embed(adata, of=args.of, **read_options(args))
     finish(args, adata, {"cells": adata.n_obs, "dimensions": int(adata.obsm["X_scmmgpt"].shape[1])})
 
 
 def search(args: Args) -> None:
-    """`scmmgpt search`."""
+    """Find the cells that a text describes best."""
     pipeline, adata = load(args)
     hits = pipeline.search(adata, args.text, args.top_k, **read_options(args))
-    if args.json:
-        say(json.dumps(hits, indent=2))
-    else:
-        say("\n".join(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['cell']}" for hit in hits))
+    write(args, hits, (f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['cell']}" for hit in hits))
 
 
 def generate(args: Args) -> None:
-    """`scmmgpt generate`."""
+    """Generate expression profiles of cells from descriptions in words."""
     check_outputs(args)
     prompts: Any = list(args.prompts)
     if args.prompts_file is not None:
@@ -288,7 +243,7 @@ def generate(args: Args) -> None:
     genes = args.genes
     pipeline = load_pipeline(args)
     if args.stored_labels:
-        # The one phrase that all caption templates share: every checkpoint has learned it.
+        # This phrase is in all caption templates, so every checkpoint was trained on it.
         prompts = {label: f"cell type: {label}." for label in pipeline.annotation_settings()["labels"]}
     if args.genes_of is not None:
         cells, _ = pipeline.processor.read_cells(read_adata(args.genes_of), force=True)
@@ -298,45 +253,32 @@ def generate(args: Args) -> None:
 
 
 def inspect(args: Args) -> int:
-    """`scmmgpt inspect`; exit status 0 if the file can be used."""
+    """Report what a file holds, whether it can be used and how it is read; exit status 0 if it can be used."""
     from scmmgpt.inspect_input import inspect_file, render
 
     package = logging.getLogger("scmmgpt")
     level = package.level
     package.setLevel(logging.ERROR)  # the report has the warnings
     try:
-        report = inspect_file(args.file, model_genes(args.model), max_cells=args.max_cells, **read_options(args))
+        gene_index = None
+        if args.model is not None:
+            from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+            gene_index = ScMMGPTProcessor.from_pretrained(args.model).gene_index
+        report = inspect_file(args.file, gene_index, max_cells=args.max_cells, **read_options(args))
     except (ValueError, TypeError, OSError, ImportError) as error:
         if not args.json:
             raise
-        say(json.dumps({"usable": False, "error": str(error)}))
+        sys.stdout.write(json.dumps({"usable": False, "error": str(error)}) + "\n")
         return ERROR
     finally:
         package.setLevel(level)
-    say(json.dumps(report, indent=2) if args.json else render(report))
+    write(args, report, [render(report)])
     return 0 if report["usable"] else ERROR
 
 
-def model_genes(model: str | None) -> Any:
-    """The genes of a checkpoint; `None` without one."""
-    if model is None:
-        return None
-    from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-
-    return ScMMGPTProcessor.from_pretrained(model).gene_index
-
-
 def doctor(args: Args) -> None:
-    """`scmmgpt doctor`."""
-    report = diagnose()
-    if args.json:
-        say(json.dumps(report, indent=2))
-    else:
-        say("\n".join(f"{name:<28}{value}" for section in report.values() for name, value in section.items()))
-
-
-def diagnose() -> dict[str, dict[str, Any]]:
-    """Versions and device, as far as they matter here."""
+    """Show device and versions of the installed packages."""
     import platform
     from importlib.metadata import distributions
 
@@ -347,7 +289,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
     installed = {package.name: package.version for package in distributions()}
     device = best_device()
     names = "scmmgpt torch transformers numpy anndata safetensors numba scanpy datasets peft trl evaluate gradio"
-    return {
+    found: dict[str, dict[str, Any]] = {
         "machine": {
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -358,14 +300,19 @@ def diagnose() -> dict[str, dict[str, Any]]:
         },
         "packages": {name: installed.get(name, "not installed") for name in names.split()},
     }
+    write(args, found, (f"{name:<28}{value}" for section in found.values() for name, value in section.items()))
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
 def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
-    """The pipeline and the AnnData that a command works on; the file first, which fails sooner."""
+    """The pipeline and the AnnData of a command, once outputs and columns are checked; the file fails sooner."""
+    check_outputs(args)
     adata = read_adata(args.file, args.split)
+    missing = [name for name in getattr(args, "columns", ()) if name not in adata.obs]
+    if missing:
+        raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
     return load_pipeline(args), adata
 
 
@@ -392,29 +339,29 @@ def read_adata(path: Path, split: str = "test") -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file, or an error that names it."""
+    """Text of a file; the error for a missing file names it."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     return path.read_text(encoding="utf-8")
 
 
 def read_options(args: Args) -> dict[str, Any]:
-    """What `read_cells` takes from the command line."""
+    """The command line's arguments of `read_cells`."""
     options = {name: getattr(args, name) for name in READ_HELP if getattr(args, name) is not None}
     return {**options, "force": args.force}
 
 
 def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
-    """`--labels` as `(labels, cl_ids)`: names as they stand, or what a single .json, .csv or .tsv file holds."""
+    """`--labels` as `(labels, cl_ids)`: the given names, or the contents of a single .json, .csv or .tsv file."""
     if not values:
         return None, None
     path = Path(values[0])
     if len(values) > 1 or path.suffix not in (".json", ".csv", ".tsv"):
-        return list(values), None
+        return values, None
     if path.suffix == ".json":
         labels = json.loads(read_text(path))
         if not isinstance(labels, dict | list):
-            raise ValueError(f"{path} should hold {{label: text}} or a list of labels, not {type(labels).__name__}.")
+            raise ValueError(f"{path} holds a {type(labels).__name__}; write {{label: text}} or a list of labels.")
         return labels, None
     import csv
 
@@ -426,52 +373,36 @@ def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
 
 
 def check_outputs(args: Args) -> None:
-    """Refuse an output that could not be written, before any work is done."""
-    if args.output.suffix != ".h5ad":
-        raise ValueError(f"The output is written as .h5ad, but --output is {str(args.output)!r}.")
-    for path in [args.output, getattr(args, "table", None)]:
+    """Refuse an output that cannot be written, before any work is done."""
+    output, table = getattr(args, "output", None), getattr(args, "table", None)
+    if output is not None and output.suffix != ".h5ad":
+        raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
+    for path in (output, table):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"The folder of the output {str(path)!r} does not exist; create it first.")
 
 
-def check_columns(adata: "anndata.AnnData", args: Args) -> None:
-    """Refuse columns that are not there."""
-    missing = [name for name in args.columns if name not in adata.obs]
-    if missing:
-        raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
-
-
 def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
-    """Write the result and say what was done."""
+    """Write the result, its table and the summary."""
     with whole_file(args.output) as temporary:
         adata.write_h5ad(temporary)
     if getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
-        table = adata.obs[[*args.columns, *[name for name in added if name not in args.columns]]]
-        if args.command == "describe":
-            table = table.rename(columns=lambda name: name.removeprefix("scmmgpt_"))
+        table = adata.obs[list(dict.fromkeys([*args.columns, *added]))]
+        if args.command == "describe":  # no prefix, unless the name without it is taken
+            short = {name: name.removeprefix("scmmgpt_") for name in added}
+            table = table.rename(columns={name: new for name, new in short.items() if new not in table})
         with whole_file(args.table) as temporary:
             table.to_csv(temporary, index_label="barcode")
-    report({"output": str(args.output), **summary}, args)
+    write(args, {"output": str(args.output), **summary})
 
 
-def report(summary: dict[str, Any], args: Args) -> None:
-    """Say what was done, in lines or as JSON."""
-    if args.json:
-        say(json.dumps(summary, indent=2))
-    else:
-        say("\n".join(f"{name}: {value}" for name, value in summary.items()))
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def say(text: str) -> None:
-    """The command's answer goes to stdout, everything else to stderr."""
+def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
+    """Write a result to stdout, as JSON or in lines, by default an entry a line; logs and errors go to stderr."""
+    if lines is None:
+        lines = (f"{name}: {value}" for name, value in result.items())
     try:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write((json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

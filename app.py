@@ -1,9 +1,9 @@
-"""The tasks in a browser, on this machine: annotate and describe a file of cells, find cells, generate cells.
+"""A web page on this machine with the tasks of the pipeline: annotate, search, describe and generate cells.
 
-    python -m scmmgpt.app CHECKPOINT            # opens http://127.0.0.1:7860; nothing leaves the machine
+    python -m scmmgpt.app CHECKPOINT            # serves http://127.0.0.1:7860; nothing leaves the machine
 
-In a Hugging Face Space, where no argument can be given, the checkpoint is the environment variable `SCMMGPT_MODEL`, a
-Hub id or a folder. Needs the extra `app`.
+In a Hugging Face Space, which passes no argument, the environment variable `SCMMGPT_MODEL` names the checkpoint. Needs
+the extra `app`.
 """
 
 import argparse
@@ -28,11 +28,10 @@ from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
 SHOWN_ROWS = 50  # cells in a table; the file to download has all
-TOP_GENES = 30  # genes of generated cells in a table
 
 
 def read(path: str | None) -> anndata.AnnData:
-    """The uploaded file; errors are shown in the browser."""
+    """Load an uploaded file."""
     if not path:
         raise gr.Error("Choose a file of cells first.")
     try:
@@ -42,14 +41,14 @@ def read(path: str | None) -> anndata.AnnData:
 
 
 def save(adata: anndata.AnnData, name: str) -> str:
-    """A file to download, in a folder of its own."""
+    """Write a file to download into a new folder."""
     path = Path(tempfile.mkdtemp(prefix="scmmgpt-"), name)
     adata.write_h5ad(path)
     return str(path)
 
 
 def task(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show what is wrong with an input in the browser, in the words that the command would use."""
+    """Show the pipeline's errors about an input in the browser."""
 
     def run(*args: Any) -> Any:
         try:
@@ -70,11 +69,8 @@ def build(pipeline: ScMMGPTPipeline) -> gr.Blocks:
         pipeline.annotate(adata, names or None)
         columns = ["scmmgpt_cell_type", "scmmgpt_score", "scmmgpt_entropy"]
         counts = adata.obs["scmmgpt_cell_type"].value_counts().rename_axis("cell type").reset_index(name="cells")
-        return (
-            counts[counts["cells"] > 0],
-            rows_of(adata, columns),
-            save(adata, f"{Path(path or '').stem}_annotated.h5ad"),
-        )
+        file = save(adata, f"{Path(path or '').stem}_annotated.h5ad")
+        return counts[counts["cells"] > 0], rows_of(adata, columns), file
 
     @task
     def describe(path: str | None, n_cells: int, question: str) -> pd.DataFrame:
@@ -90,34 +86,31 @@ def build(pipeline: ScMMGPTPipeline) -> gr.Blocks:
     def generate(prompt: str, n_cells: int) -> tuple[pd.DataFrame, str]:
         adata = pipeline.generate(prompt, int(n_cells))
         mean = np.asarray(adata.X.mean(axis=0)).ravel()
-        top = np.argsort(-mean)[:TOP_GENES]
+        top = np.argsort(-mean)[:30]
         genes = pd.DataFrame({"gene": adata.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
         return genes, save(adata, "generated.h5ad")
 
-    writes = hasattr(pipeline.model, "generate_cells")  # a checkpoint of stage 1 has no language model
+    cell_file = {"label": "Cells (.h5ad)", "file_types": [".h5ad"], "type": "filepath"}
     with gr.Blocks(title="scMMGPT") as page:
-        gr.Markdown("# scMMGPT\nSingle cells and words, both ways. Files stay on the machine that runs this page.")
+        gr.Markdown("# scMMGPT\nSingle cells to text and back. Files stay on the machine that runs this page.")
         with gr.Tab("Annotate"):
-            path = gr.File(label="Cells (.h5ad)", file_types=[".h5ad"], type="filepath")
-            labels = gr.Textbox(label="Cell types to choose from, with commas between; the checkpoint's own if empty")
+            path = gr.File(**cell_file)
+            labels = gr.Textbox(label="Candidate cell types, separated by commas; the checkpoint's own if empty")
             button = gr.Button("Annotate", variant="primary")
-            outputs = [
-                gr.Dataframe(label="Cells per type"),
-                gr.Dataframe(label="First cells"),
-                gr.File(label="Result"),
-            ]
+            tables = [gr.Dataframe(label="Cells per type"), gr.Dataframe(label="First cells")]
+            outputs = [*tables, gr.File(label="Result")]
             button.click(annotate, [path, labels], outputs, api_name="annotate")
         with gr.Tab("Search"):
-            path = gr.File(label="Cells (.h5ad)", file_types=[".h5ad"], type="filepath")
-            text = gr.Textbox(label="What to look for", placeholder="a cytotoxic lymphocyte")
+            path = gr.File(**cell_file)
+            text = gr.Textbox(label="Description of the wanted cells", placeholder="a cytotoxic lymphocyte")
             top_k = gr.Slider(1, 100, value=10, step=1, label="Cells")
             button = gr.Button("Search", variant="primary")
             button.click(search, [path, text, top_k], gr.Dataframe(label="Best matches"), api_name="search")
-        if writes:
+        if hasattr(pipeline.model, "generate_cells"):  # not in stage 1, which has no language model
             with gr.Tab("Describe"):
-                path = gr.File(label="Cells (.h5ad)", file_types=[".h5ad"], type="filepath")
-                n_cells = gr.Slider(1, SHOWN_ROWS, value=8, step=1, label="So many, from the first")
-                question = gr.Textbox(label="Question about a cell; the one of training if empty")
+                path = gr.File(**cell_file)
+                n_cells = gr.Slider(1, SHOWN_ROWS, value=8, step=1, label="Number of cells, from the first")
+                question = gr.Textbox(label="Question about a cell; the prompt of training if empty")
                 button = gr.Button("Describe", variant="primary")
                 table = gr.Dataframe(label="Descriptions", wrap=True)
                 button.click(describe, [path, n_cells, question], table, api_name="describe")
@@ -136,16 +129,14 @@ def rows_of(adata: anndata.AnnData, columns: list[str]) -> pd.DataFrame:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Open the page."""
+    """Serve the page."""
     parser = argparse.ArgumentParser(prog="python -m scmmgpt.app", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "model", nargs="?", default=os.environ.get("SCMMGPT_MODEL"), help="checkpoint: folder or Hub id"
-    )
+    parser.add_argument("model", nargs="?", default=os.environ.get("SCMMGPT_MODEL"), help="folder, or id on the Hub")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for a whole network")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     args = parser.parse_args(argv)
     if not args.model:
-        parser.error("which checkpoint? Name it, or set SCMMGPT_MODEL.")
+        parser.error("no checkpoint given; name one, or set SCMMGPT_MODEL.")
     build(ScMMGPTPipeline.from_pretrained(args.model)).launch(server_name=args.host, server_port=args.port)
 
 

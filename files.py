@@ -1,4 +1,4 @@
-"""Writing files whole: a reader, or a run that comes after a crash, meets all of a file or none of it."""
+"""Atomic writing: other processes, and runs after a crash, find a whole file or none."""
 
 import contextlib
 import errno
@@ -15,12 +15,8 @@ from typing import Any
 def whole_file(path: str | os.PathLike, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield the path of a temporary file, beside `path` and of its suffix, that becomes `path` if the block succeeds.
 
-    The file is on the disk, not only in a cache, before it gets its name. If the block fails, `path` stays as it was.
-    Permissions are those that the process gives to new files.
-
-    Args:
-        path: Where the file is to be. Its folder has to exist.
-        keep_existing: Whether a `path` that is there by the end of the block stays, instead of being replaced.
+    The file is synced to disk before it is renamed. If the block fails, `path` stays as it was. The folder of `path`
+    must exist. With `keep_existing`, a `path` that exists at the end of the block is not replaced.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "answer.txt"
@@ -42,17 +38,14 @@ def whole_file(path: str | os.PathLike, *, keep_existing: bool = False) -> Itera
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a new folder beside `path` that becomes `path`, with all its files, if the block succeeds.
 
-    A `path` that another process has made in the meantime stays, and the new folder is dropped.
-
-    Args:
-        path: Where the folder is to be. Its parent has to exist.
+    A `path` that another process made in the meantime stays, and the new folder is removed. The parent must exist.
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -60,7 +53,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         for entry in [temporary, *temporary.rglob("*")]:
-            (sync_folder if entry.is_dir() else _sync_file)(entry)
+            (_sync_folder if entry.is_dir() else _sync_file)(entry)
         try:
             os.rename(temporary, path)
         except OSError as error:
@@ -68,11 +61,11 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Give a file its name unless the name is taken, which a rename cannot do."""
+    """Give a file its name unless the name is taken; a rename would replace the other file."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -86,9 +79,9 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
+def _sync_folder(path: Path) -> None:
     """Make renames in a folder durable."""
-    if os.name == "nt":  # where folders cannot be opened
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -98,12 +91,12 @@ def sync_folder(path: Path) -> None:
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
-    """Write `value` as indented JSON, whole; folders that are missing are made."""
+    """Write `value` as indented JSON, atomically; missing folders are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Return what a JSON file holds."""
+    """Contents of a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))

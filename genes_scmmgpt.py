@@ -1,9 +1,9 @@
-"""Which variables of a file are which genes of the vocabulary, whatever they are called and whatever they are.
+"""Match the variables of a file with the genes of a vocabulary.
 
 `GeneIndex` finds a gene by symbol, previous symbol, alias, Ensembl id with or without version, and by the one-to-one
 ortholog of another species. `match_genes` matches all variables of a file, from the best of its columns of names, and
-reports what share of the genes and of the expression it found. Antibodies, peaks and control probes are set aside by
-`classify_features`. A gene that a file does not measure is absent, which is not the same as zero.
+reports the matched share of the genes and of the expression. `classify_features` sets antibodies, peaks and control
+probes aside. A gene that a file does not measure is absent, not zero.
 """
 
 import re
@@ -15,19 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-WARN_SHARE = 0.60  # of genes matched; below it the user is warned
-REFUSE_SHARE = 0.20  # of genes matched; below it the input is refused unless forced
+WARN_SHARE = 0.60  # of matched genes; a smaller share is warned of
+REFUSE_SHARE = 0.20  # of matched genes; a smaller share is refused unless forced
 N_EXAMPLES = 10  # unmatched genes that a report names
-MIN_GENES = 20  # a handful of matching genes is an accident, whatever its share
+MIN_GENES = 20  # fewer matches are chance, whatever their share
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
 EMBEDDED_ENSEMBL = re.compile(r"(?:^|[_|:;, ])(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:$|[_|:;, ])")
 GENOME = re.compile(r"^(hg\d+|GRCh\d+|mm\d+|GRCm\d+)(?:$|[_-]+(?=\S)|\b)", re.IGNORECASE)
 PEAK = re.compile(r"^(chr)?(\d{1,2}|X|Y|MT?|GL\d+\.\d|KI\d+\.\d)[:_-]\d+[_-]\d+$", re.IGNORECASE)
 ANTIBODY = re.compile(r"(Total_?Seq[A-D]?|ADT|anti(human|mouse))\b|^(ADT|AB|PROT|HTO)[_-]", re.IGNORECASE)
-CONTROL = re.compile(
-    r"^(ERCC-\d{5}|Blank-?\d+|NegControl.*|NegPrb.*|SystemControl.*|(Unassigned|Deprecated)Codeword.*)$"
-)
+CONTROL = re.compile(r"^(ERCC-\d{5}|Blank-?\d+|(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword).*)$")
 MADE_UNIQUE = re.compile(r"[-.]\d$")
 EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
@@ -35,13 +33,13 @@ HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
 
 
 class Species(NamedTuple):
-    """How the species of a file is told: by what the file says, by Ensembl ids, or by the spelling of symbols."""
+    """Signs of a species in a file: its declared name or taxon, Ensembl ids, and the spelling of symbols."""
 
     name: str
     latin: str
     taxon: str
-    ensembl: str  # prefix of its gene ids
-    spelt_as: str | None  # species whose symbols are spelt alike; spelling does not tell the two apart
+    ensembl: str  # prefix of gene ids
+    spelt_as: str | None  # species of equal spelling
 
 
 SPECIES = (
@@ -58,11 +56,11 @@ GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "rna", "gex", "mrna",
 
 
 class GeneIndex:
-    """The genes that a model knows, and every other name by which a file may call them.
+    """The genes of a vocabulary, with all other names of each gene.
 
     Args:
         vocabulary: Gene symbol -> id. Names in angle brackets (`<pad>`, `<cls>`) are special tokens, not genes.
-        aliases: Other name (previous symbol, alias, Ensembl id without version) -> symbol; or the whole document of
+        aliases: Other name (previous symbol, alias, Ensembl id without version) -> symbol; or the contents of
             `gene_aliases.json`, `{"aliases": ..., "orthologs": ...}`.
         orthologs: Species -> its gene symbol or id -> the vocabulary's name of its one-to-one ortholog.
     """
@@ -82,7 +80,7 @@ class GeneIndex:
         self.aliases = dict(aliases)
         self.orthologs = {species: dict(table) for species, table in (orthologs or {}).items()}
         self.species = detect_species(list(self.vocabulary))[0]
-        # `C1orf112` is written `C1ORF112` by some; two symbols that differ by case only stay apart.
+        # Some files write `C1ORF112` for `C1orf112`. Symbols that differ in case only are not folded.
         folded = Counter(name.upper() for name in self.vocabulary)
         self._folded = {name.upper(): i for name, i in self.vocabulary.items() if folded[name.upper()] == 1}
 
@@ -90,7 +88,7 @@ class GeneIndex:
         return len(self.vocabulary)
 
     def translates(self, species: str | None) -> bool:
-        """Whether genes of `species` are led to the vocabulary by orthologs."""
+        """Whether orthologs map genes of `species` to the vocabulary."""
         return species in self.orthologs and species != self.species
 
     def lookup(self, name: str, species: str | None = None) -> tuple[int, str]:
@@ -101,8 +99,8 @@ class GeneIndex:
             species: Species of the file; `None` for that of the vocabulary.
 
         Returns:
-            Id in the vocabulary, -1 if it is not there, and how it was found: `symbol`, `ensembl`, `alias`, `case`,
-            `excel date`, `ortholog` or `unmatched`.
+            Id in the vocabulary, or -1, and the kind of the match: `symbol`, `ensembl`, `alias`, `case`, `excel date`,
+            `ortholog` or `unmatched`.
         """
         name = name.strip()
         ensembl = ENSEMBL.match(name)
@@ -111,29 +109,27 @@ class GeneIndex:
             table = self.orthologs[species]
             found = self.vocabulary.get(table.get(key) or table.get(_embedded(name) or "") or "")
             return (-1, "unmatched") if found is None else (found, "ortholog")
-        if key in self.vocabulary:  # also of Ensembl ids, if the vocabulary is made of them
+        if key in self.vocabulary:  # of symbols or of Ensembl ids
             return self.vocabulary[key], "ensembl" if ensembl else "symbol"
         found = self.vocabulary.get(self.aliases.get(key, ""))
         if found is not None:
             return found, "ensembl" if ensembl else "alias"
-        if ensembl is None:
-            embedded = _embedded(name)
-            if embedded is not None:
-                return self.lookup(embedded)
-            for changed in (name.replace(".", "-"), name.replace("-", "_")):  # R's make.names, Seurat's underscores
-                if changed in self.vocabulary:
-                    return self.vocabulary[changed], "alias"
-            date = EXCEL_DATE.match(name)
-            if date:
-                return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
-            if species in (None, self.species):
-                found = self._folded.get(name.upper())
-                if found is not None:
-                    return found, "case"
-        return -1, "unmatched"
+        if ensembl:
+            return -1, "unmatched"
+        embedded = _embedded(name)
+        if embedded is not None:
+            return self.lookup(embedded)
+        for changed in (name.replace(".", "-"), name.replace("-", "_")):  # undo R's make.names and Seurat
+            if changed in self.vocabulary:
+                return self.vocabulary[changed], "alias"
+        date = EXCEL_DATE.match(name)
+        if date:
+            return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
+        found = self._folded.get(name.upper()) if species in (None, self.species) else None
+        return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
-        """SEPT2 and MARCH3 after a spreadsheet took them for dates; 1-Mar may be MARCH1 or MARC1, so it is left."""
+        """SEPT2 and MARCH3 after a spreadsheet made dates of them. 1-Mar may be MARCH1 or MARC1: it has no match."""
         n = int(number)
         names = (f"SEPTIN{n}", f"SEPT{n}") if month == "Sep" else (f"MARCHF{n}", f"MARCH{n}") if n > 2 else ()
         found = next((self.vocabulary[name] for name in names if name in self.vocabulary), None)
@@ -148,32 +144,22 @@ def _embedded(name: str) -> str | None:
 
 @dataclass
 class GeneMatch:
-    """Which variables of a file are which genes.
+    """The genes of a file's variables."""
 
-    Args:
-        ids: int32 `(n_vars,)`: id in the vocabulary, -1 for what is not in it.
-        how: `(n_vars,)` of str: as `GeneIndex.lookup` found it, or the feature type that was set aside.
-        is_gene: bool `(n_vars,)`: False for antibodies, peaks and other features that were set aside.
-        report: What was matched, as plain numbers and strings.
-    """
-
-    ids: np.ndarray
-    how: np.ndarray
-    is_gene: np.ndarray
-    report: dict[str, Any]
+    ids: np.ndarray  # int32 `(n_vars,)`: id in the vocabulary, or -1
+    how: np.ndarray  # `(n_vars,)` of str: kind of the match (`GeneIndex.lookup`), or the feature type set aside
+    is_gene: np.ndarray  # bool `(n_vars,)`: False for antibodies, peaks and other features set aside
+    report: dict[str, Any]  # numbers and examples, as `json.dumps` takes them
 
 
 def detect_species(names: Sequence[str]) -> tuple[str, str]:
-    """Species by the genes' names, and the evidence in words. `unknown` if the names do not tell."""
+    """Species of gene names, or `unknown`, and the evidence in words."""
     names = names[:: 1 + len(names) // 4000]
     n = max(1, len(names))
-    prefixes: Counter[str] = Counter()
-    for name in names:
-        ensembl = ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name)
-        if ensembl:
-            prefixes[ensembl.group(1).upper()[:-11]] += 1  # without the number
+    found = (ENSEMBL.match(name) or EMBEDDED_ENSEMBL.search(name) for name in names)
+    prefixes = Counter(ensembl.group(1).upper()[:-11] for ensembl in found if ensembl)  # ids without the number
     prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
-    # Genes without a symbol are listed by id: a few foreign ids tell the species of a file of symbols.
+    # In a file of symbols, genes without a symbol have ids: a few ids of another species than human are enough.
     if count > (0.5 if prefix == "ENSG" else 0.05) * n:
         species = next((known.name for known in SPECIES if known.ensembl == prefix), "unknown")
         return species, f"{count / n:.0%} of the names start with {prefix}"
@@ -183,18 +169,18 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
         return "mouse", f"{mouse:.0%} of the names are spelt as mouse symbols are (Cd3e)"
     if human > 0.4 and human > 2 * mouse:
         return "human", f"{human:.0%} of the names are spelt as human symbols are (CD3E)"
-    return "unknown", f"{human:.0%} of the names look human (CD3E), {mouse:.0%} mouse (Cd3e)"
+    return "unknown", f"{human:.0%} of the names are spelt as human symbols are (CD3E), {mouse:.0%} as mouse (Cd3e)"
 
 
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
-    """Species that the genes are read as, species that the file declares, and the evidence for the former."""
-    said = str(organism).strip().lower()
-    found = next((known for known in SPECIES if said in (known.name, known.latin, known.taxon)), None)
+    """Species of the genes, species that the file declares, and the evidence for the former."""
+    word = str(organism).strip().lower()
+    found = next((known for known in SPECIES if word in (known.name, known.latin, known.taxon)), None)
     declared = None if found is None else found.name
     guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
     if not guesses:
         return declared or "unknown", declared, f"the data say {declared}" if declared else "the names do not tell"
-    # Ids are proof; spelling is not.
+    # Ids prove a species; spelling does not, so a declared species of equal spelling wins over it.
     species, why = next((guess for guess in guesses if "start with" in guess[1]), guesses[0])
     if found is not None and "start with" not in why and species == found.spelt_as:
         return found.name, declared, why
@@ -208,8 +194,8 @@ def classify_features(
 
     Args:
         names: Names of the variables.
-        feature_types: 10x's `feature_types`; without them antibodies, peaks and controls are known by their names.
-        genomes: Genome of each variable, where several species were mapped together; else prefixes of names tell.
+        feature_types: 10x's `feature_types`; names identify antibodies where these are missing.
+        genomes: Genome of each variable of a mixture of species; by default the prefix of its name.
 
     Returns:
         `gene`, `antibody`, `peak`, `control`, `mouse genome` (in a mixture with human), or the file's own word.
@@ -222,7 +208,7 @@ def classify_features(
             types[i] = "peak"
         elif feature_types is None and ANTIBODY.search(name):
             types[i] = "antibody"
-    for i, feature_type in enumerate(feature_types if feature_types is not None else ()):
+    for i, feature_type in enumerate(() if feature_types is None else feature_types):
         word = str(feature_type).strip().lower()
         if "antibod" in word or "protein" in word or word == "adt":
             types[i] = "antibody"
@@ -230,44 +216,36 @@ def classify_features(
             types[i] = "peak"
         elif word not in GENE_FEATURE_TYPES and types[i] == "gene":
             types[i] = word
-    found = [GENOME.match(str(name)) for name in (genomes if genomes is not None else names)]
-    assemblies = [m.group(1).lower() if m else "" for m in found]
-    mouse = np.array([assembly.startswith(("mm", "grcm")) for assembly in assemblies], dtype=bool)
-    human = np.array([assembly.startswith(("hg", "grch")) for assembly in assemblies], dtype=bool)
-    if mouse.any() and human.any():
+    found = [GENOME.match(str(name)) for name in (names if genomes is None else genomes)]
+    mouse = np.array([m is not None and m.group(1).lower().startswith(("mm", "grcm")) for m in found], dtype=bool)
+    if mouse.any() and any(m is not None and m.group(1).lower().startswith(("hg", "grch")) for m in found):
         types[mouse & (types == "gene")] = "mouse genome"
     return types
 
 
 def match_genes(
-    names: Sequence[str] | Mapping[str, Sequence[str]],
+    columns: Mapping[str, Sequence[str]],
     gene_index: GeneIndex,
     *,
-    types: np.ndarray | None = None,
-    organism: str | None = None,
-    weights: np.ndarray | None = None,
+    types: np.ndarray,
+    organism: str | None,
+    weights: np.ndarray,
 ) -> GeneMatch:
     """Match the variables of a file with the vocabulary.
 
     Args:
-        names: Names of the variables, or several columns of names (the best one is used first, the others fill what it
-            leaves open).
+        columns: Columns of names of the variables: the best column is used first, others for unmatched variables.
         gene_index: The model's genes.
-        types: Type of each variable as `classify_features` gives it; what is not a `gene` is set aside.
-        organism: What the file says it is (name or NCBITaxon id); the names decide where they can.
-        weights: Expression of each variable, `(n_vars,)`, to weigh what matched.
-
-    Returns:
-        The match of each variable, and a report.
+        types: Type of each variable (`classify_features`); all types but `gene` are set aside.
+        organism: Species that the file declares (name or NCBITaxon id); names overrule it where they identify another.
+        weights: Expression of each variable, `(n_vars,)`, for the matched share of the expression.
     """
-    columns = dict(names) if isinstance(names, Mapping) else {"var_names": names}
     columns = {key: [GENOME.sub("", str(n).strip()) or str(n) for n in column] for key, column in columns.items()}
-    types = classify_features(next(iter(columns.values()))) if types is None else types
     is_gene = types == "gene"
     genes = np.flatnonzero(is_gene).tolist()
     species, declared, why = _species({key: [column[v] for v in genes] for key, column in columns.items()}, organism)
 
-    # step 1: the best column, then the others for what it leaves open
+    # step 1: the best column, then the others for unmatched variables
     results = {key: {v: gene_index.lookup(column[v], species) for v in genes} for key, column in columns.items()}
     n_found = {key: sum(i >= 0 for i, _ in result.values()) for key, result in results.items()}
     order = sorted(results, key=lambda key: -n_found[key])
@@ -295,10 +273,8 @@ def match_genes(
     return match
 
 
-def _count_matches(
-    match: GeneMatch, names: Sequence[str], n_vocabulary: int, weights: np.ndarray | None
-) -> dict[str, Any]:
-    """How many variables were matched, how, with what share of the expression, and which large ones were not."""
+def _count_matches(match: GeneMatch, names: Sequence[str], n_vocabulary: int, weights: np.ndarray) -> dict[str, Any]:
+    """Numbers of matched variables, their share of the expression, and the largest unmatched ones."""
     matched, is_gene = match.ids >= 0, match.is_gene
     n_matched, n_genes, distinct = int(matched.sum()), int(is_gene.sum()), len(np.unique(match.ids[matched]))
     counts: dict[str, Any] = {
@@ -313,8 +289,8 @@ def _count_matches(
         "set_aside": {str(k): int(v) for k, v in Counter(match.how[~is_gene].tolist()).items()},
     }
     unmatched = np.flatnonzero(~matched & is_gene)
-    if weights is not None and weights[is_gene].sum() > 0:
-        total = float(weights[is_gene].sum())
+    total = float(weights[is_gene].sum())
+    if total > 0:
         counts["share_expression_matched"] = round(float(weights[matched].sum() / total), 5)
         unmatched = unmatched[np.argsort(-weights[unmatched], kind="stable")]
         counts["largest_unmatched_shares"] = [round(float(weights[v] / total), 7) for v in unmatched[:N_EXAMPLES]]
@@ -323,30 +299,20 @@ def _count_matches(
 
 
 def check_types(types: np.ndarray) -> None:
-    """Refuse variables of which none is a gene; `types` as `classify_features` gives them."""
+    """Refuse variables without a gene; `types` as of `classify_features`."""
     if not (types == "gene").any():
         kinds = ", ".join(f"{n} of type {str(kind)!r}" for kind, n in Counter(types.tolist()).items())
-        raise ValueError(
-            f"No variable is a gene ({kinds}). This model reads gene expression: pass the RNA part of the data."
-        )
+        raise ValueError(f"No variable is a gene ({kinds}); pass the RNA part of the data.")
 
 
 def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list[str]:
-    """Judge a match.
+    """Refuse a poor match unless `force` is given, and return warnings in words.
 
-    Args:
-        match: Of all variables of a file.
-        gene_index: The genes that it was matched with.
-        force: Accept a match that is next to nothing.
-
-    Returns:
-        Warnings, in words.
+    The matched share is of the file's genes or of the vocabulary's, whichever are fewer: neither a panel of 300 genes
+    nor a vocabulary of 800 is a mistake.
 
     Raises:
-        ValueError: if under 20 % of the genes match, or under 20 genes of a large vocabulary.
-
-    The share is of the file's genes or of the vocabulary's, whichever are fewer: neither a panel of 300 genes nor a
-    vocabulary of 800 is a mistake.
+        ValueError: If under 20 % of the genes match, or under 20 genes of a large vocabulary.
     """
     r = match.report
     possible = min(r["genes"], len(gene_index))
@@ -361,39 +327,26 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         )
     elif foreign:
         way_out = (
-            f"They were read as {species} genes ({r['species_evidence']}); say `organism=` if they are others, or "
-            "name the column of `var` that has their symbols with `gene_column=`."
+            f"They were read as {species} genes ({r['species_evidence']}); name another species with `organism=`, or "
+            "the column of `var` that has their symbols with `gene_column=`."
         )
-    finding = (
-        f"Only {measured} of {possible} genes match the model's vocabulary ({share:.1%}; the largest that do not: "
-        f"{', '.join(r['largest_unmatched'][:5])}). {way_out}"
-    )
+    largest = f"the largest that do not: {', '.join(r['largest_unmatched'][:5])}"
+    finding = f"Only {measured} of {possible} genes match the model's vocabulary ({share:.1%}; {largest}). {way_out}"
     few = measured < MIN_GENES <= len(gene_index) / 10
     if measured == 0 or ((share < REFUSE_SHARE or few) and not force):
-        raise ValueError(finding + (" Or pass `force=True` to read them all the same." if measured else ""))
+        raise ValueError(finding + (" Or pass `force=True` to read the matching genes." if measured else ""))
     messages = [finding] if share < WARN_SHARE or few else []
     if not messages and r.get("share_expression_matched", 1.0) < WARN_SHARE:
         messages.append(
             f"The genes that match the model's vocabulary hold only {r['share_expression_matched']:.1%} of the "
-            f"expression; the largest that do not: {', '.join(r['largest_unmatched'][:5])}."
+            f"expression; {largest}."
         )
     if r["species_declared"] and species != r["species_declared"]:
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
     if foreign:
         by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
         messages.append(
-            f"{r['matched']} of {r['genes']} {species} genes were mapped by {by}; the model was made for "
+            f"{r['matched']} of {r['genes']} {species} genes were mapped by {by}; the model was trained on "
             f"{gene_index.species} cells: interpret with caution."
         )
     return messages
-
-
-__all__ = [
-    "GeneIndex",
-    "GeneMatch",
-    "check_match",
-    "check_types",
-    "classify_features",
-    "detect_species",
-    "match_genes",
-]

@@ -1,7 +1,6 @@
-"""What is in a file of cells, can it be used, and what will be done with it: the report of `scmmgpt inspect`.
+"""The report of `scmmgpt inspect`: what a file of cells holds, whether it can be used, and how it is read.
 
-The same checks run inside every command; here they only report. `matrices_scmmgpt` lists what each kind of matrix
-gets, `genes_scmmgpt.check_match` when genes are refused; README has both in one table.
+Every command runs the same checks; `docs/inputs.md` lists them.
 """
 
 from pathlib import Path
@@ -11,20 +10,10 @@ import numpy as np
 
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
 from scmmgpt.readers import CellFile, DiskRows, read_file
-from scmmgpt.reading_scmmgpt import (
-    InputChoice,
-    check_labels,
-    choose_input,
-    finish_report,
-    inspect_matrices,
-    matrix_of,
-)
+from scmmgpt.reading_scmmgpt import InputChoice, check_labels, choose_input, finish_report, inspect_matrices, matrix_of
 
 
-MAX_CELLS = 20_000  # cells converted for a report; of a larger file a part of each eighth is
-N_PARTS = 8
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "assay", "organism", "donor_id")
-FEW_GENES = 3000  # below it a file is a panel or a selection of genes
 
 KIND_WORDS = {
     "raw_integer": "integer counts",
@@ -40,22 +29,21 @@ KIND_WORDS = {
 
 
 def inspect_file(
-    path: str | Path, gene_index: GeneIndex | None = None, *, max_cells: int = MAX_CELLS, **options: Any
+    path: str | Path, gene_index: GeneIndex | None = None, *, max_cells: int = 20_000, **options: Any
 ) -> dict[str, Any]:
-    """Find out what is in a file, whether it can be used, and how it would be read.
+    """Report what a file holds, whether it can be used, and how it would be read.
 
     Args:
         path: File or folder of any format that `readers.read_file` opens.
-        gene_index: The genes of a model. Without it, all human genes of GENCODE v44, if their table is installed.
-        max_cells: Cells to convert; the matrix is judged by a sample in any case.
+        gene_index: The genes of a model; by default all human genes of GENCODE v44, if their table is installed.
+        max_cells: Cells to convert, for a larger file from parts of it. The verdict rests on a sample in any case.
         **options: `layer`, `assume`, `gene_column`, `organism`, `force`, as for `choose_input`.
 
     Returns:
         A dictionary that `json.dumps` takes: `usable`, `error`, `file`, `matrix`, `genes`, `cells`, `obs`, `warnings`.
 
     Raises:
-        FileNotFoundError, ValueError: if the file cannot be opened at all. What is wrong with its contents is in
-            `error`.
+        FileNotFoundError, ValueError: If the file cannot be opened. Faults of its contents are in `error`.
     """
     vocabulary = "model"
     if gene_index is None:
@@ -104,17 +92,13 @@ def _describe_file(path: Path, file: CellFile, matrix: Any) -> dict[str, Any]:
 
 
 def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
-    """The columns of `obs` that say what the cells are."""
+    """The columns of `obs` that describe the cells, and warnings about the labels."""
     columns, warnings = {}, []
     for name in LABEL_COLUMNS:
         if name in file.obs and file.n_obs:
-            values = file.obs[name].astype(str)
-            counts = values.value_counts()
-            columns[name] = {
-                "values": len(counts),
-                "most_common": str(counts.index[0]),
-                "share": round(float(counts.iloc[0] / file.n_obs), 4),
-            }
+            counts = file.obs[name].astype(str).value_counts()
+            share = round(float(counts.iloc[0] / file.n_obs), 4)
+            columns[name] = {"values": len(counts), "most_common": str(counts.index[0]), "share": share}
     if "cell_type" in columns:
         try:
             warnings = check_labels(file.obs["cell_type"].astype(str).tolist(), "cell_type")
@@ -124,11 +108,11 @@ def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
 
 
 def _describe_cells(file: CellFile, choice: InputChoice, max_cells: int) -> dict[str, Any]:
-    """Convert the cells, or parts of a large file, and summarise them."""
+    """Numbers of genes and counts of the converted cells."""
     parts = [file]
-    if file.n_obs > max_cells:
-        size = max(1, max_cells // N_PARTS)
-        starts = np.linspace(0, file.n_obs - size, N_PARTS).astype(int).tolist()
+    if file.n_obs > max_cells:  # eight parts, spread over the file
+        size = max(1, max_cells // 8)
+        starts = np.linspace(0, file.n_obs - size, 8).astype(int).tolist()
         parts = [file[start : start + size] for start in starts]
     measured = [(np.diff(c.indptr), c.library_sizes()) for part in parts for c in choice.iter_cells(part)]
     genes, totals = (np.concatenate(values) for values in zip(*measured, strict=True))
@@ -141,7 +125,7 @@ def _describe_cells(file: CellFile, choice: InputChoice, max_cells: int) -> dict
 
 
 def _describe_unusable(file: CellFile) -> dict[str, Any]:
-    """What can be said of a file that cannot be used."""
+    """Verdicts of the matrices and species of the genes of a file that cannot be used."""
     found = inspect_matrices(file)
     if not found:
         return {}
@@ -155,13 +139,11 @@ def _describe_unusable(file: CellFile) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In words
-# ---------------------------------------------------------------------------------------------------------------------
+# -- in words ---------------------------------------------------------------------------------------------------------
 
 
 def render(report: dict[str, Any]) -> str:
-    """A report as text for people."""
+    """A report as text."""
     file = report["file"]
     size = f"{file['layout']}, {_bytes(file['bytes'])} on disk, {_bytes(file['bytes_in_memory'])} in memory"
     lines = [f"{Path(file['path']).name}: {file['cells']:,} cells x {file['variables']:,} variables ({size})"]
@@ -172,11 +154,9 @@ def render(report: dict[str, Any]) -> str:
         matrix = report["matrix"]
         counts = matrix["kind"].startswith("raw") or "integer counts" in matrix["conversion"]
         unit = "counts" if counts else "on the scale of the values"
-        lines.append(
-            f"  cells: median total {cells['total_median']:,g} {unit} ({cells['total_min']:,g} to "
-            f"{cells['total_max']:,g}), "
-            f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
-        )
+        totals = f"{cells['total_median']:,g} {unit} ({cells['total_min']:,g} to {cells['total_max']:,g})"
+        genes = f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
+        lines.append(f"  cells: median total {totals}, {genes}")
     for name, column in report["obs"].items():
         lines.append(f"       {name}: {column['values']} values, {column['share']:.0%} {column['most_common']!r}")
     lines += [f"  ! {warning}" for warning in report.get("warnings", [])]
@@ -212,7 +192,7 @@ def _gene_lines(genes: dict[str, Any]) -> list[str]:
         if genes["largest_unmatched"]:
             lines.append(f"       not matched, the largest first: {', '.join(genes['largest_unmatched'][:6])}")
         absent = genes["vocabulary"] - genes["vocabulary_measured"]
-        few = " (a panel, or a selection of genes)" if genes["genes"] < FEW_GENES else ""
+        few = " (a panel, or a selection of genes)" if genes["genes"] < 3000 else ""
         lines.append(
             f"       {genes['vocabulary_measured']:,} genes of the vocabulary were measured{few}; "
             f"the other {absent:,} are absent, not zero"
@@ -248,10 +228,7 @@ def _evidence(verdict: dict[str, Any]) -> str:
         parts.append(f"multiples of one unit in {e['share_cells_integral']:.1%} of the cells")
     if "target_sum_from" in e:
         parts.append(f"scale from {e['target_sum_from']}")
-    if "decimals" in e:
-        parts.append(f"rounded to {e['decimals']} decimals")
-    if "digits" in e:
-        parts.append(f"rounded to {e['digits']} digits")
+    parts += [f"rounded to {e[unit]} {unit}" for unit in ("decimals", "digits") if unit in e]
     if "share_near_integer" in e:
         parts.append(f"{e['share_near_integer']:.0%} near an integer (30% by chance)")
     return ", ".join(parts) + f" ({e['cells_sampled']} cells)"

@@ -485,6 +485,14 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         """Texts in the shared space: `(num_texts, projection_dim)`, L2-normalised."""
         return self.project_texts(self.read_texts(qformer_input_ids, qformer_attention_mask))
 
+    def inverse_temperature(self) -> Tensor:
+        """Factor of the cosine similarities, at most 100."""
+        scale = self.logit_scale
+        clamped = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
+        if clamped.requires_grad:  # above the ceiling, only a gradient that leads back passes
+            clamped.register_hook(lambda grad: torch.where(scale > MAX_LOGIT_SCALE, grad.clamp(min=0), grad))
+        return clamped.exp()
+
     def read_texts(
         self,
         qformer_input_ids: Tensor,
@@ -661,14 +669,6 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             output[f"{name}_loss"] = loss
         output["loss"] = sum(getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items())
         return output
-
-    def inverse_temperature(self) -> Tensor:
-        """Factor of the cosine similarities, at most 100."""
-        scale = self.logit_scale
-        clamped = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
-        if clamped.requires_grad:  # above the ceiling, only a gradient that leads back passes
-            clamped.register_hook(lambda grad: torch.where(scale > MAX_LOGIT_SCALE, grad.clamp(min=0), grad))
-        return clamped.exp()
 
     def contrastive_loss(self, cell_features: Tensor, text_features: Tensor, text_ids: Tensor) -> Tensor:
         """Contrast of `(batch_size, num_query_tokens, projection_dim)` cells and `(batch_size, projection_dim)` texts.

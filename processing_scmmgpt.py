@@ -1,17 +1,10 @@
-"""The processor of scMMGPT: cells and texts in, model inputs out, and back.
-
-One call serves training, evaluation and the pipelines, so they all see the same inputs:
-
-- `text` goes to the language model; every `<cell>` in it stands for one cell and becomes `num_query_tokens` tokens;
-- `cells` go to the cell model, in the order in which the texts mention them;
-- `qformer_text` goes to the Q-Former's text branch (captions, class names, search queries);
-- `answers` are appended to the texts and become `labels`;
-- `target_cells` are what the texts should generate.
-"""
+"""The processor of scMMGPT: cells and texts -> model inputs, for training, evaluation and the pipeline alike."""
 
 import json
 import os
 from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -35,12 +28,12 @@ except ImportError:  # as a flat module in a clone
 GENE_ALIASES_FILE = "gene_aliases.json"
 CELL_KWARGS = ("max_genes", "selection")
 
-# What a checkpoint was trained to answer; saved with it, so training and use can't drift apart.
+# The prompt of each task in training; saved with the checkpoint, so that training and use can't drift apart.
 DEFAULT_PROMPTS = {
     "describe": "<cell>\nDescribe this cell.",
     "generate": "Generate the gene expression of this cell: {text}",
 }
-# For language models that come without one (Llama-2 base, for instance).
+# For language models without a chat template (Llama-2 base, for instance).
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -60,10 +53,10 @@ class ScMMGPTProcessor(ProcessorMixin):
         chat_template: By default the tokenizer's own.
         num_query_tokens: Placeholders per cell, as in the model's configuration.
         cell_token: The placeholder.
-        qformer_max_length: Texts for the Q-Former are cut to so many tokens.
-        max_target_genes: Genes per generated training cell; of more, each cell gets a random subset of its own.
-        library_size: Total counts of a typical training cell, which generated cells have unless told otherwise.
-        prompts: The prompt of each task; `{text}` in it stands for what the prompt is about.
+        qformer_max_length: Texts for the Q-Former are truncated to this number of tokens.
+        max_target_genes: Genes per generated training cell; of more, each text draws a random subset.
+        library_size: Total counts of a typical training cell, the default for sampled cells.
+        prompts: The prompt of each task; `{text}` in it is replaced by the description of a cell.
     """
 
     feature_extractor: ScMMGPTFeatureExtractor
@@ -91,8 +84,7 @@ class ScMMGPTProcessor(ProcessorMixin):
         self.max_target_genes = max_target_genes
         self.library_size = library_size
         self.prompts = dict(DEFAULT_PROMPTS if prompts is None else prompts)
-        self.gene_aliases: dict[str, Any] = {}  # of `GeneIndex`; saved in a file of its own
-        self._gene_index: GeneIndex | None = None
+        self.gene_aliases: dict[str, Any] = {}  # the `aliases` of `GeneIndex`; saved in a separate file
         if cell_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"extra_special_tokens": [cell_token]}, replace_extra_special_tokens=False)
         if tokenizer.pad_token is None:
@@ -108,23 +100,21 @@ class ScMMGPTProcessor(ProcessorMixin):
         """Id of `<cell>` in the language model's tokenizer."""
         return cast(int, self.tokenizer.convert_tokens_to_ids(self.cell_token))
 
-    @property
+    @cached_property
     def gene_index(self) -> GeneIndex:
         """Gene names, aliases and Ensembl ids -> ids in the gene vocabulary."""
-        if self._gene_index is None:
-            self._gene_index = GeneIndex(self.gene_tokenizer.get_vocab(), self.gene_aliases)
-        return self._gene_index
+        return GeneIndex(self.gene_tokenizer.get_vocab(), self.gene_aliases)
 
     @property
     def model_input_names(self) -> list[str]:
-        """Every key that a call can return and the model takes."""
+        """Every key of a call's result that the model takes."""
         text = "input_ids attention_mask labels qformer_input_ids qformer_attention_mask"
         cells = "gene_ids expression cell_attention_mask profile_gene_ids profile"
         targets = "target_gene_ids target_attention_mask target_expression target_counts library_size"
         return f"{text} {cells} {targets}".split()
 
     def read_cells(self, adata: Any, **kwargs: Any) -> tuple[Cells, dict[str, Any]]:
-        """AnnData -> `Cells` in this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
+        """AnnData -> `Cells` of this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
         return read_cells(adata, self.gene_index, **kwargs)
 
     def gene_ids_of(self, genes: list[str]) -> np.ndarray:
@@ -138,8 +128,8 @@ class ScMMGPTProcessor(ProcessorMixin):
         if unknown:
             raise ValueError(
                 f"{len(unknown)} of {len(genes)} genes are not in this model's vocabulary of {len(self.gene_index)}: "
-                f"{', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''}. Leave them out, or check "
-                "that they are human gene symbols or Ensembl ids."
+                f"{', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''}. Leave these genes out, or "
+                "check that they are human gene symbols or Ensembl ids."
             )
         return np.asarray(ids, dtype=np.int64)
 
@@ -166,36 +156,37 @@ class ScMMGPTProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Make model inputs. Every argument is optional; the result holds the keys of what was given.
+        """Make model inputs. Every argument is optional; the result holds the keys of the given ones.
 
         Args:
-            text: Texts for the language model, with one `<cell>` for every cell they speak of.
-            cells: [`Cells`], or an AnnData (read as `read_cells` does), in the order in which the texts mention them.
-            answers: One per text; appended, and learned (`labels` is -100 elsewhere). An empty answer is not learned.
-            qformer_text: Texts for the Q-Former.
-            target_cells: The cells that texts are to generate.
-            target_rows: Int `(len(target_cells),)`: which text generates each of them; by default the texts in order.
+            text: Texts for the language model, with one `<cell>` for every cell they mention; each `<cell>` becomes
+                `num_query_tokens` tokens.
+            cells: [`Cells`], or an AnnData for `read_cells`, in the order in which the texts mention them.
+            answers: One per text, appended to it; `labels` is -100 for all other tokens. An empty answer has no loss.
+            qformer_text: Texts for the Q-Former's text branch (captions, labels, search texts).
+            target_cells: The cells that the texts should generate.
+            target_rows: Int `(len(target_cells),)`: the text that generates each cell; by default the texts in order.
             target_genes: Vocabulary ids of the measured genes that may be generated; by default the whole vocabulary.
-            epoch: Enters the randomness of gene sampling and binning, beside each cell's id.
+            epoch: With each cell's id, the seed of gene sampling and binning.
             kwargs: `max_genes` and `selection`, in place of the feature extractor's own.
 
         Raises:
-            ValueError: If placeholders and cells, texts and answers, or targets and rows do not match in number, or
-                a target's row has no text.
+            ValueError: If placeholders and cells, texts and answers, or targets and rows differ in number, or a
+                target's row has no text.
         """
         unknown = sorted(set(kwargs) - set(CELL_KWARGS) - {"padding"})  # `padding`: the chat template always passes it
         if unknown:
-            raise TypeError(f"ScMMGPTProcessor does not know the arguments {unknown}.")
+            raise TypeError(f"ScMMGPTProcessor has no arguments {unknown}; it takes {', '.join(CELL_KWARGS)}.")
         if images is not None or videos is not None or audio is not None:
-            raise ValueError("scMMGPT reads text and cells, not images, videos or audio.")
+            raise ValueError("images, videos and audio are not supported; pass text and cells.")
         if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r} is not supported; scMMGPT runs on PyTorch: use 'pt'.")
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', PyTorch.")
         data: dict[str, torch.Tensor] = {}
         if cells is not None and not isinstance(cells, Cells):
             cells, _ = self.read_cells(cells)
         if cells is not None:
-            extractor_kwargs = {name: kwargs[name] for name in CELL_KWARGS if kwargs.get(name) is not None}
-            data.update(self.feature_extractor(cells, epoch=epoch, return_tensors="pt", **extractor_kwargs))
+            options = {name: kwargs[name] for name in CELL_KWARGS if kwargs.get(name) is not None}
+            data.update(self.feature_extractor(cells, epoch=epoch, return_tensors="pt", **options))
         if qformer_text is not None:
             data.update(self._qformer_inputs(qformer_text))
         if text is not None:
@@ -210,14 +201,10 @@ class ScMMGPTProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _qformer_inputs(self, text: str | list[str]) -> dict[str, torch.Tensor]:
-        inputs = self.qformer_tokenizer(
-            [text] if isinstance(text, str) else list(text),
-            padding=True,
-            truncation=True,
-            max_length=self.qformer_max_length,
-            return_tensors="pt",
-        )
-        return {"qformer_input_ids": inputs["input_ids"], "qformer_attention_mask": inputs["attention_mask"]}
+        texts = [text] if isinstance(text, str) else list(text)
+        options = {"padding": True, "truncation": True, "max_length": self.qformer_max_length}
+        inputs = self.qformer_tokenizer(texts, **options, return_tensors="pt")
+        return {f"qformer_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
 
     def _text_inputs(
         self, text: list[str], answers: list[str] | None, num_cells: int | None
@@ -229,14 +216,15 @@ class ScMMGPTProcessor(ProcessorMixin):
                 f"write {self.cell_token} once for each cell."
             )
         expanded = [t.replace(self.cell_token, self.cell_token * self.num_query_tokens) for t in text]
-        # A chat template writes its own special tokens; a bare text gets the tokenizer's.
+        # A chat template adds special tokens itself; to a bare text the tokenizer adds them.
         ids = [self.tokenizer(t, add_special_tokens=not self.has_special_start(t))["input_ids"] for t in expanded]
         labels = None
         if answers is not None:
             if len(answers) != len(text):
-                raise ValueError(f"{len(answers)} answers were given for {len(text)} texts; they go in pairs.")
-            # Tokenised apart from the prompt, so that the prompt is the same tokens as at generation.
-            answer_ids = [self._answer_ids(answer) for answer in answers]
+                raise ValueError(f"{len(answers)} answers were given for {len(text)} texts; pass one for each text.")
+            # Prompt and answer are tokenised apart, so that the prompt has the same tokens as at generation.
+            end = [self.tokenizer.eos_token_id]
+            answer_ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] + end if a else [] for a in answers]
             labels = [[-100] * len(i) + a for i, a in zip(ids, answer_ids, strict=True)]
             ids = [i + a for i, a in zip(ids, answer_ids, strict=True)]
         length = max(map(len, ids))
@@ -248,13 +236,8 @@ class ScMMGPTProcessor(ProcessorMixin):
             data["labels"] = _left_pad(labels, length, -100)
         return data
 
-    def _answer_ids(self, answer: str) -> list[int]:
-        if not answer:
-            return []
-        return self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
-
     def has_special_start(self, text: str) -> bool:
-        """Whether a text brings its own special tokens, as what a chat template writes does."""
+        """Whether a text begins with a special token, as the output of a chat template does."""
         return any(token and text.startswith(token) for token in self.tokenizer.all_special_tokens)
 
     def encode_targets(
@@ -266,20 +249,19 @@ class ScMMGPTProcessor(ProcessorMixin):
         n_rows: int | None = None,
         epoch: int = 0,
     ) -> dict[str, torch.Tensor]:
-        """The genes that texts should generate, zeros included, and the counts of the cells that they should fit.
+        """The genes that each text should generate, zeros included, and the target counts of its cells.
 
         Args:
             cells: The cells to generate.
-            genes: Vocabulary ids `(num_measured,)` of the genes that were measured in them; by default all.
+            genes: Vocabulary ids `(num_measured,)` of the genes that were measured in the cells; by default all.
             rows: Int `(len(cells),)`: the text that generates each cell; by default each cell has its own.
             n_rows: Number of texts; those without a cell generate nothing.
-            epoch: With the id of a text's first cell, decides which genes are drawn if there are more than
-                `max_target_genes`.
+            epoch: With the id of a text's first cell, the seed of the random subset of `max_target_genes` genes.
 
         Returns:
             Of the texts, `target_gene_ids` and `target_attention_mask`, int64 `(n_rows, num_genes)`. Of the cells,
             `target_rows` int64 and `library_size` float32, `(len(cells),)`, and `target_counts` (raw counts) and
-            `target_expression` (log1p CP10k of the library size), float32 `(len(cells), num_genes)`.
+            `target_expression` (log1p(CP10k)), float32 `(len(cells), num_genes)`.
         """
         genes = np.unique(list(self.gene_index.vocabulary.values()) if genes is None else genes).astype(np.int64)
         rows = np.arange(len(cells)) if rows is None else rows
@@ -289,7 +271,7 @@ class ScMMGPTProcessor(ProcessorMixin):
         generating, first_cells, place = np.unique(rows, return_index=True, return_inverse=True)
         n = len(generating)
         if len(genes) > self.max_target_genes:
-            # A random subset by a hash of (cell, epoch, gene): the genes that a mask would hide.
+            # The subset is drawn as a mask of masked-gene training is: by a hash of (cell, epoch, gene).
             candidates = np.tile(np.concatenate([[self.feature_extractor.cls_token_id], genes]), (n, 1))
             share = (self.max_target_genes + 0.5) / len(genes)
             ids = cells.cell_ids[first_cells]
@@ -298,15 +280,14 @@ class ScMMGPTProcessor(ProcessorMixin):
         else:
             gene_ids = np.broadcast_to(genes, (n, len(genes)))
 
-        # step 2: each cell's counts of its text's genes; one sorted key per (cell, gene) finds them all at once
+        # step 2: each cell's counts of its text's genes; a binary search among sorted keys, one per (cell, gene)
         cells = cells.sorted_by_gene()
-        wanted = gene_ids[place]
         stride = int(max(genes.max(), cells.gene_ids.max(initial=0))) + 1
         keys = np.repeat(np.arange(len(cells)), np.diff(cells.indptr)) * stride + cells.gene_ids.astype(np.int64)
-        wanted = np.arange(len(cells))[:, None] * stride + wanted
-        position = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-        found = keys[position] == wanted if len(keys) else np.zeros(wanted.shape, dtype=bool)
-        counts = np.where(found, cells.counts[position] if len(keys) else 0, 0).astype(np.float32)
+        wanted = np.arange(len(cells))[:, None] * stride + gene_ids[place]
+        position = np.searchsorted(keys, wanted)  # len(keys) beyond the last key
+        found = np.append(keys, -1)[position] == wanted
+        counts = np.where(found, np.append(cells.counts, 0)[position], 0).astype(np.float32)
         library_size = cells.library_sizes().astype(np.float32)
 
         data = {
@@ -324,19 +305,19 @@ class ScMMGPTProcessor(ProcessorMixin):
     # -- conversations ------------------------------------------------------------------------------------------------
 
     def render_prompt(self, task: str, *, text: str = "") -> str:
-        r"""The prompt of a task as the checkpoint was trained on it, chat template included.
+        r"""The prompt of a task as in training, chat template included.
 
-        `text` takes the place of `{text}`; nothing else in a prompt, which comes with a checkpoint, is interpreted.
+        `text` replaces `{text}`. Nothing else in a prompt is interpreted, since a prompt comes with a checkpoint.
 
         >>> processor.render_prompt("generate", text="A B cell.")  # doctest: +SKIP
         '<|im_start|>user\nGenerate the gene expression of this cell: A B cell.<|im_end|>\n<|im_start|>assistant\n'
         """
         if task not in self.prompts:
-            raise ValueError(f"No prompt for the task {task!r}; this checkpoint knows {sorted(self.prompts)}.")
+            raise ValueError(f"Task {task!r} has no prompt in this checkpoint; choose one of {sorted(self.prompts)}.")
         return self.render_question(self.prompts[task].replace("{text}", text))
 
     def render_question(self, question: str) -> str:
-        """What a user says as the language model reads it, up to where its answer begins."""
+        """A user's message in the chat template, up to the beginning of the answer."""
         message = {"role": "user", "content": question}
         return self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
@@ -349,23 +330,19 @@ class ScMMGPTProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def flatten_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Contents as plain strings, since most language models' templates know nothing of parts."""
-        flat = []
-        for message in messages:
-            content = message["content"]
-            if not isinstance(content, str):
-                parts = [self.cell_token if part["type"] == "cell" else part["text"] for part in content]
-                content = "\n".join(parts)
-            flat.append({**message, "content": content})
-        return flat
+        """Messages whose contents are strings, since the chat templates of most language models take no parts."""
+        return [{**message, "content": self._flatten_content(message["content"])} for message in messages]
 
-    # -- tasks --------------------------------------------------------------------------------------------------------
+    def _flatten_content(self, content: str | list[dict[str, str]]) -> str:
+        if isinstance(content, str):
+            return content
+        return "\n".join(self.cell_token if part["type"] == "cell" else part["text"] for part in content)
 
     def pipeline(self, model: Any, **kwargs: Any) -> Any:
-        """The tasks over AnnData (annotate, describe, generate, embed, search) with this processor and its model.
+        """[`ScMMGPTPipeline`] of this processor and its model.
 
-        The import below stands here and not above since the pipeline imports this file. It has to stay in this file:
-        code travels with a checkpoint by the imports of its processor, and `transformers.pipeline` needs the pipeline.
+        The circular import is needed: a checkpoint gets its code files by following the imports of its processor, and
+        `transformers.pipeline` looks for the pipeline's file in the checkpoint.
         """
         try:
             from .pipeline_scmmgpt import ScMMGPTPipeline
@@ -378,20 +355,19 @@ class ScMMGPTProcessor(ProcessorMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
-        """Save every part, and the gene aliases beside them."""
+        """Save every part and the gene aliases."""
         os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, GENE_ALIASES_FILE), "w", encoding="utf-8") as file:
-            json.dump(self.gene_aliases, file, sort_keys=True)
+        Path(save_directory, GENE_ALIASES_FILE).write_text(json.dumps(self.gene_aliases, sort_keys=True), "utf-8")
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
-        # The feature extractor is the class that this file imports. The auto class would load a second copy of it
-        # from the checkpoint's code, which needs trust even where this package is installed.
+        # The auto class of the feature extractor would load the checkpoint's copy of the class, which needs
+        # `trust_remote_code` even where this package is installed.
         extractor = ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask to run the model's code
+        kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask for `trust_remote_code`
         names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
         load = cls._load_tokenizer_from_pretrained
         return [extractor, *(load(name, pretrained_model_name_or_path, **kwargs) for name in names)]
@@ -400,29 +376,27 @@ class ScMMGPTProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "ScMMGPTProcessor":
-        """Load every part, and the gene aliases beside them."""
+        """Load every part and the gene aliases."""
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         wanted = ("cache_dir", "revision", "token", "local_files_only")
         options = {name: kwargs[name] for name in wanted if name in kwargs}
-        options["_raise_exceptions_for_missing_entries"] = False
-        path = cached_file(pretrained_model_name_or_path, GENE_ALIASES_FILE, **options)
+        path = cached_file(
+            pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **options
+        )
         if path is not None:
-            with open(path, encoding="utf-8") as file:
-                processor.gene_aliases = json.load(file)
+            processor.gene_aliases = json.loads(Path(path).read_text(encoding="utf-8"))
         return processor
 
 
 def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: int) -> np.ndarray:
-    """The text, by its row, that generates each target cell; by default each text generates one cell."""
+    """Row number of the text of each target cell; by default each text generates one cell."""
     rows = np.arange(n_texts) if target_rows is None else np.asarray(target_rows)
     if rows.dtype == bool:
-        raise TypeError("target_rows are row numbers, one for each target cell, but they are bool.")
+        raise TypeError("target_rows are bool; pass row numbers of texts, one for each target cell.")
     if len(rows) != n_targets:
-        raise ValueError(f"{n_targets} target cells were given for {len(rows)} target rows.")
+        raise ValueError(f"{n_targets} target cells were given for {len(rows)} target rows; pass one row for each.")
     if len(rows) and not 0 <= rows.min() <= rows.max() < n_texts:
-        raise ValueError(
-            f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts, from row 0."
-        )
+        raise ValueError(f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts (from 0).")
     return rows
 
 
@@ -431,5 +405,3 @@ def _left_pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
 
 
 ScMMGPTProcessor.register_for_auto_class("AutoProcessor")
-
-__all__ = ["DEFAULT_PROMPTS", "ScMMGPTProcessor"]

@@ -1,16 +1,16 @@
-"""Files of cells: one function to open any of them, in memory or on disk, one clear error where that cannot be.
+"""Files of cells: `read_file` opens all formats, in memory or on disk, or raises one clear error.
 
     adata = read_file("cells.h5ad")                     # in memory
-    file = read_file("atlas.h5ad", backed=True)         # on disk: rows are read when they are asked for
-    adata = file[:10_000].to_memory()                   # some of its cells
+    file = read_file("atlas.h5ad", backed=True)         # on disk: a slice loads its rows
+    adata = file[:10_000].to_memory()                   # some of the cells
 
 | format                                       | matrix on disk                    | larger than memory            |
 | -------------------------------------------- | --------------------------------- | ----------------------------- |
 | `.h5ad`, `.zarr`, `.h5mu` (its RNA part)     | sparse or dense, by row or column | by rows; if by column, slowly |
 | 10x `.h5` (version 2, version 3, CellBender) | sparse, by cell                   | by rows                       |
 | `.loom`                                      | dense, genes x cells              | by rows                       |
-| mtx folder of 10x, STARsolo, kallisto        | text triplets                     | sparse, it has to fit         |
-| `.csv`, `.tsv`, `.txt`, also compressed      | text, either way round            | sparse, it has to fit         |
+| mtx folder of 10x, STARsolo, kallisto        | text triplets                     | no: loaded as sparse          |
+| `.csv`, `.tsv`, `.txt`, also compressed      | text, either way round            | no: loaded as sparse          |
 """
 
 import bz2
@@ -33,28 +33,18 @@ import scipy.sparse as sp
 
 logger = logging.getLogger(__name__)
 
-TEXT_ROWS = 2000  # lines of a table parsed at a time
-COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column, the rows that are kept once they were gathered
-COLUMN_ENTRIES = 2**23  # entries read at a time from it
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".tab")
+COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column: size of the block of rows that is kept in memory
+COLUMN_ENTRIES = 2**23  # of a matrix stored by column: entries loaded at a time
 KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv"
-R_RECIPE = (
-    "Save it from R with `anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or `anndataR::as_AnnData` for a "
-    "SingleCellExperiment) and pass the .h5ad file."
-)
-# Names by which the genes' side of a table is told from the cells' side, whatever the species' spelling.
+# Common gene names, in any species' spelling: the side of a table with more of them is the genes' side.
 GENE_NAME = re.compile(r"^(ENS[A-Z]*G\d{6,}|RP[LS]\d+|MT-|ACTB$|GAPDH$|B2M$|MALAT1$|CD\d+[A-Z]?$|HLA-|EEF1A1$)", re.I)
 
 
 class DiskRows:
-    """A sparse matrix on disk (HDF5 or Zarr), compressed by row (CSR), of which slices of rows can be read.
+    """A sparse matrix on disk (HDF5 or Zarr), compressed by row (CSR); a slice of rows is a matrix in memory.
 
-    `anndata.io.sparse_dataset` is as fast in slices of 1,024 rows, but takes five times as long in slices of 64, which
-    samples are made of; and it wants AnnData's attributes on the matrix, which 10x files lack.
-
-    Args:
-        data, indices, indptr: The arrays of the matrix on disk.
-        shape: Cells x variables.
+    `anndata.io.sparse_dataset` is as fast for slices of 1,024 rows, but five times slower for the slices of 64 rows
+    that samples consist of. It requires attributes that 10x files lack. `shape` is cells x variables.
     """
 
     layout = "sparse, by row"
@@ -67,7 +57,7 @@ class DiskRows:
         size = shape[self.compressed_axis]
         if len(self.indptr) != size + 1 or self.indptr[-1] != data.shape[0]:
             raise ValueError(
-                f"A sparse matrix of {size} {('rows', 'columns')[self.compressed_axis]} has {len(self.indptr)} row "
+                f"A sparse matrix of {size} {('rows', 'columns')[self.compressed_axis]} has {len(self.indptr)} "
                 f"pointers up to {self.indptr[-1]} and {data.shape[0]} values: the file is damaged. Write or copy it "
                 "again."
             )
@@ -83,10 +73,10 @@ class DiskRows:
 
 
 class DiskColumns(DiskRows):
-    """A sparse matrix on disk, compressed by column (CSC), of which slices of rows can be read.
+    """A sparse matrix on disk, compressed by column (CSC); a slice of rows is a matrix in memory.
 
-    The whole matrix is passed over for each block of rows, of which the last is kept: rows should be read in order.
-    `anndata.io.sparse_dataset` takes the whole matrix into memory for every slice of rows.
+    A block of rows takes a pass over the whole matrix, and only the last block is kept: load rows in order.
+    `anndata.io.sparse_dataset` loads the whole matrix for every slice of rows.
     """
 
     layout = "sparse, by column"
@@ -103,14 +93,14 @@ class DiskColumns(DiskRows):
         for block in range(start // self._block_rows, max(stop - 1, start) // self._block_rows + 1):
             first = block * self._block_rows
             if block != self._block:
-                self._block, self._rows = -1, self._rows[:0]  # makes room before the next block is gathered
+                self._block, self._rows = -1, self._rows[:0]  # free the last block before the next is gathered
                 self._rows = self._gather(first, min(first + self._block_rows, self.shape[0]))
                 self._block = block
             parts.append(self._rows[max(start - first, 0) : stop - first])
         return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
     def _gather(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows, from one run of columns after another."""
+        """Rows of the matrix, gathered from one run of columns after another."""
         parts, first = [], 0
         while first < self.shape[1]:
             last = int(np.searchsorted(self.indptr, self.indptr[first] + COLUMN_ENTRIES, side="right")) - 1
@@ -122,7 +112,7 @@ class DiskColumns(DiskRows):
 
 
 class DiskTransposed:
-    """A dense genes x cells array on disk, read by cells."""
+    """A dense genes x cells array on disk, as cells x genes."""
 
     def __init__(self, array: Any) -> None:
         self.array, self.dtype = array, array.dtype
@@ -158,10 +148,9 @@ class RawPart(NamedTuple):
 
 @dataclass
 class CellFile:
-    """A file of cells whose tables are in memory and whose matrices are on disk, with the parts of an AnnData.
+    """A file of cells with the parts of an AnnData, tables in memory, matrices on disk.
 
-    What reads AnnData by duck typing (`scmmgpt.reading_scmmgpt`) reads this. A slice of cells is a `CellFile` again,
-    whose matrices are still on disk; `to_memory` makes an AnnData of it.
+    `scmmgpt.reading_scmmgpt` takes it in place of an AnnData. A slice of cells is a `CellFile` again, still on disk.
     """
 
     X: Any
@@ -179,7 +168,7 @@ class CellFile:
             if matrix is not None and tuple(matrix.shape) != self.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(matrix.shape)}, but the file names {self.n_obs} cells and "
-                    f"{self.n_vars} variables: it is damaged or was put together by hand. Write it again."
+                    f"{self.n_vars} variables: the file is damaged. Write it again."
                 )
 
     def __getitem__(self, rows: slice) -> "CellFile":
@@ -193,7 +182,7 @@ class CellFile:
         )
 
     def to_memory(self) -> anndata.AnnData:
-        """An AnnData of these cells, all matrices read."""
+        """An AnnData of these cells."""
         adata = anndata.AnnData(
             None if self.X is None else self.X[: self.n_obs],
             obs=self.obs.copy(),
@@ -206,7 +195,7 @@ class CellFile:
         return adata
 
     def close(self) -> None:
-        """Close the file; its matrices cannot be read after that."""
+        """Close the file, and with it the matrices on disk."""
         if hasattr(self.handle, "close"):
             self.handle.close()
 
@@ -217,9 +206,7 @@ class CellFile:
         self.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening
-# ---------------------------------------------------------------------------------------------------------------------
+# -- opening ----------------------------------------------------------------------------------------------------------
 
 
 def read_file(path: str | Path, *, backed: bool = False) -> anndata.AnnData | CellFile:
@@ -227,20 +214,20 @@ def read_file(path: str | Path, *, backed: bool = False) -> anndata.AnnData | Ce
 
     Args:
         path: File or folder.
-        backed: Leave the matrices on disk and read rows when asked for, for files larger than memory.
+        backed: Leave the matrices on disk, for files larger than memory.
 
     Returns:
         An AnnData, or with `backed` a `CellFile`, which has the same parts.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
-        ValueError: if it is empty, truncated, damaged or of no format that is known.
+        FileNotFoundError: If `path` does not exist.
+        ValueError: If the file is empty, truncated, damaged or of an unknown format.
     """
     path = Path(path)
     kind, opener = _format(path)
     try:
         if kind == "h5ad" and not backed:
-            _open_hdf5(path).close()  # says clearly what is wrong with a damaged file
+            _open_hdf5(path).close()  # whose errors for damaged files are clearer
             return anndata.read_h5ad(path)
         if kind == "zarr" and not backed:
             return anndata.read_zarr(path)
@@ -251,46 +238,43 @@ def read_file(path: str | Path, *, backed: bool = False) -> anndata.AnnData | Ce
         return file if backed else file.to_memory()
     except (ValueError, TypeError, FileNotFoundError):
         raise
-    except Exception as error:  # whatever a damaged file makes h5py, zarr, pandas or anndata raise
+    except Exception as error:  # h5py, zarr, pandas and anndata raise many kinds for a damaged file
         raise ValueError(
-            f"{path} cannot be read as {kind} ({type(error).__name__}: {error}): it is damaged or not what its name "
-            "says. Write or copy it again."
+            f"{path} cannot be read as {kind} ({type(error).__name__}: {error}): it is damaged or of another format. "
+            "Write or copy it again."
         ) from error
 
 
 def _format(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
-    """Name and opener of a file's format, by its name and, where that does not tell, by its contents."""
+    """Name and opener of a file's format, by its name, else by its contents."""
     if not path.exists():
-        hint = ""
-        if path.parent.is_dir():
-            similar = sorted(p.name for p in path.parent.iterdir() if p.name.startswith(path.name.split(".")[0]))[:3]
-            hint = f" That folder has {', '.join(similar)}." if similar else ""
+        similar = sorted(p.name for p in path.parent.glob("*") if p.name.startswith(path.name.split(".")[0]))[:3]
+        hint = f" That folder has {', '.join(similar)}." if similar else ""
         raise FileNotFoundError(f"There is no file {path}.{hint}")
     if path.is_dir():
-        return _format_of_folder(path)
+        if any((path / marker).exists() for marker in (".zattrs", ".zgroup", "zarr.json")):
+            return "zarr", _open_zarr
+        if _find(path, "matrix.mtx", "mtx"):
+            return "mtx", _open_mtx
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise ValueError(f"The folder {path} is neither a .zarr nor has it a matrix.mtx (it holds {inside}).")
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty (0 bytes): the copy or download did not start. Copy it again.")
+        raise ValueError(f"{path} is empty (0 bytes): the copy or download failed. Copy it again.")
     name = path.name.lower()
     if name.endswith((".rds", ".rda", ".rdata", ".h5seurat", ".qs")):
-        raise ValueError(f"{path.name} is an R object, which Python does not read. {R_RECIPE}")
+        raise ValueError(
+            f"{path.name} is an R object. Save it from R with `anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or "
+            "`anndataR::as_AnnData` for a SingleCellExperiment) and pass the .h5ad file."
+        )
     if name.endswith((".mtx", ".mtx.gz")):
         return "mtx", _open_mtx
-    if name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").endswith(TABLE_SUFFIXES):
+    if re.search(r"\.(csv|tsv|txt|tab)(\.gz|\.bz2|\.xz)?$", name):
         return "table", _open_table
     if name.endswith(".loom"):
         return "loom", _open_loom
     if h5py.is_hdf5(path) or name.endswith((".h5ad", ".h5", ".hdf5", ".h5mu")):
         return _format_of_hdf5(path)
-    raise ValueError(f"{path} is of no format that is read: {KNOWN}.")
-
-
-def _format_of_folder(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
-    if any((path / marker).exists() for marker in (".zattrs", ".zgroup", "zarr.json")):
-        return "zarr", _open_zarr
-    if _find(path, "matrix.mtx", "mtx"):
-        return "mtx", _open_mtx
-    inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    raise ValueError(f"The folder {path} is neither a .zarr nor a folder with matrix.mtx (it holds {inside}).")
+    raise ValueError(f"{path} is of an unknown format. Known are {KNOWN}.")
 
 
 def _format_of_hdf5(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
@@ -303,9 +287,8 @@ def _format_of_hdf5(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
             return "h5mu", _open_h5mu
         if "obs" in file and "var" in file:
             return "h5ad", _open_h5ad
-        raise ValueError(
-            f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {', '.join(list(file)[:8])})."
-        )
+        inside = ", ".join(list(file)[:8])
+        raise ValueError(f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {inside}).")
 
 
 def _open_hdf5(path: Path) -> h5py.File:
@@ -323,8 +306,7 @@ def _open_hdf5(path: Path) -> h5py.File:
                 "stopped early; copy it again."
             ) from error
         raise ValueError(
-            f"{path} is not an HDF5 file, whatever its name says (it starts with {start!r}). Files that are read: "
-            f"{KNOWN}."
+            f"{path} is not an HDF5 file, in spite of its name (it starts with {start!r}). Known are {KNOWN}."
         ) from error
 
 
@@ -334,7 +316,7 @@ def _attribute(group: Any, name: str) -> Any:
 
 
 def _disk_matrix(element: Any) -> Any:
-    """A matrix of an AnnData on disk, HDF5 or Zarr, sparse or dense, without reading it."""
+    """A matrix of an AnnData on disk, HDF5 or Zarr, sparse or dense; it stays on disk."""
     if not hasattr(element, "keys"):
         return element
     encoding = str(_attribute(element, "encoding-type") or _attribute(element, "h5sparse_format") or "csr")
@@ -346,17 +328,16 @@ def _disk_matrix(element: Any) -> Any:
 
 
 def _annotated(group: Any, handle: Any) -> CellFile:
-    """The AnnData in an HDF5 or Zarr group, its matrices left on disk."""
+    """The AnnData in an HDF5 or Zarr group; its matrices stay on disk."""
     read = anndata.io.read_elem
     raw = group["raw"] if "raw" in group and hasattr(group["raw"], "keys") and "X" in group["raw"] else None
-    uns = read(group["uns"]) if "uns" in group else {}
     return CellFile(
         _disk_matrix(group["X"]) if "X" in group else None,
         read(group["obs"]),
         read(group["var"]),
         layers={name: _disk_matrix(group["layers"][name]) for name in group.get("layers", {})},
         raw=None if raw is None else RawPart(_disk_matrix(raw["X"]), read(raw["var"])),
-        uns=dict(uns),
+        uns=dict(read(group["uns"])) if "uns" in group else {},
         handle=handle,
     )
 
@@ -365,7 +346,7 @@ def _open_h5ad(path: Path) -> CellFile:
     file = _open_hdf5(path)
     if not isinstance(file["obs"], h5py.Dataset):
         return _annotated(file, file)
-    # Before version 0.7 AnnData stored tables as structured arrays; anndata turns them into today's, in memory.
+    # AnnData before version 0.7 stored tables as structured arrays; anndata converts them, in memory.
     file.close()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -383,7 +364,7 @@ def _rna(path: Path, file: h5py.File) -> h5py.Group:
     for name in ("rna", "gex", "RNA", "GEX"):
         if name in file["mod"]:
             return file["mod"][name]
-    raise ValueError(f"{path} has no `rna` modality, only {', '.join(file['mod'])}: this model reads gene expression.")
+    raise ValueError(f"{path} has no `rna` modality, only {', '.join(file['mod'])}; pass a file of gene expression.")
 
 
 def _open_zarr(path: Path) -> CellFile:
@@ -391,7 +372,8 @@ def _open_zarr(path: Path) -> CellFile:
 
     group = zarr.open_group(str(path), mode="r")
     if "obs" not in group or "var" not in group:
-        raise ValueError(f"{path} is a Zarr store, but no AnnData (it holds {', '.join(list(group.keys())[:8])}).")
+        inside = ", ".join(list(group.keys())[:8])
+        raise ValueError(f"{path} is a Zarr store, but no AnnData (it holds {inside}); write one with `write_zarr`.")
     return _annotated(group, group)
 
 
@@ -400,7 +382,7 @@ def _text(array: Any) -> list[str]:
 
 
 def _open_10x(path: Path) -> CellFile:
-    """10x Genomics' HDF5: version 3 has the group `matrix`, version 2 one group a genome; CellBender writes either."""
+    """10x Genomics' HDF5: version 3 has a group `matrix`, version 2 a group per genome; CellBender writes either."""
     file = _open_hdf5(path)
     groups = ["matrix"] if "matrix" in file else [name for name in file if "barcodes" in file[name]]
     if len(groups) > 1:
@@ -412,15 +394,13 @@ def _open_10x(path: Path) -> CellFile:
     n_vars, n_cells = (int(n) for n in group["shape"][:])
     matrix = DiskRows(group["data"], group["indices"], group["indptr"], (n_cells, n_vars))
     if "features" in group:
-        features = group["features"]
-        table = {"gene_ids": _text(features["id"]), "feature_types": _text(features["feature_type"])}
-        names = _text(features["name"])
-        if "genome" in features:
-            table["genome"] = _text(features["genome"])
+        features, names = group["features"], group["features"]["name"]
+        columns = {"gene_ids": "id", "feature_types": "feature_type", "genome": "genome"}
+        table = {name: _text(features[stored]) for name, stored in columns.items() if stored in features}
     else:
-        table, names = {"gene_ids": _text(group["genes"])}, _text(group["gene_names"])
-    obs = pd.DataFrame(index=pd.Index(_text(group["barcodes"])))
-    return CellFile(matrix, obs, pd.DataFrame(table, index=pd.Index(names)), handle=file)
+        table, names = {"gene_ids": _text(group["genes"])}, group["gene_names"]
+    var = pd.DataFrame(table, index=pd.Index(_text(names)))
+    return CellFile(matrix, pd.DataFrame(index=pd.Index(_text(group["barcodes"]))), var, handle=file)
 
 
 def _open_loom(path: Path) -> CellFile:
@@ -444,19 +424,14 @@ def _open_loom(path: Path) -> CellFile:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
 def _find(folder: Path, *endings: str) -> Path | None:
-    """The file of a folder whose name, without compression, ends like one of `endings`; GEO adds prefixes."""
+    """The file of a folder whose name, without `.gz`, ends in one of `endings`; GEO adds prefixes."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    for ending in endings:
-        for file in files:
-            if file.name.lower().removesuffix(".gz").endswith(ending):
-                return file
-    return None
+    found = (f for ending in endings for f in files if f.name.lower().removesuffix(".gz").endswith(ending))
+    return next(found, None)
 
 
 def _open_mtx(path: Path) -> CellFile:
@@ -469,10 +444,7 @@ def _open_mtx(path: Path) -> CellFile:
     barcodes_path = _find(folder, "barcodes.tsv", "barcodes.txt", "rows.txt")
     for wanted, found in (("features.tsv or genes.tsv", features_path), ("barcodes.tsv", barcodes_path)):
         if found is None:
-            raise FileNotFoundError(
-                f"Beside {matrix_path.name} there is no {wanted} in {folder}: without it nobody knows what its rows "
-                "and columns are."
-            )
+            raise FileNotFoundError(f"Beside {matrix_path.name} there is no {wanted} in {folder}; copy it there.")
     try:
         matrix = sp.csr_matrix(mmread(matrix_path))
     except (ValueError, EOFError, OSError) as error:
@@ -484,58 +456,54 @@ def _open_mtx(path: Path) -> CellFile:
     if matrix.shape != (len(barcodes), len(features)):
         raise ValueError(
             f"{matrix_path.name} is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(features)} features and "
-            f"{len(barcodes)} barcodes: the files do not belong together."
+            f"{len(barcodes)} barcodes: the files do not belong together. Copy all three from one source."
         )
-    table = {}
-    if features.shape[1] > 1:
-        table["gene_ids"] = features[0].tolist()
-    if features.shape[1] > 2:
-        table["feature_types"] = features[2].tolist()
-    names = features[1 if features.shape[1] > 1 else 0].tolist()
-    var = pd.DataFrame(table, index=pd.Index(names))
+    names = features[min(features.shape[1] - 1, 1)]  # the second column, or the only one
+    stored = {"gene_ids": 0, "feature_types": 2} if features.shape[1] > 1 else {}
+    table = {name: features[column].tolist() for name, column in stored.items() if column in features}
+    var = pd.DataFrame(table, index=pd.Index(names.tolist()))
     return CellFile(matrix, pd.DataFrame(index=pd.Index(barcodes.tolist())), var)
 
 
 def _open_table(path: Path) -> CellFile:
-    """A text table with names in the first row and column, cells x genes or genes x cells, read block by block."""
+    """A text table with names in the first row and column, cells x genes or genes x cells, parsed in blocks."""
     separator, n_comments = _layout(path)
-    names: list[str] = []
     columns: list[str] = []
     blocks: list[sp.csr_matrix] = []
     notes: list[pd.DataFrame] = []
     layout: dict[str, Any] = {"sep": separator, "index_col": 0, "skiprows": n_comments, "low_memory": False}
     try:
-        for block in pd.read_csv(path, chunksize=TEXT_ROWS, **layout):
+        for block in pd.read_csv(path, chunksize=2000, **layout):
             numeric = block.select_dtypes(include=["number", "bool"])
             found = [str(name) for name in numeric.columns]
             if blocks and found != columns:
                 wrong = sorted(set(found) ^ set(columns))[0]
                 value = next((v for v in block[wrong] if _not_a_number(v)), "numbers")
-                raise ValueError(f"Column {wrong!r} of {path} holds {value!r} in one place and numbers in another.")
+                raise ValueError(f"Column {wrong!r} of {path} mixes {value!r} and numbers; keep one of both.")
             columns = found
+            block.index = block.index.map(str)
             notes.append(block.drop(columns=numeric.columns))
-            names += [str(name) for name in block.index]
             blocks.append(sp.csr_matrix(numeric.to_numpy(dtype=np.float32)))
     except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} has no lines. Copy it again.") from error
+        raise ValueError(f"{path} has no lines; copy it again.") from error
     except (pd.errors.ParserError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or no table of numbers ({error}).") from error
+        raise ValueError(f"{path} is damaged or no table of numbers ({error}); write or copy it again.") from error
     if not columns:
         raise ValueError(
-            f"{path} has no column of numbers (separator {separator!r}). A table of expression has cells in rows, "
-            "genes in columns and names in the first row and column, or the other way round."
+            f"{path} has no column of numbers (separator {separator!r}). Write cells in rows, genes in columns and "
+            "names in the first row and column, or the transposed table."
         )
-    if not any(_not_a_number(name) for name in (*columns, *names)):
+    rows = pd.concat(notes)
+    if not any(_not_a_number(name) for name in (*columns, *rows.index)):
         raise ValueError(
-            f"{path} has numbers only (its first row starts with {', '.join(columns[:3])}): nobody knows which genes "
-            "they are of. Add a first row or column with the names of the genes."
+            f"{path} has numbers only (its first row starts with {', '.join(columns[:3])}). Add a first row or column "
+            "with the names of the genes."
         )
     matrix = sp.vstack(blocks, format="csr")
-    rows = pd.concat(notes)
-    rows.index = pd.Index(names)
     column_names = pd.DataFrame(index=pd.Index(columns))
-    if _looks_like_genes(names) > _looks_like_genes(columns):
-        logger.info("%s has genes in its rows: it is turned around.", path.name)
+    in_rows, in_columns = (np.mean([bool(GENE_NAME.match(n)) for n in names]) for names in (rows.index, columns))
+    if in_rows > in_columns:
+        logger.info("%s has genes in its rows: it is transposed.", path.name)
         return CellFile(matrix.T.tocsr(), column_names, rows)
     return CellFile(matrix, rows, column_names)
 
@@ -560,7 +528,3 @@ def _not_a_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return True
     return False
-
-
-def _looks_like_genes(names: list[str]) -> float:
-    return sum(bool(GENE_NAME.match(str(n))) for n in names) / max(1, len(names))

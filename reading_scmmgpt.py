@@ -4,7 +4,7 @@ Half of the trouble with single-cell models happens before the first layer: log-
 gene column that does not match, proteins fed as genes. `choose_input` decides, from a sample of the rows, which matrix
 of an AnnData to read, what its values are and which variables are genes of the vocabulary; `InputChoice.convert`
 applies the decision to any chunk of the same data; `read_cells` does both. Every decision is in the report, a plain
-dictionary that `json.dumps` takes and that `store_report` puts into `uns`.
+dictionary that `json.dumps` takes and that the pipeline puts into `uns`.
 
 AnnData and SciPy are used by duck typing only: this file travels with the weights and needs NumPy alone.
 """
@@ -468,7 +468,7 @@ def read_cells(
 ) -> tuple[Cells, dict[str, Any]]:
     """Read an AnnData into `Cells`, with a report of what was found and done. See `choose_input` for the arguments.
 
-    The AnnData is not altered; `store_report` writes the report to `uns["scmmgpt"]` if that is wanted.
+    The AnnData is not altered.
     """
     choice = choose_input(
         adata,
@@ -537,16 +537,3 @@ def check_labels(labels: Sequence[Any], name: str) -> list[str]:
     if single and len(known) > 1:
         messages.append(f"{len(single)} labels in {name!r} have a single cell ({', '.join(map(repr, single[:3]))}).")
     return messages
-
-
-def store_report(adata: Any, report: dict[str, Any]) -> None:
-    """Write a report to `adata.uns["scmmgpt"]["input"]`, in types that `.h5ad` files hold."""
-    adata.uns.setdefault("scmmgpt", {})["input"] = _storable(report)
-
-
-def _storable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k).replace("/", "_"): _storable(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return np.array(value, dtype=object if any(isinstance(v, str) for v in value) else None)
-    return value

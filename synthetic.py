@@ -1,8 +1,7 @@
-"""Cells and a model that are made here in code: small, offline, the same every time.
+"""Small synthetic cells and a tiny random model, offline and reproducible, for tests, documentation and first trials.
 
-`synthetic_adata` draws annotated cells with planted markers, so that there is a known right answer. `tiny_pipeline`
-is the whole model in small over the same genes, with random weights: its answers mean nothing, but every call works.
-Tests and documentation run on the two, and so can anyone who wants to try the interface before fetching a checkpoint.
+`synthetic_adata` draws annotated cells with raised markers, so that the true labels are known. `tiny_pipeline` has the
+whole model in small over the same genes, with random weights: every call works, and its results mean nothing.
 """
 
 from typing import Any
@@ -23,7 +22,7 @@ from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
 
-# Cell type -> (Cell Ontology id, marker genes). Every other gene is background, equal in all types.
+# Cell type -> (Cell Ontology id, marker genes). Background genes are expressed equally in all types.
 MARKERS = {
     "B cell": ("CL:0000236", ["CD19", "CD79A", "CD79B", "MS4A1"]),
     "T cell": ("CL:0000084", ["CD3D", "CD3E", "IL7R", "TRAC"]),
@@ -34,7 +33,14 @@ BACKGROUND = (
     "ACTB", "ACTG1", "B2M", "CFL1", "EEF1A1", "EEF2", "FAU", "FTH1", "FTL", "GAPDH", "HSP90AB1", "MALAT1",
     "PABPC1", "PFN1", "PTMA", "RPL10", "RPL13", "RPLP0", "RPS18", "RPS27", "TMSB10", "TMSB4X", "TPT1", "UBC",
 )  # fmt: skip
-# Words that the tiny tokenizers know: enough for the captions and questions of the tests; the rest is `<unk>`.
+ANNOTATIONS = {  # of all cells
+    "tissue": ("blood", "UBERON:0000178"),
+    "disease": ("normal", "PATO:0000461"),
+    "assay": ("10x 3' v3", "EFO:0009922"),
+    "sex": ("female", "PATO:0000383"),
+    "organism": ("Homo sapiens", "NCBITaxon:9606"),
+}
+# Vocabulary of the tiny tokenizers, for the captions and questions of the tests; other words are `<unk>`.
 WORDS = (
     "a an and are as B blood by CD4 cell cells describe disease expresses from generate healthy in is it killer label "
     "lymphocyte markers monocyte name natural normal of sample state T that the these this tissue type types what "
@@ -45,22 +51,23 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }} </s> {% endgeneration %}{% else %}{{ message['role'] }} : {{ message['content'] }} "
     "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
 )
+TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def synthetic_adata(
     n_obs: int = 60, *, seed: int = 0, marker_fold: float = 20.0, mean_total: float = 200.0
 ) -> anndata.AnnData:
-    """Draw cells of four blood types over forty genes, their markers raised, everything else alike.
+    """Draw cells of four blood types over forty genes; only the markers of a type are raised in its cells.
 
     Args:
-        n_obs: Cells; types take turns, so that every type has its share.
-        seed: Seed of the Poisson noise and of the cells' sizes.
-        marker_fold: Expression of a marker in its type over that in the others.
-        mean_total: Mean number of counts of a cell.
+        n_obs: Cells; types alternate.
+        seed: Seed of the Poisson noise and of the library sizes.
+        marker_fold: Expression of a marker in its type over that in the other types.
+        mean_total: Median library size.
 
     Returns:
-        `AnnData` of shape `(n_obs, 40)`: raw counts (CSR, float32) in `X`, gene symbols as `var_names`, Ensembl-free,
-        and the CELLxGENE-style `obs` columns that captions read. Two donors, so that a split by donor exists.
+        `AnnData` of shape `(n_obs, 40)`: raw counts (CSR, float32) in `X`, gene symbols as `var_names`, and in `obs`
+        the columns of CELLxGENE that captions use. There are two donors, for splits by donor.
 
     >>> adata = synthetic_adata(8)
     >>> adata.shape, adata.obs["cell_type"].iloc[0]
@@ -78,29 +85,16 @@ def synthetic_adata(
     totals = mean_total * rng.lognormal(sigma=0.2, size=(n_obs, 1))
     counts = rng.poisson(totals * profiles[np.arange(n_obs) % len(types)]).astype(np.float32)
 
-    obs = pd.DataFrame(
-        {
-            "cell_type": pd.Categorical(labels),
-            "cell_type_ontology_term_id": pd.Categorical([MARKERS[label][0] for label in labels]),
-            "tissue": "blood",
-            "tissue_ontology_term_id": "UBERON:0000178",
-            "disease": "normal",
-            "disease_ontology_term_id": "PATO:0000461",
-            "assay": "10x 3' v3",
-            "assay_ontology_term_id": "EFO:0009922",
-            "sex": "female",
-            "sex_ontology_term_id": "PATO:0000383",
-            "organism": "Homo sapiens",
-            "organism_ontology_term_id": "NCBITaxon:9606",
-            "donor_id": np.where(np.arange(n_obs) < n_obs // 2, "donor-1", "donor-2"),
-        },
-        index=[f"cell-{i}" for i in range(n_obs)],
-    )
+    obs = pd.DataFrame({"cell_type": pd.Categorical(labels)}, index=[f"cell-{i}" for i in range(n_obs)])
+    obs["cell_type_ontology_term_id"] = pd.Categorical([MARKERS[label][0] for label in labels])
+    for name, (word, term) in ANNOTATIONS.items():
+        obs[name], obs[f"{name}_ontology_term_id"] = word, term
+    obs["donor_id"] = np.where(np.arange(n_obs) < n_obs // 2, "donor-1", "donor-2")
     return anndata.AnnData(X=sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=genes))
 
 
 def tiny_gene_vocabulary() -> dict[str, int]:
-    """Gene symbol -> id, the special tokens first, over exactly the genes of `synthetic_adata`."""
+    """Gene symbol -> id of the genes of `synthetic_adata`, after the special tokens."""
     return {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *synthetic_adata(4).var_names])}
 
 
@@ -110,82 +104,52 @@ def tiny_gene_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 
 
-def _word_tokenizer(vocabulary: dict[str, int], **special_tokens: str) -> PreTrainedTokenizerFast:
+def _word_tokenizer(padding_side: str, **special_tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words; the special tokens have the first ids, in the order of the arguments."""
+    vocabulary = {token: i for i, token in enumerate([*special_tokens.values(), *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
+    splits = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=padding_side, **special_tokens)
 
 
 def tiny_text_tokenizer() -> PreTrainedTokenizerFast:
     """The language model's tokenizer: whole words, left-padded, with a chat template."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = _word_tokenizer(
-        vocabulary, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
+    tokenizer = _word_tokenizer("left", pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def tiny_qformer_tokenizer() -> PreTrainedTokenizerFast:
-    """The Q-Former's own tokenizer: whole words between `[CLS]` and `[SEP]`, as a BERT expects."""
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = _word_tokenizer(vocabulary, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
-    )
+    """The Q-Former's tokenizer: whole words between `[CLS]` and `[SEP]`, as for a BERT."""
+    tokenizer = _word_tokenizer("right", pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return tokenizer
 
 
 def tiny_cell_config() -> ScGPTConfig:
     """A two-layer cell model over the genes of `synthetic_adata`, without dropout."""
-    vocabulary = tiny_gene_vocabulary()
-    return ScGPTConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        hidden_dropout=0.0,
-        pad_token_id=vocabulary["<pad>"],
-        cls_token_id=vocabulary["<cls>"],
-    )
+    sizes: dict[str, Any] = {"vocab_size": len(tiny_gene_vocabulary()), "hidden_size": 16, "intermediate_size": 24}
+    return ScGPTConfig(**sizes, **TWO_LAYERS, hidden_dropout=0.0, pad_token_id=0, cls_token_id=1)
 
 
 def tiny_llama_config() -> LlamaConfig:
     """A two-layer Llama over the words of `tiny_text_tokenizer` and one more token, `<cell>`."""
     tokenizer = tiny_text_tokenizer()
-    return LlamaConfig(
-        vocab_size=len(tokenizer.get_vocab()) + 1,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer.get_vocab()) + 1, "hidden_size": 32, "intermediate_size": 48}
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    options: dict[str, Any] = {"num_key_value_heads": 1, "max_position_embeddings": 256, "tie_word_embeddings": True}
+    return LlamaConfig(**sizes, **TWO_LAYERS, **tokens, **options)
 
 
 def tiny_config() -> ScMMGPTConfig:
     """The whole model in small: four queries, three condition tokens; ids agree with the tiny tokenizers."""
-    qformer_tokenizer = tiny_qformer_tokenizer()
-    qformer = {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "cross_attention_frequency": 1,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "max_position_embeddings": 64,
-        "vocab_size": len(qformer_tokenizer.get_vocab()),
-        "pad_token_id": qformer_tokenizer.pad_token_id,
-    }
+    tokenizer = tiny_qformer_tokenizer()
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer.get_vocab()), "hidden_size": 24, "intermediate_size": 32}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    options = {"cross_attention_frequency": 1, "max_position_embeddings": 64, "pad_token_id": tokenizer.pad_token_id}
+    qformer = {**sizes, **TWO_LAYERS, **no_dropout, **options}
     return ScMMGPTConfig(
         cell_config=tiny_cell_config().to_dict(),
         qformer_config=qformer,
@@ -200,13 +164,9 @@ def tiny_config() -> ScMMGPTConfig:
 
 def tiny_processor() -> ScMMGPTProcessor:
     """The processor that belongs to `tiny_config`; at most 32 genes a cell."""
-    vocabulary = tiny_gene_vocabulary()
-    extractor = ScMMGPTFeatureExtractor(
-        max_genes=32, pad_token_id=vocabulary["<pad>"], cls_token_id=vocabulary["<cls>"]
-    )
-    return ScMMGPTProcessor(
-        extractor, tiny_text_tokenizer(), tiny_qformer_tokenizer(), tiny_gene_tokenizer(), num_query_tokens=4
-    )
+    extractor = ScMMGPTFeatureExtractor(max_genes=32, pad_token_id=0, cls_token_id=1)
+    tokenizers = (tiny_text_tokenizer(), tiny_qformer_tokenizer(), tiny_gene_tokenizer())
+    return ScMMGPTProcessor(extractor, *tokenizers, num_query_tokens=4)
 
 
 def tiny_pipeline(*, seed: int = 0, **config: Any) -> ScMMGPTPipeline:

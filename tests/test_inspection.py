@@ -15,7 +15,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, match_genes
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
-from scmmgpt.reading_scmmgpt import check_labels, choose_input, read_cells, store_report
+from scmmgpt.pipeline_scmmgpt import storable
+from scmmgpt.reading_scmmgpt import check_labels, choose_input, read_cells
 
 
 N_CELLS, N_GENES = 40, 300
@@ -581,7 +582,9 @@ def test_names_that_other_programs_changed_are_found(name, how):
 
 
 def test_matching_needs_no_anndata(gene_index):
-    match = match_genes(["GENE1", "ENSG00000000002.3", "NOTHING"], gene_index)
+    columns = {"var_names": ["GENE1", "ENSG00000000002.3", "NOTHING"]}
+    types = np.full(3, "gene", dtype=object)
+    match = match_genes(columns, gene_index, types=types, organism=None, weights=np.ones(3))
     np.testing.assert_array_equal(match.ids, [4, 5, -1])
     assert list(match.how) == ["symbol", "ensembl", "unmatched"]
 
@@ -679,7 +682,7 @@ def test_the_report_is_json_and_survives_a_file(counts, gene_index, tmp_path):
     assert json.loads(json.dumps(report)) == report
     del adata.layers["a/b"]
     adata.var_names = SYMBOLS
-    store_report(adata, report)
+    adata.uns["scmmgpt"] = {"input": storable(report)}
     adata.write_h5ad(tmp_path / "cells.h5ad")
     stored = ad.read_h5ad(tmp_path / "cells.h5ad").uns["scmmgpt"]["input"]
     assert stored["matrix"]["kind"] == "raw_float"

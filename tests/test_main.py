@@ -108,6 +108,25 @@ def test_describe_writes_descriptions_beside_what_obs_would_say(checkpoint, cell
     assert rows["reference"].str.len().min() > 0
 
 
+def test_the_table_of_descriptions_has_no_column_name_twice(checkpoint, cells, tmp_path):
+    annotated, table = str(tmp_path / "annotated.h5ad"), tmp_path / "descriptions.csv"
+    base = ["--model", checkpoint, "--quiet", "--table", str(table), "--columns", "cell_type", "-o"]
+    assert main(["annotate", cells, *base, annotated]) == 0
+    assert main(["describe", annotated, *base, str(tmp_path / "described.h5ad"), "--max-new-tokens", "2"]) == 0
+    header = table.read_text().splitlines()[0].split(",")
+    assert header == [
+        "barcode",
+        "cell_type",
+        "scmmgpt_cell_type",
+        "cl_id",
+        "score",
+        "margin",
+        "entropy",
+        "description",
+    ]
+    assert pd.read_csv(table)["cell_type"].tolist() == anndata.read_h5ad(cells).obs["cell_type"].tolist()
+
+
 def test_embed_and_search(checkpoint, cells, tmp_path, capsys):
     out = tmp_path / "embedded.h5ad"
     assert main(["embed", cells, "--model", checkpoint, "-o", str(out), "--quiet"]) == 0

@@ -145,7 +145,7 @@ def test_one_label_for_nearly_all_cells_is_reported_as_collapse(tiny_pipeline, a
     monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
     tiny_pipeline.annotate(adata, {"B": "a B cell", "T": "a T cell"}, min_score=1.1)
     assert bool(adata.uns["scmmgpt"]["annotate"]["collapsed"])
-    assert "100% of 60 cells were called 'Unknown', of 2 labels" in said[-1]
+    assert "100% of 60 cells were labelled 'Unknown', of 2 labels" in said[-1]
 
 
 def test_calibration_is_kept_with_the_checkpoint_and_used(tiny_pipeline, adata, tmp_path):
