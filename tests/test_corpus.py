@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.tests.corpora import write_corpus
 from scmmgpt.train.data.corpus import Manifest, hash_vocabulary, open_corpus
-from scmmgpt.train.data.corpus_writer import CorpusWriter, write_corpus
+from scmmgpt.train.data.corpus_writer import CorpusWriter
 
 
 N_GENES = 200
@@ -242,7 +243,7 @@ def test_datasets_reads_the_published_layout(tmp_path, streaming, monkeypatch):
 
 
 def test_annotations_of_a_split_are_one_table(corpus_path):
-    table = open_corpus(corpus_path).obs("train", ["cell_id", "cell_type"])
+    _, table = open_corpus(corpus_path).load("train", ["cell_type"])
     assert isinstance(table, pa.Table)
     assert table.num_rows == 300
     assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}
