@@ -200,9 +200,7 @@ class CaptionSampler:
             path = TEMPLATES / f"{templates}.json"
         if not path.is_file():
             sets = sorted(p.stem for p in TEMPLATES.glob("*.json") if p.stem != "labels")
-            raise FileNotFoundError(
-                f"There are no templates at {path}. Give the path of a JSON file, or one of {sets}."
-            )
+            raise FileNotFoundError(f"There is no {path}. Give the path of a template file, or one of {sets}.")
         data = read_json(path)
         self.name, self.seed, self.ontology, self.gene_means = data["name"], seed, ontology, gene_means
         self._captions = [_Template(t["text"], t.get("weight", 1), path) for t in data["captions"]]
@@ -255,7 +253,8 @@ class CaptionSampler:
         draws = cell_keys(ids, seed=self.seed, epoch=epoch, stream=RandomStream.CAPTION)
         spins = (draws >> np.uint64(32)).astype(np.float64) / 2**32
         others = (draws & np.uint64(0xFFFFFFFF)).tolist()
-        rows = zip(zip(*columns, strict=True), markers, spins.tolist(), others, strict=True)
+        combinations = zip(*columns, strict=True)
+        rows = zip(combinations, markers, spins.tolist(), others, strict=True)
         return [self._write_one(templates, *row) for row in rows]
 
     # Short descriptions, which stage 2 learns to generate; `parse_cell_type` finds the type in an answer.

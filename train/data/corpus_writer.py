@@ -89,13 +89,12 @@ class CorpusWriter:
     def _shard_table(self, cells: Cells, counts: np.ndarray, columns: dict[str, pa.Array]) -> pa.Table:
         schema = corpus.shard_schema(counts.dtype.name, self.vocabulary_hash)
         offsets = pa.array(cells.indptr.astype(np.int32))
-        values = {"gene_ids": cells.gene_ids.astype(np.uint16, copy=False), "counts": counts}
+        gene_ids = pa.array(cells.gene_ids.astype(np.uint16, copy=False))
         arrays = {
             "cell_id": pa.array(cells.cell_ids, pa.uint64()),
             "n_genes": pa.array(np.diff(cells.indptr).astype(np.uint16)),
-            **{
-                n: pa.ListArray.from_arrays(offsets, pa.array(v), type=schema.field(n).type) for n, v in values.items()
-            },
+            "gene_ids": pa.ListArray.from_arrays(offsets, gene_ids, type=schema.field("gene_ids").type),
+            "counts": pa.ListArray.from_arrays(offsets, pa.array(counts), type=schema.field("counts").type),
             "total_counts": pa.array(cells.library_sizes()),
         }
         return pa.table(arrays | columns, schema=schema)
@@ -114,10 +113,8 @@ class CorpusWriter:
         if self.gene_aliases is not None:
             write_json(self.path / "gene_aliases.json", dict(self.gene_aliases))
         write_json(self.path / "splits.json", dict(splits or {}))
-        splits_hash = corpus.hash_file(self.path / "splits.json")
-        manifest = corpus.Manifest(
-            self.vocabulary_hash, len(self.vocabulary), shards, splits_hash=splits_hash, **fields
-        )
+        digest = corpus.hash_file(self.path / "splits.json")
+        manifest = corpus.Manifest(self.vocabulary_hash, len(self.vocabulary), shards, splits_hash=digest, **fields)
         manifest.write(self.path / "manifest.json")
         return manifest
 
@@ -125,9 +122,7 @@ class CorpusWriter:
         """Return the paths of all shards; refuse a missing shard and shards of several builds."""
         folder = self.path / "data"
         paths = sorted(folder.glob("[!.]*.parquet"))
-        indices: dict[
-            str, dict[int, set[int]]
-        ] = {}  # split -> number of shards -> indices of the shards in the folder
+        indices: dict[str, dict[int, set[int]]] = {}  # split -> number of shards -> indices that are there
         for path in paths:
             name = SHARD_NAME.fullmatch(path.name)
             if name is None:
