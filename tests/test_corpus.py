@@ -243,7 +243,7 @@ def test_datasets_reads_the_published_layout(tmp_path, streaming, monkeypatch):
 
 
 def test_annotations_of_a_split_are_one_table(corpus_path):
-    _, table = open_corpus(corpus_path).load("train", ["cell_type"])
+    table = open_corpus(corpus_path).obs("train", ["cell_id", "cell_type"])
     assert isinstance(table, pa.Table)
     assert table.num_rows == 300
     assert table.to_pandas()["cell_type"].value_counts().to_dict() == {"type 1": 100, "type 2": 100}

@@ -295,7 +295,7 @@ def test_the_card_loads_the_corpus_with_datasets(build, folder):
     assert set(files) == set(SPLITS)
     rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     barcodes = [row["barcode"] for row in rows]
-    assert sorted(barcodes) == sorted(corpus.load("train", ["barcode"])[1]["barcode"].to_pylist())
+    assert sorted(barcodes) == sorted(corpus.obs("train", ["barcode"])["barcode"].to_pylist())
 
 
 def test_gene_means_are_those_of_the_training_cells(build, folder):

@@ -214,6 +214,19 @@ class Corpus:
         """Return the number of cells of a split."""
         return sum(shard.n_cells for shard in self.shards(split))
 
+    def obs(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read `columns` of a split, without its counts; default: all columns but `gene_ids` and `counts`.
+
+        Labels are dictionary arrays, which `.to_pandas()` turns into categories.
+        """
+        columns = ["cell_id", "n_genes", "total_counts", *OBS_COLUMNS] if columns is None else list(columns)
+        labels = [name for name in columns if name in OBS_COLUMNS[1:]]
+        tables = [
+            pq.read_table(self.path / shard.path, columns=columns, read_dictionary=labels, partitioning=None)
+            for shard in self.shards(split)
+        ]
+        return pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).unify_dictionaries()
+
     def row_groups(self, split: str, columns: Sequence[str] | None = None) -> Iterator[tuple[Cells, pa.Table]]:
         """Yield raw counts and annotations (default: `OBS_COLUMNS`) of one row group at a time, in stored order."""
         columns = list(OBS_COLUMNS) if columns is None else list(columns)
