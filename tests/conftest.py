@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from scmmgpt import synthetic
 from scmmgpt.cells_scmmgpt import Cells, hash_names
-from scmmgpt.train.data.corpus_writer import write_corpus
+from scmmgpt.tests.corpora import write_corpus
 
 
 TYPES = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}

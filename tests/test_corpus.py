@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.tests.corpora import write_corpus
 from scmmgpt.train.data.corpus import Manifest, hash_vocabulary, open_corpus
-from scmmgpt.train.data.corpus_writer import CorpusWriter, write_corpus
+from scmmgpt.train.data.corpus_writer import CorpusWriter
 
 
 N_GENES = 200

@@ -192,13 +192,13 @@ def test_a_full_disk_is_said_clearly_and_resumed(sources, whole, small_disk):
 
 def test_a_build_goes_on_with_smaller_partitions(sources, whole, tmp_path, monkeypatch):
     """After running out of memory, say."""
-    merge, output = build.merge_shard, tmp_path / "corpus"
+    merge, output = build_steps.merge_shard, tmp_path / "corpus"
     shards = iter(range(3))
-    monkeypatch.setattr(build, "merge_shard", lambda task: merge(task) if next(shards) < 2 else 1 / 0)
+    monkeypatch.setattr(build_steps, "merge_shard", lambda task: merge(task) if next(shards) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.main(arguments(sources, output))
     assert len(shard_bytes(output)) == 2
-    monkeypatch.setattr(build, "merge_shard", merge)
+    monkeypatch.setattr(build_steps, "merge_shard", merge)
     prepare.main(arguments(sources, output, "--cells-per-partition", "9"))
     assert shard_bytes(output) == shard_bytes(whole)
 

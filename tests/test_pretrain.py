@@ -7,9 +7,9 @@ import torch
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.tests.corpora import write_corpus
 from scmmgpt.train import pretrain
 from scmmgpt.train.data.corpus import open_corpus
-from scmmgpt.train.data.corpus_writer import write_corpus
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

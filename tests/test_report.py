@@ -20,9 +20,9 @@ from scmmgpt.eval.provenance import describe_checkpoint, read_training, trained_
 from scmmgpt.eval.report import headline, verdicts
 from scmmgpt.eval.results import MODEL_NAME
 from scmmgpt.synthetic import synthetic_adata
+from scmmgpt.tests.corpora import write_corpus
 from scmmgpt.train.curves import training_figure
 from scmmgpt.train.data.corpus import open_corpus
-from scmmgpt.train.data.corpus_writer import write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from transformers import Trainer, TrainingArguments
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.tests.corpora import write_corpus
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.blocks import BlockReader
 from scmmgpt.train.data.cache import write_cache
 from scmmgpt.train.data.corpus import open_corpus
-from scmmgpt.train.data.corpus_writer import write_corpus
 from scmmgpt.train.data.order import CellOrder
 from scmmgpt.train.data.stream import CellStream
 

@@ -98,7 +98,7 @@ def data():
 
 def build_corpus(folder):
     from scmmgpt.cells_scmmgpt import Cells
-    from scmmgpt.train.data.corpus_writer import write_corpus
+    from scmmgpt.tests.corpora import write_corpus
 
     indptr, gene_ids, counts = synthetic_cells(N_CELLS, N_GENES)
     cells = Cells(indptr, gene_ids, counts, np.arange(N_CELLS, dtype=np.uint64))

@@ -1,12 +1,12 @@
-"""Building a corpus: an external sort by a random key, so that the cells of all sources lie mixed in every shard.
+"""Build a corpus by an external sort by a random key, which mixes the cells of all sources in every shard.
 
 1. Scan: read every source's annotations, genes and kind of values. The gene vocabulary and the splits follow.
 2. Map: turn every partition (a range of cells of one source) into scratch files sorted by split and key.
 3. Merge: write every shard (a range of keys of one split) from its slices of all scratch files.
 
-`CorpusBuilder` lists the tasks, `build_steps` holds the three steps, and `workers` runs tasks in processes. Every step
-writes whole files, and is skipped if its files are there. A build that was killed, or ran out of disk, goes on where
-it stopped, and ends with the same bytes, whatever the number of workers.
+`CorpusBuilder` lists the tasks, `build_steps` holds the three steps, and `workers` runs tasks in processes. A step
+writes whole files and is skipped if its files exist. A build that was killed, or ran out of disk, therefore goes on
+where it stopped, and ends with the same bytes for any number of workers.
 """
 
 import contextlib
@@ -27,27 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scmmgpt.files import read_json, whole_file, write_json
-from scmmgpt.train.data import ontology
-from scmmgpt.train.data.build_steps import (
-    COUNT_KINDS,
-    SHARE_UNITS,
-    PartitionTask,
-    ScanTask,
-    ShardTask,
-    map_partition,
-    merge_shard,
-    open_writer,
-    scan_source,
-)
-from scmmgpt.train.data.corpus import (
-    MAX_VOCABULARY_SIZE,
-    SCHEMA_VERSION,
-    SPECIAL_TOKENS,
-    SPLITS,
-    Manifest,
-    check_shard,
-    hash_vocabulary,
-)
+from scmmgpt.train.data import build_steps, corpus, ontology
 from scmmgpt.train.data.dataset_card import dataset_card
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 from scmmgpt.train.data.sources import SourceSpec, cell_ids, find_joinids, fingerprint, open_source, resolve_labels
@@ -55,13 +35,11 @@ from scmmgpt.train.data.splits import split_cells, split_units
 from scmmgpt.train.data.workers import start_workers
 
 
-Results = list[dict[str, Any]]  # of one step, by task
+Results = list[dict[str, Any]]  # what the tasks of one step returned
 
 logger = logging.getLogger(__name__)
 
-SMALL_SOURCES_BYTES = 2**28  # built faster than worker processes start
-DROP_REASONS = ("excluded_dataset", "too_few_genes")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SMALL_SOURCES_BYTES = 2**28  # one process builds from smaller sources before worker processes would have started
 
 
 class CorpusBuilder:
@@ -69,12 +47,12 @@ class CorpusBuilder:
 
     Args:
         output: Folder of the corpus.
-        sources: Where the cells come from.
-        vocabulary: Gene symbol -> id; by default every approved symbol that a source measures.
+        sources: Files of cells, or a slice of the Census.
+        vocabulary: Gene symbol -> id; default: every approved symbol that a source measures.
         options: `excluded_datasets`, `min_genes`, `fractions`, `split_by`, `split_column`, `seed` and
-            `cells_per_shard`. With the sources and the vocabulary they decide the bytes of the corpus.
-        cells_per_partition: Most cells that a worker holds at once: decides memory, not bytes.
-        command: For the manifest.
+            `cells_per_shard`. Sources, vocabulary and options determine the bytes of the corpus.
+        cells_per_partition: Most cells that a worker holds at once: determines memory, not bytes.
+        command: The command line, for the manifest.
     """
 
     def __init__(
@@ -83,32 +61,29 @@ class CorpusBuilder:
         sources: list[SourceSpec],
         vocabulary: dict[str, int] | None,
         options: dict[str, Any],
-        *,
         cells_per_partition: int,
+        *,
         command: str,
     ) -> None:
         self.output, self.sources, self.vocabulary, self.command = output, sources, vocabulary, command
         self.cells_per_partition = cells_per_partition
         request = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": corpus.SCHEMA_VERSION,
             "sources": [dataclasses.asdict(spec) | fingerprint(spec) for spec in sources],
-            "vocabulary": hash_vocabulary(vocabulary) if vocabulary else None,
+            "vocabulary": corpus.hash_vocabulary(vocabulary) if vocabulary else None,
             **options,
         }
-        # As JSON gives it back, so that requests can be compared.
+        # JSON turns tuples into lists: `_finished_manifest` compares this request with one from a file.
         self.request = json.loads(json.dumps(request))
         self.scratch = output / ".build"
         self.parts = self.scratch / f"parts-{cells_per_partition}"
 
-    def run(self, workers: int | None = None, cluster: str | None = None) -> Manifest:
-        """Build what is not there yet.
+    def run(self, workers: int | None = None, cluster: str | None = None) -> corpus.Manifest:
+        """Build what is missing, and return the manifest of the finished corpus.
 
         Args:
-            workers: Processes; by default one per core, or one for a small corpus.
-            cluster: Address of a Dask scheduler whose workers see the same folders, instead.
-
-        Returns:
-            The manifest of the finished corpus.
+            workers: Number of processes; default: one per core, or one for small files.
+            cluster: Address of a Dask scheduler to use instead; its workers must see the same folders.
         """
         if workers is None:
             small = all(spec.kind == "file" for spec in self.sources)
@@ -127,39 +102,37 @@ class CorpusBuilder:
                 shutil.rmtree(self.scratch, ignore_errors=True)
                 return manifest
         except OSError as error:
-            if error.errno not in FULL_DISK:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             free = shutil.disk_usage(self.output).free
             raise OSError(
                 error.errno,
-                f"{error.strerror} while writing to {self.output}, where {free:,} bytes are free. What is finished is "
-                "kept: make room and give the same command again, and it goes on from there",
+                f"{error.strerror} while writing to {self.output}, where {free:,} bytes are free. Finished files are "
+                "kept: make room and give the same command again to go on",
                 error.filename,
             ) from error
 
-    def _build(self, workers: int, cluster: str | None) -> Manifest:
+    def _build(self, workers: int, cluster: str | None) -> corpus.Manifest:
         self._prepare_scratch()
         has_vocabulary = self.vocabulary is not None
         if self.vocabulary is not None:
             self._write_vocabulary(self.vocabulary)
         specs = [self._listed(i, spec) for i, spec in enumerate(self.sources)]
         with start_workers(workers, cluster) as run:
-            tasks = [ScanTask(self.scratch, i, spec, has_vocabulary) for i, spec in enumerate(specs)]
-            scans = run(scan_source, tasks, "sources scanned")
+            tasks = [build_steps.ScanTask(self.scratch, i, spec, has_vocabulary) for i, spec in enumerate(specs)]
+            scans = run(build_steps.scan_source, tasks, "sources scanned")
             if not has_vocabulary:
                 symbols = sorted(set().union(*(scan["symbols"] for scan in scans)))
-                self._write_vocabulary({name: i for i, name in enumerate([*SPECIAL_TOKENS, *symbols])})
+                self._write_vocabulary({name: i for i, name in enumerate([*corpus.SPECIAL_TOKENS, *symbols])})
             splits = self._splits(specs, scans)
-            parts = run(map_partition, self._partitions(specs, scans), "partitions read")
-            merged = run(merge_shard, self._shards(parts), "shards written")
+            parts = run(build_steps.map_partition, self._partitions(specs, scans), "partitions read")
+            merged = run(build_steps.merge_shard, self._shards(parts), "shards written")
         return self._finish(specs, scans, splits, parts, merged)
 
-    def _finished_manifest(self) -> Manifest | None:
-        """Check that the folder is new or of this very build; return the manifest if nothing is left to do."""
-        manifest = None
-        if (self.output / "manifest.json").exists():
-            manifest = Manifest.read(self.output / "manifest.json")
-        found = None
+    def _finished_manifest(self) -> corpus.Manifest | None:
+        """Check that the folder is new or belongs to this build; return the manifest if nothing is left to do."""
+        path, found = self.output / "manifest.json", None
+        manifest = corpus.Manifest.read(path) if path.exists() else None
         if (self.scratch / "request.json").exists():
             found = read_json(self.scratch / "request.json")
         elif manifest is not None:
@@ -175,7 +148,7 @@ class CorpusBuilder:
         missing = []
         for shard in manifest.shards if manifest else []:
             if (self.output / shard.path).exists():
-                check_shard(self.output, shard, checksum=True)
+                corpus.check_shard(self.output, shard, checksum=True)
             else:
                 missing.append(shard.path)
         if missing:
@@ -184,7 +157,7 @@ class CorpusBuilder:
         return manifest
 
     def _prepare_scratch(self) -> None:
-        """Make the scratch folders, and remove what a killed builder left half-written."""
+        """Make the scratch folders, and remove half-written files of a killed builder."""
         for pattern in (".*.tmp*", "data/.*.tmp*", ".build/.*.tmp*", ".build/*/.*.tmp*"):
             for leftover in self.output.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
@@ -194,7 +167,7 @@ class CorpusBuilder:
             write_json(self.scratch / "request.json", self.request)
 
     def _listed(self, index: int, spec: SourceSpec) -> SourceSpec:
-        """List the cells of a Census slice once; files need no list."""
+        """Return the spec with the list of its cells, for a Census slice; write the list once."""
         if spec.kind == "file":
             return spec
         path = self.scratch / f"joinids-{index}.npy"
@@ -205,29 +178,28 @@ class CorpusBuilder:
         return dataclasses.replace(spec, options={**spec.options, "joinids": str(path)})
 
     def _write_vocabulary(self, vocabulary: dict[str, int]) -> None:
-        """Write the genes and their other names, once."""
+        """Write the genes and their aliases, once."""
         if (self.scratch / "vocab.json").exists():
             return
-        if len(vocabulary) > MAX_VOCABULARY_SIZE:
+        if len(vocabulary) > corpus.MAX_VOCABULARY_SIZE:
             raise ValueError(
-                f"The sources measure {len(vocabulary)} genes, more than the {MAX_VOCABULARY_SIZE} that a corpus can "
-                "number. Choose the genes with `--vocabulary vocab.json`."
+                f"The sources measure {len(vocabulary)} genes, but a corpus has at most {corpus.MAX_VOCABULARY_SIZE}. "
+                "Choose the genes with `--vocabulary vocab.json`."
             )
         write_json(self.scratch / "gene_aliases.json", build_gene_aliases(vocabulary))
         write_json(self.scratch / "vocab.json", vocabulary)
 
     def _splits(self, specs: list[SourceSpec], scans: Results) -> dict[str, Any]:
-        """Decide the splits, once."""
+        """Divide the cells among the splits, once."""
         path, request = self.scratch / "splits.json", self.request
         if path.exists():
             return read_json(path)
         excluded, seed, fractions = set(request["excluded_datasets"]), request["seed"], request["fractions"]
         units = [unit for scan in scans for unit in scan["units"] if unit[0] not in excluded]
         if not units:
-            raise ValueError(f"All {len(excluded)} datasets of the sources are excluded: no cell is left.")
-        content: dict[str, Any]
+            raise ValueError(f"All {len(excluded)} datasets of the sources are excluded. Leave one in.")
         if request["split_column"]:
-            content = {"by": "column", "why": f"as obs[{request['split_column']!r}] says"}
+            content: dict[str, Any] = {"by": "column", "why": f"as obs[{request['split_column']!r}] says"}
         elif not any(fractions.values()):
             every = sorted({(dataset,) for dataset, _, _ in units})
             content = {"by": "dataset", "why": "all cells train", "units": {"train": every}}
@@ -240,40 +212,45 @@ class CorpusBuilder:
         write_json(path, content)
         return read_json(path)
 
-    def _partitions(self, specs: list[SourceSpec], scans: Results) -> list[PartitionTask]:
-        tasks: list[PartitionTask] = []
+    def _partitions(self, specs: list[SourceSpec], scans: Results) -> list[build_steps.PartitionTask]:
+        tasks: list[build_steps.PartitionTask] = []
         options = {key: self.request[key] for key in ("excluded_datasets", "min_genes", "split_column", "seed")}
         for spec, scan in zip(specs, scans, strict=True):
             for start in range(0, scan["n_cells"], self.cells_per_partition):
                 stop = min(start + self.cells_per_partition, scan["n_cells"])
                 folder = self.parts / f"{len(tasks):06d}"
-                tasks.append(PartitionTask(self.scratch, folder, spec, start, stop, **options))
+                tasks.append(build_steps.PartitionTask(self.scratch, folder, spec, start, stop, **options))
         return tasks
 
-    def _shards(self, parts: Results) -> list[ShardTask]:
-        """Number the shards of each split: those of 16-bit counts first, then those of other values."""
+    def _shards(self, parts: Results) -> list[build_steps.ShardTask]:
+        """List the shards of each split: shards of 16-bit counts first, then shards of other values."""
         tasks = []
         folders = [self.parts / f"{number:06d}" for number in range(len(parts))]
-        for split in SPLITS:
+        for split in corpus.SPLITS:
             slices = []
-            for kind in COUNT_KINDS:
+            for kind in build_steps.COUNT_KINDS:
                 n_cells = sum(stop - start for part in parts for start, stop in [part["rows"][kind][split]])
                 n_slices = -(-n_cells // self.request["cells_per_shard"])
                 slices += [(kind, i, n_slices) for i in range(n_slices)]
             for index, of_kind in enumerate(slices):
-                tasks.append(ShardTask(self.scratch, self.output, folders, split, index, len(slices), *of_kind))
+                tasks.append(
+                    build_steps.ShardTask(self.scratch, self.output, folders, split, index, len(slices), *of_kind)
+                )
         if not tasks:
-            genes = self.request["min_genes"]
-            raise ValueError(f"No cell of the {len(self.sources)} sources expresses {genes} genes of the vocabulary.")
+            raise ValueError(
+                f"No cell of the {len(self.sources)} sources expresses {self.request['min_genes']} genes of the "
+                "vocabulary. Choose another `--vocabulary` or a smaller `--min-genes`."
+            )
         return tasks
 
     def _finish(
         self, specs: list[SourceSpec], scans: Results, splits: dict[str, Any], parts: Results, merged: Results
-    ) -> Manifest:
+    ) -> corpus.Manifest:
         """Write genes, vocabulary, splits and manifest."""
-        writer = open_writer(self.scratch, self.output)
+        writer = build_steps.open_writer(self.scratch, self.output)
         self._write_gene_table(writer.vocabulary, len(parts))
-        dropped = {reason: sum(part["dropped"][reason] for part in parts) for reason in DROP_REASONS}
+        reasons = ("excluded_dataset", "too_few_genes")
+        dropped = {reason: sum(part["dropped"][reason] for part in parts) for reason in reasons}
         dropped["duplicates"] = sum(shard["duplicates"] for shard in merged)
         sources, start = [], 0
         for spec, scan in zip(specs, scans, strict=True):
@@ -297,30 +274,21 @@ class CorpusBuilder:
         )
 
     def _write_gene_table(self, vocabulary: dict[str, int], n_parts: int) -> None:
-        """Write what an average training cell expresses; `captions.read_gene_means` reads it."""
-        size = max(vocabulary.values()) + 1
-        share, n_cells, n_train = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64), 0
+        """Write the mean share of each gene in the counts of a training cell, for `captions.read_gene_means`."""
+        totals: dict[str, Any] = {"share": 0, "n_cells": 0, "n_train": 0}
         for part in range(n_parts):
             with np.load(self.parts / f"{part:06d}" / "genes.npz") as sums:
-                share += sums["share"]
-                n_cells += sums["n_cells"]
-                n_train += int(sums["n_train"])
+                totals = {name: total + sums[name] for name, total in totals.items()}
         ids = np.array(list(vocabulary.values()))
-        table = pa.table(
-            {
-                "symbol": list(vocabulary),
-                "gene_id": pa.array(ids.astype(np.uint16)),
-                "n_cells": n_cells[ids],
-                "mean_share": share[ids] / SHARE_UNITS / max(n_train, 1),
-            }
-        )
+        columns = {"symbol": list(vocabulary), "gene_id": ids.astype(np.uint16), "n_cells": totals["n_cells"][ids]}
+        columns["mean_share"] = totals["share"][ids] / build_steps.SHARE_UNITS / max(totals["n_train"], 1)
         with whole_file(self.output / "genes.parquet") as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(pa.table(columns), temporary)
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder for this builder; the system lets go of it when the process ends, however it ends."""
+    """Lock the folder for this builder; the system releases the lock when the process ends, even if it is killed."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -330,8 +298,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"Another builder is at work on {folder} ({file.read().strip() or 'unknown'}). Wait for it, or stop "
-                "it and give this command again to go on where it stopped."
+                f"Another builder is at work on {folder} ({file.read().strip() or 'unknown'}). Wait for its end, or "
+                "stop it and give this command again to go on from there."
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

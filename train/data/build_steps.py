@@ -1,19 +1,19 @@
 """The three steps of the external sort that `build` describes: functions of a task and of files.
 
-A task is plain data, so that any process that sees the folders can run it. A task whose result is on the disk is not
-done again. Scratch files of a build, in `.build` of the corpus:
+A task is plain data: any process that sees the folders can run it. A task whose result exists returns that result.
+Scratch files of a build, in the folder `.build` of the corpus:
 
 ```
-request.json                      everything that decides the bytes of the corpus
-vocab.json, gene_aliases.json     the genes, and their other names
-joinids-0.npy                     the cells of a Census slice, by number of the source
-scan/00000.json                   what `scan_source` found, by number of the source
-splits.json                       how the cells are divided
-parts-16384/000000/               what `map_partition` made, by number of cells and of the partition:
-    uint16.arrow, float32.arrow   its cells, those of 16-bit counts and the others
-    genes.npz                     sums over its training cells, by gene
-    part.json                     where the cells of each split lie, and how many were left out
-shards/train-00000-of-00009.json  what `merge_shard` dropped and renamed, by shard
+request.json                      everything that determines the bytes of the corpus
+vocab.json, gene_aliases.json     the genes, and their aliases
+joinids-0.npy                     the cells of a Census slice; one file a source
+scan/00000.json                   results of `scan_source`; one file a source
+splits.json                       the division of the cells
+parts-16384/000000/               results of `map_partition`; one folder a partition, here of 16,384 cells:
+    uint16.arrow, float32.arrow   cells of 16-bit counts, and other cells
+    genes.npz                     sums over the training cells, by gene
+    part.json                     rows of each split, and numbers of dropped cells
+shards/train-00000-of-00009.json  results of `merge_shard`; one file a shard
 ```
 """
 
@@ -42,13 +42,13 @@ from scmmgpt.train.data.splits import assign_splits
 
 COUNT_KINDS = ("uint16", "float32")
 SHARE_UNITS = 2**36  # fine enough for one count in a million, and 10^8 cells still sum to less than 2^63
-CELLS_TAKEN = 2_048  # read or gathered at once
-CELLS_PER_SCAN = 500_000  # annotations held at once
+CELLS_TAKEN = 2_048  # cells whose counts are read or gathered at once
+CELLS_PER_SCAN = 500_000  # cells whose annotations are read at once
 
 
 @dataclasses.dataclass(frozen=True)
 class ScanTask:
-    """Source number `index`, whose genes are judged by the build's vocabulary, or by all human genes."""
+    """Source number `index`, whose genes are matched with the build's vocabulary, or with all human genes."""
 
     scratch: Path
     index: int
@@ -57,11 +57,11 @@ class ScanTask:
 
 
 def scan_source(task: ScanTask) -> dict[str, Any]:
-    """Read what a source has, but not its counts.
+    """Read the annotations and genes of a source, but not its counts.
 
     Returns:
-        `n_cells`; `units`, a list of `[dataset_id, donor_id or None, n_cells]`; `symbols`, the genes that it measures;
-        `record`, what the manifest says of it.
+        `n_cells`; `units`, a list of `[dataset_id, donor_id or None, n_cells]`; `symbols`, the measured genes;
+        `record`, the source's entry of the manifest.
     """
     path = task.scratch / "scan" / f"{task.index:05d}.json"
     if path.exists():
@@ -80,19 +80,15 @@ def scan_source(task: ScanTask) -> dict[str, Any]:
     for (dataset, _), n_cells in units.items():
         datasets[dataset] += n_cells
     genes = choice.match.report
+    measured, matched = genes["genes"], genes["matched"]
+    details = {name: genes.get(name) for name in ("share_expression_matched", "largest_unmatched")}
     record = {
         **source.provenance(),
         "n_cells": source.n_cells,
         "datasets": datasets,
         "n_donors": sum(donor != "" for _, donor in units),
         "values": {key: choice.report["matrix"][key] for key in ("chosen", "kind", "conversion")},
-        "genes": {
-            "measured": genes["genes"],
-            "matched": genes["matched"],
-            "unmatched": genes["genes"] - genes["matched"],
-            "share_expression_matched": genes.get("share_expression_matched"),
-            "largest_unmatched": genes["largest_unmatched"],
-        },
+        "genes": {"measured": measured, "matched": matched, "unmatched": measured - matched, **details},
         "labels": labels,
         "warnings": choice.report["warnings"],
     }
@@ -110,7 +106,7 @@ def scan_source(task: ScanTask) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PartitionTask:
-    """Cells `start` to `stop` of a source, and the fields of the request that decide about them."""
+    """Cells `start` to `stop` of a source, and the fields of the request that apply to single cells."""
 
     scratch: Path
     folder: Path
@@ -124,25 +120,23 @@ class PartitionTask:
 
 
 def map_partition(task: PartitionTask) -> dict[str, Any]:
-    """Turn a range of cells of one source into scratch files sorted by split and random key.
+    """Write a range of cells of one source to scratch files sorted by split and random key.
 
     Returns:
-        `rows`, kind of counts -> split -> `[first, last + 1]` in the scratch file; `dropped`, reason -> number of
-        cells; `n_kept`.
+        `rows`, kind of counts -> split -> `[start, stop]` in the scratch file; `dropped`, reason -> number of cells;
+        `n_kept`.
     """
     if task.folder.exists():
         return read_json(task.folder / "part.json")
-    source, choice = _chosen_source(task.spec.to_json(), task.scratch)
+    source, choice = _chosen_source(task.spec, task.scratch)
     obs = resolve_labels(source.obs(task.start, task.stop))
     with _naming(task.spec):
         starts = range(task.start, task.stop, CELLS_TAKEN)
         read = (source.cells(start, min(start + CELLS_TAKEN, task.stop), choice) for start in starts)
-        parts = [cells.sorted_by_gene() for cells in read]
-    cells = Cells.concatenate(parts)
-    del parts
+        cells = Cells.concatenate([cells.sorted_by_gene() for cells in read])
     cells.cell_ids = cell_ids(obs)
 
-    # 1. Leave out what is not wanted.
+    # 1. Drop cells of excluded datasets and cells of too few genes.
     excluded = obs["dataset_id"].isin(task.excluded_datasets).to_numpy()
     poor = ~excluded & (np.diff(cells.indptr) < max(task.min_genes, 1))
     kept = np.flatnonzero(~excluded & ~poor)
@@ -157,7 +151,7 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
     order = np.lexsort((keys, split, kind))
     cells, obs, keys, split = _take(cells, order), obs.iloc[order], keys[order], split[order]
 
-    # 3. Write them, and the sums from which the mean expression follows.
+    # 3. Write the cells, and the sums from which the gene means follow.
     rows = {}
     bounds = np.searchsorted(kind[order], np.arange(len(COUNT_KINDS) + 1)).tolist()
     with whole_folder(task.folder) as temporary:
@@ -176,7 +170,7 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
 
 
 def _needs_float(cells: Cells) -> np.ndarray:
-    """Which cells hold a count that is no 16-bit integer, bool `(n_cells,)`. No cell may be empty."""
+    """Whether a cell has a count that is no 16-bit integer, bool `(n_cells,)`. No cell may be empty."""
     counts = cells.counts
     fits = (counts == np.rint(counts)) & (counts <= np.iinfo(np.uint16).max)
     return ~np.logical_and.reduceat(fits, cells.indptr[:-1]) if len(cells) else np.zeros(0, dtype=bool)
@@ -198,7 +192,7 @@ def _scratch_table(cells: Cells, obs: pd.DataFrame, keys: np.ndarray, kind: str)
 
 
 def _gene_sums(cells: Cells, train: np.ndarray, n_genes: int) -> dict[str, Any]:
-    """Sum over training cells of each gene's share of the counts, and number of cells that express it.
+    """Sum each gene's share of the counts over the training cells, and count the cells that express the gene.
 
     Shares are summed as whole multiples of 1 / `SHARE_UNITS`: sums of floats would depend on the partitions.
     """
@@ -229,11 +223,7 @@ class ShardTask:
 
 
 def merge_shard(task: ShardTask) -> dict[str, int]:
-    """Merge one range of keys of all scratch files into a shard.
-
-    Returns:
-        Number of cells dropped as `duplicates`, and `renamed`.
-    """
+    """Merge one range of keys of all scratch files into a shard; return the numbers of `duplicates` and `renamed`."""
     writer = open_writer(task.scratch, task.output)
     shard = writer.shard_path(task.split, task.index, task.n_shards)
     path = task.scratch / "shards" / f"{shard.stem}.json"
@@ -250,8 +240,7 @@ def merge_shard(task: ShardTask) -> dict[str, int]:
             last = stop - start if task.slice_index + 1 == task.n_slices else last
             tables.append(table.slice(start + first, last - first))
     table = pa.concat_tables(tables).unify_dictionaries()
-    # Cells of one identity stay in the order of the partitions.
-    order = np.argsort(table["key"].to_numpy(), kind="stable")
+    order = np.argsort(table["key"].to_numpy(), kind="stable")  # equal identities stay in the order of the partitions
     cells = _take(table_to_cells(table), order)
     kept, renamed = _tell_apart(cells)
     obs = table.select(OBS_COLUMNS).combine_chunks().take(order[kept])
@@ -269,10 +258,10 @@ def _key_bound(number: int, n_slices: int) -> np.uint64:
 
 
 def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
-    """Among neighbours of one identity, drop exact copies and rename the rest, in place.
+    """Among neighbours of one identity, find exact copies and rename the other cells, in place.
 
     Returns:
-        Positions of the cells to keep, and the number of renamed ones.
+        Positions of the cells that are no copies, and the number of renamed cells.
     """
     ids = cells.cell_ids.copy()
     kept, renamed = np.ones(len(cells), dtype=bool), 0
@@ -296,7 +285,7 @@ def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
 
 
 def _take(cells: Cells, rows: np.ndarray) -> Cells:
-    """`cells[rows]`, some at a time: the positions of all values at once would take several times their memory."""
+    """`cells[rows]` by blocks: the positions of all values at once would take several times the memory of `cells`."""
     indptr = np.concatenate([[0], np.cumsum(np.diff(cells.indptr)[rows])])
     gene_ids = np.empty(indptr[-1], cells.gene_ids.dtype)
     counts = np.empty(indptr[-1], cells.counts.dtype)
@@ -313,22 +302,21 @@ def _gene_index(scratch: Path) -> GeneIndex:
 
 
 @functools.lru_cache(maxsize=4)
-def _chosen_source(spec_json: str, scratch: Path) -> tuple[Source, InputChoice]:
-    spec = SourceSpec.from_json(spec_json)
+def _chosen_source(spec: SourceSpec, scratch: Path) -> tuple[Source, InputChoice]:
     source = open_source(spec)
     with _naming(spec):
         return source, source.choose(_gene_index(scratch))
 
 
 def open_writer(scratch: Path, output: Path) -> CorpusWriter:
-    """Return a writer of the corpus with the genes of its build."""
+    """Return a writer of the corpus for the genes of its build."""
     aliases = read_json(scratch / "gene_aliases.json")
     return CorpusWriter(output, read_json(scratch / "vocab.json"), gene_aliases=aliases)
 
 
 @contextlib.contextmanager
 def _naming(spec: SourceSpec) -> Iterator[None]:
-    """Name the source that an error is about."""
+    """Put the source's path before the text of an error."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -1,18 +1,17 @@
-"""Captions of cells: the texts that the model trains on, drawn from templates over obs and the Cell Ontology.
+"""Captions of cells: training texts drawn from templates (`train/data/templates/*.json`) over obs and Cell Ontology.
 
-Templates are data with a version (`train/data/templates/*.json`). A caption depends on the template set, seed, epoch,
-cell id, obs values and counts of its cell, and on nothing else: no batch, worker or rank changes it. Another epoch
-draws another text.
+A caption depends on the template set, the seed, the epoch, and the id, obs values and counts of its cell, but on no
+batch, worker or rank.
 
     sampler = CaptionSampler(gene_means=means)
     texts = sampler.caption(obs, cells, gene_symbols, epoch=0, cell_ids=cells.cell_ids)
     prompts = [sampler.label_text("B cell"), sampler.label_text("natural killer cell")]
 
-A template names its fields in braces: `{cell_type}`, `{a_cell_type}` (with its article), `{a_synonym}`,
-`{definition}`, `{first_definition}` (first sentence of the definition), `{definition_phrase}` (the sentence in a form
-that follows "is"), `{tissue}`, `{disease}`, `{stage}`, `{sex}`, `{assay}`, `{donor}` (a phrase of disease, stage and
-sex), `{origin}` (tissue and donor) and `{markers}`. A capital first letter (`{A_cell_type}`) capitalises the value. A
-piece in square brackets is left out where one of its fields is unknown.
+A template has fields in braces: `{cell_type}`, `{a_cell_type}` (with its article), `{a_synonym}`, `{definition}`,
+`{first_definition}` (first sentence of the definition), `{definition_phrase}` (first sentence, in a form that follows
+"is"), `{tissue}`, `{disease}`, `{stage}`, `{sex}`, `{assay}`, `{donor}` (a phrase of disease, stage and sex),
+`{origin}` (tissue and donor) and `{markers}`. A capital first letter (`{A_cell_type}`) capitalises the value. A piece
+in square brackets is left out if one of its fields is unknown.
 """
 
 import bisect
@@ -31,14 +30,14 @@ from scmmgpt.train.data import ontology as terms
 
 Obs = Mapping[str, Any]  # obs column -> one value per cell
 Symbols = Sequence[str] | np.ndarray  # gene symbol of every vocabulary id
-Combination = tuple[Any, ...]  # a cell's values of `CAPTION_COLUMNS`, each followed by that of its partner of ids
+Combination = tuple[Any, ...]  # label and ontology id of each of `CAPTION_COLUMNS`, for one cell
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-# The obs columns that captions read; each may have a partner `<column>_ontology_term_id`.
+# Obs columns of captions; each may have a column of ids, `<column>_ontology_term_id`.
 CAPTION_COLUMNS = ("cell_type", "tissue", "disease", "development_stage", "sex", "assay", "organism")
 
-# Genes that mark the state or the chemistry of a sample rather than a cell type, or that no text ever names.
+# Genes of the state or the chemistry of a sample rather than of a cell type, and genes that texts never name.
 UNINFORMATIVE_GENES = re.compile(
     r"^(MT-|MT(ATP\d|CO\d|ND\d|CYB|RNR)|RPL|RPS|MRPL|MRPS|MALAT1$|NEAT1$|XIST$|TSIX$|ERCC-|LINC|MIR\d|SNOR"
     r"|ENS[A-Z]*G\d|A[CLFP]\d{5,}|RP\d+-|CT[ABCD]-|C\d+orf|LOC\d|.*-AS\d$|.*-IT\d$|<)"
@@ -47,9 +46,9 @@ AGE_ADJECTIVE = re.compile(r"\d+-(year|month|week)-old|adult|fetal|embryonic|new
 NUM_MARKERS = 5
 MIN_RESIDUAL = 3.0  # smallest deviance residual of a marker, in standard deviations
 DISPERSION_SIZE = 10.0  # size of the negative binomial: counts vary between cells of one type by more than sampling
-MIN_EXPECTED = 0.2  # smallest expected count; with a lower one, two stray molecules of any rare gene were a marker
-MIN_MARKER_COUNT = 3  # no smaller count can reach `MIN_RESIDUAL`; leaving them out early saves most of the work
-MAX_CACHED_TEXTS = 200_000  # about 100 MB of captions; more distinct ones are written anew
+MIN_EXPECTED = 0.2  # smallest expected count: below it, two stray molecules of a rare gene would make a marker
+MIN_MARKER_COUNT = 3  # no smaller count can reach `MIN_RESIDUAL`; the early cut saves most of the work
+MAX_CACHED_TEXTS = 200_000  # about 100 MB
 
 
 def with_article(phrase: str) -> str:
@@ -70,13 +69,11 @@ def _first_sentence(text: str) -> str:
 
 
 def _donor(disease: str | None, stage: str | None, sex: str | None, organism: str | None) -> str | None:
-    """Describe the donor of a sample, e.g. "a healthy 45-year-old male donor"; None if nothing is known."""
+    """Describe the donor of a sample, e.g. "a healthy 45-year-old male donor"; return None if nothing is known."""
     if not (disease or stage or sex):
         return None
-    age, late = None, None
-    if stage:
-        short = re.sub(r"\s*(human )?stage$", "", re.sub(r"\s*\([^)]*\)", "", stage))
-        age, late = (short, None) if AGE_ADJECTIVE.fullmatch(short) else (None, stage)
+    short = re.sub(r"\s*(human )?stage$", "", re.sub(r"\s*\([^)]*\)", "", stage or ""))
+    age, late = (short, None) if AGE_ADJECTIVE.fullmatch(short) else (None, stage)
     species = {"Homo sapiens": None, "Mus musculus": "mouse"}.get(organism or "", organism)
     sex = sex if sex in {"male", "female"} else None
     words = ["healthy" if disease == "normal" else None, age, sex, species, "donor"]
@@ -87,31 +84,32 @@ def _donor(disease: str | None, stage: str | None, sex: str | None, organism: st
 
 
 def read_gene_means(corpus: str | Path) -> np.ndarray:
-    """Read the mean share of each gene in the counts of a training cell, float64 `(vocab_size,)`, from a corpus."""
+    """Read each gene's mean share of the counts of a training cell from a corpus, float64 `(vocab_size,)`."""
     import pyarrow.parquet as pq
 
     path = Path(corpus) / "genes.parquet"
     if not path.is_file():
-        raise FileNotFoundError(f"{corpus} has no genes.parquet; a corpus that `prepare` builds has one.")
+        raise FileNotFoundError(f"{corpus} has no genes.parquet. Build the corpus by `prepare`, which writes it.")
     table = pq.read_table(path, columns=["gene_id", "mean_share"])
-    means = np.zeros(table["gene_id"].to_numpy().max() + 1)
-    means[table["gene_id"].to_numpy()] = table["mean_share"].to_numpy()
+    ids = table["gene_id"].to_numpy()
+    means = np.zeros(ids.max() + 1)
+    means[ids] = table["mean_share"].to_numpy()
     return means
 
 
 def find_markers(cells: Cells, gene_symbols: Symbols, gene_means: np.ndarray) -> list[list[str]]:
-    """Find the genes that set each cell apart: counts far above those that the corpus mean predicts for its depth.
+    """Find the genes with counts far above the expectation for an average cell of the same library size.
 
-    Genes are ranked by the deviance residual of a negative binomial count whose mean is the cell's total times the
-    gene's mean share. Mitochondrial, ribosomal and unnamed genes are left out, and so are genes of one or two counts.
+    Genes are ranked by the deviance residual of a negative binomial count with mean library size * mean share.
+    Mitochondrial, ribosomal and unnamed genes, and genes of one or two counts, are left out.
 
     Args:
-        cells: `Cells` of `n_cells` cells, raw counts.
-        gene_symbols: Symbols by vocabulary id, sequence of `vocab_size` strings.
-        gene_means: float array `(vocab_size,)`: mean share of each gene in a cell's counts.
+        cells: Raw counts of `n_cells` cells.
+        gene_symbols: Symbol of each of the `vocab_size` ids.
+        gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`.
 
     Returns:
-        List of `n_cells` lists of at most `NUM_MARKERS` symbols, the most distinctive first.
+        For each cell, at most `NUM_MARKERS` symbols, the largest residual first.
     """
     informative = _informative(tuple(gene_symbols))
     totals = cells.library_sizes().astype(np.float64)
@@ -124,7 +122,7 @@ def find_markers(cells: Cells, gene_symbols: Symbols, gene_means: np.ndarray) ->
     residual = np.sqrt(2 * np.maximum(deviance, 0))
     kept = (counts > expected) & (residual >= MIN_RESIDUAL)
     rows, ids, residual = rows[kept], ids[kept], residual[kept]
-    # Ties go to the smaller id: the order never depends on the batch.
+    # Ties go to the smaller id, whatever the batch.
     order = np.lexsort((ids, -residual, rows))
     rows, ids = rows[order], ids[order]
     starts = np.searchsorted(rows, np.arange(len(cells) + 1))
@@ -138,22 +136,19 @@ def _informative(gene_symbols: tuple[str, ...]) -> np.ndarray:
 
 
 class _Template:
-    """One template: the pieces of its text, the fields that it requires, and its weight in the draw."""
+    """One template: the pieces of its text, its required fields, and its weight in the draw."""
 
     def __init__(self, text: str, weight: float, source: Path) -> None:
         self.text, self.weight = text, float(weight)
         self.pieces = re.findall(r"\[[^\[\]]*\]|[^\[\]]+", text)
         if "".join(self.pieces) != text:
-            raise ValueError(
-                f"Template {text!r} of {source} has nested or unbalanced brackets; use one level of them."
-            )
+            raise ValueError(f"Template {text!r} of {source} has nested or unbalanced brackets; use one level.")
         self.required = frozenset(f for piece in self.pieces if piece[0] != "[" for f in _fields(piece))
         self.fields = frozenset(_fields(text))
         self.names_type = bool(self.required & {"cell_type", "a_cell_type"})
         if unknown := self.fields - _FIELDS:
             raise ValueError(
-                f"Template {text!r} of {source} uses unknown fields {sorted(unknown)}; "
-                f"the known ones are {sorted(_FIELDS)}."
+                f"Template {text!r} of {source} has unknown fields {sorted(unknown)}; choose among {sorted(_FIELDS)}."
             )
 
     def render(self, values: Mapping[str, Any]) -> str:
@@ -181,15 +176,15 @@ _FIELDS = frozenset(
 
 
 class CaptionSampler:
-    """Write captions, class prompts and answers about cells.
+    """Writes captions, class prompts and answers about cells.
 
     Args:
         templates: Name of a set in `train/data/templates` ("default", or "paper" for the published model's single
             template), or path of a JSON file of the same form.
         seed: Seed of the draws.
-        ontology: Whether to use names, definitions and synonyms of the Cell Ontology; if not, captions use obs alone.
-        gene_means: float array `(vocab_size,)`: mean share of each gene in a cell's counts, from `read_gene_means`.
-            No caption names marker genes without them.
+        ontology: Whether to use names, definitions and synonyms of the ontologies; otherwise, captions use obs alone.
+        gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`, from `read_gene_means`. Captions
+            have no marker genes without them.
     """
 
     def __init__(
@@ -205,15 +200,14 @@ class CaptionSampler:
             path = TEMPLATES / f"{templates}.json"
         if not path.is_file():
             sets = sorted(p.stem for p in TEMPLATES.glob("*.json") if p.stem != "labels")
-            raise FileNotFoundError(f"No caption templates at {path}. Give the path of a JSON file, or one of {sets}.")
+            raise FileNotFoundError(f"There is no {path}. Give the path of a template file, or one of {sets}.")
         data = read_json(path)
-        self.name, self.version = data["name"], data["version"]
-        self.seed, self.ontology, self.gene_means = seed, ontology, gene_means
+        self.name, self.seed, self.ontology, self.gene_means = data["name"], seed, ontology, gene_means
         self._captions = [_Template(t["text"], t.get("weight", 1), path) for t in data["captions"]]
         self._answers = [_Template(t["text"], t.get("weight", 1), path) for t in data["answers"]]
         self._label = _Template(data["label"], 1, path)
         self._values: dict[Combination, dict[str, Any]] = {}  # -> field values
-        # (templates, combination, has markers) -> templates that can be drawn, their cumulative weights, synonyms
+        # (templates, combination, has markers) -> eligible templates, their cumulative weights, synonyms
         self._choices: dict[tuple, tuple[list[_Template], list[float], Sequence[str]]] = {}
         self._texts: dict[tuple, str] = {}  # (template, combination, synonym, has markers) -> text
 
@@ -227,19 +221,16 @@ class CaptionSampler:
         cell_ids: np.ndarray | None = None,
         answers: bool = False,
     ) -> list[str]:
-        """Caption each cell of a batch.
+        """Draw a caption for each of `n_cells` cells.
 
         Args:
             obs: Columns by name (`cell_type`, `cell_type_ontology_term_id`, `tissue`, ...), each a sequence of
                 `n_cells` strings. An absent column is unknown, and so is a value of None, "" or "unknown".
-            cells: `Cells` of the batch, for marker genes; needs `gene_symbols` and the sampler's `gene_means`.
-            gene_symbols: Symbols by vocabulary id.
-            epoch: Another epoch draws other captions.
-            cell_ids: uint64 `(n_cells,)`; default `cells.cell_ids`.
-            answers: Draw from the set's answers instead of its captions.
-
-        Returns:
-            List of `n_cells` captions.
+            cells: Raw counts, for marker genes, which also need `gene_symbols` and the sampler's `gene_means`.
+            gene_symbols: Symbol of each vocabulary id.
+            epoch: Number of the epoch; each epoch draws other captions.
+            cell_ids: uint64 `(n_cells,)`; default: `cells.cell_ids`.
+            answers: Whether to draw from the set's answers instead of its captions.
         """
         if cell_ids is None:
             if cells is None:
@@ -262,30 +253,28 @@ class CaptionSampler:
         draws = cell_keys(ids, seed=self.seed, epoch=epoch, stream=RandomStream.CAPTION)
         spins = (draws >> np.uint64(32)).astype(np.float64) / 2**32
         others = (draws & np.uint64(0xFFFFFFFF)).tolist()
-        rows = zip(*columns, strict=True)
-        return [
-            self._write_one(templates, combination, genes, spin, other)
-            for combination, genes, spin, other in zip(rows, markers, spins.tolist(), others, strict=True)
-        ]
+        combinations = zip(*columns, strict=True)
+        rows = zip(combinations, markers, spins.tolist(), others, strict=True)
+        return [self._write_one(templates, *row) for row in rows]
 
-    # The short description of each cell that stage 2 learns to generate; `parse_cell_type` finds its type again.
+    # Short descriptions, which stage 2 learns to generate; `parse_cell_type` finds the type in an answer.
     answer = functools.partialmethod(caption, answers=True)
 
     def label_text(self, cell_type: str, cell_type_ontology_term_id: str | None = None) -> str:
-        """The class prompt of a cell type: name and definition, the same text for all cells and epochs.
+        """Return the class prompt of a cell type: name and definition, the same text for all cells and epochs.
 
         >>> CaptionSampler().label_text("B cell")
         'cell type: B cell. A lymphocyte of B lineage that is capable of B cell mediated immunity.'
         """
         values = self._describe((cell_type, cell_type_ontology_term_id) + (None,) * (2 * len(CAPTION_COLUMNS) - 2))
         if not values["cell_type"]:
-            raise ValueError(f"A class prompt needs a cell type, but got {cell_type!r}. Leave unknown types out.")
+            raise ValueError(f"A class prompt needs a cell type, not {cell_type!r}. Leave unknown types out.")
         return self._label.render(values)
 
     def _write_one(
         self, templates: list[_Template], combination: Combination, genes: list[str], spin: float, other: int
     ) -> str:
-        """Draw and fill one template. `spin` in [0, 1) chooses the template, the integer `other` the synonym."""
+        """Draw and fill one template: `spin` in [0, 1) chooses the template, and the integer `other` the synonym."""
         key = (id(templates), combination, bool(genes))
         if key not in self._choices:
             self._choices[key] = self._eligible(templates, combination, bool(genes))
@@ -296,7 +285,7 @@ class CaptionSampler:
         if text_key not in self._texts:
             if len(self._texts) >= MAX_CACHED_TEXTS:
                 self._texts.clear()
-            # U+0000 occurs in no text. It stands for the markers, which differ from cell to cell, in the cached text.
+            # In the cached text, U+0000, which no text contains, stands for the markers, which differ between cells.
             marked = {"a_synonym": with_article(synonym) if synonym else None, "markers": "\0" if genes else None}
             self._texts[text_key] = template.render(self._describe(combination) | marked)
         listed = " and ".join([", ".join(genes[:-1]), genes[-1]] if len(genes) > 1 else genes)
@@ -305,37 +294,35 @@ class CaptionSampler:
     def _eligible(
         self, templates: list[_Template], combination: Combination, has_markers: bool
     ) -> tuple[list[_Template], list[float], Sequence[str]]:
-        """Templates that the known fields of a cell can fill, their cumulative weights, and the type's synonyms."""
+        """Return the templates that a cell's known fields can fill, their cumulative weights, and the synonyms."""
         values = self._describe(combination)
         synonyms = values["synonyms"]
-        known = {field for field, value in values.items() if value}
-        known |= {"a_synonym"} if synonyms else set()
-        known |= {"markers"} if has_markers else set()
+        found = values | {"a_synonym": bool(synonyms), "markers": has_markers}
+        known = {field for field, value in found.items() if value}
         # A text of a cell of known type always names the type.
-        typed = "cell_type" in known
-        choices = [t for t in templates if t.required <= known and t.names_type == typed]
+        choices = [t for t in templates if t.required <= known and t.names_type == ("cell_type" in known)]
         if not choices:
             raise ValueError(
-                f"No template of the set {self.name!r} fits a cell of which only {sorted(known)} is known. "
-                "Add one that needs no more than that."
+                f"No template of the set {self.name!r} fits a cell with the known fields {sorted(known)}. "
+                "Add one that requires no other field."
             )
         weights = np.cumsum([t.weight for t in choices])
         return choices, (weights / weights[-1]).tolist(), synonyms
 
     def _describe(self, combination: Combination) -> dict[str, Any]:
-        """Field values of one combination of obs values; looked up in the ontologies once."""
+        """Return the field values of a combination; look them up in the ontologies once."""
         if combination in self._values:
             return self._values[combination]
         names: dict[str, str | None] = {}
-        ids: dict[str, str | None] = {}
-        for i, column in enumerate(CAPTION_COLUMNS):
-            label, term_id = combination[2 * i], combination[2 * i + 1]
+        type_id = None
+        for column, label, term_id in zip(CAPTION_COLUMNS, combination[::2], combination[1::2], strict=True):
             if self.ontology:
                 term = terms.resolve(column, label, term_id)
-                names[column], ids[column] = term.name, term.term_id
+                names[column] = term.name
+                type_id = term.term_id if column == "cell_type" else type_id
             else:
-                names[column], ids[column] = None if terms.is_missing(label) else str(label), None
-        cell_type, type_id = names["cell_type"], ids["cell_type"]
+                names[column] = None if terms.is_missing(label) else str(label)
+        cell_type = names["cell_type"]
         definition = terms.definition(type_id) if type_id else None
         first = _first_sentence(definition) if definition else None
         phrase = first and re.match(r"(A|An|Any|The|One) (?!cell type|class)", first)
@@ -360,14 +347,13 @@ class CaptionSampler:
 
 
 def parse_cell_type(text: str, candidates: Iterable[str] | Mapping[str, str | None]) -> str | None:
-    """Find the cell type that a text names: the candidate whose name or synonym comes first, the longest of those.
+    """Find the cell type of a text: the candidate whose name or synonym comes first, the longest of these.
 
-    The first one counts, because a description names its type before the definition, which may name other types.
+    The first name counts, because a description names its type before the definition, which may name other types.
 
     Args:
         text: A generated description.
-        candidates: Candidate labels, or a mapping from label to Cell Ontology id. A synonym that two candidates share
-            counts for neither.
+        candidates: Labels, or label -> Cell Ontology id. A synonym of two candidates counts for neither.
 
     Returns:
         One of the labels, or None if the text names none of them.
@@ -385,12 +371,12 @@ def parse_cell_type(text: str, candidates: Iterable[str] | Mapping[str, str | No
 def _candidate_pattern(candidates: tuple[tuple[str, str | None], ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     labels = {terms.normalize_label(label): label for label, _ in candidates}
     if len(labels) != len(candidates):
-        raise ValueError(f"Two of the candidates {[c for c, _ in candidates]} are spelled alike; pass each once.")
+        raise ValueError(f"Two of the candidates {[c for c, _ in candidates]} are spelled alike. Pass each one once.")
     aliases: dict[str, set[str]] = {}
     for label, term_id in candidates:
         term = terms.resolve("cell_type", label, term_id)
         names = (term.name or "", *terms.all_synonyms(term.term_id)) if term.term_id else ()
-        # Shorter synonyms ("PD", "AB") are other things in a text.
+        # Shorter synonyms ("PD", "AB") mean other things in a text.
         for alias in {key for key in map(terms.normalize_label, names) if len(key) > 2} - labels.keys():
             aliases.setdefault(alias, set()).add(label)
     labels |= {alias: owners.pop() for alias, owners in aliases.items() if len(owners) == 1}

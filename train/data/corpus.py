@@ -1,12 +1,12 @@
-"""The training corpus on disk, and how to read it: Parquet shards, a gene vocabulary, splits and a manifest.
+"""The training corpus on disk: Parquet shards, a gene vocabulary, splits and a manifest.
 
 ```
 manifest.json      schema version, vocabulary hash, sources, splits, one record with a checksum per shard
 vocab.json         gene symbol -> id (scGPT's format)
 gene_aliases.json  other gene name -> symbol of the vocabulary (optional)
-splits.json        which datasets, donors or cells make up train, validation and test
+splits.json        the datasets, donors or cells of train, validation and test
 data/              train-00000-of-00003.parquet, ...: the published layout
-cache/             the training layout, built from `data/` on one machine (`python -m scmmgpt.train cache`)
+cache/             Arrow copies that stream faster (`python -m scmmgpt.train cache`)
 ```
 
 One row of a shard is one cell (schema version 1):
@@ -16,18 +16,18 @@ One row of a shard is one cell (schema version 1):
 | `cell_id` | uint64 | stable identity of the cell; seeds all randomness of the cell |
 | `n_genes` | uint16 | number of genes stored for the cell |
 | `gene_ids` | list<uint16> | expressed genes, as ascending ids of `vocab.json` |
-| `counts` | list<uint16> or list<float32> | their values; float32 if one in the shard is no integer or above 65,535 |
+| `counts` | list<uint16> or list<float32> | counts; float32 if a count of the shard is fractional or above 65,535 |
 | `total_counts` | float32 | library size over all genes of the source, not only those of the vocabulary |
 | `barcode`, `dataset_id`, `donor_id`, `cell_type`, ... (`OBS_COLUMNS`) | string | annotations, null where unknown |
 
-The shards can be read by anything that reads Parquet:
+Any Parquet reader can load the shards:
 
 ```python
 load_dataset("parquet", data_files="corpus/data/train-*.parquet", features=open_corpus("corpus").features())
 ```
 
-A file in `data/` is always whole, and is never written twice (`corpus_writer`). `manifest.json` is written last: a
-folder with a manifest is a finished corpus. Pages carry a CRC, which every read checks.
+A file in `data/` is always whole, and is never written twice. `manifest.json` is written last: a folder with a
+manifest is a finished corpus. Every page has a CRC that every read verifies.
 """
 
 import dataclasses
@@ -60,12 +60,11 @@ OBS_COLUMNS = (
     *("barcode", "dataset_id", "donor_id"),
     *(name for label in LABEL_COLUMNS for name in (label, f"{label}_ontology_term_id")),
 )
-ROW_GROUP_SIZE = 512  # cells: the unit in which cells are read; a few tens of them make one shuffled pool
+ROW_GROUP_SIZE = 512  # cells read at once; some tens of row groups make one shuffled pool
 MAX_VOCABULARY_SIZE = 2**16  # gene ids are stored as uint16; scGPT's vocabulary has 60,697 entries
-SMALL_CORPUS_BYTES = 2**30  # up to here checksums take about a second and `open_corpus` verifies them
+SMALL_CORPUS_BYTES = 2**30  # up to this size, checksums take about a second
 
-_METADATA_KEY = b"scmmgpt"
-_RESTORE = "Delete the shard and run `prepare` again with the same arguments, or copy it anew from its source."
+_RESTORE = "Delete the shard and run `prepare` again with the same arguments, or copy the shard anew from its source."
 
 
 def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:
@@ -82,10 +81,7 @@ def hash_file(path: str | os.PathLike) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The manifest's record of one shard.
-
-    `path` is relative to the corpus. Every row group holds `row_group_size` cells, but the last may hold fewer.
-    """
+    """The manifest's record of one shard: `path` is relative to the corpus; the last row group may be smaller."""
 
     path: str
     split: str
@@ -99,19 +95,19 @@ class Shard:
 
 @dataclasses.dataclass
 class Manifest:
-    """The record of a corpus: what it holds, where it came from, how it was divided, and how to verify it.
+    """The record of a corpus: contents, sources, splits, and hashes to verify them.
 
     Args:
         vocabulary_hash: `hash_vocabulary` of `vocab.json`.
         vocabulary_size: Number of entries of the vocabulary.
-        shards: One record per shard, sorted by path.
-        split_by: The unit that no two splits share: `"dataset"`, `"donor"` or `"cell"`.
+        shards: Sorted by path.
+        split_by: The unit that no two splits share: `"dataset"`, `"donor"`, `"cell"`, or `"column"` if obs decided.
         splits_hash: sha256 of `splits.json`.
         sources: One mapping per source: name, licence, numbers of cells and genes, and the like.
-        excluded_datasets: Dataset ids kept out on purpose, such as evaluation sets.
-        dropped: Cells and genes that were left out, as counts by reason.
+        excluded_datasets: Dataset ids that were left out on purpose, such as evaluation sets.
+        dropped: Numbers of dropped cells and genes, by reason.
         command: The command that built the corpus.
-        notes: Anything else worth keeping, JSON-able.
+        notes: Further JSON-able facts.
         schema_version: Version of the columns of a shard.
     """
 
@@ -129,22 +125,22 @@ class Manifest:
 
     @property
     def n_cells(self) -> int:
-        """Cells of all splits."""
+        """Number of cells of all splits."""
         return sum(shard.n_cells for shard in self.shards)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all shards."""
+        """Size of all shards."""
         return sum(shard.n_bytes for shard in self.shards)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Write the manifest as JSON, in one step."""
+        """Write the manifest as JSON, whole."""
         totals = {"n_cells": self.n_cells, "n_bytes": self.n_bytes}
         write_json(path, {"schema_version": self.schema_version, **totals, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Manifest":
-        """Read a manifest, refusing one of a newer schema."""
+        """Read a manifest; refuse another schema version."""
         fields = read_json(path)
         version = fields.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -152,15 +148,13 @@ class Manifest:
                 f"{path} has schema version {version}; this release reads version {SCHEMA_VERSION}. "
                 "Install the release that wrote it, or prepare the corpus again."
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        fields = {name: value for name, value in fields.items() if name in known}
         fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
-        return cls(**fields)
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
 
 
 def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
     """Return the Arrow schema of a shard whose counts are `"uint16"` or `"float32"`."""
-    # Declared never null, which makes lists a fifth cheaper to read.
+    # `nullable=False` makes lists a fifth cheaper to read.
     gene_ids = pa.list_(pa.field("element", pa.uint16(), nullable=False))
     counts = pa.list_(pa.field("element", pa.type_for_alias(counts_dtype), nullable=False))
     columns = [
@@ -172,16 +166,16 @@ def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
         *(pa.field(name, pa.string()) for name in OBS_COLUMNS),
     ]
     described = json.dumps({"schema_version": SCHEMA_VERSION, "vocabulary_hash": vocabulary_hash})
-    return pa.schema(columns, metadata={_METADATA_KEY: described.encode()})
+    return pa.schema(columns, metadata={b"scmmgpt": described.encode()})
 
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Corpus:
-    """An opened corpus; made by `open_corpus`.
+    """A corpus that `open_corpus` opened.
 
     Args:
         path: Folder of the corpus.
-        manifest: Its `Manifest`.
+        manifest: Content of `manifest.json`.
         vocabulary: Gene symbol -> id.
         gene_aliases: Other gene name -> symbol of the vocabulary; empty if the corpus has none.
         splits: Content of `splits.json`.
@@ -204,26 +198,26 @@ class Corpus:
 
     @property
     def gene_symbols(self) -> np.ndarray:
-        """Gene symbol of every id, shape `(largest id + 1,)`; None where an id is not in use."""
+        """Gene symbol of every id, object `(largest id + 1,)`; None at unused ids."""
         symbols = np.full(max(self.vocabulary.values()) + 1, None, dtype=object)
         symbols[list(self.vocabulary.values())] = list(self.vocabulary)
         return symbols
 
     def shards(self, split: str) -> list[Shard]:
-        """Return the shards of a split, in order."""
+        """Return the shards of a split, sorted by path."""
         shards = [shard for shard in self.manifest.shards if shard.split == split]
         if not shards:
             raise ValueError(f"{self.path} has no split {split!r}; it has {self.split_names}.")
         return shards
 
     def n_cells(self, split: str) -> int:
-        """Cells of a split."""
+        """Return the number of cells of a split."""
         return sum(shard.n_cells for shard in self.shards(split))
 
     def obs(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read the annotations of a split: `cell_id`, `n_genes`, `total_counts` and `OBS_COLUMNS`, or `columns`.
+        """Read `columns` of a split, without its counts; default: all columns but `gene_ids` and `counts`.
 
-        Labels come as dictionary arrays; `.to_pandas()` makes them categories.
+        Labels are dictionary arrays, which `.to_pandas()` turns into categories.
         """
         columns = ["cell_id", "n_genes", "total_counts", *OBS_COLUMNS] if columns is None else list(columns)
         labels = [name for name in columns if name in OBS_COLUMNS[1:]]
@@ -234,12 +228,7 @@ class Corpus:
         return pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).unify_dictionaries()
 
     def row_groups(self, split: str, columns: Sequence[str] | None = None) -> Iterator[tuple[Cells, pa.Table]]:
-        """Yield the cells of a split (counts) and their annotations, in stored order, one Parquet row group at a time.
-
-        Args:
-            split: One of `split_names`.
-            columns: Annotations to read, all of `OBS_COLUMNS` by default.
-        """
+        """Yield raw counts and annotations (default: `OBS_COLUMNS`) of one row group at a time, in stored order."""
         columns = list(OBS_COLUMNS) if columns is None else list(columns)
         for shard in self.shards(split):
             with self.open_shard(shard) as file:
@@ -248,7 +237,7 @@ class Corpus:
                     yield table_to_cells(table), table.select(columns)
 
     def load(self, split: str, columns: Sequence[str] | None = None) -> tuple[Cells, pa.Table]:
-        """Read all cells of a split and their annotations into memory, in stored order; see `row_groups`."""
+        """Read a whole split into memory; see `row_groups`."""
         groups = list(self.row_groups(split, columns))
         return Cells.concatenate([cells for cells, _ in groups]), pa.concat_tables([table for _, table in groups])
 
@@ -270,29 +259,22 @@ class Corpus:
 
     def open_shard(self, shard: Shard) -> pq.ParquetFile:
         """Open a shard for reading, with page checksums verified."""
-        labels = list(OBS_COLUMNS[1:])
+        path, labels = self.path / shard.path, list(OBS_COLUMNS[1:])
         try:
-            return pq.ParquetFile(
-                self.path / shard.path, page_checksum_verification=True, read_dictionary=labels, memory_map=False
-            )
+            return pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=labels)
         except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"Shard {self.path / shard.path} can't be read: {error}. {_RESTORE}") from error
+            raise ValueError(f"Shard {path} can't be read: {error}. {_RESTORE}") from error
 
     def features(self) -> "datasets.Features":
-        """Return the `datasets.Features` of the shards, with the widest type of counts that occurs."""
+        """Return the `datasets.Features` of the shards; counts are float32 if those of any shard are."""
         import datasets
 
         widest = "float32" if any(s.counts_dtype == "float32" for s in self.manifest.shards) else "uint16"
         return datasets.Features.from_arrow_schema(shard_schema(widest, self.manifest.vocabulary_hash))
 
-    def verify(self) -> None:
-        """Compare every shard with its checksum in the manifest. Reads the whole corpus."""
-        for shard in self.manifest.shards:
-            check_shard(self.path, shard, checksum=True)
-
 
 def table_to_cells(table: pa.Table) -> Cells:
-    """Turn rows of a shard into `Cells`, without a Python object per cell."""
+    """Convert rows of a shard to `Cells`."""
     ids, counts = table["gene_ids"].combine_chunks(), table["counts"].combine_chunks()
     return Cells(
         indptr=(ids.offsets.to_numpy() - ids.offsets[0].as_py()).astype(np.int64) if len(ids) else np.zeros(1, int),
@@ -306,16 +288,13 @@ def table_to_cells(table: pa.Table) -> Cells:
 def open_corpus(
     path: str | os.PathLike, *, vocabulary: Mapping[str, int] | None = None, verify: bool | None = None
 ) -> Corpus:
-    """Open a corpus, and refuse one that is unfinished, damaged, or made for another gene vocabulary.
+    """Open a corpus; refuse one that is unfinished, damaged, or written with another gene vocabulary.
 
     Args:
         path: Folder of the corpus.
-        vocabulary: The model's gene vocabulary, to compare with that of the corpus.
-        verify: Whether to compare all checksums. Sizes are always compared. The default verifies corpora of up to
-            1 GiB; whatever the choice, a damaged page is refused when it is read.
-
-    Returns:
-        The `Corpus`.
+        vocabulary: The model's gene vocabulary, to compare with the vocabulary of the corpus.
+        verify: Whether to compare all checksums; default: those of a corpus of up to 1 GiB. File sizes are always
+            compared, and a damaged page is always refused when it is read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -323,50 +302,47 @@ def open_corpus(
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(
             f"{path} has no manifest.json: it is not a corpus, or its build did not finish. "
-            "Run `prepare` again with the same arguments; it goes on where it stopped."
+            "Run `prepare` again with the same arguments: the build goes on where it stopped."
         )
     manifest = Manifest.read(path / "manifest.json")
-    _check_files(path, manifest)
+    _check_files(path, manifest, manifest.n_bytes <= SMALL_CORPUS_BYTES if verify is None else verify)
     own_vocabulary = read_json(path / "vocab.json")
     if (found := hash_vocabulary(own_vocabulary)) != manifest.vocabulary_hash:
         raise ValueError(
-            f"{path / 'vocab.json'} has hash {found[:12]}..., the manifest says "
-            f"{manifest.vocabulary_hash[:12]}...: gene ids would mean other genes. Restore the file."
+            f"{path / 'vocab.json'} has hash {found[:12]}..., but {manifest.vocabulary_hash[:12]}... in the manifest: "
+            "gene ids would mean other genes. Restore the file."
         )
     if vocabulary is not None and hash_vocabulary(vocabulary) != manifest.vocabulary_hash:
         raise ValueError(_describe_difference(path, own_vocabulary, vocabulary))
     aliases = read_json(path / "gene_aliases.json") if (path / "gene_aliases.json").exists() else {}
-    corpus = Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json"))
-    if verify or (verify is None and manifest.n_bytes <= SMALL_CORPUS_BYTES):
-        corpus.verify()
-    return corpus
+    return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json"))
 
 
 def check_shard(path: Path, shard: Shard, *, checksum: bool) -> None:
-    """Refuse a shard of the corpus at `path` of another size, or another checksum, than the manifest says."""
+    """Refuse a shard of the corpus at `path` whose size (or checksum) differs from the manifest."""
     file = path / shard.path
     n_bytes = file.stat().st_size
     if n_bytes != shard.n_bytes:
         raise ValueError(
-            f"Shard {file} has {n_bytes} bytes, the manifest says {shard.n_bytes}: "
-            f"it is {'truncated' if n_bytes < shard.n_bytes else 'not the one that was written'}. {_RESTORE}"
+            f"Shard {file} has {n_bytes} bytes, but {shard.n_bytes} in the manifest: "
+            f"it is {'truncated' if n_bytes < shard.n_bytes else 'another file'}. {_RESTORE}"
         )
     if checksum and (found := hash_file(file)) != shard.sha256:
         raise ValueError(
-            f"Shard {file} has sha256 {found[:12]}..., the manifest says {shard.sha256[:12]}...: its content has "
-            f"changed. {_RESTORE}"
+            f"Shard {file} has sha256 {found[:12]}..., but {shard.sha256[:12]}... in the manifest: "
+            f"its content has changed. {_RESTORE}"
         )
 
 
-def _check_files(path: Path, manifest: Manifest) -> None:
+def _check_files(path: Path, manifest: Manifest, checksum: bool) -> None:
     missing = [shard.path for shard in manifest.shards if not (path / shard.path).exists()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(manifest.shards)} shards of {path} are missing: {missing[:5]}. "
-            "Run `prepare` again with the same arguments: it writes what is missing."
+            "Run `prepare` again with the same arguments: it writes the missing shards."
         )
     for shard in manifest.shards:
-        check_shard(path, shard, checksum=False)
+        check_shard(path, shard, checksum=checksum)
     for name in ("vocab.json", "splits.json"):
         if not (path / name).exists():
             raise FileNotFoundError(f"{path / name} is missing. Restore it from the source of the corpus.")

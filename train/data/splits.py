@@ -1,4 +1,4 @@
-"""Division of cells into train, validation and test: by whole datasets, else by whole donors, else by single cells."""
+"""Divide cells into train, validation and test: by whole datasets, else by whole donors, else by single cells."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,27 +19,27 @@ MIN_UNITS = 3  # one for each split
 def split_units(
     units: Iterable[Sequence[Any]], fractions: Mapping[str, float], *, by: str = "auto", seed: int = 0
 ) -> dict[str, Any]:
-    """Divide datasets or donors among the splits.
+    """Divide datasets or donors ("units") among the splits.
 
-    Units come in a random order. Each goes to the test split if it fits into what is left of that split's share; of
-    the others, each goes to validation in the same way. A split into which no unit fits takes the smallest one that
-    is left. All other units train.
+    1. Shuffle the units.
+    2. Test takes every unit that fits into the rest of its share. Validation does the same with the remaining units.
+    3. A split into which no unit fits takes the smallest remaining unit. All other units train.
 
     Args:
         units: `(dataset_id, donor_id or None, n_cells)` of every donor of every dataset.
         fractions: Share of the cells for `"test"` and `"validation"`.
         by: `"dataset"`, `"donor"`, `"cell"`, or `"auto"`: datasets if there are at least three, else donors if there
             are at least three, else cells.
-        seed: Seed of the order.
+        seed: Seed of the shuffle.
 
     Returns:
-        Content of `splits.json`: `by`, `why`, and the `units` of each split; for `by="cell"` without units.
+        Content of `splits.json`: `by`, `why`, and the `units` of each split (none for `by="cell"`).
     """
     datasets: Counter[tuple[str, ...]] = Counter()
     donors: Counter[tuple[str, ...]] = Counter()
     for dataset, donor, n_cells in units:
         datasets[(dataset,)] += n_cells
-        donors[(dataset, donor or "")] += n_cells  # cells of a dataset that names no donor for them stay together
+        donors[(dataset, donor or "")] += n_cells  # cells of a dataset without a donor stay together
     why = "asked for"
     if by == "auto":
         if len(datasets) >= MIN_UNITS:
@@ -84,20 +84,18 @@ def split_cells(
     """Divide single cells, the same share of every cell type, by cut-offs of a hash of the cell's identity.
 
     Args:
-        ids: uint64 `(n_cells,)`.
-        cell_types: Their types, `n_cells` of str or None.
+        ids: Identities, uint64 `(n_cells,)`.
+        cell_types: Type of every cell, or None.
         fractions: Share of the cells for `"test"` and `"validation"`. The number of cells is rounded for each type,
             but each split with a share gets at least one cell of a type of three or more.
         seed: Seed of the hash.
 
     Returns:
-        Cell type -> `[cut-off of test, cut-off of validation]`. Cells whose hash is below the first cut-off test, and
-        those between the two validate.
+        Cell type -> `[test, validation]` cut-offs. Cells with a hash below the first belong to test, and other cells
+        with a hash below the second to validation.
     """
     keys = cell_keys(ids, seed=seed, epoch=0, stream=RandomStream.SPLIT)
-    codes, names = pd.factorize(
-        np.array(["" if name is None else name for name in cell_types], dtype=object), sort=True
-    )
+    codes, names = pd.factorize(np.array([name or "" for name in cell_types], dtype=object), sort=True)
     cutoffs = {}
     for code, name in enumerate(names):
         ordered = np.sort(keys[codes == code])
@@ -113,33 +111,32 @@ def split_cells(
 def assign_splits(
     obs: pd.DataFrame, ids: np.ndarray, splits: Mapping[str, Any], column: np.ndarray | None = None
 ) -> np.ndarray:
-    """Split of every cell, as indices into `SPLITS`, int8 `(n_cells,)`.
+    """Return the split of every cell as an index into `SPLITS`, int8 `(n_cells,)`.
 
     Args:
         obs: Frame with `dataset_id`, `donor_id` and the resolved `cell_type`.
-        ids: uint64 `(n_cells,)`.
+        ids: Identities, uint64 `(n_cells,)`.
         splits: Content of `splits.json`.
-        column: The split of every cell in words, for `by="column"`.
+        column: Name of every cell's split, for `by="column"`.
     """
     if column is not None:
-        return np.array([_spelled(value) for value in column], dtype=np.int8)
+        return np.array([_split_index(value) for value in column], dtype=np.int8)
     if splits["by"] == "cell":
         keys = cell_keys(ids, seed=splits["seed"], epoch=0, stream=RandomStream.SPLIT)
-        cutoffs = splits["cutoffs"]
-        limits = np.array([cutoffs[name or ""] for name in obs["cell_type"]], dtype=np.uint64).reshape(-1, 2)
+        cutoffs = [splits["cutoffs"][name or ""] for name in obs["cell_type"]]
+        limits = np.array(cutoffs, dtype=np.uint64).reshape(-1, 2)
         test, validation, train = (SPLITS.index(name) for name in ("test", "validation", "train"))
         return np.where(keys < limits[:, 0], test, np.where(keys < limits[:, 1], validation, train)).astype(np.int8)
     split_of = {tuple(unit): SPLITS.index(name) for name, members in splits["units"].items() for unit in members}
-    if splits["by"] == "dataset":
-        units = [obs["dataset_id"]]
-    else:
-        units = [obs["dataset_id"], obs["donor_id"].fillna("").astype(str)]
+    units = [obs["dataset_id"]]
+    if splits["by"] == "donor":
+        units.append(obs["donor_id"].fillna("").astype(str))
     return np.array([split_of[unit] for unit in zip(*units, strict=True)], dtype=np.int8)
 
 
-def _spelled(value: Any) -> int:
+def _split_index(value: Any) -> int:
     name = "" if ontology.is_missing(value) else str(value).strip().lower()
     name = SPELLINGS.get(name, name)
     if name not in SPLITS:
-        raise ValueError(f"The split column holds {value!r}; its values must be among {SPLITS}. Correct it in obs.")
+        raise ValueError(f"The split column has the value {value!r}; correct it in obs to one of {SPLITS}.")
     return SPLITS.index(name)

@@ -1,4 +1,4 @@
-"""Where the tasks of a build run: in this process, in processes of this machine, or on a Dask cluster."""
+"""Run the tasks of a build in this process, in processes of this machine, or on a Dask cluster."""
 
 import contextlib
 import logging
@@ -17,11 +17,11 @@ RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]
 
 @contextlib.contextmanager
 def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks]:
-    """Yield `run(function, tasks, what)`, which returns `function(task)` of every task, in order.
+    """Yield `run(function, tasks, what)`, which returns the results of `function(task)` in order of the tasks.
 
     Args:
-        workers: Processes of this machine; 1 runs the tasks in this process.
-        cluster: Address of a Dask scheduler, instead.
+        workers: Number of processes of this machine; 1 runs the tasks in this process.
+        cluster: Address of a Dask scheduler to use instead.
     """
     with contextlib.ExitStack() as stack:
         executor: Executor | None = None
@@ -33,8 +33,7 @@ def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks
             executor = stack.enter_context(stack.enter_context(Client(cluster)).get_executor())
         elif workers > 1:
             method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-            context = multiprocessing.get_context(method)
-            executor = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+            executor = ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=_end_with_parent)
             stack.callback(executor.shutdown, cancel_futures=True)
 
         def run(function: Callable[[Any], Any], tasks: Sequence[Any], what: str) -> list[Any]:
@@ -47,8 +46,8 @@ def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks
                     logger.info("%d of %d %s", n, len(tasks), what)
             except BrokenExecutor as error:
                 raise ValueError(
-                    "The system ended a worker process, most likely for want of memory. Give the command again "
-                    "with fewer `--workers` or a smaller `--cells-per-partition`; what is finished is kept."
+                    "The system ended a worker process, most likely for want of memory. Give the command again with "
+                    "fewer `--workers` or a smaller `--cells-per-partition`; finished files are kept."
                 ) from error
             return [future.result() for future in futures]
 
@@ -56,7 +55,7 @@ def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks
 
 
 def _end_with_parent() -> None:
-    """End this worker process when its builder is gone, killed or not: nobody would collect its work."""
+    """End this worker process when its builder ends, even if the builder is killed."""
 
     def watch() -> None:
         if (parent := multiprocessing.parent_process()) is not None:
