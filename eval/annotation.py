@@ -76,24 +76,17 @@ def evaluate_annotation(
     }
     draws = results.bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
     estimates = {name: _estimates(labels, truth, conf, draws) for name, (_, labels, conf) in candidates.items()}
-    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in candidates.items()}, estimates)
-    result |= {
-        "n_test": len(truth),
-        "n_train": len(train),
-        "n_genes": len(genes),
+    roles = {name: role for name, (role, _, _) in candidates.items()}
+    result = {"task": "annotation"} | results.tabulate(MEASURES, roles, estimates)
+    result |= {"n_test": len(truth), "n_train": len(train), "n_genes": len(genes)}
+    return result | {
         "n_resamples": n_resamples,
         "seed": seed,
+        "baseline_choices": {"logistic regression": regression.choices},
+        "per_type": _per_type(truth, train.labels, predictions, regression.labels),
+        "confusion": _confusion(truth, predictions),
+        "calibration": None if confidences is None else _calibration(confidences, predictions == truth),
     }
-    return (
-        {"task": "annotation"}
-        | result
-        | {
-            "baseline_choices": {"logistic regression": regression.choices},
-            "per_type": _per_type(truth, train.labels, predictions, regression.labels),
-            "confusion": _confusion(truth, predictions),
-            "calibration": None if confidences is None else _calibration(confidences, predictions == truth),
-        }
-    )
 
 
 def _as_labels(values: ArrayLike) -> np.ndarray:
@@ -107,7 +100,7 @@ def _estimates(
 ) -> dict[str, results.Estimate]:
     scores = annotation_scores(predictions, truth, confidences)
     labels = np.unique(truth)
-    # One product gives the confusion counts of all replicates: draws of a cell times the entry where the cell counts.
+    # One product gives the confusion counts of all replicates: the draws of each cell, summed by entry of the matrix.
     columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
     code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
     where = np.zeros((len(truth), len(labels) * (len(labels) + 1)))
@@ -126,7 +119,7 @@ def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     predicted = confusion[:, :, :-1].sum(1)
     f1 = 2 * hits / np.maximum(support + predicted, 1)
-    present = support > 0  # a rare type that a replicate lacks is no class of its averages
+    present = support > 0  # a replicate may lack a rare type; its averages then run over the other types
     recall = hits / np.maximum(support, 1)
     return {
         "accuracy": hits.sum(1) / support.sum(1),

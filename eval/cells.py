@@ -59,7 +59,7 @@ class LabelledCells:
         return replace(self, **taken, obs={name: values[rows] for name, values in self.obs.items()})
 
     def select_genes(self, genes: np.ndarray) -> "LabelledCells":
-        """The same cells over these genes, in that order. Library sizes stay; other genes become columns of zeros."""
+        """The same cells over these genes, in that order; genes without counts become zeros, library sizes stay."""
         columns, counts = pd.Index(self.genes).get_indexer(genes), self.counts
         if (columns < 0).any():  # -1 stands for the column of zeros, which is the last one
             zeros = sparse.csr_matrix((len(self), 1), dtype=np.float32)
@@ -68,22 +68,19 @@ class LabelledCells:
 
 
 def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
-    """The training cells and the held-out test cells of a corpus."""
-    return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
-
-
-def read_split(corpus: "Corpus | str | Path", split: str, *, label_key: str = "cell_type") -> LabelledCells:
-    """Read the labelled cells of a split, at most `MAX_CELLS` at random, over the genes that occur in them.
-
-    Args:
-        corpus: An opened corpus or the path of one.
-        split: "train", "validation" or "test".
-        label_key: obs column with the cell type. Cells without one are left out with a warning.
-    """
+    """The training cells and the held-out test cells of a corpus, which is open or a path."""
     if isinstance(corpus, str | Path):
         from scmmgpt.train.data.corpus import open_corpus
 
         corpus = open_corpus(corpus)
+    return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
+
+
+def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells:
+    """Read the labelled cells of a split, at most `MAX_CELLS` at random, over the genes that occur in the split.
+
+    Cells without a type in the obs column `label_key` are left out with a warning.
+    """
     n_cells = corpus.n_cells(split)
     chosen = np.arange(n_cells)
     if n_cells > MAX_CELLS:

@@ -50,8 +50,8 @@ MEASURES = {
     "profile_correlation": results.Measure(
         "profile correlation",
         True,
-        "Pearson correlation over genes of the type's mean profile minus the mean of all training cells, generated "
-        "against real held-out, averaged over types.",
+        "Pearson correlation over genes between the mean profiles of generated and real held-out cells of a type, both "
+        "minus the mean of all training cells; averaged over types.",
     ),
     "diversity": results.Measure(
         "diversity",
@@ -92,7 +92,7 @@ def evaluate_generation(
     kept = _types_with_real_cells(types, train, test)
     generated, types = generated[kept], types[kept]
     reserved = reserve_cells(train.labels, seed=seed)
-    # Components contain some noise of the cells they were fitted on, so those cells cannot stand beside others.
+    # Components fit some noise of their own cells: compared cells must not be among these.
     space = knn.fit_cell_space(train.expression[~reserved], seed=seed)
     real_cells, real_types = draw_real_cells(types, train.take(np.flatnonzero(reserved)), seed=seed)
     systems = {
@@ -107,21 +107,16 @@ def evaluate_generation(
     for name, (_, cells, labels) in systems.items():
         points = space.transform(cells)
         estimates[name], per_type[name] = _estimates(cells, labels, points, truth, n_resamples=n_resamples, seed=seed)
-    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in systems.items()}, estimates)
-    sizes = {"n_generated": len(types), "n_left_out": int((~kept).sum()), "n_real": len(test), "n_train": len(train)}
-    sizes |= {"n_genes": len(test.genes), "n_components": int(space.n_components_)}
-    return (
-        {"task": "generation"}
-        | result
-        | sizes
-        | {
-            "bandwidth": truth.bandwidth,
-            "n_resamples": n_resamples,
-            "seed": seed,
-            "types_in_distances": sorted(per_type[results.MODEL_NAME]),
-            "per_type": per_type,
-        }
-    )
+    roles = {name: role for name, (role, _, _) in systems.items()}
+    result = {"task": "generation"} | results.tabulate(MEASURES, roles, estimates)
+    result |= {"n_generated": len(types), "n_left_out": int((~kept).sum()), "n_real": len(test), "n_train": len(train)}
+    result |= {"n_genes": len(test.genes), "n_components": int(space.n_components_), "bandwidth": truth.bandwidth}
+    return result | {
+        "n_resamples": n_resamples,
+        "seed": seed,
+        "types_in_distances": sorted(per_type[results.MODEL_NAME]),
+        "per_type": per_type,
+    }
 
 
 def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: LabelledCells) -> np.ndarray:

@@ -196,7 +196,7 @@ def predict_centroid(centroids: np.ndarray, texts: np.ndarray, text: np.ndarray)
 
 
 def nearest_text(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """Similarity of the text of each label to that of the left-out label, for all cells; the latter comes last."""
+    """For all cells, the similarity of each text to the text of the left-out label, which itself comes last."""
     texts = embed_texts(case.labels.texts)
     similarity = texts @ texts[case.left_out]
     similarity[case.left_out] = -1
