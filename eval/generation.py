@@ -50,8 +50,8 @@ MEASURES = {
     "profile_correlation": results.Measure(
         "profile correlation",
         True,
-        "Pearson correlation over genes between the mean profiles of generated and real held-out cells of a type, both "
-        "minus the mean of all training cells; averaged over types.",
+        "Pearson correlation over genes between the mean profiles of generated and real held-out cells of a type, "
+        "each minus the mean of all training cells, averaged over types.",
     ),
     "diversity": results.Measure(
         "diversity",

@@ -107,12 +107,12 @@ def _size(config: dict, name: str | None = None) -> str | None:
     return f"{Path(name).name}: {size}" if name else size
 
 
-def recorded_settings(paths: Sequence[str | None]) -> dict[str, dict]:
+def recorded_settings(paths: Sequence[str]) -> dict[str, dict]:
     """Settings of commands from `uns["scmmgpt"]` of the `.h5ad` files: verb -> its settings with a single value."""
     import anndata
 
     settings: dict[str, dict] = {}
-    for path in filter(lambda path: path and str(path).endswith(".h5ad"), paths):
+    for path in (path for path in paths if str(path).endswith(".h5ad")):
         noted = anndata.read_h5ad(path, backed="r").uns.get("scmmgpt", {})
         for verb in ("annotate", "describe", "generate"):
             single = {name: np.asarray(value) for name, value in dict(noted.get(verb, {})).items()}

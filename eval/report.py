@@ -32,7 +32,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 HEADLINES = {"annotation": "accuracy", "description": "named_type_accuracy", "generation": "energy_distance"}
 QUESTIONS = {
     "annotation": "Does the model name the type of a held-out cell?",
-    "description": "Do its descriptions name the type of the cell?",
+    "description": "Do the descriptions name the type of a held-out cell?",
     "generation": "Are generated cells like real cells of the prompted type?",
 }
 

@@ -272,7 +272,7 @@ def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
     terms = [ontology.resolve("cell_type", name, term).term_id for name, term in zip(names, ids, strict=True)]
     unknown = [name for name, term in zip(names, terms, strict=True) if term is None]
     if unknown:
-        raise ValueError(f"No Cell Ontology term has the name {unknown}. Name a column of ids with --ontology-key.")
+        raise ValueError(f"The Cell Ontology has no terms {unknown}. Name a column of ids with --ontology-key.")
     texts = [captions.label_text(*pair) for pair in zip(names, terms, strict=True)]
     return LabelTexts(list(names), texts, [term for term in terms if term is not None])
 
