@@ -7,19 +7,11 @@ import sys
 from collections.abc import Sequence
 
 
-# A task is imported when it is called: no task needs the libraries of another.
-COMMANDS = {
-    "annotation": "scmmgpt.eval.annotation",
-    "description": "scmmgpt.eval.description",
-    "finetuning": "scmmgpt.eval.finetuning",
-    "generation": "scmmgpt.eval.generation",
-    "report": "scmmgpt.eval.report",
-    "zeroshot": "scmmgpt.eval.zeroshot",
-}
+COMMANDS = ("annotation", "description", "finetuning", "generation", "report", "zeroshot")  # modules of scmmgpt.eval
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Call the task; returns the exit status."""
+    """Run the task and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] not in COMMANDS:
         parser = argparse.ArgumentParser(prog="python -m scmmgpt.eval", description=__doc__)
@@ -29,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("scmmgpt").setLevel(logging.INFO)
     try:
-        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
+        # A task is imported when it runs, because other tasks do not need its libraries.
+        return importlib.import_module(f"scmmgpt.eval.{argv[0]}").main(argv[1:])
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

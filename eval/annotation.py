@@ -15,17 +15,17 @@ from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import N_BIN
 from scmmgpt.eval.task import run_task, task_parser
 
 
-UNKNOWN = "unknown"  # how a prediction that names no type is written
+UNKNOWN = "unknown"  # stands for a missing prediction
 
 MEASURES = {
     "accuracy": results.Measure("accuracy", True, "Share of cells with the right type."),
     "macro_f1": results.Measure(
-        "macro F1", True, "F1 of each true type, averaged with equal weight: rare types count as much."
+        "macro F1", True, "Unweighted mean F1 of the true types: rare types count as much as others."
     ),
-    "weighted_f1": results.Measure("weighted F1", True, "F1 of each true type, averaged by number of cells."),
-    "balanced_accuracy": results.Measure(
-        "balanced accuracy", True, "Recall of each true type, averaged with equal weight."
+    "weighted_f1": results.Measure(
+        "weighted F1", True, "Mean F1 of the true types, weighted by their numbers of cells."
     ),
+    "balanced_accuracy": results.Measure("balanced accuracy", True, "Unweighted mean recall of the true types."),
     "ece": results.Measure(
         "calibration error",
         False,
@@ -50,10 +50,10 @@ def evaluate_annotation(
     Args:
         predictions: Predicted type of each test cell; a missing value counts as wrong.
         truth: True type of each test cell.
-        train: The model's own training cells, for the baselines.
+        train: The training cells of the model, for the baselines.
         test: The test cells, in the order of `predictions`.
         confidences: Confidence in [0, 1] of each prediction, or `None`.
-        regression: Prediction of logistic regression for the test cells; fitted here where `None`.
+        regression: Prediction of logistic regression for the test cells; fitted where `None`.
         n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the shuffled control and the choice of C.
 
@@ -76,22 +76,17 @@ def evaluate_annotation(
     }
     draws = results.bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
     estimates = {name: _estimates(labels, truth, conf, draws) for name, (_, labels, conf) in candidates.items()}
-    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in candidates.items()}, estimates)
-    return (
-        {"task": "annotation"}
-        | result
-        | {
-            "n_test": len(truth),
-            "n_train": len(train),
-            "n_genes": len(genes),
-            "n_resamples": n_resamples,
-            "seed": seed,
-            "baseline_choices": {"logistic regression": regression.choices},
-            "per_type": _per_type(truth, train.labels, predictions, regression.labels),
-            "confusion": _confusion(truth, predictions),
-            "calibration": None if confidences is None else _calibration(confidences, predictions == truth),
-        }
-    )
+    roles = {name: role for name, (role, _, _) in candidates.items()}
+    result = {"task": "annotation"} | results.tabulate(MEASURES, roles, estimates)
+    result |= {"n_test": len(truth), "n_train": len(train), "n_genes": len(genes)}
+    return result | {
+        "n_resamples": n_resamples,
+        "seed": seed,
+        "baseline_choices": {"logistic regression": regression.choices},
+        "per_type": _per_type(truth, train.labels, predictions, regression.labels),
+        "confusion": _confusion(truth, predictions),
+        "calibration": None if confidences is None else _calibration(confidences, predictions == truth),
+    }
 
 
 def _as_labels(values: ArrayLike) -> np.ndarray:
@@ -105,7 +100,7 @@ def _estimates(
 ) -> dict[str, results.Estimate]:
     scores = annotation_scores(predictions, truth, confidences)
     labels = np.unique(truth)
-    # Confusion counts of all replicates in one product: how often a cell was drawn, times the entry that it counts in.
+    # One product gives the confusion counts of all replicates: the draws of each cell, summed by entry of the matrix.
     columns = np.where(np.isin(predictions, labels), np.searchsorted(labels, predictions), len(labels))
     code = np.searchsorted(labels, truth) * (len(labels) + 1) + columns
     where = np.zeros((len(truth), len(labels) * (len(labels) + 1)))
@@ -119,12 +114,12 @@ def _estimates(
 
 
 def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of many confusion matrices `(n, n_types, n_types + 1)`; the last column holds any other prediction."""
+    """Scores of confusion matrices `(n, n_types, n_types + 1)`; the last column counts predictions of other types."""
     support = confusion.sum(2)
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     predicted = confusion[:, :, :-1].sum(1)
     f1 = 2 * hits / np.maximum(support + predicted, 1)
-    present = support > 0  # a replicate may lack a rare type, which is then no class of its average
+    present = support > 0  # a replicate may lack a rare type; its averages then run over the other types
     recall = hits / np.maximum(support, 1)
     return {
         "accuracy": hits.sum(1) / support.sum(1),
@@ -134,11 +129,9 @@ def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _calibration_errors(
-    confidences: np.ndarray, correct: np.ndarray, draws: np.ndarray, n_bins: int = N_BINS
-) -> np.ndarray:
-    bins = np.minimum((confidences * n_bins).astype(int), n_bins - 1)
-    gaps = np.zeros((len(bins), n_bins))
+def _calibration_errors(confidences: np.ndarray, correct: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    bins = np.minimum((confidences * N_BINS).astype(int), N_BINS - 1)
+    gaps = np.zeros((len(bins), N_BINS))
     gaps[np.arange(len(bins)), bins] = correct - confidences
     return np.abs(draws @ gaps).sum(1) / draws.sum(1)
 
@@ -146,7 +139,7 @@ def _calibration_errors(
 def _per_type(
     truth: np.ndarray, train_labels: np.ndarray, predictions: np.ndarray, regression_labels: np.ndarray
 ) -> list[dict]:
-    rows: list[dict] = []
+    rows = []
     for label in np.unique(truth):
         of_type = truth == label
         n_test = int(of_type.sum())
@@ -165,32 +158,21 @@ def _confusion(truth: np.ndarray, predictions: np.ndarray) -> dict:
     return {"labels": [str(label) for label in labels], "columns": [str(c) for c in columns], "counts": counts}
 
 
-def _calibration(confidences: np.ndarray, correct: np.ndarray, n_bins: int = 10) -> list[dict]:
+def _calibration(confidences: np.ndarray, correct: np.ndarray) -> list[dict]:
+    """Mean confidence and accuracy in each of ten bins of confidence."""
     confidences = np.asarray(confidences, dtype=np.float64)
-    bins = np.minimum((confidences * n_bins).astype(int), n_bins - 1)
-    return [
-        {
-            "confidence": float(confidences[bins == b].mean()),
-            "accuracy": float(np.mean(correct[bins == b])),
-            "n": int((bins == b).sum()),
-        }
-        for b in np.unique(bins)
-    ]
+    bins = np.minimum((confidences * 10).astype(int), 9)
+    of_bins = [(confidences[bins == b], correct[bins == b]) for b in np.unique(bins)]
+    return [{"confidence": float(c.mean()), "accuracy": float(np.mean(right)), "n": len(c)} for c, right in of_bins]
 
 
 def read_annotated(
-    path: str, test: LabelledCells, *, prediction_key: str, score_key: str
+    path: str, test: LabelledCells, prediction_key: str, score_key: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Match an annotated `.h5ad` with the cells of the test split by barcode.
 
-    Args:
-        path: The annotated `.h5ad`.
-        test: The test split of the corpus.
-        prediction_key: obs column of predicted types.
-        score_key: obs column of confidences; may be absent.
-
     Returns:
-        Rows of `test`, and the prediction and confidence of each (confidences `None` where the column is absent).
+        Rows of `test`, and the prediction and confidence of each; confidences are `None` without the column of scores.
     """
     import anndata
 
@@ -207,7 +189,7 @@ def read_annotated(
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Arguments that say where the annotation is; shared with the report."""
+    """Add the arguments of the annotated file, which the report shares."""
     parser.add_argument("--annotated", required=required, help="annotated .h5ad of the held-out cells")
     parser.add_argument(
         "--prediction-key", default="scmmgpt_cell_type", help="obs column of predictions (%(default)s)"
@@ -221,11 +203,9 @@ def evaluate_file(
     test: LabelledCells,
     regression: baselines.TypePrediction | None = None,
 ) -> dict:
-    """Evaluate the annotation that the arguments name; `regression` covers all test cells and is fitted if `None`."""
+    """Evaluate the annotated file; `regression` holds predictions for all test cells, fitted where `None`."""
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
-    rows, predictions, scores = read_annotated(
-        args.annotated, test, prediction_key=args.prediction_key, score_key=args.score_key
-    )
+    rows, predictions, scores = read_annotated(args.annotated, test, args.prediction_key, args.score_key)
     test, regression = test.take(rows), regression.take(rows)
     return evaluate_annotation(
         predictions, test.labels, train, test, confidences=scores, regression=regression, seed=args.seed

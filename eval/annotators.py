@@ -1,4 +1,4 @@
-"""Systems that learn cell types from labelled cells and annotate others: ours, regressions, CellTypist and floors."""
+"""Systems that learn cell types from labelled cells: ours, regressions, CellTypist and simpler methods."""
 
 import functools
 import inspect
@@ -33,14 +33,14 @@ COMPONENTS = 50  # scanpy's default number of principal components
 
 @dataclass(frozen=True)
 class LabelBudget:
-    """Training cells of which a system may read some labels, and the test cells that it has to annotate.
+    """Training cells with some labels shown, and test cells to annotate.
 
     Args:
-        adata: All cells of the training part, with counts in `X`.
-        labels: Their labels, `(n_obs,)`.
-        shown: Rows whose labels may be read.
+        adata: All training cells, with counts in `X`.
+        labels: Labels of the training cells, `(n_obs,)`.
+        shown: Rows whose labels a system may use.
         test: The test cells.
-        seed: Seed of the system's own random draws.
+        seed: Seed of the random draws of a system.
     """
 
     adata: AnnData
@@ -55,12 +55,7 @@ def run_finetune(
 ) -> "ScMMGPTPipeline":
     """Run `python -m scmmgpt.train finetune` in this process and return the pipeline of its checkpoint.
 
-    Args:
-        adata: Labelled cells, the command's `--adata`.
-        output: Folder for that file and the checkpoint.
-        label_key: Column of labels.
-        seed: `--seed`.
-        options: Further words of the command line.
+    The folder `output` gets the cells and the checkpoint. `options` are further words of the command line.
     """
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.train import finetune
@@ -77,7 +72,7 @@ def run_finetune(
 def finetuned(
     budget: LabelBudget, *, label_key: str, options: Sequence[str] = (), unlabelled: bool = False
 ) -> np.ndarray:
-    """Our fine-tuning. With `unlabelled`, training cells whose label is not shown stay in the file, unlabelled."""
+    """Our fine-tuning. `unlabelled`: the file also holds the training cells whose labels are not shown."""
     labels = np.full(budget.adata.n_obs, None, dtype=object)
     labels[budget.shown] = budget.labels[budget.shown]
     adata = budget.adata.copy()
@@ -98,19 +93,12 @@ def expression(adata: AnnData) -> sparse.csr_matrix:
 
 
 def cross_validated_regression(
-    train: np.ndarray | sparse.csr_matrix, labels: np.ndarray, test: np.ndarray | sparse.csr_matrix, *, seed: int = 0
+    train: baselines.Matrix, labels: np.ndarray, test: baselines.Matrix, *, seed: int = 0
 ) -> np.ndarray:
-    """Multinomial logistic regression, C by cross-validated accuracy (the smallest among equals).
-
-    Args:
-        train: `(n_train, n_features)`, dense or CSR.
-        labels: `(n_train,)`.
-        test: `(n_cells, n_features)`.
-        seed: Seed of the folds. Where a label has a single cell, C cannot be chosen and is scikit-learn's default, 1.
-    """
+    """Multinomial logistic regression, C by cross-validated accuracy; the seed draws the folds."""
     model = LogisticRegression(warm_start=True, max_iter=baselines.MAX_ITERATIONS, tol=1e-3)
     n_folds = min(FOLDS, np.unique(labels, return_counts=True)[1].min())
-    best = 1.0
+    best = 1.0  # scikit-learn's default, where a label has a single cell
     if n_folds > 1:
         folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels)
         best, _ = baselines.choose_penalty(model, train, labels, folds)
@@ -125,7 +113,7 @@ def regression(budget: LabelBudget) -> np.ndarray:
 
 
 def component_regression(budget: LabelBudget) -> np.ndarray:
-    """Logistic regression on principal components of all training cells' log1p(CP10k)."""
+    """Logistic regression on principal components of log1p(CP10k) of all training cells."""
     from sklearn.decomposition import PCA
 
     everything = expression(budget.adata)
@@ -156,7 +144,7 @@ class _OneVersusRest:
 
 
 def celltypist(budget: LabelBudget) -> np.ndarray:
-    """CellTypist trained with its defaults, one label a cell."""
+    """CellTypist with its default training; each cell gets the label of its own prediction."""
     import celltypist as package
 
     def normalised(adata: AnnData) -> AnnData:
@@ -171,23 +159,23 @@ def celltypist(budget: LabelBudget) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = package.train(normalised(budget.adata[budget.shown]), labels=budget.labels[budget.shown], n_jobs=1)
-            answer = package.annotate(normalised(budget.test), model=model)
+            annotated = package.annotate(normalised(budget.test), model=model)
     finally:
         module.LogisticRegression = theirs
-    return answer.predicted_labels["predicted_labels"].to_numpy().astype(str)
+    return annotated.predicted_labels["predicted_labels"].to_numpy().astype(str)
 
 
 def centroid(budget: LabelBudget) -> np.ndarray:
     """The label whose mean log1p(CP10k) is nearest."""
     train = expression(budget.adata[budget.shown])
     with warnings.catch_warnings():
-        # With one cell of each label, scikit-learn divides by 0 in a number that this metric does not use.
+        # With one cell of each label, scikit-learn divides by 0 in a standard deviation that is not used here.
         warnings.simplefilter("ignore", RuntimeWarning)
         return baselines.nearest_centroid(train, budget.labels[budget.shown], expression(budget.test)).labels
 
 
 def majority(budget: LabelBudget) -> np.ndarray:
-    """The commonest label; of equally common ones, the first by name."""
+    """The most frequent label."""
     return baselines.majority_class(budget.labels[budget.shown], budget.test.n_obs).labels
 
 
@@ -198,7 +186,7 @@ class System:
     Args:
         predict: Label budget -> predicted labels of the test cells.
         random: Whether predictions on the same cells depend on the seed.
-        semi_supervised: Whether the system learns from unlabelled cells; it is left out where all labels are shown.
+        semi_supervised: Whether the system learns from unlabelled cells. It does not run where all labels are shown.
     """
 
     predict: Callable[[LabelBudget], np.ndarray]
@@ -221,7 +209,7 @@ def make_systems(label_key: str, options: Sequence[str]) -> dict[str, System]:
 
 
 def quieten() -> None:
-    """Keep dozens of trainings in one process quiet: no progress bars, and only warnings of the trainers."""
+    """Silence dozens of trainings in one process: no progress bars, and only warnings of the trainers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

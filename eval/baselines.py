@@ -1,18 +1,19 @@
-"""Baselines: what anyone could do without the model, and what chance does.
+"""Baselines, which anyone could compute without the model, and the shuffled control.
 
-Baselines learn from the model's own training cells and never read labels of test cells; hyper-parameters are chosen on
+Baselines learn from the training cells of the model and never see labels of test cells. Hyper-parameters are chosen on
 a part of the training cells.
 
-* types: `majority_class`, `nearest_centroid`, `logistic_regression` (log1p CP10k, all genes, C by validation);
-* texts: `label_only_captions`, `training_captions`;
+* types: `majority_class`, `nearest_centroid`, `logistic_regression`;
+* texts: `training_captions`, and in `description` the caption of a label alone;
 * cells: `mean_cells`, `poisson_cells`;
-* control: `shuffled` answers of the model itself.
+* control: `shuffled` outputs of the model itself.
 """
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,20 +29,15 @@ from scmmgpt.eval.cells import LabelledCells
 
 logger = logging.getLogger(__name__)
 
-INVERSE_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # C of the logistic regression
-VALIDATION_SHARE = 0.2  # of the training cells, to choose C on
+INVERSE_PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # C of the logistic regression, ascending
 MAX_ITERATIONS = 500
+
+Matrix: TypeAlias = np.ndarray | sparse.csr_matrix  # expression or components, `(n_cells, n_features)`
 
 
 @dataclass(frozen=True)
 class TypePrediction:
-    """Predicted types of cells, and what was chosen on the way.
-
-    Args:
-        labels: Shape `(n_cells,)`.
-        confidences: Probability of each label, shape `(n_cells,)`, or `None`.
-        choices: JSON-able record of chosen hyper-parameters.
-    """
+    """Predicted types `(n_cells,)`, the probability of each, and the chosen hyper-parameters as a JSON-able dict."""
 
     labels: np.ndarray
     confidences: np.ndarray | None = None
@@ -54,60 +50,35 @@ class TypePrediction:
 
 
 def majority_class(train_labels: ArrayLike, n_cells: int) -> TypePrediction:
-    """Call every cell the most frequent training type, with its share as confidence; ties go to the first by name."""
+    """Predict the most frequent training type (of several, the first by name), with its share as confidence."""
     names, counts = np.unique(np.asarray(train_labels).astype(str), return_counts=True)
     share = counts.max() / counts.sum()
     return TypePrediction(np.full(n_cells, names[counts.argmax()]), np.full(n_cells, share))
 
 
-def nearest_centroid(
-    train: np.ndarray | sparse.csr_matrix, train_labels: ArrayLike, test: np.ndarray | sparse.csr_matrix
-) -> TypePrediction:
-    """Call every cell the type whose mean log1p(CP10k) profile is nearest.
-
-    Args:
-        train: Training expression, shape `(n_train, n_genes)`, dense or scipy sparse.
-        train_labels: Shape `(n_train,)`.
-        test: Expression of the cells to name, shape `(n_cells, n_genes)`.
-    """
+def nearest_centroid(train: Matrix, train_labels: ArrayLike, test: Matrix) -> TypePrediction:
+    """Predict the type whose mean log1p(CP10k) profile is nearest."""
     if len(np.unique(train_labels)) == 1:
         return majority_class(train_labels, test.shape[0])
     with warnings.catch_warnings():
-        # A gene that does not vary within its types matters to other metrics of scikit-learn's class, not to this one.
+        # Genes without variance within types matter only to other metrics of scikit-learn's class.
         warnings.filterwarnings("ignore", message=".*within_class_std_dev_", category=UserWarning)
         model = NearestCentroid().fit(train, np.asarray(train_labels).astype(str))
     return TypePrediction(model.predict(test))
 
 
-def logistic_regression(
-    train: np.ndarray | sparse.csr_matrix,
-    train_labels: ArrayLike,
-    test: np.ndarray | sparse.csr_matrix,
-    *,
-    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
-    seed: int = 0,
-) -> TypePrediction:
+def logistic_regression(train: Matrix, train_labels: ArrayLike, test: Matrix, *, seed: int = 0) -> TypePrediction:
     """Multinomial logistic regression on log1p(CP10k) of all genes, the strongest simple annotator of small data.
 
-    C is the one with the best accuracy on a part of the training cells (the smallest among equals); the model is then
-    fitted on all of them.
-
-    Args:
-        train: Training expression, log1p(CP10k), shape `(n_train, n_genes)`, dense or scipy sparse.
-        train_labels: Shape `(n_train,)`.
-        test: Expression of the cells to name, shape `(n_cells, n_genes)`.
-        inverse_penalties: Values of C to try.
-        seed: Seed of that part.
-
-    Returns:
-        Labels, the probability of each, and in `choices` C and the validation accuracies.
+    The seed draws a fifth of the training cells for the choice of C; the model is then fitted on all training cells.
+    `choices` holds C and the validation accuracies.
     """
     labels = np.asarray(train_labels).astype(str)
     if len(np.unique(labels)) == 1:
         return majority_class(labels, test.shape[0])
     train, test = (sparse.csr_matrix(m) if sparse.issparse(m) else np.asarray(m) for m in (train, test))
     model = LogisticRegression(max_iter=MAX_ITERATIONS)
-    best, accuracies = choose_penalty(model, train, labels, [_validation_part(labels, seed)], inverse_penalties)
+    best, accuracies = choose_penalty(model, train, labels, [_validation_part(labels, seed)])
     probabilities = fit_quietly(model.set_params(C=best), train, labels).predict_proba(test)
     return TypePrediction(
         labels=np.unique(labels)[probabilities.argmax(1)],
@@ -117,11 +88,11 @@ def logistic_regression(
 
 
 def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, seed: int = 0) -> TypePrediction:
-    """`logistic_regression` from one split to another, over the genes that both have."""
+    """`logistic_regression` over the genes that both splits have."""
     genes = np.intersect1d(train.genes, test.genes)
     if not len(genes):
         raise ValueError(
-            f"Training cells ({train.genes[0]!r}, ...) and test cells ({test.genes[0]!r}, ...) share no gene."
+            f"Training cells ({train.genes[0]}, ...) and test cells ({test.genes[0]}, ...) share no gene."
         )
     logger.info("Fitting logistic regression on %d cells and %d genes.", len(train), len(genes))
     x_train, x_test = train.select_genes(genes).expression, test.select_genes(genes).expression
@@ -129,22 +100,13 @@ def regression_on_shared_genes(train: LabelledCells, test: LabelledCells, *, see
 
 
 def choose_penalty(
-    model: LogisticRegression,
-    x: np.ndarray | sparse.csr_matrix,
-    labels: np.ndarray,
-    folds: Iterable[tuple[np.ndarray, np.ndarray]],
-    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+    model: LogisticRegression, x: Matrix, labels: np.ndarray, folds: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[float, dict[float, float]]:
-    """The C with the best accuracy over folds, the smallest among equals, and the accuracy of each C.
+    """The C with the best accuracy over folds (rows to fit on, rows to predict), and the accuracy of each C.
 
-    Args:
-        model: Fitted for every C and fold.
-        x: `(n_cells, n_features)`.
-        labels: `(n_cells,)`.
-        folds: Rows to fit on, and rows to predict.
-        inverse_penalties: Values of C to try.
+    Of several, the smallest C is chosen.
     """
-    hits, n = dict.fromkeys(sorted(inverse_penalties), 0), 0
+    hits, n = dict.fromkeys(INVERSE_PENALTIES, 0), 0
     for fitting, held_out in folds:
         n += len(held_out)
         for c in hits:
@@ -153,21 +115,19 @@ def choose_penalty(
     return max(hits, key=lambda c: hits[c]), {c: right / n for c, right in hits.items()}
 
 
-def fit_quietly(
-    model: LogisticRegression, x: np.ndarray | sparse.csr_matrix, labels: np.ndarray
-) -> LogisticRegression:
-    """Fit without warnings: a weakly penalised model whose fit did not finish is a candidate like any other."""
+def fit_quietly(model: LogisticRegression, x: Matrix, labels: np.ndarray) -> LogisticRegression:
+    """Fit without warnings: a weakly penalised model that did not converge is a candidate like any other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(x, labels)
 
 
 def _validation_part(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit on and rows to choose on; types with one cell stay among the former, where they can be learnt."""
+    """Rows to fit on and rows to choose C on; the only cell of a type is among the rows to fit on."""
     names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     repeated = np.flatnonzero(counts[codes] > 1)
     n_types = int((counts > 1).sum())
-    n_validation = max(round(VALIDATION_SHARE * len(labels)), n_types)
+    n_validation = max(round(0.2 * len(labels)), n_types)
     if n_types < 2 or len(repeated) - n_validation < n_types:
         raise ValueError(
             f"{len(labels)} training cells of {len(names)} types are too few to choose a penalty on a part of them. "
@@ -180,40 +140,19 @@ def _validation_part(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def shuffled(values: ArrayLike, *, seed: int = 0) -> np.ndarray:
-    """The same values in random order over cells: what their frequencies alone are worth."""
+    """The values in random order over cells: a control that keeps their frequencies alone."""
     return np.random.default_rng(seed).permutation(np.asarray(values, dtype=object))
-
-
-def label_only_captions(
-    labels: Sequence[str] | np.ndarray, label_text: Callable[[str], str] = "cell type: {}.".format
-) -> list[str]:
-    """A caption of the type and nothing else, for each cell.
-
-    Args:
-        labels: Type of each cell, true or predicted.
-        label_text: Writes the caption of a type.
-    """
-    texts = {label: label_text(label) for label in set(labels)}
-    return [texts[label] for label in labels]
 
 
 def training_captions(
     labels: ArrayLike, train_labels: ArrayLike, train_texts: Sequence[str], *, seed: int = 0
 ) -> list[str]:
-    """For each label the text of a random training cell of that type.
-
-    Args:
-        labels: Type of each cell, true or predicted.
-        train_labels: Types of the training cells.
-        train_texts: Their texts.
-        seed: Seed of the draw.
-    """
-    rows = sample_rows(labels, train_labels, seed=seed)
-    return [train_texts[row] for row in rows]
+    """For each label, the text of a random training cell with that label."""
+    return [train_texts[row] for row in sample_rows(labels, train_labels, seed=seed)]
 
 
 def sample_rows(labels: ArrayLike, train_labels: ArrayLike, *, seed: int = 0) -> np.ndarray:
-    """For each label a random row of `train_labels` with that label, drawn with replacement, int `(len(labels),)`."""
+    """For each label, a random row of `train_labels` with that label, drawn with replacement, int `(len(labels),)`."""
     rng = np.random.default_rng(seed)
     wanted, available = np.asarray(labels).astype(str), np.asarray(train_labels).astype(str)
     rows = np.empty(len(wanted), dtype=np.int64)
@@ -232,15 +171,7 @@ def _rows_of(label: str, train_labels: np.ndarray) -> np.ndarray:
 
 
 def mean_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells) -> np.ndarray:
-    """The mean log1p(CP10k) profile of the prompted type, the same for all cells of a type.
-
-    Args:
-        prompts: Prompted types, shape `(n_cells,)`.
-        train: Training cells.
-
-    Returns:
-        float32 array `(n_cells, n_genes)`.
-    """
+    """For each prompted type, the mean log1p(CP10k) profile of its training cells, float32 `(n_cells, n_genes)`."""
     expression = train.expression
     means = {}
     for label in set(prompts):
@@ -249,15 +180,9 @@ def mean_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells) -> np.
 
 
 def poisson_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells, *, seed: int = 0) -> np.ndarray:
-    """Cells drawn from the mean profile of their type with Poisson noise, at the library size of a real cell of it.
+    """log1p(CP10k) of Poisson counts around the mean profile of each prompted type, float32 `(n_cells, n_genes)`.
 
-    Args:
-        prompts: Prompted types, shape `(n_cells,)`.
-        train: Training cells.
-        seed: Seed of library sizes and noise.
-
-    Returns:
-        log1p(CP10k) of the drawn counts, float32 array `(n_cells, n_genes)`.
+    The library size is that of a random training cell of the type.
     """
     rng = np.random.default_rng(seed)
     rows = sample_rows(prompts, train.labels, seed=seed)

@@ -1,4 +1,4 @@
-"""Real cells with labels, as evaluation needs them: sparse counts, symbols, types, from a corpus or an `.h5ad`."""
+"""Real cells with labels for evaluation: sparse counts, gene symbols and types, from a corpus or an `.h5ad`."""
 
 import logging
 from dataclasses import dataclass, field, replace
@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from scmmgpt.cells_scmmgpt import log1p_cp10k
+from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class LabelledCells:
         genes: Gene symbols, shape `(n_genes,)`.
         labels: Cell types, shape `(n_cells,)`.
         names: Barcodes, shape `(n_cells,)`.
-        obs: Further annotations that captions read, column name -> array of shape `(n_cells,)`.
+        obs: Annotations for captions, column name -> array of shape `(n_cells,)`.
     """
 
     counts: sparse.csr_matrix
@@ -58,69 +59,54 @@ class LabelledCells:
         return replace(self, **taken, obs={name: values[rows] for name, values in self.obs.items()})
 
     def select_genes(self, genes: np.ndarray) -> "LabelledCells":
-        """The same cells over these genes, in that order; library sizes stay."""
-        column = {gene: i for i, gene in enumerate(self.genes)}
-        missing = [gene for gene in genes if gene not in column]
-        if missing:
-            raise ValueError(f"The cells have no genes {missing[:5]} ({len(missing)} in all). Pass shared genes only.")
-        return replace(self, counts=self.counts[:, [column[gene] for gene in genes]], genes=np.asarray(genes))
+        """The same cells over these genes, in that order; genes without counts become zeros, library sizes stay."""
+        columns, counts = pd.Index(self.genes).get_indexer(genes), self.counts
+        if (columns < 0).any():  # -1 stands for the column of zeros, which is the last one
+            zeros = sparse.csr_matrix((len(self), 1), dtype=np.float32)
+            counts = sparse.hstack([counts, zeros], format="csc")
+        return replace(self, counts=sparse.csr_matrix(counts[:, columns]), genes=np.asarray(genes))
 
 
 def read_splits(corpus: "Corpus | str | Path", *, label_key: str = "cell_type") -> tuple[LabelledCells, LabelledCells]:
-    """The training cells and the held-out test cells of a corpus."""
-    return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
-
-
-def read_split(corpus: "Corpus | str | Path", split: str, *, label_key: str = "cell_type") -> LabelledCells:
-    """Read the labelled cells of a split, at most `MAX_CELLS` of them, drawn at random.
-
-    Args:
-        corpus: An opened corpus or the path of one.
-        split: "train", "validation" or "test".
-        label_key: obs column with the cell type; cells without one are left out, and counted in the log.
-
-    Returns:
-        Cells over the genes that occur in the split.
-    """
+    """The training cells and the held-out test cells of a corpus, which is open or a path."""
     if isinstance(corpus, str | Path):
         from scmmgpt.train.data.corpus import open_corpus
 
         corpus = open_corpus(corpus)
+    return read_split(corpus, "train", label_key=label_key), read_split(corpus, "test", label_key=label_key)
+
+
+def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells:
+    """Read the labelled cells of a split, at most `MAX_CELLS` at random, over the genes that occur in the split.
+
+    Cells without a type in the obs column `label_key` are left out with a warning.
+    """
     n_cells = corpus.n_cells(split)
     chosen = np.arange(n_cells)
     if n_cells > MAX_CELLS:
         chosen = np.sort(np.random.default_rng(0).choice(n_cells, MAX_CELLS, replace=False))
         logger.info("Sampled %d of the %d cells of split %r.", MAX_CELLS, n_cells, split)
     blocks, tables, first = [], [], 0
-    width = len(corpus.gene_symbols)
-    for cells, table in corpus.row_groups(split):
-        rows = chosen[(chosen >= first) & (chosen < first + len(cells))] - first
-        first += len(cells)
-        if not len(rows):
-            continue
-        part = cells[rows]
-        counts = np.asarray(part.counts, dtype=np.float32)
-        matrix = sparse.csr_matrix(
-            (counts, np.asarray(part.gene_ids, dtype=np.int64), part.indptr), shape=(len(part), width)
-        )
-        totals = part.total_counts if part.total_counts is not None else np.asarray(matrix.sum(1)).ravel()
-        blocks.append((matrix, np.asarray(totals, dtype=np.float64)))
-        tables.append(table.take(rows).to_pandas())
-    import pandas as pd
-
-    obs = pd.concat([table.astype(object) for table in tables], ignore_index=True)
-    counts = sparse.vstack([matrix for matrix, _ in blocks], format="csr")
+    for block, table in corpus.row_groups(split):
+        rows = chosen[(chosen >= first) & (chosen < first + len(block))] - first
+        first += len(block)
+        if len(rows):
+            blocks.append(block[rows])
+            tables.append(table.take(rows).to_pandas().astype(object))
+    cells, obs = Cells.concatenate(blocks), pd.concat(tables, ignore_index=True)
     symbols = corpus.gene_symbols
-    used = np.flatnonzero(np.asarray(counts.getnnz(axis=0)) > 0)
+    arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
+    counts = sparse.csr_matrix(arrays, shape=(len(cells), len(symbols)))
+    used = np.flatnonzero(counts.getnnz(axis=0))
     labelled = obs[label_key].notna().to_numpy()
     if not labelled.any():
-        raise ValueError(f"No cell of split {split!r} has a {label_key!r}. Give the column of the true types.")
+        raise ValueError(f"No cell of split {split!r} has a {label_key!r}. Name the column of the true types.")
     if not labelled.all():
-        logger.warning("Left out %d cells of split %r without a %r.", (~labelled).sum(), split, label_key)
+        logger.warning("Left out %d cells of split %r without %r.", (~labelled).sum(), split, label_key)
     obs = obs[labelled]
     return LabelledCells(
         counts=counts[labelled][:, used],
-        total_counts=np.concatenate([totals for _, totals in blocks])[labelled],
+        total_counts=cells.library_sizes()[labelled].astype(np.float64),
         genes=symbols[used].astype(str),
         labels=obs[label_key].to_numpy().astype(str),
         names=obs["barcode"].to_numpy().astype(str),
@@ -132,7 +118,7 @@ def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarr
     """The labelled cells of a file of counts, and their labels.
 
     Raises:
-        ValueError: If `X` holds anything but counts; every system of the benchmarks normalises them itself.
+        ValueError: If `X` holds anything but counts, which every system of the benchmarks normalises itself.
     """
     from scmmgpt.readers import read_file
     from scmmgpt.train.labels import column_of
@@ -143,32 +129,27 @@ def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarr
     adata = adata[known].copy()
     values = sparse.csr_matrix(adata.X).data
     if (values < 0).any() or not np.array_equal(values, np.round(values)):
-        raise ValueError(f"X of {path} holds no counts, which all systems need. Put them into X.")
+        raise ValueError(f"X of {path} holds no counts. Put counts into X: every system normalises them itself.")
     return adata, labels[known].astype(str)
 
 
 def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Find the cells of a result file in the test split, by barcode.
-
-    Args:
-        names: Barcodes of the file, in its order.
-        test: The test split.
-        source: The file's name, for messages.
+    """Find the cells of the file `source` in the test split, by barcode.
 
     Returns:
-        Rows of `test` and the rows of the file that they match, both int arrays of one length.
+        Rows of `test`, and the rows of the file that match them, both int arrays of one length.
     """
-    row = {name: i for i, name in enumerate(test.names)}
-    barcodes = np.asarray(names).astype(str)
-    if len(row) != len(test):
+    index, barcodes = pd.Index(test.names), np.asarray(names).astype(str)
+    if not index.is_unique:
         raise ValueError(
-            f"The test split has {len(test) - len(row)} barcodes twice, so results cannot be matched to its cells. "
+            f"The test split has {index.duplicated().sum()} barcodes twice: results cannot be matched to its cells. "
             "Make barcodes unique (for example by a sample prefix) and prepare the corpus again."
         )
-    if len(set(barcodes)) != len(barcodes):
-        n_repeated = len(barcodes) - len(set(barcodes))
-        raise ValueError(f"{source} has {n_repeated} barcodes twice; each cell must occur once.")
-    kept = np.array([i for i, name in enumerate(barcodes) if name in row], dtype=np.int64)
+    n_repeated = len(barcodes) - len(set(barcodes))
+    if n_repeated:
+        raise ValueError(f"{source} has {n_repeated} barcodes twice. Keep one row of each cell.")
+    rows = index.get_indexer(barcodes)
+    kept = np.flatnonzero(rows >= 0)
     if not len(kept):
         raise ValueError(
             f"None of the {len(barcodes)} cells of {source} is in the test split of the corpus ({len(test)} cells, "
@@ -176,9 +157,7 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
         )
     if len(kept) < len(barcodes):
         n_unknown = len(barcodes) - len(kept)
-        logger.warning(
-            "Left out %d of %d cells of %s, which are not in the test split.", n_unknown, len(barcodes), source
-        )
+        logger.warning("Left out %d of %d cells of %s: not in the test split.", n_unknown, len(barcodes), source)
     if len(kept) < len(test):
         logger.warning("%d of %d test cells are not in %s.", len(test) - len(kept), len(test), source)
-    return np.array([row[name] for name in barcodes[kept]]), kept
+    return rows[kept], kept

@@ -1,4 +1,4 @@
-"""Evaluate generated descriptions of held-out cells, beside captions that need no language model.
+"""Evaluate generated descriptions of held-out cells beside captions that need no language model.
 
 python -m scmmgpt.eval description --corpus corpus --descriptions descriptions.csv --output description.json
 """
@@ -8,19 +8,14 @@ import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 import sacrebleu
 from numpy.typing import ArrayLike
 
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.cells import LabelledCells, match_names
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
-from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import (
-    ROUGE_TYPES,
-    cell_types_in_text,
-    embed_texts,
-    rouge_f,
-    sliced_wasserstein,
-)
+from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy as metric
 from scmmgpt.eval.task import run_task, task_parser
 
 
@@ -29,13 +24,14 @@ logger = logging.getLogger(__name__)
 BARCODE_COLUMNS = ("barcode", "cell")
 TEXT_COLUMNS = ("scmmgpt_description", "description")
 MAX_PAIRS = 2000  # kernel matrices are quadratic in the number of texts
+N_SAMPLES = 12  # descriptions that the report shows
 BLIND_TO_PAIRING = ("mmd2", "sliced_wasserstein")  # metrics that stay the same when descriptions are shuffled
 
 MEASURES = {
     "named_type_accuracy": results.Measure(
         "names true type",
         True,
-        "Share of descriptions whose first named cell type (or a synonym of it) is the true one.",
+        "Share of descriptions whose first named cell type (or synonym of one) is the true type.",
     ),
     "cosine": results.Measure(
         "cosine", True, "Mean cosine of description and reference, as all-MiniLM-L6-v2 sentence embeddings."
@@ -44,22 +40,17 @@ MEASURES = {
         "MMD²",
         False,
         "Unbiased squared maximum mean discrepancy between the embeddings of descriptions and references, with the "
-        "median distance between references as bandwidth; 0 on average for equal distributions. It compares "
-        "distributions, and does not depend on which cell a text belongs to.",
+        "median distance between references as bandwidth; 0 on average for equal distributions. MMD² does not depend "
+        "on the pairing of descriptions with references.",
     ),
     "sliced_wasserstein": results.Measure(
         "sliced Wasserstein",
         False,
-        "Sliced 2-Wasserstein distance between the same embeddings, 200 directions; independent of the pairing, too.",
+        "Sliced 2-Wasserstein distance between the same embeddings, 200 directions; also independent of the pairing.",
     ),
     "rougeL": results.Measure("ROUGE-L", True, "Mean ROUGE-L F-measure against the reference."),
     "bleu": results.Measure("BLEU", True, "Corpus BLEU against the reference (sacrebleu defaults), 0 to 100."),
 }
-
-
-def first_named_type(text: str, labels: Sequence[str]) -> str | None:
-    """The first cell type that a text names, by its label alone."""
-    return next(iter(cell_types_in_text(text, labels)), None)
 
 
 def evaluate_descriptions(
@@ -68,14 +59,13 @@ def evaluate_descriptions(
     cell_types: ArrayLike,
     train_labels: ArrayLike,
     *,
+    label_text: Callable[[str], str],
+    parse: Callable[[str, Sequence[str]], str | None],
     baseline_labels: ArrayLike | None = None,
     train_texts: Sequence[str] | None = None,
-    label_text: Callable[[str], str] = "cell type: {}.".format,
-    parse: Callable[[str, Sequence[str]], str | None] = first_named_type,
-    embed: Callable[[Sequence[str]], np.ndarray] = embed_texts,
+    embed: Callable[[Sequence[str]], np.ndarray] = metric.embed_texts,
     names: ArrayLike | None = None,
     n_resamples: int = results.N_RESAMPLES,
-    n_samples: int = 12,
     seed: int = 0,
 ) -> dict:
     """Score descriptions beside captions that are looked up instead of generated.
@@ -85,14 +75,13 @@ def evaluate_descriptions(
         references: Reference text of each cell.
         cell_types: True type of each cell.
         train_labels: Types of the training cells.
-        baseline_labels: Predictions of logistic regression; adds the baselines that write a caption of them.
-        train_texts: Text of each training cell; adds the baselines that copy one.
-        label_text: Writes the label-only caption of a type.
-        parse: Finds the candidate that a text names, `None` where it names none.
-        embed: Sentence embedder, texts to array `(n, d)`.
+        label_text: Cell type -> its label-only caption.
+        parse: Text and candidate types -> the type that the text names, `None` where the text names none.
+        baseline_labels: Predictions of logistic regression; adds baselines with captions of the predicted types.
+        train_texts: Text of each training cell; adds baselines that copy one of them.
+        embed: Sentence embedder, texts -> array `(n, d)`.
         names: Barcodes, for the samples.
         n_resamples: Bootstrap replicates of the intervals.
-        n_samples: Cells to show in the report, spread over types.
         seed: Seed of the bootstrap, the control and the drawn captions.
 
     Returns:
@@ -115,22 +104,23 @@ def evaluate_descriptions(
         hits = np.array(named[name], dtype=object) == types
         estimates[name] = _estimates(of_system, truths, hits, embed(of_system), embedded_truths, draws, seed)
     roles = {name: role for name, (role, _) in systems.items()}
+    n_named = [len(metric.cell_types_in_text(text, candidates)) for text in texts]
     result = {"task": "description"} | results.tabulate(MEASURES, roles, estimates)
     result |= {"n": len(truths), "n_given": len(references), "n_resamples": n_resamples, "seed": seed}
     return result | {
         "parsing": {
             "no_type_named": float(np.mean([label is None for label in named[results.MODEL_NAME]])),
-            "several_types_named": float(np.mean([len(cell_types_in_text(text, candidates)) > 1 for text in texts])),
+            "several_types_named": float(np.mean(np.array(n_named) > 1)),
             "distinct_descriptions": len(set(texts)),
         },
-        "samples": _samples(texts, truths, types, named[results.MODEL_NAME], predicted, barcodes)[:n_samples],
+        "samples": _samples(texts, truths, types, named[results.MODEL_NAME], predicted, barcodes),
     }
 
 
 def _sample_rows(n: int, seed: int) -> np.ndarray:
     """Rows of the pairs to score: all, or `MAX_PAIRS` of them."""
     if n < 2:
-        raise ValueError(f"A comparison of texts needs two cells at least, but got {n}.")
+        raise ValueError(f"Texts of {n} cells cannot be compared. Give two cells at least.")
     if n <= MAX_PAIRS:
         return np.arange(n)
     logger.info("Sampled %d of %d descriptions.", MAX_PAIRS, n)
@@ -149,17 +139,14 @@ def _systems(
     """Role and texts of the model, of captions looked up for predicted and for true types, and of the control."""
     systems: dict[str, tuple[str, list[str]]] = {results.MODEL_NAME: (results.MODEL, texts)}
     if predicted is not None:
-        systems["label of logistic regression"] = (
-            results.BASELINE,
-            baselines.label_only_captions(predicted, label_text),
-        )
+        systems["label of logistic regression"] = (results.BASELINE, [label_text(label) for label in predicted])
     if predicted is not None and train_texts is not None:
         copied = baselines.training_captions(predicted, train_types, train_texts, seed=seed)
         systems["training caption of that label"] = (results.BASELINE, copied)
     majority = baselines.majority_class(train_types, len(types)).labels
-    systems["majority label"] = (results.BASELINE, baselines.label_only_captions(majority, label_text))
+    systems["majority label"] = (results.BASELINE, [label_text(label) for label in majority])
     systems["shuffled descriptions"] = (results.CONTROL, baselines.shuffled(texts, seed=seed).tolist())
-    systems["label-only caption, true label"] = (results.REFERENCE, baselines.label_only_captions(types, label_text))
+    systems["label-only caption, true label"] = (results.REFERENCE, [label_text(label) for label in types])
     if train_texts is not None and np.isin(types, train_types).all():
         copied = baselines.training_captions(types, train_types, train_texts, seed=seed + 1)
         systems["training caption of the true type"] = (results.REFERENCE, copied)
@@ -182,38 +169,29 @@ def _estimates(
     pairs = ((embedded, embedded), (embedded_references, embedded_references), (embedded, embedded_references))
     kernels = [gaussian_kernel(a, b, bandwidth) for a, b in pairs]
     mmd2 = float(discrepancy(*kernels))
+    mmd2_replicates = results.recentre(mmd2, discrepancy(*kernels, x_weights=draws, y_weights=draws))
+    rouge = metric.rouge_f(texts, references)[:, metric.ROUGE_TYPES.index("rougeL")]
     bleu = sacrebleu.corpus_bleu(texts, [references]).score
     return {
         "named_type_accuracy": results.mean_estimate(is_named, draws),
         "cosine": results.mean_estimate(cosine, draws),
-        "mmd2": results.Estimate(
-            mmd2, n, results.recentre(mmd2, discrepancy(*kernels, x_weights=draws, y_weights=draws))
-        ),
-        "sliced_wasserstein": results.Estimate(sliced_wasserstein(embedded, embedded_references, seed=seed), n),
-        "rougeL": results.mean_estimate(rouge_f(texts, references)[:, ROUGE_TYPES.index("rougeL")], draws),
+        "mmd2": results.Estimate(mmd2, n, mmd2_replicates),
+        "sliced_wasserstein": results.Estimate(metric.sliced_wasserstein(embedded, embedded_references, seed=seed), n),
+        "rougeL": results.mean_estimate(rouge, draws),
         "bleu": results.Estimate(bleu, n, _bleu_replicates(texts, references, draws)),
     }
 
 
 def _bleu_replicates(texts: list[str], references: list[str], draws: np.ndarray) -> np.ndarray:
-    """Corpus BLEU of every replicate: a replicate's n-gram counts are the sum of those of its sentences."""
-    metric = sacrebleu.BLEU()
-    sentences = sacrebleu.BLEU(effective_order=True)
-    scored = [sentences.sentence_score(text, [reference]) for text, reference in zip(texts, references, strict=True)]
-    statistics = draws @ np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scored])
-    order = metric.max_ngram_order
-    return np.array(
-        [
-            metric.compute_bleu(
-                correct=row[:order].tolist(),
-                total=row[order : 2 * order].tolist(),
-                sys_len=int(row[-2]),
-                ref_len=int(row[-1]),
-                smooth_method=metric.smooth_method,
-            ).score
-            for row in statistics
-        ]
+    """Corpus BLEU of every replicate, whose n-gram counts are the sums of those of its sentences."""
+    bleu = sacrebleu.BLEU(effective_order=True)
+    scored = [bleu.sentence_score(text, [reference]) for text, reference in zip(texts, references, strict=True)]
+    statistics = (
+        (draws @ np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scored])).astype(int).tolist()
     )
+    n = bleu.max_ngram_order
+    scores = [bleu.compute_bleu(r[:n], r[n : 2 * n], r[-2], r[-1], bleu.smooth_method) for r in statistics]
+    return np.array([score.score for score in scores])
 
 
 def _samples(
@@ -224,7 +202,7 @@ def _samples(
     predicted: np.ndarray | None,
     barcodes: np.ndarray | None,
 ) -> list[dict]:
-    """Cells to show: one of each type in turn, in the order given, right or wrong alike."""
+    """The `N_SAMPLES` cells to show: one of each type in turn, in the given order, right or wrong alike."""
     by_type: dict[str, list[int]] = {}
     for i, label in enumerate(types):
         by_type.setdefault(label, []).append(i)
@@ -239,7 +217,7 @@ def _samples(
             "description": texts[i],
             "reference": references[i],
         }
-        for i in order
+        for i in order[:N_SAMPLES]
     ]
 
 
@@ -247,7 +225,7 @@ def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.nd
     """Match descriptions with the cells of the test split by barcode.
 
     Args:
-        path: What `scmmgpt describe` writes: the `.csv` of `--table` or the `.h5ad`. A table has the barcodes in the
+        path: Output of `scmmgpt describe`: the `.csv` of `--table` or the `.h5ad`. A table has the barcodes in the
             column "barcode" or "cell", and texts in "scmmgpt_description" or "description".
         test: The test split of the corpus.
 
@@ -259,8 +237,6 @@ def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.nd
 
         table = anndata.read_h5ad(path, backed="r").obs.rename_axis("barcode").reset_index()
     else:
-        import pandas as pd
-
         table = pd.read_csv(path, dtype=str, keep_default_na=False, sep="\t" if str(path).endswith(".tsv") else ",")
     columns = []
     for names in (BARCODE_COLUMNS, TEXT_COLUMNS):
@@ -273,9 +249,9 @@ def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.nd
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Arguments that say where the descriptions are; shared with the report."""
+    """Add the arguments of the descriptions, which the report shares."""
     parser.add_argument(
-        "--descriptions", required=required, help="described cells, the .csv or .h5ad that `scmmgpt describe` writes"
+        "--descriptions", required=required, help="described cells: .csv or .h5ad of `scmmgpt describe`"
     )
     parser.add_argument("--templates", default="default", help="caption templates of the training (%(default)s)")
 
@@ -286,7 +262,7 @@ def evaluate_file(
     test: LabelledCells,
     regression: baselines.TypePrediction | None = None,
 ) -> dict:
-    """Evaluate descriptions that the arguments name; `regression` covers all test cells and is fitted if `None`."""
+    """Evaluate the descriptions; `regression` holds predictions for all test cells, fitted where `None`."""
     from scmmgpt.cells_scmmgpt import hash_names
     from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
 

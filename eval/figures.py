@@ -1,4 +1,4 @@
-"""Figures of the report, as data URIs that need no network and no file beside the page."""
+"""Figures of the report."""
 
 import base64
 import io
@@ -17,20 +17,19 @@ from scmmgpt.train.curves import figure_style
 
 
 REAL, GENERATED = "#9aa5b1", "#c2410c"
-MAX_VECTOR_POINTS = 3000  # more are drawn as pixels inside the SVG: a vector for each would weigh megabytes
-MARKERS_PER_TYPE = 3
+MAX_VECTOR_POINTS = 3000  # more points are drawn as pixels inside the SVG, which would otherwise take megabytes
 
 
 def data_uri(figure: Figure) -> str:
-    """The figure as an SVG data URI for an `<img>`."""
+    """The figure as an SVG data URI, so that the page needs no file beside it."""
     buffer = io.BytesIO()
     with figure_style():
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None}, dpi=150)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _wrapped(label: str, width: int = 26) -> str:
-    return "\n".join(textwrap.wrap(label, width, break_long_words=False)) or label
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, 34, break_long_words=False)) or label
 
 
 def type_colors(labels: Sequence[str]) -> dict[str, Any]:
@@ -52,11 +51,10 @@ def confusion_figure(confusion: Mapping) -> Figure:
         for i in range(len(rows)):
             for j in range(len(columns)):
                 if counts[i, j]:
-                    axes.text(
-                        j, i, counts[i, j], ha="center", va="center", color="white" if share[i, j] > 0.6 else "#1f2933"
-                    )
-        axes.set_xticks(range(len(columns)), [_wrapped(c, 34) for c in columns], rotation=90, linespacing=0.9)
-        axes.set_yticks(range(len(rows)), [_wrapped(r, 34) for r in rows])
+                    color = "white" if share[i, j] > 0.6 else "#1f2933"
+                    axes.text(j, i, counts[i, j], ha="center", va="center", color=color)
+        axes.set_xticks(range(len(columns)), map(_wrapped, columns), rotation=90, linespacing=0.9)
+        axes.set_yticks(range(len(rows)), map(_wrapped, rows))
         axes.set_xlabel("predicted type")
         axes.set_ylabel("true type")
         axes.spines[:].set_visible(False)
@@ -64,14 +62,13 @@ def confusion_figure(confusion: Mapping) -> Figure:
         axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.5)
         axes.tick_params(which="both", length=0)
-        figure.colorbar(image, ax=axes, label="share of the true type", shrink=0.7, pad=0.02).outline.set_visible(
-            False
-        )
+        bar = figure.colorbar(image, ax=axes, label="share of the true type", shrink=0.7, pad=0.02)
+        bar.outline.set_visible(False)
     return figure
 
 
 def calibration_figure(calibration: Sequence[Mapping]) -> Figure:
-    """Accuracy against confidence, a point a bin, its area by the number of cells."""
+    """Accuracy against confidence, one point for each bin; the area of a point grows with the number of cells."""
     with figure_style():
         figure = Figure(figsize=(3.6, 3.4))
         axes = figure.add_subplot()
@@ -87,26 +84,25 @@ def calibration_figure(calibration: Sequence[Mapping]) -> Figure:
 def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """UMAP of points `(n, d)` to `(n, 2)`, the same for the same seed."""
     with warnings.catch_warnings():
-        # umap announces on import which optional back ends it did not find.
+        # umap warns about optional back ends when it is imported.
         warnings.simplefilter("ignore")
         import umap
 
-        reducer = umap.UMAP(
-            n_neighbors=min(15, len(points) - 1), min_dist=0.3, init="pca", random_state=seed, n_jobs=1
-        )
+        n_neighbors = min(15, len(points) - 1)
+        reducer = umap.UMAP(n_neighbors, min_dist=0.3, init="pca", random_state=seed, n_jobs=1)
         return reducer.fit_transform(np.asarray(points, dtype=np.float32))
 
 
 def umap_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:
-    """Real and generated cells on one map: coloured by type, and by origin.
+    """Maps of real and generated cells, coloured by type and by origin.
 
     Args:
         real: Coordinates of real cells, shape `(n_real, 2)`.
-        real_labels: Their types.
+        real_labels: Types of real cells.
         generated: Coordinates of generated cells, shape `(n_generated, 2)`.
-        prompts: The types that generated cells were prompted with.
+        prompts: Prompted types of generated cells.
         colors: Type -> colour.
     """
     raster = len(real) + len(generated) > MAX_VECTOR_POINTS
@@ -123,7 +119,7 @@ def umap_figures(
             draw(axes, real[real_labels == label], color=colors[label], alpha=0.55, linewidths=0)
             prompted = {"color": colors[label], "marker": "^", "edgecolors": "#1f2933", "linewidths": 0.5}
             draw(axes, generated[prompts == label], s=size * 1.3, **prompted)
-            axes.scatter([], [], s=30, color=colors[label], label=_wrapped(label, 40))
+            axes.scatter([], [], s=30, color=colors[label], label=_wrapped(label))
         axes.scatter([], [], s=30, color="white", edgecolors="#52606d", label="real, held out")
         axes.scatter([], [], s=36, color="white", edgecolors="#1f2933", marker="^", label="generated")
         draw(other, real, color=REAL, alpha=0.8, linewidths=0, label="real, held out")
@@ -136,8 +132,8 @@ def umap_figures(
     return by_type, by_origin
 
 
-def marker_genes(train: LabelledCells, *, per_type: int = MARKERS_PER_TYPE) -> list[tuple[str, str]]:
-    """The genes that set each type apart among training cells (scanpy, Wilcoxon), as (type, gene), each gene once."""
+def marker_genes(train: LabelledCells) -> list[tuple[str, str]]:
+    """Three marker genes of each type among training cells (scanpy, Wilcoxon), as (type, gene), each gene once."""
     import anndata
     import pandas as pd
     import scanpy
@@ -150,13 +146,13 @@ def marker_genes(train: LabelledCells, *, per_type: int = MARKERS_PER_TYPE) -> l
         var=pd.DataFrame(index=train.genes),
     )
     with warnings.catch_warnings():
-        # Fold changes of genes that a group never expresses; the ranking does not use them.
+        # Fold changes are undefined for genes without counts in a group; the ranking does not use fold changes.
         warnings.simplefilter("ignore")
         scanpy.tl.rank_genes_groups(adata, "type", method="wilcoxon", n_genes=min(50, adata.n_vars))
     chosen: dict[str, str] = {}
     for label in names[counts > 1]:
         ranked = [str(gene) for gene in adata.uns["rank_genes_groups"]["names"][label]]
-        for gene in [gene for gene in ranked if gene not in chosen][:per_type]:
+        for gene in [gene for gene in ranked if gene not in chosen][:3]:
             chosen[gene] = str(label)
     return [(label, gene) for gene, label in chosen.items()]
 
@@ -170,7 +166,7 @@ def marker_figure(
         markers: (type, gene) in the order of the columns.
         types: Types in the order of the rows.
         real: Mean log1p(CP10k) of real cells, shape `(n_types, n_markers)`.
-        generated: The same of generated cells.
+        generated: Mean log1p(CP10k) of generated cells, of the same shape.
     """
     scale = np.maximum(real.max(0), 1e-6)
     with figure_style():
@@ -178,7 +174,7 @@ def marker_figure(
         panels = figure.subplots(2, 1, sharex=True)
         for axes, values, title in ((panels[0], real, "real, held out"), (panels[1], generated, "generated")):
             image = axes.imshow(values / scale, cmap="magma_r", vmin=0, vmax=1, aspect="auto")
-            axes.set_yticks(range(len(types)), [_wrapped(label, 34) for label in types], fontsize=7)
+            axes.set_yticks(range(len(types)), map(_wrapped, types), fontsize=7)
             axes.set_title(title, loc="left")
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)

@@ -1,25 +1,24 @@
-"""Fine-tuning beside the alternatives of a lab: all labels, or a few cells of each, on one held-out quarter.
+"""Fine-tuning beside the usual methods, with all labels or with few cells of each label.
 
 ```
 python -m scmmgpt.eval finetuning --adata cells.h5ad --label-key cell_type --output DIR [-- OPTIONS OF FINETUNE]
 ```
 
-A stratified quarter of the labelled cells is held out, and nothing is chosen on it. All systems learn from the same
-cells of the rest:
+A stratified quarter of the labelled cells is held out, and no setting is chosen on it. All systems learn from the same
+training cells:
 
 * `finetune`: `python -m scmmgpt.train finetune`, then `annotate`, as a user runs them;
-* `finetune, unlabelled`: the same, with the other training cells in the file, unlabelled;
+* `finetune, unlabelled`: the same, with all other training cells in the file as unlabelled cells;
 * `logistic regression`: log1p(CP10k) of all genes, C by cross-validation (with one cell of each label: C = 1);
-* `regression on components`: the same on 50 principal components of all training cells, labelled or not;
+* `regression on components`: logistic regression on 50 principal components of all training cells, labelled or not;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k);
-* `nearest centroid` and `majority class`: the floors.
+* `nearest centroid` and `majority class`: the simplest methods.
 
-The seed decides which cells are labelled, and the random draws of a system. The setting `all` repeats over seeds on
-one split; `all, other splits` holds out other quarters. DIR gets `results.json` (every run), `results.csv`,
-`shots.png` and `table.md`, which is printed.
+A seed draws the labelled cells and feeds the random draws of a system. The setting `all` repeats over seeds on one
+split; `all, other splits` holds out other quarters. DIR gets `results.json` (every run), `results.csv`, `shots.png`
+and `table.md`, which is also printed.
 """
 
-import csv
 import logging
 import sys
 import time
@@ -28,14 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
-from sklearn.model_selection import train_test_split
 
 from scmmgpt.eval.annotators import LabelBudget, System, make_systems, quieten
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annotation_scores
 from scmmgpt.eval.results import bootstrap_draws, percentile_interval
-from scmmgpt.eval.task import read_runs, training_parser
+from scmmgpt.eval.task import read_runs, split_rows, training_parser
 from scmmgpt.files import write_json
 from scmmgpt.train.curves import figure_style
 
@@ -51,55 +50,36 @@ METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 OURS = ("finetune", "finetune, unlabelled")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Rows of `shots` cells of every label (of all its cells where it has fewer), ascending."""
+    """Rows of `shots` random cells of every label, or of all cells of a label with fewer, ascending."""
     rng = np.random.default_rng([seed, shots])
     chosen = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
 
 
 def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: int, test_share: float) -> list[dict]:
-    """All runs: setting, seed, and the rows to train on, to show labels of, and to test on."""
-
-    def parts(split: int) -> list[np.ndarray]:
-        rows = np.arange(len(labels))
-        return [np.sort(p) for p in train_test_split(rows, test_size=test_share, stratify=labels, random_state=split)]
-
-    train, test = parts(0)
+    """All runs: setting, seed, rows to train on, positions among these whose labels are shown, and rows to test on."""
     runs = []
-    for n in shots:
-        for seed in range(seeds):
-            shown = draw_shots(labels[train], n, seed)
-            runs.append({"setting": str(n), "seed": seed, "train": train, "shown": shown, "test": test})
-    for seed in range(seeds):
-        runs.append({"setting": ALL, "seed": seed, "train": train, "shown": np.arange(len(train)), "test": test})
-    for split in range(1, splits):
-        train, test = parts(split)
-        shown = np.arange(len(train))
-        runs.append({"setting": OTHER_SPLITS, "seed": split, "train": train, "shown": shown, "test": test})
+    for split in range(max(splits, 1)):
+        train, test = split_rows(labels, test_share=test_share, seed=split)
+        everything = np.arange(len(train))
+        draws = [(OTHER_SPLITS, split, everything)]
+        if split == 0:
+            draws = [(str(n), seed, draw_shots(labels[train], n, seed)) for n in shots for seed in range(seeds)]
+            draws += [(ALL, seed, everything) for seed in range(seeds)]
+        rows = {"train": train, "test": test}
+        runs += [{"setting": setting, "seed": seed, "shown": shown, **rows} for setting, seed, shown in draws]
     return runs
 
 
 def evaluate(
     adata: AnnData, labels: np.ndarray, systems: dict[str, System], runs: list[dict], *, done: Sequence[dict] = ()
 ) -> Iterator[dict]:
-    """Scores of every system in every run.
-
-    Args:
-        adata: All cells, counts in `X`.
-        labels: `(n_obs,)`.
-        systems: By name.
-        runs: From `draw_runs`.
-        done: Records of an earlier call, which are kept.
+    """Scores of every system in every run of `draw_runs`; records in `done` are not computed again.
 
     Yields:
-        Records with `setting`, `seed`, `system`, `accuracy`, `macro_f1`, `seconds` (of processor time, for training
-        and naming the test cells) and `right` (a string of 0 and 1 over the test cells).
+        Records with `setting`, `seed`, `system`, `accuracy`, `macro_f1`, `seconds` (processor time of training and
+        prediction) and `right` (a string of 0 and 1 over the test cells).
     """
     records = {(r["setting"], r["seed"], r["system"]): r for r in done}
     for run in runs:
@@ -126,7 +106,7 @@ def evaluate(
 
 
 def summarise(records: list[dict]) -> list[dict]:
-    """Mean and standard deviation over seeds of each metric, by setting and system; `sd` is `None` of a single run."""
+    """Mean and standard deviation (`None` for a single run) of each metric over seeds, by setting and system."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         groups.setdefault((record["setting"], record["system"]), []).append(record)
@@ -143,9 +123,9 @@ def summarise(records: list[dict]) -> list[dict]:
 
 
 def compare(records: list[dict], ours: str) -> list[dict]:
-    """Accuracy of `ours` minus every other system's, with the 95 % interval over resampled test cells.
+    """Accuracy of `ours` minus that of each other system, with the 95 % interval over resampled test cells.
 
-    Differences are means over seeds, on the same test cells; settings that move the test cells have no interval.
+    Differences are means over seeds on the same test cells. The setting with other test cells has no interval.
     """
 
     def rights(setting: str, system: str) -> dict[int, np.ndarray]:
@@ -162,12 +142,8 @@ def compare(records: list[dict], ours: str) -> list[dict]:
                 continue
             differences = np.array([mine[seed] - theirs[seed] for seed in seeds])
             by_seed = differences.mean(axis=1)
-            row: dict[str, Any] = {
-                "setting": setting,
-                "system": ours,
-                "against": system,
-                "difference": round(by_seed.mean(), 4),
-            }
+            row: dict[str, Any] = {"setting": setting, "system": ours, "against": system}
+            row["difference"] = round(by_seed.mean(), 4)
             row["better_in"] = f"{int((by_seed > 0).sum())} of {len(by_seed)}"
             row["interval"] = None
             if setting != OTHER_SPLITS:
@@ -176,11 +152,6 @@ def compare(records: list[dict], ours: str) -> list[dict]:
                 row["interval"] = [round(end, 4) for end in percentile_interval(replicates) or ()]
             rows.append(row)
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def markdown_table(rows: list[dict]) -> str:
@@ -209,7 +180,7 @@ def markdown_table(rows: list[dict]) -> str:
 
 
 def shots_figure(rows: list[dict]) -> "Figure":
-    """Accuracy and macro-F1 over the number of labelled cells, a line a system, bars of one standard deviation."""
+    """Accuracy and macro-F1 over the number of labelled cells, with error bars of one standard deviation."""
     from matplotlib.figure import Figure
 
     settings = [s for s in dict.fromkeys(row["setting"] for row in rows) if s != OTHER_SPLITS]
@@ -246,17 +217,15 @@ def write_outputs(records: list[dict], about: dict, output: str | Path) -> str:
     comparisons = [row for ours in OURS for row in compare(records, ours)]
     table = markdown_table(rows)
     write_json(output / "results.json", {**about, "rows": rows, "comparisons": comparisons, "runs": records})
-    with (output / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [name for name in records[0] if name != "right"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(records)
+    table_of_runs = pd.DataFrame(records).drop(columns="right")
+    table_of_runs.to_csv(output / "results.csv", index=False, lineterminator="\r\n")
     (output / "table.md").write_text(table, encoding="utf-8")
     shots_figure(rows).savefig(output / "shots.png", dpi=150)
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Runs that DIR/results.json has already are kept."""
+    """Run the command line. Runs in `results.json` of the output folder are not repeated."""
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = training_parser("finetuning", __doc__.split("\n\n")[0])
@@ -271,24 +240,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     systems = make_systems(args.label_key, options)
     unknown = set(args.systems or ()) - set(systems)
     if unknown:
-        raise ValueError(f"There are no systems {sorted(unknown)}; there are {list(systems)}.")
+        raise ValueError(f"Unknown systems {sorted(unknown)}. Choose among {list(systems)}.")
     systems = {name: system for name, system in systems.items() if args.systems is None or name in args.systems}
     runs = draw_runs(labels, shots=args.shots, seeds=args.seeds, splits=args.splits, test_share=args.test_share)
     about: dict[str, Any] = {"task": "finetuning", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"n_cells": len(labels), "test_share": args.test_share, "finetune_options": options}
     path = Path(args.output, "results.json")
-    earlier = read_runs(path, about)
     records = []
-    for record in evaluate(adata, labels, systems, runs, done=earlier):
+    for record in evaluate(adata, labels, systems, runs, done=read_runs(path, about)):
         records.append(record)
-        logger.info(
-            "%s, seed %d, %s: accuracy %.3f, macro-F1 %.3f",
-            *(record[name] for name in ("setting", "seed", "system", "accuracy", "macro_f1")),
-        )
+        values = (record[name] for name in ("setting", "seed", "system", "accuracy", "macro_f1"))
+        logger.info("%s, seed %d, %s: accuracy %.3f, macro-F1 %.3f", *values)
         write_json(path, {**about, "runs": records})
     sys.stdout.write(write_outputs(records, about, args.output))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Evaluate cells generated from text against real held-out cells, beside profiles that need no model.
+"""Evaluate cells generated from text against real held-out cells, with mean profiles as baselines.
 
 python -m scmmgpt.eval generation --corpus corpus --generated generated.h5ad --output generation.json
 """
@@ -6,7 +6,7 @@ python -m scmmgpt.eval generation --corpus corpus --generated generated.h5ad --o
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("label", "cell_type")  # obs columns of generated cells that may hold the prompted type
 MIN_GENES = 20  # fewer shared genes do not tell types apart
-MAX_VARIABLE_GENES = 2000  # of the correlation of profiles
-RESERVED_SHARE = 0.2  # of the training cells, kept out of the components to serve as real cells beside generated ones
+MAX_VARIABLE_GENES = 2000  # for the correlation of profiles
+RESERVED_SHARE = 0.2  # of the training cells: not used for the components, but as real cells beside generated ones
 MAX_PER_TYPE = 500  # cells of a type on each side of a distance
 
 MEASURES = {
@@ -33,32 +33,32 @@ MEASURES = {
             f"{k}-NN accuracy",
             True,
             f"Share of generated cells whose {k} nearest real held-out cells vote for the prompted type, averaged "
-            "over types. Cells that are more typical than real ones score above them: read it with the distances.",
+            "over types. Cells more typical than real cells score above real cells: see the distances as well.",
         )
         for k in knn.KS
     },
     "energy_distance": results.Measure(
         "E-distance",
         False,
-        "Energy distance between generated and real held-out cells of one type, unbiased, averaged over types.",
+        "Unbiased energy distance between generated and real held-out cells of one type, averaged over types.",
     ),
     "mmd2": results.Measure(
         "MMD²",
         False,
-        "Squared maximum mean discrepancy of the same cells, unbiased, with one bandwidth from all held-out cells.",
+        "Unbiased squared maximum mean discrepancy of the same cells, with one bandwidth from all held-out cells.",
     ),
     "profile_correlation": results.Measure(
         "profile correlation",
         True,
-        "Pearson correlation over genes of the type's mean profile minus the mean of all training cells, generated "
-        "against real held-out, averaged over types.",
+        "Pearson correlation over genes between the mean profiles of generated and real held-out cells of a type, "
+        "each minus the mean of all training cells, averaged over types.",
     ),
     "diversity": results.Measure(
         "diversity",
         None,
-        "Mean distance between generated cells of a type over that of real cells, averaged over types: 1 is right, "
-        "0 is one cell copied. The interval leaves out bootstrap draws that hold a single real cell of a type, for "
-        "which the ratio has no value; where half of the draws or more do, there is no interval.",
+        "Mean distance between generated cells of a type, divided by that between real cells, averaged over types: "
+        "1 is right, 0 means copies of one cell. The interval leaves out bootstrap draws with a single real cell of a "
+        "type, for which the ratio is undefined; if these are half of the draws or more, there is no interval.",
     ),
 }
 
@@ -78,11 +78,11 @@ def evaluate_generation(
     Args:
         generated: log1p(CP10k), shape `(n_generated, n_genes)`.
         prompts: Prompted type of each generated cell.
-        genes: Symbols of the columns; those that no real cell has are left out.
-        train: Real training cells, which define the space and the baselines.
+        genes: Symbols of the columns; genes that no training cell has are left out.
+        train: Real training cells, for the space and the baselines.
         test: Real held-out cells, the truth.
         n_resamples: Bootstrap replicates of the intervals.
-        seed: Seed of everything that is drawn.
+        seed: Seed of all random draws.
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `per_type` and sizes.
@@ -92,7 +92,7 @@ def evaluate_generation(
     kept = _types_with_real_cells(types, train, test)
     generated, types = generated[kept], types[kept]
     reserved = reserve_cells(train.labels, seed=seed)
-    # Components fitted on a cell hold some of its noise: cells that are compared must be new to them.
+    # Components fit some noise of their own cells: compared cells must not be among these.
     space = knn.fit_cell_space(train.expression[~reserved], seed=seed)
     real_cells, real_types = draw_real_cells(types, train.take(np.flatnonzero(reserved)), seed=seed)
     systems = {
@@ -107,28 +107,20 @@ def evaluate_generation(
     for name, (_, cells, labels) in systems.items():
         points = space.transform(cells)
         estimates[name], per_type[name] = _estimates(cells, labels, points, truth, n_resamples=n_resamples, seed=seed)
-    result = results.tabulate(MEASURES, {name: role for name, (role, _, _) in systems.items()}, estimates)
-    return (
-        {"task": "generation"}
-        | result
-        | {
-            "n_generated": len(types),
-            "n_left_out": int((~kept).sum()),
-            "n_real": len(test),
-            "n_train": len(train),
-            "n_genes": len(test.genes),
-            "n_components": int(space.n_components_),
-            "bandwidth": truth.bandwidth,
-            "n_resamples": n_resamples,
-            "seed": seed,
-            "types_in_distances": sorted(per_type[results.MODEL_NAME]),
-            "per_type": per_type,
-        }
-    )
+    roles = {name: role for name, (role, _, _) in systems.items()}
+    result = {"task": "generation"} | results.tabulate(MEASURES, roles, estimates)
+    result |= {"n_generated": len(types), "n_left_out": int((~kept).sum()), "n_real": len(test), "n_train": len(train)}
+    result |= {"n_genes": len(test.genes), "n_components": int(space.n_components_), "bandwidth": truth.bandwidth}
+    return result | {
+        "n_resamples": n_resamples,
+        "seed": seed,
+        "types_in_distances": sorted(per_type[results.MODEL_NAME]),
+        "per_type": per_type,
+    }
 
 
 def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: LabelledCells) -> np.ndarray:
-    """Whether training and test cells of the prompted type exist, bool `(n_generated,)`."""
+    """Whether there are training and test cells of each prompted type, bool `(n_generated,)`."""
     kept = np.isin(types, test.labels) & np.isin(types, train.labels)
     if not kept.any():
         raise ValueError(
@@ -144,15 +136,15 @@ def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: Labell
 
 @dataclass(frozen=True)
 class HeldOutCells:
-    """Real held-out cells, as generated ones are compared with them.
+    """Real held-out cells in the form that comparisons with generated cells need.
 
     Args:
         points: Principal components, `(n_real, n_components)`.
         labels: Types, `(n_real,)`.
         bandwidth: Width of the Gaussian kernel for all systems.
-        columns: The most variable genes of the training cells, for profiles.
-        profiles: log1p(CP10k) of the held-out cells over those genes, `(n_real, n_columns)`.
-        center: Mean log1p(CP10k) of all training cells over those genes, `(n_columns,)`.
+        columns: Positions of the most variable genes of the training cells.
+        profiles: log1p(CP10k) of the held-out cells over the variable genes, `(n_real, n_columns)`.
+        center: Mean log1p(CP10k) of all training cells over the variable genes, `(n_columns,)`.
     """
 
     points: np.ndarray
@@ -174,23 +166,19 @@ class HeldOutCells:
         return cls(points, test.labels, knn.median_distance(points, seed=seed), columns, profiles, mean[columns])
 
 
-def reserve_cells(labels: np.ndarray, *, share: float = RESERVED_SHARE, seed: int = 0) -> np.ndarray:
-    """Mark a share of the cells of each type, at least one, but none of a type with a single cell; `(n_cells,)`."""
+def reserve_cells(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Mark a share of the cells of each type, at least one, but never the only cell of a type; bool `(n_cells,)`."""
     rng = np.random.default_rng(seed)
     reserved = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         if len(rows) > 1:
-            reserved[rng.choice(rows, max(round(share * len(rows)), 1), replace=False)] = True
+            reserved[rng.choice(rows, max(round(RESERVED_SHARE * len(rows)), 1), replace=False)] = True
     return reserved
 
 
 def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Real cells of the prompted types, each once: as many of a type as were generated, or as there are.
-
-    Returns:
-        log1p(CP10k) of shape `(n_cells, n_genes)`, and types.
-    """
+    """log1p(CP10k) `(n_cells, n_genes)` and types of random cells: of each type as many as prompts, or all cells."""
     rng = np.random.default_rng(seed)
     wanted = zip(*np.unique(prompts, return_counts=True), strict=True)
     rows = np.concatenate([rng.permutation(np.flatnonzero(cells.labels == label))[:n] for label, n in wanted])
@@ -206,8 +194,8 @@ def align_genes(
         raise ValueError(
             f"Generated cells of shape {generated.shape} need as many distinct genes, but got {len(symbols)}."
         )
-    # A gene without a count in the held-out cells is a zero there, not a missing gene.
-    shared = symbols[np.isin(symbols, train.genes)]
+    is_shared = np.isin(symbols, train.genes)
+    shared = symbols[is_shared]
     if len(shared) < MIN_GENES:
         raise ValueError(
             f"Generated and real cells share {len(shared)} genes; at least {MIN_GENES} are needed. "
@@ -215,21 +203,9 @@ def align_genes(
         )
     if len(shared) < len(symbols):
         unknown = len(symbols) - len(shared)
-        logger.info("Left out %d of %d generated genes, which no training cell has.", unknown, len(symbols))
-    column = {gene: i for i, gene in enumerate(symbols)}
-    return (
-        np.asarray(generated)[:, [column[gene] for gene in shared]],
-        train.select_genes(shared),
-        _with_genes(test, shared),
-    )
-
-
-def _with_genes(cells: LabelledCells, genes: np.ndarray) -> LabelledCells:
-    """The cells over these genes; genes without a count in any cell are columns of zeros."""
-    column = {gene: i for i, gene in enumerate(cells.genes)}
-    where = np.array([column.get(gene, len(cells.genes)) for gene in genes])
-    padded = sparse.hstack([cells.counts, sparse.csr_matrix((len(cells), 1), dtype=np.float32)], format="csc")
-    return replace(cells, counts=sparse.csr_matrix(padded[:, where]), genes=np.asarray(genes))
+        logger.info("Left out %d of %d generated genes: no training cell has them.", unknown, len(symbols))
+    # A gene without a count in the held-out cells is a zero there, not a missing gene.
+    return np.asarray(generated)[:, is_shared], train.select_genes(shared), test.select_genes(shared)
 
 
 def _estimates(
@@ -238,7 +214,7 @@ def _estimates(
     """Estimates of one system, and values by type.
 
     Args:
-        cells: log1p(CP10k) of the system, `(n, n_genes)`.
+        cells: log1p(CP10k), `(n, n_genes)`.
         labels: Prompted types, `(n,)`.
         points: The cells in principal components, `(n, n_components)`.
         truth: Real held-out cells.
@@ -250,7 +226,7 @@ def _estimates(
     ks = [k for k in knn.KS if k <= len(truth.points)]
     hits = knn.knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
     _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    equal = 1 / sizes[types]  # every type weighs the same, whatever its number of cells
+    equal = 1 / sizes[types]  # all types have equal weight
     estimates = {f"knn_accuracy_{k}": results.mean_estimate(hit, draws, weights=equal) for k, hit in hits.items()}
     by_type = {}
     for label in np.unique(labels):
@@ -274,7 +250,7 @@ def _estimates(
 def _compare_samples(
     cells: np.ndarray, x: np.ndarray, truth: HeldOutCells, rows: np.ndarray, n_resamples: int, seed: int
 ) -> dict[str, tuple[float, np.ndarray]]:
-    """Each measure of the cells of one type, `points` x, against the held-out cells `rows`: value and replicates."""
+    """Value and replicates of each measure, for the cells (points x) of one type and the held-out cells `rows`."""
     y = truth.points[rows]
     wx = results.bootstrap_draws(len(x), n_resamples=n_resamples, seed=seed)
     wy = results.bootstrap_draws(len(y), n_resamples=n_resamples, seed=seed + 1)
@@ -315,11 +291,11 @@ def diversity(x: np.ndarray, y: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> t
         x: Distances between generated cells, `(n, n)`.
         y: Distances between real cells, `(m, m)`.
         wx: How often each generated cell occurs in each bootstrap draw, `(n_resamples, n)`.
-        wy: The same of the real cells, `(n_resamples, m)`.
+        wy: How often each real cell occurs in each draw, `(n_resamples, m)`.
 
     Returns:
-        The ratio and its replicates `(n_resamples,)`, NaN where all real cells are copies of one: of three cells, one
-        draw in nine holds the same cell three times, and a ratio to a distance of zero means nothing.
+        The ratio and its replicates `(n_resamples,)`. A ratio is NaN where all real cells are copies of one, as in one
+        of nine draws of three cells.
     """
 
     def spread(distances: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -329,22 +305,19 @@ def diversity(x: np.ndarray, y: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> t
     of_all = spread(y, np.ones((1, len(y))))[0]
     generated = np.concatenate([spread(x, np.ones((1, len(x)))), spread(x, wx)])
     real = np.concatenate([[of_all], spread(y, wy)])
-    # Rounding leaves distances of about 1e-8 of the others between equal cells.
+    # Rounding leaves relative distances of about 1e-8 between equal cells.
     ratios = np.divide(generated, real, out=np.full_like(real, np.nan), where=real > 1e-6 * of_all)
     return float(ratios[0]), ratios[1:]
 
 
 def read_generated(path: str, *, prompt_key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read generated cells.
+    """log1p(CP10k) `(n_cells, n_genes)`, prompted types and gene symbols of generated cells.
 
     Args:
-        path: What `scmmgpt generate` writes: `.h5ad` with gene symbols as `var_names`. With `layers["counts"]` and
-            `obs["library_size"]`, the counts are normalised by the library size, as those of real cells are;
-            otherwise `X` is log1p(CP10k).
+        path: The `.h5ad` of `scmmgpt generate`, with gene symbols as `var_names`. Where it has `layers["counts"]` and
+            `obs["library_size"]`, the counts are normalised by the library size like those of real cells; otherwise
+            `X` is log1p(CP10k).
         prompt_key: obs column of the prompted type; "label" or "cell_type" where `None`.
-
-    Returns:
-        log1p(CP10k) of shape `(n_cells, n_genes)`, prompted types, gene symbols.
     """
     import anndata
 
@@ -359,22 +332,21 @@ def read_generated(path: str, *, prompt_key: str | None = None) -> tuple[np.ndar
     matrix = adata.layers["counts"] if sampled else adata.X
     matrix = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
     if not np.isfinite(matrix).all():
-        raise ValueError(f"{path} holds values that are not finite, {(~np.isfinite(matrix)).sum()} of {matrix.size}.")
+        n_wrong = (~np.isfinite(matrix)).sum()
+        raise ValueError(f"{path} holds NaN or infinite values, {n_wrong} of {matrix.size}. Generate the cells again.")
     if sampled:
         matrix = log1p_cp10k(matrix, adata.obs["library_size"].to_numpy(dtype=np.float64))
     return matrix, adata.obs[keys[0]].to_numpy().astype(str), adata.var_names.to_numpy().astype(str)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Arguments that say where the generated cells are; shared with the report."""
+    """Add the arguments of the generated cells, which the report shares."""
     parser.add_argument("--generated", required=required, help=".h5ad of generated cells, log1p(CP10k) or counts")
-    parser.add_argument(
-        "--prompt-key", help="obs column of the prompted type (default: " + " or ".join(PROMPT_KEYS) + ")"
-    )
+    parser.add_argument("--prompt-key", help=f"obs column of the prompted type (default: {' or '.join(PROMPT_KEYS)})")
 
 
 def evaluate_file(args: argparse.Namespace, train: LabelledCells, test: LabelledCells) -> dict:
-    """Evaluate the generated cells that the arguments name."""
+    """Evaluate the generated cells."""
     matrix, prompts, genes = read_generated(args.generated, prompt_key=args.prompt_key)
     return evaluate_generation(matrix, prompts, genes, train, test, seed=args.seed)
 

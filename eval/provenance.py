@@ -1,4 +1,4 @@
-"""Where the numbers of a report come from: corpus, checkpoint, training runs, settings, files and versions."""
+"""The sources of the numbers of a report: corpus, checkpoint, training runs, settings, files and versions."""
 
 import datetime
 import hashlib
@@ -23,16 +23,7 @@ PACKAGES = (
 def describe_evaluation(
     corpus: "Corpus", files: Sequence[str], *, command: str, checkpoint: str | None, runs: Sequence[dict], seed: int
 ) -> dict:
-    """All that `metrics.json` records beside the numbers.
-
-    Args:
-        corpus: The corpus that was evaluated on.
-        files: The evaluated outputs.
-        command: The command line.
-        checkpoint: Folder of the checkpoint that made the outputs.
-        runs: From `read_training`.
-        seed: Seed of the evaluation.
-    """
+    """The provenance in `metrics.json`: corpus, evaluated files, checkpoint, training runs, settings and versions."""
     provenance = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -49,13 +40,13 @@ def describe_evaluation(
 
 
 def sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
+    """sha256 of the bytes of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that the numbers depend on."""
+    """Versions of Python and of the libraries behind the numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -71,7 +62,7 @@ def describe_checkpoint(path: str | Path) -> dict:
 
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json. Name the folder that `save_pretrained` wrote.")
+        raise FileNotFoundError(f"{folder} has no config.json. Name a folder that `save_pretrained` wrote.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parameters = 0
     for weights in sorted(folder.glob("*.safetensors")):
@@ -92,9 +83,9 @@ def describe_checkpoint(path: str | Path) -> dict:
 
 
 def trained_elsewhere(checkpoint: str | Path, corpus: "Corpus") -> str | None:
-    """A warning if the checkpoint's `training.json` names a corpus other than the one evaluated on, else `None`.
+    """A warning if `training.json` of the checkpoint names another corpus than this one, else `None`.
 
-    Another corpus has another split: cells that are held out here may have been trained on there.
+    Another corpus has another split, so its training cells may be test cells of this corpus.
     """
     log = Path(checkpoint) / "training.json"
     if not log.is_file():
@@ -105,7 +96,7 @@ def trained_elsewhere(checkpoint: str | Path, corpus: "Corpus") -> str | None:
         return None
     return (
         f"The checkpoint was trained on {trained_on}, not on {corpus.path}: "
-        "cells that are held out here may be among those it has seen."
+        "its training cells may be among the held-out cells of this report."
     )
 
 
@@ -116,12 +107,12 @@ def _size(config: dict, name: str | None = None) -> str | None:
     return f"{Path(name).name}: {size}" if name else size
 
 
-def recorded_settings(paths: Sequence[str | None]) -> dict[str, dict]:
-    """What the commands noted in `uns["scmmgpt"]` of the `.h5ad` files: verb -> its settings with a single value."""
+def recorded_settings(paths: Sequence[str]) -> dict[str, dict]:
+    """Settings of commands from `uns["scmmgpt"]` of the `.h5ad` files: verb -> its settings with a single value."""
     import anndata
 
     settings: dict[str, dict] = {}
-    for path in filter(lambda path: path and str(path).endswith(".h5ad"), paths):
+    for path in (path for path in paths if str(path).endswith(".h5ad")):
         noted = anndata.read_h5ad(path, backed="r").uns.get("scmmgpt", {})
         for verb in ("annotate", "describe", "generate"):
             single = {name: np.asarray(value) for name, value in dict(noted.get(verb, {})).items()}
@@ -131,7 +122,7 @@ def recorded_settings(paths: Sequence[str | None]) -> dict[str, dict]:
 
 
 def describe_corpus(corpus: "Corpus") -> dict:
-    """Where the cells come from and how they were divided."""
+    """Sources, sizes and splits of a corpus."""
     manifest = corpus.manifest
     return {
         "path": str(corpus.path),
@@ -152,7 +143,9 @@ def read_training(folders: Sequence[str | Path]) -> list[dict]:
         states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
         candidates = [path for path in (folder / "trainer_state.json", *reversed(states)) if path.is_file()]
         if not candidates:
-            raise FileNotFoundError(f"{folder} has no trainer_state.json, nor a checkpoint-* with one.")
+            raise FileNotFoundError(
+                f"{folder} has no trainer_state.json, nor a checkpoint-* with one. Name the folder of a training run."
+            )
         state = json.loads(candidates[0].read_text(encoding="utf-8"))
         runs.append({"name": folder.name, "steps": state.get("global_step"), "history": state.get("log_history", [])})
     return runs

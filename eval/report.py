@@ -3,7 +3,7 @@
     python -m scmmgpt.eval report --corpus corpus --annotated annotated.h5ad --descriptions descriptions.csv \
         --generated generated.h5ad --training runs/align runs/tune --checkpoint runs/tune --output results/demo
 
-The page needs no network, can be read on a phone and in print, and opens with the comparisons that the model loses.
+The page needs no network, fits a phone and paper, and opens with the comparisons that the model loses.
 """
 
 import argparse
@@ -28,70 +28,61 @@ from scmmgpt.files import whole_file, write_json
 logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
-# For generation the distance: on k-NN accuracy, a copied mean profile beats even real cells.
+# Not k-NN accuracy for generation: copies of the mean profile have a higher one than real cells.
 HEADLINES = {"annotation": "accuracy", "description": "named_type_accuracy", "generation": "energy_distance"}
 QUESTIONS = {
     "annotation": "Does the model name the type of a held-out cell?",
-    "description": "Do its descriptions name the type of the cell?",
+    "description": "Do the descriptions name the type of a held-out cell?",
     "generation": "Are generated cells like real cells of the prompted type?",
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From results to what the page shows
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def digits(metric: str) -> int:
-    """Decimals that a metric is shown with."""
+    """Number of decimals of a metric on the page."""
     return {"bleu": 1, "energy_distance": 2}.get(metric, 3)
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, list[dict]]:
-    """Sort every comparison with a baseline or control by its verdict.
-
-    Returns:
-        `{"worse", "unclear", "better", "control"}`, each a list of task, metric, system, difference and interval;
-        "control" holds comparisons with shuffled answers that the model does not clearly win.
-    """
+    """Comparisons with baselines by verdict ("worse", "unclear", "better"), and comparisons with controls not won."""
     sorted_out: dict[str, list[dict]] = {"worse": [], "unclear": [], "better": [], "control": []}
     for task, result in results.items():
         values = {(row["system"], row["metric"]): row["value"] for row in result["rows"]}
         for comparison in result["comparisons"]:
             if comparison["ci"] is None:
                 continue
-            entry = {
-                "task": task,
-                "title": result["measures"][comparison["metric"]]["title"],
-                "ours": values[result["model"], comparison["metric"]],
-                "theirs": values[comparison["system"], comparison["metric"]],
-                "digits": digits(comparison["metric"]),
-            } | comparison
+            metric = comparison["metric"]
+            entry = {"task": task, "title": result["measures"][metric]["title"], "digits": digits(metric)} | comparison
+            entry |= {"ours": values[result["model"], metric], "theirs": values[comparison["system"], metric]}
             if comparison["role"] == BASELINE:
                 sorted_out[comparison["verdict"]].append(entry)
-            elif comparison["verdict"] != "better" and comparison["metric"] not in description.BLIND_TO_PAIRING:
+            elif comparison["verdict"] != "better" and metric not in description.BLIND_TO_PAIRING:
                 sorted_out["control"].append(entry)
     return sorted_out
+
+
+def best_row(result: dict, metric: str, roles: Sequence[str]) -> dict | None:
+    """The best row of a metric among systems of these roles; `None` without rows, or where no direction is better."""
+    higher = result["measures"][metric]["higher_is_better"]
+    rows = [row for row in result["rows"] if row["metric"] == metric and row["role"] in roles and higher is not None]
+    return max(rows, key=lambda row: row["value"] if higher else -row["value"], default=None)
 
 
 def headline(task: str, result: dict) -> dict:
     """The main number of a task beside its best baseline, its control and its reference."""
     metric = next(m for m in (HEADLINES[task], *result["measures"]) if any(r["metric"] == m for r in result["rows"]))
-    rows = [row for row in result["rows"] if row["metric"] == metric]
-    higher = result["measures"][metric]["higher_is_better"]
-    by_role = {role: [row for row in rows if row["role"] == role] for role in (MODEL, BASELINE, CONTROL, REFERENCE)}
-    best = max(by_role[BASELINE], key=lambda row: row["value"] if higher else -row["value"], default=None)
+    first = {row["role"]: row for row in reversed(result["rows"]) if row["metric"] == metric}
+    best = best_row(result, metric, [BASELINE])
     comparisons = {c["system"]: c for c in result["comparisons"] if c["metric"] == metric}
     return {
         "task": task,
         "question": QUESTIONS[task],
         "title": result["measures"][metric]["title"],
-        "higher_is_better": higher,
-        "model": by_role[MODEL][0],
+        "higher_is_better": result["measures"][metric]["higher_is_better"],
+        "model": first[MODEL],
         "best": best,
         "comparison": None if best is None else comparisons[best["system"]],
-        "control": next(iter(by_role[CONTROL]), None),
-        "reference": next(iter(by_role[REFERENCE]), None),
+        "control": first.get(CONTROL),
+        "reference": first.get(REFERENCE),
     }
 
 
@@ -100,37 +91,18 @@ def table(result: dict) -> dict:
     metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
     verdict = {(c["system"], c["metric"]): c["verdict"] for c in result["comparisons"] if c["ci"] is not None}
     cells = {(row["system"], row["metric"]): row for row in result["rows"]}
-    best = {}
-    for metric in metrics:
-        higher = result["measures"][metric]["higher_is_better"]
-        rivals = [row for row in result["rows"] if row["metric"] == metric and row["role"] in (MODEL, BASELINE)]
-        if higher is not None:
-            best[metric] = max(rivals, key=lambda row: row["value"] if higher else -row["value"])["system"]
-    systems = list(dict.fromkeys((row["system"], row["role"]) for row in result["rows"]))
+    best = {metric: best_row(result, metric, [MODEL, BASELINE]) for metric in metrics}
+
+    def cell(system: str, metric: str) -> dict:
+        row = cells.get((system, metric))
+        is_best = row is not None and row is best[metric]
+        return {"row": row, "verdict": verdict.get((system, metric)), "best": is_best, "digits": digits(metric)}
+
+    roles = {row["system"]: row["role"] for row in result["rows"]}
     return {
         "metrics": [{"name": m, **result["measures"][m]} for m in metrics],
-        "systems": [
-            {
-                "name": system,
-                "role": role,
-                "cells": [
-                    {
-                        "row": cells.get((system, m)),
-                        "verdict": verdict.get((system, m)),
-                        "best": best.get(m) == system,
-                        "digits": digits(m),
-                    }
-                    for m in metrics
-                ],
-            }
-            for system, role in systems
-        ],
+        "systems": [{"name": s, "role": role, "cells": [cell(s, m) for m in metrics]} for s, role in roles.items()],
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title: str, note: str | None = None) -> str:
@@ -138,8 +110,8 @@ def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title:
 
     Args:
         results: Task -> result of its `evaluate_*`.
-        pictures: Task -> name -> `{"src", "alt", "caption"}`; "training" -> a list of them.
-        provenance: What `metrics.json` records of inputs, versions and seeds.
+        pictures: Task -> its pictures by name; "training" -> a list of pictures.
+        provenance: From `describe_evaluation`.
         title: Heading of the page.
         note: A sentence on what the checkpoint is and is not.
     """
@@ -167,20 +139,16 @@ def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title:
 
 
 def write_report(args: argparse.Namespace, argv: Sequence[str]) -> dict:
-    """Evaluate what the arguments name and write `report.html` and `metrics.json` into the output folder.
-
-    Returns:
-        Task -> its result, as `metrics.json` holds it beside the provenance.
-    """
+    """Evaluate all given files, write `report.html` and `metrics.json`, and return the result of each task."""
     from scmmgpt.train.data.corpus import open_corpus
 
     outputs = {"annotation": args.annotated, "description": args.descriptions, "generation": args.generated}
     outputs = {task: path for task, path in outputs.items() if path}
     if not outputs:
-        raise ValueError("Nothing to report: give --annotated, --descriptions or --generated, or several of them.")
+        raise ValueError("Nothing to report. Give --annotated, --descriptions or --generated, or several of them.")
     for path in outputs.values():
         if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no file {path!r}.")
+            raise FileNotFoundError(f"There is no file {path!r}. Run the command that writes it first.")
     runs = read_training(args.training)
     corpus = open_corpus(args.corpus)
     train, test = read_splits(corpus, label_key=args.label_key)

@@ -1,7 +1,4 @@
-"""Result tables: every number with its interval, beside the baselines, and a verdict for each pair.
-
-An evaluation gives `Estimate`s; `tabulate` turns them into the JSON that `metrics.json` and the report hold.
-"""
+"""Result tables: every number with its interval beside the baselines, and a verdict for each comparison."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,16 +10,16 @@ N_RESAMPLES = 1000  # bootstrap replicates; the ends of a 95 % interval then var
 MAX_DRAW_ENTRIES = 20_000_000  # of a table of draws, 160 MB
 LEVEL = 0.95
 
-MODEL = "model"  # the checkpoint that is evaluated
-BASELINE = "baseline"  # what anyone could do without it
-CONTROL = "control"  # what chance gives: shuffled answers
-REFERENCE = "reference"  # knows the answer, or is the real thing: what a number means, not a rival
+MODEL = "model"  # the checkpoint under evaluation
+BASELINE = "baseline"  # a simple method that needs no such model
+CONTROL = "control"  # the outputs of the model, shuffled
+REFERENCE = "reference"  # real cells, or a system that knows the true type: a yardstick, not a rival
 MODEL_NAME = "scMMGPT"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a number means: its title, which direction is good (`None`: neither), and how it is made."""
+    """A metric: its title, whether higher is better (`None`: neither direction is), and its definition."""
 
     title: str
     higher_is_better: bool | None
@@ -34,10 +31,10 @@ class Estimate:
     """A value with its bootstrap replicates.
 
     Args:
-        value: The number itself, on all cells.
-        n: Cells (or pairs) that it rests on.
+        value: The metric on all cells.
+        n: Number of cells (or pairs).
         replicates: Values on resampled cells, shape `(n_resamples,)`, or `None` where no interval was computed.
-            Replicate i of two systems that were measured on the same cells rests on the same draw.
+            Replicate i is of the same draw for all systems with the same cells.
     """
 
     value: float
@@ -46,47 +43,38 @@ class Estimate:
 
     @property
     def interval(self) -> list[float] | None:
-        """The 95 % percentile interval, or `None`."""
+        """The 95 % percentile interval, `None` without replicates."""
         return None if self.replicates is None else percentile_interval(self.replicates)
 
 
-def percentile_interval(replicates: np.ndarray, *, level: float = LEVEL) -> list[float] | None:
-    """Percentile interval of bootstrap replicates, leaving out those that could not be computed (NaN)."""
+def percentile_interval(replicates: np.ndarray) -> list[float] | None:
+    """The 95 % percentile interval of bootstrap replicates without NaN; `None` where all are NaN."""
     finite = np.asarray(replicates)[np.isfinite(replicates)]
-    if not len(finite):
-        return None
-    return np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist() if len(finite) else None
 
 
 def bootstrap_draws(n: int, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
     """How often each of n cells occurs in each draw with replacement, int array of shape `(n_resamples, n)`.
 
-    Above 20,000 cells there are fewer draws than asked for: the table must fit in memory, and the interval is narrow.
+    Above 20,000 cells there are fewer draws, so that the table fits in memory; the intervals of many cells are narrow.
     """
     n_resamples = min(n_resamples, max(MAX_DRAW_ENTRIES // n, 100))
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
 
 
 def mean_estimate(values: np.ndarray, draws: np.ndarray, *, weights: np.ndarray | None = None) -> Estimate:
-    """The mean of one value a cell, and its replicates.
-
-    Args:
-        values: Shape `(n,)`.
-        draws: How often each cell occurs in each replicate, shape `(n_resamples, n)`.
-        weights: Weight of each cell, shape `(n,)`; equal where `None`.
-    """
+    """The mean of values `(n,)`, equally weighted or by `weights` `(n,)`, with replicates from `bootstrap_draws`."""
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones(len(values)) if weights is None else weights
-    return Estimate(
-        float(np.average(values, weights=weights)), len(values), draws @ (weights * values) / (draws @ weights)
-    )
+    replicates = draws @ (weights * values) / (draws @ weights)
+    return Estimate(float(np.average(values, weights=weights)), len(values), replicates)
 
 
 def recentre(value: float, replicates: np.ndarray) -> np.ndarray:
-    """Move replicates so that their mean is the value.
+    """Shift replicates so that their mean is the value; the width and shape of the interval stay.
 
-    For statistics that resampling biases: repeated cells make means noisier and bins emptier than they are, which
-    would push every replicate to one side of the value. Width and shape of the interval stay.
+    Resampling biases some statistics: repeated cells make means noisier and bins emptier, and push every replicate to
+    one side of the value.
     """
     finite = np.isfinite(replicates)
     return replicates + (value - replicates[finite].mean()) if finite.any() else replicates
@@ -98,14 +86,14 @@ def tabulate(
     """Rows of a table and the verdict of each comparison.
 
     Args:
-        measures: Name of a metric -> what it means.
-        systems: Name of a system -> its role (`MODEL`, `BASELINE`, `CONTROL`, `REFERENCE`); exactly one is the model.
+        measures: Metric -> its definition.
+        systems: System -> its role; exactly one is the model.
         estimates: `{system: {metric: Estimate}}`; a system may lack a metric.
 
     Returns:
         JSON-able dict of `measures`, `rows` (metric, system, role, value, ci, n) and `comparisons` (metric, system,
-        role, difference, ci, verdict). A difference is above zero where the model is better; the verdict is
-        "better" or "worse" where its interval excludes zero, "unclear" otherwise.
+        role, difference, ci, verdict). A difference is above zero where the model is better. The verdict is
+        "better" or "worse" where the interval of the difference excludes zero, "unclear" otherwise.
     """
     (model,) = (name for name, role in systems.items() if role == MODEL)
     rows, comparisons = [], []
@@ -114,20 +102,11 @@ def tabulate(
             estimate = estimates[system].get(metric)
             if estimate is None or not np.isfinite(estimate.value):
                 continue
-            rows.append(
-                {
-                    "metric": metric,
-                    "system": system,
-                    "role": role,
-                    "value": estimate.value,
-                    "ci": estimate.interval,
-                    "n": estimate.n,
-                }
-            )
+            row = {"metric": metric, "system": system, "role": role}
+            rows.append(row | {"value": estimate.value, "ci": estimate.interval, "n": estimate.n})
             ours = estimates[model].get(metric)
             if role in (BASELINE, CONTROL) and ours is not None and measure.higher_is_better is not None:
-                comparison = _compare(ours, estimate, 1 if measure.higher_is_better else -1)
-                comparisons.append({"metric": metric, "system": system, "role": role} | comparison)
+                comparisons.append(row | _compare(ours, estimate, 1 if measure.higher_is_better else -1))
     return {
         "measures": {name: vars(measure) for name, measure in measures.items()},
         "model": model,

@@ -1,4 +1,4 @@
-"""What the tasks of `python -m scmmgpt.eval` share: arguments, and the way from a corpus to a table and a file."""
+"""What the tasks of `python -m scmmgpt.eval` share: arguments, splits, tables and files."""
 
 import argparse
 import json
@@ -6,15 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+from sklearn.model_selection import train_test_split
+
 from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import format_table
 from scmmgpt.files import write_json
 
 
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of every task that evaluates on a corpus."""
+    """A parser with the arguments of all tasks that evaluate on a corpus."""
     parser = argparse.ArgumentParser(prog=f"python -m scmmgpt.eval {command}", description=description)
-    parser.add_argument("--corpus", required=True, help="corpus folder; its train split feeds the baselines")
+    parser.add_argument("--corpus", required=True, help="corpus folder; baselines learn from its train split")
     parser.add_argument("--label-key", default="cell_type", help="column of true types in the corpus (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write; for the report: a folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random draws (%(default)s)")
@@ -26,12 +29,12 @@ def run_task(
     evaluate: Callable[[argparse.Namespace, LabelledCells, LabelledCells], dict],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run the command line of one task: print its table and write its JSON.
+    """Run the command line `argv` of one task: print the table and write the JSON of its result.
 
     Args:
-        parser: From `task_parser`, with the arguments of the task itself.
+        parser: From `task_parser`, with the arguments of the task added.
         evaluate: Arguments, training cells and test cells of the corpus -> the result.
-        argv: The command line; that of the process where `None`.
+        argv: That of the process where `None`.
     """
     args = parser.parse_args(argv)
     result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
@@ -41,24 +44,30 @@ def run_task(
 
 
 def training_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of every task that trains systems on a file of labelled cells itself."""
+    """A parser with the arguments of all tasks that train systems on a file of labelled cells."""
     parser = argparse.ArgumentParser(prog=f"python -m scmmgpt.eval {command}", description=description)
     parser.add_argument("--adata", required=True, help="labelled cells with counts in X")
     parser.add_argument("--label-key", default="cell_type", help="column of obs with the labels (%(default)s)")
-    parser.add_argument("--output", required=True, help="folder for results.json, table.md and what else is made")
+    parser.add_argument("--output", required=True, help="folder for results.json, table.md and other results")
     parser.add_argument("--test-share", type=float, default=0.25, help="share of the cells to test on (%(default)s)")
     return parser
 
 
+def split_rows(labels: np.ndarray, *, test_share: float, seed: int = 0) -> list[np.ndarray]:
+    """Rows of the training and of the test cells of a stratified split, each ascending."""
+    parts = train_test_split(np.arange(len(labels)), test_size=test_share, stratify=labels, random_state=seed)
+    return [np.sort(rows) for rows in parts]
+
+
 def read_runs(path: Path, about: dict) -> list[dict]:
-    """The runs that an earlier call left in `results.json`, none where there is no such file.
+    """Runs of an earlier call from `results.json`, none without such a file.
 
     Raises:
-        ValueError: If they are of other cells or options than `about` says.
+        ValueError: If the cells or options of the file are not those of `about`.
     """
     if not path.is_file():
         return []
     document = json.loads(path.read_text(encoding="utf-8"))
     if any(document[name] != value for name, value in about.items()):
-        raise ValueError(f"{path} is of other cells or options; give another --output.")
+        raise ValueError(f"{path} is of other cells or options. Give another --output.")
     return document["runs"]

@@ -1,4 +1,4 @@
-"""Labels without training cells: each label in turn is left out of training and recognised by its text alone.
+"""Labels without training cells: each label in turn is left out of training and predicted from its text alone.
 
 ```
 python -m scmmgpt.eval zeroshot --adata cells.h5ad --label-key facs_label --ontology-key cell_type_ontology_term_id \
@@ -6,20 +6,22 @@ python -m scmmgpt.eval zeroshot --adata cells.h5ad --label-key facs_label --onto
 ```
 
 A stratified quarter of the labelled cells is held out, as in `scmmgpt.eval finetuning`. For each label, every system
-trains on the rest without that label's cells, and then chooses among the texts of *all* labels for every test cell.
-Means over labels of:
+trains on the other cells without those of the label, and then predicts one of *all* labels for every test cell. The
+measures are means over labels:
 
 * `unseen`: recall of the left-out label (chance: one over the number of labels);
 * `seen`: accuracy on the cells of all other labels;
 * `harmonic`: harmonic mean of the two;
-* `steps`: steps in the Cell Ontology from the left-out label to the prediction, averaged over its cells;
-* `among unseen`: area under the ROC curve with which the margin of the left-out label over the best other label tells
-  its cells from all others (chance: 0.5).
+* `steps`: steps in the Cell Ontology from the left-out to the predicted label, averaged over cells of the former;
+* `among unseen`: area under the ROC curve of the margin of the left-out label over the best other label, as a score of
+  cells of the left-out label (chance: 0.5).
 
-Systems: `finetune` and `align` as users run them (`align` also with the published contrast); `text centroids`, a ridge
-regression from text embeddings to the mean profiles of seen labels, whose prediction for the left-out text is one
-more centroid; `nearest text`, which predicts the seen label whose text is most similar to the left-out one: the best
-that texts alone allow without the label.
+Systems:
+
+* `finetune` and `align` as users run them (`align` also with the published contrast);
+* `text centroids`: nearest centroid; ridge regression from text embeddings to the centroids of seen labels predicts
+  the centroid of the left-out label;
+* `nearest text`: the seen label whose text is most similar to the left-out text, the best `steps` of texts alone.
 """
 
 import functools
@@ -36,12 +38,11 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
 
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
-from scmmgpt.eval.task import read_runs, training_parser
+from scmmgpt.eval.task import read_runs, split_rows, training_parser
 from scmmgpt.files import write_json
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train.data import ontology
@@ -60,18 +61,11 @@ ALIGN_OPTIONS = """
     --lr_scheduler_type cosine --warmup_steps 10 --eval_strategy no --save_strategy no --report_to none
 """.split()
 CELL_CONFIG = '{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}'
-PUBLISHED_CONTRAST = ["--model_config", "contrastive_group_size=3"]
 
 
 @dataclass(frozen=True)
 class LabelTexts:
-    """Labels, the text that describes each, and its place in the Cell Ontology.
-
-    Args:
-        names: The labels, sorted.
-        texts: Text of each.
-        ids: Cell Ontology id of each.
-    """
+    """Labels, sorted, and the text and Cell Ontology id of each."""
 
     names: list[str]
     texts: list[str]
@@ -80,16 +74,16 @@ class LabelTexts:
 
 @dataclass(frozen=True)
 class LeftOutLabel:
-    """Training cells without one label; a system scores every test cell for every label, `(n_test, n_labels)`.
+    """The cells of one left-out label. A system scores every test cell for every label, `(n_test, n_labels)`.
 
     Args:
         train: Training cells with counts, none of the left-out label.
-        targets: Their labels, positions in `labels.names`.
+        targets: Labels of the training cells, positions in `labels.names`.
         test: Test cells of all labels.
         labels: All labels.
         left_out: Position of the left-out label.
         seed: Seed of all random draws.
-        folder: For files that systems share: they are of the same training cells.
+        folder: Folder for files that systems share, made of `train`.
     """
 
     train: AnnData
@@ -104,7 +98,7 @@ class LeftOutLabel:
 def scores_of_pipeline(
     pipeline: ScMMGPTPipeline, case: LeftOutLabel, *, text: str | None = None, **options: Any
 ) -> np.ndarray:
-    """Log probability of every label, by similarity alone; `text` replaces the text of the left-out label."""
+    """Log probability of every label, without matching; `text` replaces the text of the left-out label."""
     texts = dict(zip(case.labels.names, case.labels.texts, strict=True))
     if text is not None:
         texts[case.labels.names[case.left_out]] = text
@@ -115,8 +109,7 @@ def scores_of_pipeline(
 def finetuned(case: LeftOutLabel) -> dict[str, np.ndarray]:
     """`finetune` from scratch: with its bonus for unseen labels, without the bonus, and with the bonus but no text.
 
-    Without text, the left-out label is described as "cell": its cells are then recognised only for being unlike all
-    trained labels.
+    Without text, the left-out label is described as "cell": only the dissimilarity to all trained labels is left.
     """
     adata = case.train.copy()
     adata.obs["label"] = np.array(case.labels.names, dtype=object)[case.targets]
@@ -131,7 +124,7 @@ def finetuned(case: LeftOutLabel) -> dict[str, np.ndarray]:
 
 
 def aligned(case: LeftOutLabel, *, name: str = "align", options: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """`prepare` and `align` of a small model, from scratch."""
+    """`prepare`, and `align` of a small model from scratch."""
     from scmmgpt.train import align
     from scmmgpt.train.data import prepare
 
@@ -152,9 +145,9 @@ def aligned(case: LeftOutLabel, *, name: str = "align", options: Sequence[str] =
 
 
 def text_centroids(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """Nearest centroid, with that of the left-out label predicted from its text, and with a bonus for that label.
+    """Nearest centroid, where the text of the left-out label predicts its centroid; with a bonus, and without one.
 
-    The bonus is chosen as in `finetune`: each seen label in turn is left out as well.
+    The bonus for the left-out label is chosen as in `finetune`, by leaving out each seen label in turn.
     """
     texts = embed_texts(case.labels.texts)
     seen = np.delete(np.arange(len(texts)), case.left_out)
@@ -186,25 +179,24 @@ def text_centroids(case: LeftOutLabel) -> dict[str, np.ndarray]:
     return {"text centroids": raised, "text centroids, no bonus": plain}
 
 
-def predict_centroid(
-    centroids: np.ndarray, texts: np.ndarray, text: np.ndarray, *, penalty: float = 1.0
-) -> np.ndarray:
-    """Centroid of the label that a text describes, by ridge regression from texts to centroids, both centred.
+def predict_centroid(centroids: np.ndarray, texts: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Centroid of the label of a text, by ridge regression from texts to centroids, both centred.
+
+    The penalty is the mean squared length of a centred text.
 
     Args:
         centroids: `(n_seen, n_genes)`.
-        texts: `(n_seen, width)`.
-        text: `(width,)`.
-        penalty: In units of the mean squared length of a centred text.
+        texts: Text embeddings `(n_seen, width)`.
+        text: Text embedding `(width,)`.
     """
     mean, offset = centroids.mean(axis=0), texts.mean(axis=0)
     kernel = (texts - offset) @ (texts - offset).T
-    ridge = penalty * np.trace(kernel) / len(texts) * np.eye(len(texts))
+    ridge = np.trace(kernel) / len(texts) * np.eye(len(texts))
     return mean + np.linalg.solve(kernel + ridge, (texts - offset) @ (text - offset)) @ (centroids - mean)
 
 
 def nearest_text(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """For all cells, similarity of each label's text to that of the left-out label, which itself comes last."""
+    """For all cells, the similarity of each text to the text of the left-out label, which itself comes last."""
     texts = embed_texts(case.labels.texts)
     similarity = texts @ texts[case.left_out]
     similarity[case.left_out] = -1
@@ -221,17 +213,12 @@ SYSTEMS: dict[str, Callable[[LeftOutLabel], dict[str, np.ndarray]]] = {
     "finetune": finetuned,
     "align": aligned,
     "align, published contrast": functools.partial(
-        aligned, name="align, published contrast", options=PUBLISHED_CONTRAST
+        aligned, name="align, published contrast", options=["--model_config", "contrastive_group_size=3"]
     ),
     "text centroids": text_centroids,
     "nearest text": nearest_text,
     "chance": chance,
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures and output
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def ontology_steps(ids: Sequence[str]) -> np.ndarray:
@@ -240,13 +227,9 @@ def ontology_steps(ids: Sequence[str]) -> np.ndarray:
 
 
 def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndarray) -> dict[str, float]:
-    """The measures of one left-out label; see the module's docstring.
+    """The measures (see the top of this file) of scores `(n_test, n_labels)` for one left-out label.
 
-    Args:
-        scores: `(n_test, n_labels)`.
-        truth: int64 `(n_test,)`.
-        left_out: Position of the label.
-        steps: `(n_labels, n_labels)` from `ontology_steps`.
+    Labels in `truth` `(n_test,)` are positions; `steps` comes from `ontology_steps`.
     """
     predicted, missing = scores.argmax(axis=1), truth == left_out
     unseen = float((predicted[missing] == left_out).mean())
@@ -264,9 +247,8 @@ def measure(scores: np.ndarray, truth: np.ndarray, left_out: int, steps: np.ndar
 
 def summarise(records: list[dict]) -> list[dict]:
     """Means over labels (and seeds), by system."""
-    systems = list(dict.fromkeys(record["system"] for record in records))
     rows = []
-    for system in systems:
+    for system in dict.fromkeys(record["system"] for record in records):
         group = [record for record in records if record["system"] == system]
         row = {"system": system, "labels": len({r["label"] for r in group}), "seeds": len({r["seed"] for r in group})}
         rows.append(row | {name: round(float(np.mean([record[name] for record in group])), 4) for name in METRICS})
@@ -274,11 +256,11 @@ def summarise(records: list[dict]) -> list[dict]:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """A table of systems by measures."""
+    """A Markdown table of systems by measures."""
     lines = [f"| | {' | '.join(METRICS)} |", "| --- |" + " --- |" * len(METRICS)]
     for row in rows:
         values = [f"{row[name]:.{2 if name == 'steps' else 3}f}" for name in METRICS]
-        if row["system"] == "nearest text":  # predicts one label for all cells, so the other measures mean nothing
+        if row["system"] == "nearest text":  # one label for all cells: only the steps have a meaning
             values = [value if name == "steps" else "" for name, value in zip(METRICS, values, strict=True)]
         lines.append(f"| {row['system']} | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
@@ -290,17 +272,15 @@ def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
     terms = [ontology.resolve("cell_type", name, term).term_id for name, term in zip(names, ids, strict=True)]
     unknown = [name for name, term in zip(names, terms, strict=True) if term is None]
     if unknown:
-        raise ValueError(f"No Cell Ontology term for {unknown}; name a column with ids by --ontology-key.")
+        raise ValueError(f"The Cell Ontology has no terms {unknown}. Name a column of ids with --ontology-key.")
     texts = [captions.label_text(*pair) for pair in zip(names, terms, strict=True)]
     return LabelTexts(list(names), texts, [term for term in terms if term is not None])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Runs that DIR/results.json has already are kept."""
-    parser = training_parser("zeroshot", "Recognise labels without training cells by their texts.")
-    parser.add_argument(
-        "--ontology-key", help="column of obs with Cell Ontology ids; by default from the labels' names"
-    )
+    """Run the command line. Runs in `results.json` of the output folder are not repeated."""
+    parser = training_parser("zeroshot", "Predict labels without training cells from their texts.")
+    parser.add_argument("--ontology-key", help="column of obs with Cell Ontology ids; by default from names of labels")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions (%(default)s)")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
     args = parser.parse_args(argv)
@@ -311,10 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ontology_key:
         ids = [column_of(adata.obs, args.ontology_key)[truth == label][0] for label in range(len(names))]
     labels = describe([str(name) for name in names], ids)
-    rows = np.arange(len(truth))
-    train, test = (
-        np.sort(p) for p in train_test_split(rows, test_size=args.test_share, stratify=truth, random_state=0)
-    )
+    train, test = split_rows(truth, test_share=args.test_share)
     steps = ontology_steps(labels.ids)
     about: dict[str, Any] = {"task": "zeroshot", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"texts": dict(zip(labels.names, labels.texts, strict=True)), "test_share": args.test_share}
@@ -338,7 +315,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     Path(args.output, "table.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

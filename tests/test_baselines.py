@@ -10,6 +10,7 @@ from scmmgpt.eval.annotation import evaluate_annotation
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
 from scmmgpt.eval.generation import diversity, draw_real_cells, evaluate_generation, reserve_cells
+from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import cell_types_in_text
 from scmmgpt.eval.results import (
     BASELINE,
     MODEL,
@@ -82,12 +83,11 @@ def test_penalty_does_not_depend_on_the_cells_to_predict(train, test):
     assert one.choices == two.choices
 
 
-def test_a_type_with_a_single_training_cell_can_be_learnt(train, test):
+def test_a_type_with_a_single_training_cell_can_be_learnt(train, monkeypatch):
+    monkeypatch.setattr(baselines, "INVERSE_PENALTIES", (100.0,))
     labels = train.labels.copy()
     labels[0] = "once"
-    prediction = baselines.logistic_regression(
-        train.expression, labels, train.expression[:1], inverse_penalties=[100.0]
-    )
+    prediction = baselines.logistic_regression(train.expression, labels, train.expression[:1])
     assert prediction.labels.tolist() == ["once"]
 
 
@@ -229,12 +229,19 @@ def test_missing_predictions_are_wrong_not_dropped(train, test):
     assert result["confusion"]["columns"][-1] == "unknown"
 
 
-def bag_of_words(texts):
+def letters(texts):
     """An embedder for tests: letter counts, unit length."""
     counts = np.array(
         [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyzBT"] for text in texts], dtype=float
     )
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1)
+
+
+TEXTS = {
+    "label_text": "cell type: {}.".format,
+    "parse": lambda text, labels: next(iter(cell_types_in_text(text, labels)), None),
+    "embed": letters,
+}
 
 
 def test_descriptions_stand_beside_looked_up_captions(train, test):
@@ -246,8 +253,8 @@ def test_descriptions_stand_beside_looked_up_captions(train, test):
         train.labels,
         baseline_labels=np.roll(test.labels, 1),
         train_texts=[f"A cell: {label}." for label in train.labels],
-        embed=bag_of_words,
         n_resamples=200,
+        **TEXTS,
     )
     named = rows(result, "named_type_accuracy")
     assert named[MODEL_NAME] == named["label-only caption, true label"] == 1
@@ -261,9 +268,8 @@ def test_descriptions_stand_beside_looked_up_captions(train, test):
 
 def test_an_empty_description_names_nothing(train, test):
     texts = ["" for _ in test.labels]
-    result = evaluate_descriptions(
-        texts, [f"A {label}." for label in test.labels], test.labels, train.labels, embed=bag_of_words, n_resamples=50
-    )
+    references = [f"A {label}." for label in test.labels]
+    result = evaluate_descriptions(texts, references, test.labels, train.labels, n_resamples=50, **TEXTS)
     assert rows(result, "named_type_accuracy")[MODEL_NAME] == 0
     assert result["parsing"]["no_type_named"] == 1
 

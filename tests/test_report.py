@@ -186,9 +186,8 @@ def test_counts_are_normalised_by_the_library_size_of_the_whole_cell(tmp_path):
 def test_cells_are_matched_by_barcode_in_any_order(demo):
     _, test = read_splits(demo / "corpus")
     shuffled = test.take(np.random.default_rng(0).permutation(len(test)))
-    rows, predictions, _ = annotation.read_annotated(
-        str(demo / "annotated.h5ad"), shuffled, prediction_key="scmmgpt_cell_type", score_key="scmmgpt_score"
-    )
+    keys = "scmmgpt_cell_type", "scmmgpt_score"
+    rows, predictions, _ = annotation.read_annotated(str(demo / "annotated.h5ad"), shuffled, *keys)
     np.testing.assert_array_equal(predictions, shuffled.labels[rows])
 
 
@@ -326,4 +325,4 @@ def test_curves_pair_training_and_validation_by_colour():
 def test_every_command_can_be_imported():
     from importlib import import_module
 
-    assert all(callable(import_module(module).main) for module in COMMANDS.values())
+    assert all(callable(import_module(f"scmmgpt.eval.{name}").main) for name in COMMANDS)

@@ -1,7 +1,7 @@
 """Cell type annotation: accuracy, macro and weighted F1, balanced accuracy and calibration, from scikit-learn.
 
-Averages over types run over the types that are present in the truth: a type that was predicted but never occurs lowers
-the recall of others, and is not a class of its own.
+Averages run over the types that are present in the truth. A predicted type that never occurs is no class of its own:
+it lowers the recall of the true types.
 
 >>> import evaluate
 >>> metric = evaluate.load("eval/metrics/cell_type_annotation")                                       # doctest: +SKIP
@@ -50,16 +50,12 @@ def annotation_scores(
     return scores
 
 
-def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, *, n_bins: int = N_BINS) -> float:
+def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike) -> float:
     """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their cells.
 
     Args:
         confidences: Confidence in [0, 1] of each prediction, shape `(n_cells,)`.
         correct: Whether each prediction is right, shape `(n_cells,)`.
-        n_bins: Number of bins; 15 as in Guo et al. 2017.
-
-    Returns:
-        0 where confidence equals accuracy in every bin, at most 1.
     """
     confidences, correct = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not np.all((confidences >= 0) & (confidences <= 1)):
@@ -67,8 +63,8 @@ def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, *, n_
         raise ValueError(
             f"Expected confidences between 0 and 1, but found {wrong}. Pass probabilities, not scores or percentages."
         )
-    bins = np.minimum((confidences * n_bins).astype(int), n_bins - 1)
-    gaps = np.bincount(bins, weights=correct - confidences, minlength=n_bins)
+    bins = np.minimum((confidences * N_BINS).astype(int), N_BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidences)
     return float(np.abs(gaps).sum() / len(confidences))
 
 

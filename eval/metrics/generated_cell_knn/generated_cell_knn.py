@@ -1,12 +1,12 @@
-"""Generated cells judged by real ones: k-NN accuracy of the prompted type, and distances to real cells of that type.
+"""Generated cells beside real cells: k-NN accuracy of the prompted type, and distances to real cells of that type.
 
-The protocol of Cell2Sentence (k = 3, 5, 10, 25, neighbours among real held-out cells), in a space that no model under
-test has learnt: principal components of real *training* cells.
+The protocol is that of Cell2Sentence: k = 3, 5, 10, 25, with neighbours among real held-out cells. The space is one
+that no model under test has learnt: principal components of real *training* cells.
 
-MMD and energy distance are the same statistic, `E k(x, x') + E k(y, y') - 2 E k(x, y)`, for two kernels: a Gaussian
-kernel gives the squared maximum mean discrepancy (Gretton et al. 2012), the negative Euclidean distance gives the
-energy distance (Székely & Rizzo 2013; scPerturb's E-distance without the square). Both are computed from kernel
-matrices, so that a thousand bootstrap replicates cost three matrix products.
+MMD and energy distance are one statistic with two kernels, the unbiased `E k(x, x') + E k(y, y') - 2 E k(x, y)`. It is
+zero on average for two samples of one distribution, and may be negative. A Gaussian kernel gives the squared maximum
+mean discrepancy (Gretton et al. 2012), the negative Euclidean distance the energy distance (Székely & Rizzo 2013;
+scPerturb's E-distance without the square). From kernel matrices, a thousand bootstrap replicates cost three products.
 
 `evaluate.load` reads this file by its path: it imports nothing of the package, and the package may import it.
 
@@ -32,7 +32,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 KS = (3, 5, 10, 25)
 N_COMPONENTS = 50
-N_PROJECTIONS = 200  # directions of the sliced Wasserstein distance
 MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two samples is mostly noise
 
 
@@ -41,22 +40,15 @@ MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two sa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def median_distance(points: np.ndarray, *, max_points: int = 2000, seed: int = 0) -> float:
-    """Median Euclidean distance between points, the usual bandwidth of a Gaussian kernel.
+def median_distance(points: np.ndarray, *, seed: int = 0) -> float:
+    """Median Euclidean distance between points `(n, d)`, the usual bandwidth of a Gaussian kernel.
 
-    Fix it on real data and use it for every system that is compared, or each is measured with a ruler of its own.
-
-    Args:
-        points: Shape `(n, d)`, n >= 2.
-        max_points: More points than this are subsampled; the median hardly moves and the cost is quadratic.
-        seed: Seed of the subsample.
-
-    Returns:
-        The median; the mean where more than half of all pairs coincide, and 1.0 where all do.
+    The cost is quadratic, so larger samples are cut to 2,000 points. The mean replaces a median of 0, 1 a mean of 0.
+    Compute the bandwidth once, on real data: distances under different bandwidths cannot be compared.
     """
     points = np.asarray(points, dtype=np.float64)
-    if len(points) > max_points:
-        points = points[np.random.default_rng(seed).choice(len(points), max_points, replace=False)]
+    if len(points) > 2000:
+        points = points[np.random.default_rng(seed).choice(len(points), 2000, replace=False)]
     distances = pdist(points)
     return float(np.median(distances) or distances.mean() or 1.0)
 
@@ -67,7 +59,7 @@ def gaussian_kernel(x: np.ndarray, y: np.ndarray, bandwidth: float) -> np.ndarra
 
 
 def distance_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`-|x - y|`, shape `(len(x), len(y))`: the kernel whose discrepancy is the energy distance."""
+    """`-|x - y|`, shape `(len(x), len(y))`: the kernel of the energy distance."""
     return -cdist(x, y)
 
 
@@ -76,20 +68,17 @@ def discrepancy(
     k_yy: np.ndarray,
     k_xy: np.ndarray,
     *,
-    unbiased: bool = True,
     x_weights: np.ndarray | None = None,
     y_weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`E k(x, x') + E k(y, y') - 2 E k(x, y)` from the three kernel matrices.
+    """`E k(x, x') + E k(y, y') - 2 E k(x, y)` from the three kernel matrices, without pairs of a point with itself.
 
     Args:
         k_xx: Kernel matrix of x with itself, shape `(n, n)`.
         k_yy: Kernel matrix of y with itself, shape `(m, m)`.
         k_xy: Kernel matrix of x with y, shape `(n, m)`.
-        unbiased: Leave pairs of a point with itself out of the first two means. The result is then zero on average
-            for two samples of one distribution, and may be negative.
-        x_weights: Weights of the points of x, shape `(n_replicates, n)`; a bootstrap replicate is the count of each
-            point in a draw with replacement. Copies of one point are one point in the sense of `unbiased`.
+        x_weights: Weights of the points of x, shape `(n_replicates, n)`. The weights of a bootstrap replicate are the
+            counts of each point in a draw with replacement; two copies of one point are no pair.
         y_weights: Weights of the points of y, shape `(n_replicates, m)`.
 
     Returns:
@@ -100,11 +89,9 @@ def discrepancy(
     wy = np.ones((1, len(k_yy))) if y_weights is None else np.asarray(y_weights, dtype=np.float64)
 
     def within(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        total, pairs = ((weights @ kernel) * weights).sum(1), weights.sum(1) ** 2
-        if unbiased:
-            total = total - (weights**2) @ np.diag(kernel)
-            pairs = pairs - (weights**2).sum(1)
-        # A replicate that drew one point only has no pair; NaN says so and percentiles leave it out.
+        total = ((weights @ kernel) * weights).sum(1) - (weights**2) @ np.diag(kernel)
+        pairs = weights.sum(1) ** 2 - (weights**2).sum(1)
+        # A replicate of one repeated point has no pair. Its value is NaN, which percentiles leave out.
         return np.divide(total, pairs, out=np.full_like(total, np.nan), where=pairs > 0)
 
     between = ((wx @ k_xy) * wy).sum(1) / (wx.sum(1) * wy.sum(1))
@@ -112,42 +99,26 @@ def discrepancy(
     return result[0] if single else result
 
 
-def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float | None = None, unbiased: bool = True) -> float:
-    """Squared maximum mean discrepancy with a Gaussian kernel.
-
-    Args:
-        x: Sample of shape `(n, d)`, n >= 2.
-        y: Sample of shape `(m, d)`, m >= 2.
-        bandwidth: Width of the kernel; the median distance within `y`, the real data, where `None`.
-        unbiased: The U-statistic, zero on average for equal distributions and possibly negative.
-
-    Returns:
-        MMD squared, between about 0 and 2.
-    """
+def mmd_squared(x: np.ndarray, y: np.ndarray, *, bandwidth: float) -> float:
+    """Squared maximum mean discrepancy, at most 2, of samples `(n, d)` and `(m, d)` with n, m >= 2."""
     x, y = _check_samples(x, y)
-    bandwidth = median_distance(y) if bandwidth is None else bandwidth
-    kernels = (gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))
-    return float(discrepancy(*kernels, unbiased=unbiased))
+    return float(discrepancy(*(gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y)))))
 
 
-def energy_distance(x: np.ndarray, y: np.ndarray, *, unbiased: bool = True) -> float:
-    """Energy distance `2 E|x - y| - E|x - x'| - E|y - y'|`, in the units of the points.
-
-    Args:
-        x: Sample of shape `(n, d)`, n >= 2.
-        y: Sample of shape `(m, d)`, m >= 2.
-        unbiased: The U-statistic, zero on average for equal distributions and possibly negative.
-    """
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Energy distance of samples `(n, d)` and `(m, d)` with n, m >= 2, in the units of the points."""
     x, y = _check_samples(x, y)
-    return float(discrepancy(distance_kernel(x, x), distance_kernel(y, y), distance_kernel(x, y), unbiased=unbiased))
+    return float(discrepancy(distance_kernel(x, x), distance_kernel(y, y), distance_kernel(x, y)))
 
 
 def _check_samples(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"Expected two samples (n, d) and (m, d) of the same width, but got {x.shape} and {y.shape}.")
+        raise ValueError(f"Samples of shapes {x.shape} and {y.shape} cannot be compared. Give two of the same width.")
     if len(x) < 2 or len(y) < 2:
-        raise ValueError(f"A distance between samples needs two points in each, but got {len(x)} and {len(y)}.")
+        raise ValueError(
+            f"Samples of {len(x)} and {len(y)} points have no distance. Give two points of each at least."
+        )
     return x, y
 
 
@@ -157,16 +128,10 @@ def _check_samples(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def fit_cell_space(train: np.ndarray | sparse.csr_matrix, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:
-    """Principal components of real training cells.
-
-    Args:
-        train: log1p(CP10k) expression, shape `(n_train, n_genes)`, dense or scipy sparse.
-        n_components: At most this many; fewer where there are fewer cells or genes.
-        seed: Seed of the truncated solvers.
-    """
+    """Principal components of log1p(CP10k) `(n_train, n_genes)`, fewer where there are fewer cells or genes."""
     n_components = min(n_components, min(train.shape) - 1)
     if n_components < 1:
-        raise ValueError(f"Principal components need two cells and two genes at least, but got {train.shape}.")
+        raise ValueError(f"Cells of shape {train.shape} have no components. Give two cells and two genes at least.")
     solver = "arpack" if sparse.issparse(train) else "auto"
     return PCA(n_components, svd_solver=solver, random_state=seed).fit(train)
 
@@ -179,22 +144,14 @@ def knn_accuracy(
     *,
     ks: Sequence[int] = KS,
 ) -> dict[int, np.ndarray]:
-    """Whether the k nearest reference points vote for each point's own label.
+    """For each k, whether the k nearest of m reference points vote for the label of each point, bool `(n,)`.
 
-    Args:
-        points: Shape `(n, d)`.
-        labels: The label that each point should get.
-        reference_points: Shape `(m, d)`.
-        reference_labels: Labels of the reference points.
-        ks: Numbers of neighbours, each at most m.
-
-    Returns:
-        For each k a boolean array `(n,)`; its mean is the accuracy.
+    Points have the shapes `(n, d)` and `(m, d)`.
     """
     of_point, of_reference = np.asarray(labels).astype(str), np.asarray(reference_labels).astype(str)
     if max(ks) > len(reference_points):
         raise ValueError(
-            f"Asked for {max(ks)} neighbours among {len(reference_points)} real cells. "
+            f"There are no {max(ks)} neighbours among {len(reference_points)} real cells. "
             "Pass a smaller `ks`, or more cells."
         )
     return {k: KNeighborsClassifier(k).fit(reference_points, of_reference).predict(points) == of_point for k in ks}
@@ -203,14 +160,7 @@ def knn_accuracy(
 def distances_by_type(
     points: np.ndarray, labels: ArrayLike, reference_points: np.ndarray, reference_labels: ArrayLike, *, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Distances between the points and the reference points of each type.
-
-    Args:
-        points: Shape `(n, d)`.
-        labels: Type of each point.
-        reference_points: Shape `(m, d)`.
-        reference_labels: Type of each reference point.
-        seed: Seed of the directions of the sliced Wasserstein distance.
+    """Distances between points `(n, d)` and reference points `(m, d)` of each type, with one bandwidth for all types.
 
     Returns:
         `{type: {"energy_distance", "mmd2", "sliced_wasserstein"}}` of types with `MIN_CELLS` cells on each side.
@@ -221,13 +171,12 @@ def distances_by_type(
     for label in np.unique(of_reference):
         x = np.asarray(points[of_point == label], dtype=np.float64)
         y = np.asarray(reference_points[of_reference == label], dtype=np.float64)
-        if min(len(x), len(y)) < MIN_CELLS:
-            continue
-        result[str(label)] = {
-            "energy_distance": energy_distance(x, y),
-            "mmd2": mmd_squared(x, y, bandwidth=bandwidth),
-            "sliced_wasserstein": float(ot.sliced_wasserstein_distance(x, y, n_projections=N_PROJECTIONS, seed=seed)),
-        }
+        if min(len(x), len(y)) >= MIN_CELLS:
+            result[str(label)] = {
+                "energy_distance": energy_distance(x, y),
+                "mmd2": mmd_squared(x, y, bandwidth=bandwidth),
+                "sliced_wasserstein": float(ot.sliced_wasserstein_distance(x, y, n_projections=200, seed=seed)),
+            }
     return result
 
 
@@ -251,16 +200,16 @@ def generated_cell_scores(
         real_labels: Types of the real cells.
         train: Real training cells, shape `(n_train, n_genes)`.
         ks: Numbers of neighbours; those above n_real are left out.
-        n_components: Principal components of the training cells.
-        seed: Seed of the solvers and of the sliced Wasserstein distance.
+        n_components: Number of principal components.
+        seed: Seed of the solvers and of the 200 directions of the sliced Wasserstein distance.
 
     Returns:
-        `knn_accuracy_<k>` for each k, and averages over types of `energy_distance`, `mmd2` and `sliced_wasserstein`:
-        NaN where no type has enough cells.
+        `knn_accuracy_<k>` for each k, and `energy_distance`, `mmd2` and `sliced_wasserstein`, averaged over types with
+        at least three cells on each side; NaN where there is no such type.
     """
     widths = {name: matrix.shape[1] for name, matrix in (("generated", generated), ("real", real), ("train", train))}
     if len(set(widths.values())) > 1:
-        raise ValueError(f"Expected the same genes in every matrix, but got widths {widths}. Select the shared genes.")
+        raise ValueError(f"The matrices have different numbers of genes, {widths}. Select the shared genes.")
     space = fit_cell_space(train, n_components=n_components, seed=seed)
     points, reference_points = space.transform(generated), space.transform(real)
     hits = knn_accuracy(

