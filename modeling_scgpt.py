@@ -80,10 +80,8 @@ class ScGPTModelOutput(ModelOutput):
 def masked_expression_loss(predicted: Tensor, labels: Tensor) -> Tensor:
     """Mean squared error over the positions that have a label; 0 if there is none.
 
-    Args:
-        predicted: `(batch_size, num_genes)` predicted expression.
-        labels: `(batch_size, num_genes)` true expression in the same unit; -100 where nothing is to be predicted:
-            padding, `<cls>`, and genes whose value is an input.
+    Both are `(batch_size, num_genes)`. A label is -100 where nothing is to be predicted: padding, `<cls>`, and genes
+    whose value is an input.
     """
     has_label = labels != IGNORED_LABEL
     error = (predicted.float() - labels.float()).masked_fill(~has_label, 0.0)
@@ -107,9 +105,9 @@ class Segments:
 class Packing:
     """Positions of the real tokens of a padded batch once they are packed into one row, cell after cell.
 
-    Every layer but attention treats tokens alone, so it runs on the packed row and no work is spent on padding.
-    Attention runs within each cell. Cells are packed in order of length: those of equal length are neighbours and
-    share one kernel call. In inference on a CPU the row is cut into pieces that stay in the cache.
+    Every layer but attention treats each token alone, and runs on the packed row. Attention runs within each cell.
+    Cells are packed in order of length: those of equal length are neighbours and share one kernel call. In inference
+    on a CPU the row is cut into pieces that stay in the cache.
 
     Attributes:
         shape: Batch size and length of the padded batch.
@@ -168,8 +166,8 @@ class Packing:
 def per_head_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of one cell as plain matrix products, one head at a time: CPU, bfloat16, no gradient.
 
-    PyTorch's fused CPU attention gains nothing from bfloat16, its matrix product 2.5 times the speed of float32.
-    Tensors are `(num_tokens, num_heads, head_dim)`, `query` is already scaled and may have fewer tokens.
+    In bfloat16, PyTorch's fused CPU attention is no faster than in float32, and its matrix product 2.5 times as fast.
+    Tensors are `(num_tokens, num_heads, head_dim)`; `query` is already scaled and may have fewer tokens.
     """
     output = torch.empty_like(query)  # (N, H, D / H)
     for head in range(query.shape[1]):
@@ -193,16 +191,9 @@ def packed_attention(
     [`per_head_attention`]. Elsewhere, each run of cells of equal length is one call of the fused
     `scaled_dot_product_attention`.
 
-    Args:
-        query: `(num_tokens, num_heads, head_dim)`, or `(num_cells, ...)`: only the first token of each cell.
-        key, value: `(num_tokens, num_heads, head_dim)`.
-        segments: Where the cells lie.
-        scaling: Factor of the scores.
-        dropout: Probability of dropping an attention weight.
-        num_conditions: See [`attention_by_conditions`].
-
-    Returns:
-        `torch.Tensor` of the shape of `query`.
+    `key` and `value` are `(num_tokens, num_heads, head_dim)`. `query` and the result have the same shape, or only the
+    first token of each cell, `(num_cells, num_heads, head_dim)`. `scaling` is the factor of the scores, `dropout` the
+    probability of dropping an attention weight. For `num_conditions` see [`attention_by_conditions`].
     """
     first_only = len(query) == len(segments.lengths)
     whole = num_conditions is None
@@ -246,9 +237,8 @@ def attention_by_conditions(
     (condition_keys, own_keys), (condition_values, own_values) = (
         (states[:, :, :num_conditions], states[:, :, num_conditions:]) for states in (key, value)
     )
-    of_conditions = nn.functional.scaled_dot_product_attention(
-        conditions, key, value, dropout_p=dropout, scale=scaling
-    )  # (B, H, K, D / H)
+    attend = nn.functional.scaled_dot_product_attention
+    of_conditions = attend(conditions, key, value, dropout_p=dropout, scale=scaling)  # (B, H, K, D / H)
     own_scores = (genes * own_keys).sum(dim=-1, keepdim=True)  # (B, H, G, 1)
     scores = torch.cat([torch.matmul(genes, condition_keys.transpose(-1, -2)), own_scores], dim=-1) * scaling
     # (B, H, G, K + 1): every condition, and last the gene itself
@@ -433,7 +423,6 @@ class ScGPTEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(ScGPTLayer(config) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -537,6 +526,7 @@ class ScGPTPreTrainedModel(PreTrainedModel):
     config: ScGPTConfig
     config_class = ScGPTConfig
     base_model_prefix = "cell_model"
+    _input_embed_layer = "gene_embedding"
     main_input_name = "gene_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ScGPTLayer"]
@@ -581,12 +571,6 @@ class ScGPTModel(ScGPTPreTrainedModel):
         self.mvc_decoder = ScGPTMVCDecoder(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.gene_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.gene_embedding = value
-
     @capture_outputs
     def forward(
         self,
@@ -624,7 +608,16 @@ class ScGPTModel(ScGPTPreTrainedModel):
             output_hidden_states, output_attentions: Whether to return `hidden_states` and `attentions`; by default as
                 in the configuration. Attentions need `attn_implementation="eager"`.
         """
-        self._check_inputs(expression, condition_embeds, generation_mask, cls_only, expression_labels, genes_attend_to)
+        if genes_attend_to not in ("all", "conditions"):
+            raise ValueError(f"genes_attend_to is {genes_attend_to!r}; choose 'all' or 'conditions'.")
+        if genes_attend_to == "conditions" and (condition_embeds is None or generation_mask is not None or cls_only):
+            raise ValueError(
+                "genes_attend_to='conditions' needs condition_embeds, and neither generation_mask nor cls_only."
+            )
+        if expression is None and condition_embeds is None:
+            raise ValueError("expression is None; pass the genes' values, or condition_embeds to generate them from.")
+        if cls_only and expression_labels is not None:
+            raise ValueError("cls_only=True computes no gene states, but expression_labels need them; pass one only.")
         self._check_attentions(output_attentions)
         inputs_embeds = self.embeddings(gene_ids, expression, generation_mask)  # (B, G, D)
         num_conditions = 0
@@ -664,26 +657,6 @@ class ScGPTModel(ScGPTPreTrainedModel):
                 "return no attention weights; call model.set_attn_implementation('eager') first."
             )
 
-    @staticmethod
-    def _check_inputs(
-        expression: Tensor | None,
-        condition_embeds: Tensor | None,
-        generation_mask: Tensor | None,
-        cls_only: bool,
-        expression_labels: Tensor | None,
-        genes_attend_to: str,
-    ) -> None:
-        if genes_attend_to not in ("all", "conditions"):
-            raise ValueError(f"genes_attend_to is {genes_attend_to!r}; choose 'all' or 'conditions'.")
-        if genes_attend_to == "conditions" and (condition_embeds is None or generation_mask is not None or cls_only):
-            raise ValueError(
-                "genes_attend_to='conditions' needs condition_embeds, and neither generation_mask nor cls_only."
-            )
-        if expression is None and condition_embeds is None:
-            raise ValueError("expression is None; pass the genes' values, or condition_embeds to generate them from.")
-        if cls_only and expression_labels is not None:
-            raise ValueError("cls_only=True computes no gene states, but expression_labels need them; pass one only.")
-
     def decode_expression(self, hidden_states: Tensor) -> Tensor:
         """Expression from gene states: (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
         return self.expression_decoder(hidden_states)
@@ -701,13 +674,9 @@ class ScGPTModel(ScGPTPreTrainedModel):
     ) -> Tensor:
         """Expression of every gene of a cell given its embedding, in one pass: scGPT's `generate`.
 
-        Args:
-            gene_ids, cell_attention_mask: `(batch_size, num_genes)`, as for `forward`; position 0 is not used.
-            cell_embeds: `(batch_size, hidden_size)`, the token at position 0.
-            expression: `(batch_size, num_genes)` known values, if any.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_genes)`: Predicted values; position 0 has no meaning.
+        `cell_embeds`, `(batch_size, hidden_size)`, stand at position 0. The other inputs are those of `forward`, and
+        `expression` the known values, if any; their position 0 is not used. The result is `(batch_size, num_genes)`,
+        without a meaning at position 0.
         """
         outputs = self(
             gene_ids[:, 1:],
@@ -771,9 +740,9 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
         Args:
             gene_ids, cell_attention_mask: `(batch_size, num_genes)`, as in [`ScGPTModel`].
-            expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True values, hidden ones included.
-            hidden_genes (`torch.BoolTensor` of shape `(batch_size, num_genes)`): True where the value is to be
-                predicted; never at `<cls>` or padding.
+            expression: `(batch_size, num_genes)` true values, hidden ones included.
+            hidden_genes: `(batch_size, num_genes)` bool, true where the value is to be predicted; never at `<cls>` or
+                padding.
             return_loss: Always true: a parameter of this name tells `Trainer` that there is a loss without labels.
         """
         labels = expression.masked_fill(~hidden_genes, IGNORED_LABEL)
