@@ -505,7 +505,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         )
         return logits.softmax(dim=-1)[:, 1]
 
-    def matching_logits(self, *inputs: Tensor, **kwargs: Any) -> Tensor:
+    def matching_logits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """`(num_pairs, 2)` logits of "no match" and "match", averaged over the queries; inputs as in `query_cells`."""
         states = self.query_cells(*inputs, **kwargs)
         return self.matching_head(states[:, : self.config.num_query_tokens]).mean(dim=1)  # (pairs, Q, 2) -> (pairs, 2)
