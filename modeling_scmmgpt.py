@@ -570,8 +570,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             if name not in ("expression_labels", "num_items_in_batch") and value is not None and value is not False:
                 *known, _ = inspect.signature(self.forward).parameters
                 raise TypeError(
-                    f"{name!r} is no input of {type(self).__name__}; its inputs are {', '.join(known)} and "
-                    "expression_labels."
+                    f"{name!r} is no input of {type(self).__name__}; it takes {', '.join(known)}, expression_labels."
                 )
         if cell_attention_mask is None:
             cell_attention_mask = torch.ones_like(gene_ids)
