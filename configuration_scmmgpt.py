@@ -19,13 +19,13 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
     "AutoProcessor": "processing_scmmgpt.ScMMGPTProcessor",
 }
-# A stage-1 checkpoint holds no language model, so every auto class answers with the alignment model.
+# A stage-1 checkpoint holds no language model: `AutoModel` loads the alignment model, and no other class is mapped.
 ALIGNMENT_AUTO_MAP = {
     "AutoConfig": "configuration_scmmgpt.ScMMGPTConfig",
     "AutoModel": "modeling_scmmgpt.ScMMGPTForCellTextAlignment",
     "AutoProcessor": "processing_scmmgpt.ScMMGPTProcessor",
 }
-# Task -> verb of `pipeline_scmmgpt.ScMMGPTPipeline`, and how `transformers.pipeline` finds it in a checkpoint.
+# Task of `transformers.pipeline` -> verb of `pipeline_scmmgpt.ScMMGPTPipeline`.
 PIPELINE_TASKS = {
     "cell-annotation": "annotate",
     "cell-description": "describe",
@@ -33,38 +33,29 @@ PIPELINE_TASKS = {
     "cell-embedding": "embed",
     "cell-search": "search",
 }
-PIPELINE = {"impl": "pipeline_scmmgpt.ScMMGPTPipeline", "pt": ["AutoModel"]}
-CELL_AUTO_MAP = {
-    "AutoConfig": "configuration_scmmgpt.ScGPTConfig",
-    "AutoModel": "modeling_scgpt.ScGPTModel",
-}
-
-EXPRESSION_HEADS = ("mse", "nb", "zinb")
-TEXT_POOLINGS = ("mean", "cls")
+CELL_AUTO_MAP = {"AutoConfig": "configuration_scmmgpt.ScGPTConfig", "AutoModel": "modeling_scgpt.ScGPTModel"}
 
 
 class ScGPTConfig(PreTrainedConfig):
     """Configuration of the cell language model, [`ScGPTModel`]. The defaults are scGPT's "whole-human" checkpoint.
 
     Args:
-        vocab_size (`int`, defaults to 60697): Genes plus the special tokens `<pad>`, `<cls>`, `<eoc>`.
-        hidden_size (`int`, defaults to 512): Width of a gene token (scGPT `embsize`).
-        num_hidden_layers (`int`, defaults to 12): Post-norm transformer layers (scGPT `nlayers`).
-        num_attention_heads (`int`, defaults to 8): Attention heads (scGPT `nheads`).
-        intermediate_size (`int`, defaults to 512): Feed-forward width (scGPT `d_hid`), with a ReLU.
-        hidden_dropout (`float`, defaults to 0.2): Dropout on embeddings, attention output and feed-forward.
-        attention_dropout (`float`, defaults to 0.0): Dropout on attention weights. scGPT trained with 0.2; any value
-            above 0 rules out PyTorch's fused CPU kernel (3.7x slower training step), hence a setting of its own.
-        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
-        n_bins (`int`, defaults to 51): Expression bins: 0 is "not expressed", `1..n_bins-1` are quantile bins.
-        max_value (`float`, defaults to 512): Upper clamp of an expression value before the value encoder.
-        pad_value (`float`, defaults to -2): Expression of `<pad>` and, in scGPT's embedding recipe, of `<cls>`.
-        mask_value (`float`, defaults to -1): Expression of a masked gene in the pre-training objectives.
-        use_flag_embedding (`bool`, defaults to False): Whether the model has scGPT's `flag_encoder` (2 x hidden),
-            which marks the genes to be generated in generative pre-training.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of linear layers' initial weights.
-        embedding_range (`float`, defaults to 0.1): Gene embeddings start from U(-range, range), as in scGPT.
-        pad_token_id, cls_token_id (`int`): Ids of `<pad>` and `<cls>` in the gene vocabulary.
+        vocab_size: Genes plus the special tokens `<pad>`, `<cls>`, `<eoc>`.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: scGPT's `embsize`, `nlayers`, `nheads`
+            and `d_hid`. Layers are post-norm, and their feed-forward has a ReLU.
+        hidden_dropout: Dropout on embeddings, attention output and feed-forward.
+        attention_dropout: Dropout on attention weights. scGPT trained with 0.2; any value above 0 rules out PyTorch's
+            fused CPU kernel (a training step takes two to four times as long), hence a setting of its own.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        n_bins: Expression bins: 0 is "not expressed", `1..n_bins-1` are quantile bins.
+        max_value: Upper clamp of an expression value before the value encoder.
+        pad_value: Expression of `<pad>` and, in scGPT's embedding recipe, of `<cls>`.
+        mask_value: Expression of a masked gene in the pre-training objectives.
+        use_flag_embedding: Whether the model has scGPT's `flag_encoder` (2 x hidden), which marks the genes to be
+            generated in generative pre-training.
+        initializer_range: Standard deviation of linear layers' initial weights.
+        embedding_range: Gene embeddings start from U(-range, range), as in scGPT.
+        pad_token_id, cls_token_id: Ids of `<pad>` and `<cls>` in the gene vocabulary.
     """
 
     model_type = "scmmgpt_cell"
@@ -114,28 +105,28 @@ class ScMMGPTConfig(PreTrainedConfig):
             output, neither scaled nor capped, such as Llama, Mistral, Qwen2, SmolLM2 or GPT-2.
         text_to_cell_config (`Blip2QFormerConfig` or `dict`): The text-to-cell projector: queries that cross-attend to
             the language model's hidden states. Its `encoder_hidden_size` follows `text_config.hidden_size`.
-        num_query_tokens (`int`, defaults to 32): Q-Former queries, and `<cell>` placeholders, per cell.
-        num_condition_tokens (`int`, defaults to 8): Condition tokens that the cell model reads when it generates.
-            The first stands where `<cls>` stands in a cell.
-        projection_dim (`int`, defaults to 256): Width of the shared cell-text space.
-        text_pooling (`str`, defaults to `"mean"`): How a text's states become one: `"mean"` over its tokens, or
-            `"cls"`, the first token's state, as published. Before training, `"cls"` hardly differs between texts.
-        profile_readout (`bool`, defaults to `False`): Whether cells of a stage-1 model also reach the shared space by
-            a linear readout of their whole profile (see [`ScMMGPTProfileReadout`]); `finetune` sets it.
-        cell_token_id (`int`): Id of `<cell>` in the language model's tokenizer.
-        expression_head (`str`, defaults to `"mse"`): `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a
-            (zero-inflated) negative binomial of the counts, which can be sampled.
-        logit_scale_init (`float`, defaults to 2.6593): Initial log inverse temperature, ln(1/0.07) as in CLIP.
-        matching_batch_size (`int`, *optional*): Cells of a stage-1 batch that enter the matching loss; by default all.
-            Matching costs three passes a cell (with its text, a wrong text, a wrong cell), contrast a third of one.
-        contrastive_group_size (`int`, *optional*): The published contrast: cells to texts, within groups of so many
-            cells (3), with a cell's own text as the only positive. By default the contrast is symmetric, over the
-            whole batch, and all texts of one meaning are positives.
-        contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight (`float`): Stage-1 weights.
-        language_weight, expression_weight (`float`): Stage-2 weights.
-        annotation (`dict`, *optional*): How cells are annotated by default: `labels` (label -> text), `cl_ids`, and
-            the `matching_weight`, `matching_candidates` and `temperature` fixed on validation data.
-        custom_pipelines (`dict`): Task -> pipeline, for `transformers.pipeline`; always the same.
+        num_query_tokens: Q-Former queries, and `<cell>` placeholders, per cell.
+        num_condition_tokens: Condition tokens from which the cell model generates a cell. The first takes the position
+            of `<cls>`.
+        projection_dim: Width of the shared cell-text space.
+        text_pooling: How the states of a text's tokens become one: `"mean"`, or `"cls"`, the first token's state, as
+            published. Before training, `"cls"` hardly differs between texts.
+        profile_readout: Whether a stage-1 model adds a linear readout of the cell's whole profile to its features (see
+            [`ScMMGPTProfileReadout`]); `finetune` sets it.
+        cell_token_id: Id of `<cell>` in the language model's tokenizer.
+        expression_head: `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a (zero-inflated) negative binomial
+            of the counts, which can be sampled.
+        logit_scale_init: Initial log inverse temperature; the default is ln(1/0.07), as in CLIP.
+        matching_batch_size: Cells of a stage-1 batch that enter the matching loss; by default all. Matching costs
+            three passes a cell (with its text, a wrong text, a wrong cell), contrast a third of one.
+        contrastive_group_size: The published contrast: cells to texts, within groups of this many cells (3), with a
+            cell's own text as the only positive. By default the contrast is symmetric, over the whole batch, and all
+            texts of one meaning are positives.
+        contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight: Weights of the stage-1 losses.
+        language_weight, expression_weight: Weights of the stage-2 losses.
+        annotation: Defaults of annotation: `labels` (label -> text), `cl_ids`, and the `matching_weight`,
+            `matching_candidates` and `temperature` fixed on validation data.
+        custom_pipelines: Task -> pipeline, for `transformers.pipeline`; always the same.
     """
 
     model_type = "scmmgpt"
@@ -184,12 +175,13 @@ class ScMMGPTConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(AUTO_MAP)
-        # Always as written here: `transformers.pipeline` replaces the names in it by classes, which can't be saved.
-        self.custom_pipelines = {task: dict(PIPELINE) for task in PIPELINE_TASKS}
-        if self.expression_head not in EXPRESSION_HEADS:
-            raise ValueError(f"expression_head is {self.expression_head!r}; choose one of {EXPRESSION_HEADS}.")
-        if self.text_pooling not in TEXT_POOLINGS:
-            raise ValueError(f"text_pooling is {self.text_pooling!r}; choose one of {TEXT_POOLINGS}.")
+        # Never the value given: `transformers.pipeline` replaces the names in it by classes, which can't be saved.
+        self.custom_pipelines = {
+            task: {"impl": "pipeline_scmmgpt.ScMMGPTPipeline", "pt": ["AutoModel"]} for task in PIPELINE_TASKS
+        }
+        for name, choices in (("expression_head", ("mse", "nb", "zinb")), ("text_pooling", ("mean", "cls"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {choices}.")
         for name in ("num_query_tokens", "num_condition_tokens", "projection_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -197,13 +189,3 @@ class ScMMGPTConfig(PreTrainedConfig):
 
 ScGPTConfig.register_for_auto_class()
 ScMMGPTConfig.register_for_auto_class()
-
-__all__ = [
-    "ALIGNMENT_AUTO_MAP",
-    "AUTO_MAP",
-    "CELL_AUTO_MAP",
-    "EXPRESSION_HEADS",
-    "PIPELINE_TASKS",
-    "ScGPTConfig",
-    "ScMMGPTConfig",
-]

@@ -1,20 +1,19 @@
-"""scGPT, the cell language model: genes and their expression in, one state a gene and one embedding a cell out.
+"""scGPT, the cell language model: genes and their expression in, a state per gene and an embedding per cell out.
 
-A cell is a set of tokens, `<cls>` first, then its expressed genes in any order. A token is the sum of a gene embedding
-and of an encoding of the gene's expression value (a bin, as in scGPT, or whatever the checkpoint was trained on), and
-passes through post-norm transformer layers without positions. Two decoders predict expression: one from a gene's own
+A cell is a set of tokens: `<cls>` first, then its expressed genes in any order. A token is the sum of a gene embedding
+and an encoding of the gene's expression value (a bin, as in scGPT, or whatever the checkpoint was trained on). Tokens
+pass through post-norm transformer layers without positions. Two decoders predict expression: one from a gene's own
 state, the other (MVC, "masked value for cell") from the cell embedding and a query made of the gene.
 
-Weights of the published scGPT load after `python -m scmmgpt.train convert scgpt`, and give its outputs to float32
-rounding. Training deviates in one default: scGPT drops attention weights with probability 0.2, while
-`ScGPTConfig.attention_dropout` is 0, because any attention dropout rules out the fused attention kernels (a CPU
-training step is 2.7 times slower with it). Set `attention_dropout` to 0.2 to train exactly as scGPT did.
+`python -m scmmgpt.train convert scgpt` converts the weights of the published scGPT; the outputs are equal to float32
+rounding. Training differs in one default: scGPT drops attention weights with probability 0.2, and
+`ScGPTConfig.attention_dropout` is 0. Set it to 0.2 to train exactly as scGPT did.
 
 The encoder never computes on padding. Its default path (`attn_implementation="sdpa"`) packs the real tokens of a
 batch into one row; see `Packing`. Any other attention implementation of transformers works on the padded batch.
 
-Shapes in comments: B cells of a batch, G genes of the padded batch (`<cls>` among them), K condition tokens put in
-front of the genes, L = K + G tokens, N tokens of a packed row, C cells of a packed row, D `hidden_size`, H heads.
+Shapes in comments: B cells of a batch, G genes of the padded batch (`<cls>` among them), K condition tokens in front
+of the genes, L = K + G tokens, N tokens of a packed row, C cells of a packed row, D `hidden_size`, H heads.
 """
 
 from collections.abc import Callable
@@ -30,7 +29,8 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 
 try:
@@ -43,24 +43,27 @@ with suppress(ImportError):
     from torch.nn.attention.varlen import varlen_attn
 
 
-IGNORED_LABEL = -100  # an expression label that enters no loss
+IGNORED_LABEL = -100  # a label that enters no loss
 CPU_PIECE_TOKENS = 2400  # tokens that run through all layers at once: 5 MB of float32 states, 10 % faster than 20,000
 
 
 @dataclass
 class ScGPTModelOutput(ModelOutput):
-    """What [`ScGPTModel`] returns.
+    """Output of [`ScGPTModel`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`): `expression_loss + mvc_loss`, if `expression_labels` were given.
+        loss: `expression_loss + mvc_loss`, if `expression_labels` were given.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_conditions + num_genes, hidden_size)`):
             The state of each token; zero where `cell_attention_mask` is 0. Only position 0 with `cls_only=True`.
         pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): The cell embedding: the state at
             position 0, not normalised (scGPT divides it by its length where it compares cells).
-        predicted_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The expression decoder's values,
-            in the unit of the labels, if there are any.
-        mvc_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The MVC decoder's values, likewise.
-        expression_loss, mvc_loss (`torch.FloatTensor` of shape `(1,)`): The two parts of the loss.
+        predicted_expression, mvc_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Predictions of
+            the expression decoder and the MVC decoder in the unit of `expression_labels`, if these were given.
+        expression_loss, mvc_loss: The two parts of the loss.
+        hidden_states (`tuple[torch.FloatTensor]`): With `output_hidden_states=True`, the embeddings and the states
+            after every layer, each shaped and padded like `last_hidden_state`, which is the last of them.
+        attentions (`tuple[torch.FloatTensor]`): With `output_attentions=True`, every layer's attention weights,
+            `(batch_size, num_attention_heads, length, length)`.
     """
 
     loss: Tensor | None = None
@@ -70,18 +73,15 @@ class ScGPTModelOutput(ModelOutput):
     mvc_expression: Tensor | None = None
     expression_loss: Tensor | None = None
     mvc_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 def masked_expression_loss(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared error over the positions that have a label.
+    """Mean squared error over the positions that have a label; 0 if there is none.
 
-    Args:
-        predicted (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Predicted expression.
-        labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True expression in the same unit, -100 where
-            nothing is to be predicted: padding, `<cls>`, and genes whose value the model was shown.
-
-    Returns:
-        `torch.FloatTensor` of shape `()`; 0 if no position has a label.
+    Both are `(batch_size, num_genes)`. A label is -100 where nothing is to be predicted: padding, `<cls>`, and genes
+    whose value is an input.
     """
     has_label = labels != IGNORED_LABEL
     error = (predicted.float() - labels.float()).masked_fill(~has_label, 0.0)
@@ -90,15 +90,10 @@ def masked_expression_loss(predicted: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass
 class Segments:
-    """Cells that lie one after another in a row of tokens.
+    """Cells that lie one after another in a row of tokens."""
 
-    Attributes:
-        lengths (`list[int]`): Number of tokens of each cell, ascending.
-        ends (`torch.IntTensor` of shape `(num_cells + 1,)`): 0, then where each cell ends.
-    """
-
-    lengths: list[int]
-    ends: Tensor
+    lengths: list[int]  # tokens of each cell, ascending
+    ends: Tensor  # (C + 1,) int32: 0, then where each cell ends
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> "Segments":
@@ -108,19 +103,19 @@ class Segments:
 
 @dataclass
 class Packing:
-    """Where the real tokens of a padded batch lie once they are packed into one row, cell after cell.
+    """Positions of the real tokens of a padded batch once they are packed into one row, cell after cell.
 
-    Every layer but attention treats tokens alone, so it runs on the packed row and no work is spent on padding.
-    Attention runs within each cell. Cells are packed in order of length: those of equal length are neighbours and
-    share one kernel call. In inference on a CPU the row is cut into pieces that stay in the cache.
+    Every layer but attention treats each token alone, and runs on the packed row. Attention runs within each cell.
+    Cells are packed in order of length: those of equal length are neighbours and share one kernel call. In inference
+    on a CPU the row is cut into pieces that stay in the cache.
 
     Attributes:
-        shape (`tuple[int, int]`): Batch size and length of the padded batch.
+        shape: Batch size and length of the padded batch.
         index (`torch.LongTensor` of shape `(num_tokens,)`): Position of each packed token in the flattened padded
             batch; None if the batch has no padding, and packing is only a change of shape.
         rows (`torch.LongTensor` of shape `(num_cells,)`): Which cell of the batch each packed cell is. Cells without
             tokens are left out.
-        pieces (`list[Segments]`): The packed cells, piece by piece.
+        pieces: The packed cells, piece by piece.
     """
 
     shape: tuple[int, int]
@@ -171,8 +166,8 @@ class Packing:
 def per_head_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of one cell as plain matrix products, one head at a time: CPU, bfloat16, no gradient.
 
-    PyTorch's fused CPU attention gains nothing from bfloat16, its matrix product 2.5 times the speed of float32.
-    Tensors are `(num_tokens, num_heads, head_dim)`, `query` is already scaled and may have fewer tokens.
+    In bfloat16, PyTorch's fused CPU attention is no faster than in float32, and its matrix product 2.5 times as fast.
+    Tensors are `(num_tokens, num_heads, head_dim)`; `query` is already scaled and may have fewer tokens.
     """
     output = torch.empty_like(query)  # (N, H, D / H)
     for head in range(query.shape[1]):
@@ -190,23 +185,15 @@ def packed_attention(
     dropout: float = 0.0,
     num_conditions: int | None = None,
 ) -> Tensor:
-    """Attention within each cell of a packed row, by the fastest means of the device.
+    """Attention within each cell of a packed row, without a mask, by the fastest means of the device.
 
-    On CUDA in half precision it is one variable-length kernel; elsewhere each run of cells of equal length is one call
-    of the fused `scaled_dot_product_attention`, and on CPU in bfloat16 see [`per_head_attention`]. No mask anywhere.
+    In half precision on CUDA, one variable-length kernel computes all cells. On a CPU in bfloat16, see
+    [`per_head_attention`]. Elsewhere, each run of cells of equal length is one call of the fused
+    `scaled_dot_product_attention`.
 
-    Args:
-        query (`torch.Tensor` of shape `(num_tokens or num_cells, num_heads, head_dim)`): Packed tokens, or only the
-            first token of each cell.
-        key (`torch.Tensor` of shape `(num_tokens, num_heads, head_dim)`): Packed tokens.
-        value (`torch.Tensor` of shape `(num_tokens, num_heads, head_dim)`): Packed tokens.
-        segments ([`Segments`]): Where the cells lie.
-        scaling (`float`): Factor of the scores.
-        dropout (`float`): Probability of dropping an attention weight.
-        num_conditions (`int`, *optional*): See [`attention_by_conditions`].
-
-    Returns:
-        `torch.Tensor` of the shape of `query`.
+    `key` and `value` are `(num_tokens, num_heads, head_dim)`. `query` and the result have the same shape, or only the
+    first token of each cell, `(num_cells, num_heads, head_dim)`. `scaling` is the factor of the scores, `dropout` the
+    probability of dropping an attention weight. For `num_conditions` see [`attention_by_conditions`].
     """
     first_only = len(query) == len(segments.lengths)
     whole = num_conditions is None
@@ -243,24 +230,15 @@ def attention_by_conditions(
     """Attention in which conditions attend to all tokens, and a gene to the conditions and itself.
 
     Genes exchange information through the conditions. The cost is linear in the number of genes, not quadratic.
-
-    Args:
-        query, key, value (`torch.Tensor` of shape `(num_cells, num_heads, num_conditions + num_genes, head_dim)`):
-            Conditions first; no padding.
-        num_conditions (`int`): How many there are.
-        scaling (`float`): Factor of the scores.
-        dropout (`float`): Probability of dropping an attention weight.
-
-    Returns:
-        `torch.Tensor` of the shape of `query`.
+    `query`, `key` and `value` are `(num_cells, num_heads, num_conditions + num_genes, head_dim)`, conditions first and
+    without padding; the result has the same shape.
     """
     conditions, genes = query[:, :, :num_conditions], query[:, :, num_conditions:]
     (condition_keys, own_keys), (condition_values, own_values) = (
         (states[:, :, :num_conditions], states[:, :, num_conditions:]) for states in (key, value)
     )
-    of_conditions = nn.functional.scaled_dot_product_attention(
-        conditions, key, value, dropout_p=dropout, scale=scaling
-    )  # (B, H, K, D / H)
+    attend = nn.functional.scaled_dot_product_attention
+    of_conditions = attend(conditions, key, value, dropout_p=dropout, scale=scaling)  # (B, H, K, D / H)
     own_scores = (genes * own_keys).sum(dim=-1, keepdim=True)  # (B, H, G, 1)
     scores = torch.cat([torch.matmul(genes, condition_keys.transpose(-1, -2)), own_scores], dim=-1) * scaling
     # (B, H, G, K + 1): every condition, and last the gene itself
@@ -289,7 +267,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, on heads of the padded batch: the reference, and the only path that returns weights."""
+    """Plain attention on heads of the padded batch: the reference, and the only path that returns weights."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -299,7 +277,7 @@ def eager_attention_forward(
 
 
 class ScGPTValueLinear(nn.Linear):
-    """A linear layer of the value encoder. It starts as in scGPT, with random biases.
+    """A linear layer of the value encoder, with scGPT's random initial biases.
 
     With zero biases the ReLU would be scale-free, and the LayerNorm after it would erase the value.
     """
@@ -346,7 +324,7 @@ class ScGPTEmbeddings(nn.Module):
         embeddings = self.embed_genes(gene_ids)  # (B, G, D)
         values = None if expression is None else self.value_encoder(expression)  # (B, G, D)
         if generation_mask is not None:
-            # A gene to be generated has no value: in its place scGPT puts the flag, if the model has one.
+            # A gene to be generated has no value: scGPT puts the flag in its place, if the model has one.
             shown = (generation_mask == 0).unsqueeze(-1)  # (B, G, 1)
             values = torch.zeros_like(embeddings) if values is None else values * shown
             if self.flag_embedding is not None:
@@ -377,28 +355,29 @@ class ScGPTAttention(nn.Module):
         attention_mask: Tensor | None = None,
         segments: Segments | None = None,
         num_conditions: int | None = None,
-    ) -> Tensor:
-        """Attend from `queries` to `hidden_states`, which are the same tokens or more; see [`ScGPTLayer`]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention from `queries` to `hidden_states`, which are the same tokens or more, and the eager weights."""
         # (N, D) packed or (B, L, D) padded -> heads: (N, H, D / H) or (B, L, H, D / H)
         query = self.q_proj(queries).unflatten(-1, (-1, self.head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         dropout = self.config.attention_dropout if self.training else 0.0
+        weights = None
         if segments is not None:
             output = packed_attention(query, key, value, segments, self.scaling, dropout, num_conditions)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             heads_first = (states.transpose(1, 2) for states in (query, key, value))
-            output, _ = attend(self, *heads_first, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.out_proj(output.flatten(-2))
+            output, weights = attend(self, *heads_first, attention_mask, scaling=self.scaling, dropout=dropout)
+        return self.out_proj(output.flatten(-2)), weights
 
 
 class ScGPTLayer(GradientCheckpointingLayer):
     """A post-norm transformer layer with a ReLU feed-forward.
 
     Tokens are `(batch_size, length, hidden_size)` with an `attention_mask`, or packed, `(num_tokens, hidden_size)`,
-    with `segments`. With `first_only` (packed alone) the result holds only the first token of each cell;
-    `num_conditions` (packed alone) is that of [`attention_by_conditions`].
+    with `segments`. Two arguments are for packed tokens alone: with `first_only` the result holds only the first token
+    of each cell, and `num_conditions` is that of [`attention_by_conditions`].
     """
 
     def __init__(self, config: ScGPTConfig) -> None:
@@ -422,20 +401,19 @@ class ScGPTLayer(GradientCheckpointingLayer):
         queries = hidden_states  # (N, D) packed or (B, L, D) padded
         if first_only and segments is not None:
             queries = hidden_states[segments.ends[:-1]]  # (C, D)
-        attended = self.attention(queries, hidden_states, attention_mask, segments, num_conditions)
+        attended, _ = self.attention(queries, hidden_states, attention_mask, segments, num_conditions)
         queries = self.attention_norm(queries + self.dropout(attended))
         transformed = self.linear2(self.dropout(nn.functional.relu(self.linear1(queries))))
         return self.output_norm(queries + self.dropout(transformed))
 
 
-def _shown_genes_are_visible(generation_mask: Tensor) -> Callable:
-    """Mask function: a token attends to itself and to the genes that are not to be generated."""
-    return lambda batch, head, query, key: (generation_mask[batch, key] == 0) | (query == key)
-
-
-def _conditions_are_visible(num_conditions: int) -> Callable:
-    """Mask function: as [`attention_by_conditions`]."""
-    return lambda batch, head, query, key: (query < num_conditions) | (key < num_conditions) | (query == key)
+def _visibility(generation_mask: Tensor | None, num_conditions: int | None) -> Callable | None:
+    """Mask function of the padded batch: which tokens attend to which. None where all attend to all."""
+    if num_conditions is not None:  # as in `attention_by_conditions`
+        return lambda batch, head, query, key: (query < num_conditions) | (key < num_conditions) | (query == key)
+    if generation_mask is not None:  # to itself and to the genes that are not to be generated
+        return lambda batch, head, query, key: (generation_mask[batch, key] == 0) | (query == key)
+    return None
 
 
 class ScGPTEncoder(nn.Module):
@@ -445,7 +423,6 @@ class ScGPTEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(ScGPTLayer(config) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -454,57 +431,58 @@ class ScGPTEncoder(nn.Module):
         generation_mask: Tensor | None = None,
         cls_only: bool = False,
         num_conditions: int | None = None,
-    ) -> Tensor:
-        """Encode tokens (batch_size, length, hidden_size); returns the same shape, or length 1 with `cls_only`.
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Encode tokens (batch_size, length, hidden_size); for `num_conditions` see [`attention_by_conditions`].
 
-        With `num_conditions`, see [`attention_by_conditions`].
+        Returns:
+            The states after the last layer, of the same shape, or length 1 with `cls_only`. Before them, with
+            `output_hidden_states`, `inputs_embeds` and the states after every other layer.
         """
         # A compiled graph must not depend on the lengths of the cells, and packing does.
         can_pack = generation_mask is None and not torch.compiler.is_compiling()
         if can_pack and self.config._attn_implementation == "sdpa":
-            return self._forward_packed(inputs_embeds, attention_mask, cls_only, num_conditions)
-        return self._forward_padded(inputs_embeds, attention_mask, generation_mask, cls_only, num_conditions)
-
-    def _forward_packed(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cls_only: bool, num_conditions: int | None
-    ) -> Tensor:
-        packing = Packing.of(inputs_embeds, attention_mask)
-        if not packing.pieces:  # no cell has a token
-            return inputs_embeds[:, :1] * 0 if cls_only else inputs_embeds * 0
-        outputs = []
-        for hidden_states, segments in zip(packing.pack(inputs_embeds), packing.pieces, strict=True):
-            for layer in self.layers[:-1]:
-                hidden_states = layer(hidden_states, segments=segments, num_conditions=num_conditions)
-            # For the embedding alone, the last layer needs every token's key and value, but one query a cell.
-            last = self.layers[-1]
-            outputs.append(last(hidden_states, segments=segments, first_only=cls_only, num_conditions=num_conditions))
-        return packing.unpack_first(outputs) if cls_only else packing.unpack(outputs)
-
-    def _forward_padded(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        generation_mask: Tensor | None,
-        cls_only: bool,
-        num_conditions: int | None,
-    ) -> Tensor:
-        visible = None
-        if num_conditions is not None:
-            visible = _conditions_are_visible(num_conditions)
-        elif generation_mask is not None:
-            visible = _shown_genes_are_visible(generation_mask)
+            return self._forward_packed(inputs_embeds, attention_mask, cls_only, num_conditions, output_hidden_states)
+        visible = _visibility(generation_mask, num_conditions)
         if visible is not None and "flash" in self.config._attn_implementation:
             # transformers ignores a mask function there, without a warning.
-            raise ValueError("Flash attention lets genes see all others; generate by 'sdpa' or 'eager' attention.")
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} lets genes see all others, also those to "
+                "be generated; generate with 'sdpa' or 'eager'."
+            )
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, and_mask_function=visible
         )
-        hidden_states = inputs_embeds
+        states = [inputs_embeds]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, layer_mask)
+            states = [*(states if output_hidden_states else ()), layer(states[-1], layer_mask)]
         if attention_mask is not None:
-            hidden_states = hidden_states.masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0)
-        return hidden_states[:, :1] if cls_only else hidden_states
+            states = [state.masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0) for state in states]
+        return (*states[:-1], states[-1][:, :1] if cls_only else states[-1])
+
+    def _forward_packed(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cls_only: bool,
+        num_conditions: int | None,
+        output_hidden_states: bool,
+    ) -> tuple[Tensor, ...]:
+        packing = Packing.of(inputs_embeds, attention_mask)
+        inner: list[list[Tensor]] = [[] for _ in self.layers] if output_hidden_states else []
+        if not packing.pieces:  # no cell has a token
+            empty = inputs_embeds * 0
+            return (*[empty] * len(inner), empty[:, :1] if cls_only else empty)
+        outputs = []
+        for hidden_states, segments in zip(packing.pack(inputs_embeds), packing.pieces, strict=True):
+            for depth, layer in enumerate(self.layers):
+                if output_hidden_states:
+                    inner[depth].append(hidden_states)
+                # For the embedding alone, the last layer needs every token's key and value, but one query a cell.
+                first_only = cls_only and depth == len(self.layers) - 1
+                hidden_states = layer(hidden_states, None, segments, first_only, num_conditions)
+            outputs.append(hidden_states)
+        return (*map(packing.unpack, inner), packing.unpack_first(outputs) if cls_only else packing.unpack(outputs))
 
 
 class ScGPTExpressionDecoder(nn.Module):
@@ -548,6 +526,7 @@ class ScGPTPreTrainedModel(PreTrainedModel):
     config: ScGPTConfig
     config_class = ScGPTConfig
     base_model_prefix = "cell_model"
+    _input_embed_layer = "gene_embedding"
     main_input_name = "gene_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ScGPTLayer"]
@@ -555,10 +534,11 @@ class ScGPTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"attentions": ScGPTAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only modules that own parameters come by here: transformers passes over containers of remote-code models.
+        # transformers calls this for modules that own parameters, and skips the containers of remote-code models.
         super()._init_weights(module)
         if isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -self.config.embedding_range, self.config.embedding_range)
@@ -569,10 +549,10 @@ class ScGPTPreTrainedModel(PreTrainedModel):
 
 
 class ScGPTModel(ScGPTPreTrainedModel):
-    """scGPT: gene tokens with expression values -> a state per gene, an embedding per cell, and expression back.
+    """scGPT: gene tokens with expression values -> a state per gene, an embedding per cell, and predicted expression.
 
-    For embeddings alone, pass `cls_only=True`; on a CPU that computes in bfloat16, `model.to(torch.bfloat16)` is
-    another 2.8 times as fast, at a cosine of 0.9999 to float32.
+    For embeddings alone, pass `cls_only=True`. On a CPU that computes in bfloat16, `model.to(torch.bfloat16)` is 2.8
+    times as fast again, at a cosine of 0.9999 to float32.
 
     >>> model = ScGPTModel(ScGPTConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
     ...     intermediate_size=16, pad_token_id=0, cls_token_id=1)).eval()
@@ -591,14 +571,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
         self.mvc_decoder = ScGPTMVCDecoder(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The gene embedding."""
-        return self.embeddings.gene_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the gene embedding."""
-        self.embeddings.gene_embedding = value
-
+    @capture_outputs
     def forward(
         self,
         gene_ids: Tensor,
@@ -609,45 +582,43 @@ class ScGPTModel(ScGPTPreTrainedModel):
         cls_only: bool = False,
         expression_labels: Tensor | None = None,
         genes_attend_to: str = "all",
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> ScGPTModelOutput:
-        """Encode a batch of cells.
-
-        Row i of a batch equals row i alone, to rounding.
+        """Encode a batch of cells. Row i of a batch equals row i alone, to rounding.
 
         Args:
             gene_ids (`torch.LongTensor` of shape `(batch_size, num_genes)`): Ids in the gene vocabulary. Position 0 is
                 `<cls>`, unless `condition_embeds` stand in its place.
             expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Value of each gene, in the unit that
-                the checkpoint was trained on (scGPT: bins 0..50, -2 at `<cls>`). May be left out with
-                `condition_embeds`: the expression is then what is to be generated.
-            cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding,
-                which stands on the right.
+                the checkpoint was trained on (scGPT: bins 0..50, -2 at `<cls>`). None if it is to be generated from
+                `condition_embeds`.
+            cell_attention_mask: `(batch_size, num_genes)`, 1 for a token, 0 for padding, which stands on the right.
             condition_embeds (`torch.FloatTensor` of shape `(batch_size, num_conditions, hidden_size)`): Tokens put in
                 front of the genes, such as a cell embedding or the projection of a text.
-            generation_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a gene to be generated
-                from the others, as in scGPT's generative pre-training: its value is not read, and no other token
-                attends to it. Runs on the padded batch.
-            cls_only (`bool`, defaults to False): Compute the cell embedding alone: one query a cell in the last layer.
+            generation_mask: `(batch_size, num_genes)`, 1 for a gene to be generated from the others, as in scGPT's
+                generative pre-training: its value is not used, and no other token attends to it.
+            cls_only: Compute the cell embedding alone: one query per cell in the last layer.
             expression_labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True expression where it is to
                 be predicted, -100 elsewhere. Adds both decoders' predictions and losses to the output.
-            genes_attend_to (`str`, defaults to `"all"`): With `"conditions"` a gene attends to the conditions and to
-                itself alone, as a gene that scGPT's generative pre-training hides does to the genes that it shows.
-                Conditions attend to all. The cost grows with the number of genes, not with its square.
+            genes_attend_to: `"all"`, or `"conditions"`: a gene attends to the conditions and to itself alone, as the
+                hidden genes of scGPT's generative pre-training attend to the shown genes. Conditions attend to all.
+                The cost grows with the number of genes, not with its square.
+            output_hidden_states, output_attentions: Whether to return `hidden_states` and `attentions`; by default as
+                in the configuration. Attentions need `attn_implementation="eager"`.
         """
         if genes_attend_to not in ("all", "conditions"):
             raise ValueError(f"genes_attend_to is {genes_attend_to!r}; choose 'all' or 'conditions'.")
-        by_conditions = genes_attend_to == "conditions"
-        if by_conditions and (condition_embeds is None or generation_mask is not None or cls_only):
+        if genes_attend_to == "conditions" and (condition_embeds is None or generation_mask is not None or cls_only):
             raise ValueError(
                 "genes_attend_to='conditions' needs condition_embeds, and neither generation_mask nor cls_only."
             )
         if expression is None and condition_embeds is None:
-            raise ValueError(
-                "expression is None: a cell is its genes and their values. "
-                "Pass expression, or condition_embeds to generate it from."
-            )
+            raise ValueError("expression is None; pass the genes' values, or condition_embeds to generate them from.")
         if cls_only and expression_labels is not None:
-            raise ValueError("cls_only=True computes no gene states, but expression_labels need them: pass one.")
+            raise ValueError("cls_only=True computes no gene states, but expression_labels need them; pass one only.")
+        self._check_attentions(output_attentions)
         inputs_embeds = self.embeddings(gene_ids, expression, generation_mask)  # (B, G, D)
         num_conditions = 0
         if condition_embeds is not None:
@@ -657,14 +628,16 @@ class ScGPTModel(ScGPTPreTrainedModel):
                 cell_attention_mask = nn.functional.pad(cell_attention_mask, (num_conditions, 0), value=1)
             if generation_mask is not None:
                 generation_mask = nn.functional.pad(generation_mask, (num_conditions, 0), value=0)
-        hidden_states = self.encoder(
-            inputs_embeds,
-            cell_attention_mask,
-            generation_mask,
-            cls_only,
-            num_conditions=num_conditions if by_conditions else None,
-        )  # (B, L, D), or (B, 1, D) with `cls_only`
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        attended = num_conditions if genes_attend_to == "conditions" else None
+        states = self.encoder(
+            inputs_embeds, cell_attention_mask, generation_mask, cls_only, attended, output_hidden_states
+        )
+        hidden_states = states[-1]  # (B, L, D), or (B, 1, D) with `cls_only`
         outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+        if output_hidden_states:
+            outputs["hidden_states"] = states
         if expression_labels is not None:
             predicted = self.decode_expression(hidden_states[:, num_conditions:])  # (B, G)
             from_cell = self.decode_mvc(hidden_states[:, 0], gene_ids)  # (B, G)
@@ -674,6 +647,15 @@ class ScGPTModel(ScGPTPreTrainedModel):
             outputs["expression_loss"], outputs["mvc_loss"] = expression_loss, mvc_loss
             outputs["loss"] = expression_loss + mvc_loss
         return outputs
+
+    def _check_attentions(self, output_attentions: bool | None) -> None:
+        implementation = self.config._attn_implementation
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if wanted and implementation != "eager":
+            raise ValueError(
+                f"output_attentions is True, but attn_implementation={implementation!r} runs fused kernels, which "
+                "return no attention weights; call model.set_attn_implementation('eager') first."
+            )
 
     def decode_expression(self, hidden_states: Tensor) -> Tensor:
         """Expression from gene states: (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""
@@ -690,29 +672,25 @@ class ScGPTModel(ScGPTPreTrainedModel):
         cell_attention_mask: Tensor | None = None,
         expression: Tensor | None = None,
     ) -> Tensor:
-        """Expression of every gene of a cell known by its embedding, in one pass: scGPT's `generate`.
+        """Expression of every gene of a cell given its embedding, in one pass: scGPT's `generate`.
 
-        Args:
-            gene_ids (`torch.LongTensor` of shape `(batch_size, num_genes)`): Position 0 is overwritten.
-            cell_embeds (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Stands in position 0.
-            cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding.
-            expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Known values, if any.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_genes)`: Predicted values; position 0 has no meaning.
+        `cell_embeds`, `(batch_size, hidden_size)`, stand at position 0. The other inputs are those of `forward`, and
+        `expression` the known values, if any; their position 0 is not used. The result is `(batch_size, num_genes)`,
+        without a meaning at position 0.
         """
         outputs = self(
             gene_ids[:, 1:],
             expression=None if expression is None else expression[:, 1:],
             cell_attention_mask=None if cell_attention_mask is None else cell_attention_mask[:, 1:],
             condition_embeds=cell_embeds.unsqueeze(1),
+            return_dict=True,
         )
         return self.decode_expression(outputs.last_hidden_state)
 
 
 @dataclass
 class ScGPTPreTrainingOutput(ModelOutput):
-    """What [`ScGPTForPreTraining`] returns: the sum of the losses, and each objective's own."""
+    """Output of [`ScGPTForPreTraining`]: the sum of the losses, and the loss of each objective."""
 
     loss: Tensor | None = None
     masked_loss: Tensor | None = None
@@ -728,12 +706,12 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
     - `cell_prompt`: no gene carries a value. The cell embedding of a pass above, detached, stands in the place of
       `<cls>`, as in [`~ScGPTModel.generate_expression`].
 
-    The first two train both decoders, the last the expression decoder. `ScGPTModel.from_pretrained` loads its
-    checkpoints.
+    The first two train both decoders, the last the expression decoder. `ScGPTModel.from_pretrained` loads checkpoints
+    of this class.
 
     Args:
-        config ([`ScGPTConfig`]): Of the cell model; `use_flag_embedding` marks the genes of `gene_prompt`.
-        objectives (`tuple[str]`, *optional*): Which of the three; all by default.
+        config: Of the cell model; `use_flag_embedding` marks the genes of `gene_prompt`.
+        objectives: Which of the three.
     """
 
     OBJECTIVES = ("masked", "gene_prompt", "cell_prompt")
@@ -742,13 +720,14 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         super().__init__(config)
         if not set(objectives) <= set(self.OBJECTIVES) or not set(objectives) - {"cell_prompt"}:
             raise ValueError(
-                f"objectives are {tuple(objectives)}; choose from {self.OBJECTIVES}, and 'cell_prompt' only beside "
-                "another, which the cell embedding comes from."
+                f"objectives are {tuple(objectives)}; choose from {self.OBJECTIVES}. 'cell_prompt' needs another "
+                "objective beside it, whose pass gives the cell embedding."
             )
         self.objectives = tuple(objectives)
         self.cell_model = ScGPTModel(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         gene_ids: Tensor,
@@ -760,22 +739,22 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         """Losses of a batch.
 
         Args:
-            gene_ids (`torch.LongTensor` of shape `(batch_size, num_genes)`): As in [`ScGPTModel`].
-            expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): True values, hidden ones included.
-            cell_attention_mask (`torch.LongTensor` of shape `(batch_size, num_genes)`): 1 for a token, 0 for padding.
-            hidden_genes (`torch.BoolTensor` of shape `(batch_size, num_genes)`): True where the value is to be
-                predicted; never at `<cls>` or padding.
-            return_loss (`bool`): Always true: it tells `Trainer` that there is a loss without labels.
+            gene_ids, cell_attention_mask: `(batch_size, num_genes)`, as in [`ScGPTModel`].
+            expression: `(batch_size, num_genes)` true values, hidden ones included.
+            hidden_genes: `(batch_size, num_genes)` bool, true where the value is to be predicted; never at `<cls>` or
+                padding.
+            return_loss: Always true: a parameter of this name tells `Trainer` that there is a loss without labels.
         """
         labels = expression.masked_fill(~hidden_genes, IGNORED_LABEL)
+        targets = {"expression_labels": labels, "return_dict": True}
         losses: dict[str, Tensor] = {}
         if "masked" in self.objectives:
             shown = expression.masked_fill(hidden_genes, self.config.mask_value)
-            outputs = self.cell_model(gene_ids, shown, cell_attention_mask, expression_labels=labels)
+            outputs = self.cell_model(gene_ids, shown, cell_attention_mask, **targets)
             losses["masked_loss"] = outputs.loss
         if "gene_prompt" in self.objectives:
             outputs = self.cell_model(
-                gene_ids, expression, cell_attention_mask, generation_mask=hidden_genes, expression_labels=labels
+                gene_ids, expression, cell_attention_mask, generation_mask=hidden_genes, **targets
             )
             losses["gene_prompt_loss"] = outputs.loss
         if "cell_prompt" in self.objectives:
@@ -786,12 +765,3 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
 
 
 ScGPTModel.register_for_auto_class("AutoModel")
-
-__all__ = [
-    "ScGPTForPreTraining",
-    "ScGPTModel",
-    "ScGPTModelOutput",
-    "ScGPTPreTrainedModel",
-    "ScGPTPreTrainingOutput",
-    "masked_expression_loss",
-]

@@ -1,7 +1,7 @@
 """scMMGPT: losses, the Q-Former bridge, cell-text alignment (stage 1) and the generative model (stage 2).
 
-Read it bottom-up: `ScMMGPTForConditionalGeneration.forward` -> `ScMMGPTModel.forward` -> `ScMMGPTBridgeModel`.
-Masks are 1 where a token is attended to. Expression inputs are the processor's values (51 bins unless configured
+The way of a batch: `ScMMGPTForConditionalGeneration.forward` -> `ScMMGPTModel.forward` -> `ScMMGPTBridgeModel`.
+Masks are 1 where a token is attended to. Cells enter with the processor's values (51 bins unless configured
 otherwise); targets of text-to-cell generation are log1p(CP10k) or raw counts, as each docstring says.
 
 Shapes in comments: B rows of a batch, C cells, G gene tokens of a cell, T text tokens, Q queries of a cell
@@ -9,10 +9,11 @@ Shapes in comments: B rows of a batch, C cells, G gene tokens of a cell, T text 
 model, P `projection_dim`.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +29,21 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerMultiHeadAttention,
     Blip2TextEmbeddings,
 )
-from transformers.utils import torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import ScGPTModel, eager_attention_forward
+    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import ScGPTModel, eager_attention_forward
+    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
 
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)
-MAX_LOG_RATE = math.log(COUNTS_PER_10K)  # no gene has more than all of a cell's counts
-IGNORE_INDEX = -100
-
 CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")
 
 
@@ -57,9 +55,9 @@ class AlignmentOutput(ModelOutput):
     """Output of [`ScMMGPTForCellTextAlignment`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`): Weighted sum of the losses below that have a weight.
-        contrastive_loss, matching_loss, captioning_loss, cell_pretraining_loss (`torch.FloatTensor` of shape `(1,)`):
-            The components, unweighted; `None` where the weight is 0.
+        loss: Weighted sum of the losses below that have a weight.
+        contrastive_loss, matching_loss, captioning_loss, cell_pretraining_loss: The components, unweighted; `None`
+            where the weight is 0.
         cell_features (`torch.FloatTensor` of shape `(batch_size, num_query_tokens, projection_dim)`): L2-normalised.
         text_features (`torch.FloatTensor` of shape `(batch_size, projection_dim)`): L2-normalised.
     """
@@ -80,7 +78,7 @@ class ScMMGPTModelOutput(BaseModelOutputWithPast):
     Args:
         cell_hidden_states (`torch.FloatTensor` of shape `(num_cells, num_query_tokens, text_config.hidden_size)`):
             The cells as inputs of the language model.
-        expression_loss (`torch.FloatTensor` of shape `(1,)`): Loss of the target genes; `None` without targets.
+        expression_loss: Loss of the target genes; `None` without targets.
     """
 
     cell_hidden_states: Tensor | None = None
@@ -89,12 +87,12 @@ class ScMMGPTModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class ScMMGPTCausalLMOutput(CausalLMOutputWithPast):
-    """Output of [`ScMMGPTForConditionalGeneration`], with what [`ScMMGPTModelOutput`] adds.
+    """Output of [`ScMMGPTForConditionalGeneration`], with the additions of [`ScMMGPTModelOutput`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`): `language_weight * language_loss + expression_weight *
-            expression_loss`, over the components that the batch has.
-        language_loss (`torch.FloatTensor` of shape `(1,)`): Cross-entropy of `labels`; `None` without labels.
+        loss: `language_weight * language_loss + expression_weight * expression_loss`, over the components that the
+            batch has.
+        language_loss: Cross-entropy of `labels`; `None` without labels.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, text_config.vocab_size)`).
     """
 
@@ -122,12 +120,8 @@ class CellGenerationOutput(ModelOutput):
 def cell_text_similarity(cell_features: Tensor, text_features: Tensor) -> Tensor:
     """Cosine similarity of every cell with every text: the maximum over the cell's queries, as in BLIP-2.
 
-    Args:
-        cell_features: `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
-        text_features: `(num_texts, projection_dim)`, L2-normalised.
-
-    Returns:
-        `(num_cells, num_texts)`, between -1 and 1.
+    From `(num_cells, num_query_tokens, projection_dim)` and `(num_texts, projection_dim)`, both L2-normalised, to
+    `(num_cells, num_texts)`, between -1 and 1.
     """
     return torch.einsum("cqd,td->cqt", cell_features, text_features).amax(dim=1)
 
@@ -137,9 +131,8 @@ def contrastive_loss(similarity: Tensor, logit_scale: Tensor, targets: Tensor) -
 
     Args:
         similarity: `(num_cells, num_texts)` cosine similarities.
-        logit_scale: Scalar that multiplies them (the inverse temperature, not its logarithm).
-        targets: `(num_cells, num_texts)`: 1 where the text describes the cell, 0 elsewhere. Every row and column needs
-            a positive entry.
+        logit_scale: Factor of the similarities (the inverse temperature, not its logarithm).
+        targets: `(num_cells, num_texts)`, 1 where the text describes the cell, else 0; no row or column is all 0.
 
     >>> similarity = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     >>> same = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
@@ -157,11 +150,8 @@ def paired_contrastive_loss(similarity: Tensor, logit_scale: Tensor, group_size:
     """InfoNCE as published: from cells to texts, within groups of cells, with a cell's own text as the only positive.
 
     Reproduces the paper. Two cells of one type in one group are negatives of each other, though their texts agree.
-
-    Args:
-        similarity: `(num_cells, num_cells)` cosine similarities, of cell i with the text of cell j.
-        logit_scale: Scalar that multiplies them.
-        group_size: Cells per group, in the order of the batch; an incomplete last group is left out.
+    `similarity` is `(num_cells, num_cells)`, of cell i with the text of cell j. Groups are `group_size` cells in the
+    order of the batch; an incomplete last group is left out.
 
     >>> round(paired_contrastive_loss(torch.zeros(7, 7), torch.tensor(1.0), 3).item(), 4)  # ln 3
     1.0986
@@ -178,12 +168,8 @@ def paired_contrastive_loss(similarity: Tensor, logit_scale: Tensor, group_size:
 def sample_hard_negatives(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one negative column per row, with the softmax of the logits as probabilities.
 
-    Args:
-        logits: `(rows, columns)` scaled similarities.
-        allowed: `(rows, columns)` bool, true where the column is a negative of the row.
-
-    Returns:
-        `(rows_with_a_negative,)` row indices and the column drawn for each. A row without a negative is left out.
+    `logits` are scaled similarities, `(rows, columns)`; `allowed` is true where the column is a negative of the row.
+    Returns the indices of the rows that have a negative, and the column drawn for each.
     """
     rows = allowed.any(dim=1).nonzero(as_tuple=True)[0]
     if not len(rows):
@@ -197,11 +183,8 @@ def negative_binomial_nll(
 ) -> Tensor:
     """Negative log-likelihood of counts under NB(mean, dispersion), or ZINB if `dropout_logits` is given.
 
-    Args:
-        counts: Any shape, >= 0.
-        mean: Same shape, > 0: expected count of the NB part.
-        dispersion: Same shape, > 0: inverse dispersion theta; the variance is `mean + mean**2 / theta`.
-        dropout_logits: Same shape: logit of an extra zero.
+    `mean` > 0 is the expected count of the NB part; `dispersion` > 0 is the inverse dispersion theta: the variance is
+    `mean + mean**2 / theta`. `dropout_logits` are the logits of an extra zero. All have the shape of `counts`.
     """
     dtype = mean.dtype
     if mean.device.type != "mps":  # which has no float64; in float32 a dispersion above 1e5 leaves no digit of lgamma
@@ -222,25 +205,18 @@ def negative_binomial_nll(
     return -torch.where(counts > 0, kept + log_likelihood, extra_zero).to(dtype)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the entries where `mask` is 1: 0 (with a gradient of 0) if there are none."""
-    mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
 def additive_mask(attend: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `attend` is 1, a very negative number elsewhere.
 
-    The Q-Former takes a four-dimensional mask as it is. From a two-dimensional one it would make rows for queries and
-    text, while only the queries look at the cell.
+    The Q-Former uses a four-dimensional mask unchanged. It would expand a two-dimensional one over queries and text,
+    while only the queries attend to the cell.
     """
-    return torch.zeros(attend.shape, dtype=dtype, device=attend.device).masked_fill(
-        ~attend.bool(), torch.finfo(dtype).min
-    )
+    zeros = torch.zeros(attend.shape, dtype=dtype, device=attend.device)
+    return zeros.masked_fill(~attend.bool(), torch.finfo(dtype).min)
 
 
 def hash_texts(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """A 64-bit number for each text, `(num_texts,)`: equal for equal tokens, however padded and on whatever rank."""
+    """A 64-bit hash of each text, `(num_texts,)`: equal for equal tokens, with any padding and on every rank."""
     is_token = attention_mask.bool()
     powers = torch.where(is_token, 0x5851F42D4C957F2D, 1).cumprod(dim=1)  # modulo 2**64; the multiplier is Knuth's
     return ((input_ids + 1) * powers * is_token).sum(dim=1)
@@ -258,15 +234,14 @@ def gather_rows(tensor: Tensor) -> Tensor:
         from torch.distributed._functional_collectives import all_gather_single_autograd as all_gather
     except ImportError:  # PyTorch before 2.13
         from torch.distributed._functional_collectives import all_gather_tensor_autograd as all_gather
-    everyone: Any = distributed.group.WORLD
-    return all_gather(tensor.contiguous(), 0, everyone)
+    return all_gather(tensor.contiguous(), 0, cast(Any, distributed.group.WORLD))
 
 
 # -- The bridge: cell model + Q-Former + shared space -----------------------------------------------------------------
 
 
 class ScMMGPTPreTrainedModel(PreTrainedModel):
-    """Initialisation and the settings that all scMMGPT classes share."""
+    """Initialisation, and the settings of all scMMGPT classes."""
 
     config: ScMMGPTConfig
     config_class = ScMMGPTConfig
@@ -289,7 +264,7 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.gene_weights.weight)
             init.zeros_(module.bias)
         elif isinstance(module, ScMMGPTTextToCellProjector):
-            init.normal_(module.query_tokens)  # a LayerNorm follows; smaller ones would be lost in the first steps
+            init.normal_(module.query_tokens)  # a LayerNorm follows; smaller tokens would be lost in the first steps
             init.zeros_(module.query_means)
         elif isinstance(module, Blip2TextEmbeddings):
             # A non-persistent buffer: loading starts from the meta device, which leaves it uninitialised.
@@ -317,8 +292,8 @@ class ScMMGPTProfileReadout(nn.Module):
 class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
     """The Q-Former's cross-attention, which computes the keys and values of a cell once for several passes.
 
-    Keys and values depend on the cell alone, and with a thousand genes to 32 queries they are most of the work.
-    Contrast reads every cell once and matching again with several texts.
+    Keys and values depend on the cell alone, and with a thousand genes to 32 queries they are most of the work. The
+    contrast needs every cell once, and matching needs it again with several texts.
     """
 
     def forward(
@@ -327,20 +302,18 @@ class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        readers: Tensor | None = None,
+        cell_rows: Tensor | None = None,
         projected: dict | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the class that it replaces, with two more arguments, `readers` and `projected`.
+        """As in the class that it replaces; `attention_mask`, the mask of the self-attention, is not used.
 
         Args:
             hidden_states: `(num_rows, num_query_tokens, hidden_size)`.
-            attention_mask: Mask of the self-attention; not used.
             encoder_hidden_states: `(num_cells, num_genes, encoder_hidden_size)`.
             encoder_attention_mask: `(num_cells, 1, 1, num_genes)`, added to the scores.
-            readers: `(num_rows,)`: which cell each row reads; by default row i reads cell i.
-            projected: Keys and values by module. A module without an entry adds its own, one with an entry uses it.
-            kwargs: For the attention function.
+            cell_rows: `(num_rows,)`: the cell that each row attends to; by default cell i for row i.
+            projected: Keys and values by module. A module without an entry adds its own; the others use their entry.
         """
 
         def by_head(states: Tensor) -> Tensor:  # (rows, tokens, W) -> (rows, heads, tokens, W / heads)
@@ -350,24 +323,19 @@ class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
         if self not in projected:
             projected[self] = [by_head(project(encoder_hidden_states)) for project in (self.key, self.value)]
         states = projected[self]
-        if readers is not None:  # not `states[readers]`, whose gradient is added up element by element
-            states = [state.index_select(0, readers) for state in states]  # (num_rows, heads, G, W / heads)
+        if cell_rows is not None:  # not `states[cell_rows]`, whose gradient is added up element by element
+            states = [state.index_select(0, cell_rows) for state in states]  # (num_rows, heads, G, W / heads)
             if encoder_attention_mask is not None:
-                encoder_attention_mask = encoder_attention_mask.index_select(0, readers)
+                encoder_attention_mask = encoder_attention_mask.index_select(0, cell_rows)
         queries = by_head(self.query(hidden_states))
         # On a CPU in bfloat16, plain matrix products are 2.5 times as fast as PyTorch's fused attention.
         implementation = self.config._attn_implementation
         if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
             implementation = "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
-            self,
-            queries,
-            *states,
-            encoder_attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, queries, *states, encoder_attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return output.flatten(2), weights
 
@@ -386,10 +354,10 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
         for layer in self.qformer.encoder.layer:
-            if layer.has_cross_attention:  # with the weights and names that it has
+            if layer.has_cross_attention:  # its weights keep their names
                 layer.crossattention.attention.__class__ = ScMMGPTCellAttention
         self.qformer_embeddings = Blip2TextEmbeddings(config.qformer_config)
-        # Each query's mean state over cells, much larger than the differences between cells; subtracted.
+        # The mean state of each query over cells is subtracted: it is much larger than the differences between cells.
         self.query_means = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.cell_projection = nn.Linear(width, config.projection_dim)
         self.text_projection = nn.Linear(width, config.projection_dim)
@@ -399,7 +367,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_cells(self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None) -> Tensor:
-        """Gene states of cells, `(num_cells, num_genes, cell_config.hidden_size)`, as the Q-Former reads them."""
+        """Gene states of cells, `(num_cells, num_genes, cell_config.hidden_size)`: the input of the Q-Former."""
         outputs = self.cell_model(gene_ids=gene_ids, expression=expression, cell_attention_mask=cell_attention_mask)
         return self.cell_norm(outputs.last_hidden_state)  # (C, G, D)
 
@@ -409,10 +377,12 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         cell_attention_mask: Tensor | None = None,
         text_embeds: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
-        readers: Tensor | None = None,
+        cell_rows: Tensor | None = None,
         projected: dict | None = None,
     ) -> Tensor:
         """The queries' states after cross-attention to cells, each alone or together with a text.
+
+        The result is `(num_rows, num_query_tokens [+ text_length], qformer_config.hidden_size)`.
 
         Args:
             cell_states: `(num_cells, num_genes, cell_config.hidden_size)` from `encode_cells`.
@@ -420,13 +390,10 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             text_embeds: `(num_rows, text_length, qformer_config.hidden_size)`, texts for the queries to attend to.
             qformer_attention_mask: `(num_rows, text_length)`, or a float mask that is added to the attention scores,
                 `(num_rows, 1, num_query_tokens + text_length, num_query_tokens + text_length)`.
-            readers: `(num_rows,)`: which cell each row reads; by default row i reads cell i.
-            projected: See [`ScMMGPTCellAttention`].
-
-        Returns:
-            `(num_rows, num_query_tokens [+ text_length], qformer_config.hidden_size)`.
+            cell_rows, projected: See [`ScMMGPTCellAttention`].
         """
-        queries = self.query_tokens.expand(len(cell_states if readers is None else readers), -1, -1)  # (rows, Q, W)
+        num_rows = len(cell_states if cell_rows is None else cell_rows)
+        queries = self.query_tokens.expand(num_rows, -1, -1)  # (rows, Q, W)
         if text_embeds is not None:
             queries = torch.cat([queries, text_embeds.to(queries.dtype)], dim=1)  # (rows, Q + T, W)
             if qformer_attention_mask is not None and qformer_attention_mask.dim() == 2:
@@ -439,24 +406,20 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             attention_mask=qformer_attention_mask,
             encoder_hidden_states=cell_states,
             encoder_attention_mask=cell_attention_mask,
-            readers=readers,
+            cell_rows=cell_rows,
             projected=projected,
         ).last_hidden_state
 
     def project_cells(
         self, query_states: Tensor, profile_gene_ids: Tensor | None = None, profile: Tensor | None = None
     ) -> Tensor:
-        """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
-
-        Raises:
-            ValueError: If the model reads profiles but none is given.
-        """
+        """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised."""
         features = self.cell_projection(query_states - self.query_means)  # (C, Q, P)
         if self.config.profile_readout:
             if profile is None:
                 raise ValueError(
-                    "This checkpoint also reads each cell's whole profile (`profile_gene_ids`, `profile`), but got "
-                    "none; let its own processor make the inputs, or set `return_profile` of the feature extractor."
+                    "This checkpoint needs each cell's whole profile (`profile_gene_ids`, `profile`), and got none; "
+                    "make the inputs with its own processor, or set `return_profile` of the feature extractor."
                 )
             features = features + self.profile_readout(profile_gene_ids, profile)[:, None]
         return F.normalize(features, dim=-1)
@@ -472,9 +435,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         """Cells in the shared space: `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
 
         Args:
-            gene_ids (`torch.LongTensor` of shape `(num_cells, num_genes)`): Ids in the gene vocabulary.
-            expression (`torch.FloatTensor` of shape `(num_cells, num_genes)`): Values as the processor makes them.
-            cell_attention_mask (`torch.LongTensor` of shape `(num_cells, num_genes)`): 1 = a gene, 0 = padding.
+            gene_ids, expression, cell_attention_mask: `(num_cells, num_genes)`, as the processor makes them: ids in
+                the gene vocabulary, values, and 1 for a gene, 0 for padding.
             profile_gene_ids, profile (`torch.Tensor` of shape `(num_cells, num_expressed_genes)`): All expressed genes
                 and their values, if `config.profile_readout`.
         """
@@ -483,7 +445,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
 
     def get_text_features(self, qformer_input_ids: Tensor, qformer_attention_mask: Tensor | None = None) -> Tensor:
         """Texts in the shared space: `(num_texts, projection_dim)`, L2-normalised."""
-        return self.project_texts(self.read_texts(qformer_input_ids, qformer_attention_mask))
+        text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
+        return self.project_texts(self.encode_texts(text_embeds, qformer_attention_mask))
 
     def inverse_temperature(self) -> Tensor:
         """Factor of the cosine similarities, at most 100."""
@@ -493,20 +456,11 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             clamped.register_hook(lambda grad: torch.where(scale > MAX_LOGIT_SCALE, grad.clamp(min=0), grad))
         return clamped.exp()
 
-    def read_texts(
-        self,
-        qformer_input_ids: Tensor,
-        qformer_attention_mask: Tensor | None = None,
-        text_embeds: Tensor | None = None,
-    ) -> Tensor:
+    def encode_texts(self, text_embeds: Tensor, qformer_attention_mask: Tensor | None = None) -> Tensor:
         """One state per text, `(num_texts, qformer_config.hidden_size)`, pooled by `config.text_pooling`.
 
-        Args:
-            qformer_input_ids, qformer_attention_mask: `(num_texts, text_length)`.
-            text_embeds: `(num_texts, text_length, qformer_config.hidden_size)`, the embeddings if already computed.
+        `text_embeds`, `(num_texts, text_length, qformer_config.hidden_size)`, come from `qformer_embeddings`.
         """
-        if text_embeds is None:
-            text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
         states = self.qformer(
             query_embeds=text_embeds, query_length=0, attention_mask=qformer_attention_mask
         ).last_hidden_state  # (B, T, W)
@@ -530,17 +484,15 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         qformer_input_ids: Tensor,
         qformer_attention_mask: Tensor | None = None,
         pairs: Tensor | None = None,
-        **profiles: Tensor,
+        profile_gene_ids: Tensor | None = None,
+        profile: Tensor | None = None,
     ) -> Tensor:
-        """Probability that a text describes a cell, by the matching head.
+        """Probability that a text describes a cell, by the matching head, `(num_pairs,)`.
 
         Args:
-            profiles: `profile_gene_ids` and `profile`, which the processor may add; matching does not use them.
             pairs (`torch.LongTensor` of shape `(num_pairs, 2)`): Row of the cell and row of the text; by default cell
                 i with text i. A cell in many pairs is encoded once.
-
-        Returns:
-            `(num_pairs,)` between 0 and 1.
+            profile_gene_ids, profile: Not used; the processor may add them.
         """
         if pairs is None:
             if len(gene_ids) != len(qformer_input_ids):
@@ -557,27 +509,20 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
         cells, texts = pairs.unbind(dim=1)
         logits = self.matching_logits(
-            cell_states, cell_attention_mask, text_embeds[texts], qformer_attention_mask[texts], readers=cells
+            cell_states, cell_attention_mask, text_embeds[texts], qformer_attention_mask[texts], cell_rows=cells
         )
         return logits.softmax(dim=-1)[:, 1]
 
-    def matching_logits(
-        self,
-        cell_states: Tensor,
-        cell_attention_mask: Tensor,
-        text_embeds: Tensor,
-        qformer_attention_mask: Tensor,
-        **reading: Any,
-    ) -> Tensor:
-        """`(num_pairs, 2)` logits of "no match" and "match", averaged over the queries; see `query_cells`."""
-        states = self.query_cells(cell_states, cell_attention_mask, text_embeds, qformer_attention_mask, **reading)
+    def matching_logits(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """`(num_pairs, 2)` logits of "no match" and "match", averaged over the queries; inputs as in `query_cells`."""
+        states = self.query_cells(*inputs, **kwargs)
         return self.matching_head(states[:, : self.config.num_query_tokens]).mean(dim=1)  # (pairs, Q, 2) -> (pairs, 2)
 
 
 class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
     """Stage 1: learn which texts describe which cells, by contrast and by matching.
 
-    Needs no language model. `config.text_config` is not used and not trained.
+    There is no language model, and `config.text_config` is not used.
     """
 
     def __init__(self, config: ScMMGPTConfig) -> None:
@@ -599,6 +544,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         self.config.qformer_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
+    @can_return_tuple
     def forward(
         self,
         gene_ids: Tensor,
@@ -620,12 +566,20 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             text_ids (`torch.LongTensor` of shape `(batch_size,)`): Equal where two texts mean the same, so that they
                 are never negatives of each other, on all ranks. By default, where their tokens are equal.
             masked_expression (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The cells with some values
-                hidden, if `config.cell_pretraining_weight > 0`. `expression_labels`, the values to recover (-100
-                elsewhere), are in `kwargs`: `Trainer` computes no loss where a named argument with "label" is missing.
+                hidden, if `config.cell_pretraining_weight > 0`. The values to recover (-100 elsewhere) are the keyword
+                `expression_labels`; `Trainer` computes no loss if a parameter named like a label is missing.
             profile_gene_ids, profile (`torch.Tensor` of shape `(batch_size, num_expressed_genes)`): As for
                 `get_cell_features`.
             return_loss: If false, only the features are returned, and the numbers of cells and texts may differ.
+            kwargs: `expression_labels`, and `num_items_in_batch`, which `Trainer` may pass and which is not used. Any
+                other keyword is a TypeError unless its value is None or False.
         """
+        for name, value in kwargs.items():
+            if name not in ("expression_labels", "num_items_in_batch") and value is not None and value is not False:
+                *known, _ = inspect.signature(self.forward).parameters
+                raise TypeError(
+                    f"{name!r} is no input of {type(self).__name__}; it takes {', '.join(known)}, expression_labels."
+                )
         if cell_attention_mask is None:
             cell_attention_mask = torch.ones_like(gene_ids)
         if qformer_attention_mask is None:
@@ -633,14 +587,13 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
         # step 1: cells and texts, each alone, into the shared space
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (B, G, D)
-        # Keys and values are kept for the next passes, unless gradient checkpointing is to save their memory.
+        # Keys and values are kept for the next passes, unless gradient checkpointing should save their memory.
         checkpointing = self.training and self.qformer.encoder.gradient_checkpointing
         projected: dict | None = None if checkpointing else {}
         query_states = self.query_cells(cell_states, cell_attention_mask, projected=projected)  # (B, Q, W)
         cell_features = self.project_cells(query_states, profile_gene_ids, profile)  # (B, Q, P)
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)  # (B, T, W)
-        text_states = self.read_texts(qformer_input_ids, qformer_attention_mask, text_embeds)  # (B, W)
-        text_features = self.project_texts(text_states)  # (B, P)
+        text_features = self.project_texts(self.encode_texts(text_embeds, qformer_attention_mask))  # (B, P)
         output = AlignmentOutput(cell_features=cell_features, text_features=text_features)
         if not return_loss:
             return output
@@ -693,10 +646,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
     ) -> Tensor:
         """Cross-entropy of "match" for true pairs and "no match" for hard negatives, within the batch of one rank.
 
-        Args:
-            similarity: `(batch_size, batch_size)`, by which negatives are drawn; it gets no gradient.
-            text_ids: `(batch_size,)`, as for `forward`.
-            cell_states, cell_attention_mask, text_embeds, qformer_attention_mask, projected: As for `query_cells`.
+        `similarity`, `(batch_size, batch_size)`, by which negatives are drawn, gets no gradient. `text_ids` are those
+        of `forward`, and the other arguments those of `query_cells`.
         """
         size = self.config.matching_batch_size
         with torch.no_grad():
@@ -708,13 +659,9 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         cells = torch.cat([true_pairs, rows[:size], wrong_cells[:size]])
         texts = torch.cat([true_pairs, wrong_texts[:size], columns[:size]])
         is_match = (torch.arange(len(cells), device=cells.device) < len(true_pairs)).long()
+        texts_of_pairs = text_embeds.index_select(0, texts), qformer_attention_mask[texts]
         matching_logits = self.matching_logits(
-            cell_states,
-            cell_attention_mask,
-            text_embeds.index_select(0, texts),
-            qformer_attention_mask[texts],
-            readers=cells,
-            projected=projected,
+            cell_states, cell_attention_mask, *texts_of_pairs, cell_rows=cells, projected=projected
         )
         return F.cross_entropy(matching_logits.float(), is_match)
 
@@ -728,8 +675,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         projected: dict | None = None,
     ) -> Tensor:
         """Cross-entropy of each text token given the queries and the tokens before it; the embeddings are the head."""
-        num_queries, length = self.config.num_query_tokens, qformer_input_ids.shape[1]
-        total = num_queries + length
+        num_queries = self.config.num_query_tokens
+        total = num_queries + qformer_input_ids.shape[1]
         visible = torch.ones(total, total, dtype=torch.bool, device=text_embeds.device).tril()
         visible[:, :num_queries] = True  # queries attend to each other only, words to all queries as well
         visible = visible[None] & F.pad(qformer_attention_mask.bool(), (num_queries, 0), value=True)[:, None]
@@ -738,8 +685,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         states = self.query_cells(cell_states, cell_attention_mask, text_embeds, mask, projected=projected)
         states = states[:, num_queries:]  # (B, T, W)
         logits = F.linear(states[:, :-1], self.qformer_embeddings.word_embeddings.weight)  # (B, T - 1, vocabulary)
-        labels = qformer_input_ids[:, 1:].masked_fill(qformer_attention_mask[:, 1:] == 0, IGNORE_INDEX)
-        return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX)
+        labels = qformer_input_ids[:, 1:].masked_fill(qformer_attention_mask[:, 1:] == 0, IGNORED_LABEL)
+        return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL)
 
 
 # -- Text to cell -----------------------------------------------------------------------------------------------------
@@ -763,7 +710,7 @@ class ScMMGPTTextToCellProjector(nn.Module):
 
     def forward(self, text_states: Tensor, attention_mask: Tensor) -> Tensor:
         """`(batch_size, sequence_length, text width)` -> `(batch_size, num_condition_tokens, cell width)`."""
-        return self.projection(self.read(text_states, attention_mask) - self.query_means)
+        return self.projection(self.query_texts(text_states, attention_mask) - self.query_means)
 
     @staticmethod
     def summarize(text_states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -772,14 +719,12 @@ class ScMMGPTTextToCellProjector(nn.Module):
         last = (positions * attention_mask.long()).argmax(dim=1)
         return text_states[torch.arange(len(text_states), device=text_states.device), last]
 
-    def read(self, text_states: Tensor, attention_mask: Tensor) -> Tensor:
+    def query_texts(self, text_states: Tensor, attention_mask: Tensor) -> Tensor:
         """The queries' states, `(batch_size, num_condition_tokens, text_to_cell_config.hidden_size)`."""
         text_states = text_states.to(self.query_tokens.dtype)  # the language model may be held in another dtype
         queries = self.query_tokens + self.summary_projection(self.summarize(text_states, attention_mask))[:, None]
         return self.qformer(
-            query_embeds=queries,
-            encoder_hidden_states=text_states,
-            encoder_attention_mask=attention_mask,
+            query_embeds=queries, encoder_hidden_states=text_states, encoder_attention_mask=attention_mask
         ).last_hidden_state
 
 
@@ -803,17 +748,15 @@ class ScMMGPTExpressionHead(nn.Module):
     ) -> dict[str, Tensor]:
         """Parameters of the expression distribution, each `(batch_size, num_genes)` in float32.
 
-        Args:
-            gene_states: `(batch_size, num_genes, cell width)`.
-            gene_ids: `(batch_size, num_genes)`.
-            from_cell: `(batch_size, num_genes)`, scGPT's MVC decoder on the cell embedding.
-            decoded: `(batch_size, num_genes)`, scGPT's expression decoder on the same states (`mse` only).
+        `gene_states` are `(batch_size, num_genes, cell width)`, the other inputs `(batch_size, num_genes)`.
+        `from_cell` comes from scGPT's MVC decoder, and `decoded` (`mse` only) from its expression decoder.
         """
         bias = self.gene_bias(gene_ids).squeeze(-1).float() + from_cell.float()  # (B, G)
         if decoded is not None:
             return {"expression": decoded.float() + bias}
         log_rate, log_dispersion, *dropout_logits = self.projection(gene_states).float().unbind(dim=-1)
-        rate = (log_rate + bias).clamp(min=-MAX_LOG_RATE, max=MAX_LOG_RATE).exp()  # counts per 10k of the NB part
+        max_log_rate = math.log(COUNTS_PER_10K)  # no gene has more than all of a cell's counts
+        rate = (log_rate + bias).clamp(min=-max_log_rate, max=max_log_rate).exp()  # counts per 10k of the NB part
         parameters = {"rate": rate, "dispersion": F.softplus(log_dispersion) + 1e-4}
         if dropout_logits:
             parameters["dropout_logits"] = dropout_logits[0]
@@ -829,31 +772,28 @@ class ScMMGPTExpressionHead(nn.Module):
         target_counts: Tensor | None,
         library_size: Tensor | None,
     ) -> Tensor:
-        """Mean loss over the target genes: squared error of log1p(CP10k), or negative log-likelihood of the counts."""
+        """Mean over the target genes, 0 without any: squared error of log1p(CP10k), or the counts' NLL."""
         if self.kind == "mse":
             if target_expression is None:
+                raise ValueError("target_expression (log1p CP10k) is None; the mse expression head is trained on it.")
+            losses = (parameters["expression"] - target_expression.float()).square()
+        else:
+            if target_counts is None or library_size is None:
                 raise ValueError(
-                    "The mse expression head is trained on `target_expression` (log1p CP10k); none given."
+                    f"target_counts or library_size is None; the {self.kind} expression head is trained on both."
                 )
-            return masked_mean((parameters["expression"] - target_expression.float()).square(), mask)
-        if target_counts is None or library_size is None:
-            raise ValueError(
-                f"The {self.kind} expression head is trained on `target_counts` and `library_size`; "
-                "at least one is missing."
+            mean = parameters["rate"] * library_size.float()[:, None] / COUNTS_PER_10K + 1e-8
+            losses = negative_binomial_nll(
+                target_counts.float(), mean, parameters["dispersion"], parameters.get("dropout_logits")
             )
-        mean = parameters["rate"] * library_size.float()[:, None] / COUNTS_PER_10K
-        nll = negative_binomial_nll(
-            target_counts.float(), mean + 1e-8, parameters["dispersion"], parameters.get("dropout_logits")
-        )
-        return masked_mean(nll, mask)
+        mask = mask.to(losses.dtype)
+        return (losses * mask).sum() / mask.sum().clamp(min=1)
 
     def sample(self, parameters: dict[str, Tensor], library_size: Tensor, seeds: list[int]) -> Tensor:
         """Counts, `(batch_size, num_genes)` int64; each row is drawn from its own seed, so no batch changes a cell."""
         mean = (parameters["rate"] * library_size[:, None] / COUNTS_PER_10K).cpu()
         dispersion = parameters["dispersion"].cpu()
-        dropout = None
-        if "dropout_logits" in parameters:
-            dropout = torch.sigmoid(parameters["dropout_logits"]).cpu()
+        dropout = torch.sigmoid(parameters["dropout_logits"]).cpu() if "dropout_logits" in parameters else None
         counts = torch.empty_like(mean)
         for row, seed in enumerate(seeds):
             generator = torch.Generator().manual_seed(seed)
@@ -870,10 +810,7 @@ class ScMMGPTExpressionHead(nn.Module):
 class ScMMGPTModel(ScMMGPTBridgeModel):
     """The bridge, the headless language model and both projectors.
 
-    Args:
-        config: Sizes of the parts.
-        language_model: The headless language model, used itself and not copied; by default a new one of
-            `config.text_config`.
+    `language_model`, the headless language model, is not copied; by default it is a new one of `config.text_config`.
     """
 
     language_model: Any  # of transformers, of any kind
@@ -889,12 +826,6 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         self.expression_head = ScMMGPTExpressionHead(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     def get_cell_tokens(
         self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None
     ) -> Tensor:
@@ -902,6 +833,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
         return self.language_projection(self.query_cells(cell_states, cell_attention_mask) - self.query_means)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -921,11 +853,11 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
     ) -> ScMMGPTModelOutput:
         """See [`ScMMGPTForConditionalGeneration.forward`]. `kwargs`, such as the cache, go to the language model."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds.")
+            raise ValueError("Pass one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, L)
 
-        # step 1: cells take the place of their placeholders, in reading order
+        # step 1: cells replace their placeholders, in the order of the text
         cell_tokens = None
         if gene_ids is not None and expression is not None:
             cell_tokens = self.get_cell_tokens(gene_ids, expression, cell_attention_mask)  # (C, Q, L)
@@ -935,36 +867,30 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt; generation goes on token by token
             self.find_placeholders(input_ids, inputs_embeds, 0)
 
-        # step 2: the language model reads text and cells alike; positions are counted from the first token attended to
+        # step 2: the language model encodes text and cells alike; position 0 is the first token that is not padding
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{**kwargs, "return_dict": True},
+            return_dict=True,
+            **kwargs,
         )  # last_hidden_state: (B, T, L)
 
         # step 3: rows with target genes generate cells
         expression_loss = None
         if target_gene_ids is not None:
-            parameters, rows = self.decode_target_rows(
+            parameters, mask = self.decode_target_rows(
                 outputs.last_hidden_state, attention_mask, target_gene_ids, target_attention_mask, target_rows
             )
-            if target_attention_mask is None:
-                target_attention_mask = torch.ones_like(target_gene_ids)
-            expression_loss = self.expression_head.loss(
-                parameters, target_attention_mask[rows], target_expression, target_counts, library_size
-            )
+            targets = target_expression, target_counts, library_size
+            expression_loss = self.expression_head.loss(parameters, mask, *targets)
         fields = {name: value for name, value in outputs.items() if name in ScMMGPTModelOutput.__dataclass_fields__}
         return ScMMGPTModelOutput(**fields, cell_hidden_states=cell_tokens, expression_loss=expression_loss)
 
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor, num_cells: int) -> Tensor:
-        """`(batch_size, sequence_length)` bool: where a `<cell>` token stands.
-
-        Raises:
-            ValueError: If the cells do not have a placeholder for each of their tokens, or a placeholder has no cell.
-        """
+        """`(batch_size, sequence_length)` bool: the `<cell>` tokens, which must be as many as the cells' tokens."""
         if input_ids is not None:
             placeholders = input_ids == self.config.cell_token_id
         else:
@@ -974,7 +900,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             placeholders.sum() == num_cells * self.config.num_query_tokens,
             lambda: (
                 f"The text has {int(placeholders.sum())} cell placeholder tokens, but {num_cells} cells x "
-                f"{self.config.num_query_tokens} tokens were given; let the processor expand `<cell>`."
+                f"{self.config.num_query_tokens} tokens were given; expand `<cell>` with the processor."
             ),
         )
         return placeholders
@@ -984,22 +910,17 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
     ) -> dict[str, Tensor]:
         """The expression distribution of the genes given a text; no value of a target cell enters.
 
-        Args:
-            text_states: `(batch_size, sequence_length, text_config.hidden_size)`, the language model's last states.
-            attention_mask: `(batch_size, sequence_length)`.
-            gene_ids, gene_attention_mask: `(batch_size, num_genes)`.
-
-        Returns:
-            Parameters by name, each `(batch_size, num_genes)`: see [`ScMMGPTExpressionHead`].
+        `text_states` are the last states of the language model, `(batch_size, sequence_length, width)`; gene ids and
+        their mask are `(batch_size, num_genes)`. For the result see [`ScMMGPTExpressionHead`].
         """
-        condition_embeds = self.text_to_cell(text_states, attention_mask)  # (B, K, D)
+        conditions = self.text_to_cell(text_states, attention_mask)  # (B, K, D)
         outputs = self.cell_model(
-            gene_ids=gene_ids,
+            gene_ids,
             cell_attention_mask=gene_attention_mask,
-            condition_embeds=condition_embeds,
+            condition_embeds=conditions,
             genes_attend_to="conditions",
         )
-        gene_states = outputs.last_hidden_state[:, condition_embeds.shape[1] :]  # (B, G, D)
+        gene_states = outputs.last_hidden_state[:, conditions.shape[1] :]  # (B, G, D)
         # Among a thousand genes a few condition tokens get little attention; the cell embedding reaches every gene.
         from_cell = self.cell_model.decode_mvc(outputs.pooler_output, gene_ids)  # (B, G)
         decoded = self.cell_model.decode_expression(gene_states) if self.config.expression_head == "mse" else None
@@ -1013,7 +934,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         target_attention_mask: Tensor | None,
         target_rows: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The expression distribution of each target cell, and its row of the batch.
+        """The expression distribution of each target cell, and the mask of its genes.
 
         A row with target genes is decoded once, however many cells it has, and a row without them not at all. For the
         arguments see [`ScMMGPTForConditionalGeneration.forward`].
@@ -1031,17 +952,14 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             text_states[rows], attention_mask[rows], target_gene_ids[rows], target_attention_mask[rows]
         )
         decoded = torch.searchsorted(rows, target_rows).clamp(max=len(rows) - 1)
-        return {name: value[decoded] for name, value in parameters.items()}, target_rows
+        return {name: value[decoded] for name, value in parameters.items()}, target_attention_mask[target_rows]
 
 
 class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
-    """scMMGPT as an ordinary causal language model that also takes cells (`generate`) and generates them
+    """A causal language model whose prompts may contain cells (`generate`), and which generates cells
     (`generate_cells`).
 
-    Args:
-        config: Sizes of the parts.
-        language_model: The causal language model, used itself and not copied; by default a new one of
-            `config.text_config`.
+    `language_model`, the causal language model, is not copied; by default it is a new one of `config.text_config`.
     """
 
     def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None) -> None:
@@ -1079,8 +997,8 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         Args:
             alignment: Trained stage-1 model. Its weights are copied; new parts take its dtype.
             language_model: Any `AutoModelForCausalLM` whose embeddings already have a row for `<cell>`. Its modules
-                and configuration are used themselves and not copied, on their device, in their dtype and quantisation:
-                training the new model changes this one.
+                and configuration are not copied and keep their device, dtype and quantisation: training the new model
+                changes this one.
             config_updates: Fields of [`ScMMGPTConfig`], at least `cell_token_id`.
 
         Raises:
@@ -1110,41 +1028,27 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         missing = [key for key in report.missing_keys if not key.startswith(new_parts)]
         if missing or report.unexpected_keys:
             raise ValueError(
-                f"The stage-1 model does not fit: missing {missing}, unexpected {report.unexpected_keys}."
+                f"The stage-1 weights do not fit: missing {missing}, unexpected {report.unexpected_keys}."
             )
         if language_model.generation_config is not None:
+            names = ("eos_token_id", "pad_token_id", "bos_token_id")
             model.generation_config = GenerationConfig(
-                eos_token_id=language_model.generation_config.eos_token_id,
-                pad_token_id=language_model.generation_config.pad_token_id,
-                bos_token_id=language_model.generation_config.bos_token_id,
+                **{name: getattr(language_model.generation_config, name) for name in names}
             )
         model.forbid_placeholders()
         return model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def get_cell_features(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See [`ScMMGPTBridgeModel.get_cell_features`]."""
+        """See [`ScMMGPTBridgeModel`], also for `get_text_features` and `match`."""
         return self.model.get_cell_features(*args, **kwargs)
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See [`ScMMGPTBridgeModel.get_text_features`]."""
         return self.model.get_text_features(*args, **kwargs)
 
     def match(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See [`ScMMGPTBridgeModel.match`]."""
         return self.model.match(*args, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -1171,12 +1075,12 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, logits_to_keep: As in any
                 causal language model of transformers. `labels` is -100 where no token is a target.
             cache: `past_key_values` as transformers 5.24 and later call it.
-            gene_ids, expression, cell_attention_mask: `(num_cells, num_genes)`: all cells of the batch in reading
-                order, each standing for `num_query_tokens` placeholders in `input_ids`.
+            gene_ids, expression, cell_attention_mask: `(num_cells, num_genes)`: all cells of the batch in the order of
+                the texts, each for `num_query_tokens` placeholders in `input_ids`.
             target_gene_ids, target_attention_mask: `(batch_size, num_genes)`: genes to generate from the row's text. A
                 row whose mask is all 0 has none.
-            target_rows (`torch.LongTensor` of shape `(num_targets,)`): The row of each target cell's text. A text with
-                many target cells is read and decoded once. By default one cell per row.
+            target_rows (`torch.LongTensor` of shape `(num_targets,)`): The row of each target cell's text; by default
+                one cell per row. A text with many target cells is encoded and decoded once.
             target_expression (`torch.FloatTensor` of shape `(num_targets, num_genes)`): log1p(CP10k) of its row's
                 genes, for the `mse` head.
             target_counts (`torch.Tensor` of shape `(num_targets, num_genes)`): Raw counts, for `nb` and `zinb`.
@@ -1198,6 +1102,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             target_expression=target_expression,
             target_counts=target_counts,
             library_size=library_size,
+            return_dict=True,
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -1229,22 +1134,20 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         cell_ids: Iterable[int] | None = None,
         **cell_inputs: Tensor,
     ) -> CellGenerationOutput:
-        """Generate cells from prompts. A prompt is read and decoded once, however many cells it has.
+        """Generate `batch_size * num_return_cells` cells; those of one prompt follow each other.
+
+        A prompt is encoded and decoded once, however many cells it has.
 
         Args:
             input_ids, attention_mask: `(batch_size, sequence_length)` prompts; left padding, as for `generate`.
             target_gene_ids: `(num_genes,)` or `(batch_size, num_genes)`: the genes to generate. The prediction for one
                 gene depends a little on the others, since the condition tokens attend to all of them.
-            library_size: Total counts of a cell, one number or `(batch_size * num_return_cells,)`; needed to sample
-                counts.
-            num_return_cells: Cells of each prompt; those of one prompt follow each other.
+            library_size: Total counts of a cell, one number or `(batch_size * num_return_cells,)`; needed to sample.
+            num_return_cells: Cells of each prompt.
             do_sample: Also draw counts (`nb` and `zinb` heads).
             seed, cell_ids: The counts of a cell depend on `seed` and its id (by default its row number), not on the
                 rest of the batch.
             cell_inputs: `gene_ids`, `expression`, `cell_attention_mask` of cells in the prompts.
-
-        Returns:
-            [`CellGenerationOutput`] of `batch_size * num_return_cells` rows.
 
         Raises:
             ValueError: If counts are to be sampled from the `mse` head or without a library size.
@@ -1253,16 +1156,15 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             target_gene_ids = target_gene_ids.expand(len(input_ids), -1)
         if do_sample and self.config.expression_head == "mse":
             raise ValueError(
-                "This checkpoint has the mse expression head, which predicts a mean and cannot be sampled; "
-                "use do_sample=False or a checkpoint with expression_head='nb'."
+                "do_sample is True, but the mse expression head of this checkpoint predicts a mean, which cannot be "
+                "sampled; use do_sample=False or a checkpoint with expression_head='nb'."
             )
         if do_sample and library_size is None:
-            raise ValueError("do_sample=True draws counts, which needs `library_size`, the total counts of a cell.")
+            raise ValueError("do_sample is True, but library_size is None; pass the total counts of a cell.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        text_states = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **cell_inputs
-        ).last_hidden_state  # (B, T, L)
+        prompts = {"input_ids": input_ids, "attention_mask": attention_mask, **cell_inputs}
+        text_states = self.model(**prompts, use_cache=False, return_dict=True).last_hidden_state  # (B, T, L)
         parameters = self.model.decode_cells(text_states, attention_mask, target_gene_ids)
         parameters = {name: value.repeat_interleave(num_return_cells, dim=0) for name, value in parameters.items()}
         counts = None
@@ -1276,7 +1178,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Any, *args: Any, inputs_embeds: Any = None, is_first_iteration: Any = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Pass cells on with the prompt only: the cache holds them afterwards."""
+        """Pass the cells with the prompt only: afterwards the cache holds them."""
         cells = {name: kwargs.pop(name, None) for name in CELL_INPUTS}
         kwargs.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
         parent: Any = super()
@@ -1296,7 +1198,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             cells = {name: value[order] for name, value in cells.items()}
         parent: Any = super()
         input_ids, model_kwargs = parent._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **cells}
 
@@ -1318,19 +1220,3 @@ def _has_plain_logits(language_model: PreTrainedModel) -> bool:
 
 ScMMGPTForCellTextAlignment.register_for_auto_class("AutoModel")
 ScMMGPTForConditionalGeneration.register_for_auto_class("AutoModel")
-
-__all__ = [
-    "MAX_LOGIT_SCALE",
-    "AlignmentOutput",
-    "CellGenerationOutput",
-    "ScMMGPTCausalLMOutput",
-    "ScMMGPTForCellTextAlignment",
-    "ScMMGPTForConditionalGeneration",
-    "ScMMGPTModel",
-    "ScMMGPTModelOutput",
-    "ScMMGPTPreTrainedModel",
-    "cell_text_similarity",
-    "contrastive_loss",
-    "negative_binomial_nll",
-    "sample_hard_negatives",
-]

@@ -312,6 +312,18 @@ def test_a_plain_trainer_evaluates_the_loss(alignment_model, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_misspelled_input_is_refused_by_name(alignment_model):
+    inputs = {**make_cells([9, 4]), **make_texts([6, 3])}
+    with pytest.raises(TypeError, match=r"'text_id' is no input of ScMMGPTForCellTextAlignment.* text_ids, "):
+        alignment_model(**inputs, text_id=torch.arange(2))
+    with pytest.raises(TypeError, match="'output_hidden_states' is no input"):
+        alignment_model(**inputs, output_hidden_states=True)
+    with pytest.raises(TypeError, match="'profiles'"):
+        alignment_model.match(**inputs, profiles=torch.ones(2, 9))
+    passed_by_trainers = {"num_items_in_batch": torch.tensor(2), "return_loss": True, "output_attentions": False}
+    assert alignment_model(**inputs, **passed_by_trainers, labels=None).loss.isfinite()
+
+
 def test_words_can_be_added_to_a_stage_1_model(alignment_model, tmp_path):
     language_model_size = alignment_model.config.text_config.vocab_size
     alignment_model.resize_token_embeddings(50)
@@ -373,7 +385,22 @@ def test_a_language_model_that_returns_tuples_by_default_generates(model):
     expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     model.config.text_config.return_dict = False
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).tolist() == expected.tolist()
-    torch.testing.assert_close(model(**inputs, return_dict=False).logits, model(**inputs).logits)
+
+
+def test_outputs_are_tuples_on_request(tiny_config, alignment_model, model):
+    prompt = {**make_prompts(model, [1]), **make_cells([9]), "use_cache": False}
+    for inputs, run in (
+        (prompt, model),
+        (prompt, model.model),
+        ({**make_cells([9]), **make_texts([6])}, alignment_model),
+    ):
+        expected = run(**inputs, return_dict=True).to_tuple()
+        assert len(expected) > 1
+        torch.testing.assert_close(run(**inputs, return_dict=False), expected)
+        run.config.return_dict = False  # as for any model of transformers
+        torch.testing.assert_close(run(**inputs), expected)
+    genes = torch.arange(3, 8)
+    assert model.generate_cells(**make_prompts(model, [0]), target_gene_ids=genes).expression.shape == (1, 5)
 
 
 def test_cached_generation_equals_uncached(model):

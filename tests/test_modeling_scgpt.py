@@ -118,6 +118,64 @@ def test_the_cell_embedding_alone_equals_that_of_the_whole(model, batch):
     torch.testing.assert_close(whole.pooler_output, whole.last_hidden_state[:, 0])
 
 
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_hidden_states_are_the_embeddings_and_every_layer(model, batch, cls_only, monkeypatch):
+    monkeypatch.setattr(modeling_scgpt, "CPU_PIECE_TOKENS", 8)
+    mask = batch["cell_attention_mask"][..., None]
+    with torch.no_grad():
+        packed = model(**batch, cls_only=cls_only, output_hidden_states=True)
+        assert torch.equal(packed.last_hidden_state, model(**batch, cls_only=cls_only).last_hidden_state)
+        assert packed.hidden_states[-1] is packed.last_hidden_state
+        embeddings = model.embeddings(batch["gene_ids"], batch["expression"])
+        torch.testing.assert_close(packed.hidden_states[0], embeddings * mask)
+        by_layer, expected = [], embeddings
+        for layer in model.encoder.layers:
+            expected = layer(expected, torch.zeros(6, 1, 9, 9).masked_fill(~mask.bool().mT[:, None], -1e9))
+            by_layer.append(expected * mask)
+        by_layer[-1] = by_layer[-1][:, :1] if cls_only else by_layer[-1]
+        torch.testing.assert_close(packed.hidden_states[1:], tuple(by_layer))
+        model.set_attn_implementation("eager")
+        eager = model(**batch, cls_only=cls_only, output_hidden_states=True)
+    torch.testing.assert_close(packed.hidden_states, eager.hidden_states)
+
+
+def test_hidden_states_of_a_batch_of_empty_cells_are_zero(model, batch):
+    empty = {name: value[2:3] for name, value in batch.items()}
+    states = model(**empty, cls_only=True, output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states] == [(1, 9, 16)] * 3 + [(1, 1, 16)]
+    assert all((state == 0).all() for state in states)
+
+
+def test_hidden_states_by_configuration(batch):
+    model = ScGPTModel(make_config(output_hidden_states=True)).eval()
+    assert len(model(**batch).hidden_states) == 4
+    assert model(**batch, output_hidden_states=False).hidden_states is None
+
+
+def test_attentions_are_returned_by_eager_attention_and_refused_elsewhere(model, batch):
+    with pytest.raises(ValueError, match=r"'sdpa' runs fused kernels.*set_attn_implementation\('eager'\)"):
+        model(**batch, output_attentions=True)
+    model.set_attn_implementation("eager")
+    outputs = model(**batch, output_attentions=True)
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(6, 2, 9, 9)] * 3
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(6, 2, 9))
+    assert (outputs.attentions[0][1, :, :, 4:] == 0).all()  # the second cell has four tokens
+    assert model(**batch).attentions is None
+
+
+def test_outputs_are_tuples_on_request(batch):
+    model = ScGPTModel(make_config()).eval()
+    outputs = model(**batch)
+    assert all(map(torch.equal, model(**batch, return_dict=False), outputs.values()))
+    assert len(model(**batch, return_dict=False)) == len(outputs)
+    labels = batch["expression"].masked_fill(batch["expression"] < 25, IGNORED_LABEL)
+    assert len(model(**batch, expression_labels=labels, return_dict=False)) == 7
+    trained = ScGPTForPreTraining(make_config(return_dict=False)).eval()
+    parts = trained(**hide(batch))
+    torch.testing.assert_close(parts[0], sum(parts[1:]))
+    assert len(parts) == 4
+
+
 def test_bfloat16_on_the_cpu_stays_close_to_float32(model, batch):
     expected = model(**batch).pooler_output
     with torch.no_grad():
@@ -205,7 +263,7 @@ def test_genes_without_expression_carry_no_value(model, batch):
     conditions = torch.randn(1, 2, 16)
     outputs = model(gene_ids, condition_embeds=conditions)
     by_hand = model.encoder(torch.cat([conditions, model.embeddings.embed_genes(gene_ids)], dim=1))
-    torch.testing.assert_close(outputs.last_hidden_state, by_hand)
+    torch.testing.assert_close(outputs.last_hidden_state, by_hand[-1])
 
 
 def test_generation_puts_the_embedding_in_the_place_of_cls(model, batch):

@@ -230,7 +230,8 @@ def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDa
     for batch in dataset:
         cell_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
         query_pieces.append(model.query_cells(cell_states, batch["cell_attention_mask"]))
-        text_states.append(model.read_texts(batch["qformer_input_ids"], batch["qformer_attention_mask"]))
+        text_embeds = model.qformer_embeddings(input_ids=batch["qformer_input_ids"])
+        text_states.append(model.encode_texts(text_embeds, batch["qformer_attention_mask"]))
         if sum(map(len, text_states)) >= PROJECTION_CELLS:
             break
     query_states = torch.cat(query_pieces)

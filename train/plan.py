@@ -211,11 +211,11 @@ def run_align(model: ScMMGPTForCellTextAlignment, args: PlanArguments) -> Iterat
         model.project_cells(model.query_cells(states, projected=projected))
         ids = torch.zeros(batch, texts, dtype=torch.long)
         embeds = model.qformer_embeddings(input_ids=ids)
-        model.project_texts(model.read_texts(ids, None, embeds))
+        model.project_texts(model.encode_texts(embeds))
         pairs = torch.arange(3 * batch) % batch  # matching reads three texts with each cell
         length = model.config.num_query_tokens + texts
         mask = torch.zeros(3 * batch, 1, length, length)
-        matched = model.query_cells(states, None, embeds[pairs], mask, readers=pairs, projected=projected)
+        matched = model.query_cells(states, None, embeds[pairs], mask, cell_rows=pairs, projected=projected)
         model.matching_head(matched[:, : model.config.num_query_tokens])
     yield "qformer", model.config.qformer_config.num_hidden_layers, matched.nbytes, seen
 

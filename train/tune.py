@@ -213,7 +213,7 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: Ba
         mask = inputs["attention_mask"]
         summaries = parts.text_to_cell.summarize(states, mask)
         standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
-        queries = parts.text_to_cell.read(states, mask)
+        queries = parts.text_to_cell.query_texts(states, mask)
         parts.text_to_cell.query_means.copy_(queries.mean(dim=0, keepdim=True))
         # A variance of one per condition token and channel, as gene tokens have.
         standardize(parts.text_to_cell.projection, (queries - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
