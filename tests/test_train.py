@@ -456,7 +456,7 @@ def test_tuning_in_four_bits_that_is_cut_in_two_ends_like_one_that_is_not(
 
 
 def test_precision_is_refused_where_it_cannot_be(monkeypatch):
-    with pytest.raises(ValueError, match="what is trained is held in fp32"):
+    with pytest.raises(ValueError, match="trained weights are fp32"):
         tune.TuneModelArguments(
             "", "some/model", train_parts={"language_model": "full"}, language_model_precision="bf16"
         )

@@ -447,7 +447,3 @@ def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, t
     run.take_gradient_steps()
     run.refit_readout()
     run.save()
-
-
-if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())

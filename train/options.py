@@ -47,9 +47,9 @@ MOVED = {
 PAGE = """# Options of the training commands
 
 `python -m scmmgpt.train options` makes this page. Values come from `--config FILE.yaml` and from the command line,
-which wins. An option that holds fields takes a mapping in YAML, and JSON or `FIELD=VALUE ...` on the command line; fields
-that the command line does not name keep the values of the file. All options of transformers' `TrainingArguments` (for
-`tune`, of TRL's `SFTConfig`) are accepted too.
+which wins. An option that holds fields takes a mapping in YAML, and JSON or `FIELD=VALUE ...` on the command line;
+fields that the command line does not name keep the values of the file. All options of transformers'
+`TrainingArguments` (for `tune`, of TRL's `SFTConfig`) are accepted too.
 """
 
 
