@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
 
@@ -36,14 +37,14 @@ from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 
 
-MAX_VALIDATION_CELLS = 2_000  # at most, for the annotation and the retrieval of an evaluation
-MASK_RATIO = 0.4  # share of genes hidden for the masked-expression loss, as in scGPT's fine-tuning
+MAX_VALIDATION_CELLS = 2_000  # for annotation and retrieval in an evaluation
+MASK_RATIO = 0.4  # share of hidden genes in the masked-expression loss, as in scGPT's fine-tuning
 RECALL_AT = (1, 5, 10)
 TEXTS_AT_ONCE = 256
 
 
 class AlignTrainer(ModelLossTrainer):
-    """Trainer of [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy and retrieval recall."""
+    """Trainer of [`ScMMGPTForCellTextAlignment`]; validation has zero-shot accuracy and retrieval recall too."""
 
     def __init__(self, *args: Any, captions: CaptionSampler, **kwargs: Any) -> None:
         self.captions = captions
@@ -132,8 +133,6 @@ def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, f
 
 def gene_tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
     """The gene vocabulary as a word-level tokenizer; unknown genes become `<pad>`, as in scGPT."""
-    from tokenizers import Tokenizer, models
-
     backend = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 

@@ -212,25 +212,6 @@ class TrainedParts:
                 raise ValueError(f"{name} of train_parts is {getattr(self, name)!r}, not one of {choices}.")
 
 
-def train_parts_option() -> Any:
-    """The option of `tune` and `plan`."""
-    return option(
-        "Parts to train. `language_model`: lora, full or frozen; `cell_model`: full, decoders (the encoder, and with "
-        "it annotation and search, stay as in stage 1) or frozen; `qformer`: true or false.",
-        vars(TrainedParts()),
-        fields=TrainedParts,
-    )
-
-
-def precision_option() -> Any:
-    """The option of `tune` and `plan`."""
-    return option(
-        "Precision of the language model's frozen weights: `fp32`, `bf16` (half the memory), or `4bit` (QLoRA's NF4, "
-        "which needs the extra `quantized`). Trained weights are fp32.",
-        "fp32",
-    )
-
-
 @described
 @dataclass
 class TuneModelArguments(CheckedFields):
@@ -244,8 +225,17 @@ class TuneModelArguments(CheckedFields):
     language_model_config: dict[str, Any] = option(
         "Fields of `LlamaConfig` for `scratch`.", SCRATCH_SIZES, fields=LlamaConfig
     )
-    language_model_precision: Literal["fp32", "bf16", "4bit"] = precision_option()
-    train_parts: dict[str, Any] = train_parts_option()
+    language_model_precision: Literal["fp32", "bf16", "4bit"] = option(
+        "Precision of the language model's frozen weights: `fp32`, `bf16` (half the memory), or `4bit` (QLoRA's NF4, "
+        "which needs the extra `quantized`). Trained weights are fp32.",
+        "fp32",
+    )
+    train_parts: dict[str, Any] = option(
+        "Parts to train. `language_model`: lora, full or frozen; `cell_model`: full, decoders (the encoder, and with "
+        "it annotation and search, stay as in stage 1) or frozen; `qformer`: true or false.",
+        vars(TrainedParts()),
+        fields=TrainedParts,
+    )
     lora_config: dict[str, Any] = option(
         "Fields of PEFT's `LoraConfig`; `target_modules` are by default all linear layers of the language model.",
         {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1},

@@ -47,6 +47,7 @@ from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.readers import read_file
 from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.train import readout
 from scmmgpt.train.align import build_model, build_processor
 from scmmgpt.train.arguments import AlignModelArguments, FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
 from scmmgpt.train.data import ontology
@@ -56,16 +57,6 @@ from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_in
 from scmmgpt.train.data.labelled import LabelledBatches
 from scmmgpt.train.labels import column_of, hold_out, read_labels
 from scmmgpt.train.options import OptionParser
-from scmmgpt.train.readout import (
-    LabelledProfiles,
-    choose_unseen_bonus,
-    fit_regressions,
-    fit_temperature,
-    negative_log_likelihood,
-    profile_matrix,
-    readout_of,
-    scores_of,
-)
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
 
 
@@ -76,12 +67,8 @@ READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # lengths of the readout,
 REFERENCE_TEXTS = 400  # cell types of the ontology that give the axes of a new text projection, at most
 DEFAULT_EPOCHS = 3  # from a checkpoint
 PATIENCE = 2  # epochs without a lower validation loss before training stops
-UNUSED_PARTS = (
-    "cell_model.mvc_decoder.",
-    "cell_model.expression_decoder.",
-    "cell_model.embeddings.flag",
-    "matching_head.",
-)
+CELL_DECODERS = ("cell_model.mvc_decoder.", "cell_model.expression_decoder.", "cell_model.embeddings.flag")
+FROZEN_PARTS = (*CELL_DECODERS, "matching_head.", "logit_scale")
 
 Start: TypeAlias = tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]  # see `load_checkpoint`
 
@@ -240,7 +227,7 @@ def similarities(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -
 
 def validate(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> dict[str, float]:
     """Loss, accuracy and macro-F1 at the model's own temperature."""
-    return scores_of(similarities(model, batches) * model.logit_scale.exp().item(), batches.targets.numpy())
+    return readout.scores_of(similarities(model, batches) * model.logit_scale.exp().item(), batches.targets.numpy())
 
 
 def queries_contribute(model: ScMMGPTForCellTextAlignment) -> bool:
@@ -258,9 +245,11 @@ def set_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias:
 @torch.no_grad()
 def add_to_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias: torch.Tensor) -> None:
     """Add to the readout's parameters, on the device where training has left them."""
-    readout = model.profile_readout
-    readout.gene_weights.weight.add_(weights.to(readout.gene_weights.weight.device))
-    readout.bias.add_(bias.to(readout.bias.device))
+    for parameter, change in (
+        (model.profile_readout.gene_weights.weight, weights),
+        (model.profile_readout.bias, bias),
+    ):
+        parameter.add_(change.to(parameter.device))
 
 
 @torch.no_grad()
@@ -309,8 +298,8 @@ def add_readout(
     for share in shares:
         set_readout(model, weights, bias, unit * share)
         similarity, targets = similarities(model, eval_batches), eval_batches.targets.numpy()
-        temperature = fit_temperature(similarity, targets)
-        fits.append((negative_log_likelihood(similarity / temperature, targets), unit * share, temperature))
+        temperature = readout.fit_temperature(similarity, targets)
+        fits.append((readout.negative_log_likelihood(similarity / temperature, targets), unit * share, temperature))
     _, scale, temperature = min(fits)
     set_readout(model, weights, bias, scale)
     set_temperature(model, temperature)
@@ -341,8 +330,8 @@ class FineTuning:
         if training_args.num_train_epochs is None:
             training_args.num_train_epochs = 0 if model_args.checkpoint is None else DEFAULT_EPOCHS
 
-        profiles = profile_matrix(cells, self.model.config.cell_config.vocab_size)
-        self.profiles = LabelledProfiles(
+        profiles = readout.profile_matrix(cells, self.model.config.cell_config.vocab_size)
+        self.profiles = readout.LabelledProfiles(
             profiles[labels.rows], labels.targets, len(labels.names), train, validation, profiles[unlabelled]
         )
         self.cells = cells[labels.rows]
@@ -359,10 +348,10 @@ class FineTuning:
 
     def fit_readout(self) -> None:
         """Fit the regression, map it into the shared space, and add it to the projected queries."""
-        self.regressions = fit_regressions(self.profiles, self.shots)
+        self.regressions = readout.fit_regressions(self.profiles, self.shots)
         texts = self.processor(qformer_text=self.labels.texts)
         self.text_features = self.model.eval().get_text_features(**texts).detach()
-        self.weights, self.bias = readout_of(self.regressions.train, self.text_features)
+        self.weights, self.bias = readout.readout_of(self.regressions.train, self.text_features)
         readouts = self.profiles.profiles[self.profiles.train] @ self.weights.numpy() + self.bias.numpy()
         length = float(np.linalg.norm(readouts, axis=1).mean())
         self.share = add_readout(self.model, self.weights, self.bias, length, self.eval_batches)
@@ -378,7 +367,7 @@ class FineTuning:
             return
         ranks = {"rank": args.process_index, "world_size": args.world_size}
         size, seed = args.per_device_train_batch_size, data_seed(args)
-        freeze(model, lambda name: name.startswith(UNUSED_PARTS) or name == "logit_scale")
+        freeze(model, lambda name: name.startswith(FROZEN_PARTS))
         best = KeepBest(model)
         if self.eval_batches is not None:
             args.eval_strategy = IntervalStrategy.EPOCH
@@ -404,13 +393,13 @@ class FineTuning:
         temperature, bonus = DEFAULT_TEMPERATURE, 0.0
         if self.eval_batches is not None:
             similarity, targets = similarities(self.model, self.eval_batches), self.eval_batches.targets.numpy()
-            temperature = fit_temperature(similarity, targets)
-            self.record["after"] = scores_of(similarity / temperature, targets)
-            weights, bias = readout_of(self.regressions.everything, self.text_features)
+            temperature = readout.fit_temperature(similarity, targets)
+            self.record["after"] = readout.scores_of(similarity / temperature, targets)
+            weights, bias = readout.readout_of(self.regressions.everything, self.text_features)
             # What gradient steps changed stays.
             add_to_readout(self.model, (weights - self.weights) * self.share, (bias - self.bias) * self.share)
             if not queries_contribute(self.model):  # the readout alone places the cells
-                bonus = choose_unseen_bonus(self.profiles, self.text_features)
+                bonus = readout.choose_unseen_bonus(self.profiles, self.text_features)
         set_temperature(self.model, temperature)
         self.record |= {"temperature": temperature, "unseen_bonus": bonus}
         logger.info("Held-out scores: %s", self.record.get("after", "nothing was held out"))

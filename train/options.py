@@ -73,6 +73,11 @@ def inherited(name: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata=dict(INHERITED[name].metadata))
 
 
+def shared(cls: Any, name: str) -> Any:
+    """The option `name` of another command's dataclass."""
+    return copy.copy(cls.__dataclass_fields__[name])
+
+
 def own_options(cls: Any) -> list[Field]:
     """Fields of a dataclass that are options of this project."""
     theirs = INHERITED if issubclass(cls, TrainingArguments) else {}

@@ -26,8 +26,8 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-from scmmgpt.train.arguments import ALIGN_FIELDS, TUNE_FIELDS, TrainedParts, precision_option, train_parts_option
-from scmmgpt.train.options import CheckedFields, OptionParser, check_fields, described, option
+from scmmgpt.train.arguments import ALIGN_FIELDS, TUNE_FIELDS, TrainedParts, TuneModelArguments
+from scmmgpt.train.options import CheckedFields, OptionParser, check_fields, described, option, shared
 from scmmgpt.train.trainer import freeze
 from scmmgpt.train.tune import is_frozen, saved_parts
 
@@ -59,8 +59,8 @@ class PlanArguments(CheckedFields):
         {"expression_head": "nb"},
         fields=(*ALIGN_FIELDS, *TUNE_FIELDS),
     )
-    train_parts: dict[str, Any] = train_parts_option()
-    language_model_precision: Literal["fp32", "bf16", "4bit"] = precision_option()
+    train_parts: dict[str, Any] = shared(TuneModelArguments, "train_parts")
+    language_model_precision: Literal["fp32", "bf16", "4bit"] = shared(TuneModelArguments, "language_model_precision")
     lora_config: dict[str, Any] = option("Fields of PEFT's `LoraConfig`.", {"r": 8}, fields=LoraConfig)
     strategy: Literal["ddp", "fsdp"] = option(
         "`ddp` keeps everything on every GPU; `fsdp` shards weights, gradients and optimiser states.", "ddp"

@@ -220,8 +220,8 @@ def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
 def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights `(n_genes, projection_dim)` and bias whose products with the texts are the regression's scores.
 
-    The shortest such vectors lie in the span of the texts, which makes a cell a mixture of texts. With more labels than
-    dimensions the scores are met in the least-squares sense.
+    The shortest such vectors lie in the span of the texts, which makes a cell a mixture of texts. With more labels
+    than dimensions the scores are met in the least-squares sense.
 
     Args:
         model: The regression.
