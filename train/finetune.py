@@ -245,11 +245,9 @@ def set_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias:
 @torch.no_grad()
 def add_to_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias: torch.Tensor) -> None:
     """Add to the readout's parameters, on the device where training has left them."""
-    for parameter, change in (
-        (model.profile_readout.gene_weights.weight, weights),
-        (model.profile_readout.bias, bias),
-    ):
-        parameter.add_(change.to(parameter.device))
+    weight, own_bias = model.profile_readout.gene_weights.weight, model.profile_readout.bias
+    weight.add_(weights.to(weight.device))
+    own_bias.add_(bias.to(own_bias.device))
 
 
 @torch.no_grad()
