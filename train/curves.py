@@ -19,7 +19,7 @@ Curve = list[tuple[int, float]]  # step, value
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """The style to draw and to save figures in, as a context."""
+    """The style of figures, as a context to draw and to save them in."""
     import matplotlib
 
     return matplotlib.rc_context(
@@ -31,29 +31,26 @@ def figure_style() -> AbstractContextManager[None]:
             "axes.titlesize": 10,
             "axes.titleweight": "bold",
             "axes.edgecolor": "#52606d",
-            "svg.hashsalt": "scmmgpt",  # the same figure is the same text in every run
+            "svg.hashsalt": "scmmgpt",  # equal figures are equal files
         }
     )
 
 
 def save_curves(log_history: Sequence[Mapping], output_dir: str | Path) -> None:
-    """Draw training and validation curves as `curves.png`; without matplotlib, log how to install it."""
+    """Draw training and validation curves as `curves.png`; without matplotlib, log the way to install it."""
     try:
         figure = training_figure(log_history)
     except ImportError as error:
-        logger.info("No picture of the training curves: %s. Install scmmgpt[eval] for it.", error)
+        logger.info("No picture of the training curves: %s. Install scmmgpt[eval].", error)
         return
     if figure is not None:
         figure.savefig(Path(output_dir, "curves.png"), dpi=120, bbox_inches="tight")
 
 
 def training_figure(history: Sequence[Mapping]) -> "Figure | None":
-    """Losses over steps, and below them accuracies where any were logged; `None` where no loss was.
+    """Losses over steps, and below them logged accuracies and recalls; `None` for a `log_history` without a loss.
 
     Solid lines are training, dashed lines with points validation.
-
-    Args:
-        history: `Trainer.state.log_history`.
     """
     from matplotlib.figure import Figure
 
@@ -63,10 +60,9 @@ def training_figure(history: Sequence[Mapping]) -> "Figure | None":
     if not losses:
         return None
     with figure_style():
-        figure = Figure(figsize=(4.8, 3.4 if not shares else 5.2), layout="constrained")
-        panels = figure.subplots(
-            1 + bool(shares), 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + bool(shares)]
-        )[:, 0]
+        figure = Figure(figsize=(4.8, 5.2 if shares else 3.4), layout="constrained")
+        heights = [2, 1] if shares else [2]
+        panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, names, label in zip(panels, (losses, shares), ("loss", "validation"), strict=False):
             draw_curves(axes, {name: curves[name] for name in names})
             axes.set_ylabel(label)
@@ -78,7 +74,7 @@ def training_figure(history: Sequence[Mapping]) -> "Figure | None":
 
 
 def read_curves(history: Sequence[Mapping]) -> dict[str, Curve]:
-    """Losses, and the accuracies and recalls of validation, by the name that the trainer logged them under."""
+    """Losses, and validation accuracies and recalls, by their names in the log."""
     curves: dict[str, Curve] = {}
     for entry in history:
         for name, value in entry.items():
@@ -90,7 +86,7 @@ def read_curves(history: Sequence[Mapping]) -> dict[str, Curve]:
 
 
 def draw_curves(axes: "Axes", curves: Mapping[str, Curve]) -> None:
-    """Draw curves in the order given; training and validation of one loss share a colour."""
+    """Draw curves in order; training and validation of one loss share a colour."""
     import matplotlib
 
     colors = iter(matplotlib.color_sequences["tab10"] * 4)

@@ -8,20 +8,429 @@ scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 
 Three steps:
 
-1. **Fit the profile readout** (`readout`). A multinomial logistic regression reads the square root of every gene's
-   share of the cell, and its weights are turned into the space that cells and texts share: a cell becomes a mixture
-   of the texts of the labels that it resembles. So a label that was never trained can be given as a text. The model
-   is linear because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The
+1. **Fit the profile readout** (`readout`): a multinomial logistic regression on the square root of every gene's share
+   of the cell. Its weights are mapped into the space of cells and texts, where a cell becomes a mixture of the texts
+   of the labels that it resembles. A label that was never trained can therefore be given as a text. The model is
+   linear because a regression on the whole transcriptome is hard to beat with a few thousand labelled cells. The
    square root keeps the variance of counts even and gives every cell the same length (Hellinger distance). Held-out
    cells choose the strength of the regression; with `--group_key` these are cells of other donors or batches.
 2. **Take gradient steps** on the whole model: cell model, Q-Former, readout. Training stops when the validation loss
-   stops to fall, and the weights with the lowest one stay, which may be those of step 1.
+   stops falling, and the weights with the lowest loss are kept, which may be those of step 1.
 3. **Refit the readout** with the held-out cells, at the same strength. The temperature of `annotate` is the one that
-   fits the held-out cells best, and was chosen before the refit.
+   fits the held-out cells best before the refit.
 
-The cell projection of a new model starts at zero, so its queries contribute nothing and cells lie where the readout
-puts them; no gradient step is taken by default. From a checkpoint the readout is added to the projected queries, in
-the proportion that fits the held-out cells best. With `--shots` nothing is held out, and the strength is the default.
+The cell projection of a new model starts at zero. Queries then contribute nothing, and the readout alone places the
+cells; no gradient step is taken by default. From a checkpoint the readout is added to the projected queries, in the
+proportion that fits the held-out cells best. With `--shots` nothing is held out, and the strength is the default.
 Cells without a label help where labels are few: see `readout.fit_spread_regression`. `finetune.json` in the output
 records what was tried and how it scored.
 """
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.files import write_json
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.readers import read_file
+from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.train import readout
+from scmmgpt.train.align import build_model, build_processor
+from scmmgpt.train.arguments import AlignModelArguments, FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.corpus import SPECIAL_TOKENS
+from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
+from scmmgpt.train.data.labelled import LabelledBatches
+from scmmgpt.train.labels import column_of, hold_out, read_labels
+from scmmgpt.train.options import OptionParser
+from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPERATURE = 0.1  # where nothing is held out
+READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # lengths of the readout, in those of a checkpoint's queries
+REFERENCE_TEXTS = 400  # cell types of the ontology that give the axes of a new text projection, at most
+DEFAULT_EPOCHS = 3  # from a checkpoint
+PATIENCE = 2  # epochs without a lower validation loss before training stops
+CELL_DECODERS = ("cell_model.mvc_decoder.", "cell_model.expression_decoder.", "cell_model.embeddings.flag")
+FROZEN_PARTS = (*CELL_DECODERS, "matching_head.", "logit_scale")
+
+Start: TypeAlias = tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]  # see `load_checkpoint`
+
+
+@dataclass
+class CellTable:
+    """Cells in memory and their gene vocabulary, as [`TrainingCells`]."""
+
+    vocabulary: dict[str, int]
+    gene_aliases: dict[str, str]
+    cells: Cells
+
+    def row_groups(self, split: str, columns: list[str] | None = None) -> Iterator[tuple[Cells, None]]:
+        """All cells at once."""
+        yield self.cells, None
+
+
+def load_checkpoint(path: str, adata: AnnData, read_options: dict[str, Any]) -> Start:
+    """A checkpoint to fine-tune, with a profile readout of zeros if it has none.
+
+    Returns:
+        The model, its processor, the names of its pretrained parameters, and the cells of `adata` in its vocabulary.
+    """
+    processor = ScMMGPTProcessor.from_pretrained(path)
+    config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
+    if (config.architectures or [""])[0] != "ScMMGPTForCellTextAlignment":
+        raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from a checkpoint of `align`.")
+    config.profile_readout = True
+    loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(path, config=config, output_loading_info=True)
+    model, info = loaded
+    missing = [key for key in info["missing_keys"] if not key.startswith("profile_readout.")]
+    if missing or info["unexpected_keys"]:
+        raise ValueError(f"{path} does not fit: missing {missing}, unexpected {sorted(info['unexpected_keys'])}.")
+    pretrained = {name for name, _ in model.named_parameters() if not name.startswith("profile_readout.")}
+    return model, processor, pretrained, processor.read_cells(adata, **read_options)[0]
+
+
+def new_model(
+    adata: AnnData, rows: np.ndarray, texts: list[str], model_args: AlignModelArguments, read_options: dict[str, Any]
+) -> Start:
+    """A new model of the genes that `adata` measures and that have an approved symbol.
+
+    Args:
+        adata: The labelled cells.
+        rows: Rows that are not held out. Held-out cells have no part in the gene embeddings.
+        texts: Texts of the labels.
+        model_args: Sizes, and where the parts come from.
+        read_options: For `read_cells`.
+
+    Returns:
+        As `load_checkpoint`.
+    """
+    reference = reference_gene_index()
+    symbols = {i: symbol for symbol, i in reference.vocabulary.items()}
+    ids = choose_input(adata, reference, **read_options).match.ids
+    measured = sorted({symbols[i] for i in ids[ids >= 0].tolist()})
+    vocabulary = {name: i for i, name in enumerate([*SPECIAL_TOKENS, *measured])}
+    aliases = build_gene_aliases(vocabulary)
+    cells, _ = read_cells(adata, GeneIndex(vocabulary, aliases), **read_options)
+    table = CellTable(vocabulary, aliases, cells[rows])
+    model, qformer_tokenizer, pretrained = build_model(table, model_args, profile_readout=True)
+    processor = build_processor(table, qformer_tokenizer, model_args)
+    start_from_texts(model.eval(), processor, texts)
+    return model, processor, pretrained, cells
+
+
+@torch.no_grad()
+def start_from_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, texts: list[str]) -> None:
+    """Make the shared space of a new model that of the BERT's texts, and set the cell projection to zero.
+
+    The text projection is centred on cell types of the ontology and turned to their principal axes, without stretching
+    any: texts that are similar to the BERT stay similar. Queries contribute nothing; the readout places the cells.
+    """
+    captions = CaptionSampler()
+    names = list(ontology.names_of("cell_type"))
+    references = [captions.label_text(name) for name in names[:: max(1, len(names) // REFERENCE_TEXTS)]]
+    pieces = [references[start : start + 64] for start in range(0, len(references), 64)]
+    states = torch.cat([model.read_texts(**processor(qformer_text=piece)) for piece in [*pieces, texts]])
+    mean = states.mean(dim=0)
+    axes = torch.linalg.svd(states - mean, full_matrices=False)[2][: model.text_projection.out_features]
+    model.text_projection.weight.zero_()
+    model.text_projection.weight[: len(axes)] = axes
+    model.text_projection.bias.copy_(-model.text_projection.weight @ mean)
+    model.cell_projection.weight.zero_()
+    model.cell_projection.bias.zero_()
+
+
+class FinetuneTrainer(ModelLossTrainer):
+    """Trainer of cell -> label, where a text stands for each label."""
+
+    eval_dataset: LabelledBatches
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy over the labels, from similarities at the temperature of the fitted readout."""
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, return_loss=False)
+        scale = self.accelerator.unwrap_model(model).logit_scale.exp()
+        logits = cell_text_similarity(outputs.cell_features, outputs.text_features).float() * scale
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.args.label_smoothing_factor)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, accuracy and macro-F1 on the validation cells; every rank computes them on all cells."""
+        scores = validate(self.accelerator.unwrap_model(self.model), self.eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the weights with the lowest validation loss, the first ones included; stops after `PATIENCE` epochs."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.loss, self.waited = model, float("inf"), 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare this loss with the lowest."""
+        loss = (metrics or {})["eval_loss"]
+        if loss < self.loss:
+            self.loss, self.waited = loss, 0
+            self.weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        else:
+            self.waited += 1
+            control.should_training_stop = self.waited >= PATIENCE
+
+    def restore(self) -> None:
+        """Put the best weights back."""
+        self.model.load_state_dict(self.weights)
+
+
+@torch.no_grad()
+def similarities(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> np.ndarray:
+    """Cosine similarity of every cell with every label's text, `(n_cells, n_labels)`."""
+    model.eval()
+    device = model.logit_scale.device
+    text_features = model.get_text_features(**{name: value.to(device) for name, value in batches.text_inputs.items()})
+    rows = []
+    for batch in batches:
+        inputs = {k: v.to(device) for k, v in batch.items() if k != "labels" and not k.startswith("qformer_")}
+        rows.append(cell_text_similarity(model.get_cell_features(**inputs), text_features))
+    return torch.cat(rows).float().cpu().numpy()
+
+
+def validate(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> dict[str, float]:
+    """Loss, accuracy and macro-F1 at the model's own temperature."""
+    return readout.scores_of(similarities(model, batches) * model.logit_scale.exp().item(), batches.targets.numpy())
+
+
+def queries_contribute(model: ScMMGPTForCellTextAlignment) -> bool:
+    """Whether queries move cells at all: the cell projection of a new model is zero."""
+    return bool(model.cell_projection.weight.any())
+
+
+@torch.no_grad()
+def set_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias: torch.Tensor, scale: float) -> None:
+    """Write the readout's parameters, multiplied by `scale`."""
+    model.profile_readout.gene_weights.weight.copy_(weights * scale)
+    model.profile_readout.bias.copy_(bias * scale)
+
+
+@torch.no_grad()
+def add_to_readout(model: ScMMGPTForCellTextAlignment, weights: torch.Tensor, bias: torch.Tensor) -> None:
+    """Add to the readout's parameters, on the device where training has left them."""
+    weight, own_bias = model.profile_readout.gene_weights.weight, model.profile_readout.bias
+    weight.add_(weights.to(weight.device))
+    own_bias.add_(bias.to(own_bias.device))
+
+
+@torch.no_grad()
+def set_temperature(model: ScMMGPTForCellTextAlignment, temperature: float) -> None:
+    """Make `logit_scale` the log of the temperature's inverse."""
+    model.logit_scale.fill_(min(-np.log(temperature), MAX_LOGIT_SCALE))
+
+
+@torch.no_grad()
+def projected_length(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> float:
+    """Mean length of the projected queries of the first batch's cells, before normalisation."""
+    inputs = next(iter(batches))
+    states = model.encode_cells(*(inputs[name] for name in CELL_INPUTS))
+    queries = model.query_cells(states, inputs["cell_attention_mask"])
+    return model.cell_projection(queries - model.query_means).norm(dim=-1).mean().item()
+
+
+def add_readout(
+    model: ScMMGPTForCellTextAlignment,
+    weights: torch.Tensor,
+    bias: torch.Tensor,
+    length: float,
+    eval_batches: LabelledBatches | None,
+) -> float:
+    """Set the readout and the temperature; returns the factor of the readout.
+
+    Projected queries of a checkpoint and the readout are added in the proportion that fits the held-out cells best, or
+    in equal lengths where none are held out. If queries contribute nothing, the factor changes nothing, as cells are
+    normalised.
+
+    Args:
+        model: The model.
+        weights, bias: The readout.
+        length: Mean length of the training cells' readouts.
+        eval_batches: The held-out cells.
+    """
+    model.eval()
+    unit, shares = 1 / length, [1.0]
+    if eval_batches is None:
+        set_readout(model, weights, bias, unit)
+        set_temperature(model, DEFAULT_TEMPERATURE)
+        return unit
+    if queries_contribute(model):
+        unit, shares = unit * projected_length(model, eval_batches), list(READOUT_SHARES)
+    fits = []
+    for share in shares:
+        set_readout(model, weights, bias, unit * share)
+        similarity, targets = similarities(model, eval_batches), eval_batches.targets.numpy()
+        temperature = readout.fit_temperature(similarity, targets)
+        fits.append((readout.negative_log_likelihood(similarity / temperature, targets), unit * share, temperature))
+    _, scale, temperature = min(fits)
+    set_readout(model, weights, bias, scale)
+    set_temperature(model, temperature)
+    return scale
+
+
+class FineTuning:
+    """One run: its model, its cells, and the record of what was tried."""
+
+    def __init__(
+        self, data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig
+    ) -> None:
+        self.arguments = {"data": data_args, "model": model_args, "training": training_args}
+        self.shots, self.training_args = data_args.shots, training_args
+        adata = read_file(data_args.adata)
+        self.labels = labels = read_labels(adata.obs, data_args)
+        groups = None if data_args.group_key is None else column_of(adata.obs, data_args.group_key)
+        train, validation = hold_out(labels, groups, data_args, data_seed(training_args))
+        unlabelled = np.setdiff1d(np.arange(adata.n_obs), labels.rows)
+        read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
+        if model_args.checkpoint is not None:
+            start = load_checkpoint(model_args.checkpoint, adata, read_options)
+        else:
+            rows = np.union1d(labels.rows[train], unlabelled)
+            start = new_model(adata, rows, labels.texts, model_args.align_arguments(), read_options)
+        self.model, self.processor, self.pretrained, cells = start
+        self.processor.feature_extractor.return_profile = True
+        if training_args.num_train_epochs is None:
+            training_args.num_train_epochs = 0 if model_args.checkpoint is None else DEFAULT_EPOCHS
+
+        profiles = readout.profile_matrix(cells, self.model.config.cell_config.vocab_size)
+        self.profiles = readout.LabelledProfiles(
+            profiles[labels.rows], labels.targets, len(labels.names), train, validation, profiles[unlabelled]
+        )
+        self.cells = cells[labels.rows]
+        self.eval_batches = None
+        if len(validation):
+            self.eval_batches = self.batches(validation, training_args.per_device_eval_batch_size)
+        self.record: dict[str, Any] = {"labels": labels.text_of}
+        self.record["cells"] = {"train": len(train), "validation": len(validation), "unlabelled": len(unlabelled)}
+
+    def batches(self, part: np.ndarray, batch_size: int, **order: Any) -> LabelledBatches:
+        """Batches of some of the labelled cells."""
+        cells, targets = self.cells[part], self.labels.targets[part]
+        return LabelledBatches(self.processor, cells, targets, self.labels.texts, batch_size=batch_size, **order)
+
+    def fit_readout(self) -> None:
+        """Fit the regression, map it into the shared space, and add it to the projected queries."""
+        self.regressions = readout.fit_regressions(self.profiles, self.shots)
+        texts = self.processor(qformer_text=self.labels.texts)
+        self.text_features = self.model.eval().get_text_features(**texts).detach()
+        self.weights, self.bias = readout.readout_of(self.regressions.train, self.text_features)
+        readouts = self.profiles.profiles[self.profiles.train] @ self.weights.numpy() + self.bias.numpy()
+        length = float(np.linalg.norm(readouts, axis=1).mean())
+        self.share = add_readout(self.model, self.weights, self.bias, length, self.eval_batches)
+        self.record |= {"readout_losses": self.regressions.losses} if self.regressions.losses else {}
+        self.record |= {"readout_strength": self.regressions.strength, "readout_share": self.share}
+        if self.eval_batches is not None:
+            self.record["before"] = validate(self.model, self.eval_batches)
+
+    def take_gradient_steps(self) -> None:
+        """Train the whole model, and keep the weights of the best epoch, which may be those before the first."""
+        model, args = self.model, self.training_args
+        if not args.num_train_epochs:
+            return
+        ranks = {"rank": args.process_index, "world_size": args.world_size}
+        size, seed = args.per_device_train_batch_size, data_seed(args)
+        freeze(model, lambda name: name.startswith(FROZEN_PARTS))
+        best = KeepBest(model)
+        if self.eval_batches is not None:
+            args.eval_strategy = IntervalStrategy.EPOCH
+        trainer = FinetuneTrainer(
+            model=model,
+            args=args,
+            processing_class=self.processor,
+            train_dataset=self.batches(self.profiles.train, size, seed=seed, **ranks),
+            eval_dataset=self.eval_batches,
+            is_pretrained=self.pretrained.__contains__,
+            callbacks=[best],
+        )
+        if self.eval_batches is not None:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if self.eval_batches is not None:
+            best.restore()
+        model.requires_grad_(True)
+        self.record["epochs"] = [line for line in trainer.state.log_history if "eval_loss" in line]
+
+    def refit_readout(self) -> None:
+        """Choose temperature and bonus on the held-out cells, then refit the readout with them."""
+        temperature, bonus = DEFAULT_TEMPERATURE, 0.0
+        if self.eval_batches is not None:
+            similarity, targets = similarities(self.model, self.eval_batches), self.eval_batches.targets.numpy()
+            temperature = readout.fit_temperature(similarity, targets)
+            self.record["after"] = readout.scores_of(similarity / temperature, targets)
+            weights, bias = readout.readout_of(self.regressions.everything, self.text_features)
+            # What gradient steps changed stays.
+            add_to_readout(self.model, (weights - self.weights) * self.share, (bias - self.bias) * self.share)
+            if not queries_contribute(self.model):  # the readout alone places the cells
+                bonus = readout.choose_unseen_bonus(self.profiles, self.text_features)
+        set_temperature(self.model, temperature)
+        self.record |= {"temperature": temperature, "unseen_bonus": bonus}
+        logger.info("Held-out scores: %s", self.record.get("after", "nothing was held out"))
+
+    def save(self) -> None:
+        """Write the checkpoint, with what `annotate` takes from its configuration, and `finetune.json`."""
+        if self.training_args.process_index != 0:
+            return
+        output = str(self.training_args.output_dir)
+        self.model.config.annotation = {
+            "labels": self.labels.text_of,
+            "cl_ids": self.labels.cl_ids,
+            "matching_weight": 0.0,  # the matching head is not trained here
+            "matching_candidates": len(self.labels.names),
+            "temperature": self.record["temperature"],
+            "unseen_bonus": self.record["unseen_bonus"],
+        }
+        ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(output)
+        write_json(Path(output, "finetune.json"), self.record)
+        save_run(output, "finetune", **self.arguments)
+
+
+def make_parser(prog: str | None = None) -> OptionParser:
+    """The command line."""
+    parts: Any = (FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig)
+    return OptionParser(parts, prog=prog, description=__doc__)
+
+
+def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig) -> None:
+    """Fit the readout, take gradient steps, refit the readout, save."""
+    torch.manual_seed(training_args.seed)
+    run = FineTuning(data_args, model_args, training_args)
+    run.fit_readout()
+    run.take_gradient_steps()
+    run.refit_readout()
+    run.save()

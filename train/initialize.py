@@ -1,15 +1,15 @@
-"""Where training starts: what can be computed from the corpus need not be learned by gradient descent."""
+"""Starts of training that are computed from the corpus, so that gradient descent need not find them."""
 
 import logging
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
-from scmmgpt.cells_scmmgpt import normalize_log1p
+from scmmgpt.cells_scmmgpt import Cells, normalize_log1p
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
-from scmmgpt.train.data.corpus import Corpus
 
 
 logger = logging.getLogger(__name__)
@@ -18,16 +18,26 @@ SVD_CELLS = 50_000  # at most, for the co-expression of genes
 PROJECTION_CELLS = 512  # at most, for the start of a projection
 
 
+class TrainingCells(Protocol):
+    """What a new model starts from: a [`Corpus`], or cells in memory."""
+
+    vocabulary: dict[str, int]
+    gene_aliases: dict[str, Any]
+
+    def row_groups(self, split: str, columns: list[str] | None = None) -> Iterator[tuple[Cells, Any]]:
+        """Cells in groups, and their annotations."""
+
+
 @torch.no_grad()
 def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = False) -> None:
     """Start a linear layer from the principal axes of its inputs, centred and scaled to one.
 
-    The states of a BERT hardly differ between texts, and those of a fresh Q-Former hardly differ between cells. Cosine
-    similarities are then all 1, and the contrast settles in the constant solution. The layer starts from the
-    differences; `train/LOG.md` has the comparison.
+    The states of a BERT hardly differ between texts, and those of a new Q-Former hardly differ between cells. All
+    cosine similarities are then near 1, and the contrast ends in the constant solution. The layer therefore starts
+    from the differences; `train/LOG.md` has the comparison.
 
     Args:
-        linear: Its weight and bias are set; output units beyond the rank of the inputs keep their weights.
+        linear: Gets new weights and a new bias; outputs beyond the rank of the inputs keep their weights.
         inputs: float `(n, linear.in_features)`: a sample of the layer's inputs.
         unit: Scale to a variance of one for each output; by default to a variance of one in total.
     """
@@ -41,28 +51,26 @@ def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = F
 
 
 @torch.no_grad()
-def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
+def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -> None:
     """Start gene embeddings from the right singular vectors of the training cells' log1p(CP10k), genes standardised.
 
-    Co-expressed genes start close together, so a small corpus need not teach that. The vectors are scaled to the
-    standard deviation of scGPT's own initialisation. Genes without a training cell keep their random embeddings.
+    Co-expressed genes start close together, which helps with a small corpus. The vectors are scaled to the standard
+    deviation of scGPT's own initialisation. Genes without a training cell keep their random embeddings.
     """
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix, vstack
     from sklearn.decomposition import TruncatedSVD
 
     weight: torch.Tensor = cast(torch.nn.Embedding, cell_model.get_input_embeddings()).weight
-    pieces, total = [], 0
+    pieces: list[csr_matrix] = []
     for cells, _ in corpus.row_groups("train", columns=[]):
         values = normalize_log1p(cells)
-        pieces.append((values, cells.gene_ids.astype(np.int64), np.diff(cells.indptr)))
-        total += len(cells)
-        if total >= SVD_CELLS:
+        pieces.append(csr_matrix((values, cells.gene_ids, cells.indptr), shape=(len(cells), len(weight))))
+        if sum(piece.shape[0] for piece in pieces) >= SVD_CELLS:
             break
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate([lengths for *_, lengths in pieces]))])
-    values, genes = (np.concatenate(arrays) for arrays in list(zip(*pieces, strict=True))[:2])
-    matrix = csr_matrix((values, genes, indptr), shape=(len(indptr) - 1, len(weight)))
+    matrix = vstack(pieces, format="csr")
     mean = np.asarray(matrix.mean(axis=0)).ravel()
-    deviation = np.sqrt(np.maximum(np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2, 0))
+    mean_square = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel()
+    deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
     seen = deviation > 0
     matrix = matrix.multiply(np.where(seen, 1 / np.maximum(deviation, 1e-6), 0)[None]).tocsr()
     rank = min(weight.shape[1], matrix.shape[0] - 1, int(seen.sum()) - 1)
@@ -76,16 +84,11 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: Corpus) -> None:
 
 @torch.no_grad()
 def start_from_mean_profile(model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray) -> None:
-    """Start the gene biases of the expression head from the mean profile of the training cells.
-
-    Args:
-        model: Its expression head's biases are set.
-        gene_means: float `(vocab_size,)`: mean share of each gene in a cell's counts.
-    """
+    """Start the expression head's gene biases from `gene_means`, mean shares of a cell's counts `(vocab_size,)`."""
     rate = torch.from_numpy(np.asarray(gene_means, dtype=np.float32)) * 1e4
     head = model.model.expression_head
     bias = torch.log1p(rate) if head.kind == "mse" else torch.log(rate.clamp(min=1e-4))
     head.gene_bias.weight.copy_(bias[:, None])
     if head.kind != "mse":
-        head.projection.weight.mul_(0.1)  # begin near the mean profile
+        head.projection.weight.mul_(0.1)  # starts near the mean profile
         head.projection.bias.zero_()

@@ -1,4 +1,4 @@
-"""Labelled cells: the label of each cell, the text that describes each label, and which cells are held out."""
+"""Labelled cells: the label of each cell, the text of each label, and the held-out cells."""
 
 import json
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Labels:
 
 
 def column_of(obs: Any, name: str) -> np.ndarray:
-    """A column of `obs` as strings, `None` where nothing is known, object `(n_obs,)`.
+    """A column of `obs` as strings, `None` where the value is missing, object `(n_obs,)`.
 
     Raises:
         ValueError: If there is no such column.
@@ -50,17 +50,17 @@ def column_of(obs: Any, name: str) -> np.ndarray:
 
 
 def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
-    """Labels of the cells, and the text of each: the given one, or its name and definition in the Cell Ontology.
+    """Labels of the cells, with texts: those given, or name and definition in the Cell Ontology.
 
     Raises:
-        ValueError: If there are fewer than two labels, or a text is given for something else than a label.
+        ValueError: If there are fewer than two labels, or a text is given for an unknown label.
     """
     values = column_of(obs, data_args.label_key)
     rows = np.flatnonzero(values != None)  # noqa: E711 (elementwise)
-    names, targets = np.unique(values[rows].astype(str), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"obs[{data_args.label_key!r}] has {len(names)} labels; there is nothing to tell apart.")
-    labels = [str(name) for name in names]
+    unique, targets = np.unique(values[rows].astype(str), return_inverse=True)
+    labels = unique.tolist()
+    if len(labels) < 2:
+        raise ValueError(f"obs[{data_args.label_key!r}] has {len(labels)} labels; fine-tuning needs two or more.")
     ids_key = data_args.ontology_key or f"{data_args.label_key}_ontology_term_id"
     ids: dict[str, str] = {}
     if data_args.ontology_key or ids_key in obs:
@@ -74,10 +74,10 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
         given = json.loads(Path(data_args.label_texts).read_text(encoding="utf-8"))
         unknown = sorted(set(given) - set(labels))
         if unknown:
-            raise ValueError(f"{data_args.label_texts} describes {unknown[:5]}, which are no labels of these cells.")
+            raise ValueError(f"{data_args.label_texts} describes {unknown[:5]}, but the labels are {labels[:5]}...")
     captions = CaptionSampler()
     texts = [given.get(name) or captions.label_text(name, ids.get(name)) for name in labels]
-    # Two labels may mean one term; their own names then tell them apart.
+    # Labels with the same term, and so the same text, are told apart by their names.
     texts = [f"{name}: {text}" if texts.count(text) > 1 else text for name, text in zip(labels, texts, strict=True)]
     return Labels(rows, targets, labels, texts, ids)
 
@@ -85,12 +85,12 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
 def hold_out(
     labels: Labels, groups: np.ndarray | None, data_args: FinetuneDataArguments, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the labelled cells into a training part and a validation part.
+    """Divide the labelled cells into a training part and a validation part, which `shots` leaves empty.
 
     Args:
         labels: The labelled cells.
         groups: Group of every row of the AnnData, `(n_obs,)`; no group is in both parts.
-        data_args: `shots` leaves the validation part empty; else `validation_share` is its size.
+        data_args: `shots`, or the size of the validation part.
         seed: Seed of the draw.
 
     Returns:
@@ -103,25 +103,23 @@ def hold_out(
     counts = np.bincount(labels.targets)
     if data_args.shots is not None:
         rng = np.random.default_rng(seed)
-        chosen = [
-            rng.permutation(np.flatnonzero(labels.targets == label))[: data_args.shots]
-            for label in range(len(labels.names))
-        ]
+        members = (np.flatnonzero(labels.targets == label) for label in range(len(labels.names)))
+        chosen = [rng.permutation(rows)[: data_args.shots] for rows in members]
         return np.sort(np.concatenate(chosen)), everything[:0]
     if counts.max() == 1:
         raise ValueError(
-            f"Every label of obs[{data_args.label_key!r}] has a single cell, so none can be held out; "
-            "train on all of them with --shots 1."
+            f"Every label of obs[{data_args.label_key!r}] has a single cell, so none can be held out; train on all "
+            "cells with --shots 1."
         )
     if groups is not None:
         return hold_out_groups(labels, groups[labels.rows].astype(str), data_args, seed)
-    # A label's only cell stays in training: without it the label could not be learned.
+    # The only cell of a label is for training.
     common = everything[counts[labels.targets] > 1]
     n_validation = max(round(data_args.validation_share * len(common)), int((counts > 1).sum()))
     if len(common) < 2 * n_validation:
         raise ValueError(
-            f"{len(everything)} labelled cells of {len(labels.names)} labels are too few to hold some out; "
-            f"train on all of them with --shots {counts.max()}."
+            f"{len(everything)} labelled cells of {len(labels.names)} labels are too few to hold some out; train on "
+            f"all cells with --shots {counts.max()}."
         )
     split = StratifiedShuffleSplit(1, test_size=n_validation, random_state=seed)
     _, held_out = next(split.split(common, labels.targets[common]))
@@ -132,10 +130,12 @@ def hold_out(
 def hold_out_groups(
     labels: Labels, groups: np.ndarray, data_args: FinetuneDataArguments, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out whole groups, `(n_labelled,)`, such that labels are spread alike over both parts: see `hold_out`."""
+    """As `hold_out`, but whole groups, `(n_labelled,)`, with labels in equal proportions in both parts."""
     n_groups = len(np.unique(groups))
     if n_groups < 2:
-        raise ValueError(f"obs[{data_args.group_key!r}] has one group, which cannot be in two parts; leave it out.")
+        raise ValueError(
+            f"obs[{data_args.group_key!r}] has one group, which cannot be divided; leave out --group_key."
+        )
     n_folds = min(n_groups, round(1 / data_args.validation_share), int(np.bincount(labels.targets).max()))
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     return next(folds.split(labels.rows, labels.targets, groups))

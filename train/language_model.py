@@ -1,4 +1,4 @@
-"""The language model of stage 2: loaded, held in 4 bits, or new with a tokenizer of its own; and its LoRA."""
+"""The language model of stage 2, loaded, quantised to 4 bits, or new with its own tokenizer; and its LoRA."""
 
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, prepare_model_for_kbit_training
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -26,9 +26,9 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import Corpus
 
 
-# The language model's linear layers and nothing else: suffixes alone would also match the Q-Former's.
+# Linear layers of the language model alone: suffixes would also match layers of the Q-Former.
 LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-SCRATCH_TEXTS = 20_000  # captions and answers for the tokenizer of a new language model, at most
+SCRATCH_TEXTS = 20_000  # captions and answers that train the tokenizer of a new language model, at most
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 def build_language_model(
     corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer: loaded, or a small new one with this corpus's captions."""
+    """The causal language model and its tokenizer: loaded, or new and small."""
     if model_args.language_model_precision == "4bit":
         return load_in_4bit(model_args.language_model, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model_args.language_model_precision]
@@ -71,19 +71,11 @@ def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a chat template, for a new language model."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(texts, vocab_size, min_frequency=0, special_tokens=special, show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=Tokenizer.from_str(backend.to_str()),
         pad_token="<|pad|>",
         eos_token="<|end|>",
         extra_special_tokens=special[2:],
@@ -92,9 +84,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 2000) -> PreTrainedT
 
 
 def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model on a device, its layers in NF4 as in QLoRA, and its tokenizer.
+    """A causal language model on a device, with layers in NF4 as in QLoRA, and its tokenizer.
 
-    Embeddings, norms and head are float32; the layers multiply in bfloat16.
+    Embeddings, norms and head are float32; the layers compute in bfloat16.
 
     Raises:
         ImportError: If bitsandbytes is missing or does not know the device.
@@ -102,13 +94,13 @@ def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, Pr
     """
     if not is_bitsandbytes_available() or device.type not in import_module("bitsandbytes").supported_torch_devices:
         raise ImportError(
-            f"language_model_precision '4bit' needs bitsandbytes, and one that runs on {device.type!r}: "
+            f"language_model_precision '4bit' needs a bitsandbytes that supports {device.type!r}: "
             "`pip install -U 'scmmgpt[quantized]'`. 'bf16' halves the memory without it."
         )
     if resolve_source(source)[1] is not None:
         raise ValueError(
-            f"{source} is a GGUF file, quantised already; make a checkpoint of it by `python -m scmmgpt.train convert "
-            "lm` for language_model_precision '4bit'."
+            f"{source} is a GGUF file, which language_model_precision '4bit' cannot load; convert it first by `python "
+            "-m scmmgpt.train convert lm`."
         )
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -122,37 +114,37 @@ def load_in_4bit(source: str, device: torch.device) -> tuple[PreTrainedModel, Pr
     layers: Iterator[Any] = language_model.modules()
     for module in layers:
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else an evaluation on such a CPU rearranges the weights, and no gradient passes them afterwards.
+            # Otherwise evaluation on such a CPU repacks the weights, and no gradient passes them afterwards.
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(language_model, use_gradient_checkpointing=False), tokenizer
 
 
 def skip_other_parts(model: ScMMGPTForConditionalGeneration) -> None:
-    """Let a checkpoint of a model with 4-bit layers load its other parts, and the head, as they are."""
+    """Exclude the head and all parts but the language model from the 4 bits of a loaded checkpoint."""
     others = [f"model.{name}" for name, _ in model.model.named_children() if name != "language_model"]
     model.config.text_config.quantization_config.llm_int8_skip_modules = ["lm_head", *others]
 
 
 def dequantize(model: ScMMGPTForConditionalGeneration) -> None:
-    """Turn 4-bit weights of the language model into bfloat16, in place; merging then rounds no LoRA to 4 bits."""
+    """Turn 4-bit weights of the language model into bfloat16, in place, so that merging rounds no LoRA to 4 bits."""
     config = model.config.text_config
     dequantize_and_replace(model.model.language_model, config.quantization_config, dtype=torch.bfloat16)
     del config.quantization_config
 
 
 def add_lora(model_args: TuneModelArguments, saved_parts: Sequence[str]) -> LoraConfig | None:
-    """The PEFT configuration, or `None` where the language model is trained in full or frozen.
+    """The PEFT configuration, or `None` if the language model is trained in full or frozen.
 
     Args:
-        model_args: Whether there is LoRA, and its settings.
-        saved_parts: Parts that are trained in full beside it, and saved with it.
+        model_args: `train_parts` and `lora_config`.
+        saved_parts: Parts of the model that are trained in full, and saved with the adapter.
     """
     if model_args.trained.language_model != "lora":
         return None
     return LoraConfig(
         **{
             "target_modules": LORA_TARGETS,
-            # The text-to-cell projector has a `qformer` too, hence whole names.
+            # Whole names, since the text-to-cell projector has a `qformer` too.
             "modules_to_save": [f"model.{part}" for part in saved_parts],
             "task_type": "CAUSAL_LM",
             **model_args.lora_config,

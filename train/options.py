@@ -1,4 +1,4 @@
-"""Options of the training commands: each is described once, where its field is defined.
+"""Options of the training commands. Each is described once, where its field is defined.
 
 `--help`, the documentation of the classes and `docs/options.md` are made from these descriptions. `--help` shows the
 options of this project; `--help-all` adds those of transformers and TRL.
@@ -15,8 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 from transformers import TrainingArguments
@@ -24,59 +23,49 @@ from trl import SFTConfig, TrlParser
 
 
 T = TypeVar("T")
+Fields: TypeAlias = type | Sequence[str]  # a configuration class, or the names of some of its fields
+
 INHERITED = {item.name: item for item in dataclasses.fields(SFTConfig)}
 COMMANDS = ("pretrain", "align", "tune", "finetune", "plan")
 OLDER_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}  # of config.json files, still understood
-# Former option -> where its value belongs now, or why it has no place.
+# Former option -> its new place, or why it is gone. Where it became a field of the same name, `check_name` finds it.
 MOVED = {
     "bert_layers": "is now num_hidden_layers of qformer_config",
     "qformer_dropout": "is now hidden_dropout_prob of qformer_config",
-    "cross_attention_frequency": "is now a field of qformer_config",
     "text_to_cell_layers": "is now num_hidden_layers of model_config's text_to_cell_config",
     "lora_rank": "is now r of lora_config",
-    **dict.fromkeys(("lora_alpha", "lora_dropout"), "is now a field of lora_config"),
     **{f"train_{part}": f"is now {part} of train_parts" for part in ("language_model", "cell_model", "qformer")},
-    **dict.fromkeys(
-        "num_query_tokens projection_dim text_pooling contrastive_weight matching_weight captioning_weight "
-        "cell_pretraining_weight matching_batch_size contrastive_group_size expression_head num_condition_tokens "
-        "language_weight expression_weight".split(),
-        "is now a field of model_config",
-    ),
-    **dict.fromkeys(
-        "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection".split(),
-        "is now a field of new_model",
-    ),
-    "max_genes": "is now a field of new_model in finetune, and that of the aligned checkpoint in tune",
+    "max_genes": "is that of the aligned checkpoint",
     "ontology_temperature": "is gone, since soft targets brought nothing (train/LOG.md)",
     "gene_embeddings": "is gone: co-expression was the best start (train/LOG.md)",
     "bert_weights": "is gone: pretrained weights were the best start (train/LOG.md)",
     "unlabelled": "is gone: cells of other experiments brought nothing (train/LOG.md)",
-    **{
-        name: f"is always {value}"
-        for name, value in (("balance_temperature", 2), ("mask_ratio", 0.4), ("patience", 2))
-    },
+    "balance_temperature": "is always 2",
+    "mask_ratio": "is always 0.4",
+    "patience": "is always 2",
 }
+PAGE = """# Options of the training commands
+
+`python -m scmmgpt.train options` makes this page. Values come from `--config FILE.yaml` and from the command line,
+which wins. An option that holds fields takes a mapping in YAML, and JSON or `FIELD=VALUE ...` on the command line;
+fields that the command line does not name keep the values of the file. All options of transformers'
+`TrainingArguments` (for `tune`, of TRL's `SFTConfig`) are accepted too.
+"""
 
 
-def option(
-    description: str, default: Any = MISSING, *, fields: type | Sequence[str] | None = None, hidden: bool = False
-) -> Any:
+def option(description: str, default: Any = MISSING, *, fields: Fields | None = None, hidden: bool = False) -> Any:
     """A dataclass field and the only place of its description.
 
     Args:
         description: Shown by `--help`, in the class's documentation and in `docs/options.md`.
         default: Without one the option is required.
-        fields: For an option that holds a mapping: the configuration class whose fields it may set, or their names.
-        hidden: The field is no option of the command line.
+        fields: For an option that holds a mapping: the fields that it may set.
+        hidden: The field is no option, and no argument of the class.
     """
-    metadata = {
-        "help": description,
-        **({"fields": fields} if fields is not None else {}),
-        **({"hidden": True} if hidden else {}),
-    }
+    metadata = {"help": description} | ({} if fields is None else {"fields": fields})
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, init=not hidden)
 
 
 def inherited(name: str, default: Any) -> Any:
@@ -84,10 +73,20 @@ def inherited(name: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata=dict(INHERITED[name].metadata))
 
 
+def shared(cls: Any, name: str) -> Any:
+    """The option `name` of another command's dataclass."""
+    return copy.copy(cls.__dataclass_fields__[name])
+
+
 def own_options(cls: Any) -> list[Field]:
     """Fields of a dataclass that are options of this project."""
-    usual = INHERITED if issubclass(cls, TrainingArguments) else {}
-    return [item for item in dataclasses.fields(cls) if item.name not in usual and not item.metadata.get("hidden")]
+    theirs = INHERITED if issubclass(cls, TrainingArguments) else {}
+    return [item for item in dataclasses.fields(cls) if item.init and item.name not in theirs]
+
+
+def default_of(item: Field) -> Any:
+    """The default of a field, `MISSING` if it is required."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def described(cls: type[T]) -> type[T]:
@@ -108,34 +107,39 @@ def parse_fields(name: str, value: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for word in [value] if isinstance(value, str) else value:
         key, equals, text = str(word).partition("=")
-        if equals and not key.lstrip().startswith("{"):
-            try:
-                result[key] = json.loads(text)
-            except json.JSONDecodeError:
-                result[key] = text  # a word needs no quotation marks
-            continue
-        try:
-            result |= dict(json.loads(str(word)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} is no JSON object and no FIELD=VALUE: {word!r} ({error}).") from None
+        is_pair = equals and not key.lstrip().startswith("{")
+        fields = {key: parse_value(text)} if is_pair else parse_value(str(word))
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{name} is no JSON object and no FIELD=VALUE: {word!r}.")
+        result |= fields
     return result
 
 
-def check_fields(name: str, value: Mapping[str, Any], fields: type | Sequence[str]) -> None:
+def parse_value(text: str) -> Any:
+    """A value in JSON; a word needs no quotation marks."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def field_names(fields: Fields) -> list[str]:
+    """Names of the fields that an option may set."""
+    return [item.name for item in dataclasses.fields(fields)] if isinstance(fields, type) else list(fields)
+
+
+def check_fields(name: str, value: Mapping[str, Any], fields: Fields) -> None:
     """Refuse a key that is no field: configuration classes of transformers keep such a key in silence."""
-    known, accepted = list(fields) if not isinstance(fields, type) else [], set()
-    if isinstance(fields, type):
-        known = [item.name for item in dataclasses.fields(fields)]
-        accepted = {*OLDER_FIELDS, *(getattr(fields, "attribute_map", None) or {})}
+    known = field_names(fields)
+    accepted = {*OLDER_FIELDS, *(getattr(fields, "attribute_map", None) or {})} if isinstance(fields, type) else ()
     for key in value:
-        if key not in accepted.union(known):
+        if key not in known and key not in accepted:
             raise ValueError(f"{name} has no field {key!r}; {suggest(key, known)}")
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """The known name that is nearest to another one, or all of a few."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    if nearest:
+    if nearest := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {nearest[0]!r}?"
     return f"there are {', '.join(known)}." if len(known) <= 20 else "nothing has a name like it."
 
@@ -149,8 +153,7 @@ class CheckedFields:
                 value = parse_fields(item.name, getattr(self, item.name))
                 if item.metadata["fields"]:  # of no class: the dataclass checks them itself
                     check_fields(item.name, value, item.metadata["fields"])
-                assert item.default_factory is not MISSING
-                setattr(self, item.name, item.default_factory() | value)
+                setattr(self, item.name, default_of(item) | value)
 
 
 class MergeFields(argparse.Action):
@@ -169,50 +172,37 @@ class OptionFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescri
         super().__init__(prog, max_help_position=34, width=119)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        values = "" if action.nargs == 0 else action.metavar or "VALUE"
-        if action.choices is not None:
-            values = "{" + ",".join(map(str, action.choices)) + "}"
-        return f"{action.option_strings[0]} {values}{' ...' if action.nargs == '+' else ''}"
+        return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}"
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required:
-            return f"{text} Required."
-        return text if action.default in (None, {}, []) else super()._get_help_string(action) or text
+            return f"{action.help} Required."
+        return action.help if action.default in (None, {}, []) else super()._get_help_string(action)
 
 
 class OptionParser(TrlParser):
     """`TrlParser` whose help shows the options of this project, and whose errors are one line."""
 
-    def __init__(
-        self, dataclass_types: Sequence[Any], prog: str | None = None, description: str | None = None
-    ) -> None:
+    def __init__(self, dataclass_types: Sequence[Any], **kwargs: Any) -> None:
         usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]"
-        super().__init__(
-            dataclass_types, prog=prog, description=description, usage=usage, formatter_class=OptionFormatter
-        )
-        self.own = {item.name for cls in dataclass_types for item in own_options(cls)}
+        super().__init__(dataclass_types, usage=usage, formatter_class=OptionFormatter, **kwargs)
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
-        if field.metadata.get("hidden"):
-            factory = field.default_factory
-            parser.set_defaults(**{field.name: field.default if factory is MISSING else factory()})
-        elif "fields" in field.metadata:
-            assert field.default_factory is not MISSING
-            settings = {"default": field.default_factory(), "help": field.metadata["help"], "metavar": "FIELD=VALUE"}
+        if "fields" in field.metadata:
             spellings = f"--{field.name}", f"--{field.name.replace('_', '-')}"
+            settings = {"default": default_of(field), "help": field.metadata["help"], "metavar": "FIELD=VALUE"}
             parser.add_argument(*spellings, action=MergeFields, nargs="+", **settings)
         else:
             TrlParser._parse_dataclass_field(parser, field)
 
     def format_help(self) -> str:
         """The options of this project and the folder that every run needs."""
+        shown = {"output_dir", *(item.name for cls in self.dataclass_types for item in own_options(cls))}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
         formatter.add_text(self.description)
         formatter.start_section("options (--help-all: those of transformers and TRL too)")
-        shown = {*self.own, "output_dir"}
         formatter.add_arguments(action for action in self._actions if action.dest in shown)
         formatter.end_section()
         return formatter.format_help()
@@ -220,7 +210,7 @@ class OptionParser(TrlParser):
     def parse_args_and_config(  # type: ignore[override]  # the rest passes through
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """As `TrlParser`'s, after a check of the file and of all names.
+        """As `TrlParser`'s, after a check of all names.
 
         Raises:
             ValueError: If the file is no YAML mapping, or an option is unknown.
@@ -230,59 +220,54 @@ class OptionParser(TrlParser):
         if "--help-all" in words:
             sys.stdout.write(super().format_help())
             self.exit()
-        if "--config" in words:
-            path = "".join(words[words.index("--config") + 1 :][:1])
-            for name in read_yaml(path):
-                self.check_name(name, path)
+        if words[-1:] == ["--config"]:
+            raise ValueError("--config has no value; name a YAML file.")
         for word in words:
             name = word.removeprefix("--").partition("=")[0]
             spellings = (spelling for spelling in self._option_string_actions if spelling.startswith(f"--{name}"))
             if word.startswith("--") and name not in ("", "config") and not any(spellings):
-                self.check_name(name.replace("-", "_"), "the command line")
-        return super().parse_args_and_config(args=words, **kwargs)
+                self.check_name(name.replace("-", "_"), "The command line")
+        try:
+            return super().parse_args_and_config(args=words, **kwargs)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"The --config file is no YAML: {' '.join(str(error).split())}") from None
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """As `TrlParser`'s, after a check of the file's names."""
+        for name in kwargs:
+            self.check_name(name, "The --config file")
+        return super().set_defaults_with_config(**kwargs)
 
     def check_name(self, name: str, place: str) -> None:
         """Refuse a name that is no option, with its new place or the nearest name."""
         known = [action.dest for action in self._actions]
-        if name not in known and name != "env":
-            reason = f"it {MOVED[name]}." if name in MOVED else suggest(name, known)
-            raise ValueError(f"{place} has an unknown option {name!r}: {reason}")
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config: there is no file {path!r}.")
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds no YAML mapping of options to values.")
-    return document
+        if name in known:
+            return
+        options = [item for cls in self.dataclass_types for item in own_options(cls)]
+        holders = [item.name for item in options if name in field_names(item.metadata.get("fields", ()))]
+        place_now = f"is a field of {holders[0]}" if holders else MOVED.get(name)
+        hint = f"it {place_now}." if place_now else suggest(name, known)
+        raise ValueError(f"{place} has an unknown option {name!r}: {hint}")
 
 
 def table_of(parser: OptionParser) -> Iterable[str]:
     """Lines of Markdown: option, default, description; then the defaults that differ from transformers'."""
     yield from ("| option | default | |", "| --- | --- | --- |")
     for item in (item for cls in parser.dataclass_types for item in own_options(cls)):
-        default = item.default if item.default_factory is MISSING else item.default_factory()
+        default = default_of(item)
         shown = "required" if default is MISSING else "" if default in (None, {}, []) else f"`{default}`"
         yield f"| `{item.name}` | {shown} | {item.metadata['help']} |"
-    parents = [item for base in (TrainingArguments, SFTConfig) for item in dataclasses.fields(base)]
     for cls in (cls for cls in parser.dataclass_types if issubclass(cls, TrainingArguments)):
-        redefined = [item for item in dataclasses.fields(cls) if item.name in INHERITED and item not in parents]
-        changed = [f"`{item.name}` {item.default}" for item in redefined if item.default is not MISSING]
-        yield from ("", f"Other defaults than those of the parent class: {', '.join(changed)}.")
+        parent = SFTConfig if issubclass(cls, SFTConfig) else TrainingArguments
+        theirs = {item.name: default_of(item) for item in dataclasses.fields(parent)}
+        ours = {item.name: default_of(item) for item in dataclasses.fields(cls) if item.name in theirs}
+        changed = [f"`{name}` {value}" for name, value in ours.items() if value != theirs[name]]
+        yield from ("", f"Other defaults than those of `{parent.__name__}`: {', '.join(changed)}.")
 
 
 def options_page() -> str:
     """`docs/options.md`."""
-    lines = [__doc__.split("\n", 1)[0].replace("Options", "# Options", 1).partition(":")[0], ""]
-    lines += ["`python -m scmmgpt.train options` makes this page. Values come from `--config FILE.yaml` and from the"]
-    lines += ["command line, which wins. An option that holds fields takes a mapping in YAML, and JSON or"]
-    lines += ["`FIELD=VALUE ...` on the command line, which leaves the file's other fields as they are. Beside these"]
-    lines += ["options stand those of transformers' `TrainingArguments` (for `tune`, of TRL's `SFTConfig`)."]
+    lines = [PAGE.rstrip()]
     for command in COMMANDS:
         parser = importlib.import_module(f"scmmgpt.train.{command}").make_parser()
         lines += ["", f"## {command}", "", *table_of(parser)]

@@ -5,17 +5,18 @@ python -m scmmgpt.train plan --config train/configs/plan_llama2_7b.yaml
 python -m scmmgpt.train plan --text_config '{"model_type": "llama"}' --gpus 8 --strategy fsdp --batch_size 4
 ```
 
-The model is built on the meta device, which holds shapes without numbers: seven billion parameters take seconds and no
-memory. Weights, gradients and optimiser states are counted exactly. So are the activations that autograd keeps, with
-the fused attention of a CPU in place of a GPU's; with checkpointing their size is an estimate. Overheads of allocators
-and communication are left out; allow a fifth of the memory for them.
+The model is built on the meta device, as shapes without numbers: seven billion parameters take seconds and no memory.
+Weights, gradients and optimiser states are counted exactly, and so are the activations that autograd keeps, with the
+fused attention of a CPU in place of a GPU's. With checkpointing the activations are an estimate. Allocators and
+communication are left out; allow a fifth of the memory for them.
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig
@@ -25,30 +26,25 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-from scmmgpt.train.arguments import (
-    ALIGN_FIELDS,
-    TUNE_FIELDS,
-    TrainedParts,
-    precision_option,
-    train_parts_option,
-)
-from scmmgpt.train.options import CheckedFields, OptionParser, check_fields, described, option
+from scmmgpt.train.arguments import ALIGN_FIELDS, TUNE_FIELDS, TrainedParts, TuneModelArguments
+from scmmgpt.train.options import CheckedFields, OptionParser, check_fields, described, option, shared
 from scmmgpt.train.trainer import freeze
 from scmmgpt.train.tune import is_frozen, saved_parts
 
 
 GIB = 2**30
-# Per weight, as QLoRA (Dettmers et al. 2023, section 3) counts: 4 bits, a byte per 64 for their maximum, and four
-# bytes for the scale of 256 of those.
+# Per weight, as in QLoRA (Dettmers et al. 2023, section 3): 4 bits, a byte per block of 64 for its maximum, and four
+# bytes per 256 blocks for the scale of their maxima.
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
-Kept = tuple[str, int, int, dict[int, torch.UntypedStorage]]
+Storages: TypeAlias = dict[int, torch.UntypedStorage]
+Kept: TypeAlias = tuple[str, int, int, Storages]  # part, its layers, bytes of a layer's input, what it keeps
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @described
 @dataclass
 class PlanArguments(CheckedFields):
-    """A model, how it is trained, and on what. The default parts are scGPT's whole-human and PubMedBERT's sizes."""
+    """A model, its training, and its batches. The default sizes are those of scGPT whole-human and PubMedBERT."""
 
     stage: int = option("1 (`align`) or 2 (`tune`).", 2)
     cell_config: dict[str, Any] = option("Fields of `ScGPTConfig`.", {}, fields=ScGPTConfig)
@@ -56,15 +52,15 @@ class PlanArguments(CheckedFields):
         "Fields of `Blip2QFormerConfig`.", {"cross_attention_frequency": 2}, fields=Blip2QFormerConfig
     )
     text_config: dict[str, Any] = option(
-        "Fields of the language model's configuration, and its `model_type`; by default Llama-2 7B.", {}, fields=()
+        "Fields of the language model's configuration, with its `model_type`; by default Llama-2 7B.", {}, fields=()
     )
     model_config: dict[str, Any] = option(
         "Fields of `ScMMGPTConfig`, as for `align` and `tune`.",
         {"expression_head": "nb"},
         fields=(*ALIGN_FIELDS, *TUNE_FIELDS),
     )
-    train_parts: dict[str, Any] = train_parts_option()
-    language_model_precision: Literal["fp32", "bf16", "4bit"] = precision_option()
+    train_parts: dict[str, Any] = shared(TuneModelArguments, "train_parts")
+    language_model_precision: Literal["fp32", "bf16", "4bit"] = shared(TuneModelArguments, "language_model_precision")
     lora_config: dict[str, Any] = option("Fields of PEFT's `LoraConfig`.", {"r": 8}, fields=LoraConfig)
     strategy: Literal["ddp", "fsdp"] = option(
         "`ddp` keeps everything on every GPU; `fsdp` shards weights, gradients and optimiser states.", "ddp"
@@ -72,10 +68,10 @@ class PlanArguments(CheckedFields):
     gpus: int = option("Number of GPUs.", 8)
     gpu_gib: float = option("Memory of one GPU in GiB.", 80.0)
     batch_size: int = option("Cells per GPU and step.", 4)
-    cell_length: int = option("Genes of a cell.", 1200)
+    cell_length: int = option("Tokens of a cell.", 1200)
     text_length: int = option("Tokens of a text, queries included.", 160)
     precision: Literal["bf16", "fp32"] = option(
-        "`bf16` is mixed precision: weights that are trained in fp32, activations in bfloat16.", "bf16"
+        "`bf16` is mixed precision: trained weights in fp32, activations in bfloat16.", "bf16"
     )
     gradient_checkpointing: bool = option("Recompute layers in the backward pass to save memory.", False)
 
@@ -83,33 +79,32 @@ class PlanArguments(CheckedFields):
         super().__post_init__()
         text_type = self.text_config.get("model_type", "llama")
         if text_type not in CONFIG_MAPPING:
-            raise ValueError(f"text_config has the model_type {text_type!r}, which transformers does not know.")
-        TrainedParts(**self.train_parts)
+            raise ValueError(f"text_config has the model_type {text_type!r}; name one of transformers' models.")
+        self.trained = TrainedParts(**self.train_parts)
         check_fields("text_config", self.text_config, CONFIG_MAPPING[text_type])
         if self.stage not in (1, 2):
-            raise ValueError(f"stage is {self.stage}; there are 1 (align) and 2 (tune).")
+            raise ValueError(f"stage is {self.stage}; choose 1 (align) or 2 (tune).")
         if self.language_model_precision == "4bit" and self.strategy == "fsdp":
             raise ValueError("FSDP cannot shard a language model in 4 bits; use ddp, or bf16.")
         for name in ("gpus", "batch_size", "cell_length", "text_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-
-    @property
-    def trained(self) -> TrainedParts:
-        """`train_parts` as an object."""
-        return TrainedParts(**self.train_parts)
+                raise ValueError(f"{name} is {getattr(self, name)}; choose at least 1.")
 
 
 def build_config(args: PlanArguments) -> ScMMGPTConfig:
-    """The configuration whose memory is planned."""
-    projector = {"num_hidden_layers": 2, "cross_attention_frequency": 1}
-    projector |= args.model_config.get("text_to_cell_config", {})
-    return ScMMGPTConfig(
-        cell_config=ScGPTConfig(**args.cell_config),
-        qformer_config=Blip2QFormerConfig(**args.qformer_config),
-        text_config=AutoConfig.for_model(**{"model_type": "llama", **args.text_config}),
-        **{**args.model_config, "text_to_cell_config": Blip2QFormerConfig(**{**args.qformer_config, **projector})},
-    )
+    """The configuration of the model to plan."""
+    projector = {
+        "num_hidden_layers": 2,
+        "cross_attention_frequency": 1,
+        **args.model_config.get("text_to_cell_config", {}),
+    }
+    parts = {
+        "cell_config": ScGPTConfig(**args.cell_config),
+        "qformer_config": Blip2QFormerConfig(**args.qformer_config),
+        "text_config": AutoConfig.for_model(**{"model_type": "llama"} | args.text_config),
+        "text_to_cell_config": Blip2QFormerConfig(**args.qformer_config | projector),
+    }
+    return ScMMGPTConfig(**args.model_config | parts)
 
 
 def build_shapes(config: ScMMGPTConfig, stage: int) -> PreTrainedModel:
@@ -120,27 +115,23 @@ def build_shapes(config: ScMMGPTConfig, stage: int) -> PreTrainedModel:
 
 def count_parameters(model: PreTrainedModel, args: PlanArguments) -> dict[str, dict[str, int]]:
     """Trained and frozen parameters by part; LoRA's are a part of their own. Tied weights count once."""
-    parts: dict[str, dict[str, int]] = {}
-
-    def add(part: str, kind: str, number: int) -> None:
-        parts.setdefault(part, {"trained": 0, "frozen": 0})[kind] += number
-
+    parts: dict[str, dict[str, int]] = defaultdict(lambda: {"trained": 0, "frozen": 0})
     trained, head = args.trained, model.config.expression_head
     for name, parameter in model.named_parameters():
-        part = name.removeprefix("model.").split(".")[0]
         frozen = is_frozen(name, trained, head) if args.stage == 2 else is_idle(name)
-        add(part, "frozen" if frozen else "trained", parameter.numel())
+        part = name.removeprefix("model.").split(".")[0]
+        parts[part]["frozen" if frozen else "trained"] += parameter.numel()
     if args.stage == 2 and trained.language_model == "lora":
         for name, module in model.named_modules():
             if "language_model." in name and name.rsplit(".", 1)[-1] in LORA_LAYERS:
-                add("lora", "trained", args.lora_config["r"] * (module.in_features + module.out_features))
+                parts["lora"]["trained"] += args.lora_config["r"] * (module.in_features + module.out_features)
         for name in saved_parts(trained):  # PEFT trains a copy and keeps the original
-            add("originals", "frozen", sum(p.numel() for p in model.model.get_submodule(name).parameters()))
+            parts["originals"]["frozen"] += sum(p.numel() for p in model.model.get_submodule(name).parameters())
     return parts
 
 
 def spared_bytes(model: PreTrainedModel, args: PlanArguments) -> int:
-    """How many bytes fewer than in fp32 the language model's weights take; a head is never held in 4 bits."""
+    """Bytes that the language model's weights take less than in fp32; its head is never held in 4 bits."""
     if args.stage == 1 or args.language_model_precision == "fp32":
         return 0
     body = model.model.language_model
@@ -150,13 +141,14 @@ def spared_bytes(model: PreTrainedModel, args: PlanArguments) -> int:
 
 
 def is_idle(name: str) -> bool:
-    """Whether stage 1 does not train a parameter: it does not use the decoders of the cell model."""
+    """Whether stage 1 does not train a parameter, as those of the cell model's decoders."""
     return name.startswith(("cell_model.mvc_decoder.", "cell_model.expression_decoder.", "cell_model.embeddings.flag"))
 
 
 @contextmanager
-def counting_kept(seen: dict[int, torch.UntypedStorage]) -> Iterator[None]:
+def kept_storages() -> Iterator[Storages]:
     """Collect every storage that autograd keeps for the backward pass of the body, by its address."""
+    seen: Storages = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -164,15 +156,15 @@ def counting_kept(seen: dict[int, torch.UntypedStorage]) -> Iterator[None]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield
+        yield seen
 
 
 def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, int]:
-    """Bytes that each part keeps for the backward pass of one GPU's batch; half its cells are read, half generated.
+    """Bytes that each part keeps for the backward pass of one GPU's batch: half its cells described, half generated.
 
-    The parts run forward on fake tensors, which are shapes without numbers, and the sizes of what autograd saves are
-    added up. In mixed precision they include bfloat16 copies of fp32 weights. With checkpointing a layer keeps its
-    input only, and one layer at a time is recomputed in full.
+    The parts run forward on fake tensors, and the sizes of the tensors that autograd saves are added up. In mixed
+    precision these include bfloat16 copies of fp32 weights. With checkpointing a layer keeps its input only, and one
+    layer at a time is recomputed in full.
     """
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
         run: Callable[[Any, PlanArguments], Iterator[Kept]]
@@ -183,7 +175,7 @@ def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, in
             held = torch.float32 if args.language_model_precision == "fp32" else torch.bfloat16
             language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=held)
             run, model = run_tune, ScMMGPTForConditionalGeneration(config, language_model)
-            # LoRA keeps the inputs of the layers that it adapts, as training them does.
+            # LoRA keeps the inputs of the layers that it adapts, as full training does.
             trained, head = args.trained, config.expression_head
             if trained.language_model == "lora":
                 trained = replace(trained, language_model="full")
@@ -192,27 +184,26 @@ def activation_bytes(config: ScMMGPTConfig, args: PlanArguments) -> dict[str, in
         result = {}
         for part, layers, state_bytes, seen in run(model.train(), args):
             full = sum(storage.nbytes() for address, storage in seen.items() if address not in known)
-            known |= seen  # held, since a later storage could otherwise get the address of one of these
+            known |= seen  # holds the storages, so that no later one gets the same address
             checkpointed = layers * state_bytes + full // max(layers, 1)
             result[part] = checkpointed if args.gradient_checkpointing and layers else full
     return result
 
 
 def run_align(model: ScMMGPTForCellTextAlignment, args: PlanArguments) -> Iterator[Kept]:
-    """Run stage 1 forward; yields (part, its layers, bytes of a layer's input, storages that were kept)."""
-    seen: dict[int, torch.UntypedStorage]
+    """Run stage 1 forward, part by part."""
     batch, texts = args.batch_size, args.text_length
     gene_ids = torch.zeros(batch, args.cell_length, dtype=torch.long)
-    with counting_kept(seen := {}):
+    with kept_storages() as seen:
         states = model.encode_cells(gene_ids, torch.zeros(gene_ids.shape))
     yield "cell", model.config.cell_config.num_hidden_layers, states.nbytes, seen
-    with counting_kept(seen := {}):
+    with kept_storages() as seen:
         projected: dict = {}
         model.project_cells(model.query_cells(states, projected=projected))
         ids = torch.zeros(batch, texts, dtype=torch.long)
         embeds = model.qformer_embeddings(input_ids=ids)
         model.project_texts(model.encode_texts(embeds))
-        pairs = torch.arange(3 * batch) % batch  # matching reads three texts with each cell
+        pairs = torch.arange(3 * batch) % batch  # matching pairs each cell with three texts
         length = model.config.num_query_tokens + texts
         mask = torch.zeros(3 * batch, 1, length, length)
         matched = model.query_cells(states, None, embeds[pairs], mask, cell_rows=pairs, projected=projected)
@@ -221,15 +212,14 @@ def run_align(model: ScMMGPTForCellTextAlignment, args: PlanArguments) -> Iterat
 
 
 def run_tune(model: ScMMGPTForConditionalGeneration, args: PlanArguments) -> Iterator[Kept]:
-    """Run stage 2 forward; as [`run_align`]."""
-    seen: dict[int, torch.UntypedStorage]
+    """Run stage 2 forward, part by part."""
     parts, config, half = model.model, model.config, max(1, args.batch_size // 2)
     gene_ids = torch.zeros(half, args.cell_length, dtype=torch.long)
-    with counting_kept(seen := {}):
+    with kept_storages() as seen:
         states = parts.encode_cells(gene_ids, torch.zeros(gene_ids.shape))
     cell_bytes = states.nbytes
     yield "cell", config.cell_config.num_hidden_layers, cell_bytes, seen
-    with counting_kept(seen := {}):
+    with kept_storages() as seen:
         states = parts.query_cells(states)
         parts.language_projection(states)
     yield "qformer", config.qformer_config.num_hidden_layers, states.nbytes, seen
@@ -237,16 +227,16 @@ def run_tune(model: ScMMGPTForConditionalGeneration, args: PlanArguments) -> Ite
     embeds = torch.zeros(args.batch_size, args.text_length, config.text_config.hidden_size, dtype=held)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     mask[:, 0] = 0  # padded on the left, as batches are
-    with counting_kept(seen := {}):
+    with kept_storages() as seen:
         inputs = {"inputs_embeds": embeds.requires_grad_(), "attention_mask": mask, "use_cache": False}
         states = parts.language_model(**inputs).last_hidden_state
     yield "text", config.text_config.num_hidden_layers, states.nbytes, seen
-    with counting_kept(seen := {}):
+    with kept_storages() as seen:
         logits = model.lm_head(states).float()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
-    seen[-1] = torch.empty_like(logits).untyped_storage()  # their gradient comes while all else is still held
+    seen[-1] = torch.empty_like(logits).untyped_storage()  # the gradient of the logits, while all else is still held
     yield "logits", 0, 0, seen
-    with counting_kept(seen := {}):
+    with kept_storages() as seen:
         parts.decode_cells(states[:half], mask[:half], gene_ids)
     yield "generated cell", config.cell_config.num_hidden_layers, cell_bytes, seen
 
@@ -257,8 +247,7 @@ def make_plan(args: PlanArguments) -> dict:
     activations = activation_bytes(config, args)
     model = build_shapes(config, args.stage)
     parts = count_parameters(model, args)
-    trained = sum(part["trained"] for part in parts.values())
-    frozen = sum(part["frozen"] for part in parts.values())
+    trained, frozen = (sum(part[kind] for part in parts.values()) for kind in ("trained", "frozen"))
     shards = args.gpus if args.strategy == "fsdp" else 1
     # DDP's buckets hold a second copy of the gradients; FSDP gathers one layer at a time.
     communication = trained * 4 if args.strategy == "ddp" else largest_layer(model) * 4

@@ -2,12 +2,12 @@
 
 1. The **profile** of a cell is the square root of every gene's share of its counts (Hellinger coordinates, length 1).
 2. A multinomial logistic **regression** on profiles scores the labels. Held-out cells choose its strength, the inverse
-   of its L2 penalty (`fit_regressions`). Where cells without a label are at hand, the labels of their neighbours may
-   spread to them first (`fit_spread_regression`).
-3. The **readout** turns the regression's weights into the shared space (`readout_of`): the product of a cell's readout
-   with the text of a label is the label's score. A cell so becomes a mixture of the texts of the labels that it
+   of its L2 penalty (`fit_regressions`). Known labels may first spread to cells without a label along a graph of
+   neighbours (`fit_spread_regression`).
+3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
+   with the text of a label is the label's score. A cell thus becomes a mixture of the texts of the labels that it
    resembles, and a label that was never trained can be given as a text.
-4. Two numbers for `annotate` come from held-out cells: the **temperature** of its softmax (`fit_temperature`), and the
+4. Held-out cells give two numbers for `annotate`: the **temperature** of its softmax (`fit_temperature`), and the
    **bonus** of texts that were not trained (`choose_unseen_bonus`).
 """
 
@@ -33,14 +33,14 @@ from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
 
 logger = logging.getLogger(__name__)
 
-Strength: TypeAlias = float | str  # an inverse L2 penalty, or SPREAD
+Strength: TypeAlias = float | str  # an inverse L2 penalty, or `SPREAD`
 Profiles: TypeAlias = csr_matrix | np.ndarray  # (n_cells, n_genes), or coordinates along other axes
 
-PROFILE_SCALE = 100.0  # profiles have length 1; the regression sees sqrt(counts per 10k), whose length is 100
-STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # inverse L2 penalties that are tried, on that scale
+PROFILE_SCALE = 100.0  # the regression sees sqrt(counts per 10k), of length 100, where profiles have length 1
+STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # inverse L2 penalties to try, on that scale
 MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 DEFAULT_STRENGTH = 0.01  # where nothing is held out
-ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label: what sets single cells apart is mostly noise
+ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label, since single cells differ mostly by noise
 SPREAD = "spread"  # in place of a strength: `fit_spread_regression`
 SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 20, 15, 0.5
 BONUS_COMPONENTS, UNSEEN_BONUSES = 50, np.arange(0, 1.5, 0.02).round(2)
@@ -49,14 +49,13 @@ TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
 
 @dataclass
 class LabelledProfiles:
-    """The profiles that regressions learn from.
+    """Profiles of labelled and unlabelled cells.
 
     Args:
         profiles: CSR float32 `(n_labelled, n_genes)`.
         targets: int64 `(n_labelled,)`.
-        n_labels: Number of labels.
-        train, validation: Rows to train on, and rows that are held out, which may be none.
-        unlabelled: Profiles of cells without a label, CSR `(n_unlabelled, n_genes)`.
+        train, validation: Rows of `profiles`; `validation` may be empty.
+        unlabelled: CSR float32 `(n_unlabelled, n_genes)`.
     """
 
     profiles: csr_matrix
@@ -86,13 +85,9 @@ class LinearModel:
 
 @dataclass
 class Regressions:
-    """One regression, fitted to the training cells and to all labelled cells.
+    """One regression, fitted to the training cells and to all labelled cells (the same where none are held out).
 
-    Args:
-        strength: Its inverse L2 penalty, or `SPREAD`.
-        train: Fitted to the training cells.
-        everything: Fitted to all labelled cells; the same model where none are held out.
-        losses: Validation loss by strength.
+    `losses` are validation losses by strength.
     """
 
     strength: Strength
@@ -111,9 +106,9 @@ def linear_model(weights: np.ndarray, bias: np.ndarray, seen: np.ndarray, n_labe
     weights, bias = np.atleast_2d(weights), np.atleast_1d(bias)
     if len(weights) == 1:  # scikit-learn keeps one score for two classes
         weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-    if len(weights) > len(seen):  # also fitted to labels without a cell
+    if len(weights) > len(seen):  # of labels without a cell, too
         weights, bias = weights[seen], bias[seen]
-    # Scores count only up to a constant: centred, a label that was not seen is neither likely nor unlikely.
+    # Scores are defined up to a constant: centred, a label without a cell is neither likely nor unlikely.
     model = LinearModel(np.zeros((n_labels, weights.shape[1])), np.zeros(n_labels))
     model.weights[seen] = (weights - weights.mean(axis=0)) * PROFILE_SCALE
     model.bias[seen] = bias - bias.mean()
@@ -121,10 +116,10 @@ def linear_model(weights: np.ndarray, bias: np.ndarray, seen: np.ndarray, n_labe
 
 
 def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, strength: float) -> LinearModel:
-    """Solve the regression for one strength; `n_labels` counts labels that no cell has, too."""
+    """Solve the regression for one strength; `n_labels` includes labels without a cell."""
     regression = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS, tol=TOLERANCE)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # to stop early is one more penalty
+        warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping is one more penalty
         regression.fit(profiles * PROFILE_SCALE, targets)
     return linear_model(regression.coef_, regression.intercept_, regression.classes_, n_labels)
 
@@ -132,9 +127,8 @@ def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, stren
 def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regressions:
     """Choose the strength, on held-out cells where there are some, and fit.
 
-    Args:
-        data: The profiles. If nothing is held out, labels spread where most cells have none.
-        shots: Cells of each label, if that number was given.
+    If nothing is held out, labels spread where most cells have none. `shots` is the number of cells of each label, if
+    it was given.
     """
     if len(data.validation):
         return choose_regression(data)
@@ -149,7 +143,7 @@ def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regress
 def choose_regression(data: LabelledProfiles) -> Regressions:
     """The regression with the lowest validation loss over `STRENGTHS`, and `SPREAD` where cells have no label.
 
-    The loss of each is that at its best temperature, as the temperature is fitted later anyway.
+    Each loss is at the best temperature, which is fitted later anyway.
     """
     seen = np.unique(data.targets[data.train])
 
@@ -167,7 +161,7 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
         use_legacy_attributes=False,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # to stop early is one more penalty
+        warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping is one more penalty
         search.fit(data.profiles * PROFILE_SCALE, data.targets)
     validation_losses = -search.scores_[0, 0]  # of one fold, by strength
     best = validation_losses.argmin()
@@ -188,11 +182,11 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
 
 
 def fit_spread_regression(data: LabelledProfiles, rows: np.ndarray) -> LinearModel:
-    """A regression that also learns from cells without a label: from their variation and from labels that reach them.
+    """A regression that also learns from cells without a label.
 
-    These labelled rows and all unlabelled cells give the principal components that the regression reads, and a graph
-    of neighbours along which the known labels spread. The regression is then fitted to every cell that a label
-    reached. It gains where labels are few, and loses where all cells have one: see `train/LOG.md`.
+    The labelled `rows` and all unlabelled cells give principal components and a graph of neighbours, along which the
+    known labels spread. The regression is fitted to the components of every cell that a label reached. It gains where
+    labels are few, and loses where all cells have one: see `train/LOG.md`.
     """
     profiles = vstack([data.profiles[rows], data.unlabelled], format="csr").astype(np.float64)
     pca = PCA(min(SPREAD_COMPONENTS, min(profiles.shape) - 1), svd_solver="arpack", random_state=0)
@@ -205,7 +199,7 @@ def fit_spread_regression(data: LabelledProfiles, rows: np.ndarray) -> LinearMod
 
 
 def spread_labels(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Label spreading (Zhou et al. 2004) to cells without a label; every label gets the same weight in all.
+    """Label spreading (Zhou et al. 2004) from labelled to unlabelled cells, with equal total weight for every label.
 
     Args:
         points: `(n_cells, n_axes)`.
@@ -218,7 +212,7 @@ def spread_labels(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
-    """Two cells are joined where one is among the nearest neighbours of the other; a kernel for scikit-learn."""
+    """The graph that joins a cell with its nearest neighbours, symmetric; a kernel for scikit-learn."""
     graph = kneighbors_graph(points, min(SPREAD_NEIGHBOURS, len(points) - 1), mode="connectivity")
     return graph.maximum(graph.T)
 
@@ -226,8 +220,8 @@ def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
 def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights `(n_genes, projection_dim)` and bias whose products with the texts are the regression's scores.
 
-    The shortest such vectors lie in the span of the texts, which is what makes a cell a mixture of texts. With more
-    labels than dimensions the scores are met in the least-squares sense.
+    The shortest such vectors lie in the span of the texts, which makes a cell a mixture of texts. With more labels
+    than dimensions the scores are met in the least-squares sense.
 
     Args:
         model: The regression.
@@ -249,17 +243,12 @@ def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> float:
 
 def calibrated_loss(scores: np.ndarray, targets: np.ndarray) -> float:
     """Negative log-likelihood of scores of any scale, at the temperature that fits them best."""
-    scores = scores / max(np.abs(scores).max(), 1e-9)  # the temperatures are made for cosines
+    scores = scores / max(np.abs(scores).max(), 1e-9)  # in the range of cosines, as `TEMPERATURES` expects
     return negative_log_likelihood(scores / fit_temperature(scores, targets), targets)
 
 
 def fit_temperature(similarity: np.ndarray, targets: np.ndarray) -> float:
-    """The temperature whose softmax fits the labels best, of `TEMPERATURES`.
-
-    Args:
-        similarity: `(n_cells, n_labels)`, cosines.
-        targets: int64 `(n_cells,)`.
-    """
+    """The temperature of `TEMPERATURES` whose softmax of the cosines `(n_cells, n_labels)` fits the labels best."""
     return float(min(TEMPERATURES, key=lambda t: negative_log_likelihood(similarity / t, targets)))
 
 
@@ -276,10 +265,10 @@ def scores_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 def choose_unseen_bonus(data: LabelledProfiles, text_features: torch.Tensor) -> float:
     """The number that `annotate` adds to the similarity of a text that was not trained (calibrated stacking).
 
-    Cells lie among the texts of trained labels, so any other text is hardly ever the nearest. Each label in turn is
-    left out of the regression (here on principal components, for speed) and looked for by its text among all. The
-    bonus with the best harmonic mean of two recalls is chosen: of the left-out labels and of the others, each a mean
-    over the turns (Chao et al. 2016). With two labels there is nothing to leave out: 0.
+    Cells lie among the texts of trained labels, so an untrained text is hardly ever the nearest. Each label in turn is
+    left out of the regression (on principal components, for speed) and predicted by its text among all. The chosen
+    bonus has the best harmonic mean of two recalls: of the left-out labels and of the others, each a mean over the
+    turns (Chao et al. 2016). With two labels there is nothing to leave out, and the bonus is 0.
 
     Args:
         data: Profiles, with some held out.
@@ -287,7 +276,7 @@ def choose_unseen_bonus(data: LabelledProfiles, text_features: torch.Tensor) -> 
     """
     n_labels = len(text_features)
     train_targets, validation_targets = data.targets[data.train], data.targets[data.validation]
-    common = [label for label in range(n_labels) if (validation_targets == label).any()]
+    common = np.unique(validation_targets)
     if n_labels < 3 or len(common) < 2:
         return 0.0
     train = data.profiles[data.train].astype(np.float64)
@@ -306,7 +295,7 @@ def choose_unseen_bonus(data: LabelledProfiles, text_features: torch.Tensor) -> 
         left_out = validation_targets == label
         right = others[similarity[:, others].argmax(axis=1)] == validation_targets
         gap = similarity[:, others].max(axis=1) - similarity[:, label]
-        wins = gap[:, None] < UNSEEN_BONUSES  # (n_cells, n_bonuses): the text that was left out is the nearest
+        wins = gap[:, None] < UNSEEN_BONUSES  # (n_cells, n_bonuses): the left-out text is the nearest
         recalls[0] += wins[left_out].mean(axis=0)
         recalls[1] += (right[:, None] & ~wins)[~left_out].mean(axis=0)
     return float(UNSEEN_BONUSES[hmean(recalls, axis=0).argmax()])

@@ -5,15 +5,15 @@ python -m scmmgpt.train tune --config train/configs/tune_demo.yaml --corpus DIR 
 accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs/tune_base.yaml --corpus ...
 ```
 
-`--output_dir` gets a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The
-checkpoint loads in float32 unless `dtype` names another type. Weights that were held in less
-(`--language_model_precision`) are stored in bfloat16.
+`--output_dir` holds a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The
+checkpoint loads in float32 unless `dtype` names another type. Weights of a lower `--language_model_precision` are
+stored in bfloat16.
 """
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from trl import SFTTrainer
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train.align import finish
+from scmmgpt.train.align import finish, make_captions
 from scmmgpt.train.arguments import TrainedParts, TuneConfig, TuneDataArguments, TuneModelArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.data.batches import BatchDataset
@@ -43,10 +43,10 @@ NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
 
 
 class TuneTrainer(StreamTrainer, SFTTrainer):
-    """`SFTTrainer` whose language loss stays TRL's, plus the expression loss of the cells that texts generate.
+    """`SFTTrainer` with TRL's language loss, plus the expression loss of generated cells.
 
-    TRL runs the backbone and computes the language loss from its last states. It ignores a loss that `forward` adds,
-    so the expression loss is taken from the same pass of the backbone by a hook.
+    TRL runs the backbone and computes the language loss from its last states. It ignores other losses of `forward`, so
+    a hook takes the expression loss from the same pass of the backbone.
     """
 
     def __init__(self, *args: Any, language_weight: float, expression_weight: float, **kwargs: Any) -> None:
@@ -70,17 +70,16 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         unwrapped: Any = self.accelerator.unwrap_model(model)
         backbone: Any = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         outputs: list = []
-        # The head costs as much as the layers: only states with a label go through it, and a prompt has none.
+        # The head costs as much as the layers, so only states with a label pass through it; a prompt has none.
         labels = inputs["labels"][:, 1:]
         labelled = labels != -100
 
         def keep_labelled(module: torch.nn.Module, args: Any, output: Any) -> Any:
             outputs.append(output)
-            states = output.last_hidden_state[:, :-1][labelled][None]
-            return dataclasses.replace(output, last_hidden_state=states)
+            return dataclasses.replace(output, last_hidden_state=output.last_hidden_state[:, :-1][labelled][None])
 
         def show_expression_loss(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            # DDP takes a parameter for unused if no returned field depends on it; `aux_loss` is a field of TRL's.
+            # DDP finds a parameter unused if no returned field depends on it; `aux_loss` is a field of TRL's.
             output["aux_loss"] = outputs[0].expression_loss
             return output
 
@@ -89,7 +88,7 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
             unwrapped.register_forward_hook(show_expression_loss),
         ]
         scored = {name: value for name, value in inputs.items() if name != "labels"}
-        scored["shift_labels"] = labels[labelled][None]  # TRL scores these as they stand
+        scored["shift_labels"] = labels[labelled][None]  # already shifted, for TRL
         try:
             language_loss = super().compute_loss(model, scored, num_items_in_batch=num_items_in_batch)
         finally:
@@ -97,24 +96,23 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
                 hook.remove()
         loss = self.language_weight * language_loss
         expression_loss = outputs[0].expression_loss
-        has_targets = count_targets(inputs) > 0
+        n_targets = count_targets(inputs)
         if expression_loss is not None:
             scale = 1.0
             if model.training and self.num_targets_in_batch:
-                # `expression_loss` is the mean over this micro-batch; its share of the step's genes weighs it.
-                # DDP averages gradients over ranks, hence the factor.
-                share = count_targets(inputs) / self.num_targets_in_batch
-                scale = share * self.accelerator.num_processes
+                # The mean over this micro-batch counts as much as its share of the step's genes. DDP averages
+                # gradients over ranks, hence the factor.
+                scale = n_targets / self.num_targets_in_batch * self.accelerator.num_processes
             loss = loss + self.expression_weight * scale * expression_loss
         has_labels = bool((inputs["labels"] != -100).any())
         self.record_losses(
             language_loss=self.mean_language_loss(language_loss, inputs, num_items_in_batch) if has_labels else None,
-            expression_loss=expression_loss if has_targets else None,
+            expression_loss=expression_loss if n_targets else None,
         )
         return (loss, outputs[0]) if return_outputs else loss
 
     def mean_language_loss(self, loss: torch.Tensor, inputs: dict, num_items_in_batch: Any) -> torch.Tensor:
-        """The micro-batch's own mean, for the log, from a loss that TRL divided by the tokens of the whole step.
+        """The mean over the micro-batch, for the log: TRL divides the loss by the tokens of the whole step.
 
         TRL also multiplies the loss by the number of ranks, since DDP averages gradients over them.
         """
@@ -132,10 +130,21 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
 
 
 def count_targets(batch: dict) -> int:
-    """Values of target genes in a batch, over all target cells."""
-    if "target_rows" not in batch:
-        return 0
-    return int(batch["target_attention_mask"][batch["target_rows"]].sum())
+    """Number of target values in a batch, over all target cells."""
+    return int(batch["target_attention_mask"][batch["target_rows"]].sum()) if "target_rows" in batch else 0
+
+
+def build_model(
+    corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
+) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
+    """The model to tune and its processor."""
+    language_model, tokenizer = build_language_model(corpus, captions, model_args, device)
+    alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
+    processor = join_processor(model_args.aligned, tokenizer, corpus)
+    model = join(alignment, language_model, processor, model_args)
+    if model_args.language_model_precision == "4bit":  # intermediate checkpoints hold the frozen weights in 4 bits
+        skip_other_parts(model)
+    return model, processor
 
 
 def join(
@@ -144,12 +153,11 @@ def join(
     processor: ScMMGPTProcessor,
     model_args: TuneModelArguments,
 ) -> ScMMGPTForConditionalGeneration:
-    """Stage-2 model of a stage-1 model and a language model, the embeddings extended by `<cell>`."""
+    """Stage-2 model of a stage-1 model and a language model, whose embeddings are extended by `<cell>`."""
     embeddings: Any = language_model.get_input_embeddings()
     if len(processor.tokenizer) > embeddings.num_embeddings:
         language_model.resize_token_embeddings(len(processor.tokenizer))
-    projector = {
-        **alignment.config.qformer_config.to_dict(),
+    projector = alignment.config.qformer_config.to_dict() | {
         "num_hidden_layers": 2,
         "cross_attention_frequency": 1,
         "use_qformer_text_input": False,
@@ -161,21 +169,8 @@ def join(
     )
 
 
-def build_model(
-    corpus: Corpus, captions: CaptionSampler, model_args: TuneModelArguments, device: torch.device
-) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
-    """The model to tune and its processor."""
-    language_model, tokenizer = build_language_model(corpus, captions, model_args, device)
-    alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
-    processor = join_processor(model_args.aligned, tokenizer, corpus)
-    model = join(alignment, language_model, processor, model_args)
-    if model_args.language_model_precision == "4bit":  # checkpoints on the way hold a frozen one in 4 bits
-        skip_other_parts(model)
-    return model, processor
-
-
 def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> ScMMGPTProcessor:
-    """The processor of a stage-1 checkpoint with the language model's tokenizer and the corpus's library size."""
+    """The processor of a stage-1 checkpoint, with a language model's tokenizer and the corpus's library size."""
     start = ScMMGPTProcessor.from_pretrained(aligned)
     start.feature_extractor.return_profile = False  # stage 2 has no profile readout
     processor = ScMMGPTProcessor(
@@ -195,18 +190,18 @@ def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Cor
 def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
     """Start the projection onto condition tokens from the differences between prompts."""
     model.eval()
-    parts, collate = model.model, cast(Any, dataset.collate)
+    parts = model.model
     prompts: dict[tuple[int, ...], None] = {}
     n_cells = 0
     for batch in dataset:
-        if n_cells >= PROMPT_CELLS:  # counted in cells, so that the start does not depend on the batch size
+        if n_cells >= PROMPT_CELLS:  # cells, so that the start does not depend on the batch size
             break
         generates = batch["target_attention_mask"].any(dim=1)
         n_cells += int((~generates).sum()) + len(batch["target_rows"])
         for ids, mask in zip(batch["input_ids"][generates], batch["attention_mask"][generates], strict=True):
             prompts.setdefault(tuple(ids[mask.bool()].tolist()))
     if prompts:
-        inputs = collate.processor.tokenizer.pad(
+        inputs = dataset.collate.processor.tokenizer.pad(
             {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         states = parts.language_model(**inputs, use_cache=False).last_hidden_state.float()
@@ -215,20 +210,18 @@ def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: Ba
         standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
         queries = parts.text_to_cell.query_texts(states, mask)
         parts.text_to_cell.query_means.copy_(queries.mean(dim=0, keepdim=True))
-        # A variance of one per condition token and channel, as gene tokens have.
+        # A variance of one per condition token and channel, like that of gene tokens.
         standardize(parts.text_to_cell.projection, (queries - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
     model.train()
 
 
 @torch.no_grad()
-def standardize_language_projection(
-    model: ScMMGPTForConditionalGeneration, dataset: BatchDataset, processor: ScMMGPTProcessor
-) -> None:
-    """Start the projection into the language model from its inputs, at the norm of the model's embeddings."""
+def standardize_language_projection(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
+    """Start the projection into the language model from the axes of its inputs, at the norm of token embeddings."""
     model.eval()
     pieces: list[torch.Tensor] = []
     for cells, *_ in dataset.source.batches():
-        inputs = processor(cells=cells).to(model.device)
+        inputs = dataset.collate.processor(cells=cells).to(model.device)
         cell_states = model.model.encode_cells(**inputs)
         pieces.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]))
         if sum(map(len, pieces)) >= PROJECTION_CELLS:
@@ -243,6 +236,19 @@ def standardize_language_projection(
     model.train()
 
 
+def start_new_parts(
+    model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray, dataset: BatchDataset, text_to_cell_ratio: float
+) -> None:
+    """Start the expression head and both projectors from the training cells and their texts.
+
+    Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
+    """
+    start_from_mean_profile(model, gene_means)
+    standardize_language_projection(model, dataset.of_all_ranks())
+    if text_to_cell_ratio > 0:
+        standardize_text_to_cell(model, dataset.of_all_ranks())
+
+
 def saved_parts(trained: TrainedParts) -> list[str]:
     """Parts that are trained in full beside the language model's LoRA, and saved with it."""
     cell_model = {"full": ["cell_model"], "decoders": CELL_DECODERS, "frozen": []}[trained.cell_model]
@@ -252,9 +258,7 @@ def saved_parts(trained: TrainedParts) -> list[str]:
 def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
     """Whether a parameter keeps its value in stage 2."""
     name = name.replace("modules_to_save.default.", "").removeprefix("base_model.model.").removeprefix("model.")
-    if "original_module." in name:
-        return True
-    if name.startswith("cell_model.embeddings.flag"):
+    if "original_module." in name or name.startswith("cell_model.embeddings.flag"):
         return True
     if name.startswith("cell_model.expression_decoder.") and expression_head != "mse":
         return True
@@ -271,28 +275,26 @@ def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
 
 
 def unused_parts(text_to_cell_ratio: float, has_instructions: bool) -> tuple[str, ...]:
-    """Parts that no loss reaches where no cell is generated, or where no cell is described or talked about."""
+    """Parts that no loss reaches if no cell is generated, or if no cell is described and there are no instructions."""
     if text_to_cell_ratio == 0:
         return (".text_to_cell.", ".expression_head.")
     return (".language_projection.",) if text_to_cell_ratio == 1 and not has_instructions else ()
 
 
 def is_pretrained(name: str) -> bool:
-    """Whether a parameter has the lower learning rate: what stage 1 has trained, and the text-to-cell Q-Former.
+    """Whether a parameter has the lower learning rate: parts that stage 1 trains, and the text-to-cell Q-Former.
 
-    At the rate of the heads that Q-Former's post-norm layers drift together, and differences between texts vanish.
+    At the rate of the heads, the post-norm layers of that Q-Former lose the differences between texts.
     """
     return "qformer." in name or ("cell_model." in name and "_decoder." not in name)
 
 
 def typical_library_size(corpus: Corpus) -> float:
-    """Median total counts of the training cells, of the first 100,000."""
+    """Median library size of the first 100,000 training cells."""
     sizes: list[np.ndarray] = []
-    total = 0
     for cells, _ in corpus.row_groups("train", columns=[]):
         sizes.append(cells.library_sizes())
-        total += len(cells)
-        if total >= 100_000:
+        if sum(map(len, sizes)) >= 100_000:
             break
     return float(np.median(np.concatenate(sizes)))
 
@@ -308,16 +310,11 @@ def make_parser(prog: str | None = None) -> OptionParser:
 
 
 def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_args: TuneConfig) -> None:
-    """Join, train, save."""
-    # --- Corpus and model
+    """Join the models, start the new parts, train, save."""
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
-    gene_means = read_gene_means(corpus.path)
-    captions = CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=gene_means)
+    captions = make_captions(corpus, data_args, training_args)
     model, processor = build_model(corpus, captions, model_args, training_args.device)
-    start_from_mean_profile(model, gene_means)
-
-    # --- Batches
     collate = TuningCollator(
         processor,
         captions,
@@ -331,16 +328,10 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     instructions = None
     if data_args.instructions is not None:
         instructions = read_instructions(data_args.instructions, corpus, processor)
-
-    # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
-    standardize_language_projection(model, train_dataset.of_all_ranks(), processor)
-    if training_args.text_to_cell_ratio > 0:
-        standardize_text_to_cell(model, train_dataset.of_all_ranks())
+    start_new_parts(model, read_gene_means(corpus.path), train_dataset, training_args.text_to_cell_ratio)
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
-
-    # --- Training
     base = None if model_args.language_model == "scratch" else model_args.language_model
     bases: dict[str, Any] = {"aligned": model_args.aligned, "language_model": base}
     trainer = TuneTrainer(
@@ -361,17 +352,14 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         raise ValueError("FSDP cannot shard a language model in 4 bits; use DDP, or language_model_precision 'bf16'.")
     unused = unused_parts(training_args.text_to_cell_ratio, instructions is not None)
     trained, head = model_args.trained, model.config.expression_head
-    freeze(
-        trainer.model,
-        lambda name: is_frozen(name, trained, head) or any(part in name for part in unused),
-    )
+    freeze(trainer.model, lambda name: is_frozen(name, trained, head) or any(part in name for part in unused))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     save_adapter_and_merge(trainer, model, in_4bit)
     finish(trainer, "tune", data=data_args, model=model_args, training=training_args)
 
 
 def save_adapter_and_merge(trainer: TuneTrainer, model: ScMMGPTForConditionalGeneration, in_4bit: bool) -> None:
-    """Save LoRA alone in `adapter/`, then make one model of it and of what it adapts."""
+    """Save LoRA alone in `adapter/`, then merge it into the model that it adapts."""
     tuned: Any = trainer.model
     if isinstance(tuned, PeftModel) and trainer.is_world_process_zero():
         tuned.save_pretrained(str(Path(str(trainer.args.output_dir), "adapter")))
