@@ -143,10 +143,13 @@ def start_from_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProce
     any: texts that are similar to the BERT stay similar. Queries contribute nothing; the readout places the cells.
     """
     captions = CaptionSampler()
-    names = list(ontology.names_of("cell_type"))
+    names = ontology.names_of("cell_type")
     references = [captions.label_text(name) for name in names[:: max(1, len(names) // REFERENCE_TEXTS)]]
     pieces = [references[start : start + 64] for start in range(0, len(references), 64)]
-    states = torch.cat([model.read_texts(**processor(qformer_text=piece)) for piece in [*pieces, texts]])
+    batches = [processor(qformer_text=piece) for piece in [*pieces, texts]]
+    embeds: list[Any] = [model.qformer_embeddings(input_ids=batch["qformer_input_ids"]) for batch in batches]
+    masks = [batch["qformer_attention_mask"] for batch in batches]
+    states = torch.cat([model.encode_texts(*pair) for pair in zip(embeds, masks, strict=True)])
     mean = states.mean(dim=0)
     axes = torch.linalg.svd(states - mean, full_matrices=False)[2][: model.text_projection.out_features]
     model.text_projection.weight.zero_()

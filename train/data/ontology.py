@@ -92,6 +92,16 @@ def _exact_names(ontology: str) -> dict[str, str]:
     return _parser().get_term_label_to_id_map(ontology)
 
 
+def names_of(column: str) -> list[str]:
+    """The names of all current terms that an obs column may hold, in the ontology's order."""
+    return [
+        name
+        for ontology in ONTOLOGIES[column]
+        for name, term_id in _exact_names(ontology).items()
+        if not _parser().is_term_deprecated(term_id)
+    ]
+
+
 @functools.cache
 def _names_to_ids(ontology: str, kind: str) -> dict[str, str]:
     """Map normalised names (or synonyms) of an ontology to term ids; leave out names that two terms share."""
