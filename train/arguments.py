@@ -263,7 +263,7 @@ class TuneModelArguments(CheckedFields):
 
     @property
     def trained(self) -> TrainedParts:
-        """`train_parts` as an object."""
+        """`train_parts` as [`TrainedParts`]."""
         return TrainedParts(**self.train_parts)
 
 

@@ -278,7 +278,7 @@ def largest_layer(model: PreTrainedModel) -> int:
 
 
 def format_plan(plan: dict, args: PlanArguments) -> str:
-    """The plan as two tables and a verdict."""
+    """The plan as two tables, and a line that tells whether it fits the GPU."""
     lines = [f"{'part':<22}{'trained':>16}{'frozen':>16}"]
     lines += [f"{part:<22}{n['trained']:>16,}{n['frozen']:>16,}" for part, n in plan["parameters"].items()]
     lines += [f"{'all':<22}{plan['trained']:>16,}{plan['frozen']:>16,}", ""]
