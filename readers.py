@@ -485,7 +485,7 @@ def _open_table(path: Path) -> CellFile:
             notes.append(block.drop(columns=numeric.columns))
             blocks.append(sp.csr_matrix(numeric.to_numpy(dtype=np.float32)))
     except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} has no lines; copy it again.") from error
+        raise ValueError(f"{path} is empty; copy the file again.") from error
     except (pd.errors.ParserError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged or no table of numbers ({error}); write or copy it again.") from error
     if not columns:

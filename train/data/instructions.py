@@ -102,9 +102,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from None
+                raise ValueError(f"Line {number} of {path} is not valid JSON: {error}.") from None
             if not isinstance(row, Mapping):
-                raise ValueError(f"Line {number} of {path} is no JSON object, but {type(row).__name__}.")
+                raise ValueError(f"Line {number} of {path} is not a JSON object, but {type(row).__name__}.")
             yield f"Line {number} of {path}", dict(row)
 
 
