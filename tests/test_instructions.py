@@ -117,8 +117,11 @@ def test_a_single_turn_is_the_same_tokens_as_a_description(processor):
     ("row", "message"),
     [
         ({"messages": conversation(ASK, "A."), "cell_ids": []}, r"Line 1 of .* mentions 1 cells .* names 0"),
-        ({"messages": conversation(ASK, "A."), "cell_ids": [5]}, r"Line 1 of .* has not: \[5\] \(unknown\)"),
-        ({"messages": conversation(ASK, "A."), "cell_ids": ["x"]}, r"Line 1 .* cell id 'x' is no integer"),
+        (
+            {"messages": conversation(ASK, "A."), "cell_ids": [5]},
+            r"Line 1 of .* training split of .*: \[5\] \(unknown\)",
+        ),
+        ({"messages": conversation(ASK, "A."), "cell_ids": ["x"]}, r"Line 1 .* cell id 'x' is not an integer"),
         ({"messages": conversation(ASK), "cell_ids": [5]}, r"Line 1 .* no assistant turn.*\['user'\]"),
         ({"messages": conversation("A", "B", "C"), "cell_ids": []}, r"'assistant', 'user'\]; .* take turns"),
         ({"messages": [{"role": "bot", "content": "B"}, {"role": "assistant", "content": "A"}]}, "'bot', 'assistant'"),
@@ -136,7 +139,7 @@ def test_what_can_not_be_learned_names_row_and_values(corpus, processor, tmp_pat
 def test_a_held_out_cell_is_refused(corpus, processor, tmp_path):
     held_out = open_corpus(corpus).obs("validation", ["cell_id"])["cell_id"].to_pylist()[0]
     row = {"messages": conversation(ASK, "A."), "cell_ids": [held_out]}
-    with pytest.raises(ValueError, match="split 'validation', which is not to be trained on"):
+    with pytest.raises(ValueError, match="split 'validation', which is held out"):
         read(write(tmp_path / "a.jsonl", [row]), corpus, processor)
 
 

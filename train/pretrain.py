@@ -5,17 +5,16 @@ python -m scmmgpt.train pretrain --corpus corpus/ --output_dir checkpoints/cell 
 python -m scmmgpt.train pretrain --corpus corpus/ --output_dir checkpoints/cell --cell_model checkpoints/scgpt-human
 ```
 
-Each cell hides a share of its genes, and the model predicts their expression in scGPT's three ways; see
-[`ScGPTForPreTraining`]. Which genes are hidden is a hash of seed, epoch and cell, so no batch, worker or rank changes
-it. The folder written holds a [`ScGPTModel`], its gene vocabulary and its feature extractor, and is what `align` takes
-as `--cell_model`.
+A share of each cell's genes is hidden, and the model predicts their expression with scGPT's three objectives; see
+[`ScGPTForPreTraining`]. The choice of hidden genes is hashed from seed, epoch and cell, and does not depend on
+batches, workers or ranks. The output folder holds a [`ScGPTModel`], its gene vocabulary and its feature extractor;
+`align` takes the folder as `--cell_model`.
 
-scGPT trained with dropout 0.2 on attention weights too. Here it is off unless `--cell_config '{"attention_dropout":
-0.2}'` turns it on, because it rules out the fused attention kernels.
+scGPT was trained with a dropout of 0.2 on attention weights too. Here this dropout is off, because it rules out fused
+attention kernels; `--cell_config '{"attention_dropout": 0.2}'` turns it on.
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +35,10 @@ from scmmgpt.train.options import CheckedFields, OptionParser, described, inheri
 from scmmgpt.train.trainer import ModelLossTrainer, make_datasets, save_run
 
 
-logger = logging.getLogger(__name__)
-
-
 @described
 @dataclass
 class PretrainArguments(CheckedFields):
-    """What to pre-train, and on what."""
+    """Corpus, model and objectives of pre-training."""
 
     corpus: str = option("Folder written by `prepare`.")
     cell_model: str | None = option("Checkpoint of the cell model to continue; by default a new one.", None)
@@ -69,7 +65,7 @@ class PretrainArguments(CheckedFields):
 
 @dataclass
 class PretrainConfig(StageArguments, TrainingArguments):
-    """`TrainingArguments` of pre-training, with scGPT's learning rate; all parameters learn at the same rate."""
+    """`TrainingArguments` of pre-training, with scGPT's learning rate for all parameters."""
 
     pretrained_learning_rate: float | None = option("", None, hidden=True)
     learning_rate: float = inherited("learning_rate", 1e-4)
@@ -81,46 +77,34 @@ class PretrainCollator:
 
     Args:
         feature_extractor: Makes the tokens.
-        mask_ratios: Shares of a cell's genes to hide; each cell draws one.
+        mask_ratios: Shares of genes to hide; one share is drawn for each cell.
     """
 
     def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float]) -> None:
         self.feature_extractor, self.mask_ratios = feature_extractor, mask_ratios
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """Tokens, true values, and which genes are hidden in this epoch. Annotations (`obs`) are not used."""
+        """Tokens, true values, and `hidden_genes`, bool `(n_cells, n_tokens)`. Annotations (`obs`) are not used."""
         batch = dict(self.feature_extractor(cells, epoch=epoch))
-        batch["hidden_genes"] = mask_genes(
-            batch["gene_ids"],
-            batch["cell_attention_mask"],
-            cells.cell_ids,
-            self.mask_ratios,
-            seed=self.feature_extractor.seed,
-            epoch=epoch,
-        )
+        genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
+        batch["hidden_genes"] = mask_genes(*genes, self.mask_ratios, seed=self.feature_extractor.seed, epoch=epoch)
         return batch
 
 
 def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForPreTraining, ScMMGPTFeatureExtractor]:
-    """The model to train and the feature extractor that belongs to it."""
-    vocabulary = corpus.vocabulary
+    """The model to train and its feature extractor."""
+    vocabulary, objectives = corpus.vocabulary, tuple(arguments.objectives)
     if arguments.cell_model is None:
-        config = ScGPTConfig(
-            **{
-                "vocab_size": len(vocabulary),
-                "pad_token_id": vocabulary["<pad>"],
-                "cls_token_id": vocabulary["<cls>"],
-                "use_flag_embedding": "gene_prompt" in arguments.objectives,
-                **arguments.cell_config,
-            }
-        )
+        fields: dict[str, Any] = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
+        fields |= {"vocab_size": len(vocabulary), "use_flag_embedding": "gene_prompt" in objectives}
+        config = ScGPTConfig(**fields | arguments.cell_config)
         extractor = scgpt_feature_extractor(config)
         extractor.value_mode, extractor.selection = arguments.value_mode, arguments.selection
-        model = ScGPTForPreTraining(config, objectives=tuple(arguments.objectives))
+        model = ScGPTForPreTraining(config, objectives=objectives)
     else:
         check_vocabulary(arguments.cell_model, corpus)
         model = ScGPTForPreTraining.from_pretrained(
-            arguments.cell_model, objectives=tuple(arguments.objectives), **arguments.cell_config
+            arguments.cell_model, objectives=objectives, **arguments.cell_config
         )
         extractor = ScMMGPTFeatureExtractor.from_pretrained(arguments.cell_model)
     if arguments.max_genes is not None:
@@ -129,10 +113,12 @@ def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForP
 
 
 def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
-    """Refuse to go on with a checkpoint that means other genes by the same ids."""
+    """Refuse a checkpoint whose gene ids mean other genes than the corpus's."""
     path = Path(checkpoint, "vocab.json")
     if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint} has no vocab.json; is it a folder of `convert scgpt` or `pretrain`?")
+        raise FileNotFoundError(
+            f"{checkpoint} has no vocab.json. Give a folder that `convert scgpt` or `pretrain` wrote."
+        )
     vocabulary = json.loads(path.read_text())
     if vocabulary != corpus.vocabulary:
         shared = sum(corpus.vocabulary.get(token) == number for token, number in vocabulary.items())
@@ -154,22 +140,12 @@ def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
     model, extractor = build_model(corpus, arguments)
     flag_embedding = model.cell_model.embeddings.flag_embedding
     if "gene_prompt" not in model.objectives and flag_embedding is not None:
-        flag_embedding.requires_grad_(False)  # no objective reads it
+        flag_embedding.requires_grad_(False)  # no objective uses it
     collate = PretrainCollator(extractor, arguments.mask_ratios)
     train_dataset, eval_dataset = make_datasets(
-        corpus,
-        collate,
-        training_args,
-        columns=[],
-        token_budget=arguments.token_budget,
-        max_genes=extractor.max_genes,
+        corpus, collate, training_args, columns=[], token_budget=arguments.token_budget, max_genes=extractor.max_genes
     )
-    trainer = ModelLossTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-    )
+    trainer = ModelLossTrainer(model, training_args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if eval_dataset is not None:
         trainer.evaluate()

@@ -1,7 +1,6 @@
-"""What the trainers of both stages share: finished batches from a stream, two learning rates, losses by name."""
+"""Trainers on streamed batches: exact resuming, two learning rates, and a log line per component of the loss."""
 
 import json
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -18,11 +17,8 @@ from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.stream import CellStream
 
 
-logger = logging.getLogger(__name__)
-
-
 def data_seed(training_args: TrainingArguments) -> int:
-    """Seed of order, captions and sampling."""
+    """Seed of the order of cells, of captions, and of all random draws of batches."""
     return training_args.seed if training_args.data_seed is None else training_args.data_seed
 
 
@@ -35,28 +31,24 @@ def make_datasets(
     token_budget: int | None = None,
     **order: Any,
 ) -> tuple[BatchDataset, BatchDataset | None]:
-    """Training and validation batches of this rank; no validation batches where none are asked for or there are.
+    """Training and validation batches of this rank; `None` for validation without `eval_strategy` or such a split.
 
     Args:
         corpus: The cells.
         collate: See [`BatchDataset`].
-        training_args: Sizes of the batches, seed and rank.
-        columns: Annotations that `collate` reads; by default all but the barcode.
+        training_args: Batch sizes, seed and rank.
+        columns: Annotations that `collate` takes; by default all but the barcode.
         token_budget: Tokens in a training batch, in place of a number of cells.
-        order: More settings of the training stream; see [`CellStream`].
+        order: More settings of the training [`CellStream`].
     """
-    shared: dict[str, Any] = {
-        "columns": columns,
-        "rank": training_args.process_index,
-        "world_size": training_args.world_size,
-    }
-    size: dict[str, Any] = {"token_budget": token_budget}
-    if token_budget is None:
-        size = {
-            "batch_size": training_args.per_device_train_batch_size,
-            "drop_last": training_args.dataloader_drop_last,
-        }
-    train = BatchDataset(CellStream(corpus, seed=data_seed(training_args), **size, **order, **shared), collate)
+    shared: dict[str, Any] = {"columns": columns}
+    shared |= {"rank": training_args.process_index, "world_size": training_args.world_size}
+    if token_budget is not None:
+        order["token_budget"] = token_budget
+    else:
+        order["batch_size"] = training_args.per_device_train_batch_size
+        order["drop_last"] = training_args.dataloader_drop_last
+    train = BatchDataset(CellStream(corpus, seed=data_seed(training_args), **order, **shared), collate)
     if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
         return train, None
     eval_size = training_args.per_device_eval_batch_size
@@ -65,7 +57,7 @@ def make_datasets(
 
 
 class BatchLoader(DataLoader):
-    """Goes through a [`BatchDataset`], one finished batch at a time."""
+    """Loads a [`BatchDataset`], in which one example is one finished batch."""
 
     dataset: BatchDataset
 
@@ -73,15 +65,15 @@ class BatchLoader(DataLoader):
         super().__init__(dataset, batch_size=None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by `Trainer` at the start of an epoch."""
+        """Choose the epoch; `Trainer` calls this at the start of each."""
         self.dataset.set_epoch(epoch)
 
 
 class ResumedPosition(TrainerCallback):
-    """Takes the training data to where a resumed run goes on.
+    """Takes the training data to the position of a resumed run.
 
-    `Trainer` asks the loader for the batches of this epoch that were trained on, and throws them away; it does not
-    tell that loader the epoch. Here the dataset learns the epoch, and that these batches need not be made.
+    `Trainer` loads the batches of the epoch that were trained on, and discards them, without setting the epoch first.
+    This callback sets the epoch, and has [`BatchDataset.skim`] leave those batches empty.
     """
 
     def __init__(self, dataset: BatchDataset) -> None:
@@ -90,7 +82,7 @@ class ResumedPosition(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """`state` is that of the checkpoint, or a new one."""
+        """Find the position from `state`, which is the checkpoint's, or a new one."""
         steps_per_epoch = max(-(-len(self.dataset) // args.gradient_accumulation_steps), 1)
         epoch, step = divmod(state.global_step, steps_per_epoch)
         self.dataset.set_epoch(epoch)
@@ -98,12 +90,12 @@ class ResumedPosition(TrainerCallback):
 
 
 class StreamTrainer(Trainer):
-    """`Trainer` whose `train_dataset` and `eval_dataset` are `BatchDataset`s; for TRL's, put it first among the bases.
+    """`Trainer` over [`BatchDataset`]s. To combine it with a trainer of TRL, make `StreamTrainer` the first base.
 
     Args:
-        is_pretrained: Whether a parameter, by name, takes `args.pretrained_learning_rate`; by default none does.
+        is_pretrained: Whether a parameter, given its name, learns at `args.pretrained_learning_rate`; by default none
+            does.
         write_card: `write_card(log_history)` writes the model card, in place of the trainer's own.
-        kwargs: For the trainer.
     """
 
     train_dataset: BatchDataset
@@ -118,10 +110,9 @@ class StreamTrainer(Trainer):
         write_card: Callable[[list[dict]], object] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.is_pretrained = is_pretrained
+        self.is_pretrained, self.write_card = is_pretrained, write_card
         self.losses_by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.write_card = write_card
-        self._last_log: tuple[float, int] | None = None
+        self._last_log: tuple[float, int] | None = None  # time, and cells so far
         self._frozen_modules: list[torch.nn.Module] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(ResumedPosition(self.train_dataset))
@@ -137,12 +128,12 @@ class StreamTrainer(Trainer):
         return BatchLoader(self.eval_dataset)
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        """Cells, not batches."""
+        """Number of cells, which is what speed and epochs are counted in."""
         assert isinstance(dataloader.dataset, BatchDataset)
         return dataloader.dataset.n_cells
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s, with the pretrained parameters in groups of their own."""
+        """The optimizer of `Trainer`, with the pretrained parameters in groups of their own."""
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
@@ -153,48 +144,44 @@ class StreamTrainer(Trainer):
             if parameter.requires_grad:
                 pretrained = self.args.pretrained_learning_rate is not None and self.is_pretrained(name)
                 groups[pretrained, name in decayed].append(parameter)
-        self.optimizer = optimizer_class(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.args.pretrained_learning_rate if pretrained else self.args.learning_rate,
-                    "weight_decay": self.args.weight_decay if decay else 0.0,
-                }
-                for (pretrained, decay), parameters in groups.items()
-            ],
-            **options,
-        )
+        described = []
+        for (pretrained, decay), parameters in groups.items():
+            rate = self.args.pretrained_learning_rate if pretrained else self.args.learning_rate
+            described.append(
+                {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+            )
+        self.optimizer = optimizer_class(described, **options)
         return self.optimizer
 
     def still_frozen_parts(self) -> None:
-        """Let what is frozen give the same states at every step: `Trainer` puts all in training mode before each."""
+        """Turn off dropout in frozen parts: `Trainer` puts the whole model in training mode before every step."""
         if self._frozen_modules is None:
             self._frozen_modules = frozen_modules(self.model)
         for module in self._frozen_modules:
             module.training = False
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of this project, of data, parts and limits, whenever the trainer saves or pushes one."""
+        """Write the card of this project, about data, parts and limits, whenever the trainer saves or pushes one."""
         if self.write_card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             self.write_card(self.state.log_history)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if state_dict is not None and self.is_fsdp_enabled:  # back to how the model defines them
-            scalars = {name for name in state_dict if name.endswith("logit_scale")}
-            state_dict = {name: value.reshape(()) if name in scalars else value for name, value in state_dict.items()}
+        if state_dict is not None and self.is_fsdp_enabled:  # undo `flatten_scalars`
+            for name in [name for name in state_dict if name.endswith("logit_scale")]:
+                state_dict[name] = state_dict[name].reshape(())
         super()._save(output_dir, state_dict)
 
     def record_losses(self, **losses: torch.Tensor | None) -> None:
-        """Remember components for the next log line; training and evaluation apart."""
+        """Keep components of the loss for the next log line, those of evaluation under `eval_*`."""
         prefix = "" if self.model.training else "eval_"
         for name, loss in losses.items():
             if loss is not None:
                 self.losses_by_name[prefix + name].append(loss.detach())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of every recorded component over all ranks and, in training, the speed since the last line."""
+        """Add the mean of every component over all ranks and, in training, the speed since the last log line."""
         if "loss" in logs:
             now, n_cells = time.perf_counter(), self.train_dataset.n_cells_read * self.args.world_size
             if self._last_log is not None:
@@ -204,41 +191,41 @@ class StreamTrainer(Trainer):
         prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
         names = [name for name in self.losses_by_name if name.startswith("eval_") == bool(prefix)]
         own = {name: torch.stack(self.losses_by_name.pop(name)).float() for name in names}
-        # A rank has what its batches had: one may have described no cell where another did.
+        # Ranks may have different components: a rank whose batches describe no cell has no language loss.
         ranks = gather_object([{name: (values.sum().item(), len(values)) for name, values in own.items()}])
         for name in sorted({name for rank in ranks for name in rank}):
             totals, counts = zip(*(rank[name] for rank in ranks if name in rank), strict=True)
             logs[name] = round(sum(totals) / sum(counts), 4)
         super().log(logs, *args, **kwargs)
 
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return the loss alone: features of a whole validation split are not worth gathering."""
+        with torch.no_grad():
+            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
 
 class ModelLossTrainer(StreamTrainer):
-    """`Trainer` of a model that returns its loss, and the components of it as `*_loss`."""
+    """Trainer of a model that returns its loss, and the components of the loss as `*_loss`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The losses are means over the batch: `Trainer` averages them over accumulation steps.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = False  # `Trainer` averages losses, which are means, over accumulation steps
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss; its components are logged by name."""
+        """Return the model's own loss, and keep the components for the log."""
         self.still_frozen_parts()
         outputs = model(**inputs)
         self.record_losses(**{name: value for name, value in outputs.items() if name.endswith("_loss")})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor, None, None]:
-        """Losses alone: features of a whole validation split are not worth gathering."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
 
 def flatten_scalars(model: torch.nn.Module) -> None:
-    """Make parameters without a dimension, which FSDP refuses, vectors of length 1."""
+    """Turn scalar parameters, which FSDP refuses, into vectors of length 1."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dim() == 0:
@@ -246,22 +233,19 @@ def flatten_scalars(model: torch.nn.Module) -> None:
                 setattr(module, name, flat)
 
 
-def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> list[str]:
-    """Turn off the gradient of every parameter whose name is chosen; returns those that stay trainable."""
-    trainable = []
+def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> None:
+    """Turn off the gradient of every parameter for whose name `should_freeze` holds."""
     for name, parameter in model.named_parameters():
         if should_freeze(name):
             parameter.requires_grad_(False)
-        elif parameter.requires_grad:
-            trainable.append(name)
-    return trainable
 
 
 def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules of parts none of whose parameters is trained: noise in them costs time and teaches nothing.
+    """Modules to take out of training mode: those of parts without trained parameters, where dropout has no use.
 
-    Dropout is a module, or a function that a module calls in training mode, as attention does. All are to leave that
-    mode but those that can be checkpointed, which they are in it alone: the gradient passes frozen layers too.
+    Dropout is a module, or a function that a module (attention, for example) calls in training mode. Modules with
+    `gradient_checkpointing` are left out, because they checkpoint in training mode only, and the gradient passes
+    through frozen layers too.
     """
     parameters = list(model.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):

@@ -1,12 +1,12 @@
-"""One loader in a process of its own: `python stream_loaders.py LOADER DATA_FOLDER` says what it measured.
+"""Measure one loader in a process of its own: `python stream_loaders.py LOADER DATA_FOLDER` prints the result.
 
-`test_stream.py` beside this file builds the data, lets several loaders run in turns and compares them. Every loader
-yields shuffled batches of 64 cells; those named `*_tokens` go on to 1,200 tokens with 51 bins.
+`test_stream.py` in this folder builds the data, runs loaders in turns and compares them. Every loader yields shuffled
+batches of 64 cells; loaders named `*_tokens` tokenise them, with 1,200 tokens and 51 bins.
 
-Loaders of other projects run their own code where it can be imported: `SCMMGPT_BENCHMARK_SCGPT` and
-`SCMMGPT_BENCHMARK_REFERENCE` name checkouts of scGPT and of the published scMMGPT, of which a few functions are
-imported past the packages that those do not need. annbatch wants Python 3.12 and is run by the interpreter that
-`SCMMGPT_BENCHMARK_ANNBATCH` names, with the feature extractor of this repository loaded by path.
+Loaders of other projects run their own code where it can be imported. `SCMMGPT_BENCHMARK_SCGPT` and
+`SCMMGPT_BENCHMARK_REFERENCE` name checkouts of scGPT and of the published scMMGPT; packages that the measured
+functions do not need may be missing. annbatch needs Python 3.12: `SCMMGPT_BENCHMARK_ANNBATCH` names an interpreter,
+which loads the feature extractor of this repository by path.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LOADERS = {}
 
 
 def loader(function):
-    """Register a function of the data folder that returns an iterator over batch sizes."""
+    """Register a loader: a function that takes the data folder and returns an iterator over batch sizes."""
     LOADERS[function.__name__] = function
     return function
 
@@ -62,7 +62,7 @@ def measure(batches, seconds, warm_up):
 
 
 def race(batches, warm_up, scores):
-    """Warm up, stop, and from then on keep the score: cells so far, whether warm, memory. Others start and stop us."""
+    """Warm up and stop; then keep `scores` (cells, whether warm, MB) while the parent continues and stops us."""
     peak = Peak()
     peak.start()
     run_for(batches, warm_up)
@@ -83,7 +83,7 @@ def run_for(batches, seconds):
 
 
 class Peak(threading.Thread):
-    """Samples the anonymous memory of this process in MB: what it holds, without the page cache it maps."""
+    """Samples the anonymous memory of this process in MB, which leaves out files that it maps."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -153,7 +153,7 @@ def ours_tokens(data):
 
 @loader
 def ours_dataset_tokens(data):
-    """What trainers read: finished batches, made ahead of the consumer in a thread."""
+    """The dataset of the trainers: finished batches, collated ahead in a thread."""
     from scmmgpt.train.data.batches import BatchDataset
 
     stream = our_stream(data)
@@ -195,9 +195,9 @@ def ours_by_stage(data):
         return [reader.read(block)[0] for block in range(n_blocks)]
 
     cells = read()
-    pool = CellPool.allocate(reader.n_genes[:n_cells], np.dtype("uint16"), [])
-    places = np.split(np.random.default_rng(0).permutation(n_cells), np.cumsum(reader.sizes[: n_blocks - 1]))
-    pool.cells.indptr = np.append(0, np.cumsum(reader.n_genes[:n_cells][np.argsort(np.concatenate(places))]))
+    places = np.random.default_rng(0).permutation(n_cells)
+    pool = CellPool(stream.order.lengths[:n_cells][np.argsort(places)], reader.counts_dtype, [])
+    places = np.split(places, np.cumsum(reader.sizes[: n_blocks - 1]))
 
     def copy_to_place():
         for block, own in zip(cells, places, strict=True):
@@ -236,7 +236,7 @@ def least_cpu(function):
 
 
 def annbatch_batches(data):
-    """annbatch over uint16 counts, in the setting found best on this data: 64 chunks of 64 cells."""
+    """annbatch over uint16 counts, with the fastest setting on this data: 64 chunks of 64 cells."""
     import annbatch
     import zarr
     import zarrs  # noqa: F401
@@ -257,7 +257,7 @@ def annbatch_raw(data):
 
 @loader
 def annbatch_tokens(data):
-    """annbatch, and then the same kernel: this repository's feature extractor."""
+    """annbatch, followed by this repository's feature extractor."""
     batches = annbatch_batches(data)
     first = next(batches)["X"]
     module = extractor_by_path()
@@ -295,7 +295,7 @@ def extractor_by_path():
 
 @contextlib.contextmanager
 def imported(modules):
-    """Let these modules be imported, for a while: other libraries would take them for the real ones."""
+    """Make these modules importable within the context; afterwards other libraries must not find them."""
     sys.modules.update(modules)
     yield
     for name in modules:
@@ -405,7 +405,7 @@ def empty_class(attribute):
 
 
 def stand_ins(*names):
-    """Modules in place of those that the imported functions do not use: any attribute is an empty class."""
+    """Stand-ins for modules that are missing, and that the measured functions do not use."""
     found = {}
     for name in names:
         if importlib.util.find_spec(name.partition(".")[0]) is None:
@@ -447,13 +447,13 @@ def reference_tokens(data):
 @loader
 def scgpt_tokens(data):
     """The collator of scGPT, with binning and sampling, over the same Arrow data as torch tensors."""
+    import logging
+
     import datasets
     import torch
 
     package = sys.modules["scgpt"] = types.ModuleType("scgpt")
     package.__path__ = [str(Path(os.environ["SCMMGPT_BENCHMARK_SCGPT"]) / "scgpt")]
-    import logging
-
     package.logger = logging.getLogger("scgpt")
     from scgpt.data_collator import DataCollator
 

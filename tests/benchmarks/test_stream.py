@@ -1,16 +1,14 @@
-"""How fast cells come from disk as tensors, against the loaders that others use. Run alone: `make benchmark`.
+"""Speed of loading tokenised cells from disk, beside loaders of other projects. Run alone: `make benchmark`.
 
-Synthetic data, written once to `SCMMGPT_BENCHMARK_DIR` (by default a folder in the system's temporary one): 100,000
-cells of 30,000 genes, about 1,500 expressed per cell, 60 % of counts are 1. The loaders run in processes of their own,
-each for a second while the others are stopped, over and over, so that other work on the machine touches all alike.
-The table goes to `results/benchmarks/stream.json`. See `stream_loaders.py` for what each loader needs; what is not
-there is left out.
+The data are synthetic: 100,000 cells of 30,000 genes, about 1,500 of them expressed in a cell, 60 % of counts are 1.
+They are written once, to `SCMMGPT_BENCHMARK_DIR` or a folder in the system's temporary one. Each loader runs in a
+process of its own, for a second at a time while the others are stopped, so that other work on the machine affects all
+loaders alike. `results/benchmarks/stream.json` has the table. Loaders whose requirements (`stream_loaders.py`) are
+missing are left out.
 
-The bars hold for the copy in Arrow files (`train/data/cache.py`). They are those that the private layout before it was
-held to; the copy has some 0.8 of its speed. Two are new: what trainers read, finished batches out of a
-`datasets.IterableDataset`, and the published layout without a copy, whose ratio to the reference was 31 on a quiet
-machine and 18 on one with ten times more work than cores. The bar on the size of the private layout, 0.6 of plain
-uint16 under LZ4, went with it: the copy is plain uint16 under LZ4.
+Unless named otherwise, bars hold for the copy in Arrow files (`train/data/cache.py`). The published Parquet without
+a copy was 31 times as fast as the reference on a quiet machine, and 18 times on one with ten times more work than
+cores.
 """
 
 import importlib.util
@@ -74,7 +72,7 @@ def synthetic_cells(n_cells, n_genes, seed=0):
 
 @pytest.fixture(scope="module")
 def data():
-    """Folder with the data in every layout that can be measured here; what is there is not built again."""
+    """Folder with the data in every layout that can be measured here; layouts that exist are not built again."""
     from scmmgpt.train.data.cache import write_cache
     from scmmgpt.train.data.corpus import open_corpus
 
@@ -112,7 +110,7 @@ def build_corpus(folder):
 
 
 def link_corpus(folder, name, times=1):
-    """A corpus of so many times the cells, whose shards are links to those of `corpus`."""
+    """A corpus of `times` as many cells, whose shards are links to those of `corpus`."""
     import dataclasses
 
     from scmmgpt.train.data.corpus import Manifest
@@ -199,7 +197,7 @@ def run(name, folder):
 
 
 class Runner:
-    """A loader that runs when it is told to."""
+    """A loader in a process of its own, which runs in turns with others."""
 
     def __init__(self, name, folder, scratch, **environment):
         scores = scratch / f"{len(list(scratch.iterdir()))}-{name}"
@@ -232,7 +230,7 @@ class Runner:
 
 
 def race(teams):
-    """Let teams of runners run in turns; a team's members run together. Returns one result per runner."""
+    """Let teams of runners run in turns, the members of a team together, and return a result for each runner."""
     runners = [runner for team in teams for runner in team]
     try:
         for runner in runners:
@@ -285,7 +283,7 @@ def available_loaders():
 
 @pytest.fixture(scope="module")
 def results(data, tmp_path_factory):
-    """What each loader reached, by name."""
+    """Speed, CPU time and memory of each loader, by name."""
     scratch, names = tmp_path_factory.mktemp("race"), available_loaders()
     found = race([[Runner(name, data, scratch)] for name in names])
     found = {name: result for name, (result,) in zip(names, found, strict=True)}
@@ -318,7 +316,7 @@ def test_raw_batches_come_faster_than_from_annbatch(results):
     assert speed_ratio(results, "ours_raw", "annbatch_raw") >= 1.3
 
 
-def test_what_trainers_read_comes_thirty_times_as_fast_as_in_the_reference(results):
+def test_finished_batches_come_thirty_times_as_fast_as_in_the_reference(results):
     assert speed_ratio(results, "ours_dataset_tokens", "reference_tokens") >= 30
 
 

@@ -1,26 +1,34 @@
-r"""From files of cells to batches of a training step.
+r"""From files of cells to batches of a training step: classes with their files, and what passes between them.
 
 ```
- .h5ad, .h5, .mtx, Census        a user's cells and annotations
-      |  AnnData: X (n_cells, n_genes), obs, var
-      v  prepare.py <- sources.py, splits.py, gene_tables.py
- corpus/data/*.parquet           corpus.py: a row a cell; gene_ids, counts as lists of uint16, annotations as strings
-      |  cache.py: the same rows as Arrow files, which stream faster (optional)
+ FileSource, CensusSource        sources.py: .h5ad, .h5 and .mtx files, or the Census
+      |   AnnData: X (n_cells, n_genes), obs, var
       v
- BlockReader                     blocks.py: row group -> Cells and annotations
-      |                            Cells: indptr int64 (n_cells + 1,), gene_ids uint16 (nnz,), counts (nnz,) uint16
-      |                            or float32, cell_ids uint64 (n_cells,); obs: {column: str (n_cells,)}
-      |      CellOrder           order.py: numbers alone. Sizes of row groups and lengths of cells in; out, for an
-      |          |               epoch, a rank and a step: which rows go to which place of which batch
+ CorpusBuilder                   build.py, run by prepare.py; with gene_tables.py and splits.py
+      |   corpus/data/*.parquet, opened by corpus.py `Corpus`. One row is one cell: cell_id uint64, n_genes uint16,
+      |   gene_ids list<uint16>, counts list<uint16> or list<float32>, total_counts float32, annotations string
+      |   (optional: corpus/cache/*.arrow, the same rows in files that stream faster, by cache.py `write_cache`)
+      v
+ BlockReader                     blocks.py: decodes one row group ("block") at a time
+      |   Cells: indptr int64 (n_cells + 1,), gene_ids uint16 (nnz,), counts uint16 or float32 (nnz,),
+      |          cell_ids uint64 (n_cells,), total_counts float32 (n_cells,)
+      |   obs: {annotation: str (n_cells,)}
+      |
+      |      CellOrder           order.py: decides which cells make up which batch, from sizes and lengths alone
+      |          |   Pool: block, rows (n,) and places (n,) of each piece; bounds of the batches int64 (n_batches, 2)
       v          v
- CellStream                      stream.py: pools of 8,192 shuffled cells, read ahead in threads
-      |  Cells and obs of one batch, and the epoch of their random draws
-      v  collate.py <- captions.py <- ontology.py; instructions.py puts conversations in place of some cells
- BatchDataset                    batches.py: a `datasets.IterableDataset` of which one example is one finished batch,
-      |                          made ahead in threads
-      |  gene_ids int64 (B, G), expression float32 (B, G), cell_attention_mask int64 (B, G),
-      v  input_ids int64 (B, T), attention_mask int64 (B, T), ...
- Trainer                         ../trainer.py: `make_datasets`, and where a resumed run goes on
+ CellStream.batches              stream.py: copies some 8,000 cells at a time to their places, and slices batches
+      |   Cells of one batch (B cells), obs {annotation: str (B,)}, and the epoch
+      v
+ BatchDataset                    batches.py: a `datasets.IterableDataset`; calls the collator ahead, in a thread
+      |                          instructions.py: `InstructionBatches` puts conversations in place of some cells
+      v
+ AlignmentCollator, TuningCollator    collate.py: stages 1 and 2; `CaptionSampler` (captions.py) draws the texts
+      |   {name: tensor} of one batch, with G tokens in the longest cell and T in the longest text:
+      |   gene_ids int64 (B, G), expression float32 (B, G), cell_attention_mask int64 (B, G),
+      |   qformer_input_ids int64 (B, T) in stage 1; input_ids, labels int64 (B, T) in stage 2; ...
+      v
+ StreamTrainer                   ../trainer.py: `make_datasets` puts together all from `CellStream` on
 ```
 
 Each part can be used without those below it. Nothing here imports the rest of `train`.

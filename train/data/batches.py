@@ -1,4 +1,4 @@
-"""Finished batches as a `datasets.IterableDataset`: [`BatchDataset`], which every trainer of this package reads.
+"""Finished batches as a `datasets.IterableDataset`: [`BatchDataset`], the dataset of every trainer of this package.
 
 ```python
 stream = CellStream("corpus", batch_size=64, rank=rank, world_size=world_size)
@@ -12,29 +12,27 @@ With a plain `transformers.Trainer`, or TRL's trainers:
 arguments = TrainingArguments(
     per_device_train_batch_size=1,                   # one example is one batch
     remove_unused_columns=False,
-    accelerator_config={"dispatch_batches": False},  # every rank reads its own share
+    accelerator_config={"dispatch_batches": False},  # each rank loads its own share
 )
 trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=operator.itemgetter(0))
 ```
 
-**Ranks.** A dataset reads the share of its stream's own rank. Of a stream that was opened for one process,
-`dataset.shard(n, r)` reads the share of rank `r`; accelerate calls this for every rank of a plain `Trainer`.
-(`datasets.distributed.split_dataset_by_node` gives each rank every n-th batch of the whole, which costs n times the
-reading.)
+**Ranks.** A dataset has the batches of its stream's rank. If the stream was opened for one process,
+`dataset.shard(n, r)` is the share of rank `r` of `n`; accelerate calls `shard` on every rank of a plain `Trainer`.
+(`datasets.distributed.split_dataset_by_node` also works, but decodes the whole epoch on every rank.)
 
-**Epochs** all have as many batches as the first, `len(dataset)`, since trainers ask once. Where the order of the cells
-has epochs of other lengths (balancing, token budgets), the batches simply go on: epoch `e` of the dataset begins after
-`e * len(dataset)` batches of the order. No batch is lost and none comes twice.
+**Epochs** of the dataset all have `len(dataset)` batches, because trainers take the length once. With balancing or
+token budgets, epochs of the order differ in length. Epoch `e` of the dataset then begins after `e * len(dataset)`
+batches of the order; no batch is lost or repeated.
 
-**Resuming** is exact in every epoch. A plain `Trainer` makes the batches that were trained on and throws them away;
-the trainers of this package call [`BatchDataset.skim`], which makes none of them. In a loop of your own, `state_dict`
-holds the position.
+**Resuming** is exact in every epoch. A plain `Trainer` collates the batches of the epoch that were trained on, and
+discards them; the trainers of this package call [`BatchDataset.skim`], which spares the collating. In a loop of your
+own, `state_dict` holds the position.
 """
 
 import collections
 import copy
 import itertools
-import queue
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, Self
@@ -48,48 +46,41 @@ from scmmgpt.train.data.blocks import Obs
 
 
 class CellSource(Protocol):
-    """Where the cells of batches come from: [`CellStream`], or anything that has the same few members."""
+    """Source of the cells of batches: [`CellStream`] from a corpus, or [`LabelledCells`] from memory."""
 
     rank: int
 
     @property
-    def world_size(self) -> int:
-        """Number of ranks."""
+    def world_size(self) -> int: ...  # noqa: D102 - as in `CellStream`
 
     @property
-    def n_cells(self) -> int:
-        """Cells of an epoch, over all ranks."""
+    def n_cells(self) -> int: ...  # noqa: D102
 
-    def __len__(self) -> int:
-        """Batches of this rank in an epoch."""
+    def __len__(self) -> int: ...
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Generator[tuple[Cells, Obs, int], None, None]:
-        """Cells, annotations, and the epoch of their random draws, from batch `start` of an epoch to its end."""
+    def batches(self, epoch: int = 0, start: int = 0) -> Generator[tuple[Cells, Obs, int], None, None]: ...  # noqa: D102
 
-    def for_rank(self, rank: int, world_size: int) -> Self:
-        """The same cells as another rank reads them."""
+    def for_rank(self, rank: int, world_size: int) -> Self: ...  # noqa: D102
 
-    def identity(self) -> dict:
-        """What a position within an epoch depends on, JSON-able."""
+    def identity(self) -> dict: ...  # noqa: D102
 
 
 class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
-    """Finished batches of a source of cells; they are made ahead of the consumer in threads.
+    """Finished batches of a source of cells; a thread collates up to three batches ahead of the consumer.
 
     Args:
         source: The cells.
-        collate: `collate(cells, obs, epoch=...)` returns the model's inputs by name. Each thread works with a copy,
-            since tokenizers don't serve two threads at a time.
-        workers: Threads that collate. Two results per thread wait.
+        collate: `collate(cells, obs, epoch=...)` returns the model's inputs by name. The thread has a copy of
+            `collate`, because tokenizers must not be used by two threads at a time.
     """
 
-    def __init__(self, source: CellSource, collate: Callable[..., Mapping[str, Any]], *, workers: int = 1) -> None:
-        self.source, self.workers = source, workers
-        self.collate: Any = collate  # callers know its kind
-        self.n_cells_read = 0  # in all epochs
-        self._step = 0  # batches of this epoch that were handed out
-        self._goes_on = False  # whether the next iteration begins at `_step`, not at the beginning
-        self._n_skimmed = 0
+    def __init__(self, source: CellSource, collate: Callable[..., Mapping[str, Any]]) -> None:
+        self.source = source
+        self.collate: Any = collate  # `Any`, since callers use members of their own collators
+        self.n_cells_read = 0  # cells of all batches so far, over all epochs
+        self._step = 0  # batches of this epoch that were yielded
+        self._goes_on = False  # whether the next iteration begins at `_step` in place of 0
+        self._n_skimmed = 0  # batches that the next iteration leaves empty
         super().__init__(ExamplesIterable(self._examples, {}))
 
     def __len__(self) -> int:
@@ -103,48 +94,55 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
 
     @property
     def num_shards(self) -> int:
-        """Ranks that the dataset can be dealt out to."""
+        """Most ranks that can share the dataset."""
         return max(self.source.world_size, len(self))
 
     def shard(self, num_shards: int, index: int, contiguous: bool = True) -> "BatchDataset":
-        """The share of rank `index` of `num_shards`; of a dataset that is this share already, itself."""
+        """The share of rank `index` of `num_shards`; a dataset that is this share already returns itself."""
         own = self.source.rank, self.source.world_size
         if own == (index, num_shards):
             return self
         if own != (0, 1):
-            raise ValueError(f"This dataset is the share of rank {own[0]} of {own[1]}; it can't be divided again.")
+            raise ValueError(
+                f"This dataset is the share of rank {own[0]} of {own[1]} and can't be divided again. Call `shard` on "
+                "the dataset of a single process."
+            )
         return self._over(self.source.for_rank(index, num_shards))
 
     def of_all_ranks(self) -> "BatchDataset":
-        """The batches that a single process would see: the same on every rank."""
+        """The batches of a single process, the same on every rank."""
         return self._over(self.source.for_rank(0, 1))
 
     def _over(self, source: CellSource) -> "BatchDataset":
-        return BatchDataset(source, self.collate, workers=self.workers)
+        return BatchDataset(source, self.collate)
 
     # Position
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; its order and its random draws are its own. A position loaded within it is kept."""
+        """Choose the epoch, which decides order and random draws. A position loaded for this epoch is kept."""
         if epoch != self.epoch:
             self._step, self._goes_on = 0, False
         super().set_epoch(epoch)
 
     def skim(self, n_batches: int) -> None:
-        """Let the next iteration yield empty batches in place of the first: whoever asks throws them away."""
+        """Let the next iteration yield `n_batches` empty batches first, for a consumer that discards them."""
         self._n_skimmed = n_batches
 
     def state_dict(self) -> dict:
-        """The position, JSON-able and the same on all ranks, with what it depends on."""
+        """The position and what it depends on, as JSON types; the same on all ranks."""
         return {"epoch": self.epoch, "step": self._step, **self.source.identity()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go to a saved position: the next iteration yields what was not handed out before."""
+        """Go to a saved position: the next iteration begins with the first batch that was not yielded before.
+
+        Raises:
+            ValueError: If the position was saved by a stream with other settings or other cells.
+        """
         for name, value in self.source.identity().items():
             if state_dict.get(name, value) != value:
                 raise ValueError(
-                    f"The state was saved with {name}={state_dict[name]!r}, but this stream has {value!r}: the "
-                    "position would mean other cells. Use the same setting, or start at an epoch with `set_epoch`."
+                    f"The state was saved with {name}={state_dict[name]!r}, but this stream has {value!r}, where the "
+                    "position has other cells. Use the same setting, or start an epoch with `set_epoch`."
                 )
         self.set_epoch(int(state_dict["epoch"]))
         self._step, self._goes_on = int(state_dict["step"]), True
@@ -167,29 +165,22 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
             batches.close()
 
     def make_batch(self, collate: Any, cells: Cells, obs: Obs, *, epoch: int, number: int) -> Mapping[str, Any]:
-        """Finish one batch, in a thread; `number` counts the batches of this rank from the beginning of epoch 0."""
+        """Collate one batch, in the thread; `number` counts the batches of this rank from the start of epoch 0."""
         return collate(cells, obs, epoch=epoch)
 
     def _make_ahead(self, start: int) -> Generator[tuple[int, Mapping[str, Any]], None, None]:
         """Numbers of cells and finished batches, in order."""
-        collators: queue.SimpleQueue[Callable] = queue.SimpleQueue()
-        for _ in range(self.workers):
-            collators.put(copy.deepcopy(self.collate))
+        collate = copy.deepcopy(self.collate)
 
         def make(number: int, cells: Cells, obs: Obs, epoch: int) -> tuple[int, Mapping[str, Any]]:
-            collate = collators.get()
-            try:
-                return len(cells), self.make_batch(collate, cells, obs, epoch=epoch, number=number)
-            finally:
-                collators.put(collate)
+            return len(cells), self.make_batch(collate, cells, obs, epoch=epoch, number=number)
 
         pending: collections.deque[Future] = collections.deque()
-        numbers = itertools.count(self.epoch * len(self) + start)
-        source, executor = self.source.batches(self.epoch, start), ThreadPoolExecutor(self.workers)
+        source, executor = self.source.batches(self.epoch, start), ThreadPoolExecutor(1)
         try:
-            for cells, obs, epoch in source:
-                pending.append(executor.submit(make, next(numbers), cells, obs, epoch))
-                if len(pending) > 2 * self.workers:
+            for number, batch in enumerate(source, self.epoch * len(self) + start):
+                pending.append(executor.submit(make, number, *batch))
+                if len(pending) > 2:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -198,5 +189,5 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
             source.close()
 
     def _examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """For what `datasets` derives from this one, such as `map`."""
+        """Numbered batches, for datasets that `map` and other methods derive from this one."""
         yield from enumerate(iter(self))

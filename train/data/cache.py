@@ -1,16 +1,16 @@
-"""A copy of a corpus that streams some 2.5 times as fast: `python -m scmmgpt.train cache CORPUS`.
+"""Copy a corpus into files that stream some 2.5 times as fast: `python -m scmmgpt.train cache CORPUS`.
 
-Published shards are Parquet of lists of delta-coded integers, which is small (1.7 kB a synthetic cell) and costs some
-25 microseconds of CPU a cell to decode. The copy is Arrow IPC files of the same rows and row groups under LZ4, 4.3 kB
-a cell, which pyarrow reads through a memory map in some 4 microseconds:
+The shards of a corpus are Parquet files of delta-coded integers: small (1.7 kB a synthetic cell), but some 25
+microseconds of CPU a cell to decode. The copies are Arrow IPC files of the same rows and row groups under LZ4: 4.3 kB
+and some 4 microseconds a cell, through a memory map.
 
 ```
 cache/train-00000-of-00003.arrow    the rows of data/train-00000-of-00003.parquet
 ```
 
-A stream reads the copy of a shard where there is one. The checksum of the shard is part of its copy, so a copy of
-another state of the corpus is left aside. Arrow files have no checksums of their own: the copy belongs on a disk that
-can be trusted, and is never published. To have it on another disk, make `cache` a link.
+A stream reads the copy of a shard in place of the shard. A copy holds the checksum of its shard, and is ignored if the
+shard has changed. Arrow files have no checksums of their own: keep copies on a disk that you trust, and do not publish
+them. To keep copies on another disk, make `cache` a link.
 """
 
 import argparse
@@ -36,19 +36,23 @@ def cached_path(corpus: Corpus, shard: Shard) -> Path:
 
 
 def is_cached(corpus: Corpus, shard: Shard) -> bool:
-    """Whether there is a copy of a shard as it is now."""
+    """Whether a shard has a copy, and the copy is of the shard as it is now."""
     path = cached_path(corpus, shard)
     if not path.exists():
         return False
     with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
         found = file.schema.metadata[b"sha256"].decode()
     if found != shard.sha256:
-        logger.warning("%s is not used: it is a copy of another state of the corpus.", path)
+        logger.warning(
+            "%s is not used: it is a copy of another state of the corpus. Run `python -m scmmgpt.train cache %s`.",
+            path,
+            corpus.path,
+        )
     return found == shard.sha256
 
 
 def open_cached(corpus: Corpus, shard: Shard, columns: list[str]) -> pa.ipc.RecordBatchFileReader:
-    """Open the copy of a shard, of which only these columns are read."""
+    """Open the copy of a shard to read these columns."""
     source = pa.memory_map(str(cached_path(corpus, shard)))
     names = pa.ipc.open_file(source).schema.names
     options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns], use_threads=False)
@@ -56,9 +60,9 @@ def open_cached(corpus: Corpus, shard: Shard, columns: list[str]) -> pa.ipc.Reco
 
 
 def write_cache(corpus: Corpus, *, num_threads: int = 1) -> Path:
-    """Copy the shards of a corpus that have no copy yet; returns the folder.
+    """Copy the shards of a corpus that have no copy yet, and return the folder of the copies.
 
-    A copy gets its name when it is complete: streams may read meanwhile, and a build that was stopped goes on.
+    A copy gets its name when it is complete: streams may read the corpus meanwhile, and a stopped command continues.
     """
     folder = corpus.path / "cache"
     folder.mkdir(exist_ok=True)
@@ -71,7 +75,7 @@ def write_cache(corpus: Corpus, *, num_threads: int = 1) -> Path:
 
 def _copy_shard(corpus: Corpus, shard: Shard) -> None:
     with corpus.open_shard(shard) as file, whole_file(cached_path(corpus, shard)) as temporary:
-        # The labels of all row groups at once: an Arrow file has one dictionary for each column.
+        # Labels of all row groups at once, because an Arrow file has one dictionary for each column.
         labels = file.read(columns=list(OBS_COLUMNS)).unify_dictionaries()
         schema, options = None, pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.OSFile(str(temporary), "wb") as sink, contextlib.ExitStack() as stack:
@@ -88,12 +92,12 @@ def _copy_shard(corpus: Corpus, shard: Shard) -> None:
 
 
 def make_parser(prog: str = "python -m scmmgpt.train cache") -> argparse.ArgumentParser:
-    """Arguments of `python -m scmmgpt.train cache`."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line."""
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", help="folder of the corpus")
-    parser.add_argument("--num-threads", type=int, default=os.cpu_count() or 1, help="shards copied at a time")
+    parser.add_argument(
+        "--num-threads", type=int, default=os.cpu_count() or 1, help="number of shards to copy at a time"
+    )
     return parser
 
 

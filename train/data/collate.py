@@ -1,4 +1,4 @@
-"""Cells and their annotations -> training batches, through the one processor."""
+"""Cells and their annotations -> inputs of the models, through [`ScMMGPTProcessor`]."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler
 
 
 def type_ids(obs: Mapping[str, np.ndarray], captions: list[str]) -> torch.Tensor:
-    """What each caption means, int64 `(n_cells,)`: the cell type's id, its name, or the caption itself.
+    """Hash of each caption's meaning, int64 `(n_cells,)`: of the CL id, the cell type, or the caption, as known.
 
-    Two captions of one type differ in words, tissue or markers; as answers to "what is this cell" they agree.
+    Two captions of one cell type may differ in words, tissue or markers; the contrast treats both as right.
     """
     names = np.array(captions, dtype=object)
     for column in ("cell_type", "cell_type_ontology_term_id"):
@@ -30,15 +30,16 @@ def rows_of(obs: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.n
 
 
 class AlignmentCollator:
-    """Batches of stage 1: cells, captions, and which captions mean the same.
+    """Batches of stage 1: cells, a caption of each, and which captions have the same meaning.
 
     Args:
-        processor: Makes every input.
-        captions: Writes the texts.
-        mask_ratio: Share of genes hidden for the masked-expression loss; `None` leaves that loss out.
-        mask_value: What stands in place of a hidden value, `ScGPTConfig.mask_value`.
-        max_genes: Longest cell; by default the processor's.
-        paired: Whether only a cell's own text is right for it, whatever others mean, as published.
+        processor: Encodes cells and captions.
+        captions: Draws the captions.
+        mask_ratio: Share of genes to hide for the masked-expression loss; `None` leaves that loss out.
+        mask_value: Value of hidden genes, `ScGPTConfig.mask_value`.
+        max_genes: Longest cell in tokens; by default the processor's.
+        paired: Whether a cell's own caption alone is right for the cell, as published; otherwise all captions of the
+            same meaning are.
     """
 
     def __init__(
@@ -62,14 +63,8 @@ class AlignmentCollator:
         batch["text_ids"] = torch.arange(len(texts)) if self.paired else type_ids(obs, texts)
         if self.mask_ratio is not None:
             extractor = self.processor.feature_extractor
-            hidden = mask_genes(
-                batch["gene_ids"],
-                batch["cell_attention_mask"],
-                cells.cell_ids,
-                self.mask_ratio,
-                seed=extractor.seed,
-                epoch=epoch,
-            )
+            genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
+            hidden = mask_genes(*genes, self.mask_ratio, seed=extractor.seed, epoch=epoch)
             batch["expression_labels"] = batch["expression"].masked_fill(~hidden, -100)
             batch["masked_expression"] = batch["expression"].masked_fill(hidden, self.mask_value)
         return batch
@@ -78,16 +73,15 @@ class AlignmentCollator:
 class TuningCollator:
     """Batches of stage 2: every cell is either described (cell -> text) or generated (text -> cell).
 
-    Cells of a batch that are to be generated from the same prompt share its row: the language model reads it once.
+    Target cells with the same prompt share one row of `input_ids`, so the language model encodes the prompt once.
 
     Args:
-        processor: Makes every input.
-        captions: Writes descriptions (`answer`) and prompts (`caption`).
-        text_to_cell_ratio: Share of cells to generate; which ones is a hash of cell and epoch.
-        prompts_per_epoch: Different prompts that cells of equal annotations are generated from in an epoch; by default
-            each cell's prompt is drawn for itself.
+        processor: Encodes cells, prompts and descriptions.
+        captions: Draws descriptions (`answer`) and prompts (`caption`).
+        text_to_cell_ratio: Share of cells to generate; they are chosen by a hash of cell and epoch.
+        prompts_per_epoch: Number of prompts in an epoch for all cells with equal annotations; by default a prompt is
+            drawn for each cell.
         target_genes: Vocabulary ids of the genes that the corpus measured.
-        max_genes: Longest cell; by default the processor's.
     """
 
     def __init__(
@@ -98,16 +92,15 @@ class TuningCollator:
         text_to_cell_ratio: float = 0.5,
         prompts_per_epoch: int | None = None,
         target_genes: np.ndarray | None = None,
-        max_genes: int | None = None,
     ) -> None:
         self.processor, self.captions = processor, captions
         self.text_to_cell_ratio, self.prompts_per_epoch = text_to_cell_ratio, prompts_per_epoch
-        self.target_genes, self.max_genes = target_genes, max_genes
+        self.target_genes = target_genes
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
         """Inputs of [`ScMMGPTForConditionalGeneration`]: described cells first, then the distinct prompts."""
         generated = self.is_generated(cells.cell_ids, epoch)
-        # Neither text is told about the cell's own genes: a prompt must not hint at its target.
+        # Captions without `cells` name no marker genes: a prompt must not give its target away.
         answers = self.captions.answer(rows_of(obs, ~generated), cell_ids=cells.cell_ids[~generated], epoch=epoch)
         targets = rows_of(obs, generated)
         drawn_for = self.prompt_ids(targets, cells.cell_ids[generated])
@@ -122,13 +115,12 @@ class TuningCollator:
             target_rows=np.array([prompts[text] for text in captions], dtype=np.int64),
             target_genes=self.target_genes,
             epoch=epoch,
-            max_genes=self.max_genes,
         )
         return dict(batch)
 
     def prompt_ids(self, obs: Mapping[str, np.ndarray], cell_ids: np.ndarray) -> np.ndarray:
-        """uint64 `(n_cells,)`: what each prompt is drawn for, whatever the batch: the cell, or one of a few slots of
-        all cells that are annotated alike.
+        """Id that each cell's prompt is drawn by, uint64 `(n_cells,)`: the cell's own, or one of `prompts_per_epoch`
+        ids that all cells with equal annotations share.
         """
         if self.prompts_per_epoch is None:
             return cell_ids
@@ -137,6 +129,6 @@ class TuningCollator:
         return hash_names(np.array(annotations, dtype=str)) + cell_ids % np.uint64(self.prompts_per_epoch)
 
     def is_generated(self, cell_ids: np.ndarray, epoch: int) -> np.ndarray:
-        """Bool `(n_cells,)`: which cells are generated in this epoch."""
+        """Whether each cell is generated in this epoch, bool `(n_cells,)`; other cells are described."""
         names = np.char.add(np.asarray(cell_ids).astype(str), f"/{epoch}/{DIRECTION_SEED}")
         return hash_names(names) < np.uint64(self.text_to_cell_ratio * float(2**64 - 2**11))

@@ -1,13 +1,14 @@
-r"""Questions and answers about cells, mixed into stage 2: what `tune --instructions FILE` reads.
+r"""Conversations about cells, to mix into stage 2: the file of `tune --instructions FILE`.
 
 ```
 {"messages": [{"role": "user", "content": "<cell>\nWhich cell is this?"},
               {"role": "assistant", "content": "A B cell."}], "cell_ids": ["11400714819323198485"]}
 ```
 
-A row is a conversation in the chat format of transformers, of JSONL or Parquet. Every `<cell>` in it (or content part
-`{"type": "cell"}`) stands for one cell of the corpus's training split, named in reading order by `cell_ids`, the
-corpus's own, as integers or strings, or by `barcodes`. The assistant's turns are learned, all others are read.
+A row of the file, JSONL or Parquet, is a conversation in the chat format of transformers. Every `<cell>` in the
+conversation (or content part `{"type": "cell"}`) stands for one cell of the corpus's training split. `cell_ids` names
+these cells in the order of the text, by the corpus's `cell_id` as integer or string; `barcodes` may take its place.
+The loss is on the assistant's turns alone.
 """
 
 import json
@@ -24,23 +25,24 @@ import torch
 
 from scmmgpt.cells_scmmgpt import INSTRUCTION_SEED, Cells, permutation
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train.data.batches import BatchDataset, CellSource, Obs
+from scmmgpt.train.data.batches import BatchDataset, CellSource
+from scmmgpt.train.data.blocks import Obs
 from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import CELL_COLUMNS, Corpus, table_to_cells
 
 
 KEYS = {"cell_ids": "cell_id", "barcodes": "barcode"}  # column of the file -> column of the corpus
-SHOWN = 5  # values that an error lists, at most
+SHOWN = 5  # most values that an error lists
 
 
 @dataclass
 class Instructions:
-    """Conversations and the cells that they are about.
+    """Conversations and their cells.
 
     Args:
-        conversations: Messages of each, with string contents.
-        cell_rows: For each, its cells by their place in `cells`, in reading order.
-        cells: Every cell that is mentioned, once.
+        conversations: Messages of each conversation, with string contents.
+        cell_rows: Cells of each conversation, as positions in `cells`, in the order of the text.
+        cells: Every cell of any conversation, once; `None` if there is no cell.
     """
 
     conversations: list[list[dict[str, str]]]
@@ -52,20 +54,19 @@ class Instructions:
 
 
 def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) -> Instructions:
-    """Read and check a file of conversations, and fetch their cells from the training split.
+    """Read and check a file of conversations, and load their cells from the training split.
 
     Raises:
-        ValueError: With the row and its values, if roles are not a system message at most, then user and assistant in
-            turn; if placeholders and cells differ in number; if a cell is not in the training split; or if the
-            language model's chat template can't render such a conversation.
+        ValueError: With the row and its values, if the roles are not user and assistant in turn, after at most one
+            system message; if placeholders and cells differ in number; if a cell is not in the training split; or if
+            the language model's chat template can't render the conversation.
     """
-    conversations, names = [], []
-    column = None
-    rendered = set()
+    conversations, names, column = [], [], None
+    rendered = set()  # roles of conversations for which the chat template was checked
     for where, row in _rows(Path(path)):
         own = [key for key in KEYS if row.get(key) is not None]
         if len(own) > 1 or (column is not None and own and own != [column]):
-            raise ValueError(f"{where} names its cells by {own}; name those of all rows by one of {list(KEYS)}.")
+            raise ValueError(f"{where} names its cells by {own}; name the cells of all rows by one of {list(KEYS)}.")
         column = column or (own[0] if own else None)
         messages = _check_messages(row.get("messages"), where, processor)
         cells = list(row[own[0]]) if own else []
@@ -88,9 +89,9 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """What to call each row in errors, and the row."""
+    """Name for errors, and content, of each row."""
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file of instructions at {path}.")
+        raise FileNotFoundError(f"There is no file of conversations at {path}.")
     if path.suffix == ".parquet":
         for number, row in enumerate(pq.read_table(path).to_pylist()):
             yield f"Row {number} of {path}", row
@@ -102,37 +103,37 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path} is not valid JSON: {error}.") from None
-            if not isinstance(row, Mapping):
-                raise ValueError(f"Line {number} of {path} is not a JSON object, but {type(row).__name__}.")
-            yield f"Line {number} of {path}", dict(row)
+                raise ValueError(f"Line {number} of {path} is not JSON: {error}.") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"Line {number} of {path} is a {type(row).__name__}; write a JSON object a line.")
+            yield f"Line {number} of {path}", row
 
 
 def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> list[dict[str, str]]:
-    """The messages with string contents, in an order that can be learned."""
+    """The messages with string contents; refuses roles in another order, and placeholders in the assistant's turns."""
     if not messages or not all(message.get("role") and message.get("content") for message in messages):
         raise ValueError(f"{where} has messages {messages!r}; each needs a role and a content.")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise ValueError(f"{where} has no assistant turn, so nothing to learn; its roles are {roles}.")
+        raise ValueError(f"{where} has no assistant turn to learn from; its roles are {roles}.")
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError(
-            f"{where} has the roles {roles}; after one system message at most, user and assistant take turns and "
-            "the assistant has the last."
+            f"{where} has the roles {roles}; after at most one system message, user and assistant take turns, and "
+            "the last turn is the assistant's."
         )
     messages = [{"role": m["role"], "content": m["content"]} for m in processor.flatten_messages(messages)]
     for message in messages:
         if message["role"] == "assistant" and processor.cell_token in message["content"]:
             raise ValueError(
-                f"{where}: the assistant writes {processor.cell_token} in {message['content']!r}, but the model is "
-                "not to write placeholders. Show cells in the user's turns."
+                f"{where}: the assistant writes {processor.cell_token} in {message['content']!r}, but the model must "
+                "not learn to write placeholders. Show cells in the user's turns."
             )
     return messages
 
 
 def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[list[list[int]], Cells | None]:
-    """Places of each row's cells among the cells that are fetched, and these."""
+    """Positions of each row's cells among the cells of all rows, and the cells of all rows."""
     if column == "cell_id":
         names = [(where, [_cell_id(name, where) for name in own]) for where, own in names]
     wanted = {name for _, own in names for name in own}
@@ -143,20 +144,18 @@ def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[
     for found, cells in _search(corpus, "train", column, sorted(wanted)):
         for name in found:
             if name in places:
-                raise ValueError(f"The barcode {name!r} is that of several cells of {corpus.path}; use `cell_ids`.")
+                raise ValueError(f"Several cells of {corpus.path} have the barcode {name!r}; use `cell_ids`.")
             places[name] = len(places)
         batches.append(cells)
     for where, own in names:
         unknown = [name for name in own if name not in places]
         if unknown:
-            held_out = [
-                split
-                for split in corpus.split_names
-                if split != "train" and any(_search(corpus, split, column, unknown))
-            ]
-            reason = f"some are in the split {held_out[0]!r}, which is not to be trained on" if held_out else "unknown"
+            others = [split for split in corpus.split_names if split != "train"]
+            held_out = [split for split in others if any(_search(corpus, split, column, unknown))]
+            reason = f"some are in the split {held_out[0]!r}, which is held out" if held_out else "unknown"
             raise ValueError(
-                f"{where} names cells that the training split of {corpus.path} has not: {unknown[:SHOWN]} ({reason})."
+                f"{where} names cells that are not in the training split of {corpus.path}: {unknown[:SHOWN]} "
+                f"({reason}). Leave the row out, or name cells of the training split."
             )
     return [[places[name] for name in own] for _, own in names], Cells.concatenate(batches)
 
@@ -167,12 +166,14 @@ def _cell_id(name: Any, where: str) -> int:
     except (TypeError, ValueError):
         value = -1
     if isinstance(name, float) or not 0 <= value < 2**64:
-        raise ValueError(f"{where}: the cell id {name!r} is no integer of 64 bits; see `cell_id` of the corpus.")
+        raise ValueError(
+            f"{where}: the cell id {name!r} is not an integer of 64 bits; copy it from the corpus's `cell_id`."
+        )
     return value
 
 
 def _search(corpus: Corpus, split: str, column: str, wanted: list) -> Iterator[tuple[list, Cells]]:
-    """The wanted cells of a split, by row groups: their names, and themselves. Other row groups are passed over."""
+    """Yield names and cells of the wanted cells of a split, by row group; row groups without any are not decoded."""
     for shard in corpus.shards(split):
         with corpus.open_shard(shard) as file:
             for group in range(file.num_row_groups):
@@ -188,18 +189,13 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels that are -100 outside the assistant's turns.
 
-    A turn is the same tokens as when it is generated: the prompt as the template writes it, the answer apart from it,
-    and the end-of-text token, which is learned too.
-
-    Args:
-        messages: With string contents.
-        processor: Its tokenizer, chat template, and number of tokens that a cell takes.
-        where: What to call the conversation in an error.
+    A turn has the same tokens as in generation: prompt and answer are tokenised separately, and the answer ends with
+    the end-of-text token, which is learned too. `where` names the conversation in errors.
     """
     tokenizer = processor.tokenizer
     ids: list[int] = []
     labels: list[int] = []
-    written = ""
+    written = ""  # text of all turns so far
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -208,9 +204,9 @@ def encode_conversation(
         whole = processor.apply_chat_template(messages[: turn + 1], tokenize=False)
         if not prompt.startswith(written) or not whole.startswith(prompt + answer):
             raise ValueError(
-                f"{where}: the chat template of the language model writes turn {turn + 1} differently once the "
-                f"conversation goes on: {whole[len(written) :]!r} does not continue {prompt[len(written) :]!r} by the "
-                "answer. Use a template that only appends."
+                f"{where}: the chat template of the language model writes turn {turn + 1} differently when the "
+                f"conversation continues: {whole[len(written) :]!r} is not {prompt[len(written) :]!r} and the answer. "
+                "Use a template that only appends text."
             )
         rest = prompt[len(written) :].replace(processor.cell_token, processor.cell_token * processor.num_query_tokens)
         special = not ids and not processor.has_special_start(rest)
@@ -227,53 +223,53 @@ def encode_conversation(
 class InstructionBatches(BatchDataset):
     """Batches of stage 2 in which conversations take the place of some cells.
 
-    The number of a batch decides which conversations, so that resuming needs no state: ranks deal the conversations
-    out in an order that is permuted anew each time through, and each is seen as often as any other.
+    The number of a batch determines its conversations, so resuming needs no state. Batches and ranks divide the
+    conversations among them in a random order, which is drawn again after each pass through all conversations; all
+    conversations occur equally often.
 
     Args:
-        batches: The batches of a [`CellStream`] with a batch size that conversations are mixed with.
+        batches: Batches of cells; their stream has a `batch_size`.
         instructions: The conversations.
-        ratio: Share of the places in a batch that they take.
-        seed: Of their order.
+        ratio: Share of conversations in a batch.
+        seed: Seed of the order of conversations.
     """
 
     def __init__(self, batches: BatchDataset, instructions: Instructions, *, ratio: float, seed: int) -> None:
-        super().__init__(batches.source, batches.collate, workers=batches.workers)
+        super().__init__(batches.source, batches.collate)
         self.batch_size: int = batches.source.order.batch_size  # type: ignore[attr-defined]
         self.instructions, self.ratio, self.seed = instructions, ratio, seed
 
     def _over(self, source: CellSource) -> "InstructionBatches":
-        batches = BatchDataset(source, self.collate, workers=self.workers)
-        return InstructionBatches(batches, self.instructions, ratio=self.ratio, seed=self.seed)
+        return InstructionBatches(super()._over(source), self.instructions, ratio=self.ratio, seed=self.seed)
 
     def make_batch(
         self, collate: TuningCollator, cells: Cells, obs: Obs, *, epoch: int, number: int
     ) -> Mapping[str, Any]:
         """Described and generated cells first, then the conversations."""
         chosen = self.conversations_of(number)[: len(cells)]
-        kept = slice(0, len(cells) - len(chosen))
-        batches = []
-        if len(cells) > len(chosen):
-            kept_obs = {name: values[kept] for name, values in obs.items()}
-            batches.append(dict(collate(cells[kept], kept_obs, epoch=epoch)))
-        if chosen:
-            batches.append(encode_conversations(self.instructions, chosen, collate, epoch=epoch))
-        return append_rows(*batches, processor=collate.processor) if len(batches) > 1 else batches[0]
+        n_kept = len(cells) - len(chosen)
+        if not chosen:
+            return collate(cells, obs, epoch=epoch)
+        discussed = encode_conversations(self.instructions, chosen, collate, epoch=epoch)
+        if n_kept == 0:
+            return discussed
+        kept = collate(cells[:n_kept], {name: values[:n_kept] for name, values in obs.items()}, epoch=epoch)
+        return append_rows(kept, discussed, processor=collate.processor)
 
     def conversations_of(self, number: int) -> list[int]:
-        """Numbers of the conversations in a batch of this rank, which is counted from the beginning of epoch 0."""
-        first, last = (int(batches * self.batch_size * self.ratio) for batches in (number, number + 1))
+        """Numbers of the conversations in a batch of this rank; batches are counted from the start of epoch 0."""
+        first, last = (int(n_batches * self.batch_size * self.ratio) for n_batches in (number, number + 1))
         start = first * self.source.world_size + self.source.rank * (last - first)
-        places, total = range(start, start + last - first), len(self.instructions)
-        times = {place // total for place in places}  # times through all conversations
-        orders = {time: permutation(total, self.seed, INSTRUCTION_SEED, time) for time in times}
-        return [int(orders[place // total][place % total]) for place in places]
+        total = len(self.instructions)
+        places = [divmod(i, total) for i in range(start, start + last - first)]  # pass, and place in its order
+        orders = {n: permutation(total, self.seed, INSTRUCTION_SEED, n) for n in {n for n, _ in places}}
+        return [int(orders[n][place]) for n, place in places]
 
 
 def encode_conversations(
     instructions: Instructions, chosen: list[int], collate: TuningCollator, *, epoch: int
 ) -> dict[str, torch.Tensor]:
-    """Inputs of the chosen conversations: texts padded on the left, and their cells in reading order."""
+    """Inputs of the chosen conversations: texts padded on the left, and their cells in the order of the texts."""
     processor = collate.processor
     encoded = [encode_conversation(instructions.conversations[i], processor, f"conversation {i}") for i in chosen]
     length = max(len(ids) for ids, _ in encoded)
@@ -287,12 +283,12 @@ def encode_conversations(
     if places:
         assert instructions.cells is not None
         cells = instructions.cells[np.array(places)]
-        batch |= processor(cells=cells, epoch=epoch, max_genes=collate.max_genes)
+        batch |= processor(cells=cells, epoch=epoch)
     return batch
 
 
 def append_rows(first: dict, second: dict, *, processor: ScMMGPTProcessor) -> dict[str, torch.Tensor]:
-    """Two batches as one, the second without targets: texts padded left, cells right, no target in the new rows."""
+    """Join two batches, of which the second has no target cells; texts are padded on the left, cells on the right."""
     fill = {
         "input_ids": processor.tokenizer.pad_token_id,
         "labels": -100,
@@ -306,15 +302,13 @@ def append_rows(first: dict, second: dict, *, processor: ScMMGPTProcessor) -> di
         if name not in first:
             batch[name] = rows
             continue
-        length = max(first[name].shape[1], rows.shape[1])
-        left = name in ("input_ids", "attention_mask", "labels")
-        missing = [length - part.shape[1] for part in (first[name], rows)]
-        parts = [
-            pad(part, (n, 0) if left else (0, n), value=fill.get(name, 0))
-            for part, n in zip((first[name], rows), missing, strict=True)
-        ]
+        parts, length = [], max(first[name].shape[1], rows.shape[1])
+        for part in (first[name], rows):
+            n = length - part.shape[1]
+            sides = (n, 0) if name in ("input_ids", "attention_mask", "labels") else (0, n)
+            parts.append(pad(part, sides, value=fill.get(name, 0)))
         batch[name] = torch.cat(parts)
-    # One row per text: genes to be generated, none here.
+    # Target genes have a row per text; the rows of the second batch are empty.
     for name in ("target_gene_ids", "target_attention_mask"):
         if name in first:
             batch[name] = pad(first[name], (0, 0, 0, len(second["input_ids"])), value=fill.get(name, 0))

@@ -1,16 +1,17 @@
-"""Which cells come when: [`CellOrder`]. Numbers in, numbers out; `stream.py` reads the cells.
+"""The order of cells in training: [`CellOrder`]. It holds numbers alone; `stream.py` reads the cells.
 
-1. **Blocks.** A permutation by (seed, epoch) orders the blocks of the split, which are row groups of its shards. Laid
-   end to end in this order, the cells of the epoch are one long sequence. With balancing, a cell occurs in the
-   sequence as often as it was drawn for this epoch.
-2. **Ranks.** Rank `r` of `n` owns the `r`-th of `n` equal stretches of the sequence. All ranks take as many steps:
-   where the division leaves a remainder, a few cells occur on two ranks.
-3. **Pools.** A stretch is cut into pools of some 8,000 cells, which are read together.
-4. **Batches.** A pool is permuted and cut into batches: of so many cells, or of cells of like length within a number
-   of tokens. The length of every cell is known beforehand, so batches are known before anything is read.
+1. **Blocks.** A permutation by (seed, epoch) orders the blocks of the split, which are row groups of its shards. The
+   cells of the blocks in this order are the sequence of the epoch. Balancing repeats cells in the sequence, or leaves
+   them out.
+2. **Ranks.** Rank `r` of `n` owns the `r`-th of `n` equal stretches of the sequence. All ranks take equally many
+   steps: where the division leaves a remainder, a few cells occur on two ranks.
+3. **Pools.** Each stretch is cut into pools of some 8,000 cells, which are read together.
+4. **Batches.** Each pool is permuted and cut into batches, either of a fixed number of cells, or of cells of similar
+   length within a number of tokens. The corpus stores the length of every cell in a column of its own, so batches are
+   known before the cells are read.
 
-All randomness is hashes of (seed, epoch, place in the sequence): the order depends on nothing else, is the same on
-every platform, and any step of any epoch can be found without the steps before it.
+All randomness is hashed from seed, epoch and position in the sequence. The order is therefore the same on every
+platform, and any step of any epoch is found without the steps before it.
 """
 
 import dataclasses
@@ -24,18 +25,17 @@ import numpy as np
 from scmmgpt.cells_scmmgpt import hashes, permutation
 
 
-POOL_SIZE = 8192  # cells that are shuffled together; two pools are in memory at a time, some 50 MB each
-MAX_REPEATS = 10  # times that balancing may show one cell in an epoch
+MAX_REPEATS = 10  # most times that balancing draws one cell in an epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Cells that are read together, and the batches that they make.
+    """Cells that are read together, and how they are cut into batches.
 
     Args:
-        pieces: What to read: a block, rows of it, and the place in the pool that each of these rows takes.
-        lengths: Genes of every cell of the pool, in the order of places, `uint16 (n_cells,)`.
-        bounds: First place of every batch and the one after its last, `int64 (n_batches, 2)`, in order.
+        pieces: Blocks to read; of each, the rows to take, `int64 (n_rows,)`, and their places in the pool, alike.
+        lengths: Genes of every cell by its place in the pool, `uint16 (n_cells,)`.
+        bounds: Batches in order, as `int64 (n_batches, 2)`: the first place of each, and the place after its last.
     """
 
     pieces: list[tuple[int, np.ndarray, np.ndarray]]
@@ -51,19 +51,19 @@ class CellOrder:
         block_sizes: Cells of every block, `int64 (n_blocks,)`.
         lengths: Genes of every cell, `uint16 (n_cells,)`, block after block.
         batch_size: Cells per batch. Give this or `token_budget`.
-        token_budget: Tokens per batch, padding included: cells times the length of the longest, where a cell's length
-            is its number of genes and one more for `<cls>`, at most `max_genes`. Batches hold cells of like length.
+        token_budget: Most tokens per batch, padding included: number of cells times the longest. A cell has a token
+            per gene and `<cls>`, and at most `max_genes` tokens. A batch holds cells of similar length.
         max_genes: Length at which the feature extractor cuts a cell.
-        shuffle: Whether to permute. Without, cells come in stored order.
-        label_codes: Label of every cell, `int (n_cells,)`, of which an epoch is to hold a more even share: it draws as
-            many cells as the split has, those of rare labels several times (`MAX_REPEATS` at most), those of frequent
-            ones not always, and others in every epoch. None: every cell once.
-        temperature: A label of `n` cells is drawn in proportion to `n ** (1 / temperature)`: 1 leaves things as they
-            are, infinity makes all labels equal.
+        shuffle: Whether to permute blocks, pools and batches; otherwise cells come in stored order.
+        label_codes: Label of every cell, `int32 (n_cells,)`, to balance: an epoch draws about as many cells as the
+            split has, those of rare labels up to `MAX_REPEATS` times, and only some of those of frequent labels, a
+            different choice in every epoch. `None` draws every cell once.
+        temperature: A label of `n` cells is drawn in proportion to `n ** (1 / temperature)`: 1 keeps the frequencies,
+            infinity makes them equal.
         seed: Seed of the order.
         world_size: Number of ranks.
         drop_last: Whether to leave out the last batch of an epoch if it is smaller than `batch_size`.
-        pool_size: Cells that are shuffled together.
+        pool_size: Cells that are shuffled together. Two pools are in memory at a time, some 50 MB each.
     """
 
     block_sizes: np.ndarray
@@ -77,44 +77,37 @@ class CellOrder:
     seed: int = 0
     world_size: int = 1
     drop_last: bool = False
-    pool_size: int = POOL_SIZE
+    pool_size: int = 8192
+    _epochs: dict[int, "EpochOrder"] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _n_steps: dict[int, int] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if (self.batch_size is None) == (self.token_budget is None):
-            raise ValueError(
-                f"Give batch_size ({self.batch_size}) or token_budget ({self.token_budget}), one of the two."
-            )
+            raise ValueError(f"Give either batch_size ({self.batch_size}) or token_budget ({self.token_budget}).")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
         if self.token_budget is not None and self.token_budget < self.max_genes:
             raise ValueError(
-                f"token_budget {self.token_budget} does not hold one cell of max_genes ({self.max_genes}) tokens."
+                f"token_budget is {self.token_budget}, which does not hold one cell of max_genes ({self.max_genes}) "
+                "tokens. Raise token_budget or lower max_genes."
             )
         if self.temperature < 1:
-            raise ValueError(f"temperature is {self.temperature}; 1 keeps the frequencies, more makes them more even.")
+            raise ValueError(f"temperature is {self.temperature}; it must be at least 1, which keeps the frequencies.")
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
         """Number of cells before each block, `int64 (n_blocks,)`."""
         return np.cumsum(self.block_sizes) - self.block_sizes
 
-    @functools.cached_property
-    def _epochs(self) -> dict[int, "EpochOrder"]:
-        return {}
-
-    @functools.cached_property
-    def _n_steps(self) -> dict[int, int]:
-        return {}
-
     def epoch(self, number: int) -> "EpochOrder":
-        """The order within one epoch. The latest is remembered."""
+        """The order within one epoch. The latest one is kept."""
         if number not in self._epochs:
             self._epochs.clear()
-            self._epochs[number] = EpochOrder.of(self, number)
+            self._epochs[number] = EpochOrder(self, number)
         return self._epochs[number]
 
     def n_steps(self, epoch: int) -> int:
-        """Batches of every rank in an epoch. Epochs differ with balancing and with a token budget."""
+        """Batches of every rank in an epoch. The number varies by epoch with balancing and with a token budget."""
         if self.label_codes is None and self.token_budget is None:
             epoch = 0
         if epoch not in self._n_steps:
@@ -122,7 +115,7 @@ class CellOrder:
         return self._n_steps[epoch]
 
     def locate(self, n_steps: int) -> tuple[int, int]:
-        """The epoch, and the step within it, that follow on so many steps from the beginning of epoch 0."""
+        """The epoch, and the step within it, after `n_steps` steps from the start of epoch 0."""
         epoch = 0
         while n_steps >= self.n_steps(epoch):
             n_steps -= self.n_steps(epoch)
@@ -130,7 +123,7 @@ class CellOrder:
         return epoch, n_steps
 
     def draw_repeats(self, epoch: int) -> np.ndarray | None:
-        """How often each cell occurs in an epoch, `uint8 (n_cells,)`; None for once."""
+        """Number of times that each cell occurs in an epoch, `uint8 (n_cells,)`; `None` if all occur once."""
         if self.label_codes is None:
             return None
         n_cells = np.bincount(self.label_codes)
@@ -144,60 +137,38 @@ class CellOrder:
         return whole.astype(np.uint8)[self.label_codes] + more.astype(np.uint8)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class EpochOrder:
-    """The order within one epoch; made by [`CellOrder.epoch`].
+    """The order within one epoch; made by [`CellOrder.epoch`]. `n_steps` is the number of batches of every rank."""
 
-    Args:
-        cells: The order that it belongs to.
-        epoch: Which epoch.
-        blocks: Blocks in the order of this epoch, `int64 (n_blocks,)`.
-        ends: For each of them, where it ends in the sequence of all cells, `int64 (n_blocks,)`.
-        repeats: How often each cell occurs in the sequence, `uint8 (n_cells,)`; None for once.
-        share: Cells of the stretch of each rank.
-        n_steps: Batches that every rank takes.
-    """
-
-    cells: CellOrder
-    epoch: int
-    blocks: np.ndarray
-    ends: np.ndarray
-    repeats: np.ndarray | None
-    share: int
-    n_steps: int
-
-    @classmethod
-    def of(cls, cells: CellOrder, epoch: int) -> "EpochOrder":
-        """Permute the blocks and divide the sequence among the ranks."""
-        repeats, sizes = cells.draw_repeats(epoch), cells.block_sizes
-        if repeats is not None:
-            sizes = np.add.reduceat(repeats.astype(np.int64), cells.starts)
-        blocks = permutation(len(sizes), cells.seed, epoch) if cells.shuffle else np.arange(len(sizes))
-        ends = np.cumsum(sizes[blocks])
-        share = -(-int(ends[-1]) // cells.world_size)
-        order = cls(cells, epoch, blocks, ends, repeats, share, n_steps=0)
+    def __init__(self, cells: CellOrder, epoch: int) -> None:
+        self.cells, self.epoch = cells, epoch
+        self._repeats, sizes = cells.draw_repeats(epoch), cells.block_sizes
+        if self._repeats is not None:
+            sizes = np.add.reduceat(self._repeats.astype(np.int64), cells.starts)
+        self._blocks = permutation(len(sizes), cells.seed, epoch) if cells.shuffle else np.arange(len(sizes))
+        self._ends = np.cumsum(sizes[self._blocks])  # of each block in the sequence of the epoch
+        self._share = -(-int(self._ends[-1]) // cells.world_size)  # cells of a rank
         if cells.batch_size is None:
             ranks = range(cells.world_size)
-            n_steps = max(sum(order._n_batches(*pool) for pool in order._cut(rank)) for rank in ranks)
+            self.n_steps = max(sum(self._n_batches(*pool) for pool in self._cut(rank)) for rank in ranks)
         elif cells.drop_last:
-            n_steps = share // cells.batch_size
-            if n_steps == 0:
+            self.n_steps = self._share // cells.batch_size
+            if self.n_steps == 0:
                 raise ValueError(
-                    f"drop_last leaves nothing of an epoch: a rank has {share} cells, batch_size is "
-                    f"{cells.batch_size}."
+                    f"drop_last leaves no batch in an epoch: a rank has {self._share} cells, batch_size is "
+                    f"{cells.batch_size}. Lower batch_size, or keep the last batch."
                 )
         else:
-            n_steps = -(-share // cells.batch_size)
-        return dataclasses.replace(order, n_steps=n_steps)
+            self.n_steps = -(-self._share // cells.batch_size)
 
     def pools(self, rank: int, step: int = 0) -> Iterator[tuple[int, int, int, int]]:
-        """The pools of a rank from a step on, until all steps are done.
+        """Yield the pools of a rank from a step to the end of the epoch.
 
         Yields:
-            Where the pool begins and ends in the sequence, and its first batch to be used and the one after the last.
+            `first, last, begin, end`: the pool is `[first, last)` of the sequence; its batches `[begin, end)` are due.
         """
         pools, at = self._cut(rank), 0
-        while at < self.n_steps:  # a rank with too few batches begins its stretch again
+        while at < self.n_steps:  # a rank with fewer batches than others repeats its stretch
             for first, last in pools:
                 n_batches = self._n_batches(first, last)
                 begin, end = max(step - at, 0), min(n_batches, self.n_steps - at)
@@ -208,23 +179,22 @@ class EpochOrder:
                     return
 
     def pool(self, first: int, last: int) -> Pool:
-        """What the pool `[first, last)` of the sequence reads, and the batches that it makes."""
+        """The pool that is `[first, last)` of the sequence."""
         pieces = self._pieces(first, last)
         lengths = self._lengths(pieces)
         order, bounds = self._arrange(lengths, first)
         places = np.empty(len(order), dtype=np.int64)
         places[order] = np.arange(len(order))
-        edges = np.cumsum([len(rows) for _, rows in pieces])[:-1]
-        own_places = np.split(places, edges)
-        placed = [(block, rows, own) for (block, rows), own in zip(pieces, own_places, strict=True)]
+        places_by_piece = np.split(places, np.cumsum([len(rows) for _, rows in pieces])[:-1])
+        placed = [(block, rows, own) for (block, rows), own in zip(pieces, places_by_piece, strict=True)]
         return Pool(placed, lengths[order], bounds)
 
     def _cut(self, rank: int) -> list[tuple[int, int]]:
-        """Cut the stretch of a rank into pools of about equal size, the last one no worse mixed."""
-        unit = self.cells.batch_size or 1  # whole batches per pool: only the last of an epoch can be smaller
-        n_units = -(-self.share // unit)
+        """Cut the stretch of a rank into pools of about equal size, since a small last pool would mix fewer cells."""
+        unit = self.cells.batch_size or 1  # pools of whole batches: only the last batch of an epoch can be smaller
+        n_units = -(-self._share // unit)
         n_pools = max(-(-n_units // max(self.cells.pool_size // unit, 1)), 1)
-        edges = np.minimum(np.arange(n_pools + 1) * n_units // n_pools * unit, self.share) + rank * self.share
+        edges = np.minimum(np.arange(n_pools + 1) * n_units // n_pools * unit, self._share) + rank * self._share
         return list(itertools.pairwise(edges.tolist()))
 
     def _n_batches(self, first: int, last: int) -> int:
@@ -233,37 +203,25 @@ class EpochOrder:
         return len(self._arrange(self._lengths(self._pieces(first, last)), first)[1])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """The blocks, and their rows, that make up `[start, stop)` of the sequence; past its end it begins again."""
-        total = int(self.ends[-1])
-        spans = []
-        while start < stop:
-            first = start % total
-            last = min(first + stop - start, total)
-            spans.append((first, last))
-            start += last - first
+        """Blocks, and rows of each, that are `[start, stop)` of the sequence; after its end the sequence repeats."""
         pieces = []
-        for first, last in spans:
-            low, high = np.searchsorted(self.ends, [first, last - 1], side="right")
-            for place in range(low, high + 1):
-                block, end = int(self.blocks[place]), int(self.ends[place])
-                begin = int(self.ends[place - 1]) if place else 0
-                rows = np.arange(self.cells.block_sizes[block])
-                if self.repeats is not None:
-                    rows = np.repeat(rows, self.repeats[self.cells.starts[block] + rows])
-                rows = rows[max(first - begin, 0) : min(last, end) - begin]
-                if len(rows):
-                    pieces.append((block, rows))
+        while start < stop:
+            first = start % int(self._ends[-1])
+            i = int(np.searchsorted(self._ends, first, side="right"))
+            block, begin, end = int(self._blocks[i]), int(self._ends[i - 1]) if i else 0, int(self._ends[i])
+            last = min(first + stop - start, end)
+            rows = np.arange(self.cells.block_sizes[block])
+            if self._repeats is not None:
+                rows = np.repeat(rows, self._repeats[self.cells.starts[block] + rows])
+            pieces.append((block, rows[first - begin : last - begin]))
+            start += last - first
         return pieces
 
     def _lengths(self, pieces: list[tuple[int, np.ndarray]]) -> np.ndarray:
         return np.concatenate([self.cells.lengths[self.cells.starts[block] + rows] for block, rows in pieces])
 
     def _arrange(self, lengths: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order the cells of the pool that begins at `start` and cut it into batches.
-
-        Returns:
-            The cells in the order in which they are handed out, `int64 (n_cells,)`, and the bounds of [`Pool`].
-        """
+        """Permutation of the pool that begins at `start`, `int64 (n_cells,)`, and the `bounds` of its batches."""
         cells, order = self.cells, np.arange(len(lengths))
         if cells.shuffle:
             order = permutation(len(lengths), cells.seed, self.epoch, start)
@@ -281,7 +239,7 @@ class EpochOrder:
 
 @numba.njit(cache=True)
 def _cut_by_tokens(tokens: np.ndarray, budget: int) -> np.ndarray:
-    """Return the edges of the longest batches whose size times longest cell is within the budget."""
+    """Edges of the longest batches of successive cells whose number times longest cell is within the budget."""
     edges = [0]
     longest = 0
     for i in range(len(tokens)):

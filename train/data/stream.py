@@ -8,9 +8,10 @@ for cells, obs, epoch in stream.batches(epoch=3):   # any epoch
     batch = feature_extractor(cells, epoch=epoch)
 ```
 
-`order.py` says which cells come when. Here they are read: while the batches of one pool are used, threads decode the
-next. Since the order of a pool is known before it is read, each cell is copied from its row group straight to its
-place; batches are views of the pool. `batches.py` makes model inputs of them.
+[`CellOrder`] determines the order, and [`CellStream`] reads the cells in it. Threads decode the next pool while
+the batches of the current one are used. Since the order within a pool is known in advance, each cell is copied from
+its row group straight to its place in the pool; batches are views of the pool. `batches.py` turns batches into model
+inputs.
 """
 
 import collections
@@ -31,8 +32,8 @@ from scmmgpt.train.data.corpus import OBS_COLUMNS, Corpus, open_corpus
 from scmmgpt.train.data.order import CellOrder, EpochOrder
 
 
-IN_MEMORY_BYTES = 2**28  # splits that take less than this once decoded are kept in memory
-MAX_THREADS = 2  # that decode the next pool
+IN_MEMORY_BYTES = 2**28  # a split whose genes and counts take at most this when decoded is kept in memory
+MAX_THREADS = 2  # threads that decode the next pool
 
 
 class CellStream:
@@ -43,10 +44,10 @@ class CellStream:
         split: `"train"`, `"validation"` or `"test"`.
         columns: Annotations to yield, of `OBS_COLUMNS`; all but the barcode by default.
         batch_size, token_budget, max_genes, shuffle, temperature, seed, drop_last: See [`CellOrder`]. Losses that
-            compare the cells of all ranks want `batch_size`.
-        balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose labels are to be seen more evenly.
-        rank: Which process this is.
-        world_size: Of how many.
+            compare the cells of all ranks need `batch_size`, by which all ranks have equally many cells.
+        balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose rare labels are drawn more often.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -76,14 +77,18 @@ class CellStream:
         self.split, self.columns, self.balance = split, columns, balance
         self.reader: BlockReader | MemoryReader = BlockReader(self.corpus, split, columns)
         self.rank = rank
+        codes = None
+        if balance is not None:
+            labels = self.corpus.obs(split, [balance])[balance].combine_chunks().dictionary_encode()
+            codes = labels.indices.fill_null(len(labels.dictionary)).to_numpy()  # cells without a label share one code
         self.order = CellOrder(
             self.reader.sizes,
-            self.reader.n_genes,
+            self.corpus.obs(split, ["n_genes"])["n_genes"].to_numpy(),
             batch_size=batch_size,
             token_budget=token_budget,
             max_genes=max_genes,
             shuffle=shuffle,
-            label_codes=None if balance is None else self.reader.label_codes(balance),
+            label_codes=codes,
             temperature=temperature,
             seed=seed,
             world_size=world_size,
@@ -93,7 +98,7 @@ class CellStream:
             self.reader = MemoryReader(self.reader)
 
     def __len__(self) -> int:
-        """Batches of every rank in an epoch, which is as long as the first; see `batches.py`."""
+        """Batches of every rank in every epoch: as many as the order has in its first; see `batches.py`."""
         return self.order.n_steps(0)
 
     @property
@@ -107,13 +112,13 @@ class CellStream:
         return self.order.world_size
 
     def for_rank(self, rank: int, world_size: int) -> "CellStream":
-        """The stream of another rank. It shares what is in memory with this one."""
+        """The same cells in the share of another rank; both streams share one copy of cells in memory."""
         other = copy.copy(self)
         other.rank, other.order = rank, dataclasses.replace(self.order, world_size=world_size)
         return other
 
     def identity(self) -> dict:
-        """What a position within an epoch depends on, JSON-able."""
+        """Settings and content that a position in an epoch depends on, as JSON types."""
         names = "batch_size token_budget max_genes shuffle seed world_size drop_last pool_size".split()
         content = "".join(shard.sha256 for shard in self.corpus.shards(self.split))
         return {
@@ -129,7 +134,7 @@ class CellStream:
             yield cells, obs
 
     def batches(self, epoch: int = 0, start: int = 0) -> Generator[tuple[Cells, Obs, int], None, None]:
-        """Cells, annotations, and the epoch of the order, from batch `start` of an epoch to its end."""
+        """Yield cells, annotations, and the epoch of the order, from batch `start` of an epoch to its end."""
         n_left = len(self) - start
         own_epoch, step = self.order.locate(epoch * len(self) + start)
         while n_left > 0:
@@ -140,7 +145,7 @@ class CellStream:
             own_epoch, step = own_epoch + 1, 0
 
     def _read(self, order: EpochOrder, step: int) -> Generator[tuple[Cells, Obs], None, None]:
-        """Batches from a step to the end of an epoch of the order; while one pool is used, the next is read."""
+        """Yield batches from a step to the end of an epoch of the order, and read one pool ahead."""
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
         assembling, decoding = ThreadPoolExecutor(1), ThreadPoolExecutor(n_threads)
         pending: collections.deque[tuple[Future, int, int]] = collections.deque()
@@ -158,10 +163,9 @@ class CellStream:
     def _read_pool(
         self, order: EpochOrder, first: int, last: int, decoding: ThreadPoolExecutor
     ) -> tuple[CellPool, np.ndarray]:
-        """The cells of a pool in the order of the batches, and the bounds of these."""
+        """Cells of a pool in the order of its batches, and the bounds of the batches."""
         pool = order.pool(first, last)
-        dtypes = {self.reader.counts_dtype(block) for block, _, _ in pool.pieces}
-        cells = CellPool.allocate(pool.lengths, np.dtype("float32" if "float32" in dtypes else "uint16"), self.columns)
+        cells = CellPool(pool.lengths, self.reader.counts_dtype, self.columns)
         for task in [decoding.submit(self.reader.fill, cells, *piece) for piece in pool.pieces]:
             task.result()
         return cells, pool.bounds
@@ -171,6 +175,3 @@ def _cut(future: Future, begin: int, end: int) -> Iterator[tuple[Cells, Obs]]:
     pool, bounds = future.result()
     for start, stop in bounds[begin:end].tolist():
         yield pool[start:stop]
-
-
-__all__ = ["CellStream"]
