@@ -74,7 +74,7 @@ class AlignTrainer(ModelLossTrainer):
         collate: Any = dataset.collate
         feature_pieces, type_pieces, captions = [], [], []
         for cells, obs, _ in dataset.source.batches():
-            inputs = collate.processor(cells=cells, max_genes=collate.max_genes).to(self.args.device)
+            inputs = collate.processor(cells=cells).to(self.args.device)
             feature_pieces.append(model.get_cell_features(**inputs))
             type_pieces.append(obs["cell_type"])
             captions += self.captions.caption(obs, cells, collate.gene_symbols)

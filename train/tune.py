@@ -121,13 +121,6 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         n_ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss * num_items_in_batch / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1) / n_ranks
 
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor, None, None]:
-        """Losses alone."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
 
 def count_targets(batch: dict) -> int:
     """Number of target values in a batch, over all target cells."""

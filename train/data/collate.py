@@ -37,7 +37,6 @@ class AlignmentCollator:
         captions: Draws the captions.
         mask_ratio: Share of genes to hide for the masked-expression loss; `None` leaves that loss out.
         mask_value: Value of hidden genes, `ScGPTConfig.mask_value`.
-        max_genes: Longest cell in tokens; by default the processor's.
         paired: Whether a cell's own caption alone is right for the cell, as published; otherwise all captions of the
             same meaning are.
     """
@@ -49,17 +48,16 @@ class AlignmentCollator:
         *,
         mask_ratio: float | None = None,
         mask_value: float = -1.0,
-        max_genes: int | None = None,
         paired: bool = False,
     ) -> None:
         self.processor, self.captions, self.paired = processor, captions, paired
-        self.mask_ratio, self.mask_value, self.max_genes = mask_ratio, mask_value, max_genes
+        self.mask_ratio, self.mask_value = mask_ratio, mask_value
         self.gene_symbols = processor.gene_symbols(range(len(processor.gene_tokenizer)))
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
         """Inputs of [`ScMMGPTForCellTextAlignment`]."""
         texts = self.captions.caption(obs, cells, self.gene_symbols, epoch=epoch)
-        batch = dict(self.processor(cells=cells, qformer_text=texts, epoch=epoch, max_genes=self.max_genes))
+        batch = dict(self.processor(cells=cells, qformer_text=texts, epoch=epoch))
         batch["text_ids"] = torch.arange(len(texts)) if self.paired else type_ids(obs, texts)
         if self.mask_ratio is not None:
             extractor = self.processor.feature_extractor
