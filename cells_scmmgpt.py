@@ -245,8 +245,8 @@ class Cells:
         ids = _column_ids(vocabulary_ids, matrix.shape[1])
         if np.bincount(ids[ids >= 0], minlength=1).max() > 1:  # sums of a gene's columns need room
             data = data.astype(np.float64 if data.dtype.kind == "f" else np.int64)
-        elif data.dtype.kind == "b":
-            data = data.astype(np.uint16)
+        elif data.dtype.kind != "f" and data.dtype.itemsize < 4:  # a row may hold a column twice
+            data = data.astype(np.int32)
         to_genes = name_genes if kernels_pay(len(indptr) - 1) else _name_genes_numpy
         indptr, gene_ids, counts, sums = to_genes(indptr, columns, data, ids, int(ids.max(initial=-1)) + 1)
         if cell_ids is None:

@@ -343,11 +343,7 @@ def _nice_total(total: float) -> float:
 
 
 def inspect_matrix(
-    matrix: Any,
-    *,
-    totals: np.ndarray | None = None,
-    is_gene: np.ndarray | None = None,
-    says_log1p: bool = False,
+    matrix: Any, *, totals: np.ndarray | None = None, is_gene: np.ndarray | None = None, says_log1p: bool = False
 ) -> MatrixVerdict:
     """Say what a matrix of expression values holds, from a sample of its rows.
 
@@ -487,11 +483,7 @@ def _exact_verdict(
 
 
 def _target_sum(
-    unit: np.ndarray,
-    totals: np.ndarray,
-    precision: Precision,
-    known_totals: np.ndarray | None,
-    has_unit: np.ndarray,
+    unit: np.ndarray, totals: np.ndarray, precision: Precision, known_totals: np.ndarray | None, has_unit: np.ndarray
 ) -> tuple[float | None, str]:
     """What normalised values summed to before genes were removed, and how it is known."""
     if len(unit) > 1 and _spread(unit) < 1e-4:

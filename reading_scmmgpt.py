@@ -489,13 +489,7 @@ def read_cells(
     The AnnData is not altered; `store_report` writes the report to `uns["scmmgpt"]` if that is wanted.
     """
     choice = choose_input(
-        adata,
-        gene_index,
-        layer=layer,
-        assume=assume,
-        gene_column=gene_column,
-        organism=organism,
-        force=force,
+        adata, gene_index, layer=layer, assume=assume, gene_column=gene_column, organism=organism, force=force
     )
     cells = choice.convert(_modality(adata))
     finish_report(choice.report)
