@@ -7,7 +7,7 @@ twins work where numba is not installed, and until there are enough cells for co
 
 Arrays, where C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the
 tokens of a cell: `indptr` is `int64 (C + 1,)`, and cell `i` owns the entries `indptr[i]:indptr[i + 1]`; `columns` and
-`gene_ids` are `int32 (E,)`, `hashes` `uint64 (E,)`. Functions that begin with an underscore get those of one cell.
+`gene_ids` are `int32 (E,)`, `hashes` `uint64 (E,)`. Functions with an underscore take the arrays of one cell.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ _n_cells_seen = 0
 
 
 def kernels_pay(n_cells: int) -> bool:
-    """Counts cells, and says whether there were enough to take the compiled path from here on."""
+    """Adds to the cells seen so far, and tells whether they are enough to compile for."""
     global _n_cells_seen
     _n_cells_seen += n_cells
     return njit is not None and _n_cells_seen > WARM_UP_CELLS
@@ -75,7 +75,7 @@ def find_entries(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
         if n + n_columns > len(columns):
             columns, data = np.append(columns, np.empty_like(columns)), np.append(data, np.empty_like(data))
         values = matrix[row]
-        for column in range(n_columns):  # a loop of its own, because processors compare many numbers at once
+        for column in range(n_columns):  # a loop of its own, which the compiler turns into vector instructions
             is_filled[column] = values[column] != 0
         for column in range(n_columns):  # without a branch: an empty column is overwritten by the next one
             columns[n] = column
@@ -92,8 +92,8 @@ def name_genes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Turns columns into genes of the vocabulary; counts of one gene add up at its first place.
 
-    `ids` is `int32 (V,)`, the gene of each column or -1, and `n_ids` the largest and one more. Returns `indptr`,
-    `gene_ids` and `counts` of the entries that have a gene, and the sums of all entries of each cell, `float64 (C,)`.
+    `ids` is `int32 (V,)`: the gene of each column, below `n_ids`, or -1. Returns `indptr`, `gene_ids` and `counts` of
+    the entries that have a gene, and the sums of all entries of each cell, `float64 (C,)`.
     """
     kept_indptr, place_of = np.zeros(len(indptr), np.int64), np.full(n_ids, -1, np.int32)
     gene_ids, counts, n = np.empty(len(data), np.int32), np.empty(len(data), data.dtype), 0
@@ -173,7 +173,7 @@ def _order_by_count(hashes: np.ndarray, ranks: np.ndarray, ends: np.ndarray, n_k
 
 @_compiled
 def _find_cutoff(places: np.ndarray, n_kept: int) -> np.uint64:
-    """A number that `n_kept` of the places do not exceed, by bisection: faster than to sort them."""
+    """A number that exactly `n_kept` of the places do not exceed, by bisection, which is faster than sorting."""
     low, high = ZERO, LAST_HASH
     while low < high:
         cutoff = low + ((high - low) >> ONE)

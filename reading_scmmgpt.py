@@ -1,12 +1,10 @@
 """Reading an AnnData: which matrix, which genes, and how it becomes `Cells`.
 
-Half of the trouble with single-cell models happens before the first layer: log-normalised values taken for counts, a
-gene column that does not match, proteins fed as genes. `choose_input` decides, from a sample of the rows, which matrix
-of an AnnData to read, what its values are and which variables are genes of the vocabulary; `InputChoice.convert`
-applies the decision to any chunk of the same data; `read_cells` does both. Every decision is in the report, a plain
-dictionary that `json.dumps` takes and that `store_report` puts into `uns`.
+`choose_input` samples rows and decides which matrix of an AnnData to read, what its values are and which variables are
+genes of the vocabulary. `InputChoice.convert` applies the decision to any chunk of the same data. `read_cells` does
+both. Every decision is in the report, a dictionary of plain values.
 
-AnnData and SciPy are used by duck typing only: this file travels with the weights and needs NumPy alone.
+This file travels with the weights: it knows AnnData and SciPy by their attributes only and imports neither.
 """
 
 import logging
@@ -61,27 +59,18 @@ PARTIAL_LAYERS = frozenset({"spliced", "unspliced", "ambiguous", "ms", "mu", "ve
 COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "raw")
 GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol", "gene_ids", "gene_id")
 TOTAL_COLUMNS = ("total_counts", "n_counts", "nCount_RNA", "nUMI", "n_umi", "n_umis", "raw_sum")
-
-
-# Kinds that a user may assert with `assume=`.
+# Kinds of matrix that `assume=` may name.
 ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
 
 
 @dataclass
 class InputChoice:
-    """How one dataset is read: decided once, applied to every chunk of it.
+    """How a dataset is read: decided once, applied to every chunk."""
 
-    Args:
-        source: `X`, `raw` or a layer's name.
-        verdict: What that matrix holds.
-        match: Its genes.
-        report: Everything that was found out; grows while chunks are converted.
-    """
-
-    source: str
+    source: str  # `X`, `raw` or a layer's name
     verdict: MatrixVerdict
     match: GeneMatch
-    report: dict[str, Any]
+    report: dict[str, Any]  # grows while chunks are converted
 
     def convert(self, adata: Any) -> Cells:
         """Cells of `adata`, or of any chunk of the data that the choice was made for (same variables)."""
@@ -143,6 +132,7 @@ def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
 
 
 def _grown(array: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
+    """`array` at the front of a larger one; the rest is not filled, and takes no memory before it is."""
     grown = np.empty(size, dtype)
     grown[: len(array)] = array
     return grown
@@ -274,31 +264,17 @@ def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
 
 @dataclass
 class Candidate:
-    """A matrix of an AnnData that may be read.
+    """A matrix of an AnnData that may be read."""
 
-    Args:
-        name: `X`, `raw` or the layer's name.
-        verdict: What it holds.
-        types: `(n_vars,)` of str: type of each of its variables.
-        columns: Columns of names of its variables.
-        rows: The sampled rows, of genes only.
-    """
-
-    name: str
+    name: str  # `X`, `raw` or the layer's name
     verdict: MatrixVerdict
-    types: np.ndarray
-    columns: dict[str, list[str]]
-    rows: CountRows
+    types: np.ndarray  # str (n_vars,): type of each variable
+    columns: dict[str, list[str]]  # columns of names of the variables
+    rows: CountRows  # the sampled rows, of genes only
 
 
 def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str | None = None) -> list[Candidate]:
-    """Every matrix of an AnnData (or the one named `layer`) with its verdict, in the order in which equals are taken.
-
-    Args:
-        adata: AnnData, in memory, backed or a view.
-        layer: `X`, `raw` or a layer's name.
-        gene_column: Column of `var` with gene names or ids.
-    """
+    """The verdict on every matrix of an AnnData (or on `layer` alone), in order of preference among equals."""
     layers = list(adata.layers.keys())
     names = [known for name in COUNT_LAYERS for known in layers if known.lower() == name]
     names += ["raw"] if getattr(adata, "raw", None) is not None else []
@@ -415,7 +391,7 @@ def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
         kind = getattr(values.dtype, "kind", "O")
         if kind in "OSUT" or str(values.dtype) in ("category", "string", "str"):
             values = [str(v) for v in values]
-            # A column of a few words (feature_types, genome, chromosome) names no genes.
+            # A column with few distinct words (feature_types, genome, chromosome) does not name genes.
             if str(name).lower() in GENE_COLUMNS or len(set(values)) > 0.5 * len(values):
                 columns[str(name)] = values
     return columns
@@ -484,10 +460,7 @@ def read_cells(
     organism: str | None = None,
     force: bool = False,
 ) -> tuple[Cells, dict[str, Any]]:
-    """Read an AnnData into `Cells`, with a report of what was found and done. See `choose_input` for the arguments.
-
-    The AnnData is not altered; `store_report` writes the report to `uns["scmmgpt"]` if that is wanted.
-    """
+    """Read an AnnData, which stays unaltered, into `Cells` and a report. See `choose_input` for the arguments."""
     choice = choose_input(
         adata, gene_index, layer=layer, assume=assume, gene_column=gene_column, organism=organism, force=force
     )
@@ -498,7 +471,7 @@ def read_cells(
 
 def finish_report(report: dict[str, Any]) -> None:
     """Add the warnings that only the converted cells can tell."""
-    cells = report["cells"]
+    cells, messages = report["cells"], []
     converted = cells.get("converted", 0)
     if cells.get("without_genes"):
         if cells["without_genes"] == converted:
@@ -506,32 +479,23 @@ def finish_report(report: dict[str, Any]) -> None:
                 f"None of the {converted} cells expresses a gene of the vocabulary: every value of the matched genes "
                 "is zero. Is it the right layer?"
             )
-        message = (
+        messages.append(
             f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary: they are kept, empty."
         )
-        report["warnings"].append(message)
-        logger.warning(message)
     if cells.get("counts_not_recovered"):
-        message = (
-            f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: they "
-            "keep their normalised values."
+        messages.append(
+            f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: these "
+            "cells keep their normalised values."
         )
-        report["warnings"].append(message)
+    for message in messages:
         logger.warning(message)
+    report["warnings"] += messages
 
 
 def check_labels(labels: Sequence[Any], name: str) -> list[str]:
-    """Look at a column of labels before it is learned from or scored against.
+    """Warnings about a column of labels: one label only, missing labels, labels of a single cell.
 
-    Args:
-        labels: One label a cell; `None`, NaN and empty words are missing.
-        name: Name of the column.
-
-    Returns:
-        Warnings: one label only, missing labels, labels of a single cell.
-
-    Raises:
-        ValueError: if no cell has a label.
+    `None`, NaN and empty words are missing labels; a column of nothing else raises `ValueError`.
     """
     words = [str(label).strip() for label in labels]
     known = Counter(word for word in words if word.lower() not in ("", "nan", "none", "na", "<na>"))
