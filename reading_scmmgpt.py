@@ -115,7 +115,7 @@ class InputChoice:
 
 def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
     """`Cells.concatenate` in half the memory: each part is copied as it comes, and leaves its memory to the next."""
-    gene_ids = counts = np.empty(0)
+    gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
     lengths, cell_ids, totals, n = [], [], [], 0
     for part in parts:
         lengths.append(np.diff(part.indptr))
@@ -123,7 +123,7 @@ def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
         totals.append(part.library_sizes())
         start, n = n, n + len(part.counts)
         if n > len(counts):  # room for all cells, if the cells to come are like those before
-            size = n + int(1.1 * n * n_cells / max(1, sum(map(len, lengths))))
+            size = max(n, int(1.1 * n * n_cells / sum(map(len, lengths))))
             gene_ids = _grown(gene_ids[:start], size, part.gene_ids.dtype)
             counts = _grown(counts[:start], size, part.counts.dtype)
         gene_ids[start:n], counts[start:n] = part.gene_ids, part.counts
