@@ -81,15 +81,9 @@ def gene_hashes(cell_keys: np.ndarray, gene_ids: np.ndarray) -> np.ndarray:
 
 
 def hash_names(names: Any) -> np.ndarray:
-    """Stable 64-bit identities of cells from their barcodes.
+    """Stable identities of cells, `uint64 (n_cells,)`, from their barcodes, such as `adata.obs_names`.
 
-    The hash depends on the characters alone: not on the process, the other names, or their order.
-
-    Args:
-        names: Strings, shape `(n_cells,)`, such as `adata.obs_names`.
-
-    Returns:
-        `uint64 (n_cells,)`.
+    The hash of a name depends on its characters alone: not on the process, the other names, or their order.
     """
     names = np.asarray(names).astype(np.str_)
     if names.ndim != 1:
@@ -137,22 +131,15 @@ class Cells:
             self.cell_ids = self.cell_ids.astype(np.uint64)
         if self.total_counts is not None:
             self.total_counts = np.asarray(self.total_counts, dtype=np.float32)
-        for name, kinds, wanted in (
-            ("gene_ids", "iu", "integers"),
-            ("counts", "iuf", "integers or floats"),
-            ("cell_ids", "u", "64-bit integers"),
-        ):
-            if getattr(self, name).dtype.kind not in kinds:
+        kinds = {"gene_ids": ("iu", "integers"), "counts": ("iuf", "numbers"), "cell_ids": ("u", "64-bit integers")}
+        for name, (kind, wanted) in kinds.items():
+            if getattr(self, name).dtype.kind not in kind:
                 raise TypeError(f"`{name}` has dtype {getattr(self, name).dtype}, but Cells holds {wanted} there.")
         n_cells = len(self.indptr) - 1
         if n_cells < 0 or self.indptr[0] != 0 or (self.indptr[1:] < self.indptr[:-1]).any():
             raise ValueError("`indptr` must start at 0 and never fall: entry i is where cell i starts.")
-        for name, length in (
-            ("gene_ids", self.indptr[-1]),
-            ("counts", self.indptr[-1]),
-            ("cell_ids", n_cells),
-            ("total_counts", n_cells),
-        ):
+        nnz = self.indptr[-1]
+        for name, length in {"gene_ids": nnz, "counts": nnz, "cell_ids": n_cells, "total_counts": n_cells}.items():
             array = getattr(self, name)
             if array is not None and array.shape != (length,):
                 raise ValueError(f"`{name}` has shape {array.shape}, but `indptr` asks for ({length},).")
@@ -245,8 +232,8 @@ class Cells:
         ids = _column_ids(vocabulary_ids, matrix.shape[1])
         if np.bincount(ids[ids >= 0], minlength=1).max() > 1:  # sums of a gene's columns need room
             data = data.astype(np.float64 if data.dtype.kind == "f" else np.int64)
-        elif data.dtype.kind == "b":
-            data = data.astype(np.uint16)
+        elif data.dtype.kind != "f" and data.dtype.itemsize < 4:  # a row may hold a column twice
+            data = data.astype(np.int32)
         to_genes = name_genes if kernels_pay(len(indptr) - 1) else _name_genes_numpy
         indptr, gene_ids, counts, sums = to_genes(indptr, columns, data, ids, int(ids.max(initial=-1)) + 1)
         if cell_ids is None:
@@ -314,26 +301,17 @@ def sorting_order(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def library_scale(library_sizes: np.ndarray, target_sum: float = COUNTS_PER_10K) -> np.ndarray:
-    """What the counts of each cell are multiplied by to sum to `target_sum`; 0 for a cell without counts.
-
-    Args:
-        library_sizes: `(n_cells,)`: counts per cell.
-        target_sum: Counts per cell after scaling.
-
-    Returns:
-        `float64 (n_cells,)`.
-    """
+    """The factor, `float64 (n_cells,)`, that scales each library to `target_sum`; 0 for a cell without counts."""
     sizes = np.asarray(library_sizes, dtype=np.float64)
     return np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
 
 
 def log1p_cp10k(counts: Any, library_sizes: np.ndarray, target_sum: float = COUNTS_PER_10K) -> Any:
-    """log1p of counts scaled to a library of `target_sum`, of a matrix; [`normalize_log1p`] is for [`Cells`].
+    """log1p of the counts of a matrix, scaled to a library of `target_sum`; [`normalize_log1p`] is for [`Cells`].
 
     Args:
         counts: Raw counts, `(n_cells, n_genes)`: an array or a SciPy sparse matrix.
-        library_sizes: `(n_cells,)`: counts per cell over all genes, of which the matrix may hold some.
-        target_sum: Counts per cell after scaling.
+        library_sizes: `(n_cells,)`, over all measured genes, not only those of the matrix.
 
     Returns:
         float32 `(n_cells, n_genes)`: an array, or a CSR matrix for a sparse one.
@@ -350,28 +328,21 @@ def _scaled_counts(cells: Cells, target_sum: float) -> np.ndarray:
 
 
 def normalize_log1p(cells: Cells, target_sum: float = COUNTS_PER_10K) -> np.ndarray:
-    """log1p of counts scaled to a library of `target_sum`, as `scanpy.pp.normalize_total` and `log1p`.
+    """ln(1 + count / library size * target_sum), as `scanpy.pp.normalize_total` and `log1p` compute it.
 
-    Args:
-        cells: Raw counts. The library size is `cells.total_counts`: genes outside the vocabulary count too.
-        target_sum: Counts per cell after scaling.
-
-    Returns:
-        `float32 (nnz,)`, aligned with `cells.counts`: ln(1 + count / library size * target_sum).
+    The library size is `cells.total_counts`: genes outside the vocabulary count too. Returns `float32 (nnz,)`, aligned
+    with `cells.counts`.
     """
     return np.log1p(_scaled_counts(cells, target_sum)).astype(np.float32)
 
 
 def hellinger_profile(cells: Cells) -> np.ndarray:
-    """Square root of each gene's share of its cell's counts: the coordinates in which Euclidean is Hellinger distance.
+    """sqrt(count / library size): the coordinates in which Euclidean distance is Hellinger distance.
 
-    The square root evens out the variance of counts, which grows with their mean, so that neither the few strongly
-    expressed genes nor the many that are seen once decide alone; and every cell has length 1, whatever its depth.
+    The variance of a count grows with its mean, and the square root evens it out: neither the few strongly expressed
+    genes nor the many rare ones dominate a distance. Every cell has length 1, whatever its depth.
 
-    Args:
-        cells: Raw counts. The library size is `cells.total_counts`: genes outside the vocabulary count too.
-
-    Returns:
-        `float32 (nnz,)`, aligned with `cells.counts`: sqrt(count / library size).
+    The library size is `cells.total_counts`: genes outside the vocabulary count too. Returns `float32 (nnz,)`, aligned
+    with `cells.counts`.
     """
     return np.sqrt(_scaled_counts(cells, 1.0)).astype(np.float32)

@@ -1,11 +1,8 @@
 """Counts in, model inputs out: `Cells`, a ragged batch of cells, and `ScMMGPTFeatureExtractor`, which tokenises it.
 
-A cell is the set of genes that it expresses, as ids of the gene vocabulary with their counts. The extractor bins,
-selects and pads them. All randomness is a hash of (seed, epoch, cell id, gene id): the same cell gives the
-same tokens in any order, batch, chunk, worker or process, and another `epoch` gives another draw.
-
-Where numba is installed, compiled kernels take over after the first few thousand cells, and release the GIL; before,
-and without numba, NumPy does the work. Both give the same bits.
+The extractor bins, selects and pads the expressed genes of a cell. All randomness is a hash of (seed, epoch, cell id,
+gene id): a cell gives the same tokens in any order, batch, chunk, worker or process, and other draws in another epoch.
+Compiled kernels and NumPy give the same bits; see `kernels_scmmgpt`.
 """
 
 from collections.abc import Sequence
@@ -56,16 +53,19 @@ def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0)
     Args:
         cells: Raw counts. Any increasing transform of a cell's counts gives the same bins.
         n_bins: Bins including bin 0, which means "not expressed" and is never returned.
-        seed: Seed of the experiment.
-        epoch: Pass over the data; each draws anew.
+        seed, epoch: Other values give other draws.
 
     Returns:
         `int64 (nnz,)` in `1 .. n_bins - 1`, aligned with `cells.counts`.
     """
     _check_bins(n_bins)
-    lower, upper = _edge_counts(cells.indptr, _as_keys(cells.counts), n_bins)
     keys_of_cells = cell_keys(cells.cell_ids, seed=seed, epoch=epoch, stream=RandomStream.TOKEN)
     hashes = gene_hashes(np.repeat(keys_of_cells, np.diff(cells.indptr)), cells.gene_ids)
+    return _draw_bins(cells.indptr, _as_keys(cells.counts), hashes, n_bins)
+
+
+def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, n_bins: int) -> np.ndarray:
+    lower, upper = _edge_counts(indptr, counts, n_bins)
     # ceil(a + u * (b - a)) = a - floor(u * (a - b)), exactly, with u in units of 2^-32
     return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
 
@@ -132,7 +132,7 @@ def mask_genes(
     seed: int = 0,
     epoch: int = 0,
 ) -> np.ndarray | torch.Tensor:
-    """Chooses the genes to hide in the pre-training objectives: an exact share of each cell, by hash.
+    """Draws the genes to hide in the pre-training objectives: an exact share of each cell, by hash.
 
     Args:
         gene_ids: `(n_cells, n_tokens)`, array or tensor, with `<cls>` first, as the extractor returns.
@@ -140,12 +140,11 @@ def mask_genes(
         cell_ids: `uint64 (n_cells,)`, as `Cells.cell_ids`.
         mask_ratio: Share of a cell's genes to hide, rounded down, but at least one gene; or several shares, of which
             each cell draws one (scGPT was pre-trained with 0.25, 0.5 and 0.75).
-        seed: Seed of the experiment.
-        epoch: Pass over the data; each draws anew, independently of the extractor's own draws.
+        seed, epoch: Other values give other draws, which are independent of the extractor's.
 
     Returns:
-        Boolean `(n_cells, n_tokens)`, array or tensor as `gene_ids`: True where a gene is hidden. `<cls>` and padding
-        never are.
+        Boolean `(n_cells, n_tokens)`, array or tensor as `gene_ids`: True where a gene is hidden, never at `<cls>` or
+        padding.
     """
     genes, attended = np.asarray(gene_ids), np.asarray(cell_attention_mask).astype(bool)
     cell_ids = np.asarray(cell_ids)
@@ -246,8 +245,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             cells: Raw counts with their gene ids.
             epoch: Pass over the data; each draws anew. Keep 0 for evaluation.
             return_tensors: `"pt"` or `"np"`.
-            max_genes: In place of the extractor's own, for this call.
-            selection: In place of the extractor's own, for this call.
+            max_genes, selection: In place of the extractor's own, for this call.
             padding: `True` pads to the longest cell of the batch, `"max_length"` to `max_genes`.
 
         Returns:
@@ -289,11 +287,8 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             expression,
             attended,
         )
-        arrays: dict[str, np.ndarray] = {
-            "gene_ids": gene_ids,
-            "expression": expression,
-            "cell_attention_mask": attended,
-        }
+        arrays: dict[str, np.ndarray] = {"gene_ids": gene_ids, "expression": expression}
+        arrays["cell_attention_mask"] = attended
         if self.return_profile:
             lengths = np.diff(cells.indptr)
             is_gene = np.arange(longest) < lengths[:, None]
@@ -316,7 +311,6 @@ ScMMGPTFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 
 
 def _check_counts(counts: np.ndarray) -> None:
-    """Refuses counts that are not above 0."""
     if not (counts.min(initial=1) > 0 and np.isfinite(counts.max(initial=1))):
         wrong = counts[~((counts > 0) & np.isfinite(counts))][0]
         raise ValueError(
@@ -344,8 +338,7 @@ def _fill_rows_numpy(
     lengths = np.diff(indptr)
     hashes = gene_hashes(np.repeat(cell_keys, lengths), gene_ids)
     if not len(values):
-        lower, upper = _edge_counts(indptr, counts, len(levels) + 1)
-        values = upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
+        values = _draw_bins(indptr, counts, hashes, len(levels) + 1)
     kept = np.ones(len(gene_ids), dtype=bool)
     crowded = lengths > n_kept
     if crowded.any():

@@ -55,28 +55,16 @@ class Precision(NamedTuple):
 
 @dataclass(frozen=True)
 class MatrixVerdict:
-    """What the values of a matrix are, why we think so, and what becomes of them.
+    """What the values of a matrix are, the evidence for it, and how they are converted."""
 
-    Args:
-        kind: One of those at the top of this file.
-        conversion: What `convert_rows` does with the values, in words; `None` if the matrix cannot be used.
-        evidence: The numbers that the verdict rests on, of the sampled rows.
-        logs: How many times `log(1 + x)` was applied (0, 1 or 2).
-        base: Base of the logarithm.
-        exact: Whether integer counts can be recovered: each cell's values are multiples of one unit.
-        target_sum: Total per cell before the logarithm, over all genes of the original data; `None` if not known.
-        complete: Whether the genes of the matrix are those that the target sum was taken over.
-        precision: Rounding of the stored values.
-    """
-
-    kind: str
-    conversion: str | None
-    evidence: dict[str, Any] = field(default_factory=dict)
-    logs: int = 0
-    base: float = np.e
-    exact: bool = False
-    target_sum: float | None = None
-    complete: bool = False
+    kind: str  # one of those at the top of this file
+    conversion: str | None  # what `convert_rows` does with the values; None if the matrix cannot be used
+    evidence: dict[str, Any] = field(default_factory=dict)  # of the sampled rows
+    logs: int = 0  # how many times log(1 + x) was applied: 0, 1 or 2
+    base: float = np.e  # of the logarithm
+    exact: bool = False  # whether each cell's values are multiples of one unit, so that counts can be recovered
+    target_sum: float | None = None  # total per cell before the logarithm, over all genes of the original data
+    complete: bool = False  # whether the genes of the matrix are those that the target sum was taken over
     precision: Precision = Precision()
 
     @property
@@ -86,11 +74,8 @@ class MatrixVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as the report holds it."""
-        report: dict[str, Any] = {
-            "kind": self.kind,
-            "conversion": self.conversion or "none",
-            "evidence": dict(self.evidence),
-        }
+        report: dict[str, Any] = {"kind": self.kind, "conversion": self.conversion or "none"}
+        report["evidence"] = dict(self.evidence)
         if self.logs:
             report["log_base"] = "e" if self.base == np.e else f"{self.base:g}"
         if self.target_sum is not None:
@@ -100,27 +85,22 @@ class MatrixVerdict:
 
 @dataclass
 class CountRows:
-    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape, free of any sparse library.
-
-    Args:
-        indptr, indices, data: As in CSR, zeros left out.
-        shape: Rows x variables.
-        positions: int64 `(n_rows,)`: where each row stands in the matrix that it was sampled from.
-    """
+    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape, free of any sparse library."""
 
     indptr: np.ndarray
     indices: np.ndarray
     data: np.ndarray
     shape: tuple[int, int]
-    positions: np.ndarray | None = None
+    positions: np.ndarray | None = None  # int64 (n_rows,): row of the sampled matrix that each one was
 
-    def columns(self, keep: np.ndarray) -> "CountRows":
-        """Rows with the entries of the columns where `keep` (bool, `(n_vars,)`) holds; the shape stays."""
-        if keep.all():
-            return self
-        chosen = keep[self.indices]
+    def entries(self, chosen: np.ndarray) -> "CountRows":
+        """The same rows with the entries where `chosen` (bool, `(nnz,)`) holds."""
         kept = np.concatenate(([0], np.cumsum(chosen)))
         return replace(self, indptr=kept[self.indptr], indices=self.indices[chosen], data=self.data[chosen])
+
+    def columns(self, keep: np.ndarray) -> "CountRows":
+        """The same rows with the entries of the columns where `keep` (bool, `(n_vars,)`) holds; the shape stays."""
+        return self if keep.all() else self.entries(keep[self.indices])
 
     def locate(self, wanted: np.ndarray) -> list[int]:
         """Row (in the matrix that was sampled) and column of the first entry where `wanted` (bool `(nnz,)`) holds."""
@@ -183,9 +163,7 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
 def _checked(rows: CountRows) -> CountRows:
     """The rows without stored zeros, if they hold numbers."""
     if not rows.data.all():
-        stored = rows.data != 0
-        kept = np.concatenate(([0], np.cumsum(stored)))
-        rows = replace(rows, indptr=kept[rows.indptr], indices=rows.indices[stored], data=rows.data[stored])
+        rows = rows.entries(rows.data != 0)
     if rows.data.dtype == bool:
         rows.data = rows.data.astype(np.int8)
     if not np.issubdtype(rows.data.dtype, np.number) or np.issubdtype(rows.data.dtype, np.complexfloating):
@@ -204,10 +182,7 @@ def _find_entries_numpy(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def sample_rows(matrix: Any, n_rows: int = N_SAMPLED_ROWS) -> CountRows:
-    """About `n_rows` rows, in contiguous blocks spread evenly over the matrix: cheap on disk, and always the same.
-
-    Of rows with very many values fewer are taken.
-    """
+    """About `n_rows` rows, fewer if they are rich, in contiguous blocks spread evenly over the matrix."""
     n_cells, n_vars = matrix.shape
     if n_cells <= n_rows:
         starts, size = [0], n_cells
@@ -263,8 +238,7 @@ def linearize(values: np.ndarray, *, logs: int, base: float, precision: Precisio
     return linear, error
 
 
-@dataclass
-class _Units:
+class _Units(NamedTuple):
     """Per-cell size of one count, where a cell's values are integer multiples of one unit."""
 
     unit: np.ndarray  # float64 (n_cells,); NaN where none was found
@@ -343,30 +317,22 @@ def _nice_total(total: float) -> float:
 
 
 def inspect_matrix(
-    matrix: Any,
-    *,
-    totals: np.ndarray | None = None,
-    is_gene: np.ndarray | None = None,
-    says_log1p: bool = False,
+    matrix: Any, *, totals: np.ndarray | None = None, is_gene: np.ndarray | None = None, says_log1p: bool = False
 ) -> MatrixVerdict:
-    """Say what a matrix of expression values holds, from a sample of its rows.
+    """The verdict on a matrix of expression values, from a sample of its rows; nothing is converted.
 
     Args:
         matrix: `(n_cells, n_vars)`; NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix.
-        totals: Counts per cell over all genes, `(n_cells,)`, where an `obs` column has them: it tells what total
-            values were normalised to when only some of the genes are left.
-        is_gene: bool `(n_vars,)`: the variables to look at; proteins are often normalised in another way.
-        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); believed where nothing is proven.
-
-    Returns:
-        A verdict with its evidence; nothing is converted yet.
+        totals: Counts per cell over all genes, `(n_cells,)`: they tell what total the values were normalised to where
+            some genes are missing.
+        is_gene: bool `(n_vars,)`: the variables to inspect; proteins are often normalised in another way.
+        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); it decides where nothing is proven.
 
     >>> inspect_matrix(np.array([[1, 0, 3], [0, 2, 5]])).kind
     'raw_integer'
     """
     rows = sample_rows(row_major(matrix))
-    if is_gene is not None:
-        rows = rows.columns(is_gene)
+    rows = rows if is_gene is None else rows.columns(is_gene)
     return inspect_rows(rows, None if totals is None else totals[rows.positions], says_log1p=says_log1p)
 
 
@@ -378,11 +344,8 @@ def inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p
         return MatrixVerdict("empty", None, evidence)
     if not is_expression(values, signed=True):
         wrong = ~(np.abs(values.astype(np.float64)) <= LARGEST_VALUE)
-        evidence |= {
-            "nan": int(np.isnan(values).sum()),
-            "too_large": int(wrong.sum() - np.isnan(values).sum()),
-            "first_at": rows.locate(wrong),
-        }
+        n_nan = int(np.isnan(values).sum())
+        evidence |= {"nan": n_nan, "too_large": int(wrong.sum()) - n_nan, "first_at": rows.locate(wrong)}
         return MatrixVerdict("invalid", None, evidence)
     sums = rows.row_sums()
     evidence |= {
@@ -434,16 +397,9 @@ def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
         )
         if (constant + (integral > 0), integral) > best_score:
             best_score = (constant + (integral > 0), integral)
-            best = {
-                "logs": logs,
-                "name": name,
-                "base": base,
-                "totals": totals,
-                "unit": units.unit,
-                "integral": integral,
-                "constant": constant,
-                "uncertain": float((error > 0.5 * np.repeat(units.unit, np.diff(rows.indptr))).mean()),
-            }
+            uncertain = float((error > 0.5 * np.repeat(units.unit, np.diff(rows.indptr))).mean())
+            best = {"logs": logs, "name": name, "base": base, "totals": totals, "unit": units.unit}
+            best |= {"integral": integral, "constant": constant, "uncertain": uncertain}
         if best_score[0] == 2:
             break
     return best
@@ -487,11 +443,7 @@ def _exact_verdict(
 
 
 def _target_sum(
-    unit: np.ndarray,
-    totals: np.ndarray,
-    precision: Precision,
-    known_totals: np.ndarray | None,
-    has_unit: np.ndarray,
+    unit: np.ndarray, totals: np.ndarray, precision: Precision, known_totals: np.ndarray | None, has_unit: np.ndarray
 ) -> tuple[float | None, str]:
     """What normalised values summed to before genes were removed, and how it is known."""
     if len(unit) > 1 and _spread(unit) < 1e-4:
@@ -556,9 +508,7 @@ def convert_rows(
         return rows, None, 0
     if verdict.kind == "raw_float":
         counts = np.rint(rows.data).astype(np.float32)
-        kept = np.concatenate(([0], np.cumsum(counts > 0)))
-        rows = CountRows(kept[rows.indptr], rows.indices[counts > 0], counts[counts > 0], rows.shape)
-        return rows, None, 0
+        return replace(rows, data=counts).entries(counts > 0), None, 0
     linear, error = linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
     if not is_expression(linear):
         raise ValueError(

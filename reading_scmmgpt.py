@@ -1,12 +1,10 @@
 """Reading an AnnData: which matrix, which genes, and how it becomes `Cells`.
 
-Half of the trouble with single-cell models happens before the first layer: log-normalised values taken for counts, a
-gene column that does not match, proteins fed as genes. `choose_input` decides, from a sample of the rows, which matrix
-of an AnnData to read, what its values are and which variables are genes of the vocabulary; `InputChoice.convert`
-applies the decision to any chunk of the same data; `read_cells` does both. Every decision is in the report, a plain
-dictionary that `json.dumps` takes and that the pipeline puts into `uns`.
+`choose_input` samples rows and decides which matrix of an AnnData to read, what its values are and which variables are
+genes of the vocabulary. `InputChoice.convert` applies the decision to any chunk of the same data. `read_cells` does
+both. Every decision is in the report, a dictionary of plain values.
 
-AnnData and SciPy are used by duck typing only: this file travels with the weights and needs NumPy alone.
+This file travels with the weights: it knows AnnData and SciPy by their attributes only and imports neither.
 """
 
 import logging
@@ -55,41 +53,32 @@ except ImportError:  # beside the other files of a checkpoint
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 1024  # rows converted at a time: a dozen arrays of their values should stay small
-DENSE_CHUNK_VALUES = 2**24  # values of a dense matrix looked at at a time
+CHUNK_ROWS = 512  # rows converted at a time: a dozen arrays of their values should stay small
 # Kept by velocity pipelines beside the total counts; a part of the reads only, so never chosen unasked.
 PARTIAL_LAYERS = frozenset({"spliced", "unspliced", "ambiguous", "ms", "mu", "velocity", "variance_velocity"})
 COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "raw")
 GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol", "gene_ids", "gene_id")
 TOTAL_COLUMNS = ("total_counts", "n_counts", "nCount_RNA", "nUMI", "n_umi", "n_umis", "raw_sum")
-
-
-# Kinds that a user may assert with `assume=`.
+# Kinds of matrix that `assume=` may name.
 ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
 
 
 @dataclass
 class InputChoice:
-    """How one dataset is read: decided once, applied to every chunk of it.
+    """How a dataset is read: decided once, applied to every chunk."""
 
-    Args:
-        source: `X`, `raw` or a layer's name.
-        verdict: What that matrix holds.
-        match: Its genes.
-        report: Everything that was found out; grows while chunks are converted.
-    """
-
-    source: str
+    source: str  # `X`, `raw` or a layer's name
     verdict: MatrixVerdict
     match: GeneMatch
-    report: dict[str, Any]
+    report: dict[str, Any]  # grows while chunks are converted
 
     def convert(self, adata: Any) -> Cells:
         """Cells of `adata`, or of any chunk of the data that the choice was made for (same variables)."""
-        return next(self.iter_cells(adata, max(1, adata.shape[0])))
+        return _join(self.iter_cells(adata), adata.shape[0])
 
-    def iter_cells(self, adata: Any, chunk_size: int = CHUNK_ROWS) -> Iterator[Cells]:
-        """Cells of `adata`, `chunk_size` at a time. No chunk size changes a cell."""
+    def iter_cells(self, adata: Any, chunk_size: int | None = None) -> Iterator[Cells]:
+        """Cells of `adata`, `chunk_size` (by default `CHUNK_ROWS`) at a time. No chunk size changes a cell."""
+        chunk_size = CHUNK_ROWS if chunk_size is None else chunk_size
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}; a chunk has at least 1 cell.")
         adata = _modality(adata)
@@ -100,26 +89,20 @@ class InputChoice:
                 f"{self.source} has {n_vars} variables, but the choice was made for {len(self.match.ids)}: "
                 "chunks of one dataset have the same variables. Call `choose_input` for other data."
             )
-        step = CHUNK_ROWS
-        if not hasattr(matrix[:0], "tocsr"):
-            step = max(1, min(CHUNK_ROWS, DENSE_CHUNK_VALUES // max(1, n_vars)))
-        names = [str(n) for n in adata.obs_names]
         var_names = _variables(adata, self.source).index
-        cell_ids = hash_names(names)
+        cell_ids = hash_names(adata.obs_names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = _known_totals(adata) if from_column else None
         for start in range(0, max(n_cells, 1), chunk_size):
-            stop = min(start + chunk_size, n_cells)
-            parts = []
-            for first in range(start, max(stop, start + 1), step):
-                here = slice(first, min(first + step, stop))
-                rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-                _check_values(rows, names[here], var_names, self.source)
-                known = None if known_totals is None else known_totals[here]
-                counts, totals, failed = convert_rows(rows, self.verdict, known)
-                parts.append(Cells.from_csr(counts, self.match.ids, cell_ids[here], totals))
-                self._count(parts[-1], failed)
-            yield parts[0] if len(parts) == 1 else Cells.concatenate(parts)
+            here = slice(start, min(start + chunk_size, n_cells))
+            rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
+            _check_values(rows, adata.obs_names[here], var_names, self.source)
+            counts, totals, failed = convert_rows(
+                rows, self.verdict, None if known_totals is None else known_totals[here]
+            )
+            cells = Cells.from_csr(counts, self.match.ids, cell_ids[here], totals)
+            self._count(cells, failed)
+            yield cells
 
     def _count(self, cells: Cells, failed: int) -> None:
         lengths = np.diff(cells.indptr)
@@ -128,6 +111,31 @@ class InputChoice:
         report["without_genes"] = report.get("without_genes", 0) + int((lengths == 0).sum())
         if self.verdict.exact:
             report["counts_not_recovered"] = report.get("counts_not_recovered", 0) + failed
+
+
+def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
+    """`Cells.concatenate` in half the memory: each part is copied as it comes, and leaves its memory to the next."""
+    gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
+    lengths, cell_ids, totals, n = [], [], [], 0
+    for part in parts:
+        lengths.append(np.diff(part.indptr))
+        cell_ids.append(part.cell_ids)
+        totals.append(part.library_sizes())
+        start, n = n, n + len(part.counts)
+        if n > len(counts):  # room for all cells, if the cells to come are like those before
+            size = max(n, int(1.1 * n * n_cells / sum(map(len, lengths))))
+            gene_ids = _grown(gene_ids[:start], size, part.gene_ids.dtype)
+            counts = _grown(counts[:start], size, part.counts.dtype)
+        gene_ids[start:n], counts[start:n] = part.gene_ids, part.counts
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    return Cells(indptr, gene_ids[:n], counts[:n], np.concatenate(cell_ids), np.concatenate(totals))
+
+
+def _grown(array: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
+    """`array` at the front of a larger one; the rest is not filled, and takes no memory before it is."""
+    grown = np.empty(size, dtype)
+    grown[: len(array)] = array
+    return grown
 
 
 def matrix_of(adata: Any, source: str) -> Any:
@@ -142,14 +150,14 @@ def _variables(adata: Any, source: str) -> Any:
     return adata.raw.var if source == "raw" else adata.var
 
 
-def _check_values(rows: CountRows, names: Sequence[str], var_names: Any, source: str) -> None:
+def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> None:
     """Refuse a value that no count, normalised or log value can be, naming its cell and gene."""
     if is_expression(rows.data):
         return
     bad = ~((rows.data >= 0) & (rows.data.astype(np.float64) <= LARGEST_VALUE))
     cell, column = rows.locate(bad)
     raise ValueError(
-        f"{source} holds {rows.data[bad][0]} at cell {names[cell]!r}, gene {str(var_names[column])!r} "
+        f"{source} holds {rows.data[bad][0]} at cell {str(names[cell])!r}, gene {str(var_names[column])!r} "
         f"({bad.sum()} such values in these {rows.shape[0]} cells): expression is finite and not negative. "
         "Drop those cells or genes, or pass another `layer=`."
     )
@@ -256,31 +264,17 @@ def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
 
 @dataclass
 class Candidate:
-    """A matrix of an AnnData that may be read.
+    """A matrix of an AnnData that may be read."""
 
-    Args:
-        name: `X`, `raw` or the layer's name.
-        verdict: What it holds.
-        types: `(n_vars,)` of str: type of each of its variables.
-        columns: Columns of names of its variables.
-        rows: The sampled rows, of genes only.
-    """
-
-    name: str
+    name: str  # `X`, `raw` or the layer's name
     verdict: MatrixVerdict
-    types: np.ndarray
-    columns: dict[str, list[str]]
-    rows: CountRows
+    types: np.ndarray  # str (n_vars,): type of each variable
+    columns: dict[str, list[str]]  # columns of names of the variables
+    rows: CountRows  # the sampled rows, of genes only
 
 
 def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str | None = None) -> list[Candidate]:
-    """Every matrix of an AnnData (or the one named `layer`) with its verdict, in the order in which equals are taken.
-
-    Args:
-        adata: AnnData, in memory, backed or a view.
-        layer: `X`, `raw` or a layer's name.
-        gene_column: Column of `var` with gene names or ids.
-    """
+    """The verdict on every matrix of an AnnData (or on `layer` alone), in order of preference among equals."""
     layers = list(adata.layers.keys())
     names = [known for name in COUNT_LAYERS for known in layers if known.lower() == name]
     names += ["raw"] if getattr(adata, "raw", None) is not None else []
@@ -397,7 +391,7 @@ def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
         kind = getattr(values.dtype, "kind", "O")
         if kind in "OSUT" or str(values.dtype) in ("category", "string", "str"):
             values = [str(v) for v in values]
-            # A column of a few words (feature_types, genome, chromosome) names no genes.
+            # A column with few distinct words (feature_types, genome, chromosome) does not name genes.
             if str(name).lower() in GENE_COLUMNS or len(set(values)) > 0.5 * len(values):
                 columns[str(name)] = values
     return columns
@@ -466,18 +460,9 @@ def read_cells(
     organism: str | None = None,
     force: bool = False,
 ) -> tuple[Cells, dict[str, Any]]:
-    """Read an AnnData into `Cells`, with a report of what was found and done. See `choose_input` for the arguments.
-
-    The AnnData is not altered.
-    """
+    """Read an AnnData, which stays unaltered, into `Cells` and a report. See `choose_input` for the arguments."""
     choice = choose_input(
-        adata,
-        gene_index,
-        layer=layer,
-        assume=assume,
-        gene_column=gene_column,
-        organism=organism,
-        force=force,
+        adata, gene_index, layer=layer, assume=assume, gene_column=gene_column, organism=organism, force=force
     )
     cells = choice.convert(_modality(adata))
     finish_report(choice.report)
@@ -486,7 +471,7 @@ def read_cells(
 
 def finish_report(report: dict[str, Any]) -> None:
     """Add the warnings that only the converted cells can tell."""
-    cells = report["cells"]
+    cells, messages = report["cells"], []
     converted = cells.get("converted", 0)
     if cells.get("without_genes"):
         if cells["without_genes"] == converted:
@@ -494,32 +479,23 @@ def finish_report(report: dict[str, Any]) -> None:
                 f"None of the {converted} cells expresses a gene of the vocabulary: every value of the matched genes "
                 "is zero. Is it the right layer?"
             )
-        message = (
+        messages.append(
             f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary: they are kept, empty."
         )
-        report["warnings"].append(message)
-        logger.warning(message)
     if cells.get("counts_not_recovered"):
-        message = (
-            f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: they "
-            "keep their normalised values."
+        messages.append(
+            f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: these "
+            "cells keep their normalised values."
         )
-        report["warnings"].append(message)
+    for message in messages:
         logger.warning(message)
+    report["warnings"] += messages
 
 
 def check_labels(labels: Sequence[Any], name: str) -> list[str]:
-    """Look at a column of labels before it is learned from or scored against.
+    """Warnings about a column of labels: one label only, missing labels, labels of a single cell.
 
-    Args:
-        labels: One label a cell; `None`, NaN and empty words are missing.
-        name: Name of the column.
-
-    Returns:
-        Warnings: one label only, missing labels, labels of a single cell.
-
-    Raises:
-        ValueError: if no cell has a label.
+    `None`, NaN and empty words are missing labels; a column of nothing else raises `ValueError`.
     """
     words = [str(label).strip() for label in labels]
     known = Counter(word for word in words if word.lower() not in ("", "nan", "none", "na", "<na>"))

@@ -633,6 +633,18 @@ def test_columns_of_one_gene_are_summed_and_others_counted_in_the_total(path):
     assert cells.total_counts.tolist() == [15, 0, 8]
 
 
+@pytest.mark.parametrize("middle", [5, 9])
+def test_entries_of_one_column_are_summed(path, middle):
+    """A CSR matrix may hold a column twice in a row; 200 + 100 does not fit its bytes."""
+    data = np.array([200, 100, 3, 4, 1], dtype=np.uint8)
+    matrix = sp.csr_matrix((data, np.array([1, 1, 2, 0, 0]), np.array([0, 3, 5])), shape=(2, 3))
+    cells = Cells.from_csr(matrix, np.array([9, middle, 7]))
+    assert cells.indptr.tolist() == [0, 2, 3]
+    assert cells.gene_ids.tolist() == [middle, 7, 9]
+    assert cells.counts.tolist() == [300, 3, 5]
+    assert cells.total_counts.tolist() == [303, 5]
+
+
 # Names and masks
 
 
