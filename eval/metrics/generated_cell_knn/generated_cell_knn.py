@@ -59,7 +59,7 @@ def distance_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def discrepancy(
-    k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray, wx: np.ndarray | None = None, wy: np.ndarray | None = None
+    k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray, *, wx: np.ndarray | None = None, wy: np.ndarray | None = None
 ) -> np.ndarray:
     """`E k(x, x') + E k(y, y') - 2 E k(x, y)` from the three kernel matrices, without pairs of a point with itself.
 
