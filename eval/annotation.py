@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from scmmgpt.eval import baselines, results
+from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells, match_names
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import N_BINS, annotation_scores
-from scmmgpt.eval.task import run_task, task_parser
+from scmmgpt.eval.task import run_task
 
 
 UNKNOWN = "unknown"  # stands for a missing prediction
@@ -41,7 +42,7 @@ def evaluate_annotation(
     test: LabelledCells,
     *,
     confidences: np.ndarray | None = None,
-    regression: baselines.TypePrediction | None = None,
+    regression: TypePrediction | None = None,
     n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
@@ -169,11 +170,7 @@ def _calibration(confidences: np.ndarray, correct: np.ndarray) -> list[dict]:
 def read_annotated(
     path: str, test: LabelledCells, prediction_key: str, score_key: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Match an annotated `.h5ad` with the cells of the test split by barcode.
-
-    Returns:
-        Rows of `test`, and the prediction and confidence of each; confidences are `None` without the column of scores.
-    """
+    """Rows of `test` with a barcode of an annotated `.h5ad`, their predictions, and their confidences if stored."""
     import anndata
 
     obs = anndata.read_h5ad(path, backed="r").obs
@@ -198,10 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 
 def evaluate_file(
-    args: argparse.Namespace,
-    train: LabelledCells,
-    test: LabelledCells,
-    regression: baselines.TypePrediction | None = None,
+    args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
     """Evaluate the annotated file; `regression` holds predictions for all test cells, fitted where `None`."""
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
@@ -214,6 +208,5 @@ def evaluate_file(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = task_parser("annotation", "Score predicted cell types beside baselines on the same split.")
-    add_arguments(parser)
-    return run_task(parser, evaluate_file, argv)
+    about = "Score predicted cell types beside baselines on the same split."
+    return run_task("annotation", about, add_arguments, evaluate_file, argv)

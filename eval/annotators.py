@@ -33,21 +33,13 @@ COMPONENTS = 50  # scanpy's default number of principal components
 
 @dataclass(frozen=True)
 class LabelBudget:
-    """Training cells with some labels shown, and test cells to annotate.
+    """Training cells with some labels shown, and test cells to annotate."""
 
-    Args:
-        adata: All training cells, with counts in `X`.
-        labels: Labels of the training cells, `(n_obs,)`.
-        shown: Rows whose labels a system may use.
-        test: The test cells.
-        seed: Seed of the random draws of a system.
-    """
-
-    adata: AnnData
-    labels: np.ndarray
-    shown: np.ndarray
+    adata: AnnData  # all training cells, with counts in `X`
+    labels: np.ndarray  # labels of the training cells, `(n_obs,)`
+    shown: np.ndarray  # rows whose labels a system may use
     test: AnnData
-    seed: int
+    seed: int  # of the random draws of a system
 
 
 def run_finetune(
@@ -181,17 +173,11 @@ def majority(budget: LabelBudget) -> np.ndarray:
 
 @dataclass(frozen=True)
 class System:
-    """One row of the table.
+    """One row of the table."""
 
-    Args:
-        predict: Label budget -> predicted labels of the test cells.
-        random: Whether predictions on the same cells depend on the seed.
-        semi_supervised: Whether the system learns from unlabelled cells. It does not run where all labels are shown.
-    """
-
-    predict: Callable[[LabelBudget], np.ndarray]
-    random: bool = False
-    semi_supervised: bool = False
+    predict: Callable[[LabelBudget], np.ndarray]  # -> predicted labels of the test cells
+    random: bool = False  # whether predictions on the same cells depend on the seed
+    semi_supervised: bool = False  # learns from unlabelled cells, and does not run where all labels are shown
 
 
 def make_systems(label_key: str, options: Sequence[str]) -> dict[str, System]:

@@ -26,23 +26,14 @@ MAX_CELLS = 50_000  # of a split; baselines do not gain from more, and evaluatio
 
 @dataclass(frozen=True)
 class LabelledCells:
-    """Cells of one split.
+    """Cells of one split."""
 
-    Args:
-        counts: Raw counts, CSR float32 of shape `(n_cells, n_genes)`.
-        total_counts: Library size over all genes of the source, shape `(n_cells,)`.
-        genes: Gene symbols, shape `(n_genes,)`.
-        labels: Cell types, shape `(n_cells,)`.
-        names: Barcodes, shape `(n_cells,)`.
-        obs: Annotations for captions, column name -> array of shape `(n_cells,)`.
-    """
-
-    counts: sparse.csr_matrix
-    total_counts: np.ndarray
-    genes: np.ndarray
-    labels: np.ndarray
-    names: np.ndarray
-    obs: dict = field(default_factory=dict)
+    counts: sparse.csr_matrix  # raw counts, float32 `(n_cells, n_genes)`
+    total_counts: np.ndarray  # library size over all genes of the source, `(n_cells,)`
+    genes: np.ndarray  # gene symbols, `(n_genes,)`
+    labels: np.ndarray  # cell types, `(n_cells,)`
+    names: np.ndarray  # barcodes, `(n_cells,)`
+    obs: dict = field(default_factory=dict)  # annotations for captions, column name -> array `(n_cells,)`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,11 +106,7 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
 
 
 def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarray]:
-    """The labelled cells of a file of counts, and their labels.
-
-    Raises:
-        ValueError: If `X` holds anything but counts, which every system of the benchmarks normalises itself.
-    """
+    """The labelled cells of a file of counts (`ValueError` for anything else in `X`), and their labels."""
     from scmmgpt.readers import read_file
     from scmmgpt.train.labels import column_of
 

@@ -13,10 +13,11 @@ import sacrebleu
 from numpy.typing import ArrayLike
 
 from scmmgpt.eval import baselines, results
+from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells, match_names
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
 from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy as metric
-from scmmgpt.eval.task import run_task, task_parser
+from scmmgpt.eval.task import run_task
 
 
 logger = logging.getLogger(__name__)
@@ -154,31 +155,24 @@ def _systems(
 
 
 def _estimates(
-    texts: list[str],
-    references: list[str],
-    is_named: np.ndarray,
-    embedded: np.ndarray,
-    embedded_references: np.ndarray,
-    draws: np.ndarray,
-    seed: int,
+    texts: list[str], truths: list[str], hits: np.ndarray, x: np.ndarray, y: np.ndarray, draws: np.ndarray, seed: int
 ) -> dict[str, results.Estimate]:
-    n = len(references)
-    norms = np.linalg.norm(embedded, axis=1) * np.linalg.norm(embedded_references, axis=1)
-    cosine = (embedded * embedded_references).sum(1) / np.maximum(norms, 1e-12)
-    bandwidth = median_distance(embedded_references)
-    pairs = ((embedded, embedded), (embedded_references, embedded_references), (embedded, embedded_references))
-    kernels = [gaussian_kernel(a, b, bandwidth) for a, b in pairs]
+    """Estimates for texts with embeddings x, whose references `truths` have embeddings y."""
+    n = len(truths)
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    cosine = (x * y).sum(1) / np.maximum(norms, 1e-12)
+    bandwidth = median_distance(y)
+    kernels = [gaussian_kernel(a, b, bandwidth) for a, b in ((x, x), (y, y), (x, y))]
     mmd2 = float(discrepancy(*kernels))
-    mmd2_replicates = results.recentre(mmd2, discrepancy(*kernels, x_weights=draws, y_weights=draws))
-    rouge = metric.rouge_f(texts, references)[:, metric.ROUGE_TYPES.index("rougeL")]
-    bleu = sacrebleu.corpus_bleu(texts, [references]).score
+    rouge = metric.rouge_f(texts, truths)[:, metric.ROUGE_TYPES.index("rougeL")]
+    bleu = sacrebleu.corpus_bleu(texts, [truths]).score
     return {
-        "named_type_accuracy": results.mean_estimate(is_named, draws),
+        "named_type_accuracy": results.mean_estimate(hits, draws),
         "cosine": results.mean_estimate(cosine, draws),
-        "mmd2": results.Estimate(mmd2, n, mmd2_replicates),
-        "sliced_wasserstein": results.Estimate(metric.sliced_wasserstein(embedded, embedded_references, seed=seed), n),
+        "mmd2": results.Estimate(mmd2, n, results.recentre(mmd2, discrepancy(*kernels, wx=draws, wy=draws))),
+        "sliced_wasserstein": results.Estimate(metric.sliced_wasserstein(x, y, seed=seed), n),
         "rougeL": results.mean_estimate(rouge, draws),
-        "bleu": results.Estimate(bleu, n, _bleu_replicates(texts, references, draws)),
+        "bleu": results.Estimate(bleu, n, _bleu_replicates(texts, truths, draws)),
     }
 
 
@@ -186,11 +180,9 @@ def _bleu_replicates(texts: list[str], references: list[str], draws: np.ndarray)
     """Corpus BLEU of every replicate, whose n-gram counts are the sums of those of its sentences."""
     bleu = sacrebleu.BLEU(effective_order=True)
     scored = [bleu.sentence_score(text, [reference]) for text, reference in zip(texts, references, strict=True)]
-    statistics = (
-        (draws @ np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scored])).astype(int).tolist()
-    )
-    n = bleu.max_ngram_order
-    scores = [bleu.compute_bleu(r[:n], r[n : 2 * n], r[-2], r[-1], bleu.smooth_method) for r in statistics]
+    statistics = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scored])
+    sums, n = (draws @ statistics).astype(int).tolist(), bleu.max_ngram_order
+    scores = [bleu.compute_bleu(r[:n], r[n : 2 * n], r[-2], r[-1], bleu.smooth_method) for r in sums]
     return np.array([score.score for score in scores])
 
 
@@ -222,15 +214,9 @@ def _samples(
 
 
 def read_descriptions(path: str, test: LabelledCells) -> tuple[np.ndarray, np.ndarray]:
-    """Match descriptions with the cells of the test split by barcode.
+    """Rows of `test` with a barcode of a `.h5ad` or table of `scmmgpt describe`, and the description of each.
 
-    Args:
-        path: Output of `scmmgpt describe`: the `.csv` of `--table` or the `.h5ad`. A table has the barcodes in the
-            column "barcode" or "cell", and texts in "scmmgpt_description" or "description".
-        test: The test split of the corpus.
-
-    Returns:
-        Rows of `test`, and the description of each.
+    A table has the barcodes in one of `BARCODE_COLUMNS` and the texts in one of `TEXT_COLUMNS`.
     """
     if str(path).endswith(".h5ad"):
         import anndata
@@ -257,10 +243,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 
 def evaluate_file(
-    args: argparse.Namespace,
-    train: LabelledCells,
-    test: LabelledCells,
-    regression: baselines.TypePrediction | None = None,
+    args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
     """Evaluate the descriptions; `regression` holds predictions for all test cells, fitted where `None`."""
     from scmmgpt.cells_scmmgpt import hash_names
@@ -294,6 +277,5 @@ def _term_ids(cells: LabelledCells) -> dict[str, str | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = task_parser("description", "Score descriptions of cells beside captions that need no language model.")
-    add_arguments(parser)
-    return run_task(parser, evaluate_file, argv)
+    about = "Score descriptions of cells beside captions that need no language model."
+    return run_task("description", about, add_arguments, evaluate_file, argv)

@@ -96,14 +96,9 @@ def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
 def umap_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:
-    """Maps of real and generated cells, coloured by type and by origin.
+    """Maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin.
 
-    Args:
-        real: Coordinates of real cells, shape `(n_real, 2)`.
-        real_labels: Types of real cells.
-        generated: Coordinates of generated cells, shape `(n_generated, 2)`.
-        prompts: Prompted types of generated cells.
-        colors: Type -> colour.
+    `colors` maps a type to its colour.
     """
     raster = len(real) + len(generated) > MAX_VECTOR_POINTS
     size = float(np.clip(6000 / (len(real) + len(generated)), 3, 26))
@@ -160,13 +155,9 @@ def marker_genes(train: LabelledCells) -> list[tuple[str, str]]:
 def marker_figure(
     markers: Sequence[tuple[str, str]], types: Sequence[str], real: np.ndarray, generated: np.ndarray
 ) -> Figure:
-    """Mean expression of marker genes by type, real held-out cells above generated ones, on one scale.
+    """Mean log1p(CP10k) `(n_types, n_markers)` of marker genes, real held-out cells above generated cells.
 
-    Args:
-        markers: (type, gene) in the order of the columns.
-        types: Types in the order of the rows.
-        real: Mean log1p(CP10k) of real cells, shape `(n_types, n_markers)`.
-        generated: Mean log1p(CP10k) of generated cells, of the same shape.
+    `types` are the rows, and `markers` (type, gene) the columns.
     """
     scale = np.maximum(real.max(0), 1e-6)
     with figure_style():

@@ -191,16 +191,10 @@ def shots_figure(rows: list[dict]) -> "Figure":
         for axes, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
             for number, system in enumerate(systems):
                 points = [(i, found[system, s]) for i, s in enumerate(settings) if (system, s) in found]
-                axes.errorbar(
-                    [i + 0.04 * (number - len(systems) / 2) for i, _ in points],
-                    [row[metric] for _, row in points],
-                    [row[f"{metric}_sd"] or 0 for _, row in points],
-                    marker="o",
-                    markersize=4,
-                    linewidth=2 if system in OURS else 1,
-                    linestyle="-" if system in OURS else "--",
-                    label=system,
-                )
+                x = [i + 0.04 * (number - len(systems) / 2) for i, _ in points]
+                y, error = [row[metric] for _, row in points], [row[f"{metric}_sd"] or 0 for _, row in points]
+                width, style = (2, "-") if system in OURS else (1, "--")
+                axes.errorbar(x, y, error, marker="o", markersize=4, linewidth=width, linestyle=style, label=system)
             axes.set_xticks(range(len(settings)), settings)
             axes.set(xlabel="labelled cells of each type", ylabel=title)
             axes.grid(axis="y", alpha=0.3)
@@ -217,8 +211,8 @@ def write_outputs(records: list[dict], about: dict, output: str | Path) -> str:
     comparisons = [row for ours in OURS for row in compare(records, ours)]
     table = markdown_table(rows)
     write_json(output / "results.json", {**about, "rows": rows, "comparisons": comparisons, "runs": records})
-    table_of_runs = pd.DataFrame(records).drop(columns="right")
-    table_of_runs.to_csv(output / "results.csv", index=False, lineterminator="\r\n")
+    runs = pd.DataFrame(records).drop(columns="right")
+    runs.to_csv(output / "results.csv", index=False, lineterminator="\r\n")
     (output / "table.md").write_text(table, encoding="utf-8")
     shots_figure(rows).savefig(output / "shots.png", dpi=150)
     return table

@@ -16,7 +16,7 @@ from scmmgpt.cells_scmmgpt import log1p_cp10k
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.metrics.generated_cell_knn import generated_cell_knn as knn
-from scmmgpt.eval.task import run_task, task_parser
+from scmmgpt.eval.task import run_task
 
 
 logger = logging.getLogger(__name__)
@@ -136,23 +136,14 @@ def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: Labell
 
 @dataclass(frozen=True)
 class HeldOutCells:
-    """Real held-out cells in the form that comparisons with generated cells need.
+    """Real held-out cells in the form that comparisons with generated cells need."""
 
-    Args:
-        points: Principal components, `(n_real, n_components)`.
-        labels: Types, `(n_real,)`.
-        bandwidth: Width of the Gaussian kernel for all systems.
-        columns: Positions of the most variable genes of the training cells.
-        profiles: log1p(CP10k) of the held-out cells over the variable genes, `(n_real, n_columns)`.
-        center: Mean log1p(CP10k) of all training cells over the variable genes, `(n_columns,)`.
-    """
-
-    points: np.ndarray
-    labels: np.ndarray
-    bandwidth: float
-    columns: np.ndarray
-    profiles: np.ndarray
-    center: np.ndarray
+    points: np.ndarray  # principal components, `(n_real, n_components)`
+    labels: np.ndarray  # types, `(n_real,)`
+    bandwidth: float  # of the Gaussian kernel, for all systems
+    columns: np.ndarray  # positions of the most variable genes of the training cells
+    profiles: np.ndarray  # log1p(CP10k) of the held-out cells over the variable genes, `(n_real, n_columns)`
+    center: np.ndarray  # mean log1p(CP10k) of all training cells over the variable genes, `(n_columns,)`
 
     @classmethod
     def of(
@@ -213,13 +204,8 @@ def _estimates(
 ) -> tuple[dict[str, results.Estimate], dict[str, dict[str, float | None]]]:
     """Estimates of one system, and values by type.
 
-    Args:
-        cells: log1p(CP10k), `(n, n_genes)`.
-        labels: Prompted types, `(n,)`.
-        points: The cells in principal components, `(n, n_components)`.
-        truth: Real held-out cells.
-        n_resamples: Bootstrap replicates.
-        seed: Seed of the bootstrap.
+    The system has log1p(CP10k) `cells` `(n, n_genes)` of the prompted types `labels` `(n,)`, in principal components
+    `points` `(n, n_components)`.
     """
     n = len(labels)
     draws = results.bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
@@ -259,10 +245,7 @@ def _compare_samples(
         "energy_distance": [knn.distance_kernel(a, b) for a, b in pairs],
         "mmd2": [knn.gaussian_kernel(a, b, truth.bandwidth) for a, b in pairs],
     }
-    measured = {
-        name: (float(knn.discrepancy(*k)), knn.discrepancy(*k, x_weights=wx, y_weights=wy))
-        for name, k in kernels.items()
-    }
+    measured = {name: (float(knn.discrepancy(*k)), knn.discrepancy(*k, wx=wx, wy=wy)) for name, k in kernels.items()}
     profiles = cells[:, truth.columns], truth.profiles[rows]
     measured["profile_correlation"] = _profile_correlation(*profiles, truth.center, wx, wy)
     x_distances, y_distances, _ = (-k for k in kernels["energy_distance"])
@@ -285,17 +268,14 @@ def _profile_correlation(
 
 
 def diversity(x: np.ndarray, y: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean distance between generated cells over mean distance between real cells of one type.
+    """Mean distance between generated cells over mean distance between real cells of one type, and its replicates.
 
     Args:
         x: Distances between generated cells, `(n, n)`.
         y: Distances between real cells, `(m, m)`.
         wx: How often each generated cell occurs in each bootstrap draw, `(n_resamples, n)`.
-        wy: How often each real cell occurs in each draw, `(n_resamples, m)`.
-
-    Returns:
-        The ratio and its replicates `(n_resamples,)`. A ratio is NaN where all real cells are copies of one, as in one
-        of nine draws of three cells.
+        wy: The same for real cells, `(n_resamples, m)`. Where all are copies of one cell, as in one of nine draws of
+            three cells, the replicate is NaN.
     """
 
     def spread(distances: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -353,6 +333,5 @@ def evaluate_file(args: argparse.Namespace, train: LabelledCells, test: Labelled
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = task_parser("generation", "Score generated cells beside profiles that need no model.")
-    add_arguments(parser)
-    return run_task(parser, evaluate_file, argv)
+    about = "Score generated cells beside profiles that need no model."
+    return run_task("generation", about, add_arguments, evaluate_file, argv)

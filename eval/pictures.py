@@ -52,13 +52,7 @@ def generation_pictures(
 ) -> dict[str, dict]:
     """Two UMAPs of held-out and generated cells in components of training cells, and the expression of marker genes.
 
-    Args:
-        matrix: Generated log1p(CP10k), shape `(n_generated, n_genes)`.
-        prompts: Prompted types.
-        genes: Symbols of the columns.
-        train: Training cells.
-        test: Held-out cells.
-        seed: Seed of the map and of the cells on it.
+    `matrix` `(n_generated, n_genes)` holds the generated log1p(CP10k) of `genes`. The seed draws the cells on the map.
     """
     matrix, train, test = generation.align_genes(matrix, genes, train, test)
     rng = np.random.default_rng(seed)

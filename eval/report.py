@@ -27,7 +27,6 @@ from scmmgpt.files import whole_file, write_json
 
 logger = logging.getLogger(__name__)
 
-TEMPLATES = Path(__file__).parent / "templates"
 # Not k-NN accuracy for generation: copies of the mean profile have a higher one than real cells.
 HEADLINES = {"annotation": "accuracy", "description": "named_type_accuracy", "generation": "energy_distance"}
 QUESTIONS = {
@@ -36,10 +35,7 @@ QUESTIONS = {
     "generation": "Are generated cells like real cells of the prompted type?",
 }
 
-
-def digits(metric: str) -> int:
-    """Number of decimals of a metric on the page."""
-    return {"bleu": 1, "energy_distance": 2}.get(metric, 3)
+DIGITS = {"bleu": 1, "energy_distance": 2}  # decimals of a metric on the page, 3 for all others
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, list[dict]]:
@@ -51,8 +47,9 @@ def verdicts(results: dict[str, dict]) -> dict[str, list[dict]]:
             if comparison["ci"] is None:
                 continue
             metric = comparison["metric"]
-            entry = {"task": task, "title": result["measures"][metric]["title"], "digits": digits(metric)} | comparison
-            entry |= {"ours": values[result["model"], metric], "theirs": values[comparison["system"], metric]}
+            entry = {"task": task, "digits": DIGITS.get(metric, 3)} | comparison
+            entry |= {"title": result["measures"][metric]["title"], "ours": values[result["model"], metric]}
+            entry["theirs"] = values[comparison["system"], metric]
             if comparison["role"] == BASELINE:
                 sorted_out[comparison["verdict"]].append(entry)
             elif comparison["verdict"] != "better" and metric not in description.BLIND_TO_PAIRING:
@@ -96,7 +93,7 @@ def table(result: dict) -> dict:
     def cell(system: str, metric: str) -> dict:
         row = cells.get((system, metric))
         is_best = row is not None and row is best[metric]
-        return {"row": row, "verdict": verdict.get((system, metric)), "best": is_best, "digits": digits(metric)}
+        return {"row": row, "verdict": verdict.get((system, metric)), "best": is_best, "digits": DIGITS.get(metric, 3)}
 
     roles = {row["system"]: row["role"] for row in result["rows"]}
     return {
@@ -115,12 +112,9 @@ def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title:
         title: Heading of the page.
         note: A sentence on what the checkpoint is and is not.
     """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = lambda value, digits=3: (
         "–" if value is None else f"{value:.{digits}f}".replace("-", "−")

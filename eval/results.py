@@ -28,18 +28,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its bootstrap replicates.
+    """A value with its bootstrap replicates; replicate i is of the same draw for all systems with the same cells."""
 
-    Args:
-        value: The metric on all cells.
-        n: Number of cells (or pairs).
-        replicates: Values on resampled cells, shape `(n_resamples,)`, or `None` where no interval was computed.
-            Replicate i is of the same draw for all systems with the same cells.
-    """
-
-    value: float
-    n: int
-    replicates: np.ndarray | None = None
+    value: float  # on all cells
+    n: int  # number of cells (or pairs)
+    replicates: np.ndarray | None = None  # values on resampled cells, `(n_resamples,)`; `None`: no interval
 
     @property
     def interval(self) -> list[float] | None:

@@ -25,17 +25,18 @@ def task_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_task(
-    parser: argparse.ArgumentParser,
+    command: str,
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
     evaluate: Callable[[argparse.Namespace, LabelledCells, LabelledCells], dict],
     argv: Sequence[str] | None,
 ) -> int:
     """Run the command line `argv` of one task: print the table and write the JSON of its result.
 
-    Args:
-        parser: From `task_parser`, with the arguments of the task added.
-        evaluate: Arguments, training cells and test cells of the corpus -> the result.
-        argv: That of the process where `None`.
+    `evaluate` takes the arguments, and the training and test cells of the corpus.
     """
+    parser = task_parser(command, description)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
     sys.stdout.write(format_table(result))
@@ -60,11 +61,7 @@ def split_rows(labels: np.ndarray, *, test_share: float, seed: int = 0) -> list[
 
 
 def read_runs(path: Path, about: dict) -> list[dict]:
-    """Runs of an earlier call from `results.json`, none without such a file.
-
-    Raises:
-        ValueError: If the cells or options of the file are not those of `about`.
-    """
+    """Runs of an earlier call on the cells and with the options of `about`, none without `results.json`."""
     if not path.is_file():
         return []
     document = json.loads(path.read_text(encoding="utf-8"))

@@ -74,25 +74,15 @@ class LabelTexts:
 
 @dataclass(frozen=True)
 class LeftOutLabel:
-    """The cells of one left-out label. A system scores every test cell for every label, `(n_test, n_labels)`.
+    """The cells of one left-out label. A system scores every test cell for every label, `(n_test, n_labels)`."""
 
-    Args:
-        train: Training cells with counts, none of the left-out label.
-        targets: Labels of the training cells, positions in `labels.names`.
-        test: Test cells of all labels.
-        labels: All labels.
-        left_out: Position of the left-out label.
-        seed: Seed of all random draws.
-        folder: Folder for files that systems share, made of `train`.
-    """
-
-    train: AnnData
-    targets: np.ndarray
-    test: AnnData
-    labels: LabelTexts
-    left_out: int
-    seed: int
-    folder: str
+    train: AnnData  # with counts, without cells of the left-out label
+    targets: np.ndarray  # labels of the training cells, positions in `labels.names`
+    test: AnnData  # cells of all labels
+    labels: LabelTexts  # all labels
+    left_out: int  # position of the left-out label
+    seed: int  # of all random draws
+    folder: str  # for files that systems share, made of `train`
 
 
 def scores_of_pipeline(
@@ -182,12 +172,8 @@ def text_centroids(case: LeftOutLabel) -> dict[str, np.ndarray]:
 def predict_centroid(centroids: np.ndarray, texts: np.ndarray, text: np.ndarray) -> np.ndarray:
     """Centroid of the label of a text, by ridge regression from texts to centroids, both centred.
 
-    The penalty is the mean squared length of a centred text.
-
-    Args:
-        centroids: `(n_seen, n_genes)`.
-        texts: Text embeddings `(n_seen, width)`.
-        text: Text embedding `(width,)`.
+    The penalty is the mean squared length of a centred text. `centroids` has the shape `(n_seen, n_genes)`, the
+    embeddings `texts` and `text` the shapes `(n_seen, width)` and `(width,)`.
     """
     mean, offset = centroids.mean(axis=0), texts.mean(axis=0)
     kernel = (texts - offset) @ (texts - offset).T

@@ -178,7 +178,7 @@ def test_bootstrap_weights_equal_repeated_points_without_pairs_of_copies(rng):
     x, y = rng.normal(size=(6, 2)), rng.normal(size=(5, 2))
     wx, wy = np.array([[2, 0, 1, 1, 1, 1]]), np.ones((1, 5))
     ours = discrepancy(
-        gaussian_kernel(x, x, 1.0), gaussian_kernel(y, y, 1.0), gaussian_kernel(x, y, 1.0), x_weights=wx, y_weights=wy
+        gaussian_kernel(x, x, 1.0), gaussian_kernel(y, y, 1.0), gaussian_kernel(x, y, 1.0), wx=wx, wy=wy
     )
     drawn = np.repeat(np.arange(6), wx[0])
     k = rbf_kernel(x[drawn], x[drawn], gamma=0.5)

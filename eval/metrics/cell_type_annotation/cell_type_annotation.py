@@ -53,9 +53,7 @@ def annotation_scores(
 def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike) -> float:
     """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their cells.
 
-    Args:
-        confidences: Confidence in [0, 1] of each prediction, shape `(n_cells,)`.
-        correct: Whether each prediction is right, shape `(n_cells,)`.
+    `confidences`, in [0, 1], and `correct` have the shape `(n_cells,)`.
     """
     confidences, correct = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if not np.all((confidences >= 0) & (confidences <= 1)):
@@ -76,9 +74,7 @@ class CellTypeAnnotation(evaluate.Metric):
             description=__doc__,
             citation="",
             inputs_description=annotation_scores.__doc__,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
+            features=datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string"))),
         )
 
     def _compute(

@@ -35,11 +35,6 @@ N_COMPONENTS = 50
 MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two samples is mostly noise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distances between two samples
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def median_distance(points: np.ndarray, *, seed: int = 0) -> float:
     """Median Euclidean distance between points `(n, d)`, the usual bandwidth of a Gaussian kernel.
 
@@ -64,12 +59,7 @@ def distance_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def discrepancy(
-    k_xx: np.ndarray,
-    k_yy: np.ndarray,
-    k_xy: np.ndarray,
-    *,
-    x_weights: np.ndarray | None = None,
-    y_weights: np.ndarray | None = None,
+    k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray, *, wx: np.ndarray | None = None, wy: np.ndarray | None = None
 ) -> np.ndarray:
     """`E k(x, x') + E k(y, y') - 2 E k(x, y)` from the three kernel matrices, without pairs of a point with itself.
 
@@ -77,16 +67,16 @@ def discrepancy(
         k_xx: Kernel matrix of x with itself, shape `(n, n)`.
         k_yy: Kernel matrix of y with itself, shape `(m, m)`.
         k_xy: Kernel matrix of x with y, shape `(n, m)`.
-        x_weights: Weights of the points of x, shape `(n_replicates, n)`. The weights of a bootstrap replicate are the
-            counts of each point in a draw with replacement; two copies of one point are no pair.
-        y_weights: Weights of the points of y, shape `(n_replicates, m)`.
+        wx: Weights of the points of x, shape `(n_replicates, n)`. The weights of a bootstrap replicate are the counts
+            of each point in a draw with replacement; two copies of one point are no pair.
+        wy: Weights of the points of y, shape `(n_replicates, m)`.
 
     Returns:
         Shape `(n_replicates,)`; a scalar array without weights.
     """
-    single = x_weights is None and y_weights is None
-    wx = np.ones((1, len(k_xx))) if x_weights is None else np.asarray(x_weights, dtype=np.float64)
-    wy = np.ones((1, len(k_yy))) if y_weights is None else np.asarray(y_weights, dtype=np.float64)
+    single = wx is None and wy is None
+    wx = np.ones((1, len(k_xx))) if wx is None else np.asarray(wx, dtype=np.float64)
+    wy = np.ones((1, len(k_yy))) if wy is None else np.asarray(wy, dtype=np.float64)
 
     def within(kernel: np.ndarray, weights: np.ndarray) -> np.ndarray:
         total = ((weights @ kernel) * weights).sum(1) - (weights**2) @ np.diag(kernel)
@@ -120,11 +110,6 @@ def _check_samples(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
             f"Samples of {len(x)} and {len(y)} points have no distance. Give two points of each at least."
         )
     return x, y
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generated cells among real ones
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fit_cell_space(train: np.ndarray | sparse.csr_matrix, *, n_components: int = N_COMPONENTS, seed: int = 0) -> PCA:

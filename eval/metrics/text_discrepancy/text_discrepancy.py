@@ -185,9 +185,7 @@ class TextDiscrepancy(evaluate.Metric):
             description=__doc__,
             citation="",
             inputs_description=text_scores.__doc__,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
+            features=datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string"))),
         )
 
     def _compute(self, predictions: list[str], references: list[str], **options: Any) -> dict[str, float]:
