@@ -281,7 +281,8 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             expression,
             attended,
         )
-        arrays = {"gene_ids": gene_ids, "expression": expression, "cell_attention_mask": attended}
+        arrays: dict[str, np.ndarray] = {"gene_ids": gene_ids, "expression": expression}
+        arrays["cell_attention_mask"] = attended
         if self.return_profile:
             lengths = np.diff(cells.indptr)
             is_gene = np.arange(longest) < lengths[:, None]
