@@ -95,9 +95,7 @@ def hash_names(names: Any) -> np.ndarray:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells
-# ---------------------------------------------------------------------------------------------------------------------
+# -- cells ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -169,7 +167,7 @@ class Cells:
         return Cells(indptr, self.gene_ids[entries], self.counts[entries], self.cell_ids[rows], total_counts)
 
     def library_sizes(self) -> np.ndarray:
-        """`float32 (n_cells,)`: `total_counts`, or the sum of `counts` where the source did not say."""
+        """`float32 (n_cells,)`: `total_counts`, or the sum of `counts` if there are none."""
         if self.total_counts is not None:
             return self.total_counts
         return _row_sums(self.counts, self.indptr).astype(np.float32)
@@ -295,19 +293,17 @@ def sorting_order(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.lexsort(digits) if digits else np.arange(len(rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
+# -- values -----------------------------------------------------------------------------------------------------------
 
 
-def library_scale(library_sizes: np.ndarray, target_sum: float = COUNTS_PER_10K) -> np.ndarray:
+def _library_scale(library_sizes: np.ndarray, target_sum: float) -> np.ndarray:
     """The factor, `float64 (n_cells,)`, that scales each library to `target_sum`; 0 for a cell without counts."""
     sizes = np.asarray(library_sizes, dtype=np.float64)
     return np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
 
 
-def log1p_cp10k(counts: Any, library_sizes: np.ndarray, target_sum: float = COUNTS_PER_10K) -> Any:
-    """log1p of the counts of a matrix, scaled to a library of `target_sum`; [`normalize_log1p`] is for [`Cells`].
+def log1p_cp10k(counts: Any, library_sizes: np.ndarray) -> Any:
+    """log1p of the counts per 10,000 of a matrix; [`normalize_log1p`] is for [`Cells`].
 
     Args:
         counts: Raw counts, `(n_cells, n_genes)`: an array or a SciPy sparse matrix.
@@ -316,15 +312,15 @@ def log1p_cp10k(counts: Any, library_sizes: np.ndarray, target_sum: float = COUN
     Returns:
         float32 `(n_cells, n_genes)`: an array, or a CSR matrix for a sparse one.
     """
-    scale = library_scale(library_sizes, target_sum)[:, None]
+    scale = _library_scale(library_sizes, COUNTS_PER_10K)[:, None]
     if hasattr(counts, "tocsr"):
         return counts.multiply(scale).tocsr().astype(np.float32).log1p()
     return np.log1p(counts * scale).astype(np.float32)
 
 
 def _scaled_counts(cells: Cells, target_sum: float) -> np.ndarray:
-    """`float64 (nnz,)`: counts after scaling each cell to `target_sum`."""
-    return cells.counts * np.repeat(library_scale(cells.library_sizes(), target_sum), np.diff(cells.indptr))
+    """`float64 (nnz,)`: counts after scaling each cell to a library of `target_sum`."""
+    return cells.counts * np.repeat(_library_scale(cells.library_sizes(), target_sum), np.diff(cells.indptr))
 
 
 def normalize_log1p(cells: Cells, target_sum: float = COUNTS_PER_10K) -> np.ndarray:
@@ -340,9 +336,7 @@ def hellinger_profile(cells: Cells) -> np.ndarray:
     """sqrt(count / library size): the coordinates in which Euclidean distance is Hellinger distance.
 
     The variance of a count grows with its mean, and the square root evens it out: neither the few strongly expressed
-    genes nor the many rare ones dominate a distance. Every cell has length 1, whatever its depth.
-
-    The library size is `cells.total_counts`: genes outside the vocabulary count too. Returns `float32 (nnz,)`, aligned
-    with `cells.counts`.
+    genes nor the many rare ones dominate a distance. Every cell has length 1, whatever its depth. Library size and
+    result are as for [`normalize_log1p`].
     """
     return np.sqrt(_scaled_counts(cells, 1.0)).astype(np.float32)

@@ -44,11 +44,11 @@ SELECTIONS = ("random", "top")
 
 
 def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    """The value binning of scGPT: each cell's non-zero counts cut at their own quantiles.
+    """Bin each cell's non-zero counts by their quantiles, as scGPT does.
 
     The edges are the quantiles of the cell's counts at `n_bins - 1` equally spaced levels. A count with `a` edges
-    below or equal and `b` edges below gets bin `ceil(a + u * (b - a))`, with `u` uniform in [0, 1): a count that
-    equals several edges is spread evenly over their bins. `u` is the low half of the gene's hash.
+    below or equal and `b` edges below gets bin `ceil(a + u * (b - a))`, with `u` uniform in [0, 1), the low half of
+    the gene's hash: counts that equal several edges spread evenly over the bins of these edges.
 
     Args:
         cells: Raw counts. Any increasing transform of a cell's counts gives the same bins.
@@ -72,7 +72,7 @@ def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, n_bin
 
 def _check_bins(n_bins: int) -> None:
     if n_bins < 2:
-        raise ValueError(f"n_bins is {n_bins}; bin 0 is for genes that are not expressed, so at least 2 are needed.")
+        raise ValueError(f"n_bins is {n_bins}; it must be at least 2: bin 0 is for genes that are not expressed.")
 
 
 def _as_keys(counts: np.ndarray) -> np.ndarray:
@@ -83,12 +83,9 @@ def _as_keys(counts: np.ndarray) -> np.ndarray:
 
 
 def _edge_counts(indptr: np.ndarray, counts: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where every entry lies among its cell's quantile edges.
+    """Number of quantile edges of the cell below each entry, and below or equal: two arrays `int64 (nnz,)`.
 
     The `n_bins - 1` edges of a cell are `np.quantile(counts, np.linspace(0, 1, n_bins - 1))` to the last bit.
-
-    Returns:
-        `lower` and `upper`, both `int64 (nnz,)`: how many edges are below the entry, and how many below or equal.
     """
     starts, lengths = indptr[:-1], np.diff(indptr)
     rows = np.repeat(np.arange(len(lengths)), lengths)
@@ -115,7 +112,7 @@ def _edge_counts(indptr: np.ndarray, counts: np.ndarray, n_bins: int) -> tuple[n
     reaches = np.where(edges > ranked[before], after, run_bounds[run[before]])
     passes = np.where(edges < ranked[after], before + 1, run_bounds[run[after] + 1])
 
-    # step 3: count edges along the sorted entries; all edges of the cells before lie behind, so they are taken off
+    # step 3: count edges along the sorted entries, and subtract the edges of earlier cells
     edges_before = np.repeat(np.cumsum(lengths > 0) - 1, lengths) * (n_bins - 1)
     bounds = np.empty((2, len(ranked)), dtype=np.int64)
     for bound, edge_positions in zip(bounds, (passes, reaches), strict=True):
@@ -132,7 +129,7 @@ def mask_genes(
     seed: int = 0,
     epoch: int = 0,
 ) -> np.ndarray | torch.Tensor:
-    """Draws the genes to hide in the pre-training objectives: an exact share of each cell, by hash.
+    """Draw the genes to hide in the pre-training objectives: an exact share of each cell, by hash.
 
     Args:
         gene_ids: `(n_cells, n_tokens)`, array or tensor, with `<cls>` first, as the extractor returns.
@@ -143,14 +140,13 @@ def mask_genes(
         seed, epoch: Other values give other draws, which are independent of the extractor's.
 
     Returns:
-        Boolean `(n_cells, n_tokens)`, array or tensor as `gene_ids`: True where a gene is hidden, never at `<cls>` or
-        padding.
+        Boolean `(n_cells, n_tokens)`, array or tensor as `gene_ids`: True at hidden genes, not at `<cls>` or padding.
     """
     genes, attended = np.asarray(gene_ids), np.asarray(cell_attention_mask).astype(bool)
     cell_ids = np.asarray(cell_ids)
     ratios = np.atleast_1d(np.asarray(mask_ratio, dtype=np.float64))
     if not ((ratios > 0) & (ratios <= 1)).all():
-        raise ValueError(f"mask_ratio is {mask_ratio}; a share of a cell's genes lies above 0 and at most at 1.")
+        raise ValueError(f"mask_ratio is {mask_ratio}; a share of a cell's genes must be above 0 and at most 1.")
     attended[:, :1] = False
     draws = cell_keys(cell_ids, seed=seed, epoch=epoch, stream=RandomStream.RATIO) % np.uint64(len(ratios))
     n_genes = attended.sum(axis=1)
@@ -162,13 +158,11 @@ def mask_genes(
     return torch.from_numpy(hidden).to(gene_ids.device) if isinstance(gene_ids, torch.Tensor) else hidden
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feature extractor
-# ---------------------------------------------------------------------------------------------------------------------
+# -- feature extractor ------------------------------------------------------------------------------------------------
 
 
 class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
-    r"""Turns [`Cells`] into the inputs of [`ScGPTModel`]: `<cls>` and up to `max_genes - 1` genes a cell.
+    """Convert [`Cells`] to the inputs of [`ScGPTModel`]: `<cls>` and up to `max_genes - 1` genes a cell.
 
     Args:
         max_genes (`int`, defaults to 1200): Longest sequence, `<cls>` included (scGPT's `max_length`).
@@ -225,7 +219,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
     @staticmethod
     def _check_selection(max_genes: int, selection: str) -> None:
         if max_genes < 2:
-            raise ValueError(f"max_genes is {max_genes}; `<cls>` and one gene take 2.")
+            raise ValueError(f"max_genes is {max_genes}; it must be at least 2, for `<cls>` and one gene.")
         if selection not in SELECTIONS:
             raise ValueError(f"selection is {selection!r}; choose one of {SELECTIONS}.")
 
@@ -239,13 +233,13 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         selection: str | None = None,
         padding: bool | str = True,
     ) -> BatchFeature:
-        """Tokenises a batch of cells.
+        """Tokenise a batch of cells.
 
         Args:
             cells: Raw counts with their gene ids.
-            epoch: Pass over the data; each draws anew. Keep 0 for evaluation.
+            epoch: Pass over the data; each pass has other draws. Keep 0 for evaluation.
             return_tensors: `"pt"` or `"np"`.
-            max_genes, selection: In place of the extractor's own, for this call.
+            max_genes, selection: Values for this call, instead of the extractor's own.
             padding: `True` pads to the longest cell of the batch, `"max_length"` to `max_genes`.
 
         Returns:
@@ -315,7 +309,7 @@ def _check_counts(counts: np.ndarray) -> None:
         wrong = counts[~((counts > 0) & np.isfinite(counts))][0]
         raise ValueError(
             f"Cells holds counts above 0 only, but found {wrong}. "
-            "Build it with `Cells.from_csr`, which drops zeros and refuses what is no count."
+            "Build it with `Cells.from_csr`, which drops zeros and checks the counts."
         )
 
 
@@ -359,6 +353,3 @@ def _fill_rows_numpy(
     is_gene = attended_out[:, 1:] == 1
     gene_ids_out[:, 1:], expression_out[:, 1:] = pad_token_id, pad_value
     gene_ids_out[:, 1:][is_gene], expression_out[:, 1:][is_gene] = gene_ids[kept], values[kept]
-
-
-__all__ = ["ScMMGPTFeatureExtractor", "bin_counts", "mask_genes"]

@@ -218,7 +218,7 @@ def _kind(verdict: dict[str, Any]) -> str:
 def _evidence(verdict: dict[str, Any]) -> str:
     e = verdict["evidence"]
     if "min" not in e:
-        return f"{e.get('nan', 0)} NaN, {e.get('too_large', 0)} infinite or senseless in {e['cells_sampled']} cells"
+        return f"{e.get('nan', 0)} NaN, {e.get('too_large', 0)} infinite or too large in {e['cells_sampled']} cells"
     parts = [f"{e['share_integer']:.1%} integers", f"{e['min']:g} to {e['max']:g}"]
     if "share_negative" in e:
         parts.append(f"{e['share_negative']:.1%} negative")

@@ -26,10 +26,9 @@ except ImportError:  # beside the other files of a checkpoint
     from kernels_scmmgpt import find_entries, kernels_pay
 
 
-N_SAMPLED_ROWS = 512  # rows looked at for a verdict, in 8 blocks spread over the matrix
-N_BLOCKS = 8
-N_SAMPLED_VALUES = 1_000_000  # of those rows, fewer where they are this rich
-LARGEST_VALUE = 1e10  # a number above it counts nothing in a cell
+N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
+N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
+LARGEST_VALUE = 1e10  # larger values are no plausible expression
 ROUNDED = "rounded to the nearest integer"
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
@@ -69,7 +68,7 @@ class MatrixVerdict:
 
     @property
     def usable(self) -> bool:
-        """Whether counts, or values on their scale, can be had."""
+        """Whether the values can be converted to counts or to normalised values."""
         return self.conversion is not None
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +84,7 @@ class MatrixVerdict:
 
 @dataclass
 class CountRows:
-    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape, free of any sparse library."""
+    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape."""
 
     indptr: np.ndarray
     indices: np.ndarray
@@ -133,10 +132,7 @@ def row_major(matrix: Any) -> Any:
 
 
 def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
-    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix, zeros dropped, never dense.
-
-    The values keep their type; explicit zeros are dropped; nothing in `matrix` changes.
-    """
+    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept."""
     if getattr(matrix, "format", None) == "csr" and isinstance(getattr(matrix, "data", None), np.ndarray):
         # In memory, where SciPy would copy the entries.
         entries = slice(matrix.indptr[start], matrix.indptr[stop])
@@ -153,7 +149,7 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
     block = np.asarray(block)
     if block.ndim != 2:
         raise ValueError(f"The matrix has shape {block.shape}; expected two dimensions, (n_cells, n_genes).")
-    # Numba knows neither half floats, nor bytes in the order of other machines, nor words.
+    # Numba takes no half floats, no foreign byte order and no text.
     is_known = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
     find = find_entries if is_known and kernels_pay(len(block)) else _find_entries_numpy
     indptr, columns, data = find(np.ascontiguousarray(block))
@@ -181,13 +177,13 @@ def _find_entries_numpy(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns.astype(np.int32), matrix.ravel()[places]
 
 
-def sample_rows(matrix: Any, n_rows: int = N_SAMPLED_ROWS) -> CountRows:
-    """About `n_rows` rows, fewer if they are rich, in contiguous blocks spread evenly over the matrix."""
+def sample_rows(matrix: Any) -> CountRows:
+    """About `N_SAMPLED_ROWS` rows, fewer if they are rich, in contiguous blocks spread evenly over the matrix."""
     n_cells, n_vars = matrix.shape
-    if n_cells <= n_rows:
+    if n_cells <= N_SAMPLED_ROWS:
         starts, size = [0], n_cells
     else:
-        size = n_rows // N_BLOCKS
+        size = N_SAMPLED_ROWS // N_BLOCKS
         starts = np.linspace(0, n_cells - size, N_BLOCKS).astype(int).tolist()
     parts = [read_rows(matrix, start, start + size) for start in starts]
     positions = np.concatenate([np.arange(start, start + size) for start in starts])
@@ -205,10 +201,9 @@ def sample_rows(matrix: Any, n_rows: int = N_SAMPLED_ROWS) -> CountRows:
 
 
 def _storage_precision(values: np.ndarray) -> Precision:
-    """The rounding of `values`, all above zero, found by their type, their decimals and their significant digits.
+    """The rounding of `values`, all above zero, from their type, decimals and significant digits.
 
-    Text files and some packages round (scanpy's `pbmc68k_reduced` keeps three decimals); what was rounded away must
-    not be mistaken for evidence against integrality.
+    Rounded values (scanpy's `pbmc68k_reduced` keeps three decimals) must not count as evidence against integers.
     """
     # A float logarithm and its inverse each cost about an ulp; four are allowed. Float64 values were often float32.
     kind = values.dtype if np.issubdtype(values.dtype, np.floating) else np.dtype(np.float32)
@@ -227,7 +222,7 @@ def _storage_precision(values: np.ndarray) -> Precision:
 
 
 def linearize(values: np.ndarray, *, logs: int, base: float, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
-    """Undo `logs` logarithms. Returns float64 values and the half-width that the rounding of each one became."""
+    """Undo `logs` logarithms. Returns float64 values and the half-width of the rounding of each."""
     linear = values.astype(np.float64)
     error = precision.error(linear)
     scale = np.log(base)
@@ -249,10 +244,9 @@ class _Units(NamedTuple):
 def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, weigh: bool = True) -> _Units:
     """Find, for each cell, the largest unit of which all its values are integer multiples.
 
-    A UMI matrix divided by each cell's total keeps the integers: every value is `k * unit`, and the smallest is nearly
-    always one count. The smallest is tried as 1, 2, .. `MAX_UNIT` counts. A value speaks for or against a unit
-    only if its rounding leaves it less than 0.1 counts uncertain. Weighing the evidence takes time, which
-    `weigh=False` saves where the verdict is known.
+    In a UMI matrix divided by each cell's total, every value is `k * unit`, and the smallest is nearly always one
+    count. The smallest is tried as 1, 2, .. `MAX_UNIT` counts. A value is evidence for or against a unit only if its
+    rounding is below 0.1 counts. `weigh=False` skips the evidence where the verdict is known, which saves time.
     """
     n_cells = len(indptr) - 1
     lengths = np.diff(indptr)
@@ -323,10 +317,9 @@ def inspect_matrix(
 
     Args:
         matrix: `(n_cells, n_vars)`; NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix.
-        totals: Counts per cell over all genes, `(n_cells,)`: they tell what total the values were normalised to where
-            some genes are missing.
+        totals: Counts per cell over all genes, `(n_cells,)`: evidence of the target sum where genes are missing.
         is_gene: bool `(n_vars,)`: the variables to inspect; proteins are often normalised in another way.
-        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); it decides where nothing is proven.
+        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
 
     >>> inspect_matrix(np.array([[1, 0, 3], [0, 2, 5]])).kind
     'raw_integer'
@@ -377,7 +370,7 @@ def inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p
 
 
 def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
-    """The scale on which totals are constant or values are integer multiples of a unit; `None` if there is none."""
+    """The scale on which totals are constant or values are multiples of a unit; `None` if there is none."""
     best, best_score = None, (0, 0.0)
     for logs, name, base in ((0, "e", np.e), *((1, name, base) for name, base in LOG_BASES), (2, "e", np.e)):
         if logs == 1 and rows.data.max() * np.log(base) > 30 or logs == 2 and rows.data.max() > 3.2:
@@ -480,14 +473,9 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
             totals = rows.row_sums(np.expm1(values * np.log(base)))
         target_sum = next((total for total in LIKELY_TOTALS if totals.max() <= total * 1.001), None)
         evidence |= {"log_from": "uns['log1p']" if says_log1p else "range of values", "target_sum_from": "assumed"}
+        conversion = f"{name}**x - 1, then as they are: normalised values"
         return MatrixVerdict(
-            "log1p",
-            f"{name}**x - 1, then as they are: normalised values",
-            evidence,
-            logs=1,
-            base=base,
-            target_sum=target_sum,
-            precision=precision,
+            "log1p", conversion, evidence, logs=1, base=base, target_sum=target_sum, precision=precision
         )
     kind = "normalized" if largest > 25 else "unknown"
     return MatrixVerdict(kind, "taken as they are", evidence, precision=precision)
@@ -496,14 +484,14 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
 def convert_rows(
     rows: CountRows, verdict: MatrixVerdict, known_totals: np.ndarray | None = None
 ) -> tuple[CountRows, np.ndarray | None, int]:
-    """Convert values to counts as the verdict says (see the table at the top of this file).
+    """Convert values to counts, by the rule of their kind (see the list at the top of this file).
 
     `known_totals` are the counts per cell over all genes of the original data, `(n_cells,)`. Returns counts, or
-    normalised values where counts cannot be had; library sizes, float64 `(n_cells,)`, or `None` where they are the
-    sums of the counts; and the number of cells whose counts could not be recovered.
+    normalised values where counts cannot be recovered; library sizes, float64 `(n_cells,)`, or `None` if they are the
+    sums of the counts; and the number of cells whose counts were not recovered.
     """
     if not verdict.usable:
-        raise ValueError(f"The values are {verdict.kind}: no counts can be had of them.")
+        raise ValueError(f"The values are {verdict.kind}, which cannot be converted to counts; use another matrix.")
     if verdict.kind == "raw_integer":
         return rows, None, 0
     if verdict.kind == "raw_float":
@@ -512,8 +500,8 @@ def convert_rows(
     linear, error = linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
     if not is_expression(linear):
         raise ValueError(
-            f"Undoing the logarithm of values up to {rows.data.max():g} gives no expression: they are not logarithms. "
-            "Pass another `assume=`, or none."
+            f"Values up to {rows.data.max():g} become larger than any expression once the logarithm is undone: they "
+            "are not logarithms. Pass another `assume=`, or none."
         )
     lengths = np.diff(rows.indptr)
     totals, failed = rows.row_sums(linear), 0
@@ -541,7 +529,7 @@ def _number(value: Any) -> float:
 
 
 def is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
-    """Whether all values are numbers of a size that expression has, and not negative unless `signed`."""
+    """Whether all values are finite, at most `LARGEST_VALUE` and, unless `signed`, not negative."""
     if not len(values):
         return True
     # A NaN makes both comparisons false.

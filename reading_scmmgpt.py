@@ -1,10 +1,9 @@
-"""Reading an AnnData: which matrix, which genes, and how it becomes `Cells`.
+"""Load an AnnData as `Cells`: which matrix, which genes, and how its values are converted.
 
-`choose_input` samples rows and decides which matrix of an AnnData to read, what its values are and which variables are
-genes of the vocabulary. `InputChoice.convert` applies the decision to any chunk of the same data. `read_cells` does
-both. Every decision is in the report, a dictionary of plain values.
+`choose_input` samples rows and decides on the matrix, the kind of its values and the genes. `InputChoice.convert`
+applies the decision to any chunk of the same data; `read_cells` does both. The report has every decision.
 
-This file travels with the weights: it knows AnnData and SciPy by their attributes only and imports neither.
+This file travels with the weights, so it imports neither AnnData nor SciPy.
 """
 
 import logging
@@ -53,8 +52,8 @@ except ImportError:  # beside the other files of a checkpoint
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 512  # rows converted at a time: a dozen arrays of their values should stay small
-# Kept by velocity pipelines beside the total counts; a part of the reads only, so never chosen unasked.
+CHUNK_ROWS = 512  # rows converted at a time; conversion takes a dozen arrays of their values
+# Layers of velocity pipelines, each with a part of the reads: used only if `layer=` names one.
 PARTIAL_LAYERS = frozenset({"spliced", "unspliced", "ambiguous", "ms", "mu", "velocity", "variance_velocity"})
 COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "raw")
 GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol", "gene_ids", "gene_id")
@@ -65,7 +64,7 @@ ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
 
 @dataclass
 class InputChoice:
-    """How a dataset is read: decided once, applied to every chunk."""
+    """Decision on how to load a dataset, for all its chunks."""
 
     source: str  # `X`, `raw` or a layer's name
     verdict: MatrixVerdict
@@ -73,14 +72,11 @@ class InputChoice:
     report: dict[str, Any]  # grows while chunks are converted
 
     def convert(self, adata: Any) -> Cells:
-        """Cells of `adata`, or of any chunk of the data that the choice was made for (same variables)."""
+        """Cells of `adata`: the data of this choice, or a chunk of them with the same variables."""
         return _join(self.iter_cells(adata), adata.shape[0])
 
-    def iter_cells(self, adata: Any, chunk_size: int | None = None) -> Iterator[Cells]:
-        """Cells of `adata`, `chunk_size` (by default `CHUNK_ROWS`) at a time. No chunk size changes a cell."""
-        chunk_size = CHUNK_ROWS if chunk_size is None else chunk_size
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}; a chunk has at least 1 cell.")
+    def iter_cells(self, adata: Any) -> Iterator[Cells]:
+        """Cells of `adata`, `CHUNK_ROWS` at a time. The size of the chunks changes no cell."""
         adata = _modality(adata)
         matrix = row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -89,17 +85,16 @@ class InputChoice:
                 f"{self.source} has {n_vars} variables, but the choice was made for {len(self.match.ids)}: "
                 "chunks of one dataset have the same variables. Call `choose_input` for other data."
             )
-        var_names = _variables(adata, self.source).index
+        var = adata.raw.var if self.source == "raw" else adata.var
         cell_ids = hash_names(adata.obs_names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = _known_totals(adata) if from_column else None
-        for start in range(0, max(n_cells, 1), chunk_size):
-            here = slice(start, min(start + chunk_size, n_cells))
+        for start in range(0, max(n_cells, 1), CHUNK_ROWS):
+            here = slice(start, min(start + CHUNK_ROWS, n_cells))
             rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-            _check_values(rows, adata.obs_names[here], var_names, self.source)
-            counts, totals, failed = convert_rows(
-                rows, self.verdict, None if known_totals is None else known_totals[here]
-            )
+            _check_values(rows, adata.obs_names[here], var.index, self.source)
+            known = None if known_totals is None else known_totals[here]
+            counts, totals, failed = convert_rows(rows, self.verdict, known)
             cells = Cells.from_csr(counts, self.match.ids, cell_ids[here], totals)
             self._count(cells, failed)
             yield cells
@@ -114,7 +109,7 @@ class InputChoice:
 
 
 def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
-    """`Cells.concatenate` in half the memory: each part is copied as it comes, and leaves its memory to the next."""
+    """`Cells.concatenate` in half the memory: each part is copied and freed before the next."""
     gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
     lengths, cell_ids, totals, n = [], [], [], 0
     for part in parts:
@@ -122,7 +117,7 @@ def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
         cell_ids.append(part.cell_ids)
         totals.append(part.library_sizes())
         start, n = n, n + len(part.counts)
-        if n > len(counts):  # room for all cells, if the cells to come are like those before
+        if n > len(counts):  # room for all cells, if the other cells have as many genes
             size = max(n, int(1.1 * n * n_cells / sum(map(len, lengths))))
             gene_ids = _grown(gene_ids[:start], size, part.gene_ids.dtype)
             counts = _grown(counts[:start], size, part.counts.dtype)
@@ -132,26 +127,21 @@ def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
 
 
 def _grown(array: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
-    """`array` at the front of a larger one; the rest is not filled, and takes no memory before it is."""
+    """`array` at the front of a larger array, whose rest is not initialised."""
     grown = np.empty(size, dtype)
     grown[: len(array)] = array
     return grown
 
 
 def matrix_of(adata: Any, source: str) -> Any:
-    """The matrix that `X`, `raw` or a layer's name stands for."""
+    """The matrix called `source`: `X`, `raw` or a layer."""
     if source == "X":
         return adata.X
     return adata.raw.X if source == "raw" else adata.layers[source]
 
 
-def _variables(adata: Any, source: str) -> Any:
-    """The table of variables (`var`) that belongs to a matrix."""
-    return adata.raw.var if source == "raw" else adata.var
-
-
 def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> None:
-    """Refuse a value that no count, normalised or log value can be, naming its cell and gene."""
+    """Refuse NaN, negative and too large values; the error names cell and gene of the first."""
     if is_expression(rows.data):
         return
     bad = ~((rows.data >= 0) & (rows.data.astype(np.float64) <= LARGEST_VALUE))
@@ -189,7 +179,7 @@ def choose_input(
         adata: AnnData, in memory, backed or a view; or a MuData, whose `rna` part is read.
         gene_index: The model's genes.
         layer: `X`, `raw` or a layer's name, instead of the best matrix found.
-        assume: What that matrix holds (one of `ASSUMABLE`), instead of the verdict; `unknown` becomes known by it.
+        assume: Kind of that matrix (one of `ASSUMABLE`), instead of the verdict.
         gene_column: Column of `var` with gene names or ids, instead of the best ones found.
         organism: Species (`human`, `mouse`, `Mus musculus`, `NCBITaxon:10090`, ...), instead of what the data say.
         force: Read data of which under 20 % of the genes match.
@@ -225,17 +215,13 @@ def choose_input(
     if n_repeated:
         messages.append(
             f"{n_repeated} of {n_cells} barcodes are repeated (such as {names.most_common(1)[0][0]!r}): cells of one "
-            "barcode are one cell to every random draw. Make them unique with `adata.obs_names_make_unique()`."
+            "barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
         )
     for message in messages:
         logger.warning(message)
+    candidates = {m.name.replace("/", "_"): m.verdict.to_dict() for m in found}
     report = {
-        "matrix": {
-            "chosen": source,
-            "why": why,
-            "candidates": {m.name.replace("/", "_"): m.verdict.to_dict() for m in found},
-        }
-        | verdict.to_dict(),
+        "matrix": {"chosen": source, "why": why, "candidates": candidates, **verdict.to_dict()},
         "genes": match.report,
         "cells": {"cells": n_cells, "repeated_barcodes": n_repeated},
         "warnings": messages,
@@ -244,7 +230,7 @@ def choose_input(
 
 
 def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
-    """The verdict that the user asserts, with what was found out about the same scale."""
+    """The verdict of the kind that the user passed, with the precision and, for an equal kind, the scale found."""
     kind = {"raw": "raw_integer", "counts": "raw_integer"}.get(kind, kind)
     if kind not in ASSUMABLE:
         raise ValueError(f"assume={kind!r} is not a kind of matrix that can be read; choose one of {ASSUMABLE}.")
@@ -287,8 +273,7 @@ def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str |
     totals, says_log1p = _known_totals(adata), "log1p" in getattr(adata, "uns", ())
     candidates, variables = [], {}
     for name in names:
-        var = _variables(adata, name)
-        part = "raw" if name == "raw" else "var"
+        part, var = ("raw", adata.raw.var) if name == "raw" else ("var", adata.var)
         if part not in variables:
             columns = _gene_columns(var, gene_column)
             variables[part] = columns, _feature_types(var, columns)
@@ -307,13 +292,7 @@ def _choose(candidates: list[Candidate], adata: Any, *, asked: bool) -> tuple[Ca
     check_types(np.concatenate([c.types for c in candidates]))
     usable = [c for c in candidates if c.verdict.usable and (asked or c.name.lower() not in PARTIAL_LAYERS)]
     if not usable:
-        problems = []
-        for c in candidates:
-            if c.verdict.usable:
-                problems.append(f"{c.name} holds a part of the reads only; name it with `layer=` to read it.")
-            else:
-                problems.append(_describe_unusable(c.name, c.verdict, _where(c, adata)))
-        raise ValueError(" ".join(problems))
+        raise ValueError(" ".join(_describe_unusable(c, adata) for c in candidates))
     if asked:
         return usable[0], "asked for"
     best = min(usable, key=lambda c: _rank(c.verdict))
@@ -329,41 +308,37 @@ def _choose(candidates: list[Candidate], adata: Any, *, asked: bool) -> tuple[Ca
     return best, f"{why} ({'; '.join(others)})" if others else "the only matrix"
 
 
-def _describe_unusable(name: str, verdict: MatrixVerdict, where: str = "") -> str:
+def _describe_unusable(candidate: Candidate, adata: Any) -> str:
     """Why a matrix cannot be used, and the way out."""
-    e = verdict.evidence
+    name, verdict, e = candidate.name, candidate.verdict, candidate.verdict.evidence
+    if verdict.usable:
+        return f"{name} holds a part of the reads only; name it with `layer=` to read it."
+    if verdict.kind == "empty":
+        return f"{name} has no value above zero in {e['cells_sampled']} cells; pass another `layer=`."
+    row, column = e["first_at"]
+    gene = next(iter(candidate.columns.values()))[column]
+    where = f" (first at cell {str(adata.obs_names[row])!r}, gene {gene!r})"
     if verdict.kind == "scaled":
         return (
             f"{name} has negative values (minimum {e['min']:g}, {e['share_negative']:.1%} of the non-zero{where}): it "
             "was scaled or batch-corrected, and counts cannot be recovered. Keep the counts before `sc.pp.scale` "
             "in `adata.layers['counts']` or `adata.raw`; if they have another name, pass `layer=`."
         )
-    if verdict.kind == "invalid":
-        return (
-            f"{name} holds {e['nan']} NaN and {e['too_large']} infinite or senseless values (above "
-            f"{LARGEST_VALUE:g}) in {e['cells_sampled']} cells{where}. Find the step that made them (a division by an "
-            "empty cell?), or drop those cells or genes."
-        )
-    return f"{name} has no value above zero in {e['cells_sampled']} cells. Is it the right layer?"
+    return (
+        f"{name} holds {e['nan']} NaN and {e['too_large']} infinite or too large values (above {LARGEST_VALUE:g}) "
+        f"in {e['cells_sampled']} cells{where}. Find the step that made them (a division by an empty cell?), or drop "
+        "those cells or genes."
+    )
 
 
 def _rank(verdict: MatrixVerdict) -> int:
-    """How near a matrix is to counts; 0 is best."""
+    """Distance of a matrix from counts; 0 is best."""
     if verdict.evidence.get("binary"):
         return 7
     if verdict.exact:
         return 2
     order = {"raw_integer": 0, "raw_float": 1, "normalized": 3, "log1p": 4, "log1p_log1p": 5, "unknown": 6}
     return order[verdict.kind]
-
-
-def _where(candidate: Candidate, adata: Any) -> str:
-    """Cell and gene of the first value that makes a matrix unusable, in words."""
-    at = candidate.verdict.evidence.get("first_at")
-    if at is None:
-        return ""
-    cell = adata.obs_names[int(at[0])]
-    return f" (first at cell {str(cell)!r}, gene {next(iter(candidate.columns.values()))[int(at[1])]!r})"
 
 
 def _modality(adata: Any) -> Any:
@@ -432,55 +407,47 @@ def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
         ]
     if e.get("share_uncertain", 0) > 0.01:
         return [
-            f"{source} is stored so coarsely that {e['share_uncertain']:.1%} of the counts, the largest ones, come "
-            "back to about 1 % only. Use a file of more digits if there is one."
+            f"{source} is stored so coarsely that {e['share_uncertain']:.1%} of the counts, the largest ones, are "
+            "recovered to about 1 % only. Use a file with more digits if there is one."
         ]
     if verdict.kind == "log1p_log1p":
         return [f"{source} is the logarithm of a logarithm: both were undone. Check how the file was made."]
     if verdict.kind == "log1p" and not verdict.exact:
         return [
-            f"{source} holds logarithms from which counts cannot be recovered: the values are taken back to their "
-            "linear scale. Ranks within a cell, and so scGPT's bins, are those of the counts."
+            f"{source} holds logarithms from which counts cannot be recovered: the values are put back on a linear "
+            "scale. Ranks within a cell, and so scGPT's bins, are those of the counts."
         ]
     if verdict.kind == "unknown":
         return [
             f"{source} may be on a linear or a logarithmic scale (values from {e['min']:g} to {e['max']:g}): taken as "
-            "linear. Ranks within a cell, and so scGPT's bins, are right either way; `assume=` says which it is."
+            "linear. Ranks within a cell, and so scGPT's bins, are right either way; `assume=` sets the scale."
         ]
     return []
 
 
-def read_cells(
-    adata: Any,
-    gene_index: GeneIndex,
-    *,
-    layer: str | None = None,
-    assume: str | None = None,
-    gene_column: str | None = None,
-    organism: str | None = None,
-    force: bool = False,
-) -> tuple[Cells, dict[str, Any]]:
-    """Read an AnnData, which stays unaltered, into `Cells` and a report. See `choose_input` for the arguments."""
-    choice = choose_input(
-        adata, gene_index, layer=layer, assume=assume, gene_column=gene_column, organism=organism, force=force
-    )
+def read_cells(adata: Any, gene_index: GeneIndex, **options: Any) -> tuple[Cells, dict[str, Any]]:
+    """Load an AnnData, which stays unaltered, as `Cells` and a report.
+
+    `options` are `layer`, `assume`, `gene_column`, `organism` and `force`, as for [`choose_input`].
+    """
+    choice = choose_input(adata, gene_index, **options)
     cells = choice.convert(_modality(adata))
     finish_report(choice.report)
     return cells, choice.report
 
 
 def finish_report(report: dict[str, Any]) -> None:
-    """Add the warnings that only the converted cells can tell."""
+    """Add the warnings about the converted cells."""
     cells, messages = report["cells"], []
     converted = cells.get("converted", 0)
     if cells.get("without_genes"):
         if cells["without_genes"] == converted:
             raise ValueError(
                 f"None of the {converted} cells expresses a gene of the vocabulary: every value of the matched genes "
-                "is zero. Is it the right layer?"
+                "is zero. Pass another `layer=`."
             )
         messages.append(
-            f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary: they are kept, empty."
+            f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary; they stay, empty."
         )
     if cells.get("counts_not_recovered"):
         messages.append(

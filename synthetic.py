@@ -54,15 +54,12 @@ CHAT_TEMPLATE = (
 TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def synthetic_adata(
-    n_obs: int = 60, *, seed: int = 0, marker_fold: float = 20.0, mean_total: float = 200.0
-) -> anndata.AnnData:
-    """Draw cells of four blood types over forty genes; only the markers of a type are raised in its cells.
+def synthetic_adata(n_obs: int = 60, *, seed: int = 0, mean_total: float = 200.0) -> anndata.AnnData:
+    """Draw cells of four blood types over forty genes; the markers of a type are raised twentyfold in its cells.
 
     Args:
         n_obs: Cells; types alternate.
         seed: Seed of the Poisson noise and of the library sizes.
-        marker_fold: Expression of a marker in its type over that in the other types.
         mean_total: Median library size.
 
     Returns:
@@ -80,7 +77,7 @@ def synthetic_adata(
 
     profiles = np.ones((len(types), len(genes)))
     for row, (_, markers) in enumerate(MARKERS.values()):
-        profiles[row, [genes.index(gene) for gene in markers]] = marker_fold
+        profiles[row, [genes.index(gene) for gene in markers]] = 20.0
     profiles /= profiles.sum(axis=1, keepdims=True)
     totals = mean_total * rng.lognormal(sigma=0.2, size=(n_obs, 1))
     counts = rng.poisson(totals * profiles[np.arange(n_obs) % len(types)]).astype(np.float32)
