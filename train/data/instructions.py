@@ -229,7 +229,6 @@ class InstructionBatches(BatchDataset):
 
     Args:
         batches: Batches of cells; their stream has a `batch_size`.
-        instructions: The conversations.
         ratio: Share of conversations in a batch.
         seed: Seed of the order of conversations.
     """

@@ -15,7 +15,7 @@ from typing import Any
 from scmmgpt.files import read_json
 
 
-# The ontologies of each obs column (CELLxGENE schema, human cells).
+# The obs columns of labels, in the order of a corpus, and the ontologies of each (CELLxGENE schema, human cells).
 ONTOLOGIES = {
     "cell_type": ("CL",),
     "tissue": ("UBERON",),
