@@ -84,10 +84,7 @@ def load_hgnc() -> list[GeneRecord]:
         return []
     frame = _read_tsv(path)
     rows = frame.loc[frame["Status"].str.startswith("Approved"), HGNC_COLUMNS].itertuples(index=False)
-    return [
-        GeneRecord(symbol.strip(), _names(previous), _names(aliases), ensembl.strip())
-        for symbol, previous, aliases, ensembl in rows
-    ]
+    return [GeneRecord(symbol, _names(old), _names(others), ensembl) for symbol, old, others, ensembl in rows]
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
