@@ -62,7 +62,6 @@ class CorpusBuilder:
         vocabulary: dict[str, int] | None,
         options: dict[str, Any],
         cells_per_partition: int,
-        *,
         command: str,
     ) -> None:
         self.output, self.sources, self.vocabulary, self.command = output, sources, vocabulary, command

@@ -43,11 +43,8 @@ def is_cached(corpus: Corpus, shard: Shard) -> bool:
     with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
         found = file.schema.metadata[b"sha256"].decode()
     if found != shard.sha256:
-        logger.warning(
-            "%s is not used: it is a copy of another state of the corpus. Run `python -m scmmgpt.train cache %s`.",
-            path,
-            corpus.path,
-        )
+        text = "%s is not used: it is a copy of another state of the corpus. Run `python -m scmmgpt.train cache %s`."
+        logger.warning(text, path, corpus.path)
     return found == shard.sha256
 
 
@@ -68,8 +65,7 @@ def write_cache(corpus: Corpus, *, num_threads: int = 1) -> Path:
     folder.mkdir(exist_ok=True)
     shards = [shard for shard in corpus.manifest.shards if not is_cached(corpus, shard)]
     with concurrent.futures.ThreadPoolExecutor(num_threads) as executor:
-        for _ in executor.map(functools.partial(_copy_shard, corpus), shards):
-            pass
+        list(executor.map(functools.partial(_copy_shard, corpus), shards))
     return folder
 
 

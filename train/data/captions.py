@@ -104,8 +104,6 @@ def find_markers(cells: Cells, gene_symbols: Symbols, gene_means: np.ndarray) ->
     Mitochondrial, ribosomal and unnamed genes, and genes of one or two counts, are left out.
 
     Args:
-        cells: Raw counts of `n_cells` cells.
-        gene_symbols: Symbol of each of the `vocab_size` ids.
         gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`.
 
     Returns:

@@ -33,8 +33,6 @@ class AlignmentCollator:
     """Batches of stage 1: cells, a caption of each, and which captions have the same meaning.
 
     Args:
-        processor: Encodes cells and captions.
-        captions: Draws the captions.
         mask_ratio: Share of genes to hide for the masked-expression loss; `None` leaves that loss out.
         mask_value: Value of hidden genes, `ScGPTConfig.mask_value`.
         paired: Whether a cell's own caption alone is right for the cell, as published; otherwise all captions of the
@@ -74,7 +72,6 @@ class TuningCollator:
     Target cells with the same prompt share one row of `input_ids`, so the language model encodes the prompt once.
 
     Args:
-        processor: Encodes cells, prompts and descriptions.
         captions: Draws descriptions (`answer`) and prompts (`caption`).
         text_to_cell_ratio: Share of cells to generate; they are chosen by a hash of cell and epoch.
         prompts_per_epoch: Number of prompts in an epoch for all cells with equal annotations; by default a prompt is

@@ -44,6 +44,7 @@ import pyarrow.parquet as pq
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.files import read_json, write_json
+from scmmgpt.train.data.ontology import ONTOLOGIES
 
 
 if TYPE_CHECKING:
@@ -55,10 +56,9 @@ SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")  # scGPT's; they come before the genes in a new vocabulary
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")
-LABEL_COLUMNS = ("cell_type", "tissue", "disease", "assay", "development_stage", "sex", "organism")
 OBS_COLUMNS = (
     *("barcode", "dataset_id", "donor_id"),
-    *(name for label in LABEL_COLUMNS for name in (label, f"{label}_ontology_term_id")),
+    *(name for label in ONTOLOGIES for name in (label, f"{label}_ontology_term_id")),
 )
 ROW_GROUP_SIZE = 512  # cells read at once; some tens of row groups make one shuffled pool
 MAX_VOCABULARY_SIZE = 2**16  # gene ids are stored as uint16; scGPT's vocabulary has 60,697 entries
@@ -99,16 +99,13 @@ class Manifest:
 
     Args:
         vocabulary_hash: `hash_vocabulary` of `vocab.json`.
-        vocabulary_size: Number of entries of the vocabulary.
         shards: Sorted by path.
         split_by: The unit that no two splits share: `"dataset"`, `"donor"`, `"cell"`, or `"column"` if obs decided.
         splits_hash: sha256 of `splits.json`.
         sources: One mapping per source: name, licence, numbers of cells and genes, and the like.
         excluded_datasets: Dataset ids that were left out on purpose, such as evaluation sets.
         dropped: Numbers of dropped cells and genes, by reason.
-        command: The command that built the corpus.
         notes: Further JSON-able facts.
-        schema_version: Version of the columns of a shard.
     """
 
     vocabulary_hash: str
@@ -171,14 +168,9 @@ def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Corpus:
-    """A corpus that `open_corpus` opened.
+    """A corpus that `open_corpus` opened: its folder, and the contents of its JSON files.
 
-    Args:
-        path: Folder of the corpus.
-        manifest: Content of `manifest.json`.
-        vocabulary: Gene symbol -> id.
-        gene_aliases: Other gene name -> symbol of the vocabulary; empty if the corpus has none.
-        splits: Content of `splits.json`.
+    `vocabulary` maps gene symbols to ids. `gene_aliases` is empty if the corpus has no such file.
     """
 
     path: Path

@@ -66,12 +66,9 @@ class CorpusWriter:
     def write_shard(
         self, split: str, index: int, n_shards: int, cells: Cells, obs: Mapping[str, Any] | pa.Table
     ) -> Path:
-        """Write shard number `index` of the `n_shards` of a split, unless the shard exists; return its path.
+        """Write shard `index`, from 0, of the `n_shards` of a split, unless the shard exists; return its path.
 
         Args:
-            split: `"train"`, `"validation"` or `"test"`.
-            index: From 0.
-            n_shards: Number of shards of the split.
             cells: The cells in the order of the shard, gene ids ascending.
             obs: Some of `OBS_COLUMNS`, each with one string (or None) per cell. The other columns become null.
         """
@@ -100,15 +97,10 @@ class CorpusWriter:
         return pa.table(arrays | columns, schema=schema)
 
     def finish(self, *, splits: Mapping[str, Any] | None = None, **fields: Any) -> corpus.Manifest:
-        """Check that no shard is missing; write vocabulary, splits and, last, the manifest.
-
-        Args:
-            splits: Content of `splits.json`.
-            fields: Fields of `Manifest` that describe sources and build.
-        """
+        """Check that no shard is missing; write vocabulary, `splits` and, last, the manifest with further `fields`."""
         for leftover in (self.path / "data").glob(".*.tmp*"):
             leftover.unlink(missing_ok=True)
-        shards = [describe_shard(path, self.path) for path in self._complete_shards()]
+        shards = [_describe_shard(path) for path in self._complete_shards()]
         write_json(self.path / "vocab.json", dict(sorted(self.vocabulary.items(), key=lambda item: item[1])))
         if self.gene_aliases is not None:
             write_json(self.path / "gene_aliases.json", dict(self.gene_aliases))
@@ -146,12 +138,11 @@ class CorpusWriter:
         return paths
 
 
-def describe_shard(path: Path, root: Path) -> corpus.Shard:
-    """Return the manifest's record of a shard."""
+def _describe_shard(path: Path) -> corpus.Shard:
     metadata = pq.read_metadata(path)
     schema = metadata.schema.to_arrow_schema()
     return corpus.Shard(
-        path=path.relative_to(root).as_posix(),
+        path=f"data/{path.name}",
         split=path.name.split("-")[0],
         n_cells=metadata.num_rows,
         n_values=int(pc.sum(pq.read_table(path, columns=["n_genes"])["n_genes"]).as_py() or 0),

@@ -229,7 +229,6 @@ class InstructionBatches(BatchDataset):
 
     Args:
         batches: Batches of cells; their stream has a `batch_size`.
-        instructions: The conversations.
         ratio: Share of conversations in a batch.
         seed: Seed of the order of conversations.
     """
@@ -280,10 +279,8 @@ def encode_conversations(
     }
     batch = {name: torch.tensor(values) for name, values in rows.items()}
     places = [place for i in chosen for place in instructions.cell_rows[i]]
-    if places:
-        assert instructions.cells is not None
-        cells = instructions.cells[np.array(places)]
-        batch |= processor(cells=cells, epoch=epoch)
+    if places and instructions.cells is not None:
+        batch |= processor(cells=instructions.cells[np.array(places)], epoch=epoch)
     return batch
 
 

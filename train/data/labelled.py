@@ -19,12 +19,9 @@ class LabelledCells:
     """Cells in memory as a source of batches.
 
     Args:
-        cells: The cells.
         targets: Number of each cell's label, int64 `(n_cells,)`.
-        batch_size: Cells per batch.
         seed: Seed of the order, which differs between epochs; `None` keeps the cells in their order.
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
+        batch_size, rank, world_size: See [`CellStream`].
     """
 
     cells: Cells
@@ -68,7 +65,6 @@ class LabelledBatches(BatchDataset):
     """Inputs of labelled cells, and the texts of all labels in every batch.
 
     Args:
-        processor: Encodes cells and texts.
         cells, targets, order: See [`LabelledCells`]; `order` needs `batch_size`.
         texts: Text of every label.
     """

@@ -15,7 +15,7 @@ from typing import Any
 from scmmgpt.files import read_json
 
 
-# The ontologies of each obs column (CELLxGENE schema, human cells).
+# The obs columns of labels, in the order of a corpus, and the ontologies of each (CELLxGENE schema, human cells).
 ONTOLOGIES = {
     "cell_type": ("CL",),
     "tissue": ("UBERON",),
@@ -128,9 +128,8 @@ def term_name(term_id: str) -> str | None:
         return _organisms()[term_id]
     if term_id.startswith("NCBITaxon:") or not _parser().is_valid_term_id(term_id):
         return None
-    if _parser().is_term_deprecated(term_id):
-        replacement = _parser().get_term_replacement(term_id)
-        return term_name(replacement) if replacement else _parser().get_term_label(term_id)
+    if _parser().is_term_deprecated(term_id) and (replacement := _parser().get_term_replacement(term_id)):
+        return term_name(replacement)
     return _parser().get_term_label(term_id)
 
 

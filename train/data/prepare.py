@@ -89,9 +89,7 @@ def main(args: argparse.Namespace) -> Manifest:
     options = {"excluded_datasets": sorted(args.exclude_dataset), "min_genes": args.min_genes, "fractions": fractions}
     options |= {name: getattr(args, name) for name in ("split_by", "split_column", "seed", "cells_per_shard")}
     vocabulary = read_json(args.vocabulary) if args.vocabulary else None
-    builder = CorpusBuilder(
-        Path(args.output), specs, vocabulary, options, args.cells_per_partition, command=_command(args)
-    )
+    builder = CorpusBuilder(Path(args.output), specs, vocabulary, options, args.cells_per_partition, _command(args))
     return builder.run(args.workers, args.cluster)
 
 

@@ -85,7 +85,6 @@ def split_cells(
 
     Args:
         ids: Identities, uint64 `(n_cells,)`.
-        cell_types: Type of every cell, or None.
         fractions: Share of the cells for `"test"` and `"validation"`. The number of cells is rounded for each type,
             but each split with a share gets at least one cell of a type of three or more.
         seed: Seed of the hash.

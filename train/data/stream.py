@@ -46,8 +46,7 @@ class CellStream:
         batch_size, token_budget, max_genes, shuffle, temperature, seed, drop_last: See [`CellOrder`]. Losses that
             compare the cells of all ranks need `batch_size`, by which all ranks have equally many cells.
         balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose rare labels are drawn more often.
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
+        rank, world_size: Number of this process, from 0, and number of processes.
     """
 
     def __init__(

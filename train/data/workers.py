@@ -19,9 +19,7 @@ RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]
 def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks]:
     """Yield `run(function, tasks, what)`, which returns the results of `function(task)` in order of the tasks.
 
-    Args:
-        workers: Number of processes of this machine; 1 runs the tasks in this process.
-        cluster: Address of a Dask scheduler to use instead.
+    A single worker is this process. A `cluster`, the address of a Dask scheduler, takes the place of `workers`.
     """
     with contextlib.ExitStack() as stack:
         executor: Executor | None = None
