@@ -144,7 +144,7 @@ def build_processor(
         pad_token_id=corpus.vocabulary["<pad>"],
         cls_token_id=corpus.vocabulary["<cls>"],
     )
-    words = Tokenizer(models.WordLevel(dict(corpus.vocabulary), unk_token="<pad>"))  # unknown genes: as in scGPT
+    words = Tokenizer(models.WordLevel(dict(corpus.vocabulary), unk_token="<pad>"))  # as in scGPT for unknown genes
     processor = ScMMGPTProcessor(
         extractor,
         copy.deepcopy(qformer_tokenizer),

@@ -1,12 +1,9 @@
 """The mathematics of the profile readout: a linear map from a cell's profile into the space of cells and texts.
 
 1. The **profile** of a cell is the square root of every gene's share of its counts (Hellinger coordinates, length 1).
-2. A multinomial logistic **regression** on profiles scores the labels. Held-out cells choose its strength, the inverse
-   of its L2 penalty (`fit_regressions`). Known labels may first spread to cells without a label along a graph of
-   neighbours (`fit_spread_regression`).
+2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`, `fit_spread_regression`).
 3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
-   with the text of a label is the label's score. A cell thus becomes a mixture of the texts of the labels that it
-   resembles, and a label that was never trained can be given as a text.
+   with the text of a label is the label's score.
 4. Held-out cells give two numbers for `annotate`: the **temperature** of its softmax (`fit_temperature`), and the
    **bonus** of texts that were not trained (`choose_unseen_bonus`).
 """

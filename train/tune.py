@@ -38,8 +38,7 @@ from scmmgpt.train.trainer import StreamTrainer, data_seed, freeze, make_dataset
 
 
 PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
-# The text-to-cell projector, but for `text_to_cell_config`; other fields are those of the Q-Former.
-PROJECTOR = {"num_hidden_layers": 2, "cross_attention_frequency": 1}
+PROJECTOR = {"num_hidden_layers": 2, "cross_attention_frequency": 1}  # other fields are those of the Q-Former
 NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
 
 
