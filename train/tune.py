@@ -298,7 +298,7 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
     base = None if model_args.language_model == "scratch" else model_args.language_model
-    bases = {"aligned": model_args.aligned, "language_model": base}
+    bases: dict[str, Any] = {"aligned": model_args.aligned, "language_model": base}
     trainer = TuneTrainer(
         model=model,
         args=training_args,
