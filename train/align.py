@@ -38,6 +38,8 @@ from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_data
 
 
 MAX_VALIDATION_CELLS = 2_000  # for annotation and retrieval in an evaluation
+CELL_DECODERS = ("cell_model.mvc_decoder", "cell_model.expression_decoder")
+UNTRAINED_PARTS = (*CELL_DECODERS, "cell_model.embeddings.flag")  # without `cell_pretraining_weight`
 MASK_RATIO = 0.4  # share of hidden genes in the masked-expression loss, as in scGPT's fine-tuning
 RECALL_AT = (1, 5, 10)
 TEXTS_AT_ONCE = 256
@@ -131,12 +133,6 @@ def retrieval_recall(similarity: torch.Tensor, own: torch.Tensor) -> dict[str, f
     }
 
 
-def gene_tokenizer_of(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
-    """The gene vocabulary as a word-level tokenizer; unknown genes become `<pad>`, as in scGPT."""
-    backend = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
-
-
 def build_processor(
     corpus: TrainingCells, qformer_tokenizer: PreTrainedTokenizerBase, model_args: AlignModelArguments
 ) -> ScMMGPTProcessor:
@@ -148,11 +144,12 @@ def build_processor(
         pad_token_id=corpus.vocabulary["<pad>"],
         cls_token_id=corpus.vocabulary["<cls>"],
     )
+    words = Tokenizer(models.WordLevel(dict(corpus.vocabulary), unk_token="<pad>"))  # as in scGPT for unknown genes
     processor = ScMMGPTProcessor(
         extractor,
         copy.deepcopy(qformer_tokenizer),
         qformer_tokenizer,
-        gene_tokenizer_of(corpus.vocabulary),
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>"),
         num_query_tokens=model_args.model_config.get("num_query_tokens", ScMMGPTConfig.num_query_tokens),
         qformer_max_length=model_args.qformer_max_length,
     )
@@ -163,10 +160,9 @@ def build_processor(
 def build_model(
     corpus: TrainingCells, model_args: AlignModelArguments, **fields: Any
 ) -> tuple[ScMMGPTForCellTextAlignment, PreTrainedTokenizerBase, set[str]]:
-    """A stage-1 model of the corpus's gene vocabulary; `fields` are more fields of `ScMMGPTConfig`.
+    """A stage-1 model of the corpus's gene vocabulary, its Q-Former tokenizer, and its pretrained parameters' names.
 
-    Returns:
-        Model, Q-Former tokenizer, and the names of the pretrained parameters.
+    `fields` are more fields of `ScMMGPTConfig`.
     """
     cell_model, cell_config = load_cell_model(corpus, model_args)
     settings = dict(model_args.qformer_config)
@@ -231,23 +227,6 @@ def make_captions(corpus: Corpus, data_args: DataArguments, training_args: Train
     return CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path))
 
 
-def make_collator(processor: ScMMGPTProcessor, captions: CaptionSampler, config: ScMMGPTConfig) -> AlignmentCollator:
-    """Cells and captions -> batches of the losses that `config` weighs."""
-    return AlignmentCollator(
-        processor,
-        captions,
-        mask_ratio=MASK_RATIO if config.cell_pretraining_weight else None,
-        mask_value=config.cell_config.mask_value,
-        paired=config.contrastive_group_size is not None,
-    )
-
-
-def unused_parts(config: ScMMGPTConfig) -> tuple[str, ...]:
-    """Parts of the model that no loss of stage 1 reaches."""
-    decoders = () if config.cell_pretraining_weight else ("cell_model.mvc_decoder.", "cell_model.expression_decoder.")
-    return decoders if config.matching_weight else (*decoders, "matching_head.")
-
-
 def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
     return OptionParser((DataArguments, AlignModelArguments, AlignConfig), prog=prog, description=__doc__)
@@ -260,13 +239,20 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
     processor = build_processor(corpus, qformer_tokenizer, model_args)
     captions = make_captions(corpus, data_args, training_args)
-    collate = make_collator(processor, captions, model.config)
-    train_dataset, eval_dataset = make_datasets(
-        corpus, collate, training_args, balance=data_args.balance, temperature=data_args.balance_temperature
+    config = model.config
+    collate = AlignmentCollator(
+        processor,
+        captions,
+        mask_ratio=MASK_RATIO if config.cell_pretraining_weight else None,
+        mask_value=config.cell_config.mask_value,
+        paired=config.contrastive_group_size is not None,
     )
+    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, balance=data_args.balance)
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
         standardize_projections(model, train_dataset.of_all_ranks())
-    unused, keep = unused_parts(model.config), training_args.pretrained_learning_rate == 0
+    unused: tuple[str, ...] = () if config.cell_pretraining_weight else CELL_DECODERS
+    unused = unused if config.matching_weight else (*unused, "matching_head.")
+    keep = training_args.pretrained_learning_rate == 0
     freeze(model, lambda name: name.startswith(unused) or (keep and name in pretrained))
     bases: dict[str, Any] = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
     trainer = AlignTrainer(

@@ -4,7 +4,7 @@ Data and models have no default. Defaults of hyper-parameters are the values tha
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from peft import LoraConfig
 from transformers import LlamaConfig, TrainingArguments
@@ -50,7 +50,6 @@ class DataArguments:
         "the square root of n.",
         None,
     )
-    balance_temperature: ClassVar[float] = 2.0  # drawn in proportion to n ** (1 / temperature)
 
 
 @described
@@ -103,19 +102,18 @@ class AlignModelArguments(CheckedFields):
 @described
 @dataclass
 class StageArguments:
-    """The option that every training command adds to `TrainingArguments`."""
+    """The option that training commands add to `TrainingArguments`, and the defaults that they change."""
 
     pretrained_learning_rate: float | None = option(
         "Learning rate of pretrained parameters, by default `learning_rate`; 0 freezes them.", None
     )
+    learning_rate: float = inherited("learning_rate", 1e-4)
+    remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
 
 
 @dataclass
 class AlignConfig(StageArguments, TrainingArguments):
     """`TrainingArguments` of stage 1, and [`StageArguments`]."""
-
-    learning_rate: float = inherited("learning_rate", 1e-4)
-    remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
 
 
 @described
@@ -187,13 +185,11 @@ class FinetuneConfig(StageArguments, TrainingArguments):
     """
 
     num_train_epochs: float | None = inherited("num_train_epochs", None)  # type: ignore[assignment]
-    learning_rate: float = inherited("learning_rate", 1e-4)
     pretrained_learning_rate: float | None = option("Learning rate of pretrained parameters.", 1e-5)
     per_device_train_batch_size: int = inherited("per_device_train_batch_size", 32)
     per_device_eval_batch_size: int = inherited("per_device_eval_batch_size", 64)
     label_smoothing_factor: float = inherited("label_smoothing_factor", 0.05)
     weight_decay: float = inherited("weight_decay", 0.01)
-    remove_unused_columns: bool = inherited("remove_unused_columns", False)
     report_to: str = inherited("report_to", "none")
 
 
@@ -280,8 +276,6 @@ class TuneConfig(StageArguments, SFTConfig):
         "with equal prompts share the language model's pass.",
         None,
     )
-    learning_rate: float = inherited("learning_rate", 1e-4)
-    remove_unused_columns: bool = inherited("remove_unused_columns", False)
     max_length: int | None = inherited("max_length", None)  # truncation would cut cells apart
     dataset_kwargs: dict | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
     bf16: bool = inherited("bf16", False)

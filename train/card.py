@@ -22,12 +22,9 @@ LIMITS = (
 
 
 def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[dict], **bases: str | None) -> Path:
-    """Write `README.md` beside a checkpoint of `align` or `tune`; returns its path.
+    """Write `README.md` beside a checkpoint of `align` or `tune` (the `command`); returns its path.
 
     Args:
-        output_dir: The checkpoint.
-        command: `align` or `tune`.
-        corpus: The training data.
         log_history: The trainer's; the card has the last value of every `eval_` number.
         bases: Part -> the checkpoint that it started from; `None` for a new part.
     """

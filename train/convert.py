@@ -9,8 +9,7 @@
 `ScGPTModel.from_pretrained` loads, with the gene vocabulary, other names of its genes (Ensembl ids, previous symbols,
 orthologs: see `gene_tables`) and the feature extractor. A table accounts for every weight by name: unknown keys,
 missing keys and other shapes are errors, and no weight is left random. The outputs equal scGPT's to float32 rounding.
-scGPT's dropout on attention weights (0.2 in training) is not taken over: `ScGPTConfig.attention_dropout` is 0; see
-`modeling_scgpt`.
+scGPT's dropout on attention weights is not taken over; see `modeling_scgpt`.
 
 `lm` converts any causal language model of transformers, `bert` any BERT. A source is a Hub id, a local folder, a GGUF
 file (`folder/name.gguf`, or a folder with a single GGUF file and no `config.json`), or `package:NAME/FOLDER` for
@@ -47,7 +46,6 @@ from scmmgpt.train.data.gene_tables import build_gene_aliases
 
 
 logger = logging.getLogger(__name__)
-
 
 # scGPT's attention has three names for the same rows: the plain PyTorch path (`in_proj_weight`), flash-attn 1
 # (`Wqkv.weight`) and the wrapper around flash-attn 2 (`_impl.Wqkv.weight`). All stack queries, keys and values.
@@ -110,10 +108,7 @@ def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dic
 def convert_scgpt_weights(
     state_dict: dict[str, torch.Tensor], num_layers: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Rename scGPT's weights to those of [`ScGPTModel`], and cut stacked ones.
-
-    Returns:
-        The weights by our names, and the known surplus keys, which are left out.
+    """Rename scGPT's weights to those of [`ScGPTModel`], cut stacked ones, and list the surplus keys, left out.
 
     Raises:
         ValueError: If a key is unknown, missing, or present in two attention layouts.
@@ -198,12 +193,9 @@ def read_gene_vocabulary(path: Path) -> dict[str, int]:
 
 
 def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
-    """Load a published scGPT folder.
+    """Load a published scGPT folder: the model, and its gene vocabulary (token -> id, in order of id).
 
     The weights are loaded with `weights_only=True`, so no code in them runs.
-
-    Returns:
-        The model, and its gene vocabulary (token -> id, in order of id).
 
     Raises:
         FileNotFoundError, ValueError: If a file is missing, or the files do not fit each other.
@@ -220,11 +212,10 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
     config = scgpt_config(arguments, vocabulary, use_flag_embedding="flag_encoder.weight" in state_dict)
     weights, surplus = convert_scgpt_weights(state_dict, config.num_hidden_layers)
     model = ScGPTModel(config)
-    expected = model.state_dict()
     wrong = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if weights[name].shape != expected[name].shape
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected.shape)}"
+        for name, expected in model.state_dict().items()
+        if weights[name].shape != expected.shape
     ]
     if wrong:
         raise ValueError(
@@ -269,12 +260,9 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
 
 
 def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer; `kwargs` are those of `from_pretrained`, such as `dtype`.
 
-    Args:
-        source: Hub id, folder, GGUF file, or `package:NAME/FOLDER`. GGUF weights are dequantised, since quantised ones
-            can neither be trained nor saved.
-        kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
+    GGUF weights are dequantised, since quantised ones can neither be trained nor saved.
     """
     source, gguf_file = resolve_source(source)
     if gguf_file is None:

@@ -67,9 +67,9 @@ def training_figure(history: Sequence[Mapping]) -> "Figure | None":
             draw_curves(axes, {name: curves[name] for name in names})
             axes.set_ylabel(label)
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=1.02 if axes is not panels[0] else None)
-            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+            below = -0.3 if axes is panels[-1] else -0.12
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, below), ncols=2)
         panels[-1].set_xlabel("optimiser step")
-        panels[-1].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=2)
     return figure
 
 

@@ -27,7 +27,7 @@ records what was tried and how it scored.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -48,7 +48,7 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.readers import read_file
 from scmmgpt.reading_scmmgpt import choose_input, read_cells
 from scmmgpt.train import readout
-from scmmgpt.train.align import build_model, build_processor
+from scmmgpt.train.align import UNTRAINED_PARTS, build_model, build_processor
 from scmmgpt.train.arguments import AlignModelArguments, FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
@@ -67,10 +67,11 @@ READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # lengths of the readout,
 REFERENCE_TEXTS = 400  # cell types of the ontology that give the axes of a new text projection, at most
 DEFAULT_EPOCHS = 3  # from a checkpoint
 PATIENCE = 2  # epochs without a lower validation loss before training stops
-CELL_DECODERS = ("cell_model.mvc_decoder.", "cell_model.expression_decoder.", "cell_model.embeddings.flag")
-FROZEN_PARTS = (*CELL_DECODERS, "matching_head.", "logit_scale")
+FROZEN_PARTS = (*UNTRAINED_PARTS, "matching_head.", "logit_scale")
 
-Start: TypeAlias = tuple[ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells]  # see `load_checkpoint`
+Start: TypeAlias = tuple[
+    ScMMGPTForCellTextAlignment, ScMMGPTProcessor, set[str], Cells
+]  # the set: names of pretrained parameters
 
 
 @dataclass
@@ -89,8 +90,7 @@ class CellTable:
 def load_checkpoint(path: str, adata: AnnData, read_options: dict[str, Any]) -> Start:
     """A checkpoint to fine-tune, with a profile readout of zeros if it has none.
 
-    Returns:
-        The model, its processor, the names of its pretrained parameters, and the cells of `adata` in its vocabulary.
+    Also its processor, the names of its pretrained parameters, and the cells of `adata` in its vocabulary.
     """
     processor = ScMMGPTProcessor.from_pretrained(path)
     config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
@@ -109,17 +109,9 @@ def load_checkpoint(path: str, adata: AnnData, read_options: dict[str, Any]) -> 
 def new_model(
     adata: AnnData, rows: np.ndarray, texts: list[str], model_args: AlignModelArguments, read_options: dict[str, Any]
 ) -> Start:
-    """A new model of the genes that `adata` measures and that have an approved symbol.
+    """As `load_checkpoint`: a new model of the genes that `adata` measures and that have an approved symbol.
 
-    Args:
-        adata: The labelled cells.
-        rows: Rows that are not held out. Held-out cells have no part in the gene embeddings.
-        texts: Texts of the labels.
-        model_args: Sizes, and where the parts come from.
-        read_options: For `read_cells`.
-
-    Returns:
-        As `load_checkpoint`.
+    The gene embeddings start from `rows`, which leave out the held-out cells. `texts` are those of the labels.
     """
     reference = reference_gene_index()
     symbols = {i: symbol for symbol, i in reference.vocabulary.items()}
@@ -194,25 +186,16 @@ class KeepBest(TrainerCallback):
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Compare this loss with the lowest."""
-        loss = (metrics or {})["eval_loss"]
+        loss = metrics["eval_loss"]
         if loss < self.loss:
             self.loss, self.waited = loss, 0
             self.weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         else:
             self.waited += 1
             control.should_training_stop = self.waited >= PATIENCE
-
-    def restore(self) -> None:
-        """Put the best weights back."""
-        self.model.load_state_dict(self.weights)
 
 
 @torch.no_grad()
@@ -279,13 +262,7 @@ def add_readout(
 
     Projected queries of a checkpoint and the readout are added in the proportion that fits the held-out cells best, or
     in equal lengths where none are held out. If queries contribute nothing, the factor changes nothing, as cells are
-    normalised.
-
-    Args:
-        model: The model.
-        weights, bias: The readout.
-        length: Mean length of the training cells' readouts.
-        eval_batches: The held-out cells.
+    normalised. `length` is the mean length of the training cells' readouts, `eval_batches` are the held-out cells.
     """
     model.eval()
     unit, shares = 1 / length, [1.0]
@@ -339,7 +316,7 @@ class FineTuning:
         self.eval_batches = None
         if len(validation):
             self.eval_batches = self.batches(validation, training_args.per_device_eval_batch_size)
-        self.record: dict[str, Any] = {"labels": labels.text_of}
+        self.record: dict[str, Any] = {"labels": dict(zip(labels.names, labels.texts, strict=True))}
         self.record["cells"] = {"train": len(train), "validation": len(validation), "unlabelled": len(unlabelled)}
 
     def batches(self, part: np.ndarray, batch_size: int, **order: Any) -> LabelledBatches:
@@ -385,7 +362,7 @@ class FineTuning:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         if self.eval_batches is not None:
-            best.restore()
+            model.load_state_dict(best.weights)
         model.requires_grad_(True)
         self.record["epochs"] = [line for line in trainer.state.log_history if "eval_loss" in line]
 
@@ -411,7 +388,7 @@ class FineTuning:
             return
         output = str(self.training_args.output_dir)
         self.model.config.annotation = {
-            "labels": self.labels.text_of,
+            "labels": self.record["labels"],
             "cl_ids": self.labels.cl_ids,
             "matching_weight": 0.0,  # the matching head is not trained here
             "matching_candidates": len(self.labels.names),
@@ -425,7 +402,7 @@ class FineTuning:
 
 def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
-    parts: Any = (FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig)
+    parts = FinetuneDataArguments, FinetuneModelArguments, FinetuneConfig
     return OptionParser(parts, prog=prog, description=__doc__)
 
 

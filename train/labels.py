@@ -15,34 +15,17 @@ from scmmgpt.train.data.captions import CaptionSampler
 
 @dataclass
 class Labels:
-    """Labels of some rows of an AnnData.
+    """Labels of some rows of an AnnData."""
 
-    Args:
-        rows: int64 `(n_labelled,)`: the rows that have a label.
-        targets: int64 `(n_labelled,)`: positions in `names`.
-        names: The labels, sorted.
-        texts: The description of each label.
-        cl_ids: Label -> Cell Ontology id, where known.
-    """
-
-    rows: np.ndarray
-    targets: np.ndarray
-    names: list[str]
-    texts: list[str]
-    cl_ids: dict[str, str]
-
-    @property
-    def text_of(self) -> dict[str, str]:
-        """Label -> its text."""
-        return dict(zip(self.names, self.texts, strict=True))
+    rows: np.ndarray  # int64 (n_labelled,): the rows that have a label
+    targets: np.ndarray  # int64 (n_labelled,): positions in `names`
+    names: list[str]  # sorted
+    texts: list[str]  # the description of each label
+    cl_ids: dict[str, str]  # label -> Cell Ontology id, where known
 
 
 def column_of(obs: Any, name: str) -> np.ndarray:
-    """A column of `obs` as strings, `None` where the value is missing, object `(n_obs,)`.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """A column of `obs` as strings, `None` where the value is missing, object `(n_obs,)`."""
     if name not in obs:
         raise ValueError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns))}.")
     values = np.asarray(obs[name], dtype=object)
@@ -88,16 +71,11 @@ def hold_out(
     """Divide the labelled cells into a training part and a validation part, which `shots` leaves empty.
 
     Args:
-        labels: The labelled cells.
         groups: Group of every row of the AnnData, `(n_obs,)`; no group is in both parts.
         data_args: `shots`, or the size of the validation part.
-        seed: Seed of the draw.
 
     Returns:
         Positions in `labels.rows`, int64, of both parts.
-
-    Raises:
-        ValueError: If these cells cannot be divided.
     """
     everything = np.arange(len(labels.rows))
     counts = np.bincount(labels.targets)

@@ -69,11 +69,11 @@ def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a chat template, for a new language model."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     backend = ByteLevelBPETokenizer()
-    backend.train_from_iterator(texts, vocab_size, min_frequency=0, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(texts, 2000, min_frequency=0, special_tokens=special, show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(backend.to_str()),
         pad_token="<|pad|>",
@@ -135,18 +135,10 @@ def dequantize(model: ScMMGPTForConditionalGeneration) -> None:
 def add_lora(model_args: TuneModelArguments, saved_parts: Sequence[str]) -> LoraConfig | None:
     """The PEFT configuration, or `None` if the language model is trained in full or frozen.
 
-    Args:
-        model_args: `train_parts` and `lora_config`.
-        saved_parts: Parts of the model that are trained in full, and saved with the adapter.
+    `saved_parts` are trained in full, and saved with the adapter.
     """
     if model_args.trained.language_model != "lora":
         return None
-    return LoraConfig(
-        **{
-            "target_modules": LORA_TARGETS,
-            # Whole names, since the text-to-cell projector has a `qformer` too.
-            "modules_to_save": [f"model.{part}" for part in saved_parts],
-            "task_type": "CAUSAL_LM",
-            **model_args.lora_config,
-        }
-    )
+    saved = [f"model.{part}" for part in saved_parts]  # whole names, since the text-to-cell projector has a `qformer`
+    fields: dict[str, Any] = {"target_modules": LORA_TARGETS, "modules_to_save": saved, "task_type": "CAUSAL_LM"}
+    return LoraConfig(**fields | model_args.lora_config)

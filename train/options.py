@@ -26,7 +26,6 @@ T = TypeVar("T")
 Fields: TypeAlias = type | Sequence[str]  # a configuration class, or the names of some of its fields
 
 INHERITED = {item.name: item for item in dataclasses.fields(SFTConfig)}
-COMMANDS = ("pretrain", "align", "tune", "finetune", "plan")
 OLDER_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}  # of config.json files, still understood
 # Former option -> its new place, or why it is gone. Where it became a field of the same name, `check_name` finds it.
 MOVED = {
@@ -53,19 +52,18 @@ fields that the command line does not name keep the values of the file. All opti
 """
 
 
-def option(description: str, default: Any = MISSING, *, fields: Fields | None = None, hidden: bool = False) -> Any:
+def option(description: str, default: Any = MISSING, *, fields: Fields | None = None) -> Any:
     """A dataclass field and the only place of its description.
 
     Args:
         description: Shown by `--help`, in the class's documentation and in `docs/options.md`.
         default: Without one the option is required.
         fields: For an option that holds a mapping: the fields that it may set.
-        hidden: The field is no option, and no argument of the class.
     """
     metadata = {"help": description} | ({} if fields is None else {"fields": fields})
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata, init=not hidden)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def inherited(name: str, default: Any) -> Any:
@@ -210,12 +208,7 @@ class OptionParser(TrlParser):
     def parse_args_and_config(  # type: ignore[override]  # the rest passes through
         self, args: Iterable[str] | None = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """As `TrlParser`'s, after a check of all names.
-
-        Raises:
-            ValueError: If the file is no YAML mapping, or an option is unknown.
-            FileNotFoundError: If there is no such file.
-        """
+        """As `TrlParser`'s, after a check of all names."""
         words = list(sys.argv[1:] if args is None else args)
         if "--help-all" in words:
             sys.stdout.write(super().format_help())
@@ -268,7 +261,7 @@ def table_of(parser: OptionParser) -> Iterable[str]:
 def options_page() -> str:
     """`docs/options.md`."""
     lines = [PAGE.rstrip()]
-    for command in COMMANDS:
+    for command in ("pretrain", "align", "tune", "finetune", "plan"):
         parser = importlib.import_module(f"scmmgpt.train.{command}").make_parser()
         lines += ["", f"## {command}", "", *table_of(parser)]
     return "\n".join(lines) + "\n"

@@ -26,10 +26,11 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from scmmgpt.train.align import UNTRAINED_PARTS
 from scmmgpt.train.arguments import ALIGN_FIELDS, TUNE_FIELDS, TrainedParts, TuneModelArguments
 from scmmgpt.train.options import CheckedFields, OptionParser, check_fields, described, option, shared
 from scmmgpt.train.trainer import freeze
-from scmmgpt.train.tune import is_frozen, saved_parts
+from scmmgpt.train.tune import PROJECTOR, is_frozen, saved_parts
 
 
 GIB = 2**30
@@ -93,11 +94,7 @@ class PlanArguments(CheckedFields):
 
 def build_config(args: PlanArguments) -> ScMMGPTConfig:
     """The configuration of the model to plan."""
-    projector = {
-        "num_hidden_layers": 2,
-        "cross_attention_frequency": 1,
-        **args.model_config.get("text_to_cell_config", {}),
-    }
+    projector = PROJECTOR | args.model_config.get("text_to_cell_config", {})
     parts = {
         "cell_config": ScGPTConfig(**args.cell_config),
         "qformer_config": Blip2QFormerConfig(**args.qformer_config),
@@ -118,7 +115,7 @@ def count_parameters(model: PreTrainedModel, args: PlanArguments) -> dict[str, d
     parts: dict[str, dict[str, int]] = defaultdict(lambda: {"trained": 0, "frozen": 0})
     trained, head = args.trained, model.config.expression_head
     for name, parameter in model.named_parameters():
-        frozen = is_frozen(name, trained, head) if args.stage == 2 else is_idle(name)
+        frozen = is_frozen(name, trained, head) if args.stage == 2 else name.startswith(UNTRAINED_PARTS)
         part = name.removeprefix("model.").split(".")[0]
         parts[part]["frozen" if frozen else "trained"] += parameter.numel()
     if args.stage == 2 and trained.language_model == "lora":
@@ -138,11 +135,6 @@ def spared_bytes(model: PreTrainedModel, args: PlanArguments) -> int:
     if args.language_model_precision == "bf16":
         return sum(p.numel() for p in {*body.parameters(), *model.lm_head.parameters()}) * 2
     return int(sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear)) * (4 - NF4_BYTES))
-
-
-def is_idle(name: str) -> bool:
-    """Whether stage 1 does not train a parameter, as those of the cell model's decoders."""
-    return name.startswith(("cell_model.mvc_decoder.", "cell_model.expression_decoder.", "cell_model.embeddings.flag"))
 
 
 @contextmanager

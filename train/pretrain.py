@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
 from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
-from scmmgpt.train.arguments import StageArguments
+from scmmgpt.train.arguments import AlignModelArguments, StageArguments
 from scmmgpt.train.convert import save_cell_model, scgpt_feature_extractor
 from scmmgpt.train.data.corpus import Corpus, open_corpus
-from scmmgpt.train.options import CheckedFields, OptionParser, described, inherited, option
+from scmmgpt.train.options import CheckedFields, OptionParser, described, option, shared
 from scmmgpt.train.trainer import ModelLossTrainer, make_datasets, save_run
 
 
@@ -51,34 +51,23 @@ class PretrainArguments(CheckedFields):
     mask_ratios: list[float] = option(
         "Shares of a cell's genes to hide; each cell draws one. scGPT was pre-trained with these.", [0.25, 0.5, 0.75]
     )
-    max_genes: int | None = option(
-        "Longest cell in tokens, `<cls>` included; by default the checkpoint's, or 1,200.", None
-    )
+    max_genes: int | None = option("Most tokens of a cell, with `<cls>`; by default the checkpoint's, or 1,200.", None)
     token_budget: int | None = option(
         "Tokens in a training batch, of cells of similar length, in place of `per_device_train_batch_size`.", None
     )
-    value_mode: Literal["binned", "log1p", "raw"] = option(
-        "Expression values: 51 bins as scGPT has, log1p(CP10k), or counts.", "binned"
-    )
-    selection: Literal["random", "top"] = option("Genes of a cell above `max_genes`: drawn, or the highest.", "random")
+    value_mode: Literal["binned", "log1p", "raw"] = shared(AlignModelArguments, "value_mode")
+    selection: Literal["random", "top"] = shared(AlignModelArguments, "selection")
 
 
 @dataclass
 class PretrainConfig(StageArguments, TrainingArguments):
     """`TrainingArguments` of pre-training, with scGPT's learning rate for all parameters."""
 
-    pretrained_learning_rate: float | None = option("", None, hidden=True)
-    learning_rate: float = inherited("learning_rate", 1e-4)
-    remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
+    pretrained_learning_rate: ClassVar[None] = None  # type: ignore[misc]  # no option of this command
 
 
 class PretrainCollator:
-    """Cells -> inputs of [`ScGPTForPreTraining`].
-
-    Args:
-        feature_extractor: Makes the tokens.
-        mask_ratios: Shares of genes to hide; one share is drawn for each cell.
-    """
+    """Cells -> inputs of [`ScGPTForPreTraining`]; each cell draws one of `mask_ratios`, shares of genes to hide."""
 
     def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, mask_ratios: list[float]) -> None:
         self.feature_extractor, self.mask_ratios = feature_extractor, mask_ratios
@@ -93,8 +82,8 @@ class PretrainCollator:
 
 def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForPreTraining, ScMMGPTFeatureExtractor]:
     """The model to train and its feature extractor."""
-    vocabulary, objectives = corpus.vocabulary, tuple(arguments.objectives)
-    if arguments.cell_model is None:
+    vocabulary, objectives, checkpoint = corpus.vocabulary, tuple(arguments.objectives), arguments.cell_model
+    if checkpoint is None:
         fields: dict[str, Any] = {"pad_token_id": vocabulary["<pad>"], "cls_token_id": vocabulary["<cls>"]}
         fields |= {"vocab_size": len(vocabulary), "use_flag_embedding": "gene_prompt" in objectives}
         config = ScGPTConfig(**fields | arguments.cell_config)
@@ -102,11 +91,9 @@ def build_model(corpus: Corpus, arguments: PretrainArguments) -> tuple[ScGPTForP
         extractor.value_mode, extractor.selection = arguments.value_mode, arguments.selection
         model = ScGPTForPreTraining(config, objectives=objectives)
     else:
-        check_vocabulary(arguments.cell_model, corpus)
-        model = ScGPTForPreTraining.from_pretrained(
-            arguments.cell_model, objectives=objectives, **arguments.cell_config
-        )
-        extractor = ScMMGPTFeatureExtractor.from_pretrained(arguments.cell_model)
+        check_vocabulary(checkpoint, corpus)
+        model = ScGPTForPreTraining.from_pretrained(checkpoint, objectives=objectives, **arguments.cell_config)
+        extractor = ScMMGPTFeatureExtractor.from_pretrained(checkpoint)
     if arguments.max_genes is not None:
         extractor.max_genes = arguments.max_genes
     return model, extractor
@@ -121,10 +108,10 @@ def check_vocabulary(checkpoint: str, corpus: Corpus) -> None:
         )
     vocabulary = json.loads(path.read_text())
     if vocabulary != corpus.vocabulary:
-        shared = sum(corpus.vocabulary.get(token) == number for token, number in vocabulary.items())
+        n_equal = sum(corpus.vocabulary.get(token) == number for token, number in vocabulary.items())
         raise ValueError(
             f"{checkpoint} has {len(vocabulary)} gene tokens and the corpus {corpus.path} {len(corpus.vocabulary)}, "
-            f"of which {shared} agree. Prepare the corpus with `--vocabulary {path}`."
+            f"of which {n_equal} agree. Prepare the corpus with `--vocabulary {path}`."
         )
 
 
@@ -155,7 +142,3 @@ def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
         output_dir = str(training_args.output_dir)
         save_cell_model(output_dir, cell_model, corpus.vocabulary, corpus.gene_aliases, extractor)
         save_run(output_dir, "pretrain", model=arguments, training=training_args)
-
-
-if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())

@@ -1,12 +1,9 @@
 """The mathematics of the profile readout: a linear map from a cell's profile into the space of cells and texts.
 
 1. The **profile** of a cell is the square root of every gene's share of its counts (Hellinger coordinates, length 1).
-2. A multinomial logistic **regression** on profiles scores the labels. Held-out cells choose its strength, the inverse
-   of its L2 penalty (`fit_regressions`). Known labels may first spread to cells without a label along a graph of
-   neighbours (`fit_spread_regression`).
+2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`, `fit_spread_regression`).
 3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
-   with the text of a label is the label's score. A cell thus becomes a mixture of the texts of the labels that it
-   resembles, and a label that was never trained can be given as a text.
+   with the text of a label is the label's score.
 4. Held-out cells give two numbers for `annotate`: the **temperature** of its softmax (`fit_temperature`), and the
    **bonus** of texts that were not trained (`choose_unseen_bonus`).
 """
@@ -49,34 +46,22 @@ TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
 
 @dataclass
 class LabelledProfiles:
-    """Profiles of labelled and unlabelled cells.
+    """Profiles of labelled and unlabelled cells."""
 
-    Args:
-        profiles: CSR float32 `(n_labelled, n_genes)`.
-        targets: int64 `(n_labelled,)`.
-        train, validation: Rows of `profiles`; `validation` may be empty.
-        unlabelled: CSR float32 `(n_unlabelled, n_genes)`.
-    """
-
-    profiles: csr_matrix
-    targets: np.ndarray
+    profiles: csr_matrix  # float32 (n_labelled, n_genes)
+    targets: np.ndarray  # int64 (n_labelled,)
     n_labels: int
-    train: np.ndarray
-    validation: np.ndarray
-    unlabelled: csr_matrix
+    train: np.ndarray  # rows of `profiles`
+    validation: np.ndarray  # likewise; may be empty
+    unlabelled: csr_matrix  # float32 (n_unlabelled, n_genes)
 
 
 @dataclass
 class LinearModel:
-    """A multinomial logistic regression on profiles.
+    """A multinomial logistic regression on profiles, of mean 0 over the labels that it saw, and 0 for the others."""
 
-    Args:
-        weights: float64 `(n_labels, n_genes)`, of mean 0 over the labels that the regression saw; 0 for the others.
-        bias: float64 `(n_labels,)`, likewise.
-    """
-
-    weights: np.ndarray
-    bias: np.ndarray
+    weights: np.ndarray  # float64 (n_labels, n_genes)
+    bias: np.ndarray  # float64 (n_labels,)
 
     def scores(self, profiles: Profiles) -> np.ndarray:
         """Logits of the labels, float64 `(n_cells, n_labels)`."""
@@ -85,15 +70,12 @@ class LinearModel:
 
 @dataclass
 class Regressions:
-    """One regression, fitted to the training cells and to all labelled cells (the same where none are held out).
-
-    `losses` are validation losses by strength.
-    """
+    """One regression, fitted to the training cells and to all labelled cells (the same where none are held out)."""
 
     strength: Strength
     train: LinearModel
     everything: LinearModel
-    losses: dict[Strength, float] = field(default_factory=dict)
+    losses: dict[Strength, float] = field(default_factory=dict)  # of validation, by strength
 
 
 def profile_matrix(cells: Cells, n_genes: int) -> csr_matrix:
@@ -118,8 +100,7 @@ def linear_model(weights: np.ndarray, bias: np.ndarray, seen: np.ndarray, n_labe
 def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, strength: float) -> LinearModel:
     """Solve the regression for one strength; `n_labels` includes labels without a cell."""
     regression = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS, tol=TOLERANCE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping is one more penalty
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # early stopping is one more penalty
         regression.fit(profiles * PROFILE_SCALE, targets)
     return linear_model(regression.coef_, regression.intercept_, regression.classes_, n_labels)
 
@@ -160,8 +141,7 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
         tol=TOLERANCE,
         use_legacy_attributes=False,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping is one more penalty
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
         search.fit(data.profiles * PROFILE_SCALE, data.targets)
     validation_losses = -search.scores_[0, 0]  # of one fold, by strength
     best = validation_losses.argmin()
@@ -221,14 +201,8 @@ def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.T
     """Weights `(n_genes, projection_dim)` and bias whose products with the texts are the regression's scores.
 
     The shortest such vectors lie in the span of the texts, which makes a cell a mixture of texts. With more labels
-    than dimensions the scores are met in the least-squares sense.
-
-    Args:
-        model: The regression.
-        text_features: `(n_labels, projection_dim)`, on any device.
-
-    Returns:
-        float32, on the CPU.
+    than dimensions the scores are met in the least-squares sense. `text_features` are `(n_labels, projection_dim)`, on
+    any device; the results are float32, on the CPU.
     """
     to_text_space = torch.linalg.pinv(text_features.double(), rcond=1e-4).t().cpu()  # (n_labels, projection_dim)
     weights = torch.from_numpy(model.weights).t() @ to_text_space
@@ -268,11 +242,8 @@ def choose_unseen_bonus(data: LabelledProfiles, text_features: torch.Tensor) -> 
     Cells lie among the texts of trained labels, so an untrained text is hardly ever the nearest. Each label in turn is
     left out of the regression (on principal components, for speed) and predicted by its text among all. The chosen
     bonus has the best harmonic mean of two recalls: of the left-out labels and of the others, each a mean over the
-    turns (Chao et al. 2016). With two labels there is nothing to leave out, and the bonus is 0.
-
-    Args:
-        data: Profiles, with some held out.
-        text_features: `(n_labels, projection_dim)`.
+    turns (Chao et al. 2016). With two labels there is nothing to leave out, and the bonus is 0. `text_features` are
+    `(n_labels, projection_dim)`.
     """
     n_labels = len(text_features)
     train_targets, validation_targets = data.targets[data.train], data.targets[data.validation]

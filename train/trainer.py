@@ -34,9 +34,7 @@ def make_datasets(
     """Training and validation batches of this rank; `None` for validation without `eval_strategy` or such a split.
 
     Args:
-        corpus: The cells.
         collate: See [`BatchDataset`].
-        training_args: Batch sizes, seed and rank.
         columns: Annotations that `collate` takes; by default all but the barcode.
         token_budget: Tokens in a training batch, in place of a number of cells.
         order: More settings of the training [`CellStream`].
@@ -48,7 +46,9 @@ def make_datasets(
     else:
         order["batch_size"] = training_args.per_device_train_batch_size
         order["drop_last"] = training_args.dataloader_drop_last
-    train = BatchDataset(CellStream(corpus, seed=data_seed(training_args), **order, **shared), collate)
+    # With `balance`, a label of n cells is drawn in proportion to n ** (1 / temperature).
+    stream = CellStream(corpus, seed=data_seed(training_args), temperature=2.0, **order, **shared)
+    train = BatchDataset(stream, collate)
     if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
         return train, None
     eval_size = training_args.per_device_eval_batch_size
@@ -147,9 +147,8 @@ class StreamTrainer(Trainer):
         described = []
         for (pretrained, decay), parameters in groups.items():
             rate = self.args.pretrained_learning_rate if pretrained else self.args.learning_rate
-            described.append(
-                {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
-            )
+            weight_decay = self.args.weight_decay if decay else 0.0
+            described.append({"params": parameters, "lr": rate, "weight_decay": weight_decay})
         self.optimizer = optimizer_class(described, **options)
         return self.optimizer
 
@@ -255,9 +254,7 @@ def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def save_run(output_dir: str, command: str, **arguments: Any) -> None:
     """Write the resolved arguments beside the checkpoint, as `training.json`."""
-    document: dict[str, Any] = {"command": command}
-    for name, value in arguments.items():
-        document[name] = value.to_dict() if hasattr(value, "to_dict") else vars(value)
+    values = {name: item.to_dict() if hasattr(item, "to_dict") else vars(item) for name, item in arguments.items()}
     path = Path(output_dir, "training.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"command": command, **values}, indent=2, default=str) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from trl import SFTTrainer
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train.align import finish, make_captions
+from scmmgpt.train.align import CELL_DECODERS, finish, make_captions
 from scmmgpt.train.arguments import TrainedParts, TuneConfig, TuneDataArguments, TuneModelArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.data.batches import BatchDataset
@@ -38,7 +38,7 @@ from scmmgpt.train.trainer import StreamTrainer, data_seed, freeze, make_dataset
 
 
 PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
-CELL_DECODERS = ["cell_model.mvc_decoder", "cell_model.expression_decoder"]
+PROJECTOR = {"num_hidden_layers": 2, "cross_attention_frequency": 1}  # other fields are those of the Q-Former
 NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
 
 
@@ -49,8 +49,7 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
     a hook takes the expression loss from the same pass of the backbone.
     """
 
-    def __init__(self, *args: Any, language_weight: float, expression_weight: float, **kwargs: Any) -> None:
-        self.language_weight, self.expression_weight = language_weight, expression_weight
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.num_targets_in_batch: int | None = None
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # here alone: TRL divides the loss by the tokens of the whole step
@@ -94,7 +93,7 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         finally:
             for hook in hooks:
                 hook.remove()
-        loss = self.language_weight * language_loss
+        loss = backbone.config.language_weight * language_loss
         expression_loss = outputs[0].expression_loss
         n_targets = count_targets(inputs)
         if expression_loss is not None:
@@ -103,7 +102,7 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
                 # The mean over this micro-batch counts as much as its share of the step's genes. DDP averages
                 # gradients over ranks, hence the factor.
                 scale = n_targets / self.num_targets_in_batch * self.accelerator.num_processes
-            loss = loss + self.expression_weight * scale * expression_loss
+            loss = loss + backbone.config.expression_weight * scale * expression_loss
         has_labels = bool((inputs["labels"] != -100).any())
         self.record_losses(
             language_loss=self.mean_language_loss(language_loss, inputs, num_items_in_batch) if has_labels else None,
@@ -150,12 +149,8 @@ def join(
     embeddings: Any = language_model.get_input_embeddings()
     if len(processor.tokenizer) > embeddings.num_embeddings:
         language_model.resize_token_embeddings(len(processor.tokenizer))
-    projector = alignment.config.qformer_config.to_dict() | {
-        "num_hidden_layers": 2,
-        "cross_attention_frequency": 1,
-        "use_qformer_text_input": False,
-        **model_args.model_config.get("text_to_cell_config", {}),
-    }
+    projector = alignment.config.qformer_config.to_dict() | PROJECTOR | {"use_qformer_text_input": False}
+    projector |= model_args.model_config.get("text_to_cell_config", {})
     fields = {**model_args.model_config, "text_to_cell_config": projector}
     return ScMMGPTForConditionalGeneration.from_components(
         alignment, language_model, cell_token_id=processor.cell_token_id, **fields
@@ -166,15 +161,9 @@ def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Cor
     """The processor of a stage-1 checkpoint, with a language model's tokenizer and the corpus's library size."""
     start = ScMMGPTProcessor.from_pretrained(aligned)
     start.feature_extractor.return_profile = False  # stage 2 has no profile readout
-    processor = ScMMGPTProcessor(
-        start.feature_extractor,
-        tokenizer,
-        start.qformer_tokenizer,
-        start.gene_tokenizer,
-        num_query_tokens=start.num_query_tokens,
-        qformer_max_length=start.qformer_max_length,
-        library_size=typical_library_size(corpus),
-    )
+    parts = start.feature_extractor, tokenizer, start.qformer_tokenizer, start.gene_tokenizer
+    lengths: Any = {"num_query_tokens": start.num_query_tokens, "qformer_max_length": start.qformer_max_length}
+    processor = ScMMGPTProcessor(*parts, **lengths, library_size=typical_library_size(corpus))
     processor.gene_aliases = start.gene_aliases
     return processor
 
@@ -229,22 +218,9 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
     model.train()
 
 
-def start_new_parts(
-    model: ScMMGPTForConditionalGeneration, gene_means: np.ndarray, dataset: BatchDataset, text_to_cell_ratio: float
-) -> None:
-    """Start the expression head and both projectors from the training cells and their texts.
-
-    Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
-    """
-    start_from_mean_profile(model, gene_means)
-    standardize_language_projection(model, dataset.of_all_ranks())
-    if text_to_cell_ratio > 0:
-        standardize_text_to_cell(model, dataset.of_all_ranks())
-
-
 def saved_parts(trained: TrainedParts) -> list[str]:
     """Parts that are trained in full beside the language model's LoRA, and saved with it."""
-    cell_model = {"full": ["cell_model"], "decoders": CELL_DECODERS, "frozen": []}[trained.cell_model]
+    cell_model = {"full": ("cell_model",), "decoders": CELL_DECODERS, "frozen": ()}[trained.cell_model]
     return [*NEW_PARTS, *cell_model, *(["qformer"] if trained.qformer else [])]
 
 
@@ -256,7 +232,7 @@ def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
     if name.startswith("cell_model.expression_decoder.") and expression_head != "mse":
         return True
     if name.startswith("cell_model."):
-        decodes = name.startswith(tuple(CELL_DECODERS))
+        decodes = name.startswith(CELL_DECODERS)
         return trained.cell_model == "frozen" or (trained.cell_model == "decoders" and not decodes)
     if name.startswith(NEW_PARTS):
         return False
@@ -292,11 +268,6 @@ def typical_library_size(corpus: Corpus) -> float:
     return float(np.median(np.concatenate(sizes)))
 
 
-def measured_genes(corpus: Corpus) -> np.ndarray:
-    """Vocabulary ids of the genes that the corpus measured."""
-    return np.array([i for name, i in corpus.vocabulary.items() if not name.startswith("<")], dtype=np.int64)
-
-
 def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
     return OptionParser((TuneDataArguments, TuneModelArguments, TuneConfig), prog=prog, description=__doc__)
@@ -308,20 +279,21 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     corpus = open_corpus(data_args.corpus)
     captions = make_captions(corpus, data_args, training_args)
     model, processor = build_model(corpus, captions, model_args, training_args.device)
+    measured = np.array([i for name, i in corpus.vocabulary.items() if not name.startswith("<")], dtype=np.int64)
     collate = TuningCollator(
         processor,
         captions,
         text_to_cell_ratio=training_args.text_to_cell_ratio,
         prompts_per_epoch=training_args.prompts_per_epoch,
-        target_genes=measured_genes(corpus),
+        target_genes=measured,
     )
-    train_dataset, eval_dataset = make_datasets(
-        corpus, collate, training_args, balance=data_args.balance, temperature=data_args.balance_temperature
-    )
-    instructions = None
-    if data_args.instructions is not None:
-        instructions = read_instructions(data_args.instructions, corpus, processor)
-    start_new_parts(model, read_gene_means(corpus.path), train_dataset, training_args.text_to_cell_ratio)
+    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, balance=data_args.balance)
+    instructions = read_instructions(data_args.instructions, corpus, processor) if data_args.instructions else None
+    # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
+    start_from_mean_profile(model, read_gene_means(corpus.path))
+    standardize_language_projection(model, train_dataset.of_all_ranks())
+    if training_args.text_to_cell_ratio > 0:
+        standardize_text_to_cell(model, train_dataset.of_all_ranks())
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
@@ -337,8 +309,6 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         peft_config=add_lora(model_args, saved_parts(model_args.trained)),
         is_pretrained=is_pretrained,
         write_card=functools.partial(write_card, str(training_args.output_dir), "tune", corpus, **bases),
-        language_weight=model.config.language_weight,
-        expression_weight=model.config.expression_weight,
     )
     in_4bit = model_args.language_model_precision == "4bit"
     if in_4bit and trainer.is_fsdp_enabled:
