@@ -188,7 +188,7 @@ class Cells:
         if not batches:
             raise ValueError("There is no batch to concatenate.")
         offsets = np.cumsum([0] + [batch.indptr[-1] for batch in batches])
-        indptr = [batch.indptr[:-1] + offset for batch, offset in zip(batches, offsets, strict=False)]
+        indptr = [batch.indptr[:-1] + offset for batch, offset in zip(batches, offsets[:-1], strict=True)]
         known = any(batch.total_counts is not None for batch in batches)
         return cls(
             np.concatenate([*indptr, offsets[-1:]]),

@@ -1,5 +1,6 @@
 """Both training stages on a tiny corpus: what is trained, what is not, and that a run can be cut in two."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -303,7 +304,7 @@ def test_the_losses_of_a_step_are_those_of_the_models_own_forward(corpus, aligne
 
     def compare(trainer, resume_from_checkpoint=None):
         trainer.model.eval()
-        for _, batch in zip(range(2), trainer.train_dataset, strict=False):
+        for batch in itertools.islice(trainer.train_dataset, 2):
             ours = trainer.compute_loss(trainer.model, dict(batch))
             compared.append((ours.item(), trainer.model(**batch).loss.item()))
 

@@ -63,9 +63,9 @@ def training_figure(history: Sequence[Mapping]) -> "Figure | None":
         figure = Figure(figsize=(4.8, 5.2 if shares else 3.4), layout="constrained")
         heights = [2, 1] if shares else [2]
         panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, names, label in zip(panels, (losses, shares), ("loss", "validation"), strict=False):
+        for axes, names in zip(panels, (losses, shares)[: len(panels)], strict=True):
             draw_curves(axes, {name: curves[name] for name in names})
-            axes.set_ylabel(label)
+            axes.set_ylabel("loss" if names is losses else "validation")
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=1.02 if axes is not panels[0] else None)
             below = -0.3 if axes is panels[-1] else -0.12
             axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, below), ncols=2)

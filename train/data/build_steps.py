@@ -155,7 +155,7 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
     rows = {}
     bounds = np.searchsorted(kind[order], np.arange(len(COUNT_KINDS) + 1)).tolist()
     with whole_folder(task.folder) as temporary:
-        for name, start, stop in zip(COUNT_KINDS, bounds, bounds[1:], strict=False):
+        for name, start, stop in zip(COUNT_KINDS, bounds[:-1], bounds[1:], strict=True):
             edges = np.searchsorted(split[start:stop], np.arange(len(SPLITS) + 1)).tolist()
             rows[name] = {split_name: edges[i : i + 2] for i, split_name in enumerate(SPLITS)}
             if stop > start:
