@@ -95,8 +95,8 @@ def test_what_is_no_option_is_refused_with_its_place(command, words, hint, tmp_p
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        (None, "No such file"),
-        ("cell_config: {hidden_size: 64", "is no YAML"),
+        (None, "There is no --config file"),
+        ("cell_config: {hidden_size: 64", "is not YAML"),
         ("- corpus", "must contain a YAML mapping"),
         ("matching_weight: 0", "is a field of model_config"),
         ("qformer_config: {cross_attention: 1}", "did you mean 'cross_attention_frequency'?"),

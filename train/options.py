@@ -201,7 +201,9 @@ class OptionParser(TrlParser):
         formatter.add_usage(self.usage, self._actions, [])
         formatter.add_text(self.description)
         formatter.start_section("options (--help-all: those of transformers and TRL too)")
-        formatter.add_arguments(action for action in self._actions if action.dest in shown)
+        # `--no_NAME`, which transformers adds to a switch, has the help of the switch: `--NAME False` is the same.
+        ours = (action for action in self._actions if action.dest in shown)
+        formatter.add_arguments(action for action in ours if not action.option_strings[0].startswith("--no_"))
         formatter.end_section()
         return formatter.format_help()
 
@@ -222,8 +224,10 @@ class OptionParser(TrlParser):
                 self.check_name(name.replace("-", "_"), "The command line")
         try:
             return super().parse_args_and_config(args=words, **kwargs)
+        except FileNotFoundError as error:
+            raise ValueError(f"There is no --config file {error.filename}.") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"The --config file is no YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(f"The --config file is not YAML: {' '.join(str(error).split())}") from None
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """As `TrlParser`'s, after a check of the file's names."""
