@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,11 @@ except ImportError:  # as a flat module in a clone
 
 GENE_ALIASES_FILE = "gene_aliases.json"
 CELL_KWARGS = ("max_genes", "selection")
+# Of a tokenizer's arguments, those that have a meaning here; see `ScMMGPTProcessor.__call__`.
+TEXT_KWARGS = (
+    *("add_special_tokens", "padding", "padding_side", "pad_to_multiple_of", "truncation", "max_length"),
+    *("return_offsets_mapping", "return_text_replacement_offsets"),
+)
 
 # The prompt of each task in training; saved with the checkpoint, so that training and use can't drift apart.
 DEFAULT_PROMPTS = {
@@ -168,15 +174,22 @@ class ScMMGPTProcessor(ProcessorMixin):
             target_rows: Int `(len(target_cells),)`: the text that generates each cell; by default the texts in order.
             target_genes: Vocabulary ids of the measured genes that may be generated; by default the whole vocabulary.
             epoch: With each cell's id, the seed of gene sampling and binning.
-            kwargs: `max_genes` and `selection`, in place of the feature extractor's own.
+            kwargs: `max_genes` and `selection`, in place of the feature extractor's own; and for `text`, with the
+                meaning that they have for a tokenizer: `padding` (by default to the longest text), `padding_side`
+                (left), `pad_to_multiple_of`, `truncation` with `max_length`, `add_special_tokens` (by default where a
+                text does not begin with one), `return_offsets_mapping`. A text with its answer is truncated as one.
 
         Raises:
-            ValueError: If placeholders and cells, texts and answers, or targets and rows differ in number, or a
-                target's row has no text.
+            ValueError: If placeholders and cells, texts and answers, or targets and rows differ in number, if a
+                target's row has no text, or if a text were truncated within or before one of its cells.
+            TypeError: If there is no such argument.
         """
-        unknown = sorted(set(kwargs) - set(CELL_KWARGS) - {"padding"})  # `padding`: the chat template always passes it
+        unknown = sorted(set(kwargs) - {*CELL_KWARGS, *TEXT_KWARGS})
         if unknown:
-            raise TypeError(f"ScMMGPTProcessor has no arguments {unknown}; it takes {', '.join(CELL_KWARGS)}.")
+            raise TypeError(
+                f"ScMMGPTProcessor has no arguments {unknown}; beside its own it takes "
+                f"{', '.join((*CELL_KWARGS, *TEXT_KWARGS))}."
+            )
         if images is not None or videos is not None or audio is not None:
             raise ValueError("images, videos and audio are not supported; pass text and cells.")
         if return_tensors != "pt":
@@ -191,7 +204,8 @@ class ScMMGPTProcessor(ProcessorMixin):
             data.update(self._qformer_inputs(qformer_text))
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
-            data.update(self._text_inputs(text, answers, None if cells is None else len(cells)))
+            options = {name: kwargs[name] for name in TEXT_KWARGS if kwargs.get(name) is not None}
+            data.update(self._text_inputs(text, answers, 0 if cells is None else len(cells), **options))
         if target_cells is not None:
             n_texts = 0 if text is None else len(text)
             rows = _check_target_rows(target_rows, n_texts, len(target_cells))
@@ -207,38 +221,106 @@ class ScMMGPTProcessor(ProcessorMixin):
         return {f"qformer_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
 
     def _text_inputs(
-        self, text: list[str], answers: list[str] | None, num_cells: int | None
-    ) -> dict[str, torch.Tensor]:
+        self,
+        text: list[str],
+        answers: list[str] | None,
+        num_cells: int,
+        *,
+        add_special_tokens: bool | None = None,
+        return_offsets_mapping: bool = False,
+        return_text_replacement_offsets: bool = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        **padding: Any,
+    ) -> dict[str, Any]:
         mentioned = sum(t.count(self.cell_token) for t in text)
-        if mentioned != (num_cells or 0):
+        if mentioned != num_cells:
             raise ValueError(
-                f"The texts mention {mentioned} cells ({self.cell_token}), but {num_cells or 0} cells were given; "
+                f"The texts mention {mentioned} cells ({self.cell_token}), but {num_cells} cells were given; "
                 f"write {self.cell_token} once for each cell."
             )
-        expanded = [t.replace(self.cell_token, self.cell_token * self.num_query_tokens) for t in text]
-        # A chat template adds special tokens itself; to a bare text the tokenizer adds them.
-        ids = [self.tokenizer(t, add_special_tokens=not self.has_special_start(t))["input_ids"] for t in expanded]
-        labels = None
+        rows: dict[str, list[list]] = {"input_ids": [], "attention_mask": []}
+        for t in text:
+            special = not self.has_special_start(t) if add_special_tokens is None else add_special_tokens
+            options = {"add_special_tokens": special, "return_offsets_mapping": return_offsets_mapping}
+            encoded = self.tokenizer(t.replace(self.cell_token, self.cell_token * self.num_query_tokens), **options)
+            rows["input_ids"].append(list(encoded["input_ids"]))
+            if return_offsets_mapping:
+                rows.setdefault("offset_mapping", []).append(encoded["offset_mapping"])
         if answers is not None:
             if len(answers) != len(text):
                 raise ValueError(f"{len(answers)} answers were given for {len(text)} texts; pass one for each text.")
             # Prompt and answer are tokenised apart, so that the prompt has the same tokens as at generation.
             end = [self.tokenizer.eos_token_id]
-            answer_ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] + end if a else [] for a in answers]
-            labels = [[-100] * len(i) + a for i, a in zip(ids, answer_ids, strict=True)]
-            ids = [i + a for i, a in zip(ids, answer_ids, strict=True)]
-        length = max(map(len, ids))
-        data = {
-            "input_ids": _left_pad(ids, length, self.tokenizer.pad_token_id),
-            "attention_mask": _left_pad([[1] * len(i) for i in ids], length, 0),
-        }
-        if labels is not None:
-            data["labels"] = _left_pad(labels, length, -100)
+            tokens = [self.tokenizer(a, add_special_tokens=False)["input_ids"] + end if a else [] for a in answers]
+            rows["labels"] = [[-100] * len(i) + a for i, a in zip(rows["input_ids"], tokens, strict=True)]
+            rows["input_ids"] = [i + a for i, a in zip(rows["input_ids"], tokens, strict=True)]
+            if return_offsets_mapping:  # an answer is no part of the text
+                spans = rows["offset_mapping"]
+                rows["offset_mapping"] = [o + [(0, 0)] * len(a) for o, a in zip(spans, tokens, strict=True)]
+        if truncation not in (False, "do_not_truncate"):
+            self._truncate(rows, self.tokenizer.model_max_length if max_length is None else max_length)
+        elif max_length is not None and padding.get("padding") != "max_length":
+            raise ValueError(f"max_length={max_length} needs truncation=True or padding='max_length' beside it.")
+        rows["attention_mask"] = [[1] * len(i) for i in rows["input_ids"]]
+        data = self._pad(rows, max_length, **padding)
+        if return_text_replacement_offsets:  # for the masks of assistant tokens
+            data["text_replacement_offsets"] = [self._find_expansions(t) for t in text]
         return data
 
+    def _truncate(self, rows: dict[str, list[list]], max_length: int) -> None:
+        """Cut every row to `max_length` tokens, at the tokenizer's `truncation_side`, but never a cell."""
+        kept = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
+        for row, ids in enumerate(rows["input_ids"]):
+            if ids[kept].count(self.cell_token_id) != ids.count(self.cell_token_id):
+                raise ValueError(
+                    f"Text {row} has {len(ids)} tokens, and max_length={max_length} would cut off some of its "
+                    f"{self.num_query_tokens} tokens a cell; raise max_length or shorten the text."
+                )
+        for name, values in rows.items():
+            rows[name] = [row[kept] for row in values]
+
+    def _pad(
+        self,
+        rows: dict[str, list[list]],
+        max_length: int | None,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> dict[str, Any]:
+        """Rows of equal length, as tensors `(n_texts, length)` int64; `offset_mapping` as lists."""
+        lengths = {len(ids) for ids in rows["input_ids"]}
+        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f"padding is {padding!r}; choose True (to the longest text), 'max_length' or False.")
+        if padding in (False, "do_not_pad") and len(lengths) > 1:
+            raise ValueError(f"Texts of {sorted(lengths)} tokens make no tensor without padding; use padding=True.")
+        if padding == "max_length" and max_length is None:
+            raise ValueError("padding='max_length' needs max_length, the number of tokens.")
+        length = max(lengths)
+        if padding == "max_length":
+            length = max(length, cast(int, max_length))
+        if pad_to_multiple_of is not None:
+            length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+        side = self.tokenizer.padding_side if padding_side is None else padding_side
+        values = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        data: dict[str, Any] = {}
+        for name, value_rows in rows.items():
+            fills = [[values.get(name, (0, 0))] * (length - len(row)) for row in value_rows]
+            filled = [f + r if side == "left" else r + f for f, r in zip(fills, value_rows, strict=True)]
+            data[name] = torch.tensor(filled, dtype=torch.long) if name in values else filled
+        return data
+
+    def _find_expansions(self, text: str) -> list[dict[str, tuple[int, int]]]:
+        """Where each `<cell>` of a text begins and ends, and where its placeholders do in the expanded text."""
+        spans, size = [match.span() for match in re.finditer(re.escape(self.cell_token), text)], len(self.cell_token)
+        added = size * (self.num_query_tokens - 1)
+        new = [(start + i * added, end + (i + 1) * added) for i, (start, end) in enumerate(spans)]
+        return [{"span": old, "new_span": expanded} for old, expanded in zip(spans, new, strict=True)]
+
     def has_special_start(self, text: str) -> bool:
-        """Whether a text begins with a special token, as the output of a chat template does."""
-        return any(token and text.startswith(token) for token in self.tokenizer.all_special_tokens)
+        """Whether a text begins with a special token other than `<cell>`, as the output of a chat template does."""
+        starts = (token for token in self.tokenizer.all_special_tokens if token and token != self.cell_token)
+        return text.startswith(tuple(starts))
 
     def encode_targets(
         self,
@@ -322,7 +404,13 @@ class ScMMGPTProcessor(ProcessorMixin):
         return self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
     def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`."""
+        """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`.
+
+        Raises:
+            ValueError: If `sanitize_control_tokens` is set, which would turn the `<cell>` of a cell into plain text.
+        """
+        if kwargs.get("sanitize_control_tokens"):
+            raise ValueError("sanitize_control_tokens would turn <cell> into plain text; remove it from the texts.")
         if conversation and isinstance(conversation[0], dict):
             conversation = self.flatten_messages(conversation)
         else:
@@ -398,10 +486,6 @@ def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: 
     if len(rows) and not 0 <= rows.min() <= rows.max() < n_texts:
         raise ValueError(f"target_rows go from {rows.min()} to {rows.max()}, but there are {n_texts} texts (from 0).")
     return rows
-
-
-def _left_pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
-    return torch.tensor([[value] * (length - len(row)) + row for row in rows], dtype=torch.long)
 
 
 ScMMGPTProcessor.register_for_auto_class("AutoProcessor")
