@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +47,139 @@ PLAIN_CHAT_TEMPLATE = (
 )
 
 
-class ScMMGPTProcessor(ProcessorMixin):
+class ScGPTProcessor(ProcessorMixin):
+    """Turns AnnData and counts into the inputs of scGPT: the processor of a checkpoint of the cell model alone.
+
+    Args:
+        feature_extractor: Counts -> gene tokens and expression values.
+        gene_tokenizer: The gene vocabulary, one word per gene symbol.
+    """
+
+    tokenizer_names = ("gene_tokenizer",)
+    feature_extractor: ScMMGPTFeatureExtractor
+    gene_tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, gene_tokenizer: PreTrainedTokenizerBase) -> None:
+        self.gene_aliases: dict[str, Any] = {}  # the `aliases` of `GeneIndex`; saved in a separate file
+        super().__init__(feature_extractor, gene_tokenizer)
+
+    @cached_property
+    def gene_index(self) -> GeneIndex:
+        """Gene names, aliases and Ensembl ids -> ids in the gene vocabulary."""
+        return GeneIndex(self.gene_tokenizer.get_vocab(), self.gene_aliases)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Every key of a call's result that the model takes."""
+        return [*self.feature_extractor.model_input_names, "labels"]
+
+    def read_cells(self, adata: Any, **kwargs: Any) -> tuple[Cells, dict[str, Any]]:
+        """AnnData -> `Cells` of this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
+        return read_cells(adata, self.gene_index, **kwargs)
+
+    def gene_ids_of(self, genes: list[str]) -> np.ndarray:
+        """Vocabulary ids, int64 `(len(genes),)`, of gene symbols, aliases or Ensembl ids.
+
+        Raises:
+            ValueError: If a gene is not in the vocabulary.
+        """
+        ids = [self.gene_index.lookup(gene)[0] for gene in genes]
+        unknown = [gene for gene, i in zip(genes, ids, strict=True) if i < 0]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(genes)} genes are not in this model's vocabulary of {len(self.gene_index)}: "
+                f"{', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''}. Leave these genes out, or "
+                "check that they are human gene symbols or Ensembl ids."
+            )
+        return np.asarray(ids, dtype=np.int64)
+
+    def gene_symbols(self, gene_ids: Iterable[int]) -> list[str]:
+        """Symbols of vocabulary ids."""
+        return list(self.gene_tokenizer.convert_ids_to_tokens([int(i) for i in gene_ids]))
+
+    def __call__(
+        self,
+        cells: Any,
+        labels: Any = None,
+        *,
+        mask_ratio: float | Sequence[float] | None = None,
+        epoch: int = 0,
+        return_tensors: str = "pt",
+        max_genes: int | None = None,
+        selection: str | None = None,
+    ) -> BatchFeature:
+        """Make model inputs, each `(n_cells, n_tokens)`.
+
+        Args:
+            cells: [`Cells`], or an AnnData for `read_cells`.
+            labels: One per cell, for [`ScGPTForSequenceClassification`]: class numbers, numbers to predict, or rows of
+                0 and 1.
+            mask_ratio: Share of each cell's genes to hide, for [`ScGPTForPreTraining`]; `labels` are then the values
+                of the hidden genes, and -100 elsewhere. Of several shares, each cell draws one. scGPT was pre-trained
+                with 0.25, 0.5 and 0.75, and fine-tuned with 0.4.
+            epoch: With each cell's id, the seed of gene sampling, binning and hiding.
+            return_tensors: `"pt"`, PyTorch.
+            max_genes, selection: In place of the feature extractor's own.
+
+        Raises:
+            ValueError: If labels and cells differ in number, or labels and `mask_ratio` are both given.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', PyTorch.")
+        cells = cells if isinstance(cells, Cells) else self.read_cells(cells)[0]
+        batch = self.feature_extractor(cells, epoch=epoch, max_genes=max_genes, selection=selection)
+        if mask_ratio is not None:
+            if labels is not None:
+                raise ValueError("labels and mask_ratio are both given; with mask_ratio, the labels are made here.")
+            genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
+            hidden = mask_genes(*genes, mask_ratio, seed=self.feature_extractor.seed, epoch=epoch)
+            batch["labels"] = batch["expression"].masked_fill(~hidden, -100)
+        elif labels is not None:
+            values = np.asarray(labels)
+            if len(values) != len(cells) or values.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"{len(values)} labels of type {values.dtype} were given for {len(cells)} cells; pass one number "
+                    "for each, for instance `model.config.label2id[name]`."
+                )
+            batch["labels"] = torch.as_tensor(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
+        return batch
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save every part and the gene aliases."""
+        os.makedirs(save_directory, exist_ok=True)
+        Path(save_directory, GENE_ALIASES_FILE).write_text(json.dumps(self.gene_aliases, sort_keys=True), "utf-8")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list[Any]:
+        # The auto class of the feature extractor would load the checkpoint's copy of the class, which needs
+        # `trust_remote_code` even where this package is installed.
+        extractor = ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask for `trust_remote_code`
+        load = cls._load_tokenizer_from_pretrained
+        return [extractor, *(load(name, pretrained_model_name_or_path, **kwargs) for name in cls.tokenizer_names)]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load every part and the gene aliases."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wanted = ("cache_dir", "revision", "token", "local_files_only")
+        options = {name: kwargs[name] for name in wanted if name in kwargs}
+        path = cached_file(
+            pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **options
+        )
+        if path is not None:
+            processor.gene_aliases = json.loads(Path(path).read_text(encoding="utf-8"))
+        return processor
+
+
+class ScMMGPTProcessor(ScGPTProcessor):
     """Turns AnnData, counts and texts into the inputs of scMMGPT.
 
     Args:
@@ -65,10 +197,9 @@ class ScMMGPTProcessor(ProcessorMixin):
         prompts: The prompt of each task; `{text}` in it is replaced by the description of a cell.
     """
 
-    feature_extractor: ScMMGPTFeatureExtractor
+    tokenizer_names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
     tokenizer: PreTrainedTokenizerBase
     qformer_tokenizer: PreTrainedTokenizerBase
-    gene_tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -97,7 +228,8 @@ class ScMMGPTProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"  # generation continues at the right end
         chat_template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
-        super().__init__(feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer, chat_template=chat_template)
+        parts = (feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer)
+        ProcessorMixin.__init__(self, *parts, chat_template=chat_template)
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -106,11 +238,6 @@ class ScMMGPTProcessor(ProcessorMixin):
         """Id of `<cell>` in the language model's tokenizer."""
         return cast(int, self.tokenizer.convert_tokens_to_ids(self.cell_token))
 
-    @cached_property
-    def gene_index(self) -> GeneIndex:
-        """Gene names, aliases and Ensembl ids -> ids in the gene vocabulary."""
-        return GeneIndex(self.gene_tokenizer.get_vocab(), self.gene_aliases)
-
     @property
     def model_input_names(self) -> list[str]:
         """Every key of a call's result that the model takes."""
@@ -118,30 +245,6 @@ class ScMMGPTProcessor(ProcessorMixin):
         cells = "gene_ids expression cell_attention_mask profile_gene_ids profile"
         targets = "target_gene_ids target_attention_mask target_expression target_counts library_size"
         return f"{text} {cells} {targets}".split()
-
-    def read_cells(self, adata: Any, **kwargs: Any) -> tuple[Cells, dict[str, Any]]:
-        """AnnData -> `Cells` of this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
-        return read_cells(adata, self.gene_index, **kwargs)
-
-    def gene_ids_of(self, genes: list[str]) -> np.ndarray:
-        """Vocabulary ids, int64 `(len(genes),)`, of gene symbols, aliases or Ensembl ids.
-
-        Raises:
-            ValueError: If a gene is not in the vocabulary.
-        """
-        ids = [self.gene_index.lookup(gene)[0] for gene in genes]
-        unknown = [gene for gene, i in zip(genes, ids, strict=True) if i < 0]
-        if unknown:
-            raise ValueError(
-                f"{len(unknown)} of {len(genes)} genes are not in this model's vocabulary of {len(self.gene_index)}: "
-                f"{', '.join(map(repr, unknown[:5]))}{' ...' if len(unknown) > 5 else ''}. Leave these genes out, or "
-                "check that they are human gene symbols or Ensembl ids."
-            )
-        return np.asarray(ids, dtype=np.int64)
-
-    def gene_symbols(self, gene_ids: Iterable[int]) -> list[str]:
-        """Symbols of vocabulary ids."""
-        return list(self.gene_tokenizer.convert_ids_to_tokens([int(i) for i in gene_ids]))
 
     # -- cells and texts in -------------------------------------------------------------------------------------------
 
@@ -438,43 +541,6 @@ class ScMMGPTProcessor(ProcessorMixin):
             from pipeline_scmmgpt import ScMMGPTPipeline
         return ScMMGPTPipeline(model, self, **kwargs)
 
-    # -- files --------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save every part and the gene aliases."""
-        os.makedirs(save_directory, exist_ok=True)
-        Path(save_directory, GENE_ALIASES_FILE).write_text(json.dumps(self.gene_aliases, sort_keys=True), "utf-8")
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @classmethod
-    def _get_arguments_from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
-    ) -> list[Any]:
-        # The auto class of the feature extractor would load the checkpoint's copy of the class, which needs
-        # `trust_remote_code` even where this package is installed.
-        extractor = ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask for `trust_remote_code`
-        names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
-        load = cls._load_tokenizer_from_pretrained
-        return [extractor, *(load(name, pretrained_model_name_or_path, **kwargs) for name in names)]
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> "ScMMGPTProcessor":
-        """Load every part and the gene aliases."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        wanted = ("cache_dir", "revision", "token", "local_files_only")
-        options = {name: kwargs[name] for name in wanted if name in kwargs}
-        path = cached_file(
-            pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **options
-        )
-        if path is not None:
-            processor.gene_aliases = json.loads(Path(path).read_text(encoding="utf-8"))
-        return processor
-
 
 def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: int) -> np.ndarray:
     """Row number of the text of each target cell; by default each text generates one cell."""
@@ -488,4 +554,5 @@ def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: 
     return rows
 
 
+ScGPTProcessor.register_for_auto_class("AutoProcessor")
 ScMMGPTProcessor.register_for_auto_class("AutoProcessor")
