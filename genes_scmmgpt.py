@@ -172,6 +172,17 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
     return "unknown", f"{human:.0%} of the names are spelt as human symbols are (CD3E), {mouse:.0%} as mouse (Cd3e)"
 
 
+def check_organism(organism: str) -> None:
+    """Refuse a species that is not known, with the names of those that are."""
+    known = [word for species in SPECIES for word in (species.name, species.latin, species.taxon)]
+    if organism.strip().lower() not in known:
+        names = ", ".join(species.name for species in SPECIES)
+        raise ValueError(
+            f"organism={organism!r} is not a known species; choose one of {names}, or its Latin name or NCBITaxon id. "
+            "For another one, leave the option out."
+        )
+
+
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
     """Species of the genes, species that the file declares, and the evidence for the former."""
     word = str(organism).strip().lower()

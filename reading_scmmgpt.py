@@ -17,7 +17,15 @@ import numpy as np
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells, hash_names
-    from .genes_scmmgpt import GeneIndex, GeneMatch, check_match, check_types, classify_features, match_genes
+    from .genes_scmmgpt import (
+        GeneIndex,
+        GeneMatch,
+        check_match,
+        check_organism,
+        check_types,
+        classify_features,
+        match_genes,
+    )
     from .matrices_scmmgpt import (
         LARGEST_VALUE,
         ROUNDED,
@@ -34,7 +42,15 @@ try:  # as a package or as remote code
     )
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells, hash_names
-    from genes_scmmgpt import GeneIndex, GeneMatch, check_match, check_types, classify_features, match_genes
+    from genes_scmmgpt import (
+        GeneIndex,
+        GeneMatch,
+        check_match,
+        check_organism,
+        check_types,
+        classify_features,
+        match_genes,
+    )
     from matrices_scmmgpt import (
         LARGEST_VALUE,
         ROUNDED,
@@ -187,6 +203,8 @@ def choose_input(
     Raises:
         ValueError: if there are no cells, no usable matrix or (almost) no matching genes.
     """
+    if organism is not None:
+        check_organism(organism)
     adata = _modality(adata)
     n_cells, n_vars = adata.shape
     if not n_cells or not n_vars:

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
+from scmmgpt.errors import OneLineParser
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.files import write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
@@ -358,9 +359,7 @@ def save_cell_model(
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["scgpt", "lm", "bert"], help="kind of the source")
     parser.add_argument("source", help="scGPT folder; or Hub id, folder, GGUF file or package:NAME/FOLDER")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, without a model in it")

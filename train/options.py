@@ -15,11 +15,13 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import yaml
 from transformers import TrainingArguments
 from trl import SFTConfig, TrlParser
+
+from scmmgpt.errors import OneLineParser
 
 
 T = TypeVar("T")
@@ -193,6 +195,10 @@ class OptionParser(TrlParser):
             parser.add_argument(*spellings, action=MergeFields, nargs="+", **settings)
         else:
             TrlParser._parse_dataclass_field(parser, field)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message and the way to the help, without the usage."""
+        OneLineParser.error(cast(OneLineParser, self), message)
 
     def format_help(self) -> str:
         """The options of this project and the folder that every run needs."""
