@@ -127,8 +127,8 @@ def hold_out_groups(
     if (groups_of_label == 1).all():
         raise ValueError(
             f"Every label of obs[{data_args.label_key!r}] is in one group of obs[{data_args.group_key!r}], so "
-            "labels of a group that is held out are never trained. Name a column whose groups share labels, such as the "
-            "donor, or leave out --group_key."
+            "labels of a group that is held out are never trained. Name a column whose groups share labels, such as "
+            "the donor, or leave out --group_key."
         )
     if (groups_of_label == 1).any():
         logger.warning(
