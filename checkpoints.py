@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from scmmgpt.files import read_json
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WEIGHTS = [f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Fields of configurations that are sizes of tensors. `null` is a default.
 SIZES = (
@@ -100,24 +98,42 @@ def check_checkpoint(name: str, *, short_ids: bool = False) -> None:
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
             raise FileNotFoundError(f"No checkpoint at {name!r}: no {' or '.join(files)} (it holds {found}).")
     for path in sorted([*folder.glob("*.json"), *folder.glob("*tokenizer/*.json")]):
-        check_vocabulary(path, read_json(path))
+        check_vocabulary(path, read_json(path, dict))
     shapes: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         shapes |= safetensors_shapes(path)
     config = read_json(folder / "config.json", dict)
+    if not str(config.get("model_type")).startswith("scmmgpt"):
+        return  # a model of transformers, which knows its sizes
+    check_parts(folder, config)
     check_sizes(folder / "config.json", config, shapes)
     if shapes:
         check_shapes(folder, config, shapes)
 
 
-def check_vocabulary(path: Path, content: Any) -> None:
+def check_parts(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse parts of a configuration that are of another type, and a folder without the gene vocabulary."""
+    path = folder / "config.json"
+    kinds = {name: dict for name in config if name.endswith("_config")} | {"annotation": dict, "architectures": list}
+    for name, kind in kinds.items():
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            raise ValueError(f"{path} has {name} = {str(config[name])[:60]!r}; it must be a {kind.__name__}.")
+    for name in ("labels", "cl_ids"):
+        stored = (config.get("annotation") or {}).get(name, {})
+        if not isinstance(stored, dict) or not all(isinstance(text, str) for text in stored.values()):
+            raise ValueError(f"{path} has {name} of annotation that are no texts by label. Copy it again.")
+    if "cell_config" in config and not (folder / "gene_tokenizer" / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} has no gene_tokenizer/tokenizer.json, the gene vocabulary. Copy it again.")
+
+
+def check_vocabulary(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse ids of a `vocab.json` or `tokenizer.json` that would take arrays of an absurd length."""
-    if path.name not in ("vocab.json", "tokenizer.json"):
-        return
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} in place of an object. Write or copy it again.")
-    model = content.get("model", {})
-    vocabulary = content if path.name == "vocab.json" else model.get("vocab") if isinstance(model, dict) else None
+    vocabulary = content if path.name == "vocab.json" else None
+    if path.name == "tokenizer.json":
+        model = content.get("model")
+        if not isinstance(model, dict):
+            raise ValueError(f"{path} has no 'model': it is no tokenizer. Copy it again.")
+        vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         check_ids(path, vocabulary)
 
@@ -160,7 +176,7 @@ def sizes_of(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from sizes_of(value, f"{prefix}{name}.")
-        elif name in SIZES and value is not None:
+        elif name in SIZES and value is not None and not isinstance(value, list):
             yield prefix + name, value
 
 
@@ -188,6 +204,8 @@ def check_sizes(path: Path, config: Mapping[str, Any], shapes: Mapping[str, list
 
 def check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
     """Refuse weights that are missing or have other shapes than the configuration gives; no memory is taken."""
+    import torch
+
     from scmmgpt import modeling_scgpt, modeling_scmmgpt
 
     name = (config.get("architectures") or [""])[0]

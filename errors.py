@@ -97,7 +97,7 @@ def explain(
 ) -> str:
     """The message of an error in one line."""
     text, kind = " ".join(str(error).split()), type(error).__name__
-    if isinstance(error, ModuleNotFoundError) and error.name and text.startswith("No module named"):
+    if isinstance(error, ModuleNotFoundError) and error.name and text.startswith(("No module", "import of")):
         module = error.name.partition(".")[0]
         return f"{DISTRIBUTIONS.get(module, module)} is not installed. Install `scmmgpt[{extra}]`."
     if full := full_disk(error, text, outputs):

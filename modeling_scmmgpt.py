@@ -11,6 +11,7 @@ model, P `projection_dim`.
 
 import inspect
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,11 +37,11 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
+    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
+    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
 
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
@@ -275,6 +276,11 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Blip2TextEmbeddings):
             # A non-persistent buffer: loading starts from the meta device, which leaves it uninitialised.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1], device="cpu").expand((1, -1)))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As that of transformers; whoever may read other new files may read the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        follow_umask(save_directory)
 
 
 class ScMMGPTProfileReadout(nn.Module):

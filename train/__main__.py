@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scmmgpt.checkpoints import check_checkpoint
 from scmmgpt.errors import run_command, take_debug
 from scmmgpt.files import check_folder, check_paths, exists, obey_umask
 from scmmgpt.progress import tell_if_slow
@@ -24,6 +25,7 @@ ABOUT = {
     "options": "write docs/options.md to the standard output",
 }
 # Command -> module with `make_parser` and `main`, imported only when its command runs.
+CHECKPOINTS = ("aligned", "cell_model", "checkpoint")  # options that name checkpoints of this project
 COMMANDS = {name: f"data.{name}" if name in ("prepare", "cache") else name for name in ABOUT}
 
 
@@ -52,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         is_trainer = hasattr(parser, "parse_args_and_config")
         parts = parser.parse_args_and_config(words) if is_trainer else (parser.parse_args(words),)
         check_folders(parts, inputs, outputs)
+        for part in parts:
+            for name in CHECKPOINTS:
+                if isinstance(given := getattr(part, name, None), str):
+                    check_checkpoint(given)
         module.main(*parts)
         for folder in outputs:
             obey_umask(folder)
