@@ -93,18 +93,19 @@ def check_checkpoint(name: str, *, short_ids: bool = False) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
-    for files in (["config.json"], WEIGHTS):
-        if not any((folder / file).is_file() for file in files):
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-            raise FileNotFoundError(f"No checkpoint at {name!r}: no {' or '.join(files)} (it holds {found}).")
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*tokenizer/*.json")]):
-        check_vocabulary(path, read_json(path, dict))
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"No checkpoint at {name!r}: no config.json (it holds {found}).")
+    config = read_json(folder / "config.json", dict)
     shapes: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         shapes |= safetensors_shapes(path)
-    config = read_json(folder / "config.json", dict)
     if not str(config.get("model_type")).startswith("scmmgpt"):
-        return  # a model of transformers, which knows its sizes
+        return  # a model of transformers, which knows its own files and sizes
+    if not any((folder / file).is_file() for file in WEIGHTS):
+        raise FileNotFoundError(f"No checkpoint at {name!r}: no {' or '.join(WEIGHTS)}.")
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*tokenizer/*.json")]):
+        check_vocabulary(path, read_json(path, dict))
     check_parts(folder, config)
     check_sizes(folder / "config.json", config, shapes)
     if shapes:

@@ -34,11 +34,61 @@ DISTRIBUTIONS = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and whose help fits two screens; `--help-all` shows the rest.
+
+    Args:
+        rare: Names of options that only `--help-all` shows.
+    """
+
+    def __init__(self, *args: Any, rare: Iterable[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rare = set(rare)
+        text = "show every option and the whole description"
+        self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str) -> NoReturn:
         """Exit with the message and the way to the help, without the usage."""
         self.exit(FAILED, f"{self.prog}: {' '.join(message.split())} (`{self.prog} --help` lists the options)\n")
+
+    def format_help(self, everything: bool = False) -> str:
+        """The usage in short, the description's first paragraphs, and the options that are not rare."""
+        formatter = self._get_formatter()
+        shown = [action for action in self._actions if everything or action.dest not in self.rare]
+        needed = [f"{action.option_strings[0]} {self._metavar(action)}" for action in shown if self._is_needed(action)]
+        places = [self._metavar(action) for action in shown if not action.option_strings]
+        usage = " ".join(["%(prog)s", *places, *needed, "[OPTIONS]"]).replace("%(prog)s", self.prog).replace("%", "%%")
+        formatter.add_usage(usage, self._actions, [])
+        formatter.add_text(self.description if everything else first_paragraphs(self.description or ""))
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments([action for action in group._group_actions if action in shown])
+            formatter.end_section()
+        return formatter.format_help()
+
+    @staticmethod
+    def _is_needed(action: argparse.Action) -> bool:
+        return action.required and bool(action.option_strings)
+
+    @staticmethod
+    def _metavar(action: argparse.Action) -> str:
+        name = action.metavar or (action.dest if not action.option_strings else action.dest.upper())
+        name = name if isinstance(name, str) else " ".join(name)
+        return f"[{name} ...]" if action.nargs == "*" else name
+
+
+class HelpAll(argparse.Action):
+    """Print the whole help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print it and exit."""
+        sys.stdout.write(parser.format_help(everything=True) if isinstance(parser, OneLineParser) else "")
+        parser.exit()
+
+
+def first_paragraphs(text: str) -> str:
+    """The first paragraph of a description, and the examples after it; the rest has reasons and details."""
+    return "\n\n".join(text.split("\n\n")[:2])
 
 
 def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:

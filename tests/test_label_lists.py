@@ -7,7 +7,7 @@ from scmmgpt.label_lists import read_label_list, read_words
 
 TABLE = "label,text,cl_id\nB cell,makes antibodies,CL:0000236\nT cell,,\n"
 CASES = {
-    "a label a line": ("labels.txt", "B cell\n\n T  cell \n".encode()),
+    "a label a line": ("labels.txt", b"B cell\n\n T  cell \n"),
     "lines of Windows": ("labels.txt", b"B cell\r\nT cell\r\n"),
     "a table": ("labels.csv", TABLE.encode()),
     "a table with a byte-order mark, as Excel writes it": ("labels.csv", TABLE.encode("utf-8-sig")),

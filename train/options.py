@@ -21,7 +21,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import SFTConfig, TrlParser
 
-from scmmgpt.errors import OneLineParser
+from scmmgpt.errors import OneLineParser, first_paragraphs
 
 
 T = TypeVar("T")
@@ -205,7 +205,7 @@ class OptionParser(TrlParser):
         shown = {"output_dir", *(item.name for cls in self.dataclass_types for item in own_options(cls))}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
-        formatter.add_text(self.description)
+        formatter.add_text(first_paragraphs(self.description or ""))
         formatter.start_section("options (--help-all: those of transformers and TRL too)")
         # `--no_NAME`, which transformers adds to a switch, has the help of the switch: `--NAME False` is the same.
         ours = (action for action in self._actions if action.dest in shown)

@@ -97,7 +97,7 @@ class Shard:
         """The record itself, if each field has its type, and the path stays in the corpus."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value).__name__ != field.type or isinstance(value, int) and value < 0:
+            if type(value) is not field.type or isinstance(value, int) and value < 0:
                 raise TypeError(f"{field.name} of a shard is {value!r}")
         if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
             raise ValueError(f"the shard {self.path!r} lies outside the corpus")

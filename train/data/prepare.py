@@ -27,6 +27,10 @@ from scmmgpt.train.data.gene_tables import package_file
 from scmmgpt.train.data.sources import SourceSpec
 
 
+# Shown by `--help-all` alone.
+RARE_OPTIONS = (
+    "organism all_data exclude_dataset min_genes seed cells_per_shard cells_per_partition cluster assume gene_column"
+).split()
 SOURCE_SUFFIXES = (".h5ad", ".h5mu", ".h5", ".loom")  # taken from folders; a table must be named itself
 
 # Fields of a `SourceSpec`; `path` is (package, file).
@@ -44,7 +48,7 @@ DEMOS: dict[str, dict[str, Any]] = {
 def make_parser(prog: str = "python -m scmmgpt.train prepare") -> argparse.ArgumentParser:
     """Return the parser of the command."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=raw)
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=raw, rare=RARE_OPTIONS)
     source = parser.add_argument_group("sources")
     source.add_argument("sources", nargs="*", help="files of cells (.h5ad and others), or folders of them")
     source.add_argument("--demo", choices=sorted(DEMOS), help="real data of an installed package")
