@@ -180,6 +180,9 @@ class ScMMGPTConfig(PreTrainedConfig):
     language_weight: float | int = 1.0
     expression_weight: float | int = 1.0
     initializer_range: float = 0.02
+    # `Trainer` smooths labels outside of the model: without the shift to the next token, which only transformers' own
+    # classes get, and without the expression loss. For this type of problem it warns, and takes the model's loss.
+    problem_type: str | None = "multi_label_classification"
     tie_word_embeddings: bool = False
     annotation: dict | None = None
     custom_pipelines: dict | None = None
