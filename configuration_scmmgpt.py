@@ -138,6 +138,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         language_weight, expression_weight: Weights of the stage-2 losses.
         annotation: Defaults of annotation: `labels` (label -> text), `cl_ids`, and the `matching_weight`,
             `matching_candidates` and `temperature` fixed on validation data.
+        adapter_bases: Names of the base whose LoRA adapter is merged into these weights. An adapter of that base is
+            refused here, since it would count twice.
         custom_pipelines: Task -> pipeline, for `transformers.pipeline`; always the same.
     """
 
@@ -180,11 +182,9 @@ class ScMMGPTConfig(PreTrainedConfig):
     language_weight: float | int = 1.0
     expression_weight: float | int = 1.0
     initializer_range: float = 0.02
-    # `Trainer` smooths labels outside of the model: without the shift to the next token, which only transformers' own
-    # classes get, and without the expression loss. For this type of problem it warns, and takes the model's loss.
-    problem_type: str | None = "multi_label_classification"
     tie_word_embeddings: bool = False
     annotation: dict | None = None
+    adapter_bases: list[str] | None = None
     custom_pipelines: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

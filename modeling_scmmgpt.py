@@ -12,6 +12,7 @@ model, P `projection_dim`.
 import copy
 import inspect
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -49,6 +50,11 @@ MAX_LOGIT_SCALE = math.log(100)
 CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")
 OTHER_PARTS = r"(?!model\.language_model\.).+"  # names of all modules that are not of the language model
 LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' `loss_function`
+# Linear layers that LoRA adapts, by their names in Llama and its kin, Phi, GPT-2 and GPT-NeoX.
+LORA_LAYERS = (
+    "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj fc1 fc2 "
+    "c_attn c_proj c_fc query_key_value dense dense_h_to_4h dense_4h_to_h"
+).split()
 
 
 # -- Outputs ----------------------------------------------------------------------------------------------------------
@@ -562,7 +568,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
     def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__(config)
-        config.auto_map = dict(ALIGNMENT_AUTO_MAP)
+        config.auto_map, config.problem_type = dict(ALIGNMENT_AUTO_MAP), None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -1010,16 +1016,40 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         return {name: value[decoded] for name, value in parameters.items()}, target_attention_mask[target_rows]
 
 
+def _refuse_merged_adapters(model: "ScMMGPTForConditionalGeneration", *_: Any) -> None:
+    """Refuse an adapter of the base whose adapter is merged into the weights: it would count twice."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        base = getattr(adapter, "base_model_name_or_path", None)
+        if base is not None and base in (model.config.adapter_bases or []):
+            raise ValueError(
+                f"An adapter of {base!r} is merged into this checkpoint already, and would count twice. Load the "
+                "adapter on that base, for instance by `AutoPeftModelForCausalLM.from_pretrained(ADAPTER, "
+                "trust_remote_code=True)`, or use the checkpoint without an adapter."
+            )
+
+
 class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     """A causal language model whose prompts may contain cells (`generate`), and which generates cells
     (`generate_cells`).
 
     `language_model`, the causal language model, is not copied; by default it is a new one of `config.text_config`.
+
+    Attributes:
+        lora_target_modules: Linear layers of the language model alone, for `peft.LoraConfig(target_modules=...)`:
+            PEFT's `"all-linear"`, and bare names such as `q_proj`, match layers of the other parts too.
     """
+
+    lora_target_modules = rf".*language_model\..*\.({'|'.join(LORA_LAYERS)})"
 
     def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
+        if "peft.utils.constants" in sys.modules:  # the default of a `LoraConfig` without `target_modules`
+            defaults = sys.modules["peft.utils.constants"].TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            defaults[config.model_type] = self.lora_target_modules
         config.auto_map = dict(AUTO_MAP)
+        # `Trainer` smooths labels outside of the model: without the shift to the next token, which only transformers'
+        # own classes get, and without the expression loss. For this type it warns instead, and takes the model's loss.
+        config.problem_type = "multi_label_classification"
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         else:
@@ -1033,6 +1063,12 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
         self.forbid_placeholders()
+        self.register_load_state_dict_pre_hook(_refuse_merged_adapters)  # `PeftModel` loads by `load_state_dict`
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; an adapter that is merged into these weights already is refused."""
+        super().load_adapter(*args, **kwargs)
+        _refuse_merged_adapters(self)
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:

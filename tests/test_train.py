@@ -243,7 +243,8 @@ def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp
         pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
 
     api = SimpleNamespace(upload_folder=upload, create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="me/it"))
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: api)
+    for module in ("transformers.trainer.hf_api", "scmmgpt.train.sharing.HfApi"):
+        monkeypatch.setattr(module, lambda *args, **kwargs: api)
     run_align(corpus, bert, str(tmp_path), push_to_hub=True, eval_strategy="epoch")
     assert len(pushed) == 1
     assert {"model.safetensors", "modeling_scmmgpt.py", "processor_config.json", "training.json"} <= set(pushed[0])

@@ -33,6 +33,7 @@ from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
 from scmmgpt.train.options import OptionParser
+from scmmgpt.train.sharing import push_folder
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 
 
@@ -261,7 +262,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         eval_dataset=eval_dataset,
         is_pretrained=pretrained.__contains__,
         captions=captions,
-        write_card=functools.partial(write_card, str(training_args.output_dir), "align", corpus, **bases),
+        write_card=functools.partial(write_card, command="align", corpus=corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if eval_dataset is not None:
@@ -277,5 +278,6 @@ def finish(trainer: Any, command: str, **arguments: Any) -> None:
         save_run(trainer.args.output_dir, command, **arguments)
         save_curves(trainer.state.log_history, trainer.args.output_dir)
     trainer.create_model_card()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():
+        trainer._finish_current_push()
+        push_folder(trainer.args.output_dir, **trainer.hub)

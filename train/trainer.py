@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.stream import CellStream
+from scmmgpt.train.sharing import let_others_read
 
 
 def data_seed(training_args: TrainingArguments) -> int:
@@ -95,7 +96,7 @@ class StreamTrainer(Trainer):
     Args:
         is_pretrained: Whether a parameter, given its name, learns at `args.pretrained_learning_rate`; by default none
             does.
-        write_card: `write_card(log_history)` writes the model card, in place of the trainer's own.
+        write_card: `write_card(folder, log_history=...)` writes the model card, in place of the trainer's own.
     """
 
     train_dataset: BatchDataset
@@ -107,7 +108,7 @@ class StreamTrainer(Trainer):
         self,
         *args: Any,
         is_pretrained: Callable[[str], bool] = lambda name: False,
-        write_card: Callable[[list[dict]], object] | None = None,
+        write_card: Callable[..., object] | None = None,
         **kwargs: Any,
     ) -> None:
         self.is_pretrained, self.write_card = is_pretrained, write_card
@@ -164,13 +165,23 @@ class StreamTrainer(Trainer):
         if self.write_card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            self.write_card(self.state.log_history)
+            self.write_card(self.args.output_dir, log_history=self.state.log_history)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None and self.is_fsdp_enabled:  # undo `flatten_scalars`
             for name in [name for name in state_dict if name.endswith("logit_scale")]:
                 state_dict[name] = state_dict[name].reshape(())
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            let_others_read(output_dir or self.args.output_dir)
+
+    @property
+    def hub(self) -> dict[str, Any] | None:
+        """Arguments of [`push_folder`] for the checkpoint's repository; `None` without `push_to_hub`."""
+        if not self.args.push_to_hub:
+            return None
+        args = {"private": self.args.hub_private_repo, "token": self.args.hub_token}
+        return {"repo_id": self.hub_model_id, "revision": self.args.hub_revision, **args}
 
     def record_losses(self, **losses: torch.Tensor | None) -> None:
         """Keep components of the loss for the next log line, those of evaluation under `eval_*`."""

@@ -170,7 +170,8 @@ def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
 class Corpus:
     """A corpus that `open_corpus` opened: its folder, and the contents of its JSON files.
 
-    `vocabulary` maps gene symbols to ids. `gene_aliases` is empty if the corpus has no such file.
+    `vocabulary` maps gene symbols to ids. `gene_aliases` is empty if the corpus has no such file. `repo_id` is the
+    name on the Hub of a corpus that was opened from there.
     """
 
     path: Path
@@ -178,6 +179,7 @@ class Corpus:
     vocabulary: dict[str, int]
     gene_aliases: dict[str, Any]
     splits: dict[str, Any]
+    repo_id: str | None = None
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split}: {self.n_cells(split):,}" for split in self.split_names)
