@@ -447,8 +447,9 @@ def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
             f"{e.get('share_below_half', 0):.0%} of the values to zero. `assume='normalized'` keeps the fractions."
         ]
     if verdict.exact and not verdict.complete and e.get("target_sum_from") == "assumed":
+        what = "logarithms" if verdict.logs else "normalised values"
         return [
-            f"{source} holds {verdict.kind} values of some genes, and nothing tells the total to which all genes "
+            f"{source} holds {what} of some genes, and nothing tells the total to which all genes "
             f"were scaled: {verdict.target_sum:,g} is assumed. Library sizes may be wrong by one factor; counts and "
             "ranks are right. A column of `obs` with the counts of each cell (`total_counts`, `nCount_RNA`) would "
             "settle it."
