@@ -309,7 +309,7 @@ def doctor(args: Args) -> None:
 def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     """The pipeline and the AnnData of a command, once outputs and columns are checked; the file fails sooner."""
     check_outputs(args)
-    adata = read_adata(args.file, args.split)
+    adata = read_adata(args.file, args.split, args.model)
     missing = [name for name in getattr(args, "columns", ()) if name not in adata.obs]
     if missing:
         raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
@@ -327,15 +327,20 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
     return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
 
 
-def read_adata(path: Path, split: str = "test") -> Any:
-    """Read a file of cells, or a split of a corpus that `prepare` made."""
+def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any:
+    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables."""
     if (path / "manifest.json").is_file():
         from scmmgpt.train.data.corpus import open_corpus
 
         return open_corpus(path).to_adata(split)
-    from scmmgpt.readers import read_file
+    from scmmgpt.readers import is_table, read_file
 
-    return read_file(path)
+    gene_index = None
+    if model is not None and is_table(path):
+        from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+        gene_index = ScMMGPTProcessor.from_pretrained(model).gene_index
+    return read_file(path, gene_index=gene_index)
 
 
 def read_text(path: Path) -> str:

@@ -48,7 +48,7 @@ def inspect_file(
     vocabulary = "model"
     if gene_index is None:
         gene_index, vocabulary = _reference()
-    with read_file(path, backed=True) as file:
+    with read_file(path, backed=True, gene_index=gene_index) as file:
         report: dict[str, Any] = {"usable": True, "error": "", "file": _describe_file(Path(path), file, file.X)}
         report["obs"], warnings = _describe_obs(file)
         try:
@@ -88,6 +88,7 @@ def _describe_file(path: Path, file: CellFile, matrix: Any) -> dict[str, Any]:
         "variables": file.n_vars,
         "layout": layout,
         "bytes_in_memory": int(in_memory),
+        "notes": file.notes,
     }
 
 
@@ -147,6 +148,7 @@ def render(report: dict[str, Any]) -> str:
     file = report["file"]
     size = f"{file['layout']}, {_bytes(file['bytes'])} on disk, {_bytes(file['bytes_in_memory'])} in memory"
     lines = [f"{Path(file['path']).name}: {file['cells']:,} cells x {file['variables']:,} variables ({size})"]
+    lines += [f"  - {note}" for note in file.get("notes", [])]
     lines += _matrix_lines(report.get("matrix", {}))
     lines += _gene_lines(report.get("genes", {}))
     cells = report.get("cells", {})
@@ -154,6 +156,8 @@ def render(report: dict[str, Any]) -> str:
         matrix = report["matrix"]
         counts = matrix["kind"].startswith("raw") or "integer counts" in matrix["conversion"]
         unit = "counts" if counts else "on the scale of the values"
+        if matrix["evidence"].get("target_sum_from") == "assumed":
+            unit += f" if all genes of a cell summed to {matrix['target_sum']:,g}, as assumed"
         totals = f"{cells['total_median']:,g} {unit} ({cells['total_min']:,g} to {cells['total_max']:,g})"
         genes = f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
         lines.append(f"  cells: median total {totals}, {genes}")

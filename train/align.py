@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
@@ -27,7 +26,7 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, cell_text_simi
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.card import write_card
-from scmmgpt.train.convert import qformer_from_bert
+from scmmgpt.train.convert import make_gene_tokenizer, qformer_from_bert
 from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
@@ -146,12 +145,11 @@ def build_processor(
         pad_token_id=corpus.vocabulary["<pad>"],
         cls_token_id=corpus.vocabulary["<cls>"],
     )
-    words = Tokenizer(models.WordLevel(dict(corpus.vocabulary), unk_token="<pad>"))  # as in scGPT for unknown genes
     processor = ScMMGPTProcessor(
         extractor,
         copy.deepcopy(qformer_tokenizer),
         qformer_tokenizer,
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>"),
+        make_gene_tokenizer(corpus.vocabulary),
         num_query_tokens=model_args.model_config.get("num_query_tokens", ScMMGPTConfig.num_query_tokens),
         qformer_max_length=model_args.qformer_max_length,
     )

@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,12 +36,14 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.files import write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.processing_scmmgpt import ScGPTProcessor
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 
@@ -342,6 +345,12 @@ def qformer_weights(bert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
+def make_gene_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    """A gene vocabulary (token -> id) as a tokenizer, one word a gene; unknown genes are `<pad>`, as in scGPT."""
+    words = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
+
+
 def save_cell_model(
     folder: str | Path,
     model: ScGPTModel,
@@ -349,11 +358,12 @@ def save_cell_model(
     gene_aliases: dict[str, str],
     feature_extractor: ScMMGPTFeatureExtractor,
 ) -> None:
-    """Write a cell model with its feature extractor, `vocab.json` and `gene_aliases.json`."""
+    """Write a cell model with its processor, and the gene vocabulary once more, as scGPT's `vocab.json`."""
     model.save_pretrained(folder)
-    feature_extractor.save_pretrained(folder)
+    processor = ScGPTProcessor(feature_extractor, make_gene_tokenizer(vocabulary))
+    processor.gene_aliases = gene_aliases
+    processor.save_pretrained(folder)
     write_json(Path(folder, "vocab.json"), vocabulary)
-    write_json(Path(folder, "gene_aliases.json"), gene_aliases)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
