@@ -5,7 +5,8 @@ In shapes, `nnz` is the number of entries of all cells: expressed genes with the
 
 import enum
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -197,6 +198,54 @@ class Cells:
             np.concatenate([batch.cell_ids for batch in batches]),
             np.concatenate([batch.library_sizes() for batch in batches]) if known else None,
         )
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "Cells":
+        """Rows of a dataset, one cell each, as `datasets` gives them in any format (Python, NumPy, torch).
+
+        Args:
+            rows: Each with `gene_ids` and `counts` (sequences of one length), and `cell_id`, an integer. A negative
+                `cell_id` is the same identity as an unsigned one: the 64 bits count. `total_counts` may be left out of
+                all rows.
+
+        Raises:
+            ValueError: If a row lacks one of these, or has another number of counts than of genes.
+        """
+        for number, row in enumerate(rows):
+            if missing := [name for name in ("cell_id", "gene_ids", "counts") if row.get(name) is None]:
+                raise ValueError(
+                    f"Row {number} has no {missing[0]!r}; it has {sorted(row)}. A row of a cell has `cell_id`, "
+                    "`gene_ids` and `counts`."
+                )
+            n_genes, n_counts = len(row["gene_ids"]), len(row["counts"])
+            if n_genes != n_counts:
+                raise ValueError(f"Row {number} has {n_genes} gene_ids and {n_counts} counts; give one for each.")
+        empty = np.zeros(0, dtype=np.uint8)  # of the smallest type: it decides nothing
+        genes, counts = ([np.asarray(row[name]) for row in rows] for name in ("gene_ids", "counts"))
+        totals = [row.get("total_counts") for row in rows]
+        return cls(
+            np.cumsum([0, *map(len, genes)]),
+            np.concatenate([empty, *(ids for ids in genes if len(ids))]),  # an empty list is of floats
+            np.concatenate([empty, *(values for values in counts if len(values))]),
+            np.array([int(row["cell_id"]) % 2**64 for row in rows], dtype=np.uint64),
+            None if any(total is None for total in totals) else np.array(totals, dtype=np.float32),
+        )
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One mapping a cell, which [`Cells.from_rows`] reads, of types that `datasets.Dataset.from_list` takes.
+
+        `cell_id` is signed, since torch and most other libraries have no unsigned 64-bit integers.
+        """
+        ids, totals = self.cell_ids.astype(np.uint64).view(np.int64), self.library_sizes()
+        return [
+            {
+                "cell_id": int(ids[i]),
+                "gene_ids": self.gene_ids[start:stop],
+                "counts": self.counts[start:stop],
+                "total_counts": float(totals[i]),
+            }
+            for i, (start, stop) in enumerate(itertools.pairwise(self.indptr.tolist()))
+        ]
 
     @classmethod
     def from_csr(
