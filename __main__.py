@@ -209,6 +209,7 @@ def describe(args: Args) -> None:
 def calibrate(args: Args) -> None:
     """Fit matching weight and temperature on validation cells; store them and the labels in the checkpoint."""
     from scmmgpt.train.data.captions import CaptionSampler
+    from scmmgpt.train.data.ontology import label_terms
 
     config_file = Path(args.model) / "config.json"
     if not config_file.is_file():
@@ -229,6 +230,7 @@ def calibrate(args: Args) -> None:
     sampler = CaptionSampler()
     labels = {label: sampler.label_text(label, term) for label, term in ids.items()}
     cl_ids = {label: term for label, term in ids.items() if term}
+    pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), "terms": label_terms(ids)}
     done = pipeline.calibrate(adata, args.label_key, labels, cl_ids=cl_ids, **read_options(args))
 
     config = read_json(config_file, dict)

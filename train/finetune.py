@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from scmmgpt.annotation_scmmgpt import fit_novelty
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.files import write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -306,6 +307,8 @@ class FineTuning:
             rows = np.union1d(labels.rows[train], unlabelled)
             start = new_model(adata, rows, labels.texts, model_args.align_arguments(), read_options)
         self.model, self.processor, self.pretrained, cells = start
+        found = choose_input(adata, self.processor.gene_index, **read_options).match.ids
+        self.measured = np.unique(found[found >= 0])
         self.processor.feature_extractor.return_profile = True
         if training_args.num_train_epochs is None:
             training_args.num_train_epochs = 0 if model_args.checkpoint is None else DEFAULT_EPOCHS
@@ -398,7 +401,11 @@ class FineTuning:
             "matching_candidates": len(self.labels.names),
             "temperature": self.record["temperature"],
             "unseen_bonus": self.record["unseen_bonus"],
+            "terms": ontology.label_terms({name: self.labels.cl_ids.get(name) for name in self.labels.names}),
         }
+        novelty = fit_novelty(self.cells, self.labels.targets, self.measured, self.model.config.cell_config.vocab_size)
+        if novelty is not None:
+            self.model.config.annotation["novelty"] = novelty
         ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(output)
         write_json(Path(output, "finetune.json"), self.record)
         save_run(output, "finetune", **self.arguments)

@@ -9,11 +9,11 @@ data/              train-00000-of-00003.parquet, ...: the published layout
 cache/             Arrow copies that stream faster (`python -m scmmgpt.train cache`)
 ```
 
-One row of a shard is one cell (schema version 1):
+One row of a shard is one cell (schema version 2; in version 1, `cell_id` is uint64, which torch cannot hold):
 
 | column | type | meaning |
 | --- | --- | --- |
-| `cell_id` | uint64 | stable identity of the cell; seeds all randomness of the cell |
+| `cell_id` | int64 | stable identity of the cell, the 64 bits of a hash; seeds all randomness of the cell |
 | `n_genes` | uint16 | number of genes stored for the cell |
 | `gene_ids` | list<uint16> | expressed genes, as ascending ids of `vocab.json` |
 | `counts` | list<uint16> or list<float32> | counts; float32 if a count of the shard is fractional or above 65,535 |
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     import datasets
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 SPLITS = ("train", "validation", "test")
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")  # scGPT's; they come before the genes in a new vocabulary
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")
@@ -153,9 +154,9 @@ class Manifest:
         """Read a manifest; refuse another schema version."""
         fields = read_json(path, dict)
         version = fields.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{path} has schema version {version}; this release reads version {SCHEMA_VERSION}. "
+                f"{path} has schema version {version}; this release reads {READABLE_VERSIONS}. "
                 "Install the release that wrote it, or prepare the corpus again."
             )
         try:
@@ -171,7 +172,7 @@ def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
     gene_ids = pa.list_(pa.field("element", pa.uint16(), nullable=False))
     counts = pa.list_(pa.field("element", pa.type_for_alias(counts_dtype), nullable=False))
     columns = [
-        pa.field("cell_id", pa.uint64(), nullable=False),
+        pa.field("cell_id", pa.int64(), nullable=False),
         pa.field("n_genes", pa.uint16(), nullable=False),
         pa.field("gene_ids", gene_ids, nullable=False),
         pa.field("counts", counts, nullable=False),
@@ -290,14 +291,15 @@ class Corpus:
 
 
 def table_to_cells(table: pa.Table) -> Cells:
-    """Convert rows of a shard to `Cells`."""
+    """Convert rows of a shard, or of any dataset with its columns, to `Cells`; `total_counts` may be absent."""
     ids, counts = table["gene_ids"].combine_chunks(), table["counts"].combine_chunks()
+    totals = table["total_counts"].to_numpy() if "total_counts" in table.column_names else None
     return Cells(
         indptr=(ids.offsets.to_numpy() - ids.offsets[0].as_py()).astype(np.int64) if len(ids) else np.zeros(1, int),
         gene_ids=ids.flatten().to_numpy(),
         counts=counts.flatten().to_numpy(),
-        cell_ids=table["cell_id"].to_numpy(),
-        total_counts=table["total_counts"].to_numpy(),
+        cell_ids=table["cell_id"].to_numpy().view(np.uint64),
+        total_counts=totals,
     )
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from scmmgpt.cells_scmmgpt import INSTRUCTION_SEED, Cells, permutation
+from scmmgpt.collator_scmmgpt import encode_conversation, pad_conversations
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.data.batches import BatchDataset, CellSource
 from scmmgpt.train.data.blocks import Obs
@@ -197,15 +198,16 @@ def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[
 
 
 def _cell_id(name: Any, where: str) -> int:
+    """The identity as an unsigned integer; a corpus holds the same 64 bits as a signed one."""
     try:
         value = int(name)
     except (TypeError, ValueError):
-        value = -1
-    if isinstance(name, float) or not 0 <= value < 2**64:
+        value = 2**64
+    if isinstance(name, float) or not -(2**63) <= value < 2**64:
         raise ValueError(
             f"{where}: the cell id {name!r} is not an integer of 64 bits; copy it from the corpus's `cell_id`."
         )
-    return value
+    return value % 2**64
 
 
 def _search(corpus: Corpus, split: str, column: str, wanted: list) -> Iterator[tuple[list, Cells]]:
@@ -214,46 +216,12 @@ def _search(corpus: Corpus, split: str, column: str, wanted: list) -> Iterator[t
         with corpus.open_shard(shard) as file:
             for group in range(file.num_row_groups):
                 values = file.read_row_group(group, columns=[column])[column]
+                if column == "cell_id":
+                    values = pa.chunked_array([values.to_numpy().view(np.uint64)])
                 found = pc.is_in(values, value_set=pa.array(wanted, type=values.type))
                 if pc.any(found).as_py():
                     table = file.read_row_group(group, columns=list(CELL_COLUMNS))
                     yield values.filter(found).to_pylist(), table_to_cells(table.filter(found))
-
-
-def encode_conversation(
-    messages: list[dict[str, str]], processor: ScMMGPTProcessor, where: str
-) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and labels that are -100 outside the assistant's turns.
-
-    A turn has the same tokens as in generation: prompt and answer are tokenised separately, and the answer ends with
-    the end-of-text token, which is learned too. `where` names the conversation in errors.
-    """
-    tokenizer = processor.tokenizer
-    ids: list[int] = []
-    labels: list[int] = []
-    written = ""  # text of all turns so far
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        answer = message["content"].strip()
-        prompt = processor.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False)
-        whole = processor.apply_chat_template(messages[: turn + 1], tokenize=False)
-        if not prompt.startswith(written) or not whole.startswith(prompt + answer):
-            raise ValueError(
-                f"{where}: the chat template of the language model writes turn {turn + 1} differently when the "
-                f"conversation continues: {whole[len(written) :]!r} is not {prompt[len(written) :]!r} and the answer. "
-                "Use a template that only appends text."
-            )
-        rest = prompt[len(written) :].replace(processor.cell_token, processor.cell_token * processor.num_query_tokens)
-        special = not ids and not processor.has_special_start(rest)
-        prompt_ids = tokenizer(rest, add_special_tokens=special)["input_ids"]
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids += prompt_ids + answer_ids
-        labels += [-100] * len(prompt_ids) + answer_ids
-        written = prompt + answer
-        if whole[len(written) :].startswith(tokenizer.eos_token):
-            written += tokenizer.eos_token
-    return ids, labels
 
 
 class InstructionBatches(BatchDataset):
@@ -271,7 +239,7 @@ class InstructionBatches(BatchDataset):
 
     def __init__(self, batches: BatchDataset, instructions: Instructions, *, ratio: float, seed: int) -> None:
         super().__init__(batches.source, batches.collate)
-        self.batch_size: int = batches.source.order.batch_size  # type: ignore[attr-defined]
+        self.batch_size: int = batches.source.batch_size  # type: ignore[attr-defined]
         self.instructions, self.ratio, self.seed = instructions, ratio, seed
 
     def _over(self, source: CellSource) -> "InstructionBatches":
@@ -307,13 +275,7 @@ def encode_conversations(
     """Inputs of the chosen conversations: texts padded on the left, and their cells in the order of the texts."""
     processor = collate.processor
     encoded = [encode_conversation(instructions.conversations[i], processor, f"conversation {i}") for i in chosen]
-    length = max(len(ids) for ids, _ in encoded)
-    rows = {
-        "input_ids": [[processor.tokenizer.pad_token_id] * (length - len(ids)) + ids for ids, _ in encoded],
-        "attention_mask": [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in encoded],
-        "labels": [[-100] * (length - len(labels)) + labels for _, labels in encoded],
-    }
-    batch = {name: torch.tensor(values) for name, values in rows.items()}
+    batch = pad_conversations(encoded, processor)
     places = [place for i in chosen for place in instructions.cell_rows[i]]
     if places and instructions.cells is not None:
         batch |= processor(cells=instructions.cells[np.array(places)], epoch=epoch)
