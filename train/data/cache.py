@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from scmmgpt.errors import OneLineParser
+from scmmgpt.errors import OneLineParser, number
 from scmmgpt.files import whole_file
 from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, Shard, open_corpus
 
@@ -93,7 +93,7 @@ def make_parser(prog: str = "python -m scmmgpt.train cache") -> argparse.Argumen
     parser = OneLineParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", help="folder of the corpus")
     parser.add_argument(
-        "--num-threads", type=int, default=os.cpu_count() or 1, help="number of shards to copy at a time"
+        "--num-threads", type=number(int, 1), default=os.cpu_count() or 1, help="number of shards to copy at a time"
     )
     return parser
 
