@@ -13,6 +13,7 @@ from scmmgpt.errors import OneLineParser, number
 from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import format_table
 from scmmgpt.files import write_json
+from scmmgpt.progress import tell_if_slow
 
 
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -39,7 +40,8 @@ def run_task(
     parser = task_parser(command, description)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
+    with tell_if_slow(f"Evaluating on {args.corpus}"):
+        result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
     sys.stdout.write(format_table(result))
     write_json(args.output, result)
     return 0

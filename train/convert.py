@@ -45,6 +45,7 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.files import filled_folder, read_json, write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
+from scmmgpt.progress import tell_if_slow
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 
@@ -417,7 +418,7 @@ def main(args: argparse.Namespace) -> None:
     """Convert one source into `args.output`."""
     if (args.output / "config.json").exists():
         raise ValueError(f"{args.output} already holds a model (config.json); give another --output or remove it.")
-    with filled_folder(args.output) as folder:
+    with tell_if_slow(f"Converting {args.source}"), filled_folder(args.output) as folder:
         what = write_parts(args, folder)
     logger.info("Wrote %s to %s.", what, args.output)
 
