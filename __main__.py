@@ -352,22 +352,28 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
 
 def load_pipeline(args: Args) -> "ScMMGPTPipeline":
     """The pipeline of `--model`."""
+    with tell_if_slow(f"Loading {args.model}"):
+        from transformers.utils import logging
+
+        from scmmgpt.checkpoints import check_checkpoint
+        from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+        if args.quiet or args.json:
+            logging.disable_progress_bar()
+        check_device(args.device)
+        check_checkpoint(args.model)
+        return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that PyTorch does not know or cannot reach."""
     import torch
-    from transformers.utils import logging
 
-    from scmmgpt.checkpoints import check_checkpoint
-    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-
-    if args.quiet or args.json:
-        logging.disable_progress_bar()
     try:
-        device = None if args.device is None else torch.empty(0, device=args.device).device
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         why = " ".join(str(error).split())[:120]
-        raise ValueError(f"--device {args.device!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
-    with tell_if_slow(f"Loading {args.model}"):
-        check_checkpoint(args.model)
-        return ScMMGPTPipeline.from_pretrained(args.model, device=device, batch_size=args.batch_size)
+        raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
 
 
 def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any:
@@ -377,9 +383,9 @@ def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any
 
         with tell_if_slow(f"Reading {path}"):
             return open_corpus(path).to_adata(split)
-    from scmmgpt.readers import is_table, read_file
-
     with tell_if_slow(f"Reading {path}"):
+        from scmmgpt.readers import is_table, read_file
+
         gene_index = None
         if model is not None and is_table(path):
             from scmmgpt.processing_scmmgpt import ScMMGPTProcessor

@@ -142,7 +142,9 @@ class FinetuneDataArguments:
         None,
     )
     label_texts: str | None = option(
-        "JSON file of label -> description; by default name and definition in the Cell Ontology.", None
+        "File of label -> description: JSON, or a table with the columns label and text; by default name and "
+        "definition in the Cell Ontology.",
+        None,
     )
     group_key: str | None = option(
         "Column of `obs`, such as the donor: no group is divided between training and validation.", None
