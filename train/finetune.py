@@ -293,11 +293,13 @@ class FineTuning:
     ) -> None:
         self.arguments = {"data": data_args, "model": model_args, "training": training_args}
         self.shots, self.training_args = data_args.shots, training_args
+        logger.info("Reading %s", data_args.adata)
         adata = read_file(data_args.adata)
         self.labels = labels = read_labels(adata.obs, data_args)
         groups = None if data_args.group_key is None else column_of(adata.obs, data_args.group_key)
         train, validation = hold_out(labels, groups, data_args, data_seed(training_args))
         unlabelled = np.setdiff1d(np.arange(adata.n_obs), labels.rows)
+        logger.info("Matching genes and making the model for %d cells of %d labels", len(train), len(labels.names))
         read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
         if model_args.checkpoint is not None:
             start = load_checkpoint(model_args.checkpoint, adata, read_options)
@@ -329,6 +331,7 @@ class FineTuning:
 
     def fit_readout(self) -> None:
         """Fit the regression, map it into the shared space, and add it to the projected queries."""
+        logger.info("Fitting the readout on %d cells", len(self.profiles.train))
         self.regressions = readout.fit_regressions(self.profiles, self.shots)
         texts = self.processor(qformer_text=self.labels.texts)
         self.text_features = self.model.eval().get_text_features(**texts).detach()
@@ -390,6 +393,7 @@ class FineTuning:
         if self.training_args.process_index != 0:
             return
         output = str(self.training_args.output_dir)
+        logger.info("Writing %s", output)
         self.model.config.annotation = {
             "labels": self.record["labels"],
             "cl_ids": self.labels.cl_ids,
