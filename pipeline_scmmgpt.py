@@ -38,6 +38,7 @@ try:  # as a package or as remote code
     )
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from .modeling_scgpt import cpu_dtype
     from .modeling_scmmgpt import (
         CELL_INPUTS,
         ScMMGPTBridgeModel,
@@ -61,6 +62,7 @@ except ImportError:  # as a flat module in a clone
     )
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from modeling_scgpt import cpu_dtype
     from modeling_scmmgpt import (
         CELL_INPUTS,
         ScMMGPTBridgeModel,
@@ -148,7 +150,8 @@ class ScMMGPTPipeline:
     ) -> "ScMMGPTPipeline":
         """Load a checkpoint, a folder or a model id on the Hub. No code of the checkpoint is run.
 
-        `dtype` is by default that of the checkpoint. `kwargs` go to `from_pretrained` of model and processor
+        `dtype` is by default that of the checkpoint, or float32 on a CPU that is slower in it. `kwargs` go to
+        `from_pretrained` of model and processor
         (`revision`, `token`, `cache_dir`, ...); the other arguments are as for the class.
         """
         checkpoint = os.fspath(checkpoint)
@@ -160,6 +163,8 @@ class ScMMGPTPipeline:
         architecture = (config.architectures or ["nothing"])[0]
         if architecture not in kinds:
             raise ValueError(f"{checkpoint!r} holds a {architecture}; the pipeline needs one of {sorted(kinds)}.")
+        if torch.device(device if isinstance(device, str | torch.device) else best_device()).type == "cpu":
+            dtype = _dtype_on_cpu(dtype, config.dtype)
         model = kinds[architecture].from_pretrained(checkpoint, config=config, dtype=dtype or "auto", **kwargs)
         processor = ScMMGPTProcessor.from_pretrained(checkpoint, **kwargs)
         return cls(model, processor, task=task, device=device, batch_size=batch_size)
@@ -785,6 +790,22 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype_on_cpu(asked: torch.dtype | None, stored: str | torch.dtype | None) -> torch.dtype | None:
+    """The precision asked for, with a warning where it is slow, else float32 where the stored one is slow."""
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    dtype = asked or stored
+    if dtype is None or cpu_dtype(dtype) == dtype:
+        return asked
+    name, wide = str(dtype).removeprefix("torch."), cpu_dtype(dtype)
+    if asked is None:
+        logger.info(
+            f"This CPU is faster in float32 than in {name}, the precision of the checkpoint: it runs in float32."
+        )
+        return wide
+    logger.warning(f"This CPU is slower in {name} than in float32, often many times; leave dtype out, or pass {wide}.")
+    return asked
 
 
 def _labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
