@@ -13,6 +13,7 @@ import copy
 import functools
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,11 +44,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
+    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
+    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
 
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
@@ -297,6 +298,11 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ScMMGPTTextToCellProjector):
             init.normal_(module.query_tokens)  # a LayerNorm follows; smaller tokens would be lost in the first steps
             init.zeros_(module.query_means)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As that of transformers; whoever may read other new files may read the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        follow_umask(save_directory)
 
 
 def without_flash(implementations: dict[str, str | None]) -> dict[str, str | None]:
