@@ -900,25 +900,15 @@ class ScMMGPTExpressionHead(nn.Module):
 # -- The generative model ---------------------------------------------------------------------------------------------
 
 
-class ScMMGPTModel(ScMMGPTBridgeModel):
-    """The bridge, the headless language model and both projectors.
+class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
+    """The bridge and its projection into the language model, for engines that serve the language model alone."""
 
-    `language_model`, the headless language model, is not copied; by default it is a new one of `config.text_config`.
-    """
-
-    language_model: Any  # of transformers, of any kind
-
-    def __init__(self, config: ScMMGPTConfig, language_model: nn.Module | None = None) -> None:
+    def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__(config)
         width, text_width = config.qformer_config.hidden_size, config.text_config.hidden_size
-        self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
-        named = inspect.signature(self.language_model.forward).parameters
-        self.language_inputs = frozenset((*named, *TransformersKwargs.__optional_keys__, "cache", "past_key_values"))
         self.language_projection = nn.Sequential(
             nn.Linear(width, config.projection_dim), nn.ReLU(), nn.Linear(config.projection_dim, text_width)
         )
-        self.text_to_cell = ScMMGPTTextToCellProjector(config)
-        self.expression_head = ScMMGPTExpressionHead(config)
         self.post_init()
 
     @with_own_weights
@@ -928,6 +918,28 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         """Cells as inputs of the language model: `(num_cells, num_query_tokens, text_config.hidden_size)`."""
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
         return self.language_projection(self.query_cells(cell_states, cell_attention_mask) - self.query_means)
+
+    def forward(self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None) -> Any:
+        """As `get_cell_tokens`."""
+        return self.get_cell_tokens(gene_ids, expression, cell_attention_mask)
+
+
+class ScMMGPTModel(ScMMGPTCellEncoder):
+    """The bridge, the headless language model and both projectors.
+
+    `language_model`, the headless language model, is not copied; by default it is a new one of `config.text_config`.
+    """
+
+    language_model: Any  # of transformers, of any kind
+
+    def __init__(self, config: ScMMGPTConfig, language_model: nn.Module | None = None) -> None:
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        named = inspect.signature(self.language_model.forward).parameters
+        self.language_inputs = frozenset((*named, *TransformersKwargs.__optional_keys__, "cache", "past_key_values"))
+        self.text_to_cell = ScMMGPTTextToCellProjector(config)
+        self.expression_head = ScMMGPTExpressionHead(config)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -1397,4 +1409,5 @@ def _has_known_logits(language_model: PreTrainedModel) -> bool:
 
 
 ScMMGPTForCellTextAlignment.register_for_auto_class("AutoModel")
+ScMMGPTCellEncoder.register_for_auto_class("AutoModel")
 ScMMGPTForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -1,5 +1,7 @@
 """What users of transformers expect of the models: auto classes, a plain `Trainer`, and the conventions."""
 
+import re
+import shutil
 from pathlib import Path
 
 import accelerate
@@ -13,6 +15,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoProcessor,
+    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     QuantoConfig,
@@ -25,11 +28,13 @@ from scmmgpt import synthetic
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
 from scmmgpt.modeling_scmmgpt import (
+    ScMMGPTCellEncoder,
     ScMMGPTForCellTextAlignment,
     ScMMGPTForConditionalGeneration,
     quantize_language_model_only,
 )
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
+from scmmgpt.serving import export_checkpoint
 
 
 ROOT = Path(__file__).parents[1]
@@ -473,3 +478,71 @@ def test_a_language_model_of_any_kind_is_trained_and_generates_as_it_would_alone
     torch.testing.assert_close(model(**alone, **cells).logits[0], together[attended], atol=1e-4, rtol=1e-4)
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**batch, **options)[0, -4:], model.generate(**alone, **cells, **options)[0, -4:])
+
+
+# -- serving, and the examples of the documentation -------------------------------------------------------------------
+
+
+def folders_of_the_examples(pipeline, cell_processor, adata, path):
+    """What the examples of the page name: small checkpoints, cells, and the metrics."""
+    adata.write_h5ad(path / "cells.h5ad")
+    shutil.copytree(ROOT / "eval" / "metrics", path / "eval" / "metrics")
+    torch.manual_seed(0)
+    ScGPTModel(pipeline.model.config.cell_config).save_pretrained(path / "checkpoints" / "scgpt")
+    cell_processor.save_pretrained(path / "checkpoints" / "scgpt")
+    alignment = ScMMGPTForCellTextAlignment(synthetic.tiny_config())
+    for model, name in ((alignment, "aligned"), (pipeline.model, "tuned")):
+        model.save_pretrained(path / "checkpoints" / name)
+        pipeline.processor.save_pretrained(path / "checkpoints" / name)
+    export_checkpoint(str(path / "checkpoints" / "tuned"), path / "exported")
+
+
+def examples():
+    page = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    for section in re.split(r"\n##+ ", page)[1:]:
+        for code in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
+            yield pytest.param(code, id=section.splitlines()[0])
+
+
+@pytest.mark.parametrize("code", examples())
+def test_an_example_of_the_documentation_runs(
+    code, tiny_pipeline, cell_processor, adata, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    folders_of_the_examples(tiny_pipeline, cell_processor, adata, tmp_path)
+    code = code.replace("TrainingArguments(", "TrainingArguments(use_cpu=True, report_to='none', output_dir=")
+    exec(compile(code, "docs/transformers.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_an_exported_language_model_is_transformers_own_and_generates_the_same(tiny_pipeline, adata, tmp_path):
+    model, processor = tiny_pipeline.model.eval(), tiny_pipeline.processor
+    model.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    paths = export_checkpoint(str(tmp_path / "whole"), tmp_path / "exported")
+    with pytest.raises(FileExistsError, match="exists already"):
+        export_checkpoint(str(tmp_path / "whole"), tmp_path / "exported")
+    language_model, report = AutoModelForCausalLM.from_pretrained(paths["language_model"], output_loading_info=True)
+    assert not any(report.values())
+    assert type(language_model).__name__ == "LlamaForCausalLM"
+    assert not list(Path(paths["language_model"]).glob("*.py"))
+    tokenizer = AutoTokenizer.from_pretrained(paths["language_model"])
+    assert tokenizer.chat_template == processor.chat_template
+    encoder, report = ScMMGPTCellEncoder.from_pretrained(paths["cell_encoder"], output_loading_info=True)
+    assert not any(report.values())
+
+    inputs = processor(["<cell> this is", "what is <cell> and <cell> ?"], adata[:3])
+    ids = inputs["input_ids"]
+    embeds = language_model.get_input_embeddings()(ids).detach()
+    cells = {name: inputs[name] for name in ("gene_ids", "expression", "cell_attention_mask")}
+    embeds[ids == processor.cell_token_id] = encoder(**cells).detach().flatten(0, 1)
+    options = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :]
+    assert torch.equal(language_model.generate(inputs_embeds=embeds, **options), expected)
+
+
+def test_a_stage_1_checkpoint_cannot_be_exported(tiny_config, tmp_path):
+    ScMMGPTForCellTextAlignment(tiny_config).save_pretrained(tmp_path / "aligned")
+    with pytest.raises(ValueError, match="and no language model; name a checkpoint of `tune`"):
+        export_checkpoint(str(tmp_path / "aligned"), tmp_path / "exported")
