@@ -206,6 +206,39 @@ def test_options_of_the_trainer_hold_for_a_classifier(tiny_cell_config, cell_pro
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("kind", ["masked", "aligned", "tuned"])
+def test_options_of_the_trainer_hold_for_every_model(
+    tiny_config, tiny_processor, cell_processor, adata, tmp_path, kind, options
+):
+    cells, _ = tiny_processor.read_cells(adata)
+    names = ["a " + str(name) for name in adata.obs["cell_type"]]
+
+    def collate(rows):
+        texts = [names[row] for row in rows]
+        if kind == "masked":
+            return cell_processor(cells[rows], mask_ratio=0.4)
+        if kind == "aligned":
+            return tiny_processor(cells=cells[rows], qformer_text=texts)
+        prompts = ["what is <cell> ?"] * len(rows)
+        return tiny_processor(prompts, cells[rows], answers=texts, target_cells=cells[rows])
+
+    def train(**options):
+        torch.manual_seed(0)
+        if kind == "masked":
+            model = ScGPTForPreTraining(tiny_config.cell_config)
+        else:
+            model = {"aligned": ScMMGPTForCellTextAlignment, "tuned": ScMMGPTForConditionalGeneration}[kind](
+                tiny_config
+            )
+        arguments = TrainingArguments(str(tmp_path), **QUIET, max_steps=2, learning_rate=1e-3, **options)
+        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=range(16), eval_dataset=range(16, 24))
+        trainer.train()
+        return trainer.evaluate()["eval_loss"]
+
+    assert train(**options) == pytest.approx(train(), rel=5e-2 if "bf16" in options else 1e-4)
+
+
 def test_predictions_of_pre_training_are_values_of_genes(tiny_cell_config, cell_processor, adata, tmp_path):
     torch.manual_seed(0)
     model = ScGPTForPreTraining(tiny_cell_config)
