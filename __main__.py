@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.errors import OneLineParser, explain, number, run_command
-from scmmgpt.files import check_file, check_paths, read_json, whole_file
+from scmmgpt.files import check_file, check_folder, check_paths, read_json, whole_file
 from scmmgpt.label_lists import read_text, read_words
 from scmmgpt.progress import tell_if_slow
 
@@ -133,6 +133,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
+    sub = command(export)
+    sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
+    sub.add_argument("--json", action="store_true", help="print the paths as JSON")
+
     sub = command(doctor)
     sub.add_argument("--json", action="store_true", help="print the versions as JSON")
     return parser
@@ -300,6 +305,16 @@ def inspect(args: Args) -> int:
         package.setLevel(level)
     write(args, report, [render(report)])
     return 0 if report["usable"] else ERROR
+
+
+def export(args: Args) -> None:
+    """Write the language model and the encoder of cells apart, for engines that serve language models."""
+    from scmmgpt.checkpoints import check_checkpoint
+    from scmmgpt.serving import export_checkpoint
+
+    check_folder(args.output)
+    check_checkpoint(args.model)
+    write(args, export_checkpoint(args.model, args.output))
 
 
 def doctor(args: Args) -> None:
