@@ -34,8 +34,8 @@ test: setup ## all tests: offline, on the CPU, about three minutes
 test-newest: ## model, processor and pipeline with the newest releases that pyproject.toml allows
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet torch==2.13.0
-	.venv-newest/bin/python -m pip install --quiet torch==2.13.0 -e '.[train,dev]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py
+	.venv-newest/bin/python -m pip install --quiet torch==2.13.0 -e '.[train,eval,dev]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_transformers.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py
 
 demo: STEM := demo
 demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.

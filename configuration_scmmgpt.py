@@ -25,6 +25,8 @@ ALIGNMENT_AUTO_MAP = {
     "AutoModel": "modeling_scmmgpt.ScMMGPTForCellTextAlignment",
     "AutoProcessor": "processing_scmmgpt.ScMMGPTProcessor",
 }
+# The encoder of cells that `scmmgpt export` writes.
+ENCODER_AUTO_MAP = {**ALIGNMENT_AUTO_MAP, "AutoModel": "modeling_scmmgpt.ScMMGPTCellEncoder"}
 # Task of `transformers.pipeline` -> verb of `pipeline_scmmgpt.ScMMGPTPipeline`.
 PIPELINE_TASKS = {
     "cell-annotation": "annotate",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from scmmgpt.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
 from scmmgpt.readers import CellFile, DiskRows, read_file
 from scmmgpt.reading_scmmgpt import InputChoice, check_labels, choose_input, finish_report, inspect_matrices, matrix_of
@@ -144,7 +145,7 @@ def _describe_unusable(file: CellFile) -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """A report as text."""
+    """A report as text, in the words of the command line."""
     file = report["file"]
     size = f"{file['layout']}, {_bytes(file['bytes'])} on disk, {_bytes(file['bytes_in_memory'])} in memory"
     lines = [f"{Path(file['path']).name}: {file['cells']:,} cells x {file['variables']:,} variables ({size})"]
@@ -168,7 +169,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"  => can be used: scmmgpt annotate {file['path']} --model CHECKPOINT --output annotated.h5ad")
     else:
         lines.append(f"  => cannot be used: {report['error']}")
-    return "\n".join(lines)
+    return as_options("\n".join(lines))
 
 
 def _matrix_lines(matrix: dict[str, Any]) -> list[str]:

@@ -16,14 +16,16 @@ from transformers.utils import cached_file
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
+    from .collator_scmmgpt import ScMMGPTDataCollator
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
-    from .reading_scmmgpt import read_cells
+    from .reading_scmmgpt import InputChoice, choose_input, read_cells
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
+    from collator_scmmgpt import ScMMGPTDataCollator
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
-    from reading_scmmgpt import read_cells
+    from reading_scmmgpt import InputChoice, choose_input, read_cells
 
 
 GENE_ALIASES_FILE = "gene_aliases.json"
@@ -62,6 +64,7 @@ class ScGPTProcessor(ProcessorMixin):
     def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, gene_tokenizer: PreTrainedTokenizerBase) -> None:
         self.gene_aliases: dict[str, Any] = {}  # the `aliases` of `GeneIndex`; saved in a separate file
         super().__init__(feature_extractor, gene_tokenizer)
+        self.tokenizer = gene_tokenizer  # `Trainer` compares its special tokens with the model's
 
     @cached_property
     def gene_index(self) -> GeneIndex:
@@ -76,6 +79,10 @@ class ScGPTProcessor(ProcessorMixin):
     def read_cells(self, adata: Any, **kwargs: Any) -> tuple[Cells, dict[str, Any]]:
         """AnnData -> `Cells` of this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
         return read_cells(adata, self.gene_index, **kwargs)
+
+    def choose_input(self, adata: Any, **kwargs: Any) -> InputChoice:
+        """Which matrix and genes of an AnnData to read; see `reading_scmmgpt.choose_input`."""
+        return choose_input(adata, self.gene_index, **kwargs)
 
     def gene_ids_of(self, genes: list[str]) -> np.ndarray:
         """Vocabulary ids, int64 `(len(genes),)`, of gene symbols, aliases or Ensembl ids.
@@ -528,6 +535,10 @@ class ScMMGPTProcessor(ScGPTProcessor):
         if isinstance(content, str):
             return content
         return "\n".join(self.cell_token if part["type"] == "cell" else part["text"] for part in content)
+
+    def data_collator(self, *args: Any, **kwargs: Any) -> Any:
+        """[`ScMMGPTDataCollator`] of this processor: rows of a dataset -> batches of a trainer."""
+        return ScMMGPTDataCollator(self, *args, **kwargs)
 
     def pipeline(self, model: Any, **kwargs: Any) -> Any:
         """[`ScMMGPTPipeline`] of this processor and its model.

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.tests.test_train import aligned, tune_only  # noqa: F401 - a fixture
+from scmmgpt.tests.test_train import tune_only
+from scmmgpt.train.data.corpus import open_corpus
 
 
 @pytest.fixture(scope="module")
-def tuned(corpus, aligned, tmp_path_factory):  # noqa: F811
+def tuned(corpus, aligned, tmp_path_factory):
     """A LoRA run with a checkpoint on the way."""
     path = tmp_path_factory.mktemp("tuned")
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
@@ -30,8 +31,6 @@ def tuned(corpus, aligned, tmp_path_factory):  # noqa: F811
 def batch(tuned, corpus):
     """Two cells that are described."""
     processor = ScMMGPTProcessor.from_pretrained(tuned)
-    from scmmgpt.train.data.corpus import open_corpus
-
     cells, _ = open_corpus(corpus).load("train", columns=[])
     prompt = processor.render_prompt("describe")
     return processor(text=[prompt] * 2, cells=cells[:2])

@@ -118,7 +118,9 @@ def test_a_cells_answer_depends_on_that_cell_alone(tiny_pipeline, adata, batch_s
 def test_each_candidate_is_matched_as_the_model_matches_it_alone(tiny_pipeline, adata):
     settings = tiny_pipeline.annotation_settings(LABELS, matching_weight=1, matching_candidates=2)
     cells, _ = tiny_pipeline.processor.read_cells(adata)
-    similarity, match = tiny_pipeline._label_scores(cells, settings, batch_size=8)
+    similarity, match, _ = tiny_pipeline._label_scores(
+        [cells], len(cells), list(LABELS.values()), settings, batch_size=8
+    )
     assert (np.isfinite(match).sum(axis=1) == 2).all()
     row, column = 5, int(np.argmax(similarity[5]))
     inputs = tiny_pipeline.processor(cells=cells[[row]], qformer_text=[list(LABELS.values())[column]])
@@ -429,3 +431,24 @@ def test_transformers_finds_the_pipeline_where_the_package_is_not_installed(tiny
 
 def test_every_task_is_a_verb():
     assert all(callable(getattr(ScMMGPTPipeline, verb)) for verb in PIPELINE_TASKS.values())
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_fast", "loaded"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_checkpoint_in_bfloat16_runs_in_what_the_cpu_is_fast_in(
+    tiny_pipeline, tmp_path, monkeypatch, is_fast, loaded
+):
+    rates = {torch.float32: 100.0, torch.bfloat16: 400.0 if is_fast else 1.0}
+    monkeypatch.setattr("scmmgpt.modeling_scgpt.cpu_rate", rates.__getitem__)
+    said = []
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    tiny_pipeline.model.to(torch.bfloat16)
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    pipeline = ScMMGPTPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu")
+    assert pipeline.model.dtype == loaded
+    assert not said
+    asked = ScMMGPTPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype=torch.bfloat16)
+    assert asked.model.dtype == torch.bfloat16
+    assert len(said) == (0 if is_fast else 1)

@@ -11,6 +11,7 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` s
 import copy
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -231,8 +232,17 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser((DataArguments, AlignModelArguments, AlignConfig), prog=prog, description=__doc__)
 
 
-def main(data_args: DataArguments, model_args: AlignModelArguments, training_args: AlignConfig) -> None:
-    """Build the model and its batches, train, save."""
+def main(
+    data_args: DataArguments,
+    model_args: AlignModelArguments,
+    training_args: AlignConfig,
+    *,
+    cells: Mapping[str, Any] | None = None,
+) -> None:
+    """Build the model and its batches, train, save.
+
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
@@ -246,7 +256,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         mask_value=config.cell_config.mask_value,
         paired=config.contrastive_group_size is not None,
     )
-    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, balance=data_args.balance)
+    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, cells=cells, balance=data_args.balance)
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
         standardize_projections(model, train_dataset.of_all_ranks())
     unused: tuple[str, ...] = () if config.cell_pretraining_weight else CELL_DECODERS

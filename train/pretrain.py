@@ -121,8 +121,13 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser((PretrainArguments, PretrainConfig), prog=prog, description=__doc__)
 
 
-def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
-    """Build, train, save."""
+def main(
+    arguments: PretrainArguments, training_args: PretrainConfig, *, cells: Mapping[str, Any] | None = None
+) -> None:
+    """Build, train, save.
+
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(arguments.corpus)
     model, extractor = build_model(corpus, arguments)
@@ -131,7 +136,13 @@ def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
         flag_embedding.requires_grad_(False)  # no objective uses it
     collate = PretrainCollator(extractor, arguments.mask_ratios)
     train_dataset, eval_dataset = make_datasets(
-        corpus, collate, training_args, columns=[], token_budget=arguments.token_budget, max_genes=extractor.max_genes
+        corpus,
+        collate,
+        training_args,
+        cells=cells,
+        columns=[],
+        token_budget=arguments.token_budget,
+        max_genes=extractor.max_genes,
     )
     trainer = ModelLossTrainer(model, training_args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

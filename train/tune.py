@@ -13,6 +13,7 @@ Weights of a lower `--language_model_precision` are stored in bfloat16.
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +295,17 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser((TuneDataArguments, TuneModelArguments, TuneConfig), prog=prog, description=__doc__)
 
 
-def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_args: TuneConfig) -> None:
-    """Join the models, start the new parts, train, save."""
+def main(
+    data_args: TuneDataArguments,
+    model_args: TuneModelArguments,
+    training_args: TuneConfig,
+    *,
+    cells: Mapping[str, Any] | None = None,
+) -> None:
+    """Join the models, start the new parts, train, save.
+
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     captions = make_captions(corpus, data_args, training_args)
@@ -308,8 +318,11 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         prompts_per_epoch=training_args.prompts_per_epoch,
         target_genes=measured,
     )
-    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, balance=data_args.balance)
-    instructions = read_instructions(data_args.instructions, corpus, processor) if data_args.instructions else None
+    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, cells=cells, balance=data_args.balance)
+    instructions = None
+    if data_args.instructions:
+        limit = getattr(model.config.text_config, "max_position_embeddings", None)
+        instructions = read_instructions(data_args.instructions, corpus, processor, max_tokens=limit)
     # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
     start_from_mean_profile(model, read_gene_means(corpus.path))
     standardize_language_projection(model, train_dataset.of_all_ranks())
@@ -333,7 +346,6 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         processing_class=processor,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=lambda examples: examples,
         peft_config=lora,
         is_pretrained=is_pretrained,
         write_card=card,

@@ -31,6 +31,19 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 
+CITATION = """@inproceedings{levine2024cell2sentence,
+  title={Cell2Sentence: Teaching Large Language Models the Language of Biology},
+  author={Levine, Daniel and others},
+  booktitle={International Conference on Machine Learning},
+  year={2024}
+}
+@article{gretton2012kernel,
+  title={A Kernel Two-Sample Test},
+  author={Gretton, Arthur and Borgwardt, Karsten M. and Rasch, Malte J. and Schoelkopf, Bernhard and Smola, Alexander},
+  journal={Journal of Machine Learning Research},
+  volume={13},
+  year={2012}
+}"""
 KS = (3, 5, 10, 25)
 N_COMPONENTS = 50
 MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two samples is mostly noise
@@ -214,7 +227,7 @@ class GeneratedCellKnn(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__,
-            citation="",
+            citation=CITATION,
             inputs_description=generated_cell_scores.__doc__,
             features=datasets.Features({"references": datasets.Value("string")}),
         )
