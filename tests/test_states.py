@@ -91,6 +91,17 @@ def test_drawn_cells_have_the_profile_the_library_and_the_correlations_of_real_c
         assert correlation(noise) < 0.6 * correlation(real)
 
 
+@pytest.mark.parametrize("n_cells", [1, 2, 3])
+def test_fewer_cells_than_components_are_enough_for_a_fit(n_cells):
+    cells, _ = planted_cells(n_cells)
+    states = new_states()
+    fit_states(states, cells)
+    assert all(torch.isfinite(value).all() for value in states.state_dict().values())
+    counts, sizes = states.sample(TEXTS[[0] * 20], np.arange(20))
+    assert np.median(sizes) == pytest.approx(np.median(cells.total_counts), rel=0.5)
+    assert counts.sum(axis=1).mean() == pytest.approx(sizes.mean(), rel=0.5)
+
+
 def test_the_posterior_is_where_the_density_is_highest(fitted):
     states, cells, _ = fitted
     genes = np.arange(N_GENES - 2)

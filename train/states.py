@@ -48,6 +48,7 @@ WARM_UP = 0.2  # share of the steps over which the divergence gains its weight
 RIDGE = 1.0
 START_SCALE = 0.5  # of the directions: the scores of principal components hold noise, which states do not
 DIRECTION_PRECISION = 20.0  # of the Gaussian prior of a gene's direction
+MIN_SCALE = 1e-3  # of scores along an axis, and of what a text leaves open
 MIN_RATE = 1e-4  # counts per 10,000 of a gene that no training cell expresses
 NEWTON_STEPS, MAX_CHANGE = 8, 1.5  # of regression and posterior, and the largest change of a log rate in a step
 GENES_AT_ONCE, CELLS_AT_ONCE = 512, 256  # in the regression, and of the posterior
@@ -103,19 +104,18 @@ class FactorModel(nn.Module):
         self.genes = genes
         counts = cells.counts[:, genes]
         expression = log1p_cp10k(counts, cells.total_counts)
-        pca = PCA(num_components, svd_solver="arpack", random_state=seed)
-        scores = pca.fit_transform(expression)
+        axes, centre, scores = principal_axes(expression, num_components, seed)
         text = Ridge(RIDGE).fit(cells.mean_features(), scores)
-        scale = (scores - text.predict(cells.mean_features())).std(axis=0)
+        scale = np.maximum((scores - text.predict(cells.mean_features())).std(axis=0), MIN_SCALE)
         # A change of log1p(CP10k) is one of the log rate where a gene is high, and a multiple of it where it is low.
         height = np.clip(np.asarray(expression.mean(axis=0)).ravel(), 0.1, 1.0)
         rate = np.asarray(counts.sum(axis=0)).ravel() / cells.total_counts.sum() * COUNTS_PER_10K
-        weights = pca.components_ / scale[:, None]
-        self.directions = parameter(START_SCALE * pca.components_ * scale[:, None] / height)
+        weights = axes / scale[:, None]
+        self.directions = parameter(START_SCALE * axes * scale[:, None] / height)
         self.bias = parameter(np.log(np.maximum(rate, MIN_RATE)))
         self.log_dispersion = parameter(np.zeros(len(genes)))
         self.encoder = parameter(np.concatenate([weights, np.zeros_like(weights)]).T)
-        self.encoder_bias = parameter(np.concatenate([-weights @ pca.mean_, np.full(num_components, -2.0)]))
+        self.encoder_bias = parameter(np.concatenate([-weights @ centre, np.full(num_components, -2.0)]))
         self.text_weights = parameter((text.coef_ / scale[:, None]).T)
         self.text_bias = parameter(text.intercept_ / scale)
 
@@ -138,6 +138,21 @@ class FactorModel(nn.Module):
         mu, t = mean[rows, columns], theta[columns]
         of_counts = y * (mu.log() - (mu + t).log()) + torch.lgamma(y + t) - torch.lgamma(t)
         return (of_zeros + of_counts.sum()) / counts.shape[0]
+
+
+def principal_axes(
+    expression: sparse.csr_matrix, num_components: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Axes `(K, n_genes)`, centre `(n_genes,)` and scores `(N, K)`; those beyond the rank are 0."""
+    n_cells, n_genes = expression.shape
+    axes, scores = np.zeros((num_components, n_genes)), np.zeros((n_cells, num_components))
+    rank = min(num_components, n_cells - 1, n_genes - 1)
+    if rank < 1:
+        return axes, np.asarray(expression.mean(axis=0)).ravel(), scores
+    pca = PCA(rank, svd_solver="arpack", random_state=seed)
+    scores[:, :rank] = pca.fit_transform(expression)
+    axes[:rank] = pca.components_
+    return axes, pca.mean_, scores
 
 
 def parameter(values: np.ndarray) -> nn.Parameter:
@@ -291,7 +306,8 @@ def fit_prior_mean(states: ScMMGPTCellStates, posterior: Posterior, cells: Texte
     with torch.no_grad():
         states.text_mean.weight.copy_(torch.from_numpy(ridge.coef_))
         states.text_mean.bias.copy_(torch.from_numpy(ridge.intercept_))
-        states.residual_scale.copy_(torch.from_numpy(np.sqrt(residual.var(axis=0) + np.append(variance, 0))))
+        spread = np.sqrt(residual.var(axis=0) + np.append(variance, 0))
+        states.residual_scale.copy_(torch.from_numpy(np.maximum(spread, MIN_SCALE)))
 
 
 def fit_flow(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells, *, steps: int, seed: int) -> None:
