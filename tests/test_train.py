@@ -236,7 +236,7 @@ def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp
         pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
 
     api = SimpleNamespace(upload_folder=upload, create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="me/it"))
-    for module in ("transformers.trainer.hf_api", "scmmgpt.train.sharing.HfApi"):
+    for module in ("transformers.trainer.hf_api", "scmmgpt.train.data.sharing.HfApi"):
         monkeypatch.setattr(module, lambda *args, **kwargs: api)
     run_align(corpus, bert, str(tmp_path), push_to_hub=True, eval_strategy="epoch")
     assert len(pushed) == 1

@@ -23,8 +23,8 @@ from transformers import ProcessorMixin
 
 from scmmgpt.files import read_json, whole_folder, write_json
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.train.data.sharing import let_others_read, push_folder
 from scmmgpt.train.language_model import dequantize
-from scmmgpt.train.sharing import let_others_read, push_folder
 
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)

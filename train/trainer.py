@@ -17,8 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
+from scmmgpt.train.data.sharing import let_others_read
 from scmmgpt.train.data.streamed import open_cells
-from scmmgpt.train.sharing import let_others_read
 
 
 UNFINISHED = ".checkpoint-unfinished"  # where a checkpoint is while it is being written

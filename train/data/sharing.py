@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 # What a run or a build leaves beside a checkpoint, adapter or corpus: locks, half-written files, intermediate
 # checkpoints, copies for fast reading, and the parts of a LoRA run that get repositories of their own.
-STAYS_HOME = ("_*", "*.lock", ".*.tmp*", ".cache/*", "cache/*", "checkpoint-*", "base/*", "adapter/*")
+STAYS_HOME = ("_*", "*.lock", ".*.tmp*", ".cache/*", "cache/*", "checkpoint-*", ".checkpoint-*", "base/*", "adapter/*")
 
 
 def push_folder(
@@ -26,7 +26,8 @@ def push_folder(
         Full name of the repository, `owner/name`.
     """
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    sdk = "gradio" if repo_type == "space" else None  # of pages, and of metrics, which `evaluate` reads from Spaces
+    repo = api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo, branch=revision, repo_type=repo_type, exist_ok=True)
     api.upload_folder(
