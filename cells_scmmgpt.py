@@ -254,6 +254,7 @@ class Cells:
         vocabulary_ids: np.ndarray,
         cell_ids: np.ndarray | None = None,
         total_counts: np.ndarray | None = None,
+        sums_columns: bool | None = None,
     ) -> "Cells":
         """Reads a CSR matrix of counts.
 
@@ -264,6 +265,7 @@ class Cells:
             cell_ids: `uint64 (n_cells,)`, best `hash_names(adata.obs_names)`. By default the row numbers, under which
                 a cell's random draws depend on the chunk that it is read in.
             total_counts: Library sizes `(n_cells,)`; by default the sums over all columns, those left out included.
+            sums_columns: [`has_repeats`] of `vocabulary_ids`, for who reads many chunks with the same.
 
         Returns:
             `Cells`, the genes of each in the order of the entries of `matrix`.
@@ -277,7 +279,7 @@ class Cells:
             columns, data = columns[data != 0], data[data != 0]
         indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
         ids = _column_ids(vocabulary_ids, matrix.shape[1])
-        if np.bincount(ids[ids >= 0], minlength=1).max() > 1:  # sums of a gene's columns need room
+        if has_repeats(ids) if sums_columns is None else sums_columns:  # sums of a gene's columns need room
             data = data.astype(np.float64 if data.dtype.kind == "f" else np.int64)
         elif data.dtype.kind != "f" and data.dtype.itemsize < 4:  # a row may hold a column twice
             data = data.astype(np.int32)
@@ -288,6 +290,11 @@ class Cells:
         return cls(indptr, gene_ids, counts, cell_ids, sums if total_counts is None else total_counts)
 
 
+def has_repeats(vocabulary_ids: np.ndarray) -> bool:
+    """Whether several columns have the same gene; -1 is none."""
+    return bool(np.bincount(vocabulary_ids[vocabulary_ids >= 0], minlength=1).max() > 1)
+
+
 def _column_ids(vocabulary_ids: Any, n_vars: int) -> np.ndarray:
     vocabulary_ids = np.asarray(vocabulary_ids)
     if vocabulary_ids.shape != (n_vars,) or vocabulary_ids.dtype.kind not in "iu":
@@ -295,7 +302,7 @@ def _column_ids(vocabulary_ids: Any, n_vars: int) -> np.ndarray:
             f"`vocabulary_ids` is {vocabulary_ids.dtype} of shape {vocabulary_ids.shape}, but the matrix has {n_vars} "
             "columns. Pass one integer a column, -1 for a column to leave out."
         )
-    return vocabulary_ids.astype(np.int32)
+    return vocabulary_ids.astype(np.int32, copy=False)
 
 
 def _refuse_entries(indptr: np.ndarray, columns: np.ndarray, data: np.ndarray) -> NoReturn:

@@ -295,10 +295,10 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         return BatchFeature(arrays)
 
     def _values(self, cells: Cells) -> np.ndarray:
-        """`float32 (nnz,)`: room for bins, or the values of another mode."""
+        """`float32 (nnz,)`, or nothing where the counts are binned."""
         if self.value_mode == "log1p":
             return normalize_log1p(cells, self.target_sum)
-        return cells.counts.astype(np.float32) if self.value_mode == "raw" else np.empty(len(cells.counts), np.float32)
+        return cells.counts.astype(np.float32, copy=False) if self.value_mode == "raw" else np.empty(0, np.float32)
 
 
 ScMMGPTFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

@@ -68,18 +68,24 @@ _mix64 = _compiled(mix64)
 def find_entries(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`indptr`, `columns` and values `(E,)` of what is not zero in a row-major matrix `(C, V)`."""
     n_rows, n_columns = matrix.shape
-    indptr, is_filled, n = np.zeros(n_rows + 1, np.int64), np.empty(n_columns, np.uint8), ZERO
-    size = n_columns + n_rows * n_columns // 8  # room for one entry in eight, to begin with
+    is_filled, indptr, n = np.zeros(-(-n_columns // 4) * 4, np.uint8), np.zeros(n_rows + 1, np.int64), ZERO
+    fours = is_filled.view(np.uint32)  # four columns each
+    busy, room = np.empty(len(fours), np.int32), n_columns + 4
+    size = room + n_rows * n_columns // 8  # one entry in eight, to begin with
     columns, data = np.empty(size, np.int32), np.empty(size, matrix.dtype)
     for row in range(n_rows):
-        if n + n_columns > len(columns):
+        if n + room > len(columns):
             columns, data = np.append(columns, np.empty_like(columns)), np.append(data, np.empty_like(data))
-        values = matrix[row]
+        values, n_busy = matrix[row], ZERO
         for column in range(n_columns):  # a loop of its own, which the compiler turns into vector instructions
             is_filled[column] = values[column] != 0
-        for column in range(n_columns):  # without a branch: an empty column is overwritten by the next one
-            columns[n] = column
-            n += np.uint64(is_filled[column])
+        for i in range(len(fours)):  # most are empty; without a branch: the next one overwrites an empty one
+            busy[n_busy] = 4 * i
+            n_busy += np.uint64(fours[i] != 0)
+        for first in busy[:n_busy]:
+            for column in range(first, first + 4):
+                columns[n] = column
+                n += np.uint64(is_filled[column])
         for entry in range(indptr[row], n):
             data[entry] = values[columns[entry]]
         indptr[row + 1] = n
@@ -98,26 +104,27 @@ def name_genes(
     kept_indptr, place_of = np.zeros(len(indptr), np.int64), np.full(n_ids, -1, np.int32)
     gene_ids, counts, n = np.empty(len(data), np.int32), np.empty(len(data), data.dtype), 0
     totals = np.zeros(len(indptr) - 1)
-    for row in range(len(indptr) - 1):
+    for row in range(len(totals)):
+        first, total = n, 0.0
         for entry in range(indptr[row], indptr[row + 1]):
-            totals[row] += data[entry]
-            gene = ids[columns[entry]]
+            value, gene = data[entry], ids[np.uint32(columns[entry])]
+            total += value
             if gene < 0:
                 continue
-            if place_of[gene] >= kept_indptr[row]:
-                counts[place_of[gene]] += data[entry]
+            place = place_of[np.uint32(gene)]
+            if place >= first:
+                counts[place] += value
             else:
-                place_of[gene] = n
-                gene_ids[n], counts[n] = gene, data[entry]
+                place_of[np.uint32(gene)], gene_ids[n], counts[n] = n, gene, value
                 n += 1
-        kept_indptr[row + 1] = n
+        kept_indptr[row + 1], totals[row] = n, total
     return kept_indptr, gene_ids[:n], counts[:n], totals
 
 
 @_compiled
-def _rank_counts(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fills in the rank of each count. Returns the count of each rank, and how many counts are not above it."""
-    largest, n_whole = np.int32(0), 0
+def _rank_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rank of each count, the count of each rank, and how many counts are not above it."""
+    ranks, largest, n_whole = np.empty(len(counts), np.int32), np.int32(0), 0
     for i in range(len(counts)):
         ranks[i] = np.int32(min(counts[i], np.float32(LARGEST_TALLIED)))
         n_whole += np.float32(ranks[i]) == counts[i]
@@ -130,7 +137,7 @@ def _rank_counts(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.
     tally = np.zeros((4, len(values)), np.int64)  # in turns: an element can't be raised again at once
     for i in range(len(ranks)):
         tally[i & 3, np.uint32(ranks[i])] += 1
-    return values, np.cumsum(tally.sum(axis=0))
+    return ranks, values, np.cumsum(tally.sum(axis=0))
 
 
 @_compiled
@@ -163,7 +170,7 @@ def _count_edges(values: np.ndarray, ends: np.ndarray, levels: np.ndarray) -> tu
 def _find_cutoff(hashes: np.ndarray, ranks: np.ndarray, ends: np.ndarray, n_kept: int, by_count: bool) -> np.uint64:
     """A number that exactly `n_kept` of the hashes do not exceed, by interpolation: hashes are spread evenly.
 
-    If `by_count`, only counts that tie for the last places keep their hashes; larger ones get 0, smaller ones the last.
+    If `by_count`, only counts that tie for the last places keep their hashes; larger ones get 0, others the last hash.
     """
     low, high, n_low, n_high, n_passes = ZERO, LAST_HASH, 0, len(hashes), 0
     if by_count:
@@ -195,16 +202,17 @@ def _fill_row(
     levels: np.ndarray,
     cell_key: np.uint64,
     by_count: bool,
-    hashes: np.ndarray,
-    ranks: np.ndarray,
     gene_ids_out: np.ndarray,
     expression_out: np.ndarray,
 ) -> None:
     """Bins the genes of a cell and selects as many as there is room for."""
+    gene_ids, counts = gene_ids.copy(), counts.copy()  # nothing reads memory as fast as a copy
+    hashes = np.empty(len(gene_ids), np.uint64)
     for i in range(len(gene_ids)):
         hashes[i] = _mix64(cell_key + (np.uint64(gene_ids[i]) + ONE) * GOLDEN_GAMMA)
-    ranked, ends = _rank_counts(counts, ranks)
+    ranks, ranked, ends = _rank_counts(counts)
     if len(levels):
+        values = np.empty(len(counts), np.float32)
         upper, n_equal = _count_edges(ranked, ends, levels)
         for i in range(len(ranks)):  # a count that equals several edges gets one of their bins by its hash
             rank = np.uint32(ranks[i])
@@ -236,13 +244,10 @@ def fill_rows(
 ) -> None:
     """Bins, selects and pads every cell into its row of the outputs `(C, T)`, from position 1 on.
 
-    `counts` are `float32` or `uint32 (E,)`, above 0. The outputs get the `values` `float32 (E,)`, which are overwritten
-    by the bins of the counts at the quantile `levels`, if there are any. Of each cell `n_kept` genes stay: those of the
-    largest counts if `by_count`, else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs are `int64`, `float32` and
-    `int64` (1 = attend).
+    `counts` are `float32` or `uint32 (E,)`, above 0. They are binned at the quantile `levels`; if there are none, the
+    `values` `float32 (E,)` are taken. Of each cell `n_kept` genes stay: those of the largest counts if `by_count`,
+    else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs are `int64`, `float32` and `int64` (1 = attend).
     """
-    longest = np.max(np.diff(indptr)) if len(cell_keys) else 0
-    hashes, ranks = np.empty(longest, np.uint64), np.empty(longest, np.int32)
     for row in range(len(cell_keys)):
         start, stop = indptr[row], indptr[row + 1]
         n_tokens = 1 + min(stop - start, n_kept)
@@ -254,8 +259,6 @@ def fill_rows(
                 levels,
                 cell_keys[row],
                 by_count,
-                hashes[: stop - start],
-                ranks[: stop - start],
                 gene_ids_out[row, 1:n_tokens],
                 expression_out[row, 1:n_tokens],
             )

@@ -16,10 +16,12 @@ Shapes in comments: B cells of a batch, G genes of the padded batch (`<cls>` amo
 of the genes, L = K + G tokens, N tokens of a packed row, C cells of a packed row, D `hidden_size`, H heads.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -521,6 +523,18 @@ class ScGPTMVCDecoder(nn.Module):
         return torch.matmul(queries, projected.unsqueeze(-1).to(queries.dtype)).squeeze(-1)
 
 
+def follow_umask(folder: str | os.PathLike) -> None:
+    """Give saved weights the permissions of other new files.
+
+    Safetensors writes by way of a temporary file, which its owner alone may read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).glob("*.safetensors"):
+        if path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)
+
+
 class ScGPTPreTrainedModel(PreTrainedModel):
     """Initialisation and loading of scGPT."""
 
@@ -548,6 +562,11 @@ class ScGPTPreTrainedModel(PreTrainedModel):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As that of transformers; whoever may read other new files may read the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        follow_umask(save_directory)
 
 
 class ScGPTModel(ScGPTPreTrainedModel):

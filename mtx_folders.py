@@ -22,6 +22,7 @@ MAX_DEPTH = 6  # folders below the one that was passed in which files of cells a
 MAX_LISTED = 12  # candidates that an error names
 MTX = re.compile(r"\.mtx(\.gz|\.bz2)?$", re.IGNORECASE)
 TABLE = re.compile(r"\.(tsv|txt|csv)(\.gz|\.bz2)?$", re.IGNORECASE)
+CELL_FILE = re.compile(r"(\.(h5ad|h5mu|loom)|(?<!molecule_info)\.h5)$", re.IGNORECASE)
 MIN_ENTRY_BYTES = 4  # of a line of a Matrix Market file: "1 1\n"
 MAX_PACKED = 1100  # the most that gzip or bzip2 shrink text of numbers, about
 
@@ -82,7 +83,7 @@ def find_inside(folder: Path) -> list[Path]:
                 found.append(entry)
             elif entry.is_dir() and depth < MAX_DEPTH:
                 pending.append((entry, depth + 1))
-            elif entry.is_file() and re.search(r"(\.(h5ad|h5mu|loom)|matrix\w*\.h5)$", entry.name, re.IGNORECASE):
+            elif entry.is_file() and CELL_FILE.search(entry.name):
                 found.append(entry)
     return sorted(found)
 
@@ -218,6 +219,9 @@ def _read_one(path: Path) -> Contents:
     from scipy.io import mminfo, mmread
 
     found = {kind: _candidates(path, kind) for kind in ("features", "barcodes")}
+    # Barcodes under another name than the matrix's belong to it only if the features have that name too.
+    names = {_sample(path), *(_sample(p) for p in found["features"] if _sample(path) != _sample(found["features"][0]))}
+    found["barcodes"] = [p for p in found["barcodes"] if _sample(p) in names]
     for kind, wanted in (("features", "features.tsv or genes.tsv"), ("barcodes", "barcodes.tsv")):
         if not found[kind]:
             there = [p.name for p in sorted(path.parent.iterdir()) if _kind(p) == kind]

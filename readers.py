@@ -498,7 +498,8 @@ def _text(array: Any) -> list[str]:
 
 def _genomes(file: h5py.File) -> list[str]:
     """Groups of 10x's HDF5 with a matrix: `matrix` in version 3, one for each genome in version 2."""
-    return [k for k, g in file.items() if isinstance(g, h5py.Group) and {"barcodes", "data", "indptr"} <= set(g)]
+    groups = {name: file.get(name) for name in file}  # `None` for a link that leads nowhere
+    return [k for k, g in groups.items() if isinstance(g, h5py.Group) and {"barcodes", "data", "indptr"} <= set(g)]
 
 
 def _open_10x(path: Path) -> CellFile:

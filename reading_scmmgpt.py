@@ -16,7 +16,7 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, hash_names
+    from .cells_scmmgpt import Cells, has_repeats, hash_names
     from .genes_scmmgpt import (
         SPECIES,
         GeneIndex,
@@ -36,13 +36,14 @@ try:  # as a package or as remote code
         convert_rows,
         inspect_rows,
         is_expression,
+        is_in_memory,
         linearize,
         read_rows,
         row_major,
         sample_rows,
     )
 except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells, hash_names
+    from cells_scmmgpt import Cells, has_repeats, hash_names
     from genes_scmmgpt import (
         SPECIES,
         GeneIndex,
@@ -62,6 +63,7 @@ except ImportError:  # beside the other files of a checkpoint
         convert_rows,
         inspect_rows,
         is_expression,
+        is_in_memory,
         linearize,
         read_rows,
         row_major,
@@ -70,7 +72,8 @@ except ImportError:  # beside the other files of a checkpoint
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 512  # rows converted at a time; conversion takes a dozen arrays of their values
+CHUNK_ROWS = 512  # rows read from a file at a time; conversion takes a dozen arrays of their values
+CACHED_ROWS = 128  # of a matrix in memory: their values stay in the processor's cache until they are converted
 # Layers of velocity pipelines, each with a part of the reads: used only if `layer=` names one.
 PARTIAL_LAYERS = frozenset(
     {"spliced", "unspliced", "ambiguous", "mature", "nascent", "ms", "mu", "velocity", "variance_velocity"}
@@ -100,7 +103,7 @@ class InputChoice:
         return _join(self.iter_cells(adata), adata.shape[0])
 
     def iter_cells(self, adata: Any) -> Iterator[Cells]:
-        """Cells of `adata`, `CHUNK_ROWS` at a time. The size of the chunks changes no cell."""
+        """Cells of `adata`, a chunk at a time. The size of the chunks changes no cell."""
         adata = _modality(adata)
         matrix = row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -113,13 +116,15 @@ class InputChoice:
         cell_ids = hash_names(adata.obs_names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = _known_totals(adata) if from_column else None
-        for start in range(0, max(n_cells, 1), CHUNK_ROWS):
-            here = slice(start, min(start + CHUNK_ROWS, n_cells))
+        ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
+        n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
+        for start in range(0, max(n_cells, 1), n_rows):
+            here = slice(start, min(start + n_rows, n_cells))
             rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
             _check_values(rows, adata.obs_names[here], var.index, self.source)
             known = None if known_totals is None else known_totals[here]
             counts, totals, failed = convert_rows(rows, self.verdict, known)
-            cells = Cells.from_csr(counts, self.match.ids, cell_ids[here], totals)
+            cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)
             self._count(cells, failed)
             yield cells
 
@@ -442,8 +447,9 @@ def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
             f"{e.get('share_below_half', 0):.0%} of the values to zero. `assume='normalized'` keeps the fractions."
         ]
     if verdict.exact and not verdict.complete and e.get("target_sum_from") == "assumed":
+        what = "logarithms" if verdict.logs else "normalised values"
         return [
-            f"{source} holds {verdict.kind} values of some genes, and nothing tells the total to which all genes "
+            f"{source} holds {what} of some genes, and nothing tells the total to which all genes "
             f"were scaled: {verdict.target_sum:,g} is assumed. Library sizes may be wrong by one factor; counts and "
             "ranks are right. A column of `obs` with the counts of each cell (`total_counts`, `nCount_RNA`) would "
             "settle it."

@@ -12,6 +12,7 @@ import itertools
 import lzma
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -37,6 +38,7 @@ DAMAGED = (pd.errors.ParserError, pd.errors.ParserWarning, EOFError, OSError, lz
 SEPARATOR_LINE = re.compile(r'^"?sep=(.)"?\s*$', re.IGNORECASE)  # the first line of a table for Excel
 GROUPED = {mark: re.compile(rf"^-?[1-9]\d{{0,2}}(?:{re.escape(mark)}\d{{3}})+$") for mark in ",."}
 FRACTION = {mark: re.compile(rf"^-?\d*{re.escape(mark)}\d+(?:[eE][-+]?\d+)?$") for mark in ",."}
+PADDED = re.compile(r"^0\d+$")
 BARCODE = re.compile(r"[ACGT]{8,}")
 
 # Names of numeric columns that describe cells, as Seurat, scanpy and the pipelines of sequencing centres write them.
@@ -72,7 +74,10 @@ COUNTER_NAME = re.compile(r"|unnamed: 0|index|level_0|x|\.\.\.1|v1|row(names|_?n
 
 
 class FileError(ValueError):
-    """A file cannot be read; the message is meant for the owner of the file as it is."""
+    """A file cannot be read; the message, of one line, is meant for the owner of the file as it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 class Contents(NamedTuple):
@@ -120,6 +125,7 @@ class Layout(NamedTuple):
     thousands: str | None
     header: list[str]
     label_rows: list[list[str]]  # rows of words under the header, such as the type of each cell
+    words: list[int]  # columns that are names even where they look like numbers: `0012` is no 12
     n_skipped: int  # lines before the first row of numbers
 
 
@@ -151,7 +157,10 @@ def find_layout(path: Path, encoding: str = "") -> Layout:
     labels = _count_label_rows(rows)
     decimal, thousands = _number_marks(path, [field for row in rows[labels:] for field in row[1:]])
     n_skipped = start + [i for i, line in enumerate(lines[start:]) if line.strip()][labels] + 1
-    return Layout(separator, encoding, decimal, thousands, header, rows[:labels], n_skipped)
+    padded = {i for row in rows[labels:] for i, field in enumerate(row) if PADDED.match(field)}
+    named = {i for i, name in enumerate(header) if HEADER_OF_LONG["cell"].fullmatch(name)}
+    words = sorted({0, *padded, *named})
+    return Layout(separator, encoding, decimal, thousands, header, rows[:labels], words, n_skipped)
 
 
 def compression(path: Path) -> tuple[Callable[..., IO], str | None]:
@@ -251,7 +260,7 @@ def _not_a_number(value: Any) -> bool:
 
 
 def _frames(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
-    """The rows of a table, a block at a time; columns are called by their positions, the first one is text."""
+    """The rows of a table, a block at a time; columns are called by their positions."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # a row of too many fields is damage
         yield from pd.read_csv(
@@ -266,7 +275,7 @@ def _frames(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
             decimal=layout.decimal,
             thousands=layout.thousands,
             skipinitialspace=layout.separator != r"\s+",
-            converters={0: str.strip},
+            converters=dict.fromkeys(layout.words, str.strip),
             chunksize=BLOCK_ROWS,
             low_memory=False,
         )
@@ -335,7 +344,7 @@ def _annotates_cells(names: Sequence[str], kinds: np.ndarray, odd: np.ndarray) -
 class _Roles(NamedTuple):
     """What the columns of a wide table are, by their positions."""
 
-    names: int  # of the rows
+    names: list[int]  # of the rows; of two columns, joined
     values: list[int]  # expression
     notes: list[int]  # annotations of the rows
     genes_in_rows: bool
@@ -355,14 +364,18 @@ def _read(path: Path, layout: Layout, genes: _Recogniser) -> Contents:
         numeric = values.select_dtypes(include=["number", "bool"])
         if numeric.shape[1] < len(roles.values):
             _refuse_words(path, layout.header, values.drop(columns=numeric.columns))
-        names += frame[roles.names].astype(str).tolist()
+        names += _row_names(frame, roles.names)
         notes.append(frame[roles.notes])
         blocks.append(sp.csr_matrix(values.to_numpy(dtype=np.float32)))
     matrix = sp.vstack(blocks, format="csr")
     columns = [layout.header[i] for i in roles.values]
     rows = pd.concat(notes).set_axis(pd.Index(names), axis=0)
-    rows.columns = pd.Index([layout.header[i] for i in roles.notes], dtype=object)
-    labels = {row[0]: [row[i] if i < len(row) else "" for i in roles.values] for row in layout.label_rows}
+    rows.columns = pd.Index(_distinct([layout.header[i] for i in roles.notes]), dtype=object)
+    titles = _distinct([row[0] or f"line {i + 2}" for i, row in enumerate(layout.label_rows)])
+    labels = {
+        title: [row[i] if i < len(row) else "" for i in roles.values]
+        for title, row in zip(titles, layout.label_rows, strict=True)
+    }
     described = pd.DataFrame(labels, index=pd.Index(columns, dtype=object))
     said = _say(roles, rows, described, layout)
     if not roles.genes_in_rows:
@@ -372,7 +385,7 @@ def _read(path: Path, layout: Layout, genes: _Recogniser) -> Contents:
     if moved.any():  # rows that describe the cells
         moved_names = [name for name, is_moved in zip(names, moved, strict=True) if is_moved]
         for name, values in zip(moved_names, matrix[moved].toarray(), strict=True):
-            described[name] = values
+            described[name] = values if _is_odd(values) else values.astype(np.int64)
         said.append(f"{_list(moved_names)} in the rows {_be(moved_names)} no gene: moved to obs.")
     return Contents(matrix[~moved].T.tocsr(), described, rows[~moved], said)
 
@@ -397,10 +410,16 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
         [str(i) for i in range(len(first))],
         [str(i + 1) for i in range(len(first))],
     )
-    names = unique[0] if counter and unique else 0
-    labels, columns = first[names].astype(str).tolist(), [header[i] for i in numeric]
+    names = [unique[0]] if counter and unique else [0]
+    if not first[0].is_unique:  # such as the sample before the barcode, or the field of view before the cell's number
+        called = [i for i in text if HEADER_OF_LONG["cell"].fullmatch(header[i])]
+        called += [i for i in unique if BARCODE.search(str(first[i].iloc[0]))]
+        alone = [i for i in called if i in unique]
+        together = [i for i in called if not first.duplicated([0, i]).any()]
+        names = alone[:1] or [0, *together[:1]]
+    labels, columns = _row_names(first, names), [header[i] for i in numeric]
     _check_names(path, labels, columns, header, genes)
-    named = [labels, *(first[i].dropna().astype(str).tolist() for i in text if i != names)]
+    named = [labels, *(first[i].dropna().astype(str).tolist() for i in text if i not in names)]
     in_rows, in_columns = max(genes.share(side) for side in named if side), genes.share(columns)
     if min(in_rows, in_columns) > 0.5 and set(labels) == set(columns):
         raise FileError(
@@ -411,7 +430,7 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
     barcodes = [np.mean([bool(BARCODE.search(name)) for name in side]) for side in (labels, columns)]
     genes_in_rows = in_rows > in_columns or (in_rows == in_columns and barcodes[1] > barcodes[0])
     if genes_in_rows:
-        block = _leading_block(text, names)
+        block = _leading_block(text)
         aside = [i for i in numeric if i < block or GENE_ANNOTATION.fullmatch(header[i])]
     else:
         odd = np.array([_is_odd(first[i].to_numpy()) for i in numeric])
@@ -422,13 +441,19 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
         raise FileError(
             f"{path} has no column of expression: {_list(columns)} describe cells or genes. Pass another file."
         )
-    notes = [i for i in first.columns if i != names and i not in {*values, *empty} and not (i == 0 and counter)]
+    taken = {*values, *empty, *([0] if counter else []), *(names if len(names) == 1 else [])}
+    notes = [i for i in first.columns if i not in taken]
     return _Roles(names, values, notes, genes_in_rows)
 
 
-def _leading_block(text: list[int], names: int) -> int:
+def _row_names(frame: pd.DataFrame, columns: list[int]) -> list[str]:
+    words = (frame[i].astype(str).tolist() for i in columns)
+    return ["_".join(parts) for parts in zip(*words, strict=True)]
+
+
+def _leading_block(text: list[int]) -> int:
     """Length of the block of annotations at the left of a table, of which at least a third are words."""
-    words = sorted({0, names, *text})
+    words = sorted({0, *text})
     return max((i for n, i in enumerate(words) if n + 1 >= (i + 1) / 3 and i < 20), default=0)
 
 
@@ -482,6 +507,16 @@ def _say(roles: _Roles, rows: pd.DataFrame, described: pd.DataFrame, layout: Lay
     return said
 
 
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, of which repeated ones get a number."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        found.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return found
+
+
 def _list(names: Sequence[Any]) -> str:
     shown = ", ".join(repr(str(name)) for name in names[:6])
     return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
@@ -517,7 +552,7 @@ def _long_columns(path: Path, first: pd.DataFrame, header: list[str], genes: _Re
         return None
     if first.duplicated([gene, cells[0]]).any() and gene not in hinted["gene"]:
         return None
-    counts = [i for i in first.columns if first[i].dtype.kind in "iuf" and i != cells[0]]
+    counts = [i for i in first.columns if i not in (gene, cells[0]) and not any(map(_not_a_number, first[i].dropna()))]
     counts = [i for i in counts if header[i] and not COUNTER_NAME.fullmatch(header[i])]
     if len(counts) != 1:
         raise FileError(
@@ -529,13 +564,14 @@ def _long_columns(path: Path, first: pd.DataFrame, header: list[str], genes: _Re
 
 def _read_long(path: Path, layout: Layout, frames: Iterator[pd.DataFrame], long: _LongColumns) -> Contents:
     table = pd.concat([frame[list(long)] for frame in frames], ignore_index=True)
-    if table[long.count].dtype.kind not in "iuf":
-        _refuse_words(path, layout.header, table[[long.count]])
+    counts = pd.to_numeric(table[long.count], errors="coerce")
+    if counts.isna().any():
+        _refuse_words(path, layout.header, table.loc[counts.isna(), [long.count]])
     if table[[long.gene, long.cell]].isna().any(axis=None):
         raise FileError(f"{path} is a table in long format in which names are missing. Drop those rows.")
     (genes, gene_names), (cells, cell_names) = (pd.factorize(table[i].astype(str)) for i in (long.gene, long.cell))
     shape = len(cell_names), len(gene_names)
-    matrix = sp.csr_matrix((table[long.count].to_numpy(dtype=np.float32), (cells, genes)), shape=shape)
+    matrix = sp.csr_matrix((counts.to_numpy(dtype=np.float32), (cells, genes)), shape=shape)
     columns = ", ".join(repr(layout.header[i]) for i in (long.cell, long.gene, long.count))
     note = f"The table is in long format, a row for each gene of each cell (columns {columns})."
     return Contents(matrix, pd.DataFrame(index=cell_names), pd.DataFrame(index=gene_names), [note])

@@ -21,9 +21,9 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import ProcessorMixin
 
-from scmmgpt.files import read_json, whole_folder, write_json
+from scmmgpt.files import obey_umask, read_json, whole_folder, write_json
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
-from scmmgpt.train.data.sharing import let_others_read, push_folder
+from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.language_model import dequantize
 
 
@@ -46,7 +46,7 @@ def save_base(
         with whole_folder(base) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-            let_others_read(folder)
+            obey_umask(folder)
     model.name_or_path = model.config._name_or_path = str(base)  # from where PEFT takes the name
 
 
@@ -61,7 +61,7 @@ def save_adapter(
     """
     folder, base = Path(output_dir, "adapter"), tuned.peft_config["default"].base_model_name_or_path
     tuned.save_pretrained(str(folder))
-    let_others_read(folder)
+    obey_umask(folder)
     for name in ADAPTER_FILES:  # copies that pushes on the way leave beside the checkpoint
         Path(output_dir, name).unlink(missing_ok=True)
     names = [base]

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from scmmgpt.annotation_scmmgpt import fit_novelty
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.files import write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -292,11 +293,13 @@ class FineTuning:
     ) -> None:
         self.arguments = {"data": data_args, "model": model_args, "training": training_args}
         self.shots, self.training_args = data_args.shots, training_args
+        logger.info("Reading %s", data_args.adata)
         adata = read_file(data_args.adata)
         self.labels = labels = read_labels(adata.obs, data_args)
         groups = None if data_args.group_key is None else column_of(adata.obs, data_args.group_key)
         train, validation = hold_out(labels, groups, data_args, data_seed(training_args))
         unlabelled = np.setdiff1d(np.arange(adata.n_obs), labels.rows)
+        logger.info("Matching genes and making the model for %d cells of %d labels", len(train), len(labels.names))
         read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
         if model_args.checkpoint is not None:
             start = load_checkpoint(model_args.checkpoint, adata, read_options)
@@ -304,6 +307,8 @@ class FineTuning:
             rows = np.union1d(labels.rows[train], unlabelled)
             start = new_model(adata, rows, labels.texts, model_args.align_arguments(), read_options)
         self.model, self.processor, self.pretrained, cells = start
+        found = choose_input(adata, self.processor.gene_index, **read_options).match.ids
+        self.measured = np.unique(found[found >= 0])
         self.processor.feature_extractor.return_profile = True
         if training_args.num_train_epochs is None:
             training_args.num_train_epochs = 0 if model_args.checkpoint is None else DEFAULT_EPOCHS
@@ -326,6 +331,7 @@ class FineTuning:
 
     def fit_readout(self) -> None:
         """Fit the regression, map it into the shared space, and add it to the projected queries."""
+        logger.info("Fitting the readout on %d cells", len(self.profiles.train))
         self.regressions = readout.fit_regressions(self.profiles, self.shots)
         texts = self.processor(qformer_text=self.labels.texts)
         self.text_features = self.model.eval().get_text_features(**texts).detach()
@@ -387,6 +393,7 @@ class FineTuning:
         if self.training_args.process_index != 0:
             return
         output = str(self.training_args.output_dir)
+        logger.info("Writing %s", output)
         self.model.config.annotation = {
             "labels": self.record["labels"],
             "cl_ids": self.labels.cl_ids,
@@ -394,7 +401,11 @@ class FineTuning:
             "matching_candidates": len(self.labels.names),
             "temperature": self.record["temperature"],
             "unseen_bonus": self.record["unseen_bonus"],
+            "terms": ontology.label_terms({name: self.labels.cl_ids.get(name) for name in self.labels.names}),
         }
+        novelty = fit_novelty(self.cells, self.labels.targets, self.measured, self.model.config.cell_config.vocab_size)
+        if novelty is not None:
+            self.model.config.annotation["novelty"] = novelty
         ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(output)
         write_json(Path(output, "finetune.json"), self.record)
         save_run(output, "finetune", **self.arguments)

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from scmmgpt.files import obey_umask
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
-from scmmgpt.train.data.sharing import let_others_read
 from scmmgpt.train.data.streamed import open_cells
 
 
@@ -258,7 +258,7 @@ class StreamTrainer(Trainer):
                 state_dict[name] = state_dict[name].reshape(())
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            let_others_read(output_dir or self.args.output_dir)
+            obey_umask(output_dir or self.args.output_dir)
 
     @property
     def hub(self) -> dict[str, Any] | None:

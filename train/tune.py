@@ -311,7 +311,10 @@ def main(
         target_genes=measured,
     )
     train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, cells=cells, balance=data_args.balance)
-    instructions = read_instructions(data_args.instructions, corpus, processor) if data_args.instructions else None
+    instructions = None
+    if data_args.instructions:
+        limit = getattr(model.config.text_config, "max_position_embeddings", None)
+        instructions = read_instructions(data_args.instructions, corpus, processor, max_tokens=limit)
     # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
     start_from_mean_profile(model, read_gene_means(corpus.path))
     standardize_language_projection(model, train_dataset.of_all_ranks())

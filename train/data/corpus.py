@@ -48,6 +48,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.checkpoints import check_ids
 from scmmgpt.files import read_json, write_json
 from scmmgpt.train.data.ontology import ONTOLOGIES
 from scmmgpt.train.data.sharing import push_folder
@@ -100,6 +101,18 @@ class Shard:
     counts_dtype: str
     row_group_size: int
 
+    def checked(self) -> "Shard":
+        """The record itself, if each field has its type, and the path stays in the corpus."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or isinstance(value, int) and value < 0:
+                raise TypeError(f"{field.name} of a shard is {value!r}")
+        if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
+            raise ValueError(f"the shard {self.path!r} lies outside the corpus")
+        if self.split not in SPLITS or self.counts_dtype not in ("uint16", "float32"):
+            raise ValueError(f"the shard {self.path!r} is of split {self.split!r} and type {self.counts_dtype!r}")
+        return self
+
 
 @dataclasses.dataclass
 class Manifest:
@@ -146,15 +159,18 @@ class Manifest:
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Manifest":
         """Read a manifest; refuse another schema version."""
-        fields = read_json(path)
+        fields = read_json(path, dict)
         version = fields.get("schema_version")
         if version not in READABLE_VERSIONS:
             raise ValueError(
                 f"{path} has schema version {version}; this release reads {READABLE_VERSIONS}. "
                 "Install the release that wrote it, or prepare the corpus again."
             )
-        fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+        try:
+            fields["shards"] = [Shard(**shard).checked() for shard in fields["shards"]]
+            return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Copy it anew from the source of the corpus.") from None
 
 
 def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
@@ -263,9 +279,15 @@ class Corpus:
         """Open a shard for reading, with page checksums verified."""
         path, labels = self.path / shard.path, list(OBS_COLUMNS[1:])
         try:
-            return pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=labels)
+            file = pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=labels)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"Shard {path} can't be read: {error}. {_RESTORE}") from error
+        if missing := [name for name in (*CELL_COLUMNS, *OBS_COLUMNS) if name not in file.schema_arrow.names]:
+            raise ValueError(f"Shard {path} has no columns {', '.join(missing)}. {_RESTORE}")
+        if file.metadata.num_rows != shard.n_cells:
+            n_cells = file.metadata.num_rows
+            raise ValueError(f"Shard {path} has {n_cells} cells, but {shard.n_cells} in the manifest. {_RESTORE}")
+        return file
 
     def features(self) -> "datasets.Features":
         """The `datasets.Features` of the shards; counts are float32 if those of any shard are."""
@@ -330,7 +352,8 @@ def open_corpus(
         )
     manifest = Manifest.read(path / "manifest.json")
     _check_files(path, manifest, manifest.n_bytes <= SMALL_CORPUS_BYTES if verify is None else verify)
-    own_vocabulary = read_json(path / "vocab.json")
+    own_vocabulary = read_json(path / "vocab.json", dict)
+    check_ids(path / "vocab.json", own_vocabulary)
     if (found := hash_vocabulary(own_vocabulary)) != manifest.vocabulary_hash:
         raise ValueError(
             f"{path / 'vocab.json'} has hash {found[:12]}..., but {manifest.vocabulary_hash[:12]}... in the manifest: "
@@ -338,8 +361,8 @@ def open_corpus(
         )
     if vocabulary is not None and hash_vocabulary(vocabulary) != manifest.vocabulary_hash:
         raise ValueError(_describe_difference(path, own_vocabulary, vocabulary))
-    aliases = read_json(path / "gene_aliases.json") if (path / "gene_aliases.json").exists() else {}
-    return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json"), repo_id)
+    aliases = read_json(path / "gene_aliases.json", dict) if (path / "gene_aliases.json").exists() else {}
+    return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json", dict), repo_id)
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:

@@ -34,6 +34,7 @@ from scmmgpt.train.data.corpus import CELL_COLUMNS, Corpus, table_to_cells
 
 KEYS = {"cell_ids": "cell_id", "barcodes": "barcode"}  # column of the file -> column of the corpus
 SHOWN = 5  # most values that an error lists
+BYTES_PER_CHARACTER = 4  # at most, in UTF-8; a byte is at most one token
 
 
 @dataclass
@@ -54,8 +55,13 @@ class Instructions:
         return len(self.conversations)
 
 
-def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) -> Instructions:
+def read_instructions(
+    path: str, corpus: Corpus, processor: ScMMGPTProcessor, *, max_tokens: int | None = None
+) -> Instructions:
     """Read and check a file of conversations, and load their cells from the training split.
+
+    Args:
+        max_tokens: Most tokens of a conversation that the language model takes; by default its tokenizer's limit.
 
     Raises:
         ValueError: With the row and its values, if the roles are not user and assistant in turn, after at most one
@@ -63,6 +69,7 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
             the language model's chat template can't render the conversation.
     """
     conversations, names, column = [], [], None
+    limit = processor.tokenizer.model_max_length if max_tokens is None else max_tokens
     rendered = set()  # roles of conversations for which the chat template was checked
     for where, row in _rows(Path(path)):
         own = [key for key in KEYS if row.get(key) is not None]
@@ -70,7 +77,9 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
             raise ValueError(f"{where} names its cells by {own}; name the cells of all rows by one of {list(KEYS)}.")
         column = column or (own[0] if own else None)
         messages = _check_messages(row.get("messages"), where, processor)
-        cells = list(row[own[0]]) if own else []
+        cells = row[own[0]] if own else []
+        if not isinstance(cells, list):
+            raise ValueError(f"{where} has {own[0]} {cells!r}; write a list.")
         mentioned = sum(message["content"].count(processor.cell_token) for message in messages)
         if mentioned != len(cells):
             raise ValueError(
@@ -78,9 +87,15 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
                 f"{cells[:SHOWN]}. Write {processor.cell_token} once for each."
             )
         roles = tuple(message["role"] for message in messages)
-        if roles not in rendered:
-            encode_conversation(messages, processor, where)
+        length = sum(len(message["content"]) for message in messages) + mentioned * processor.num_query_tokens
+        if roles not in rendered or length * BYTES_PER_CHARACTER > limit:
+            n_tokens = len(encode_conversation(messages, processor, where)[0])
             rendered.add(roles)
+            if n_tokens > limit:
+                raise ValueError(
+                    f"{where} has {n_tokens:,} tokens, but the language model takes {limit:,}. Shorten the turns, or "
+                    "divide the conversation."
+                )
         conversations.append(messages)
         names.append((where, cells))
     if not conversations:
@@ -94,17 +109,22 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of conversations at {path}.")
     if path.suffix == ".parquet":
-        for number, row in enumerate(pq.read_table(path).to_pylist()):
-            yield f"Row {number} of {path}", row
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as Parquet ({error}). Write or copy it again.") from None
+        yield from ((f"Row {number} of {path}", row) for number, row in enumerate(rows))
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path} is not JSON: {error}.") from None
+                row = json.loads(line.decode("utf-8-sig"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"Line {number} of {path} is not JSON in UTF-8: {error}.") from None
+            except RecursionError:
+                raise ValueError(f"Line {number} of {path} is nested too deep; write a conversation a line.") from None
             if not isinstance(row, dict):
                 raise ValueError(f"Line {number} of {path} is a {type(row).__name__}; write a JSON object a line.")
             yield f"Line {number} of {path}", row
@@ -112,8 +132,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> list[dict[str, str]]:
     """The messages with string contents; refuses roles in another order, and placeholders in the assistant's turns."""
-    if not messages or not all(message.get("role") and message.get("content") for message in messages):
-        raise ValueError(f"{where} has messages {messages!r}; each needs a role and a content.")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(
+            f"{where} has messages {str(messages)[:200]}; write a list of {{role, content}}, where a content is a "
+            'text or a list of {"type": "text", "text": ...} and {"type": "cell"}.'
+        )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise ValueError(f"{where} has no assistant turn to learn from; its roles are {roles}.")
@@ -131,6 +154,19 @@ def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> l
                 "not learn to write placeholders. Show cells in the user's turns."
             )
     return messages
+
+
+def _is_message(message: Any) -> bool:
+    """Whether a value is a message with a role, and with a text or parts as content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if isinstance(content, list) and content:
+        return all(
+            isinstance(part, dict) and (part.get("type") == "cell" or isinstance(part.get("text"), str))
+            for part in content
+        )
+    return isinstance(content, str) and bool(content)
 
 
 def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[list[list[int]], Cells | None]:

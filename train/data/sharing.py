@@ -1,4 +1,4 @@
-"""Folders that others read: on the Hub, and on a shared disk."""
+"""Folders on the Hub."""
 
 import os
 from pathlib import Path
@@ -39,11 +39,3 @@ def push_folder(
         revision=revision,
     )
     return repo
-
-
-def let_others_read(folder: str | os.PathLike) -> None:
-    """Give the weights in a folder the permissions of any new file: safetensors writes them for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in Path(folder).glob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
