@@ -24,7 +24,10 @@ except ModuleNotFoundError as error:
     message = "The page needs gradio; install it with `pip install scmmgpt[app]`."
     raise ModuleNotFoundError(message, name="gradio") from error
 
-from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+try:
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+except ModuleNotFoundError:  # beside the files of a checkpoint, as in the folder of a Space
+    from pipeline_scmmgpt import ScMMGPTPipeline
 
 
 SHOWN_ROWS = 50  # cells in a table; the file to download has all

@@ -1,6 +1,10 @@
 """What goes to the Hub comes back: corpus, checkpoint, adapter and metric, by way of a local stand-in of the Hub."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -9,7 +13,7 @@ from huggingface_hub import ModelCard
 from scmmgpt.tests.hub import run_client, serve_hub
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.data.dataset_card import dataset_card
-from scmmgpt.train.data.sharing import push_folder  # noqa: F401 - imported in the scripts below
+from scmmgpt.train.data.sharing import write_space
 
 
 @pytest.fixture
@@ -21,8 +25,6 @@ def hub():
 @pytest.fixture
 def shared_corpus(corpus, tmp_path):
     """A corpus as `prepare` leaves it: with a card, a lock and a fast copy."""
-    import shutil
-
     path = shutil.copytree(corpus, tmp_path / "cells")
     manifest = open_corpus(path).manifest
     source = {"name": "synthetic", "licence": "CC0", "n_kept": 40, "genes": {"matched": 30, "measured": 30}}
@@ -79,6 +81,51 @@ def test_the_folder_of_a_corpus_loads_by_its_path(shared_corpus, tmp_path):
 def test_a_corpus_that_is_nowhere_says_so():
     with pytest.raises(FileNotFoundError, match="me/cells is no folder, and no corpus of the Hub"):
         open_corpus("me/cells")
+
+
+ALIGN_ON_A_CORPUS_OF_THE_HUB = """
+import sys
+from scmmgpt.tests.test_train import align_only
+from scmmgpt.train.data.corpus import open_corpus
+
+corpus, bert = sys.argv[1:]
+open_corpus(corpus).push_to_hub("me/cells")
+align_only("me/cells", bert, "run", eval_strategy="epoch", push_to_hub=True, hub_model_id="me/aligned")
+"""
+
+
+def test_a_run_on_a_corpus_of_the_hub_names_the_corpus_and_its_results(hub, shared_corpus, bert, tmp_path):
+    hub, endpoint = hub
+    run_client(ALIGN_ON_A_CORPUS_OF_THE_HUB, endpoint, tmp_path, shared_corpus, bert)
+    files = hub.files("me/aligned")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.datasets == ["me/cells"]
+    measured = {
+        entry["dataset"]["task_id"]: entry["value"] for entry in yaml.safe_load(files[".eval_results/align.yaml"])
+    }
+    assert measured["eval_zero_shot_accuracy"] == next(
+        result.metric_value for result in card.data.eval_results if result.metric_type == "zero_shot_accuracy"
+    )
+
+
+def test_the_folder_of_a_space_runs_as_it_is(tiny_pipeline, tmp_path):
+    """With its requirements alone; the library that draws the page is replaced by one that draws nothing."""
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    folder = write_space(tmp_path / "page", str(tmp_path / "checkpoint"))
+    front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", [str(tmp_path / "checkpoint")])
+    script = (
+        "import runpy, sys, unittest.mock\n"
+        "sys.modules['scmmgpt'] = None\n"
+        "gradio = sys.modules['gradio'] = unittest.mock.MagicMock()\n"
+        "gradio.Error = ValueError\n"
+        "runpy.run_path('app.py', run_name='__main__')\n"
+        "print(gradio.Blocks.return_value.__enter__.return_value.launch.call_args)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0.0.0.0" in done.stdout
 
 
 TUNE_AND_PUSH = """

@@ -227,6 +227,9 @@ def test_a_checkpoint_comes_with_a_card_that_says_what_it_is(corpus, bert, tmp_p
     accuracy = log_of(tmp_path, "eval_zero_shot_accuracy")[-1]
     assert f"| zero shot accuracy | {accuracy:.4g} |" in card.text
     assert "8 validation cells of splits" in card.text
+    (result,) = [found for found in card.data.eval_results if found.metric_type == "zero_shot_accuracy"]
+    assert (result.task_type, result.dataset_split) == ("zero-shot-classification", "validation")
+    assert result.metric_value == accuracy
 
 
 def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp_path, monkeypatch):

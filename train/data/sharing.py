@@ -1,6 +1,7 @@
 """Folders on the Hub."""
 
 import os
+import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -39,3 +40,45 @@ def push_folder(
         revision=revision,
     )
     return repo
+
+
+SPACE_CARD = """---
+title: scMMGPT
+sdk: gradio
+app_file: app.py
+models:
+- {model}
+license: apache-2.0
+---
+
+The page of scMMGPT: annotate, find, describe and generate single cells with `{model}`. The variable `SCMMGPT_MODEL` of
+the Space names another checkpoint.
+"""
+SPACE_APP = '''"""Serve the page of scMMGPT."""
+
+import os
+
+from page import main
+
+
+os.environ.setdefault("SCMMGPT_MODEL", "{model}")
+if __name__ == "__main__":
+    main(["--host", "0.0.0.0"])
+'''
+SPACE_REQUIREMENTS = ("anndata>=0.12", "gradio>=5", "numba>=0.61", "torch>=2.9", "transformers>=5.21,<6")
+
+
+def write_space(folder: str | os.PathLike, model: str) -> Path:
+    """Write a folder that is a Space with the page of a checkpoint, `model`; it needs nothing of this package.
+
+    `push_folder(folder, "owner/page", repo_type="space")` uploads it, and `python app.py` in it serves the page here.
+    """
+    root, folder = Path(__file__).parents[2], Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*root.glob("*_scmmgpt.py"), root / "modeling_scgpt.py"]:
+        shutil.copy(path, folder)
+    shutil.copy(root / "app.py", folder / "page.py")
+    (folder / "app.py").write_text(SPACE_APP.format(model=model), encoding="utf-8")
+    (folder / "README.md").write_text(SPACE_CARD.format(model=model), encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(SPACE_REQUIREMENTS) + "\n", encoding="utf-8")
+    return folder
