@@ -509,6 +509,14 @@ def test_two_processes_that_are_cut_in_two_end_like_ones_that_are_not(corpus, be
     )
 
 
+@pytest.mark.parametrize("command", [align, tune])
+def test_label_smoothing_which_the_losses_have_not_is_refused(command):
+    required = {"corpus": "c", "output_dir": "o", "label_smoothing_factor": 0.1}
+    required |= {"bert": "b"} if command is align else {"aligned": "a", "language_model": "scratch"}
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, but the losses of this command"):
+        command.make_parser().parse_args_and_config(words_of(required))
+
+
 @pytest.mark.parametrize("word", ["latest", "True"])
 def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_latest_whole_checkpoint(
     corpus, bert, tmp_path, monkeypatch, word

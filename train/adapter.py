@@ -59,7 +59,7 @@ def save_adapter(
         write_card: `write_card(folder)` writes the card.
         hub: Arguments of [`push_folder`], `repo_id` of the checkpoint among them, to push base and adapter; or `None`.
     """
-    folder, base = Path(output_dir, "adapter"), tuned.peft_config["default"].base_model_name_or_path
+    folder, base = Path(output_dir, "adapter"), str(tuned.peft_config["default"].base_model_name_or_path)
     tuned.save_pretrained(str(folder))
     obey_umask(folder)
     for name in ADAPTER_FILES:  # copies that pushes on the way leave beside the checkpoint
@@ -71,7 +71,8 @@ def save_adapter(
     write_card(str(folder))
     if hub is not None:
         push_folder(folder, **hub | {"repo_id": f"{hub['repo_id']}-adapter"})
-    tuned.get_base_model().config.adapter_bases = names
+    model: Any = tuned.get_base_model()
+    model.config.adapter_bases = names
 
 
 def merge(tuned: Any, model: ScMMGPTForConditionalGeneration, in_4bit: bool) -> Any:

@@ -6,6 +6,7 @@ All of them come from the run: the corpus's manifest, the arguments, and the tra
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
@@ -97,7 +98,7 @@ def result_of(name: str, value: float, dataset: str) -> EvalResult:
     measured = name.removeprefix("eval_")
     kinds = {"zero_shot": "zero-shot-classification", "recall": "text-retrieval"}
     task = next((task for word, task in kinds.items() if word in measured), "other")
-    words = {"task_type": task, "metric_type": measured, "metric_name": measured.replace("_", " ")}
+    words: dict[str, Any] = {"task_type": task, "metric_type": measured, "metric_name": measured.replace("_", " ")}
     return EvalResult(
         dataset_type=dataset, dataset_name=dataset, dataset_split="validation", metric_value=value, **words
     )

@@ -160,7 +160,7 @@ class StreamTrainer(Trainer):
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=lambda batches: batches,  # which come finished
+            data_collator=dict,  # batches come finished
             **kwargs,
         )
         self.add_callback(ResumedPosition(self.train_dataset))

@@ -34,7 +34,7 @@ def push_folder(
     api.upload_folder(
         repo_id=repo,
         repo_type=repo_type,
-        folder_path=folder,
+        folder_path=str(folder),
         commit_message=f"Upload {Path(folder).name}",
         ignore_patterns=list(STAYS_HOME),
         revision=revision,
