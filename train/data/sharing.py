@@ -72,9 +72,9 @@ if __name__ == "__main__":
 def write_space(folder: str | os.PathLike, model: str) -> Path:
     """Write a folder that is a Space with the page of a checkpoint, `model`.
 
-    The folder carries the modules of this package that users need, and the requirements of the installed package with
-    the extra `app`. `push_folder(folder, "owner/page", repo_type="space")` uploads it; `python app.py` in it serves the
-    page here.
+    The folder carries the modules of this package that users need, and the requirements of the installed package
+    with the extra `app`. `push_folder(folder, "owner/page", repo_type="space")` uploads it; `python app.py` in it
+    serves the page here.
     """
     root, folder = Path(__file__).parents[2], Path(folder)
     (folder / "scmmgpt").mkdir(parents=True, exist_ok=True)
