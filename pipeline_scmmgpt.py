@@ -36,6 +36,8 @@ try:  # as a package or as remote code
         cell_text_similarity,
     )
     from .processing_scmmgpt import ScMMGPTProcessor
+    from .reading_scmmgpt import InputChoice, finish_report
+    from .readout_scmmgpt import PanelReadout
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import choose_labels, fit_mixture, label_probabilities
     from cells_scmmgpt import Cells, log1p_cp10k
@@ -48,6 +50,8 @@ except ImportError:  # as a flat module in a clone
         cell_text_similarity,
     )
     from processing_scmmgpt import ScMMGPTProcessor
+    from reading_scmmgpt import InputChoice, finish_report
+    from readout_scmmgpt import PanelReadout
 
 
 logger = logging.get_logger(__name__)
@@ -57,6 +61,7 @@ READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `re
 CellFunction = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
+WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 
 
 class ScMMGPTPipeline:
@@ -193,8 +198,11 @@ class ScMMGPTPipeline:
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         names, texts = list(settings["labels"]), list(settings["labels"].values())
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        cells, report = self.processor.read_cells(adata, **read_kwargs)
-        similarity, match = self._label_scores(cells, settings, batch_size)
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        cells, report = choice.convert(adata), choice.report
+        finish_report(report)
+        readout = self._panel_readout(texts, choice)
+        similarity, match = self._label_scores(cells, settings, batch_size, readout)
         stored = self.model.config.annotation or {}
         bonus = stored.get("unseen_bonus", 0.0) if unseen_bonus is None else unseen_bonus
         similarity = similarity + bonus * ~np.isin(texts, list(stored.get("labels", {}).values()))
@@ -224,6 +232,8 @@ class ScMMGPTPipeline:
             "mean_entropy": float(columns["entropy"].mean()),
             "collapsed": collapsed,
         }
+        if readout is not None:
+            done["weak_labels"] = self._warn_of_weak_labels(readout, names)
         return self._record(adata, key_added, report, annotate=done)
 
     def annotation_settings(
@@ -289,8 +299,10 @@ class ScMMGPTPipeline:
                 f"None of the {len(truth)} labels in obs[{label_key!r}] is among the {len(names)} candidates, "
                 f"for instance {truth[0]!r}; the candidates begin with {names[:3]}."
             )
-        cells, _ = self.processor.read_cells(adata, **read_kwargs)
-        similarity, match = self._label_scores(cells[np.flatnonzero(usable)], settings, batch_size)
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        cells = choice.convert(adata)[np.flatnonzero(usable)]
+        readout = self._panel_readout(list(settings["labels"].values()), choice)
+        similarity, match = self._label_scores(cells, settings, batch_size, readout)
         target = np.asarray([names.index(label) for label in truth[usable]])
         best = fit_mixture(similarity, match, target, settings["temperature"])
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
@@ -298,10 +310,41 @@ class ScMMGPTPipeline:
         self.model.config.annotation = stored = {**settings, "cl_ids": cl_ids, **fitted}
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}
 
+    def _panel_readout(self, texts: Sequence[str], choice: InputChoice) -> PanelReadout | None:
+        """The readout of these texts' labels for the genes of a file, or None if there is none of every text."""
+        readout = getattr(self._bridge(), "label_readout", None)
+        trained = [] if readout is None else self.model.config.label_readout["texts"]
+        if readout is None or not set(texts) <= set(trained):
+            return None
+        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
+        return readout.for_genes(measured).select([trained.index(text) for text in texts])
+
+    def _warn_of_weak_labels(self, readout: PanelReadout, names: Sequence[str]) -> np.ndarray:
+        """Warn of labels whose decisive genes the file lacks; returns these labels."""
+        weak = readout.weak_labels()
+        for label, (other, evidence, absent) in list(weak.items())[:WEAK_LABELS]:
+            logger.warning(
+                f"The file lacks {', '.join(self.processor.gene_symbols(absent))}, which tell {names[label]!r} from "
+                f"{names[other]!r}: {max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
+            )
+        if len(weak) > WEAK_LABELS:
+            logger.warning(f"The file lacks decisive genes of {len(weak) - WEAK_LABELS} more labels.")
+        return np.asarray([names[label] for label in weak], dtype=object)
+
     def _label_scores(
-        self, cells: Cells, settings: dict[str, Any], batch_size: int | None
+        self, cells: Cells, settings: dict[str, Any], batch_size: int | None, readout: PanelReadout | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Similarity and matching for [`label_probabilities`]; no matching if the matching weight is 0."""
+        """Similarity and matching for [`label_probabilities`]; no matching if the matching weight is 0.
+
+        With `readout` the first are its log probabilities, plus similarities at the weight that `finetune` chose for
+        them; at weight 0 the transformer does not run. They are multiplied by the temperature, by which
+        [`label_probabilities`] divides them.
+        """
+        similarity_weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
+        if readout is not None:
+            log_probabilities = readout(cells)
+            if not similarity_weight and not settings["matching_weight"]:
+                return log_probabilities * settings["temperature"], None
         texts = list(settings["labels"].values())
         text_inputs = self.processor(qformer_text=texts).to(self.device)
         text_features = self._text_features(text_inputs)
@@ -321,6 +364,8 @@ class ScMMGPTPipeline:
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
         batch_size = max(self._batch_size(batch_size, 64) // max(num_candidates, 1), 1)
         scores = self._map_cells(score, cells, batch_size, "Annotating")
+        if readout is not None:
+            scores[0] = (log_probabilities + similarity_weight * scores[0]) * settings["temperature"]
         return scores[0], scores[1] if num_candidates else None
 
     # -- describe -----------------------------------------------------------------------------------------------------

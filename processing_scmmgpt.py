@@ -17,12 +17,12 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
-    from .reading_scmmgpt import read_cells
+    from .reading_scmmgpt import InputChoice, choose_input, read_cells
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
-    from reading_scmmgpt import read_cells
+    from reading_scmmgpt import InputChoice, choose_input, read_cells
 
 
 GENE_ALIASES_FILE = "gene_aliases.json"
@@ -116,6 +116,10 @@ class ScMMGPTProcessor(ProcessorMixin):
     def read_cells(self, adata: Any, **kwargs: Any) -> tuple[Cells, dict[str, Any]]:
         """AnnData -> `Cells` of this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
         return read_cells(adata, self.gene_index, **kwargs)
+
+    def choose_input(self, adata: Any, **kwargs: Any) -> InputChoice:
+        """Which matrix and genes of an AnnData to read; see `reading_scmmgpt.choose_input`."""
+        return choose_input(adata, self.gene_index, **kwargs)
 
     def gene_ids_of(self, genes: list[str]) -> np.ndarray:
         """Vocabulary ids, int64 `(len(genes),)`, of gene symbols, aliases or Ensembl ids.
