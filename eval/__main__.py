@@ -1,4 +1,4 @@
-"""`python -m scmmgpt.eval annotation|description|finetuning|generation|report|zeroshot`: evaluate a checkpoint."""
+"""`python -m scmmgpt.eval TASK`: evaluate a checkpoint, or a method beside its baselines."""
 
 import argparse
 import importlib
@@ -7,7 +7,15 @@ import sys
 from collections.abc import Sequence
 
 
-COMMANDS = ("annotation", "description", "finetuning", "generation", "report", "zeroshot")  # modules of scmmgpt.eval
+COMMANDS = (
+    "annotation",
+    "crossdata",
+    "description",
+    "finetuning",
+    "generation",
+    "report",
+    "zeroshot",
+)  # modules of scmmgpt.eval
 
 
 def main(argv: Sequence[str] | None = None) -> int:
