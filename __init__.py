@@ -17,6 +17,7 @@ _MODULES = {
     "ScGPTConfig": "configuration_scmmgpt",
     "ScGPTModel": "modeling_scgpt",
     "ScMMGPTConfig": "configuration_scmmgpt",
+    "ScMMGPTDataCollator": "collator_scmmgpt",
     "ScMMGPTFeatureExtractor": "feature_extraction_scmmgpt",
     "ScMMGPTForCellTextAlignment": "modeling_scmmgpt",
     "ScMMGPTForConditionalGeneration": "modeling_scmmgpt",

@@ -3,8 +3,9 @@
     scmmgpt annotate cells.h5ad --model CHECKPOINT --output annotated.h5ad
     scmmgpt generate "a B cell from blood" --model CHECKPOINT --output generated.h5ad
 
-A command whose input cannot be used prints one line on stderr, exits with code 2 and leaves no half-written file.
-Each command imports heavy libraries itself, so that `--help` is instant.
+Outputs are checked before the work: paths that collide, folders without room, annotations that `.h5ad` cannot hold. A
+command whose input cannot be used prints one line on stderr, exits with code 2 and leaves no half-written file; see
+`errors`. Each command imports heavy libraries itself, so that `--help` is instant.
 """
 
 import argparse
@@ -16,7 +17,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.files import whole_file
+from scmmgpt.errors import OneLineParser, explain, number, run_command
+from scmmgpt.files import check_file, check_paths, read_json, whole_file
+from scmmgpt.label_lists import read_text, read_words
+from scmmgpt.progress import tell_if_slow
 
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 Args = argparse.Namespace
 
 ERROR = 2  # exit code
+TABLES = (".csv", ".tsv", ".txt")  # of `--table`, also compressed
+COMPRESSED = (".gz", ".bz2", ".xz")
 FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
 READ_HELP = {
     "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
@@ -43,21 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    try:
-        return args.run(args) or 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if args.debug:
-            raise
-        sys.stderr.write(f"scmmgpt {args.command}: {' '.join(str(error).split()) or type(error).__name__}\n")
-        return ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write(f"scmmgpt {args.command}: stopped; nothing was written\n")
-        return 130
+    inputs = [getattr(args, name, None) for name in ("file", "model")]
+    outputs = [path for name in ("output", "table") if (path := getattr(args, name, None)) is not None]
+    name = f"scmmgpt {args.command}"
+    return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="scmmgpt", description="One language model for single cells and text.")
+    parser = OneLineParser(prog="scmmgpt", description="One language model for single cells and text.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(run: Callable[[Args], int | None]) -> argparse.ArgumentParser:
@@ -69,20 +69,28 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(annotate)
     add_input(sub)
     add_output(sub)
-    text = "candidate labels; or one file: .json {label: text}, or .csv/.tsv with columns label, text, cl_id"
+    text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
     sub.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
     sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels")
-    sub.add_argument("--min-score", type=float, metavar="P", help="cells of a lower probability are Unknown")
-    sub.add_argument("--matching-weight", type=float, metavar="W", help="0 = similarity alone .. 1 = matching decides")
+    sub.add_argument(
+        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
+    )
+    sub.add_argument(
+        "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
+    )
 
     sub = command(describe)
     add_input(sub)
     add_output(sub)
     sub.add_argument("--prompt", help="a question about one cell (default: the prompt of training)")
-    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest description (default: 64)")
+    sub.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="longest description (default: 64)"
+    )
     sub.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
     sub.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
-    sub.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of the search (default: 1, greedy)")
+    sub.add_argument(
+        "--num-beams", type=number(int, 1), default=1, metavar="N", help="beams of the search (default: 1, greedy)"
+    )
 
     sub = command(calibrate)
     add_input(sub, split="validation")
@@ -97,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(search)
     add_input(sub)
     sub.add_argument("--text", required=True, help="description of the wanted cells")
-    sub.add_argument("--top-k", type=int, default=10, metavar="K", help="number of hits (default: 10)")
+    sub.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
 
     sub = command(generate)
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
@@ -105,17 +113,24 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--stored-labels", action="store_true", help="one prompt for each label of the checkpoint")
     add_model(sub)
     add_output(sub, table=False)
-    sub.add_argument("--n-cells", type=int, default=1, metavar="N", help="cells per prompt (default: 1)")
+    sub.add_argument("--n-cells", type=number(int, 1), default=1, metavar="N", help="cells per prompt (default: 1)")
     genes = sub.add_mutually_exclusive_group()
     genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
     genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
-    sub.add_argument("--library-size", type=float, metavar="N", help="counts of a sampled cell (default: of training)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    sub.add_argument(
+        "--library-size",
+        type=number(float, 0, above=True),
+        metavar="N",
+        help="counts of a sampled cell (default: of training)",
+    )
+    sub.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
 
     sub = command(inspect)
     sub.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
     sub.add_argument("--model", metavar="CHECKPOINT", help="checkpoint with the vocabulary (default: all human genes)")
-    sub.add_argument("--max-cells", type=int, default=20_000, metavar="N", help="cells to convert (default: 20000)")
+    sub.add_argument(
+        "--max-cells", type=number(int, 1), default=20_000, metavar="N", help="cells to convert (default: 20000)"
+    )
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
     sub = command(doctor)
@@ -127,7 +142,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Options of the checkpoint and of how it runs."""
     parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="cells per batch; lower it if memory runs out")
+    parser.add_argument(
+        "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
+    )
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
@@ -172,16 +189,19 @@ def annotate(args: Args) -> None:
 
 def describe(args: Args) -> None:
     """Describe every cell in words."""
+    sampler = None
+    if args.reference:
+        from scmmgpt.train.data.captions import CaptionSampler
+
+        sampler = CaptionSampler(args.templates)
     pipeline, adata = load(args)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
     pipeline.describe(adata, args.prompt, **options, **read_options(args))
-    if args.reference:
+    if sampler is not None:
         from scmmgpt.cells_scmmgpt import hash_names
-        from scmmgpt.train.data.captions import CaptionSampler
 
         obs = {name: adata.obs[name].astype(object).to_numpy() for name in adata.obs.columns}
-        sampler, cell_ids = CaptionSampler(args.templates), hash_names(adata.obs_names)
-        adata.obs["scmmgpt_reference"] = sampler.answer(obs, cell_ids=cell_ids)
+        adata.obs["scmmgpt_reference"] = sampler.answer(obs, cell_ids=hash_names(adata.obs_names))
     texts = adata.obs["scmmgpt_description"]
     finish(args, adata, {"cells": adata.n_obs, "distinct_descriptions": texts.nunique(), "first": str(texts.iloc[0])})
 
@@ -189,10 +209,12 @@ def describe(args: Args) -> None:
 def calibrate(args: Args) -> None:
     """Fit matching weight and temperature on validation cells; store them and the labels in the checkpoint."""
     from scmmgpt.train.data.captions import CaptionSampler
+    from scmmgpt.train.data.ontology import label_terms
 
     config_file = Path(args.model) / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"No config.json in {args.model!r}: name the folder of a checkpoint to write to.")
+    check_file(config_file)
     pipeline, adata = load(args)
     labelled = adata.obs
     if (args.file / "manifest.json").is_file():  # the labels of the training split are candidates too
@@ -208,9 +230,10 @@ def calibrate(args: Args) -> None:
     sampler = CaptionSampler()
     labels = {label: sampler.label_text(label, term) for label, term in ids.items()}
     cl_ids = {label: term for label, term in ids.items() if term}
+    pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), "terms": label_terms(ids)}
     done = pipeline.calibrate(adata, args.label_key, labels, cl_ids=cl_ids, **read_options(args))
 
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file, dict)
     config["annotation"] = pipeline.model.config.annotation
     with whole_file(config_file) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -262,14 +285,16 @@ def inspect(args: Args) -> int:
     try:
         gene_index = None
         if args.model is not None:
+            from scmmgpt.checkpoints import find_checkpoint
             from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
+            find_checkpoint(args.model)
             gene_index = ScMMGPTProcessor.from_pretrained(args.model).gene_index
         report = inspect_file(args.file, gene_index, max_cells=args.max_cells, **read_options(args))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if not args.json:
+    except Exception as error:
+        if not args.json or args.debug:
             raise
-        sys.stdout.write(json.dumps({"usable": False, "error": str(error)}) + "\n")
+        sys.stdout.write(json.dumps({"usable": False, "error": explain(error, [args.file])}) + "\n")
         return ERROR
     finally:
         package.setLevel(level)
@@ -307,42 +332,60 @@ def doctor(args: Args) -> None:
 
 
 def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
-    """The pipeline and the AnnData of a command, once outputs and columns are checked; the file fails sooner."""
+    """The pipeline and the AnnData of a command, once all that it names is checked; the file fails sooner."""
+    from scmmgpt.checkpoints import find_checkpoint
+
     check_outputs(args)
-    adata = read_adata(args.file, args.split)
+    find_checkpoint(args.model)
+    adata = read_adata(args.file, args.split, args.model)
     missing = [name for name in getattr(args, "columns", ()) if name not in adata.obs]
     if missing:
         raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
+    if getattr(args, "output", None) is not None:
+        from scmmgpt.writing import make_writable, size_in_memory
+
+        with tell_if_slow("Rehearsing the writing of the result"):
+            make_writable(adata)
+        check_file(args.output, size_in_memory(adata))
     return load_pipeline(args), adata
 
 
 def load_pipeline(args: Args) -> "ScMMGPTPipeline":
     """The pipeline of `--model`."""
+    import torch
     from transformers.utils import logging
 
+    from scmmgpt.checkpoints import check_checkpoint
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
     if args.quiet or args.json:
         logging.disable_progress_bar()
-    return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+    try:
+        device = None if args.device is None else torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise ValueError(f"--device {args.device!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
+    with tell_if_slow(f"Loading {args.model}"):
+        check_checkpoint(args.model)
+        return ScMMGPTPipeline.from_pretrained(args.model, device=device, batch_size=args.batch_size)
 
 
-def read_adata(path: Path, split: str = "test") -> Any:
-    """Read a file of cells, or a split of a corpus that `prepare` made."""
+def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any:
+    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables."""
     if (path / "manifest.json").is_file():
         from scmmgpt.train.data.corpus import open_corpus
 
-        return open_corpus(path).to_adata(split)
-    from scmmgpt.readers import read_file
+        with tell_if_slow(f"Reading {path}"):
+            return open_corpus(path).to_adata(split)
+    from scmmgpt.readers import is_table, read_file
 
-    return read_file(path)
+    with tell_if_slow(f"Reading {path}"):
+        gene_index = None
+        if model is not None and is_table(path):
+            from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
-
-def read_text(path: Path) -> str:
-    """Text of a file; the error for a missing file names it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    return path.read_text(encoding="utf-8")
+            gene_index = ScMMGPTProcessor.from_pretrained(model).gene_index
+        return read_file(path, gene_index=gene_index)
 
 
 def read_options(args: Args) -> dict[str, Any]:
@@ -352,39 +395,36 @@ def read_options(args: Args) -> dict[str, Any]:
 
 
 def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
-    """`--labels` as `(labels, cl_ids)`: the given names, or the contents of a single .json, .csv or .tsv file."""
+    """`--labels` as `(labels, cl_ids)`: names, or label -> text where a file describes labels."""
     if not values:
         return None, None
-    path = Path(values[0])
-    if len(values) > 1 or path.suffix not in (".json", ".csv", ".tsv"):
-        return values, None
-    if path.suffix == ".json":
-        labels = json.loads(read_text(path))
-        if not isinstance(labels, dict | list):
-            raise ValueError(f"{path} holds a {type(labels).__name__}; write {{label: text}} or a list of labels.")
-        return labels, None
-    import csv
-
-    rows = list(csv.DictReader(read_text(path).splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
-    if not rows or "label" not in rows[0]:
-        raise ValueError(f"{path} has no column 'label'; it has {list(rows[0]) if rows else 'no rows'}.")
-    labels = {row["label"]: row.get("text") or row["label"] for row in rows}
-    return labels, {row["label"]: row["cl_id"] for row in rows if row.get("cl_id")}
+    found = read_words(values)
+    labels = {label: found.texts.get(label, label) for label in found.labels} if found.texts else found.labels
+    return labels, found.cl_ids
 
 
 def check_outputs(args: Args) -> None:
-    """Refuse an output that cannot be written, before any work is done."""
+    """Refuse outputs that cannot be written or would replace an input, before any work is done."""
     output, table = getattr(args, "output", None), getattr(args, "table", None)
     if output is not None and output.suffix != ".h5ad":
         raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
+    if table is not None and table_suffix(table) not in TABLES:
+        raise ValueError(f"--table is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
+    inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
+    check_paths({f"--{name}": value for name, value in inputs.items()}, {"--output": output, "--table": table})
     for path in (output, table):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"The folder of the output {str(path)!r} does not exist; create it first.")
+        if path is not None:
+            check_file(path)
+
+
+def table_suffix(path: Path) -> str:
+    """Suffix of a table, before that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
     """Write the result, its table and the summary."""
-    with whole_file(args.output) as temporary:
+    with tell_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
         adata.write_h5ad(temporary)
     if getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
@@ -393,7 +433,7 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> Non
             short = {name: name.removeprefix("scmmgpt_") for name in added}
             table = table.rename(columns={name: new for name, new in short.items() if new not in table})
         with whole_file(args.table) as temporary:
-            table.to_csv(temporary, index_label="barcode")
+            table.to_csv(temporary, index_label="barcode", sep="\t" if table_suffix(args.table) == ".tsv" else ",")
     write(args, {"output": str(args.output), **summary})
 
 

@@ -1,15 +1,160 @@
 """From the scores of labels to an annotation: pure functions of arrays, independent of any model.
 
-1. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the labels.
-2. `choose_labels`: the most probable label of each cell, its certainty, and the majority vote of clusters.
+1. `candidate_columns`: labels in any words -> the texts to score, those of trained labels included.
+2. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
+3. `novelty_of`: how much of a cell lies in genes that no known cell type expresses.
+4. `choose_labels`: the most probable label of each cell, its certainty, and the majority vote of clusters.
 
-`fit_mixture` fits temperature and matching weight to cells of known labels.
+`fit_mixture` fits temperature and matching weight, and `fit_novelty` the genes and the unit of novelty, to cells of
+known labels. A checkpoint keeps both, and the terms of its labels, in `config.annotation`.
 """
 
+import base64
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+except ImportError:  # beside the other files of a checkpoint
+    from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+
+UNKNOWN = "Unknown"  # the label of a cell that gets none
+
+# Novelty. The values are those that told apart known and new cell types best on cells of other laboratories, over six
+# training sets (`train/LOG.md`).
+ABSENT_BELOW = 0.3  # counts per 10,000: a gene below it in every known cell type is absent from them
+HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than held-out cells of the same one
+MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
+NOVELTY_FOLDS = 5
+MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
+MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel says nothing about novelty
+
+
+# -- labels in other words --------------------------------------------------------------------------------------------
+
+
+def normalize_label(label: str) -> str:
+    """Reduce a label to lower-case words, so that spelling variants compare equal.
+
+    >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
+    True
+    """
+    label = re.sub(r"(?<=\w)\+", " positive ", label.casefold())
+    return " ".join(re.findall(r"[^\W_]+", label))
+
+
+def trained_labels_of(
+    label: str, cl_id: str | None, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """The trained labels that a label means: itself in other words, or all that are kinds of it.
+
+    The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
+
+    Args:
+        label, cl_id: A label, or an id in its place, and its Cell Ontology id if known.
+        trained: The trained labels.
+        terms: Their terms and all ancestors: `id`, `names` (normalised) and `labels` (trained ones, at or below it).
+
+    >>> terms = [{"id": "CL:0000084", "names": ["t cell", "t lymphocyte"], "labels": ["CD4 T", "CD8 T"]}]
+    >>> trained_labels_of("T-lymphocytes", None, ["CD4 T", "CD8 T", "B"], terms)
+    ['CD4 T', 'CD8 T']
+    """
+    if label in trained:
+        return [label]
+    spellings = _spellings(label)
+    same = [name for name in trained if spellings & _spellings(name)]
+    if same:
+        return same
+    term = term_of(label, terms, cl_id)
+    return [] if term is None else list(term["labels"])
+
+
+def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = None) -> Mapping[str, Any] | None:
+    """The term of an id, or that a label names, in any spelling; None if there is none."""
+    wanted = cl_id or label.strip().upper()
+    by_id = (term for term in terms if term["id"] == wanted)
+    by_name = (term for term in terms if _spellings(label) & set(term["names"]))
+    return next(by_id, None) or next(by_name, None)
+
+
+def _spellings(label: str) -> set[str]:
+    """A label's words, and the same in the singular."""
+    words = normalize_label(label)
+    return {words, words.removesuffix("s")}
+
+
+def _broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The trained labels of the narrowest term that a label's words end with: "monocyte" of "classical monocyte"."""
+    spellings = tuple(f" {words}" for words in _spellings(label))
+    named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
+    found = [labels for names, labels in named if any(s.endswith(f" {n}") for n in names for s in spellings)]
+    found = [labels for labels in found if len(labels) < len(trained)]  # "cell" is broader than all
+    return min(found, key=len, default=[])
+
+
+@dataclass
+class Candidates:
+    """The texts that each cell is compared with, and the label that each text speaks for."""
+
+    names: list[str]  # the labels to choose from
+    texts: list[str]  # (n_texts,) what is scored; every trained text is among them
+    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 where a trained label was not asked for
+    unseen: np.ndarray  # bool (n_texts,): the label means no trained one
+    meant: dict[str, list[str]]  # label -> the trained labels that it means
+
+    def pool(self, probabilities: np.ndarray) -> np.ndarray:
+        """`(n_cells, n_texts)` probabilities -> those of the labels, `(n_cells, n_names)`, which sum to 1 or less."""
+        pooled = np.zeros((len(probabilities), len(self.names)), dtype=probabilities.dtype)
+        for text, owner in enumerate(self.owners):
+            if owner >= 0:
+                pooled[:, owner] += probabilities[:, text]
+        return pooled
+
+
+def candidate_columns(
+    labels: Mapping[str, str],
+    trained: Mapping[str, str],
+    cl_ids: Mapping[str, str],
+    terms: Sequence[Mapping[str, Any]],
+) -> Candidates:
+    """The texts to score for some labels: theirs, and those of all trained labels.
+
+    A label that means trained ones gets their texts' probability. Where two labels mean one trained label, it belongs
+    to the narrower. A trained label that nobody means competes in silence, so that a cell may be none of the labels,
+    unless it is broader than an untrained label ("T cell" beside "gamma-delta T cell").
+
+    Args:
+        labels: Label -> text; the text of a label alone is the label itself, or that of training.
+        trained: Label -> text of the trained labels.
+        cl_ids: Label -> Cell Ontology id, where known.
+        terms: As for [`trained_labels_of`].
+    """
+    names = list(labels)
+    meant = {name: trained_labels_of(name, cl_ids.get(name), list(trained), terms) for name in names}
+    widths = {label: [len(meant[name]) if label in meant[name] else math.inf for name in names] for label in trained}
+    broader = {label for name in names if not meant[name] for label in _broader_labels(name, trained, terms)}
+    owner_of: dict[str, tuple[int, bool]] = {}
+    for label, text in trained.items():
+        width = min(widths[label])
+        if not math.isinf(width):
+            owner_of.setdefault(text, (widths[label].index(width), False))
+        elif label not in broader:
+            owner_of.setdefault(text, (-1, False))
+    for number, (name, text) in enumerate(labels.items()):
+        # The words of a label that means a trained one add nothing; a description of it, given by the user, may.
+        if text not in owner_of and not (meant[name] and text == name):
+            owner_of[text] = number, not meant[name]
+    owners, unseen = zip(*owner_of.values(), strict=True)
+    return Candidates(names, list(owner_of), np.asarray(owners), np.asarray(unseen), meant)
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
 
 
 def label_probabilities(
@@ -67,31 +212,53 @@ def choose_labels(
     cl_ids: dict[str, str],
     min_score: float | None = None,
     clusters: np.ndarray | None = None,
+    novelty: np.ndarray | None = None,
+    terms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, np.ndarray]:
     """Choose the most probable label of each cell, and measure its certainty.
 
     Args:
-        probabilities: `(n_cells, n_labels)`, as [`label_probabilities`] gives them.
+        probabilities: `(n_cells, n_labels)`, as [`label_probabilities`] gives them; what is missing to 1 is the
+            probability of a known label that is no candidate.
         names: The labels.
         cl_ids: Label -> Cell Ontology id, of the labels that have one.
-        min_score: Cells whose best label is less probable are labelled `"Unknown"`.
+        min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
+            every cell gets a label.
         clusters: `(n_cells,)` of str: cluster of each cell.
+        novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where it can't be judged.
+        terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
+            first one above its best label whose labels together reach it.
 
     Returns:
-        Arrays of shape `(n_cells,)`: `cell_type` and `cl_id` (str), `score` (probability of the best label), `margin`
-        (over the runner-up) and `entropy` ([`normalized_entropy`]), float32; with `clusters`, `cell_type_majority`.
+        Arrays of shape `(n_cells,)`: `cell_type` and `cl_id` (str), `score` (probability of the label), `margin` (of
+        the best candidate over the runner-up) and `entropy` ([`normalized_entropy`]), float32; with `novelty`,
+        `novelty`; with `clusters`, `cell_type_majority`.
     """
     best = probabilities.argmax(axis=1)
     ranked = np.sort(probabilities, axis=1)
-    score = ranked[:, -1]
-    cell_type = np.asarray(names, dtype=object)[best].astype(str)
-    cl_id = np.asarray([cl_ids.get(name, "") for name in names], dtype=object)[best].astype(str)
+    score = ranked[:, -1].copy()
+    cell_type = np.asarray(names, dtype=object)[best]
+    cl_id = np.asarray([cl_ids.get(name, "") for name in names], dtype=object)[best]
     if min_score is not None:
-        unknown = score < min_score
-        cell_type, cl_id = np.where(unknown, "Unknown", cell_type), np.where(unknown, "", cl_id)
-    margin = score - ranked[:, -2] if len(names) > 1 else score
-    entropy = normalized_entropy(probabilities)
+        low = score < min_score
+        for term in terms:
+            columns = [number for number, name in enumerate(names) if name in term["labels"]]
+            if not 1 < len(columns) < len(names):  # a term of all labels says nothing
+                continue
+            total = probabilities[:, columns].sum(axis=1)
+            broader = low & np.isin(best, columns) & (total >= min_score)
+            cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
+            low &= ~broader
+        cell_type[low], cl_id[low] = UNKNOWN, ""
+    if novelty is not None and min_score != 0:
+        cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
+    cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
+    margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]
+    others = np.maximum(1 - probabilities.sum(axis=1, keepdims=True), 0)
+    entropy = normalized_entropy(np.hstack([probabilities, others]) if others.max(initial=0) > 1e-4 else probabilities)
     columns = {"cell_type": cell_type, "cl_id": cl_id, "score": score, "margin": margin, "entropy": entropy}
+    if novelty is not None:
+        columns["novelty"] = novelty
     return columns if clusters is None else {**columns, "cell_type_majority": majority_vote(cell_type, clusters)}
 
 
@@ -132,3 +299,100 @@ def fit_mixture(
                 fitted = {"temperature": float(candidate), "matching_weight": round(float(weight), 3)}
                 best = {"nll": float(nll), "accuracy": accuracy, **fitted}
     return best
+
+
+# -- novelty ----------------------------------------------------------------------------------------------------------
+
+
+def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
+    """Share of each cell in absent genes, float32 `(n_cells,)`, 0 to 1; each gene counts by the root of its count.
+
+    A cell of a type that was never seen expresses genes that no known type does, and a type keeps its silent genes
+    from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
+    `(n_genes,)`, by vocabulary id.
+    """
+    roots = np.sqrt(cells.counts.astype(np.float64))
+    rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))
+    total = np.bincount(rows, weights=roots, minlength=len(cells))
+    novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
+    return (novel / np.maximum(total, 1e-9)).astype(np.float32)
+
+
+def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
+    """Genes below `ABSENT_BELOW` counts per 10,000 in the mean of every label, bool `(n_genes,)`.
+
+    `targets` are the labels of the cells, int `(n_cells,)`.
+    """
+    lengths = np.diff(cells.indptr)
+    rows = np.repeat(np.arange(len(cells)), lengths)
+    sizes = np.maximum(np.bincount(rows, weights=cells.counts, minlength=len(cells)), 1e-9)
+    of_label = np.repeat(targets, lengths)
+    absent = np.ones(n_genes, dtype=bool)
+    for label in np.unique(targets):
+        mine = of_label == label
+        shares = cells.counts[mine] / sizes[rows[mine]]
+        means = np.bincount(cells.gene_ids[mine], weights=shares, minlength=n_genes) / (targets == label).sum()
+        absent &= means * COUNTS_PER_10K < ABSENT_BELOW
+    return absent
+
+
+def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
+    """What `annotate` needs to tell cells apart that are like no known type; None for too few cells.
+
+    Args:
+        cells: Labelled cells, of all known types.
+        targets: Int `(n_cells,)`: their labels.
+        measured: Vocabulary ids of the genes that were measured in them: of other genes nothing is known.
+        n_genes: Size of the gene vocabulary.
+
+    Returns:
+        `absent_genes` (a bit a gene, packed, in base64) and `unit`: the share of absent genes above which a cell is
+        novel, from cells that were left out when the absent genes were found.
+    """
+    if len(cells) < MIN_NOVELTY_CELLS:
+        return None
+    fold = permutation(len(cells), NOVELTY_FOLDS) % NOVELTY_FOLDS
+    known = np.zeros(n_genes, dtype=bool)
+    known[measured] = True
+    shares = np.empty(len(cells), dtype=np.float32)
+    for part in range(NOVELTY_FOLDS):
+        absent = absent_genes(cells[fold != part], targets[fold != part], n_genes)
+        shares[fold == part] = novelty_of(cells[fold == part], absent & known)
+    unit = max(float(np.quantile(shares, HELD_OUT_QUANTILE)) * MARGIN, MIN_UNIT)
+    absent = absent_genes(cells, targets, n_genes) & known
+    expressed = known & ~absent
+    if not absent.any() or not expressed.any():
+        return None
+    return {"absent_genes": _pack(absent), "expressed_genes": _pack(expressed), "unit": round(unit, 6)}
+
+
+def _pack(mask: np.ndarray) -> str:
+    """A bool array as text: a bit each, in base64."""
+    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
+
+
+def _unpack(text: str, n_genes: int) -> np.ndarray:
+    """The bool array `(n_genes,)` of [`_pack`]."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n_genes).astype(bool)
+
+
+@dataclass
+class Novelty:
+    """The stored result of [`fit_novelty`], for the genes at hand."""
+
+    absent: np.ndarray  # bool (n_genes,)
+    unit: float
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any] | None, measured: np.ndarray, n_genes: int) -> "Novelty | None":
+        """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes."""
+        if not stored:
+            return None
+        expressed = _unpack(stored["expressed_genes"], n_genes)
+        if expressed[measured].sum() < MIN_MEASURED * expressed.sum():
+            return None
+        return cls(_unpack(stored["absent_genes"], n_genes), stored["unit"])
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Novelty of each cell, float32 `(n_cells,)`: above 1 it is like no known type."""
+        return novelty_of(cells, self.absent) / np.float32(self.unit)

@@ -5,7 +5,8 @@ In shapes, `nnz` is the number of entries of all cells: expressed genes with the
 
 import enum
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -199,12 +200,61 @@ class Cells:
         )
 
     @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "Cells":
+        """Rows of a dataset, one cell each, as `datasets` gives them in any format (Python, NumPy, torch).
+
+        Args:
+            rows: Each with `gene_ids` and `counts` (sequences of one length), and `cell_id`, an integer. A negative
+                `cell_id` is the same identity as an unsigned one: the 64 bits count. `total_counts` may be left out of
+                all rows.
+
+        Raises:
+            ValueError: If a row lacks one of these, or has another number of counts than of genes.
+        """
+        for number, row in enumerate(rows):
+            if missing := [name for name in ("cell_id", "gene_ids", "counts") if row.get(name) is None]:
+                raise ValueError(
+                    f"Row {number} has no {missing[0]!r}; it has {sorted(row)}. A row of a cell has `cell_id`, "
+                    "`gene_ids` and `counts`."
+                )
+            n_genes, n_counts = len(row["gene_ids"]), len(row["counts"])
+            if n_genes != n_counts:
+                raise ValueError(f"Row {number} has {n_genes} gene_ids and {n_counts} counts; give one for each.")
+        empty = np.zeros(0, dtype=np.uint8)  # of the smallest type: it decides nothing
+        genes, counts = ([np.asarray(row[name]) for row in rows] for name in ("gene_ids", "counts"))
+        totals = [row.get("total_counts") for row in rows]
+        return cls(
+            np.cumsum([0, *map(len, genes)]),
+            np.concatenate([empty, *(ids for ids in genes if len(ids))]),  # an empty list is of floats
+            np.concatenate([empty, *(values for values in counts if len(values))]),
+            np.array([int(row["cell_id"]) % 2**64 for row in rows], dtype=np.uint64),
+            None if any(total is None for total in totals) else np.array(totals, dtype=np.float32),
+        )
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One mapping a cell, which [`Cells.from_rows`] reads, of types that `datasets.Dataset.from_list` takes.
+
+        `cell_id` is signed, since torch and most other libraries have no unsigned 64-bit integers.
+        """
+        ids, totals = self.cell_ids.astype(np.uint64).view(np.int64), self.library_sizes()
+        return [
+            {
+                "cell_id": int(ids[i]),
+                "gene_ids": self.gene_ids[start:stop],
+                "counts": self.counts[start:stop],
+                "total_counts": float(totals[i]),
+            }
+            for i, (start, stop) in enumerate(itertools.pairwise(self.indptr.tolist()))
+        ]
+
+    @classmethod
     def from_csr(
         cls,
         matrix: Any,
         vocabulary_ids: np.ndarray,
         cell_ids: np.ndarray | None = None,
         total_counts: np.ndarray | None = None,
+        sums_columns: bool | None = None,
     ) -> "Cells":
         """Reads a CSR matrix of counts.
 
@@ -215,6 +265,7 @@ class Cells:
             cell_ids: `uint64 (n_cells,)`, best `hash_names(adata.obs_names)`. By default the row numbers, under which
                 a cell's random draws depend on the chunk that it is read in.
             total_counts: Library sizes `(n_cells,)`; by default the sums over all columns, those left out included.
+            sums_columns: [`has_repeats`] of `vocabulary_ids`, for who reads many chunks with the same.
 
         Returns:
             `Cells`, the genes of each in the order of the entries of `matrix`.
@@ -228,7 +279,7 @@ class Cells:
             columns, data = columns[data != 0], data[data != 0]
         indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
         ids = _column_ids(vocabulary_ids, matrix.shape[1])
-        if np.bincount(ids[ids >= 0], minlength=1).max() > 1:  # sums of a gene's columns need room
+        if has_repeats(ids) if sums_columns is None else sums_columns:  # sums of a gene's columns need room
             data = data.astype(np.float64 if data.dtype.kind == "f" else np.int64)
         elif data.dtype.kind != "f" and data.dtype.itemsize < 4:  # a row may hold a column twice
             data = data.astype(np.int32)
@@ -239,6 +290,11 @@ class Cells:
         return cls(indptr, gene_ids, counts, cell_ids, sums if total_counts is None else total_counts)
 
 
+def has_repeats(vocabulary_ids: np.ndarray) -> bool:
+    """Whether several columns have the same gene; -1 is none."""
+    return bool(np.bincount(vocabulary_ids[vocabulary_ids >= 0], minlength=1).max() > 1)
+
+
 def _column_ids(vocabulary_ids: Any, n_vars: int) -> np.ndarray:
     vocabulary_ids = np.asarray(vocabulary_ids)
     if vocabulary_ids.shape != (n_vars,) or vocabulary_ids.dtype.kind not in "iu":
@@ -246,7 +302,7 @@ def _column_ids(vocabulary_ids: Any, n_vars: int) -> np.ndarray:
             f"`vocabulary_ids` is {vocabulary_ids.dtype} of shape {vocabulary_ids.shape}, but the matrix has {n_vars} "
             "columns. Pass one integer a column, -1 for a column to leave out."
         )
-    return vocabulary_ids.astype(np.int32)
+    return vocabulary_ids.astype(np.int32, copy=False)
 
 
 def _refuse_entries(indptr: np.ndarray, columns: np.ndarray, data: np.ndarray) -> NoReturn:

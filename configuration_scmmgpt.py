@@ -33,7 +33,14 @@ PIPELINE_TASKS = {
     "cell-embedding": "embed",
     "cell-search": "search",
 }
-CELL_AUTO_MAP = {"AutoConfig": "configuration_scmmgpt.ScGPTConfig", "AutoModel": "modeling_scgpt.ScGPTModel"}
+CELL_AUTO_MAP = {
+    "AutoConfig": "configuration_scmmgpt.ScGPTConfig",
+    "AutoModel": "modeling_scgpt.ScGPTModel",
+    "AutoModelForMaskedLM": "modeling_scgpt.ScGPTForPreTraining",
+    "AutoModelForPreTraining": "modeling_scgpt.ScGPTForPreTraining",
+    "AutoModelForSequenceClassification": "modeling_scgpt.ScGPTForSequenceClassification",
+    "AutoProcessor": "processing_scmmgpt.ScGPTProcessor",
+}
 
 
 class ScGPTConfig(PreTrainedConfig):
@@ -60,6 +67,11 @@ class ScGPTConfig(PreTrainedConfig):
 
     model_type = "scmmgpt_cell"
     base_config_key = "cell_config"
+    # What `Trainer.predict` leaves out of the predictions.
+    keys_to_ignore_at_inference = [
+        *("hidden_states", "attentions", "expression_loss", "mvc_loss"),
+        *("masked_loss", "gene_prompt_loss", "cell_prompt_loss"),
+    ]
 
     vocab_size: int = 60697
     hidden_size: int = 512
@@ -128,10 +140,18 @@ class ScMMGPTConfig(PreTrainedConfig):
         language_weight, expression_weight: Weights of the stage-2 losses.
         annotation: Defaults of annotation: `labels` (label -> text), `cl_ids`, and the `matching_weight`,
             `matching_candidates` and `temperature` fixed on validation data.
+        adapter_bases: Names of the base whose LoRA adapter is merged into these weights. An adapter of that base is
+            refused here, since it would count twice.
         custom_pipelines: Task -> pipeline, for `transformers.pipeline`; always the same.
     """
 
     model_type = "scmmgpt"
+    # What `Trainer.predict` leaves out of the predictions: the logits, or the features of cells and texts, are left.
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "cache", "hidden_states", "attentions", "cell_hidden_states"),
+        *("language_loss", "expression_loss"),
+        *("contrastive_loss", "matching_loss", "captioning_loss", "cell_pretraining_loss"),
+    ]
     sub_configs_defaults = {
         "cell_config": SubConfigSpec(config_class=ScGPTConfig),
         "qformer_config": SubConfigSpec(config_class=Blip2QFormerConfig),
@@ -167,6 +187,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     annotation: dict | None = None
+    adapter_bases: list[str] | None = None
     custom_pipelines: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

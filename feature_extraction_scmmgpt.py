@@ -271,7 +271,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
             cells.gene_ids.astype(np.int32, copy=False),
             counts,
             self._values(cells),
-            np.linspace(0, 1, self.n_bins - 1),
+            np.linspace(0, 1, self.n_bins - 1 if self.value_mode == "binned" else 0),
             cell_keys(cells.cell_ids, seed=self.seed, epoch=epoch, stream=RandomStream.TOKEN),
             max_genes - 1,
             selection == "top",
@@ -295,7 +295,7 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         return BatchFeature(arrays)
 
     def _values(self, cells: Cells) -> np.ndarray:
-        """`float32 (nnz,)`, or nothing where the kernel bins the counts itself."""
+        """`float32 (nnz,)`, or nothing where the counts are binned."""
         if self.value_mode == "log1p":
             return normalize_log1p(cells, self.target_sum)
         return cells.counts.astype(np.float32, copy=False) if self.value_mode == "raw" else np.empty(0, np.float32)
@@ -331,7 +331,7 @@ def _fill_rows_numpy(
     """What [`fill_rows`] does, in NumPy."""
     lengths = np.diff(indptr)
     hashes = gene_hashes(np.repeat(cell_keys, lengths), gene_ids)
-    if not len(values):
+    if len(levels):
         values = _draw_bins(indptr, counts, hashes, len(levels) + 1)
     kept = np.ones(len(gene_ids), dtype=bool)
     crowded = lengths > n_kept

@@ -1,4 +1,4 @@
-"""Atomic writing: other processes, and runs after a crash, find a whole file or none."""
+"""Files and folders: outputs are checked before the work, and written whole or not at all."""
 
 import contextlib
 import errno
@@ -6,9 +6,118 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+
+RESULTS = (".h5ad", ".csv")  # what commands write; another file within an input folder belongs to the input
+
+# -- before the work --------------------------------------------------------------------------------------------------
+
+
+def check_paths(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    """Refuse an output that is an input or another output, also by another name of the same file.
+
+    Args:
+        inputs: Option -> the path or paths that it names; words that name no existing file are left out.
+        outputs: Option -> path to write; `None` where nothing is written.
+    """
+    written = {option: Path(path) for option, path in outputs.items() if path is not None}
+    for (option, path), (other, other_path) in combinations(written.items(), 2):
+        if is_same(path, other_path):
+            raise ValueError(
+                f"{option} and {other} are both {str(path)!r}: one would replace the other. Name two files."
+            )
+    for name, given in inputs.items():
+        for word in given if isinstance(given, list | tuple) else [given]:
+            source = Path(word) if isinstance(word, str | Path) else None
+            if source is None or not exists(source):
+                continue
+            for option, path in written.items():
+                if is_same(path, source) or is_part(path, source):
+                    raise ValueError(
+                        f"{option} {str(path)!r} would replace a file of the input {name} {str(source)!r}; name "
+                        "another file."
+                    )
+
+
+def exists(path: Path) -> bool:
+    """Whether a path exists; a text too long for a path does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, by links or other spellings too."""
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def is_part(path: Path, source: Path) -> bool:
+    """Whether writing `path` would change the input `source`: a folder, or a matrix with its tables beside it."""
+    folder = source if source.is_dir() else source.parent
+    if not (source.is_dir() or source.name.endswith((".mtx", ".mtx.gz"))):
+        return False
+    inside = Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+    is_store = any((folder / marker).exists() for marker in (".zgroup", ".zattrs", "zarr.json"))
+    return inside and (is_store or path.is_file() and path.suffix not in RESULTS)
+
+
+def check_file(path: str | os.PathLike, n_bytes: int = 0) -> None:
+    """Refuse a file that cannot be written, or has less room than `n_bytes`; leaves nothing behind.
+
+    Raises:
+        FileNotFoundError: If its folder does not exist.
+        OSError: If it is a folder or a device, or if its folder takes no new file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"The output {str(path)!r} is {'a folder' if path.is_dir() else 'no file'}; name a file.")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder of the output {str(path)!r} does not exist; create it first.")
+    _try_folder(folder, path)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OSError(f"The output {str(path)!r} exists and is protected against writing; name another file.")
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OSError(
+            f"The output {str(path)!r} takes some {n_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free on "
+            "its disk. Make room, or name another disk."
+        )
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Refuse a folder in which nothing can be written; the folder may be new. Leaves nothing behind."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise OSError(f"The output folder {str(path)!r} is a file; name another folder.")
+    folder = Path(os.path.realpath(path))
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OSError(
+            f"The output folder {str(path)!r} lies in {str(folder)!r}, which is a file; name another folder."
+        )
+    _try_folder(folder, path)
+
+
+def _try_folder(folder: Path, path: Path) -> None:
+    """Make and remove a file, as permissions alone do not tell whether that works."""
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(f"The output {str(path)!r} cannot be written ({error.strerror}). Name another place.") from None
+    temporary.unlink()
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -16,7 +125,7 @@ def whole_file(path: str | os.PathLike, *, keep_existing: bool = False) -> Itera
     """Yield the path of a temporary file, beside `path` and of its suffix, that becomes `path` if the block succeeds.
 
     The file is synced to disk before it is renamed. If the block fails, `path` stays as it was. The folder of `path`
-    must exist. With `keep_existing`, a `path` that exists at the end of the block is not replaced.
+    must exist. With `keep_existing`, a `path` that exists at the end of the block is not replaced. A link is followed.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "answer.txt"
@@ -27,8 +136,8 @@ def whole_file(path: str | os.PathLike, *, keep_existing: bool = False) -> Itera
     >>> path.read_text()
     '42'
     """
-    path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         yield temporary
         _sync_file(temporary)
@@ -97,6 +206,37 @@ def write_json(path: str | os.PathLike, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Contents of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path: str | os.PathLike, kind: type | None = None) -> Any:
+    """Contents of a JSON file, which are a `kind` (`dict`, `list`) if one is given.
+
+    Raises:
+        FileNotFoundError, ValueError: If there is no such file, or it is no JSON or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Excel and Windows editors write a byte-order mark
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}). Write or copy it again.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep. Write or copy it again.") from None
+    if kind is not None and not isinstance(value, kind):
+        names = {"dict": "an object", "list": "a list"}
+        found, wanted = (names.get(t.__name__, f"a {t.__name__}") for t in (type(value), kind))
+        raise ValueError(f"{path} holds {found} in place of {wanted}. Write or copy it again.")
+    return value
+
+
+def obey_umask(folder: str | os.PathLike) -> None:
+    """Give the files of a folder the permissions that the umask leaves to new files.
+
+    Safetensors writes by way of temporary files, which only their owner may read: colleagues on a shared disk could
+    not load a checkpoint.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
+            with contextlib.suppress(PermissionError):  # a file of another user
+                path.chmod(0o666 & ~umask)

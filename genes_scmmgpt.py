@@ -21,11 +21,22 @@ N_EXAMPLES = 10  # unmatched genes that a report names
 MIN_GENES = 20  # fewer matches are chance, whatever their share
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:_PAR_Y)?$", re.IGNORECASE)
-EMBEDDED_ENSEMBL = re.compile(r"(?:^|[_|:;, ])(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:$|[_|:;, ])")
+EMBEDDED_ENSEMBL = re.compile(r"(?:^|[-_|:;,.( ]+)(ENS[A-Z]{0,4}G\d{11})(?:\.\d+)?(?:$|[-_|:;,.) ]+)")
 GENOME = re.compile(r"^(hg\d+|GRCh\d+|mm\d+|GRCm\d+)(?:$|[_-]+(?=\S)|\b)", re.IGNORECASE)
 PEAK = re.compile(r"^(chr)?(\d{1,2}|X|Y|MT?|GL\d+\.\d|KI\d+\.\d)[:_-]\d+[_-]\d+$", re.IGNORECASE)
-ANTIBODY = re.compile(r"(Total_?Seq[A-D]?|ADT|anti(human|mouse))\b|^(ADT|AB|PROT|HTO)[_-]", re.IGNORECASE)
-CONTROL = re.compile(r"^(ERCC-\d{5}|Blank-?\d+|(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword).*)$")
+# Antibodies and sample tags: TotalSeq, ADT and HTO by name, BD's AbSeq (`CD3:UCHT1|CD3E|AHS0231|pAbO`, also after R
+# replaced the marks), and names that end in a tag's sequence.
+ANTIBODY = re.compile(
+    r"(Total_?-?Seq[_-]?[A-D]?|Total[A-D]|ADT|anti[_-]?(human|mouse))\b|^(ADT|AB|PROT|HTO|CITE|Hashtag)[_.-]|"
+    r"^(HTO|Hashtag)[_.-]?\d|[|._:-](pAbO|stAbO)$|\bAHS\d{4}\b|^SampleTag\d|[._-](?-i:[ACGT]{15})$",
+    re.IGNORECASE,
+)
+# Spike-ins, control probes and codewords, and what htseq-count and STAR count beside the genes.
+CONTROL = re.compile(
+    r"^(ERCC-\d{5}|Blank-?\d+|(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword).*|"
+    r"__(no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)|"
+    r"N_(unmapped|multimapping|noFeature|ambiguous))$"
+)
 MADE_UNIQUE = re.compile(r"[-.]\d$")
 EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
@@ -52,7 +63,14 @@ SPECIES = (
     Species("zebrafish", "danio rerio", "ncbitaxon:7955", "ENSDARG", None),
     Species("chicken", "gallus gallus", "ncbitaxon:9031", "ENSGALG", "human"),
 )
-GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "rna", "gex", "mrna", "", "nan"})
+# Words of a column of feature types. Biotypes (`protein_coding`, `lncRNA`) are none.
+GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "genes", "rna", "gex", "mrna", "", "nan"})
+FEATURE_TYPES = {
+    **dict.fromkeys(GENE_FEATURE_TYPES, "gene"),
+    **dict.fromkeys(("antibody capture", "antibody", "antibodies", "protein", "proteins", "prot", "adt"), "antibody"),
+    **dict.fromkeys(("peaks", "peak", "chromatin accessibility", "atac"), "peak"),
+    **dict.fromkeys(("spike-in", "control probe", "negative control"), "control"),
+}
 
 
 class GeneIndex:
@@ -107,7 +125,10 @@ class GeneIndex:
         key = ensembl.group(1).upper() if ensembl else name
         if species is not None and self.translates(species):
             table = self.orthologs[species]
-            found = self.vocabulary.get(table.get(key) or table.get(_embedded(name) or "") or "")
+            names = (key, _embedded(name), EMBEDDED_ENSEMBL.sub("", name))
+            found = next(
+                (self.vocabulary[table[n]] for n in names if n in table and table[n] in self.vocabulary), None
+            )
             return (-1, "unmatched") if found is None else (found, "ortholog")
         if key in self.vocabulary:  # of symbols or of Ensembl ids
             return self.vocabulary[key], "ensembl" if ensembl else "symbol"
@@ -118,7 +139,9 @@ class GeneIndex:
             return -1, "unmatched"
         embedded = _embedded(name)
         if embedded is not None:
-            return self.lookup(embedded)
+            found, how = self.lookup(embedded)
+            rest = EMBEDDED_ENSEMBL.sub("", name)
+            return (found, how) if found >= 0 or not rest else self.lookup(rest)  # of a retired id, the symbol
         for changed in (name.replace(".", "-"), name.replace("-", "_")):  # undo R's make.names and Seurat
             if changed in self.vocabulary:
                 return self.vocabulary[changed], "alias"
@@ -210,17 +233,20 @@ def classify_features(
             types[i] = "antibody"
     for i, feature_type in enumerate(() if feature_types is None else feature_types):
         word = str(feature_type).strip().lower()
-        if "antibod" in word or "protein" in word or word == "adt":
-            types[i] = "antibody"
-        elif word in ("peaks", "peak", "chromatin accessibility"):
-            types[i] = "peak"
-        elif word not in GENE_FEATURE_TYPES and types[i] == "gene":
-            types[i] = word
+        known = FEATURE_TYPES.get(word, word)
+        if known in ("antibody", "peak") or (known != "gene" and types[i] == "gene"):
+            types[i] = known
     found = [GENOME.match(str(name)) for name in (names if genomes is None else genomes)]
     mouse = np.array([m is not None and m.group(1).lower().startswith(("mm", "grcm")) for m in found], dtype=bool)
     if mouse.any() and any(m is not None and m.group(1).lower().startswith(("hg", "grch")) for m in found):
         types[mouse & (types == "gene")] = "mouse genome"
     return types
+
+
+def are_feature_types(values: Sequence[str]) -> bool:
+    """Whether a column holds feature types as 10x writes them, and no biotypes, which CELLxGENE calls by that name."""
+    words = {str(value).strip().lower() for value in values}
+    return "gene expression" in words or words <= FEATURE_TYPES.keys()
 
 
 def match_genes(
@@ -315,10 +341,14 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         ValueError: If under 20 % of the genes match, or under 20 genes of a large vocabulary.
     """
     r = match.report
-    possible = min(r["genes"], len(gene_index))
-    measured, species = r["vocabulary_measured"], r["species"]
+    n_genes, n_known, measured, species = r["genes"], len(gene_index), r["vocabulary_measured"], r["species"]
+    possible = min(n_genes, n_known)
     share = measured / possible
     foreign = species not in ("unknown", gene_index.species) and gene_index.species != "unknown"
+    few = measured < MIN_GENES <= n_known / 10
+    largest = f"the largest that do not: {', '.join(r['largest_unmatched'][:5])}"
+    of_them = f"{share:.1%}; {largest}" if r["largest_unmatched"] else f"{share:.1%}"
+    finding = f"Only {measured} of {possible} genes match the model's vocabulary ({of_them}). "
     way_out = "Name the column of `var` that has gene symbols or Ensembl ids with `gene_column=`."
     if foreign and not gene_index.translates(species):
         way_out = (
@@ -330,9 +360,16 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
             f"They were read as {species} genes ({r['species_evidence']}); name another species with `organism=`, or "
             "the column of `var` that has their symbols with `gene_column=`."
         )
-    largest = f"the largest that do not: {', '.join(r['largest_unmatched'][:5])}"
-    finding = f"Only {measured} of {possible} genes match the model's vocabulary ({share:.1%}; {largest}). {way_out}"
-    few = measured < MIN_GENES <= len(gene_index) / 10
+    elif share >= WARN_SHARE:
+        way_out = "The names are right, but the file has few genes: pass a file that has more of the model's genes."
+    elif measured >= MIN_GENES:  # matches that are no chance: the column is right, and the model knows few genes
+        if n_known < n_genes:
+            finding = f"The file has only {measured} of the {n_known} genes that the model knows ({share:.1%}). "
+        way_out = (
+            f"The model knows {n_known} genes and sees nothing of the others; a model that was trained on more genes, "
+            "or on such cells, sees more. If another column of `var` has better names, pass it with `gene_column=`."
+        )
+    finding += way_out
     if measured == 0 or ((share < REFUSE_SHARE or few) and not force):
         raise ValueError(finding + (" Or pass `force=True` to read the matching genes." if measured else ""))
     messages = [finding] if share < WARN_SHARE or few else []

@@ -3,6 +3,7 @@
 Every command runs the same checks; `docs/inputs.md` lists them.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from scmmgpt.readers import CellFile, DiskRows, read_file
 from scmmgpt.reading_scmmgpt import InputChoice, check_labels, choose_input, finish_report, inspect_matrices, matrix_of
 
 
+OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of reading, also of the command line
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "assay", "organism", "donor_id")
 
 KIND_WORDS = {
@@ -48,7 +50,7 @@ def inspect_file(
     vocabulary = "model"
     if gene_index is None:
         gene_index, vocabulary = _reference()
-    with read_file(path, backed=True) as file:
+    with read_file(path, backed=True, gene_index=gene_index) as file:
         report: dict[str, Any] = {"usable": True, "error": "", "file": _describe_file(Path(path), file, file.X)}
         report["obs"], warnings = _describe_obs(file)
         try:
@@ -88,6 +90,7 @@ def _describe_file(path: Path, file: CellFile, matrix: Any) -> dict[str, Any]:
         "variables": file.n_vars,
         "layout": layout,
         "bytes_in_memory": int(in_memory),
+        "notes": file.notes,
     }
 
 
@@ -142,11 +145,26 @@ def _describe_unusable(file: CellFile) -> dict[str, Any]:
 # -- in words ---------------------------------------------------------------------------------------------------------
 
 
+def as_options(text: str) -> str:
+    """A message of the library in the words of the command line: `gene_column=` is `--gene-column` there.
+
+    >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
+    'Pass `--layer`, `--assume normalized` or `--force`.'
+    """
+
+    def option(found: re.Match) -> str:
+        value = "" if found[2] == "True" else found[2].strip("'\"")
+        return f"`--{found[1].replace('_', '-')}{' ' if value else ''}{value}`"
+
+    return re.sub(rf"`({'|'.join(OPTIONS)})=([^`]*)`", option, text)
+
+
 def render(report: dict[str, Any]) -> str:
-    """A report as text."""
+    """A report as text, in the words of the command line."""
     file = report["file"]
     size = f"{file['layout']}, {_bytes(file['bytes'])} on disk, {_bytes(file['bytes_in_memory'])} in memory"
     lines = [f"{Path(file['path']).name}: {file['cells']:,} cells x {file['variables']:,} variables ({size})"]
+    lines += [f"  - {note}" for note in file.get("notes", [])]
     lines += _matrix_lines(report.get("matrix", {}))
     lines += _gene_lines(report.get("genes", {}))
     cells = report.get("cells", {})
@@ -154,6 +172,8 @@ def render(report: dict[str, Any]) -> str:
         matrix = report["matrix"]
         counts = matrix["kind"].startswith("raw") or "integer counts" in matrix["conversion"]
         unit = "counts" if counts else "on the scale of the values"
+        if matrix["evidence"].get("target_sum_from") == "assumed":
+            unit += f" if all genes of a cell summed to {matrix['target_sum']:,g}, as assumed"
         totals = f"{cells['total_median']:,g} {unit} ({cells['total_min']:,g} to {cells['total_max']:,g})"
         genes = f"{cells['genes_median']:,g} genes of the vocabulary (of {cells['converted']:,} cells)"
         lines.append(f"  cells: median total {totals}, {genes}")
@@ -164,7 +184,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"  => can be used: scmmgpt annotate {file['path']} --model CHECKPOINT --output annotated.h5ad")
     else:
         lines.append(f"  => cannot be used: {report['error']}")
-    return "\n".join(lines)
+    return as_options("\n".join(lines))
 
 
 def _matrix_lines(matrix: dict[str, Any]) -> list[str]:

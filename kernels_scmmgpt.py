@@ -68,18 +68,24 @@ _mix64 = _compiled(mix64)
 def find_entries(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`indptr`, `columns` and values `(E,)` of what is not zero in a row-major matrix `(C, V)`."""
     n_rows, n_columns = matrix.shape
-    indptr, is_filled, n = np.zeros(n_rows + 1, np.int64), np.empty(n_columns, np.uint8), ZERO
-    size = n_columns + n_rows * n_columns // 8  # room for one entry in eight, to begin with
+    is_filled, indptr, n = np.zeros(-(-n_columns // 4) * 4, np.uint8), np.zeros(n_rows + 1, np.int64), ZERO
+    fours = is_filled.view(np.uint32)  # four columns each
+    busy, room = np.empty(len(fours), np.int32), n_columns + 4
+    size = room + n_rows * n_columns // 8  # one entry in eight, to begin with
     columns, data = np.empty(size, np.int32), np.empty(size, matrix.dtype)
     for row in range(n_rows):
-        if n + n_columns > len(columns):
+        if n + room > len(columns):
             columns, data = np.append(columns, np.empty_like(columns)), np.append(data, np.empty_like(data))
-        values = matrix[row]
+        values, n_busy = matrix[row], ZERO
         for column in range(n_columns):  # a loop of its own, which the compiler turns into vector instructions
             is_filled[column] = values[column] != 0
-        for column in range(n_columns):  # without a branch: an empty column is overwritten by the next one
-            columns[n] = column
-            n += np.uint64(is_filled[column])
+        for i in range(len(fours)):  # most are empty; without a branch: the next one overwrites an empty one
+            busy[n_busy] = 4 * i
+            n_busy += np.uint64(fours[i] != 0)
+        for first in busy[:n_busy]:
+            for column in range(first, first + 4):
+                columns[n] = column
+                n += np.uint64(is_filled[column])
         for entry in range(indptr[row], n):
             data[entry] = values[columns[entry]]
         indptr[row + 1] = n
@@ -98,19 +104,20 @@ def name_genes(
     kept_indptr, place_of = np.zeros(len(indptr), np.int64), np.full(n_ids, -1, np.int32)
     gene_ids, counts, n = np.empty(len(data), np.int32), np.empty(len(data), data.dtype), 0
     totals = np.zeros(len(indptr) - 1)
-    for row in range(len(indptr) - 1):
+    for row in range(len(totals)):
+        first, total = n, 0.0
         for entry in range(indptr[row], indptr[row + 1]):
-            totals[row] += data[entry]
-            gene = ids[columns[entry]]
+            value, gene = data[entry], ids[np.uint32(columns[entry])]
+            total += value
             if gene < 0:
                 continue
-            if place_of[gene] >= kept_indptr[row]:
-                counts[place_of[gene]] += data[entry]
+            place = place_of[np.uint32(gene)]
+            if place >= first:
+                counts[place] += value
             else:
-                place_of[gene] = n
-                gene_ids[n], counts[n] = gene, data[entry]
+                place_of[np.uint32(gene)], gene_ids[n], counts[n] = n, gene, value
                 n += 1
-        kept_indptr[row + 1] = n
+        kept_indptr[row + 1], totals[row] = n, total
     return kept_indptr, gene_ids[:n], counts[:n], totals
 
 
@@ -119,19 +126,18 @@ def _rank_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """The rank of each count, the count of each rank, and how many counts are not above it."""
     ranks, largest, n_whole = np.empty(len(counts), np.int32), np.int32(0), 0
     for i in range(len(counts)):
-        whole = np.int32(min(counts[i], np.float32(LARGEST_TALLIED)))
-        ranks[i] = whole
-        n_whole += whole == counts[i]
-        largest = max(largest, whole)
+        ranks[i] = np.int32(min(counts[i], np.float32(LARGEST_TALLIED)))
+        n_whole += np.float32(ranks[i]) == counts[i]
+        largest = max(largest, ranks[i])
     if n_whole == len(counts):  # whole numbers are their own rank
         values = np.arange(largest + 1).astype(counts.dtype)
     else:
         values = np.unique(counts)
         ranks[:] = np.searchsorted(values, counts)
-    ends = np.zeros(len(values), np.int64)
-    for rank in ranks:
-        ends[rank] += 1
-    return ranks, values, np.cumsum(ends)
+    tally = np.zeros((4, len(values)), np.int64)  # in turns: an element can't be raised again at once
+    for i in range(len(ranks)):
+        tally[i & 3, np.uint32(ranks[i])] += 1
+    return ranks, values, np.cumsum(tally.sum(axis=0))
 
 
 @_compiled
@@ -161,44 +167,31 @@ def _count_edges(values: np.ndarray, ends: np.ndarray, levels: np.ndarray) -> tu
 
 
 @_compiled
-def _order_by_count(hashes: np.ndarray, ranks: np.ndarray, ends: np.ndarray, n_kept: int) -> np.ndarray:
-    """The hashes of the counts that tie for the last places; 0 for larger counts, the last hash for smaller ones."""
-    tied = np.searchsorted(ends, len(hashes) - n_kept, side="right")
-    places = hashes.copy()
-    for i in range(len(hashes)):
-        if ranks[i] != tied:
-            places[i] = ZERO if ranks[i] > tied else LAST_HASH
-    return places
+def _find_cutoff(hashes: np.ndarray, ranks: np.ndarray, ends: np.ndarray, n_kept: int, by_count: bool) -> np.uint64:
+    """A number that exactly `n_kept` of the hashes do not exceed, by interpolation: hashes are spread evenly.
 
-
-@_compiled
-def _find_cutoff(places: np.ndarray, n_kept: int) -> np.uint64:
-    """A number that exactly `n_kept` of the places do not exceed, by bisection, which is faster than sorting."""
-    low, high = ZERO, LAST_HASH
+    If `by_count`, only counts that tie for the last places keep their hashes; larger ones get 0, others the last hash.
+    """
+    low, high, n_low, n_high, n_passes = ZERO, LAST_HASH, 0, len(hashes), 0
+    if by_count:
+        tied = np.searchsorted(ends, len(hashes) - n_kept, side="right")
+        n_low, n_high = len(hashes) - ends[tied], len(hashes) - (ends[tied - 1] if tied else 0)
+        for i in range(len(hashes)):
+            if ranks[i] != tied:
+                hashes[i] = ZERO if ranks[i] > tied else LAST_HASH
     while low < high:
-        cutoff = low + ((high - low) >> ONE)
-        n_found = 0
-        for i in range(len(places)):
-            n_found += places[i] <= cutoff
+        share = min((n_kept - n_low) / (n_high - n_low), 0.999) if n_passes < 16 else 0.5
+        cutoff = low + np.uint64(np.float64(high - low) * share)
+        n_found, n_passes = 0, n_passes + 1
+        for i in range(len(hashes)):
+            n_found += hashes[i] <= cutoff
         if n_found == n_kept:
             return cutoff
         if n_found < n_kept:
-            low = cutoff + ONE
+            low, n_low = cutoff + ONE, n_found
         else:
-            high = cutoff
+            high, n_high = cutoff, n_found
     raise ValueError(REPEATED)
-
-
-@_compiled
-def _keep_genes(places: np.ndarray, n_kept: int) -> np.ndarray:
-    """The positions of the `n_kept` smallest places, or of all if there are not more."""
-    if len(places) <= n_kept:
-        return np.arange(len(places)).astype(np.uint32)
-    kept, n, cutoff = np.empty(len(places) + 1, np.uint32), ZERO, _find_cutoff(places, n_kept)
-    for i in range(len(places)):  # without a branch, as in `find_entries`
-        kept[n] = i
-        n += np.uint64(places[i] <= cutoff)
-    return kept[:n_kept]
 
 
 @_compiled
@@ -208,28 +201,29 @@ def _fill_row(
     values: np.ndarray,
     levels: np.ndarray,
     cell_key: np.uint64,
-    n_kept: int,
     by_count: bool,
     gene_ids_out: np.ndarray,
     expression_out: np.ndarray,
 ) -> None:
-    """Bins and selects the genes of a cell."""
+    """Bins the genes of a cell and selects as many as there is room for."""
+    gene_ids, counts = gene_ids.copy(), counts.copy()  # nothing reads memory as fast as a copy
     hashes = np.empty(len(gene_ids), np.uint64)
     for i in range(len(gene_ids)):
         hashes[i] = _mix64(cell_key + (np.uint64(gene_ids[i]) + ONE) * GOLDEN_GAMMA)
     ranks, ranked, ends = _rank_counts(counts)
-    crowded = by_count and len(gene_ids) > n_kept
-    kept = _keep_genes(_order_by_count(hashes, ranks, ends, n_kept) if crowded else hashes, n_kept)
-    for i in range(len(kept)):
-        gene_ids_out[i] = gene_ids[kept[i]]
-    if len(values):
-        for i in range(len(kept)):
-            expression_out[i] = values[kept[i]]
-        return
-    upper, n_equal = _count_edges(ranked, ends, levels)
-    for i in range(len(kept)):  # a count that equals several edges gets one of their bins by its hash
-        rank = ranks[kept[i]]
-        expression_out[i] = upper[rank] - np.int32((hashes[kept[i]] & LOW_32) * n_equal[rank] >> BITS_32)
+    if len(levels):
+        values = np.empty(len(counts), np.float32)
+        upper, n_equal = _count_edges(ranked, ends, levels)
+        for i in range(len(ranks)):  # a count that equals several edges gets one of their bins by its hash
+            rank = np.uint32(ranks[i])
+            values[i] = upper[rank] - np.int32((hashes[i] & LOW_32) * n_equal[rank] >> BITS_32)
+    entry, n, n_kept, cutoff = ZERO, ZERO, len(gene_ids_out), LAST_HASH
+    if len(gene_ids) > n_kept:
+        cutoff = _find_cutoff(hashes, ranks, ends, n_kept, by_count)
+    while n < np.uint64(n_kept):  # without a branch, as in `find_entries`
+        gene_ids_out[n], expression_out[n] = gene_ids[entry], values[entry]
+        n += np.uint64(hashes[entry] <= cutoff)
+        entry += ONE
 
 
 @_compiled
@@ -250,9 +244,9 @@ def fill_rows(
 ) -> None:
     """Bins, selects and pads every cell into its row of the outputs `(C, T)`, from position 1 on.
 
-    `counts` are `float32` or `uint32 (E,)`, above 0. They are binned at the quantile `levels`, unless there are other
-    `values` `float32 (E,)`. Of each cell `n_kept` genes stay: those of the largest counts if `by_count`, else any, as
-    `cell_keys`, `uint64 (C,)`, decide. Outputs are `int64`, `float32` and `int64` (1 = attend).
+    `counts` are `float32` or `uint32 (E,)`, above 0. They are binned at the quantile `levels`; if there are none, the
+    `values` `float32 (E,)` are taken. Of each cell `n_kept` genes stay: those of the largest counts if `by_count`,
+    else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs are `int64`, `float32` and `int64` (1 = attend).
     """
     for row in range(len(cell_keys)):
         start, stop = indptr[row], indptr[row + 1]
@@ -264,7 +258,6 @@ def fill_rows(
                 values[start:stop],
                 levels,
                 cell_keys[row],
-                n_kept,
                 by_count,
                 gene_ids_out[row, 1:n_tokens],
                 expression_out[row, 1:n_tokens],

@@ -131,15 +131,19 @@ def row_major(matrix: Any) -> Any:
     return matrix
 
 
+def is_in_memory(matrix: Any) -> bool:
+    """Whether the matrix is a NumPy array, or a SciPy matrix of such."""
+    return isinstance(matrix, np.ndarray) or isinstance(getattr(matrix, "data", None), np.ndarray)
+
+
 def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
     """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept."""
-    if getattr(matrix, "format", None) == "csr" and isinstance(getattr(matrix, "data", None), np.ndarray):
-        # In memory, where SciPy would copy the entries.
+    if getattr(matrix, "format", None) == "csr" and is_in_memory(matrix):  # where SciPy would copy the entries
         entries = slice(matrix.indptr[start], matrix.indptr[stop])
         indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
-        return _checked(
-            CountRows(indptr, matrix.indices[entries], matrix.data[entries], (stop - start, matrix.shape[1]))
-        )
+        rows = CountRows(indptr, matrix.indices[entries], matrix.data[entries], (stop - start, matrix.shape[1]))
+        is_filled = rows.data != 0
+        return _checked(rows if is_filled.all() else rows.entries(is_filled))
     block = matrix[start:stop]
     for method in ("to_memory", "compute"):
         if hasattr(block, method):
@@ -157,9 +161,7 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
 
 
 def _checked(rows: CountRows) -> CountRows:
-    """The rows without stored zeros, if they hold numbers."""
-    if not rows.data.all():
-        rows = rows.entries(rows.data != 0)
+    """The rows, if they hold numbers."""
     if rows.data.dtype == bool:
         rows.data = rows.data.astype(np.int8)
     if not np.issubdtype(rows.data.dtype, np.number) or np.issubdtype(rows.data.dtype, np.complexfloating):

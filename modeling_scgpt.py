@@ -16,10 +16,12 @@ Shapes in comments: B cells of a batch, G genes of the padded batch (`<cls>` amo
 of the genes, L = K + G tokens, N tokens of a packed row, C cells of a packed row, D `hidden_size`, H heads.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -520,6 +523,18 @@ class ScGPTMVCDecoder(nn.Module):
         return torch.matmul(queries, projected.unsqueeze(-1).to(queries.dtype)).squeeze(-1)
 
 
+def follow_umask(folder: str | os.PathLike) -> None:
+    """Give saved weights the permissions of other new files.
+
+    Safetensors writes by way of a temporary file, which its owner alone may read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).glob("*.safetensors"):
+        if path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)
+
+
 class ScGPTPreTrainedModel(PreTrainedModel):
     """Initialisation and loading of scGPT."""
 
@@ -535,6 +550,7 @@ class ScGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"attentions": ScGPTAttention}
+    accepts_loss_kwargs = False  # losses are means of the batch, which `Trainer` then divides by accumulation steps
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -547,12 +563,21 @@ class ScGPTPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As that of transformers; whoever may read other new files may read the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        follow_umask(save_directory)
+
 
 class ScGPTModel(ScGPTPreTrainedModel):
     """scGPT: gene tokens with expression values -> a state per gene, an embedding per cell, and predicted expression.
 
     For embeddings alone, pass `cls_only=True`. On a CPU that computes in bfloat16, `model.to(torch.bfloat16)` is 2.8
     times as fast again, at a cosine of 0.9999 to float32.
+
+    Args:
+        config: Sizes and settings.
+        add_decoders: Whether the model predicts expression, and so has the two decoders.
 
     >>> model = ScGPTModel(ScGPTConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
     ...     intermediate_size=16, pad_token_id=0, cls_token_id=1)).eval()
@@ -563,12 +588,15 @@ class ScGPTModel(ScGPTPreTrainedModel):
     (torch.Size([2, 3, 16]), torch.Size([2, 16]))
     """
 
-    def __init__(self, config: ScGPTConfig) -> None:
+    def __init__(self, config: ScGPTConfig, add_decoders: bool = True) -> None:
         super().__init__(config)
         self.embeddings = ScGPTEmbeddings(config)
         self.encoder = ScGPTEncoder(config)
-        self.expression_decoder = ScGPTExpressionDecoder(config)
-        self.mvc_decoder = ScGPTMVCDecoder(config)
+        if add_decoders:
+            self.expression_decoder = ScGPTExpressionDecoder(config)
+            self.mvc_decoder = ScGPTMVCDecoder(config)
+        else:
+            self.embeddings.flag_embedding = None  # of genes to be decoded
         self.post_init()
 
     @capture_outputs
@@ -690,9 +718,17 @@ class ScGPTModel(ScGPTPreTrainedModel):
 
 @dataclass
 class ScGPTPreTrainingOutput(ModelOutput):
-    """Output of [`ScGPTForPreTraining`]: the sum of the losses, and the loss of each objective."""
+    """Output of [`ScGPTForPreTraining`].
+
+    Args:
+        loss: The sum of the losses of the objectives.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_genes)`): Each gene's expression, as predicted from the
+            shown genes by the expression decoder, in the unit of `expression`; of `"masked"`, if it is an objective.
+        masked_loss, gene_prompt_loss, cell_prompt_loss: The loss of each objective; None if it is not used.
+    """
 
     loss: Tensor | None = None
+    logits: Tensor | None = None
     masked_loss: Tensor | None = None
     gene_prompt_loss: Tensor | None = None
     cell_prompt_loss: Tensor | None = None
@@ -707,7 +743,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
       `<cls>`, as in [`~ScGPTModel.generate_expression`].
 
     The first two train both decoders, the last the expression decoder. `ScGPTModel.from_pretrained` loads checkpoints
-    of this class.
+    of this class, and `AutoModelForMaskedLM` gives it.
 
     Args:
         config: Of the cell model; `use_flag_embedding` marks the genes of `gene_prompt`.
@@ -732,36 +768,119 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         self,
         gene_ids: Tensor,
         expression: Tensor,
-        cell_attention_mask: Tensor,
-        hidden_genes: Tensor,
-        return_loss: bool = True,
+        cell_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> ScGPTPreTrainingOutput:
         """Losses of a batch.
 
         Args:
             gene_ids, cell_attention_mask: `(batch_size, num_genes)`, as in [`ScGPTModel`].
-            expression: `(batch_size, num_genes)` true values, hidden ones included.
-            hidden_genes: `(batch_size, num_genes)` bool, true where the value is to be predicted; never at `<cls>` or
-                padding.
-            return_loss: Always true: a parameter of this name tells `Trainer` that there is a loss without labels.
+            expression: `(batch_size, num_genes)` values; those with a label are not read.
+            labels (`torch.FloatTensor` of shape `(batch_size, num_genes)`): The true value of each hidden gene, and
+                -100 elsewhere, so at `<cls>` and at padding. [`ScGPTProcessor`] makes them. Without labels there is no
+                loss, and nothing is hidden.
         """
-        labels = expression.masked_fill(~hidden_genes, IGNORED_LABEL)
-        targets = {"expression_labels": labels, "return_dict": True}
+        hidden = torch.zeros_like(expression, dtype=torch.bool) if labels is None else labels != IGNORED_LABEL
+        inputs = {"cell_attention_mask": cell_attention_mask, "return_dict": True}
+        inputs["expression_labels"] = torch.full_like(expression, IGNORED_LABEL) if labels is None else labels
+        passes: list[ScGPTModelOutput] = []
         losses: dict[str, Tensor] = {}
         if "masked" in self.objectives:
-            shown = expression.masked_fill(hidden_genes, self.config.mask_value)
-            outputs = self.cell_model(gene_ids, shown, cell_attention_mask, **targets)
-            losses["masked_loss"] = outputs.loss
+            shown = expression.masked_fill(hidden, self.config.mask_value)
+            passes.append(self.cell_model(gene_ids, shown, **inputs))
+            losses["masked_loss"] = passes[-1].loss
         if "gene_prompt" in self.objectives:
-            outputs = self.cell_model(
-                gene_ids, expression, cell_attention_mask, generation_mask=hidden_genes, **targets
-            )
-            losses["gene_prompt_loss"] = outputs.loss
+            passes.append(self.cell_model(gene_ids, expression, generation_mask=hidden, **inputs))
+            losses["gene_prompt_loss"] = passes[-1].loss
+        logits = passes[0].predicted_expression
+        if labels is None:
+            return ScGPTPreTrainingOutput(logits=logits)
         if "cell_prompt" in self.objectives:
-            prompt = outputs.pooler_output.detach()
+            prompt = passes[-1].pooler_output.detach()
             generated = self.cell_model.generate_expression(gene_ids, prompt, cell_attention_mask)
             losses["cell_prompt_loss"] = masked_expression_loss(generated, labels)
-        return ScGPTPreTrainingOutput(loss=torch.stack(list(losses.values())).sum(), **losses)
+        return ScGPTPreTrainingOutput(loss=torch.stack(list(losses.values())).sum(), logits=logits, **losses)
+
+
+class ScGPTClassificationHead(nn.Module):
+    """scGPT's classifier of cells: two layers of linear, ReLU and LayerNorm, and a linear layer, on the embedding."""
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.linear1, self.norm1 = nn.Linear(width, width), nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.linear2, self.norm2 = nn.Linear(width, width), nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.output_proj = nn.Linear(width, config.num_labels)
+
+    def forward(self, cell_embeds: Tensor) -> Tensor:
+        """(batch_size, hidden_size) -> (batch_size, num_labels)."""
+        cell_embeds = self.norm1(nn.functional.relu(self.linear1(cell_embeds)))
+        cell_embeds = self.norm2(nn.functional.relu(self.linear2(cell_embeds)))
+        return self.output_proj(cell_embeds)
+
+
+class ScGPTForSequenceClassification(ScGPTPreTrainedModel):
+    """scGPT with a classifier of cells, such as their types: `AutoModelForSequenceClassification`.
+
+    A checkpoint of [`ScGPTModel`] loads with a new classifier for `num_labels` or `id2label`. `config.problem_type` is
+    that of transformers: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`, and
+    follows from the labels if it is None. The decoders of expression are left out. scGPT's published recipe trains all
+    weights for 10 epochs at a learning rate of 1e-4, which shrinks by a tenth after each, on batches of 32 cells.
+
+    >>> model = ScGPTForSequenceClassification(ScGPTConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2,
+    ...     num_attention_heads=2, intermediate_size=16, pad_token_id=0, cls_token_id=1, num_labels=3)).eval()
+    >>> expression = torch.tensor([[-2.0, 3.0, 50.0], [-2.0, 1.0, 9.0]])
+    >>> model(torch.tensor([[1, 7, 9], [1, 8, 6]]), expression).logits.shape
+    torch.Size([2, 3])
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"expression_decoder\.", r"mvc_decoder\.", r"flag_embedding\."]
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__(config)
+        self.cell_model = ScGPTModel(config, add_decoders=False)  # DDP refuses parameters that get no gradient
+        self.classifier = ScGPTClassificationHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        gene_ids: Tensor,
+        expression: Tensor,
+        cell_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> SequenceClassifierOutput:
+        """Classify cells.
+
+        Args:
+            gene_ids, expression, cell_attention_mask: `(batch_size, num_genes)`, as in [`ScGPTModel`].
+            labels: Classes, int64 `(batch_size,)`; 0 and 1 of several classes, float `(batch_size, num_labels)`; or
+                numbers to predict, float `(batch_size,)` or `(batch_size, num_labels)`.
+            output_hidden_states, output_attentions: As in [`ScGPTModel`].
+        """
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        outputs = self.cell_model(
+            gene_ids,
+            expression,
+            cell_attention_mask,
+            cls_only=not wanted,  # one query a cell in the last layer
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            if labels.dim() == 2 or self.config.num_labels == 1:  # numbers, which may have come as integers
+                labels = labels.to(logits.dtype)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 ScGPTModel.register_for_auto_class("AutoModel")
+ScGPTForPreTraining.register_for_auto_class("AutoModelForMaskedLM")
+ScGPTForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

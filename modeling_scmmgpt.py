@@ -9,8 +9,11 @@ Shapes in comments: B rows of a batch, C cells, G gene tokens of a cell, T text 
 model, P `projection_dim`.
 """
 
+import copy
 import inspect
 import math
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -29,24 +32,32 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerMultiHeadAttention,
     Blip2TextEmbeddings,
 )
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
+    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
     from .readout_scmmgpt import ScMMGPTLabelReadout
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward
+    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
     from readout_scmmgpt import ScMMGPTLabelReadout
 
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)
 CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")
+OTHER_PARTS = r"(?!model\.language_model\.).+"  # names of all modules that are not of the language model
+LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' `loss_function`
+# Linear layers that LoRA adapts, by their names in Llama and its kin, Phi, GPT-2 and GPT-NeoX.
+LORA_LAYERS = (
+    "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj fc1 fc2 "
+    "c_attn c_proj c_fc query_key_value dense dense_h_to_4h dense_4h_to_h"
+).split()
 
 
 # -- Outputs ----------------------------------------------------------------------------------------------------------
@@ -171,13 +182,12 @@ def sample_hard_negatives(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tens
     """Draw one negative column per row, with the softmax of the logits as probabilities.
 
     `logits` are scaled similarities, `(rows, columns)`; `allowed` is true where the column is a negative of the row.
-    Returns the indices of the rows that have a negative, and the column drawn for each.
+    Returns the column drawn for each row, and whether the row has a negative; one without draws any column.
     """
-    rows = allowed.any(dim=1).nonzero(as_tuple=True)[0]
-    if not len(rows):
-        return rows, rows
-    probabilities = logits[rows].float().masked_fill(~allowed[rows], float("-inf")).softmax(dim=1)
-    return rows, torch.multinomial(probabilities, 1).squeeze(1)
+    has_negative = allowed.any(dim=1)
+    barred = ~allowed & has_negative[:, None]
+    probabilities = logits.float().masked_fill(barred, float("-inf")).softmax(dim=1)
+    return torch.multinomial(probabilities, 1).squeeze(1), has_negative
 
 
 def negative_binomial_nll(
@@ -217,6 +227,15 @@ def additive_mask(attend: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill(~attend.bool(), torch.finfo(dtype).min)
 
 
+def scale_logits(logits: Tensor, text_config: Any) -> Tensor:
+    """The output of a language model's head -> its logits: scaled in Cohere and Granite, capped in Gemma 2 and 3."""
+    scale, divisor = getattr(text_config, "logit_scale", None), getattr(text_config, "logits_scaling", None)
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    logits = logits if scale is None else logits * scale
+    logits = logits if divisor is None else logits / divisor
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def hash_texts(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """A 64-bit hash of each text, `(num_texts,)`: equal for equal tokens, with any padding and on every rank."""
     is_token = attention_mask.bool()
@@ -250,10 +269,18 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True  # of the language model: see `without_flash`
     _supports_attention_backend = True
     _no_split_modules = ["ScGPTLayer", "Blip2QFormerLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     accepts_loss_kwargs = False  # losses are means of the batch, which `Trainer` then divides by accumulation steps
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; one name of flash attention sets that of the language model, see `without_flash`."""
+        if isinstance(attn_implementation, str):
+            parts = dict.fromkeys(self.config.sub_configs, attn_implementation)
+            attn_implementation = {"": attn_implementation, **without_flash(parts)}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -271,6 +298,23 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Blip2TextEmbeddings):
             # A non-persistent buffer: loading starts from the meta device, which leaves it uninitialised.
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1], device="cpu").expand((1, -1)))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As that of transformers; whoever may read other new files may read the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        follow_umask(save_directory)
+
+
+def without_flash(implementations: dict[str, str | None]) -> dict[str, str | None]:
+    """Attention of each sub-configuration: flash attention of the language model, SDPA in its place elsewhere.
+
+    The Q-Former adds masks that flash attention does not take, and so does the cell model where it generates; where it
+    encodes, its SDPA path calls the same variable-length kernel (`packed_attention`).
+    """
+    return {
+        part: "sdpa" if part != "text_config" and "flash" in (name or "") else name
+        for part, name in implementations.items()
+    }
 
 
 class ScMMGPTProfileReadout(nn.Module):
@@ -350,6 +394,9 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
 
     def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__(config)
+        parts = {name: getattr(config, name)._attn_implementation for name in config.sub_configs}
+        for name, implementation in without_flash(parts).items():
+            getattr(config, name)._attn_implementation = implementation
         width = config.qformer_config.hidden_size
         self.cell_model = ScGPTModel._from_config(config.cell_config)
         self.cell_norm = nn.LayerNorm(config.cell_config.hidden_size, eps=config.cell_config.layer_norm_eps)
@@ -532,7 +579,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
     def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__(config)
-        config.auto_map = dict(ALIGNMENT_AUTO_MAP)
+        config.auto_map, config.problem_type = dict(ALIGNMENT_AUTO_MAP), None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -658,17 +705,18 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         with torch.no_grad():
             logits = similarity * self.inverse_temperature()
             wrong = text_ids[:, None] != text_ids[None]  # (B, B)
-            rows, wrong_texts = sample_hard_negatives(logits, wrong)
-            columns, wrong_cells = sample_hard_negatives(logits.t(), wrong.t())
-        true_pairs = torch.arange(len(cell_states), device=cell_states.device)[:size]
-        cells = torch.cat([true_pairs, rows[:size], wrong_cells[:size]])
-        texts = torch.cat([true_pairs, wrong_texts[:size], columns[:size]])
-        is_match = (torch.arange(len(cells), device=cells.device) < len(true_pairs)).long()
+            wrong_texts, has_wrong_text = sample_hard_negatives(logits, wrong)
+            wrong_cells, has_wrong_cell = sample_hard_negatives(logits.t(), wrong.t())
+        rows = torch.arange(len(cell_states), device=cell_states.device)[:size]
+        cells = torch.cat([rows, rows, wrong_cells[:size]])
+        texts = torch.cat([rows, wrong_texts[:size], rows])
+        has_negative = torch.cat([has_wrong_text[:size], has_wrong_cell[:size]])
+        is_match = torch.cat([torch.ones_like(rows), torch.where(has_negative, 0, IGNORED_LABEL)])
         texts_of_pairs = text_embeds.index_select(0, texts), qformer_attention_mask[texts]
         matching_logits = self.matching_logits(
             cell_states, cell_attention_mask, *texts_of_pairs, cell_rows=cells, projected=projected
         )
-        return F.cross_entropy(matching_logits.float(), is_match)
+        return F.cross_entropy(matching_logits.float(), is_match, ignore_index=IGNORED_LABEL)
 
     def captioning_loss(
         self,
@@ -824,6 +872,8 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         super().__init__(config)
         width, text_width = config.qformer_config.hidden_size, config.text_config.hidden_size
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        named = inspect.signature(self.language_model.forward).parameters
+        self.language_inputs = frozenset((*named, *TransformersKwargs.__optional_keys__, "cache", "past_key_values"))
         self.language_projection = nn.Sequential(
             nn.Linear(width, config.projection_dim), nn.ReLU(), nn.Linear(config.projection_dim, text_width)
         )
@@ -859,6 +909,7 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         """See [`ScMMGPTForConditionalGeneration.forward`]. `kwargs`, such as the cache, go to the language model."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass one of input_ids and inputs_embeds.")
+        self.check_keywords(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, L)
 
@@ -894,9 +945,22 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         fields = {name: value for name, value in outputs.items() if name in ScMMGPTModelOutput.__dataclass_fields__}
         return ScMMGPTModelOutput(**fields, cell_hidden_states=cell_tokens, expression_loss=expression_loss)
 
-    def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor, num_cells: int) -> Tensor:
+    def check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """Refuse keywords of `forward` that the language model does not know, and attentions that it cannot return."""
+        for name, value in kwargs.items():
+            if name not in self.language_inputs and value is not None and value is not False:
+                *known, _ = inspect.signature(self.forward).parameters
+                raise TypeError(f"{name!r} is no input of {type(self).__name__}; it takes {', '.join(known)}.")
+        implementation = self.config.text_config._attn_implementation
+        if kwargs.get("output_attentions") and implementation != "eager":
+            raise ValueError(
+                f"output_attentions is True, but attn_implementation={implementation!r} runs fused kernels, which "
+                "return no attention weights; call model.set_attn_implementation('eager') first."
+            )
+
+    def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_cells: int) -> Tensor:
         """`(batch_size, sequence_length)` bool: the `<cell>` tokens, which must be as many as the cells' tokens."""
-        if input_ids is not None:
+        if inputs_embeds is None or input_ids is not None:
             placeholders = input_ids == self.config.cell_token_id
         else:
             token = torch.full((), self.config.cell_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -950,6 +1014,9 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
             target_rows = torch.arange(len(target_gene_ids), device=target_gene_ids.device)
         if attention_mask is None:
             attention_mask = torch.ones(text_states.shape[:2], dtype=torch.long, device=text_states.device)
+        if torch.compiler.is_compiling():  # a compiled graph must not depend on the number of rows with targets
+            parameters = self.decode_cells(text_states, attention_mask, target_gene_ids, target_attention_mask)
+            return {name: value[target_rows] for name, value in parameters.items()}, target_attention_mask[target_rows]
         rows = target_attention_mask.any(dim=1).nonzero(as_tuple=True)[0]
         if not len(rows):
             rows = rows.new_zeros(1)  # a fully masked row: a loss of 0 that still reaches every parameter (DDP)
@@ -960,30 +1027,71 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
         return {name: value[decoded] for name, value in parameters.items()}, target_attention_mask[target_rows]
 
 
+def _refuse_merged_adapters(model: "ScMMGPTForConditionalGeneration", *_: Any) -> None:
+    """Refuse an adapter of the base whose adapter is merged into the weights: it would count twice."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        base = getattr(adapter, "base_model_name_or_path", None)
+        if base is not None and base in (model.config.adapter_bases or []):
+            raise ValueError(
+                f"An adapter of {base!r} is merged into this checkpoint already, and would count twice. Load the "
+                "adapter on that base, for instance by `AutoPeftModelForCausalLM.from_pretrained(ADAPTER, "
+                "trust_remote_code=True)`, or use the checkpoint without an adapter."
+            )
+
+
 class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     """A causal language model whose prompts may contain cells (`generate`), and which generates cells
     (`generate_cells`).
 
     `language_model`, the causal language model, is not copied; by default it is a new one of `config.text_config`.
+
+    Attributes:
+        lora_target_modules: Linear layers of the language model alone, for `peft.LoraConfig(target_modules=...)`:
+            PEFT's `"all-linear"`, and bare names such as `q_proj`, match layers of the other parts too.
     """
+
+    lora_target_modules = rf".*language_model\..*\.({'|'.join(LORA_LAYERS)})"
 
     def __init__(self, config: ScMMGPTConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
+        if "peft.utils.constants" in sys.modules:  # the default of a `LoraConfig` without `target_modules`
+            defaults = sys.modules["peft.utils.constants"].TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            defaults[config.model_type] = self.lora_target_modules
         config.auto_map = dict(AUTO_MAP)
+        # `Trainer` smooths labels outside of the model: without the shift to the next token, which only transformers'
+        # own classes get, and without the expression loss. For this type it warns instead, and takes the model's loss.
+        config.problem_type = "multi_label_classification"
         if language_model is None:
-            self.model = ScMMGPTModel(config)
-            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
         else:
             module: Any
             for module in language_model.modules():
                 module._is_hf_initialized = True  # else `post_init` would initialise it again
-            self.model = ScMMGPTModel(config, language_model.base_model)
-            self.lm_head = language_model.get_output_embeddings()
+        self.model = ScMMGPTModel(config, language_model.base_model)
+        self.lm_head = language_model.get_output_embeddings()
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
         self.forbid_placeholders()
+        self.register_load_state_dict_pre_hook(_refuse_merged_adapters)  # `PeftModel` loads by `load_state_dict`
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; an adapter that is merged into these weights already is refused."""
+        super().load_adapter(*args, **kwargs)
+        _refuse_merged_adapters(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers. By default, `quantization_config` holds for the layers of the language model alone.
+
+        The other parts are small, and some quantised layers can't compute them. A list of modules not to convert in
+        the configuration (`llm_int8_skip_modules`, `modules_to_not_convert`) takes precedence.
+        """
+        if quantization_config is not None:
+            quantization_config = quantize_language_model_only(quantization_config)
+            kwargs["quantization_config"] = quantization_config
+        return super().from_pretrained(*args, **kwargs)
 
     def forbid_placeholders(self) -> None:
         """Never generate `<cell>`, which would be a placeholder without a cell."""
@@ -1007,15 +1115,13 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             config_updates: Fields of [`ScMMGPTConfig`], at least `cell_token_id`.
 
         Raises:
-            ValueError: If a weight of either component has no place in the model, or if the language model scales or
-                caps the output of its head, as Gemma 2, Granite and Cohere do.
+            ValueError: If a weight of either component has no place in the model, or if the logits of the language
+                model are not its head's output, scaled and capped as [`scale_logits`] does.
         """
-        if language_model.get_output_embeddings().bias is not None:
-            raise ValueError("The head of the language model has a bias; scMMGPT supports heads without one.")
-        if not _has_plain_logits(language_model):
+        if not _has_known_logits(language_model):
             raise ValueError(
-                f"A {language_model.config.model_type!r} language model scales or caps the output of its head, which "
-                "scMMGPT does not support; choose for instance Llama, Qwen2, Mistral or SmolLM2."
+                f"A {language_model.config.model_type!r} language model changes the output of its head in a way that "
+                "scMMGPT does not know; choose for instance Llama, Qwen, Mistral, Gemma or SmolLM."
             )
         values = alignment.config.to_dict()
         values.update(text_config=language_model.config.to_dict(), auto_map=dict(AUTO_MAP), architectures=None)
@@ -1108,10 +1214,11 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             target_counts=target_counts,
             library_size=library_size,
             return_dict=True,
-            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+            **{name: value for name, value in kwargs.items() if name not in LOSS_INPUTS},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, T or fewer, vocabulary)
+        logits = scale_logits(logits, self.config.text_config)
 
         loss, language_loss = None, None
         if labels is not None:
@@ -1190,15 +1297,26 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         inputs = parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return {**inputs, **cells} if is_first_iteration or not kwargs.get("use_cache", True) else inputs
 
+    def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which splits the prompt for `prefill_chunk_size`, but not the cells."""
+        inputs = kwargs.get("model_kwargs", args[0] if args else {})
+        if generation_config.prefill_chunk_size is not None and inputs.get("gene_ids") is not None:
+            raise ValueError("prefill_chunk_size would split the prompt but not its cells; leave it out.")
+        parent: Any = super()
+        return parent._prefill(input_ids, generation_config, *args, **kwargs)
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat samples for beams. A sample's cells repeat as a block: A B A B, not A A B B."""
         cells = {name: model_kwargs.pop(name) for name in CELL_INPUTS if model_kwargs.get(name) is not None}
-        if cells and expand_size > 1 and input_ids is not None:
-            placeholders = (input_ids == self.config.cell_token_id).sum(dim=1)
-            cells_per_row = (placeholders // self.config.num_query_tokens).tolist()
-            blocks = torch.arange(len(cells["gene_ids"]), device=input_ids.device).split(cells_per_row)
+        if cells and expand_size > 1:
+            embeds = model_kwargs.get("inputs_embeds")
+            placeholders = self.model.find_placeholders(
+                input_ids if embeds is None else None, embeds, len(cells["gene_ids"])
+            )
+            cells_per_row = (placeholders.sum(dim=1) // self.config.num_query_tokens).tolist()
+            blocks = torch.arange(len(cells["gene_ids"]), device=placeholders.device).split(cells_per_row)
             order = torch.cat([block.repeat(expand_size) for block in blocks])
             cells = {name: value[order] for name, value in cells.items()}
         parent: Any = super()
@@ -1208,16 +1326,30 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         return input_ids, {**model_kwargs, **cells}
 
 
+def quantize_language_model_only(quantization_config: Any) -> Any:
+    """A copy of a quantisation's configuration that leaves out all but the language model's layers.
+
+    If the configuration lists modules that are not to be converted, it is returned as it is.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if getattr(quantization_config, name, []) in (None, ["lm_head"]):
+            quantization_config = copy.deepcopy(quantization_config)
+            setattr(quantization_config, name, [OTHER_PARTS])
+    return quantization_config
+
+
 @torch.no_grad()
-def _has_plain_logits(language_model: PreTrainedModel) -> bool:
-    """Whether the logits are the output of the head, neither scaled nor capped; tried on a few tokens."""
+def _has_known_logits(language_model: PreTrainedModel) -> bool:
+    """Whether the logits are those that [`scale_logits`] makes of the head's output; tried on a few tokens."""
     if language_model.device.type == "meta":
         return True
     was_training = language_model.training
     language_model.eval()
     tokens = torch.arange(4, device=language_model.device)[None]  # one alone might be padding, whose logits are 0
     states = language_model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    expected = language_model.get_output_embeddings()(states).float()
+    expected = scale_logits(language_model.get_output_embeddings()(states), language_model.config).float()
     logits = language_model(input_ids=tokens, use_cache=False).logits.float()
     language_model.train(was_training)
     return torch.allclose(logits, expected, rtol=1e-4, atol=1e-6, equal_nan=True)

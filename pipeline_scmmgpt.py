@@ -15,7 +15,7 @@ each verb. The result of a cell depends on that cell alone, not on its batch or 
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,17 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import choose_labels, fit_mixture, label_probabilities
+    from .annotation_scmmgpt import (
+        UNKNOWN,
+        Candidates,
+        Novelty,
+        candidate_columns,
+        choose_labels,
+        fit_mixture,
+        fit_novelty,
+        label_probabilities,
+        term_of,
+    )
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .modeling_scmmgpt import (
@@ -37,9 +47,19 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
-    from .readout_scmmgpt import PanelReadout
+    from .unseen_scmmgpt import TextScores
 except ImportError:  # as a flat module in a clone
-    from annotation_scmmgpt import choose_labels, fit_mixture, label_probabilities
+    from annotation_scmmgpt import (
+        UNKNOWN,
+        Candidates,
+        Novelty,
+        candidate_columns,
+        choose_labels,
+        fit_mixture,
+        fit_novelty,
+        label_probabilities,
+        term_of,
+    )
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from modeling_scmmgpt import (
@@ -51,17 +71,18 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
-    from readout_scmmgpt import PanelReadout
+    from unseen_scmmgpt import TextScores
 
 
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
-# Inputs of a batch of cells -> tensors with one row a cell.
-CellFunction = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
+CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
+SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
 WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
+NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells says so
 
 
 class ScMMGPTPipeline:
@@ -70,13 +91,15 @@ class ScMMGPTPipeline:
     The call path of `annotate(adata)`, from top to bottom. Other verbs over cells differ in what the model computes.
 
         annotation_settings             labels and their texts, temperature, matching weight
-        processor.read_cells            processing_scmmgpt -> reading_scmmgpt: AnnData -> Cells and a report
-                                            -> matrices_scmmgpt: the kind of each matrix; its values -> counts
+        candidate_columns               annotation_scmmgpt: labels in any words -> texts to score
+        choose_input                    reading_scmmgpt: which matrix and genes, and a report
+                                            -> matrices_scmmgpt: the kind of each matrix
                                             -> genes_scmmgpt: variables -> genes of the vocabulary
-                                            -> cells_scmmgpt: counts -> Cells
         _label_scores, batch by batch
+            _chunks                     reading_scmmgpt: the next rows of the AnnData -> Cells
             processor                   feature_extraction_scmmgpt: Cells -> gene ids and values
-            model                       modeling_scmmgpt: similarity with all labels, matching with the best
+            model                       modeling_scmmgpt: similarity with all texts, matching with the best
+            Novelty                     annotation_scmmgpt: share of the cell in genes that no known type expresses
         label_probabilities             annotation_scmmgpt: similarity and matching -> probabilities
         choose_labels                   annotation_scmmgpt: the label of each cell and its certainty
         _record                         settings and report -> adata.uns
@@ -173,58 +196,73 @@ class ScMMGPTPipeline:
     ) -> Any:
         """Annotate every cell with the candidate label whose text fits the cell best.
 
+        A label may be in other words than those of training: a synonym, a spelling, a plural, an id of the Cell
+        Ontology, or a broader type, whose probability is the sum over its kinds. The labels that the checkpoint knows
+        compete even if they are no candidates, so a cell that is none of the candidates has a low score. A cell that
+        is like no known type is `"Unknown"`, if the checkpoint can tell (those of `finetune` and `calibrate` can).
+
         Args:
             adata: AnnData with any matrix and gene names that [`read_cells`] understands.
             labels: Label -> text that describes it, or labels alone; by default those stored with the checkpoint. The
                 text of a label alone is the one stored with the checkpoint, else the label itself.
             cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
             cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
-            min_score: Cells whose best label is less probable are labelled `"Unknown"`.
+            min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
+                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label, novel ones
+                too.
             matching_weight: Weight of matching against similarity, 0 to 1.
             matching_candidates: Labels of each cell, the most similar ones, that are matched with it.
             temperature: Temperature of the softmax over labels. [`calibrate`] stores the defaults of matching weight,
                 matching candidates and temperature.
-            unseen_bonus: Calibrated stacking: added to the similarity of texts that the checkpoint was not fine-tuned
-                for, since cells lie near the texts of training. The default is the value stored by `finetune`.
+            unseen_bonus: Calibrated stacking: added to the similarity of the text of a label that means no label of
+                fine-tuning, since cells lie near the texts of training. The default is the value stored by `finetune`.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
 
         Returns:
-            The same `adata`, with `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the label
-            among the candidates), `{key}_margin` (over the runner-up), `{key}_entropy` (0 certain .. 1 uniform);
-            `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`.
+            The same `adata`, with `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the label),
+            `{key}_margin` (of the best candidate over the runner-up), `{key}_entropy` (0 certain .. 1 uniform) and
+            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured to tell);
+            `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
+            row that sums to less than 1 leaves the rest to known labels that are no candidates.
         """
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
-        names, texts = list(settings["labels"]), list(settings["labels"].values())
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        choice = self.processor.choose_input(adata, **read_kwargs)
-        cells, report = choice.convert(adata), choice.report
-        finish_report(report)
-        readout = self._panel_readout(texts, choice)
-        similarity, match = self._label_scores(cells, settings, batch_size, readout)
         stored = self.model.config.annotation or {}
         bonus = stored.get("unseen_bonus", 0.0) if unseen_bonus is None else unseen_bonus
-        similarity = similarity + bonus * ~np.isin(texts, list(stored.get("labels", {}).values()))
+        terms = stored.get("terms", [])
+        candidates = candidate_columns(settings["labels"], stored.get("labels", {}), settings["cl_ids"], terms)
+        names = candidates.names
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
+        vocab_size = self.model.config.cell_config.vocab_size
+        novelty_of = Novelty.of(stored.get("novelty"), measured, vocab_size)
+        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
+        readout = self._text_scores(candidates.texts, candidates.unseen, choice)
+        similarity, match, novelty = self._label_scores(
+            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
+        )
+        finish_report(choice.report)
+        if stored.get("novelty") and novelty is None:
+            novelty = np.full(len(similarity), np.nan, dtype=np.float32)
+        if readout is None or unseen_bonus is not None:  # by default the readout's gate decides, not a bonus
+            similarity = similarity + bonus * candidates.unseen
         weight, temperature = settings["matching_weight"], settings["temperature"]
-        probabilities = label_probabilities(similarity, match, logit_scale=1 / temperature, matching_weight=weight)
-        columns = choose_labels(probabilities, names, settings["cl_ids"], min_score, clusters)
+        of_texts = label_probabilities(similarity, match, logit_scale=1 / temperature, matching_weight=weight)
+        probabilities = candidates.pool(of_texts)
+        broader = terms if labels is None else ()
+        cl_ids = _ids_of_labels(names, settings["cl_ids"], terms)
+        columns = choose_labels(probabilities, names, cl_ids, min_score, clusters, novelty, broader)
 
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values, categorical=values.dtype.kind == "U")
         adata.obsm[f"{key_added}_probabilities"] = probabilities
         found, found_cells = np.unique(columns["cell_type"], return_counts=True)
-        share = found_cells.max() / len(cells)
-        collapsed = len(names) > 1 and len(cells) >= COLLAPSE_MIN_CELLS and bool(share >= COLLAPSE_SHARE)
-        if collapsed:
-            logger.warning(
-                f"{share:.0%} of {len(cells)} cells were labelled {str(found[found_cells.argmax()])!r}, of "
-                f"{len(names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the matrix or the "
-                "genes may be the wrong ones, or the texts of the labels too alike."
-            )
+        collapsed = self._doubt_annotation(columns, candidates, min_score)
         done = {
             "labels": np.asarray(names, dtype=object),
-            "texts": np.asarray(texts, dtype=object),
+            "texts": np.asarray(list(settings["labels"].values()), dtype=object),
             "matching_weight": weight,
             "temperature": temperature,
             "found": np.asarray(found, dtype=object),
@@ -232,9 +270,37 @@ class ScMMGPTPipeline:
             "mean_entropy": float(columns["entropy"].mean()),
             "collapsed": collapsed,
         }
+        if novelty is not None:
+            done["novel_cells"] = int((novelty > 1).sum())
         if readout is not None:
-            done["weak_labels"] = self._warn_of_weak_labels(readout, names)
-        return self._record(adata, key_added, report, annotate=done)
+            done["weak_labels"] = self._warn_of_weak_labels(readout, candidates.texts)
+        return self._record(adata, key_added, choice.report, annotate=done)
+
+    def _doubt_annotation(
+        self, columns: dict[str, np.ndarray], candidates: Candidates, min_score: float | None
+    ) -> bool:
+        """Warn of cells that are like no known type, and of one label for nearly all; returns whether there is one."""
+        cell_type, n_cells = columns["cell_type"], len(columns["cell_type"])
+        n_novel = int((columns.get("novelty", np.empty(0)) > 1).sum())
+        if n_novel >= NOVEL_SHARE * n_cells:
+            known = list((self.model.config.annotation or {}).get("labels", {}))
+            given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
+            logger.warning(
+                f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
+                f"such as {', '.join(map(repr, known[:3]))}): {given}. They express genes that none of these types "
+                "does; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
+            )
+        found, found_cells = np.unique(cell_type, return_counts=True)
+        share = found_cells.max() / n_cells
+        several = len(candidates.names) > 1 and n_cells >= COLLAPSE_MIN_CELLS
+        collapsed = several and bool(share >= COLLAPSE_SHARE)
+        if collapsed and n_novel < NOVEL_SHARE * n_cells:
+            logger.warning(
+                f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "
+                f"{len(candidates.names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the "
+                "matrix or the genes may be the wrong ones, or the texts of the labels too alike."
+            )
+        return collapsed
 
     def annotation_settings(
         self,
@@ -301,27 +367,41 @@ class ScMMGPTPipeline:
             )
         choice = self.processor.choose_input(adata, **read_kwargs)
         cells = choice.convert(adata)[np.flatnonzero(usable)]
-        readout = self._panel_readout(list(settings["labels"].values()), choice)
-        similarity, match = self._label_scores(cells, settings, batch_size, readout)
+        texts = list(settings["labels"].values())
+        readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)
+        similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size, readout=readout)
         target = np.asarray([names.index(label) for label in truth[usable]])
         best = fit_mixture(similarity, match, target, settings["temperature"])
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
-        fitted = {name: best[name] for name in ("temperature", "matching_weight")}
-        self.model.config.annotation = stored = {**settings, "cl_ids": cl_ids, **fitted}
+        fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
+        before = dict(self.model.config.annotation or {})
+        if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
+            measured = np.unique(choice.match.ids[choice.match.ids >= 0])
+            novelty = fit_novelty(cells, target, measured, self.model.config.cell_config.vocab_size)
+            fitted |= {} if novelty is None else {"novelty": novelty}
+        # What other commands stored stays: terms and bonus of fine-tuning.
+        self.model.config.annotation = stored = {**before, **settings, "cl_ids": cl_ids, **fitted}
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}
 
-    def _panel_readout(self, texts: Sequence[str], choice: InputChoice) -> PanelReadout | None:
-        """The readout of these texts' labels for the genes of a file, or None if there is none of every text."""
+    def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
+        """The label readout's scores of texts for the genes of a file, or None if it cannot score them."""
         readout = getattr(self._bridge(), "label_readout", None)
-        trained = [] if readout is None else self.model.config.label_readout["texts"]
-        if readout is None or not set(texts) <= set(trained):
+        if readout is None:
             return None
-        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
-        return readout.for_genes(measured).select([trained.index(text) for text in texts])
+        trained = self.model.config.label_readout["texts"]
 
-    def _warn_of_weak_labels(self, readout: PanelReadout, names: Sequence[str]) -> np.ndarray:
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            return self._text_features(self.processor(qformer_text=list(texts)).to(self.device)).float().cpu().numpy()
+
+        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
+        gate = (self.model.config.annotation or {}).get("unseen_gate")
+        return TextScores.of(readout, trained, texts, unseen, measured, gate, self.processor.gene_index, embed)
+
+    def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
         """Warn of labels whose decisive genes the file lacks; returns these labels."""
-        weak = readout.weak_labels()
+        label_of = {text: label for label, text in (self.model.config.annotation or {}).get("labels", {}).items()}
+        names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
+        weak = readout.panel.weak_labels()
         for label, (other, evidence, absent) in list(weak.items())[:WEAK_LABELS]:
             logger.warning(
                 f"The file lacks {', '.join(self.processor.gene_symbols(absent))}, which tell {names[label]!r} from "
@@ -332,41 +412,50 @@ class ScMMGPTPipeline:
         return np.asarray([names[label] for label in weak], dtype=object)
 
     def _label_scores(
-        self, cells: Cells, settings: dict[str, Any], batch_size: int | None, readout: PanelReadout | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Similarity and matching for [`label_probabilities`]; no matching if the matching weight is 0.
+        self,
+        chunks: Iterable[Cells],
+        n_cells: int,
+        texts: list[str],
+        settings: dict[str, Any],
+        batch_size: int | None,
+        novelty_of: Callable[[Cells], np.ndarray] | None = None,
+        readout: TextScores | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Similarity and matching for [`label_probabilities`], and novelty; None what is not computed.
 
-        With `readout` the first are its log probabilities, plus similarities at the weight that `finetune` chose for
-        them; at weight 0 the transformer does not run. They are multiplied by the temperature, by which
-        [`label_probabilities`] divides them.
+        There is no matching if the matching weight is 0. With `readout` the first are its log probabilities, plus
+        similarities at the weight that `finetune` chose for them; at weight 0 the transformer does not run. They are
+        multiplied by the temperature, by which [`label_probabilities`] divides them.
         """
         similarity_weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
-        if readout is not None:
-            log_probabilities = readout(cells)
-            if not similarity_weight and not settings["matching_weight"]:
-                return log_probabilities * settings["temperature"], None
-        texts = list(settings["labels"].values())
+        readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
+        temperature = settings["temperature"]
         text_inputs = self.processor(qformer_text=texts).to(self.device)
         text_features = self._text_features(text_inputs)
         num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
 
-        def score(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        def score(cells: Cells) -> tuple[torch.Tensor, ...]:
+            novelty = () if novelty_of is None else (torch.from_numpy(novelty_of(cells)),)
+            if readout_alone:
+                return (temperature * torch.from_numpy(readout(cells)), *novelty)
+            inputs = self._inputs(cells)
             similarity = cell_text_similarity(self._bridge().get_cell_features(**inputs), text_features)
+            if readout is not None:
+                scores = torch.from_numpy(readout(cells)).to(similarity)
+                similarity = temperature * (scores + similarity_weight * similarity)
             if not num_candidates:
-                return (similarity,)
+                return (similarity, *novelty)
             best = similarity.topk(num_candidates, dim=1).indices
             rows = torch.arange(len(best), device=best.device).repeat_interleave(num_candidates)
             pairs = torch.stack([rows, best.flatten()], dim=1)
             match = torch.full_like(similarity, torch.nan)
             match[pairs[:, 0], pairs[:, 1]] = self._bridge().match(**inputs, **text_inputs, pairs=pairs).to(match)
-            return similarity, match
+            return (similarity, match, *novelty)
 
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
         batch_size = max(self._batch_size(batch_size, 64) // max(num_candidates, 1), 1)
-        scores = self._map_cells(score, cells, batch_size, "Annotating")
-        if readout is not None:
-            scores[0] = (log_probabilities + similarity_weight * scores[0]) * settings["temperature"]
-        return scores[0], scores[1] if num_candidates else None
+        scores = self._map_cells(score, chunks, batch_size, "Annotating", n_cells)
+        return scores[0], scores[1] if num_candidates else None, None if novelty_of is None else scores[-1]
 
     # -- describe -----------------------------------------------------------------------------------------------------
 
@@ -401,18 +490,20 @@ class ScMMGPTPipeline:
         options = {"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
         if options.get("num_return_sequences", 1) != 1:
             raise ValueError("describe returns one description per cell; call model.generate for several.")
-        cells, report = self.processor.read_cells(adata, **read_kwargs)
+        choice = self.processor.choose_input(adata, **read_kwargs)
 
-        texts = np.empty(len(cells), dtype=object)
-        for rows in self._batches(cells, self._batch_size(batch_size, 16), "Describing"):
-            inputs = self.processor(text=[prompt] * len(rows), cells=cells[rows]).to(self.device)
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 16)
+        texts = np.empty(choice.report["cells"]["cells"], dtype=object)
+        for rows, cells in self._batches(chunks, batch_size, "Describing", len(texts)):
+            inputs = self.processor(text=[prompt] * len(rows), cells=cells).to(self.device)
             with torch.inference_mode():
                 ids = model.generate(**inputs, **options)  # type: ignore[misc]
             answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             texts[rows] = [answer.strip() for answer in answers]
+        finish_report(choice.report)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
-        return self._record(adata, key_added, report, describe=done)
+        return self._record(adata, key_added, choice.report, describe=done)
 
     def _prompt(self, question: str | None) -> str:
         if question is None:
@@ -593,7 +684,8 @@ class ScMMGPTPipeline:
         if of not in ("cell-text", "cell"):
             raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
 
-        def embedding(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        def embedding(cells: Cells) -> tuple[torch.Tensor, ...]:
+            inputs = self._inputs(cells)
             if of == "cell":
                 inputs = {name: inputs[name] for name in CELL_INPUTS}
                 embedded = self._bridge().cell_model(**inputs, cls_only=True).pooler_output
@@ -601,9 +693,12 @@ class ScMMGPTPipeline:
                 embedded = self._bridge().get_cell_features(**inputs).mean(dim=1)
             return (torch.nn.functional.normalize(embedded.float(), dim=-1),)
 
-        cells, report = self.processor.read_cells(adata, **read_kwargs)
-        (adata.obsm[key_added],) = self._map_cells(embedding, cells, self._batch_size(batch_size, 64), "Embedding")
-        return self._record(adata, "scmmgpt", report, embed={"of": of, "key": key_added})
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
+        batch_size = self._batch_size(batch_size, 64)
+        (adata.obsm[key_added],) = self._map_cells(embedding, chunks, batch_size, "Embedding", n_cells)
+        finish_report(choice.report)
+        return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
 
     def search(
         self,
@@ -636,14 +731,17 @@ class ScMMGPTPipeline:
             raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts; pass one text.")
         text_features = self._text_features(self.processor(qformer_text=texts).to(self.device))
 
-        def score(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            return (cell_text_similarity(self._bridge().get_cell_features(**inputs), text_features),)
+        def score(cells: Cells) -> tuple[torch.Tensor, ...]:
+            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
 
-        cells, report = self.processor.read_cells(adata, **read_kwargs)
-        (similarity,) = self._map_cells(score, cells, self._batch_size(batch_size, 64), "Searching")
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
+        batch_size = self._batch_size(batch_size, 64)
+        (similarity,) = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
+        finish_report(choice.report)
         if key_added is not None:
             adata.obs[key_added] = similarity[:, 0]
-            self._record(adata, "scmmgpt", report, search={"text": texts[0], "key": key_added})
+            self._record(adata, "scmmgpt", choice.report, search={"text": texts[0], "key": key_added})
         hits = [_best_hits(column, adata.obs_names, top_k) for column in similarity.T]
         return hits[0] if isinstance(text, str) else hits
 
@@ -668,27 +766,47 @@ class ScMMGPTPipeline:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         return batch_size
 
-    def _batches(self, cells: Cells, batch_size: int, what: str) -> Iterator[np.ndarray]:
-        """Row numbers of each batch: cells alike in length, so that little is padded; the longest first."""
-        order = np.argsort(-np.diff(cells.indptr), kind="stable")
-        with logging.tqdm(total=len(order), desc=what, unit="cell", disable=len(order) <= batch_size) as progress:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                yield rows
-                progress.update(len(rows))
+    def _inputs(self, cells: Cells) -> dict[str, torch.Tensor]:
+        """Model inputs of a batch of cells, on the device."""
+        return dict(self.processor(cells=cells).to(self.device))
 
-    def _map_cells(self, function: CellFunction, cells: Cells, batch_size: int, what: str) -> list[np.ndarray]:
+    def _chunks(self, adata: Any, choice: InputChoice) -> Iterator[Cells]:
+        """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time."""
+        # The class is the processor's: a checkpoint may load each file twice.
+        parts: list[Cells] = []
+        for part in choice.iter_cells(adata):
+            parts.append(part)
+            if sum(map(len, parts)) + len(part) > SORTED_CELLS:
+                yield type(part).concatenate(parts)
+                parts = []
+        if parts:
+            yield type(part).concatenate(parts)
+
+    def _batches(
+        self, chunks: Iterable[Cells], batch_size: int, what: str, total: int
+    ) -> Iterator[tuple[np.ndarray, Cells]]:
+        """Row numbers and cells of each batch: of a chunk, cells alike in length, the longest first."""
+        first = 0
+        with logging.tqdm(desc=what, unit="cell", total=total, delay=3) as progress:
+            for chunk in chunks:
+                order = np.argsort(-np.diff(chunk.indptr), kind="stable")
+                for start in range(0, len(order), batch_size):
+                    rows = order[start : start + batch_size]
+                    yield first + rows, chunk[rows]
+                    progress.update(len(rows))
+                first += len(chunk)
+
+    def _map_cells(
+        self, function: CellFunction, chunks: Iterable[Cells], batch_size: int, what: str, total: int
+    ) -> list[np.ndarray]:
         """Apply `function` to all cells, batch by batch; float32 arrays in the cells' order."""
-        results: list[np.ndarray] = []
-        for rows in self._batches(cells, batch_size, what):
-            inputs = self.processor(cells=cells[rows]).to(self.device)
+        rows, results = [], []
+        for numbers, cells in self._batches(chunks, batch_size, what, total):
             with torch.inference_mode():
-                outputs = [output.float().cpu().numpy() for output in function(dict(inputs))]
-            if not results:
-                results = [np.empty((len(cells), *output.shape[1:]), dtype=np.float32) for output in outputs]
-            for result, output in zip(results, outputs, strict=True):
-                result[rows] = output
-        return results
+                results.append([output.float().cpu().numpy() for output in function(cells)])
+            rows.append(numbers)
+        order = np.argsort(np.concatenate(rows))
+        return [np.concatenate(parts)[order] for parts in zip(*results, strict=True)]
 
     def _text_features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Texts in the shared space, `(n_texts, projection_dim)`, from the processor's `qformer_text` inputs."""
@@ -731,6 +849,12 @@ def _labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: di
     if empty:
         raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
     return labels
+
+
+def _ids_of_labels(names: list[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Label -> Cell Ontology id: the given one, else that of the stored term that the label means."""
+    found = {name: term_of(name, terms) for name in names}
+    return {name: term["id"] for name, term in found.items() if term is not None} | given
 
 
 def _labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[list[str], list[str]]:

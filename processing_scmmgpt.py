@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +16,13 @@ from transformers.utils import cached_file
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
+    from .collator_scmmgpt import ScMMGPTDataCollator
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
     from .reading_scmmgpt import InputChoice, choose_input, read_cells
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
+    from collator_scmmgpt import ScMMGPTDataCollator
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
     from reading_scmmgpt import InputChoice, choose_input, read_cells
@@ -27,6 +30,11 @@ except ImportError:  # as a flat module in a clone
 
 GENE_ALIASES_FILE = "gene_aliases.json"
 CELL_KWARGS = ("max_genes", "selection")
+# Of a tokenizer's arguments, those that have a meaning here; see `ScMMGPTProcessor.__call__`.
+TEXT_KWARGS = (
+    *("add_special_tokens", "padding", "padding_side", "pad_to_multiple_of", "truncation", "max_length"),
+    *("return_offsets_mapping", "return_text_replacement_offsets"),
+)
 
 # The prompt of each task in training; saved with the checkpoint, so that training and use can't drift apart.
 DEFAULT_PROMPTS = {
@@ -41,64 +49,21 @@ PLAIN_CHAT_TEMPLATE = (
 )
 
 
-class ScMMGPTProcessor(ProcessorMixin):
-    """Turns AnnData, counts and texts into the inputs of scMMGPT.
+class ScGPTProcessor(ProcessorMixin):
+    """Turns AnnData and counts into the inputs of scGPT: the processor of a checkpoint of the cell model alone.
 
     Args:
         feature_extractor: Counts -> gene tokens and expression values.
-        tokenizer: The language model's; `<cell>` is added if it is missing. A stage-1 checkpoint has no language model
-            and holds a copy of `qformer_tokenizer` in this place.
-        qformer_tokenizer: The Q-Former text branch's.
         gene_tokenizer: The gene vocabulary, one word per gene symbol.
-        chat_template: By default the tokenizer's own.
-        num_query_tokens: Placeholders per cell, as in the model's configuration.
-        cell_token: The placeholder.
-        qformer_max_length: Texts for the Q-Former are truncated to this number of tokens.
-        max_target_genes: Genes per generated training cell; of more, each text draws a random subset.
-        library_size: Total counts of a typical training cell, the default for sampled cells.
-        prompts: The prompt of each task; `{text}` in it is replaced by the description of a cell.
     """
 
+    tokenizer_names = ("gene_tokenizer",)
     feature_extractor: ScMMGPTFeatureExtractor
-    tokenizer: PreTrainedTokenizerBase
-    qformer_tokenizer: PreTrainedTokenizerBase
     gene_tokenizer: PreTrainedTokenizerBase
 
-    def __init__(
-        self,
-        feature_extractor: ScMMGPTFeatureExtractor,
-        tokenizer: PreTrainedTokenizerBase,
-        qformer_tokenizer: PreTrainedTokenizerBase,
-        gene_tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = None,
-        num_query_tokens: int = 32,
-        cell_token: str = "<cell>",
-        qformer_max_length: int = 128,
-        max_target_genes: int = 1200,
-        library_size: float = COUNTS_PER_10K,
-        prompts: dict[str, str] | None = None,
-    ) -> None:
-        self.num_query_tokens = num_query_tokens
-        self.cell_token = cell_token
-        self.qformer_max_length = qformer_max_length
-        self.max_target_genes = max_target_genes
-        self.library_size = library_size
-        self.prompts = dict(DEFAULT_PROMPTS if prompts is None else prompts)
+    def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, gene_tokenizer: PreTrainedTokenizerBase) -> None:
         self.gene_aliases: dict[str, Any] = {}  # the `aliases` of `GeneIndex`; saved in a separate file
-        if cell_token not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"extra_special_tokens": [cell_token]}, replace_extra_special_tokens=False)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "left"  # generation continues at the right end
-        chat_template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
-        super().__init__(feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer, chat_template=chat_template)
-
-    # -- parts --------------------------------------------------------------------------------------------------------
-
-    @property
-    def cell_token_id(self) -> int:
-        """Id of `<cell>` in the language model's tokenizer."""
-        return cast(int, self.tokenizer.convert_tokens_to_ids(self.cell_token))
+        super().__init__(feature_extractor, gene_tokenizer)
 
     @cached_property
     def gene_index(self) -> GeneIndex:
@@ -108,10 +73,7 @@ class ScMMGPTProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Every key of a call's result that the model takes."""
-        text = "input_ids attention_mask labels qformer_input_ids qformer_attention_mask"
-        cells = "gene_ids expression cell_attention_mask profile_gene_ids profile"
-        targets = "target_gene_ids target_attention_mask target_expression target_counts library_size"
-        return f"{text} {cells} {targets}".split()
+        return [*self.feature_extractor.model_input_names, "labels"]
 
     def read_cells(self, adata: Any, **kwargs: Any) -> tuple[Cells, dict[str, Any]]:
         """AnnData -> `Cells` of this vocabulary, and a report; see `reading_scmmgpt.read_cells`."""
@@ -140,6 +102,155 @@ class ScMMGPTProcessor(ProcessorMixin):
     def gene_symbols(self, gene_ids: Iterable[int]) -> list[str]:
         """Symbols of vocabulary ids."""
         return list(self.gene_tokenizer.convert_ids_to_tokens([int(i) for i in gene_ids]))
+
+    def __call__(
+        self,
+        cells: Any,
+        labels: Any = None,
+        *,
+        mask_ratio: float | Sequence[float] | None = None,
+        epoch: int = 0,
+        return_tensors: str = "pt",
+        max_genes: int | None = None,
+        selection: str | None = None,
+    ) -> BatchFeature:
+        """Make model inputs, each `(n_cells, n_tokens)`.
+
+        Args:
+            cells: [`Cells`], or an AnnData for `read_cells`.
+            labels: One per cell, for [`ScGPTForSequenceClassification`]: class numbers, numbers to predict, or rows of
+                0 and 1.
+            mask_ratio: Share of each cell's genes to hide, for [`ScGPTForPreTraining`]; `labels` are then the values
+                of the hidden genes, and -100 elsewhere. Of several shares, each cell draws one. scGPT was pre-trained
+                with 0.25, 0.5 and 0.75, and fine-tuned with 0.4.
+            epoch: With each cell's id, the seed of gene sampling, binning and hiding.
+            return_tensors: `"pt"`, PyTorch.
+            max_genes, selection: In place of the feature extractor's own.
+
+        Raises:
+            ValueError: If labels and cells differ in number, or labels and `mask_ratio` are both given.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', PyTorch.")
+        cells = cells if isinstance(cells, Cells) else self.read_cells(cells)[0]
+        batch = self.feature_extractor(cells, epoch=epoch, max_genes=max_genes, selection=selection)
+        if mask_ratio is not None:
+            if labels is not None:
+                raise ValueError("labels and mask_ratio are both given; with mask_ratio, the labels are made here.")
+            genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
+            hidden = mask_genes(*genes, mask_ratio, seed=self.feature_extractor.seed, epoch=epoch)
+            batch["labels"] = batch["expression"].masked_fill(~hidden, -100)
+        elif labels is not None:
+            values = np.asarray(labels)
+            if len(values) != len(cells) or values.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"{len(values)} labels of type {values.dtype} were given for {len(cells)} cells; pass one number "
+                    "for each, for instance `model.config.label2id[name]`."
+                )
+            batch["labels"] = torch.as_tensor(values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
+        return batch
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save every part and the gene aliases."""
+        os.makedirs(save_directory, exist_ok=True)
+        Path(save_directory, GENE_ALIASES_FILE).write_text(json.dumps(self.gene_aliases, sort_keys=True), "utf-8")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list[Any]:
+        # The auto class of the feature extractor would load the checkpoint's copy of the class, which needs
+        # `trust_remote_code` even where this package is installed.
+        extractor = ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask for `trust_remote_code`
+        load = cls._load_tokenizer_from_pretrained
+        return [extractor, *(load(name, pretrained_model_name_or_path, **kwargs) for name in cls.tokenizer_names)]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load every part and the gene aliases."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wanted = ("cache_dir", "revision", "token", "local_files_only")
+        options = {name: kwargs[name] for name in wanted if name in kwargs}
+        path = cached_file(
+            pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **options
+        )
+        if path is not None:
+            processor.gene_aliases = json.loads(Path(path).read_text(encoding="utf-8"))
+        return processor
+
+
+class ScMMGPTProcessor(ScGPTProcessor):
+    """Turns AnnData, counts and texts into the inputs of scMMGPT.
+
+    Args:
+        feature_extractor: Counts -> gene tokens and expression values.
+        tokenizer: The language model's; `<cell>` is added if it is missing. A stage-1 checkpoint has no language model
+            and holds a copy of `qformer_tokenizer` in this place.
+        qformer_tokenizer: The Q-Former text branch's.
+        gene_tokenizer: The gene vocabulary, one word per gene symbol.
+        chat_template: By default the tokenizer's own.
+        num_query_tokens: Placeholders per cell, as in the model's configuration.
+        cell_token: The placeholder.
+        qformer_max_length: Texts for the Q-Former are truncated to this number of tokens.
+        max_target_genes: Genes per generated training cell; of more, each text draws a random subset.
+        library_size: Total counts of a typical training cell, the default for sampled cells.
+        prompts: The prompt of each task; `{text}` in it is replaced by the description of a cell.
+    """
+
+    tokenizer_names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
+    tokenizer: PreTrainedTokenizerBase
+    qformer_tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        feature_extractor: ScMMGPTFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase,
+        gene_tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        num_query_tokens: int = 32,
+        cell_token: str = "<cell>",
+        qformer_max_length: int = 128,
+        max_target_genes: int = 1200,
+        library_size: float = COUNTS_PER_10K,
+        prompts: dict[str, str] | None = None,
+    ) -> None:
+        self.num_query_tokens = num_query_tokens
+        self.cell_token = cell_token
+        self.qformer_max_length = qformer_max_length
+        self.max_target_genes = max_target_genes
+        self.library_size = library_size
+        self.prompts = dict(DEFAULT_PROMPTS if prompts is None else prompts)
+        self.gene_aliases: dict[str, Any] = {}  # the `aliases` of `GeneIndex`; saved in a separate file
+        if cell_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"extra_special_tokens": [cell_token]}, replace_extra_special_tokens=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # generation continues at the right end
+        chat_template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+        parts = (feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer)
+        ProcessorMixin.__init__(self, *parts, chat_template=chat_template)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def cell_token_id(self) -> int:
+        """Id of `<cell>` in the language model's tokenizer."""
+        return cast(int, self.tokenizer.convert_tokens_to_ids(self.cell_token))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Every key of a call's result that the model takes."""
+        text = "input_ids attention_mask labels qformer_input_ids qformer_attention_mask"
+        cells = "gene_ids expression cell_attention_mask profile_gene_ids profile"
+        targets = "target_gene_ids target_attention_mask target_expression target_counts library_size"
+        return f"{text} {cells} {targets}".split()
 
     # -- cells and texts in -------------------------------------------------------------------------------------------
 
@@ -172,15 +283,22 @@ class ScMMGPTProcessor(ProcessorMixin):
             target_rows: Int `(len(target_cells),)`: the text that generates each cell; by default the texts in order.
             target_genes: Vocabulary ids of the measured genes that may be generated; by default the whole vocabulary.
             epoch: With each cell's id, the seed of gene sampling and binning.
-            kwargs: `max_genes` and `selection`, in place of the feature extractor's own.
+            kwargs: `max_genes` and `selection`, in place of the feature extractor's own; and for `text`, with the
+                meaning that they have for a tokenizer: `padding` (by default to the longest text), `padding_side`
+                (left), `pad_to_multiple_of`, `truncation` with `max_length`, `add_special_tokens` (by default where a
+                text does not begin with one), `return_offsets_mapping`. A text with its answer is truncated as one.
 
         Raises:
-            ValueError: If placeholders and cells, texts and answers, or targets and rows differ in number, or a
-                target's row has no text.
+            ValueError: If placeholders and cells, texts and answers, or targets and rows differ in number, if a
+                target's row has no text, or if a text were truncated within or before one of its cells.
+            TypeError: If there is no such argument.
         """
-        unknown = sorted(set(kwargs) - set(CELL_KWARGS) - {"padding"})  # `padding`: the chat template always passes it
+        unknown = sorted(set(kwargs) - {*CELL_KWARGS, *TEXT_KWARGS})
         if unknown:
-            raise TypeError(f"ScMMGPTProcessor has no arguments {unknown}; it takes {', '.join(CELL_KWARGS)}.")
+            raise TypeError(
+                f"ScMMGPTProcessor has no arguments {unknown}; beside its own it takes "
+                f"{', '.join((*CELL_KWARGS, *TEXT_KWARGS))}."
+            )
         if images is not None or videos is not None or audio is not None:
             raise ValueError("images, videos and audio are not supported; pass text and cells.")
         if return_tensors != "pt":
@@ -195,7 +313,8 @@ class ScMMGPTProcessor(ProcessorMixin):
             data.update(self._qformer_inputs(qformer_text))
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
-            data.update(self._text_inputs(text, answers, None if cells is None else len(cells)))
+            options = {name: kwargs[name] for name in TEXT_KWARGS if kwargs.get(name) is not None}
+            data.update(self._text_inputs(text, answers, 0 if cells is None else len(cells), **options))
         if target_cells is not None:
             n_texts = 0 if text is None else len(text)
             rows = _check_target_rows(target_rows, n_texts, len(target_cells))
@@ -211,38 +330,106 @@ class ScMMGPTProcessor(ProcessorMixin):
         return {f"qformer_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
 
     def _text_inputs(
-        self, text: list[str], answers: list[str] | None, num_cells: int | None
-    ) -> dict[str, torch.Tensor]:
+        self,
+        text: list[str],
+        answers: list[str] | None,
+        num_cells: int,
+        *,
+        add_special_tokens: bool | None = None,
+        return_offsets_mapping: bool = False,
+        return_text_replacement_offsets: bool = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        **padding: Any,
+    ) -> dict[str, Any]:
         mentioned = sum(t.count(self.cell_token) for t in text)
-        if mentioned != (num_cells or 0):
+        if mentioned != num_cells:
             raise ValueError(
-                f"The texts mention {mentioned} cells ({self.cell_token}), but {num_cells or 0} cells were given; "
+                f"The texts mention {mentioned} cells ({self.cell_token}), but {num_cells} cells were given; "
                 f"write {self.cell_token} once for each cell."
             )
-        expanded = [t.replace(self.cell_token, self.cell_token * self.num_query_tokens) for t in text]
-        # A chat template adds special tokens itself; to a bare text the tokenizer adds them.
-        ids = [self.tokenizer(t, add_special_tokens=not self.has_special_start(t))["input_ids"] for t in expanded]
-        labels = None
+        rows: dict[str, list[list]] = {"input_ids": [], "attention_mask": []}
+        for t in text:
+            special = not self.has_special_start(t) if add_special_tokens is None else add_special_tokens
+            options = {"add_special_tokens": special, "return_offsets_mapping": return_offsets_mapping}
+            encoded = self.tokenizer(t.replace(self.cell_token, self.cell_token * self.num_query_tokens), **options)
+            rows["input_ids"].append(list(encoded["input_ids"]))
+            if return_offsets_mapping:
+                rows.setdefault("offset_mapping", []).append(encoded["offset_mapping"])
         if answers is not None:
             if len(answers) != len(text):
                 raise ValueError(f"{len(answers)} answers were given for {len(text)} texts; pass one for each text.")
             # Prompt and answer are tokenised apart, so that the prompt has the same tokens as at generation.
             end = [self.tokenizer.eos_token_id]
-            answer_ids = [self.tokenizer(a, add_special_tokens=False)["input_ids"] + end if a else [] for a in answers]
-            labels = [[-100] * len(i) + a for i, a in zip(ids, answer_ids, strict=True)]
-            ids = [i + a for i, a in zip(ids, answer_ids, strict=True)]
-        length = max(map(len, ids))
-        data = {
-            "input_ids": _left_pad(ids, length, self.tokenizer.pad_token_id),
-            "attention_mask": _left_pad([[1] * len(i) for i in ids], length, 0),
-        }
-        if labels is not None:
-            data["labels"] = _left_pad(labels, length, -100)
+            tokens = [self.tokenizer(a, add_special_tokens=False)["input_ids"] + end if a else [] for a in answers]
+            rows["labels"] = [[-100] * len(i) + a for i, a in zip(rows["input_ids"], tokens, strict=True)]
+            rows["input_ids"] = [i + a for i, a in zip(rows["input_ids"], tokens, strict=True)]
+            if return_offsets_mapping:  # an answer is no part of the text
+                spans = rows["offset_mapping"]
+                rows["offset_mapping"] = [o + [(0, 0)] * len(a) for o, a in zip(spans, tokens, strict=True)]
+        if truncation not in (False, "do_not_truncate"):
+            self._truncate(rows, self.tokenizer.model_max_length if max_length is None else max_length)
+        elif max_length is not None and padding.get("padding") != "max_length":
+            raise ValueError(f"max_length={max_length} needs truncation=True or padding='max_length' beside it.")
+        rows["attention_mask"] = [[1] * len(i) for i in rows["input_ids"]]
+        data = self._pad(rows, max_length, **padding)
+        if return_text_replacement_offsets:  # for the masks of assistant tokens
+            data["text_replacement_offsets"] = [self._find_expansions(t) for t in text]
         return data
 
+    def _truncate(self, rows: dict[str, list[list]], max_length: int) -> None:
+        """Cut every row to `max_length` tokens, at the tokenizer's `truncation_side`, but never a cell."""
+        kept = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
+        for row, ids in enumerate(rows["input_ids"]):
+            if ids[kept].count(self.cell_token_id) != ids.count(self.cell_token_id):
+                raise ValueError(
+                    f"Text {row} has {len(ids)} tokens, and max_length={max_length} would cut off some of its "
+                    f"{self.num_query_tokens} tokens a cell; raise max_length or shorten the text."
+                )
+        for name, values in rows.items():
+            rows[name] = [row[kept] for row in values]
+
+    def _pad(
+        self,
+        rows: dict[str, list[list]],
+        max_length: int | None,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> dict[str, Any]:
+        """Rows of equal length, as tensors `(n_texts, length)` int64; `offset_mapping` as lists."""
+        lengths = {len(ids) for ids in rows["input_ids"]}
+        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f"padding is {padding!r}; choose True (to the longest text), 'max_length' or False.")
+        if padding in (False, "do_not_pad") and len(lengths) > 1:
+            raise ValueError(f"Texts of {sorted(lengths)} tokens make no tensor without padding; use padding=True.")
+        if padding == "max_length" and max_length is None:
+            raise ValueError("padding='max_length' needs max_length, the number of tokens.")
+        length = max(lengths)
+        if padding == "max_length":
+            length = max(length, cast(int, max_length))
+        if pad_to_multiple_of is not None:
+            length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+        side = self.tokenizer.padding_side if padding_side is None else padding_side
+        values = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        data: dict[str, Any] = {}
+        for name, value_rows in rows.items():
+            fills = [[values.get(name, (0, 0))] * (length - len(row)) for row in value_rows]
+            filled = [f + r if side == "left" else r + f for f, r in zip(fills, value_rows, strict=True)]
+            data[name] = torch.tensor(filled, dtype=torch.long) if name in values else filled
+        return data
+
+    def _find_expansions(self, text: str) -> list[dict[str, tuple[int, int]]]:
+        """Where each `<cell>` of a text begins and ends, and where its placeholders do in the expanded text."""
+        spans, size = [match.span() for match in re.finditer(re.escape(self.cell_token), text)], len(self.cell_token)
+        added = size * (self.num_query_tokens - 1)
+        new = [(start + i * added, end + (i + 1) * added) for i, (start, end) in enumerate(spans)]
+        return [{"span": old, "new_span": expanded} for old, expanded in zip(spans, new, strict=True)]
+
     def has_special_start(self, text: str) -> bool:
-        """Whether a text begins with a special token, as the output of a chat template does."""
-        return any(token and text.startswith(token) for token in self.tokenizer.all_special_tokens)
+        """Whether a text begins with a special token other than `<cell>`, as the output of a chat template does."""
+        starts = (token for token in self.tokenizer.all_special_tokens if token and token != self.cell_token)
+        return text.startswith(tuple(starts))
 
     def encode_targets(
         self,
@@ -326,7 +513,13 @@ class ScMMGPTProcessor(ProcessorMixin):
         return self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
     def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`."""
+        """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`.
+
+        Raises:
+            ValueError: If `sanitize_control_tokens` is set, which would turn the `<cell>` of a cell into plain text.
+        """
+        if kwargs.get("sanitize_control_tokens"):
+            raise ValueError("sanitize_control_tokens would turn <cell> into plain text; remove it from the texts.")
         if conversation and isinstance(conversation[0], dict):
             conversation = self.flatten_messages(conversation)
         else:
@@ -342,6 +535,10 @@ class ScMMGPTProcessor(ProcessorMixin):
             return content
         return "\n".join(self.cell_token if part["type"] == "cell" else part["text"] for part in content)
 
+    def data_collator(self, *args: Any, **kwargs: Any) -> Any:
+        """[`ScMMGPTDataCollator`] of this processor: rows of a dataset -> batches of a trainer."""
+        return ScMMGPTDataCollator(self, *args, **kwargs)
+
     def pipeline(self, model: Any, **kwargs: Any) -> Any:
         """[`ScMMGPTPipeline`] of this processor and its model.
 
@@ -353,43 +550,6 @@ class ScMMGPTProcessor(ProcessorMixin):
         except ImportError:
             from pipeline_scmmgpt import ScMMGPTPipeline
         return ScMMGPTPipeline(model, self, **kwargs)
-
-    # -- files --------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Save every part and the gene aliases."""
-        os.makedirs(save_directory, exist_ok=True)
-        Path(save_directory, GENE_ALIASES_FILE).write_text(json.dumps(self.gene_aliases, sort_keys=True), "utf-8")
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @classmethod
-    def _get_arguments_from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs: Any
-    ) -> list[Any]:
-        # The auto class of the feature extractor would load the checkpoint's copy of the class, which needs
-        # `trust_remote_code` even where this package is installed.
-        extractor = ScMMGPTFeatureExtractor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        kwargs.setdefault("config", PreTrainedConfig())  # else each tokenizer would ask for `trust_remote_code`
-        names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
-        load = cls._load_tokenizer_from_pretrained
-        return [extractor, *(load(name, pretrained_model_name_or_path, **kwargs) for name in names)]
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> "ScMMGPTProcessor":
-        """Load every part and the gene aliases."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        wanted = ("cache_dir", "revision", "token", "local_files_only")
-        options = {name: kwargs[name] for name in wanted if name in kwargs}
-        path = cached_file(
-            pretrained_model_name_or_path, GENE_ALIASES_FILE, _raise_exceptions_for_missing_entries=False, **options
-        )
-        if path is not None:
-            processor.gene_aliases = json.loads(Path(path).read_text(encoding="utf-8"))
-        return processor
 
 
 def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: int) -> np.ndarray:
@@ -404,8 +564,5 @@ def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: 
     return rows
 
 
-def _left_pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
-    return torch.tensor([[value] * (length - len(row)) + row for row in rows], dtype=torch.long)
-
-
+ScGPTProcessor.register_for_auto_class("AutoProcessor")
 ScMMGPTProcessor.register_for_auto_class("AutoProcessor")

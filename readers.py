@@ -13,13 +13,11 @@
 | `.csv`, `.tsv`, `.txt`, also compressed      | text, either way round            | no: loaded as sparse          |
 """
 
-import bz2
-import gzip
 import logging
-import lzma
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,14 +28,28 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scmmgpt.disk_checks import attribute, check_indices, check_parts, check_stored, load, where
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
+from scmmgpt.text_tables import Contents, FileError, read_table
+
 
 logger = logging.getLogger(__name__)
 
 COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column: size of the block of rows that is kept in memory
 COLUMN_ENTRIES = 2**23  # of a matrix stored by column: entries loaded at a time
 KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv"
-# Common gene names, in any species' spelling: the side of a table with more of them is the genes' side.
-GENE_NAME = re.compile(r"^(ENS[A-Z]*G\d{6,}|RP[LS]\d+|MT-|ACTB$|GAPDH$|B2M$|MALAT1$|CD\d+[A-Z]?$|HLA-|EEF1A1$)", re.I)
+# Names of files that are not read -> the way out.
+UNREAD = {
+    r"\.(rds|rda|rdata|h5seurat|qs)(\.gz)?$": "is an R object. Save it from R with "
+    "`anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or `anndataR::as_AnnData` for a SingleCellExperiment) and "
+    "pass the .h5ad file.",
+    r"\.(h5|h5ad|h5mu|hdf5|loom)\.(gz|bz2|xz|zst)$": "is compressed as a whole: run `gunzip` (or bunzip2, unxz, "
+    "unzstd) on it first, and pass the file that comes out.",
+    r"\.(tar|tgz|zip|7z|rar|zst)$|\.tar\.(gz|bz2|xz)$": "is an archive: unpack it first, and pass the file or folder "
+    "of cells in it.",
+    r"\.(xls|xlsx|xlsm|ods)$": "is a spreadsheet. Save it as .csv, and check that no gene became a date (SEPT2).",
+}
 
 
 class DiskRows:
@@ -52,14 +64,19 @@ class DiskRows:
 
     def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> None:
         self.data, self.indices, self.shape, self.dtype = data, indices, shape, data.dtype
-        self.indptr = np.asarray(indptr[:], dtype=np.int64)
         self.n_bytes = data.shape[0] * (data.dtype.itemsize + indices.dtype.itemsize)
-        size = shape[self.compressed_axis]
-        if len(self.indptr) != size + 1 or self.indptr[-1] != data.shape[0]:
-            raise ValueError(
-                f"A sparse matrix of {size} {('rows', 'columns')[self.compressed_axis]} has {len(self.indptr)} "
-                f"pointers up to {self.indptr[-1]} and {data.shape[0]} values: the file is damaged. Write or copy it "
-                "again."
+        size, n_pointers = shape[self.compressed_axis], indptr.shape[0]
+        for array in (data, indices, indptr):
+            check_stored(array)
+        # The lengths are compared before the pointers are loaded: a damaged length may be larger than memory.
+        self.indptr = np.asarray(load(indptr, slice(n_pointers if n_pointers == size + 1 else 0)), dtype=np.int64)
+        last = int(self.indptr[-1]) if len(self.indptr) else 0
+        sound = len(self.indptr) and last == data.shape[0] == indices.shape[0] and not self.indptr[0]
+        if not sound or (np.diff(self.indptr) < 0).any():
+            raise FileError(
+                f"{where(data)}: a sparse matrix of {size} {('rows', 'columns')[self.compressed_axis]} has "
+                f"{n_pointers} pointers up to {last}, {data.shape[0]} values and {indices.shape[0]} positions: the "
+                "file is damaged. Write or copy it again."
             )
 
     def __getitem__(self, rows: slice) -> sp.csr_matrix:
@@ -69,7 +86,9 @@ class DiskRows:
     def _entries(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Data, indices and indptr of some compressed rows (of `DiskColumns`, of some columns)."""
         first, last = int(self.indptr[start]), int(self.indptr[stop])
-        return self.data[first:last], self.indices[first:last], self.indptr[start : stop + 1] - first
+        indices = load(self.indices, slice(first, last))
+        check_indices(indices, self.shape[1 - self.compressed_axis], where(self.indices))
+        return load(self.data, slice(first, last)), indices, self.indptr[start : stop + 1] - first
 
 
 class DiskColumns(DiskRows):
@@ -111,15 +130,25 @@ class DiskColumns(DiskRows):
         return sp.hstack(parts, format="csr")
 
 
-class DiskTransposed:
+class DiskDense:
+    """A dense cells x genes array on disk."""
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.dtype, self.shape = check_stored(array), array.dtype, tuple(array.shape)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return load(self.array, rows)
+
+
+class DiskTransposed(DiskDense):
     """A dense genes x cells array on disk, as cells x genes."""
 
     def __init__(self, array: Any) -> None:
-        self.array, self.dtype = array, array.dtype
-        self.shape = (array.shape[1], array.shape[0])
+        super().__init__(array)
+        self.shape = self.shape[::-1]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.array[:, rows].T
+        return load(self.array, (slice(None), rows)).T
 
 
 class RowSlice:
@@ -160,15 +189,18 @@ class CellFile:
     raw: RawPart | None = None
     uns: dict[str, Any] = field(default_factory=dict)
     handle: Any = None
+    notes: list[str] = field(default_factory=list)  # what the reader decided, in sentences
 
     def __post_init__(self) -> None:
         self.shape = self.n_obs, self.n_vars = len(self.obs), len(self.var)
         self.obs_names, self.var_names = self.obs.index, self.var.index
-        for name, matrix in {"X": self.X, **self.layers}.items():
-            if matrix is not None and tuple(matrix.shape) != self.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(matrix.shape)}, but the file names {self.n_obs} cells and "
-                    f"{self.n_vars} variables: the file is damaged. Write it again."
+        found = {name: (matrix, self.n_vars) for name, matrix in {"X": self.X, **self.layers}.items()}
+        found |= {} if self.raw is None else {"raw": (self.raw.X, len(self.raw.var))}
+        for name, (matrix, n_vars) in found.items():
+            if matrix is not None and tuple(matrix.shape) != (self.n_obs, n_vars):
+                raise FileError(
+                    f"{name} has shape {tuple(matrix.shape)}, but the file names {self.n_obs} cells and {n_vars} "
+                    "variables: the file is damaged. Write it again."
                 )
 
     def __getitem__(self, rows: slice) -> "CellFile":
@@ -209,119 +241,171 @@ class CellFile:
 # -- opening ----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str | Path, *, backed: bool = False) -> anndata.AnnData | CellFile:
+def read_file(
+    path: str | Path, *, backed: bool = False, gene_index: GeneIndex | None = None
+) -> anndata.AnnData | CellFile:
     """Open a file or folder of cells of any known format.
+
+    What the reader decided (which matrix of a folder, which side of a table has the genes, which columns are no genes)
+    is logged as warnings.
 
     Args:
         path: File or folder.
         backed: Leave the matrices on disk, for files larger than memory.
+        gene_index: The genes of a model, by which the sides of a text table are judged, besides those of GENCODE.
 
     Returns:
         An AnnData, or with `backed` a `CellFile`, which has the same parts.
 
     Raises:
-        FileNotFoundError: If `path` does not exist.
-        ValueError: If the file is empty, truncated, damaged or of an unknown format.
+        FileNotFoundError: If `path`, or a table beside a matrix, does not exist.
+        ValueError: If the file is empty, truncated, damaged or of an unknown format, or holds several data sets.
     """
     path = Path(path)
-    kind, opener = _format(path)
-    try:
-        if kind == "h5ad" and not backed:
-            _open_hdf5(path).close()  # whose errors for damaged files are clearer
-            return anndata.read_h5ad(path)
-        if kind == "zarr" and not backed:
-            return anndata.read_zarr(path)
-        if kind == "h5mu" and not backed:
-            with _open_hdf5(path) as file:
-                return anndata.io.read_elem(_rna(path, file))
+    kind, opener, path, notes = _format(path, gene_index)
+    with _one_line(path, kind):
         file = opener(path)
-        return file if backed else file.to_memory()
-    except (ValueError, TypeError, FileNotFoundError):
+        file.notes[:0] = notes
+        for note in file.notes:
+            logger.warning("%s: %s", path.name, note)
+        if backed:
+            return file
+        if kind not in ("h5ad", "zarr"):
+            with file:
+                adata = _modality(path, file) if kind == "h5mu" else file.to_memory()
+        else:
+            file.close()  # it was opened for its checks
+            adata = anndata.read_h5ad(path) if kind == "h5ad" else anndata.read_zarr(path)
+        raw = {} if adata.raw is None else {"raw": adata.raw.X}
+        for name, matrix in {"X": adata.X, **adata.layers, **raw}.items():
+            if sp.issparse(matrix):
+                check_indices(matrix.indices, matrix.shape[1 if matrix.format == "csr" else 0], name)
+        return adata
+
+
+@contextmanager
+def _one_line(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes of h5py, zarr, pandas and anndata into one error that names the file."""
+    try:
+        yield
+    except (FileError, FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # h5py, zarr, pandas and anndata raise many kinds for a damaged file
-        raise ValueError(
-            f"{path} cannot be read as {kind} ({type(error).__name__}: {error}): it is damaged or of another format. "
-            "Write or copy it again."
+    except Exception as error:
+        found = [re.search(r"key '(.+?)' of .* from (\S+)", note) for note in getattr(error, "__notes__", ())]
+        part = next((f" at {m[2].rstrip('/')}/{m[1]}" for m in found if m), "")
+        message = " ".join(str(error).split())[:300]
+        if isinstance(error, ImportError):
+            raise FileError(f"{path} needs a package that is not installed{part}: {message}") from error
+        if isinstance(error, MemoryError):
+            raise FileError(f"{path} does not fit in memory ({message}), or its sizes are damaged.") from error
+        raise FileError(
+            f"{path} cannot be read as {kind}{part} ({type(error).__name__}: {message}): it is damaged or of another "
+            "format. Write or copy it again."
         ) from error
 
 
-def _format(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
-    """Name and opener of a file's format, by its name, else by its contents."""
+Opener = Callable[[Path], CellFile]
+
+
+def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path, list[str]]:
+    """Name and opener of a file's format, by its name, else by its contents; the path to open, and notes on it."""
     if not path.exists():
         similar = sorted(p.name for p in path.parent.glob("*") if p.name.startswith(path.name.split(".")[0]))[:3]
         hint = f" That folder has {', '.join(similar)}." if similar else ""
         raise FileNotFoundError(f"There is no file {path}.{hint}")
     if path.is_dir():
-        if any((path / marker).exists() for marker in (".zattrs", ".zgroup", "zarr.json")):
-            return "zarr", _open_zarr
-        if _find(path, "matrix.mtx", "mtx"):
-            return "mtx", _open_mtx
-        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise ValueError(f"The folder {path} is neither a .zarr nor has it a matrix.mtx (it holds {inside}).")
+        return _format_of_folder(path, gene_index)
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty (0 bytes): the copy or download failed. Copy it again.")
+        raise FileError(f"{path} is empty (0 bytes): the copy or download failed. Copy it again.")
     name = path.name.lower()
-    if name.endswith((".rds", ".rda", ".rdata", ".h5seurat", ".qs")):
-        raise ValueError(
-            f"{path.name} is an R object. Save it from R with `anndataR::write_h5ad(seurat_object, 'cells.h5ad')` (or "
-            "`anndataR::as_AnnData` for a SingleCellExperiment) and pass the .h5ad file."
-        )
-    if name.endswith((".mtx", ".mtx.gz")):
-        return "mtx", _open_mtx
-    if re.search(r"\.(csv|tsv|txt|tab)(\.gz|\.bz2|\.xz)?$", name):
-        return "table", _open_table
+    for endings, remedy in UNREAD.items():
+        if re.search(endings, name):
+            raise FileError(f"{path.name} {remedy}")
+    if name.endswith((".mtx", ".mtx.gz", ".mtx.bz2")):
+        return "mtx", lambda path: _in_memory(read_mtx(path)), path, []
+    if is_table(path):
+        return "table", lambda path: _in_memory(read_table(path, gene_index)), path, []
     if name.endswith(".loom"):
-        return "loom", _open_loom
+        return "loom", _open_loom, path, []
     if h5py.is_hdf5(path) or name.endswith((".h5ad", ".h5", ".hdf5", ".h5mu")):
-        return _format_of_hdf5(path)
-    raise ValueError(f"{path} is of an unknown format. Known are {KNOWN}.")
+        with _one_line(path, "HDF5"):
+            return *_format_of_hdf5(path), path, []
+    raise FileError(f"{path} is of an unknown format. Known are {KNOWN}.")
 
 
-def _format_of_hdf5(path: Path) -> tuple[str, Callable[[Path], CellFile]]:
+def is_table(path: Path) -> bool:
+    """Whether a file is a text table, by its name: the genes of a model help to read it."""
+    return re.search(r"\.(csv|tsv|txt|tab|gct|st)(\.gz|\.bz2|\.xz)?$", path.name, re.IGNORECASE) is not None
+
+
+def _format_of_folder(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path, list[str]]:
+    if is_zarr(path):
+        inside = _find_anndata(path)
+        notes = [] if inside == path else [f"{inside.relative_to(path)} of the store was read."]
+        return "zarr", _open_zarr, inside, notes
+    if find_matrices(path):
+        return "mtx", lambda path: _in_memory(read_mtx(path)), path, []
+    inside_folder = find_inside(path)
+    if len(inside_folder) == 1:
+        kind, opener, found, notes = _format(inside_folder[0], gene_index)
+        return kind, opener, found, [f"{inside_folder[0].relative_to(path)} of the folder was read.", *notes]
+    if inside_folder:
+        raise FileError(
+            f"The folder {path} holds {len(inside_folder)} data sets; pass one of them: {list_paths(inside_folder)}."
+        )
+    files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise FileError(f"The folder {path} is neither a .zarr nor has it a matrix.mtx (it holds {files}).")
+
+
+def _in_memory(contents: Contents) -> CellFile:
+    return CellFile(contents.X, contents.obs, contents.var, layers=dict(contents.layers), notes=contents.notes)
+
+
+# -- HDF5 and Zarr ----------------------------------------------------------------------------------------------------
+
+
+def _format_of_hdf5(path: Path) -> tuple[str, Opener]:
     with _open_hdf5(path) as file:
         if "row_attrs" in file and "matrix" in file:
             return "loom", _open_loom
-        if "matrix" in file or (any("barcodes" in g for g in file.values() if isinstance(g, h5py.Group))):
+        if _genomes(file):
             return "10x", _open_10x
         if "mod" in file:
             return "h5mu", _open_h5mu
         if "obs" in file and "var" in file:
             return "h5ad", _open_h5ad
         inside = ", ".join(list(file)[:8])
-        raise ValueError(f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {inside}).")
+        raise FileError(f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {inside}).")
 
 
 def _open_hdf5(path: Path) -> h5py.File:
     with open(path, "rb") as file:
         start = file.read(8)
     if start.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{path} is compressed by gzip as a whole: run `gunzip` on it first.")
+        raise FileError(f"{path} is compressed by gzip as a whole: run `gunzip` on it first.")
     try:
         return h5py.File(path, "r")
     except OSError as error:
         found = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
         if found:
-            raise ValueError(
+            raise FileError(
                 f"{path} is truncated: {int(found[1]):,} of {int(found[2]):,} bytes are there. The copy or download "
                 "stopped early; copy it again."
             ) from error
-        raise ValueError(
+        if h5py.is_hdf5(path):
+            raise
+        raise FileError(
             f"{path} is not an HDF5 file, in spite of its name (it starts with {start!r}). Known are {KNOWN}."
         ) from error
-
-
-def _attribute(group: Any, name: str) -> Any:
-    value = group.attrs.get(name)
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _disk_matrix(element: Any) -> Any:
     """A matrix of an AnnData on disk, HDF5 or Zarr, sparse or dense; it stays on disk."""
     if not hasattr(element, "keys"):
-        return element
-    encoding = str(_attribute(element, "encoding-type") or _attribute(element, "h5sparse_format") or "csr")
-    shape = _attribute(element, "shape")
-    shape = _attribute(element, "h5sparse_shape") if shape is None else shape
+        return DiskDense(element)
+    encoding = str(attribute(element, "encoding-type") or attribute(element, "h5sparse_format") or "csr")
+    shape = attribute(element, "shape")
+    shape = attribute(element, "h5sparse_shape") if shape is None else shape
     n_cells, n_vars = (int(n) for n in shape)
     matrix = DiskColumns if "csc" in encoding else DiskRows
     return matrix(element["data"], element["indices"], element["indptr"], (n_cells, n_vars))
@@ -330,6 +414,7 @@ def _disk_matrix(element: Any) -> Any:
 def _annotated(group: Any, handle: Any) -> CellFile:
     """The AnnData in an HDF5 or Zarr group; its matrices stay on disk."""
     read = anndata.io.read_elem
+    check_parts(group)
     raw = group["raw"] if "raw" in group and hasattr(group["raw"], "keys") and "X" in group["raw"] else None
     return CellFile(
         _disk_matrix(group["X"]) if "X" in group else None,
@@ -356,15 +441,45 @@ def _open_h5ad(path: Path) -> CellFile:
 
 
 def _open_h5mu(path: Path) -> CellFile:
+    """The RNA of a MuData, with the annotations of cells that are of all modalities."""
     file = _open_hdf5(path)
-    return _annotated(_rna(path, file), file)
+    name = _rna(path, file)
+    cells = _annotated(file["mod"][name], file)
+    shared = anndata.io.read_elem(file["obs"]) if "obs" in file else pd.DataFrame()
+    added = [column for column in shared.columns if column not in cells.obs]
+    if added and shared.index.is_unique:
+        cells.obs = cells.obs.join(shared[added])
+    left = [f"mod/{other}" for other in file["mod"] if other != name]
+    left += [f"{part}/{key}" for part in ("obsm", "obsp", "uns") for key in file.get(part, {})]
+    if left:
+        cells.notes.append(f"mod/{name} was read; {list_paths(left)} is not read, and not in what is written.")
+    return cells
 
 
-def _rna(path: Path, file: h5py.File) -> h5py.Group:
+def _rna(path: Path, file: h5py.File) -> str:
     for name in ("rna", "gex", "RNA", "GEX"):
         if name in file["mod"]:
-            return file["mod"][name]
-    raise ValueError(f"{path} has no `rna` modality, only {', '.join(file['mod'])}; pass a file of gene expression.")
+            return name
+    raise FileError(f"{path} has no `rna` modality, only {', '.join(file['mod'])}; pass a file of gene expression.")
+
+
+def _modality(path: Path, file: CellFile) -> anndata.AnnData:
+    """All parts of the RNA of a MuData, in memory."""
+    adata = anndata.io.read_elem(file.handle["mod"][_rna(path, file.handle)])
+    adata.obs = file.obs
+    return adata
+
+
+def _find_anndata(store: Path) -> Path:
+    """The AnnData of a Zarr store: the store itself, or the only one below it, as SpatialData has one in `tables`."""
+    found = sorted(p.parent for p in [store / "obs", *store.glob("*/obs"), *store.glob("*/*/obs")] if p.is_dir())
+    found = [p for p in found if (p / "var").is_dir()]
+    if store in found or not found:
+        return store
+    rna = [p for p in found if p.parent.name == "mod" and p.name.lower() in ("rna", "gex")]
+    if len(rna) == 1 or len(found) == 1:
+        return (rna or found)[0]
+    raise FileError(f"{store} holds {len(found)} tables of cells; pass one of them: {list_paths(found)}.")
 
 
 def _open_zarr(path: Path) -> CellFile:
@@ -373,34 +488,47 @@ def _open_zarr(path: Path) -> CellFile:
     group = zarr.open_group(str(path), mode="r")
     if "obs" not in group or "var" not in group:
         inside = ", ".join(list(group.keys())[:8])
-        raise ValueError(f"{path} is a Zarr store, but no AnnData (it holds {inside}); write one with `write_zarr`.")
+        raise FileError(f"{path} is a Zarr store, but no AnnData (it holds {inside}); write one with `write_zarr`.")
     return _annotated(group, group)
 
 
 def _text(array: Any) -> list[str]:
-    return [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(array[:]).ravel()]
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(check_stored(array)[:]).ravel()]
+
+
+def _genomes(file: h5py.File) -> list[str]:
+    """Groups of 10x's HDF5 with a matrix: `matrix` in version 3, one for each genome in version 2."""
+    groups = {name: file.get(name) for name in file}  # `None` for a link that leads nowhere
+    return [k for k, g in groups.items() if isinstance(g, h5py.Group) and {"barcodes", "data", "indptr"} <= set(g)]
 
 
 def _open_10x(path: Path) -> CellFile:
-    """10x Genomics' HDF5: version 3 has a group `matrix`, version 2 a group per genome; CellBender writes either."""
+    """10x Genomics' HDF5; CellBender writes either version."""
     file = _open_hdf5(path)
-    groups = ["matrix"] if "matrix" in file else [name for name in file if "barcodes" in file[name]]
+    groups = _genomes(file)
     if len(groups) > 1:
-        raise ValueError(
+        raise FileError(
             f"{path} holds several genomes ({', '.join(groups)}), each a matrix of its own. Read one with "
             "`scanpy.read_10x_h5(path, genome=...)` and save it as .h5ad."
         )
     group = file[groups[0]]
     n_vars, n_cells = (int(n) for n in group["shape"][:])
+    features = group.get("features", group)
+    stored = {"name": ("name", "gene_names"), "gene_ids": ("id", "genes")}
+    stored |= {"feature_types": ("feature_type",), "genome": ("genome",)}
+    found = {k: next((n for n in names if n in features), None) for k, names in stored.items()}
+    columns = {k: _text(features[name]) for k, name in found.items() if name is not None}
+    names = columns.pop("name", columns.get("gene_ids"))
+    barcodes = _text(group["barcodes"])
+    wrong = {n: len(c) for n, c in {"name": names or [], **columns}.items() if len(c) != n_vars}
+    if wrong or len(barcodes) != n_cells:
+        raise FileError(
+            f"{path} states {n_vars} features and {n_cells} cells, but has {len(barcodes)} barcodes and features of "
+            f"other lengths ({wrong}): it is damaged. Write or copy it again."
+        )
     matrix = DiskRows(group["data"], group["indices"], group["indptr"], (n_cells, n_vars))
-    if "features" in group:
-        features, names = group["features"], group["features"]["name"]
-        columns = {"gene_ids": "id", "feature_types": "feature_type", "genome": "genome"}
-        table = {name: _text(features[stored]) for name, stored in columns.items() if stored in features}
-    else:
-        table, names = {"gene_ids": _text(group["genes"])}, group["gene_names"]
-    var = pd.DataFrame(table, index=pd.Index(_text(names)))
-    return CellFile(matrix, pd.DataFrame(index=pd.Index(_text(group["barcodes"]))), var, handle=file)
+    var = pd.DataFrame(columns, index=pd.Index(names))
+    return CellFile(matrix, pd.DataFrame(index=pd.Index(barcodes)), var, handle=file)
 
 
 def _open_loom(path: Path) -> CellFile:
@@ -422,109 +550,3 @@ def _open_loom(path: Path) -> CellFile:
         layers={name: DiskTransposed(file["layers"][name]) for name in file.get("layers", {})},
         handle=file,
     )
-
-
-# -- text -------------------------------------------------------------------------------------------------------------
-
-
-def _find(folder: Path, *endings: str) -> Path | None:
-    """The file of a folder whose name, without `.gz`, ends in one of `endings`; GEO adds prefixes."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    found = (f for ending in endings for f in files if f.name.lower().removesuffix(".gz").endswith(ending))
-    return next(found, None)
-
-
-def _open_mtx(path: Path) -> CellFile:
-    """Matrix Market with a table of features and one of barcodes (10x, STARsolo, kallisto|bustools, alevin)."""
-    from scipy.io import mmread
-
-    folder = path if path.is_dir() else path.parent
-    matrix_path = (_find(folder, "matrix.mtx", "mtx") if path.is_dir() else path) or path
-    features_path = _find(folder, "features.tsv", "genes.tsv", "genes.txt", "features.txt", "cols.txt")
-    barcodes_path = _find(folder, "barcodes.tsv", "barcodes.txt", "rows.txt")
-    for wanted, found in (("features.tsv or genes.tsv", features_path), ("barcodes.tsv", barcodes_path)):
-        if found is None:
-            raise FileNotFoundError(f"Beside {matrix_path.name} there is no {wanted} in {folder}; copy it there.")
-    try:
-        matrix = sp.csr_matrix(mmread(matrix_path))
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{matrix_path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
-    features = pd.read_csv(features_path, sep="\t", header=None, dtype=str, keep_default_na=False)
-    barcodes = pd.read_csv(barcodes_path, sep="\t", header=None, dtype=str, keep_default_na=False)[0]
-    if matrix.shape == (len(features), len(barcodes)):  # 10x: genes x cells
-        matrix = matrix.T.tocsr()
-    if matrix.shape != (len(barcodes), len(features)):
-        raise ValueError(
-            f"{matrix_path.name} is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(features)} features and "
-            f"{len(barcodes)} barcodes: the files do not belong together. Copy all three from one source."
-        )
-    names = features[min(features.shape[1] - 1, 1)]  # the second column, or the only one
-    stored = {"gene_ids": 0, "feature_types": 2} if features.shape[1] > 1 else {}
-    table = {name: features[column].tolist() for name, column in stored.items() if column in features}
-    var = pd.DataFrame(table, index=pd.Index(names.tolist()))
-    return CellFile(matrix, pd.DataFrame(index=pd.Index(barcodes.tolist())), var)
-
-
-def _open_table(path: Path) -> CellFile:
-    """A text table with names in the first row and column, cells x genes or genes x cells, parsed in blocks."""
-    separator, n_comments = _layout(path)
-    columns: list[str] = []
-    blocks: list[sp.csr_matrix] = []
-    notes: list[pd.DataFrame] = []
-    layout: dict[str, Any] = {"sep": separator, "index_col": 0, "skiprows": n_comments, "low_memory": False}
-    try:
-        for block in pd.read_csv(path, chunksize=2000, **layout):
-            numeric = block.select_dtypes(include=["number", "bool"])
-            found = [str(name) for name in numeric.columns]
-            if blocks and found != columns:
-                wrong = sorted(set(found) ^ set(columns))[0]
-                value = next((v for v in block[wrong] if _not_a_number(v)), "numbers")
-                raise ValueError(f"Column {wrong!r} of {path} mixes {value!r} and numbers; keep one of both.")
-            columns = found
-            block.index = block.index.map(str)
-            notes.append(block.drop(columns=numeric.columns))
-            blocks.append(sp.csr_matrix(numeric.to_numpy(dtype=np.float32)))
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty; copy the file again.") from error
-    except (pd.errors.ParserError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or no table of numbers ({error}); write or copy it again.") from error
-    if not columns:
-        raise ValueError(
-            f"{path} has no column of numbers (separator {separator!r}). Write cells in rows, genes in columns and "
-            "names in the first row and column, or the transposed table."
-        )
-    rows = pd.concat(notes)
-    if not any(_not_a_number(name) for name in (*columns, *rows.index)):
-        raise ValueError(
-            f"{path} has numbers only (its first row starts with {', '.join(columns[:3])}). Add a first row or column "
-            "with the names of the genes."
-        )
-    matrix = sp.vstack(blocks, format="csr")
-    column_names = pd.DataFrame(index=pd.Index(columns))
-    in_rows, in_columns = (np.mean([bool(GENE_NAME.match(n)) for n in names]) for names in (rows.index, columns))
-    if in_rows > in_columns:
-        logger.info("%s has genes in its rows: it is transposed.", path.name)
-        return CellFile(matrix.T.tocsr(), column_names, rows)
-    return CellFile(matrix, rows, column_names)
-
-
-def _layout(path: Path) -> tuple[str, int]:
-    """Separator of a table, and the number of comment lines before its header."""
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace") as file:
-            n_comments, line = 0, file.readline()
-            while line.startswith("#"):
-                n_comments, line = n_comments + 1, file.readline()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Copy it again.") from error
-    separator = max(("\t", ",", ";"), key=line.count)
-    return (separator if separator in line else r"\s+"), n_comments
-
-
-def _not_a_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return True
-    return False

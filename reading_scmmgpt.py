@@ -16,8 +16,17 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, hash_names
-    from .genes_scmmgpt import GeneIndex, GeneMatch, check_match, check_types, classify_features, match_genes
+    from .cells_scmmgpt import Cells, has_repeats, hash_names
+    from .genes_scmmgpt import (
+        SPECIES,
+        GeneIndex,
+        GeneMatch,
+        are_feature_types,
+        check_match,
+        check_types,
+        classify_features,
+        match_genes,
+    )
     from .matrices_scmmgpt import (
         LARGEST_VALUE,
         ROUNDED,
@@ -27,14 +36,24 @@ try:  # as a package or as remote code
         convert_rows,
         inspect_rows,
         is_expression,
+        is_in_memory,
         linearize,
         read_rows,
         row_major,
         sample_rows,
     )
 except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells, hash_names
-    from genes_scmmgpt import GeneIndex, GeneMatch, check_match, check_types, classify_features, match_genes
+    from cells_scmmgpt import Cells, has_repeats, hash_names
+    from genes_scmmgpt import (
+        SPECIES,
+        GeneIndex,
+        GeneMatch,
+        are_feature_types,
+        check_match,
+        check_types,
+        classify_features,
+        match_genes,
+    )
     from matrices_scmmgpt import (
         LARGEST_VALUE,
         ROUNDED,
@@ -44,6 +63,7 @@ except ImportError:  # beside the other files of a checkpoint
         convert_rows,
         inspect_rows,
         is_expression,
+        is_in_memory,
         linearize,
         read_rows,
         row_major,
@@ -52,12 +72,19 @@ except ImportError:  # beside the other files of a checkpoint
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 512  # rows converted at a time; conversion takes a dozen arrays of their values
+CHUNK_ROWS = 512  # rows read from a file at a time; conversion takes a dozen arrays of their values
+CACHED_ROWS = 128  # of a matrix in memory: their values stay in the processor's cache until they are converted
 # Layers of velocity pipelines, each with a part of the reads: used only if `layer=` names one.
-PARTIAL_LAYERS = frozenset({"spliced", "unspliced", "ambiguous", "ms", "mu", "velocity", "variance_velocity"})
+PARTIAL_LAYERS = frozenset(
+    {"spliced", "unspliced", "ambiguous", "mature", "nascent", "ms", "mu", "velocity", "variance_velocity"}
+)
 COUNT_LAYERS = ("counts", "raw_counts", "count", "umi", "umis", "raw")
 GENE_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol", "gene_ids", "gene_id")
 TOTAL_COLUMNS = ("total_counts", "n_counts", "nCount_RNA", "nUMI", "n_umi", "n_umis", "raw_sum")
+# Droplets without a cell: under this share of the genes of the richest cells, and under so many genes; a matrix is
+# called unfiltered if they are a larger share than MAX_EMPTY_SHARE, or if the median barcode has under MIN_CELL_GENES.
+# Panels of fewer genes than MIN_DROPLET_GENES are not judged.
+EMPTY_SHARE, MAX_EMPTY_GENES, MAX_EMPTY_SHARE, MIN_CELL_GENES, MIN_DROPLET_GENES = 0.05, 50, 0.2, 10, 200
 # Kinds of matrix that `assume=` may name.
 ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
 
@@ -76,7 +103,7 @@ class InputChoice:
         return _join(self.iter_cells(adata), adata.shape[0])
 
     def iter_cells(self, adata: Any) -> Iterator[Cells]:
-        """Cells of `adata`, `CHUNK_ROWS` at a time. The size of the chunks changes no cell."""
+        """Cells of `adata`, a chunk at a time. The size of the chunks changes no cell."""
         adata = _modality(adata)
         matrix = row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -89,13 +116,15 @@ class InputChoice:
         cell_ids = hash_names(adata.obs_names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = _known_totals(adata) if from_column else None
-        for start in range(0, max(n_cells, 1), CHUNK_ROWS):
-            here = slice(start, min(start + CHUNK_ROWS, n_cells))
+        ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
+        n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
+        for start in range(0, max(n_cells, 1), n_rows):
+            here = slice(start, min(start + n_rows, n_cells))
             rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
             _check_values(rows, adata.obs_names[here], var.index, self.source)
             known = None if known_totals is None else known_totals[here]
             counts, totals, failed = convert_rows(rows, self.verdict, known)
-            cells = Cells.from_csr(counts, self.match.ids, cell_ids[here], totals)
+            cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)
             self._count(cells, failed)
             yield cells
 
@@ -192,6 +221,9 @@ def choose_input(
     if not n_cells or not n_vars:
         raise ValueError(f"The data hold {n_cells} cells and {n_vars} variables: there is nothing to read.")
 
+    if organism is not None:
+        _check_organism(organism)
+
     # step 1: which matrix
     found = inspect_matrices(adata, layer=layer, gene_column=gene_column)
     chosen, why = _choose(found, adata, asked=layer is not None)
@@ -209,7 +241,7 @@ def choose_input(
     messages = check_match(match, gene_index, force=force)
 
     # step 3: what else is odd
-    messages += _matrix_messages(source, verdict)
+    messages += _matrix_messages(source, verdict) + _droplet_messages(chosen.rows, match)
     names = Counter(str(n) for n in adata.obs_names)
     n_repeated = n_cells - len(names)
     if n_repeated:
@@ -227,6 +259,13 @@ def choose_input(
         "warnings": messages,
     }
     return InputChoice(source, verdict, match, report)
+
+
+def _check_organism(organism: str) -> None:
+    known = [word for species in SPECIES for word in (species.name, species.latin, species.taxon)]
+    if str(organism).strip().lower() not in known:
+        names = ", ".join(f"{species.name} ({species.latin.capitalize()})" for species in SPECIES)
+        raise ValueError(f"organism={organism!r} is not a known species; choose one of {names}.")
 
 
 def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
@@ -384,12 +423,14 @@ def _declared_organism(adata: Any) -> str | None:
 
 
 def _feature_types(var: Any, columns: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """Type of each variable, by the file's own column and by every name that it has."""
-    known = next((name for name in ("feature_types", "feature_type", "modality") if name in var), None)
-    feature_types = None if known is None else [str(t) for t in var[known]]
+    """Type of each variable, by the file's own column of 10x's types and by its names."""
+    stated = ([str(t) for t in var[name]] for name in ("feature_types", "feature_type", "modality") if name in var)
+    feature_types = next((values for values in stated if are_feature_types(values)), None)
     genomes = [str(g) for g in var["genome"]] if "genome" in var else None
     types = np.full(len(var), "gene", dtype=object)
-    for names in columns.values():
+    for column, names in columns.items():
+        if column != "var_names" and column.lower() not in GENE_COLUMNS:
+            continue  # such as the location of each gene, which looks like a peak
         found = classify_features(names, feature_types=feature_types, genomes=genomes)
         types = np.where(types == "gene", found, types)
     return types
@@ -404,6 +445,14 @@ def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
             f"{source} holds nearly integer counts ({e.get('share_near_integer', 0):.0%} within 0.15 of an integer; "
             "ambient-corrected or multi-mapped): they are rounded, "
             f"{e.get('share_below_half', 0):.0%} of the values to zero. `assume='normalized'` keeps the fractions."
+        ]
+    if verdict.exact and not verdict.complete and e.get("target_sum_from") == "assumed":
+        what = "logarithms" if verdict.logs else "normalised values"
+        return [
+            f"{source} holds {what} of some genes, and nothing tells the total to which all genes "
+            f"were scaled: {verdict.target_sum:,g} is assumed. Library sizes may be wrong by one factor; counts and "
+            "ranks are right. A column of `obs` with the counts of each cell (`total_counts`, `nCount_RNA`) would "
+            "settle it."
         ]
     if e.get("share_uncertain", 0) > 0.01:
         return [
@@ -423,6 +472,24 @@ def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
             "linear. Ranks within a cell, and so scGPT's bins, are right either way; `assume=` sets the scale."
         ]
     return []
+
+
+def _droplet_messages(rows: CountRows, match: GeneMatch) -> list[str]:
+    """A warning where most barcodes of a sample of rows have next to no genes: droplets without a cell."""
+    detected = np.diff(rows.indptr)
+    if match.report["genes"] < MIN_DROPLET_GENES or not len(detected):
+        return []
+    rich = float(np.quantile(detected, 0.99))
+    empty = float((detected < min(MAX_EMPTY_GENES, EMPTY_SHARE * rich)).mean())
+    median = float(np.median(detected))
+    if median >= MIN_CELL_GENES and empty < MAX_EMPTY_SHARE:
+        return []
+    return [
+        f"The matrix looks unfiltered: half of its barcodes have at most {median:g} genes, and {empty:.0%} have under "
+        f"{EMPTY_SHARE:.0%} of the genes of the richest ({rich:.0f}). Such barcodes are droplets without a cell, and "
+        "get labels like cells. Pass the filtered matrix, or drop them (in Python: "
+        "`sc.pp.filter_cells(adata, min_genes=200)`)."
+    ]
 
 
 def read_cells(adata: Any, gene_index: GeneIndex, **options: Any) -> tuple[Cells, dict[str, Any]]:

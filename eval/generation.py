@@ -1,19 +1,24 @@
 """Evaluate cells generated from text against real held-out cells, with mean profiles as baselines.
 
 python -m scmmgpt.eval generation --corpus corpus --generated generated.h5ad --output generation.json
+
+Principal components fit some noise of their own cells: in components of its training cells, a generator looks better
+than real cells of the same kind. The space of comparison therefore comes from held-out cells, of which one half fits
+the components and the other is compared, then the other way round. All is drawn several times; every measure has its
+mean, and its spread over the draws. "Real training cells" are the floor: what real cells of the same types reach.
 """
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import sparse
 
 from scmmgpt.cells_scmmgpt import log1p_cp10k
-from scmmgpt.eval import baselines, results
+from scmmgpt.eval import baselines, realism, results
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.metrics.generated_cell_knn import generated_cell_knn as knn
 from scmmgpt.eval.task import run_task
@@ -24,10 +29,63 @@ logger = logging.getLogger(__name__)
 PROMPT_KEYS = ("label", "cell_type")  # obs columns of generated cells that may hold the prompted type
 MIN_GENES = 20  # fewer shared genes do not tell types apart
 MAX_VARIABLE_GENES = 2000  # for the correlation of profiles
-RESERVED_SHARE = 0.2  # of the training cells: not used for the components, but as real cells beside generated ones
+NUM_TOP_GENES = 100  # the most expressed, for the correlation of genes
 MAX_PER_TYPE = 500  # cells of a type on each side of a distance
+N_DRAWS = 3
+CELLS_PER_DRAW = 100  # of a type; with fewer, a distance is one throw of dice
+REAL_NAME = "real held-out cells"
 
 MEASURES = {
+    "energy_distance": results.Measure(
+        "E-distance",
+        False,
+        "Unbiased energy distance between generated and real held-out cells of one type, averaged over types.",
+    ),
+    "two_sample_auc": results.Measure(
+        "two-sample AUC",
+        False,
+        "AUROC of a random forest that tells generated from real held-out cells, with equal numbers of cells of each "
+        "type on both sides: 0.5 means that it cannot.",
+    ),
+    "diversity": results.Measure(
+        "diversity",
+        None,
+        f"Variance of the cells of a type along the {realism.NUM_AXES} leading axes of the variation within types of "
+        "other real held-out cells, divided by that of real cells: 1 is right, 0 means copies of one cell, and "
+        "independent noise around one mean is far below 1.",
+    ),
+    "gene_correlation": results.Measure(
+        f"gene correlation, top {NUM_TOP_GENES}",
+        None,
+        f"Mean absolute correlation of the {NUM_TOP_GENES} most expressed genes over the cells of a type, averaged "
+        "over types, with equal numbers of cells in all rows. The row of the real held-out cells is right.",
+    ),
+    "largest_eigenvalue": results.Measure(
+        "largest eigenvalue",
+        None,
+        "Largest eigenvalue of the correlation matrix of the same genes and cells.",
+    ),
+    "zero_fraction": results.Measure("zeros", None, "Share of zeros among the values of a cell, averaged over types."),
+    "detected_genes": results.Measure("genes", None, "Genes with a count in a cell, averaged over types."),
+    "library_size": results.Measure("library size", None, "Mean library size of a cell, averaged over types."),
+    "nearest_training_cell": results.Measure(
+        "nearest training cell",
+        None,
+        "Distance of a cell to the nearest training cell, averaged over types: 0 for a copy. Cells that are nearer "
+        "than real held-out cells are copied in part.",
+    ),
+    "mmd2": results.Measure(
+        "MMD²",
+        False,
+        "Unbiased squared maximum mean discrepancy of the cells of the E-distance, with one bandwidth from all "
+        "held-out cells.",
+    ),
+    "profile_correlation": results.Measure(
+        "profile correlation",
+        True,
+        "Pearson correlation over genes between the mean profiles of generated and real held-out cells of a type, "
+        "each minus the mean of all training cells, averaged over types.",
+    ),
     **{
         f"knn_accuracy_{k}": results.Measure(
             f"{k}-NN accuracy",
@@ -37,84 +95,80 @@ MEASURES = {
         )
         for k in knn.KS
     },
-    "energy_distance": results.Measure(
-        "E-distance",
-        False,
-        "Unbiased energy distance between generated and real held-out cells of one type, averaged over types.",
-    ),
-    "mmd2": results.Measure(
-        "MMD²",
-        False,
-        "Unbiased squared maximum mean discrepancy of the same cells, with one bandwidth from all held-out cells.",
-    ),
-    "profile_correlation": results.Measure(
-        "profile correlation",
-        True,
-        "Pearson correlation over genes between the mean profiles of generated and real held-out cells of a type, "
-        "each minus the mean of all training cells, averaged over types.",
-    ),
-    "diversity": results.Measure(
-        "diversity",
-        None,
-        "Mean distance between generated cells of a type, divided by that between real cells, averaged over types: "
-        "1 is right, 0 means copies of one cell. The interval leaves out bootstrap draws with a single real cell of a "
-        "type, for which the ratio is undefined; if these are half of the draws or more, there is no interval.",
-    ),
 }
+RESAMPLED = ("energy_distance", "mmd2", "profile_correlation")  # averages over types with bootstrap replicates
+
+
+class GeneratedCells(NamedTuple):
+    """Generated cells: log1p(CP10k) `(n_cells, n_genes)`, the prompted types `(n_cells,)`, gene symbols `(n_genes,)`,
+    and library sizes `(n_cells,)`, `None` where the cells are means.
+    """
+
+    expression: np.ndarray
+    prompts: np.ndarray
+    genes: np.ndarray
+    library_sizes: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> "GeneratedCells":
+        """The cells at `rows`, in that order."""
+        sizes = None if self.library_sizes is None else self.library_sizes[rows]
+        return GeneratedCells(self.expression[rows], self.prompts[rows], self.genes, sizes)
 
 
 def evaluate_generation(
-    generated: np.ndarray,
-    prompts: ArrayLike,
-    genes: ArrayLike,
+    generated: GeneratedCells,
     train: LabelledCells,
     test: LabelledCells,
     *,
     n_resamples: int = results.N_RESAMPLES,
+    n_draws: int = N_DRAWS,
     seed: int = 0,
 ) -> dict:
-    """Score generated cells beside the baselines, all in principal components of real training cells.
+    """Score generated cells beside the baselines and real cells.
 
     Args:
-        generated: log1p(CP10k), shape `(n_generated, n_genes)`.
-        prompts: Prompted type of each generated cell.
-        genes: Symbols of the columns; genes that no training cell has are left out.
-        train: Real training cells, for the space and the baselines.
-        test: Real held-out cells, the truth.
-        n_resamples: Bootstrap replicates of the intervals.
+        generated: Genes that no training cell has are left out.
+        train: Real training cells, for the baselines.
+        test: Real held-out cells, which no generator has seen: the space, and the truth.
+        n_resamples: Bootstrap replicates of the intervals, over all draws.
+        n_draws: Draws of halves of the held-out cells and of cells of every system.
         seed: Seed of all random draws.
 
     Returns:
         JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `per_type` and sizes.
     """
-    types = np.asarray(prompts).astype(str)
-    generated, train, test = align_genes(generated, genes, train, test)
-    kept = _types_with_real_cells(types, train, test)
-    generated, types = generated[kept], types[kept]
-    reserved = reserve_cells(train.labels, seed=seed)
-    # Components fit some noise of their own cells: compared cells must not be among these.
-    space = knn.fit_cell_space(train.expression[~reserved], seed=seed)
-    real_cells, real_types = draw_real_cells(types, train.take(np.flatnonzero(reserved)), seed=seed)
-    systems = {
-        results.MODEL_NAME: (results.MODEL, generated, types),
-        "mean profile + Poisson": (results.BASELINE, baselines.poisson_cells(types, train, seed=seed), types),
-        "mean profile": (results.BASELINE, baselines.mean_cells(types, train), types),
-        "shuffled prompts": (results.CONTROL, generated, baselines.shuffled(types, seed=seed).astype(str)),
-        "real training cells": (results.REFERENCE, real_cells, real_types),
-    }
-    truth = HeldOutCells.of(train.expression, test, space.transform(test.expression), seed)
-    estimates, per_type = {}, {}
-    for name, (_, cells, labels) in systems.items():
-        points = space.transform(cells)
-        estimates[name], per_type[name] = _estimates(cells, labels, points, truth, n_resamples=n_resamples, seed=seed)
-    roles = {name: role for name, (role, _, _) in systems.items()}
+    generated, train, test = align_genes(generated, train, test)
+    kept = _types_with_real_cells(generated.prompts, train, test)
+    generated = generated.take(np.flatnonzero(kept))
+    per_draw = -(-n_resamples // (2 * n_draws))
+    parts: dict[str, list[list[Scores]]] = defaultdict(list)
+    roles: dict[str, str] = {}
+    n_components = 0
+    for draw in range(n_draws):
+        systems = draw_systems(generated, train, test, draw, n_draws, seed + draw)
+        roles = {name: role for name, (role, _) in systems.items()}
+        first_half = halve(test.labels, seed=seed + draw)
+        folds = [HeldOutCells.of(train, test, half, seed + draw) for half in (first_half, ~first_half)]
+        n_components = folds[0].n_components
+        prompts = systems[results.MODEL_NAME][1].prompts
+        for name, (_, cells) in systems.items():
+            of_cells = score_cells(cells, prompts, train, test, seed + draw)
+            in_space = [
+                score_real_cells(fold) if name == REAL_NAME else score_in_space(cells, fold, per_draw, seed + draw)
+                for fold in folds
+            ]
+            parts[name].append([of_cells | of_fold for of_fold in in_space])
+    estimates = {name: combine(draws) for name, draws in parts.items()}
     result = {"task": "generation"} | results.tabulate(MEASURES, roles, estimates)
-    result |= {"n_generated": len(types), "n_left_out": int((~kept).sum()), "n_real": len(test), "n_train": len(train)}
-    result |= {"n_genes": len(test.genes), "n_components": int(space.n_components_), "bandwidth": truth.bandwidth}
+    result |= {"n_generated": len(generated.prompts), "n_left_out": int((~kept).sum()), "n_real": len(test)}
+    result |= {"n_train": len(train), "n_genes": len(test.genes), "n_components": n_components, "n_draws": n_draws}
+    per_type = {name: _by_type(draws) for name, draws in parts.items()}
     return result | {
         "n_resamples": n_resamples,
         "seed": seed,
-        "types_in_distances": sorted(per_type[results.MODEL_NAME]),
+        "types_in_distances": sorted(
+            label for label, values in per_type[results.MODEL_NAME].items() if "energy_distance" in values
+        ),
         "per_type": per_type,
     }
 
@@ -134,103 +188,176 @@ def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: Labell
     return kept
 
 
+def draw_systems(
+    generated: GeneratedCells, train: LabelledCells, test: LabelledCells, draw: int, n_draws: int, seed: int
+) -> dict[str, tuple[str, GeneratedCells]]:
+    """Role and cells of every system, in one draw.
+
+    Where a type has enough generated cells, the draws share none; otherwise every draw has all.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for label in np.unique(generated.prompts):
+        own = np.random.default_rng(len(generated.prompts)).permutation(np.flatnonzero(generated.prompts == label))
+        part = np.array_split(own, n_draws)[draw]
+        rows.append(part[:MAX_PER_TYPE] if len(part) >= CELLS_PER_DRAW else own[:MAX_PER_TYPE])
+    ours = generated.take(np.concatenate(rows))
+    prompts, genes = ours.prompts, ours.genes
+    poisson_sizes = train.total_counts[baselines.sample_rows(prompts, train.labels, seed=seed)]  # as `poisson_cells`
+    poisson = GeneratedCells(baselines.poisson_cells(prompts, train, seed=seed), prompts, genes, poisson_sizes)
+    means = GeneratedCells(baselines.mean_cells(prompts, train), prompts, genes)
+    shuffled = ours._replace(prompts=baselines.shuffled(prompts, seed=seed).astype(str))
+    return {
+        results.MODEL_NAME: (results.MODEL, ours),
+        "mean profile + Poisson": (results.BASELINE, poisson),
+        "mean profile": (results.BASELINE, means),
+        "shuffled prompts": (results.CONTROL, shuffled),
+        "real training cells": (results.REFERENCE, draw_real_cells(prompts, train, rng)),
+        REAL_NAME: (results.REFERENCE, draw_real_cells(prompts, test, rng)),
+    }
+
+
+def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, rng: np.random.Generator) -> GeneratedCells:
+    """Random real cells in the form of generated ones: of each type as many as prompts, or all cells."""
+    wanted = zip(*np.unique(prompts, return_counts=True), strict=True)
+    rows = np.concatenate([rng.permutation(np.flatnonzero(cells.labels == label))[:n] for label, n in wanted])
+    taken = cells.take(rows)
+    return GeneratedCells(taken.expression.toarray(), taken.labels, cells.genes, taken.total_counts)
+
+
+def halve(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Mark a random half of the cells of each type, bool `(n_cells,)`; the odd cell goes to either half."""
+    rng = np.random.default_rng(seed)
+    marked = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        marked[rows[: (len(rows) + int(rng.integers(2))) // 2]] = True
+    return marked
+
+
 @dataclass(frozen=True)
 class HeldOutCells:
-    """Real held-out cells in the form that comparisons with generated cells need."""
+    """Half of the real held-out cells, in the space of the other half."""
 
-    points: np.ndarray  # principal components, `(n_real, n_components)`
+    space: knn.PCA
+    points: np.ndarray  # principal components of the compared half, `(n_real, n_components)`
     labels: np.ndarray  # types, `(n_real,)`
     bandwidth: float  # of the Gaussian kernel, for all systems
+    axes: np.ndarray  # leading axes of the variation within types of the other half, `(n_components, n_axes)`
+    training_points: np.ndarray  # `(n_train, n_components)`
     columns: np.ndarray  # positions of the most variable genes of the training cells
     profiles: np.ndarray  # log1p(CP10k) of the held-out cells over the variable genes, `(n_real, n_columns)`
     center: np.ndarray  # mean log1p(CP10k) of all training cells over the variable genes, `(n_columns,)`
 
+    @property
+    def n_components(self) -> int:
+        """Dimensions of the space."""
+        return int(self.space.n_components_)
+
     @classmethod
-    def of(
-        cls, train_expression: sparse.csr_matrix, test: LabelledCells, points: np.ndarray, seed: int
-    ) -> "HeldOutCells":
-        """Choose the bandwidth from the held-out cells, and the genes of profiles from the training cells."""
-        mean = np.asarray(train_expression.mean(0)).ravel()
-        variance = np.asarray(train_expression.multiply(train_expression).mean(0)).ravel() - mean**2
+    def of(cls, train: LabelledCells, test: LabelledCells, for_space: np.ndarray, seed: int) -> "HeldOutCells":
+        """Fit the space to the test cells of the mask `for_space`, and hold the others in it."""
+        fitting, compared = (test.take(np.flatnonzero(mask)) for mask in (for_space, ~for_space))
+        space = knn.fit_cell_space(fitting.expression, seed=seed)
+        points = space.transform(compared.expression)
+        axes = realism.variation_axes(space.transform(fitting.expression), fitting.labels)
+        expression = train.expression
+        mean = np.asarray(expression.mean(0)).ravel()
+        variance = np.asarray(expression.multiply(expression).mean(0)).ravel() - mean**2
         columns = np.sort(np.argsort(-variance, kind="stable")[:MAX_VARIABLE_GENES])
-        profiles = test.expression[:, columns].toarray()
-        return cls(points, test.labels, knn.median_distance(points, seed=seed), columns, profiles, mean[columns])
+        profiles = compared.expression[:, columns].toarray()
+        bandwidth = knn.median_distance(points, seed=seed)
+        near = space.transform(expression)
+        return cls(space, points, compared.labels, bandwidth, axes, near, columns, profiles, mean[columns])
 
 
-def reserve_cells(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Mark a share of the cells of each type, at least one, but never the only cell of a type; bool `(n_cells,)`."""
+@dataclass(frozen=True)
+class Score:
+    """A value of a measure, with bootstrap replicates where it has some, and its values by type."""
+
+    value: float
+    n: int
+    replicates: np.ndarray | None = None
+    by_type: Mapping[str, float] | None = None
+
+
+Scores = dict[str, Score]
+
+
+def score_cells(
+    cells: GeneratedCells, prompts: np.ndarray, train: LabelledCells, test: LabelledCells, seed: int
+) -> Scores:
+    """Measures that need no space; `prompts` are those of the model, whose numbers of cells all systems share."""
     rng = np.random.default_rng(seed)
-    reserved = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        if len(rows) > 1:
-            reserved[rng.choice(rows, max(round(RESERVED_SHARE * len(rows)), 1), replace=False)] = True
-    return reserved
+    top = np.argsort(-np.asarray(train.expression.mean(0)).ravel(), kind="stable")[:NUM_TOP_GENES]
+    measured: dict[str, dict[str, float]] = defaultdict(dict)
+    for label in np.unique(cells.prompts):
+        rows = np.flatnonzero(cells.prompts == label)
+        detected = (cells.expression[rows] > 0).sum(axis=1).mean()
+        measured["detected_genes"][label] = float(detected)
+        measured["zero_fraction"][label] = float(1 - detected / cells.expression.shape[1])
+        if cells.library_sizes is not None:
+            measured["library_size"][label] = float(cells.library_sizes[rows].mean())
+        n = min(int((side == label).sum()) for side in (prompts, train.labels, test.labels))
+        if min(n, len(rows)) >= realism.MIN_CORRELATED:
+            chosen = cells.expression[rng.permutation(rows)[:n]][:, top]
+            mean, largest = realism.gene_correlation(chosen)
+            measured["gene_correlation"][label], measured["largest_eigenvalue"][label] = mean, largest
+    n = len(cells.prompts)
+    return {name: Score(float(np.mean([*of.values()])), n, None, of) for name, of in measured.items()}
 
 
-def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """log1p(CP10k) `(n_cells, n_genes)` and types of random cells: of each type as many as prompts, or all cells."""
-    rng = np.random.default_rng(seed)
-    wanted = zip(*np.unique(prompts, return_counts=True), strict=True)
-    rows = np.concatenate([rng.permutation(np.flatnonzero(cells.labels == label))[:n] for label, n in wanted])
-    return cells.expression[rows].toarray(), cells.labels[rows]
+def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -> Score:
+    """Mean distance of points `(n, n_components)` of the types `(n,)` to the nearest training cell."""
+    near = realism.nearest_distances(points, truth.training_points)
+    by_type = {str(label): float(near[labels == label].mean()) for label in np.unique(labels)}
+    return Score(float(np.mean([*by_type.values()])), len(points), None, by_type)
 
 
-def align_genes(
-    generated: np.ndarray, genes: ArrayLike, train: LabelledCells, test: LabelledCells
-) -> tuple[np.ndarray, LabelledCells, LabelledCells]:
-    """Bring generated, training and held-out cells onto the genes that all of them have."""
-    symbols = np.asarray(genes).astype(str)
-    if generated.shape[1] != len(symbols) or len(set(symbols)) != len(symbols):
-        raise ValueError(
-            f"Generated cells of shape {generated.shape} need as many distinct genes, but got {len(symbols)}."
-        )
-    is_shared = np.isin(symbols, train.genes)
-    shared = symbols[is_shared]
-    if len(shared) < MIN_GENES:
-        raise ValueError(
-            f"Generated and real cells share {len(shared)} genes; at least {MIN_GENES} are needed. "
-            "Generate the genes of the corpus, named by the symbols of its vocabulary."
-        )
-    if len(shared) < len(symbols):
-        unknown = len(symbols) - len(shared)
-        logger.info("Left out %d of %d generated genes: no training cell has them.", unknown, len(symbols))
-    # A gene without a count in the held-out cells is a zero there, not a missing gene.
-    return np.asarray(generated)[:, is_shared], train.select_genes(shared), test.select_genes(shared)
+def score_real_cells(truth: HeldOutCells) -> Scores:
+    """The measure in the space that the held-out cells themselves have."""
+    return {"nearest_training_cell": nearest_score(truth.points, truth.labels, truth)}
 
 
-def _estimates(
-    cells: np.ndarray, labels: np.ndarray, points: np.ndarray, truth: HeldOutCells, *, n_resamples: int, seed: int
-) -> tuple[dict[str, results.Estimate], dict[str, dict[str, float | None]]]:
-    """Estimates of one system, and values by type.
-
-    The system has log1p(CP10k) `cells` `(n, n_genes)` of the prompted types `labels` `(n,)`, in principal components
-    `points` `(n, n_components)`.
-    """
-    n = len(labels)
-    draws = results.bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
+def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int, seed: int) -> Scores:
+    """Measures of cells beside held-out cells, in the space of other held-out cells."""
+    points, labels, n = truth.space.transform(cells.expression), cells.prompts, len(cells.prompts)
+    scores = {"nearest_training_cell": nearest_score(points, labels, truth)}
+    mine, theirs = realism.match_proportions(labels, truth.labels, np.random.default_rng(seed))
+    if len(mine) >= knn.MIN_CELLS:
+        auc = realism.two_sample_auc(points[mine], truth.points[theirs], seed=seed)
+        scores["two_sample_auc"] = Score(auc, len(mine))
     ks = [k for k in knn.KS if k <= len(truth.points)]
     hits = knn.knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
     _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    equal = 1 / sizes[types]  # all types have equal weight
-    estimates = {f"knn_accuracy_{k}": results.mean_estimate(hit, draws, weights=equal) for k, hit in hits.items()}
-    by_type = {}
+    draws = results.bootstrap_draws(n, n_resamples=n_resamples, seed=seed)
+    for k, hit in hits.items():
+        estimate = results.mean_estimate(hit, draws, weights=1 / sizes[types])  # all types have equal weight
+        shares = {str(label): float(hit[labels == label].mean()) for label in np.unique(labels)}
+        scores[f"knn_accuracy_{k}"] = Score(estimate.value, n, estimate.replicates, shares)
+    by_type, variances = {}, {}
     for label in np.unique(labels):
-        mine, theirs = (np.flatnonzero(of == label)[:MAX_PER_TYPE] for of in (labels, truth.labels))
-        if len(mine) >= 2 and len(theirs) >= knn.MIN_CELLS:
-            by_type[str(label)] = _compare_samples(cells[mine], points[mine], truth, theirs, n_resamples, seed)
-    for name in ("energy_distance", "mmd2", "profile_correlation", "diversity"):
-        measured = [of_type[name] for of_type in by_type.values() if np.isfinite(of_type[name][0])]
-        if measured:
-            value = float(np.mean([value for value, _ in measured]))
-            replicates = np.mean([replicates for _, replicates in measured], axis=0)
-            usable = np.isfinite(replicates).mean() > 0.5 or name != "diversity"
-            estimates[name] = results.Estimate(value, n, results.recentre(value, replicates) if usable else None)
-    return estimates, {
-        label: {name: value if np.isfinite(value) else None for name, (value, _) in measured.items()}
-        | {f"knn_accuracy_{k}": float(hit[labels == label].mean()) for k, hit in hits.items()}
-        for label, measured in by_type.items()
-    }
+        ours, real = (np.flatnonzero(of == label)[:MAX_PER_TYPE] for of in (labels, truth.labels))
+        if len(ours) >= 2 and len(real) >= knn.MIN_CELLS:
+            by_type[str(label)] = _compare_samples(
+                cells.expression[ours], points[ours], truth, real, n_resamples, seed
+            )
+            pair = [realism.variance_along(truth.axes, sample) for sample in (points[ours], truth.points[real])]
+            variances[str(label)] = pair[0], pair[1]
+    for name in RESAMPLED if by_type else ():
+        measured = {label: of_type[name] for label, of_type in by_type.items()}
+        value = float(np.mean([value for value, _ in measured.values()]))
+        replicates = results.recentre(value, np.mean([replicates for _, replicates in measured.values()], axis=0))
+        scores[name] = Score(value, n, replicates, {label: value for label, (value, _) in measured.items()})
+    return scores | diversity(variances, n)
+
+
+def diversity(variances: Mapping[str, tuple[float, float]], n: int) -> Scores:
+    """Variance of generated over that of real cells, from both of each type; no score where real cells do not vary."""
+    varied = {label: pair for label, pair in variances.items() if pair[1] > 1e-9}
+    if not varied:
+        return {}
+    ours, real = np.sum([*varied.values()], axis=0)
+    return {"diversity": Score(float(ours / real), n, None, {label: x / y for label, (x, y) in varied.items()})}
 
 
 def _compare_samples(
@@ -247,9 +374,7 @@ def _compare_samples(
     }
     measured = {name: (float(knn.discrepancy(*k)), knn.discrepancy(*k, wx=wx, wy=wy)) for name, k in kernels.items()}
     profiles = cells[:, truth.columns], truth.profiles[rows]
-    measured["profile_correlation"] = _profile_correlation(*profiles, truth.center, wx, wy)
-    x_distances, y_distances, _ = (-k for k in kernels["energy_distance"])
-    return measured | {"diversity": diversity(x_distances, y_distances, wx, wy)}
+    return measured | {"profile_correlation": _profile_correlation(*profiles, truth.center, wx, wy)}
 
 
 def _profile_correlation(
@@ -267,31 +392,64 @@ def _profile_correlation(
     return float(value), replicates
 
 
-def diversity(x: np.ndarray, y: np.ndarray, wx: np.ndarray, wy: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean distance between generated cells over mean distance between real cells of one type, and its replicates.
+def combine(draws: Sequence[Sequence[Scores]]) -> dict[str, results.Estimate]:
+    """Estimate of each measure from its scores by draw and half: the mean, the spread over draws, and replicates.
 
-    Args:
-        x: Distances between generated cells, `(n, n)`.
-        y: Distances between real cells, `(m, m)`.
-        wx: How often each generated cell occurs in each bootstrap draw, `(n_resamples, n)`.
-        wy: The same for real cells, `(n_resamples, m)`. Where all are copies of one cell, as in one of nine draws of
-            three cells, the replicate is NaN.
+    The replicates of a measure without any are its values in the draws and halves.
     """
+    estimates = {}
+    for name in MEASURES:
+        scores = [[half[name] for half in draw if name in half] for draw in draws]
+        scores = [of_draw for of_draw in scores if of_draw]
+        if not scores:
+            continue
+        means = [float(np.mean([score.value for score in of_draw])) for of_draw in scores]
+        value, every = float(np.mean(means)), [score for of_draw in scores for score in of_draw]
+        pieces = [
+            np.array([score.value]) if score.replicates is None else results.recentre(value, score.replicates)
+            for score in every
+        ]
+        estimates[name] = results.Estimate(value, every[0].n, np.concatenate(pieces), float(np.std(means)))
+    return estimates
 
-    def spread(distances: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        pairs = weights.sum(1) ** 2 - (weights**2).sum(1)  # copies of one cell are no pair
-        return ((weights @ distances) * weights).sum(1) / np.maximum(pairs, 1)
 
-    of_all = spread(y, np.ones((1, len(y))))[0]
-    generated = np.concatenate([spread(x, np.ones((1, len(x)))), spread(x, wx)])
-    real = np.concatenate([[of_all], spread(y, wy)])
-    # Rounding leaves relative distances of about 1e-8 between equal cells.
-    ratios = np.divide(generated, real, out=np.full_like(real, np.nan), where=real > 1e-6 * of_all)
-    return float(ratios[0]), ratios[1:]
+def _by_type(draws: Sequence[Sequence[Scores]]) -> dict[str, dict[str, float]]:
+    """Mean over draws and halves of every measure of each type."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for half in (half for draw in draws for half in draw):
+        for name, score in half.items():
+            for label, value in (score.by_type or {}).items():
+                values[label][name].append(value)
+    return {
+        label: {name: float(np.mean(measured)) for name, measured in of_type.items()}
+        for label, of_type in values.items()
+    }
 
 
-def read_generated(path: str, *, prompt_key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log1p(CP10k) `(n_cells, n_genes)`, prompted types and gene symbols of generated cells.
+def align_genes(
+    generated: GeneratedCells, train: LabelledCells, test: LabelledCells
+) -> tuple[GeneratedCells, LabelledCells, LabelledCells]:
+    """Bring generated, training and held-out cells onto the genes that all of them have."""
+    symbols, shape = np.asarray(generated.genes).astype(str), generated.expression.shape
+    if shape[1] != len(symbols) or len(set(symbols)) != len(symbols):
+        raise ValueError(f"Generated cells of shape {shape} need as many distinct genes, but got {len(symbols)}.")
+    is_shared = np.isin(symbols, train.genes)
+    shared = symbols[is_shared]
+    if len(shared) < MIN_GENES:
+        raise ValueError(
+            f"Generated and real cells share {len(shared)} genes; at least {MIN_GENES} are needed. "
+            "Generate the genes of the corpus, named by the symbols of its vocabulary."
+        )
+    if len(shared) < len(symbols):
+        unknown = len(symbols) - len(shared)
+        logger.info("Left out %d of %d generated genes: no training cell has them.", unknown, len(symbols))
+    # A gene without a count in the held-out cells is a zero there, not a missing gene.
+    ours = generated._replace(expression=np.asarray(generated.expression)[:, is_shared], genes=shared)
+    return ours, train.select_genes(shared), test.select_genes(shared)
+
+
+def read_generated(path: str, *, prompt_key: str | None = None) -> GeneratedCells:
+    """Read generated cells.
 
     Args:
         path: The `.h5ad` of `scmmgpt generate`, with gene symbols as `var_names`. Where it has `layers["counts"]` and
@@ -314,9 +472,11 @@ def read_generated(path: str, *, prompt_key: str | None = None) -> tuple[np.ndar
     if not np.isfinite(matrix).all():
         n_wrong = (~np.isfinite(matrix)).sum()
         raise ValueError(f"{path} holds NaN or infinite values, {n_wrong} of {matrix.size}. Generate the cells again.")
+    prompts, genes, sizes = adata.obs[keys[0]].to_numpy().astype(str), adata.var_names.to_numpy().astype(str), None
     if sampled:
-        matrix = log1p_cp10k(matrix, adata.obs["library_size"].to_numpy(dtype=np.float64))
-    return matrix, adata.obs[keys[0]].to_numpy().astype(str), adata.var_names.to_numpy().astype(str)
+        sizes = adata.obs["library_size"].to_numpy(dtype=np.float64)
+        matrix = log1p_cp10k(matrix, sizes)
+    return GeneratedCells(matrix, prompts, genes, sizes)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -327,8 +487,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 def evaluate_file(args: argparse.Namespace, train: LabelledCells, test: LabelledCells) -> dict:
     """Evaluate the generated cells."""
-    matrix, prompts, genes = read_generated(args.generated, prompt_key=args.prompt_key)
-    return evaluate_generation(matrix, prompts, genes, train, test, seed=args.seed)
+    generated = read_generated(args.generated, prompt_key=args.prompt_key)
+    return evaluate_generation(generated, train, test, seed=args.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,13 +48,13 @@ def annotation_pictures(result: dict) -> dict[str, dict]:
 
 
 def generation_pictures(
-    matrix: np.ndarray, prompts: np.ndarray, genes: np.ndarray, train: LabelledCells, test: LabelledCells, *, seed: int
+    generated_cells: generation.GeneratedCells, train: LabelledCells, test: LabelledCells, *, seed: int
 ) -> dict[str, dict]:
     """Two UMAPs of held-out and generated cells in components of training cells, and the expression of marker genes.
 
-    `matrix` `(n_generated, n_genes)` holds the generated log1p(CP10k) of `genes`. The seed draws the cells on the map.
+    The seed draws the cells on the map.
     """
-    matrix, train, test = generation.align_genes(matrix, genes, train, test)
+    (matrix, prompts, *_), train, test = generation.align_genes(generated_cells, train, test)
     rng = np.random.default_rng(seed)
     mine = np.sort(rng.permutation(len(matrix))[:MAX_ON_MAP])
     theirs = np.sort(rng.permutation(len(test))[:MAX_ON_MAP])

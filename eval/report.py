@@ -161,8 +161,8 @@ def write_report(args: argparse.Namespace, argv: Sequence[str]) -> dict:
                 pictures[task] = {}
             else:
                 generated = generation.read_generated(args.generated, prompt_key=args.prompt_key)
-                results[task] = generation.evaluate_generation(*generated, train, test, seed=args.seed)
-                pictures[task] = generation_pictures(*generated, train, test, seed=args.seed)
+                results[task] = generation.evaluate_generation(generated, train, test, seed=args.seed)
+                pictures[task] = generation_pictures(generated, train, test, seed=args.seed)
             progress.update()
     command = " ".join(["python -m scmmgpt.eval report", *argv])
     provenance = describe_evaluation(

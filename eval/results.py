@@ -33,6 +33,7 @@ class Estimate:
     value: float  # on all cells
     n: int  # number of cells (or pairs)
     replicates: np.ndarray | None = None  # values on resampled cells, `(n_resamples,)`; `None`: no interval
+    spread: float | None = None  # standard deviation over draws of the cells themselves, where there are several
 
     @property
     def interval(self) -> list[float] | None:
@@ -96,7 +97,8 @@ def tabulate(
             if estimate is None or not np.isfinite(estimate.value):
                 continue
             row = {"metric": metric, "system": system, "role": role}
-            rows.append(row | {"value": estimate.value, "ci": estimate.interval, "n": estimate.n})
+            of_draws = {} if estimate.spread is None else {"spread": estimate.spread}
+            rows.append(row | {"value": estimate.value, "ci": estimate.interval, "n": estimate.n} | of_draws)
             ours = estimates[model].get(metric)
             if role in (BASELINE, CONTROL) and ours is not None and measure.higher_is_better is not None:
                 comparisons.append(row | _compare(ours, estimate, 1 if measure.higher_is_better else -1))
@@ -133,7 +135,8 @@ def format_table(result: dict) -> str:
         values, intervals = "", ""
         for metric, w in zip(metrics, widths, strict=True):
             row = cells.get((system, metric))
-            values += ("" if row is None else f"{row['value']:.3f}").rjust(w)
+            spread = "" if row is None or "spread" not in row else f" ± {row['spread']:.3f}"
+            values += ("" if row is None else f"{row['value']:.3f}{spread}").rjust(w)
             ci = None if row is None else row["ci"]
             intervals += ("" if ci is None else f"[{ci[0]:.3f}, {ci[1]:.3f}]").rjust(w)
         lines += [system.ljust(width) + values, " " * width + intervals]

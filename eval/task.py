@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from scmmgpt.errors import OneLineParser
 from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import format_table
 from scmmgpt.files import write_json
@@ -16,7 +17,7 @@ from scmmgpt.files import write_json
 
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser with the arguments of all tasks that evaluate on a corpus."""
-    parser = argparse.ArgumentParser(prog=f"python -m scmmgpt.eval {command}", description=description)
+    parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)
     parser.add_argument("--corpus", required=True, help="corpus folder; baselines learn from its train split")
     parser.add_argument("--label-key", default="cell_type", help="column of true types in the corpus (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write; for the report: a folder")
@@ -46,7 +47,7 @@ def run_task(
 
 def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser with the arguments of all tasks that train systems on a file of labelled cells."""
-    parser = argparse.ArgumentParser(prog=f"python -m scmmgpt.eval {command}", description=description)
+    parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)
     parser.add_argument("--adata", required=True, help="labelled cells with counts in X")
     parser.add_argument("--label-key", default="cell_type", help="column of obs with the labels (%(default)s)")
     parser.add_argument("--output", required=True, help="folder for results.json, table.md and other results")

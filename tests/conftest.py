@@ -166,3 +166,13 @@ def corpus(tmp_path_factory):
     means = np.concatenate([np.zeros(3), shares.mean(axis=0)])
     pq.write_table(pa.table({"gene_id": np.arange(33), "mean_share": means}), path / "genes.parquet")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def aligned(corpus, bert, tmp_path_factory):
+    """A stage-1 checkpoint after two steps on the corpus."""
+    from scmmgpt.tests.test_train import run_align
+
+    path = str(tmp_path_factory.mktemp("aligned"))
+    run_align(corpus, bert, path)
+    return path

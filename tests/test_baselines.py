@@ -5,11 +5,11 @@ import pytest
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
-from scmmgpt.eval import baselines
+from scmmgpt.eval import baselines, realism
 from scmmgpt.eval.annotation import evaluate_annotation
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
-from scmmgpt.eval.generation import diversity, draw_real_cells, evaluate_generation, reserve_cells
+from scmmgpt.eval.generation import GeneratedCells, draw_real_cells, draw_systems, evaluate_generation, halve
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import cell_types_in_text
 from scmmgpt.eval.results import (
     BASELINE,
@@ -149,18 +149,12 @@ def test_poisson_cells_have_the_profile_of_their_type_and_differ(train):
 
 def test_real_cells_are_drawn_once_each(train):
     prompts = np.array(["T cell"] * 5 + ["B cell"] * 100)
-    cells, labels = draw_real_cells(prompts, train)
-    assert (labels == "T cell").sum() == 5
-    assert (labels == "B cell").sum() == 30  # all that there are
+    drawn = draw_real_cells(prompts, train, np.random.default_rng(0))
+    assert (drawn.prompts == "T cell").sum() == 5
+    assert (drawn.prompts == "B cell").sum() == 30  # all that there are
     pool = train.expression.toarray()[train.labels == "T cell"]
-    assert all((pool == cell).all(1).any() for cell in cells[labels == "T cell"])
-    assert len(np.unique(cells, axis=0)) == len(cells)
-
-
-def test_a_share_of_every_type_is_reserved():
-    labels = np.array(["a"] * 50 + ["b"] * 3 + ["c"])
-    reserved = reserve_cells(labels)
-    assert [reserved[labels == label].sum() for label in "abc"] == [10, 1, 0]
+    assert all((pool == cell).all(1).any() for cell in drawn.expression[drawn.prompts == "T cell"])
+    assert len(np.unique(drawn.expression, axis=0)) == len(drawn.prompts)
 
 
 # Tables
@@ -274,61 +268,133 @@ def test_an_empty_description_names_nothing(train, test):
     assert result["parsing"]["no_type_named"] == 1
 
 
-def test_generated_cells_stand_beside_profiles_and_real_cells(train, test):
-    generated = labelled(400, seed=2).expression[:80].toarray()
-    prompts = labelled(400, seed=2).labels[:80]
-    result = evaluate_generation(generated, prompts, train.genes, train, test, n_resamples=200)
-    accuracy, distance = rows(result, "knn_accuracy_5"), rows(result, "energy_distance")
-    assert accuracy[MODEL_NAME] > 0.9 > 0.5 > accuracy["shuffled prompts"]
-    assert distance[MODEL_NAME] < distance["mean profile"]
-    assert distance[MODEL_NAME] < distance["shuffled prompts"]
-    diversity = rows(result, "diversity")
+@pytest.fixture(scope="module")
+def varied():
+    """Training, held-out and generated cells of two types whose genes share a state: 40 genes, 240 cells each."""
+
+    def draw(seed, n=240):
+        rng = np.random.default_rng(seed)
+        labels = np.repeat(["B cell", "T cell"], n // 2)
+        directions = np.random.default_rng(9).normal(0, 0.5, (2, 40))
+        base = np.random.default_rng(8).normal(0, 0.5, (2, 40))
+        rates = np.exp(base[(labels == "T cell").astype(int)] + rng.normal(size=(n, 2)) @ directions)
+        totals = rng.integers(300, 700, n).astype(float)
+        counts = rng.poisson(rates / rates.sum(1, keepdims=True) * totals[:, None])
+        names = np.array([f"{seed}-{i}" for i in range(n)])
+        genes = np.array([f"GENE{i}" for i in range(40)])
+        return LabelledCells(sparse.csr_matrix(counts, dtype=np.float32), counts.sum(1), genes, labels, names)
+
+    return draw(0), draw(1), draw(2)
+
+
+def as_generated(cells):
+    return GeneratedCells(cells.expression.toarray(), cells.labels, cells.genes, cells.total_counts)
+
+
+@pytest.fixture(scope="module")
+def of_varied(varied):
+    train, test, other = varied
+    return evaluate_generation(as_generated(other), train, test, n_resamples=60, n_draws=1)
+
+
+def test_generated_cells_stand_beside_profiles_and_real_cells(of_varied):
+    accuracy, distance = rows(of_varied, "knn_accuracy_5"), rows(of_varied, "energy_distance")
+    assert accuracy[MODEL_NAME] > accuracy["shuffled prompts"]
+    assert distance[MODEL_NAME] < distance["mean profile + Poisson"] < distance["mean profile"]
+    # Other cells of the same kind are as near as training cells, which are the floor.
+    assert abs(distance[MODEL_NAME]) < 0.25 * distance["mean profile + Poisson"]
+    assert abs(distance["real training cells"]) < 0.25 * distance["mean profile + Poisson"]
+    assert "real held-out cells" not in distance
+    assert all(row["spread"] >= 0 for row in of_varied["rows"])
+    for row in of_varied["rows"]:
+        assert row["ci"][0] - 1e-9 <= row["value"] <= row["ci"][1] + 1e-9
+
+
+def test_independent_noise_around_one_mean_has_little_diversity(of_varied):
+    diversity = rows(of_varied, "diversity")
     assert diversity["mean profile"] == pytest.approx(0, abs=1e-6)
-    assert diversity[MODEL_NAME] == pytest.approx(1, abs=0.15)
-    assert diversity["real training cells"] == pytest.approx(1, abs=0.15)
+    assert diversity["mean profile + Poisson"] < 0.4
+    assert 0.6 < diversity[MODEL_NAME] < 1.5
+    assert 0.6 < diversity["real training cells"] < 1.5
 
 
-def test_diversity_has_no_replicate_where_all_drawn_real_cells_are_one():
-    real = 1 - np.eye(3)  # three cells, all at distance 1
-    once, thrice = np.ones(3, dtype=int), np.array([3, 0, 0])
-    value, replicates = diversity(2 * real, real, np.array([once, once, thrice]), np.array([once, thrice, once]))
-    assert value == pytest.approx(2)
-    np.testing.assert_allclose(replicates, [2, np.nan, 0])
-    assert np.isnan(diversity(real, 0 * real, once[None], once[None])[0])
+def test_cells_that_share_a_state_are_correlated_like_real_cells(of_varied):
+    for name in ("gene_correlation", "largest_eigenvalue"):
+        values = rows(of_varied, name)
+        assert values[MODEL_NAME] == pytest.approx(values["real held-out cells"], rel=0.15)
+        assert values["mean profile + Poisson"] < 0.7 * values["real held-out cells"]
 
 
-def test_a_type_with_few_real_cells_leaves_the_interval_of_diversity_believable(train, test):
-    b_cells = np.flatnonzero(test.labels == "B cell")
-    few = test.take(np.setdiff1d(np.arange(len(test)), b_cells[3:]))
+def test_copies_of_training_cells_have_no_distance_to_them(varied, of_varied):
+    train, test, _ = varied
+    copied = evaluate_generation(as_generated(train), train, test, n_resamples=12, n_draws=1)
+    near = rows(copied, "nearest_training_cell")
+    assert near[MODEL_NAME] == pytest.approx(0, abs=1e-4)
+    assert near["real held-out cells"] > 1
+    new = rows(of_varied, "nearest_training_cell")
+    assert new[MODEL_NAME] == pytest.approx(new["real held-out cells"], rel=0.1)
+
+
+def test_library_size_zeros_and_genes_stand_beside_those_of_real_cells(varied, of_varied):
+    _, test, other = varied
+    assert rows(of_varied, "library_size")[MODEL_NAME] == pytest.approx(other.total_counts.mean(), rel=0.05)
+    detected, zeros = rows(of_varied, "detected_genes"), rows(of_varied, "zero_fraction")
+    assert detected["real held-out cells"] == pytest.approx(test.counts.getnnz(axis=1).mean(), rel=0.05)
+    assert zeros["real held-out cells"] == pytest.approx(1 - detected["real held-out cells"] / 40)
+    assert "mean profile" not in rows(of_varied, "library_size")
+
+
+def test_a_classifier_tells_other_cells_apart_but_not_equal_ones():
+    rng = np.random.default_rng(0)
+    x, same, other = rng.normal(size=(200, 4)), rng.normal(size=(200, 4)), rng.normal(1, 1, size=(200, 4))
+    wider = rng.normal(0, 3, size=(200, 4))  # the same mean
+    assert realism.two_sample_auc(x, same) == pytest.approx(0.5, abs=0.08)
+    assert realism.two_sample_auc(x, other) > 0.8
+    assert realism.two_sample_auc(x, wider) > 0.8
+
+
+def test_genes_that_follow_one_state_have_one_large_eigenvalue():
+    state = np.random.default_rng(0).normal(size=(50, 1))
+    assert realism.gene_correlation(state * [1.0, -2.0, 3.0]) == pytest.approx((1, 3))
+    mean, largest = realism.gene_correlation(np.column_stack([state, np.zeros(50), np.ones(50)]))
+    assert (mean, largest) == pytest.approx((0, 1))
+
+
+def test_both_halves_of_the_held_out_cells_have_every_type():
+    labels = np.repeat(["a", "b"], [10, 7])
+    half = halve(labels, seed=0)
+    assert (half & (labels == "a")).sum() == 5
+    assert (half & (labels == "b")).sum() in (3, 4)
+
+
+def test_draws_share_no_cell_where_there_are_enough(varied):
+    train, test, _ = varied
+    cells = as_generated(train)
+    numbered = np.arange(720.0)[:, None] * np.ones((1, 40))
+    many = GeneratedCells(numbered, np.tile(cells.prompts, 3), cells.genes)
+    drawn = [draw_systems(many, train, test, draw, 3, draw)[MODEL_NAME][1] for draw in range(3)]
+    assert [len(one.prompts) for one in drawn] == [240, 240, 240]
+    assert len(np.unique(np.concatenate([one.expression[:, 0] for one in drawn]))) == 720
+    few = draw_systems(cells, train, test, 0, 3, 0)[MODEL_NAME][1]
+    assert len(few.prompts) == 240  # all, in every draw
+
+
+def test_a_type_without_variation_among_real_cells_has_no_diversity(train, test):
+    chosen = [np.flatnonzero(test.labels == label)[0] for label in np.unique(test.labels)]
     prompts = np.repeat(np.unique(test.labels), 10)
-    generated = baselines.poisson_cells(prompts, train)
-    result = evaluate_generation(generated, prompts, train.genes, train, few, n_resamples=500)
-    for row in result["rows"]:
-        if row["metric"] == "diversity":
-            assert 0 <= row["ci"][0] <= row["value"] <= row["ci"][1] < 3
-
-
-@pytest.mark.parametrize("has_value", [False, True])
-def test_diversity_has_no_interval_where_most_draws_have_no_ratio(train, test, has_value):
-    chosen = []  # of each type, copies of one cell; with `has_value` another one, which a third of draws lack
-    for n, label in enumerate(np.unique(test.labels), start=3):
-        one, other = np.flatnonzero(test.labels == label)[:2]
-        chosen += [one] * (n - has_value) + [other] * has_value
-    prompts = np.repeat(np.unique(test.labels), 10)
-    generated = baselines.poisson_cells(prompts, train)
-    result = evaluate_generation(generated, prompts, train.genes, train, test.take(np.array(chosen)), n_resamples=100)
-    measured = [row for row in result["rows"] if row["metric"] == "diversity"]
-    assert bool(measured) == has_value
-    assert all(row["ci"] is None for row in measured)
-    assert (result["per_type"][MODEL_NAME]["B cell"]["diversity"] is not None) == has_value
+    generated = GeneratedCells(baselines.poisson_cells(prompts, train), prompts, train.genes)
+    result = evaluate_generation(generated, train, test.take(np.repeat(chosen, 8)), n_resamples=12, n_draws=1)
+    assert rows(result, "diversity") == {}
+    assert "diversity" not in result["per_type"][MODEL_NAME]["B cell"]
 
 
 def test_genes_may_come_in_any_order(train, test):
     prompts = np.repeat(np.unique(test.labels), 10)
     generated = baselines.poisson_cells(prompts, train)
     order = np.random.default_rng(0).permutation(len(train.genes))
-    one = evaluate_generation(generated, prompts, train.genes, train, test, n_resamples=20)
-    two = evaluate_generation(generated[:, order], prompts, train.genes[order], train, test, n_resamples=20)
+    options = {"n_resamples": 12, "n_draws": 1}
+    one = evaluate_generation(GeneratedCells(generated, prompts, train.genes), train, test, **options)
+    two = evaluate_generation(GeneratedCells(generated[:, order], prompts, train.genes[order]), train, test, **options)
     assert rows(one, "energy_distance")[MODEL_NAME] == pytest.approx(
         rows(two, "energy_distance")[MODEL_NAME], rel=1e-4
     )
@@ -336,9 +402,9 @@ def test_genes_may_come_in_any_order(train, test):
 
 def test_generated_genes_that_no_real_cell_has_are_an_error(train, test):
     with pytest.raises(ValueError, match="share 0 genes"):
-        evaluate_generation(np.ones((4, 3)), ["B cell"] * 4, ["x", "y", "z"], train, test)
+        evaluate_generation(GeneratedCells(np.ones((4, 3)), np.repeat("B cell", 4), np.array([*"xyz"])), train, test)
 
 
 def test_prompts_that_no_real_cell_has_are_an_error(train, test):
     with pytest.raises(ValueError, match="--prompt-key"):
-        evaluate_generation(np.ones((4, 60)), ["dragon"] * 4, train.genes, train, test)
+        evaluate_generation(GeneratedCells(np.ones((4, 60)), np.repeat("dragon", 4), train.genes), train, test)

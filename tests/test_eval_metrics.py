@@ -91,7 +91,54 @@ def test_a_copied_metric_needs_nothing_of_the_package(name, tmp_path):
     ) in done.stdout
 
 
+@pytest.mark.parametrize("name", ["cell_type_annotation", "generated_cell_knn", "text_discrepancy"])
+def test_a_metric_says_what_it_is_what_it_takes_and_whom_to_cite(load, name):
+    metric = load(name)
+    assert len(metric.description) > 100
+    assert "Args:" in metric.inputs_description
+    assert metric.citation.startswith("@")
+
+
 # Annotation
+
+
+@pytest.mark.parametrize("labels", [["B", "T", "NK"], [0, 1, 2]], ids=["names", "numbers"])
+@pytest.mark.parametrize("form", [list, np.array])
+def test_annotation_is_scored_in_batches_as_at_once(load, labels, form):
+    b, t, n = labels
+    predictions, references, confidences = [b, t, t, n], [b, t, n, n], [0.9, 0.6, 0.5, 0.8]
+    at_once = load("cell_type_annotation").compute(
+        predictions=form(predictions), references=form(references), confidences=form(confidences)
+    )
+    metric = load("cell_type_annotation")
+    for rows in (slice(0, 3), slice(3, 4)):
+        metric.add_batch(
+            predictions=form(predictions[rows]), references=form(references[rows]), confidences=form(confidences[rows])
+        )
+    assert metric.compute() == at_once
+    assert at_once["accuracy"] == 0.75
+    assert at_once["ece"] == pytest.approx(annotation_scores(predictions, references, confidences)["ece"])
+    one_by_one = load("cell_type_annotation")
+    for prediction, reference in zip(predictions, references, strict=True):
+        one_by_one.add(prediction=prediction, reference=reference)
+    assert one_by_one.compute() == {name: value for name, value in at_once.items() if name != "ece"}
+
+
+def test_annotation_is_combined_with_another_metric(load, tmp_path):
+    shutil.copytree(METRICS / "cell_type_annotation", tmp_path / "copy" / "cell_type_annotation")
+    again = evaluate.load(str(tmp_path / "copy" / "cell_type_annotation"), cache_dir=str(tmp_path / "copy"))
+    scores = evaluate.combine({"a": load("cell_type_annotation"), "b": again}, force_prefix=True).compute(
+        predictions=["B", "T"], references=["B", "B"]
+    )
+    assert scores["a_accuracy"] == scores["b_accuracy"] == 0.5
+
+
+def test_every_cell_has_a_confidence_or_none(load):
+    metric = load("cell_type_annotation")
+    metric.add_batch(predictions=["B", "T"], references=["B", "T"], confidences=[0.5, 0.6])
+    metric.add_batch(predictions=["B"], references=["B"])
+    with pytest.raises(ValueError, match="2 confidences for 3 cells"):
+        metric.compute()
 
 
 def test_annotation_scores_equal_sklearn(rng):

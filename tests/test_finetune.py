@@ -207,3 +207,56 @@ def test_cells_without_a_label_are_read_where_labels_are_few(cells, bert, tmp_pa
     pipeline = ScMMGPTPipeline.from_pretrained(str(tmp_path / "out"), device="cpu")
     annotated = pipeline.annotate(cells.copy())
     assert np.mean(annotated.obs["scmmgpt_cell_type"] == annotated.obs["label"]) > 0.95
+
+
+# -- labels as people write them --------------------------------------------------------------------------------------
+
+
+def labels_of(values, **options):
+    """`read_labels` of a column of `obs`, without the ontology."""
+    obs = pd.DataFrame({"label": pd.Series(values, dtype=object)})
+    return labels.read_labels(obs, FinetuneDataArguments(adata="", label_key="label", **options))
+
+
+def test_spaces_around_labels_have_no_meaning():
+    found = labels_of(["B cell", " B  cell ", "T cell\t", "T cell", None, "nan"])
+    assert found.names == ["B cell", "T cell"]
+    assert found.rows.tolist() == [0, 1, 2, 3]
+
+
+def test_labels_of_two_spellings_are_named(caplog):
+    labels_of(["B cell", "B CELL", "B_cell", "B-cell", "CD4+ T", "CD4- T"] * 2)
+    assert "'B cell' (2) and 'B CELL' (2) and 'B_cell' (2) and 'B-cell' (2)" in caplog.text
+    assert "CD4" not in caplog.text
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, np.nan], ["0", "1", None], ["cluster 1", "cluster 2", "3"], [0, 1, 2]])
+def test_codes_in_place_of_names_are_doubted(values, caplog):
+    found = labels_of(values * 3)
+    assert "obs['label'] has codes, not names" in caplog.text
+    assert not any(name.endswith(".0") for name in found.names)
+
+
+def test_names_of_cells_are_doubted(caplog):
+    labels_of([f"cell {i}x" for i in range(20)])
+    assert "20 of 20 labels of obs['label'] have a single cell" in caplog.text
+
+
+def test_ordinary_labels_are_not_doubted(caplog):
+    labels_of(["B cell", "T cell", "CD4+ T", "CD4- T", "Th1", "Th17"] * 3)
+    assert not caplog.records
+
+
+def test_groups_that_equal_labels_are_refused():
+    found = labels_of(["B", "T", "NK"] * 10)
+    arguments = FinetuneDataArguments(adata="", label_key="label", group_key="sample")
+    groups = np.array(["s1", "s2", "s3"] * 10)
+    with pytest.raises(ValueError, match="Every label .* is in one group of .*'sample'"):
+        labels.hold_out(found, groups, arguments, seed=0)
+    labels.hold_out(found, np.array(["d1"] * 15 + ["d2"] * 15), arguments, seed=0)
+
+
+def test_texts_of_labels_come_from_a_table_of_excel_too(tmp_path):
+    (tmp_path / "texts.csv").write_bytes("label;text\nB;a B cell\n".encode("utf-8-sig"))
+    found = labels_of(["B", "T"] * 2, label_texts=str(tmp_path / "texts.csv"))
+    assert found.texts[0] == "a B cell"

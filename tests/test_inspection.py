@@ -491,6 +491,67 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
         read_cells(named(0), gene_index, force=True)
 
 
+def test_a_poor_match_says_which_number_is_small(counts, gene_index):
+    with pytest.raises(ValueError, match=r"Only 7 of 7 genes match .*\(100\.0%\)\. The names are right.*few genes"):
+        read_cells(make_adata(counts[:, :7], SYMBOLS[:7]), gene_index)
+    few = GeneIndex({symbol: i for i, symbol in enumerate([*SYMBOLS[:40], *(f"OTHER{i}" for i in range(60))])})
+    warning = read_cells(make_adata(counts), few)[1]["warnings"][0]
+    assert warning.startswith("The file has only 40 of the 100 genes that the model knows (40.0%). The model knows")
+    assert "PROBE" not in warning
+
+
+def test_an_id_that_was_retired_is_found_by_the_symbol_beside_it(counts, gene_index):
+    retired = [f"ENSG{90000000000 + i:011d}" for i in range(N_GENES)]
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    for names in (
+        [f"{symbol}_{name}" for symbol, name in zip(SYMBOLS, retired, strict=True)],
+        [f"{name}.3|{symbol}" for symbol, name in zip(SYMBOLS, retired, strict=True)],
+        [f"{symbol} ({name})" for symbol, name in zip(SYMBOLS, retired, strict=True)],
+    ):
+        assert_same_cells(read_cells(make_adata(counts, names), gene_index)[0], raw)
+
+
+def test_a_species_that_is_not_known_is_refused_by_the_list(counts, gene_index):
+    with pytest.raises(ValueError, match=r"organism='mice' is not a known species; choose one of human .*mouse"):
+        read_cells(make_adata(counts), gene_index, organism="mice")
+
+
+@pytest.mark.parametrize(
+    ("values", "aside"),
+    [
+        (["protein_coding"] * 150 + ["lncRNA"] * 150, 0),
+        (["gene"] * 299 + ["spike-in"], 1),
+        (["rna"] * 298 + ["prot"] * 2, 2),
+        (["Gene Expression"] * 298 + ["Multiplexing Capture"] * 2, 2),
+        (["mRNA"] * 150 + ["rRNA"] * 150, 0),
+    ],
+    ids=["biotypes", "spike-ins", "modalities", "10x", "biotypes with a word of ours"],
+)
+def test_a_column_of_types_is_used_only_if_its_words_are_types(counts, gene_index, values, aside):
+    adata = make_adata(counts)
+    adata.var["feature_type"] = values
+    assert sum(read_cells(adata, gene_index)[1]["genes"]["set_aside"].values()) == aside
+
+
+def test_the_location_of_a_gene_is_no_peak(counts, gene_index):
+    adata = make_adata(counts)
+    adata.var["interval"] = [f"chr1:{i}-{i + 99}" for i in range(N_GENES)]
+    assert not read_cells(adata, gene_index)[1]["genes"]["set_aside"]
+
+
+def test_droplets_without_cells_are_warned_of(counts, gene_index):
+    droplets = sp.random(400, N_GENES, 0.005, rng=np.random.default_rng(0), data_rvs=np.ones)
+    warnings = read_cells(make_adata(sp.vstack([counts, droplets]).tocsr()), gene_index)[1]["warnings"]
+    assert "looks unfiltered" in warnings[0]
+
+
+def test_an_assumed_total_is_said(counts, gene_index):
+    values = np.round(np.log1p(scaled_to(counts)), 3)[:, :100].astype(np.float32)
+    _, report = read_cells(make_adata(values, SYMBOLS[:100]), gene_index)
+    assert report["matrix"]["evidence"]["target_sum_from"] == "assumed"
+    assert any("10,000 is assumed" in warning for warning in report["warnings"])
+
+
 def test_a_panel_is_no_mistake_and_its_other_genes_are_absent(counts, gene_index):
     cells, report = read_cells(make_adata(counts[:, :50], SYMBOLS[:50]), gene_index)
     assert not report["warnings"]
@@ -511,6 +572,17 @@ def test_features_are_known_by_their_names_too():
     names = ["CD3E", "CD3_TotalSeqB", "ADT-CD4", "chr1:100-200", "X-5-9", "ERCC-00002", "Blank-7", "HLA-A"]
     types = ["gene", "antibody", "antibody", "peak", "peak", "control", "control", "gene"]
     assert list(classify_features(names)) == types
+    tags = [
+        "CD3:UCHT1|CD3E|AHS0231|pAbO",
+        "CD4.SK3.CD4.AHS0032.pAbO",
+        "HTO_3",
+        "CD8-GCTGCGCTTTCCATT",
+        "SampleTag01_hs",
+    ]
+    assert set(classify_features(tags)) == {"antibody"}
+    assert set(classify_features(["__no_feature", "__ambiguous", "N_multimapping"])) == {"control"}
+    genes = ["ABCA1", "HTOP", "PROTAC1", "ADTRP", "CD3D", "TOTAL1", "RP11-34P13.7", "GATA3-AS1", "AB019441.29"]
+    assert set(classify_features(genes)) == {"gene"}
 
 
 def test_a_matrix_of_proteins_is_refused(counts, gene_index):

@@ -79,7 +79,7 @@ def test_rows_come_from_jsonl_and_parquet_alike(corpus, processor, rows, tmp_pat
     assert first.cell_rows == second.cell_rows
     assert len(first.cells) == 10
     for row, places in zip(rows, first.cell_rows, strict=True):
-        assert first.cells.cell_ids[places].tolist() == row["cell_ids"]
+        assert first.cells.cell_ids[places].view(np.int64).tolist() == row["cell_ids"]
 
 
 def test_the_counts_of_a_named_cell_are_those_of_the_corpus(corpus, processor, rows, tmp_path):

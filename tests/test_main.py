@@ -255,6 +255,84 @@ def test_an_output_that_could_not_be_written_is_refused_first(checkpoint, cells,
     assert ".h5ad" in refused(["annotate", cells, "--model", checkpoint, "-o", "out.csv"], capsys, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-o", "cells.h5ad"], "would replace a file of the input"),
+        (["-o", "link.h5ad"], "would replace a file of the input"),
+        (["-o", "out.h5ad", "--table", "cells.h5ad"], "must end in .csv, .tsv or .txt"),
+        (["-o", "out.h5ad", "--table", "out.h5ad"], "must end in .csv, .tsv or .txt"),
+        (["-o", "out.h5ad", "--table", "labels.csv", "--labels", "labels.csv"], "would replace a file of the input"),
+        (["-o", "out.h5ad", "--table", "folder.csv"], "is a folder"),
+        (["-o", "folder.h5ad"], "is a folder"),
+        (["-o", "out.h5ad", "--labels", "labels.csv", "B"], "Name either one file or labels"),
+        (["-o", "out.h5ad", "--organism", "mice"], "choose one of human"),
+        (["-o", "out.h5ad", "--layer", "counts"], "counts"),
+        (["-o", "out.h5ad", "--device", "gpu"], "cpu, cuda or mps"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_runs(
+    checkpoint, cells, tmp_path, capsys, monkeypatch, words, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.ScMMGPTPipeline._map_cells", lambda *_: pytest.fail("the model ran"))
+    (tmp_path / "link.h5ad").symlink_to("cells.h5ad")
+    (tmp_path / "labels.csv").write_text("label\nB\n")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "folder.h5ad").mkdir()
+    before = (tmp_path / "cells.h5ad").read_bytes()
+    assert says in refused(["annotate", "cells.h5ad", "--model", checkpoint, *words], capsys, tmp_path)
+    assert (tmp_path / "cells.h5ad").read_bytes() == before
+    assert (tmp_path / "labels.csv").read_text() == "label\nB\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["annotate", "F", "--min-score", value] for value in ("50", "nan", "-1", "half")),
+        ["annotate", "F", "--matching-weight", "2"],
+        ["annotate", "F", "--batch-size", "0"],
+        ["describe", "F", "--max-new-tokens", "0"],
+        ["describe", "F", "--num-beams", "-1"],
+        ["search", "F", "--text", "B", "--top-k", "0"],
+        *(["generate", "B", "--library-size", value] for value in ("0", "inf", "nan")),
+        ["generate", "B", "--n-cells", "0"],
+        ["generate", "B", "--seed", "-1"],
+        ["inspect", "F", "--max-cells", "0"],
+    ],
+)
+def test_a_number_out_of_its_range_is_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--model", "M"])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"argument {words[-2]}" in line
+    assert repr(words[-1]) in line
+
+
+def test_annotations_that_cannot_be_stored_are_mended_before_the_model_runs(checkpoint, adata, tmp_path):
+    table = pd.DataFrame(adata.X.toarray(), index=adata.obs_names, columns=adata.var_names)
+    table["note"] = np.array([1, "two"] * 30, dtype=object)
+    table.to_csv(tmp_path / "cells.csv")
+    out = tmp_path / "out.h5ad"
+    arguments = ["annotate", str(tmp_path / "cells.csv"), "--model", checkpoint, "-o", str(out), "--quiet"]
+    assert main(arguments) == 0
+    assert anndata.read_h5ad(out).obs["note"].tolist() == ["1", "two"] * 30
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_fits_two_screens_and_the_rest_follows(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main([command, option])
+        texts[option] = capsys.readouterr().out
+    assert len(texts["--help"].splitlines()) <= 48
+    assert len(texts["--help-all"]) >= len(texts["--help"])
+
+
 def test_prompts_or_stored_labels_but_not_both_or_neither(checkpoint, tmp_path, capsys):
     base = ["generate", "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")]
     assert "Name the cells" in refused(base, capsys, tmp_path)

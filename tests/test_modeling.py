@@ -7,11 +7,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
-    GraniteConfig,
     Qwen2Config,
     Trainer,
     TrainingArguments,
@@ -123,19 +120,31 @@ def test_cells_of_one_caption_do_not_repel_each_other():
     assert (similarity.grad[~targets.bool()] > 0).all()  # pushed apart
 
 
-def test_hard_negatives_are_never_right_answers_and_rows_without_one_are_left_out():
+def test_hard_negatives_are_never_right_answers_and_rows_without_one_are_named():
     allowed = torch.tensor([[False, True, True], [False, False, False], [True, False, False]])
     for seed in range(20):
         torch.manual_seed(seed)
-        rows, columns = sample_hard_negatives(torch.randn(3, 3), allowed)
-        assert rows.tolist() == [0, 2]
-        assert allowed[rows, columns].all()
+        columns, has_negative = sample_hard_negatives(torch.randn(3, 3), allowed)
+        assert has_negative.tolist() == [True, False, True]
+        assert allowed[[0, 2], columns[[0, 2]]].all()
+
+
+def test_only_pairs_with_a_known_answer_are_matched(alignment_model):
+    cells, texts = make_cells([9, 5, 7]), make_texts([6, 3, 8])
+    inputs = {**cells, **texts, "text_ids": torch.tensor([4, 4, 4])}  # every text is right for every cell
+    states = alignment_model.encode_cells(**cells)
+    embeds = alignment_model.qformer_embeddings(input_ids=texts["qformer_input_ids"])
+    logits = alignment_model.matching_logits(
+        states, cells["cell_attention_mask"], embeds, texts["qformer_attention_mask"]
+    )
+    expected = torch.nn.functional.cross_entropy(logits, torch.ones(3, dtype=torch.long))
+    torch.testing.assert_close(alignment_model(**inputs).matching_loss, expected)
 
 
 def test_the_most_similar_wrong_text_is_the_likeliest_negative():
     torch.manual_seed(0)
     logits = torch.tensor([[9.0, 0.0, 4.0]]).expand(400, 3)
-    _, columns = sample_hard_negatives(logits, torch.tensor([[False, True, True]]).expand(400, 3))
+    columns, _ = sample_hard_negatives(logits, torch.tensor([[False, True, True]]).expand(400, 3))
     assert (columns == 2).float().mean() > 0.9
 
 
@@ -681,13 +690,17 @@ def test_a_language_model_stays_tied_or_not_whatever_its_embeddings_are_called(a
         torch.testing.assert_close(ours(input_ids=ids).logits[..., :40], logits)
 
 
-@pytest.mark.parametrize("kind", [CohereConfig, Gemma2Config, GraniteConfig])
-def test_joining_refuses_a_language_model_that_changes_what_its_head_gives(alignment_model, kind):
-    own = {GraniteConfig: {"logits_scaling": 8.0}, Gemma2Config: {"head_dim": 12, "initializer_range": 0.5}}
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = kind(vocab_size=40, intermediate_size=24, **sizes, **own.get(kind, {}))
-    language_model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="scales or caps"):
+def test_joining_refuses_a_language_model_that_changes_what_its_head_gives(alignment_model, tiny_llama_config):
+    language_model = AutoModelForCausalLM.from_config(tiny_llama_config)
+    plain = language_model.forward
+
+    def doubled(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    language_model.forward = doubled
+    with pytest.raises(ValueError, match="'llama' language model changes the output of its head"):
         ScMMGPTForConditionalGeneration.from_components(alignment_model, language_model, cell_token_id=4)
 
 

@@ -172,8 +172,8 @@ def test_outputs_are_tuples_on_request(batch):
     assert len(model(**batch, expression_labels=labels, return_dict=False)) == 7
     trained = ScGPTForPreTraining(make_config(return_dict=False)).eval()
     parts = trained(**hide(batch))
-    torch.testing.assert_close(parts[0], sum(parts[1:]))
-    assert len(parts) == 4
+    torch.testing.assert_close(parts[0], sum(parts[2:]))
+    assert len(parts) == 5  # the logits come after the loss
 
 
 def test_bfloat16_on_the_cpu_stays_close_to_float32(model, batch):
@@ -477,7 +477,7 @@ def test_attention_dropout_is_a_setting_of_its_own(batch):
 def hide(batch):
     hidden = torch.zeros_like(batch["gene_ids"], dtype=torch.bool)
     hidden[:, 2:4] = batch["cell_attention_mask"][:, 2:4].bool()
-    return dict(batch, hidden_genes=hidden)
+    return dict(batch, labels=batch["expression"].masked_fill(~hidden, IGNORED_LABEL))
 
 
 @pytest.mark.parametrize("kind", [ScGPTModel, ScGPTForPreTraining])
@@ -486,10 +486,8 @@ def test_a_plain_trainer_evaluates_the_loss(batch, tmp_path, kind):
     torch.manual_seed(0)
     model = kind(make_config()).eval()
     hidden = (inputs["gene_ids"] > 20) & (inputs["cell_attention_mask"] == 1)
-    if kind is ScGPTModel:
-        inputs["expression_labels"] = inputs["expression"].masked_fill(~hidden, IGNORED_LABEL)
-    else:
-        inputs["hidden_genes"] = hidden
+    name = "expression_labels" if kind is ScGPTModel else "labels"
+    inputs[name] = inputs["expression"].masked_fill(~hidden, IGNORED_LABEL)
     rows = [{name: value[row] for name, value in inputs.items()} for row in range(4)]
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
     evaluated = Trainer(model, arguments, eval_dataset=rows).evaluate()
@@ -514,7 +512,7 @@ def test_pre_training_reads_no_value_that_it_hides(batch, objective):
     inputs, predictions = hide(batch), []
     model.cell_model.expression_decoder.register_forward_hook(lambda module, args, output: predictions.append(output))
     model(**inputs)
-    model(**dict(inputs, expression=inputs["expression"].masked_fill(inputs["hidden_genes"], 44.0)))
+    model(**dict(inputs, expression=inputs["expression"].masked_fill(inputs["labels"] != IGNORED_LABEL, 44.0)))
     torch.testing.assert_close(predictions[:2], predictions[2:])
 
 

@@ -118,7 +118,9 @@ def test_a_cells_answer_depends_on_that_cell_alone(tiny_pipeline, adata, batch_s
 def test_each_candidate_is_matched_as_the_model_matches_it_alone(tiny_pipeline, adata):
     settings = tiny_pipeline.annotation_settings(LABELS, matching_weight=1, matching_candidates=2)
     cells, _ = tiny_pipeline.processor.read_cells(adata)
-    similarity, match = tiny_pipeline._label_scores(cells, settings, batch_size=8)
+    similarity, match, _ = tiny_pipeline._label_scores(
+        [cells], len(cells), list(LABELS.values()), settings, batch_size=8
+    )
     assert (np.isfinite(match).sum(axis=1) == 2).all()
     row, column = 5, int(np.argmax(similarity[5]))
     inputs = tiny_pipeline.processor(cells=cells[[row]], qformer_text=[list(LABELS.values())[column]])

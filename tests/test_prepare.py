@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -248,6 +249,94 @@ def test_copies_of_a_cell_are_dropped_and_namesakes_renamed(build, folder):
     assert corpus.manifest.dropped["cells"]["duplicates"] == 10
     assert corpus.manifest.notes["renamed_cells"] == 50
     assert len(np.unique(corpus.load("train")[0].cell_ids)) == 110
+
+
+@pytest.mark.parametrize("split_by", ["dataset", "cell"])
+def test_a_cell_of_two_sources_is_in_one_split(build, folder, split_by):
+    """Copies have other barcodes and datasets, and other genes beside the common ones."""
+    first = anndata.read_h5ad(folder / "set0.h5ad")
+    copies = first[:20, :38].copy()
+    copies.obs_names = [f"merged-{name}" for name in copies.obs_names]
+    anndata.concat([anndata.read_h5ad(folder / "set1.h5ad")[:, :38], copies], merge="same").write_h5ad(
+        folder / "set1.h5ad"
+    )
+    corpus = build(folder, "--split-by", split_by, *SMALL)
+    assert corpus.manifest.dropped["cells"]["duplicates"] == 20
+    found = read_all(corpus)
+    common = set(GENES[:38])
+    contents = [tuple(sorted((g, n) for g, n in counts.items() if g in common)) for counts, _ in found.values()]
+    assert len(set(contents)) == len(contents) == 180
+
+
+def test_equal_cells_of_few_genes_are_no_copies(build, folder):
+    for name in ("set0", "set1"):
+        adata = anndata.read_h5ad(folder / f"{name}.h5ad")
+        counts = np.zeros(adata.shape, dtype=np.float32)
+        counts[:, :3] = 1
+        adata.X = sp.csr_matrix(counts)
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    assert build(folder, *SMALL).manifest.dropped["cells"]["duplicates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--column", "cell_type=celltype"], r"no obs column 'celltype' to take 'cell_type' from; it has .*cell_type"),
+        (["--split-column", "fold"], r"no obs column 'fold'; it has"),
+        (["--exclude-dataset", "set9"], r"names \['set9'\], but the sources have the datasets set0, set1, set2"),
+        (["--licence", "set9=cc0"], r"names \['set9'\], but the sources are called set0, set1, set2"),
+        (["--layer", "counts"], "counts"),
+    ],
+)
+def test_a_name_that_the_sources_lack_is_refused_with_those_they_have(build, folder, tmp_path, words, says):
+    for path in folder.glob("*.h5ad"):  # datasets are called like their sources
+        adata = anndata.read_h5ad(path)
+        adata.obs = adata.obs.drop(columns="dataset_id", errors="ignore")
+        adata.write_h5ad(path)
+    with pytest.raises(ValueError, match=says):
+        build(folder, *words, *SMALL)
+    build(folder, *SMALL)  # in the same folder, once the mistake is mended
+
+
+def test_a_build_that_reads_nothing_leaves_nothing(build, folder, tmp_path):
+    with pytest.raises(ValueError, match="no obs column"):
+        build(folder, "--column", "cell_type=celltype", output="new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_other_files_does_not_become_a_corpus(build, folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds other files, such as 'config.json'"):
+        build(folder, output="model")
+    assert (tmp_path / "model" / "config.json").read_text() == "{}"
+
+
+def test_sources_of_one_name_are_called_by_the_folder_that_differs():
+    def names(*paths):
+        return prepare.name_sources([Path(path) for path in paths])
+
+    assert names("A/outs/m.h5", "B/outs/m.h5") == ["A", "B"]
+    assert names("run1/A/outs/m.h5", "run1/B/outs/m.h5", "C.h5ad") == ["A", "B", "C"]
+    assert names("x/A/m.h5", "x/B/m.h5", "y/A/m.h5") == ["x-A", "x-B", "y-A"]
+    assert names("A/m.h5", "B/m.h5", "A.h5ad") == ["A-m", "B", "A"]
+    assert names("A/filtered", "B/filtered") == ["A", "B"]
+    assert names("one.h5ad", "two.h5ad") == ["one", "two"]
+
+
+def test_labels_are_cleaned_and_codes_are_doubted(build, folder, caplog):
+    adata = anndata.read_h5ad(folder / "set0.h5ad")
+    adata.obs["cell_type"] = [" foo  cell", "foo cell "] * 30
+    adata.obs["cell_type_ontology_term_id"] = "unknown"
+    adata.write_h5ad(folder / "set0.h5ad")
+    adata = anndata.read_h5ad(folder / "set1.h5ad")
+    adata.obs["cell_type"] = [0.0, 1.0] * 30
+    adata.obs["cell_type_ontology_term_id"] = "unknown"
+    adata.write_h5ad(folder / "set1.h5ad")
+    found = {row["cell_type"] for _, row in read_all(build(folder, *SMALL)).values()}
+    assert {"foo cell", "0", "1"} <= found
+    assert "foo cell " not in found
+    assert "cell_type of set1 has codes, not names ('0', '1')" in caplog.text
 
 
 def test_cells_with_too_few_genes_are_dropped_and_counted(build, folder):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
@@ -137,6 +138,93 @@ def test_content_parts_stand_for_cells(processor, cells):
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs={"cells": cells[:1]}
     )
     assert (batch["input_ids"] == processor.cell_token_id).sum() == 4
+
+
+def tokens_of(processor, batch, row=0):
+    return processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][row].tolist())
+
+
+@pytest.fixture
+def processor_with_bos(text_tokenizer, qformer_tokenizer, gene_tokenizer):
+    """As Llama's and Gemma's: the tokenizer begins every text with `<s>`, and so does the chat template."""
+    text_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", text_tokenizer.bos_token_id)]
+    )
+    text_tokenizer.chat_template = "{{ bos_token }}" + text_tokenizer.chat_template
+    extractor = ScMMGPTFeatureExtractor(max_genes=20, pad_token_id=0, cls_token_id=1)
+    return ScMMGPTProcessor(extractor, text_tokenizer, qformer_tokenizer, gene_tokenizer, num_query_tokens=4)
+
+
+def question(words="a cell"):
+    return [{"role": "user", "content": [{"type": "cell"}, {"type": "text", "text": words}]}]
+
+
+def test_a_chat_begins_with_one_bos(processor_with_bos, cells):
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    batch = processor_with_bos.apply_chat_template(question(), **options, processor_kwargs={"cells": cells[:1]})
+    tokens = "<s> user : <cell> <cell> <cell> <cell> a cell assistant :".split()
+    assert tokens_of(processor_with_bos, batch) == tokens
+    text = processor_with_bos.apply_chat_template(question(), add_generation_prompt=True)
+    assert tokens_of(processor_with_bos, processor_with_bos(text=text, cells=cells[:1])) == tokens
+    two = {"cells": cells, "padding": True}
+    batch = processor_with_bos.apply_chat_template([question(), question("a B cell")], **options, processor_kwargs=two)
+    assert tokens_of(processor_with_bos, batch, 0) == ["<pad>", *tokens]
+    assert tokens_of(processor_with_bos, batch, 1) == [*tokens[:8], "B", *tokens[8:]]
+
+
+def test_a_text_that_begins_with_a_cell_has_a_bos(processor_with_bos, cells):
+    batch = processor_with_bos(text="<cell> a B cell", cells=cells[:1])
+    assert tokens_of(processor_with_bos, batch)[:3] == ["<s>", "<cell>", "<cell>"]
+    batch = processor_with_bos(text="<cell> a B cell", cells=cells[:1], add_special_tokens=False)
+    assert tokens_of(processor_with_bos, batch)[:2] == ["<cell>", "<cell>"]
+
+
+def test_what_the_assistant_says_is_marked(processor, cells):
+    messages = [*question(), {"role": "assistant", "content": "a B cell"}]
+    batch = processor.apply_chat_template(
+        [messages, messages[:1]],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"cells": cells},
+    )
+    said = torch.as_tensor(batch["assistant_masks"]).bool()
+    assert (
+        processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0][said[0]].tolist()) == "a B cell </s>".split()
+    )
+    assert not said[1].any()
+
+
+def test_texts_are_truncated_and_padded_as_by_a_tokenizer(processor, cells):
+    text = ["<cell> this is a B cell", "<cell> a"]
+    batch = processor(text=text, cells=cells, truncation=True, max_length=6)
+    assert tokens_of(processor, batch, 0) == ["<cell>"] * 4 + ["this", "is"]
+    batch = processor(text=text, cells=cells, padding="max_length", max_length=11, padding_side="right")
+    assert tokens_of(processor, batch, 1) == ["<cell>"] * 4 + ["a"] + ["<pad>"] * 6
+    assert batch["attention_mask"][1].tolist() == [1] * 5 + [0] * 6
+    assert processor(text=text, cells=cells, pad_to_multiple_of=8)["input_ids"].shape == (2, 16)
+    batch = processor(text=text, cells=cells, answers=["a B cell", ""], truncation=True, max_length=11)
+    assert processor.tokenizer.convert_ids_to_tokens(batch["labels"][0][-2:].tolist()) == ["a", "B"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truncation": True, "max_length": 7}, "Text 0 has 9 tokens, and max_length=7 would cut off some of its 4"),
+        ({"max_length": 20}, "max_length=20 needs truncation=True or padding='max_length'"),
+        ({"padding": "max_length"}, "needs max_length"),
+        ({"padding": False}, "tokens make no tensor without padding"),
+        ({"padding": "left"}, "padding is 'left'; choose True"),
+    ],
+)
+def test_a_cell_is_never_cut_and_contradictions_are_refused(processor, cells, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=["this is a B cell <cell>", "<cell>"], cells=cells, **options)
+
+
+def test_an_unknown_argument_is_named(processor):
+    with pytest.raises(TypeError, match=r"has no arguments \['trunction'\].* max_genes, .*truncation"):
+        processor(text="a cell", trunction=True)
 
 
 def test_an_unknown_gene_is_named(processor):

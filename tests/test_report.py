@@ -177,10 +177,11 @@ def test_counts_are_normalised_by_the_library_size_of_the_whole_cell(tmp_path):
     adata = anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=["G1", "G2"]))
     adata.layers["counts"] = counts
     adata.write_h5ad(tmp_path / "generated.h5ad")
-    matrix, prompts, genes = generation.read_generated(str(tmp_path / "generated.h5ad"))
+    matrix, prompts, genes, sizes = generation.read_generated(str(tmp_path / "generated.h5ad"))
     np.testing.assert_allclose(matrix, np.log1p([[50.0, 0.0], [0.0, 20.0]]), rtol=1e-6)
     assert prompts.tolist() == ["a", "b"]
     assert genes.tolist() == ["G1", "G2"]
+    assert sizes.tolist() == [1000, 5000]
 
 
 def test_cells_are_matched_by_barcode_in_any_order(demo):

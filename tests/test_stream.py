@@ -78,7 +78,7 @@ def stream_of(corpus, *, pool_size=200, in_memory=False, **settings):
     stream = CellStream(corpus, **settings)
     stream.order = dataclasses.replace(stream.order, pool_size=pool_size)
     if not in_memory:
-        stream.reader = BlockReader(stream.corpus, stream.split, stream.columns)
+        stream.reader = BlockReader(corpus, stream.split, stream.columns)
     return stream
 
 

@@ -140,13 +140,6 @@ def test_what_tuning_freezes_is_still_at_every_step_and_what_it_trains_is_not(co
         assert any(name.endswith("model.cell_model.encoder.layers.0") for name in names)  # else not checkpointed
 
 
-@pytest.fixture(scope="session")
-def aligned(corpus, bert, tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("aligned"))
-    run_align(corpus, bert, path)
-    return path
-
-
 def log_of(output_dir, name):
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     return [line[name] for line in history if name in line]
@@ -243,7 +236,8 @@ def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp
         pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
 
     api = SimpleNamespace(upload_folder=upload, create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="me/it"))
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: api)
+    for module in ("transformers.trainer.hf_api", "scmmgpt.train.sharing.HfApi"):
+        monkeypatch.setattr(module, lambda *args, **kwargs: api)
     run_align(corpus, bert, str(tmp_path), push_to_hub=True, eval_strategy="epoch")
     assert len(pushed) == 1
     assert {"model.safetensors", "modeling_scmmgpt.py", "processor_config.json", "training.json"} <= set(pushed[0])
@@ -510,6 +504,50 @@ def test_two_processes_that_are_cut_in_two_end_like_ones_that_are_not(corpus, be
     check_cut(
         lambda path, **settings: run_ranks(align_only, corpus, bert, path, **settings), tmp_path, cut, steps, **options
     )
+
+
+@pytest.mark.parametrize("word", ["latest", "True"])
+def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_latest_whole_checkpoint(
+    corpus, bert, tmp_path, monkeypatch, word
+):
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    align_only(corpus, bert, tmp_path / "whole", **options)
+    save, n_saved = align.AlignTrainer._save_rng_state, []
+
+    def die_the_second_time(trainer, output_dir):
+        n_saved.append(output_dir)
+        if len(n_saved) == 2:
+            raise KeyboardInterrupt
+        save(trainer, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align.AlignTrainer, "_save_rng_state", die_the_second_time)
+        with pytest.raises(KeyboardInterrupt):
+            align_only(corpus, bert, tmp_path / "cut", **options)
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    align_only(corpus, bert, tmp_path / "cut", resume_from_checkpoint=word, **options)
+    assert log_of(tmp_path / "whole", "loss") == log_of(tmp_path / "cut", "loss")
+    names = {path.name for path in (tmp_path / "cut").iterdir() if "checkpoint" in path.name}
+    assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
+def test_without_a_checkpoint_the_latest_is_the_beginning(corpus, bert, tmp_path):
+    align_only(corpus, bert, tmp_path / "new", resume_from_checkpoint="latest", max_steps=1)
+    assert len(log_of(tmp_path / "new", "loss")) == 1
+
+
+def test_the_best_checkpoint_is_known_by_its_place_and_old_ones_go(corpus, bert, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 4}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    align_only(corpus, bert, tmp_path, load_best_model_at_end=True, **options)
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert len(kept) == 2
+    assert Path(state["best_model_checkpoint"]).parent == tmp_path
+    assert Path(state["best_model_checkpoint"]).name in kept
+    best = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in best.items())
 
 
 def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(corpus, aligned, tmp_path):

@@ -3,6 +3,14 @@
 import importlib
 import logging
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scmmgpt.checkpoints import check_checkpoint
+from scmmgpt.errors import run_command, take_debug
+from scmmgpt.files import check_folder, check_paths, exists, obey_umask
+from scmmgpt.progress import tell_if_slow
 
 
 ABOUT = {
@@ -17,6 +25,7 @@ ABOUT = {
     "options": "write docs/options.md to the standard output",
 }
 # Command -> module with `make_parser` and `main`, imported only when its command runs.
+CHECKPOINTS = ("aligned", "cell_model", "checkpoint")  # options that name checkpoints of this project
 COMMANDS = {name: f"data.{name}" if name in ("prepare", "cache") else name for name in ABOUT}
 
 
@@ -33,19 +42,44 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         sys.stderr.write(f"No command {command!r}; choose one of {', '.join(COMMANDS)}.\n")
         return 2
-    module = importlib.import_module(f"scmmgpt.train.{COMMANDS[command]}")
-    parser = module.make_parser(prog=f"python -m scmmgpt.train {command}")
-    try:
-        if hasattr(parser, "parse_args_and_config"):
-            module.main(*parser.parse_args_and_config(rest))
-        else:
-            module.main(parser.parse_args(rest))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if "--debug" in rest:
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    words, debug = take_debug(rest)
+    # An error of the work names its files, which are known only once the command line is parsed.
+    inputs: list[str] = []
+    outputs: list[str] = []
+
+    def work() -> None:
+        with tell_if_slow("Loading libraries"):
+            module = importlib.import_module(f"scmmgpt.train.{COMMANDS[command]}")
+        parser = module.make_parser(prog=f"python -m scmmgpt.train {command}")
+        is_trainer = hasattr(parser, "parse_args_and_config")
+        parts = parser.parse_args_and_config(words) if is_trainer else (parser.parse_args(words),)
+        check_folders(parts, inputs, outputs)
+        for part in parts:
+            for name in CHECKPOINTS:
+                if isinstance(given := getattr(part, name, None), str):
+                    check_checkpoint(given)
+        module.main(*parts)
+        for folder in outputs:
+            obey_umask(folder)
+
+    return run_command(f"scmmgpt.train {command}", work, debug=debug, inputs=inputs, outputs=outputs)
+
+
+def check_folders(parts: Sequence[Any], inputs: list[str], outputs: list[str]) -> None:
+    """List the paths that the arguments name, and refuse an output that cannot be written or that is an input."""
+    named: dict[str, list[str]] = {}
+    for part in parts:
+        is_trainer = hasattr(part, "output_dir")
+        for name, value in vars(part).items():
+            if name == ("output_dir" if is_trainer else "output"):
+                outputs += [] if value is None else [str(value)]
+            elif not is_trainer:
+                words = value if isinstance(value, list | tuple) else [value]
+                named[name] = [str(word) for word in words if isinstance(word, str | Path) and exists(Path(word))]
+    inputs += [path for paths in named.values() for path in paths]
+    for output in outputs:
+        check_paths(named, {"the output": output})
+        check_folder(output)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` s
 import copy
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
@@ -26,7 +26,7 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, cell_text_simi
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.card import write_card
-from scmmgpt.train.convert import qformer_from_bert
+from scmmgpt.train.convert import make_gene_tokenizer, qformer_from_bert
 from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
@@ -34,6 +34,7 @@ from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
 from scmmgpt.train.options import OptionParser
+from scmmgpt.train.sharing import push_folder
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 
 
@@ -144,12 +145,11 @@ def build_processor(
         pad_token_id=corpus.vocabulary["<pad>"],
         cls_token_id=corpus.vocabulary["<cls>"],
     )
-    words = Tokenizer(models.WordLevel(dict(corpus.vocabulary), unk_token="<pad>"))  # as in scGPT for unknown genes
     processor = ScMMGPTProcessor(
         extractor,
         copy.deepcopy(qformer_tokenizer),
         qformer_tokenizer,
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>"),
+        make_gene_tokenizer(corpus.vocabulary),
         num_query_tokens=model_args.model_config.get("num_query_tokens", ScMMGPTConfig.num_query_tokens),
         qformer_max_length=model_args.qformer_max_length,
     )
@@ -232,8 +232,17 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser((DataArguments, AlignModelArguments, AlignConfig), prog=prog, description=__doc__)
 
 
-def main(data_args: DataArguments, model_args: AlignModelArguments, training_args: AlignConfig) -> None:
-    """Build the model and its batches, train, save."""
+def main(
+    data_args: DataArguments,
+    model_args: AlignModelArguments,
+    training_args: AlignConfig,
+    *,
+    cells: Mapping[str, Any] | None = None,
+) -> None:
+    """Build the model and its batches, train, save.
+
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
@@ -247,7 +256,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         mask_value=config.cell_config.mask_value,
         paired=config.contrastive_group_size is not None,
     )
-    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, balance=data_args.balance)
+    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, cells=cells, balance=data_args.balance)
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
         standardize_projections(model, train_dataset.of_all_ranks())
     unused: tuple[str, ...] = () if config.cell_pretraining_weight else CELL_DECODERS
@@ -263,7 +272,7 @@ def main(data_args: DataArguments, model_args: AlignModelArguments, training_arg
         eval_dataset=eval_dataset,
         is_pretrained=pretrained.__contains__,
         captions=captions,
-        write_card=functools.partial(write_card, str(training_args.output_dir), "align", corpus, **bases),
+        write_card=functools.partial(write_card, command="align", corpus=corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if eval_dataset is not None:
@@ -279,5 +288,6 @@ def finish(trainer: Any, command: str, **arguments: Any) -> None:
         save_run(trainer.args.output_dir, command, **arguments)
         save_curves(trainer.state.log_history, trainer.args.output_dir)
     trainer.create_model_card()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():
+        trainer._finish_current_push()
+        push_folder(trainer.args.output_dir, **trainer.hub)

@@ -3,17 +3,22 @@
 Data and models have no default. Defaults of hyper-parameters are the values that worked (`train/LOG.md`).
 """
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from peft import LoraConfig
 from transformers import LlamaConfig, TrainingArguments
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.train.options import CheckedFields, check_fields, described, inherited, option, parse_fields
 
+
+logger = logging.getLogger(__name__)
 
 CELL_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 SCRATCH_SIZES = {**CELL_SIZES, "hidden_size": 128, "num_key_value_heads": 2, "intermediate_size": 256}
@@ -109,6 +114,15 @@ class StageArguments:
     )
     learning_rate: float = inherited("learning_rate", 1e-4)
     remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
+
+    def __post_init__(self) -> None:
+        args: Any = self  # also `TrainingArguments`, in every class that is used
+        super().__post_init__()  # type: ignore[misc]
+        if str(args.resume_from_checkpoint).lower() in ("latest", "true"):
+            folder = Path(args.output_dir)
+            args.resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+            if args.resume_from_checkpoint is None:
+                logger.info("%s has no checkpoint: the run starts from the beginning.", folder)
 
 
 @dataclass

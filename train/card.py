@@ -3,6 +3,7 @@
 All of them come from the run: the corpus's manifest, the arguments, and the trainer's log.
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -20,12 +21,35 @@ LIMITS = (
     "extrapolations."
 )
 
+# A base of another place is given by hand: PEFT looks for the one that `adapter_config.json` names.
+ADAPTER_USE = """The adapter belongs to the base `{base}` and to no other weights. It holds LoRA of the language
+model and the parts that were trained in full.
 
-def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[dict], **bases: str | None) -> Path:
-    """Write `README.md` beside a checkpoint of `align` or `tune` (the `command`); returns its path.
+```python
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", trust_remote_code=True)  # loads the base, too
+
+base = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)          # or a copy of it elsewhere
+model = PeftModel.from_pretrained(base, "{adapter}")
+```"""
+
+
+def write_card(
+    output_dir: str | os.PathLike,
+    command: str,
+    corpus: Corpus,
+    log_history: list[dict],
+    *,
+    adapter_base: str | None = None,
+    **bases: str | None,
+) -> Path:
+    """Write `README.md` beside a checkpoint of `align` or `tune` (the `command`), or an adapter; returns its path.
 
     Args:
         log_history: The trainer's; the card has the last value of every `eval_` number.
+        adapter_base: Name of the base, if the folder holds an adapter.
         bases: Part -> the checkpoint that it started from; `None` for a new part.
     """
     manifest = corpus.manifest
@@ -33,15 +57,24 @@ def write_card(output_dir: str, command: str, corpus: Corpus, log_history: list[
     for shard in manifest.shards:
         cells[shard.split] += shard.n_cells
     metrics = {name: value for line in log_history for name, value in line.items() if is_measured(name)}
-    hub_ids = [base for base in bases.values() if base is not None and is_hub_id(base)]
+    started_from = bases.values() if adapter_base is None else [adapter_base]
     # The licence depends on the parts that the weights start from (Llama-2 has its own); the card names these parts.
-    data = ModelCardData(library_name="transformers", tags=TAGS, base_model=hub_ids or None, license="other")
-    sections = [f"# scMMGPT: {TITLES[command]}"]
+    data = ModelCardData(
+        library_name="transformers" if adapter_base is None else "peft",
+        pipeline_tag="image-text-to-text" if command == "tune" else "feature-extraction",
+        tags=TAGS if adapter_base is None else [*TAGS, "lora"],
+        base_model=[base for base in started_from if base is not None and is_hub_id(base)] or adapter_base,
+        datasets=None if corpus.repo_id is None else [corpus.repo_id],
+        license="other",
+    )
+    sections = [f"# scMMGPT: {TITLES[command]}{'' if adapter_base is None else ', LoRA adapter'}"]
     if cells["train"] < DEMO_CELLS:
         sections.append(
             f"**A demonstration.** The model was trained on {cells['train']:,} cells, enough to show that each step "
             "works, and too few for use on other data."
         )
+    if adapter_base is not None:
+        sections += ["## Use", ADAPTER_USE.format(base=adapter_base, adapter=Path(output_dir).name)]
     sections += ["## Data", describe_data(manifest, cells), "## Started from", describe_bases(bases)]
     sections += ["## Measured", describe_metrics(metrics, manifest, cells), "## Limits", LIMITS]
     path = Path(output_dir, "README.md")

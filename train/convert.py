@@ -18,7 +18,6 @@ weights in a Python package.
 
 import argparse
 import importlib.util
-import json
 import logging
 import re
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,12 +35,16 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
+from scmmgpt.checkpoints import check_checkpoint, check_ids
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
+from scmmgpt.errors import OneLineParser
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.files import write_json
+from scmmgpt.files import read_json, write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.processing_scmmgpt import ScGPTProcessor
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 
@@ -184,12 +188,29 @@ def scgpt_feature_extractor(config: ScGPTConfig, max_genes: int = 1200) -> ScMMG
 
 def read_gene_vocabulary(path: Path) -> dict[str, int]:
     """scGPT's `vocab.json` (token -> id), with missing special tokens appended as scGPT does, in order of id."""
-    vocabulary = json.loads(path.read_text())
+    vocabulary = read_json(path, dict)
+    check_ids(path, vocabulary)
     for token in SPECIAL_TOKENS:
         vocabulary.setdefault(token, len(vocabulary))
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise ValueError(f"The ids of {path} are not 0..{len(vocabulary) - 1}, each once.")
     return dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Weights by name from a file of PyTorch, of which no code is run; anything else is refused."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch, zipfile and pickle have types of their own for damaged files
+        text = " ".join(str(error).split())[:150]
+        raise ValueError(f"{path} is damaged, or no file of weights ({text}). Copy it again.") from None
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(value, torch.Tensor) for value in found.values())
+    ):
+        raise ValueError(f"{path} holds a {type(found).__name__} in place of weights by name; is it scGPT's?")
+    return found
 
 
 def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
@@ -207,11 +228,16 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
                 f"{folder} has no {name}; a scGPT folder has best_model.pt, args.json, vocab.json."
             )
     vocabulary = read_gene_vocabulary(folder / "vocab.json")
-    state_dict = torch.load(folder / "best_model.pt", map_location="cpu", weights_only=True)
-    arguments = json.loads((folder / "args.json").read_text())
+    state_dict = read_weights(folder / "best_model.pt")
+    arguments = read_json(folder / "args.json", dict)
+    for name in ("embsize", "nheads", "d_hid", "nlayers", "n_bins"):
+        value = arguments.get(name, 1)
+        if not isinstance(value, int) or not 1 <= value <= max(map(torch.Tensor.numel, state_dict.values())):
+            raise ValueError(f"{folder / 'args.json'} has {name} = {value!r}, which best_model.pt does not bear out.")
     config = scgpt_config(arguments, vocabulary, use_flag_embedding="flag_encoder.weight" in state_dict)
     weights, surplus = convert_scgpt_weights(state_dict, config.num_hidden_layers)
-    model = ScGPTModel(config)
+    with torch.device("meta"):  # sizes are compared before memory is asked for
+        model = ScGPTModel(config)
     wrong = [
         f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected.shape)}"
         for name, expected in model.state_dict().items()
@@ -222,6 +248,7 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
             f"best_model.pt does not have the sizes that args.json and vocab.json ({len(vocabulary)} tokens) give: "
             f"{'; '.join(wrong)}."
         )
+    model = ScGPTModel(config)
     model.load_state_dict(weights)
     for key in surplus:
         reason = next(reason for start, reason in SCGPT_SURPLUS.items() if key.startswith(start))
@@ -259,12 +286,22 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
     return source, None
 
 
+def find_source(source: str | Path) -> tuple[str, str | None]:
+    """As [`resolve_source`], but refuses a source that is no GGUF file, no whole folder and no model of the Hub."""
+    folder, gguf_file = resolve_source(source)
+    if gguf_file is None:
+        check_checkpoint(folder, short_ids=True)
+    elif not Path(folder, gguf_file).is_file():
+        raise FileNotFoundError(f"There is no file {str(source)!r}.")
+    return folder, gguf_file
+
+
 def load_causal_lm(source: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer; `kwargs` are those of `from_pretrained`, such as `dtype`.
 
     GGUF weights are dequantised, since quantised ones can neither be trained nor saved.
     """
-    source, gguf_file = resolve_source(source)
+    source, gguf_file = find_source(source)
     if gguf_file is None:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs), AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(
@@ -296,7 +333,7 @@ def qformer_from_bert(
     Raises:
         ValueError: If the source is no BERT, or has fewer layers.
     """
-    folder, gguf_file = resolve_source(source)
+    folder, gguf_file = find_source(source)
     config = AutoConfig.from_pretrained(folder) if gguf_file is None else None
     if config is None or config.model_type not in ("bert", Blip2QFormerConfig.model_type):
         found = "a GGUF file" if config is None else f"a {config.model_type!r} model"
@@ -342,6 +379,12 @@ def qformer_weights(bert: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
+def make_gene_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    """A gene vocabulary (token -> id) as a tokenizer, one word a gene; unknown genes are `<pad>`, as in scGPT."""
+    words = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<pad>", pad_token="<pad>", cls_token="<cls>")
+
+
 def save_cell_model(
     folder: str | Path,
     model: ScGPTModel,
@@ -349,18 +392,17 @@ def save_cell_model(
     gene_aliases: dict[str, str],
     feature_extractor: ScMMGPTFeatureExtractor,
 ) -> None:
-    """Write a cell model with its feature extractor, `vocab.json` and `gene_aliases.json`."""
+    """Write a cell model with its processor, and the gene vocabulary once more, as scGPT's `vocab.json`."""
     model.save_pretrained(folder)
-    feature_extractor.save_pretrained(folder)
+    processor = ScGPTProcessor(feature_extractor, make_gene_tokenizer(vocabulary))
+    processor.gene_aliases = gene_aliases
+    processor.save_pretrained(folder)
     write_json(Path(folder, "vocab.json"), vocabulary)
-    write_json(Path(folder, "gene_aliases.json"), gene_aliases)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["scgpt", "lm", "bert"], help="kind of the source")
     parser.add_argument("source", help="scGPT folder; or Hub id, folder, GGUF file or package:NAME/FOLDER")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, without a model in it")
@@ -378,7 +420,7 @@ def main(args: argparse.Namespace) -> None:
     if args.kind == "scgpt":
         cell_model, vocabulary = load_scgpt(args.source)
         assert isinstance(cell_model.config, ScGPTConfig)
-        arguments = json.loads(Path(args.source, "args.json").read_text())
+        arguments = read_json(Path(args.source, "args.json"), dict)
         extractor = scgpt_feature_extractor(cell_model.config, arguments.get("max_seq_len", 1200))
         save_cell_model(args.output, cell_model, vocabulary, build_gene_aliases(vocabulary), extractor)
         what = f"scGPT with {cell_model.num_parameters():,} parameters and {len(vocabulary):,} tokens"

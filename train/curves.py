@@ -31,6 +31,7 @@ def figure_style() -> AbstractContextManager[None]:
             "axes.titlesize": 10,
             "axes.titleweight": "bold",
             "axes.edgecolor": "#52606d",
+            "text.parse_math": False,  # labels are plain text, dollar signs included
             "svg.hashsalt": "scmmgpt",  # equal figures are equal files
         }
     )

@@ -22,7 +22,8 @@ Three steps:
 The checkpoint also keeps the regression's own scores of the labels, with statistics from which `annotate` solves them
 again for the genes of a file (`readout_scmmgpt`): a gene that a file lacks is absent, not zero. Similarities to texts
 are added to these scores if that fits the held-out cells better by more than a standard error. If not, `annotate` does
-not run the transformer for trained labels. `finetune.json` records readout, transformer and both on held-out cells.
+not run the transformer. `finetune.json` records readout, transformer and both on held-out cells. For labels that were
+not trained a gate is fitted, by leaving out each label in turn: see `unseen_scmmgpt`.
 
 The cell projection of a new model starts at zero. Queries then contribute nothing, and the readout alone places the
 cells; no gradient step is taken by default. From a checkpoint the readout is added to the projected queries, in the
@@ -43,6 +44,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from scmmgpt.annotation_scmmgpt import fit_novelty
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.files import write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -62,6 +64,8 @@ from scmmgpt.train.data.labelled import LabelledBatches
 from scmmgpt.train.labels import column_of, hold_out, read_labels
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
+from scmmgpt.train.unseen import fit_gate
+from scmmgpt.unseen_scmmgpt import named_genes
 
 
 logger = logging.getLogger(__name__)
@@ -297,11 +301,13 @@ class FineTuning:
     ) -> None:
         self.arguments = {"data": data_args, "model": model_args, "training": training_args}
         self.shots, self.training_args = data_args.shots, training_args
+        logger.info("Reading %s", data_args.adata)
         adata = read_file(data_args.adata)
         self.labels = labels = read_labels(adata.obs, data_args)
         groups = None if data_args.group_key is None else column_of(adata.obs, data_args.group_key)
         train, validation = hold_out(labels, groups, data_args, data_seed(training_args))
         unlabelled = np.setdiff1d(np.arange(adata.n_obs), labels.rows)
+        logger.info("Matching genes and making the model for %d cells of %d labels", len(train), len(labels.names))
         read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
         if model_args.checkpoint is not None:
             start = load_checkpoint(model_args.checkpoint, adata, read_options)
@@ -309,6 +315,8 @@ class FineTuning:
             rows = np.union1d(labels.rows[train], unlabelled)
             start = new_model(adata, rows, labels.texts, model_args.align_arguments(), read_options)
         self.model, self.processor, self.pretrained, cells = start
+        found = choose_input(adata, self.processor.gene_index, **read_options).match.ids
+        self.measured = np.unique(found[found >= 0])
         self.processor.feature_extractor.return_profile = True
         if training_args.num_train_epochs is None:
             training_args.num_train_epochs = 0 if model_args.checkpoint is None else DEFAULT_EPOCHS
@@ -331,6 +339,7 @@ class FineTuning:
 
     def fit_readout(self) -> None:
         """Fit the regression, map it into the shared space, and add it to the projected queries."""
+        logger.info("Fitting the readout on %d cells", len(self.profiles.train))
         self.regressions = readout.fit_regressions(self.profiles, self.shots)
         texts = self.processor(qformer_text=self.labels.texts)
         self.text_features = self.model.eval().get_text_features(**texts).detach()
@@ -372,8 +381,8 @@ class FineTuning:
         self.record["epochs"] = [line for line in trainer.state.log_history if "eval_loss" in line]
 
     def refit_readout(self) -> None:
-        """Choose temperature and bonus on the held-out cells, then refit the readout with them."""
-        temperature, bonus = DEFAULT_TEMPERATURE, 0.0
+        """Choose the temperature on the held-out cells, then refit the readout with them."""
+        temperature = DEFAULT_TEMPERATURE
         self.score_temperature, self.similarity_weight = 1.0, 0.0
         if self.eval_batches is not None:
             similarity, targets = similarities(self.model, self.eval_batches), self.eval_batches.targets.numpy()
@@ -383,12 +392,10 @@ class FineTuning:
             weights, bias = readout.readout_of(self.regressions.everything, self.text_features)
             # What gradient steps changed stays.
             add_to_readout(self.model, (weights - self.weights) * self.share, (bias - self.bias) * self.share)
-            if not queries_contribute(self.model):  # the readout alone places the cells
-                bonus = readout.choose_unseen_bonus(self.profiles, self.text_features)
         elif queries_contribute(self.model):
             self.similarity_weight = 1 / DEFAULT_TEMPERATURE
         set_temperature(self.model, temperature)
-        self.record |= {"temperature": temperature, "unseen_bonus": bonus}
+        self.record["temperature"] = temperature
         self.record["similarity_weight"] = self.similarity_weight
         logger.info("Held-out scores: %s", self.record.get("after", "nothing was held out"))
 
@@ -408,28 +415,39 @@ class FineTuning:
         self.record["parts"] = {name: readout.scores_of(values, targets) for name, values in parts.items()}
 
     def add_label_readout(self) -> None:
-        """Give the model the regression's own scores, and the statistics from which they are solved again."""
+        """Give the model the regression's own scores, what they are solved from, and a gate for other labels."""
         model = self.model
         data, regression, seed = self.profiles, self.regressions.everything, data_seed(self.training_args)
         model.label_readout = readout.fit_label_readout(data, regression, self.score_temperature, seed)
         num_factors, num_genes = model.label_readout.factors.shape
         sizes = {"num_genes": num_genes, "num_factors": num_factors}
         model.config.label_readout = {"texts": list(self.labels.texts), **sizes}
+        device = model.logit_scale.device
+        texts = model.eval().get_text_features(**self.processor(qformer_text=self.labels.texts).to(device))
+        named = [named_genes(text, self.processor.gene_index) for text in self.labels.texts]
+        embeddings = texts.detach().double().cpu().numpy()
+        cells, targets = self.cells, self.labels.targets
+        self.unseen_gate = fit_gate(model.label_readout, cells, targets, embeddings, named, seed)
 
     def save(self) -> None:
         """Write the checkpoint, with what `annotate` takes from its configuration, and `finetune.json`."""
         if self.training_args.process_index != 0:
             return
         output = str(self.training_args.output_dir)
+        logger.info("Writing %s", output)
         self.model.config.annotation = {
             "labels": self.record["labels"],
             "cl_ids": self.labels.cl_ids,
             "matching_weight": 0.0,  # the matching head is not trained here
             "matching_candidates": len(self.labels.names),
             "temperature": self.record["temperature"],
-            "unseen_bonus": self.record["unseen_bonus"],
             "similarity_weight": self.record["similarity_weight"],
+            "unseen_gate": None if self.unseen_gate is None else vars(self.unseen_gate),
+            "terms": ontology.label_terms({name: self.labels.cl_ids.get(name) for name in self.labels.names}),
         }
+        novelty = fit_novelty(self.cells, self.labels.targets, self.measured, self.model.config.cell_config.vocab_size)
+        if novelty is not None:
+            self.model.config.annotation["novelty"] = novelty
         ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(output)
         write_json(Path(output, "finetune.json"), self.record)
         save_run(output, "finetune", **self.arguments)

@@ -1,16 +1,20 @@
 """Labelled cells: the label of each cell, the text of each label, and the held-out cells."""
 
-import json
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
 
+from scmmgpt.label_lists import read_label_list
 from scmmgpt.train.arguments import FinetuneDataArguments
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.label_checks import clean_label, count_labels, label_doubts
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,11 +29,11 @@ class Labels:
 
 
 def column_of(obs: Any, name: str) -> np.ndarray:
-    """A column of `obs` as strings, `None` where the value is missing, object `(n_obs,)`."""
+    """A column of `obs` as cleaned strings, `None` where the value is missing, object `(n_obs,)`."""
     if name not in obs:
         raise ValueError(f"obs has no column {name!r}; it has {', '.join(map(str, obs.columns))}.")
     values = np.asarray(obs[name], dtype=object)
-    return np.array([None if ontology.is_missing(value) else str(value) for value in values], dtype=object)
+    return np.array([None if ontology.is_missing(value) else clean_label(value) for value in values], dtype=object)
 
 
 def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
@@ -43,7 +47,11 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
     unique, targets = np.unique(values[rows].astype(str), return_inverse=True)
     labels = unique.tolist()
     if len(labels) < 2:
-        raise ValueError(f"obs[{data_args.label_key!r}] has {len(labels)} labels; fine-tuning needs two or more.")
+        raise ValueError(
+            f"obs[{data_args.label_key!r}] has {len(labels)} labels {labels}; fine-tuning needs two or more."
+        )
+    for doubt in label_doubts(count_labels(values), f"obs[{data_args.label_key!r}]"):
+        logger.warning(doubt)
     ids_key = data_args.ontology_key or f"{data_args.label_key}_ontology_term_id"
     ids: dict[str, str] = {}
     if data_args.ontology_key or ids_key in obs:
@@ -54,7 +62,7 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
                 ids[name] = found.pop()
     given: dict[str, str] = {}
     if data_args.label_texts:
-        given = json.loads(Path(data_args.label_texts).read_text(encoding="utf-8"))
+        given = read_label_list(data_args.label_texts).texts
         unknown = sorted(set(given) - set(labels))
         if unknown:
             raise ValueError(f"{data_args.label_texts} describes {unknown[:5]}, but the labels are {labels[:5]}...")
@@ -113,6 +121,19 @@ def hold_out_groups(
     if n_groups < 2:
         raise ValueError(
             f"obs[{data_args.group_key!r}] has one group, which cannot be divided; leave out --group_key."
+        )
+    pairs = np.unique(np.stack([labels.targets.astype(str), groups]), axis=1)
+    groups_of_label = np.unique(pairs[0], return_counts=True)[1]
+    if (groups_of_label == 1).all():
+        raise ValueError(
+            f"Every label of obs[{data_args.label_key!r}] is in one group of obs[{data_args.group_key!r}], so "
+            "labels of a group that is held out are never trained. Name a column whose groups share labels, such as "
+            "the donor, or leave out --group_key."
+        )
+    if (groups_of_label == 1).any():
+        logger.warning(
+            f"{(groups_of_label == 1).sum()} of {len(labels.names)} labels are in one group of "
+            f"obs[{data_args.group_key!r}] each, and are either trained or held out, not both."
         )
     n_folds = min(n_groups, round(1 / data_args.validation_share), int(np.bincount(labels.targets).max()))
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)

@@ -26,8 +26,6 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import Corpus
 
 
-# Linear layers of the language model alone: suffixes would also match layers of the Q-Former.
-LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 SCRATCH_TEXTS = 20_000  # captions and answers that train the tokenizer of a new language model, at most
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -140,5 +138,6 @@ def add_lora(model_args: TuneModelArguments, saved_parts: Sequence[str]) -> Lora
     if model_args.trained.language_model != "lora":
         return None
     saved = [f"model.{part}" for part in saved_parts]  # whole names, since the text-to-cell projector has a `qformer`
-    fields: dict[str, Any] = {"target_modules": LORA_TARGETS, "modules_to_save": saved, "task_type": "CAUSAL_LM"}
+    targets = ScMMGPTForConditionalGeneration.lora_target_modules
+    fields: dict[str, Any] = {"target_modules": targets, "modules_to_save": saved, "task_type": "CAUSAL_LM"}
     return LoraConfig(**fields | model_args.lora_config)

@@ -15,11 +15,13 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import yaml
 from transformers import TrainingArguments
 from trl import SFTConfig, TrlParser
+
+from scmmgpt.errors import OneLineParser, first_paragraphs
 
 
 T = TypeVar("T")
@@ -194,12 +196,16 @@ class OptionParser(TrlParser):
         else:
             TrlParser._parse_dataclass_field(parser, field)
 
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message and the way to the help, without the usage."""
+        OneLineParser.error(cast(OneLineParser, self), message)
+
     def format_help(self) -> str:
         """The options of this project and the folder that every run needs."""
         shown = {"output_dir", *(item.name for cls in self.dataclass_types for item in own_options(cls))}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
-        formatter.add_text(self.description)
+        formatter.add_text(first_paragraphs(self.description or ""))
         formatter.start_section("options (--help-all: those of transformers and TRL too)")
         # `--no_NAME`, which transformers adds to a switch, has the help of the switch: `--NAME False` is the same.
         ours = (action for action in self._actions if action.dest in shown)

@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
-from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTModel
+from scmmgpt.modeling_scgpt import IGNORED_LABEL, ScGPTForPreTraining, ScGPTModel
 from scmmgpt.train.arguments import AlignModelArguments, StageArguments
 from scmmgpt.train.convert import save_cell_model, scgpt_feature_extractor
 from scmmgpt.train.data.corpus import Corpus, open_corpus
@@ -73,10 +73,11 @@ class PretrainCollator:
         self.feature_extractor, self.mask_ratios = feature_extractor, mask_ratios
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
-        """Tokens, true values, and `hidden_genes`, bool `(n_cells, n_tokens)`. Annotations (`obs`) are not used."""
+        """Tokens, values and `labels`, the values of the hidden genes. Annotations (`obs`) are not used."""
         batch = dict(self.feature_extractor(cells, epoch=epoch))
         genes = batch["gene_ids"], batch["cell_attention_mask"], cells.cell_ids
-        batch["hidden_genes"] = mask_genes(*genes, self.mask_ratios, seed=self.feature_extractor.seed, epoch=epoch)
+        hidden = mask_genes(*genes, self.mask_ratios, seed=self.feature_extractor.seed, epoch=epoch)
+        batch["labels"] = batch["expression"].masked_fill(~hidden, IGNORED_LABEL)
         return batch
 
 
@@ -120,8 +121,13 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser((PretrainArguments, PretrainConfig), prog=prog, description=__doc__)
 
 
-def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
-    """Build, train, save."""
+def main(
+    arguments: PretrainArguments, training_args: PretrainConfig, *, cells: Mapping[str, Any] | None = None
+) -> None:
+    """Build, train, save.
+
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(arguments.corpus)
     model, extractor = build_model(corpus, arguments)
@@ -130,7 +136,13 @@ def main(arguments: PretrainArguments, training_args: PretrainConfig) -> None:
         flag_embedding.requires_grad_(False)  # no objective uses it
     collate = PretrainCollator(extractor, arguments.mask_ratios)
     train_dataset, eval_dataset = make_datasets(
-        corpus, collate, training_args, columns=[], token_budget=arguments.token_budget, max_genes=extractor.max_genes
+        corpus,
+        collate,
+        training_args,
+        cells=cells,
+        columns=[],
+        token_budget=arguments.token_budget,
+        max_genes=extractor.max_genes,
     )
     trainer = ModelLossTrainer(model, training_args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -6,8 +6,7 @@
    with the text of a label is the label's score.
 4. The **label readout** keeps the regression's own scores, with the statistics of the cells from which
    `readout_scmmgpt` solves it again for the genes of another file (`fit_label_readout`).
-5. Held-out cells give two numbers for `annotate`: the **temperature** of its softmax (`fit_temperature`), and the
-   **bonus** of texts that were not trained (`choose_unseen_bonus`).
+5. Held-out cells give the **temperature** of the softmax over labels (`fit_temperature`).
 """
 
 import logging
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
 from scipy.sparse.linalg import LinearOperator, svds
-from scipy.stats import hmean
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
@@ -48,7 +46,6 @@ SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 20, 15, 0.5
 # variance of a gene beside its own keeps rare genes from being predicted by chance: see `train/LOG.md`.
 N_FACTORS, NOISE_FLOOR = 64, 1.0
 FACTOR_CELLS = 20_000  # at most
-BONUS_COMPONENTS, UNSEEN_BONUSES = 50, np.arange(0, 1.5, 0.02).round(2)
 TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
 
 
@@ -326,39 +323,3 @@ def scores_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         "accuracy": round(float((predicted == targets).mean()), 4),
         "macro_f1": round(float(f1_score(targets, predicted, average="macro", labels=np.unique(targets))), 4),
     }
-
-
-def choose_unseen_bonus(data: LabelledProfiles, text_features: torch.Tensor) -> float:
-    """The number that `annotate` adds to the similarity of a text that was not trained (calibrated stacking).
-
-    Cells lie among the texts of trained labels, so an untrained text is hardly ever the nearest. Each label in turn is
-    left out of the regression (on principal components, for speed) and predicted by its text among all. The chosen
-    bonus has the best harmonic mean of two recalls: of the left-out labels and of the others, each a mean over the
-    turns (Chao et al. 2016). With two labels there is nothing to leave out, and the bonus is 0. `text_features` are
-    `(n_labels, projection_dim)`.
-    """
-    n_labels = len(text_features)
-    train_targets, validation_targets = data.targets[data.train], data.targets[data.validation]
-    common = np.unique(validation_targets)
-    if n_labels < 3 or len(common) < 2:
-        return 0.0
-    train = data.profiles[data.train].astype(np.float64)
-    pca = PCA(min(BONUS_COMPONENTS, min(train.shape) - 1), svd_solver="arpack", random_state=0)
-    train_points = pca.fit_transform(train)
-    points = pca.transform(data.profiles[data.validation].astype(np.float64))
-    texts = text_features.double().cpu()
-    recalls = np.zeros((2, len(UNSEEN_BONUSES)))
-    for label in common:
-        others = np.delete(np.arange(n_labels), label)
-        rows = train_targets != label
-        model = fit_regression(train_points[rows], train_targets[rows], n_labels, DEFAULT_STRENGTH)
-        weights, bias = readout_of(LinearModel(model.weights[others], model.bias[others]), texts[others])
-        features = torch.from_numpy(points @ weights.double().numpy()) + bias
-        similarity = (F.normalize(features, dim=-1) @ texts.t()).numpy()
-        left_out = validation_targets == label
-        right = others[similarity[:, others].argmax(axis=1)] == validation_targets
-        gap = similarity[:, others].max(axis=1) - similarity[:, label]
-        wins = gap[:, None] < UNSEEN_BONUSES  # (n_cells, n_bonuses): the left-out text is the nearest
-        recalls[0] += wins[left_out].mean(axis=0)
-        recalls[1] += (right[:, None] & ~wins)[~left_out].mean(axis=0)
-    return float(UNSEEN_BONUSES[hmean(recalls, axis=0).argmax()])

@@ -1,6 +1,7 @@
 """Trainers on streamed batches: exact resuming, two learning rates, and a log line per component of the loss."""
 
 import json
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -11,10 +12,16 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
-from scmmgpt.train.data.stream import CellStream
+from scmmgpt.train.data.streamed import open_cells
+from scmmgpt.train.sharing import let_others_read
+
+
+UNFINISHED = ".checkpoint-unfinished"  # where a checkpoint is while it is being written
 
 
 def data_seed(training_args: TrainingArguments) -> int:
@@ -27,6 +34,7 @@ def make_datasets(
     collate: Callable[..., Mapping[str, Any]],
     training_args: TrainingArguments,
     *,
+    cells: Mapping[str, Any] | None = None,
     columns: list[str] | None = None,
     token_budget: int | None = None,
     **order: Any,
@@ -35,6 +43,7 @@ def make_datasets(
 
     Args:
         collate: See [`BatchDataset`].
+        cells: Split -> dataset, map-style or streamed, in place of the corpus's cells; see [`open_cells`].
         columns: Annotations that `collate` takes; by default all but the barcode.
         token_budget: Tokens in a training batch, in place of a number of cells.
         order: More settings of the training [`CellStream`].
@@ -46,14 +55,36 @@ def make_datasets(
     else:
         order["batch_size"] = training_args.per_device_train_batch_size
         order["drop_last"] = training_args.dataloader_drop_last
+    splits: Mapping[str, Any] = dict.fromkeys(corpus.split_names, corpus) if cells is None else cells
+    if "train" not in splits:
+        raise ValueError(f"The cells to train on are missing: there are {list(splits)}, but no 'train'.")
     # With `balance`, a label of n cells is drawn in proportion to n ** (1 / temperature).
-    stream = CellStream(corpus, seed=data_seed(training_args), temperature=2.0, **order, **shared)
+    stream = open_cells(splits["train"], seed=data_seed(training_args), temperature=2.0, **order, **shared)
     train = BatchDataset(stream, collate)
-    if "validation" not in corpus.split_names or training_args.eval_strategy == "no":
+    if splits.get("validation") is None or training_args.eval_strategy == "no":
         return train, None
     eval_size = training_args.per_device_eval_batch_size
-    validation = CellStream(corpus, "validation", batch_size=eval_size, shuffle=False, **shared)
+    validation = open_cells(splits["validation"], "validation", batch_size=eval_size, shuffle=False, **shared)
     return train, BatchDataset(validation, collate)
+
+
+def as_batches(
+    dataset: Any, collator: Any, training_args: TrainingArguments, split: str = "train"
+) -> BatchDataset | None:
+    """Batches of this rank of a dataset, map-style or streamed, with a cell in every row; see [`open_cells`].
+
+    A training set that is map-style is shuffled; a streamed one keeps its order.
+    """
+    if dataset is None or isinstance(dataset, BatchDataset):
+        return dataset
+    if collator is None:
+        raise ValueError("A dataset of rows needs a data_collator: `processor.data_collator()`.")
+    trains = split == "train"
+    size = training_args.per_device_train_batch_size if trains else training_args.per_device_eval_batch_size
+    settings: dict[str, Any] = {"batch_size": size, "shuffle": trains, "seed": data_seed(training_args)}
+    settings |= {"rank": training_args.process_index, "world_size": training_args.world_size}
+    settings["drop_last"] = trains and training_args.dataloader_drop_last
+    return BatchDataset(open_cells(dataset, split, **settings), getattr(collator, "collate", collator))
 
 
 class BatchLoader(DataLoader):
@@ -93,9 +124,11 @@ class StreamTrainer(Trainer):
     """`Trainer` over [`BatchDataset`]s. To combine it with a trainer of TRL, make `StreamTrainer` the first base.
 
     Args:
+        train_dataset, eval_dataset: [`BatchDataset`]s, or any dataset of cells, which [`as_batches`] makes one of.
+        data_collator: For any other dataset: [`ScMMGPTDataCollator`], or `collate(cells, columns, epoch=...)`.
         is_pretrained: Whether a parameter, given its name, learns at `args.pretrained_learning_rate`; by default none
             does.
-        write_card: `write_card(log_history)` writes the model card, in place of the trainer's own.
+        write_card: `write_card(folder, log_history=...)` writes the model card, in place of the trainer's own.
     """
 
     train_dataset: BatchDataset
@@ -105,16 +138,31 @@ class StreamTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
         is_pretrained: Callable[[str], bool] = lambda name: False,
-        write_card: Callable[[list[dict]], object] | None = None,
+        write_card: Callable[..., object] | None = None,
         **kwargs: Any,
     ) -> None:
+        train_dataset = as_batches(train_dataset, data_collator, args)
+        eval_dataset = as_batches(eval_dataset, data_collator, args, "validation")
         self.is_pretrained, self.write_card = is_pretrained, write_card
         self.losses_by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._last_log: tuple[float, int] | None = None  # time, and cells so far
+        self._unfinished: Path | None = None  # where a checkpoint is being written
         self._frozen_modules: list[torch.nn.Module] | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=lambda batches: batches,  # which come finished
+            **kwargs,
+        )
         self.add_callback(ResumedPosition(self.train_dataset))
         if self.is_fsdp_enabled:
             flatten_scalars(self.model)
@@ -164,13 +212,61 @@ class StreamTrainer(Trainer):
         if self.write_card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            self.write_card(self.state.log_history)
+            self.write_card(self.args.output_dir, log_history=self.state.log_history)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unfinished is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write `checkpoint-N` in a hidden folder, and move it when it is whole: a kill leaves no half of one."""
+        run_dir, state = Path(self._get_output_dir(trial)), self.state
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self._unfinished = run_dir / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+        finally:
+            whole, self._unfinished = self._unfinished / name, None
+        if self.args.should_save:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if state.best_global_step and (best.name == name or best.exists()):
+                state.best_model_checkpoint = str(best)
+                state.save_to_json(str(whole / TRAINER_STATE_NAME))
+            shutil.rmtree(run_dir / name, ignore_errors=True)  # of a run that went this far before
+            whole.rename(run_dir / name)
+            whole.parent.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None and self.is_fsdp_enabled:  # undo `flatten_scalars`
             for name in [name for name in state_dict if name.endswith("logit_scale")]:
                 state_dict[name] = state_dict[name].reshape(())
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            let_others_read(output_dir or self.args.output_dir)
+
+    @property
+    def hub(self) -> dict[str, Any] | None:
+        """Arguments of [`push_folder`] for the checkpoint's repository; `None` without `push_to_hub`."""
+        if not self.args.push_to_hub:
+            return None
+        args = {"private": self.args.hub_private_repo, "token": self.args.hub_token}
+        return {"repo_id": self.hub_model_id, "revision": self.args.hub_revision, **args}
 
     def record_losses(self, **losses: torch.Tensor | None) -> None:
         """Keep components of the loss for the next log line, those of evaluation under `eval_*`."""

@@ -5,24 +5,28 @@ python -m scmmgpt.train tune --config train/configs/tune_demo.yaml --corpus DIR 
 accelerate launch --num_processes 8 -m scmmgpt.train tune --config train/configs/tune_base.yaml --corpus ...
 ```
 
-`--output_dir` holds a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone. The
-checkpoint loads in float32 unless `dtype` names another type. Weights of a lower `--language_model_precision` are
-stored in bfloat16.
+`--output_dir` holds a complete checkpoint; with LoRA, `--output_dir/adapter` also holds the adapter alone, and
+`--output_dir/base` the model that it adapts. The checkpoint loads in float32 unless `dtype` names another type.
+Weights of a lower `--language_model_precision` are stored in bfloat16.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from scmmgpt.files import read_json
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.train import adapter
 from scmmgpt.train.align import CELL_DECODERS, finish, make_captions
 from scmmgpt.train.arguments import TrainedParts, TuneConfig, TuneDataArguments, TuneModelArguments
 from scmmgpt.train.card import write_card
@@ -32,7 +36,7 @@ from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.instructions import InstructionBatches, read_instructions
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
-from scmmgpt.train.language_model import add_lora, build_language_model, dequantize, skip_other_parts
+from scmmgpt.train.language_model import add_lora, build_language_model, skip_other_parts
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import StreamTrainer, data_seed, freeze, make_datasets
 
@@ -53,6 +57,16 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         self.num_targets_in_batch: int | None = None
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # here alone: TRL divides the loss by the tokens of the whole step
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:  # in place of PEFT's empty template
+            self.write_adapter_card(output_dir or str(self.args.output_dir))
+
+    def write_adapter_card(self, folder: str) -> None:
+        """Write the card of the adapter in a folder, which names the base as `adapter_config.json` does."""
+        base = read_json(Path(folder, CONFIG_NAME))["base_model_name_or_path"]
+        self.write_card(folder, log_history=self.state.log_history, adapter_base=base)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Also count the target genes of the whole step, so that accumulation weighs every gene alike."""
@@ -273,8 +287,17 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser((TuneDataArguments, TuneModelArguments, TuneConfig), prog=prog, description=__doc__)
 
 
-def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_args: TuneConfig) -> None:
-    """Join the models, start the new parts, train, save."""
+def main(
+    data_args: TuneDataArguments,
+    model_args: TuneModelArguments,
+    training_args: TuneConfig,
+    *,
+    cells: Mapping[str, Any] | None = None,
+) -> None:
+    """Join the models, start the new parts, train, save.
+
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     captions = make_captions(corpus, data_args, training_args)
@@ -287,8 +310,11 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
         prompts_per_epoch=training_args.prompts_per_epoch,
         target_genes=measured,
     )
-    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, balance=data_args.balance)
-    instructions = read_instructions(data_args.instructions, corpus, processor) if data_args.instructions else None
+    train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, cells=cells, balance=data_args.balance)
+    instructions = None
+    if data_args.instructions:
+        limit = getattr(model.config.text_config, "max_position_embeddings", None)
+        instructions = read_instructions(data_args.instructions, corpus, processor, max_tokens=limit)
     # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
     start_from_mean_profile(model, read_gene_means(corpus.path))
     standardize_language_projection(model, train_dataset.of_all_ranks())
@@ -297,18 +323,22 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
-    base = None if model_args.language_model == "scratch" else model_args.language_model
-    bases: dict[str, Any] = {"aligned": model_args.aligned, "language_model": base}
+    lora = add_lora(model_args, saved_parts(model_args.trained))
+    if lora is not None:
+        resumed, writes = training_args.resume_from_checkpoint is not None, training_args.process_index == 0
+        adapter.save_base(model, processor, str(training_args.output_dir), resumed=resumed, writes=writes)
+    language_model = None if model_args.language_model == "scratch" else model_args.language_model
+    bases: dict[str, Any] = {"aligned": model_args.aligned, "language_model": language_model}
+    card = functools.partial(write_card, command="tune", corpus=corpus, **bases)
     trainer = TuneTrainer(
         model=model,
         args=training_args,
         processing_class=processor,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=lambda examples: examples,
-        peft_config=add_lora(model_args, saved_parts(model_args.trained)),
+        peft_config=lora,
         is_pretrained=is_pretrained,
-        write_card=functools.partial(write_card, str(training_args.output_dir), "tune", corpus, **bases),
+        write_card=card,
     )
     in_4bit = model_args.language_model_precision == "4bit"
     if in_4bit and trainer.is_fsdp_enabled:
@@ -317,16 +347,7 @@ def main(data_args: TuneDataArguments, model_args: TuneModelArguments, training_
     trained, head = model_args.trained, model.config.expression_head
     freeze(trainer.model, lambda name: is_frozen(name, trained, head) or any(part in name for part in unused))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    save_adapter_and_merge(trainer, model, in_4bit)
+    if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
+        adapter.save_adapter(trainer.model, str(training_args.output_dir), trainer.write_adapter_card, trainer.hub)
+    trainer.model = adapter.merge(trainer.model, model, in_4bit)
     finish(trainer, "tune", data=data_args, model=model_args, training=training_args)
-
-
-def save_adapter_and_merge(trainer: TuneTrainer, model: ScMMGPTForConditionalGeneration, in_4bit: bool) -> None:
-    """Save LoRA alone in `adapter/`, then merge it into the model that it adapts."""
-    tuned: Any = trainer.model
-    if isinstance(tuned, PeftModel) and trainer.is_world_process_zero():
-        tuned.save_pretrained(str(Path(str(trainer.args.output_dir), "adapter")))
-    if in_4bit:
-        dequantize(model)
-    if isinstance(tuned, PeftModel):
-        trainer.model = tuned.merge_and_unload()

@@ -5,7 +5,7 @@ r"""From files of cells to batches of a training step: classes with their files,
       |   AnnData: X (n_cells, n_genes), obs, var
       v
  CorpusBuilder                   build.py, run by prepare.py; with gene_tables.py and splits.py
-      |   corpus/data/*.parquet, opened by corpus.py `Corpus`. One row is one cell: cell_id uint64, n_genes uint16,
+      |   corpus/data/*.parquet, opened by corpus.py `Corpus`. One row is one cell: cell_id int64, n_genes uint16,
       |   gene_ids list<uint16>, counts list<uint16> or list<float32>, total_counts float32, annotations string
       |   (optional: corpus/cache/*.arrow, the same rows in files that stream faster, by cache.py `write_cache`)
       v

@@ -1,18 +1,21 @@
-"""Decode row groups of a corpus ([`BlockReader`]) and copy their cells into pools ([`CellPool`])."""
+"""Decode row groups of a corpus ([`BlockReader`]), or read rows of a dataset ([`RowReader`]), into a [`CellPool`]."""
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numba
 import numpy as np
 import pyarrow as pa
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.collator_scmmgpt import read_rows
 from scmmgpt.train.data.cache import is_cached, open_cached
-from scmmgpt.train.data.corpus import CELL_COLUMNS, Corpus, table_to_cells
+from scmmgpt.train.data.corpus import CELL_COLUMNS, MAX_VOCABULARY_SIZE, ROW_GROUP_SIZE, Corpus, table_to_cells
 
 
+FLOAT = np.dtype(np.float32)
 OPEN_FILES = 32  # shards that each thread keeps open
 Obs = dict[str, np.ndarray]  # annotation -> object array of str, None for null
 
@@ -61,6 +64,8 @@ class BlockReader:
     Attributes:
         columns: Annotations to decode.
         sizes: Cells of every block, `int64 (n_blocks,)`, over all shards in order.
+        lengths: Genes of every cell, `uint16 (n_cells,)`.
+        content: What a position depends on, as text.
         counts_dtype: uint16, or float32 if any shard of the split has float32 counts.
         bytes_decoded: Size of all gene ids and counts after decoding.
     """
@@ -73,10 +78,16 @@ class BlockReader:
                 sizes.append(min(shard.row_group_size, shard.n_cells - first))
                 self._places.append((index, group))
         self.sizes = np.array(sizes, dtype=np.int64)
+        self.lengths = corpus.obs(split, ["n_genes"])["n_genes"].to_numpy()
+        self.content = "".join(shard.sha256 for shard in self.shards)
         self.counts_dtype = np.result_type(*{shard.counts_dtype for shard in self.shards})
         self.bytes_decoded = sum(s.n_values * (2 + np.dtype(s.counts_dtype).itemsize) for s in self.shards)
         self._cached = [is_cached(corpus, shard) for shard in self.shards]
         self._local = threading.local()
+
+    def labels(self, name: str) -> pa.ChunkedArray:
+        """An annotation of every cell."""
+        return self.corpus.obs(self.shards[0].split, [name])[name]
 
     def read(self, block: int) -> tuple[Cells, Obs]:
         """Decode one block.
@@ -114,18 +125,115 @@ class BlockReader:
         return read
 
 
+class RowReader:
+    """Reads blocks of `ROW_GROUP_SIZE` rows of any map-style dataset; see [`table_to_examples`] and [`read_rows`].
+
+    Args:
+        dataset: A `datasets.Dataset`, or a dataset with `__len__` whose items are rows, one cell each.
+        columns: Annotations to read; by default all columns but the cell's.
+
+    Attributes: Those of [`BlockReader`].
+    """
+
+    def __init__(self, dataset: Any, columns: list[str] | None = None) -> None:
+        self.dataset, self.columns = dataset, columns
+        self.sizes = np.diff(np.append(np.arange(0, len(dataset), ROW_GROUP_SIZE), len(dataset)))
+        self._starts = np.cumsum(self.sizes) - self.sizes
+        self._is_table = hasattr(dataset, "with_format")
+        self.content = str(getattr(dataset, "_fingerprint", len(dataset)))
+        lengths, kinds = [], [np.dtype(np.uint16)]
+        for block in range(len(self.sizes)):
+            cells, obs = self.read(block)
+            lengths.append(np.diff(cells.indptr))
+            kinds.append(np.min_scalar_type(cells.counts.max(initial=0)) if cells.counts.dtype.kind in "iu" else FLOAT)
+            if len(cells.gene_ids) and not 0 <= cells.gene_ids.min() <= cells.gene_ids.max() < MAX_VOCABULARY_SIZE:
+                raise ValueError(
+                    f"gene_ids of the dataset run from {cells.gene_ids.min()} to {cells.gene_ids.max()}; the ids of a "
+                    f"gene vocabulary run from 0 to {MAX_VOCABULARY_SIZE - 1}."
+                )
+            if columns is None:
+                self.columns = columns = list(obs)
+        if not lengths:
+            raise ValueError("The dataset has no rows.")
+        self.lengths = np.concatenate(lengths)
+        self.counts_dtype = FLOAT if FLOAT in kinds else np.result_type(*kinds)
+        self.bytes_decoded = int(self.lengths.sum()) * (2 + self.counts_dtype.itemsize)
+
+    def labels(self, name: str) -> pa.ChunkedArray:
+        """An annotation of every cell."""
+        return pa.chunked_array([pa.array(self.read(block)[1][name]) for block in range(len(self.sizes))])
+
+    def read(self, block: int) -> tuple[Cells, Obs]:
+        """Read one block."""
+        return self._rows(range(self._starts[block], self._starts[block] + self.sizes[block]))
+
+    def fill(self, pool: CellPool, block: int, rows: np.ndarray, places: np.ndarray) -> None:
+        """Copy `rows` of a block to their `places` in a pool."""
+        different, own = np.unique(rows, return_inverse=True)
+        pool.fill(own, places, *self._rows(self._starts[block] + different))
+
+    def _rows(self, rows: Sequence[int] | np.ndarray) -> tuple[Cells, Obs]:
+        if self._is_table:
+            return table_to_examples(self.dataset.with_format("arrow")[list(rows)], self.columns)
+        cells, columns = read_rows([self.dataset[int(row)] for row in rows])
+        if cells is None or len(cells) != len(rows):
+            raise ValueError(
+                f"{len(rows)} rows of the dataset hold {0 if cells is None else len(cells)} cells; a row is one cell, "
+                "with `cell_id`, `gene_ids` and `counts`, or with `cells`."
+            )
+        return cells, _select(columns, self.columns, len(rows))
+
+
 class MemoryReader:
     """Decodes a whole split once, and keeps it in memory."""
 
-    def __init__(self, reader: BlockReader) -> None:
+    def __init__(self, reader: BlockReader | RowReader) -> None:
+        self.lengths, self.content = reader.lengths, reader.content
         self._starts, self.counts_dtype = np.cumsum(reader.sizes) - reader.sizes, reader.counts_dtype
         blocks = [reader.read(block) for block in range(len(reader.sizes))]
         self._cells = Cells.concatenate([cells for cells, _ in blocks])
-        self._obs = {name: np.concatenate([obs[name] for _, obs in blocks]) for name in reader.columns}
+        self._obs = {name: np.concatenate([obs[name] for _, obs in blocks]) for name in reader.columns or []}
 
     def fill(self, pool: CellPool, block: int, rows: np.ndarray, places: np.ndarray) -> None:
         """Copy `rows` of a block to their `places` in a pool."""
         pool.fill(self._starts[block] + rows, places, self._cells, self._obs)
+
+
+def table_to_examples(table: pa.Table, columns: list[str] | None = None) -> tuple[Cells, Obs]:
+    """Cells of a table with a cell in every row, and its other columns (default: all); absent ones are None.
+
+    Raises:
+        ValueError: If the table lacks a column of a cell, or has nulls there.
+    """
+    for name in CELL_COLUMNS[:-1]:
+        if name not in table.column_names or table[name].null_count:
+            problem = "has nulls in the column" if name in table.column_names else "has no column"
+            raise ValueError(
+                f"The dataset {problem} {name!r}; its columns are {table.column_names}. A row of a cell has `cell_id` "
+                "(an integer of 64 bits), `gene_ids` and `counts` (lists)."
+            )
+    kinds = {name: table[name].type for name in CELL_COLUMNS if name in table.column_names}
+    for name in ("gene_ids", "counts"):
+        kinds[name] = pa.list_(kinds[name].value_type)
+    if not pa.types.is_uint64(kinds["cell_id"]):
+        kinds["cell_id"] = pa.int64()
+    cells = table_to_cells(pa.table({name: table[name].cast(kind) for name, kind in kinds.items()}))
+    others = {name: _values(table[name]) for name in table.column_names if name not in CELL_COLUMNS}
+    return cells, _select(others, columns, len(table))
+
+
+def _select(found: Mapping[str, np.ndarray], columns: list[str] | None, n_rows: int) -> Obs:
+    names = list(found) if columns is None else columns
+    return {name: found.get(name, np.full(n_rows, None)) for name in names}
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """A column as an object array."""
+    if pa.types.is_string(column.type) or pa.types.is_dictionary(column.type):
+        return _strings(column)
+    values = np.empty(len(column), dtype=object)
+    values[:] = column.to_pylist()
+    return values
 
 
 def _strings(column: pa.ChunkedArray) -> np.ndarray:

@@ -30,6 +30,7 @@ from scmmgpt.files import read_json, whole_file, write_json
 from scmmgpt.train.data import build_steps, corpus, ontology
 from scmmgpt.train.data.dataset_card import dataset_card
 from scmmgpt.train.data.gene_tables import build_gene_aliases
+from scmmgpt.train.data.label_checks import label_doubts
 from scmmgpt.train.data.sources import SourceSpec, cell_ids, find_joinids, fingerprint, open_source, resolve_labels
 from scmmgpt.train.data.splits import split_cells, split_units
 from scmmgpt.train.data.workers import start_workers
@@ -39,6 +40,8 @@ Results = list[dict[str, Any]]  # what the tasks of one step returned
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
+MIN_COMMON_GENES = 200  # of all sources, to recognise copies of a cell by
 SMALL_SOURCES_BYTES = 2**28  # one process builds from smaller sources before worker processes would have started
 
 
@@ -88,8 +91,9 @@ class CorpusBuilder:
             small = all(spec.kind == "file" for spec in self.sources)
             small = small and sum(fingerprint(spec)["bytes"] for spec in self.sources) <= SMALL_SOURCES_BYTES
             workers = 1 if small else os.cpu_count() or 1
+        is_new = not self.output.exists()
         try:
-            with lock_folder(self.output):
+            with lock_folder(self.output), self._leaving_nothing(is_new):
                 manifest = self._finished_manifest()
                 if manifest is None:
                     manifest = self._build(workers, cluster)
@@ -111,6 +115,23 @@ class CorpusBuilder:
                 error.filename,
             ) from error
 
+    @contextlib.contextmanager
+    def _leaving_nothing(self, is_new: bool) -> Iterator[None]:
+        """Remove the scratch of a build that fails before it has read any source, and its folder if that is new."""
+        try:
+            yield
+        except BaseException:
+            if not self._has_work() and not any(self.scratch.glob("scan/*.json")):
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                if is_new and [path.name for path in self.output.iterdir()] == [LOCK]:
+                    shutil.rmtree(self.output, ignore_errors=True)
+            raise
+
+    def _has_work(self) -> bool:
+        """Whether a build left files in the folder that took time to make."""
+        made = ("manifest.json", "data/[!.]*.parquet", ".build/parts-*/*")
+        return any(True for pattern in made for _ in self.output.glob(pattern))
+
     def _build(self, workers: int, cluster: str | None) -> corpus.Manifest:
         self._prepare_scratch()
         has_vocabulary = self.vocabulary is not None
@@ -118,19 +139,27 @@ class CorpusBuilder:
             self._write_vocabulary(self.vocabulary)
         specs = [self._listed(i, spec) for i, spec in enumerate(self.sources)]
         with start_workers(workers, cluster) as run:
-            tasks = [build_steps.ScanTask(self.scratch, i, spec, has_vocabulary) for i, spec in enumerate(specs)]
+            column = self.request["split_column"]
+            tasks = [
+                build_steps.ScanTask(self.scratch, i, spec, has_vocabulary, column) for i, spec in enumerate(specs)
+            ]
             scans = run(build_steps.scan_source, tasks, "sources scanned")
             if not has_vocabulary:
                 symbols = sorted(set().union(*(scan["symbols"] for scan in scans)))
                 self._write_vocabulary({name: i for i, name in enumerate([*corpus.SPECIAL_TOKENS, *symbols])})
+            self._write_common_genes(scans)
             splits = self._splits(specs, scans)
             parts = run(build_steps.map_partition, self._partitions(specs, scans), "partitions read")
+            build_steps.find_copies([self.parts / f"{number:06d}" for number in range(len(parts))])
             merged = run(build_steps.merge_shard, self._shards(parts), "shards written")
         return self._finish(specs, scans, splits, parts, merged)
 
     def _finished_manifest(self) -> corpus.Manifest | None:
         """Check that the folder is new or belongs to this build; return the manifest if nothing is left to do."""
         path, found = self.output / "manifest.json", None
+        has_work = self._has_work()
+        if not has_work and (others := [entry.name for entry in self.output.iterdir() if entry.name[0] != "."]):
+            raise ValueError(f"{self.output} holds other files, such as {min(others)!r}. Name a new folder.")
         manifest = corpus.Manifest.read(path) if path.exists() else None
         if (self.scratch / "request.json").exists():
             found = read_json(self.scratch / "request.json")
@@ -138,7 +167,9 @@ class CorpusBuilder:
             found = manifest.notes.get("request")
         elif any(self.output.glob("data/[!.]*.parquet")):
             raise ValueError(f"{self.output / 'data'} holds shards of an unknown build. Choose another folder.")
-        if found is not None and found != self.request:
+        if found is not None and found != self.request and not has_work:
+            shutil.rmtree(self.scratch, ignore_errors=True)  # of a command that was mended since
+        elif found is not None and found != self.request:
             changed = sorted(key for key in self.request if found.get(key) != self.request[key])
             raise ValueError(
                 f"{self.output} holds a corpus of other sources or options ({', '.join(changed)} differ). Choose "
@@ -188,12 +219,26 @@ class CorpusBuilder:
         write_json(self.scratch / "gene_aliases.json", build_gene_aliases(vocabulary))
         write_json(self.scratch / "vocab.json", vocabulary)
 
+    def _write_common_genes(self, scans: Results) -> None:
+        """Write the ids of the genes that all sources measure; those of all genes, if few are measured by all."""
+        path, vocabulary = self.scratch / "common.npy", read_json(self.scratch / "vocab.json")
+        if path.exists():
+            return
+        common = set.intersection(*(set(scan["symbols"]) for scan in scans))
+        names = common if len(common) >= MIN_COMMON_GENES else vocabulary
+        with whole_file(path) as temporary:
+            np.save(temporary, np.array(sorted(vocabulary[name] for name in names), dtype=np.int64))
+
     def _splits(self, specs: list[SourceSpec], scans: Results) -> dict[str, Any]:
         """Divide the cells among the splits, once."""
         path, request = self.scratch / "splits.json", self.request
         if path.exists():
             return read_json(path)
         excluded, seed, fractions = set(request["excluded_datasets"]), request["seed"], request["fractions"]
+        datasets = {unit[0] for scan in scans for unit in scan["units"]}
+        if unknown := sorted(excluded - datasets):
+            known = ", ".join(sorted(datasets)[:10])
+            raise ValueError(f"--exclude-dataset names {unknown[:10]}, but the sources have the datasets {known}.")
         units = [unit for scan in scans for unit in scan["units"] if unit[0] not in excluded]
         if not units:
             raise ValueError(f"All {len(excluded)} datasets of the sources are excluded. Leave one in.")
@@ -251,6 +296,10 @@ class CorpusBuilder:
         reasons = ("excluded_dataset", "too_few_genes")
         dropped = {reason: sum(part["dropped"][reason] for part in parts) for reason in reasons}
         dropped["duplicates"] = sum(shard["duplicates"] for shard in merged)
+        if dropped["duplicates"]:
+            logger.warning("Left out %d cells whose counts are those of another cell.", dropped["duplicates"])
+        for scan, spec in zip(scans, specs, strict=True):
+            _doubt_labels(spec, scan["record"]["labels"].get("cell_type", {}))
         sources, start = [], 0
         for spec, scan in zip(specs, scans, strict=True):
             n_parts = -(-scan["n_cells"] // self.cells_per_partition)
@@ -285,13 +334,19 @@ class CorpusBuilder:
             pq.write_table(pa.table(columns), temporary)
 
 
+def _doubt_labels(spec: SourceSpec, found: dict[str, Any]) -> None:
+    """Warn of cell types that no ontology knows, and that are codes or spellings of each other."""
+    for doubt in label_doubts(found.get("unmatched", {}), f"cell_type of {spec.name}"):
+        logger.warning(doubt)
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock the folder for this builder; the system releases the lock when the process ends, even if it is killed."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

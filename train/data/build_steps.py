@@ -6,12 +6,14 @@ Scratch files of a build, in the folder `.build` of the corpus:
 ```
 request.json                      everything that determines the bytes of the corpus
 vocab.json, gene_aliases.json     the genes, and their aliases
+common.npy                        ids of the genes that all sources measure
 joinids-0.npy                     the cells of a Census slice; one file a source
 scan/00000.json                   results of `scan_source`; one file a source
 splits.json                       the division of the cells
 parts-16384/000000/               results of `map_partition`; one folder a partition, here of 16,384 cells:
     uint16.arrow, float32.arrow   cells of 16-bit counts, and other cells
     genes.npz                     sums over the training cells, by gene
+    uint16-copies.npy, ...        results of `find_copies`; whether a cell has the counts of an earlier one
     part.json                     rows of each split, and numbers of dropped cells
 shards/train-00000-of-00009.json  results of `merge_shard`; one file a shard
 ```
@@ -30,8 +32,9 @@ import pandas as pd
 import pyarrow as pa
 
 from scmmgpt.cells_scmmgpt import Cells, RandomStream, cell_keys
-from scmmgpt.files import read_json, whole_folder, write_json
+from scmmgpt.files import read_json, whole_file, whole_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.kernels_scmmgpt import mix64
 from scmmgpt.reading_scmmgpt import InputChoice
 from scmmgpt.train.data.corpus import OBS_COLUMNS, SPLITS, table_to_cells
 from scmmgpt.train.data.corpus_writer import CorpusWriter
@@ -42,6 +45,7 @@ from scmmgpt.train.data.splits import assign_splits
 
 COUNT_KINDS = ("uint16", "float32")
 SHARE_UNITS = 2**36  # fine enough for one count in a million, and 10^8 cells still sum to less than 2^63
+MIN_COPIED_GENES = 20  # of a cell that is recognised by its counts: cells of fewer genes are equal by chance
 CELLS_TAKEN = 2_048  # cells whose counts are read or gathered at once
 CELLS_PER_SCAN = 500_000  # cells whose annotations are read at once
 
@@ -54,6 +58,7 @@ class ScanTask:
     index: int
     spec: SourceSpec
     has_vocabulary: bool
+    split_column: str | None = None
 
 
 def scan_source(task: ScanTask) -> dict[str, Any]:
@@ -67,6 +72,8 @@ def scan_source(task: ScanTask) -> dict[str, Any]:
     if path.exists():
         return read_json(path)
     source = open_source(task.spec)
+    if task.split_column is not None:
+        source.column(task.split_column, 0, 1)  # refuses a column that is not there
     gene_index = _gene_index(task.scratch) if task.has_vocabulary else reference_gene_index()
     with _naming(task.spec):
         choice = source.choose(gene_index)
@@ -160,6 +167,8 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
             rows[name] = {split_name: edges[i : i + 2] for i, split_name in enumerate(SPLITS)}
             if stop > start:
                 table = _scratch_table(cells[start:stop], obs.iloc[start:stop], keys[start:stop], name)
+                content = content_hashes(cells[start:stop], np.load(task.scratch / "common.npy"))
+                table = table.append_column("content", pa.array(content))
                 with pa.ipc.new_file(str(temporary / f"{name}.arrow"), table.schema) as writer:
                     writer.write_table(table)
         n_genes = max(_gene_index(task.scratch).vocabulary.values()) + 1
@@ -167,6 +176,50 @@ def map_partition(task: PartitionTask) -> dict[str, Any]:
         dropped = {"excluded_dataset": int(excluded.sum()), "too_few_genes": int(poor.sum())}
         write_json(temporary / "part.json", {"rows": rows, "dropped": dropped, "n_kept": len(cells)})
     return read_json(task.folder / "part.json")
+
+
+def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
+    """A hash of each cell's counts, uint64 `(n_cells,)`; 0 for a cell of fewer than `MIN_COPIED_GENES` genes.
+
+    Args:
+        common: Ids of the genes that all sources measure: copies of a cell differ in the other genes.
+    """
+    kept = np.isin(cells.gene_ids, common)
+    bits = cells.counts.astype(np.float32).view(np.uint32).astype(np.uint64)
+    hashed = mix64(mix64(cells.gene_ids.astype(np.uint64)) ^ bits) * kept
+    # Sums of unsigned integers wrap around, and so do their differences.
+    sums, n_genes = (np.concatenate([[0], np.cumsum(values)]).astype(np.uint64) for values in (hashed, kept))
+    first, last = cells.indptr[:-1], cells.indptr[1:]
+    return np.where(n_genes[last] - n_genes[first] >= MIN_COPIED_GENES, sums[last] - sums[first], np.uint64(0))
+
+
+def find_copies(parts: list[Path]) -> int:
+    """Mark the cells that have the counts of another cell, whatever their names; return the number of marked cells.
+
+    One cell of each content stays unmarked, that of the smallest key, so that no cell is in two splits.
+    """
+    files = [folder / f"{kind}.arrow" for folder in parts for kind in COUNT_KINDS]
+    files = [path for path in files if path.exists()]
+    columns = []
+    for path in files:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        columns.append([table[name].to_numpy() for name in ("content", "key")])
+    content, keys = (np.concatenate(values) for values in zip(*columns, strict=True))
+    order = np.lexsort((keys, content))
+    ordered = content[order]
+    copies = np.zeros(len(content), dtype=bool)
+    copies[order[1:]] = (ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)
+    start = 0
+    for path, (own, _) in zip(files, columns, strict=True):
+        with whole_file(copies_path(path)) as temporary:
+            np.save(temporary, copies[start : start + len(own)])
+        start += len(own)
+    return int(copies.sum())
+
+
+def copies_path(path: Path) -> Path:
+    """File of the marks of a scratch file of cells."""
+    return path.with_name(f"{path.stem}-copies.npy")
 
 
 def _needs_float(cells: Cells) -> np.ndarray:
@@ -229,7 +282,7 @@ def merge_shard(task: ShardTask) -> dict[str, int]:
     path = task.scratch / "shards" / f"{shard.stem}.json"
     if shard.exists() and path.exists():
         return read_json(path)
-    tables = []
+    tables, n_copies = [], 0
     for folder in task.parts:
         start, stop = read_json(folder / "part.json")["rows"][task.kind][task.split]
         if stop > start:
@@ -238,14 +291,17 @@ def merge_shard(task: ShardTask) -> dict[str, int]:
             bounds = [_key_bound(task.slice_index + i, task.n_slices) for i in range(2)]
             first, last = np.searchsorted(keys, bounds).tolist()
             last = stop - start if task.slice_index + 1 == task.n_slices else last
-            tables.append(table.slice(start + first, last - first))
+            copies = np.load(copies_path(folder / f"{task.kind}.arrow"))[start + first : start + last]
+            n_copies += int(copies.sum())
+            table = table.drop_columns("content").slice(start + first, last - first)
+            tables.append(table.filter(pa.array(~copies)) if copies.any() else table)
     table = pa.concat_tables(tables).unify_dictionaries()
     order = np.argsort(table["key"].to_numpy(), kind="stable")  # equal identities stay in the order of the partitions
     cells = _take(table_to_cells(table), order)
     kept, renamed = _tell_apart(cells)
     obs = table.select(OBS_COLUMNS).combine_chunks().take(order[kept])
     del table, tables
-    stats = {"duplicates": len(cells) - len(kept), "renamed": renamed}
+    stats = {"duplicates": len(cells) - len(kept) + n_copies, "renamed": renamed}
     if len(kept) < len(cells):
         cells = _take(cells, kept)
     write_json(path, stats)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from scmmgpt.errors import OneLineParser
 from scmmgpt.files import whole_file
 from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, Shard, open_corpus
 
@@ -89,7 +90,7 @@ def _copy_shard(corpus: Corpus, shard: Shard) -> None:
 
 def make_parser(prog: str = "python -m scmmgpt.train cache") -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", help="folder of the corpus")
     parser.add_argument(
         "--num-threads", type=int, default=os.cpu_count() or 1, help="number of shards to copy at a time"

@@ -6,22 +6,10 @@ import numpy as np
 import torch
 
 from scmmgpt.cells_scmmgpt import DIRECTION_SEED, Cells, hash_names
+from scmmgpt.collator_scmmgpt import type_ids
 from scmmgpt.feature_extraction_scmmgpt import mask_genes
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler
-
-
-def type_ids(obs: Mapping[str, np.ndarray], captions: list[str]) -> torch.Tensor:
-    """Hash of each caption's meaning, int64 `(n_cells,)`: of the CL id, the cell type, or the caption, as known.
-
-    Two captions of one cell type may differ in words, tissue or markers; the contrast treats both as right.
-    """
-    names = np.array(captions, dtype=object)
-    for column in ("cell_type", "cell_type_ontology_term_id"):
-        values = np.asarray(obs.get(column, np.full(len(captions), None)), dtype=object)
-        known = np.array([bool(value) and value != "unknown" for value in values])
-        names[known] = values[known]
-    return torch.from_numpy(hash_names(names.astype(str)).view(np.int64))
 
 
 def rows_of(obs: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,11 +9,11 @@ data/              train-00000-of-00003.parquet, ...: the published layout
 cache/             Arrow copies that stream faster (`python -m scmmgpt.train cache`)
 ```
 
-One row of a shard is one cell (schema version 1):
+One row of a shard is one cell (schema version 2; in version 1, `cell_id` is uint64, which torch cannot hold):
 
 | column | type | meaning |
 | --- | --- | --- |
-| `cell_id` | uint64 | stable identity of the cell; seeds all randomness of the cell |
+| `cell_id` | int64 | stable identity of the cell, the 64 bits of a hash; seeds all randomness of the cell |
 | `n_genes` | uint16 | number of genes stored for the cell |
 | `gene_ids` | list<uint16> | expressed genes, as ascending ids of `vocab.json` |
 | `counts` | list<uint16> or list<float32> | counts; float32 if a count of the shard is fractional or above 65,535 |
@@ -43,6 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.checkpoints import check_ids
 from scmmgpt.files import read_json, write_json
 from scmmgpt.train.data.ontology import ONTOLOGIES
 
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
     import datasets
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 SPLITS = ("train", "validation", "test")
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")  # scGPT's; they come before the genes in a new vocabulary
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")
@@ -91,6 +93,18 @@ class Shard:
     sha256: str
     counts_dtype: str
     row_group_size: int
+
+    def checked(self) -> "Shard":
+        """The record itself, if each field has its type, and the path stays in the corpus."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or isinstance(value, int) and value < 0:
+                raise TypeError(f"{field.name} of a shard is {value!r}")
+        if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
+            raise ValueError(f"the shard {self.path!r} lies outside the corpus")
+        if self.split not in SPLITS or self.counts_dtype not in ("uint16", "float32"):
+            raise ValueError(f"the shard {self.path!r} is of split {self.split!r} and type {self.counts_dtype!r}")
+        return self
 
 
 @dataclasses.dataclass
@@ -138,15 +152,18 @@ class Manifest:
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Manifest":
         """Read a manifest; refuse another schema version."""
-        fields = read_json(path)
+        fields = read_json(path, dict)
         version = fields.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{path} has schema version {version}; this release reads version {SCHEMA_VERSION}. "
+                f"{path} has schema version {version}; this release reads {READABLE_VERSIONS}. "
                 "Install the release that wrote it, or prepare the corpus again."
             )
-        fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+        try:
+            fields["shards"] = [Shard(**shard).checked() for shard in fields["shards"]]
+            return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Copy it anew from the source of the corpus.") from None
 
 
 def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
@@ -155,7 +172,7 @@ def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
     gene_ids = pa.list_(pa.field("element", pa.uint16(), nullable=False))
     counts = pa.list_(pa.field("element", pa.type_for_alias(counts_dtype), nullable=False))
     columns = [
-        pa.field("cell_id", pa.uint64(), nullable=False),
+        pa.field("cell_id", pa.int64(), nullable=False),
         pa.field("n_genes", pa.uint16(), nullable=False),
         pa.field("gene_ids", gene_ids, nullable=False),
         pa.field("counts", counts, nullable=False),
@@ -170,7 +187,8 @@ def shard_schema(counts_dtype: str, vocabulary_hash: str) -> pa.Schema:
 class Corpus:
     """A corpus that `open_corpus` opened: its folder, and the contents of its JSON files.
 
-    `vocabulary` maps gene symbols to ids. `gene_aliases` is empty if the corpus has no such file.
+    `vocabulary` maps gene symbols to ids. `gene_aliases` is empty if the corpus has no such file. `repo_id` is the
+    name on the Hub of a corpus that was opened from there.
     """
 
     path: Path
@@ -178,6 +196,7 @@ class Corpus:
     vocabulary: dict[str, int]
     gene_aliases: dict[str, Any]
     splits: dict[str, Any]
+    repo_id: str | None = None
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split}: {self.n_cells(split):,}" for split in self.split_names)
@@ -253,9 +272,15 @@ class Corpus:
         """Open a shard for reading, with page checksums verified."""
         path, labels = self.path / shard.path, list(OBS_COLUMNS[1:])
         try:
-            return pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=labels)
+            file = pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=labels)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"Shard {path} can't be read: {error}. {_RESTORE}") from error
+        if missing := [name for name in (*CELL_COLUMNS, *OBS_COLUMNS) if name not in file.schema_arrow.names]:
+            raise ValueError(f"Shard {path} has no columns {', '.join(missing)}. {_RESTORE}")
+        if file.metadata.num_rows != shard.n_cells:
+            n_cells = file.metadata.num_rows
+            raise ValueError(f"Shard {path} has {n_cells} cells, but {shard.n_cells} in the manifest. {_RESTORE}")
+        return file
 
     def features(self) -> "datasets.Features":
         """Return the `datasets.Features` of the shards; counts are float32 if those of any shard are."""
@@ -266,14 +291,15 @@ class Corpus:
 
 
 def table_to_cells(table: pa.Table) -> Cells:
-    """Convert rows of a shard to `Cells`."""
+    """Convert rows of a shard, or of any dataset with its columns, to `Cells`; `total_counts` may be absent."""
     ids, counts = table["gene_ids"].combine_chunks(), table["counts"].combine_chunks()
+    totals = table["total_counts"].to_numpy() if "total_counts" in table.column_names else None
     return Cells(
         indptr=(ids.offsets.to_numpy() - ids.offsets[0].as_py()).astype(np.int64) if len(ids) else np.zeros(1, int),
         gene_ids=ids.flatten().to_numpy(),
         counts=counts.flatten().to_numpy(),
-        cell_ids=table["cell_id"].to_numpy(),
-        total_counts=table["total_counts"].to_numpy(),
+        cell_ids=table["cell_id"].to_numpy().view(np.uint64),
+        total_counts=totals,
     )
 
 
@@ -298,7 +324,8 @@ def open_corpus(
         )
     manifest = Manifest.read(path / "manifest.json")
     _check_files(path, manifest, manifest.n_bytes <= SMALL_CORPUS_BYTES if verify is None else verify)
-    own_vocabulary = read_json(path / "vocab.json")
+    own_vocabulary = read_json(path / "vocab.json", dict)
+    check_ids(path / "vocab.json", own_vocabulary)
     if (found := hash_vocabulary(own_vocabulary)) != manifest.vocabulary_hash:
         raise ValueError(
             f"{path / 'vocab.json'} has hash {found[:12]}..., but {manifest.vocabulary_hash[:12]}... in the manifest: "
@@ -306,8 +333,8 @@ def open_corpus(
         )
     if vocabulary is not None and hash_vocabulary(vocabulary) != manifest.vocabulary_hash:
         raise ValueError(_describe_difference(path, own_vocabulary, vocabulary))
-    aliases = read_json(path / "gene_aliases.json") if (path / "gene_aliases.json").exists() else {}
-    return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json"))
+    aliases = read_json(path / "gene_aliases.json", dict) if (path / "gene_aliases.json").exists() else {}
+    return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json", dict))
 
 
 def check_shard(path: Path, shard: Shard, *, checksum: bool) -> None:

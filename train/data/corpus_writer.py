@@ -88,7 +88,7 @@ class CorpusWriter:
         offsets = pa.array(cells.indptr.astype(np.int32))
         gene_ids = pa.array(cells.gene_ids.astype(np.uint16, copy=False))
         arrays = {
-            "cell_id": pa.array(cells.cell_ids, pa.uint64()),
+            "cell_id": pa.array(cells.cell_ids.astype(np.uint64).view(np.int64)),
             "n_genes": pa.array(np.diff(cells.indptr).astype(np.uint16)),
             "gene_ids": pa.ListArray.from_arrays(offsets, gene_ids, type=schema.field("gene_ids").type),
             "counts": pa.ListArray.from_arrays(offsets, pa.array(counts), type=schema.field("counts").type),

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from scmmgpt.cells_scmmgpt import INSTRUCTION_SEED, Cells, permutation
+from scmmgpt.collator_scmmgpt import encode_conversation, pad_conversations
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.data.batches import BatchDataset, CellSource
 from scmmgpt.train.data.blocks import Obs
@@ -33,6 +34,7 @@ from scmmgpt.train.data.corpus import CELL_COLUMNS, Corpus, table_to_cells
 
 KEYS = {"cell_ids": "cell_id", "barcodes": "barcode"}  # column of the file -> column of the corpus
 SHOWN = 5  # most values that an error lists
+BYTES_PER_CHARACTER = 4  # at most, in UTF-8; a byte is at most one token
 
 
 @dataclass
@@ -53,8 +55,13 @@ class Instructions:
         return len(self.conversations)
 
 
-def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) -> Instructions:
+def read_instructions(
+    path: str, corpus: Corpus, processor: ScMMGPTProcessor, *, max_tokens: int | None = None
+) -> Instructions:
     """Read and check a file of conversations, and load their cells from the training split.
+
+    Args:
+        max_tokens: Most tokens of a conversation that the language model takes; by default its tokenizer's limit.
 
     Raises:
         ValueError: With the row and its values, if the roles are not user and assistant in turn, after at most one
@@ -62,6 +69,7 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
             the language model's chat template can't render the conversation.
     """
     conversations, names, column = [], [], None
+    limit = processor.tokenizer.model_max_length if max_tokens is None else max_tokens
     rendered = set()  # roles of conversations for which the chat template was checked
     for where, row in _rows(Path(path)):
         own = [key for key in KEYS if row.get(key) is not None]
@@ -69,7 +77,9 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
             raise ValueError(f"{where} names its cells by {own}; name the cells of all rows by one of {list(KEYS)}.")
         column = column or (own[0] if own else None)
         messages = _check_messages(row.get("messages"), where, processor)
-        cells = list(row[own[0]]) if own else []
+        cells = row[own[0]] if own else []
+        if not isinstance(cells, list):
+            raise ValueError(f"{where} has {own[0]} {cells!r}; write a list.")
         mentioned = sum(message["content"].count(processor.cell_token) for message in messages)
         if mentioned != len(cells):
             raise ValueError(
@@ -77,9 +87,15 @@ def read_instructions(path: str, corpus: Corpus, processor: ScMMGPTProcessor) ->
                 f"{cells[:SHOWN]}. Write {processor.cell_token} once for each."
             )
         roles = tuple(message["role"] for message in messages)
-        if roles not in rendered:
-            encode_conversation(messages, processor, where)
+        length = sum(len(message["content"]) for message in messages) + mentioned * processor.num_query_tokens
+        if roles not in rendered or length * BYTES_PER_CHARACTER > limit:
+            n_tokens = len(encode_conversation(messages, processor, where)[0])
             rendered.add(roles)
+            if n_tokens > limit:
+                raise ValueError(
+                    f"{where} has {n_tokens:,} tokens, but the language model takes {limit:,}. Shorten the turns, or "
+                    "divide the conversation."
+                )
         conversations.append(messages)
         names.append((where, cells))
     if not conversations:
@@ -93,17 +109,22 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of conversations at {path}.")
     if path.suffix == ".parquet":
-        for number, row in enumerate(pq.read_table(path).to_pylist()):
-            yield f"Row {number} of {path}", row
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as Parquet ({error}). Write or copy it again.") from None
+        yield from ((f"Row {number} of {path}", row) for number, row in enumerate(rows))
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path} is not JSON: {error}.") from None
+                row = json.loads(line.decode("utf-8-sig"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"Line {number} of {path} is not JSON in UTF-8: {error}.") from None
+            except RecursionError:
+                raise ValueError(f"Line {number} of {path} is nested too deep; write a conversation a line.") from None
             if not isinstance(row, dict):
                 raise ValueError(f"Line {number} of {path} is a {type(row).__name__}; write a JSON object a line.")
             yield f"Line {number} of {path}", row
@@ -111,8 +132,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> list[dict[str, str]]:
     """The messages with string contents; refuses roles in another order, and placeholders in the assistant's turns."""
-    if not messages or not all(message.get("role") and message.get("content") for message in messages):
-        raise ValueError(f"{where} has messages {messages!r}; each needs a role and a content.")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(
+            f"{where} has messages {str(messages)[:200]}; write a list of {{role, content}}, where a content is a "
+            'text or a list of {"type": "text", "text": ...} and {"type": "cell"}.'
+        )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise ValueError(f"{where} has no assistant turn to learn from; its roles are {roles}.")
@@ -130,6 +154,19 @@ def _check_messages(messages: Any, where: str, processor: ScMMGPTProcessor) -> l
                 "not learn to write placeholders. Show cells in the user's turns."
             )
     return messages
+
+
+def _is_message(message: Any) -> bool:
+    """Whether a value is a message with a role, and with a text or parts as content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if isinstance(content, list) and content:
+        return all(
+            isinstance(part, dict) and (part.get("type") == "cell" or isinstance(part.get("text"), str))
+            for part in content
+        )
+    return isinstance(content, str) and bool(content)
 
 
 def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[list[list[int]], Cells | None]:
@@ -161,15 +198,16 @@ def _fetch(corpus: Corpus, column: str, names: list[tuple[str, list]]) -> tuple[
 
 
 def _cell_id(name: Any, where: str) -> int:
+    """The identity as an unsigned integer; a corpus holds the same 64 bits as a signed one."""
     try:
         value = int(name)
     except (TypeError, ValueError):
-        value = -1
-    if isinstance(name, float) or not 0 <= value < 2**64:
+        value = 2**64
+    if isinstance(name, float) or not -(2**63) <= value < 2**64:
         raise ValueError(
             f"{where}: the cell id {name!r} is not an integer of 64 bits; copy it from the corpus's `cell_id`."
         )
-    return value
+    return value % 2**64
 
 
 def _search(corpus: Corpus, split: str, column: str, wanted: list) -> Iterator[tuple[list, Cells]]:
@@ -178,46 +216,12 @@ def _search(corpus: Corpus, split: str, column: str, wanted: list) -> Iterator[t
         with corpus.open_shard(shard) as file:
             for group in range(file.num_row_groups):
                 values = file.read_row_group(group, columns=[column])[column]
+                if column == "cell_id":
+                    values = pa.chunked_array([values.to_numpy().view(np.uint64)])
                 found = pc.is_in(values, value_set=pa.array(wanted, type=values.type))
                 if pc.any(found).as_py():
                     table = file.read_row_group(group, columns=list(CELL_COLUMNS))
                     yield values.filter(found).to_pylist(), table_to_cells(table.filter(found))
-
-
-def encode_conversation(
-    messages: list[dict[str, str]], processor: ScMMGPTProcessor, where: str
-) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and labels that are -100 outside the assistant's turns.
-
-    A turn has the same tokens as in generation: prompt and answer are tokenised separately, and the answer ends with
-    the end-of-text token, which is learned too. `where` names the conversation in errors.
-    """
-    tokenizer = processor.tokenizer
-    ids: list[int] = []
-    labels: list[int] = []
-    written = ""  # text of all turns so far
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        answer = message["content"].strip()
-        prompt = processor.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False)
-        whole = processor.apply_chat_template(messages[: turn + 1], tokenize=False)
-        if not prompt.startswith(written) or not whole.startswith(prompt + answer):
-            raise ValueError(
-                f"{where}: the chat template of the language model writes turn {turn + 1} differently when the "
-                f"conversation continues: {whole[len(written) :]!r} is not {prompt[len(written) :]!r} and the answer. "
-                "Use a template that only appends text."
-            )
-        rest = prompt[len(written) :].replace(processor.cell_token, processor.cell_token * processor.num_query_tokens)
-        special = not ids and not processor.has_special_start(rest)
-        prompt_ids = tokenizer(rest, add_special_tokens=special)["input_ids"]
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids += prompt_ids + answer_ids
-        labels += [-100] * len(prompt_ids) + answer_ids
-        written = prompt + answer
-        if whole[len(written) :].startswith(tokenizer.eos_token):
-            written += tokenizer.eos_token
-    return ids, labels
 
 
 class InstructionBatches(BatchDataset):
@@ -235,7 +239,7 @@ class InstructionBatches(BatchDataset):
 
     def __init__(self, batches: BatchDataset, instructions: Instructions, *, ratio: float, seed: int) -> None:
         super().__init__(batches.source, batches.collate)
-        self.batch_size: int = batches.source.order.batch_size  # type: ignore[attr-defined]
+        self.batch_size: int = batches.source.batch_size  # type: ignore[attr-defined]
         self.instructions, self.ratio, self.seed = instructions, ratio, seed
 
     def _over(self, source: CellSource) -> "InstructionBatches":
@@ -271,13 +275,7 @@ def encode_conversations(
     """Inputs of the chosen conversations: texts padded on the left, and their cells in the order of the texts."""
     processor = collate.processor
     encoded = [encode_conversation(instructions.conversations[i], processor, f"conversation {i}") for i in chosen]
-    length = max(len(ids) for ids, _ in encoded)
-    rows = {
-        "input_ids": [[processor.tokenizer.pad_token_id] * (length - len(ids)) + ids for ids, _ in encoded],
-        "attention_mask": [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in encoded],
-        "labels": [[-100] * (length - len(labels)) + labels for _, labels in encoded],
-    }
-    batch = {name: torch.tensor(values) for name, values in rows.items()}
+    batch = pad_conversations(encoded, processor)
     places = [place for i in chosen for place in instructions.cell_rows[i]]
     if places and instructions.cells is not None:
         batch |= processor(cells=instructions.cells[np.array(places)], epoch=epoch)

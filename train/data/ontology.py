@@ -8,10 +8,12 @@ use (the Cell Ontology in 15 ms, MONDO in 150 ms). NCBITaxon is never loaded, be
 import functools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scmmgpt.annotation_scmmgpt import normalize_label
 from scmmgpt.files import read_json
 
 
@@ -45,16 +47,6 @@ class Term:
     name: str | None
     term_id: str | None
     how: str
-
-
-def normalize_label(label: str) -> str:
-    """Reduce a label to lower-case words, so that spelling variants compare equal.
-
-    >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
-    True
-    """
-    label = re.sub(r"(?<=\w)\+", " positive ", label.casefold())
-    return " ".join(re.findall(r"\w+", label))
 
 
 def is_missing(value: Any) -> bool:
@@ -227,3 +219,38 @@ def distance(term_id: str | None, other_id: str | None) -> float:
 def all_synonyms(term_id: str) -> tuple[str, ...]:
     """Return every synonym of a term, for parsing texts (`synonyms` is for writing texts)."""
     return tuple(_parser().get_term_synonyms(term_id)) if _parser().is_valid_term_id(term_id) else ()
+
+
+def label_terms(labels: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """The Cell Ontology terms of some labels and all terms above them, for `annotate` to understand other words.
+
+    A checkpoint keeps them, so that it needs no ontology. The narrowest terms come first. Of terms that stand above
+    the same labels the curated classes of CELLxGENE come first ("T cell" before "mature alpha-beta T cell"), then the
+    nearest.
+
+    Args:
+        labels: Label -> Cell Ontology id, or None.
+
+    Returns:
+        For each term `id`, `name`, `names` (name and unambiguous synonyms, normalised) and `labels`: the labels that
+        are the term or kinds of it.
+    """
+    below: dict[str, list[str]] = {}
+    for label, given in labels.items():
+        term_id = resolve("cell_type", label, given).term_id
+        if term_id is not None and term_id.startswith("CL:") and term_name(term_id) is not None:
+            for ancestor in [term_id, *_parser().get_term_ancestors(term_id)]:
+                below.setdefault(ancestor, []).append(label)
+    from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
+    from cellxgene_ontology_guide.entities import CuratedOntologyTermList
+
+    curated = set(get_curated_ontology_term_list(CuratedOntologyTermList.CELL_SUBCLASS))
+    terms = []
+    # Ancestors come nearest first, and sorting keeps their order.
+    for term_id, names in sorted(below.items(), key=lambda item: (len(item[1]), item[0] not in curated)):
+        words = [str(term_name(term_id)), *all_synonyms(term_id)]
+        reviewed = [word for word, known in _reviewed_labels().get("cell_type", {}).items() if known == term_id]
+        keys = dict.fromkeys([normalize_label(words[0]), *map(normalize_label, words[1:]), *reviewed])
+        own = [key for key in keys if key and match_label("cell_type", key)[0] == term_id]
+        terms.append({"id": term_id, "name": words[0], "names": own, "labels": names})
+    return terms

@@ -14,9 +14,12 @@ tcp://host:8786`, extra `cluster`), started by SLURM, Kubernetes or SSH.
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scmmgpt.checkpoints import check_ids
+from scmmgpt.errors import OneLineParser, number
 from scmmgpt.files import read_json
 from scmmgpt.train.data.build import CorpusBuilder
 from scmmgpt.train.data.corpus import OBS_COLUMNS, Manifest
@@ -24,6 +27,10 @@ from scmmgpt.train.data.gene_tables import package_file
 from scmmgpt.train.data.sources import SourceSpec
 
 
+# Shown by `--help-all` alone.
+RARE_OPTIONS = (
+    "organism all_data exclude_dataset min_genes seed cells_per_shard cells_per_partition cluster assume gene_column"
+).split()
 SOURCE_SUFFIXES = (".h5ad", ".h5mu", ".h5", ".loom")  # taken from folders; a table must be named itself
 
 # Fields of a `SourceSpec`; `path` is (package, file).
@@ -41,7 +48,7 @@ DEMOS: dict[str, dict[str, Any]] = {
 def make_parser(prog: str = "python -m scmmgpt.train prepare") -> argparse.ArgumentParser:
     """Return the parser of the command."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=raw)
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=raw, rare=RARE_OPTIONS)
     source = parser.add_argument_group("sources")
     source.add_argument("sources", nargs="*", help="files of cells (.h5ad and others), or folders of them")
     source.add_argument("--demo", choices=sorted(DEMOS), help="real data of an installed package")
@@ -61,19 +68,24 @@ def make_parser(prog: str = "python -m scmmgpt.train prepare") -> argparse.Argum
     corpus = parser.add_argument_group("corpus")
     corpus.add_argument("--output", required=True, help="folder of the corpus")
     corpus.add_argument("--vocabulary", help="vocab.json of a model; default: all measured genes")
-    corpus.add_argument("--min-genes", type=int, default=1, help="leave out cells that express fewer genes")
+    corpus.add_argument("--min-genes", type=number(int, 0), default=1, help="leave out cells that express fewer genes")
+    share, at_least_one = number(float, 0, 1), number(int, 1)
     units = ("auto", "dataset", "donor", "cell")
     corpus.add_argument("--split-by", choices=units, default="auto", help="unit that no two splits share")
     corpus.add_argument("--split-column", metavar="COLUMN", help="obs column with the values train, validation, test")
-    corpus.add_argument("--test-fraction", type=float, help="share of the cells; default 0.05, for --demo 0.2")
-    corpus.add_argument("--validation-fraction", type=float, help="share of the cells; default 0.05, for --demo 0.1")
-    corpus.add_argument("--seed", type=int, default=0, help="seed of the order of cells and of the splits")
+    corpus.add_argument("--test-fraction", type=share, help="share of the cells; default 0.05, for --demo 0.2")
+    corpus.add_argument("--validation-fraction", type=share, help="share of the cells; default 0.05, for --demo 0.1")
+    corpus.add_argument("--seed", type=number(int, 0), default=0, help="seed of the order of cells and of the splits")
     # At 1,500 genes a cell, a shard has about 130 MB, and a worker takes at most 1 GB of memory.
-    corpus.add_argument("--cells-per-shard", type=int, default=65_536, help="most cells of a shard")
-    corpus.add_argument("--cells-per-partition", type=int, default=16_384, help="most cells in the memory of a worker")
+    corpus.add_argument("--cells-per-shard", type=at_least_one, default=65_536, help="most cells of a shard")
+    corpus.add_argument(
+        "--cells-per-partition", type=at_least_one, default=16_384, help="most cells in the memory of a worker"
+    )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--workers", type=int, help="processes; default: one per core, or one for small files")
+    machine.add_argument(
+        "--workers", type=at_least_one, help="processes; default: one per core, or one for small files"
+    )
     machine.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster to build on")
     return parser
 
@@ -88,7 +100,9 @@ def main(args: argparse.Namespace) -> Manifest:
         raise ValueError(f"The fractions {fractions} must be at least 0, and leave cells to train on.")
     options = {"excluded_datasets": sorted(args.exclude_dataset), "min_genes": args.min_genes, "fractions": fractions}
     options |= {name: getattr(args, name) for name in ("split_by", "split_column", "seed", "cells_per_shard")}
-    vocabulary = read_json(args.vocabulary) if args.vocabulary else None
+    vocabulary = read_json(args.vocabulary, dict) if args.vocabulary else None
+    if vocabulary is not None:
+        check_ids(Path(args.vocabulary), vocabulary)
     builder = CorpusBuilder(Path(args.output), specs, vocabulary, options, args.cells_per_partition, _command(args))
     return builder.run(args.workers, args.cluster)
 
@@ -117,15 +131,40 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
         constants = {"organism": args.organism.replace("_", " ").capitalize()} | constants
         return [SourceSpec("census", name, args.census, columns, constants, licences.get(""), options)]
     options = {"layer": args.layer, "assume": args.assume, "gene_column": args.gene_column}
-    specs = []
-    for file in _expand(args.sources):
-        name = file.name.removesuffix(".gz").removesuffix(file.suffix) or file.name
-        licence = licences.get(name, licences.get(""))
-        specs.append(SourceSpec("file", name, str(file), columns, constants, licence, options))
-    names = [spec.name for spec in specs]
+    files = _expand(args.sources)
+    names = name_sources(files)
+    if unknown := sorted(licences.keys() - {"", *names}):
+        raise ValueError(f"--licence names {unknown}, but the sources are called {', '.join(names)}.")
+    found = [licences.get(name, licences.get("")) for name in names]
+    return [
+        SourceSpec("file", name, str(file), columns, constants, licence, options)
+        for file, name, licence in zip(files, names, found, strict=True)
+    ]
+
+
+def name_sources(files: Sequence[Path]) -> list[str]:
+    """Names of source files, which identify datasets: the file's own, or that of the folder that tells files apart.
+
+    >>> name_sources([Path("A/outs/matrix.h5"), Path("B/outs/matrix.h5"), Path("C.h5ad")])
+    ['A', 'B', 'C']
+
+    Raises:
+        ValueError: If links or folders give one name to several files.
+    """
+    names = [file.name.removesuffix(".gz").removesuffix(file.suffix) or file.name for file in files]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        members = [i for i, other in enumerate(names) if other == name]
+        folders = [list(reversed(files[i].absolute().parts[:-1])) for i in members]
+        levels = list(zip(*folders, strict=False))
+        telling = next((level for level in levels if len(set(level)) == len(level)), None)
+        if telling is None:  # no folder tells all apart, but several together do
+            differing = [level for level in reversed(levels) if len(set(level)) > 1]
+            telling = tuple("-".join(parts) for parts in zip(*differing, strict=True))
+        for i, folder in zip(members, telling, strict=False):
+            names[i] = folder if folder not in names else f"{folder}-{name}"
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Several sources are called {repeated}; the names identify datasets. Rename the files.")
-    return specs
+    return names
 
 
 def _expand(paths: list[str]) -> list[Path]:

@@ -6,10 +6,11 @@ source read any range of cells alone, rename obs to the columns of the corpus, a
 """
 
 import dataclasses
+import difflib
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scmmgpt.readers import read_file
 from scmmgpt.reading_scmmgpt import InputChoice, choose_input
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.corpus import OBS_COLUMNS, SMALL_CORPUS_BYTES, hash_file
+from scmmgpt.train.data.label_checks import clean_label
 
 
 # The Census has no barcodes; its `observation_joinid` identifies a cell across releases.
@@ -63,6 +65,7 @@ class FileSource:
         self.spec = spec
         self.adata = read_file(spec.path, backed=True)
         self.n_cells = self.adata.n_obs
+        check_columns(spec, list(self.adata.obs))
 
     def obs(self, start: int = 0, stop: int | None = None) -> pd.DataFrame:
         """Return obs of a range of cells in the columns of the corpus, with the source's own labels."""
@@ -104,7 +107,9 @@ class CensusSource:
         self.n_cells = len(self.joinids)
         self._census = open_census(spec.path)
         self._obs = self._census["census_data"][spec.options["organism"]].obs
-        self._columns = [name for name in CENSUS_COLUMNS if name in self._obs.keys()]
+        check_columns(spec, list(self._obs.keys()))
+        wanted = (*CENSUS_COLUMNS, *spec.columns.values())
+        self._columns = [name for name in dict.fromkeys(wanted) if name in self._obs.keys()]
 
     def _read_obs(self, start: int, stop: int | None, columns: list[str]) -> pd.DataFrame:
         joinids = np.asarray(self.joinids[start:stop])
@@ -202,6 +207,18 @@ def find_joinids(release_or_uri: str, organism: str, value_filter: str | None) -
     return joinids
 
 
+def check_columns(spec: SourceSpec, found: Sequence[str]) -> None:
+    """Refuse a spec that names columns of obs which the source lacks: their values would all be unknown."""
+    for name, column in spec.columns.items():
+        if column not in found:
+            near = difflib.get_close_matches(column, found, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            columns = ", ".join(map(str, found))
+            raise ValueError(
+                f"{spec.path} has no obs column {column!r} to take {name!r} from; it has {columns}.{hint}"
+            )
+
+
 Source = FileSource | CensusSource
 
 
@@ -232,7 +249,7 @@ def _standard_obs(frame: pd.DataFrame, spec: SourceSpec) -> pd.DataFrame:
     for name in OBS_COLUMNS:
         source = spec.columns.get(name, name)
         if source in frame:
-            columns[name] = frame[source].astype(object).where(frame[source].notna(), None)
+            columns[name] = _cleaned(frame[source])
         else:
             columns[name] = spec.constants.get(name)
     standard = pd.DataFrame(columns, index=frame.index, columns=list(OBS_COLUMNS), dtype=object)
@@ -240,6 +257,12 @@ def _standard_obs(frame: pd.DataFrame, spec: SourceSpec) -> pd.DataFrame:
     standard["dataset_id"] = [spec.name if ontology.is_missing(name) else str(name) for name in standard["dataset_id"]]
     standard["donor_id"] = [None if ontology.is_missing(name) else str(name) for name in standard["donor_id"]]
     return standard
+
+
+def _cleaned(column: pd.Series) -> np.ndarray:
+    """Cleaned labels, None where the value is missing, object `(n_cells,)`."""
+    codes, values = pd.factorize(column.astype(object))  # -1 where missing
+    return np.array([*map(clean_label, values), None], dtype=object)[codes]
 
 
 def resolve_labels(obs: pd.DataFrame, report: dict[str, Any] | None = None) -> pd.DataFrame:

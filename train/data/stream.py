@@ -23,11 +23,12 @@ import itertools
 import os
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.train.data.blocks import BlockReader, CellPool, MemoryReader, Obs
+from scmmgpt.train.data.blocks import BlockReader, CellPool, MemoryReader, Obs, RowReader
 from scmmgpt.train.data.corpus import OBS_COLUMNS, Corpus, open_corpus
 from scmmgpt.train.data.order import CellOrder, EpochOrder
 
@@ -37,12 +38,12 @@ MAX_THREADS = 2  # threads that decode the next pool
 
 
 class CellStream:
-    """Shuffled batches of a corpus.
+    """Shuffled batches of a corpus, or of a map-style dataset whose rows are cells.
 
     Args:
-        corpus: A `Corpus`, or the path of one.
-        split: `"train"`, `"validation"` or `"test"`.
-        columns: Annotations to yield, of `OBS_COLUMNS`; all but the barcode by default.
+        corpus: A `Corpus`, or the path of one; or a dataset, as [`RowReader`] takes it, with the cells of one split.
+        split: `"train"`, `"validation"` or `"test"` of a corpus.
+        columns: Annotations to yield; by default those of `OBS_COLUMNS` but the barcode, of a dataset all others too.
         batch_size, token_budget, max_genes, shuffle, temperature, seed, drop_last: See [`CellOrder`]. Losses that
             compare the cells of all ranks need `batch_size`, by which all ranks have equally many cells.
         balance: An annotation, such as `"cell_type"` or `"dataset_id"`, whose rare labels are drawn more often.
@@ -51,7 +52,7 @@ class CellStream:
 
     def __init__(
         self,
-        corpus: Corpus | str | os.PathLike,
+        corpus: Corpus | str | os.PathLike | Any,
         split: str = "train",
         *,
         columns: list[str] | None = None,
@@ -68,21 +69,17 @@ class CellStream:
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}; ranks are numbered from 0.")
-        columns = [name for name in OBS_COLUMNS if name != "barcode"] if columns is None else list(columns)
-        for name in columns if balance is None else [*columns, balance]:
-            if name not in OBS_COLUMNS:
-                raise ValueError(f"A corpus has no annotation {name!r}; it has {list(OBS_COLUMNS)}.")
-        self.corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
-        self.split, self.columns, self.balance = split, columns, balance
-        self.reader: BlockReader | MemoryReader = BlockReader(self.corpus, split, columns)
-        self.rank = rank
+        self.split, self.balance, self.rank = split, balance, rank
+        reader = open_reader(corpus, split, columns, balance)
+        self.reader: BlockReader | RowReader | MemoryReader = reader
+        self.columns: list[str] = reader.columns or []
         codes = None
         if balance is not None:
-            labels = self.corpus.obs(split, [balance])[balance].combine_chunks().dictionary_encode()
+            labels = reader.labels(balance).combine_chunks().dictionary_encode()
             codes = labels.indices.fill_null(len(labels.dictionary)).to_numpy()  # cells without a label share one code
         self.order = CellOrder(
-            self.reader.sizes,
-            self.corpus.obs(split, ["n_genes"])["n_genes"].to_numpy(),
+            reader.sizes,
+            reader.lengths,
             batch_size=batch_size,
             token_budget=token_budget,
             max_genes=max_genes,
@@ -93,8 +90,8 @@ class CellStream:
             world_size=world_size,
             drop_last=drop_last,
         )
-        if self.reader.bytes_decoded <= IN_MEMORY_BYTES:
-            self.reader = MemoryReader(self.reader)
+        if reader.bytes_decoded <= IN_MEMORY_BYTES:
+            self.reader = MemoryReader(reader)
 
     def __len__(self) -> int:
         """Batches of every rank in every epoch: as many as the order has in its first; see `batches.py`."""
@@ -104,6 +101,11 @@ class CellStream:
     def n_cells(self) -> int:
         """Cells of the split, over all ranks."""
         return int(self.order.block_sizes.sum())
+
+    @property
+    def batch_size(self) -> int | None:
+        """Cells per batch."""
+        return self.order.batch_size
 
     @property
     def world_size(self) -> int:
@@ -119,12 +121,11 @@ class CellStream:
     def identity(self) -> dict:
         """Settings and content that a position in an epoch depends on, as JSON types."""
         names = "batch_size token_budget max_genes shuffle seed world_size drop_last pool_size".split()
-        content = "".join(shard.sha256 for shard in self.corpus.shards(self.split))
         return {
             "split": self.split,
             **{name: getattr(self.order, name) for name in names},
             "balance": None if self.balance is None else [self.balance, str(self.order.temperature)],
-            "shards": hashlib.sha256(content.encode()).hexdigest()[:16],
+            "shards": hashlib.sha256(self.reader.content.encode()).hexdigest()[:16],
         }
 
     def __iter__(self) -> Iterator[tuple[Cells, Obs]]:
@@ -168,6 +169,22 @@ class CellStream:
         for task in [decoding.submit(self.reader.fill, cells, *piece) for piece in pool.pieces]:
             task.result()
         return cells, pool.bounds
+
+
+def open_reader(corpus: Any, split: str, columns: list[str] | None, balance: str | None) -> BlockReader | RowReader:
+    """A reader of a corpus's split, or of a map-style dataset, that knows the columns and the one to balance by."""
+    wanted = [name for name in OBS_COLUMNS if name != "barcode"] if columns is None else list(columns)
+    if not isinstance(corpus, Corpus | str | os.PathLike):
+        reader = RowReader(corpus)
+        found = reader.columns or []
+        reader.columns = wanted + [name for name in found if name not in wanted] if columns is None else wanted
+        if balance is not None and balance not in found:
+            raise ValueError(f"The dataset has no column {balance!r}; it has {found}.")
+        return reader
+    for name in wanted if balance is None else [*wanted, balance]:
+        if name not in OBS_COLUMNS:
+            raise ValueError(f"A corpus has no annotation {name!r}; it has {list(OBS_COLUMNS)}.")
+    return BlockReader(corpus if isinstance(corpus, Corpus) else open_corpus(corpus), split, wanted)
 
 
 def _cut(future: Future, begin: int, end: int) -> Iterator[tuple[Cells, Obs]]:

@@ -8,6 +8,8 @@ it lowers the recall of the true types.
 >>> metric.compute(predictions=["B", "T"], references=["B", "NK"], confidences=[0.9, 0.6])            # doctest: +SKIP
 """
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -15,6 +17,12 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import precision_recall_fscore_support
 
 
+CITATION = """@inproceedings{guo2017calibration,
+  title={On Calibration of Modern Neural Networks},
+  author={Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
+  booktitle={International Conference on Machine Learning},
+  year={2017}
+}"""
 N_BINS = 15  # bins of the calibration error, as in Guo et al. 2017
 
 
@@ -46,6 +54,9 @@ def annotation_scores(
         "balanced_accuracy": float(recall.mean()),
     }
     if confidences is not None:
+        n_confidences = len(np.asarray(confidences))
+        if n_confidences != len(references):
+            raise ValueError(f"Got {n_confidences} confidences for {len(references)} cells; give one for each.")
         scores["ece"] = expected_calibration_error(confidences, predictions == references)
     return scores
 
@@ -67,17 +78,36 @@ def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike) -> fl
 
 
 class CellTypeAnnotation(evaluate.Metric):
-    """`evaluate` module around `annotation_scores`."""
+    """`evaluate` module around `annotation_scores`, for names of types or their numbers."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__,
-            citation="",
+            citation=CITATION,
             inputs_description=annotation_scores.__doc__,
-            features=datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string"))),
+            features=[
+                datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value(kind)))
+                for kind in ("string", "int64")
+            ],
         )
 
-    def _compute(
-        self, predictions: list[str], references: list[str], confidences: ArrayLike | None = None
-    ) -> dict[str, float]:
+    def add_batch(
+        self, *, predictions: Any = None, references: Any = None, confidences: Any = None, **options: Any
+    ) -> None:
+        """Add a batch; `confidences`, if any, are given with every batch."""
+        # They are no column of the module's table, since `evaluate` has no columns that may be left out.
+        self.confidences = getattr(self, "confidences", [])
+        self.confidences.extend([] if confidences is None else np.asarray(confidences, dtype=np.float64).tolist())
+        lists = {"predictions": np.asarray(predictions).tolist(), "references": np.asarray(references).tolist()}
+        super().add_batch(**lists, **options)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, confidence: Any = None, **options: Any) -> None:
+        """Add one cell."""
+        confidences = None if confidence is None else [confidence]
+        self.add_batch(predictions=[prediction], references=[reference], confidences=confidences, **options)
+
+    def _compute(self, predictions: list, references: list, confidences: ArrayLike | None = None) -> dict[str, float]:
+        added, self.confidences = getattr(self, "confidences", []), []
+        if confidences is None and added:
+            confidences = added
         return annotation_scores(predictions, references, confidences)

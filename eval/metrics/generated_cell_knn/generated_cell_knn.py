@@ -1,7 +1,8 @@
 """Generated cells beside real cells: k-NN accuracy of the prompted type, and distances to real cells of that type.
 
 The protocol is that of Cell2Sentence: k = 3, 5, 10, 25, with neighbours among real held-out cells. The space is one
-that no model under test has learnt: principal components of real *training* cells.
+that no model under test has learnt: principal components of further real cells (`train`), which must be neither those
+that the generator was trained on, whose noise the components fit, nor the compared ones.
 
 MMD and energy distance are one statistic with two kernels, the unbiased `E k(x, x') + E k(y, y') - 2 E k(x, y)`. It is
 zero on average for two samples of one distribution, and may be negative. A Gaussian kernel gives the squared maximum
@@ -13,7 +14,7 @@ scPerturb's E-distance without the square). From kernel matrices, a thousand boo
 >>> import evaluate
 >>> metric = evaluate.load("eval/metrics/generated_cell_knn")                                         # doctest: +SKIP
 >>> metric.compute(references=prompted_types, generated=generated, real=real, real_labels=labels,
-...                train=train)                                                                       # doctest: +SKIP
+...                train=further_real)                                                                # doctest: +SKIP
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,19 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 
+CITATION = """@inproceedings{levine2024cell2sentence,
+  title={Cell2Sentence: Teaching Large Language Models the Language of Biology},
+  author={Levine, Daniel and others},
+  booktitle={International Conference on Machine Learning},
+  year={2024}
+}
+@article{gretton2012kernel,
+  title={A Kernel Two-Sample Test},
+  author={Gretton, Arthur and Borgwardt, Karsten M. and Rasch, Malte J. and Schoelkopf, Bernhard and Smola, Alexander},
+  journal={Journal of Machine Learning Research},
+  volume={13},
+  year={2012}
+}"""
 KS = (3, 5, 10, 25)
 N_COMPONENTS = 50
 MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two samples is mostly noise
@@ -183,7 +197,7 @@ def generated_cell_scores(
         references: Prompted type of each generated cell.
         real: Held-out real cells, shape `(n_real, n_genes)`.
         real_labels: Types of the real cells.
-        train: Real training cells, shape `(n_train, n_genes)`.
+        train: Real cells that fit the space, shape `(n_train, n_genes)`; no generator has seen them.
         ks: Numbers of neighbours; those above n_real are left out.
         n_components: Number of principal components.
         seed: Seed of the solvers and of the 200 directions of the sliced Wasserstein distance.
@@ -213,7 +227,7 @@ class GeneratedCellKnn(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__,
-            citation="",
+            citation=CITATION,
             inputs_description=generated_cell_scores.__doc__,
             features=datasets.Features({"references": datasets.Value("string")}),
         )

@@ -29,6 +29,25 @@ from rouge_score import rouge_scorer
 from scipy.spatial.distance import cdist, pdist
 
 
+CITATION = """@article{gretton2012kernel,
+  title={A Kernel Two-Sample Test},
+  author={Gretton, Arthur and Borgwardt, Karsten M. and Rasch, Malte J. and Schoelkopf, Bernhard and Smola, Alexander},
+  journal={Journal of Machine Learning Research},
+  volume={13},
+  year={2012}
+}
+@inproceedings{post2018call,
+  title={A Call for Clarity in Reporting BLEU Scores},
+  author={Post, Matt},
+  booktitle={Conference on Machine Translation},
+  year={2018}
+}
+@inproceedings{lin2004rouge,
+  title={ROUGE: A Package for Automatic Evaluation of Summaries},
+  author={Lin, Chin-Yew},
+  booktitle={Text Summarization Branches Out},
+  year={2004}
+}"""
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 MAX_TOKENS = 256  # of the sentence embedder, as it was trained
 
@@ -183,7 +202,7 @@ class TextDiscrepancy(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__,
-            citation="",
+            citation=CITATION,
             inputs_description=text_scores.__doc__,
             features=datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("string"))),
         )

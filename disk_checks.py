@@ -1,0 +1,107 @@
+"""Checks of files in HDF5 and Zarr before their values are loaded: what is damaged or lost is one clear error.
+
+Both formats read a chunk that is missing as zeros, and take sizes on trust.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+
+from scmmgpt.text_tables import FileError
+
+
+# Encodings of anndata's on-disk format that every version in use reads; others may need a package.
+ENCODINGS = frozenset(
+    "anndata raw dict array csr_matrix csc_matrix dataframe categorical string string-array numeric-scalar rec-array "
+    "nullable-integer nullable-boolean nullable-string-array bytes null".split()
+)
+
+
+def check_parts(group: Any) -> None:
+    """Refuse parts that cannot be read whole, though only some are read here: the others are read with the cells."""
+    for name, part in _walk(group, ""):
+        encoding = attribute(part, "encoding-type")
+        if encoding not in (None, "", *ENCODINGS):
+            try:
+                anndata.io.read_elem(part)
+            except Exception as error:
+                remedy = f"the installed anndata does not know ({type(error).__name__}). Update anndata"
+                if isinstance(error, ImportError):
+                    package = str(encoding).removesuffix("-array")
+                    remedy = f"needs the package {package}, which is not installed. Run `pip install {package}`"
+                raise FileError(f"{name} is encoded as {encoding!r}, which {remedy}, or delete that part.") from error
+        if isinstance(part, h5py.Dataset) or name.endswith("/_index"):
+            if getattr(part, "shape", ()):  # neither a scalar nor a group of values and mask
+                check_stored(part)
+        elif name.endswith("/codes") and part.nchunks and not part.nchunks_initialized:
+            _check_labels(group, name, part)
+
+
+def _check_labels(group: Any, name: str, codes: Any) -> None:
+    """Refuse a column whose labels are lost; Zarr leaves out codes that are all zero, as for a single label."""
+    if group[name.removesuffix("codes") + "categories"].shape[0] > 1:
+        check_stored(codes, zeros_mean="every cell would have the first label")
+
+
+def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Parts of a group with their names, at any depth, but not those within an encoding that anndata reads whole."""
+    for key in group:
+        part, name = group[key], f"{prefix}{key}"
+        yield name, part
+        if hasattr(part, "keys") and attribute(part, "encoding-type") in (None, "", *ENCODINGS):
+            yield from _walk(part, f"{name}/")
+
+
+def check_stored(array: Any, *, zeros_mean: str = "the values are lost") -> Any:
+    """The array, if all of it is stored: HDF5 and Zarr read a missing chunk as zeros, whatever its size."""
+    if isinstance(array, h5py.Dataset):
+        if not array.size or array.is_virtual:
+            return array
+        n_chunks = int(np.prod([-(-n // c) for n, c in zip(array.shape, array.chunks or array.shape, strict=True)]))
+        if array.chunks:
+            n_stored = array.id.get_num_chunks()
+        else:  # the size of strings in memory is not that on disk
+            size = 1 if array.dtype.kind == "O" else array.nbytes
+            n_stored = int(array.id.get_storage_size() >= size or bool(array.external))
+    else:
+        n_chunks, n_stored = array.nchunks, array.nchunks_initialized
+    if n_stored < n_chunks:
+        raise FileError(
+            f"{where(array)} lacks {n_chunks - n_stored} of {n_chunks} chunks, which would be read as zeros: "
+            f"{zeros_mean}. Copy the data again, or write them again."
+        )
+    return array
+
+
+def where(array: Any) -> str:
+    """File and part of an array."""
+    file = array.file.filename if isinstance(array, h5py.Dataset) else str(array.store_path).removeprefix("file://")
+    return f"{array.name} of {file}" if isinstance(array, h5py.Dataset) else file
+
+
+def load(array: Any, selection: Any) -> np.ndarray:
+    """Values of an array on disk; damage is one error that names the part."""
+    try:
+        return array[selection]
+    except Exception as error:
+        raise FileError(
+            f"{where(array)} cannot be read ({type(error).__name__}: {error}): the file is damaged. Copy it again."
+        ) from error
+
+
+def check_indices(indices: np.ndarray, n: int, name: str) -> None:
+    """Refuse positions of a sparse matrix outside of its `n` columns or rows."""
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < n:
+        raise FileError(
+            f"{name} has entries at {int(indices.min())} to {int(indices.max())}, but only {n} positions: the file is "
+            "damaged. Write or copy it again."
+        )
+
+
+def attribute(group: Any, name: str) -> Any:
+    """An attribute as text or number; `None` if there is none."""
+    value = group.attrs.get(name)
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,202 @@
+"""One door for errors: whatever a file, a checkpoint, a corpus, a disk or a network raises becomes one line.
+
+Every command runs its work by `run_command`. Errors of checks (`ValueError`, `TypeError`, `OSError`, `ImportError`)
+print their own message. Any other exception comes from input that no check foresaw, or from a mistake in this package:
+the line names its type, and the files that the command was given. `--debug` shows the traceback of either.
+"""
+
+import argparse
+import errno
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+FAILED, STOPPED = 2, 130  # exit codes
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is written here
+# How libraries other than Python's own say that memory is short. Their exceptions are `RuntimeError`s.
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
+NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
+CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
+# Modules whose distribution has another name, where an error names what to install.
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "ot": "POT",
+    "umap": "umap-learn",
+    "rouge_score": "rouge-score",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help fits two screens; `--help-all` shows the rest.
+
+    Args:
+        rare: Names of options that only `--help-all` shows.
+    """
+
+    def __init__(self, *args: Any, rare: Iterable[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rare = set(rare)
+        text = "show every option and the whole description"
+        self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message and the way to the help, without the usage."""
+        self.exit(FAILED, f"{self.prog}: {' '.join(message.split())} (`{self.prog} --help` lists the options)\n")
+
+    def format_help(self, everything: bool = False) -> str:
+        """The usage in short, the description's first paragraphs, and the options that are not rare."""
+        formatter = self._get_formatter()
+        shown = [action for action in self._actions if everything or action.dest not in self.rare]
+        needed = [f"{action.option_strings[0]} {self._metavar(action)}" for action in shown if self._is_needed(action)]
+        places = [self._metavar(action) for action in shown if not action.option_strings]
+        usage = " ".join(["%(prog)s", *places, *needed, "[OPTIONS]"]).replace("%(prog)s", self.prog).replace("%", "%%")
+        formatter.add_usage(usage, self._actions, [])
+        formatter.add_text(self.description if everything else first_paragraphs(self.description or ""))
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments([action for action in group._group_actions if action in shown])
+            formatter.end_section()
+        return formatter.format_help()
+
+    @staticmethod
+    def _is_needed(action: argparse.Action) -> bool:
+        return action.required and bool(action.option_strings)
+
+    @staticmethod
+    def _metavar(action: argparse.Action) -> str:
+        name = action.metavar or (action.dest if not action.option_strings else action.dest.upper())
+        name = name if isinstance(name, str) else " ".join(name)
+        return f"[{name} ...]" if action.nargs == "*" else name
+
+
+class HelpAll(argparse.Action):
+    """Print the whole help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print it and exit."""
+        sys.stdout.write(parser.format_help(everything=True) if isinstance(parser, OneLineParser) else "")
+        parser.exit()
+
+
+def first_paragraphs(text: str) -> str:
+    """The first paragraph of a description, and the examples after it; the rest has reasons and details."""
+    return "\n\n".join(text.split("\n\n")[:2])
+
+
+def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
+    """The `type` of an option that is a number from `least` (or `above` it) to `most`."""
+    what = "a whole number" if kind is int else "a number"
+    if above:
+        text = f"{what} above {least:g}"
+    else:
+        text = f"{what} of at least {least:g}" if most == math.inf else f"{what} from {least:g} to {most:g}"
+
+    def parse(word: str) -> Any:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or above and value == least or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{word!r} is not {text}")
+        return value
+
+    return parse
+
+
+def run_command(
+    name: str,
+    work: Callable[[], int | None],
+    *,
+    debug: bool = False,
+    inputs: Iterable[Any] = (),
+    outputs: Iterable[Any] = (),
+    extra: str = "train",
+) -> int:
+    """Run a command and return its exit status; every error is one line on stderr that starts with `name`.
+
+    Args:
+        debug: Raise errors, for their traceback.
+        inputs: Files that the command was given; named by errors that no check foresaw.
+        outputs: Files and folders that it writes, to recognise a full disk by.
+        extra: Extra of this package that installs a missing module.
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: stopped.\n")
+        return STOPPED
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of Rust libraries are no `Exception`
+        if debug:
+            raise
+        sys.stderr.write(f"{name}: {explain(error, inputs, outputs, extra)}\n")
+        return FAILED
+
+
+def explain(
+    error: BaseException, inputs: Iterable[Any] = (), outputs: Iterable[Any] = (), extra: str = "train"
+) -> str:
+    """The message of an error in one line."""
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name and text.startswith(("No module", "import of")):
+        module = error.name.partition(".")[0]
+        return f"{DISTRIBUTIONS.get(module, module)} is not installed. Install `scmmgpt[{extra}]`."
+    if full := full_disk(error, text, outputs):
+        return full
+    if isinstance(error, MemoryError) or NO_MEMORY.search(text):
+        return (
+            f"Memory ran out ({shortened(text) or kind}). Lower the batch size, or take fewer cells or genes at once."
+        )
+    if isinstance(error, CHECKED) and text:
+        return text
+    given = ", ".join(str(path) for path in inputs if path is not None)
+    return (
+        f"{given or 'The input'} cannot be used: something in it fits no format that is known here ({kind}: "
+        f"{shortened(text) or 'no message'}). Write or copy it again; `--debug` shows where it happened."
+    )
+
+
+def full_disk(error: BaseException, text: str, outputs: Iterable[Any]) -> str | None:
+    """What to say if the error is of a full disk; libraries wrap such errors in many types."""
+    is_full = isinstance(error, OSError) and error.errno in DISK_FULL or NO_SPACE.search(text)
+    for path in outputs:
+        folder = existing_parent(Path(path))
+        free = shutil.disk_usage(folder).free
+        if is_full or free < LITTLE_SPACE and not isinstance(error, CHECKED):
+            if "bytes are free" in text:  # of `prepare`, which knows more
+                return text
+            return f"No space left on device: {path} needs more than the {free:,} bytes that are free. Make room."
+    return f"No space left on device ({shortened(text)}). Make room." if is_full else None
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder of a path that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= length else text[:length] + " ..."
+
+
+def take_debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words of a command line without a bare `--debug`, and whether it was there.
+
+    `--debug underflow_overflow` is an option of transformers and stays.
+    """
+    for i, word in enumerate(words):
+        if word == "--debug" and (i + 1 == len(words) or words[i + 1].startswith("-")):
+            return words[:i] + words[i + 1 :], True
+    return words, False

@@ -1,0 +1,82 @@
+"""Measures of generated cells beside real cells of the same types: how cells vary, not only how they are on average.
+
+Independent noise around one mean profile has the right mean and about the right distance between cells. Real cells
+share states: genes vary together, along few axes. These measures see the difference.
+"""
+
+import numpy as np
+from scipy.spatial.distance import cdist
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
+
+
+N_TREES = 100
+MIN_LEAF = 3
+MAX_CLASSIFIED = 2000  # cells on each side of the classifier
+NUM_AXES = 5  # of the variation within types
+MIN_CORRELATED = 10  # cells of a type; a correlation of fewer is noise
+
+
+def two_sample_auc(generated: np.ndarray, real: np.ndarray, *, seed: int = 0) -> float:
+    """AUROC of a random forest that tells generated `(n, d)` from real points `(m, d)`, on the samples out of the bag.
+
+    0.5: the classifier cannot tell them apart; 1: it always can. Both sides must have the same proportions of types.
+    """
+    rng = np.random.default_rng(seed)
+    sides = [side[rng.permutation(len(side))[:MAX_CLASSIFIED]] for side in (generated, real)]
+    points, is_generated = np.concatenate(sides), np.repeat([1, 0], [len(side) for side in sides])
+    forest = RandomForestClassifier(
+        N_TREES, min_samples_leaf=MIN_LEAF, class_weight="balanced", oob_score=True, random_state=seed
+    ).fit(points, is_generated)
+    scores = forest.oob_decision_function_[:, 1]
+    known = np.isfinite(scores)  # a point in every bag has no score
+    return float(roc_auc_score(is_generated[known], scores[known]))
+
+
+def match_proportions(
+    labels: np.ndarray, real_labels: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two sets of cells: of each type equally many random cells on both sides."""
+    mine, theirs = [], []
+    for label in np.intersect1d(labels, real_labels):
+        sides = [np.flatnonzero(side == label) for side in (labels, real_labels)]
+        n = min(map(len, sides))
+        mine.append(rng.permutation(sides[0])[:n])
+        theirs.append(rng.permutation(sides[1])[:n])
+    return np.concatenate(mine), np.concatenate(theirs)
+
+
+def gene_correlation(cells: np.ndarray) -> tuple[float, float]:
+    """Mean absolute correlation of pairs of genes, and the largest eigenvalue of the correlation matrix.
+
+    `cells` are log1p(CP10k) `(n_cells, n_genes)` of one type. A gene without variance correlates with none. Both
+    values grow as cells become fewer: compare equal numbers of cells.
+    """
+    cells = np.asarray(cells, dtype=np.float64)
+    varies = np.ptp(cells, axis=0) > 0
+    matrix = np.eye(cells.shape[1])
+    if varies.any():
+        matrix[np.ix_(varies, varies)] = np.corrcoef(cells[:, varies], rowvar=False)
+    off_diagonal = np.abs(matrix[np.triu_indices(len(matrix), 1)])
+    return float(off_diagonal.mean()), float(np.linalg.eigvalsh(matrix)[-1])
+
+
+def variation_axes(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Leading axes of the variation of real points `(n, d)` within their types, `(d, n_axes)`."""
+    centred = np.concatenate(
+        [points[labels == label] - points[labels == label].mean(0) for label in np.unique(labels)]
+    )
+    return np.linalg.svd(centred, full_matrices=False)[2][:NUM_AXES].T
+
+
+def variance_along(axes: np.ndarray, points: np.ndarray) -> float:
+    """Variance of the points `(n, d)` of one type, summed over the axes `(d, n_axes)`."""
+    return float((points @ axes).var(axis=0, ddof=1).sum())
+
+
+def nearest_distances(points: np.ndarray, training_points: np.ndarray) -> np.ndarray:
+    """Distance of each point `(n, d)` to the nearest of the training points `(m, d)`, `(n,)`: 0 for a copy."""
+    if len(points) * len(training_points) <= 10_000_000:
+        return cdist(points, training_points).min(axis=1)
+    return NearestNeighbors(n_neighbors=1).fit(training_points).kneighbors(points)[0][:, 0]

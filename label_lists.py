@@ -1,0 +1,127 @@
+"""Files of labels as people write them: JSON, or tables and lists from an editor or a spreadsheet program."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from scmmgpt.files import exists, read_json
+
+
+SUFFIXES = (".json", ".csv", ".tsv", ".txt")
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+class LabelList(NamedTuple):
+    """Labels in the order of the file; `texts` and `cl_ids` have those that the file describes or identifies."""
+
+    labels: list[str]
+    texts: dict[str, str]
+    cl_ids: dict[str, str]
+
+
+def read_words(words: list[str]) -> LabelList:
+    """Labels of a command line: one file of labels, or the labels themselves.
+
+    Raises:
+        ValueError: If a file stands among labels, or a label is empty.
+    """
+    paths = [word for word in words if exists(Path(word)) and Path(word).is_file()]
+    named = [word for word in words if Path(word).suffix.lower() in (*SUFFIXES, *SPREADSHEETS)]
+    if len(words) == 1 and (paths or named):
+        return read_label_list(words[0])
+    if paths or named:
+        raise ValueError(f"The labels name a file, {(paths or named)[0]!r}. Name either one file or labels.")
+    if any(not word.strip() for word in words):
+        raise ValueError(f"A label is empty: {words}. Leave it out.")
+    return LabelList(list(dict.fromkeys(" ".join(word.split()) for word in words)), {}, {})
+
+
+def read_label_list(path: str | Path) -> LabelList:
+    """Read a file of labels: one label a line; a table with the columns label, text and cl_id, of which the last two
+    may be missing; or JSON, a list of labels or an object label -> text.
+
+    Separators may be commas, semicolons or tabs, encodings UTF-8, UTF-16 or that of Windows, as Excel writes them.
+
+    Raises:
+        FileNotFoundError, ValueError: With the line, where there is one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    if path.suffix.lower() in SPREADSHEETS:
+        raise ValueError(f"{path} is a spreadsheet. Save it as CSV, with a column 'label', and name that file.")
+    if path.suffix.lower() == ".json":
+        return _from_json(path)
+    lines = read_text(path).splitlines()
+    header = next((line for line in lines if line.strip()), "")
+    separator = max(("\t", ";", ","), key=header.count)
+    columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
+    if "label" in columns:
+        rows = csv.reader(lines[lines.index(header) :], delimiter=separator)
+        return _from_rows(path, columns, rows)
+    if path.suffix.lower() != ".txt" and separator in header:
+        raise ValueError(f"{path} has no column 'label'; it has {columns}.")
+    return _labels(path, ((number, line, "", "") for number, line in enumerate(lines, 1) if line.strip()))
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a file in UTF-8, in UTF-16 with a byte-order mark, or in the encoding of Windows."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    content = path.read_bytes()
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    if "\0" in text:
+        raise ValueError(f"{path} is no text file. Name a file of text.")
+    return text
+
+
+def _from_json(path: Path) -> LabelList:
+    found = read_json(path)
+    if isinstance(found, list):
+        found = dict.fromkeys(map(_word, found), "")
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise ValueError(f"{path} holds {json.dumps(found)[:60]}; write {{label: text}} or a list of labels.")
+    return _labels(path, ((number, label, text, "") for number, (label, text) in enumerate(found.items(), 1)))
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"The list of labels has {json.dumps(value)[:60]}; write each label as a text.")
+    return value
+
+
+def _from_rows(path: Path, columns: list[str], rows: Iterable[list[str]]) -> LabelList:
+    def entries() -> Iterable[tuple[int, str, str, str]]:
+        for number, row in enumerate(rows, 1):
+            if number > 1 and any(value.strip() for value in row):
+                named = dict(zip(columns, row, strict=False))
+                yield number, named.get("label", ""), named.get("text", ""), named.get("cl_id", "")
+
+    return _labels(path, entries())
+
+
+def _labels(path: Path, entries: Iterable[tuple[int, str, str, str]]) -> LabelList:
+    """Labels of `(number, label, text, cl_id)`, without spaces around and between words in a row."""
+    found = LabelList([], {}, {})
+    for number, *words in entries:
+        label, text, cl_id = (" ".join(word.split()) for word in words)
+        if not label:
+            raise ValueError(f"Entry {number} of {path} has no label ({text!r}). Write one, or remove the entry.")
+        if label in found.labels:
+            if text and found.texts.get(label, text) != text:
+                raise ValueError(f"{path} describes {label!r} twice, in other words. Keep one description.")
+        else:
+            found.labels.append(label)
+        found.texts.update({label: text} if text else {})
+        found.cl_ids.update({label: cl_id} if cl_id else {})
+    if not found.labels:
+        raise ValueError(f"{path} has no labels. Write one label a line.")
+    return found

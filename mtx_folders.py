@@ -1,0 +1,356 @@
+"""Matrix Market files with their tables of features and barcodes, alone or in folders of any pipeline.
+
+A matrix gets the tables of its own sample: `GSM2_T2_matrix.mtx` gets `GSM2_T2_barcodes.tsv`, never those of `GSM1_T1`.
+A folder of several samples or matrices is refused with a list, except where its matrices are the parts of one count
+(spliced, unspliced and ambiguous reads) or variants beside a `matrix.mtx`.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scmmgpt.text_tables import Contents, FileError, compression
+
+
+MAX_DEPTH = 6  # folders below the one that was passed in which files of cells are looked for
+MAX_LISTED = 12  # candidates that an error names
+MTX = re.compile(r"\.mtx(\.gz|\.bz2)?$", re.IGNORECASE)
+TABLE = re.compile(r"\.(tsv|txt|csv)(\.gz|\.bz2)?$", re.IGNORECASE)
+CELL_FILE = re.compile(r"(\.(h5ad|h5mu|loom)|(?<!molecule_info)\.h5)$", re.IGNORECASE)
+MIN_ENTRY_BYTES = 4  # of a line of a Matrix Market file: "1 1\n"
+MAX_PACKED = 1100  # the most that gzip or bzip2 shrink text of numbers, about
+
+_START, _END = r"(?:^|(?<=[._\- ]))", r"(?=[._\- ]|$)"
+# Words that say what a file is; the last one in its name decides. Parse Biosciences writes `all_genes.csv` and
+# `cell_metadata.csv`, alevin-fry `quants_mat_cols.txt` and `quants_mat_rows.txt`.
+KINDS = {
+    "matrix": re.compile(rf"{_START}(count_matrix|matrix){_END}", re.IGNORECASE),
+    "features": re.compile(
+        rf"{_START}(all_genes|(features?|genes?)([._-]?names?|[._-]?ids?)?|cols?|var_names){_END}", re.IGNORECASE
+    ),
+    "barcodes": re.compile(
+        rf"{_START}(cell[._-]?(names?|ids?|barcodes?|metadata)|barcodes?|cells?|rows?|obs_names){_END}", re.IGNORECASE
+    ),
+}
+SPLICED, UNSPLICED, AMBIGUOUS = ("spliced", "mature"), ("unspliced", "nascent"), ("ambiguous",)
+PARTS = SPLICED + UNSPLICED + AMBIGUOUS
+# Words of a file's name that do not say whose file it is: the variants of a matrix by STARsolo, kallisto and people.
+GENERIC = frozenset(PARTS) | frozenset(
+    "cell nucleus total processed uniqueandmult em uniform rescue propunique raw filtered unfiltered counts count umi "
+    "umis dge data expression mat sparse norm normalized normalised logcounts".split()
+)
+HEADER_WORDS = frozenset(
+    "barcode barcodes cell cells cellid cell_id cell_barcode cb bc bc_wells x v1 index gene genes gene_id gene_ids "
+    "geneid gene_name gene_names gene_symbol symbol feature features feature_id feature_name id name names".split()
+)
+ID_WORDS = ("gene_id", "gene_ids", "geneid", "feature_id", "ensembl_id", "id")
+NAME_WORDS = ("gene_name", "gene_names", "gene_symbol", "symbol", "feature_name", "name", "gene", "genes")
+CELLS_FIRST = re.compile(r"cells_x|quants_mat|count_matrix|^dge", re.IGNORECASE)  # files of cells x genes
+
+
+class _Table(NamedTuple):
+    """A table of features or of barcodes."""
+
+    path: Path
+    frame: pd.DataFrame  # of str; columns are positions, or the words of the header
+    has_header: bool
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def find_matrices(folder: Path) -> list[Path]:
+    """The Matrix Market files of a folder itself."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and MTX.search(p.name) and not p.name.startswith("."))
+
+
+def find_inside(folder: Path) -> list[Path]:
+    """What may be read below a folder: folders of one count, other matrices, stores and files of cells."""
+    found: list[Path] = []
+    pending = [(folder, 0)]
+    while pending:
+        here, depth = pending.pop()
+        matrices = find_matrices(here)
+        found += [here] if matrices and _one_count(matrices) else matrices
+        for entry in here.iterdir():
+            if entry.is_dir() and is_zarr(entry):
+                found.append(entry)
+            elif entry.is_dir() and depth < MAX_DEPTH:
+                pending.append((entry, depth + 1))
+            elif entry.is_file() and CELL_FILE.search(entry.name):
+                found.append(entry)
+    return sorted(found)
+
+
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is a Zarr store."""
+    return any((folder / marker).exists() for marker in (".zattrs", ".zgroup", "zarr.json"))
+
+
+def list_paths(paths: Iterable[Path | str]) -> str:
+    """Paths as an error names them."""
+    names = [str(path) for path in paths]
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _one_count(matrices: list[Path]) -> list[Path]:
+    """The matrices that make the one count of a folder: one, or the parts of it; empty if there are several counts."""
+    if len(matrices) == 1:
+        return matrices
+    plain = [p for p in matrices if re.fullmatch(r"matrix\.mtx(\.gz|\.bz2)?", p.name, re.IGNORECASE)]
+    if len({_sample(p) for p in matrices}) > 1:
+        return []
+    if len(plain) == 1:  # STARsolo writes `UniqueAndMult-EM.mtx` beside it
+        return plain
+    words = [_part(p) for p in matrices]
+    if all(words) and len(set(words)) == len(words) and set(words) & set(SPLICED) and "ambiguous" in words:
+        return matrices
+    return []
+
+
+def read_mtx(path: Path) -> Contents:
+    """Read a Matrix Market file, or the one count of a folder.
+
+    Raises:
+        FileNotFoundError: If a table is missing.
+        FileError: If several matrices or tables may be meant, do not belong together, or are damaged.
+    """
+    if path.is_file():
+        return _read_one(path)
+    matrices = find_matrices(path)
+    chosen = _one_count(matrices)
+    if not chosen:
+        raise FileError(
+            f"The folder {path} holds {len(matrices)} matrices: {list_paths(p.name for p in matrices)}. Pass the "
+            "path of one of them; it is read with the tables of its own name."
+        )
+    if len(chosen) > 1:
+        return _read_parts(chosen)
+    contents = _read_one(chosen[0])
+    others = [p.name for p in matrices if p not in chosen]
+    if others:
+        contents.notes.append(f"{chosen[0].name} was read; the folder also holds {list_paths(others)}.")
+    return contents
+
+
+def _read_parts(paths: list[Path]) -> Contents:
+    """The count of a velocity pipeline: spliced and ambiguous reads, as other tools count; the parts become layers."""
+    read = {_part(path): _read_one(path) for path in paths}
+    first = next(iter(read.values()))
+    return _count_parts(first, {word: contents.X for word, contents in read.items()})
+
+
+def _count_parts(contents: Contents, layers: dict[str, sp.csr_matrix]) -> Contents:
+    counted = [word for word in SPLICED + AMBIGUOUS if word in layers]
+    total = sum((layers[word] for word in counted[1:]), layers[counted[0]]).tocsr()
+    note = f"The matrix is {' + '.join(counted)}; the parts ({', '.join(layers)}) are layers."
+    return contents._replace(X=total, layers=layers, notes=[*contents.notes, note])
+
+
+# -- names of files ---------------------------------------------------------------------------------------------------
+
+
+def _kind(path: Path) -> str:
+    """`matrix`, `features`, `barcodes`, or empty."""
+    if MTX.search(path.name):
+        return "matrix"
+    if not TABLE.search(path.name):
+        return ""
+    stem = TABLE.sub("", path.name)
+    ends = {kind: max((m.end() for m in KINDS[kind].finditer(stem)), default=0) for kind in ("features", "barcodes")}
+    kind = max(ends, key=lambda kind: ends[kind])
+    return kind if ends[kind] else ""
+
+
+def _words(path: Path) -> list[str]:
+    """Words of a file's name, without its endings and the words that say what it is."""
+    stem = TABLE.sub("", MTX.sub("", path.name))
+    found = list(KINDS[_kind(path)].finditer(stem))
+    if found:
+        stem = f"{stem[: found[-1].start()]} {stem[found[-1].end() :]}"
+    return [word for word in re.split(r"[._\- ]+", stem.lower()) if word]
+
+
+def _sample(path: Path) -> tuple[str, ...]:
+    """The words of a file's name that say whose it is."""
+    return tuple(word for word in _words(path) if word not in GENERIC)
+
+
+def _part(path: Path) -> str:
+    """Which reads of a count a matrix holds; empty if it does not say."""
+    return next((word for word in _words(path) if word in PARTS), "")
+
+
+def _candidates(matrix: Path, kind: str) -> list[Path]:
+    """The tables of a kind that a matrix's name leads to.
+
+    These are the tables of the same sample; else of the words that the sample begins with, such as a table for all
+    samples of a series; else the only table of features that belongs to no other matrix.
+    """
+    tables = [p for p in sorted(matrix.parent.iterdir()) if p.is_file() and _kind(p) == kind]
+    mine = _sample(matrix)
+    equal = [p for p in tables if _sample(p) == mine]
+    if equal:
+        return [p for p in equal if _words(p) == _words(matrix)] or equal
+    others = {_sample(p) for p in find_matrices(matrix.parent)} - {mine}
+    free = [p for p in tables if _sample(p) not in others]
+    begin = [p for p in free if mine[: len(_sample(p))] == _sample(p)]
+    if begin:
+        longest = max(len(_sample(p)) for p in begin)
+        shared = any(other[: len(_sample(begin[0]))] == _sample(begin[0]) for other in others)
+        return [p for p in begin if len(_sample(p)) == longest] if kind == "features" or not shared else []
+    longer = [p for p in free if _sample(p)[: len(mine)] == mine]
+    if len({_sample(p) for p in longer}) == 1 and not (kind == "barcodes" and others):
+        return longer
+    return free if kind == "features" and len(free) == 1 else []
+
+
+# -- one matrix -------------------------------------------------------------------------------------------------------
+
+
+def _read_one(path: Path) -> Contents:
+    from scipy.io import mminfo, mmread
+
+    found = {kind: _candidates(path, kind) for kind in ("features", "barcodes")}
+    # Barcodes under another name than the matrix's belong to it only if the features have that name too.
+    names = {_sample(path), *(_sample(p) for p in found["features"] if _sample(path) != _sample(found["features"][0]))}
+    found["barcodes"] = [p for p in found["barcodes"] if _sample(p) in names]
+    for kind, wanted in (("features", "features.tsv or genes.tsv"), ("barcodes", "barcodes.tsv")):
+        if not found[kind]:
+            there = [p.name for p in sorted(path.parent.iterdir()) if _kind(p) == kind]
+            hint = f" (those of other names are {list_paths(there)})" if there else ""
+            raise FileNotFoundError(
+                f"Beside {path.name} there is no {wanted} in {path.parent}{hint}; copy it there, under a name that "
+                "begins like that of the matrix."
+            )
+    try:
+        n_rows, n_columns, n_entries, *_ = mminfo(path)
+    except (ValueError, EOFError, OSError) as error:
+        raise FileError(f"{path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
+    shape = n_rows, n_columns
+    features, others = _choose_table(path, [_read_names(p, shape) for p in found["features"]], shape)
+    barcodes, _ = _choose_table(path, [_read_names(p, shape) for p in found["barcodes"]], shape)
+    n_features, n_barcodes = len(features.frame), len(barcodes.frame)
+    if sorted(shape) != sorted((n_features, n_barcodes)):
+        raise FileError(
+            f"{path.name} is {n_rows} x {n_columns}, but there are {n_features} features and {n_barcodes} barcodes "
+            f"({features.path.name}, {barcodes.path.name}): the files do not belong together. Copy all three from one "
+            "source."
+        )
+    packed = MAX_PACKED if compression(path)[1] else 1
+    if n_entries * MIN_ENTRY_BYTES > path.stat().st_size * packed:
+        raise FileError(
+            f"{path} states {n_entries:,} entries, but is too short for them: it is damaged. Copy it again."
+        )
+    try:
+        matrix = sp.csr_matrix(mmread(path))
+    except (ValueError, EOFError, OSError, OverflowError) as error:
+        raise FileError(f"{path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
+    square = n_features == n_barcodes
+    if (n_rows == n_features and not square) or (square and not CELLS_FIRST.search(path.name)):  # 10x: genes x cells
+        matrix = matrix.T.tocsr()
+    contents = Contents(matrix, _obs(barcodes), _var(features, others), _say(path, features, barcodes))
+    return _unite_usa(contents)
+
+
+def _read_names(path: Path, shape: tuple[int, int]) -> _Table:
+    """A table of names, without a header and a column of row numbers, if it has them."""
+    try:
+        with compression(path)[0](path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            lines = [line.rstrip("\r\n") for line in itertools.islice(file, 20) if line.strip()]
+    except (OSError, EOFError) as error:
+        raise FileError(f"{path} is damaged ({error}). Copy it again.") from error
+    usual = lines[-1] if lines else ""
+    separator = "\t" if "\t" in usual else "," if "," in usual else " " if re.match(r'"[^"]*" ', usual) else "\t"
+    width = max((line.count(separator) + 1 for line in lines), default=1)
+    layout = {"sep": separator, "header": None, "names": range(width), "dtype": str, "keep_default_na": False}
+    try:
+        packed = compression(path)[1]
+        frame = pd.read_csv(
+            path, encoding="utf-8-sig", encoding_errors="replace", index_col=False, compression=packed, **layout
+        )
+    except (pd.errors.ParserError, EOFError, OSError) as error:
+        raise FileError(f"{path} is damaged or no table of names ({error}). Copy it again.") from error
+    frame = frame.fillna("").apply(lambda column: column.str.strip())
+    words = [word.lower() for word in frame.iloc[0]] if len(frame) else []
+    has_header = len(frame) not in shape and len(frame) - 1 in shape and not HEADER_WORDS.isdisjoint(words)
+    if has_header:
+        frame = frame.iloc[1:].reset_index(drop=True)
+        if words[-1] == "" and len(words) > 1:  # R writes no name above row numbers
+            words = ["", *words[:-1]]
+        frame.columns = pd.Index([word or str(i) for i, word in enumerate(words)], dtype=object)
+    numbers = [str(i + 1) for i in range(len(frame))]
+    if frame.shape[1] > 1 and len(frame) and frame.iloc[:, 0].tolist() == numbers:
+        frame = frame.iloc[:, 1:]
+        frame.columns = frame.columns if has_header else pd.RangeIndex(frame.shape[1])
+    return _Table(path, frame, has_header)
+
+
+def _choose_table(matrix: Path, tables: list[_Table], shape: tuple[int, int]) -> tuple[_Table, list[_Table]]:
+    """The table whose length fits, and others of the same features (kallisto writes ids and names apart)."""
+    fitting = [table for table in tables if len(table.frame) in shape] or tables[:1]
+    fitting.sort(key=lambda table: (bool(re.search(r"names", table.path.name, re.IGNORECASE)), table.path.name))
+    first, *others = fitting
+    apart = [t for t in others if re.search(r"genes?[._-]?names", t.path.name, re.IGNORECASE)]
+    for other in others:
+        if other not in apart and other.frame.iloc[:, 0].tolist() != first.frame.iloc[:, 0].tolist():
+            raise FileError(
+                f"{first.path.name} and {other.path.name} may both belong to {matrix.name}, and differ. Leave the "
+                "right one in the folder."
+            )
+    return first, apart
+
+
+def _obs(barcodes: _Table) -> pd.DataFrame:
+    names = pd.Index(barcodes.frame.iloc[:, 0].tolist(), dtype=object)
+    if not barcodes.has_header:
+        return pd.DataFrame(index=names)
+    obs = barcodes.frame.iloc[:, 1:].set_axis(names, axis=0)
+    return obs.apply(_numbers)
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """A column of words as numbers, if all are."""
+    numbers = pd.to_numeric(column, errors="coerce")
+    return numbers if numbers.notna().all() else column
+
+
+def _var(features: _Table, others: Sequence[_Table]) -> pd.DataFrame:
+    """Features by name, else by id."""
+    frame = features.frame
+    if features.has_header:
+        ids = next((frame[word] for word in ID_WORDS if word in frame), frame.iloc[:, 0])
+        names = next((frame[word] for word in NAME_WORDS if word in frame), ids)
+        var = frame.copy()
+    else:
+        ids, names = frame[0], frame[min(frame.shape[1] - 1, 1)]
+        var = pd.DataFrame({"gene_ids": ids, "feature_types": frame[2]} if frame.shape[1] > 2 else {"gene_ids": ids})
+        var = var if frame.shape[1] > 1 else var[[]]
+    for other in others[:1]:
+        var["gene_name"] = other.frame.iloc[:, 0]
+    index = np.where(names == "", ids, names)
+    return var.set_axis(pd.Index(index.tolist(), dtype=object), axis=0)
+
+
+def _say(path: Path, features: _Table, barcodes: _Table) -> list[str]:
+    """A note where the tables of a matrix have other names than the matrix."""
+    if _sample(path) == _sample(features.path) == _sample(barcodes.path):
+        return []
+    return [f"{path.name} was read with {features.path.name} and {barcodes.path.name}."]
+
+
+def _unite_usa(contents: Contents) -> Contents:
+    """The columns of alevin-fry, which names spliced, unspliced and ambiguous counts `X`, `X-U` and `X-A`."""
+    names, n = contents.var.index.tolist(), contents.var.shape[0] // 3
+    if not n or [*names[n:]] != [f"{name}{end}" for end in ("-U", "-A") for name in names[:n]]:
+        return contents
+    words = (SPLICED[0], UNSPLICED[0], AMBIGUOUS[0])
+    layers = {word: contents.X[:, i * n : (i + 1) * n].tocsr() for i, word in enumerate(words)}
+    return _count_parts(contents._replace(var=contents.var.iloc[:n]), layers)

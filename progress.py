@@ -1,0 +1,23 @@
+"""A line on stderr about work that takes longer than a user waits in silence."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 3  # before the first line
+
+
+@contextlib.contextmanager
+def tell_if_slow(what: str) -> Iterator[None]:
+    """Log `what` as a warning, which is shown by default, if the block takes longer than `SECONDS`."""
+    timer = threading.Timer(SECONDS, logger.warning, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,250 @@
+"""Labels in other words, room for "none of these", broader answers, and cells that are like no known type."""
+
+import anndata
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from scmmgpt.annotation_scmmgpt import (
+    Novelty,
+    absent_genes,
+    candidate_columns,
+    choose_labels,
+    fit_novelty,
+    novelty_of,
+    trained_labels_of,
+)
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.train.data import ontology
+
+
+TRAINED = {
+    "B cell": "CL:0000236",
+    "natural killer cell": "CL:0000623",
+    "CD14-positive monocyte": "CL:0001054",
+    "CD4-positive, alpha-beta memory T cell": "CL:0000897",
+    "naive thymus-derived CD4-positive, alpha-beta T cell": "CL:0000895",
+    "naive thymus-derived CD8-positive, alpha-beta T cell": "CL:0000900",
+}
+TEXTS = {label: f"text of {label}" for label in TRAINED}
+T_CELLS = [label for label in TRAINED if label.endswith("T cell")]
+
+
+@pytest.fixture(scope="module")
+def terms():
+    """The terms that a checkpoint of `TRAINED` stores."""
+    return ontology.label_terms(TRAINED)
+
+
+# -- labels in other words --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("B cell", ["B cell"]),
+        ("b-cells", ["B cell"]),
+        ("B_cell", ["B cell"]),
+        ("B lymphocyte", ["B cell"]),
+        ("CL:0000236", ["B cell"]),
+        ("NK cells", ["natural killer cell"]),
+        ("monocytes", ["CD14-positive monocyte"]),
+        ("T cell", T_CELLS),
+        ("T lymphocytes", T_CELLS),
+        ("CD4+ T cell", T_CELLS[:2]),
+        ("naive T cell", T_CELLS[1:]),
+        ("hepatocyte", []),
+        ("gamma-delta T cell", []),
+    ],
+)
+def test_a_label_in_other_words_means_the_trained_ones(terms, words, meant):
+    assert sorted(trained_labels_of(words, None, list(TRAINED), terms)) == sorted(meant)
+
+
+def test_an_id_decides_before_the_words(terms):
+    assert trained_labels_of("cluster 7", "CL:0000623", list(TRAINED), terms) == ["natural killer cell"]
+
+
+def test_spellings_are_understood_without_an_ontology():
+    assert trained_labels_of("t-CELLS", None, ["T cell", "B cell"], []) == ["T cell"]
+
+
+def candidates_of(labels, terms):
+    labels = labels if isinstance(labels, dict) else {label: TEXTS.get(label, label) for label in labels}
+    return candidate_columns(labels, TEXTS, {}, terms)
+
+
+def test_labels_that_mean_trained_ones_are_scored_by_the_texts_of_training(terms):
+    candidates = candidates_of(["B-cells", "T lymphocyte"], terms)
+    assert candidates.texts == list(TEXTS.values())
+    assert not candidates.unseen.any()
+    # Nobody asked for NK cells and monocytes: they compete, so that a cell may be neither.
+    assert candidates.owners.tolist() == [0, -1, -1, 1, 1, 1]
+    pooled = candidates.pool(np.array([[0.1, 0.1, 0.5, 0.1, 0.1, 0.1]]))
+    np.testing.assert_allclose(pooled, [[0.1, 0.3]])
+
+
+def test_a_trained_label_belongs_to_the_narrowest_label_that_means_it(terms):
+    candidates = candidates_of(["T cell", "CD4 T cell"], terms)
+    assert [candidates.names[owner] for owner in candidates.owners[3:]] == ["CD4 T cell", "CD4 T cell", "T cell"]
+
+
+def test_only_a_label_without_a_trained_meaning_is_unseen(terms):
+    candidates = candidates_of(["B lymphocyte", "hepatocyte"], terms)
+    assert candidates.texts[candidates.unseen.argmax()] == "hepatocyte"
+    assert candidates.unseen.sum() == 1
+
+
+def test_a_description_of_a_trained_label_speaks_for_it_beside_the_text_of_training(terms):
+    candidates = candidates_of({"B cell": "a lymphocyte that makes antibodies", "T cell": "T cell"}, terms)
+    owned = [text for text, owner in zip(candidates.texts, candidates.owners, strict=True) if owner == 0]
+    assert owned == ["text of B cell", "a lymphocyte that makes antibodies"]
+    assert not candidates.unseen.any()
+
+
+def test_a_broader_trained_label_does_not_compete_with_its_own_kinds():
+    texts = {"T cell": "text of T", "B cell": "text of B"}
+    terms = ontology.label_terms(dict.fromkeys(texts))
+    candidates = candidate_columns({"CD8-positive T cell": "CD8", "gamma-delta T cell": "gd"}, texts, {}, terms)
+    assert candidates.texts == ["text of B", "CD8", "gd"]
+    assert candidates.owners.tolist() == [-1, 0, 1]
+
+
+def test_without_known_labels_the_candidates_are_all_there_is():
+    candidates = candidate_columns({"B": "a B cell", "T": "a T cell"}, {}, {}, [])
+    assert candidates.texts == ["a B cell", "a T cell"]
+    assert candidates.owners.tolist() == [0, 1]
+
+
+def test_annotate_takes_other_words_and_leaves_room_for_none(tiny_pipeline, adata, terms):
+    labels = {label: f"a {label}" for label in TRAINED}
+    tiny_pipeline.model.config.annotation = {"labels": labels, "cl_ids": TRAINED, "terms": terms, "unseen_bonus": 9.0}
+    everything = tiny_pipeline.annotate(adata.copy(), matching_weight=0).obsm["scmmgpt_probabilities"]
+    tiny_pipeline.annotate(adata, ["B cells", "T-lymphocyte"], matching_weight=0)
+    expected = np.stack([everything[:, 0], everything[:, 3:].sum(axis=1)], axis=1)
+    np.testing.assert_allclose(adata.obsm["scmmgpt_probabilities"], expected, atol=1e-6)
+    assert set(adata.obs["scmmgpt_cl_id"]) <= {"CL:0000236", "CL:0000084"}
+
+
+# -- broader answers --------------------------------------------------------------------------------------------------
+
+
+def test_below_the_least_score_the_answer_is_the_narrowest_type_that_reaches_it(terms):
+    names = list(TRAINED)
+    probabilities = np.array(
+        [
+            [0.9, 0, 0, 0, 0, 0.1],  # certain
+            [0, 0, 0.1, 0.45, 0.4, 0.05],  # CD4 of some kind
+            [0, 0, 0.1, 0.3, 0.3, 0.3],  # T of some kind
+            [0.3, 0.3, 0, 0.3, 0.1, 0],  # a lymphocyte
+            [0.3, 0.1, 0.35, 0.05, 0.1, 0.1],  # anything
+        ]
+    )
+    columns = choose_labels(probabilities, names, TRAINED, min_score=0.8, terms=terms)
+    expected = ["B cell", "CD4-positive, alpha-beta T cell", "T cell", "lymphocyte", "Unknown"]
+    assert columns["cell_type"].tolist() == expected
+    assert columns["cl_id"].tolist() == ["CL:0000236", "CL:0000624", "CL:0000084", "CL:0000542", ""]
+    np.testing.assert_allclose(columns["score"], [0.9, 0.85, 0.9, 1.0, 0.35])
+
+
+# -- novelty ----------------------------------------------------------------------------------------------------------
+
+
+def draw_cells(rates, n_cells, seed):
+    """Cells of Poisson counts; `rates` are `(n_genes,)`."""
+    counts = np.random.default_rng(seed).poisson(rates, (n_cells, len(rates)))
+    rows, genes = counts.nonzero()
+    indptr = np.concatenate([[0], np.cumsum((counts > 0).sum(axis=1))])
+    return Cells(indptr, genes, counts[rows, genes], np.arange(n_cells, dtype=np.uint64))
+
+
+@pytest.fixture
+def types():
+    """Two known types and a new one over 60 genes: 20 shared, 10 of each known type, 20 of the new one."""
+    shared, one, two, new = np.zeros((4, 60))
+    shared[:20], one[20:30], two[30:40], new[40:] = 100, 100, 100, 60
+    leak = np.full(60, 0.01)
+    return {"one": shared + one + leak, "two": shared + two + leak, "new": shared + new}
+
+
+@pytest.fixture
+def known(types):
+    cells = [draw_cells(types[name], 200, seed) for seed, name in enumerate(("one", "two"))]
+    return Cells.concatenate(cells), np.repeat([0, 1], 200)
+
+
+def test_novelty_is_the_share_of_a_cell_in_genes_that_no_known_type_expresses(known, types):
+    cells, targets = known
+    absent = absent_genes(cells, targets, 60)
+    assert np.flatnonzero(absent).tolist() == list(range(40, 60))
+    cell = Cells(np.array([0, 3]), np.array([0, 21, 45]), np.array([4, 9, 25]), np.zeros(1, dtype=np.uint64))
+    assert novelty_of(cell, absent).tolist() == [0.5]  # 5 of 2 + 3 + 5
+
+
+def test_a_new_type_is_above_one_and_known_cells_are_not(known, types):
+    cells, targets = known
+    measured = np.arange(60)
+    novelty = Novelty.of(fit_novelty(cells, targets, measured, 60), measured, 60)
+    assert (novelty(draw_cells(types["new"], 50, 9)) > 1).all()
+    assert (novelty(draw_cells(types["one"], 200, 8)) > 1).mean() < 0.03
+
+
+def test_genes_that_were_never_measured_are_not_absent(known):
+    cells, targets = known
+    stored = fit_novelty(cells, targets, np.arange(50), 60)
+    assert np.flatnonzero(Novelty.of(stored, np.arange(60), 60).absent).tolist() == list(range(40, 50))
+
+
+def test_a_panel_of_few_genes_says_nothing_about_novelty(known):
+    cells, targets = known
+    stored = fit_novelty(cells, targets, np.arange(60), 60)
+    assert Novelty.of(stored, np.arange(10), 60) is None
+    assert Novelty.of(None, np.arange(60), 60) is None
+
+
+def test_too_few_cells_give_no_measure_of_novelty(known):
+    cells, targets = known
+    assert fit_novelty(cells[:50], targets[:50], np.arange(60), 60) is None
+
+
+def test_novel_cells_are_unknown_unless_every_cell_shall_get_a_label():
+    probabilities, novelty = np.array([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1]]), np.array([0.5, 1.5, np.nan])
+    columns = choose_labels(probabilities, ["B", "T"], {"B": "CL:0000236"}, novelty=novelty)
+    assert columns["cell_type"].tolist() == ["B", "Unknown", "B"]
+    assert columns["cl_id"].tolist() == ["CL:0000236", "", "CL:0000236"]
+    columns = choose_labels(probabilities, ["B", "T"], {}, min_score=0, novelty=novelty)
+    assert columns["cell_type"].tolist() == ["B", "B", "B"]
+
+
+@pytest.fixture
+def calibrated(tiny_pipeline, adata):
+    """A pipeline calibrated on 120 cells that lack the last ten genes, and cells of those genes."""
+    adata.X = adata.X.multiply(np.arange(40) < 30).tocsr()
+    twice = anndata.concat({"a": adata, "b": adata}, index_unique="-")
+    labels = {str(name): str(name) for name in adata.obs["cell_type"].cat.categories}
+    tiny_pipeline.calibrate(twice, "cell_type", labels)
+    new = adata[:20].copy()
+    new.X = csr_matrix(np.tile(np.arange(40) >= 30, (20, 1)) * np.arange(1.0, 41))
+    return tiny_pipeline, adata, new
+
+
+def test_calibration_tells_new_cells_on_one_line(calibrated, monkeypatch):
+    pipeline, known, new = calibrated
+    said = []
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    pipeline.annotate(known)
+    assert not (known.obs["scmmgpt_cell_type"] == "Unknown").any()
+    pipeline.annotate(new, force=True)
+    assert (new.obs["scmmgpt_cell_type"] == "Unknown").all()
+    assert (new.obs["scmmgpt_novelty"] > 1).all()
+    assert new.uns["scmmgpt"]["annotate"]["novel_cells"] == 20
+    (line,) = [line for line in said if "like nothing" in line]
+    assert line.startswith("20 of 20 cells are like nothing that this checkpoint knows (4 cell types, such as")
+
+
+def test_calibration_keeps_what_fine_tuning_stored(tiny_pipeline, adata):
+    labels = {str(name): str(name) for name in adata.obs["cell_type"].cat.categories}
+    tiny_pipeline.model.config.annotation = {"labels": labels, "unseen_bonus": 0.3, "terms": [], "temperature": 0.1}
+    tiny_pipeline.calibrate(adata, "cell_type")
+    assert tiny_pipeline.model.config.annotation["unseen_bonus"] == 0.3
+    assert tiny_pipeline.model.config.annotation["terms"] == []

@@ -1,0 +1,356 @@
+"""Cells of any dataset train like the cells of a corpus: the same batches, losses and weights."""
+
+import json
+from pathlib import Path
+
+import anndata
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.sparse import csr_matrix
+from torch.utils.data import DataLoader, default_collate
+from transformers import Trainer, TrainingArguments
+
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.tests.test_train import log_of, run_ranks, words_of
+from scmmgpt.train import align, pretrain, tune
+from scmmgpt.train.data.batches import BatchDataset
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.collate import AlignmentCollator
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.data.stream import CellStream
+from scmmgpt.train.data.streamed import open_cells
+from scmmgpt.train.trainer import ModelLossTrainer
+
+
+class Rows(torch.utils.data.Dataset):
+    """One's own map-style dataset of an AnnData."""
+
+    def __init__(self, adata, vocabulary):
+        gene_ids = np.array([vocabulary[name] for name in adata.var_names])
+        self.cells = Cells.from_csr(csr_matrix(adata.X), gene_ids, adata.obs["cell_id"].to_numpy())
+        self.obs = adata.obs
+
+    def __len__(self):
+        return len(self.cells)
+
+    def __getitem__(self, i):
+        names = ("cell_type", "cell_type_ontology_term_id", "tissue", "dataset_id")
+        return {"cells": self.cells[i], **{name: self.obs[name].iloc[i] for name in names}}
+
+
+def load(corpus, split="train", streaming=False):
+    return datasets.load_dataset(
+        "parquet", data_files={split: f"{corpus}/data/{split}-*.parquet"}, split=split, streaming=streaming
+    )
+
+
+def own_rows(corpus, split="train"):
+    """The cells of a split by way of an AnnData."""
+    opened = open_corpus(corpus)
+    cells, table = opened.load(split)
+    counts = csr_matrix((cells.counts, cells.gene_ids, cells.indptr), shape=(len(cells), 33)).toarray()[:, 3:]
+    obs = table.to_pandas().set_index(cells.cell_ids.astype(str))
+    adata = anndata.AnnData(counts.astype(np.float32), obs=obs)
+    adata.var_names = [f"GENE{i}" for i in range(30)]
+    adata.obs["cell_id"] = cells.cell_ids
+    return Rows(adata, opened.vocabulary)
+
+
+ROADS = {"map-style": load, "own": own_rows}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(tmp_path / "datasets"))
+
+
+def assert_equal_batches(ours, theirs):
+    assert len(ours) == len(theirs) > 1
+    for own, their in zip(ours, theirs, strict=True):
+        assert own.keys() == their.keys()
+        for name, value in own.items():
+            assert torch.equal(value, their[name]), name
+
+
+def batches_of(cells, collate, epoch=0, **settings):
+    dataset = BatchDataset(open_cells(cells, **settings), collate)
+    dataset.set_epoch(epoch)
+    return list(dataset)
+
+
+@pytest.fixture
+def collate(aligned):
+    return AlignmentCollator(ScMMGPTProcessor.from_pretrained(aligned), CaptionSampler())
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 5},
+        {"batch_size": 8, "rank": 1, "world_size": 2},
+        {"token_budget": 200, "max_genes": 40},
+        {"batch_size": 6, "balance": "cell_type"},
+        {"batch_size": 5, "shuffle": False},
+    ],
+    ids=str,
+)
+def test_rows_of_a_dataset_make_the_batches_of_the_corpus(corpus, collate, road, settings, monkeypatch):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)  # that of the corpus
+    for epoch in (0, 3):
+        options = {"seed": 4, **settings}
+        ours = batches_of(open_corpus(corpus), collate, epoch, **options)
+        assert_equal_batches(ours, batches_of(ROADS[road](corpus), collate, epoch, **options))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_dataset_that_is_read_as_needed_makes_the_same_batches(corpus, collate, monkeypatch, in_memory):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
+    if not in_memory:
+        monkeypatch.setattr("scmmgpt.train.data.stream.IN_MEMORY_BYTES", -1)
+    ours = batches_of(open_corpus(corpus), collate, batch_size=5)
+    for rows in (load(corpus), own_rows(corpus)):
+        assert_equal_batches(ours, batches_of(rows, collate, batch_size=5))
+
+
+def test_a_streamed_dataset_makes_the_batches_of_the_corpus_in_its_order(corpus, collate):
+    ours = batches_of(open_corpus(corpus), collate, 2, batch_size=5, shuffle=False)
+    assert_equal_batches(ours, batches_of(load(corpus, streaming=True), collate, 2, batch_size=5))
+
+
+def test_ranks_share_a_streamed_dataset_as_a_plain_trainer_shares_it(corpus):
+    stream = load(corpus, streaming=True)
+    everything = [int(i) % 2**64 for i in load(corpus)["cell_id"]]
+    seen = []
+    for rank in range(2):
+        share = open_cells(stream, batch_size=3, rank=rank, world_size=2)
+        seen.append([cells.cell_ids.tolist() for cells, _, _ in share.batches()])
+    assert [len(rank) for rank in seen] == [6, 6]
+    assert sum((a + b for a, b in zip(*seen, strict=True)), []) == everything  # 32 = 5 x 6 + 2
+    assert seen[1][0] == everything[3:6]
+
+
+def test_a_shuffled_stream_differs_between_epochs_and_resumes_in_each(corpus):
+    stream = load(corpus, streaming=True).shuffle(seed=1, buffer_size=16)
+    source = open_cells(stream, batch_size=5)
+    epochs = [[cells.cell_ids.tolist() for cells, *_ in source.batches(epoch)] for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert {i for batch in epochs[0] for i in batch} == {i for batch in epochs[2] for i in batch}
+    assert [cells.cell_ids.tolist() for cells, *_ in source.batches(2, start=3)] == epochs[2][3:]
+
+
+def test_a_streamed_dataset_is_filtered_and_mapped_as_any(corpus):
+    stream = load(corpus, streaming=True).filter(lambda row: row["cell_type"] == "B cell")
+    stream = stream.map(lambda row: {"tissue": row["tissue"].upper()})
+    cells, obs, _ = next(open_cells(stream, batch_size=4).batches())
+    assert len(cells) == 4
+    assert set(obs["cell_type"]) == {"B cell"}
+    assert set(obs["tissue"]) == {"BLOOD"}
+
+
+@pytest.mark.parametrize("setting", [{"balance": "cell_type"}, {"token_budget": 100}])
+def test_what_needs_random_access_is_refused_for_a_stream(corpus, setting):
+    with pytest.raises(ValueError, match="has no random access"):
+        open_cells(load(corpus, streaming=True), batch_size=4, **setting)
+
+
+def test_a_dataset_without_the_columns_of_a_cell_says_so(corpus):
+    with pytest.raises(ValueError, match="has no column 'counts'"):
+        open_cells(load(corpus).remove_columns("counts"), batch_size=4)
+    with pytest.raises(ValueError, match="has no column 'cell_id'"):
+        next(
+            open_cells(load(corpus, streaming=True).rename_column("cell_id", "id"), batch_size=4, n_cells=9).batches()
+        )
+    with pytest.raises(ValueError, match="Row 0 has no 'gene_ids'"):
+        Cells.from_rows([{"cell_id": 1, "counts": [1]}])
+
+
+# -- identities -------------------------------------------------------------------------------------------------------
+
+
+def test_cell_ids_survive_torch(corpus):
+    cells, _ = open_corpus(corpus).load("train", columns=[])
+    assert (cells.cell_ids > 2**63).any()
+    rows = load(corpus).select_columns(["cell_id", "total_counts"])
+    by_default = torch.cat([batch["cell_id"] for batch in DataLoader(rows, batch_size=7)])
+    in_torch = rows.with_format("torch")["cell_id"][:]
+    for ids in (by_default, in_torch, default_collate(rows["cell_id"][:])):
+        assert ids.dtype == torch.int64
+        assert np.array_equal(ids.numpy().view(np.uint64), cells.cell_ids)
+
+
+@pytest.mark.parametrize("kind", [None, "numpy", "torch"])
+def test_cells_come_from_rows_in_every_format_and_go_back(corpus, kind):
+    rows = load(corpus) if kind is None else load(corpus).with_format(kind)
+    cells, _ = open_corpus(corpus).load("train", columns=[])
+    for found in (Cells.from_rows([rows[i] for i in range(32)]), Cells.from_rows(cells.to_rows())):
+        for name in ("indptr", "gene_ids", "counts", "cell_ids", "total_counts"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(cells, name))
+    again = datasets.Dataset.from_list(cells.to_rows())
+    np.testing.assert_array_equal(Cells.from_rows(list(again)).cell_ids, cells.cell_ids)
+
+
+# -- commands and trainers --------------------------------------------------------------------------------------------
+
+
+ALIGN = {
+    "cell_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "model_config": {"num_query_tokens": 2, "projection_dim": 8},
+    "qformer_config": {"cross_attention_frequency": 1},
+    "per_device_train_batch_size": 8,
+    "max_steps": 20,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "report_to": "none",
+}
+
+
+def align_on(corpus, bert, output_dir, road="corpus", **options):
+    values = {**ALIGN, "corpus": corpus, "bert": bert, "output_dir": output_dir, **options}
+    cells = None if road == "corpus" else {"train": ROADS[road](corpus)}
+    align.main(*align.make_parser().parse_args_and_config(words_of(values)), cells=cells)
+
+
+def assert_equal_runs(ours, theirs):
+    assert log_of(ours, "loss") == log_of(theirs, "loss")
+    weights, others = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_twenty_steps_on_a_dataset_end_like_twenty_on_the_corpus_also_resumed(
+    corpus, bert, tmp_path, road, monkeypatch
+):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
+    align_on(corpus, bert, tmp_path / "corpus")
+    saving = {"save_strategy": "steps", "save_steps": 14}  # in epoch 3, of four steps each
+    align_on(corpus, bert, tmp_path / road, road, **saving)
+    assert_equal_runs(tmp_path / "corpus", tmp_path / road)
+    resumed = {"resume_from_checkpoint": tmp_path / road / "checkpoint-14"}
+    align_on(corpus, bert, tmp_path / road, road, **saving, **resumed)
+    assert_equal_runs(tmp_path / "corpus", tmp_path / road)
+
+
+def test_two_processes_train_on_a_dataset_as_on_the_corpus(corpus, bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
+    options = {"per_device_train_batch_size": 4, "max_steps": 6}
+    for road in ("corpus", "map-style"):
+        run_ranks(align_on, corpus, bert, tmp_path / road, road, **options)
+    assert_equal_runs(tmp_path / "corpus", tmp_path / "map-style")
+
+
+def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, monkeypatch):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
+    common = {name: ALIGN[name] for name in list(ALIGN)[3:]} | {"max_steps": 3, "corpus": corpus}
+    for road in ("corpus", "map-style"):
+        cells = None if road == "corpus" else {"train": load(corpus)}
+        values = {**common, "output_dir": tmp_path / f"pretrain {road}", "cell_config": ALIGN["cell_config"]}
+        pretrain.main(*pretrain.make_parser().parse_args_and_config(words_of(values)), cells=cells)
+        projector = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidden_layers": 1}}
+        values = {**common, "aligned": aligned, "language_model": "scratch", "model_config": projector}
+        values |= {"output_dir": tmp_path / f"tune {road}", "language_model_config": {"hidden_size": 16}}
+        values["language_model_config"] |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        values["language_model_config"] |= {"num_key_value_heads": 2}
+        tune.main(*tune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
+    for command in ("pretrain", "tune"):
+        assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} map-style")
+
+
+def by_hand(aligned, output_dir, trainer=ModelLossTrainer, **options):
+    """A stage-1 model trained further by a trainer; the losses of its steps, and its weights."""
+    model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
+    arguments = TrainingArguments(
+        output_dir,
+        per_device_train_batch_size=8,
+        max_steps=20,
+        learning_rate=1e-3,
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+    arguments.pretrained_learning_rate = None
+    runner = trainer(model, arguments, **options)
+    runner.train()
+    return [line["loss"] for line in runner.state.log_history if "loss" in line], model.state_dict()
+
+
+def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain_one(
+    corpus,
+    aligned,
+    collate,
+    tmp_path,
+):
+    fast = BatchDataset(CellStream(corpus, batch_size=8, shuffle=False), collate)
+    losses, weights = by_hand(aligned, tmp_path / "fast", train_dataset=fast)
+    assert len(losses) == 20
+    assert losses[0] != losses[4]  # epochs differ in their draws
+    stream = load(corpus, streaming=True)
+    rows = collate.processor.data_collator(collate)
+    runs = {
+        "ours": by_hand(aligned, tmp_path / "a", train_dataset=stream, data_collator=rows),
+        "plain": by_hand(aligned, tmp_path / "b", Trainer, train_dataset=stream, data_collator=rows, callbacks=[rows]),
+    }
+    for name, (their_losses, their_weights) in runs.items():
+        assert their_losses == losses, name
+        for part, value in weights.items():
+            assert torch.equal(value, their_weights[part]), (name, part)
+
+
+def test_a_plain_trainer_that_resumes_in_epoch_three_ends_like_one_that_does_not(corpus, aligned, collate, tmp_path):
+    losses = {}
+    for name, checkpoint in {"whole": None, "cut": tmp_path / "checkpoint-14"}.items():
+        rows = collate.processor.data_collator(collate)
+        arguments = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=8,
+            max_steps=20,
+            logging_steps=1,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+            save_steps=14,
+            remove_unused_columns=False,
+        )
+        model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
+        trainer = Trainer(model, arguments, train_dataset=load(corpus), data_collator=rows, callbacks=[rows])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        losses[name] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses["whole"] == losses["cut"]
+
+
+def test_the_collator_makes_the_batches_of_stage_1_from_rows_with_captions(corpus, collate):
+    texts = CaptionSampler()
+    cells, table = open_corpus(corpus).load("train")
+    obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
+    ours = collate(cells, obs, epoch=0)
+    captions = texts.caption(obs, cells, collate.gene_symbols, epoch=0)
+    rows = load(corpus).add_column("caption", captions)
+    theirs = collate.processor.data_collator()([rows[i] for i in range(len(rows))])
+    assert_equal_batches([ours] * 2, [theirs] * 2)
+
+
+def test_the_position_of_a_stream_is_json(corpus, collate):
+    dataset = BatchDataset(open_cells(load(corpus, streaming=True), batch_size=5), collate)
+    dataset.set_epoch(3)
+    batches = iter(dataset)
+    for _ in range(2):
+        next(batches)
+    state = json.loads(json.dumps(dataset.state_dict()))
+    rest = list(batches)
+    again = BatchDataset(open_cells(load(corpus, streaming=True), batch_size=5), collate)
+    again.load_state_dict(state)
+    assert_equal_batches(rest, list(again))

@@ -1,0 +1,246 @@
+"""Whatever a file, a checkpoint or a disk does: one line, an exit code, nothing left behind, no memory on trust."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from scmmgpt.__main__ import main
+from scmmgpt.checkpoints import check_checkpoint, find_checkpoint
+from scmmgpt.errors import explain, run_command, take_debug
+from scmmgpt.synthetic import synthetic_adata, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def whole_checkpoint(tmp_path_factory):
+    """A tiny checkpoint with two labels."""
+    pipeline = tiny_pipeline()
+    pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}}
+    path = tmp_path_factory.mktemp("whole") / "checkpoint"
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(whole_checkpoint, tmp_path):
+    """A copy of it to damage."""
+    shutil.copytree(whole_checkpoint, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+# -- the door ---------------------------------------------------------------------------------------------------------
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("two\nlines"), "two lines"),
+        (KeyError("id"), "KeyError"),
+        (IndexError("out of range"), "cells.h5ad cannot be used"),
+        (AssertionError(), "AssertionError"),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError"),
+        (MemoryError(), "Memory ran out"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "Memory ran out"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.h5ad"), "No space left on device"),
+        (RuntimeError("PytorchStreamWriter: write failed (os error 28)"), "No space left on device"),
+        (ModuleNotFoundError("No module named 'trl'", name="trl"), "Install `scmmgpt[train]`"),
+        (BaseException("a panic of Rust"), "a panic of Rust"),
+    ],
+)
+def test_every_error_is_one_line_and_an_exit_code(error, says, capsys):
+    assert run_command("scmmgpt test", raising(error), inputs=["cells.h5ad"]) == 2
+    written = capsys.readouterr().err
+    assert written.startswith("scmmgpt test: ")
+    assert written.count("\n") == 1
+    assert says in written
+
+
+def test_debug_shows_the_traceback_of_any_error():
+    with pytest.raises(KeyError):
+        run_command("scmmgpt test", raising(KeyError("id")), debug=True)
+
+
+def test_stopping_is_no_error(capsys):
+    assert run_command("scmmgpt test", raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "scmmgpt test: stopped.\n"
+
+
+def test_a_bare_debug_is_ours_and_one_with_a_value_that_of_transformers():
+    assert take_debug(["--debug", "--seed", "1"]) == (["--seed", "1"], True)
+    assert take_debug(["--debug", "underflow_overflow"]) == (["--debug", "underflow_overflow"], False)
+
+
+def test_a_long_message_of_a_library_is_shortened():
+    assert len(explain(KeyError("x" * 5000))) < 500
+
+
+@pytest.mark.parametrize("command", ["train prepare", "train cache", "eval annotation"])
+def test_help_without_an_extra_names_the_extra(command):
+    """As if the libraries of the extra were not installed."""
+    package, name = command.split()
+    code = (
+        "import sys\n"
+        "for name in ('trl', 'pyarrow', 'sklearn'): sys.modules[name] = None\n"
+        f"from scmmgpt.{package}.__main__ import main\n"
+        f"sys.exit(main([{name!r}, '--help']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert f"scmmgpt[{package}]" in run.stderr.splitlines()[-1]
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def edit(change):
+    """Change `config.json`."""
+
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def cell(**fields):
+    return edit(lambda config: config["cell_config"].update(fields))
+
+
+def truncate(name, size):
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def put(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def flip(name, place):
+    def damage(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[place] ^= 0xFF
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def far_gene(folder):
+    path = folder / "gene_tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["FAR"] = 10**12
+    path.write_text(json.dumps(tokenizer))
+
+
+DAMAGES = {
+    "a configuration that is a list": (put("config.json", "[1]"), "holds a list"),
+    "a configuration that is cut": (truncate("config.json", 100), "not JSON"),
+    "no attention heads": (cell(num_attention_heads=0), "num_attention_heads = 0"),
+    "a negative width": (cell(hidden_size=-16), "hidden_size = -16"),
+    "a width of words": (cell(hidden_size="wide"), "'wide'"),
+    "a width of a billion": (cell(hidden_size=10**9), "1,000,000,000"),
+    "a billion layers": (cell(num_hidden_layers=10**9), "more than the weights"),
+    "a layer without weights": (cell(num_hidden_layers=3), "weights .* are missing"),
+    "heads that do not divide the width": (cell(num_attention_heads=3), "3 attention heads"),
+    "a part that is a list": (edit(lambda config: config.update(text_config=[1])), "text_config"),
+    "labels that are a list": (edit(lambda config: config.update(annotation={"labels": ["B"]})), "annotation"),
+    "weights that are cut": (truncate("model.safetensors", 200_000), "truncated: 200,000 of"),
+    "weights that are empty": (truncate("model.safetensors", 0), "truncated"),
+    "weights of another header": (flip("model.safetensors", 40), "damaged"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "a tokenizer that is a list": (put("tokenizer.json", "[]"), "holds a list"),
+    "aliases that are a list": (put("gene_aliases.json", "[1]"), "holds a list"),
+    "a gene of id 1e12": (far_gene, "1000000000000"),
+    "no genes": (lambda folder: shutil.rmtree(folder / "gene_tokenizer"), "gene vocabulary"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_before_memory_is_asked_for(name, checkpoint):
+    damage, says = DAMAGES[name]
+    damage(checkpoint)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        check_checkpoint(str(checkpoint))
+
+
+def test_a_whole_checkpoint_passes(whole_checkpoint):
+    check_checkpoint(str(whole_checkpoint))
+
+
+def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(checkpoint, tmp_path, capsys):
+    synthetic_adata(5).write_h5ad(tmp_path / "cells.h5ad")
+    os.truncate(checkpoint / "model.safetensors", 1000)
+    before = set(tmp_path.rglob("*"))
+    arguments = ["annotate", str(tmp_path / "cells.h5ad"), "--model", str(checkpoint), "--quiet"]
+    assert main([*arguments, "-o", str(tmp_path / "out.h5ad")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "truncated" in lines[0]
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(checkpoint, monkeypatch):
+    """Neither retries nor advice about the network; the folder that was meant is named."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(checkpoint.parent.parent)
+    for name in (str(checkpoint.parent / "chekpoint"), f"{checkpoint.parent.name}/chekpoint"):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder .* has checkpoint\."):
+            find_checkpoint(name)
+    with pytest.raises(FileNotFoundError, match="There is no folder 'chekpoint'"):
+        find_checkpoint("chekpoint")
+
+
+def test_a_model_id_without_a_network_says_both(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    with pytest.raises(FileNotFoundError, match="no folder 'nobody/nothing', and the Hub cannot be asked"):
+        find_checkpoint("nobody/nothing")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_whoever_may_read_new_files_may_read_the_weights(whole_checkpoint):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in whole_checkpoint.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+# -- files of cells ---------------------------------------------------------------------------------------------------
+
+
+def test_flipped_bytes_give_cells_or_one_line(tmp_path, capsys):
+    """HDF5 has no checksums, so a flipped value stays unnoticed; anything else is one line."""
+    synthetic_adata(20).write_h5ad(tmp_path / "cells.h5ad")
+    content = (tmp_path / "cells.h5ad").read_bytes()
+    rng, n_refused = np.random.default_rng(0), 0
+    for place in rng.integers(0, len(content), 25):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 0xFF
+        (tmp_path / "spoilt.h5ad").write_bytes(spoilt)
+        capsys.readouterr()
+        code = main(["inspect", str(tmp_path / "spoilt.h5ad")])
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        if code == 2 and errors:
+            assert errors.count("\n") == 1, errors
+            n_refused += 1
+    assert n_refused

@@ -1,0 +1,74 @@
+"""Files of labels as people write them."""
+
+import pytest
+
+from scmmgpt.label_lists import read_label_list, read_words
+
+
+TABLE = "label,text,cl_id\nB cell,makes antibodies,CL:0000236\nT cell,,\n"
+CASES = {
+    "a label a line": ("labels.txt", b"B cell\n\n T  cell \n"),
+    "lines of Windows": ("labels.txt", b"B cell\r\nT cell\r\n"),
+    "a table": ("labels.csv", TABLE.encode()),
+    "a table with a byte-order mark, as Excel writes it": ("labels.csv", TABLE.encode("utf-8-sig")),
+    "semicolons, as Excel writes them in Europe": ("labels.csv", TABLE.replace(",", ";").encode("utf-8-sig")),
+    "tabs": ("labels.tsv", TABLE.replace(",", "\t").encode()),
+    "Unicode text of Excel": ("labels.txt", TABLE.replace(",", "\t").encode("utf-16")),
+    "names of columns in capitals": ("labels.csv", TABLE.replace("label", " Label").encode()),
+    "a list without a header": ("labels.csv", b"B cell\nT cell\n"),
+    "JSON, a list": ("labels.json", b'["B cell", "T cell"]'),
+    "JSON, texts, with a byte-order mark": (
+        "labels.json",
+        '{"B cell": "makes antibodies", "T cell": ""}'.encode("utf-8-sig"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_way_to_write_labels_gives_the_labels(name, tmp_path):
+    file, content = CASES[name]
+    (tmp_path / file).write_bytes(content)
+    found = read_label_list(tmp_path / file)
+    assert found.labels == ["B cell", "T cell"]
+    if b"antibodies" in content.replace(b"\0", b""):
+        assert found.texts == {"B cell": "makes antibodies"}
+    if b"CL:" in content:
+        assert found.cl_ids == {"B cell": "CL:0000236"}
+
+
+def test_letters_beyond_ascii_survive_the_encoding_of_windows(tmp_path):
+    (tmp_path / "labels.csv").write_bytes("label;text\nKupffer-Zelle;für Leber\n".encode("cp1252"))
+    assert read_label_list(tmp_path / "labels.csv").texts == {"Kupffer-Zelle": "für Leber"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("labels.csv", b"name,text\nB,b\n", "no column 'label'; it has"),
+        ("labels.csv", b"label,text\n,words\n", "Entry 2 of .* has no label"),
+        ("labels.csv", b"label,text\nB,one\nB,two\n", "describes 'B' twice"),
+        ("labels.txt", b"\n \n", "has no labels"),
+        ("labels.json", b'{"B": 3}', "write {label: text} or a list"),
+        ("labels.json", b"[1, 2]", "write each label as a text"),
+        ("labels.json", b"[", "not JSON"),
+        ("labels.txt", b"\x89PNG\0\0", "no text file"),
+        ("labels.xlsx", b"PK", "Save it as CSV"),
+    ],
+)
+def test_a_file_without_labels_is_refused(tmp_path, file, content, says):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_label_list(tmp_path / file)
+
+
+def test_labels_stand_alone_or_in_one_file(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("B cell\n")
+    assert read_words(["B cell", " T  cell ", "B cell"]).labels == ["B cell", "T cell"]
+    assert read_words([str(path)]).labels == ["B cell"]
+    with pytest.raises(ValueError, match="Name either one file or labels"):
+        read_words(["T cell", str(path)])
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
+        read_words([str(tmp_path / "missing.txt")])
+    with pytest.raises(ValueError, match="A label is empty"):
+        read_words(["B", " "])

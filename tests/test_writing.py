@@ -1,0 +1,161 @@
+"""What `.h5ad` cannot hold is found and mended before a model runs."""
+
+import logging
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from scmmgpt.files import check_file, check_folder, check_paths, read_json
+from scmmgpt.writing import make_writable, size_in_memory
+
+
+COLUMNS = {
+    "mixed": [1, "b", None, 2.0],
+    "_index": [1, 2, 3, 4],
+    "a/b": [1, 2, 3, 4],
+    5: ["x", "y", "x", "y"],
+    "dates": pd.to_datetime(["2020-01-01"] * 4),
+    "intervals": pd.cut(np.arange(4), 2),
+    "nullable": pd.array(["a", None, "b", "c"], dtype="string"),
+    "lists": [[1], [2], [1], [2]],
+    "some true": np.array([True, None, False, True], dtype=object),
+    "some numbers": np.array([1, None, 2, 3], dtype=object),
+    "sparse": pd.arrays.SparseArray([0, 0, 1, 0]),
+    "categories": pd.Categorical([1, "a", 1, "a"]),
+    "plain": ["B", None, "T", "B"],
+}
+
+
+@pytest.fixture
+def adata():
+    obs = pd.DataFrame(COLUMNS, index=pd.Index([f"c{i}" for i in range(4)], name="_index"))
+    found = anndata.AnnData(sp.csr_matrix(np.ones((4, 3), dtype=np.float32)), obs=obs)
+    found.raw = anndata.AnnData(
+        found.X, obs=obs[[]], var=pd.DataFrame({"_index": ["g0", "g1", "g2"]}, index=["0", "1", "2"])
+    )
+    return found
+
+
+def test_every_column_can_be_written_and_keeps_its_values(adata, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        changes = make_writable(adata)
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    obs = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert list(obs.index) == ["c0", "c1", "c2", "c3"]
+    assert obs["mixed"].astype(object).where(obs["mixed"].notna(), None).tolist() == ["1", "b", None, "2"]
+    assert obs["index"].tolist() == obs["a_b"].tolist() == [1, 2, 3, 4]
+    assert obs["5"].tolist() == ["x", "y", "x", "y"]
+    assert obs["dates"].tolist() == ["2020-01-01 00:00:00"] * 4
+    assert obs["sparse"].tolist() == [0, 0, 1, 0]
+    assert obs["some true"].tolist() == [True, pd.NA, False, True]
+    assert obs["some numbers"].tolist() == [1, pd.NA, 2, 3]
+    assert obs["plain"].astype(object).where(obs["plain"].notna(), None).tolist() == ["B", None, "T", "B"]
+    said = " ".join(changes)
+    assert "'_index' is now 'index'" in said
+    assert "mixed" in said
+    assert "plain" not in said, "text that stays text is no change"
+    assert caplog.messages == changes
+
+
+def test_the_reserved_column_of_raw_is_renamed(adata, tmp_path):
+    make_writable(adata)
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").raw.var["index"].tolist() == ["g0", "g1", "g2"]
+
+
+def test_uns_keeps_what_has_a_form_and_says_what_it_drops(adata, tmp_path):
+    adata.obs = adata.obs[["plain"]]
+    adata.uns = {"day": pd.Timestamp("2020-01-01"), "deep": {"set": {1}, "words": ["a", 1]}, "code": len, 3: 4}
+    adata.obsm["odd"] = np.array([[object()]] * 4, dtype=object)
+    said = " ".join(make_writable(adata))
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    uns = anndata.read_h5ad(tmp_path / "out.h5ad").uns
+    assert uns["day"] == "2020-01-01 00:00:00"
+    assert uns["deep"]["set"].tolist() == [1]
+    assert uns["deep"]["words"].tolist() == ["a", "1"]
+    assert uns["3"] == 4
+    assert "code" not in uns
+    assert "uns['code'] is left out" in said
+    assert "obsm['odd'] is left out" in said
+
+
+def test_a_file_without_faults_stays_as_it_is():
+    adata = anndata.AnnData(np.ones((2, 2), dtype=np.float32), obs=pd.DataFrame({"n": [1, 2]}, index=["a", "b"]))
+    assert make_writable(adata) == []
+
+
+def test_a_nullable_index_is_written(tmp_path):
+    adata = anndata.AnnData(np.ones((2, 2), dtype=np.float32))
+    adata.obs.index = pd.Index(["a", "b"], dtype="string")
+    make_writable(adata)
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obs_names.tolist() == ["a", "b"]
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_disk_must_have_room_for_the_matrices(tmp_path):
+    adata = anndata.AnnData(np.ones((3, 5), dtype=np.float32))
+    assert size_in_memory(adata) == 60
+    check_file(tmp_path / "out.h5ad", size_in_memory(adata))
+    with pytest.raises(OSError, match=r"takes some .* MB, but only .* MB are free"):
+        check_file(tmp_path / "out.h5ad", 2**60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_is_no_folder_no_device_and_in_a_folder(tmp_path):
+    (tmp_path / "folder.h5ad").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="is a folder"):
+        check_file(tmp_path / "folder.h5ad")
+    with pytest.raises(OSError, match="is no file"):
+        check_file("/dev/null")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        check_file(tmp_path / "none" / "out.h5ad")
+    with pytest.raises(OSError, match="is a file; name another folder"):
+        check_folder(tmp_path / "file")
+    with pytest.raises(OSError, match="which is a file"):
+        check_folder(tmp_path / "file" / "new")
+    check_folder(tmp_path / "new" / "deeper")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_is_an_input_by_any_name_is_refused(tmp_path):
+    source = tmp_path / "in.h5ad"
+    source.write_text("cells")
+    (tmp_path / "link.h5ad").symlink_to(source)
+    (tmp_path / "hard.h5ad").hardlink_to(source)
+    for output in (source, tmp_path / "link.h5ad", tmp_path / "hard.h5ad", tmp_path / "x" / ".." / "in.h5ad"):
+        with pytest.raises(ValueError, match="would replace a file of the input"):
+            check_paths({"FILE": source}, {"--output": output})
+    with pytest.raises(ValueError, match="one would replace the other"):
+        check_paths({}, {"--output": tmp_path / "a", "--table": tmp_path / "b" / ".." / "a"})
+    check_paths({"FILE": source, "--labels": ["B", "T"]}, {"--output": tmp_path / "out.h5ad", "--table": None})
+
+
+def test_parts_of_an_input_folder_are_not_replaced(tmp_path):
+    (tmp_path / "cells.zarr").mkdir()
+    (tmp_path / "cells.zarr" / "zarr.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    for name in ("matrix.mtx", "barcodes.tsv", "annotated.h5ad"):
+        (tmp_path / "run" / name).write_text("")
+    for source, output in (
+        ("cells.zarr", "cells.zarr/out.h5ad"),
+        ("run", "run/barcodes.tsv"),
+        ("run/matrix.mtx", "run/barcodes.tsv"),
+    ):
+        with pytest.raises(ValueError, match="would replace a file of the input"):
+            check_paths({"FILE": tmp_path / source}, {"--output": tmp_path / output})
+    check_paths({"FILE": tmp_path / "run"}, {"--output": tmp_path / "run" / "annotated.h5ad"})
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "\udcff", "[1]"])
+def test_json_that_is_none_or_of_another_kind_is_one_line(tmp_path, content):
+    path = tmp_path / "file.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="file.json (is|holds)"):
+        read_json(path, dict)

@@ -1,0 +1,87 @@
+"""Labels as people write them: cleaned of what has no meaning, and doubted where they cannot be what they seem."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+SHOWN = 5  # most labels that a warning lists
+CODE = re.compile(r"(cluster|clust|leiden|louvain|seurat|c|k)?[\s_.-]*\d+([.,]\d+)?", re.I)
+
+
+def clean_label(value: Any) -> str:
+    """A label as text, without spaces around it or in a row; whole numbers have no decimals.
+
+    >>> clean_label(" B  cell "), clean_label(2.0)
+    ('B cell', '2')
+    """
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    return " ".join(str(value).split())
+
+
+def label_doubts(counts: Mapping[str, int], where: str) -> list[str]:
+    """Sentences about labels that are codes, that differ in spelling alone, or that have one cell each.
+
+    Args:
+        counts: Label -> number of cells.
+        where: Name of the column, for the sentences.
+    """
+    doubts = []
+    codes = [label for label in counts if is_code(label)]
+    if codes and 2 * len(codes) > len(counts):
+        doubts.append(
+            f"{where} has codes, not names ({listed(sorted(codes))}), and a code says nothing about a cell. Name the "
+            "column with the names, or replace each code by its name in obs."
+        )
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for label in counts:
+        spellings[spelling_key(label)].append(label)
+    same = [
+        " and ".join(f"{label!r} ({counts[label]})" for label in found) for found in spellings.values() if found[1:]
+    ]
+    if same:
+        more = f"; and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
+        doubts.append(
+            f"{where} has labels that differ in spelling alone and stay separate: {'; '.join(same[:SHOWN])}{more}. If "
+            "they mean the same, rename them in obs."
+        )
+    single = [label for label, n in counts.items() if n == 1]
+    if len(counts) > 2 and 2 * len(single) > len(counts):
+        doubts.append(
+            f"{len(single)} of {len(counts)} labels of {where} have a single cell ({listed(single)}). If these are "
+            "names of cells, name another column."
+        )
+    return doubts
+
+
+def is_code(label: str) -> bool:
+    """Whether a label is a number, also with a word of clustering before it."""
+    return (
+        re.fullmatch(r"(cluster|leiden|louvain|seurat|clust|c|k)?[\s_.-]*\d+([.,]\d+)?", label.strip(), re.I)
+        is not None
+    )
+
+
+def spelling_key(label: str) -> str:
+    """Equal for labels that differ in case, or in spaces, hyphens and underscores between words.
+
+    Signs of markers stay: CD4+ and CD4- differ.
+    """
+    return re.sub(r"(?<=\w)[\s_]+(?=\w)|(?<=[^\W\d_])-(?=[^\W\d_])", " ", label.casefold())
+
+
+def listed(labels: Iterable[str]) -> str:
+    """The first labels."""
+    labels = list(labels)
+    return ", ".join(map(repr, labels[:SHOWN])) + (", ..." if len(labels) > SHOWN else "")
+
+
+def count_labels(values: Iterable[Any]) -> Counter[str]:
+    """Number of cells of each label; `None` is no label."""
+    return Counter(value for value in values if value is not None)

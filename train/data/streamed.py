@@ -1,0 +1,112 @@
+"""Cells of a streamed dataset in the order of the dataset: [`StreamedCells`].
+
+```python
+cells = load_dataset("me/corpus", split="train", streaming=True).shuffle(seed=0, buffer_size=10_000)
+dataset = BatchDataset(open_cells(cells, batch_size=64), collate)
+```
+"""
+
+import dataclasses
+from collections.abc import Generator
+from typing import Any
+
+import datasets
+import numpy as np
+
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.train.data.blocks import Obs, table_to_examples
+from scmmgpt.train.data.corpus import OBS_COLUMNS
+from scmmgpt.train.data.stream import CellStream
+
+
+ORDER_OF_CELLS = ("shuffle", "balance", "token_budget", "max_genes", "temperature", "seed")  # not of a stream
+
+
+@dataclasses.dataclass
+class StreamedCells:
+    """A streamed dataset as a source of batches.
+
+    A step takes the next `batch_size` x `world_size` rows, of which rank `r` has the `r`-th `batch_size`, as with
+    transformers' `Trainer`. `set_epoch` shuffles a dataset on which `shuffle` was called anew. A position is found by
+    reading the epoch up to it, without collating, so it is exact for any dataset that repeats itself.
+
+    Args:
+        dataset: A `datasets.IterableDataset` with a cell in every row; see [`table_to_examples`].
+        columns: See [`CellStream`].
+        n_cells: Rows of an epoch; by default counted, which reads the dataset once.
+    """
+
+    dataset: datasets.IterableDataset
+    batch_size: int
+    columns: list[str] | None = None
+    drop_last: bool = False
+    rank: int = 0
+    world_size: int = 1
+    n_cells: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.n_cells:
+            one_column = self.dataset.select_columns(["cell_id"]).with_format("arrow")
+            self.n_cells = sum(len(table) for table in one_column.iter(4096))
+        if not len(self):
+            raise ValueError(
+                f"The dataset has {self.n_cells} cells, which make no batch of {self.batch_size} for each of "
+                f"{self.world_size} processes. Lower batch_size, or keep the last batch."
+            )
+
+    def __len__(self) -> int:
+        step = self.batch_size * self.world_size
+        return self.n_cells // step if self.drop_last else -(-self.n_cells // step)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Generator[tuple[Cells, Obs, int], None, None]:
+        """Yield cells, annotations and the epoch, from batch `start` of an epoch to its end."""
+        tables = self.dataset.with_format("arrow")
+        tables.set_epoch(epoch)
+        for number, table in enumerate(tables.iter(self.batch_size * self.world_size)):
+            if number < start:
+                continue
+            if number >= len(self):
+                break
+            size = self.batch_size
+            if len(table) < size * self.world_size:  # the last step: equally many cells on all ranks
+                size = -(-len(table) // self.world_size)
+                table = table.take(np.resize(np.arange(len(table)), size * self.world_size))
+            yield *self._read(table.slice(self.rank * size, size)), epoch
+
+    def _read(self, table: Any) -> tuple[Cells, Obs]:
+        names = self.columns
+        if names is None:
+            known = [name for name in OBS_COLUMNS if name != "barcode"]
+            found = [name for name in table_to_examples(table.slice(0, 1))[1] if name not in known]
+            names = known + found
+        return table_to_examples(table, names)
+
+    def for_rank(self, rank: int, world_size: int) -> "StreamedCells":
+        """The same cells in the share of another rank."""
+        return dataclasses.replace(self, rank=rank, world_size=world_size)
+
+    def identity(self) -> dict:
+        """Settings that a position in an epoch depends on."""
+        names = ("batch_size", "drop_last", "world_size", "n_cells")
+        return {name: getattr(self, name) for name in names}
+
+
+def open_cells(cells: Any, split: str = "train", **settings: Any) -> CellStream | StreamedCells:
+    """Batches of a corpus, of a map-style dataset, or of a streamed one.
+
+    Args:
+        cells: What [`CellStream`] takes, or a `datasets.IterableDataset`, which keeps its own order.
+        settings: Those of [`CellStream`].
+
+    Raises:
+        ValueError: If a setting needs random access, which a streamed dataset has not.
+    """
+    if not isinstance(cells, datasets.IterableDataset):
+        return CellStream(cells, split, **settings)
+    for name in ("balance", "token_budget"):
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"{name} is {settings[name]!r}, but a streamed dataset has no random access. Pass a corpus or a "
+                f"map-style dataset, or leave {name} out."
+            )
+    return StreamedCells(cells, **{name: value for name, value in settings.items() if name not in ORDER_OF_CELLS})

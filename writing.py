@@ -1,0 +1,184 @@
+"""Rehearse the writing of an AnnData: what `.h5ad` cannot hold is found, and mended, before a model runs.
+
+Files of other tools, tables and Python sessions hold annotations that `.h5ad` has no place for: columns that mix
+numbers and text, nullable strings, intervals, dates, names that are reserved. Writing would fail after all cells are
+computed. `make_writable` writes each part to memory first, a row of each matrix, and changes what fails.
+"""
+
+import datetime
+import logging
+import numbers
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+
+
+logger = logging.getLogger(__name__)
+
+RESERVED = "_index"  # anndata stores the index under this name
+SHOWN = 5  # most names that a warning lists
+
+
+def make_writable(adata: anndata.AnnData) -> list[str]:
+    """Change the parts of an AnnData that `.h5ad` cannot hold, in place, and return what was changed, as sentences.
+
+    Matrices keep their values. Columns that fail become text; missing values stay missing. Other parts that fail are
+    left out. All changes are logged as warnings.
+    """
+    changes: list[str] = []
+    adata.obs = writable_frame(adata.obs, "obs", changes)
+    adata.var = writable_frame(adata.var, "var", changes)
+    if adata.raw is not None:
+        var = writable_frame(adata.raw.var, "raw.var", changes)
+        if var is not adata.raw.var:
+            adata.raw = anndata.AnnData(adata.raw.X, obs=adata.obs[[]], var=var)
+    for part in ("layers", "obsm", "varm", "obsp", "varp"):
+        elements = getattr(adata, part)
+        for name in list(elements):
+            value = elements[name]
+            if isinstance(value, pd.DataFrame):
+                elements[name] = writable_frame(value, f"{part}[{name!r}]", changes)
+            elif not fits(value[:1]) or "/" in name:
+                del elements[name]
+                changes.append(f"{part}[{name!r}] is left out: .h5ad cannot hold it ({type(value).__name__}).")
+    adata.uns = writable_mapping(adata.uns, "uns", changes)
+    for change in changes:
+        logger.warning(change)
+    return changes
+
+
+def size_in_memory(adata: anndata.AnnData) -> int:
+    """Bytes of the matrices of an AnnData, which is about what an uncompressed `.h5ad` takes."""
+    matrices = [adata.X, *(adata.layers[name] for name in adata.layers), *(adata.obsm[name] for name in adata.obsm)]
+    if adata.raw is not None:
+        matrices.append(adata.raw.X)
+    total = 0
+    for matrix in matrices:
+        arrays = [getattr(matrix, name, None) for name in ("data", "indices", "indptr")]
+        found = [array.nbytes for array in arrays if isinstance(array, np.ndarray)]
+        total += sum(found) if found else getattr(matrix, "nbytes", 0)
+    return int(total)
+
+
+def fits(value: Any) -> bool:
+    """Whether `.h5ad` can hold a value, by writing it to memory."""
+    with h5py.File("rehearsal", "w", driver="core", backing_store=False) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            anndata.io.write_elem(file, "value", value)
+        except Exception:  # whatever anndata and h5py raise for a type without a writer
+            return False
+    return True
+
+
+def writable_frame(frame: pd.DataFrame, name: str, changes: list[str]) -> pd.DataFrame:
+    """The frame itself, or a copy with columns, names and index that `.h5ad` can hold."""
+    columns = writable_names(frame.columns, name, changes)
+    index = frame.index
+    if not (isinstance(index, pd.Index) and index.dtype == object and all(isinstance(v, str) for v in index)):
+        index = pd.Index([str(value) for value in index], dtype=object, name=index.name)
+    if index.name is not None and (not isinstance(index.name, str) or index.name in (RESERVED, *columns)):
+        index = index.rename(None)
+    failing = [i for i in range(frame.shape[1]) if not fits(frame.iloc[:, i].to_frame(columns[i]).set_axis(index))]
+    if not failing and index is frame.index and columns == list(frame.columns):
+        return frame
+    done = frame.set_axis(columns, axis=1).set_axis(index)
+    texts: list[str] = []
+    for i in failing:
+        column = frame.iloc[:, i]
+        done[columns[i]], is_same = writable_column(column.set_axis(index))
+        texts += [] if is_same else [columns[i]]
+    if texts:
+        more = "" if len(texts) <= SHOWN else f" and {len(texts) - SHOWN} more"
+        changes.append(
+            f"{name}: {', '.join(texts[:SHOWN])}{more} became text: .h5ad cannot hold the values as they are."
+        )
+    return done
+
+
+def writable_column(column: pd.Series) -> tuple[pd.Series, bool]:
+    """A column that `.h5ad` can hold, and whether its values are the same as before; missing values stay missing."""
+    if isinstance(column.dtype, pd.SparseDtype):
+        return pd.Series(np.asarray(column), index=column.index), True
+    if column.dtype == object:
+        typed = column.convert_dtypes(convert_string=False)  # numbers or booleans, some of them missing
+        if typed.dtype != object and fits(typed.to_frame("value")):
+            return typed, True
+    missing = np.asarray(column.isna(), dtype=bool)
+    known = [value for value, absent in zip(column, missing, strict=True) if not absent]
+    values = [None if absent else text_of(value) for value, absent in zip(column, missing, strict=True)]
+    return pd.Series(pd.Categorical(values), index=column.index), all(isinstance(value, str) for value in known)
+
+
+def writable_names(names: Any, where: str, changes: list[str]) -> list[str]:
+    """Names of columns as strings that are not reserved, without `/`, each once."""
+    done: list[str] = []
+    for name in names:
+        new = str(name).replace("/", "_")
+        new = "index" if new == RESERVED else new
+        stem, number = new, 1
+        while new in done or (new != str(name) and new in set(map(str, names))):
+            new, number = f"{stem}_{number}", number + 1
+        if new != str(name):
+            changes.append(f"{where}: column {str(name)!r} is now {new!r}, as .h5ad reserves or repeats its name.")
+        done.append(new)
+    return done
+
+
+def text_of(value: Any) -> str:
+    """A value as text: bytes are decoded, and a whole number has no decimals."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def writable_mapping(mapping: Mapping[Any, Any], where: str, changes: list[str]) -> dict[str, Any]:
+    """A copy of `uns`, or of a mapping in it, in types that `.h5ad` can hold; small values that fail become text."""
+    done: dict[str, Any] = {}
+    for key, value in mapping.items():
+        place = f"{where}[{key!r}]"
+        name = str(key).replace("/", "_")
+        if isinstance(value, Mapping):
+            done[name] = writable_mapping(value, place, changes)
+        elif isinstance(value, pd.DataFrame):
+            done[name] = writable_frame(value, place, changes)
+        elif fits(value):
+            done[name] = value
+        else:
+            forms = ((form, form(value)) for form in FORMS)
+            form, new = next(((form, new) for form, new in forms if new is not None and fits(new)), (None, None))
+            if form is None:
+                changes.append(f"{place} is left out: .h5ad cannot hold its type, {type(value).__name__}.")
+                continue
+            done[name] = new
+            if form is not _array:
+                changes.append(f"{place} became text: .h5ad cannot hold its type, {type(value).__name__}.")
+    return done
+
+
+def _array(value: Any) -> Any:
+    """A list, tuple or set as an array."""
+    return np.array(list(value)) if isinstance(value, list | tuple | set | frozenset) else None
+
+
+def _texts(value: Any) -> Any:
+    """Several values, of any types, as an array of texts."""
+    is_many = isinstance(value, list | tuple | set | frozenset | np.ndarray | pd.Index | pd.Series)
+    if not is_many or np.ndim(value) > 1:
+        return None
+    return np.array([text_of(item) for item in value], dtype=object)
+
+
+def _text(value: Any) -> Any:
+    """A number, a date or a path as text."""
+    return text_of(value) if isinstance(value, SCALARS) else None
+
+
+SCALARS = (numbers.Number, np.generic, datetime.date, datetime.timedelta, os.PathLike)
+FORMS: tuple[Callable[[Any], Any], ...] = (_array, _texts, _text)
