@@ -69,6 +69,8 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
 
     def write_adapter_card(self, folder: str) -> None:
         """Write the card of the adapter in a folder, which names the base as `adapter_config.json` does."""
+        if self.write_card is None:
+            return
         base = read_json(Path(folder, CONFIG_NAME))["base_model_name_or_path"]
         self.write_card(folder, log_history=self.state.log_history, adapter_base=base)
 
