@@ -35,7 +35,7 @@ from scmmgpt.train.data.corpus import Corpus
 
 logger = logging.getLogger(__name__)
 
-MAX_CELLS = 20_000  # of the training split
+MAX_CELLS = 10_000  # of the training split: some minutes of one core
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
 NUM_GENES = 3000  # the most expressed genes, which determine the states
@@ -386,7 +386,7 @@ def read_texted_cells(
         features.append(model.get_text_features(**inputs).float().cpu())
     shape = len(cells), model.config.cell_config.vocab_size
     arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
-    counts, sizes = sparse.csr_matrix(arrays, shape=shape), cells.library_sizes().astype(np.float64)
+    counts, sizes = sparse.csr_matrix(arrays, shape=shape), np.maximum(cells.library_sizes().astype(np.float64), 1.0)
     return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T)
 
 
