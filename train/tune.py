@@ -188,7 +188,7 @@ def join(
 def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> ScMMGPTProcessor:
     """The processor of a stage-1 checkpoint, with a language model's tokenizer and the corpus's library size."""
     start = ScMMGPTProcessor.from_pretrained(aligned)
-    open_corpus(corpus.path, vocabulary=start.gene_index.vocabulary, verify=False)  # refuses another vocabulary
+    open_corpus(corpus.path, vocabulary=start.gene_tokenizer.get_vocab(), verify=False)  # refuses another one
     start.feature_extractor.return_profile = False  # stage 2 has no profile readout
     parts = start.feature_extractor, tokenizer, start.qformer_tokenizer, start.gene_tokenizer
     lengths: Any = {"num_query_tokens": start.num_query_tokens, "qformer_max_length": start.qformer_max_length}
