@@ -151,6 +151,11 @@ def build_model(
 ) -> tuple[ScMMGPTForConditionalGeneration, ScMMGPTProcessor]:
     """The model to tune and its processor."""
     language_model, tokenizer = build_language_model(corpus, captions, model_args, device)
+    architecture = (
+        ScMMGPTForCellTextAlignment.config_class.from_pretrained(model_args.aligned).architectures or [""]
+    )[0]
+    if architecture != "ScMMGPTForCellTextAlignment":
+        raise ValueError(f"{model_args.aligned} holds a {architecture}; name a checkpoint of `align`.")
     alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
     processor = join_processor(model_args.aligned, tokenizer, corpus)
     model = join(alignment, language_model, processor, model_args)
@@ -183,6 +188,7 @@ def join(
 def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> ScMMGPTProcessor:
     """The processor of a stage-1 checkpoint, with a language model's tokenizer and the corpus's library size."""
     start = ScMMGPTProcessor.from_pretrained(aligned)
+    open_corpus(corpus.path, vocabulary=start.gene_tokenizer.get_vocab(), verify=False)  # refuses another one
     start.feature_extractor.return_profile = False  # stage 2 has no profile readout
     parts = start.feature_extractor, tokenizer, start.qformer_tokenizer, start.gene_tokenizer
     lengths: Any = {"num_query_tokens": start.num_query_tokens, "qformer_max_length": start.qformer_max_length}
