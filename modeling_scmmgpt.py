@@ -344,7 +344,8 @@ class ScMMGPTTextEmbeddings(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        words: Any = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = words
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -429,7 +430,9 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
 
     def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__(config)
-        parts = {name: getattr(config, name)._attn_implementation for name in config.sub_configs}
+        parts: dict[str, str | None] = {
+            name: getattr(config, name)._attn_implementation for name in config.sub_configs
+        }
         for name, implementation in without_flash(parts).items():
             getattr(config, name)._attn_implementation = implementation
         width = config.qformer_config.hidden_size
@@ -1018,9 +1021,10 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
 
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_cells: int) -> Tensor:
         """`(batch_size, sequence_length)` bool: the `<cell>` tokens, which must be as many as the cells' tokens."""
-        if inputs_embeds is None or input_ids is not None:
+        if input_ids is not None:
             placeholders = input_ids == self.config.cell_token_id
         else:
+            assert inputs_embeds is not None
             token = torch.full((), self.config.cell_token_id, dtype=torch.long, device=inputs_embeds.device)
             placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
         torch_compilable_check(
