@@ -15,7 +15,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -309,7 +309,7 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         follow_umask(save_directory)
 
 
-def without_flash(implementations: dict[str, str | None]) -> dict[str, str | None]:
+def without_flash(implementations: Mapping[str, str | None]) -> dict[str, str | None]:
     """Attention of each sub-configuration: flash attention of the language model, SDPA in its place elsewhere.
 
     The Q-Former adds masks that flash attention does not take, and so does the cell model where it generates; where it
@@ -1138,10 +1138,11 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self.forbid_placeholders()
         self.register_load_state_dict_pre_hook(_refuse_merged_adapters)  # `PeftModel` loads by `load_state_dict`
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; an adapter that is merged into these weights already is refused."""
-        super().load_adapter(*args, **kwargs)
+        report = super().load_adapter(*args, **kwargs)
         _refuse_merged_adapters(self)
+        return report
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
