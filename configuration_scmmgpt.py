@@ -127,6 +127,8 @@ class ScMMGPTConfig(PreTrainedConfig):
             published. Before training, `"cls"` hardly differs between texts.
         profile_readout: Whether a stage-1 model adds a linear readout of the cell's whole profile to its features (see
             [`ScMMGPTProfileReadout`]); `finetune` sets it.
+        label_readout: `texts` of the labels of [`ScMMGPTLabelReadout`], a linear classifier of cells, and its
+            `num_genes` and `num_factors`; `finetune` sets it.
         cell_token_id: Id of `<cell>` in the language model's tokenizer.
         expression_head: `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a (zero-inflated) negative binomial
             of the counts, which can be sampled.
@@ -175,6 +177,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     projection_dim: int = 256
     text_pooling: str = "mean"
     profile_readout: bool = False
+    label_readout: dict | None = None
     cell_token_id: int = 32000
     expression_head: str = "mse"
     num_state_components: int | None = None

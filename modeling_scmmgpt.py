@@ -45,11 +45,13 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from .readout_scmmgpt import ScMMGPTLabelReadout
     from .states_scmmgpt import ScMMGPTCellStates
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from readout_scmmgpt import ScMMGPTLabelReadout
     from states_scmmgpt import ScMMGPTCellStates
 
 
@@ -451,6 +453,9 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self.matching_head = nn.Linear(width, 2)
         if config.profile_readout:
             self.profile_readout = ScMMGPTProfileReadout(config)
+        if config.label_readout is not None:
+            sizes = {name: config.label_readout[name] for name in ("num_genes", "num_factors")}
+            self.label_readout = ScMMGPTLabelReadout(len(config.label_readout["texts"]), **sizes)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_cells(self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None) -> Tensor:

@@ -48,6 +48,7 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
+    from .unseen_scmmgpt import TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         UNKNOWN,
@@ -72,6 +73,7 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
+    from unseen_scmmgpt import TextScores
 
 
 logger = logging.get_logger(__name__)
@@ -82,6 +84,7 @@ CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
+WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells says so
 
 
@@ -242,13 +245,15 @@ class ScMMGPTPipeline:
         vocab_size = self.model.config.cell_config.vocab_size
         novelty_of = Novelty.of(stored.get("novelty"), measured, vocab_size)
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
+        readout = self._text_scores(candidates.texts, candidates.unseen, choice)
         similarity, match, novelty = self._label_scores(
-            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of
+            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
         )
         finish_report(choice.report)
         if stored.get("novelty") and novelty is None:
             novelty = np.full(len(similarity), np.nan, dtype=np.float32)
-        similarity = similarity + bonus * candidates.unseen
+        if readout is None or unseen_bonus is not None:  # by default the readout's gate decides, not a bonus
+            similarity = similarity + bonus * candidates.unseen
         weight, temperature = settings["matching_weight"], settings["temperature"]
         of_texts = label_probabilities(similarity, match, logit_scale=1 / temperature, matching_weight=weight)
         probabilities = candidates.pool(of_texts)
@@ -273,6 +278,8 @@ class ScMMGPTPipeline:
         }
         if novelty is not None:
             done["novel_cells"] = int((novelty > 1).sum())
+        if readout is not None:
+            done["weak_labels"] = self._warn_of_weak_labels(readout, candidates.texts)
         return self._record(adata, key_added, choice.report, annotate=done)
 
     def _doubt_annotation(
@@ -367,7 +374,8 @@ class ScMMGPTPipeline:
         choice = self.processor.choose_input(adata, **read_kwargs)
         cells = choice.convert(adata)[np.flatnonzero(usable)]
         texts = list(settings["labels"].values())
-        similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size)
+        readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)
+        similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size, readout=readout)
         target = np.asarray([names.index(label) for label in truth[usable]])
         best = fit_mixture(similarity, match, target, settings["temperature"])
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
@@ -381,6 +389,34 @@ class ScMMGPTPipeline:
         self.model.config.annotation = stored = {**before, **settings, "cl_ids": cl_ids, **fitted}
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}
 
+    def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
+        """The label readout's scores of texts for the genes of a file, or None if it cannot score them."""
+        readout = getattr(self._bridge(), "label_readout", None)
+        if readout is None:
+            return None
+        trained = self.model.config.label_readout["texts"]
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            return self._text_features(self.processor(qformer_text=list(texts)).to(self.device)).float().cpu().numpy()
+
+        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
+        gate = (self.model.config.annotation or {}).get("unseen_gate")
+        return TextScores.of(readout, trained, texts, unseen, measured, gate, self.processor.gene_index, embed)
+
+    def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
+        """Warn of labels whose decisive genes the file lacks; returns these labels."""
+        label_of = {text: label for label, text in (self.model.config.annotation or {}).get("labels", {}).items()}
+        names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
+        weak = readout.panel.weak_labels()
+        for label, (other, evidence, absent) in list(weak.items())[:WEAK_LABELS]:
+            logger.warning(
+                f"The file lacks {', '.join(self.processor.gene_symbols(absent))}, which tell {names[label]!r} from "
+                f"{names[other]!r}: {max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
+            )
+        if len(weak) > WEAK_LABELS:
+            logger.warning(f"The file lacks decisive genes of {len(weak) - WEAK_LABELS} more labels.")
+        return np.asarray([names[label] for label in weak], dtype=object)
+
     def _label_scores(
         self,
         chunks: Iterable[Cells],
@@ -389,19 +425,30 @@ class ScMMGPTPipeline:
         settings: dict[str, Any],
         batch_size: int | None,
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
+        readout: TextScores | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Similarity and matching for [`label_probabilities`], and novelty; None what is not computed.
 
-        There is no matching if the matching weight is 0.
+        There is no matching if the matching weight is 0. With `readout` the first are its log probabilities, plus
+        similarities at the weight that `finetune` chose for them; at weight 0 the transformer does not run. They are
+        multiplied by the temperature, by which [`label_probabilities`] divides them.
         """
+        similarity_weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
+        readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
+        temperature = settings["temperature"]
         text_inputs = self.processor(qformer_text=texts).to(self.device)
         text_features = self._text_features(text_inputs)
         num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
 
         def score(cells: Cells) -> tuple[torch.Tensor, ...]:
-            inputs = self._inputs(cells)
             novelty = () if novelty_of is None else (torch.from_numpy(novelty_of(cells)),)
+            if readout_alone:
+                return (temperature * torch.from_numpy(readout(cells)), *novelty)
+            inputs = self._inputs(cells)
             similarity = cell_text_similarity(self._bridge().get_cell_features(**inputs), text_features)
+            if readout is not None:
+                scores = torch.from_numpy(readout(cells)).to(similarity)
+                similarity = temperature * (scores + similarity_weight * similarity)
             if not num_candidates:
                 return (similarity, *novelty)
             best = similarity.topk(num_candidates, dim=1).indices
