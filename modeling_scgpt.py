@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -810,7 +810,7 @@ class ScGPTForPreTraining(ScGPTPreTrainedModel):
         hidden = torch.zeros_like(expression, dtype=torch.bool) if labels is None else labels != IGNORED_LABEL
         inputs = {"cell_attention_mask": cell_attention_mask, "return_dict": True}
         inputs["expression_labels"] = torch.full_like(expression, IGNORED_LABEL) if labels is None else labels
-        passes: list[ScGPTModelOutput] = []
+        passes: list[Any] = []
         losses: dict[str, Tensor] = {}
         if "masked" in self.objectives:
             shown = expression.masked_fill(hidden, self.config.mask_value)
@@ -837,7 +837,7 @@ class ScGPTClassificationHead(nn.Module):
         width = config.hidden_size
         self.linear1, self.norm1 = nn.Linear(width, width), nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.linear2, self.norm2 = nn.Linear(width, width), nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.output_proj = nn.Linear(width, config.num_labels)
+        self.output_proj = nn.Linear(width, cast(int, config.num_labels))
 
     def forward(self, cell_embeds: Tensor) -> Tensor:
         """(batch_size, hidden_size) -> (batch_size, num_labels)."""

@@ -15,7 +15,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -311,7 +311,7 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         follow_umask(save_directory)
 
 
-def without_flash(implementations: dict[str, str | None]) -> dict[str, str | None]:
+def without_flash(implementations: Mapping[str, str | None]) -> dict[str, str | None]:
     """Attention of each sub-configuration: flash attention of the language model, SDPA in its place elsewhere.
 
     The Q-Former adds masks that flash attention does not take, and so does the cell model where it generates; where it
@@ -346,7 +346,8 @@ class ScMMGPTTextEmbeddings(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        words: Any = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = words
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -431,7 +432,9 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
 
     def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__(config)
-        parts = {name: getattr(config, name)._attn_implementation for name in config.sub_configs}
+        parts: dict[str, str | None] = {
+            name: getattr(config, name)._attn_implementation for name in config.sub_configs
+        }
         for name, implementation in without_flash(parts).items():
             getattr(config, name)._attn_implementation = implementation
         width = config.qformer_config.hidden_size
@@ -1023,9 +1026,10 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
 
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_cells: int) -> Tensor:
         """`(batch_size, sequence_length)` bool: the `<cell>` tokens, which must be as many as the cells' tokens."""
-        if inputs_embeds is None or input_ids is not None:
+        if input_ids is not None:
             placeholders = input_ids == self.config.cell_token_id
         else:
+            assert inputs_embeds is not None
             token = torch.full((), self.config.cell_token_id, dtype=torch.long, device=inputs_embeds.device)
             placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
         torch_compilable_check(
@@ -1139,10 +1143,11 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self.forbid_placeholders()
         self.register_load_state_dict_pre_hook(_refuse_merged_adapters)  # `PeftModel` loads by `load_state_dict`
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; an adapter that is merged into these weights already is refused."""
-        super().load_adapter(*args, **kwargs)
+        report = super().load_adapter(*args, **kwargs)
         _refuse_merged_adapters(self)
+        return report
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:

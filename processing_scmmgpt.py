@@ -57,7 +57,7 @@ class ScGPTProcessor(ProcessorMixin):
         gene_tokenizer: The gene vocabulary, one word per gene symbol.
     """
 
-    tokenizer_names = ("gene_tokenizer",)
+    tokenizer_names: tuple[str, ...] = ("gene_tokenizer",)
     feature_extractor: ScMMGPTFeatureExtractor
     gene_tokenizer: PreTrainedTokenizerBase
 
@@ -255,7 +255,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
 
     # -- cells and texts in -------------------------------------------------------------------------------------------
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # texts come first
         self,
         text: str | list[str] | None = None,
         cells: Any = None,

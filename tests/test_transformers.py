@@ -509,7 +509,7 @@ def test_a_language_model_of_any_kind_is_trained_and_generates_as_it_would_alone
     cells = {name: batch[name][:1] for name in ("gene_ids", "expression", "cell_attention_mask")}
     alone = {"input_ids": batch["input_ids"][:1, attended], "attention_mask": batch["attention_mask"][:1, attended]}
     torch.testing.assert_close(model(**alone, **cells).logits[0], together[attended], atol=1e-4, rtol=1e-4)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**batch, **options)[0, -4:], model.generate(**alone, **cells, **options)[0, -4:])
 
 
