@@ -109,23 +109,25 @@ def test_a_run_on_a_corpus_of_the_hub_names_the_corpus_and_its_results(hub, shar
 
 
 def test_the_folder_of_a_space_runs_as_it_is(tiny_pipeline, tmp_path):
-    """With its requirements alone; the library that draws the page is replaced by one that draws nothing."""
+    """With the modules that it carries; the library that draws the page is replaced by one that draws nothing."""
     tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
     folder = write_space(tmp_path / "page", str(tmp_path / "checkpoint"))
     front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
     assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", [str(tmp_path / "checkpoint")])
     script = (
         "import runpy, sys, unittest.mock\n"
-        "sys.modules['scmmgpt'] = None\n"
         "gradio = sys.modules['gradio'] = unittest.mock.MagicMock()\n"
         "gradio.Error = ValueError\n"
         "runpy.run_path('app.py', run_name='__main__')\n"
         "print(gradio.Blocks.return_value.__enter__.return_value.launch.call_args)\n"
+        "print(sys.modules['scmmgpt'].__file__)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0.0.0.0" in done.stdout
+    assert str(folder / "scmmgpt" / "__init__.py") in done.stdout
+    assert any(line.startswith("gradio") for line in (folder / "requirements.txt").read_text().splitlines())
 
 
 TUNE_AND_PUSH = """

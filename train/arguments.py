@@ -28,7 +28,10 @@ ALIGN_FIELDS = (
     "num_query_tokens projection_dim text_pooling logit_scale_init contrastive_weight contrastive_group_size "
     "matching_weight matching_batch_size captioning_weight cell_pretraining_weight initializer_range"
 ).split()
-TUNE_FIELDS = "expression_head num_condition_tokens text_to_cell_config language_weight expression_weight".split()
+TUNE_FIELDS = (
+    "expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config language_weight "
+    "expression_weight"
+).split()
 NEW_MODEL_FIELDS = (
     "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes"
 ).split()
@@ -149,7 +152,9 @@ class FinetuneDataArguments:
         None,
     )
     label_texts: str | None = option(
-        "JSON file of label -> description; by default name and definition in the Cell Ontology.", None
+        "File of label -> description: JSON, or a table with the columns label and text; by default name and "
+        "definition in the Cell Ontology.",
+        None,
     )
     group_key: str | None = option(
         "Column of `obs`, such as the donor: no group is divided between training and validation.", None
@@ -261,9 +266,10 @@ class TuneModelArguments(CheckedFields):
     )
     model_config: dict[str, Any] = option(
         "Fields of `ScMMGPTConfig`. `expression_head`: mse predicts a mean, nb and zinb a distribution of counts; "
+        "`num_state_components`: components of the states that cells are generated from (32; null: none); "
         "`num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for the text-to-cell "
         "projector (2 layers); `language_weight`, `expression_weight` (1).",
-        {"expression_head": "nb"},
+        {"expression_head": "nb", "num_state_components": 32},
         fields=TUNE_FIELDS,
     )
 

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from importlib.metadata import requires
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from packaging.requirements import Requirement
 
 
 # What a run or a build leaves beside a checkpoint, adapter or corpus: locks, half-written files, intermediate
@@ -58,27 +60,33 @@ SPACE_APP = '''"""Serve the page of scMMGPT."""
 
 import os
 
-from page import main
+from scmmgpt.app import main
 
 
 os.environ.setdefault("SCMMGPT_MODEL", "{model}")
 if __name__ == "__main__":
     main(["--host", "0.0.0.0"])
 '''
-SPACE_REQUIREMENTS = ("anndata>=0.12", "gradio>=5", "numba>=0.61", "torch>=2.9", "transformers>=5.21,<6")
 
 
 def write_space(folder: str | os.PathLike, model: str) -> Path:
-    """Write a folder that is a Space with the page of a checkpoint, `model`; it needs nothing of this package.
+    """Write a folder that is a Space with the page of a checkpoint, `model`.
 
-    `push_folder(folder, "owner/page", repo_type="space")` uploads it, and `python app.py` in it serves the page here.
+    The folder carries the modules of this package that users need, and the requirements of the installed package
+    with the extra `app`. `push_folder(folder, "owner/page", repo_type="space")` uploads it; `python app.py` in it
+    serves the page here.
     """
     root, folder = Path(__file__).parents[2], Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in [*root.glob("*_scmmgpt.py"), root / "modeling_scgpt.py"]:
-        shutil.copy(path, folder)
-    shutil.copy(root / "app.py", folder / "page.py")
+    (folder / "scmmgpt").mkdir(parents=True, exist_ok=True)
+    for path in root.glob("*.py"):
+        shutil.copy(path, folder / "scmmgpt")
+    needed = [Requirement(line) for line in requires("scmmgpt") or []]
+    needed = [
+        f"{line.name}{line.specifier}"
+        for line in needed
+        if line.marker is None or line.marker.evaluate({"extra": "app"})
+    ]
     (folder / "app.py").write_text(SPACE_APP.format(model=model), encoding="utf-8")
     (folder / "README.md").write_text(SPACE_CARD.format(model=model), encoding="utf-8")
-    (folder / "requirements.txt").write_text("\n".join(SPACE_REQUIREMENTS) + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(sorted(needed)) + "\n", encoding="utf-8")
     return folder
