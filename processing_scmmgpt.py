@@ -16,13 +16,11 @@ from transformers.utils import cached_file
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
-    from .collator_scmmgpt import ScMMGPTDataCollator
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
     from .reading_scmmgpt import InputChoice, choose_input, read_cells
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
-    from collator_scmmgpt import ScMMGPTDataCollator
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
     from reading_scmmgpt import InputChoice, choose_input, read_cells
@@ -537,7 +535,14 @@ class ScMMGPTProcessor(ScGPTProcessor):
         return "\n".join(self.cell_token if part["type"] == "cell" else part["text"] for part in content)
 
     def data_collator(self, *args: Any, **kwargs: Any) -> Any:
-        """[`ScMMGPTDataCollator`] of this processor: rows of a dataset -> batches of a trainer."""
+        """[`ScMMGPTDataCollator`] of this processor: rows of a dataset -> batches of a trainer.
+
+        The import is here because it loads transformers' trainer, which inference does not need.
+        """
+        try:
+            from .collator_scmmgpt import ScMMGPTDataCollator
+        except ImportError:
+            from collator_scmmgpt import ScMMGPTDataCollator
         return ScMMGPTDataCollator(self, *args, **kwargs)
 
     def pipeline(self, model: Any, **kwargs: Any) -> Any:

@@ -163,9 +163,10 @@ def test_a_dataset_without_the_columns_of_a_cell_says_so(corpus):
     with pytest.raises(ValueError, match="has no column 'counts'"):
         open_cells(load(corpus).remove_columns("counts"), batch_size=4)
     with pytest.raises(ValueError, match="has no column 'cell_id'"):
-        next(
-            open_cells(load(corpus, streaming=True).rename_column("cell_id", "id"), batch_size=4, n_cells=9).batches()
-        )
+        open_cells(load(corpus, streaming=True).rename_column("cell_id", "id"), batch_size=4)
+    source = open_cells(load(corpus, streaming=True).map(lambda row: {"cell_id": None}), batch_size=4)
+    with pytest.raises(ValueError, match="has nulls in the column 'cell_id'"):
+        next(source.batches())
     with pytest.raises(ValueError, match="Row 0 has no 'gene_ids'"):
         Cells.from_rows([{"cell_id": 1, "counts": [1]}])
 

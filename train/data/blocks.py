@@ -206,13 +206,10 @@ def table_to_examples(table: pa.Table, columns: list[str] | None = None) -> tupl
     Raises:
         ValueError: If the table lacks a column of a cell, or has nulls there.
     """
+    check_columns(table.column_names)
     for name in CELL_COLUMNS[:-1]:
-        if name not in table.column_names or table[name].null_count:
-            problem = "has nulls in the column" if name in table.column_names else "has no column"
-            raise ValueError(
-                f"The dataset {problem} {name!r}; its columns are {table.column_names}. A row of a cell has `cell_id` "
-                "(an integer of 64 bits), `gene_ids` and `counts` (lists)."
-            )
+        if table[name].null_count:
+            raise ValueError(f"The dataset has nulls in the column {name!r}; leave out rows without a cell.")
     kinds = {name: table[name].type for name in CELL_COLUMNS if name in table.column_names}
     for name in ("gene_ids", "counts"):
         kinds[name] = pa.list_(kinds[name].value_type)
@@ -221,6 +218,15 @@ def table_to_examples(table: pa.Table, columns: list[str] | None = None) -> tupl
     cells = table_to_cells(pa.table({name: table[name].cast(kind) for name, kind in kinds.items()}))
     others = {name: _values(table[name]) for name in table.column_names if name not in CELL_COLUMNS}
     return cells, _select(others, columns, len(table))
+
+
+def check_columns(names: Sequence[str]) -> None:
+    """Refuse a dataset whose rows cannot be cells."""
+    if missing := [name for name in CELL_COLUMNS[:-1] if name not in names]:
+        raise ValueError(
+            f"The dataset has no column {missing[0]!r}; its columns are {list(names)}. A row of a cell has `cell_id` "
+            "(an integer of 64 bits), `gene_ids` and `counts` (lists)."
+        )
 
 
 def _select(found: Mapping[str, np.ndarray], columns: list[str] | None, n_rows: int) -> Obs:

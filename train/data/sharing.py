@@ -80,10 +80,9 @@ def write_space(folder: str | os.PathLike, model: str) -> Path:
     (folder / "scmmgpt").mkdir(parents=True, exist_ok=True)
     for path in root.glob("*.py"):
         shutil.copy(path, folder / "scmmgpt")
-    needed = [Requirement(line) for line in requires("scmmgpt") or []]
     needed = [
         f"{line.name}{line.specifier}"
-        for line in needed
+        for line in map(Requirement, requires("scmmgpt") or [])
         if line.marker is None or line.marker.evaluate({"extra": "app"})
     ]
     (folder / "app.py").write_text(SPACE_APP.format(model=model), encoding="utf-8")

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.train.data.blocks import Obs, table_to_examples
+from scmmgpt.train.data.blocks import Obs, check_columns, table_to_examples
 from scmmgpt.train.data.corpus import OBS_COLUMNS
 from scmmgpt.train.data.stream import CellStream
 
@@ -45,9 +45,12 @@ class StreamedCells:
     n_cells: int = 0
 
     def __post_init__(self) -> None:
+        names = self.dataset.column_names  # None after `map`, which may change them
+        if names is not None:
+            check_columns(names)
         if not self.n_cells:
-            one_column = self.dataset.select_columns(["cell_id"]).with_format("arrow")
-            self.n_cells = sum(len(table) for table in one_column.iter(4096))
+            rows = self.dataset if names is None else self.dataset.select_columns(["cell_id"])
+            self.n_cells = sum(len(table) for table in rows.with_format("arrow").iter(4096))
         if not len(self):
             raise ValueError(
                 f"The dataset has {self.n_cells} cells, which make no batch of {self.batch_size} for each of "
