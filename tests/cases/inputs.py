@@ -414,6 +414,17 @@ def far_index(old):
     return indices
 
 
+def unknown_filter(file):
+    values = file["X/data"][:]
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk(values.shape)
+    properties.set_filter(399, h5py.h5z.FLAG_OPTIONAL)  # a number that HDF5 reserves for tests
+    del file["X/data"]
+    space = h5py.h5s.create_simple(values.shape)
+    stored = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, properties)
+    stored.write_direct_chunk((0,), values.tobytes(), 0)
+
+
 def falling_pointers(old):
     pointers = old[:]
     pointers[5] = 0
@@ -601,6 +612,7 @@ CASES = [
     Case("retired ids with symbols", h5ad(retired_ids), says="40 of 40 match", cells=slice(0, 0)),
     Case("a part of a missing package", h5ad(damage=airr), r"obsm/airr.*package awkward"),
     Case("a part of an unknown encoding", h5ad(damage=unknown_encoding), r"uns/new.*'of-tomorrow'"),
+    Case("a filter that is not installed", h5ad(damage=unknown_filter), r"X/data.*filter 399.*hdf5plugin"),
     Case("10x without ids", ten_x(ids=False)),
     Case("10x version 2 with more in the file", ten_x(version=2, extra=True)),
     Case("10x of two genomes", ten_x(version=2, genomes=("GRCh38", "mm10")), r"several genomes \(GRCh38, mm10\)"),
