@@ -139,6 +139,18 @@ def parts(spliced, unspliced, ambiguous, *, cells_first=False, tables=("features
     return build
 
 
+def parts_of_other_cells(folder):
+    for part, names in (("spliced", CELLS), ("unspliced", OTHERS), ("ambiguous", CELLS)):
+        write_mtx(folder, f"{part}.mtx", f"{part}.genes.tsv", f"{part}.barcodes.tsv", names=names)
+    return folder
+
+
+def of_macos(folder):
+    for name in ("._matrix.mtx", "._features.tsv", "._barcodes.tsv"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07 Mac OS X")
+    return write_mtx(folder)
+
+
 def kallisto(folder):
     scipy.io.mmwrite(folder / "cells_x_genes.mtx", sp.coo_matrix(COUNTS.to_numpy()))
     (folder / "cells_x_genes.genes.txt").write_text("\n".join(IDS))
@@ -535,6 +547,8 @@ CASES = [
     Case("outs of cellranger multi", cellranger_multi("s1", "s2"), r"2 data sets.*s1.*s2"),
     Case("STARsolo with multimappers", starsolo_variants, says="also holds UniqueAndMult-EM"),
     Case("STARsolo Velocyto", parts("spliced.mtx", "unspliced.mtx", "ambiguous.mtx"), says=r"spliced \+ ambiguous"),
+    Case("parts of other cells", parts_of_other_cells, r"name other cells or genes than each other"),
+    Case("files that macOS leaves", of_macos),
     Case(
         "kallisto nac",
         parts(
