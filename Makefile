@@ -52,7 +52,7 @@ demo demo-tiny:
 	$(BIN)/scmmgpt calibrate $(OUT)/corpus --split validation --model $(OUT)/checkpoint
 	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --model $(OUT)/checkpoint --output $(OUT)/annotated.h5ad
 	$(BIN)/scmmgpt describe $(OUT)/annotated.h5ad --model $(OUT)/checkpoint --output $(OUT)/described.h5ad --table $(OUT)/descriptions.csv --columns cell_type --reference --templates short --max-new-tokens 32
-	$(BIN)/scmmgpt generate --stored-labels --n-cells 14 --model $(OUT)/checkpoint --output $(OUT)/generated.h5ad
+	$(BIN)/scmmgpt generate --stored-labels --n-cells 100 --model $(OUT)/checkpoint --output $(OUT)/generated.h5ad
 	$(BIN)/python -m scmmgpt.eval report --corpus $(OUT)/corpus --annotated $(OUT)/annotated.h5ad --descriptions $(OUT)/descriptions.csv --templates short --generated $(OUT)/generated.h5ad --training $(OUT)/aligned $(OUT)/checkpoint --checkpoint $(OUT)/checkpoint --note "$(NOTE)" --output $(OUT)
 
 benchmark: setup ## measure speed and memory (minutes; alone on the machine)

@@ -271,8 +271,7 @@ def generate(args: Args) -> None:
     genes = args.genes
     pipeline = load_pipeline(args)
     if args.stored_labels:
-        # This phrase is in all caption templates, so every checkpoint was trained on it.
-        prompts = {label: f"cell type: {label}." for label in pipeline.annotation_settings()["labels"]}
+        prompts = pipeline.label_prompts()
     if args.genes_of is not None:
         cells, _ = pipeline.processor.read_cells(read_adata(args.genes_of), force=True)
         genes = pipeline.processor.gene_symbols(sorted(set(cells.gene_ids.tolist())))

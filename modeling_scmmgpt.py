@@ -45,10 +45,14 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from .readout_scmmgpt import ScMMGPTLabelReadout
+    from .states_scmmgpt import ScMMGPTCellStates
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from readout_scmmgpt import ScMMGPTLabelReadout
+    from states_scmmgpt import ScMMGPTCellStates
 
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
@@ -295,6 +299,8 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ScMMGPTProfileReadout):
             init.zeros_(module.gene_weights.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, ScMMGPTCellStates):
+            init.ones_(module.residual_scale)
         elif isinstance(module, ScMMGPTTextToCellProjector):
             init.normal_(module.query_tokens)  # a LayerNorm follows; smaller tokens would be lost in the first steps
             init.zeros_(module.query_means)
@@ -444,6 +450,9 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         self.matching_head = nn.Linear(width, 2)
         if config.profile_readout:
             self.profile_readout = ScMMGPTProfileReadout(config)
+        if config.label_readout is not None:
+            sizes = {name: config.label_readout[name] for name in ("num_genes", "num_factors")}
+            self.label_readout = ScMMGPTLabelReadout(len(config.label_readout["texts"]), **sizes)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_cells(self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None) -> Tensor:
@@ -939,6 +948,7 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         self.language_inputs = frozenset((*named, *TransformersKwargs.__optional_keys__, "cache", "past_key_values"))
         self.text_to_cell = ScMMGPTTextToCellProjector(config)
         self.expression_head = ScMMGPTExpressionHead(config)
+        self.cell_states = None if config.num_state_components is None else ScMMGPTCellStates(config)
         self.post_init()
 
     @can_return_tuple
@@ -1158,7 +1168,8 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     ) -> "ScMMGPTForConditionalGeneration":
         """Join a stage-1 model and a causal language model, with their weights, into a stage-2 model.
 
-        The parts that neither has (the two projectors and the expression head) are freshly initialised.
+        The parts that neither has (the two projectors, the expression head and the states of cells) are freshly
+        initialised.
 
         Args:
             alignment: Trained stage-1 model. Its weights are copied; new parts take its dtype.
@@ -1186,7 +1197,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         with torch.device(language_model.device):
             model = cls._from_config(config, dtype=alignment.dtype, language_model=language_model)
 
-        new_parts = ("language_model.", "language_projection.", "text_to_cell.", "expression_head.")
+        new_parts = ("language_model.", "language_projection.", "text_to_cell.", "expression_head.", "cell_states.")
         weights = {k: v for k, v in alignment.state_dict().items() if not k.startswith("profile_readout.")}
         report = model.model.load_state_dict(weights, strict=False)
         missing = [key for key in report.missing_keys if not key.startswith(new_parts)]
