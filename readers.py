@@ -520,7 +520,7 @@ def _open_10x(path: Path) -> CellFile:
     group = file[groups[0]]
     n_vars, n_cells = (int(n) for n in group["shape"][:])
     features = group.get("features", group)
-    stored = {"name": ("name", "gene_names"), "gene_ids": ("id", "genes")}
+    stored: dict[str, tuple[str, ...]] = {"name": ("name", "gene_names"), "gene_ids": ("id", "genes")}
     stored |= {"feature_types": ("feature_type",), "genome": ("genome",)}
     found = {k: next((n for n in names if n in features), None) for k, names in stored.items()}
     columns = {k: _text(features[name]) for k, name in found.items() if name is not None}
