@@ -13,6 +13,12 @@ import numpy as np
 from scmmgpt.text_tables import FileError
 
 
+try:  # its import makes more filters known to HDF5
+    import hdf5plugin  # noqa: F401
+except ImportError:
+    pass
+
+
 # Encodings of anndata's on-disk format that every version in use reads; others may need a package.
 ENCODINGS = frozenset(
     "anndata raw dict array csr_matrix csc_matrix dataframe categorical string string-array numeric-scalar rec-array "
@@ -61,6 +67,7 @@ def check_stored(array: Any, *, zeros_mean: str = "the values are lost") -> Any:
     if isinstance(array, h5py.Dataset):
         if not array.size or array.is_virtual:
             return array
+        _check_filters(array)
         n_chunks = int(np.prod([-(-n // c) for n, c in zip(array.shape, array.chunks or array.shape, strict=True)]))
         if array.chunks:
             n_stored = array.id.get_num_chunks()
@@ -76,6 +83,18 @@ def check_stored(array: Any, *, zeros_mean: str = "the values are lost") -> Any:
             f"{zeros_mean}. {remedy}."
         )
     return array
+
+
+def _check_filters(array: h5py.Dataset) -> None:
+    """Refuse an array that is compressed by a filter of HDF5 that is not installed."""
+    properties = array.id.get_create_plist()
+    for i in range(properties.get_nfilters()):
+        code, _, _, name = properties.get_filter(i)
+        if not h5py.h5z.filter_avail(code):
+            raise FileError(
+                f"{where(array)} is compressed by the HDF5 filter {name.decode() or code}, which is not installed. "
+                "Run `pip install hdf5plugin`, or write the file with gzip."
+            )
 
 
 def where(array: Any) -> str:

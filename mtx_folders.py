@@ -144,6 +144,11 @@ def _read_parts(paths: list[Path]) -> Contents:
     """The count of a velocity pipeline: spliced and ambiguous reads, as other tools count; the parts become layers."""
     read = {_part(path): _read_one(path) for path in paths}
     first = next(iter(read.values()))
+    if not all(c.obs.index.equals(first.obs.index) and c.var.index.equals(first.var.index) for c in read.values()):
+        raise FileError(
+            f"{list_paths(p.name for p in paths)} name other cells or genes than each other: their counts cannot be "
+            "added. Pass one of them."
+        )
     return _count_parts(first, {word: contents.X for word, contents in read.items()})
 
 
@@ -194,7 +199,7 @@ def _candidates(matrix: Path, kind: str) -> list[Path]:
     These are the tables of the same sample; else of the words that the sample begins with, such as a table for all
     samples of a series; else the only table of features that belongs to no other matrix.
     """
-    tables = [p for p in sorted(matrix.parent.iterdir()) if p.is_file() and _kind(p) == kind]
+    tables = [p for p in sorted(matrix.parent.iterdir()) if p.is_file() and _kind(p) == kind and p.name[0] != "."]
     mine = _sample(matrix)
     equal = [p for p in tables if _sample(p) == mine]
     if equal:

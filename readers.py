@@ -9,8 +9,10 @@
 | `.h5ad`, `.zarr`, `.h5mu` (its RNA part)     | sparse or dense, by row or column | by rows; if by column, slowly |
 | 10x `.h5` (version 2, version 3, CellBender) | sparse, by cell                   | by rows                       |
 | `.loom`                                      | dense, genes x cells              | by rows                       |
-| mtx folder of 10x, STARsolo, kallisto        | text triplets                     | no: loaded as sparse          |
-| `.csv`, `.tsv`, `.txt`, also compressed      | text, either way round            | no: loaded as sparse          |
+| `.mtx` (`mtx_folders`), of many pipelines    | text triplets                     | no: loaded as sparse          |
+| `.csv`, `.tsv`, `.txt` (`text_tables`)       | text, wide or long                | no: loaded as sparse          |
+
+`disk_checks` refuses what HDF5 and Zarr would read as zeros. Notes of the readers say what they decided.
 """
 
 import logging
@@ -392,6 +394,10 @@ def _open_hdf5(path: Path) -> h5py.File:
                 f"{path} is truncated: {int(found[1]):,} of {int(found[2]):,} bytes are there. The copy or download "
                 "stopped early; copy it again."
             ) from error
+        if "lock" in str(error):
+            raise FileError(
+                f"{path} is locked: another program has it open for writing. Close it there, or pass a copy."
+            ) from error
         if h5py.is_hdf5(path):
             raise
         raise FileError(
@@ -514,7 +520,7 @@ def _open_10x(path: Path) -> CellFile:
     group = file[groups[0]]
     n_vars, n_cells = (int(n) for n in group["shape"][:])
     features = group.get("features", group)
-    stored = {"name": ("name", "gene_names"), "gene_ids": ("id", "genes")}
+    stored: dict[str, tuple[str, ...]] = {"name": ("name", "gene_names"), "gene_ids": ("id", "genes")}
     stored |= {"feature_types": ("feature_type",), "genome": ("genome",)}
     found = {k: next((n for n in names if n in features), None) for k, names in stored.items()}
     columns = {k: _text(features[name]) for k, name in found.items() if name is not None}

@@ -224,7 +224,7 @@ def _fields(line: str, separator: str) -> list[str]:
 
 def _count_label_rows(rows: list[list[str]]) -> int:
     """Number of rows of words under the header, where the rows below them are numbers."""
-    words = [np.mean([_not_a_number(field.replace(",", ".")) for field in row[1:]] or [0.0]) for row in rows]
+    words = [np.mean([_not_a_number(field.replace(",", ".")) for field in row[1:]] or [False]) for row in rows]
     n = next((i for i, share in enumerate(words) if share < 0.5), len(words))
     below = words[n : n + 5]
     return n if 0 < n <= MAX_LABEL_ROWS and below and max(below) < 0.1 else 0
@@ -440,7 +440,7 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
         odd = np.array([_is_odd(first[i].to_numpy()) for i in numeric])
         moved = _annotates_cells(columns, genes.kinds(columns), odd)
         aside = [i for i, is_moved in zip(numeric, moved, strict=True) if is_moved]
-    mixed = [i for i in expected if np.mean([_not_a_number(value) for value in first[i].dropna()] or [1.0]) < 0.5]
+    mixed = [i for i in expected if np.mean([_not_a_number(value) for value in first[i].dropna()] or [True]) < 0.5]
     if mixed:  # a gene or a cell in which a few values are no numbers
         _refuse_words(path, header, first[mixed])
     values = [i for i in numeric if i not in set(aside)]
@@ -541,7 +541,7 @@ class _LongColumns(NamedTuple):
 
     gene: int
     cell: int
-    count: int
+    value: int
 
 
 def _long_columns(path: Path, first: pd.DataFrame, header: list[str], genes: _Recogniser) -> _LongColumns | None:
@@ -572,15 +572,15 @@ def _long_columns(path: Path, first: pd.DataFrame, header: list[str], genes: _Re
 def _read_long(path: Path, layout: Layout, frames: Iterator[pd.DataFrame], long: _LongColumns) -> Contents:
     header = layout.header
     table = pd.concat(frames, ignore_index=True)
-    counts = pd.to_numeric(table[long.count], errors="coerce")
+    counts = pd.to_numeric(table[long.value], errors="coerce")
     if counts.isna().any():
-        _refuse_words(path, header, table.loc[counts.isna(), [long.count]])
+        _refuse_words(path, header, table.loc[counts.isna(), [long.value]])
     if table[[long.gene, long.cell]].isna().any(axis=None):
         raise FileError(f"{path} is a table in long format in which names are missing. Drop those rows.")
     (genes, gene_names), (cells, cell_names) = (pd.factorize(table[i].astype(str)) for i in (long.gene, long.cell))
     shape = len(cell_names), len(gene_names)
     matrix = sp.csr_matrix((counts.to_numpy(dtype=np.float32), (cells, genes)), shape=shape)
-    columns = ", ".join(repr(header[i]) for i in (long.cell, long.gene, long.count))
+    columns = ", ".join(repr(header[i]) for i in (long.cell, long.gene, long.value))
     obs, var = pd.DataFrame(index=cell_names), pd.DataFrame(index=gene_names)
     further = [i for i in table if i not in long and table[i].dtype.kind not in "iuf"]
     further = [i for i in further if not COUNTER_NAME.fullmatch(header[i])]

@@ -139,6 +139,18 @@ def parts(spliced, unspliced, ambiguous, *, cells_first=False, tables=("features
     return build
 
 
+def parts_of_other_cells(folder):
+    for part, names in (("spliced", CELLS), ("unspliced", OTHERS), ("ambiguous", CELLS)):
+        write_mtx(folder, f"{part}.mtx", f"{part}.genes.tsv", f"{part}.barcodes.tsv", names=names)
+    return folder
+
+
+def of_macos(folder):
+    for name in ("._matrix.mtx", "._features.tsv", "._barcodes.tsv"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07 Mac OS X")
+    return write_mtx(folder)
+
+
 def kallisto(folder):
     scipy.io.mmwrite(folder / "cells_x_genes.mtx", sp.coo_matrix(COUNTS.to_numpy()))
     (folder / "cells_x_genes.genes.txt").write_text("\n".join(IDS))
@@ -414,6 +426,17 @@ def far_index(old):
     return indices
 
 
+def unknown_filter(file):
+    values = file["X/data"][:]
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk(values.shape)
+    properties.set_filter(399, h5py.h5z.FLAG_OPTIONAL)  # a number that HDF5 reserves for tests
+    del file["X/data"]
+    space = h5py.h5s.create_simple(values.shape)
+    stored = h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, properties)
+    stored.write_direct_chunk((0,), values.tobytes(), 0)
+
+
 def falling_pointers(old):
     pointers = old[:]
     pointers[5] = 0
@@ -524,6 +547,8 @@ CASES = [
     Case("outs of cellranger multi", cellranger_multi("s1", "s2"), r"2 data sets.*s1.*s2"),
     Case("STARsolo with multimappers", starsolo_variants, says="also holds UniqueAndMult-EM"),
     Case("STARsolo Velocyto", parts("spliced.mtx", "unspliced.mtx", "ambiguous.mtx"), says=r"spliced \+ ambiguous"),
+    Case("parts of other cells", parts_of_other_cells, r"name other cells or genes than each other"),
+    Case("files that macOS leaves", of_macos),
     Case(
         "kallisto nac",
         parts(
@@ -601,6 +626,7 @@ CASES = [
     Case("retired ids with symbols", h5ad(retired_ids), says="40 of 40 match", cells=slice(0, 0)),
     Case("a part of a missing package", h5ad(damage=airr), r"obsm/airr.*package awkward"),
     Case("a part of an unknown encoding", h5ad(damage=unknown_encoding), r"uns/new.*'of-tomorrow'"),
+    Case("a filter that is not installed", h5ad(damage=unknown_filter), r"X/data.*filter 399.*hdf5plugin"),
     Case("10x without ids", ten_x(ids=False)),
     Case("10x version 2 with more in the file", ten_x(version=2, extra=True)),
     Case("10x of two genomes", ten_x(version=2, genomes=("GRCh38", "mm10")), r"several genomes \(GRCh38, mm10\)"),
