@@ -13,9 +13,16 @@ from scmmgpt.app import build
 
 
 @pytest.fixture
-def tasks(tiny_pipeline):
+def said():
+    """Warnings that the browser showed."""
+    return []
+
+
+@pytest.fixture
+def tasks(tiny_pipeline, said, monkeypatch):
     """The functions behind the buttons, by name."""
     pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
+    monkeypatch.setattr("gradio.Warning", lambda message, **_: said.append(message))
     return {function.api_name: function.fn for function in build(tiny_pipeline).fns.values()}
 
 
@@ -52,9 +59,7 @@ def test_a_table_can_be_searched_too(tasks, adata, tmp_path):
     assert len(tasks["search"](str(tmp_path / "cells.csv"), "a B cell", 4)) == 4
 
 
-def test_warnings_are_shown_in_the_browser(tasks, path, monkeypatch):
-    said = []
-    monkeypatch.setattr("gradio.Warning", lambda message, **_: said.append(message))
+def test_warnings_are_shown_in_the_browser(tasks, path, said):
     tasks["annotate"](path, "B cell", 0)
     assert any("one label, 'B cell'" in message for message in said)
 
