@@ -6,7 +6,6 @@ In a Hugging Face Space, which passes no argument, the environment variable `SCM
 the extra `app`.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -21,6 +20,8 @@ import anndata
 import numpy as np
 import pandas as pd
 
+from scmmgpt.checkpoints import check_checkpoint
+from scmmgpt.errors import OneLineParser, number, run_command
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers import read_file
 from scmmgpt.writing import make_writable
@@ -165,24 +166,23 @@ def rows_of(adata: anndata.AnnData, columns: list[str]) -> pd.DataFrame:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve the page."""
-    parser = argparse.ArgumentParser(prog="python -m scmmgpt.app", description=__doc__.splitlines()[0])
+    """Serve the page; returns the exit status."""
+    parser = OneLineParser(prog="python -m scmmgpt.app", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=os.environ.get("SCMMGPT_MODEL"), help="folder, or id on the Hub")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for a whole network")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
+    parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="port to listen on (default: 7860)")
     args = parser.parse_args(argv)
     if not args.model:
         parser.error("no checkpoint given; name one, or set SCMMGPT_MODEL.")
-    if gr is None:
-        sys.stderr.write(f"{parser.prog}: {NO_GRADIO}\n")
-        return 2
-    try:
+
+    def serve() -> None:
+        if gr is None:
+            raise ModuleNotFoundError(NO_GRADIO, name="gradio")
+        check_checkpoint(args.model)
         page = build(ScMMGPTPipeline.from_pretrained(args.model))
         page.launch(server_name=args.host, server_port=args.port, theme=gr.themes.Default(**FONTS))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{parser.prog}: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+
+    return run_command("scmmgpt.app", serve, inputs=[args.model], extra="app")
 
 
 if __name__ == "__main__":

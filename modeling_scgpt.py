@@ -690,18 +690,18 @@ class ScGPTModel(ScGPTPreTrainedModel):
             inputs_embeds, cell_attention_mask, generation_mask, cls_only, attended, output_hidden_states
         )
         hidden_states = states[-1]  # (B, L, D), or (B, 1, D) with `cls_only`
-        outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+        fields: dict[str, Any] = {"last_hidden_state": hidden_states, "pooler_output": hidden_states[:, 0]}
         if output_hidden_states:
-            outputs["hidden_states"] = states
+            fields["hidden_states"] = states
         if expression_labels is not None:
             predicted = self.decode_expression(hidden_states[:, num_conditions:])  # (B, G)
             from_cell = self.decode_mvc(hidden_states[:, 0], gene_ids)  # (B, G)
             expression_loss = masked_expression_loss(predicted, expression_labels)
             mvc_loss = masked_expression_loss(from_cell, expression_labels)
-            outputs["predicted_expression"], outputs["mvc_expression"] = predicted, from_cell
-            outputs["expression_loss"], outputs["mvc_loss"] = expression_loss, mvc_loss
-            outputs["loss"] = expression_loss + mvc_loss
-        return outputs
+            fields |= {"predicted_expression": predicted, "mvc_expression": from_cell}
+            fields |= {"expression_loss": expression_loss, "mvc_loss": mvc_loss}
+            fields["loss"] = expression_loss + mvc_loss
+        return ScGPTModelOutput(**fields)  # all at once: a compiled graph loses fields that are set later
 
     def _check_attentions(self, output_attentions: bool | None) -> None:
         implementation = self.config._attn_implementation

@@ -49,6 +49,7 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
+    from .unseen_scmmgpt import TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         UNKNOWN,
@@ -74,16 +75,19 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
+    from unseen_scmmgpt import TextScores
 
 
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
+DRAWN_AT_ONCE = 256  # generated cells whose rates over all genes are in memory
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
 GENERATED_CELLS = 1024  # of a prompt that are drawn at a time: genes x 8 bytes each
+WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells says so
 
 
@@ -249,13 +253,15 @@ class ScMMGPTPipeline:
         vocab_size = self.model.config.cell_config.vocab_size
         novelty_of = Novelty.of(stored.get("novelty"), measured, vocab_size)
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
+        readout = self._text_scores(candidates.texts, candidates.unseen, choice)
         similarity, match, novelty = self._label_scores(
-            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of
+            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
         )
         finish_report(choice.report)
         if stored.get("novelty") and novelty is None:
             novelty = np.full(len(similarity), np.nan, dtype=np.float32)
-        similarity = similarity + bonus * candidates.unseen
+        if readout is None or unseen_bonus is not None:  # by default the readout's gate decides, not a bonus
+            similarity = similarity + bonus * candidates.unseen
         weight, temperature = settings["matching_weight"], settings["temperature"]
         of_texts = label_probabilities(similarity, match, logit_scale=1 / temperature, matching_weight=weight)
         probabilities = candidates.pool(of_texts)
@@ -280,6 +286,8 @@ class ScMMGPTPipeline:
         }
         if novelty is not None:
             done["novel_cells"] = int((novelty > 1).sum())
+        if readout is not None:
+            done["weak_labels"] = self._warn_of_weak_labels(readout, candidates.texts)
         return self._record(adata, key_added, choice.report, annotate=done)
 
     def _doubt_annotation(
@@ -374,7 +382,8 @@ class ScMMGPTPipeline:
         choice = self.processor.choose_input(adata, **read_kwargs)
         cells = choice.convert(adata)[np.flatnonzero(usable)]
         texts = list(settings["labels"].values())
-        similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size)
+        readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)
+        similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size, readout=readout)
         target = np.asarray([names.index(label) for label in truth[usable]])
         best = fit_mixture(similarity, match, target, settings["temperature"])
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
@@ -388,6 +397,34 @@ class ScMMGPTPipeline:
         self.model.config.annotation = stored = {**before, **settings, "cl_ids": cl_ids, **fitted}
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}
 
+    def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
+        """The label readout's scores of texts for the genes of a file, or None if it cannot score them."""
+        readout = getattr(self._bridge(), "label_readout", None)
+        if readout is None:
+            return None
+        trained = self.model.config.label_readout["texts"]
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            return self._text_features(self.processor(qformer_text=list(texts)).to(self.device)).float().cpu().numpy()
+
+        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
+        gate = (self.model.config.annotation or {}).get("unseen_gate")
+        return TextScores.of(readout, trained, texts, unseen, measured, gate, self.processor.gene_index, embed)
+
+    def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
+        """Warn of labels whose decisive genes the file lacks; returns these labels."""
+        label_of = {text: label for label, text in (self.model.config.annotation or {}).get("labels", {}).items()}
+        names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
+        weak = readout.panel.weak_labels()
+        for label, (other, evidence, absent) in list(weak.items())[:WEAK_LABELS]:
+            logger.warning(
+                f"The file lacks {', '.join(self.processor.gene_symbols(absent))}, which tell {names[label]!r} from "
+                f"{names[other]!r}: {max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
+            )
+        if len(weak) > WEAK_LABELS:
+            logger.warning(f"The file lacks decisive genes of {len(weak) - WEAK_LABELS} more labels.")
+        return np.asarray([names[label] for label in weak], dtype=object)
+
     def _label_scores(
         self,
         chunks: Iterable[Cells],
@@ -396,19 +433,30 @@ class ScMMGPTPipeline:
         settings: dict[str, Any],
         batch_size: int | None,
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
+        readout: TextScores | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """Similarity and matching for [`label_probabilities`], and novelty; None what is not computed.
 
-        There is no matching if the matching weight is 0.
+        There is no matching if the matching weight is 0. With `readout` the first are its log probabilities, plus
+        similarities at the weight that `finetune` chose for them; at weight 0 the transformer does not run. They are
+        multiplied by the temperature, by which [`label_probabilities`] divides them.
         """
+        similarity_weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
+        readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
+        temperature = settings["temperature"]
         text_inputs = self.processor(qformer_text=texts).to(self.device)
         text_features = self._text_features(text_inputs)
         num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
 
         def score(cells: Cells) -> tuple[torch.Tensor, ...]:
-            inputs = self._inputs(cells)
             novelty = () if novelty_of is None else (torch.from_numpy(novelty_of(cells)),)
+            if readout_alone:
+                return (temperature * torch.from_numpy(readout(cells)), *novelty)
+            inputs = self._inputs(cells)
             similarity = cell_text_similarity(self._bridge().get_cell_features(**inputs), text_features)
+            if readout is not None:
+                scores = torch.from_numpy(readout(cells)).to(similarity)
+                similarity = temperature * (scores + similarity_weight * similarity)
             if not num_candidates:
                 return (similarity, *novelty)
             best = similarity.topk(num_candidates, dim=1).indices
@@ -481,6 +529,17 @@ class ScMMGPTPipeline:
             raise ValueError(f"The prompt names {question.count(token)} cells ({token}); name one, the cell of a row.")
         return self.processor.render_question(question if token in question else f"{token}\n{question}")
 
+    def label_prompts(self) -> dict[str, str]:
+        """Label -> a prompt of its type alone, of the kind that the checkpoint was trained on.
+
+        States of cells are fitted to texts of which some name the type alone. Without states, the stored text, which
+        also has the definition, is among the captions of most templates.
+        """
+        texts = self.annotation_settings()["labels"]
+        if self.model.config.num_state_components is None:
+            return texts
+        return {label: f"{text.split('. ')[0].removesuffix('.')}." for label, text in texts.items()}
+
     # -- generate -----------------------------------------------------------------------------------------------------
 
     def generate(
@@ -502,13 +561,15 @@ class ScMMGPTPipeline:
             prompts: Descriptions of cells; or label -> description, whose labels are kept in `obs["cell_type"]`.
             n_cells: Cells per prompt.
             genes: Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
-            library_size: Counts of a sampled cell over all genes, a number or `(n_cells,)`; by default those of a
-                typical training cell.
+            library_size: Counts of a sampled cell over all genes, a number or `(n_cells,)`; by default drawn with the
+                state of the cell, or, for a checkpoint without states, those of a typical training cell.
             do_sample: Draw counts from the predicted distribution, by default wherever the checkpoint predicts one
-                (`expression_head` is `nb` or `zinb`). Without sampling every cell of a prompt is the predicted mean.
+                (it has states of cells, or `expression_head` is `nb` or `zinb`). Without sampling every cell of a
+                prompt is the predicted mean.
             seed: Seed of the draws, together with the prompt and the cell's number.
             max_genes: Genes that are decoded together, by default as many as in training; more are decoded in turns.
-                The prediction of a gene depends a little on the other genes of its turn, and so on `genes` too.
+                The prediction of a gene depends a little on the other genes of its turn, and so on `genes` too; not
+                so for a checkpoint with states of cells, which needs no turns.
             key_added, batch_size: As for [`annotate`]; 32 cells a batch by default.
 
         Returns:
@@ -529,12 +590,22 @@ class ScMMGPTPipeline:
         do_sample = self._may_sample(do_sample, n_cells)
         gene_ids = self._gene_ids(genes)
         turns = self._gene_turns(gene_ids, max_genes)
-        sizes = self._library_sizes(library_size, n_cells)
-        blocks = self._decode_prompts(model, prompts, gene_ids, turns, sizes, do_sample, seed, batch_size)
-        values = vstack([csr_matrix(block) for block in blocks], format="csr")
+        values: Any
+        sizes = np.empty(0)
+        if self._states() is None:
+            given = self._library_sizes(library_size, n_cells)
+            blocks = self._decode_prompts(model, prompts, gene_ids, turns, given, do_sample, seed, batch_size)
+            values = vstack([csr_matrix(block) for block in blocks], format="csr")
+            sizes = np.tile(given, len(prompts))
+        elif do_sample:
+            turns, given = turns[:1], None if library_size is None else self._library_sizes(library_size, n_cells)
+            drawn = [(csr_matrix(v), s) for v, s in self._draw_cells(prompts, n_cells, gene_ids, given, seed)]
+            values, sizes = vstack([v for v, _ in drawn], format="csr"), np.concatenate([s for _, s in drawn])
+        else:
+            values = csr_matrix(self._states().mean_expression(self._prompt_features(prompts))[:, gene_ids])
         if do_sample:
             # The library size counts all genes of the cell; `genes` may be some of them.
-            expression = log1p_cp10k(values, np.tile(sizes, len(prompts)))
+            expression = log1p_cp10k(values, sizes)
         else:
             expression = values[np.repeat(np.arange(len(prompts)), n_cells)]
 
@@ -546,9 +617,38 @@ class ScMMGPTPipeline:
                 _add_obs(generated, name, np.repeat(np.asarray(words, dtype=object), n_cells), categorical=True)
         if do_sample:
             generated.layers["counts"] = values
-            generated.obs["library_size"] = np.tile(sizes, len(prompts))
+            generated.obs["library_size"] = sizes
         done = {"prompts": np.asarray(prompts, dtype=object), "n_cells": n_cells, "seed": seed}
         return self._record(generated, key_added, None, generate={**done, "sampled": do_sample, "turns": len(turns)})
+
+    def _draw_cells(
+        self, prompts: list[str], n_cells: int, gene_ids: np.ndarray, sizes: np.ndarray | None, seed: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Draw states, library sizes and counts; a prompt is encoded once, however many cells it has.
+
+        Yields:
+            Counts of the genes, int32 `(n, n_genes)`, and library sizes, float32 `(n,)`, of some cells. The cells of a
+            prompt are consecutive.
+        """
+        features = self._prompt_features(prompts)
+        rows = np.repeat(np.arange(len(prompts)), n_cells)
+        ids = np.array([_cell_id(prompt, number) for prompt in prompts for number in range(n_cells)], dtype=np.uint64)
+        given = None if sizes is None else np.tile(sizes, len(prompts))
+        starts = range(0, len(rows), DRAWN_AT_ONCE)
+        for start in logging.tqdm(starts, desc="Generating", unit="batch", disable=len(starts) < 2):
+            part = slice(start, start + DRAWN_AT_ONCE)
+            size = None if given is None else given[part]
+            counts, size = self._states().sample(features[rows[part]], ids[part], seed=seed, library_size=size)
+            yield counts[:, gene_ids].astype(np.int32), size.astype(np.float32)
+
+    def _states(self) -> Any:
+        """The states of cells, `None` if the checkpoint has none."""
+        return cast(Any, self.model).model.cell_states
+
+    def _prompt_features(self, prompts: list[str]) -> torch.Tensor:
+        """Features of prompts, `(len(prompts), projection_dim)`; each is encoded alone, since padding changes bits."""
+        inputs = (self.processor(qformer_text=[prompt]).to(self.device) for prompt in prompts)
+        return torch.cat([self._text_features(each) for each in inputs])
 
     def _doubt_prompts(self, prompts: list[str]) -> None:
         """Warn of prompts that name no cell type of training: their genes may not be in the vocabulary."""
@@ -609,7 +709,8 @@ class ScMMGPTPipeline:
             yield values
 
     def _may_sample(self, do_sample: bool | None, n_cells: int) -> bool:
-        can_sample = self.model.config.expression_head != "mse"
+        config = self.model.config
+        can_sample = config.num_state_components is not None or config.expression_head != "mse"
         do_sample = can_sample if do_sample is None else bool(do_sample)
         if do_sample and not can_sample:
             raise ValueError("A mean (expression_head='mse') cannot be sampled; pass do_sample=False.")
@@ -870,7 +971,8 @@ def _labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[
 
 def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:
     best = enumerate(np.argsort(-similarity, kind="stable")[:top_k].tolist(), start=1)
-    z = (similarity - similarity.mean()) / max(float(similarity.std()), 1e-9)
+    exact = similarity.astype(np.float64)
+    z = (exact - exact.mean()) / max(exact.std(), 1e-9)
     return [
         {
             "rank": rank,

@@ -1,4 +1,4 @@
-"""`python -m scmmgpt.eval annotation|description|finetuning|generation|report|zeroshot`: evaluate a checkpoint."""
+"""`python -m scmmgpt.eval TASK`: evaluate a checkpoint, or a method beside its baselines."""
 
 import importlib
 import itertools
@@ -12,8 +12,17 @@ from scmmgpt.files import check_folder, check_paths, exists
 from scmmgpt.progress import tell_if_slow
 
 
-COMMANDS = ("annotation", "description", "finetuning", "generation", "report", "zeroshot")  # modules of scmmgpt.eval
-WITH_FOLDERS = ("finetuning", "report", "zeroshot")  # their output is a folder, that of other tasks a JSON file
+COMMANDS = (
+    "abstention",
+    "annotation",
+    "crossdata",
+    "description",
+    "finetuning",
+    "generation",
+    "report",
+    "zeroshot",
+)  # modules of scmmgpt.eval
+WITH_FOLDERS = ("crossdata", "finetuning", "report", "zeroshot")  # with a folder as output, others with a JSON file
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,14 +6,13 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy.sparse import csr_matrix
 
 from scmmgpt.eval import zeroshot
 from scmmgpt.eval.zeroshot import LabelTexts, LeftOutLabel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train.data import ontology
-from scmmgpt.train.readout import LabelledProfiles, choose_unseen_bonus
+from scmmgpt.unseen_scmmgpt import predict_centroids
 
 
 IDS = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
@@ -66,9 +65,9 @@ def test_no_system_sees_a_cell_of_the_label_that_is_left_out(adata, tmp_path, mo
 
 def test_a_centroid_is_predicted_from_the_text_between_those_of_seen_labels():
     centroids, texts = np.array([[9.0, 1.0], [1.0, 9.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
-    between = zeroshot.predict_centroid(centroids, texts, np.array([0.5, 0.5]))
+    between = predict_centroids(centroids, texts, np.array([[0.5, 0.5]]))[0]
     np.testing.assert_allclose(between, [5, 5])
-    known = zeroshot.predict_centroid(centroids, texts, texts[0])
+    known = predict_centroids(centroids, texts, texts[:1])[0]
     # Along the difference of the texts, the kernel is 1 and the penalty 1/2: 2/3 of the way from the mean.
     np.testing.assert_allclose(known, [5 + 8 / 3, 5 - 8 / 3])
 
@@ -95,24 +94,6 @@ def test_steps_follow_the_ontology():
     assert steps[0] == 0
     assert steps == sorted(set(steps))
     assert ontology.distance(t_cell, "nonsense") == np.inf
-
-
-def test_the_bonus_lets_an_unseen_label_be_answered_and_does_not_count_for_seen_ones():
-    rng = np.random.default_rng(0)
-    targets = np.arange(400) % 4
-    rates = np.ones((4, 40))
-    for label in range(4):
-        rates[label, label * 10 : label * 10 + 10] = 4
-    profiles = np.sqrt(rng.poisson(rates[targets] * 3))
-    profiles = csr_matrix(profiles / np.linalg.norm(profiles, axis=1, keepdims=True))
-    texts = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
-    train, held_out = np.arange(300), np.arange(300, 400)
-    data = LabelledProfiles(profiles, targets, 4, train, held_out, profiles[:0])
-    bonus = choose_unseen_bonus(data, texts)
-    assert 0 < bonus < 1.5
-    two = targets % 2
-    data = LabelledProfiles(profiles, two, 2, train, held_out, profiles[:0])
-    assert choose_unseen_bonus(data, texts[:2]) == 0
 
 
 def test_annotate_adds_the_bonus_to_texts_that_were_not_trained_alone(adata, tiny_pipeline):

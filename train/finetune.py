@@ -19,17 +19,21 @@ Three steps:
 3. **Refit the readout** with the held-out cells, at the same strength. The temperature of `annotate` is the one that
    fits the held-out cells best before the refit.
 
+The checkpoint also keeps the regression's own scores of the labels, with statistics from which `annotate` solves them
+again for the genes of a file (`readout_scmmgpt`): a gene that a file lacks is absent, not zero. Similarities to texts
+are added to these scores if that fits the held-out cells better by more than a standard error. If not, `annotate` does
+not run the transformer. `finetune.json` records readout, transformer and both on held-out cells. For labels that were
+not trained a gate is fitted, by leaving out each label in turn: see `unseen_scmmgpt`.
+
 The cell projection of a new model starts at zero. Queries then contribute nothing, and the readout alone places the
 cells; no gradient step is taken by default. From a checkpoint the readout is added to the projected queries, in the
 proportion that fits the held-out cells best. With `--shots` nothing is held out, and the strength is the default.
-Cells without a label help where labels are few: see `readout.fit_spread_regression`. `finetune.json` in the output
-records what was tried and how it scored.
+Cells without a label help where labels are few: see `readout.fit_spread_regression`.
 """
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -41,7 +45,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from scmmgpt.annotation_scmmgpt import fit_novelty
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.files import write_json
+from scmmgpt.files import filled_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -59,6 +63,8 @@ from scmmgpt.train.data.labelled import LabelledBatches
 from scmmgpt.train.labels import column_of, hold_out, read_labels
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
+from scmmgpt.train.unseen import fit_gate
+from scmmgpt.unseen_scmmgpt import named_genes
 
 
 logger = logging.getLogger(__name__)
@@ -97,12 +103,13 @@ def load_checkpoint(path: str, adata: AnnData, read_options: dict[str, Any]) -> 
     config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
     if (config.architectures or [""])[0] != "ScMMGPTForCellTextAlignment":
         raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from a checkpoint of `align`.")
-    config.profile_readout = True
+    config.profile_readout, config.label_readout = True, None  # of these labels, made anew
     loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(path, config=config, output_loading_info=True)
     model, info = loaded
     missing = [key for key in info["missing_keys"] if not key.startswith("profile_readout.")]
-    if missing or info["unexpected_keys"]:
-        raise ValueError(f"{path} does not fit: missing {missing}, unexpected {sorted(info['unexpected_keys'])}.")
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith("label_readout."))
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}.")
     pretrained = {name for name, _ in model.named_parameters() if not name.startswith("profile_readout.")}
     return model, processor, pretrained, processor.read_cells(adata, **read_options)[0]
 
@@ -373,20 +380,53 @@ class FineTuning:
         self.record["epochs"] = [line for line in trainer.state.log_history if "eval_loss" in line]
 
     def refit_readout(self) -> None:
-        """Choose temperature and bonus on the held-out cells, then refit the readout with them."""
-        temperature, bonus = DEFAULT_TEMPERATURE, 0.0
+        """Choose the temperature on the held-out cells, then refit the readout with them."""
+        temperature = DEFAULT_TEMPERATURE
+        self.score_temperature, self.similarity_weight = 1.0, 0.0
         if self.eval_batches is not None:
             similarity, targets = similarities(self.model, self.eval_batches), self.eval_batches.targets.numpy()
+            self.compare_parts(similarity, targets)
             temperature = readout.fit_temperature(similarity, targets)
             self.record["after"] = readout.scores_of(similarity / temperature, targets)
             weights, bias = readout.readout_of(self.regressions.everything, self.text_features)
             # What gradient steps changed stays.
             add_to_readout(self.model, (weights - self.weights) * self.share, (bias - self.bias) * self.share)
-            if not queries_contribute(self.model):  # the readout alone places the cells
-                bonus = readout.choose_unseen_bonus(self.profiles, self.text_features)
+        elif queries_contribute(self.model):
+            self.similarity_weight = 1 / DEFAULT_TEMPERATURE
         set_temperature(self.model, temperature)
-        self.record |= {"temperature": temperature, "unseen_bonus": bonus}
+        self.record["temperature"] = temperature
+        self.record["similarity_weight"] = self.similarity_weight
         logger.info("Held-out scores: %s", self.record.get("after", "nothing was held out"))
+
+    def compare_parts(self, similarity: np.ndarray, targets: np.ndarray) -> None:
+        """Record readout, transformer and both on the held-out cells, and choose the weight of similarities.
+
+        Similarities are those of a cell's queries and profile readout with the texts, `(n_cells, n_labels)`.
+        """
+        scores = self.regressions.train.scores(self.profiles.profiles[self.profiles.validation])
+        self.score_temperature = readout.fit_temperature_of_scores(scores, targets)
+        logits = scores / self.score_temperature
+        parts = {"readout": logits}
+        if queries_contribute(self.model):
+            weight, both = readout.fit_similarity_weight(logits, similarity, targets)
+            parts |= {"transformer": similarity / readout.fit_temperature(similarity, targets), "both": both}
+            self.similarity_weight = weight
+        self.record["parts"] = {name: readout.scores_of(values, targets) for name, values in parts.items()}
+
+    def add_label_readout(self) -> None:
+        """Give the model the regression's own scores, what they are solved from, and a gate for other labels."""
+        model = self.model
+        data, regression, seed = self.profiles, self.regressions.everything, data_seed(self.training_args)
+        model.label_readout = readout.fit_label_readout(data, regression, self.score_temperature, seed)
+        num_factors, num_genes = model.label_readout.factors.shape
+        sizes = {"num_genes": num_genes, "num_factors": num_factors}
+        model.config.label_readout = {"texts": list(self.labels.texts), **sizes}
+        device = model.logit_scale.device
+        texts = model.eval().get_text_features(**self.processor(qformer_text=self.labels.texts).to(device))
+        named = [named_genes(text, self.processor.gene_index) for text in self.labels.texts]
+        embeddings = texts.detach().double().cpu().numpy()
+        cells, targets = self.cells, self.labels.targets
+        self.unseen_gate = fit_gate(model.label_readout, cells, targets, embeddings, named, seed)
 
     def save(self) -> None:
         """Write the checkpoint, with what `annotate` takes from its configuration, and `finetune.json`."""
@@ -400,15 +440,17 @@ class FineTuning:
             "matching_weight": 0.0,  # the matching head is not trained here
             "matching_candidates": len(self.labels.names),
             "temperature": self.record["temperature"],
-            "unseen_bonus": self.record["unseen_bonus"],
+            "similarity_weight": self.record["similarity_weight"],
+            "unseen_gate": None if self.unseen_gate is None else vars(self.unseen_gate),
             "terms": ontology.label_terms({name: self.labels.cl_ids.get(name) for name in self.labels.names}),
         }
         novelty = fit_novelty(self.cells, self.labels.targets, self.measured, self.model.config.cell_config.vocab_size)
         if novelty is not None:
             self.model.config.annotation["novelty"] = novelty
-        ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(output)
-        write_json(Path(output, "finetune.json"), self.record)
-        save_run(output, "finetune", **self.arguments)
+        with filled_folder(output) as folder:
+            ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(folder)
+            write_json(folder / "finetune.json", self.record)
+            save_run(str(folder), "finetune", **self.arguments)
 
 
 def make_parser(prog: str | None = None) -> OptionParser:
@@ -418,10 +460,11 @@ def make_parser(prog: str | None = None) -> OptionParser:
 
 
 def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig) -> None:
-    """Fit the readout, take gradient steps, refit the readout, save."""
+    """Fit the readout, take gradient steps, refit the readout, keep what it is solved from, save."""
     torch.manual_seed(training_args.seed)
     run = FineTuning(data_args, model_args, training_args)
     run.fit_readout()
     run.take_gradient_steps()
     run.refit_readout()
+    run.add_label_readout()
     run.save()

@@ -4,8 +4,9 @@
 2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`, `fit_spread_regression`).
 3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
    with the text of a label is the label's score.
-4. Held-out cells give two numbers for `annotate`: the **temperature** of its softmax (`fit_temperature`), and the
-   **bonus** of texts that were not trained (`choose_unseen_bonus`).
+4. The **label readout** keeps the regression's own scores, with the statistics of the cells from which
+   `readout_scmmgpt` solves it again for the genes of another file (`fit_label_readout`).
+5. Held-out cells give the **temperature** of the softmax over labels (`fit_temperature`).
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
-from scipy.stats import hmean
+from scipy.sparse.linalg import LinearOperator, svds
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
@@ -26,6 +27,7 @@ from sklearn.semi_supervised import LabelSpreading
 from torch.nn import functional as F
 
 from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
+from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout
 
 
 logger = logging.getLogger(__name__)
@@ -33,14 +35,17 @@ logger = logging.getLogger(__name__)
 Strength: TypeAlias = float | str  # an inverse L2 penalty, or `SPREAD`
 Profiles: TypeAlias = csr_matrix | np.ndarray  # (n_cells, n_genes), or coordinates along other axes
 
-PROFILE_SCALE = 100.0  # the regression sees sqrt(counts per 10k), of length 100, where profiles have length 1
+# The regression sees profiles of length `PROFILE_SCALE`; elsewhere in this file a profile has length 1.
 STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # inverse L2 penalties to try, on that scale
 MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 DEFAULT_STRENGTH = 0.01  # where nothing is held out
 ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label, since single cells differ mostly by noise
 SPREAD = "spread"  # in place of a strength: `fit_spread_regression`
 SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 20, 15, 0.5
-BONUS_COMPONENTS, UNSEEN_BONUSES = 50, np.arange(0, 1.5, 0.02).round(2)
+# Of the factor model. More factors than 64 restore no more labels where genes are absent, and a noise of one mean
+# variance of a gene beside its own keeps rare genes from being predicted by chance: see `train/LOG.md`.
+N_FACTORS, NOISE_FLOOR = 64, 1.0
+FACTOR_CELLS = 20_000  # at most
 TEMPERATURES = 2.0 ** np.arange(-7, 1.25, 0.25)
 
 
@@ -197,6 +202,63 @@ def neighbour_graph(points: np.ndarray, _: np.ndarray) -> csr_matrix:
     return graph.maximum(graph.T)
 
 
+def fit_label_readout(
+    data: LabelledProfiles, model: LinearModel, temperature: float, seed: int = 0
+) -> ScMMGPTLabelReadout:
+    """The regression with the statistics of all labelled cells, in which every label has the same weight.
+
+    `temperature` divides the regression's scores; `seed` draws the cells of the factor model from more than
+    `FACTOR_CELLS`.
+    """
+    rows = np.arange(len(data.targets))
+    if len(rows) > FACTOR_CELLS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, FACTOR_CELLS, replace=False))
+    targets = data.targets[rows]
+    counts = np.bincount(targets, minlength=data.n_labels)
+    labels = csr_matrix((1 / counts[targets], (targets, np.arange(len(rows)))), shape=(data.n_labels, len(rows)))
+    gene_ids = np.unique(data.profiles[rows].indices)
+    profiles = (data.profiles[rows][:, gene_ids] * PROFILE_SCALE).astype(np.float64)
+    centroids = (labels @ profiles).toarray()
+    mean = centroids[counts > 0].mean(axis=0)
+    centroids[counts == 0] = mean
+    share = (labels @ profiles.power(2)).toarray()[counts > 0].mean(axis=0) / PROFILE_SCALE**2
+    cell_weights = 1 / (counts[targets] * (counts > 0).sum())
+    factors, rest = principal_factors(profiles, mean, cell_weights)
+    return ScMMGPTLabelReadout.from_statistics(
+        gene_ids=gene_ids,
+        weights=model.weights[:, gene_ids] / PROFILE_SCALE,
+        bias=model.bias,
+        centroids=centroids,
+        factors=factors,
+        mean=mean,
+        noise=rest + NOISE_FLOOR * (rest + (factors**2).sum(axis=0)).mean(),
+        shares=share,
+        temperature=np.array(temperature),
+    )
+
+
+def principal_factors(
+    profiles: csr_matrix, mean: np.ndarray, cell_weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Principal axes of weighted cells around `mean`, as long as their standard deviation, and what is left.
+
+    Returns:
+        `(n_factors, n_genes)`, and the variance of each gene beside the factors `(n_genes,)`.
+    """
+    roots = np.sqrt(cell_weights)
+    centred = LinearOperator(
+        profiles.shape,
+        matvec=lambda v: roots * (profiles @ v.ravel() - mean @ v.ravel()),
+        rmatvec=lambda u: profiles.T @ (roots * u.ravel()) - mean * (roots @ u.ravel()),
+        dtype=np.float64,
+    )
+    variance = profiles.power(2).T @ cell_weights - 2 * mean * (profiles.T @ cell_weights) + mean**2
+    n_factors = min(N_FACTORS, min(profiles.shape) - 1)
+    _, scales, axes = svds(centred, k=n_factors, v0=np.ones(min(profiles.shape)))
+    factors = scales[::-1, None] * axes[::-1]
+    return factors, (variance - (factors**2).sum(axis=0)).clip(min=0)
+
+
 def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights `(n_genes, projection_dim)` and bias whose products with the texts are the regression's scores.
 
@@ -226,6 +288,33 @@ def fit_temperature(similarity: np.ndarray, targets: np.ndarray) -> float:
     return float(min(TEMPERATURES, key=lambda t: negative_log_likelihood(similarity / t, targets)))
 
 
+def fit_temperature_of_scores(scores: np.ndarray, targets: np.ndarray) -> float:
+    """As [`fit_temperature`], for scores of a regression, which it never sharpens (1 or more).
+
+    Held-out cells of a file are more like the training cells than those of the next file: a temperature that sharpens
+    there, where a penalised regression is modest, makes errors on other files certain (`train/LOG.md`).
+    """
+    scale = max(np.abs(scores).max(), 1e-9)
+    return max(1.0, float(scale * fit_temperature(scores / scale, targets)))
+
+
+def fit_similarity_weight(logits: np.ndarray, similarity: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+    """The weight of similarities beside the readout's logits, both `(n_cells, n_labels)`, and the best sum.
+
+    The weight is 0 unless the log-likelihood of the labels gains more than the standard error of its gain.
+    """
+
+    def losses(values: np.ndarray) -> np.ndarray:
+        cells = torch.from_numpy(np.asarray(values, dtype=np.float64)), torch.from_numpy(targets)
+        return F.cross_entropy(*cells, reduction="none").numpy()
+
+    sums = {weight: logits + weight * similarity for weight in 1 / TEMPERATURES}
+    best = min(sums, key=lambda weight: losses(sums[weight]).mean())
+    gains = losses(logits) - losses(sums[best])
+    earned = gains.mean() > gains.std() / np.sqrt(len(gains))
+    return float(best) if earned else 0.0, sums[best]
+
+
 def scores_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Loss, accuracy and macro-F1 of `(n_cells, n_labels)` logits."""
     predicted = logits.argmax(axis=1)
@@ -234,39 +323,3 @@ def scores_of(logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         "accuracy": round(float((predicted == targets).mean()), 4),
         "macro_f1": round(float(f1_score(targets, predicted, average="macro", labels=np.unique(targets))), 4),
     }
-
-
-def choose_unseen_bonus(data: LabelledProfiles, text_features: torch.Tensor) -> float:
-    """The number that `annotate` adds to the similarity of a text that was not trained (calibrated stacking).
-
-    Cells lie among the texts of trained labels, so an untrained text is hardly ever the nearest. Each label in turn is
-    left out of the regression (on principal components, for speed) and predicted by its text among all. The chosen
-    bonus has the best harmonic mean of two recalls: of the left-out labels and of the others, each a mean over the
-    turns (Chao et al. 2016). With two labels there is nothing to leave out, and the bonus is 0. `text_features` are
-    `(n_labels, projection_dim)`.
-    """
-    n_labels = len(text_features)
-    train_targets, validation_targets = data.targets[data.train], data.targets[data.validation]
-    common = np.unique(validation_targets)
-    if n_labels < 3 or len(common) < 2:
-        return 0.0
-    train = data.profiles[data.train].astype(np.float64)
-    pca = PCA(min(BONUS_COMPONENTS, min(train.shape) - 1), svd_solver="arpack", random_state=0)
-    train_points = pca.fit_transform(train)
-    points = pca.transform(data.profiles[data.validation].astype(np.float64))
-    texts = text_features.double().cpu()
-    recalls = np.zeros((2, len(UNSEEN_BONUSES)))
-    for label in common:
-        others = np.delete(np.arange(n_labels), label)
-        rows = train_targets != label
-        model = fit_regression(train_points[rows], train_targets[rows], n_labels, DEFAULT_STRENGTH)
-        weights, bias = readout_of(LinearModel(model.weights[others], model.bias[others]), texts[others])
-        features = torch.from_numpy(points @ weights.double().numpy()) + bias
-        similarity = (F.normalize(features, dim=-1) @ texts.t()).numpy()
-        left_out = validation_targets == label
-        right = others[similarity[:, others].argmax(axis=1)] == validation_targets
-        gap = similarity[:, others].max(axis=1) - similarity[:, label]
-        wins = gap[:, None] < UNSEEN_BONUSES  # (n_cells, n_bonuses): the left-out text is the nearest
-        recalls[0] += wins[left_out].mean(axis=0)
-        recalls[1] += (right[:, None] & ~wins)[~left_out].mean(axis=0)
-    return float(UNSEEN_BONUSES[hmean(recalls, axis=0).argmax()])

@@ -1,0 +1,298 @@
+"""Cell types across datasets: each dataset is left out in turn, and annotated by systems that learn from the others.
+
+```
+python -m scmmgpt.eval crossdata --data ../shared/data --output DIR
+```
+
+The folder `--data` holds `.h5ad` files and `tables/label_classes.json`: file -> column of labels, and label -> coarse
+class and Cell Ontology id (`fine`). Labels without a class are left out. All systems learn from the same cells, at
+most `--max-cells` of a label of a dataset, and choose among all classes of the training datasets, or with
+`--candidates present` among those that the left-out dataset has. No text is used. Classes that no other dataset has
+are not scored.
+
+* `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes as `annotate` does;
+* `pooled readout, absent genes at their mean`: the same weights, not solved again;
+* `logistic regression`: log1p(CP10k) of the genes that the left-out dataset measures, the 4,000 (2,000) most variable
+  ones, balanced, C = 0.01;
+* `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k) of the same genes.
+
+The penalty of the pooled readout is chosen by leaving out each training dataset in turn (`--choose-penalty`), else it
+is `pooled.PENALTY`. DIR gets `results.json` and `table.md`: macro-F1 of each dataset and the mean with its 95 %
+interval over resampled cells.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+from sklearn.metrics import f1_score
+
+from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
+from scmmgpt.eval import annotators, baselines
+from scmmgpt.eval.results import percentile_interval
+from scmmgpt.eval.task import read_runs
+from scmmgpt.files import write_json
+from scmmgpt.train.pooled import PENALTY, Dataset, fit_pooled_readout
+
+
+logger = logging.getLogger(__name__)
+
+PENALTIES = (1.0, 3.0, 10.0)
+INVERSE_PENALTY = 0.01  # C of logistic regression, the anchor of the data's README
+N_RESAMPLES = 500
+MODEL = "pooled readout"
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """The labelled cells of a file, over the genes of GENCODE."""
+
+    name: str
+    cells: Cells
+    measured: np.ndarray  # int64: ids of the genes that the file measures
+    labels: np.ndarray  # (n_cells,) of str
+
+
+@dataclass(frozen=True)
+class LeftOutSet:
+    """Training datasets, with targets in `classes`, and the cells to annotate."""
+
+    train: list[LabelledSet]
+    test: LabelledSet
+    classes: list[str]  # candidates, sorted; every class of `test` is among them
+    n_genes: int  # size of the vocabulary
+
+    def datasets(self, sets: Sequence[LabelledSet] | None = None) -> list[Dataset]:
+        """The training cells of the candidates' classes, by dataset."""
+        parts = []
+        for part in self.train if sets is None else sets:
+            rows = np.flatnonzero(np.isin(part.labels, self.classes))
+            if len(rows):
+                targets = np.searchsorted(self.classes, part.labels[rows])
+                parts.append(Dataset(count_matrix(part.cells[rows], self.n_genes), part.measured, targets))
+        return parts
+
+
+def count_matrix(cells: Cells, n_genes: int) -> sparse.csr_matrix:
+    """Cells as float32 CSR `(n_cells, n_genes)`."""
+    arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
+    return sparse.csr_matrix(arrays, shape=(len(cells), n_genes))
+
+
+def read_sets(folder: str | Path, level: str, max_cells: int, seed: int = 0) -> tuple[list[LabelledSet], int]:
+    """The datasets of `label_classes.json`, and the size of the gene vocabulary.
+
+    Args:
+        folder: See the top of this file.
+        level: `coarse` or `fine`.
+        max_cells: Cells of a label of a file, drawn by `seed`.
+    """
+    from scmmgpt.readers import read_file
+    from scmmgpt.reading_scmmgpt import choose_input
+    from scmmgpt.train.data.gene_tables import reference_gene_index
+    from scmmgpt.train.labels import column_of
+
+    path = Path(folder, "tables", "label_classes.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}; --data needs the table of the labels' classes.")
+    index = reference_gene_index()
+    sets = []
+    for name, table in json.loads(path.read_text(encoding="utf-8")).items():
+        adata = read_file(Path(folder, f"{name}.h5ad"))
+        own = column_of(adata.obs, table["_col"])
+        classes = np.array([(table.get(label) or {}).get(level) or "" for label in own], dtype=object).astype(str)
+        rng = np.random.default_rng(seed)
+        of_labels = [np.flatnonzero((own == label) & (classes != "")) for label in sorted(set(own[classes != ""]))]
+        rows = np.sort(np.concatenate([rng.permutation(rows)[:max_cells] for rows in of_labels]))
+        choice = choose_input(adata, index)
+        cells = choice.convert(adata)[rows]
+        sets.append(LabelledSet(name, cells, np.unique(choice.match.ids[choice.match.ids >= 0]), classes[rows]))
+    return sets, max(index.vocabulary.values()) + 1
+
+
+def leave_out(sets: Sequence[LabelledSet], name: str, candidates: str, n_genes: int) -> LeftOutSet:
+    """The case of one dataset; its cells of classes that no other has are left out."""
+    train = [part for part in sets if part.name != name]
+    (test,) = (part for part in sets if part.name == name)
+    known = sorted({label for part in train for label in part.labels})
+    rows = np.flatnonzero(np.isin(test.labels, known))
+    test = replace(test, cells=test.cells[rows], labels=test.labels[rows])
+    classes = sorted(set(test.labels)) if candidates == "present" else known
+    return LeftOutSet(train, test, classes, n_genes)
+
+
+def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Unweighted mean F1 of the classes that are in `truth`."""
+    return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
+
+
+def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.ndarray:
+    """Our readout."""
+    penalty = choose_penalty(case) if choose else PENALTY
+    readout = fit_pooled_readout(case.datasets(), len(case.classes), penalty=penalty)
+    if refit:
+        scores = readout.for_genes(case.test.measured)(case.test.cells)
+    else:  # the panel's scale, but no weight moves to another gene
+        readout.factors.zero_()
+        scores = readout.for_genes(case.test.measured)(case.test.cells)
+    return np.asarray(case.classes)[scores.argmax(axis=1)]
+
+
+def choose_penalty(case: LeftOutSet) -> float:
+    """The penalty with the best mean macro-F1 when each training dataset is left out in turn."""
+    scores = dict.fromkeys(PENALTIES, 0.0)
+    for part in case.train:
+        inner = leave_out(case.train, part.name, "all", case.n_genes)
+        if len(inner.test.cells) == 0 or len(inner.classes) < 2:
+            continue
+        for penalty in PENALTIES:
+            readout = fit_pooled_readout(inner.datasets(), len(inner.classes), penalty=penalty)
+            answers = readout.for_genes(inner.test.measured)(inner.test.cells).argmax(axis=1)
+            scores[penalty] += macro_f1(inner.test.labels, np.asarray(inner.classes)[answers])
+    best = max(scores, key=lambda penalty: scores[penalty])
+    logger.info("%s: penalty %g of %s", case.test.name, best, scores)
+    return best
+
+
+def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix, np.ndarray, sparse.csr_matrix]:
+    """log1p(CP10k) over variable genes of the left-out dataset: training cells, their labels, test cells."""
+    parts = case.datasets()
+    genes = case.test.measured
+
+    def expression(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        counts = counts[:, genes]
+        return log1p_cp10k(counts, np.asarray(counts.sum(axis=1)).ravel())
+
+    train = sparse.vstack([expression(part.counts) for part in parts], format="csr")
+    variance = np.asarray(train.power(2).mean(axis=0)).ravel() - np.asarray(train.mean(axis=0)).ravel() ** 2
+    chosen = np.sort(np.argsort(-variance, kind="stable")[:n_genes])
+    labels = np.concatenate([np.asarray(case.classes)[part.targets] for part in parts])
+    return train[:, chosen], labels, expression(count_matrix(case.test.cells, case.n_genes))[:, chosen]
+
+
+def logistic_regression(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
+    """Balanced logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+
+    train, labels, test = shared_expression(case, n_genes)
+    model = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=baselines.MAX_ITERATIONS)
+    return baselines.fit_quietly(model, train, labels).predict(test)
+
+
+def celltypist(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
+    """CellTypist with its default training."""
+    train, labels, test = shared_expression(case, n_genes)
+    both = [AnnData(sparse.csr_matrix(matrix.expm1())) for matrix in (train, test)]  # it is given counts, as elsewhere
+    return annotators.celltypist(annotators.LabelBudget(both[0], labels, np.arange(len(labels)), both[1], 0))
+
+
+SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
+    MODEL: pooled,
+    f"{MODEL}, absent genes at their mean": lambda case: pooled(case, refit=False),
+    "logistic regression, 4,000 genes": lambda case: logistic_regression(case, n_genes=4000),
+    "logistic regression, 2,000 genes": lambda case: logistic_regression(case, n_genes=2000),
+    "CellTypist, 4,000 genes": lambda case: celltypist(case, n_genes=4000),
+}
+
+
+def summarise(records: Sequence[dict], truths: dict[str, np.ndarray]) -> list[dict]:
+    """For each system: macro-F1 by dataset, the mean, its interval, and that of the model's lead over it."""
+    of_system: dict[str, dict[str, np.ndarray]] = {}
+    for record in records:
+        of_system.setdefault(record["system"], {})[record["set"]] = np.asarray(record["predicted"])
+    draws = {}
+    for number, (name, truth) in enumerate(truths.items()):
+        rng = np.random.default_rng([0, number])
+        draws[name] = [rng.integers(len(truth), size=len(truth)) for _ in range(N_RESAMPLES)]
+
+    def replicates(predicted: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+        of_sets = [[macro_f1(truths[n][rows], predicted[n][rows]) for rows in draws[n]] for n in names]
+        return np.mean(of_sets, axis=0)
+
+    rows, ours = [], of_system.get(MODEL, {})
+    for system, predicted in of_system.items():
+        names = [name for name in truths if name in predicted]
+        scores = {name: macro_f1(truths[name], predicted[name]) for name in names}
+        row: dict[str, Any] = {"system": system, "mean": float(np.mean(list(scores.values()))), "by_set": scores}
+        row["interval"] = percentile_interval(replicates(predicted, names))
+        if system != MODEL and set(names) <= set(ours):
+            lead = replicates(ours, names) - replicates(predicted, names)
+            row["lead"] = float(np.mean([macro_f1(truths[n], ours[n]) - scores[n] for n in names]))
+            row["lead_interval"] = percentile_interval(lead)
+        rows.append(row)
+    return rows
+
+
+def markdown_table(rows: Sequence[dict]) -> str:
+    """Systems by datasets, macro-F1 x 100."""
+    names = list(rows[0]["by_set"])
+    lines = [f"| | mean | lead of ours | {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) + 2)]
+    for row in rows:
+        low, high = (100 * end for end in row["interval"])
+        lead = ""
+        if "lead" in row:
+            ends = [100 * end for end in row["lead_interval"]]
+            lead = f"{100 * row['lead']:+.1f} [{ends[0]:.1f}, {ends[1]:.1f}]"
+        values = [f"{100 * row['by_set'][name]:.0f}" if name in row["by_set"] else "" for name in names]
+        mean = f"{100 * row['mean']:.1f} [{low:.1f}, {high:.1f}]"
+        lines.append(f"| {row['system']} | {mean} | {lead} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m scmmgpt.eval crossdata", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
+    parser.add_argument("--output", required=True, help="folder for results.json and table.md")
+    parser.add_argument("--level", choices=("coarse", "fine"), default="coarse", help="labels to score (%(default)s)")
+    parser.add_argument("--candidates", choices=("all", "present"), default="all", help="labels to choose from")
+    parser.add_argument("--max-cells", type=int, default=100, help="cells of each label of a dataset (%(default)s)")
+    parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
+    parser.add_argument("--choose-penalty", action="store_true", help="choose ours by an inner leave-one-out")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Runs in `results.json` of the output folder are not repeated."""
+    args = make_parser().parse_args(argv)
+    annotators.quieten()
+    sets, n_genes = read_sets(args.data, args.level, args.max_cells)
+    unknown = sorted(set(args.sets or ()) - {part.name for part in sets})
+    if unknown:
+        raise ValueError(f"--sets names {unknown}, but the datasets are {[part.name for part in sets]}.")
+    about: dict[str, Any] = {"task": "crossdata", "level": args.level, "candidates": args.candidates}
+    about |= {"max_cells": args.max_cells, "choose_penalty": args.choose_penalty}
+    path = Path(args.output, "results.json")
+    records = read_runs(path, about)
+    done = {(record["system"], record["set"]) for record in records}
+    truths: dict[str, np.ndarray] = {}
+    for part in sets:
+        if args.sets and part.name not in args.sets:
+            continue
+        case = leave_out(sets, part.name, args.candidates, n_genes)
+        if len(case.classes) < 2:
+            continue
+        truths[part.name] = case.test.labels
+        for system in args.systems:
+            if (system, part.name) in done:
+                continue
+            options = {"choose": True} if args.choose_penalty and system == MODEL else {}
+            predicted = SYSTEMS[system](case, **options)
+            records.append({"system": system, "set": part.name, "predicted": predicted.tolist()})
+            logger.info("%s, %s: macro-F1 %.3f", part.name, system, macro_f1(case.test.labels, predicted))
+            write_json(path, {**about, "runs": records})
+    rows = summarise([record for record in records if record["set"] in truths], truths)
+    table = markdown_table(rows)
+    write_json(path, {**about, "rows": rows, "runs": records})
+    Path(args.output, "table.md").write_text(table, encoding="utf-8")
+    sys.stdout.write(table)
+    return 0

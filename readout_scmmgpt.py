@@ -1,0 +1,269 @@
+"""A linear readout of labels from cells, which is solved again for the genes that a file has.
+
+A linear classifier of all genes is hard to beat with a few thousand labelled cells, but its weights belong to the
+genes of training: in a file without one of these genes, a zero or a mean in the place of the gene gives confident
+wrong answers. `ScMMGPTLabelReadout` therefore stores, beside the weights, a factor model of the training cells:
+
+    profile = mean + factors^T z + noise,  z ~ N(0, I)
+
+`ScMMGPTLabelReadout.for_genes` takes the conditional expectation of the classifier's scores given the genes at hand.
+The weights of absent genes move to the present genes that predict them, by Woodbury's identity on a few dozen factors
+(milliseconds). With all genes at hand the weights are those of training. What the present genes cannot predict
+remains as a covariance of the scores, and the probabilities are averaged over it: a label whose decisive genes are
+absent loses confidence.
+
+A profile is `PROFILE_SCALE * sqrt(share of the counts)`. In a file with a part of the genes, shares are of the genes
+at hand times the share of expression that these genes are expected to have, so that a panel of 200 genes and a whole
+transcriptome have profiles of one scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import Cells
+except ImportError:  # beside the other files of a checkpoint
+    from cells_scmmgpt import Cells
+
+
+PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
+N_DRAWS, DRAW_SEED = 64, 0x6E05  # of the scores' uncertainty: equal for all cells of a file, and for all files
+LITTLE_EVIDENCE = 0.5  # of the score that tells two labels apart; a file that keeps less is warned of
+N_EXAMPLES = 3  # absent genes that a warning names
+
+
+@dataclass
+class PanelReadout:
+    """The readout for the genes of one file. The scores of a cell depend on that cell alone.
+
+    Args:
+        gene_ids: int64 `(n_genes,)`: vocabulary ids of the genes at hand, ascending.
+        weights: float32 `(n_genes, n_labels)`, for profiles.
+        bias: float32 `(n_labels,)`.
+        share: Share of the expression that these genes are expected to have.
+        spread: float32 `(n_draws, n_labels)`: draws of the part of the scores that the absent genes decide. Empty if
+            nothing is absent.
+        temperature: Divides the scores before the softmax.
+        evidence: float64 `(n_labels, n_labels)`: of the difference of two labels' scores between the two labels' mean
+            cells, the part that remains; NaN on the diagonal.
+        decisive: Absent genes, vocabulary ids, that tell two labels apart, the most important first, by label pair.
+    """
+
+    gene_ids: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+    share: float
+    spread: np.ndarray
+    temperature: float
+    evidence: np.ndarray
+    decisive: dict[tuple[int, int], list[int]]
+
+    def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ragged profiles over the genes at hand: first entry of each cell, positions in `gene_ids`, values."""
+        return panel_profiles(cells, self.gene_ids, self.share)
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
+        starts, positions, values = self.profiles(cells)
+        scores = sum_weights(starts, positions, values, self.weights) + self.bias
+        logits = torch.from_numpy(scores / np.float32(self.temperature))
+        if not len(self.spread):
+            return logits.log_softmax(dim=1).numpy()
+        draws = torch.from_numpy(self.spread / np.float32(self.temperature))
+        pieces = [(piece[:, None] + draws).log_softmax(dim=2).logsumexp(dim=1) for piece in logits.split(1024)]
+        return (torch.cat(pieces) - np.log(len(draws))).numpy() if pieces else logits.numpy()
+
+    def select(self, labels: Sequence[int]) -> "PanelReadout":
+        """The readout of some of the labels, in the given order."""
+        place = {label: number for number, label in enumerate(labels)}
+        decisive = {
+            (min(place[i], place[j]), max(place[i], place[j])): genes
+            for (i, j), genes in self.decisive.items()
+            if i in place and j in place
+        }
+        columns = list(labels)
+        return replace(
+            self,
+            weights=np.ascontiguousarray(self.weights[:, columns]),
+            bias=self.bias[columns],
+            spread=self.spread[:, columns],
+            evidence=self.evidence[np.ix_(columns, columns)],
+            decisive=decisive,
+        )
+
+    def weak_labels(self) -> dict[int, tuple[int, float, list[int]]]:
+        """Labels hardly told from another by the genes at hand: label -> the other, what is left, absent genes."""
+        weak = {}
+        for label, row in enumerate(self.evidence):
+            if len(row) > 1:
+                other = int(np.nanargmin(row))
+                if row[other] < LITTLE_EVIDENCE:
+                    pair = min(label, other), max(label, other)
+                    weak[label] = other, float(row[other]), self.decisive.get(pair, [])
+        return weak
+
+
+class ScMMGPTLabelReadout(nn.Module):
+    """Weights of the labels, and the statistics of the training cells that [`PanelReadout`] is solved from.
+
+    All tensors are buffers: they are computed in closed form, and no gradient step changes them.
+
+    Args:
+        num_labels, num_genes, num_factors: Sizes; the genes are those that the training cells express.
+    """
+
+    gene_ids: torch.Tensor
+    weights: torch.Tensor
+    bias: torch.Tensor
+    centroids: torch.Tensor
+    factors: torch.Tensor
+    mean: torch.Tensor
+    noise: torch.Tensor
+    shares: torch.Tensor
+    temperature: torch.Tensor
+
+    def __init__(self, num_labels: int, num_genes: int, num_factors: int) -> None:
+        super().__init__()
+        half = torch.float16
+        self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
+        self.register_buffer("weights", torch.zeros(num_labels, num_genes, dtype=half))
+        self.register_buffer("bias", torch.zeros(num_labels))
+        self.register_buffer("centroids", torch.zeros(num_labels, num_genes, dtype=half))  # mean profile of each label
+        self.register_buffer("factors", torch.zeros(num_factors, num_genes, dtype=half))
+        self.register_buffer("mean", torch.zeros(num_genes))  # over labels, of equal weight
+        self.register_buffer("noise", torch.ones(num_genes))  # variance beside the factors
+        self.register_buffer("shares", torch.zeros(num_genes))  # expected share of a cell's counts
+        self.register_buffer("temperature", torch.ones(()))
+
+    @classmethod
+    def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
+        """A readout of these values for its buffers."""
+        num_labels, num_genes = tensors["weights"].shape
+        readout = cls(num_labels, num_genes, len(tensors["factors"]))
+        for name, value in tensors.items():
+            buffer = getattr(readout, name)
+            buffer.copy_(torch.as_tensor(np.asarray(value)).to(buffer.dtype))
+        return readout
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The buffers as float64 arrays, and `gene_ids` as int64."""
+        arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers() if name != "gene_ids"}
+        return {**arrays, "gene_ids": self.gene_ids.cpu().numpy().astype(np.int64)}
+
+    def for_genes(self, measured: np.ndarray | None = None) -> PanelReadout:
+        """The readout for a file.
+
+        Args:
+            measured: Vocabulary ids of the genes that the file measures, expressed or not; by default all genes.
+
+        Raises:
+            ValueError: If the file measures no gene of the training cells.
+        """
+        a = self.arrays()
+        here = np.ones(len(a["gene_ids"]), bool) if measured is None else np.isin(a["gene_ids"], measured)
+        if not here.any():
+            raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
+        weights, bias, covariance = condition(a, here)
+        spread = np.zeros((0, len(bias)))
+        if not here.all():
+            values, axes = np.linalg.eigh(covariance)
+            draws = np.random.default_rng(DRAW_SEED).standard_normal((N_DRAWS // 2, len(bias)))
+            spread = np.concatenate([draws, -draws]) @ (axes * np.sqrt(values.clip(min=0))).T
+        evidence, decisive = compare_labels(a, here, weights)
+        return PanelReadout(
+            gene_ids=a["gene_ids"][here],
+            weights=np.ascontiguousarray(weights.T, dtype=np.float32),
+            bias=bias.astype(np.float32),
+            share=float(a["shares"][here].sum()),
+            spread=spread.astype(np.float32),
+            temperature=float(a["temperature"]),
+            evidence=evidence,
+            decisive=decisive,
+        )
+
+
+def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The expectation of the scores given the genes that are `here`, and what it leaves open.
+
+    With F the factors, D the noise, w the weights, and P and M the present and the absent genes: the factors of a
+    cell are expected at S F_P D_P^-1 (x_P - m_P), where S = (I + F_P D_P^-1 F_P^T)^-1, and each absent gene at its
+    mean plus its loadings on them.
+
+    Args:
+        a: The arrays of [`ScMMGPTLabelReadout`].
+        here: bool `(num_genes,)`.
+
+    Returns:
+        Weights `(num_labels, n_here)`, bias `(num_labels,)`, covariance of the scores `(num_labels, num_labels)`.
+    """
+    w_here, w_absent = a["weights"][:, here], a["weights"][:, ~here]
+    if here.all():
+        return w_here, a["bias"], np.zeros((len(a["bias"]),) * 2)
+    f_here, f_absent = a["factors"][:, here], a["factors"][:, ~here]
+    scaled = f_here / a["noise"][here]
+    posterior = np.linalg.inv(np.eye(len(f_here)) + scaled @ f_here.T)  # covariance of a cell's factors
+    loadings = f_absent @ w_absent.T  # (num_factors, num_labels): of the absent part of the scores
+    moved = (posterior @ loadings).T @ scaled
+    bias = a["bias"] + w_absent @ a["mean"][~here] - moved @ a["mean"][here]
+    covariance = loadings.T @ posterior @ loadings + (w_absent * a["noise"][~here]) @ w_absent.T
+    return w_here + moved, bias, covariance
+
+
+def compare_labels(
+    a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, dict[tuple[int, int], list[int]]]:
+    """What is left of the scores that tell labels apart, and which absent genes decide; see [`PanelReadout`]."""
+
+    def differences(scores: np.ndarray) -> np.ndarray:
+        """From the scores `(labels, labels)` of mean cells: own minus other score, of two cells of a pair together."""
+        own = np.diag(scores)
+        return own[:, None] + own[None] - scores - scores.T
+
+    centroids = a["centroids"]
+    whole = differences(centroids @ a["weights"].T)
+    left = differences(centroids[:, here] @ weights.T)
+    evidence = np.divide(left, whole, out=np.ones_like(whole), where=whole > 1e-9)
+    np.fill_diagonal(evidence, np.nan)
+    decisive = {}
+    absent = np.flatnonzero(~here)
+    for i, j in zip(*np.nonzero(np.triu(evidence < LITTLE_EVIDENCE)), strict=True):
+        part = (a["weights"][i, absent] - a["weights"][j, absent]) * (centroids[i, absent] - centroids[j, absent])
+        decisive[int(i), int(j)] = a["gene_ids"][absent[np.argsort(-part)[:N_EXAMPLES]]].tolist()
+    return evidence, decisive
+
+
+def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Profiles over some genes, ragged as `cells` are.
+
+    Args:
+        cells: Counts of any genes of the vocabulary.
+        gene_ids: int64 `(n_genes,)`, ascending: the genes to keep.
+        share: Share of the counts that these genes are expected to have; the square of a profile's length is
+            `share * PROFILE_SCALE ** 2`.
+
+    Returns:
+        `indptr` int64 `(n_cells + 1,)`, positions in `gene_ids` int64 `(nnz,)`, values float32 `(nnz,)`.
+    """
+    ids = cells.gene_ids.astype(np.int64)
+    places = np.searchsorted(gene_ids, ids).clip(max=len(gene_ids) - 1)
+    known = gene_ids[places] == ids
+    rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))[known]
+    counts = cells.counts[known].astype(np.float64)
+    totals = np.bincount(rows, weights=counts, minlength=len(cells))
+    values = PROFILE_SCALE * np.sqrt(counts * share / totals[rows])
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(cells)))])
+    return indptr, places[known], values.astype(np.float32)
+
+
+def sum_weights(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The product of ragged rows with `weights` `(n_genes, width)`, float32 `(n_cells, width)`, each row alone."""
+    if not len(positions):
+        return np.zeros((len(indptr) - 1, weights.shape[1]), dtype=np.float32)
+    parts = (torch.from_numpy(array) for array in (positions, weights, indptr[:-1]))
+    return F.embedding_bag(*parts, mode="sum", per_sample_weights=torch.from_numpy(values)).numpy()  # type: ignore[misc]

@@ -1,0 +1,98 @@
+"""Datasets left out in turn: who sees which cells, and a readout that is pooled over datasets of different genes."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix
+
+from scmmgpt.eval import crossdata
+from scmmgpt.train import pooled
+from scmmgpt.train.pooled import Dataset, fit_pooled_readout
+
+
+MARKERS = {"B cell": ["MS4A1", "CD79A"], "T cell": ["CD3D", "CD3E"], "myeloid": ["LYZ", "CD14"]}
+GENES = [gene for pair in MARKERS.values() for gene in pair]
+GENES += "ACTB GAPDH B2M RPL3 RPS6 RPL5 RPL7 RPS3 RPS4X TMSB4X RPL8 RPL9 RPL11 RPL12 RPL13 RPL14 RPL15 RPL18".split()
+
+
+def labelled_counts(types, genes, seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(4.0, (len(types), len(GENES)))
+    for row, name in enumerate(types):
+        for marker in GENES[:6]:
+            counts[row, GENES.index(marker)] = rng.poisson(30 if marker in MARKERS[name] else 0.5)
+    counts = counts * rng.uniform(0.5, 2, len(GENES)).round(1)  # every laboratory has its own scale of a gene
+    return counts.round()[:, [GENES.index(gene) for gene in genes]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three files: two of all genes, and a panel without one marker of each type."""
+    panel = [gene for gene in GENES if gene not in ("MS4A1", "CD3E", "CD14")]
+    (tmp_path / "tables").mkdir()
+    table = {name: {"coarse": name, "fine": f"{name}, fine"} for name in MARKERS}
+    classes = {name: {"_col": "own", **table, "doublet": None} for name in ("one", "two", "panel")}
+    (tmp_path / "tables" / "label_classes.json").write_text(json.dumps(classes))
+    for seed, (name, genes) in enumerate({"one": GENES, "two": GENES, "panel": panel}.items()):
+        types = np.array(list(MARKERS))[np.arange(60) % 3]
+        counts = csr_matrix(labelled_counts(types, genes, seed).astype(np.float32))
+        own = np.where(np.arange(60) < 57, types, "doublet")
+        obs = pd.DataFrame({"own": own}, index=[f"{name}{i}" for i in range(60)])
+        anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(tmp_path / f"{name}.h5ad")
+    return tmp_path
+
+
+def test_no_cell_of_the_left_out_dataset_is_trained_on(folder):
+    sets, n_genes = crossdata.read_sets(folder, "coarse", max_cells=10)
+    assert [len(part.labels) for part in sets] == [30, 30, 30]  # ten of a label, no doublets
+    case = crossdata.leave_out(sets, "panel", "all", n_genes)
+    assert [part.name for part in case.train] == ["one", "two"]
+    assert case.classes == sorted(MARKERS)
+    assert len(case.test.measured) == len(GENES) - 3
+
+
+def test_the_task_writes_a_table_and_resumes(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    names = [crossdata.MODEL, "logistic regression, 4,000 genes"]
+    words = ["--data", str(folder), "--output", str(out), "--systems", *names]
+    assert crossdata.main(words) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == names
+    assert rows[0]["by_set"]["panel"] > 0.95
+    assert rows[0]["interval"][0] <= rows[0]["mean"] <= rows[0]["interval"][1]
+    table = capsys.readouterr().out
+    assert "| pooled readout |" in table
+    monkeypatch.setattr(crossdata, "SYSTEMS", dict.fromkeys(crossdata.SYSTEMS))  # nothing is computed again
+    assert crossdata.main(words) == 0
+    with pytest.raises(ValueError, match="--sets names"):
+        crossdata.main([*words, "--sets", "three"])
+
+
+def test_labels_of_datasets_are_freed_of_the_datasets_levels():
+    cells = np.array([[[1.0], [11.0]], [[3.0], [0.0]]])  # two labels in the first dataset, one in the second
+    known = np.array([[[True], [True]], [[True], [False]]])
+    means = pooled.two_way_means(cells, known, n_rounds=500)
+    difference = (means[1] - means[0]).item()
+    assert -1 < difference < 2  # 3 - 1 where a dataset has both, shrunk; the plain means differ by 3 - 6
+    unmeasured = pooled.two_way_means(cells[:, :, [0, 0]], np.concatenate([known, known & False], axis=2))
+    assert np.isnan(unmeasured[:, 1]).all()
+
+
+def test_every_label_and_every_dataset_has_the_same_weight():
+    rng = np.random.default_rng(0)
+    few = Dataset(csr_matrix(rng.poisson(5.0, (6, 4)).astype(np.float32)), np.arange(4), np.array([0, 0, 0, 1, 1, 1]))
+    rows = np.repeat(np.arange(6), 5)
+    many = Dataset(few.counts[rows], few.measured, few.targets[rows])
+    once, often = fit_pooled_readout([few], 2), fit_pooled_readout([many], 2)
+    np.testing.assert_allclose(once.weights, often.weights, atol=2e-3)
+    both = fit_pooled_readout([few, many], 2)
+    np.testing.assert_allclose(both.weights, once.weights, atol=2e-3)
+
+
+def test_a_label_without_a_cell_is_refused():
+    data = Dataset(csr_matrix(np.ones((2, 3), dtype=np.float32)), np.arange(3), np.array([0, 1]))
+    with pytest.raises(ValueError, match="1 of 3 labels have no cell"):
+        fit_pooled_readout([data], 3)

@@ -1,0 +1,145 @@
+"""Labels that were never trained: genes that a text names, the place that a text predicts, and the gate."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix
+
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.readout_scmmgpt import PROFILE_SCALE
+from scmmgpt.train.readout import LabelledProfiles, fit_label_readout, fit_regression, profile_matrix
+from scmmgpt.train.unseen import fit_gate
+from scmmgpt.unseen_scmmgpt import LabelSpace, TextScores, named_genes
+
+
+INDEX = GeneIndex(
+    {name: i for i, name in enumerate(["CD3D", "CD19", "MS4A1", "IL2RA", "GATA3", "NCAM1", "GNLY", "CD4"])},
+    {"CD20": "MS4A1", "CD25": "IL2RA", "CD56": "NCAM1"},
+)
+TEXTS = ["type a", "type b", "type c", "type d", "type e"]
+
+
+@pytest.mark.parametrize(
+    ("text", "genes"),
+    [
+        ("A cell that is CD19-positive and CD25-negative.", {"CD19": 1, "IL2RA": -1}),
+        ("It expresses CD4 and is negative for the lineage markers CD3D, CD19, and CD20.",
+         {"CD4": 1, "CD3D": -1, "CD19": -1, "MS4A1": -1}),
+        ("T cells with the phenotype GATA-3-positive, CD56-low.", {"GATA3": 1, "NCAM1": -1}),
+        ("It lacks CD3D. It expresses GNLY.", {"CD3D": -1, "GNLY": 1}),
+        ("A cell of the blood, NK or not.", {}),
+    ],
+)  # fmt: skip
+def test_a_text_names_genes_for_and_against(text, genes):
+    assert named_genes(text, INDEX) == {INDEX.vocabulary[name]: sign for name, sign in genes.items()}
+
+
+def typed_cells(seed=0, n_cells=300):
+    """Cells of five types; type k expresses genes 4k to 4k + 3, and the types lie in a row: neighbours share genes."""
+    rng = np.random.default_rng(seed)
+    types = np.arange(n_cells) % 5
+    place = (np.arange(24) - 2) / 4
+    rates = 2 + 25 * np.exp(-((place[None] - types[:, None]) ** 2))
+    counts = rng.poisson(rates)
+    return Cells.from_csr(csr_matrix(counts.astype(np.float32)), np.arange(24)), types
+
+
+@pytest.fixture
+def embeddings():
+    """Texts in a row, as the cells are."""
+    angles = np.arange(5) * 0.35
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+@pytest.fixture
+def scores_without(embeddings):
+    """Scores of cells for all five types where one was not trained, of any genes."""
+
+    def fit(left_out, step=1):
+        cells, types = typed_cells()
+        kept, others = np.flatnonzero(types != left_out), np.delete(np.arange(5), left_out)
+        targets = np.searchsorted(others, types[kept])
+        profiles = profile_matrix(cells[kept], 24)
+        data = LabelledProfiles(profiles, targets, 4, np.arange(len(kept)), np.arange(0), profiles[:0])
+        readout = fit_label_readout(data, fit_regression(profiles, targets, 4, 0.01), 1.0)
+        gate = fit_gate(readout, cells[kept], targets, embeddings[others], [{}] * 4)
+        trained = [TEXTS[i] for i in others]
+        embed = lambda texts: embeddings[[TEXTS.index(text) for text in texts]]  # noqa: E731
+        unseen = np.arange(5) == left_out
+        return TextScores.of(readout, trained, TEXTS, unseen, np.arange(0, 24, step), vars(gate), INDEX, embed)
+
+    return fit
+
+
+def test_cells_of_a_label_that_was_never_trained_are_found_by_its_text(scores_without):
+    new, truth = typed_cells(seed=1)
+    answers = scores_without(2)(new).argmax(axis=1)
+    assert (answers == truth)[truth == 2].mean() > 0.9
+    assert (answers == truth)[truth != 2].mean() > 0.9
+
+
+def test_probabilities_of_trained_and_untrained_labels_sum_to_one_for_every_cell_alone(scores_without):
+    new, _ = typed_cells(seed=1, n_cells=20)
+    scores = scores_without(2)
+    together = scores(new)
+    np.testing.assert_allclose(np.exp(together).sum(axis=1), 1, rtol=1e-4)
+    np.testing.assert_array_equal(scores(new[7])[0], together[7])
+
+
+def test_an_unseen_label_is_found_in_a_panel(scores_without):
+    new, truth = typed_cells(seed=1)
+    answers = scores_without(2, step=2)(new).argmax(axis=1)
+    assert (answers == truth)[truth == 2].mean() > 0.8
+
+
+def test_a_gene_that_a_text_names_speaks_for_cells_that_express_it():
+    arrays = {
+        "gene_ids": np.arange(3),
+        "centroids": np.eye(3)[:2] * PROFILE_SCALE,
+        "mean": np.full(3, 2.0),
+        "factors": np.zeros((1, 3)),
+        "noise": np.full(3, 4.0),
+    }
+    space = LabelSpace.of(arrays, np.ones(3, bool), np.eye(2), np.eye(2)[:1], [{2: 1, 0: -1, 9: 1}])
+    np.testing.assert_allclose(space.signs, [[-0.5 / 2**0.5, 0, 0.5 / 2**0.5]])  # gene 9 is not measured
+    ragged = np.array([0, 1, 2]), np.array([2, 0]), np.array([8.0, 8.0], dtype=np.float32)
+    named = space.products(ragged)[2][:, 0]
+    np.testing.assert_allclose(named, [4 / 2**0.5, -4 / 2**0.5], rtol=1e-6)
+
+
+def test_two_labels_are_too_few_for_a_gate():
+    cells, types = typed_cells(n_cells=40)
+    profiles = profile_matrix(cells, 24)
+    data = LabelledProfiles(profiles, types % 2, 2, np.arange(40), np.arange(0), profiles[:0])
+    readout = fit_label_readout(data, fit_regression(profiles, types % 2, 2, 0.01), 1.0)
+    assert fit_gate(readout, cells, types % 2, np.eye(2), [{}] * 2) is None
+    assert (
+        TextScores.of(readout, ["a", "b"], ["a", "b", "c"], np.arange(3) == 2, np.arange(24), None, INDEX, len) is None
+    )
+
+
+def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_path):
+    from scmmgpt.eval.annotators import run_finetune
+    from scmmgpt.tests.test_label_readout import SIZES
+
+    rng = np.random.default_rng(0)
+    symbols = "CD3D CD3E IL7R CCR7 MS4A1 CD79A CD79B CD19 LYZ CD14 S100A8 S100A9 NKG7 GNLY PRF1 GZMB PPBP PF4".split()
+    symbols += "ACTB GAPDH B2M RPL3 RPS6 RPL5".split()
+    names = ["T cell", "B cell", "monocyte", "NK cell"]
+    types = np.arange(200) % 4
+    counts = rng.poisson(1.0, (200, len(symbols)))
+    for row, kind in enumerate(types):
+        counts[row, kind * 4 : kind * 4 + 4] += rng.poisson(12, 4)
+    obs = pd.DataFrame({"label": np.array(names)[types]}, index=[f"c{i}" for i in range(200)])
+    cells = anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=pd.DataFrame(index=symbols))
+    pipeline = run_finetune(
+        cells[types != 3].copy(), tmp_path, label_key="label", options=["--bert", bert, "--new_model", SIZES]
+    )
+    assert len(pipeline.model.config.annotation["unseen_gate"]["weights"]) == 3
+    stored = pipeline.model.config.annotation["labels"]
+    asked = {**stored, "NK cell": "a lymphocyte that expresses NKG7, GNLY, PRF1 and GZMB"}
+    found = pipeline.annotate(cells.copy(), labels=asked, min_score=0).obs["scmmgpt_cell_type"]
+    assert (np.asarray(found)[types == 3] == "NK cell").mean() > 0.8
+    assert (np.asarray(found)[types != 3] == np.array(names)[types[types != 3]]).mean() > 0.8

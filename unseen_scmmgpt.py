@@ -1,0 +1,254 @@
+"""Labels that were never trained: how their texts place cells among the trained labels.
+
+A label that is given by a text alone has no cells. Three things speak for it:
+
+* **place**: ridge regression from the texts of the trained labels to their mean profiles predicts its mean profile.
+  The margin of a cell is its distance from the plane halfway between that profile and the nearest trained one;
+* **novelty**: the distance of the cell from the nearest mean profile of training, less what its depth explains;
+* **named genes**: how strongly the cell expresses genes that the text names ("lacks CD25" and "CD25-negative" count
+  against the cell).
+
+A logistic **gate** decides between the label and all trained ones. It is fitted in `finetune` on episodes that leave
+one trained label out. Among the trained labels, the readout decides (`readout_scmmgpt`): one softmax over both would
+hardly ever answer a label that was not trained.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import Cells
+    from .genes_scmmgpt import GeneIndex
+    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
+except ImportError:  # beside the other files of a checkpoint
+    from cells_scmmgpt import Cells
+    from genes_scmmgpt import GeneIndex
+    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
+
+
+NEVER = -100.0  # log probability of a text of no label
+WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[0-9A-Z]+)*")
+GENE_WORD = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z][A-Z0-9-]{3,}")  # CD19, FOXP3, GNLY; no word of prose
+ABSENT_BEFORE = re.compile(r"\b(lack\w*|without|absence of|negative for)[^\w.;]+(?:[\w-]+[^\w.;]+){0,7}$")
+ABSENT_AFTER = re.compile(r"^\W*(negative|neg\b|-\B|low|lo\b|dim\b)", re.IGNORECASE)
+
+
+def predict_centroids(centroids: np.ndarray, texts: np.ndarray, new_texts: np.ndarray) -> np.ndarray:
+    """Mean profiles of labels that have texts alone, by ridge regression from texts to profiles, both centred.
+
+    The penalty is the mean squared length of a centred text, or a trifle where all texts are equal.
+
+    Args:
+        centroids: `(n_trained, n_genes)`.
+        texts: Embeddings of the trained labels' texts, `(n_trained, width)`.
+        new_texts: Embeddings `(n_new, width)`.
+
+    Returns:
+        `(n_new, n_genes)`.
+    """
+    mean, offset = centroids.mean(axis=0), texts.mean(axis=0)
+    kernel = (texts - offset) @ (texts - offset).T
+    ridge = max(np.trace(kernel) / len(texts), 1e-9) * np.eye(len(texts))  # equal texts predict the mean
+    weights = np.linalg.solve(kernel + ridge, (texts - offset) @ (new_texts - offset).T)
+    return mean + weights.T @ (centroids - mean)
+
+
+def named_genes(text: str, gene_index: GeneIndex) -> dict[int, int]:
+    """Genes that a text names -> 1, or -1 where it says that the cell lacks them.
+
+    >>> index = GeneIndex({"CD19": 3, "IL2RA": 4}, {"CD25": "IL2RA"})
+    >>> named_genes("A cell that is CD19-positive and CD25-negative.", index)
+    {3: 1, 4: -1}
+    """
+    found: dict[int, int] = {}
+    for match in WORD.finditer(text):
+        word = match.group()
+        spellings = (word, word.replace("-", "")) if GENE_WORD.fullmatch(word) else ()  # GATA-3 is GATA3
+        gene = next((i for i, _ in map(gene_index.lookup, spellings) if i >= 0), -1)
+        if gene >= 0:
+            absent = ABSENT_AFTER.match(text[match.end() :]) or ABSENT_BEFORE.search(text[: match.start()])
+            found.setdefault(gene, -1 if absent else 1)
+    return found
+
+
+@dataclass
+class Gate:
+    """The fitted gate: log odds of an untrained label = `weights` times the evidence + `offset`.
+
+    `scale` divides each column of the evidence, and `depth` holds the coefficients of a quadratic in the logarithm of
+    a cell's counts that is subtracted from its novelty.
+    """
+
+    weights: list[float]
+    offset: float
+    scale: list[float]
+    depth: list[float]
+
+    def __call__(self, evidence: np.ndarray) -> np.ndarray:
+        """Log odds `(...,)` of evidence `(..., 3)`, not yet scaled."""
+        return evidence / np.asarray(self.scale) @ np.asarray(self.weights) + self.offset
+
+
+@dataclass
+class LabelSpace:
+    """Trained and untrained labels in the space of profiles over the genes at hand.
+
+    Args:
+        centroids: float64 `(n_trained, n_genes)`.
+        predicted: float64 `(n_new, n_genes)`: the profiles that the texts of untrained labels predict.
+        signs: float64 `(n_new, n_genes)`: genes that a text names over their standard deviation and the root of their
+            number, negative where the cell should lack them.
+        mean: float64 `(n_genes,)`: the mean profile.
+    """
+
+    centroids: np.ndarray
+    predicted: np.ndarray
+    signs: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        arrays: dict[str, np.ndarray],
+        here: np.ndarray,
+        texts: np.ndarray,
+        new_texts: np.ndarray,
+        named: Sequence[dict[int, int]],
+    ) -> "LabelSpace":
+        """From the statistics of a readout.
+
+        Args:
+            arrays: Of [`ScMMGPTLabelReadout`].
+            here: bool `(num_genes,)`: the genes at hand.
+            texts, new_texts: Embeddings of texts, see [`predict_centroids`].
+            named: Genes that each new text names, as of [`named_genes`].
+        """
+        centroids, mean = arrays["centroids"][:, here], arrays["mean"][here]
+        genes = arrays["gene_ids"][here]
+        deviation = np.sqrt((arrays["factors"][:, here] ** 2).sum(axis=0) + arrays["noise"][here])
+        signs = np.zeros((len(new_texts), len(genes)))
+        for row, found in enumerate(named):
+            ids = np.array([gene for gene in found if gene in set(genes.tolist())], dtype=np.int64)
+            if len(ids):
+                places = np.searchsorted(genes, ids)
+                signs[row, places] = [found[int(gene)] for gene in ids] / deviation[places] / np.sqrt(len(ids))
+        return cls(centroids, predict_centroids(centroids, texts, new_texts), signs, mean)
+
+    def products(self, ragged: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Half squared distances to trained and predicted profiles, less half the cell's length; and named genes.
+
+        Each is `(n_cells, n)`. `ragged` is the result of [`panel_profiles`].
+        """
+        tables = [self.centroids, self.predicted, self.signs]
+        stacked = np.ascontiguousarray(np.concatenate(tables).T, dtype=np.float32)
+        products = sum_weights(*ragged, stacked).astype(np.float64)
+        ends = np.cumsum([len(table) for table in tables])[:-1]
+        trained, new, named = np.split(products, ends, axis=1)
+        trained = (self.centroids**2).sum(axis=1) / 2 - trained
+        new = (self.predicted**2).sum(axis=1) / 2 - new
+        return trained, new, named - self.signs @ self.mean
+
+    def evidence(
+        self, trained: np.ndarray, new: np.ndarray, named: np.ndarray, expected: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """Margin, novelty and named genes of every cell for every new label, `(n_cells, n_new, 3)`.
+
+        The first arguments are those of `products`; `expected` is the novelty that a cell's depth explains.
+        """
+        cross = ((self.predicted[:, None] - self.centroids[None]) ** 2).sum(axis=2)  # (n_new, n_trained)
+        distances = np.sqrt(cross).clip(min=1e-6)
+        margins = ((trained[:, None] - new[:, :, None]) / distances).min(axis=2)
+        novelty = np.broadcast_to((trained.min(axis=1) - expected)[:, None], margins.shape)
+        return np.stack([margins, novelty, named], axis=2)
+
+
+@dataclass
+class UnseenLabels:
+    """Scores of trained and untrained labels together, for the genes of one file. A cell's depend on it alone."""
+
+    readout: PanelReadout
+    space: LabelSpace
+    gate: Gate
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Log probabilities, float32 `(n_cells, n_trained + n_new)`: the trained labels, then the new ones."""
+        ragged = panel_profiles(cells, self.readout.gene_ids, self.readout.share)
+        expected = np.polyval(self.gate.depth, log_depth(cells, self.readout.gene_ids, self.readout.share))
+        odds = self.gate(self.space.evidence(*self.space.products(ragged), expected))
+        logits = np.concatenate([np.zeros((len(odds), 1)), odds], axis=1)  # of all trained labels together: 0
+        logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        return np.concatenate([self.readout(cells) + logits[:, :1], logits[:, 1:]], axis=1).astype(np.float32)
+
+
+def log_depth(cells: Cells, gene_ids: np.ndarray, share: float) -> np.ndarray:
+    """Logarithm of the counts that a cell would have in a whole transcriptome, `(n_cells,)`."""
+    known = np.isin(cells.gene_ids, gene_ids)
+    rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))[known]
+    totals = np.bincount(rows, weights=cells.counts[known], minlength=len(cells))
+    return np.log(totals.clip(min=1e-9) / max(share, 1e-9))
+
+
+@dataclass
+class TextScores:
+    """Scores of texts, some of trained labels and some of new ones, for the genes of one file.
+
+    Args:
+        panel: The readout of the trained labels among the texts, in the order of training.
+        scores: `panel`, or with new labels [`UnseenLabels`].
+        columns: int64 `(n_texts,)`: the column of `scores` of each text, -1 for a text of neither.
+    """
+
+    panel: PanelReadout
+    scores: Callable[[Cells], np.ndarray]
+    columns: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        readout: ScMMGPTLabelReadout,
+        trained: Sequence[str],
+        texts: Sequence[str],
+        unseen: np.ndarray,
+        measured: np.ndarray,
+        gate: dict[str, Any] | None,
+        gene_index: GeneIndex,
+        embed: Callable[[Sequence[str]], np.ndarray],
+    ) -> "TextScores | None":
+        """From a checkpoint's readout.
+
+        Args:
+            readout: The readout.
+            trained: The texts of its labels.
+            texts: The texts to score.
+            unseen: bool `(n_texts,)`: texts of labels that mean no trained one.
+            measured: Vocabulary ids of the genes that the file measures.
+            gate: Fields of [`Gate`], if the checkpoint has one.
+            gene_index: Names of genes.
+            embed: Texts -> embeddings `(n_texts, width)`.
+
+        Returns:
+            None if there are new labels and no gate, or no trained label.
+        """
+        known = [number for number, text in enumerate(trained) if text in texts]
+        new = [text for text, is_new in zip(texts, unseen, strict=True) if is_new]
+        if not known or (new and gate is None):
+            return None
+        panel = readout.for_genes(measured).select(known)
+        place = {text: column for column, text in enumerate([*(trained[number] for number in known), *new])}
+        columns = np.array([place.get(text, -1) for text in texts])
+        if not new or gate is None:
+            return cls(panel, panel, columns)
+        arrays = readout.arrays()
+        here = np.isin(arrays["gene_ids"], panel.gene_ids)
+        named = [named_genes(text, gene_index) for text in new]
+        space = LabelSpace.of(arrays, here, embed(trained).astype(np.float64), embed(new).astype(np.float64), named)
+        return cls(panel, UnseenLabels(panel, space, Gate(**gate)), columns)
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Log probabilities, float32 `(n_cells, n_texts)`."""
+        return np.where(self.columns >= 0, self.scores(cells)[:, self.columns], np.float32(NEVER))
