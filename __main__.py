@@ -465,7 +465,7 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> Non
     from scmmgpt.results import write_result
 
     with tell_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
-        write_result(adata, getattr(args, "file", None), temporary)
+        write_result(adata, getattr(args, "file", args.output), temporary)
     if getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
         table = adata.obs[list(dict.fromkeys([*args.columns, *added]))]

@@ -257,11 +257,11 @@ def choose_labels(
     if min_score is not None:
         low = score < min_score
         for term in terms:
-            columns = [number for number, name in enumerate(names) if name in term["labels"]]
-            if not 1 < len(columns) < len(names):  # a term of all labels says nothing
+            members = [number for number, name in enumerate(names) if name in term["labels"]]
+            if not 1 < len(members) < len(names):  # a term of all labels says nothing
                 continue
-            total = probabilities[:, columns].sum(axis=1)
-            broader = low & np.isin(best, columns) & (total >= min_score)
+            total = probabilities[:, members].sum(axis=1)
+            broader = low & np.isin(best, members) & (total >= min_score)
             cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
             low &= ~broader
         cell_type[low], cl_id[low] = UNKNOWN, ""

@@ -852,7 +852,7 @@ class ScMMGPTPipeline:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         return batch_size
 
-    def _inputs(self, cells: Cells) -> dict[str, torch.Tensor]:
+    def _inputs(self, cells: Cells) -> dict[str, Any]:
         """Model inputs of a batch of cells, on the device."""
         return dict(self.processor(cells=cells).to(self.device))
 

@@ -7,7 +7,7 @@ A command reads matrices in chunks and changes none. From an `.h5ad` it therefor
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import anndata
 import h5py
@@ -19,7 +19,7 @@ from scmmgpt.writing import make_writable, size_in_memory, writable_frame
 
 logger = logging.getLogger(__name__)
 
-Cells = anndata.AnnData | CellFile
+Cells: TypeAlias = anndata.AnnData | CellFile
 
 
 def can_copy(path: Path) -> bool:
@@ -43,9 +43,9 @@ def rehearse(cells: Cells, source: Path, output: Path) -> None:
         check_file(output, size_in_memory(cells))
 
 
-def write_result(cells: Cells, source: Path | None, target: Path) -> None:
+def write_result(cells: Cells, source: Path, target: Path) -> None:
     """Write cells with their results to the `.h5ad` file `target`; a [`CellFile`] is a view of `source`."""
-    if not isinstance(cells, CellFile) or source is None:
+    if not isinstance(cells, CellFile):
         cells.write_h5ad(target)
         return
     shutil.copyfile(source, target)
