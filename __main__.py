@@ -105,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(search)
     add_input(sub)
     sub.add_argument("--text", required=True, help="description of the wanted cells")
+    text = "file with every cell's score in obs['scmmgpt_search']"
+    sub.add_argument("--output", "-o", type=Path, metavar="OUT.h5ad", help=text)
     sub.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
 
     sub = command(generate)
@@ -256,8 +258,16 @@ def embed(args: Args) -> None:
 def search(args: Args) -> None:
     """Find the cells that a text describes best."""
     pipeline, adata = load(args)
-    hits = pipeline.search(adata, args.text, args.top_k, **read_options(args))
-    write(args, hits, (f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['cell']}" for hit in hits))
+    key = None if args.output is None else "scmmgpt_search"
+    hits = pipeline.search(adata, args.text, args.top_k, key_added=key, **read_options(args))
+    if args.output is not None:
+        from scmmgpt.results import write_result
+
+        with whole_file(args.output) as temporary:
+            write_result(adata, args.file, temporary)
+    head = f"{'rank':>4}  {'score':>7}  {'z':>6}  cell"
+    lines = (f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['z']:>6.2f}  {hit['cell']}" for hit in hits)
+    write(args, hits, [head, *lines])
 
 
 def generate(args: Args) -> None:
@@ -356,16 +366,15 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
 
     check_outputs(args)
     find_checkpoint(args.model)
-    adata = read_adata(args.file, args.split, args.model)
+    adata = read_adata(args.file, args.split, args.model, backed=True)
     missing = [name for name in getattr(args, "columns", ()) if name not in adata.obs]
     if missing:
         raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
     if getattr(args, "output", None) is not None:
-        from scmmgpt.writing import make_writable, size_in_memory
+        from scmmgpt.results import rehearse
 
         with tell_if_slow("Rehearsing the writing of the result"):
-            make_writable(adata)
-        check_file(args.output, size_in_memory(adata))
+            rehearse(adata, args.file, args.output)
     return load_pipeline(args), adata
 
 
@@ -395,8 +404,11 @@ def check_device(name: str | None) -> None:
         raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
 
 
-def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any:
-    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables."""
+def read_adata(path: Path, split: str = "test", model: str | None = None, backed: bool = False) -> Any:
+    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables.
+
+    With `backed`, the matrices of an `.h5ad` stay on disk.
+    """
     if (path / "manifest.json").is_file():
         from scmmgpt.train.data.corpus import open_corpus
 
@@ -404,13 +416,14 @@ def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any
             return open_corpus(path).to_adata(split)
     with tell_if_slow(f"Reading {path}"):
         from scmmgpt.readers import is_table, read_file
+        from scmmgpt.results import can_copy
 
         gene_index = None
         if model is not None and is_table(path):
             from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
             gene_index = ScMMGPTProcessor.from_pretrained(model).gene_index
-        return read_file(path, gene_index=gene_index)
+        return read_file(path, backed=backed and can_copy(path), gene_index=gene_index)
 
 
 def read_options(args: Args) -> dict[str, Any]:
@@ -449,8 +462,10 @@ def table_suffix(path: Path) -> str:
 
 def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
     """Write the result, its table and the summary."""
+    from scmmgpt.results import write_result
+
     with tell_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
-        adata.write_h5ad(temporary)
+        write_result(adata, getattr(args, "file", args.output), temporary)
     if getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
         table = adata.obs[list(dict.fromkeys([*args.columns, *added]))]

@@ -83,6 +83,21 @@ def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = 
     return next(by_id, None) or next(by_name, None)
 
 
+def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a sentence names a trained label, or a term above one that is not above all.
+
+    >>> names_known_type("Two NK cells from blood.", ["natural killer cell"], [])
+    False
+    >>> names_known_type("Natural killer cells from blood.", ["natural killer cell"], [])
+    True
+    """
+    words = " ".join(word.removesuffix("s") for word in normalize_label(text).split())
+    names = [normalize_label(label) for label in trained]
+    names += [name for term in terms if len(term["labels"]) < len(trained) for name in term["names"]]
+    singular = (" ".join(word.removesuffix("s") for word in name.split()) for name in names)
+    return any(f" {name} " in f" {words} " for name in singular)
+
+
 def _spellings(label: str) -> set[str]:
     """A label's words, and the same in the singular."""
     words = normalize_label(label)
@@ -242,11 +257,11 @@ def choose_labels(
     if min_score is not None:
         low = score < min_score
         for term in terms:
-            columns = [number for number, name in enumerate(names) if name in term["labels"]]
-            if not 1 < len(columns) < len(names):  # a term of all labels says nothing
+            members = [number for number, name in enumerate(names) if name in term["labels"]]
+            if not 1 < len(members) < len(names):  # a term of all labels says nothing
                 continue
-            total = probabilities[:, columns].sum(axis=1)
-            broader = low & np.isin(best, columns) & (total >= min_score)
+            total = probabilities[:, members].sum(axis=1)
+            broader = low & np.isin(best, members) & (total >= min_score)
             cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
             low &= ~broader
         cell_type[low], cl_id[low] = UNKNOWN, ""

@@ -6,10 +6,13 @@ In a Hugging Face Space, which passes no argument, the environment variable `SCM
 the extra `app`.
 """
 
+import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +20,87 @@ import anndata
 import numpy as np
 import pandas as pd
 
-
-try:
-    import gradio as gr
-except ModuleNotFoundError as error:
-    message = "The page needs gradio; install it with `pip install scmmgpt[app]`."
-    if __name__ == "__main__":
-        sys.exit(f"scmmgpt.app: {message}")
-    raise ModuleNotFoundError(message, name="gradio") from error
-
 from scmmgpt.checkpoints import check_checkpoint
 from scmmgpt.errors import OneLineParser, number, run_command
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.readers import read_file
+from scmmgpt.writing import make_writable
 
 
+# Before the import: gradio looks up addresses on the internet at start. Nothing leaves the machine.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+gr: Any = None  # the extra `app` is not installed
+with suppress(ModuleNotFoundError):
+    import gradio as gr
+
+
+NO_GRADIO = "The page needs gradio; install it with `pip install scmmgpt[app]`."
 SHOWN_ROWS = 50  # cells in a table; the file to download has all
+FILE_TYPES = [".h5ad", ".h5", ".h5mu", ".loom", ".csv", ".tsv", ".txt", ".gz"]
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
+
+
+class Warnings(logging.Handler):
+    """Collects the warnings of the thread that made it, to show them in the browser of that user."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread = threading.get_ident()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message of a record."""
+        if record.thread == self.thread:
+            self.messages.append(record.getMessage())
+
+    def __enter__(self) -> "Warnings":
+        logging.getLogger("scmmgpt").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("scmmgpt").removeHandler(self)
 
 
 def read(path: str | None) -> anndata.AnnData:
     """Load an uploaded file."""
     if not path:
         raise gr.Error("Choose a file of cells first.")
-    try:
-        return anndata.read_h5ad(path)
-    except (OSError, ValueError) as error:
-        raise gr.Error(f"{Path(path).name} can't be read as .h5ad: {error}") from None
+    return read_file(path)
 
 
 def save(adata: anndata.AnnData, name: str) -> str:
     """Write a file to download into a new folder."""
     path = Path(tempfile.mkdtemp(prefix="scmmgpt-"), name)
+    make_writable(adata)
     adata.write_h5ad(path)
     return str(path)
 
 
 def task(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show the pipeline's errors about an input in the browser."""
+    """Show the warnings of a task, and its errors about an input, in the browser."""
 
     def run(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except (ValueError, TypeError) as error:
-            raise gr.Error(str(error)) from None
+        with Warnings() as warnings:
+            try:
+                return function(*args)
+            except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+                raise gr.Error(" ".join(str(error).split())) from None
+            finally:
+                for message in dict.fromkeys(warnings.messages):
+                    gr.Warning(message, duration=None)
 
     return run
 
 
-def build(pipeline: ScMMGPTPipeline) -> gr.Blocks:
-    """The page for one checkpoint."""
+def build(pipeline: ScMMGPTPipeline) -> Any:
+    """The page for one checkpoint, a `gradio.Blocks`."""
 
     @task
-    def annotate(path: str | None, labels: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    def annotate(path: str | None, labels: str, min_score: float) -> tuple[pd.DataFrame, pd.DataFrame, str]:
         adata = read(path)
-        names = [label.strip() for label in labels.split(",") if label.strip()]
-        pipeline.annotate(adata, names or None)
+        names = [label.strip() for label in labels.splitlines() if label.strip()]
+        pipeline.annotate(adata, names or None, min_score=min_score or None)
         columns = ["scmmgpt_cell_type", "scmmgpt_score", "scmmgpt_entropy"]
         counts = adata.obs["scmmgpt_cell_type"].value_counts().rename_axis("cell type").reset_index(name="cells")
         file = save(adata, f"{Path(path or '').stem}_annotated.h5ad")
@@ -94,25 +124,28 @@ def build(pipeline: ScMMGPTPipeline) -> gr.Blocks:
         genes = pd.DataFrame({"gene": adata.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
         return genes, save(adata, "generated.h5ad")
 
-    cell_file = {"label": "Cells (.h5ad)", "file_types": [".h5ad"], "type": "filepath"}
-    with gr.Blocks(title="scMMGPT") as page:
+    known = list((pipeline.model.config.annotation or {}).get("labels", {}))
+    examples = f" It knows {', '.join(known[:3])}{', ...' if len(known) > 3 else ''}" if known else ""
+    with gr.Blocks(title="scMMGPT", analytics_enabled=False) as page:
         gr.Markdown("# scMMGPT\nSingle cells to text and back. Files stay on the machine that runs this page.")
+        path = gr.File(label=f"Cells ({', '.join(FILE_TYPES)})", file_types=FILE_TYPES, type="filepath")
         with gr.Tab("Annotate"):
-            path = gr.File(**cell_file)
-            labels = gr.Textbox(label="Candidate cell types, separated by commas; the checkpoint's own if empty")
+            text = f"Candidate cell types, one a line; those of the checkpoint if empty.{examples}"
+            labels = gr.Textbox(label=text, lines=4)
+            min_score = gr.Slider(
+                0, 1, value=0, step=0.05, label="Least score; cells below get a broader type or none"
+            )
             button = gr.Button("Annotate", variant="primary")
             tables = [gr.Dataframe(label="Cells per type"), gr.Dataframe(label="First cells")]
             outputs = [*tables, gr.File(label="Result")]
-            button.click(annotate, [path, labels], outputs, api_name="annotate")
+            button.click(annotate, [path, labels, min_score], outputs, api_name="annotate")
         with gr.Tab("Search"):
-            path = gr.File(**cell_file)
             text = gr.Textbox(label="Description of the wanted cells", placeholder="a cytotoxic lymphocyte")
             top_k = gr.Slider(1, 100, value=10, step=1, label="Cells")
             button = gr.Button("Search", variant="primary")
             button.click(search, [path, text, top_k], gr.Dataframe(label="Best matches"), api_name="search")
         if hasattr(pipeline.model, "generate_cells"):  # not in stage 1, which has no language model
             with gr.Tab("Describe"):
-                path = gr.File(**cell_file)
                 n_cells = gr.Slider(1, SHOWN_ROWS, value=8, step=1, label="Number of cells, from the first")
                 question = gr.Textbox(label="Question about a cell; the prompt of training if empty")
                 button = gr.Button("Describe", variant="primary")
@@ -143,8 +176,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no checkpoint given; name one, or set SCMMGPT_MODEL.")
 
     def serve() -> None:
+        if gr is None:
+            raise ModuleNotFoundError(NO_GRADIO, name="gradio")
         check_checkpoint(args.model)
-        build(ScMMGPTPipeline.from_pretrained(args.model)).launch(server_name=args.host, server_port=args.port)
+        page = build(ScMMGPTPipeline.from_pretrained(args.model))
+        page.launch(server_name=args.host, server_port=args.port, theme=gr.themes.Default(**FONTS))
 
     return run_command("scmmgpt.app", serve, inputs=[args.model], extra="app")
 

@@ -144,7 +144,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight: Weights of the stage-1 losses.
         language_weight, expression_weight: Weights of the stage-2 losses.
         annotation: Defaults of annotation: `labels` (label -> text), `cl_ids`, and the `matching_weight`,
-            `matching_candidates` and `temperature` fixed on validation data.
+            `matching_candidates` and `temperature` fixed on validation data; `terms`, by which other words for the
+            labels are understood; `unseen_bonus`; and `novelty`, by which cells of no known type are found.
         adapter_bases: Names of the base whose LoRA adapter is merged into these weights. An adapter of that base is
             refused here, since it would count twice.
         custom_pipelines: Task -> pipeline, for `transformers.pipeline`; always the same.

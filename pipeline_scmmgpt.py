@@ -34,6 +34,7 @@ try:  # as a package or as remote code
         fit_mixture,
         fit_novelty,
         label_probabilities,
+        names_known_type,
         term_of,
     )
     from .cells_scmmgpt import Cells, log1p_cp10k
@@ -59,6 +60,7 @@ except ImportError:  # as a flat module in a clone
         fit_mixture,
         fit_novelty,
         label_probabilities,
+        names_known_type,
         term_of,
     )
     from cells_scmmgpt import Cells, log1p_cp10k
@@ -84,6 +86,7 @@ CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
+GENERATED_CELLS = 1024  # of a prompt that are drawn at a time: genes x 8 bytes each
 WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells says so
 
@@ -240,6 +243,11 @@ class ScMMGPTPipeline:
         terms = stored.get("terms", [])
         candidates = candidate_columns(settings["labels"], stored.get("labels", {}), settings["cl_ids"], terms)
         names = candidates.names
+        if len(candidates.texts) == 1:
+            logger.warning(
+                f"There is one label, {names[0]!r}, and no other that the checkpoint knows: every cell gets it, with "
+                "score 1. Give two labels or more."
+            )
         choice = self.processor.choose_input(adata, **read_kwargs)
         measured = np.unique(choice.match.ids[choice.match.ids >= 0])
         vocab_size = self.model.config.cell_config.vocab_size
@@ -578,6 +586,7 @@ class ScMMGPTPipeline:
         labels, prompts = _labels_and_prompts(prompts)
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; it must be at least 1.")
+        self._doubt_prompts(prompts)
         do_sample = self._may_sample(do_sample, n_cells)
         gene_ids = self._gene_ids(genes)
         turns = self._gene_turns(gene_ids, max_genes)
@@ -585,28 +594,29 @@ class ScMMGPTPipeline:
         sizes = np.empty(0)
         if self._states() is None:
             given = self._library_sizes(library_size, n_cells)
-            values = self._decode_prompts(model, prompts, gene_ids, turns, given, do_sample, seed, batch_size)
+            blocks = self._decode_prompts(model, prompts, gene_ids, turns, given, do_sample, seed, batch_size)
+            values = vstack([csr_matrix(block) for block in blocks], format="csr")
             sizes = np.tile(given, len(prompts))
         elif do_sample:
             turns, given = turns[:1], None if library_size is None else self._library_sizes(library_size, n_cells)
             drawn = [(csr_matrix(v), s) for v, s in self._draw_cells(prompts, n_cells, gene_ids, given, seed)]
             values, sizes = vstack([v for v, _ in drawn], format="csr"), np.concatenate([s for _, s in drawn])
         else:
-            values = self._states().mean_expression(self._prompt_features(prompts))[:, gene_ids]
+            values = csr_matrix(self._states().mean_expression(self._prompt_features(prompts))[:, gene_ids])
         if do_sample:
             # The library size counts all genes of the cell; `genes` may be some of them.
             expression = log1p_cp10k(values, sizes)
         else:
-            expression = np.repeat(values, n_cells, axis=0)
+            expression = values[np.repeat(np.arange(len(prompts)), n_cells)]
 
-        generated = AnnData(X=csr_matrix(expression))
+        generated = AnnData(X=expression)
         generated.obs_names = [f"prompt{p}-cell{i}" for p in range(len(prompts)) for i in range(n_cells)]
         generated.var_names = self.processor.gene_symbols(gene_ids)
         for name, words in {"prompt": prompts, "cell_type": labels}.items():
             if words:
                 _add_obs(generated, name, np.repeat(np.asarray(words, dtype=object), n_cells), categorical=True)
         if do_sample:
-            generated.layers["counts"] = csr_matrix(values)
+            generated.layers["counts"] = values
             generated.obs["library_size"] = sizes
         done = {"prompts": np.asarray(prompts, dtype=object), "n_cells": n_cells, "seed": seed}
         return self._record(generated, key_added, None, generate={**done, "sampled": do_sample, "turns": len(turns)})
@@ -640,6 +650,18 @@ class ScMMGPTPipeline:
         inputs = (self.processor(qformer_text=[prompt]).to(self.device) for prompt in prompts)
         return torch.cat([self._text_features(each) for each in inputs])
 
+    def _doubt_prompts(self, prompts: list[str]) -> None:
+        """Warn of prompts that name no cell type of training: their genes may not be in the vocabulary."""
+        stored = self.model.config.annotation or {}
+        labels = list(stored.get("labels", {}))
+        unknown = [text for text in prompts if not names_known_type(text, labels, stored.get("terms", []))]
+        if labels and unknown:
+            logger.warning(
+                f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0]!r}, name none of the {len(labels)} "
+                f"cell types that this checkpoint knows (such as {', '.join(map(repr, labels[:3]))}): the cells are a "
+                "guess, and marker genes of another type may not be in its vocabulary."
+            )
+
     def _decode_prompts(
         self,
         model: ScMMGPTForConditionalGeneration,
@@ -650,21 +672,25 @@ class ScMMGPTPipeline:
         do_sample: bool,
         seed: int,
         batch_size: int | None,
-    ) -> np.ndarray:
+    ) -> Iterator[np.ndarray]:
         """Decode the expression of the genes; the cells of a prompt are consecutive rows.
 
-        Returns:
-            With sampling, drawn counts, int32 `(len(prompts) * len(sizes), n_genes)`; else the expected log1p(CP10k),
-            float32 `(len(prompts), n_genes)`: the same for all cells of a prompt.
+        Yields:
+            The next rows. With sampling, drawn counts, int32 `(n, n_genes)`, of `len(prompts) * len(sizes)` rows in
+            total; else the expected log1p(CP10k), float32 `(n, n_genes)`, a row a prompt: the same for all its cells.
         """
         drawn = len(sizes) if do_sample else 1
-        values = np.zeros((len(prompts) * drawn, len(gene_ids)), dtype=np.int32 if do_sample else np.float32)
-        batch_size = max(1, self._batch_size(batch_size, 32) // drawn)
+        # The draws of a cell are its own, so that the many cells of a prompt may be drawn in parts.
+        batch_size = 1 if drawn > GENERATED_CELLS else max(1, self._batch_size(batch_size, 32) // drawn)
         genes = torch.from_numpy(gene_ids).to(self.device)
-        starts = range(0, len(prompts), batch_size)
-        for start in logging.tqdm(starts, desc="Generating", unit="batch", disable=len(starts) < 2):
-            batch = prompts[start : start + batch_size]
-            rows = slice(start * drawn, (start + len(batch)) * drawn)
+        parts = [
+            (prompts[start : start + batch_size], range(first, min(first + GENERATED_CELLS, drawn)))
+            for start in range(0, len(prompts), batch_size)
+            for first in range(0, drawn, GENERATED_CELLS)
+        ]
+        for batch, numbers in logging.tqdm(parts, desc="Generating", unit="batch", disable=len(parts) < 2):
+            shape = (len(batch) * len(numbers), len(gene_ids))
+            values = np.zeros(shape, dtype=np.int32 if do_sample else np.float32)
             texts = [self.processor.render_prompt("generate", text=prompt) for prompt in batch]
             inputs = self.processor(text=texts).to(self.device)
             for turn, columns in enumerate(turns):
@@ -672,15 +698,15 @@ class ScMMGPTPipeline:
                     output = model.generate_cells(
                         **inputs,
                         target_gene_ids=cast(torch.LongTensor, genes[torch.from_numpy(columns)]),
-                        library_size=torch.from_numpy(np.tile(sizes[:drawn], len(batch))).to(self.device),
-                        num_return_cells=drawn,
+                        library_size=torch.from_numpy(np.tile(sizes[numbers], len(batch))).to(self.device),
+                        num_return_cells=len(numbers),
                         do_sample=do_sample,
                         seed=seed + turn,
-                        cell_ids=[_cell_id(prompt, number) for prompt in batch for number in range(drawn)],
+                        cell_ids=[_cell_id(prompt, number) for prompt in batch for number in numbers],
                     )
                 decoded = output["counts"] if do_sample else output["expression"].float()
-                values[rows, columns] = decoded.cpu().numpy()
-        return values
+                values[:, columns] = decoded.cpu().numpy()
+            yield values
 
     def _may_sample(self, do_sample: bool | None, n_cells: int) -> bool:
         config = self.model.config
@@ -778,8 +804,9 @@ class ScMMGPTPipeline:
             adata, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
-            Hits, best first, each with `rank`, `cell` (its name), `index` (its row) and `score` (cosine similarity,
-            -1 to 1); for several texts, a list of such lists.
+            Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
+            1, which has no zero that means "no match") and `z` (standard deviations of the score above the mean of
+            these cells); for several texts, a list of such lists.
         """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
@@ -825,7 +852,7 @@ class ScMMGPTPipeline:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
         return batch_size
 
-    def _inputs(self, cells: Cells) -> dict[str, torch.Tensor]:
+    def _inputs(self, cells: Cells) -> dict[str, Any]:
         """Model inputs of a batch of cells, on the device."""
         return dict(self.processor(cells=cells).to(self.device))
 
@@ -944,8 +971,17 @@ def _labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[
 
 def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:
     best = enumerate(np.argsort(-similarity, kind="stable")[:top_k].tolist(), start=1)
+    exact = similarity.astype(np.float64)
+    z = (exact - exact.mean()) / max(exact.std(), 1e-9)
     return [
-        {"rank": rank, "cell": str(names[i]), "index": i, "score": round(float(similarity[i]), 6)} for rank, i in best
+        {
+            "rank": rank,
+            "cell": str(names[i]),
+            "index": i,
+            "score": round(float(similarity[i]), 6),
+            "z": round(float(z[i]), 3),
+        }
+        for rank, i in best
     ]
 
 

@@ -191,6 +191,7 @@ class CellFile:
     raw: RawPart | None = None
     uns: dict[str, Any] = field(default_factory=dict)
     handle: Any = None
+    obsm: dict[str, Any] = field(default_factory=dict)  # what a command adds; that of the file stays on disk
     notes: list[str] = field(default_factory=list)  # what the reader decided, in sentences
 
     def __post_init__(self) -> None:

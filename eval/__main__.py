@@ -13,6 +13,7 @@ from scmmgpt.progress import tell_if_slow
 
 
 COMMANDS = (
+    "abstention",
     "annotation",
     "crossdata",
     "description",

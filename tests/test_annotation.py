@@ -15,6 +15,7 @@ from scmmgpt.annotation_scmmgpt import (
     trained_labels_of,
 )
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.eval.abstention import evaluate_abstention
 from scmmgpt.train.data import ontology
 
 
@@ -248,3 +249,15 @@ def test_calibration_keeps_what_fine_tuning_stored(tiny_pipeline, adata):
     tiny_pipeline.calibrate(adata, "cell_type")
     assert tiny_pipeline.model.config.annotation["unseen_bonus"] == 0.3
     assert tiny_pipeline.model.config.annotation["terms"] == []
+
+
+def test_abstention_is_evaluated_on_known_and_new_cells(calibrated, monkeypatch):
+    pipeline, known, new = calibrated
+    original = pipeline.annotate
+    monkeypatch.setattr(pipeline, "annotate", lambda cells: original(cells, force=True))
+    result = evaluate_abstention(pipeline, known, new, "cell_type")
+    assert (result["new"]["unknown"], result["new"]["auroc_novelty"]) == (1, 1)
+    assert result["known"]["unknown"] == 0
+    assert result["known"]["accuracy"] == result["known"]["accuracy_of_answers"]
+    with pytest.raises(ValueError, match="no column 'type'"):
+        evaluate_abstention(pipeline, known, new, "type")

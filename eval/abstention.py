@@ -1,0 +1,86 @@
+"""Evaluate what a checkpoint does with cells of types that it knows, and with cells of types that it does not.
+
+```
+python -m scmmgpt.eval abstention --model CHECKPOINT --known held_out.h5ad --new other_tissue.h5ad --output out.json
+```
+
+Known cells: accuracy (a cell without a label is wrong), share without a label, accuracy of the others, and expected
+calibration error of the score. New cells: share without a label, and the area under the ROC curve of `novelty` and of
+`1 - score`, the baseline, for telling new cells from known ones.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from scmmgpt.annotation_scmmgpt import UNKNOWN
+from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
+from scmmgpt.files import write_json
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.readers import read_file
+
+
+def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
+    """Annotate both AnnData and compare.
+
+    Args:
+        pipeline: A checkpoint of `finetune` or `calibrate`, which stores what novelty needs.
+        known: Held-out cells of known types, with their types in `obs[label_key]`.
+        new: Cells of other types.
+
+    Returns:
+        JSON-able dict: `known` and `new`, see the module, with `n_cells`.
+
+    Raises:
+        ValueError: If `known` has no such column, or the checkpoint cannot judge novelty in these files.
+    """
+    if label_key not in known.obs:
+        raise ValueError(f"obs has no column {label_key!r}; it has {list(known.obs.columns)}.")
+    of_known, of_new = (pipeline.annotate(cells).obs for cells in (known, new))
+    for name, obs in (("known", of_known), ("new", of_new)):
+        if "scmmgpt_novelty" not in obs or obs["scmmgpt_novelty"].isna().any():
+            raise ValueError(
+                f"Novelty of the {name} cells cannot be judged: the checkpoint stores nothing for it (run `finetune` "
+                "or `calibrate`), or the file measures too few of its genes."
+            )
+    predicted, truth = (np.asarray(obs, dtype=str) for obs in (of_known["scmmgpt_cell_type"], known.obs[label_key]))
+    answered, right = predicted != UNKNOWN, predicted == truth
+    is_new = np.repeat([False, True], [len(of_known), len(of_new)])
+    novelty, score = (np.concatenate([of_known[n], of_new[n]]) for n in ("scmmgpt_novelty", "scmmgpt_score"))
+    return {
+        "known": {
+            "n_cells": len(right),
+            "accuracy": float(right.mean()),
+            "unknown": float((~answered).mean()),
+            "accuracy_of_answers": float(right[answered].mean()) if answered.any() else None,
+            "calibration_error": expected_calibration_error(np.asarray(of_known["scmmgpt_score"], float), right),
+        },
+        "new": {
+            "n_cells": len(of_new),
+            "unknown": float((np.asarray(of_new["scmmgpt_cell_type"], dtype=str) == UNKNOWN).mean()),
+            "auroc_novelty": float(roc_auc_score(is_new, novelty)),
+            "auroc_score": float(roc_auc_score(is_new, 1 - score)),
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m scmmgpt.eval abstention", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="checkpoint of `finetune` or `calibrate`")
+    parser.add_argument("--known", required=True, help="file of held-out cells of known types")
+    parser.add_argument("--new", required=True, help="file of cells of other types")
+    parser.add_argument("--label-key", default="cell_type", help="obs column of the known types (%(default)s)")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args(argv)
+    pipeline = ScMMGPTPipeline.from_pretrained(args.model)
+    result = evaluate_abstention(pipeline, read_file(args.known), read_file(args.new), args.label_key)
+    if args.output:
+        write_json(args.output, result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    return 0

@@ -1,0 +1,111 @@
+"""What a command writes is its input with results added, and no matrix has to fit in memory for it."""
+
+import json
+
+import anndata
+import numpy as np
+import pytest
+from scipy.sparse import csc_matrix
+
+from scmmgpt import results
+from scmmgpt.__main__ import main
+from scmmgpt.readers import CellFile, read_file
+
+
+@pytest.fixture
+def checkpoint(tiny_pipeline, tmp_path):
+    """A saved tiny checkpoint."""
+    tiny_pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}, "cl_ids": {}}
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def full(adata):
+    """Cells with something in every part of an AnnData."""
+    adata.layers["mine"] = csc_matrix(adata.X)
+    adata.raw = adata.copy()
+    adata.obsm["X_pca"] = np.arange(120.0).reshape(60, 2)
+    adata.varm["loadings"] = np.ones((adata.n_vars, 2))
+    adata.obsp["near"] = adata.X @ adata.X.T
+    adata.uns["mine"] = {"a": np.array([1, 2])}
+    return adata
+
+
+def test_a_result_has_everything_of_the_input(full, checkpoint, tmp_path, monkeypatch):
+    full.write_h5ad(tmp_path / "cells.h5ad", compression="gzip")
+    monkeypatch.setattr(CellFile, "to_memory", lambda self: pytest.fail("the matrices were loaded whole"))
+    out = tmp_path / "annotated.h5ad"
+    assert main(["annotate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "-o", str(out), "--quiet"]) == 0
+    assert main(["embed", str(out), "--model", checkpoint, "-o", str(tmp_path / "embedded.h5ad"), "--quiet"]) == 0
+    result = anndata.read_h5ad(tmp_path / "embedded.h5ad")
+    assert set(result.obs["scmmgpt_cell_type"]) <= {"B", "T"}
+    assert result.obsm["X_scmmgpt"].shape == (60, 12)
+    assert set(result.uns["scmmgpt"]) >= {"annotate", "embed", "input"}
+    assert result.obs[full.obs.columns].equals(full.obs)
+    assert result.var.equals(full.var)
+    assert (result.X != full.X).nnz == 0
+    assert (result.raw.X != full.raw.X).nnz == 0
+    assert (result.layers["mine"] != full.layers["mine"]).nnz == 0
+    assert (result.obsp["near"] != full.obsp["near"]).nnz == 0
+    np.testing.assert_array_equal(result.obsm["X_pca"], full.obsm["X_pca"])
+    np.testing.assert_array_equal(result.varm["loadings"], full.varm["loadings"])
+    np.testing.assert_array_equal(result.uns["mine"]["a"], [1, 2])
+
+
+def test_cells_on_disk_get_the_answers_of_cells_in_memory(tiny_pipeline, adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    labels = {"B": "a B cell", "T": "a T cell"}
+    tiny_pipeline.annotate(adata, labels)
+    with read_file(tmp_path / "cells.h5ad", backed=True) as file:
+        tiny_pipeline.annotate(file, labels)
+        np.testing.assert_array_equal(file.obsm["scmmgpt_probabilities"], adata.obsm["scmmgpt_probabilities"])
+        assert file.obs["scmmgpt_cell_type"].equals(adata.obs["scmmgpt_cell_type"])
+
+
+def test_chunks_change_no_answer(tiny_pipeline, adata, monkeypatch):
+    whole = tiny_pipeline.embed(adata.copy()).obsm["X_scmmgpt"]
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.SORTED_CELLS", 14)
+    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", 7)
+    np.testing.assert_allclose(tiny_pipeline.embed(adata).obsm["X_scmmgpt"], whole, atol=1e-6)
+
+
+def test_a_file_is_copied_by_what_it_holds_and_not_by_its_name(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5")
+    (tmp_path / "text.h5ad").write_text("nothing")
+    assert results.can_copy(tmp_path / "cells.h5")
+    assert not results.can_copy(tmp_path / "text.h5ad")
+    assert not results.can_copy(tmp_path)
+
+
+def test_search_writes_the_score_of_every_cell_and_hits_with_a_scale(adata, checkpoint, tmp_path, capsys):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "found.h5ad"
+    arguments = ["search", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "--text", "a B cell", "-o", str(out)]
+    assert main([*arguments, "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)
+    scores = anndata.read_h5ad(out).obs["scmmgpt_search"].to_numpy()
+    best = hits[0]
+    assert best["score"] == pytest.approx(scores.max(), abs=1e-5)
+    assert best["z"] == pytest.approx((scores.max() - scores.mean()) / scores.std(), abs=2e-3)
+
+
+def test_cells_of_a_prompt_are_the_same_drawn_in_parts(monkeypatch):
+    from scmmgpt import synthetic
+
+    pipeline = synthetic.tiny_pipeline(expression_head="nb")
+    whole = pipeline.generate(["a B cell", "a T cell"], 5)
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.GENERATED_CELLS", 2)
+    parts = pipeline.generate(["a B cell", "a T cell"], 5)
+    assert (whole.layers["counts"] != parts.layers["counts"]).nnz == 0
+    assert (abs(whole.X - parts.X) > 1e-6).nnz == 0
+
+
+def test_a_prompt_that_names_no_known_type_is_doubted(tiny_pipeline, monkeypatch):
+    said = []
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B cell", "T cell": "a T cell"}}
+    tiny_pipeline.generate("Some B cells from blood.", genes=["CD19"])
+    assert not said
+    tiny_pipeline.generate("A pancreatic beta cell.", genes=["CD19"])
+    assert "1 of 1 prompts, such as 'A pancreatic beta cell.', name none of the 2 cell types" in said[0]
