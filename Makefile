@@ -34,8 +34,8 @@ test: setup ## all tests: offline, on the CPU, about three minutes
 test-newest: ## model, processor and pipeline with the newest releases that pyproject.toml allows
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet torch==2.13.0
-	.venv-newest/bin/python -m pip install --quiet torch==2.13.0 -e '.[train,dev]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py
+	.venv-newest/bin/python -m pip install --quiet torch==2.13.0 -e '.[train,eval,dev]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_transformers.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py
 
 demo: STEM := demo
 demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.
@@ -52,7 +52,7 @@ demo demo-tiny:
 	$(BIN)/scmmgpt calibrate $(OUT)/corpus --split validation --model $(OUT)/checkpoint
 	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --model $(OUT)/checkpoint --output $(OUT)/annotated.h5ad
 	$(BIN)/scmmgpt describe $(OUT)/annotated.h5ad --model $(OUT)/checkpoint --output $(OUT)/described.h5ad --table $(OUT)/descriptions.csv --columns cell_type --reference --templates short --max-new-tokens 32
-	$(BIN)/scmmgpt generate --stored-labels --n-cells 14 --model $(OUT)/checkpoint --output $(OUT)/generated.h5ad
+	$(BIN)/scmmgpt generate --stored-labels --n-cells 100 --model $(OUT)/checkpoint --output $(OUT)/generated.h5ad
 	$(BIN)/python -m scmmgpt.eval report --corpus $(OUT)/corpus --annotated $(OUT)/annotated.h5ad --descriptions $(OUT)/descriptions.csv --templates short --generated $(OUT)/generated.h5ad --training $(OUT)/aligned $(OUT)/checkpoint --checkpoint $(OUT)/checkpoint --note "$(NOTE)" --output $(OUT)
 
 benchmark: setup ## measure speed and memory (minutes; alone on the machine)

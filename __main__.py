@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.errors import OneLineParser, explain, number, run_command
-from scmmgpt.files import check_file, check_paths, read_json, whole_file
+from scmmgpt.files import check_file, check_folder, check_paths, read_json, whole_file
 from scmmgpt.label_lists import read_text, read_words
 from scmmgpt.progress import tell_if_slow
 
@@ -133,6 +133,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
+    sub = command(export)
+    sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
+    sub.add_argument("--json", action="store_true", help="print the paths as JSON")
+
     sub = command(doctor)
     sub.add_argument("--json", action="store_true", help="print the versions as JSON")
     return parser
@@ -266,8 +271,7 @@ def generate(args: Args) -> None:
     genes = args.genes
     pipeline = load_pipeline(args)
     if args.stored_labels:
-        # This phrase is in all caption templates, so every checkpoint was trained on it.
-        prompts = {label: f"cell type: {label}." for label in pipeline.annotation_settings()["labels"]}
+        prompts = pipeline.label_prompts()
     if args.genes_of is not None:
         cells, _ = pipeline.processor.read_cells(read_adata(args.genes_of), force=True)
         genes = pipeline.processor.gene_symbols(sorted(set(cells.gene_ids.tolist())))
@@ -302,6 +306,16 @@ def inspect(args: Args) -> int:
     return 0 if report["usable"] else ERROR
 
 
+def export(args: Args) -> None:
+    """Write the language model and the encoder of cells apart, for engines that serve language models."""
+    from scmmgpt.checkpoints import check_checkpoint
+    from scmmgpt.serving import export_checkpoint
+
+    check_folder(args.output)
+    check_checkpoint(args.model)
+    write(args, export_checkpoint(args.model, args.output))
+
+
 def doctor(args: Args) -> None:
     """Show device and versions of the installed packages."""
     import platform
@@ -309,6 +323,7 @@ def doctor(args: Args) -> None:
 
     import torch
 
+    from scmmgpt.modeling_scgpt import cpu_dtype, cpu_rate
     from scmmgpt.pipeline_scmmgpt import best_device
 
     installed = {package.name: package.version for package in distributions()}
@@ -320,6 +335,10 @@ def doctor(args: Args) -> None:
             "platform": platform.platform(),
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "threads": torch.get_num_threads(),
+            "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
+            "float32 on the CPU": f"{cpu_rate(torch.float32) / 1e9:,.0f} GFLOP/s",
+            "bfloat16 on the CPU": f"{cpu_rate(torch.bfloat16) / 1e9:,.0f} GFLOP/s",
+            "precision for the CPU": str(cpu_dtype(torch.bfloat16)).removeprefix("torch."),
             "bfloat16 on the device": bool(device == "cuda" and torch.cuda.is_bf16_supported()),
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
         },
@@ -352,22 +371,28 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
 
 def load_pipeline(args: Args) -> "ScMMGPTPipeline":
     """The pipeline of `--model`."""
+    with tell_if_slow(f"Loading {args.model}"):
+        from transformers.utils import logging
+
+        from scmmgpt.checkpoints import check_checkpoint
+        from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+        if args.quiet or args.json:
+            logging.disable_progress_bar()
+        check_device(args.device)
+        check_checkpoint(args.model)
+        return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that PyTorch does not know or cannot reach."""
     import torch
-    from transformers.utils import logging
 
-    from scmmgpt.checkpoints import check_checkpoint
-    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-
-    if args.quiet or args.json:
-        logging.disable_progress_bar()
     try:
-        device = None if args.device is None else torch.empty(0, device=args.device).device
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         why = " ".join(str(error).split())[:120]
-        raise ValueError(f"--device {args.device!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
-    with tell_if_slow(f"Loading {args.model}"):
-        check_checkpoint(args.model)
-        return ScMMGPTPipeline.from_pretrained(args.model, device=device, batch_size=args.batch_size)
+        raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
 
 
 def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any:
@@ -377,9 +402,9 @@ def read_adata(path: Path, split: str = "test", model: str | None = None) -> Any
 
         with tell_if_slow(f"Reading {path}"):
             return open_corpus(path).to_adata(split)
-    from scmmgpt.readers import is_table, read_file
-
     with tell_if_slow(f"Reading {path}"):
+        from scmmgpt.readers import is_table, read_file
+
         gene_index = None
         if model is not None and is_table(path):
             from scmmgpt.processing_scmmgpt import ScMMGPTProcessor

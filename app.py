@@ -6,8 +6,8 @@ In a Hugging Face Space, which passes no argument, the environment variable `SCM
 the extra `app`.
 """
 
-import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,12 @@ try:
     import gradio as gr
 except ModuleNotFoundError as error:
     message = "The page needs gradio; install it with `pip install scmmgpt[app]`."
+    if __name__ == "__main__":
+        sys.exit(f"scmmgpt.app: {message}")
     raise ModuleNotFoundError(message, name="gradio") from error
 
+from scmmgpt.checkpoints import check_checkpoint
+from scmmgpt.errors import OneLineParser, number, run_command
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
@@ -128,17 +132,22 @@ def rows_of(adata: anndata.AnnData, columns: list[str]) -> pd.DataFrame:
     return adata.obs[columns].head(SHOWN_ROWS).rename_axis("cell").reset_index()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Serve the page."""
-    parser = argparse.ArgumentParser(prog="python -m scmmgpt.app", description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    """Serve the page; returns the exit status."""
+    parser = OneLineParser(prog="python -m scmmgpt.app", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=os.environ.get("SCMMGPT_MODEL"), help="folder, or id on the Hub")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for a whole network")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
+    parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="port to listen on (default: 7860)")
     args = parser.parse_args(argv)
     if not args.model:
         parser.error("no checkpoint given; name one, or set SCMMGPT_MODEL.")
-    build(ScMMGPTPipeline.from_pretrained(args.model)).launch(server_name=args.host, server_port=args.port)
+
+    def serve() -> None:
+        check_checkpoint(args.model)
+        build(ScMMGPTPipeline.from_pretrained(args.model)).launch(server_name=args.host, server_port=args.port)
+
+    return run_command("scmmgpt.app", serve, inputs=[args.model], extra="app")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

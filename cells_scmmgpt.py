@@ -34,6 +34,7 @@ class RandomStream(enum.IntEnum):
     ORDER = 33  # the order of the cells in a corpus
     DUPLICATE = 34  # new identities of different cells that share one
     CAPTION = 35  # which template, and which synonyms
+    STATE = 36  # state, library size and counts of a generated cell
 
 
 COUNTS_PER_10K = 1e4  # "CP10k": the library size that normalised expression is given for, everywhere in the project

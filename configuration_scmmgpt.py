@@ -25,6 +25,8 @@ ALIGNMENT_AUTO_MAP = {
     "AutoModel": "modeling_scmmgpt.ScMMGPTForCellTextAlignment",
     "AutoProcessor": "processing_scmmgpt.ScMMGPTProcessor",
 }
+# The encoder of cells that `scmmgpt export` writes.
+ENCODER_AUTO_MAP = {**ALIGNMENT_AUTO_MAP, "AutoModel": "modeling_scmmgpt.ScMMGPTCellEncoder"}
 # Task of `transformers.pipeline` -> verb of `pipeline_scmmgpt.ScMMGPTPipeline`.
 PIPELINE_TASKS = {
     "cell-annotation": "annotate",
@@ -130,6 +132,9 @@ class ScMMGPTConfig(PreTrainedConfig):
         cell_token_id: Id of `<cell>` in the language model's tokenizer.
         expression_head: `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a (zero-inflated) negative binomial
             of the counts, which can be sampled.
+        num_state_components: Components of a cell's state, from which cells are generated (see [`ScMMGPTCellStates`]);
+            `None` generates from the expression head alone. `tune` sets it.
+        state_flow_width: Width of the flow that draws the states of a text.
         logit_scale_init: Initial log inverse temperature; the default is ln(1/0.07), as in CLIP.
         matching_batch_size: Cells of a stage-1 batch that enter the matching loss; by default all. Matching costs
             three passes a cell (with its text, a wrong text, a wrong cell), contrast a third of one.
@@ -175,6 +180,8 @@ class ScMMGPTConfig(PreTrainedConfig):
     label_readout: dict | None = None
     cell_token_id: int = 32000
     expression_head: str = "mse"
+    num_state_components: int | None = None
+    state_flow_width: int = 256
     logit_scale_init: float | int = 2.6593
     matching_batch_size: int | None = None
     contrastive_group_size: int | None = None
@@ -206,7 +213,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         for name, choices in (("expression_head", ("mse", "nb", "zinb")), ("text_pooling", ("mean", "cls"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {choices}.")
-        for name in ("num_query_tokens", "num_condition_tokens", "projection_dim"):
+        counts = ["num_query_tokens", "num_condition_tokens", "projection_dim", "state_flow_width"]
+        for name in counts if self.num_state_components is None else [*counts, "num_state_components"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 

@@ -33,7 +33,7 @@ def check_parts(group: Any) -> None:
                     package = str(encoding).removesuffix("-array")
                     remedy = f"needs the package {package}, which is not installed. Run `pip install {package}`"
                 raise FileError(f"{name} is encoded as {encoding!r}, which {remedy}, or delete that part.") from error
-        if isinstance(part, h5py.Dataset) or name.endswith("/_index"):
+        if isinstance(part, h5py.Dataset) or "/_index" in name and not name.endswith("/mask"):
             if getattr(part, "shape", ()):  # neither a scalar nor a group of values and mask
                 check_stored(part)
         elif name.endswith("/codes") and part.nchunks and not part.nchunks_initialized:
@@ -57,6 +57,7 @@ def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def check_stored(array: Any, *, zeros_mean: str = "the values are lost") -> Any:
     """The array, if all of it is stored: HDF5 and Zarr read a missing chunk as zeros, whatever its size."""
+    remedy = "Copy the data again, or write them again"
     if isinstance(array, h5py.Dataset):
         if not array.size or array.is_virtual:
             return array
@@ -68,10 +69,11 @@ def check_stored(array: Any, *, zeros_mean: str = "the values are lost") -> Any:
             n_stored = int(array.id.get_storage_size() >= size or bool(array.external))
     else:
         n_chunks, n_stored = array.nchunks, array.nchunks_initialized
+        remedy += " (Zarr also leaves out chunks of zeros: a matrix that has them is stored safely as a sparse one)"
     if n_stored < n_chunks:
         raise FileError(
             f"{where(array)} lacks {n_chunks - n_stored} of {n_chunks} chunks, which would be read as zeros: "
-            f"{zeros_mean}. Copy the data again, or write them again."
+            f"{zeros_mean}. {remedy}."
         )
     return array
 

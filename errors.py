@@ -7,6 +7,7 @@ the line names its type, and the files that the command was given. `--debug` sho
 
 import argparse
 import errno
+import logging
 import math
 import re
 import shutil
@@ -22,6 +23,7 @@ LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is w
 # How libraries other than Python's own say that memory is short. Their exceptions are `RuntimeError`s.
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
+OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of reading, as messages of the library name them
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
 # Modules whose distribution has another name, where an error names what to install.
 DISTRIBUTIONS = {
@@ -128,6 +130,9 @@ def run_command(
         outputs: Files and folders that it writes, to recognise a full disk by.
         extra: Extra of this package that installs a missing module.
     """
+    for handler in (*logging.getLogger().handlers, logging.lastResort):
+        if handler is not None:
+            handler.addFilter(OPTION_WORDS)
     try:
         return work() or 0
     except KeyboardInterrupt:
@@ -138,8 +143,38 @@ def run_command(
     except BaseException as error:  # panics of Rust libraries are no `Exception`
         if debug:
             raise
-        sys.stderr.write(f"{name}: {explain(error, inputs, outputs, extra)}\n")
+        said = as_options(explain(error, inputs, outputs, extra), can_force=not name.startswith("scmmgpt.train"))
+        sys.stderr.write(f"{name}: {said}\n")
         return FAILED
+
+
+def as_options(text: str, *, can_force: bool = True) -> str:
+    """A message of the library in the words of the command line: `gene_column=` is `--gene-column` there.
+
+    Without `can_force`, the way out of a command without that option is left out.
+
+    >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
+    'Pass `--layer`, `--assume normalized` or `--force`.'
+    """
+
+    def option(found: re.Match) -> str:
+        value = "" if found[2] == "True" else found[2].strip("'\"")
+        return f"`--{found[1].replace('_', '-')}{' ' if value else ''}{value}`"
+
+    text = text if can_force else re.sub(r" Or pass `force=True`[^.]*\.", "", text)
+    return re.sub(rf"`({'|'.join(OPTIONS)})=([^`]*)`", option, text)
+
+
+class _OptionWords(logging.Filter):
+    """Puts log messages of this package into the words of the command line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("scmmgpt"):
+            record.msg, record.args = as_options(record.getMessage()), None
+        return True
+
+
+OPTION_WORDS = _OptionWords()
 
 
 def explain(

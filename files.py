@@ -87,8 +87,8 @@ def check_file(path: str | os.PathLike, n_bytes: int = 0) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise OSError(
-            f"The output {str(path)!r} takes some {n_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free on "
-            "its disk. Make room, or name another disk."
+            f"The output {str(path)!r} takes some {n_bytes:,} bytes, but only {free:,} are free on its disk. "
+            "Make room, or name another disk."
         )
 
 
@@ -171,6 +171,31 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def filled_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a new folder beside `path` whose files move into `path`, which may exist, if the block succeeds.
+
+    If the block fails, for want of space say, `path` stays as it was. Missing parents are made.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = [entry for entry in sorted(temporary.rglob("*")) if entry.is_file()]
+        for file in files:
+            _sync_file(file)
+        obey_umask(temporary)
+        for file in files:
+            target = path / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync_folder(path)
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -195,10 +195,17 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
     return "unknown", f"{human:.0%} of the names are spelt as human symbols are (CD3E), {mouse:.0%} as mouse (Cd3e)"
 
 
+def find_species(word: Any) -> Species | None:
+    """The species of a word such as `human`, `Homo_sapiens`, `NCBITaxon:9606` or `9606`; `None` if it is not known."""
+    word = str(word).strip().lower().replace("_", " ")
+    taxon = re.fullmatch(r"(?:ncbitaxon[: ])?(\d+)", word)
+    word = f"ncbitaxon:{taxon[1]}" if taxon else word
+    return next((known for known in SPECIES if word in (known.name, known.latin, known.taxon)), None)
+
+
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
     """Species of the genes, species that the file declares, and the evidence for the former."""
-    word = str(organism).strip().lower()
-    found = next((known for known in SPECIES if word in (known.name, known.latin, known.taxon)), None)
+    found = find_species(organism)
     declared = None if found is None else found.name
     guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
     if not guesses:

@@ -3,18 +3,17 @@
 Every command runs the same checks; `docs/inputs.md` lists them.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scmmgpt.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
 from scmmgpt.readers import CellFile, DiskRows, read_file
 from scmmgpt.reading_scmmgpt import InputChoice, check_labels, choose_input, finish_report, inspect_matrices, matrix_of
 
 
-OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of reading, also of the command line
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "assay", "organism", "donor_id")
 
 KIND_WORDS = {
@@ -143,20 +142,6 @@ def _describe_unusable(file: CellFile) -> dict[str, Any]:
 
 
 # -- in words ---------------------------------------------------------------------------------------------------------
-
-
-def as_options(text: str) -> str:
-    """A message of the library in the words of the command line: `gene_column=` is `--gene-column` there.
-
-    >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
-    'Pass `--layer`, `--assume normalized` or `--force`.'
-    """
-
-    def option(found: re.Match) -> str:
-        value = "" if found[2] == "True" else found[2].strip("'\"")
-        return f"`--{found[1].replace('_', '-')}{' ' if value else ''}{value}`"
-
-    return re.sub(rf"`({'|'.join(OPTIONS)})=([^`]*)`", option, text)
 
 
 def render(report: dict[str, Any]) -> str:

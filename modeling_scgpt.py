@@ -16,7 +16,9 @@ Shapes in comments: B cells of a batch, G genes of the padded batch (`<cls>` amo
 of the genes, L = K + G tokens, N tokens of a packed row, C cells of a packed row, D `hidden_size`, H heads.
 """
 
+import functools
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,6 +50,31 @@ with suppress(ImportError):
 
 IGNORED_LABEL = -100  # a label that enters no loss
 CPU_PIECE_TOKENS = 2400  # tokens that run through all layers at once: 5 MB of float32 states, 10 % faster than 20,000
+
+
+@functools.cache
+def cpu_rate(dtype: torch.dtype) -> float:
+    """Operations per second of CPU time in a matrix product, measured once a process.
+
+    Names of instruction sets do not tell: bfloat16 is four times as fast as float32 where the CPU multiplies it (AMX,
+    AVX512_BF16), and a hundredth where PyTorch has to emulate it (AVX2 alone).
+    """
+    tokens, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(5):  # the first product also sets the kernel up
+        start = time.process_time()  # other work on the machine counts little
+        torch.mm(tokens, weight)
+        seconds.append(time.process_time() - start)
+    return 2 * tokens.numel() * len(weight) / max(min(seconds), 1e-9)
+
+
+def cpu_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision to compute in on this CPU: `dtype`, or float32 where that is over twice as fast.
+
+    Hardware differs by a factor of hundreds, so that the answer does not depend on how busy the machine is.
+    """
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if is_half and 2 * cpu_rate(dtype) < cpu_rate(torch.float32) else dtype
 
 
 @dataclass
@@ -572,8 +599,8 @@ class ScGPTPreTrainedModel(PreTrainedModel):
 class ScGPTModel(ScGPTPreTrainedModel):
     """scGPT: gene tokens with expression values -> a state per gene, an embedding per cell, and predicted expression.
 
-    For embeddings alone, pass `cls_only=True`. On a CPU that computes in bfloat16, `model.to(torch.bfloat16)` is 2.8
-    times as fast again, at a cosine of 0.9999 to float32.
+    For embeddings alone, pass `cls_only=True`. On a CPU that computes in bfloat16, `model.to(torch.bfloat16)` is twice
+    as fast again, at a cosine of 0.9999 to float32; on other CPUs it is many times slower, which [`cpu_dtype`] knows.
 
     Args:
         config: Sizes and settings.
@@ -663,18 +690,18 @@ class ScGPTModel(ScGPTPreTrainedModel):
             inputs_embeds, cell_attention_mask, generation_mask, cls_only, attended, output_hidden_states
         )
         hidden_states = states[-1]  # (B, L, D), or (B, 1, D) with `cls_only`
-        outputs = ScGPTModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+        fields: dict[str, Any] = {"last_hidden_state": hidden_states, "pooler_output": hidden_states[:, 0]}
         if output_hidden_states:
-            outputs["hidden_states"] = states
+            fields["hidden_states"] = states
         if expression_labels is not None:
             predicted = self.decode_expression(hidden_states[:, num_conditions:])  # (B, G)
             from_cell = self.decode_mvc(hidden_states[:, 0], gene_ids)  # (B, G)
             expression_loss = masked_expression_loss(predicted, expression_labels)
             mvc_loss = masked_expression_loss(from_cell, expression_labels)
-            outputs["predicted_expression"], outputs["mvc_expression"] = predicted, from_cell
-            outputs["expression_loss"], outputs["mvc_loss"] = expression_loss, mvc_loss
-            outputs["loss"] = expression_loss + mvc_loss
-        return outputs
+            fields |= {"predicted_expression": predicted, "mvc_expression": from_cell}
+            fields |= {"expression_loss": expression_loss, "mvc_loss": mvc_loss}
+            fields["loss"] = expression_loss + mvc_loss
+        return ScGPTModelOutput(**fields)  # all at once: a compiled graph loses fields that are set later
 
     def _check_attentions(self, output_attentions: bool | None) -> None:
         implementation = self.config._attn_implementation

@@ -10,11 +10,12 @@ model, P `projection_dim`.
 """
 
 import copy
+import functools
 import inspect
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,12 +26,16 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreT
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerModel,
     Blip2QFormerMultiHeadAttention,
-    Blip2TextEmbeddings,
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
@@ -41,11 +46,13 @@ try:  # as a package or as remote code
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
     from .readout_scmmgpt import ScMMGPTLabelReadout
+    from .states_scmmgpt import ScMMGPTCellStates
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, hash_seed
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
     from readout_scmmgpt import ScMMGPTLabelReadout
+    from states_scmmgpt import ScMMGPTCellStates
 
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
@@ -292,12 +299,11 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ScMMGPTProfileReadout):
             init.zeros_(module.gene_weights.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, ScMMGPTCellStates):
+            init.ones_(module.residual_scale)
         elif isinstance(module, ScMMGPTTextToCellProjector):
             init.normal_(module.query_tokens)  # a LayerNorm follows; smaller tokens would be lost in the first steps
             init.zeros_(module.query_means)
-        elif isinstance(module, Blip2TextEmbeddings):
-            # A non-persistent buffer: loading starts from the meta device, which leaves it uninitialised.
-            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1], device="cpu").expand((1, -1)))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As that of transformers; whoever may read other new files may read the weights."""
@@ -333,6 +339,37 @@ class ScMMGPTProfileReadout(nn.Module):
         """`(num_cells, projection_dim)` of gene ids and values, both `(num_cells, num_genes)`; padding is 0."""
         profile = profile.to(self.gene_weights.weight.dtype)
         return self.gene_weights(profile_gene_ids, per_sample_weights=profile) + self.bias
+
+
+class ScMMGPTTextEmbeddings(nn.Module):
+    """Embeddings of the words and positions of the Q-Former's texts, as in BLIP-2, whose class can't be offloaded."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`(num_texts, text_length)` -> `(num_texts, text_length, hidden_size)`."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+
+def with_own_weights(method: Callable) -> Callable:
+    """Let a method of an offloaded module run as accelerate lets `forward` run: with the module's own weights loaded.
+
+    The weights of its submodules are loaded when these run.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None or not self.query_tokens.is_meta:
+            return method(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, method(self, *args, **kwargs))
+
+    return run
 
 
 class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
@@ -405,7 +442,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         for layer in self.qformer.encoder.layer:
             if layer.has_cross_attention:  # its weights keep their names
                 layer.crossattention.attention.__class__ = ScMMGPTCellAttention
-        self.qformer_embeddings = Blip2TextEmbeddings(config.qformer_config)
+        self.qformer_embeddings = ScMMGPTTextEmbeddings(config.qformer_config)
         # The mean state of each query over cells is subtracted: it is much larger than the differences between cells.
         self.query_means = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
         self.cell_projection = nn.Linear(width, config.projection_dim)
@@ -423,6 +460,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         outputs = self.cell_model(gene_ids=gene_ids, expression=expression, cell_attention_mask=cell_attention_mask)
         return self.cell_norm(outputs.last_hidden_state)  # (C, G, D)
 
+    @with_own_weights
     def query_cells(
         self,
         cell_states: Tensor,
@@ -462,6 +500,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             projected=projected,
         ).last_hidden_state
 
+    @with_own_weights
     def project_cells(
         self, query_states: Tensor, profile_gene_ids: Tensor | None = None, profile: Tensor | None = None
     ) -> Tensor:
@@ -483,7 +522,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         cell_attention_mask: Tensor | None = None,
         profile_gene_ids: Tensor | None = None,
         profile: Tensor | None = None,
-    ) -> Tensor:
+        return_dict: bool = False,
+    ) -> Any:
         """Cells in the shared space: `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
 
         Args:
@@ -491,14 +531,24 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
                 the gene vocabulary, values, and 1 for a gene, 0 for padding.
             profile_gene_ids, profile (`torch.Tensor` of shape `(num_cells, num_expressed_genes)`): All expressed genes
                 and their values, if `config.profile_readout`.
+            return_dict: Whether to return an output, as such methods of transformers do: the features are its
+                `pooler_output`, and the states of the queries its `last_hidden_state`.
         """
         cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
-        return self.project_cells(self.query_cells(cell_states, cell_attention_mask), profile_gene_ids, profile)
+        states = self.query_cells(cell_states, cell_attention_mask)
+        features = self.project_cells(states, profile_gene_ids, profile)
+        return BaseModelOutputWithPooling(states, features) if return_dict else features
 
-    def get_text_features(self, qformer_input_ids: Tensor, qformer_attention_mask: Tensor | None = None) -> Tensor:
-        """Texts in the shared space: `(num_texts, projection_dim)`, L2-normalised."""
-        text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
-        return self.project_texts(self.encode_texts(text_embeds, qformer_attention_mask))
+    def get_text_features(
+        self, qformer_input_ids: Tensor, qformer_attention_mask: Tensor | None = None, return_dict: bool = False
+    ) -> Any:
+        """Texts in the shared space: `(num_texts, projection_dim)`, L2-normalised.
+
+        With `return_dict`, as `get_cell_features`; the `last_hidden_state` is the pooled state of each text.
+        """
+        states = self.encode_texts(self.qformer_embeddings(input_ids=qformer_input_ids), qformer_attention_mask)
+        features = self.project_texts(states)
+        return BaseModelOutputWithPooling(states, features) if return_dict else features
 
     def inverse_temperature(self) -> Tensor:
         """Factor of the cosine similarities, at most 100."""
@@ -646,9 +696,9 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         cell_features = self.project_cells(query_states, profile_gene_ids, profile)  # (B, Q, P)
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)  # (B, T, W)
         text_features = self.project_texts(self.encode_texts(text_embeds, qformer_attention_mask))  # (B, P)
-        output = AlignmentOutput(cell_features=cell_features, text_features=text_features)
+        features = {"cell_features": cell_features, "text_features": text_features}
         if not return_loss:
-            return output
+            return AlignmentOutput(**features)
 
         if text_ids is None:
             text_ids = hash_texts(qformer_input_ids, qformer_attention_mask)
@@ -670,10 +720,9 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
                 gene_ids, masked_expression, cell_attention_mask, expression_labels=kwargs["expression_labels"]
             ).loss
 
-        for name, loss in losses.items():
-            output[f"{name}_loss"] = loss
-        output["loss"] = sum(getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items())
-        return output
+        total = sum(getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items())
+        # All fields at once: a compiled graph loses those that are set later.
+        return AlignmentOutput(loss=total, **{f"{name}_loss": loss for name, loss in losses.items()}, **features)
 
     def contrastive_loss(self, cell_features: Tensor, text_features: Tensor, text_ids: Tensor) -> Tensor:
         """Contrast of `(batch_size, num_query_tokens, projection_dim)` cells and `(batch_size, projection_dim)` texts.
@@ -860,7 +909,31 @@ class ScMMGPTExpressionHead(nn.Module):
 # -- The generative model ---------------------------------------------------------------------------------------------
 
 
-class ScMMGPTModel(ScMMGPTBridgeModel):
+class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
+    """The bridge and its projection into the language model, for engines that serve the language model alone."""
+
+    def __init__(self, config: ScMMGPTConfig) -> None:
+        super().__init__(config)
+        width, text_width = config.qformer_config.hidden_size, config.text_config.hidden_size
+        self.language_projection = nn.Sequential(
+            nn.Linear(width, config.projection_dim), nn.ReLU(), nn.Linear(config.projection_dim, text_width)
+        )
+        self.post_init()
+
+    @with_own_weights
+    def get_cell_tokens(
+        self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Cells as inputs of the language model: `(num_cells, num_query_tokens, text_config.hidden_size)`."""
+        cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
+        return self.language_projection(self.query_cells(cell_states, cell_attention_mask) - self.query_means)
+
+    def forward(self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None) -> Any:
+        """As `get_cell_tokens`."""
+        return self.get_cell_tokens(gene_ids, expression, cell_attention_mask)
+
+
+class ScMMGPTModel(ScMMGPTCellEncoder):
     """The bridge, the headless language model and both projectors.
 
     `language_model`, the headless language model, is not copied; by default it is a new one of `config.text_config`.
@@ -870,23 +943,13 @@ class ScMMGPTModel(ScMMGPTBridgeModel):
 
     def __init__(self, config: ScMMGPTConfig, language_model: nn.Module | None = None) -> None:
         super().__init__(config)
-        width, text_width = config.qformer_config.hidden_size, config.text_config.hidden_size
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         named = inspect.signature(self.language_model.forward).parameters
         self.language_inputs = frozenset((*named, *TransformersKwargs.__optional_keys__, "cache", "past_key_values"))
-        self.language_projection = nn.Sequential(
-            nn.Linear(width, config.projection_dim), nn.ReLU(), nn.Linear(config.projection_dim, text_width)
-        )
         self.text_to_cell = ScMMGPTTextToCellProjector(config)
         self.expression_head = ScMMGPTExpressionHead(config)
+        self.cell_states = None if config.num_state_components is None else ScMMGPTCellStates(config)
         self.post_init()
-
-    def get_cell_tokens(
-        self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """Cells as inputs of the language model: `(num_cells, num_query_tokens, text_config.hidden_size)`."""
-        cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
-        return self.language_projection(self.query_cells(cell_states, cell_attention_mask) - self.query_means)
 
     @can_return_tuple
     def forward(
@@ -1105,7 +1168,8 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
     ) -> "ScMMGPTForConditionalGeneration":
         """Join a stage-1 model and a causal language model, with their weights, into a stage-2 model.
 
-        The parts that neither has (the two projectors and the expression head) are freshly initialised.
+        The parts that neither has (the two projectors, the expression head and the states of cells) are freshly
+        initialised.
 
         Args:
             alignment: Trained stage-1 model. Its weights are copied; new parts take its dtype.
@@ -1133,7 +1197,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         with torch.device(language_model.device):
             model = cls._from_config(config, dtype=alignment.dtype, language_model=language_model)
 
-        new_parts = ("language_model.", "language_projection.", "text_to_cell.", "expression_head.")
+        new_parts = ("language_model.", "language_projection.", "text_to_cell.", "expression_head.", "cell_states.")
         weights = {k: v for k, v in alignment.state_dict().items() if not k.startswith("profile_readout.")}
         report = model.model.load_state_dict(weights, strict=False)
         missing = [key for key in report.missing_keys if not key.startswith(new_parts)]
@@ -1149,11 +1213,11 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         model.forbid_placeholders()
         return model
 
-    def get_cell_features(self, *args: Any, **kwargs: Any) -> Tensor:
+    def get_cell_features(self, *args: Any, **kwargs: Any) -> Any:
         """See [`ScMMGPTBridgeModel`], also for `get_text_features` and `match`."""
         return self.model.get_cell_features(*args, **kwargs)
 
-    def get_text_features(self, *args: Any, **kwargs: Any) -> Tensor:
+    def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.get_text_features(*args, **kwargs)
 
     def match(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -1356,4 +1420,5 @@ def _has_known_logits(language_model: PreTrainedModel) -> bool:
 
 
 ScMMGPTForCellTextAlignment.register_for_auto_class("AutoModel")
+ScMMGPTCellEncoder.register_for_auto_class("AutoModel")
 ScMMGPTForConditionalGeneration.register_for_auto_class("AutoModel")

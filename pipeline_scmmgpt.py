@@ -38,6 +38,7 @@ try:  # as a package or as remote code
     )
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from .modeling_scgpt import cpu_dtype
     from .modeling_scmmgpt import (
         CELL_INPUTS,
         ScMMGPTBridgeModel,
@@ -62,6 +63,7 @@ except ImportError:  # as a flat module in a clone
     )
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from modeling_scgpt import cpu_dtype
     from modeling_scmmgpt import (
         CELL_INPUTS,
         ScMMGPTBridgeModel,
@@ -77,6 +79,7 @@ except ImportError:  # as a flat module in a clone
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
+DRAWN_AT_ONCE = 256  # generated cells whose rates over all genes are in memory
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
@@ -151,7 +154,8 @@ class ScMMGPTPipeline:
     ) -> "ScMMGPTPipeline":
         """Load a checkpoint, a folder or a model id on the Hub. No code of the checkpoint is run.
 
-        `dtype` is by default that of the checkpoint. `kwargs` go to `from_pretrained` of model and processor
+        `dtype` is by default that of the checkpoint, or float32 on a CPU that is slower in it. `kwargs` go to
+        `from_pretrained` of model and processor
         (`revision`, `token`, `cache_dir`, ...); the other arguments are as for the class.
         """
         checkpoint = os.fspath(checkpoint)
@@ -163,6 +167,8 @@ class ScMMGPTPipeline:
         architecture = (config.architectures or ["nothing"])[0]
         if architecture not in kinds:
             raise ValueError(f"{checkpoint!r} holds a {architecture}; the pipeline needs one of {sorted(kinds)}.")
+        if torch.device(device if isinstance(device, str | torch.device) else best_device()).type == "cpu":
+            dtype = _dtype_on_cpu(dtype, config.dtype)
         model = kinds[architecture].from_pretrained(checkpoint, config=config, dtype=dtype or "auto", **kwargs)
         processor = ScMMGPTProcessor.from_pretrained(checkpoint, **kwargs)
         return cls(model, processor, task=task, device=device, batch_size=batch_size)
@@ -515,6 +521,17 @@ class ScMMGPTPipeline:
             raise ValueError(f"The prompt names {question.count(token)} cells ({token}); name one, the cell of a row.")
         return self.processor.render_question(question if token in question else f"{token}\n{question}")
 
+    def label_prompts(self) -> dict[str, str]:
+        """Label -> a prompt of its type alone, of the kind that the checkpoint was trained on.
+
+        States of cells are fitted to texts of which some name the type alone. Without states, the stored text, which
+        also has the definition, is among the captions of most templates.
+        """
+        texts = self.annotation_settings()["labels"]
+        if self.model.config.num_state_components is None:
+            return texts
+        return {label: f"{text.split('. ')[0].removesuffix('.')}." for label, text in texts.items()}
+
     # -- generate -----------------------------------------------------------------------------------------------------
 
     def generate(
@@ -536,13 +553,15 @@ class ScMMGPTPipeline:
             prompts: Descriptions of cells; or label -> description, whose labels are kept in `obs["cell_type"]`.
             n_cells: Cells per prompt.
             genes: Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
-            library_size: Counts of a sampled cell over all genes, a number or `(n_cells,)`; by default those of a
-                typical training cell.
+            library_size: Counts of a sampled cell over all genes, a number or `(n_cells,)`; by default drawn with the
+                state of the cell, or, for a checkpoint without states, those of a typical training cell.
             do_sample: Draw counts from the predicted distribution, by default wherever the checkpoint predicts one
-                (`expression_head` is `nb` or `zinb`). Without sampling every cell of a prompt is the predicted mean.
+                (it has states of cells, or `expression_head` is `nb` or `zinb`). Without sampling every cell of a
+                prompt is the predicted mean.
             seed: Seed of the draws, together with the prompt and the cell's number.
             max_genes: Genes that are decoded together, by default as many as in training; more are decoded in turns.
-                The prediction of a gene depends a little on the other genes of its turn, and so on `genes` too.
+                The prediction of a gene depends a little on the other genes of its turn, and so on `genes` too; not
+                so for a checkpoint with states of cells, which needs no turns.
             key_added, batch_size: As for [`annotate`]; 32 cells a batch by default.
 
         Returns:
@@ -551,7 +570,7 @@ class ScMMGPTPipeline:
         """
         try:
             from anndata import AnnData
-            from scipy.sparse import csr_matrix  # most values of a cell are zero
+            from scipy.sparse import csr_matrix, vstack  # most values of a cell are zero
         except ImportError as error:
             raise ImportError("Generated cells are an AnnData; install it with `pip install anndata`.") from error
 
@@ -562,11 +581,21 @@ class ScMMGPTPipeline:
         do_sample = self._may_sample(do_sample, n_cells)
         gene_ids = self._gene_ids(genes)
         turns = self._gene_turns(gene_ids, max_genes)
-        sizes = self._library_sizes(library_size, n_cells)
-        values = self._decode_prompts(model, prompts, gene_ids, turns, sizes, do_sample, seed, batch_size)
+        values: Any
+        sizes = np.empty(0)
+        if self._states() is None:
+            given = self._library_sizes(library_size, n_cells)
+            values = self._decode_prompts(model, prompts, gene_ids, turns, given, do_sample, seed, batch_size)
+            sizes = np.tile(given, len(prompts))
+        elif do_sample:
+            turns, given = turns[:1], None if library_size is None else self._library_sizes(library_size, n_cells)
+            drawn = [(csr_matrix(v), s) for v, s in self._draw_cells(prompts, n_cells, gene_ids, given, seed)]
+            values, sizes = vstack([v for v, _ in drawn], format="csr"), np.concatenate([s for _, s in drawn])
+        else:
+            values = self._states().mean_expression(self._prompt_features(prompts))[:, gene_ids]
         if do_sample:
             # The library size counts all genes of the cell; `genes` may be some of them.
-            expression = log1p_cp10k(values, np.tile(sizes, len(prompts)))
+            expression = log1p_cp10k(values, sizes)
         else:
             expression = np.repeat(values, n_cells, axis=0)
 
@@ -578,9 +607,38 @@ class ScMMGPTPipeline:
                 _add_obs(generated, name, np.repeat(np.asarray(words, dtype=object), n_cells), categorical=True)
         if do_sample:
             generated.layers["counts"] = csr_matrix(values)
-            generated.obs["library_size"] = np.tile(sizes, len(prompts))
+            generated.obs["library_size"] = sizes
         done = {"prompts": np.asarray(prompts, dtype=object), "n_cells": n_cells, "seed": seed}
         return self._record(generated, key_added, None, generate={**done, "sampled": do_sample, "turns": len(turns)})
+
+    def _draw_cells(
+        self, prompts: list[str], n_cells: int, gene_ids: np.ndarray, sizes: np.ndarray | None, seed: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Draw states, library sizes and counts; a prompt is encoded once, however many cells it has.
+
+        Yields:
+            Counts of the genes, int32 `(n, n_genes)`, and library sizes, float32 `(n,)`, of some cells. The cells of a
+            prompt are consecutive.
+        """
+        features = self._prompt_features(prompts)
+        rows = np.repeat(np.arange(len(prompts)), n_cells)
+        ids = np.array([_cell_id(prompt, number) for prompt in prompts for number in range(n_cells)], dtype=np.uint64)
+        given = None if sizes is None else np.tile(sizes, len(prompts))
+        starts = range(0, len(rows), DRAWN_AT_ONCE)
+        for start in logging.tqdm(starts, desc="Generating", unit="batch", disable=len(starts) < 2):
+            part = slice(start, start + DRAWN_AT_ONCE)
+            size = None if given is None else given[part]
+            counts, size = self._states().sample(features[rows[part]], ids[part], seed=seed, library_size=size)
+            yield counts[:, gene_ids].astype(np.int32), size.astype(np.float32)
+
+    def _states(self) -> Any:
+        """The states of cells, `None` if the checkpoint has none."""
+        return cast(Any, self.model).model.cell_states
+
+    def _prompt_features(self, prompts: list[str]) -> torch.Tensor:
+        """Features of prompts, `(len(prompts), projection_dim)`; each is encoded alone, since padding changes bits."""
+        inputs = (self.processor(qformer_text=[prompt]).to(self.device) for prompt in prompts)
+        return torch.cat([self._text_features(each) for each in inputs])
 
     def _decode_prompts(
         self,
@@ -625,7 +683,8 @@ class ScMMGPTPipeline:
         return values
 
     def _may_sample(self, do_sample: bool | None, n_cells: int) -> bool:
-        can_sample = self.model.config.expression_head != "mse"
+        config = self.model.config
+        can_sample = config.num_state_components is not None or config.expression_head != "mse"
         do_sample = can_sample if do_sample is None else bool(do_sample)
         if do_sample and not can_sample:
             raise ValueError("A mean (expression_head='mse') cannot be sampled; pass do_sample=False.")
@@ -832,6 +891,22 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype_on_cpu(asked: torch.dtype | None, stored: str | torch.dtype | None) -> torch.dtype | None:
+    """The precision asked for, with a warning where it is slow, else float32 where the stored one is slow."""
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    dtype = asked or stored
+    if dtype is None or cpu_dtype(dtype) == dtype:
+        return asked
+    name, wide = str(dtype).removeprefix("torch."), cpu_dtype(dtype)
+    if asked is None:
+        logger.info(
+            f"This CPU is faster in float32 than in {name}, the precision of the checkpoint: it runs in float32."
+        )
+        return wide
+    logger.warning(f"This CPU is slower in {name} than in float32, often many times; leave dtype out, or pass {wide}.")
+    return asked
 
 
 def _labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:

@@ -64,6 +64,7 @@ class ScGPTProcessor(ProcessorMixin):
     def __init__(self, feature_extractor: ScMMGPTFeatureExtractor, gene_tokenizer: PreTrainedTokenizerBase) -> None:
         self.gene_aliases: dict[str, Any] = {}  # the `aliases` of `GeneIndex`; saved in a separate file
         super().__init__(feature_extractor, gene_tokenizer)
+        self.tokenizer = gene_tokenizer  # `Trainer` compares its special tokens with the model's
 
     @cached_property
     def gene_index(self) -> GeneIndex:

@@ -25,6 +25,7 @@ try:  # as a package or as remote code
         check_match,
         check_types,
         classify_features,
+        find_species,
         match_genes,
     )
     from .matrices_scmmgpt import (
@@ -52,6 +53,7 @@ except ImportError:  # beside the other files of a checkpoint
         check_match,
         check_types,
         classify_features,
+        find_species,
         match_genes,
     )
     from matrices_scmmgpt import (
@@ -262,8 +264,7 @@ def choose_input(
 
 
 def _check_organism(organism: str) -> None:
-    known = [word for species in SPECIES for word in (species.name, species.latin, species.taxon)]
-    if str(organism).strip().lower() not in known:
+    if find_species(organism) is None:
         names = ", ".join(f"{species.name} ({species.latin.capitalize()})" for species in SPECIES)
         raise ValueError(f"organism={organism!r} is not a known species; choose one of {names}.")
 

@@ -33,7 +33,7 @@ COMPRESSIONS: dict[bytes, tuple[Callable[..., IO], str | None]] = {
     b"BZh": (bz2.open, "bz2"),
     b"\xfd7zXZ": (lzma.open, "xz"),
 }
-DAMAGED = (pd.errors.ParserError, pd.errors.ParserWarning, EOFError, OSError, lzma.LZMAError)
+DAMAGED = (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning, EOFError, OSError, lzma.LZMAError)
 
 SEPARATOR_LINE = re.compile(r'^"?sep=(.)"?\s*$', re.IGNORECASE)  # the first line of a table for Excel
 GROUPED = {mark: re.compile(rf"^-?[1-9]\d{{0,2}}(?:{re.escape(mark)}\d{{3}})+$") for mark in ",."}
@@ -70,6 +70,7 @@ HEADER_OF_LONG = {
     "gene": re.compile(r"gene(_?(names?|ids?|symbols?))?|symbols?|features?(_?(names?|ids?))?|ensembl\w*", re.I),
     "cell": re.compile(r"cells?([_. ]?(ids?|names?|barcodes?|index))?|barcodes?|cb|bc|cell_?bc", re.I),
 }
+EXACT = ("symbol", "ensembl", "ortholog")  # kinds of match that no annotation has by chance
 COUNTER_NAME = re.compile(r"|unnamed: 0|index|level_0|x|\.\.\.1|v1|row(names|_?number)?", re.IGNORECASE)
 
 
@@ -106,8 +107,6 @@ def read_table(path: Path, gene_index: GeneIndex | None = None) -> Contents:
             return _read(path, layout, _Recogniser(gene_index))
         except UnicodeDecodeError:
             continue
-        except pd.errors.EmptyDataError as error:
-            raise FileError(f"{path} has a header only: it names no cells. Copy the file again.") from error
         except DAMAGED as error:
             raise FileError(f"{path} is damaged or no table of numbers ({error}); write or copy it again.") from error
     raise AssertionError("latin-1 decodes any bytes")
@@ -319,7 +318,7 @@ def _annotates_cells(names: Sequence[str], kinds: np.ndarray, odd: np.ndarray) -
         kinds: Kind of match of each name (`_Recogniser.kinds`).
         odd: bool `(n,)`: whether there are fractions or negative values.
     """
-    exact = np.isin(kinds, ("symbol", "ensembl", "ortholog"))
+    exact = np.isin(kinds, EXACT)
     feature = classify_features(names) != "gene"  # antibodies and the like stay variables
     named = np.array([CELL_ANNOTATION.fullmatch(name.strip()) is not None for name in names]) & ~exact & ~feature
     known = (kinds != "") & ~named
@@ -353,6 +352,8 @@ class _Roles(NamedTuple):
 def _read(path: Path, layout: Layout, genes: _Recogniser) -> Contents:
     frames = _frames(path, layout)
     first = next(frames)
+    if first.empty:
+        raise FileError(f"{path} has a header and no rows: it names no cells. Copy the file again.")
     frames = itertools.chain([first], frames)
     long = _long_columns(path, first, layout.header, genes)
     if long is not None:
@@ -431,11 +432,17 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
     genes_in_rows = in_rows > in_columns or (in_rows == in_columns and barcodes[1] > barcodes[0])
     if genes_in_rows:
         block = _leading_block(text)
+        expected = [i for i in text if i >= block and not GENE_ANNOTATION.fullmatch(header[i])]
         aside = [i for i in numeric if i < block or GENE_ANNOTATION.fullmatch(header[i])]
     else:
+        exact = np.isin(genes.kinds([header[i] for i in text]), EXACT)
+        expected = [i for i, is_gene in zip(text, exact, strict=True) if is_gene]
         odd = np.array([_is_odd(first[i].to_numpy()) for i in numeric])
         moved = _annotates_cells(columns, genes.kinds(columns), odd)
         aside = [i for i, is_moved in zip(numeric, moved, strict=True) if is_moved]
+    mixed = [i for i in expected if np.mean([_not_a_number(value) for value in first[i].dropna()] or [1.0]) < 0.5]
+    if mixed:  # a gene or a cell in which a few values are no numbers
+        _refuse_words(path, header, first[mixed])
     values = [i for i in numeric if i not in set(aside)]
     if not values:
         raise FileError(
@@ -563,15 +570,28 @@ def _long_columns(path: Path, first: pd.DataFrame, header: list[str], genes: _Re
 
 
 def _read_long(path: Path, layout: Layout, frames: Iterator[pd.DataFrame], long: _LongColumns) -> Contents:
-    table = pd.concat([frame[list(long)] for frame in frames], ignore_index=True)
+    header = layout.header
+    table = pd.concat(frames, ignore_index=True)
     counts = pd.to_numeric(table[long.count], errors="coerce")
     if counts.isna().any():
-        _refuse_words(path, layout.header, table.loc[counts.isna(), [long.count]])
+        _refuse_words(path, header, table.loc[counts.isna(), [long.count]])
     if table[[long.gene, long.cell]].isna().any(axis=None):
         raise FileError(f"{path} is a table in long format in which names are missing. Drop those rows.")
     (genes, gene_names), (cells, cell_names) = (pd.factorize(table[i].astype(str)) for i in (long.gene, long.cell))
     shape = len(cell_names), len(gene_names)
     matrix = sp.csr_matrix((counts.to_numpy(dtype=np.float32), (cells, genes)), shape=shape)
-    columns = ", ".join(repr(layout.header[i]) for i in (long.cell, long.gene, long.count))
+    columns = ", ".join(repr(header[i]) for i in (long.cell, long.gene, long.count))
+    obs, var = pd.DataFrame(index=cell_names), pd.DataFrame(index=gene_names)
+    further = [i for i in table if i not in long and table[i].dtype.kind not in "iuf"]
+    further = [i for i in further if not COUNTER_NAME.fullmatch(header[i])]
+    for i in further:  # a sample in which barcodes of other samples are repeated would merge cells
+        fits = [p for p in (long.cell, long.gene) if table.groupby(p, sort=False)[i].nunique(dropna=False).max() == 1]
+        if not fits:
+            raise FileError(
+                f"{path} is a table in long format whose column {header[i]!r} differs within cells of one name: they "
+                f"may be cells of several samples. Join {header[i]!r} and {header[long.cell]!r} to one name."
+            )
+        frame = obs if fits[0] == long.cell else var
+        frame[header[i]] = table.drop_duplicates(fits[0])[i].to_numpy()
     note = f"The table is in long format, a row for each gene of each cell (columns {columns})."
-    return Contents(matrix, pd.DataFrame(index=cell_names), pd.DataFrame(index=gene_names), [note])
+    return Contents(matrix, obs, var, [note])

@@ -22,6 +22,7 @@ import pandas as pd
 logger = logging.getLogger(__name__)
 
 RESERVED = "_index"  # anndata stores the index under this name
+OVERHEAD = 2**17  # bytes of the structure of a file
 SHOWN = 5  # most names that a warning lists
 
 
@@ -54,11 +55,11 @@ def make_writable(adata: anndata.AnnData) -> list[str]:
 
 
 def size_in_memory(adata: anndata.AnnData) -> int:
-    """Bytes of the matrices of an AnnData, which is about what an uncompressed `.h5ad` takes."""
+    """Bytes of the matrices and tables of an AnnData, which is about what an uncompressed `.h5ad` takes."""
     matrices = [adata.X, *(adata.layers[name] for name in adata.layers), *(adata.obsm[name] for name in adata.obsm)]
     if adata.raw is not None:
         matrices.append(adata.raw.X)
-    total = 0
+    total = OVERHEAD + sum(int(table.memory_usage(deep=True).sum()) for table in (adata.obs, adata.var))
     for matrix in matrices:
         arrays = [getattr(matrix, name, None) for name in ("data", "indices", "indptr")]
         found = [array.nbytes for array in arrays if isinstance(array, np.ndarray)]

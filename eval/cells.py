@@ -85,6 +85,8 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
             blocks.append(block[rows])
             tables.append(table.take(rows).to_pandas().astype(object))
     cells, obs = Cells.concatenate(blocks), pd.concat(tables, ignore_index=True)
+    if label_key not in obs:
+        raise ValueError(f"The corpus has no column {label_key!r}; it has {', '.join(obs.columns)}.")
     symbols = corpus.gene_symbols
     arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
     counts = sparse.csr_matrix(arrays, shape=(len(cells), len(symbols)))

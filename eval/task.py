@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from scmmgpt.errors import OneLineParser
+from scmmgpt.errors import OneLineParser, number
 from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import format_table
 from scmmgpt.files import write_json
+from scmmgpt.progress import tell_if_slow
 
 
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -21,7 +22,7 @@ def task_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--corpus", required=True, help="corpus folder; baselines learn from its train split")
     parser.add_argument("--label-key", default="cell_type", help="column of true types in the corpus (%(default)s)")
     parser.add_argument("--output", required=True, help="JSON file to write; for the report: a folder")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws (%(default)s)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of all random draws (%(default)s)")
     return parser
 
 
@@ -39,7 +40,8 @@ def run_task(
     parser = task_parser(command, description)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
+    with tell_if_slow(f"Evaluating on {args.corpus}"):
+        result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
     sys.stdout.write(format_table(result))
     write_json(args.output, result)
     return 0
@@ -51,7 +53,12 @@ def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--adata", required=True, help="labelled cells with counts in X")
     parser.add_argument("--label-key", default="cell_type", help="column of obs with the labels (%(default)s)")
     parser.add_argument("--output", required=True, help="folder for results.json, table.md and other results")
-    parser.add_argument("--test-share", type=float, default=0.25, help="share of the cells to test on (%(default)s)")
+    parser.add_argument(
+        "--test-share",
+        type=number(float, 0, 1, above=True),
+        default=0.25,
+        help="share of the cells to test on (%(default)s)",
+    )
     return parser
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 
@@ -19,7 +20,9 @@ pytest.importorskip("cellxgene_ontology_guide")
 
 from scmmgpt.files import whole_folder
 from scmmgpt.synthetic import synthetic_adata
+from scmmgpt.train.__main__ import main
 from scmmgpt.train.data import build, build_steps, prepare
+from scmmgpt.train.data import corpus as corpus_files
 from scmmgpt.train.data import sources as source_files
 from scmmgpt.train.data.corpus import hash_file, open_corpus
 from scmmgpt.train.data.workers import start_workers
@@ -229,6 +232,81 @@ def test_a_flipped_byte_is_found(sources, copy):
         open_corpus(copy)
     with pytest.raises(ValueError, match="sha256.*Delete the shard"):
         prepare.main(arguments(sources, copy))
+
+
+def edit_manifest(corpus, change):
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest = change(manifest) or manifest
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+
+
+def rewrite(corpus, change):
+    """Another table in the place of a shard, with a manifest that agrees."""
+    path = shard_path(corpus)
+    pq.write_table(change(pq.read_table(path, partitioning=None)), path)
+    name = str(path.relative_to(corpus))
+
+    def agree(manifest):
+        for shard in manifest["shards"]:
+            if shard["path"] == name:
+                shard.update(n_bytes=path.stat().st_size, sha256=hash_file(path))
+
+    edit_manifest(corpus, agree)
+
+
+SPOILT = {
+    "a manifest that is a list": (lambda c: edit_manifest(c, lambda m: [m]), "holds a list"),
+    "a manifest that is cut": (lambda c: os.truncate(c / "manifest.json", 100), "not JSON"),
+    "a manifest without shards": (lambda c: edit_manifest(c, lambda m: m.pop("shards") and None), "damaged"),
+    "shards that are words": (lambda c: edit_manifest(c, lambda m: m.update(shards=["a"])), "damaged"),
+    "a negative number of cells": (
+        lambda c: edit_manifest(c, lambda m: m["shards"][0].update(n_cells=-1)),
+        "n_cells of a shard is -1",
+    ),
+    "a shard elsewhere": (
+        lambda c: edit_manifest(c, lambda m: m["shards"][0].update(path="../../etc/passwd")),
+        "lies outside the corpus",
+    ),
+    "another number of cells": (
+        lambda c: edit_manifest(c, lambda m: m["shards"][0].update(n_cells=7)),
+        "7 in the manifest",
+    ),
+    "a missing column": (lambda c: rewrite(c, lambda table: table.drop_columns("counts")), "has no columns counts"),
+    "missing rows": (lambda c: rewrite(c, lambda table: table.slice(1)), "in the manifest"),
+    "genes of absurd ids": (
+        lambda c: (c / "vocab.json").write_text(json.dumps({"A": 10**12})),
+        "1000000000000",
+    ),
+    "a vocabulary that is a list": (lambda c: (c / "vocab.json").write_text("[]"), "holds a list"),
+    "splits that are no JSON": (lambda c: (c / "splits.json").write_text("{"), "splits.json"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_corpus_is_one_line(copy, name, capsys):
+    """From the command that reads every value, and the command that trains."""
+    spoil, says = SPOILT[name]
+    spoil(copy)
+    assert main(["cache", str(copy), "--num-threads", "1"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scmmgpt.train cache: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert not any((copy / "cache").glob(".*")), "no half-written copy is left"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_flipped_bytes_of_a_shard_are_found_without_checksums_too(copy, seed, monkeypatch, capsys):
+    """In a large corpus the checksums of files are not compared; each page has its own."""
+    monkeypatch.setattr(corpus_files, "SMALL_CORPUS_BYTES", 0)
+    path = shard_path(copy)
+    content = bytearray(path.read_bytes())
+    for place in np.random.default_rng(seed).integers(4, len(content) - 8, 20):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    assert main(["cache", str(copy), "--num-threads", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert len([line for line in errors.splitlines() if line.startswith("scmmgpt.train cache: ")]) == 1
 
 
 def test_a_missing_shard_is_named_and_built_again(sources, copy, whole):

@@ -104,3 +104,13 @@ def test_the_file_is_not_changed(counts, tmp_path):
     before = path.read_bytes()
     inspect_file(path)
     assert path.read_bytes() == before
+
+
+def test_the_command_line_says_its_own_options(counts, tmp_path, capsys, caplog):
+    names = [f"PROBE{i}" for i in range(50)] + SYMBOLS[:10]
+    path = write(counts, tmp_path / "cells.h5ad", names)
+    assert main(["inspect", str(path)]) == 2
+    out = capsys.readouterr().out
+    assert "with `--gene-column`" in out
+    assert "Or pass `--force` to read" in out
+    assert "gene_column=" not in out

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, match_genes
+from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
 from scmmgpt.pipeline_scmmgpt import storable
 from scmmgpt.reading_scmmgpt import check_labels, choose_input, read_cells
@@ -514,6 +514,8 @@ def test_an_id_that_was_retired_is_found_by_the_symbol_beside_it(counts, gene_in
 def test_a_species_that_is_not_known_is_refused_by_the_list(counts, gene_index):
     with pytest.raises(ValueError, match=r"organism='mice' is not a known species; choose one of human .*mouse"):
         read_cells(make_adata(counts), gene_index, organism="mice")
+    words = ("mouse", "Mus musculus", "Mus_musculus", "NCBITaxon:10090", "NCBITaxon_10090", "10090")
+    assert {find_species(word).name for word in words} == {"mouse"}
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def write(path, rows):
 
 
 def read(path, corpus, processor):
-    return read_instructions(path, open_corpus(corpus), processor)
+    return read_instructions(path, open_corpus(corpus), processor, max_tokens=2000)
 
 
 def batches_of(corpus, processor, instructions, *, ratio, rank=0, world_size=1, batch_size=8):
@@ -126,14 +126,33 @@ def test_a_single_turn_is_the_same_tokens_as_a_description(processor):
         ({"messages": conversation("A", "B", "C"), "cell_ids": []}, r"'assistant', 'user'\]; .* take turns"),
         ({"messages": [{"role": "bot", "content": "B"}, {"role": "assistant", "content": "A"}]}, "'bot', 'assistant'"),
         ({"messages": conversation("A", "<cell>"), "cell_ids": [5]}, "the assistant writes <cell>"),
-        ({"messages": [{"role": "user"}]}, "each needs a role and a content"),
+        ({"messages": [{"role": "user"}]}, r"write a list of {role, content}"),
         ({"messages": []}, r"has messages \[\]"),
+        ({"messages": "hello"}, "has messages hello"),
+        ({"messages": ["hello"]}, "has messages"),
+        ({"messages": [{"role": "user", "content": 3}]}, "has messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "has messages"),
+        ({"messages": conversation(ASK, "A."), "cell_ids": "5"}, "has cell_ids '5'; write a list"),
+        ({"messages": conversation("long " * 5000, "A.")}, r"tokens, but the language model takes 2,000"),
         ({"messages": conversation("<cell>", "A"), "cell_ids": [5], "barcodes": ["a"]}, "one of"),
     ],
 )
 def test_what_can_not_be_learned_names_row_and_values(corpus, processor, tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path / "a.jsonl", [row]), corpus, processor)
+
+
+@pytest.mark.parametrize("line", [b"{", b'"text"', b"[" * 100_000, b'{"messages": "\xff"}', b"\x00\x01"])
+def test_a_line_that_is_no_conversation_is_named(corpus, processor, tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=r"Line 1 of .*a\.jsonl is"):
+        read(tmp_path / "a.jsonl", corpus, processor)
+
+
+def test_a_file_that_is_no_parquet_is_named(corpus, processor, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet"):
+        read(tmp_path / "a.parquet", corpus, processor)
 
 
 def test_a_held_out_cell_is_refused(corpus, processor, tmp_path):

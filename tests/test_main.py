@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -14,7 +15,7 @@ from scmmgpt.__main__ import main, make_parser
 from scmmgpt.files import whole_file
 
 
-COMMANDS = ["annotate", "describe", "calibrate", "embed", "search", "generate", "inspect", "doctor"]
+COMMANDS = ["annotate", "describe", "calibrate", "embed", "search", "generate", "inspect", "export", "doctor"]
 
 
 @pytest.fixture
@@ -364,3 +365,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_every_option_has_a_help_text():
     for action in make_parser()._subparsers._group_actions[0].choices.values():
         assert all(option.help for option in action._actions)
+
+
+def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
+    arguments = ["export", "--model", checkpoint, "--output", str(tmp_path / "exported"), "--json"]
+    assert main(arguments) == 0
+    paths = json.loads(capsys.readouterr().out)
+    assert paths == {name: str(tmp_path / "exported" / name) for name in ("language_model", "cell_encoder")}
+    assert all(Path(path, "config.json").is_file() for path in paths.values())
+    assert "exists already" in refused(arguments, capsys, tmp_path)

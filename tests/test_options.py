@@ -131,6 +131,7 @@ def test_fields_of_the_command_line_leave_those_of_the_file_and_those_leave_the_
     _, model_args, _ = parse("tune", tmp_path, *words)
     assert model_args.model_config == {
         "expression_head": "nb",
+        "num_state_components": 32,
         "num_condition_tokens": 4,
         "language_weight": 3,
         "expression_weight": 5,

@@ -431,3 +431,24 @@ def test_transformers_finds_the_pipeline_where_the_package_is_not_installed(tiny
 
 def test_every_task_is_a_verb():
     assert all(callable(getattr(ScMMGPTPipeline, verb)) for verb in PIPELINE_TASKS.values())
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("is_fast", "loaded"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_checkpoint_in_bfloat16_runs_in_what_the_cpu_is_fast_in(
+    tiny_pipeline, tmp_path, monkeypatch, is_fast, loaded
+):
+    rates = {torch.float32: 100.0, torch.bfloat16: 400.0 if is_fast else 1.0}
+    monkeypatch.setattr("scmmgpt.modeling_scgpt.cpu_rate", rates.__getitem__)
+    said = []
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    tiny_pipeline.model.to(torch.bfloat16)
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    pipeline = ScMMGPTPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu")
+    assert pipeline.model.dtype == loaded
+    assert not said
+    asked = ScMMGPTPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype=torch.bfloat16)
+    assert asked.model.dtype == torch.bfloat16
+    assert len(said) == (0 if is_fast else 1)

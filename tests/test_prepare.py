@@ -252,8 +252,10 @@ def test_copies_of_a_cell_are_dropped_and_namesakes_renamed(build, folder):
 
 
 @pytest.mark.parametrize("split_by", ["dataset", "cell"])
-def test_a_cell_of_two_sources_is_in_one_split(build, folder, split_by):
+def test_a_cell_of_two_sources_is_in_one_split(build, folder, split_by, monkeypatch):
     """Copies have other barcodes and datasets, and other genes beside the common ones."""
+    monkeypatch.setattr(builder, "MIN_COMMON_GENES", 30)
+    monkeypatch.setattr(build_steps, "MIN_COPIED_GENES", 5)
     first = anndata.read_h5ad(folder / "set0.h5ad")
     copies = first[:20, :38].copy()
     copies.obs_names = [f"merged-{name}" for name in copies.obs_names]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.modeling_scgpt import ScGPTForSequenceClassification
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
 
 
 PROGRAM = """
@@ -46,6 +47,23 @@ print(json.dumps(answers))
 """
 
 
+CELL_PROGRAM = """
+import importlib.util, json, sys
+import anndata, torch
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoProcessor
+
+assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
+path, cells = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+batch = processor(anndata.read_h5ad(cells)[:3])
+model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
+masked = AutoModelForMaskedLM.from_pretrained(path, trust_remote_code=True)
+assert masked(**batch).logits.shape == batch["gene_ids"].shape
+assert AutoModel.from_pretrained(path, trust_remote_code=True)(**batch).pooler_output.shape == (3, 16)
+print(json.dumps({"logits": model(**batch).logits.tolist(), "labels": model.config.id2label}))
+"""
+
+
 @pytest.fixture
 def checkpoint(tiny_config, text_tokenizer, qformer_tokenizer, gene_tokenizer, tmp_path):
     torch.manual_seed(0)
@@ -57,9 +75,8 @@ def checkpoint(tiny_config, text_tokenizer, qformer_tokenizer, gene_tokenizer, t
     return model, processor, tmp_path / "checkpoint"
 
 
-def test_a_checkpoint_answers_the_same_where_the_package_is_not_installed(checkpoint, adata, tmp_path):
-    model, processor, path = checkpoint
-    adata.write_h5ad(tmp_path / "cells.h5ad")
+def run_without_package(program, tmp_path, *arguments):
+    """What a program prints last, as JSON, in a process that cannot import this package."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     # -S -c would lose site-packages; a .pth or finder of an editable install is hidden by this hook instead.
@@ -67,7 +84,7 @@ def test_a_checkpoint_answers_the_same_where_the_package_is_not_installed(checkp
     ours = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     hide += f"sys.path = [p for p in sys.path if p not in {ours!r}]\n"
     run = subprocess.run(
-        [sys.executable, "-c", hide + PROGRAM, str(path), str(tmp_path / "again"), str(tmp_path / "cells.h5ad")],
+        [sys.executable, "-c", hide + program, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -75,7 +92,13 @@ def test_a_checkpoint_answers_the_same_where_the_package_is_not_installed(checkp
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    answers = json.loads(run.stdout.strip().splitlines()[-1])
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def test_a_checkpoint_answers_the_same_where_the_package_is_not_installed(checkpoint, adata, tmp_path):
+    model, processor, path = checkpoint
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    answers = run_without_package(PROGRAM, tmp_path, path, tmp_path / "again", tmp_path / "cells.h5ad")
     inputs = processor(text=[processor.render_prompt("describe")] * 3, cells=adata[:3], qformer_text=["a B cell"] * 3)
     match = model.match(**{name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")})
     prompt = {name: inputs[name] for name in inputs if not name.startswith("qformer")}
@@ -84,6 +107,22 @@ def test_a_checkpoint_answers_the_same_where_the_package_is_not_installed(checkp
     for answer in answers.values():
         assert answer["match"] == pytest.approx(match.tolist(), abs=1e-6)
         assert answer["text"] == text
+
+
+def test_a_classifier_of_cells_answers_the_same_where_the_package_is_not_installed(
+    tiny_cell_config, tiny_processor, adata, tmp_path
+):
+    tiny_cell_config.id2label = {0: "B cell", 1: "T cell"}
+    torch.manual_seed(0)
+    model = ScGPTForSequenceClassification(tiny_cell_config).eval()
+    processor = ScGPTProcessor(tiny_processor.feature_extractor, tiny_processor.gene_tokenizer)
+    model.save_pretrained(tmp_path / "classifier")
+    processor.save_pretrained(tmp_path / "classifier")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    answers = run_without_package(CELL_PROGRAM, tmp_path, tmp_path / "classifier", tmp_path / "cells.h5ad")
+    expected = model(**processor(adata[:3])).logits
+    torch.testing.assert_close(torch.tensor(answers["logits"]), expected, atol=1e-6, rtol=1e-6)
+    assert answers["labels"] == {"0": "B cell", "1": "T cell"}
 
 
 def test_a_checkpoint_holds_every_file_that_it_needs(checkpoint):

@@ -1,5 +1,6 @@
 """The report on a small corpus: one page that needs nothing else, and says where the model loses."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ import pytest
 from scipy import sparse
 
 from scmmgpt.cells_scmmgpt import Cells, hash_names
-from scmmgpt.eval import annotation, baselines, description, generation
+from scmmgpt.eval import annotation, baselines, description, figures, generation
 from scmmgpt.eval.__main__ import COMMANDS
 from scmmgpt.eval.__main__ import main as evaluate
 from scmmgpt.eval.cells import read_splits
@@ -196,7 +197,7 @@ def test_cells_of_another_set_are_refused(demo, tmp_path, capsys):
     adata = anndata.AnnData(np.ones((2, 1)), obs=pd.DataFrame({"scmmgpt_cell_type": ["a", "b"]}, index=["p", "q"]))
     adata.write_h5ad(tmp_path / "other.h5ad")
     arguments = ["--corpus", str(demo / "corpus"), "--annotated", str(tmp_path / "other.h5ad")]
-    assert evaluate(["annotation", *arguments, "--output", str(tmp_path / "out.json")]) == 1
+    assert evaluate(["annotation", *arguments, "--output", str(tmp_path / "out.json")]) == 2
     assert "None of the 2 cells" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
@@ -211,7 +212,7 @@ def test_one_task_makes_a_report(demo, tmp_path):
 
 
 def test_a_report_of_nothing_is_refused(demo, tmp_path, capsys):
-    assert evaluate(["report", "--corpus", str(demo / "corpus"), "--output", str(tmp_path / "out")]) == 1
+    assert evaluate(["report", "--corpus", str(demo / "corpus"), "--output", str(tmp_path / "out")]) == 2
     assert "Nothing to report" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -327,3 +328,10 @@ def test_every_command_can_be_imported():
     from importlib import import_module
 
     assert all(callable(import_module(f"scmmgpt.eval.{name}").main) for name in COMMANDS)
+
+
+def test_a_label_with_dollar_signs_is_drawn_as_it_is():
+    labels = [r"bad $\frac{1$ cell", "costs $5 or $6"]
+    confusion = {"labels": labels, "columns": labels, "counts": [[3, 1], [0, 2]]}
+    picture = base64.b64decode(figures.data_uri(figures.confusion_figure(confusion)).partition(",")[2]).decode()
+    assert picture.startswith("<?xml")

@@ -227,6 +227,9 @@ def test_a_checkpoint_comes_with_a_card_that_says_what_it_is(corpus, bert, tmp_p
     accuracy = log_of(tmp_path, "eval_zero_shot_accuracy")[-1]
     assert f"| zero shot accuracy | {accuracy:.4g} |" in card.text
     assert "8 validation cells of splits" in card.text
+    (result,) = [found for found in card.data.eval_results if found.metric_type == "zero_shot_accuracy"]
+    assert (result.task_type, result.dataset_split) == ("zero-shot-classification", "validation")
+    assert result.metric_value == accuracy
 
 
 def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp_path, monkeypatch):
@@ -236,7 +239,7 @@ def test_what_is_pushed_is_complete_and_has_this_projects_card(corpus, bert, tmp
         pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
 
     api = SimpleNamespace(upload_folder=upload, create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="me/it"))
-    for module in ("transformers.trainer.hf_api", "scmmgpt.train.sharing.HfApi"):
+    for module in ("transformers.trainer.hf_api", "scmmgpt.train.data.sharing.HfApi"):
         monkeypatch.setattr(module, lambda *args, **kwargs: api)
     run_align(corpus, bert, str(tmp_path), push_to_hub=True, eval_strategy="epoch")
     assert len(pushed) == 1
@@ -504,6 +507,14 @@ def test_two_processes_that_are_cut_in_two_end_like_ones_that_are_not(corpus, be
     check_cut(
         lambda path, **settings: run_ranks(align_only, corpus, bert, path, **settings), tmp_path, cut, steps, **options
     )
+
+
+@pytest.mark.parametrize("command", [align, tune])
+def test_label_smoothing_which_the_losses_have_not_is_refused(command):
+    required = {"corpus": "c", "output_dir": "o", "label_smoothing_factor": 0.1}
+    required |= {"bert": "b"} if command is align else {"aligned": "a", "language_model": "scratch"}
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, but the losses of this command"):
+        command.make_parser().parse_args_and_config(words_of(required))
 
 
 @pytest.mark.parametrize("word", ["latest", "True"])

@@ -1,22 +1,40 @@
 """What users of transformers expect of the models: auto classes, a plain `Trainer`, and the conventions."""
 
+import re
+import shutil
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    QuantoConfig,
     Trainer,
     TrainingArguments,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
+from scmmgpt import synthetic
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
+from scmmgpt.modeling_scmmgpt import (
+    ScMMGPTCellEncoder,
+    ScMMGPTForCellTextAlignment,
+    ScMMGPTForConditionalGeneration,
+    quantize_language_model_only,
+)
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
+from scmmgpt.serving import export_checkpoint
 
 
 ROOT = Path(__file__).parents[1]
@@ -188,6 +206,39 @@ def test_options_of_the_trainer_hold_for_a_classifier(tiny_cell_config, cell_pro
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("kind", ["masked", "aligned", "tuned"])
+def test_options_of_the_trainer_hold_for_every_model(
+    tiny_config, tiny_processor, cell_processor, adata, tmp_path, kind, options
+):
+    cells, _ = tiny_processor.read_cells(adata)
+    names = ["a " + str(name) for name in adata.obs["cell_type"]]
+
+    def collate(rows):
+        texts = [names[row] for row in rows]
+        if kind == "masked":
+            return cell_processor(cells[rows], mask_ratio=0.4)
+        if kind == "aligned":
+            return tiny_processor(cells=cells[rows], qformer_text=texts)
+        prompts = ["what is <cell> ?"] * len(rows)
+        return tiny_processor(prompts, cells[rows], answers=texts, target_cells=cells[rows])
+
+    def train(**options):
+        torch.manual_seed(0)
+        if kind == "masked":
+            model = ScGPTForPreTraining(tiny_config.cell_config)
+        else:
+            model = {"aligned": ScMMGPTForCellTextAlignment, "tuned": ScMMGPTForConditionalGeneration}[kind](
+                tiny_config
+            )
+        arguments = TrainingArguments(str(tmp_path), **QUIET, max_steps=2, learning_rate=1e-3, **options)
+        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=range(16), eval_dataset=range(16, 24))
+        trainer.train()
+        return trainer.evaluate()["eval_loss"]
+
+    assert train(**options) == pytest.approx(train(), rel=5e-2 if "bf16" in options else 1e-4)
+
+
 def test_predictions_of_pre_training_are_values_of_genes(tiny_cell_config, cell_processor, adata, tmp_path):
     torch.manual_seed(0)
     model = ScGPTForPreTraining(tiny_cell_config)
@@ -226,3 +277,305 @@ def test_a_model_of_pre_training_predicts_without_labels(tiny_cell_config, cell_
     outputs = model(batch["gene_ids"], shown, batch["cell_attention_mask"])
     assert outputs.loss is None
     torch.testing.assert_close(outputs.logits, model(**batch, labels=labels).logits)
+
+
+# -- conventions of the whole model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inputs(tiny_processor, adata):
+    """Two prompts with a cell each, of different lengths, and two texts of the Q-Former."""
+    text = ["<cell> this is", "describe the cell <cell> : what is this ?"]
+    return tiny_processor(text=text, cells=adata[:2], qformer_text=["a B cell", "monocyte"])
+
+
+def prompts_of(inputs):
+    return {name: value for name, value in inputs.items() if not name.startswith("qformer")}
+
+
+def targets_of(model, n=2):
+    gene_ids = torch.arange(3, 13).expand(n, -1)
+    return {"target_gene_ids": gene_ids, "target_expression": torch.linspace(0, 2, 10).expand(n, -1)}
+
+
+def test_keywords_that_nobody_knows_are_refused(tiny_model, inputs):
+    with pytest.raises(TypeError, match="'expresion' is no input of ScMMGPTModel; it takes input_ids"):
+        tiny_model(**prompts_of(inputs), expresion=inputs["expression"])
+    assert tiny_model(**prompts_of(inputs), use_cache=False, output_hidden_states=True).hidden_states is not None
+
+
+def test_attentions_need_eager_attention(tiny_model, inputs):
+    with pytest.raises(ValueError, match=r"set_attn_implementation\('eager'\)"):
+        tiny_model(**prompts_of(inputs), output_attentions=True)
+    tiny_model.set_attn_implementation("eager")
+    attentions = tiny_model(**prompts_of(inputs), output_attentions=True).attentions
+    length = inputs["input_ids"].shape[1]
+    assert [tuple(weights.shape) for weights in attentions] == [(2, 2, length, length)] * 2
+
+
+def test_features_are_tensors_or_outputs(tiny_model, inputs):
+    cells = {name: inputs[name] for name in ("gene_ids", "expression", "cell_attention_mask")}
+    texts = {name: inputs[name] for name in inputs if name.startswith("qformer")}
+    for get, features, width in ((tiny_model.get_cell_features, cells, 24), (tiny_model.get_text_features, texts, 24)):
+        output = get(**features, return_dict=True)
+        torch.testing.assert_close(output.pooler_output, get(**features))
+        assert output.last_hidden_state.shape[-1] == width
+
+
+def test_flash_attention_of_the_whole_is_that_of_the_language_model(tiny_config, tmp_path, monkeypatch):
+    def check(self, name, *args, **kwargs):  # as if flash-attn were installed
+        assert self._supports_flash_attn or name != "flash_attention_2", type(self)
+        return name
+
+    torch.manual_seed(0)
+    ScMMGPTForConditionalGeneration(tiny_config).save_pretrained(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", check)
+    monkeypatch.setattr(PreTrainedModel, "get_correct_attn_implementation", check)
+    flash = "flash_attention_2"
+    parts = ("text_config", "cell_config", "qformer_config", "text_to_cell_config")
+    model = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=flash)
+    assert [getattr(model.config, part)._attn_implementation for part in parts] == [flash, "sdpa", "sdpa", "sdpa"]
+    model.set_attn_implementation("eager")
+    assert [getattr(model.config, part)._attn_implementation for part in parts] == ["eager"] * 4
+    model.set_attn_implementation(flash)
+    assert [getattr(model.config, part)._attn_implementation for part in parts] == [flash, "sdpa", "sdpa", "sdpa"]
+
+
+@pytest.mark.parametrize("settings", [QuantoConfig(weights="int8"), BitsAndBytesConfig(load_in_8bit=True)])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_quantisation_converts_the_layers_of_the_language_model_alone(tiny_model, settings, as_dict):
+    chosen = quantize_language_model_only(settings.to_dict() if as_dict else settings)
+    assert quantize_language_model_only(chosen) is chosen  # the caller's choice
+    field = "llm_int8_skip_modules" if hasattr(settings, "load_in_8bit") else "modules_to_not_convert"
+    assert getattr(settings, field) is None
+    linear = [name for name, module in tiny_model.named_modules() if isinstance(module, torch.nn.Linear)]
+    converted = [name for name in linear if should_convert_module(name, getattr(chosen, field))]
+    assert len(converted) == 14  # seven in each of two layers
+    assert all(name.startswith("model.language_model.layers.") for name in converted)
+
+
+def test_a_language_model_in_eight_bits_generates(tiny_model, inputs, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+    tiny_model.save_pretrained(tmp_path / "whole")
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    whole = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path / "whole", quantization_config=settings)
+    whole.save_pretrained(tmp_path / "small")
+    for model in (whole, ScMMGPTForConditionalGeneration.from_pretrained(tmp_path / "small")):
+        assert sum(type(module).__name__ == "Linear8bitLt" for module in model.modules()) == 14
+        torch.testing.assert_close(
+            model(**prompts_of(inputs)).logits.float(), tiny_model(**prompts_of(inputs)).logits, atol=0.05, rtol=0.1
+        )
+
+
+def test_an_offloaded_model_answers_the_same(tiny_model, inputs):
+    cells = {name: inputs[name] for name in ("gene_ids", "expression", "cell_attention_mask")}
+    texts = {name: inputs[name] for name in inputs if name.startswith("qformer")}
+    genes = torch.arange(3, 13)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+    @torch.no_grad()
+    def answers():
+        return [
+            tiny_model(**prompts_of(inputs), **targets_of(tiny_model), labels=labels).loss,
+            tiny_model.generate(**prompts_of(inputs), max_new_tokens=4, do_sample=False),
+            tiny_model.get_cell_features(**cells),
+            tiny_model.get_text_features(**texts),
+            tiny_model.match(**cells, **texts),
+            tiny_model.model.get_cell_tokens(**cells),
+            tiny_model.generate_cells(**prompts_of(inputs), target_gene_ids=genes).expression,
+        ]
+
+    expected = answers()
+    accelerate.cpu_offload(tiny_model, execution_device=torch.device("cpu"))
+    assert tiny_model.model.query_tokens.is_meta
+    for ours, theirs in zip(answers(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_all_losses_compile_as_one_graph(tiny_model, tiny_config, inputs):
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    batch = {**prompts_of(inputs), **targets_of(tiny_model), "labels": labels}
+    batch["target_attention_mask"] = torch.stack([torch.ones(10), torch.zeros(10)]).long()
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")(**batch).loss
+    torch.testing.assert_close(compiled, tiny_model(**batch).loss)
+    torch._dynamo.reset()
+    model = ScMMGPTForCellTextAlignment(tiny_config).eval()
+    pairs = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(**pairs)
+    torch.testing.assert_close(compiled.loss, model(**pairs).loss)  # two pairs: each has one possible negative
+
+
+def test_beams_from_embeddings_repeat_whole_prompts_with_their_cells(tiny_model, tiny_processor, adata):
+    text = ["<cell> and <cell> are", "is this a B cell ? <cell>"]
+    inputs = tiny_processor(text=text, cells=adata[:3])
+    options = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    expected = tiny_model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    ids = inputs.pop("input_ids")
+    embeds = tiny_model.get_input_embeddings()(ids)
+    assert torch.equal(tiny_model.generate(inputs_embeds=embeds, **inputs, **options), expected)
+
+
+def test_a_prompt_with_cells_is_not_split_into_chunks(tiny_model, inputs):
+    with pytest.raises(ValueError, match="prefill_chunk_size would split the prompt but not its cells"):
+        tiny_model.generate(**prompts_of(inputs), max_new_tokens=2, prefill_chunk_size=4)
+    words = {"input_ids": torch.arange(5, 15)[None], "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(tiny_model.generate(**words, prefill_chunk_size=4), tiny_model.generate(**words))
+
+
+def test_cells_are_drawn_by_ids_in_an_array(inputs):
+    model = synthetic.tiny_pipeline(expression_head="nb").model
+    options = {"target_gene_ids": torch.arange(3, 13), "library_size": 500.0, "do_sample": True}
+    ids = np.array([2**63 + 5, 7], dtype=np.uint64)
+    counts = model.generate_cells(**prompts_of(inputs), **options, cell_ids=ids).counts
+    assert torch.equal(counts, model.generate_cells(**prompts_of(inputs), **options, cell_ids=[2**63 + 5, 7]).counts)
+
+
+def test_new_words_of_the_language_model_reload(tiny_model, inputs, tmp_path):
+    size = tiny_model.config.text_config.vocab_size
+    expected = tiny_model(**prompts_of(inputs)).logits
+    tiny_model.resize_token_embeddings(size + 7)
+    tiny_model.save_pretrained(tmp_path)
+    loaded, report = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert loaded.config.text_config.vocab_size == size + 7
+    torch.testing.assert_close(loaded.eval()(**prompts_of(inputs)).logits[..., :size], expected)
+
+
+def test_a_plain_trainer_warns_of_label_smoothing_and_keeps_the_whole_loss(tiny_model, inputs, tmp_path):
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    batch = {**prompts_of(inputs), **targets_of(tiny_model), "labels": labels}
+    arguments = TrainingArguments(str(tmp_path), **QUIET, label_smoothing_factor=0.1, remove_unused_columns=False)
+    with pytest.warns(UserWarning, match="Disabling label smoothing"):
+        trainer = Trainer(tiny_model, arguments, data_collator=lambda rows: dict(batch), eval_dataset=range(2))
+    metrics = trainer.evaluate()
+    outputs = tiny_model(**batch)
+    assert outputs.expression_loss > 0
+    assert metrics["eval_loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+    assert trainer.predict(range(2)).predictions.shape == outputs.logits.shape
+
+
+# -- language models --------------------------------------------------------------------------------------------------
+
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+GROUPED = {**SIZES, **TOKENS, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}
+LANGUAGE_MODELS = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": 6},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "smollm3": GROUPED | {"no_rope_layer_interval": 2},
+    "gemma2": GROUPED | {"sliding_window": 6, "final_logit_softcapping": 0.7, "attn_logit_softcapping": 5.0},
+    "gemma3_text": GROUPED | {"sliding_window": 6, "final_logit_softcapping": 0.7},
+    "phi": {**SIZES, **TOKENS},  # its head has a bias
+    "phi3": GROUPED | {"tie_word_embeddings": False},
+    "granite": GROUPED | {"logits_scaling": 8.0, "embedding_multiplier": 3.0},
+    "cohere": GROUPED | {"logit_scale": 0.25},
+    "gpt2": {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 2, **TOKENS},
+    "gpt_neox": {**SIZES, **TOKENS, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_a_language_model_of_any_kind_is_trained_and_generates_as_it_would_alone(tiny_config, inputs, tmp_path, kind):
+    torch.manual_seed(0)
+    alignment = ScMMGPTForCellTextAlignment(tiny_config)
+    config = AutoConfig.for_model(kind, **LANGUAGE_MODELS[kind])
+    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, weight in language_model.named_parameters():
+        if not name.endswith("norm.weight"):  # the positions of the usual initialisation hardly matter
+            torch.nn.init.normal_(weight, std=0.3)
+    words = torch.randint(5, 55, (2, 9))
+    expected = language_model(input_ids=words, labels=words)
+    generated = language_model.generate(words, max_new_tokens=4, do_sample=False, suppress_tokens=[59])
+    model = ScMMGPTForConditionalGeneration.from_components(alignment, language_model, cell_token_id=59).eval()
+    model.save_pretrained(tmp_path)
+    loaded, report = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    for ours in (model, loaded.eval()):
+        outputs = ours(input_ids=words, labels=words)
+        torch.testing.assert_close(outputs.loss, expected.loss)
+        torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        assert torch.equal(ours.generate(words, max_new_tokens=4, do_sample=False), generated)
+    batch = prompts_of(inputs)  # the first row is padded on the left
+    together, attended = model(**batch).logits[0], batch["attention_mask"][0].bool()
+    cells = {name: batch[name][:1] for name in ("gene_ids", "expression", "cell_attention_mask")}
+    alone = {"input_ids": batch["input_ids"][:1, attended], "attention_mask": batch["attention_mask"][:1, attended]}
+    torch.testing.assert_close(model(**alone, **cells).logits[0], together[attended], atol=1e-4, rtol=1e-4)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **options)[0, -4:], model.generate(**alone, **cells, **options)[0, -4:])
+
+
+# -- serving, and the examples of the documentation -------------------------------------------------------------------
+
+
+def folders_of_the_examples(pipeline, cell_processor, adata, path):
+    """What the examples of the page name: small checkpoints, cells, and the metrics."""
+    adata.write_h5ad(path / "cells.h5ad")
+    shutil.copytree(ROOT / "eval" / "metrics", path / "eval" / "metrics")
+    torch.manual_seed(0)
+    ScGPTModel(pipeline.model.config.cell_config).save_pretrained(path / "checkpoints" / "scgpt")
+    cell_processor.save_pretrained(path / "checkpoints" / "scgpt")
+    alignment = ScMMGPTForCellTextAlignment(synthetic.tiny_config())
+    for model, name in ((alignment, "aligned"), (pipeline.model, "tuned")):
+        model.save_pretrained(path / "checkpoints" / name)
+        pipeline.processor.save_pretrained(path / "checkpoints" / name)
+    export_checkpoint(str(path / "checkpoints" / "tuned"), path / "exported")
+
+
+def examples():
+    page = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    for section in re.split(r"\n##+ ", page)[1:]:
+        for code in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
+            yield pytest.param(code, id=section.splitlines()[0])
+
+
+@pytest.mark.parametrize("code", examples())
+def test_an_example_of_the_documentation_runs(
+    code, tiny_pipeline, cell_processor, adata, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    folders_of_the_examples(tiny_pipeline, cell_processor, adata, tmp_path)
+    code = code.replace("TrainingArguments(", "TrainingArguments(use_cpu=True, report_to='none', output_dir=")
+    exec(compile(code, "docs/transformers.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_an_exported_language_model_is_transformers_own_and_generates_the_same(tiny_pipeline, adata, tmp_path):
+    model, processor = tiny_pipeline.model.eval(), tiny_pipeline.processor
+    model.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    paths = export_checkpoint(str(tmp_path / "whole"), tmp_path / "exported")
+    with pytest.raises(FileExistsError, match="exists already"):
+        export_checkpoint(str(tmp_path / "whole"), tmp_path / "exported")
+    language_model, report = AutoModelForCausalLM.from_pretrained(paths["language_model"], output_loading_info=True)
+    assert not any(report.values())
+    assert type(language_model).__name__ == "LlamaForCausalLM"
+    assert not list(Path(paths["language_model"]).glob("*.py"))
+    tokenizer = AutoTokenizer.from_pretrained(paths["language_model"])
+    assert tokenizer.chat_template == processor.chat_template
+    encoder, report = ScMMGPTCellEncoder.from_pretrained(paths["cell_encoder"], output_loading_info=True)
+    assert not any(report.values())
+
+    inputs = processor(["<cell> this is", "what is <cell> and <cell> ?"], adata[:3])
+    ids = inputs["input_ids"]
+    embeds = language_model.get_input_embeddings()(ids).detach()
+    cells = {name: inputs[name] for name in ("gene_ids", "expression", "cell_attention_mask")}
+    embeds[ids == processor.cell_token_id] = encoder(**cells).detach().flatten(0, 1)
+    options = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :]
+    assert torch.equal(language_model.generate(inputs_embeds=embeds, **options), expected)
+
+
+def test_a_stage_1_checkpoint_cannot_be_exported(tiny_config, tmp_path):
+    ScMMGPTForCellTextAlignment(tiny_config).save_pretrained(tmp_path / "aligned")
+    with pytest.raises(ValueError, match="and no language model; name a checkpoint of `tune`"):
+        export_checkpoint(str(tmp_path / "aligned"), tmp_path / "exported")

@@ -21,10 +21,10 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import ProcessorMixin
 
-from scmmgpt.files import read_json, whole_folder, write_json
+from scmmgpt.files import obey_umask, read_json, whole_folder, write_json
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.language_model import dequantize
-from scmmgpt.train.sharing import let_others_read, push_folder
 
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -46,7 +46,7 @@ def save_base(
         with whole_folder(base) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-            let_others_read(folder)
+            obey_umask(folder)
     model.name_or_path = model.config._name_or_path = str(base)  # from where PEFT takes the name
 
 
@@ -59,9 +59,9 @@ def save_adapter(
         write_card: `write_card(folder)` writes the card.
         hub: Arguments of [`push_folder`], `repo_id` of the checkpoint among them, to push base and adapter; or `None`.
     """
-    folder, base = Path(output_dir, "adapter"), tuned.peft_config["default"].base_model_name_or_path
+    folder, base = Path(output_dir, "adapter"), str(tuned.peft_config["default"].base_model_name_or_path)
     tuned.save_pretrained(str(folder))
-    let_others_read(folder)
+    obey_umask(folder)
     for name in ADAPTER_FILES:  # copies that pushes on the way leave beside the checkpoint
         Path(output_dir, name).unlink(missing_ok=True)
     names = [base]
@@ -71,7 +71,8 @@ def save_adapter(
     write_card(str(folder))
     if hub is not None:
         push_folder(folder, **hub | {"repo_id": f"{hub['repo_id']}-adapter"})
-    tuned.get_base_model().config.adapter_bases = names
+    model: Any = tuned.get_base_model()
+    model.config.adapter_bases = names
 
 
 def merge(tuned: Any, model: ScMMGPTForConditionalGeneration, in_4bit: bool) -> Any:

@@ -6,7 +6,7 @@ Data and models have no default. Defaults of hyper-parameters are the values tha
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from peft import LoraConfig
 from transformers import LlamaConfig, TrainingArguments
@@ -28,7 +28,10 @@ ALIGN_FIELDS = (
     "num_query_tokens projection_dim text_pooling logit_scale_init contrastive_weight contrastive_group_size "
     "matching_weight matching_batch_size captioning_weight cell_pretraining_weight initializer_range"
 ).split()
-TUNE_FIELDS = "expression_head num_condition_tokens text_to_cell_config language_weight expression_weight".split()
+TUNE_FIELDS = (
+    "expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config language_weight "
+    "expression_weight"
+).split()
 NEW_MODEL_FIELDS = (
     "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes"
 ).split()
@@ -115,9 +118,16 @@ class StageArguments:
     learning_rate: float = inherited("learning_rate", 1e-4)
     remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
 
+    smooths_labels: ClassVar[bool] = False  # whether the trainer's loss has `label_smoothing_factor`
+
     def __post_init__(self) -> None:
         args: Any = self  # also `TrainingArguments`, in every class that is used
         super().__post_init__()  # type: ignore[misc]
+        if args.label_smoothing_factor and not self.smooths_labels:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, but the losses of this command have no "
+                "label smoothing; leave it 0."
+            )
         if str(args.resume_from_checkpoint).lower() in ("latest", "true"):
             folder = Path(args.output_dir)
             args.resume_from_checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
@@ -142,7 +152,9 @@ class FinetuneDataArguments:
         None,
     )
     label_texts: str | None = option(
-        "JSON file of label -> description; by default name and definition in the Cell Ontology.", None
+        "File of label -> description: JSON, or a table with the columns label and text; by default name and "
+        "definition in the Cell Ontology.",
+        None,
     )
     group_key: str | None = option(
         "Column of `obs`, such as the donor: no group is divided between training and validation.", None
@@ -208,6 +220,7 @@ class FinetuneConfig(StageArguments, TrainingArguments):
     all.
     """
 
+    smooths_labels: ClassVar[bool] = True
     num_train_epochs: float | None = inherited("num_train_epochs", None)  # type: ignore[assignment]
     pretrained_learning_rate: float | None = option("Learning rate of pretrained parameters.", 1e-5)
     per_device_train_batch_size: int = inherited("per_device_train_batch_size", 32)
@@ -263,9 +276,10 @@ class TuneModelArguments(CheckedFields):
     )
     model_config: dict[str, Any] = option(
         "Fields of `ScMMGPTConfig`. `expression_head`: mse predicts a mean, nb and zinb a distribution of counts; "
+        "`num_state_components`: components of the states that cells are generated from (32; null: none); "
         "`num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for the text-to-cell "
         "projector (2 layers); `language_weight`, `expression_weight` (1).",
-        {"expression_head": "nb"},
+        {"expression_head": "nb", "num_state_components": 32},
         fields=TUNE_FIELDS,
     )
 

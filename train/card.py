@@ -6,8 +6,11 @@ All of them come from the run: the corpus's manifest, the arguments, and the tra
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 
 from scmmgpt.train.data.corpus import Corpus, Manifest
 
@@ -59,7 +62,10 @@ def write_card(
     metrics = {name: value for line in log_history for name, value in line.items() if is_measured(name)}
     started_from = bases.values() if adapter_base is None else [adapter_base]
     # The licence depends on the parts that the weights start from (Llama-2 has its own); the card names these parts.
+    dataset = corpus.repo_id or corpus.path.name
     data = ModelCardData(
+        model_name=Path(output_dir).absolute().name,
+        eval_results=[result_of(name, value, dataset) for name, value in metrics.items()] or None,
         library_name="transformers" if adapter_base is None else "peft",
         pipeline_tag="image-text-to-text" if command == "tune" else "feature-extraction",
         tags=TAGS if adapter_base is None else [*TAGS, "lora"],
@@ -77,9 +83,25 @@ def write_card(
         sections += ["## Use", ADAPTER_USE.format(base=adapter_base, adapter=Path(output_dir).name)]
     sections += ["## Data", describe_data(manifest, cells), "## Started from", describe_bases(bases)]
     sections += ["## Measured", describe_metrics(metrics, manifest, cells), "## Limits", LIMITS]
+    if corpus.repo_id is not None and metrics:
+        entries = [EvalResultEntry(dataset, name, value, notes="validation split") for name, value in metrics.items()]
+        results = Path(output_dir, EVAL_RESULTS_FOLDER, f"{command}.yaml")
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
     path = Path(output_dir, "README.md")
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(path)
     return path
+
+
+def result_of(name: str, value: float, dataset: str) -> EvalResult:
+    """A validation number for the index of the Hub."""
+    measured = name.removeprefix("eval_")
+    kinds = {"zero_shot": "zero-shot-classification", "recall": "text-retrieval"}
+    task = next((task for word, task in kinds.items() if word in measured), "other")
+    words: dict[str, Any] = {"task_type": task, "metric_type": measured, "metric_name": measured.replace("_", " ")}
+    return EvalResult(
+        dataset_type=dataset, dataset_name=dataset, dataset_split="validation", metric_value=value, **words
+    )
 
 
 def is_measured(name: str) -> bool:

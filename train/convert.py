@@ -40,11 +40,12 @@ from transformers import (
 
 from scmmgpt.checkpoints import check_checkpoint, check_ids
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.errors import OneLineParser
+from scmmgpt.errors import OneLineParser, number
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.files import read_json, write_json
+from scmmgpt.files import filled_folder, read_json, write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
+from scmmgpt.progress import tell_if_slow
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 
@@ -406,9 +407,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("kind", choices=["scgpt", "lm", "bert"], help="kind of the source")
     parser.add_argument("source", help="scGPT folder; or Hub id, folder, GGUF file or package:NAME/FOLDER")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, without a model in it")
-    parser.add_argument("--cross-attention-frequency", type=int, default=2, help="bert: layers per cross-attention")
-    parser.add_argument("--num-layers", type=int, default=None, help="bert: number of first layers to keep (all)")
-    parser.add_argument("--encoder-hidden-size", type=int, default=512, help="bert: width of the cell model")
+    count = number(int, 1)
+    parser.add_argument("--cross-attention-frequency", type=count, default=2, help="bert: layers per cross-attention")
+    parser.add_argument("--num-layers", type=count, default=None, help="bert: number of first layers to keep (all)")
+    parser.add_argument("--encoder-hidden-size", type=count, default=512, help="bert: width of the cell model")
     return parser
 
 
@@ -416,24 +418,28 @@ def main(args: argparse.Namespace) -> None:
     """Convert one source into `args.output`."""
     if (args.output / "config.json").exists():
         raise ValueError(f"{args.output} already holds a model (config.json); give another --output or remove it.")
-    args.output.mkdir(parents=True, exist_ok=True)
+    with tell_if_slow(f"Converting {args.source}"), filled_folder(args.output) as folder:
+        what = write_parts(args, folder)
+    logger.info("Wrote %s to %s.", what, args.output)
+
+
+def write_parts(args: argparse.Namespace, folder: Path) -> str:
+    """Convert the source into the files of a new folder; returns what the files are."""
     if args.kind == "scgpt":
         cell_model, vocabulary = load_scgpt(args.source)
         assert isinstance(cell_model.config, ScGPTConfig)
         arguments = read_json(Path(args.source, "args.json"), dict)
         extractor = scgpt_feature_extractor(cell_model.config, arguments.get("max_seq_len", 1200))
-        save_cell_model(args.output, cell_model, vocabulary, build_gene_aliases(vocabulary), extractor)
-        what = f"scGPT with {cell_model.num_parameters():,} parameters and {len(vocabulary):,} tokens"
-    elif args.kind == "lm":
+        save_cell_model(folder, cell_model, vocabulary, build_gene_aliases(vocabulary), extractor)
+        return f"scGPT with {cell_model.num_parameters():,} parameters and {len(vocabulary):,} tokens"
+    if args.kind == "lm":
         model, tokenizer = load_causal_lm(args.source)
-        model.save_pretrained(args.output)
-        tokenizer.save_pretrained(args.output)
-        what = f"{type(model).__name__} with {model.num_parameters():,} parameters"
-    else:
-        names = ("cross_attention_frequency", "num_layers", "encoder_hidden_size")
-        config, weights, tokenizer = qformer_from_bert(args.source, **{name: getattr(args, name) for name in names})
-        config.save_pretrained(args.output)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.output / "model.safetensors")
-        tokenizer.save_pretrained(args.output)
-        what = f"a Q-Former of {config.num_hidden_layers} layers"
-    logger.info("Wrote %s to %s.", what, args.output)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return f"{type(model).__name__} with {model.num_parameters():,} parameters"
+    names = ("cross_attention_frequency", "num_layers", "encoder_hidden_size")
+    config, weights, tokenizer = qformer_from_bert(args.source, **{name: getattr(args, name) for name in names})
+    config.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    tokenizer.save_pretrained(folder)
+    return f"a Q-Former of {config.num_hidden_layers} layers"

@@ -36,7 +36,6 @@ strength is the default. Cells without a label help where labels are few: see `r
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -48,7 +47,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from scmmgpt.annotation_scmmgpt import fit_novelty
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.files import write_json
+from scmmgpt.files import filled_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -456,9 +455,10 @@ class FineTuning:
         novelty = fit_novelty(self.cells, self.labels.targets, self.measured, self.model.config.cell_config.vocab_size)
         if novelty is not None:
             self.model.config.annotation["novelty"] = novelty
-        ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(output)
-        write_json(Path(output, "finetune.json"), self.record)
-        save_run(output, "finetune", **self.arguments)
+        with filled_folder(output) as folder:
+            ScMMGPTPipeline(self.model, self.processor, device="cpu").save_pretrained(folder)
+            write_json(folder / "finetune.json", self.record)
+            save_run(str(folder), "finetune", **self.arguments)
 
 
 def make_parser(prog: str | None = None) -> OptionParser:

@@ -15,10 +15,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from scmmgpt.files import obey_umask
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.streamed import open_cells
-from scmmgpt.train.sharing import let_others_read
 
 
 UNFINISHED = ".checkpoint-unfinished"  # where a checkpoint is while it is being written
@@ -160,7 +160,7 @@ class StreamTrainer(Trainer):
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=lambda batches: batches,  # which come finished
+            data_collator=dict,  # batches come finished
             **kwargs,
         )
         self.add_callback(ResumedPosition(self.train_dataset))
@@ -258,7 +258,7 @@ class StreamTrainer(Trainer):
                 state_dict[name] = state_dict[name].reshape(())
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            let_others_read(output_dir or self.args.output_dir)
+            obey_umask(output_dir or self.args.output_dir)
 
     @property
     def hub(self) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ Weights of a lower `--language_model_precision` are stored in bfloat16.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,11 @@ from scmmgpt.train.data.instructions import InstructionBatches, read_instruction
 from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
 from scmmgpt.train.language_model import add_lora, build_language_model, skip_other_parts
 from scmmgpt.train.options import OptionParser
+from scmmgpt.train.states import fit_cell_states
 from scmmgpt.train.trainer import StreamTrainer, data_seed, freeze, make_datasets
 
+
+logger = logging.getLogger(__name__)
 
 PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
 PROJECTOR = {"num_hidden_layers": 2, "cross_attention_frequency": 1}  # other fields are those of the Q-Former
@@ -65,6 +69,8 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
 
     def write_adapter_card(self, folder: str) -> None:
         """Write the card of the adapter in a folder, which names the base as `adapter_config.json` does."""
+        if self.write_card is None:
+            return
         base = read_json(Path(folder, CONFIG_NAME))["base_model_name_or_path"]
         self.write_card(folder, log_history=self.state.log_history, adapter_base=base)
 
@@ -166,6 +172,9 @@ def join(
     projector = alignment.config.qformer_config.to_dict() | PROJECTOR | {"use_qformer_text_input": False}
     projector |= model_args.model_config.get("text_to_cell_config", {})
     fields = {**model_args.model_config, "text_to_cell_config": projector}
+    if model_args.trained.qformer and fields.get("num_state_components"):
+        logger.warning("States of cells are left out: they read texts by the Q-Former, which this run trains further.")
+        fields["num_state_components"] = None
     return ScMMGPTForConditionalGeneration.from_components(
         alignment, language_model, cell_token_id=processor.cell_token_id, **fields
     )
@@ -254,7 +263,8 @@ def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
         return trained.language_model == "frozen" or (trained.language_model == "lora" and "lora_" not in name)
     if name.startswith(("qformer.", "query_tokens", "query_means", "cell_norm.")):
         return not trained.qformer
-    return True  # no loss of stage 2 reaches contrast, matching and the text branch
+    # No loss of stage 2 reaches contrast, matching and the text branch; the states of cells have a fit of their own.
+    return True
 
 
 def unused_parts(text_to_cell_ratio: float, has_instructions: bool) -> tuple[str, ...]:
@@ -320,6 +330,8 @@ def main(
     standardize_language_projection(model, train_dataset.of_all_ranks())
     if training_args.text_to_cell_ratio > 0:
         standardize_text_to_cell(model, train_dataset.of_all_ranks())
+    if model.config.num_state_components is not None:
+        fit_cell_states(model, corpus, captions, processor, seed=data_seed(training_args))
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)

@@ -312,6 +312,33 @@ def quoted(text):
     return "\n".join(",".join(f'"{field}"' for field in line.split(",")) for line in text.splitlines())
 
 
+def with_a_word(text):
+    header, first, *rows = text.splitlines()
+    name, _, *fields = first.split(",")
+    return "\n".join([header, ",".join([name, "many", *fields]), *rows])
+
+
+def counted(frame):
+    frame = frame.rename_axis("barcode").reset_index()
+    frame.insert(0, "orig.ident", "pbmc")
+    return frame
+
+
+def probes(frame):
+    frame.insert(0, "symbol", frame.index)
+    return frame.set_axis([f"probe_{i}_at" for i in range(len(frame))], axis=0)
+
+
+def long_with_sample(frame):
+    frame = frame.stack().rename_axis(["cell", "gene"]).rename("count").reset_index()
+    return frame.assign(sample=["s1" if cell < "C" else "s2" for cell in frame["cell"]])
+
+
+def long_twice(frame):
+    frame = long_with_sample(frame)
+    return pd.concat([frame, frame.assign(sample="s3")])
+
+
 def spreadsheet(folder):
     (folder / "t.xlsx").write_bytes(b"PK")
     return folder / "t.xlsx"
@@ -557,6 +584,13 @@ CASES = [
     Case("row numbers before the names", T("t.csv", lambda f: f.rename_axis("barcode").reset_index())),
     Case("row names of R", T("t.tsv", sep="\t", edit=lambda text: text.lstrip("\t"))),
     Case("names with zeros in front", T("t.csv", zero_padded), cells=slice(0, 0), says="24 cells x 40"),
+    Case("a gene with a word among its counts", T("t.csv", edit=with_a_word), r"Column 'ACTB'.*mixes 'many'"),
+    Case("a cell with a word among its counts", T("t.csv", turned=True, edit=with_a_word), r"mixes 'many'"),
+    Case("a header and no rows", T("t.csv", lambda f: f.iloc[:0]), r"no rows"),
+    Case("a number of the row, the sample and the barcode", T("t.csv", counted), obs=("orig.ident",)),
+    Case("a gene's probe before its symbol", T("t.csv", probes, turned=True), var=("symbol",), cells=slice(0, 0)),
+    Case("a long table with samples", T("t.csv", long_with_sample, index=False), obs=("sample",)),
+    Case("a long table of cells of one name", T("t.csv", long_twice, index=False), r"'sample' differs within cells"),
     Case("no header", T("t.csv", turned=True, edit=without_header), r"has no header"),
     Case("genes by genes", T("t.csv", lambda f: f.T @ f), r"genes in its rows and in its columns"),
     Case("a spreadsheet", spreadsheet, r"Save it as"),

@@ -10,6 +10,8 @@ r"""From files of cells to batches of a training step: classes with their files,
       |   (optional: corpus/cache/*.arrow, the same rows in files that stream faster, by cache.py `write_cache`)
       v
  BlockReader                     blocks.py: decodes one row group ("block") at a time
+      |                          (in its place `RowReader` reads blocks of a map-style dataset; streamed.py has
+      |                          `StreamedCells`, batches of a streamed dataset in its own order)
       |   Cells: indptr int64 (n_cells + 1,), gene_ids uint16 (nnz,), counts uint16 or float32 (nnz,),
       |          cell_ids uint64 (n_cells,), total_counts float32 (n_cells,)
       |   obs: {annotation: str (n_cells,)}

@@ -46,7 +46,7 @@ from scmmgpt.train.data.blocks import Obs
 
 
 class CellSource(Protocol):
-    """Source of the cells of batches: [`CellStream`] from a corpus, or [`LabelledCells`] from memory."""
+    """Source of the cells of batches: [`CellStream`], [`StreamedCells`], or [`LabelledCells`] from memory."""
 
     rank: int
 

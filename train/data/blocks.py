@@ -141,7 +141,8 @@ class RowReader:
         self._starts = np.cumsum(self.sizes) - self.sizes
         self._is_table = hasattr(dataset, "with_format")
         self.content = str(getattr(dataset, "_fingerprint", len(dataset)))
-        lengths, kinds = [], [np.dtype(np.uint16)]
+        lengths: list[np.ndarray] = []
+        kinds: list[np.dtype] = [np.dtype(np.uint16)]
         for block in range(len(self.sizes)):
             cells, obs = self.read(block)
             lengths.append(np.diff(cells.indptr))

@@ -188,7 +188,7 @@ def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
     bits = cells.counts.astype(np.float32).view(np.uint32).astype(np.uint64)
     hashed = mix64(mix64(cells.gene_ids.astype(np.uint64)) ^ bits) * kept
     # Sums of unsigned integers wrap around, and so do their differences.
-    sums, n_genes = (np.concatenate([[0], np.cumsum(values)]).astype(np.uint64) for values in (hashed, kept))
+    sums, n_genes = (np.cumsum(np.append(np.uint64(0), values), dtype=np.uint64) for values in (hashed, kept))
     first, last = cells.indptr[:-1], cells.indptr[1:]
     return np.where(n_genes[last] - n_genes[first] >= MIN_COPIED_GENES, sums[last] - sums[first], np.uint64(0))
 

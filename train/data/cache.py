@@ -23,8 +23,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from scmmgpt.errors import OneLineParser
+from scmmgpt.errors import OneLineParser, number
 from scmmgpt.files import whole_file
+from scmmgpt.progress import tell_if_slow
 from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, Shard, open_corpus
 
 
@@ -65,7 +66,10 @@ def write_cache(corpus: Corpus, *, num_threads: int = 1) -> Path:
     folder = corpus.path / "cache"
     folder.mkdir(exist_ok=True)
     shards = [shard for shard in corpus.manifest.shards if not is_cached(corpus, shard)]
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as executor:
+    with (
+        tell_if_slow(f"Copying {len(shards)} shards to {folder}"),
+        concurrent.futures.ThreadPoolExecutor(num_threads) as executor,
+    ):
         list(executor.map(functools.partial(_copy_shard, corpus), shards))
     return folder
 
@@ -93,7 +97,7 @@ def make_parser(prog: str = "python -m scmmgpt.train cache") -> argparse.Argumen
     parser = OneLineParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", help="folder of the corpus")
     parser.add_argument(
-        "--num-threads", type=int, default=os.cpu_count() or 1, help="number of shards to copy at a time"
+        "--num-threads", type=number(int, 1), default=os.cpu_count() or 1, help="number of shards to copy at a time"
     )
     return parser
 

@@ -20,10 +20,12 @@ One row of a shard is one cell (schema version 2; in version 1, `cell_id` is uin
 | `total_counts` | float32 | library size over all genes of the source, not only those of the vocabulary |
 | `barcode`, `dataset_id`, `donor_id`, `cell_type`, ... (`OBS_COLUMNS`) | string | annotations, null where unknown |
 
-Any Parquet reader can load the shards:
+A corpus is a dataset of the Hub, and any Parquet reader can load the shards:
 
 ```python
-load_dataset("parquet", data_files="corpus/data/train-*.parquet", features=open_corpus("corpus").features())
+load_dataset("corpus", split="train", streaming=True)
+open_corpus("corpus").push_to_hub("me/corpus")
+open_corpus("me/corpus@v1")
 ```
 
 A file in `data/` is always whole, and is never written twice. `manifest.json` is written last: a folder with a
@@ -34,6 +36,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +44,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.checkpoints import check_ids
 from scmmgpt.files import read_json, write_json
 from scmmgpt.train.data.ontology import ONTOLOGIES
+from scmmgpt.train.data.sharing import push_folder
 
 
 if TYPE_CHECKING:
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 SPLITS = ("train", "validation", "test")
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")  # scGPT's; they come before the genes in a new vocabulary
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")
@@ -283,11 +290,23 @@ class Corpus:
         return file
 
     def features(self) -> "datasets.Features":
-        """Return the `datasets.Features` of the shards; counts are float32 if those of any shard are."""
-        import datasets
+        """The `datasets.Features` of the shards; counts are float32 if those of any shard are."""
+        return features_of(self.manifest)
 
-        widest = "float32" if any(s.counts_dtype == "float32" for s in self.manifest.shards) else "uint16"
-        return datasets.Features.from_arrow_schema(shard_schema(widest, self.manifest.vocabulary_hash))
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the corpus to the Hub as a dataset, without locks and the fast copy; returns its full name.
+
+        `load_dataset` and [`open_corpus`] read it from there. `options` are those of [`push_folder`].
+        """
+        return push_folder(self.path, repo_id, repo_type="dataset", **options)
+
+
+def features_of(manifest: Manifest) -> "datasets.Features":
+    """See [`Corpus.features`]."""
+    import datasets
+
+    widest = "float32" if any(shard.counts_dtype == "float32" for shard in manifest.shards) else "uint16"
+    return datasets.Features.from_arrow_schema(shard_schema(widest, manifest.vocabulary_hash))
 
 
 def table_to_cells(table: pa.Table) -> Cells:
@@ -304,16 +323,25 @@ def table_to_cells(table: pa.Table) -> Cells:
 
 
 def open_corpus(
-    path: str | os.PathLike, *, vocabulary: Mapping[str, int] | None = None, verify: bool | None = None
+    path: str | os.PathLike,
+    *,
+    vocabulary: Mapping[str, int] | None = None,
+    verify: bool | None = None,
+    revision: str | None = None,
 ) -> Corpus:
     """Open a corpus; refuse one that is unfinished, damaged, or written with another gene vocabulary.
 
     Args:
-        path: Folder of the corpus.
+        path: Folder of the corpus; or id of a corpus on the Hub, `owner/name` or `owner/name@revision`, which is
+            downloaded.
         vocabulary: The model's gene vocabulary, to compare with the vocabulary of the corpus.
         verify: Whether to compare all checksums; default: those of a corpus of up to 1 GiB. File sizes are always
             compared, and a damaged page is always refused when it is read.
     """
+    repo_id = None
+    if not Path(path).exists() and HUB_ID.fullmatch(str(path)):
+        repo_id, _, pinned = str(path).partition("@")
+        path = download(repo_id, revision or pinned or None)
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"There is no corpus at {path}. `python -m scmmgpt.train prepare` makes one.")
@@ -334,7 +362,19 @@ def open_corpus(
     if vocabulary is not None and hash_vocabulary(vocabulary) != manifest.vocabulary_hash:
         raise ValueError(_describe_difference(path, own_vocabulary, vocabulary))
     aliases = read_json(path / "gene_aliases.json", dict) if (path / "gene_aliases.json").exists() else {}
-    return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json", dict))
+    return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json", dict), repo_id)
+
+
+def download(repo_id: str, revision: str | None = None) -> Path:
+    """Folder with a corpus of the Hub, in the Hub's cache."""
+    try:
+        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repo_id} is no folder, and no corpus of the Hub that can be read from here: {first_line} `python -m "
+            "scmmgpt.train prepare` makes a corpus."
+        ) from None
 
 
 def check_shard(path: Path, shard: Shard, *, checksum: bool) -> None:

@@ -3,7 +3,11 @@
 import string
 from pathlib import Path
 
-from scmmgpt.train.data.corpus import SPECIAL_TOKENS, SPLITS, Manifest
+import datasets
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCardData
+
+from scmmgpt.train.data.corpus import SPECIAL_TOKENS, SPLITS, Manifest, features_of
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "dataset_card.md"
@@ -22,6 +26,7 @@ def dataset_card(name: str, manifest: Manifest) -> str:
         licence=licences[0] if len(licences) == 1 and licences != ["unknown"] else "other",
         size_category="n<1K" if size < 3 else f"{SIZE_EDGES[size]}<n<{SIZE_EDGES[size + 1]}",
         data_files="\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in shards),
+        dataset_info=dataset_info(manifest),
         n_cells=f"{manifest.n_cells:,}",
         n_sources=f"{len(manifest.sources)} source{'s' if len(manifest.sources) > 1 else ''}",
         n_genes=f"{manifest.vocabulary_size - len(SPECIAL_TOKENS):,}",
@@ -41,3 +46,18 @@ def dataset_card(name: str, manifest: Manifest) -> str:
         dropped=", ".join(dropped) or "nothing",
         command=manifest.command,
     )
+
+
+def dataset_info(manifest: Manifest) -> str:
+    """YAML of features and sizes, by which `datasets` knows both before it reads a row."""
+    splits = datasets.SplitDict()
+    for split in SPLITS:
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        if shards:
+            n_bytes, n_cells = sum(shard.n_bytes for shard in shards), sum(shard.n_cells for shard in shards)
+            splits.add(datasets.SplitInfo(split, num_bytes=n_bytes, num_examples=n_cells))
+    sizes = {"download_size": manifest.n_bytes, "dataset_size": manifest.n_bytes}
+    info = datasets.DatasetInfo(features=features_of(manifest), splits=splits, **sizes)
+    data = DatasetCardData()
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    return data.to_yaml()

@@ -5,9 +5,12 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from typing import Any
+
+from scmmgpt.progress import SECONDS
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +39,13 @@ def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks
 
         def run(function: Callable[[Any], Any], tasks: Sequence[Any], what: str) -> list[Any]:
             if executor is None:
-                return [function(task) for task in tasks]
+                results, told = [], time.monotonic()
+                for n, task in enumerate(tasks, 1):
+                    results.append(function(task))
+                    if time.monotonic() - told > SECONDS:
+                        logger.info("%d of %d %s", n, len(tasks), what)
+                        told = time.monotonic()
+                return results
             futures = [executor.submit(function, task) for task in tasks]
             try:
                 for n, future in enumerate(as_completed(futures), 1):

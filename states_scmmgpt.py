@@ -1,0 +1,129 @@
+"""States of cells and a prior over them: [`ScMMGPTCellStates`], from which cells are generated.
+
+A cell is a state z of a few components, a library size, and counts around the rates of the state:
+
+1. log rate of gene g, in counts per 10,000: `bias_g + directions_g · z`;
+2. counts: negative binomial, with one dispersion for each gene;
+3. the prior of (z, log library size), given a text: a mean, linear in the text's features, and around it a residual
+   that a flow carries from noise (flow matching: Lipman et al. 2023).
+
+Two cells of one text therefore differ in their states, which many genes share, and in the noise of their counts. A
+gene is a row of three tables, so leaving a gene out is leaving a row out. `train/states.py` fits the parameters.
+
+Shapes in comments: N cells, G genes of the vocabulary, K components, E width of the text features.
+"""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
+except ImportError:  # as a flat module in a clone
+    from cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
+
+
+FLOW_STEPS = 20  # of Euler's method
+NUM_FLOW_LAYERS = 3
+TIME_FREQUENCIES = 4
+MEAN_STATES = 256  # states whose rates are averaged for the mean profile of a text
+MAX_LOG_RATE = math.log(COUNTS_PER_10K)  # no gene has more than all of a cell's counts
+
+
+class ScMMGPTCellStates(nn.Module):
+    """A factor model of counts, and the distribution of its states given the features of a text.
+
+    Cells are drawn in float64 on the CPU, so that a row of a batch equals the row alone.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        vocab_size, place = config.cell_config.vocab_size, config.num_state_components + 1
+        self.num_components = config.num_state_components
+        self.gene_directions = nn.Embedding(vocab_size, self.num_components)
+        self.gene_bias = nn.Embedding(vocab_size, 1)
+        self.gene_log_dispersion = nn.Embedding(vocab_size, 1)
+        self.text_mean = nn.Linear(config.projection_dim, place)  # of the state and of the log library size
+        self.residual_scale = nn.Parameter(torch.ones(place))
+        widths = [place + 2 * TIME_FREQUENCIES + config.projection_dim, *[config.state_flow_width] * NUM_FLOW_LAYERS]
+        self.flow_layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.flow_output = nn.Linear(widths[-1], place)
+
+    def log_rate(self, states: Tensor) -> Tensor:
+        """Log of the expected counts per 10,000, `(N, G)` over the whole vocabulary, of states `(N, K)`."""
+        rates = states @ self.gene_directions.weight.t() + self.gene_bias.weight[:, 0]
+        return rates.clamp(min=-MAX_LOG_RATE, max=MAX_LOG_RATE)
+
+    def dispersion(self) -> Tensor:
+        """Inverse dispersion theta of each gene, `(G,)`: the variance of a count is `mean + mean**2 / theta`."""
+        return self.gene_log_dispersion.weight[:, 0].exp()
+
+    def velocity(self, residual: Tensor, time: Tensor, text_features: Tensor) -> Tensor:
+        """Velocity of residuals `(N, K + 1)` at times `(N,)` between 0, noise, and 1, cells.
+
+        `text_features` `(N, E)` have length 1; the flow reads them with a variance of one in each dimension.
+        """
+        angles = time[:, None] * (math.pi * torch.arange(1, TIME_FREQUENCIES + 1, device=time.device))
+        texts = text_features * text_features.shape[1] ** 0.5
+        hidden = torch.cat([residual, angles.sin(), angles.cos(), texts], dim=1)
+        for layer in self.flow_layers:
+            hidden = F.silu(layer(hidden))
+        return self.flow_output(hidden)
+
+    def transport(self, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Carry noise `(N, K + 1)` to states `(N, K)` and log library sizes `(N,)` of cells of the texts `(N, E)`."""
+        residual = noise
+        for step in range(FLOW_STEPS):
+            time = torch.full_like(residual[:, 0], step / FLOW_STEPS)
+            residual = residual + self.velocity(residual, time, text_features) / FLOW_STEPS
+        place = self.text_mean(text_features) + residual * self.residual_scale
+        return place[:, :-1], place[:, -1]
+
+    @torch.no_grad()
+    def sample(
+        self, text_features: Tensor, cell_ids: np.ndarray, *, seed: int = 0, library_size: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw cells.
+
+        A cell depends on its text, its id and the seed, not on other cells, and a gene not on other genes.
+
+        Args:
+            text_features: Features of each cell's text, `(N, E)`.
+            cell_ids: Identities of the cells, integer `(N,)`.
+            seed: Seed of the draws.
+            library_size: Total counts of each cell, `(N,)`; by default drawn with the state.
+
+        Returns:
+            Counts, int64 `(N, G)` over the whole vocabulary, and library sizes, float64 `(N,)`.
+        """
+        exact = self._exact()
+        keys = cell_keys(np.asarray(cell_ids), seed=seed, epoch=0, stream=RandomStream.STATE)
+        draws = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys]
+        noise = np.stack([rng.standard_normal(self.num_components + 1) for rng in draws])
+        states, log_size = exact.transport(torch.from_numpy(noise), text_features.double().cpu())
+        sizes = log_size.exp().numpy() if library_size is None else np.asarray(library_size, dtype=np.float64)
+        means = exact.log_rate(states).exp().numpy() * (sizes[:, None] / COUNTS_PER_10K)
+        theta = exact.dispersion().numpy()
+        rows = zip(draws, means, strict=True)
+        return np.stack([rng.poisson(rng.standard_gamma(theta) / theta * mean) for rng, mean in rows]), sizes
+
+    @torch.no_grad()
+    def mean_expression(self, text_features: Tensor) -> np.ndarray:
+        """log1p of the mean rates over the states of each text, float32 `(num_texts, G)`."""
+        exact, means = self._exact(), []
+        rng = np.random.default_rng(0)
+        noise = torch.from_numpy(rng.standard_normal((MEAN_STATES, self.num_components + 1)))
+        for text in text_features.double().cpu():
+            states, _ = exact.transport(noise, text.expand(MEAN_STATES, -1))
+            means.append(exact.log_rate(states).exp().mean(dim=0))
+        return torch.stack(means).log1p().float().numpy()
+
+    def _exact(self) -> "ScMMGPTCellStates":
+        """A copy in float64 on the CPU."""
+        return copy.deepcopy(self).to("cpu", torch.float64)

@@ -1,0 +1,120 @@
+"""What docs/training.md shows runs as it stands: `Trainer`, PEFT and TRL on one's own cells."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scmmgpt import synthetic
+from scmmgpt.cells_scmmgpt import Cells
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+SECTION = PAGE.split("## In your own code")[1].split("\n## ")[0]
+BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def namespace(corpus, aligned, bert, tmp_path_factory):
+    """The names that the page uses without saying where they come from."""
+    folder = tmp_path_factory.mktemp("by hand")
+    pipeline = synthetic.tiny_pipeline()
+    pipeline.save_pretrained(folder / "checkpoint")
+    stage_1 = folder / "stage 1"
+    from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+
+    torch.manual_seed(0)
+    ScMMGPTForCellTextAlignment(synthetic.tiny_config()).save_pretrained(stage_1)
+    synthetic.tiny_processor().save_pretrained(stage_1)
+    adata = synthetic.synthetic_adata()
+    names = {"checkpoint": str(folder / "checkpoint"), "aligned": str(stage_1), "adata": adata}
+    return folder, {**names, "corpus": corpus, "bert": bert}
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # which transformers sets on machines without a GPU, too
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_page_runs_as_it_stands(number, namespace, monkeypatch):
+    folder, names = namespace
+    monkeypatch.chdir(folder)
+    exec(compile(BLOCKS[number], f"docs/training.md, block {number}", "exec"), names)
+    losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
+    assert np.isfinite(losses).all()
+
+
+@pytest.fixture
+def rows(tiny_processor, adata):
+    cells, _ = tiny_processor.read_cells(adata[:3].copy())
+    turns = [
+        [{"role": "user", "content": "<cell> a"}, {"role": "assistant", "content": name}] for name in ("b", "a", "b")
+    ]
+    return [{"cells": cells[i], "messages": turns[i]} for i in range(3)]
+
+
+def test_the_assistants_words_alone_are_learned(tiny_processor, rows):
+    batch = tiny_processor.data_collator()(rows)
+    learned = [ids[ids != -100].tolist() for ids in batch["labels"]]
+    tokenizer = tiny_processor.tokenizer
+    assert learned == [[tokenizer.convert_tokens_to_ids(name), tokenizer.eos_token_id] for name in ("b", "a", "b")]
+    assert len(batch["gene_ids"]) == 3
+    assert ((batch["input_ids"] == tiny_processor.cell_token_id).sum(1) == tiny_processor.num_query_tokens).all()
+
+
+def test_rows_in_every_form_give_the_same_batch(tiny_processor, rows, adata):
+    collator = tiny_processor.data_collator()
+    ours = collator(rows)
+    as_rows = [{**row, "cells": row["cells"].to_rows()} for row in rows]
+    as_row = [{"messages": row["messages"], **row["cells"].to_rows()[0]} for row in rows]
+    as_adata = [{**row, "cells": adata[i : i + 1].copy()} for i, row in enumerate(rows)]
+    for theirs in (collator(as_rows), collator(as_row), collator(as_adata)):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
+
+
+def test_a_row_may_have_several_cells_or_none(tiny_processor, rows):
+    two = {"cells": Cells.concatenate([rows[0]["cells"], rows[1]["cells"]])}
+    two["messages"] = [{"role": "user", "content": "<cell> a <cell>"}, {"role": "assistant", "content": "b"}]
+    none = {"cells": [], "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    batch = tiny_processor.data_collator()([two, none, rows[2]])
+    shown = (batch["input_ids"] == tiny_processor.cell_token_id).sum(1) // tiny_processor.num_query_tokens
+    assert shown.tolist() == [2, 0, 1]
+    assert len(batch["gene_ids"]) == 3
+
+
+def test_a_row_whose_cells_and_placeholders_differ_is_refused(tiny_processor, rows):
+    rows[1]["cells"] = []
+    with pytest.raises(ValueError, match="row 1 mention 1 cells .*, but the row has 0"):
+        tiny_processor.data_collator()(rows)
+
+
+def test_a_target_is_what_the_prompt_generates(tiny_model, tiny_processor, rows):
+    prompt = [{"role": "user", "content": "Generate a"}]
+    generated = [{"cells": [], "messages": prompt, "target": rows[i]["cells"]} for i in range(2)]
+    described = [{**row, "target": None} for row in rows[2:]]
+    batch = tiny_processor.data_collator()(described + generated)
+    assert batch["target_rows"].tolist() == [1, 2]
+    outputs = tiny_model(**batch)
+    assert outputs.expression_loss > 0
+    assert outputs.language_loss > 0
+
+
+def test_preferences_come_chosen_first_with_their_cells_twice(tiny_processor, rows):
+    pairs = [
+        {"cells": row["cells"], "prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": other}
+        for row, other in zip(rows, [[{"role": "assistant", "content": "a b"}]] * 3, strict=True)
+    ]
+    batch = tiny_processor.data_collator()(pairs)
+    assert batch["completion_mask"].sum(1).tolist() == [2, 2, 2, 3, 3, 3]
+    assert torch.equal(batch["gene_ids"][:3], batch["gene_ids"][3:])
+
+
+def test_labels_are_numbers_of_classes(tiny_processor, rows):
+    batch = tiny_processor.data_collator()([{"cells": row["cells"], "label": i} for i, row in enumerate(rows)])
+    assert batch["labels"].tolist() == [0, 1, 2]
+
+
+def test_rows_without_anything_to_learn_say_what_they_have(tiny_processor):
+    with pytest.raises(ValueError, match=r"their columns are \['colour'\]"):
+        tiny_processor.data_collator()([{"colour": "blue"}])

@@ -1,0 +1,237 @@
+"""States of cells: the fit recovers how cells vary, and what is drawn depends on text, id and seed alone."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from scmmgpt import synthetic
+from scmmgpt.configuration_scmmgpt import ScMMGPTConfig
+from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.states_scmmgpt import ScMMGPTCellStates
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.states import (
+    TextedCells,
+    find_posterior,
+    fit_cell_states,
+    fit_states,
+    likely_dispersion,
+    read_texted_cells,
+    regress_counts,
+)
+
+
+N_GENES = 30
+TEXTS = torch.eye(4)[:2]
+
+
+def new_states(n_genes=N_GENES, width=4):
+    torch.manual_seed(0)
+    return ScMMGPTCellStates(
+        SimpleNamespace(
+            cell_config=SimpleNamespace(vocab_size=n_genes),
+            num_state_components=3,
+            projection_dim=width,
+            state_flow_width=32,
+        )
+    )
+
+
+def planted_cells(n=500, seed=0):
+    """Two types of cells whose genes follow one state of each cell; the last two genes have no count."""
+    rng = np.random.default_rng(seed)
+    of_type = np.arange(n) % 2
+    planted = np.random.default_rng(5)
+    profiles, direction = planted.normal(0, 0.7, (2, N_GENES - 2)), planted.normal(0, 0.5, N_GENES - 2)
+    rates = np.exp(profiles[of_type] + rng.normal(size=(n, 1)) * direction)
+    totals = np.exp(rng.normal(6.5, 0.3, n))
+    counts = np.zeros((n, N_GENES))
+    counts[:, :-2] = rng.poisson(rates / rates.sum(axis=1, keepdims=True) * totals[:, None])
+    matrix = sparse.csr_matrix(counts.astype(np.float32))
+    return TextedCells(matrix, counts.sum(axis=1), TEXTS, of_type[:, None]), of_type
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    cells, of_type = planted_cells()
+    states = new_states()
+    fit_states(states, cells)
+    return states, cells, of_type
+
+
+@pytest.fixture
+def pipeline():
+    torch.manual_seed(0)
+    pipeline = synthetic.tiny_pipeline(num_state_components=3, state_flow_width=16)
+    with torch.no_grad():
+        pipeline.model.model.cell_states.text_mean.bias[-1] = 7.0  # about 1,100 counts
+        pipeline.model.model.cell_states.gene_bias.weight.fill_(5.0)
+    return pipeline
+
+
+def correlation(expression):
+    matrix = np.corrcoef(expression[:, :-2], rowvar=False)
+    return np.abs(matrix[np.triu_indices(len(matrix), 1)]).mean()
+
+
+def test_drawn_cells_have_the_profile_the_library_and_the_correlations_of_real_cells(fitted):
+    states, cells, of_type = fitted
+    for kind in (0, 1):
+        counts, sizes = states.sample(TEXTS[[kind] * 250], np.arange(250))
+        real = np.log1p(cells.counts.toarray()[of_type == kind] / cells.total_counts[of_type == kind][:, None] * 1e4)
+        drawn = np.log1p(counts / sizes[:, None] * 1e4)
+        assert np.abs(drawn.mean(axis=0) - real.mean(axis=0)).max() < 0.35
+        assert np.log(sizes).mean() == pytest.approx(np.log(cells.total_counts[of_type == kind]).mean(), abs=0.1)
+        assert np.log(sizes).std() == pytest.approx(0.3, abs=0.08)
+        assert correlation(drawn) == pytest.approx(correlation(real), rel=0.25)
+        noise = np.log1p(np.random.default_rng(0).poisson(real.mean(axis=0), real.shape))
+        assert correlation(noise) < 0.6 * correlation(real)
+
+
+def test_the_posterior_is_where_the_density_is_highest(fitted):
+    states, cells, _ = fitted
+    genes = np.arange(N_GENES - 2)
+    found = find_posterior(states, cells, genes, torch.zeros(len(cells), 3))
+    z = found.mean[:5].clone().requires_grad_()
+    theta = states.dispersion()[genes].detach()
+    sizes = torch.from_numpy(cells.total_counts[:5].astype(np.float32))[:, None] / 1e4
+    mean = states.log_rate(z)[:, genes].exp() * sizes
+    y = torch.from_numpy(cells.counts[:5, genes].toarray())
+    prior = states.text_mean(cells.features[cells.texts[:5, 0]])[:, :-1]
+    log_density = (y * mean.log() - (y + theta) * (theta + mean).log()).sum() - 0.5 * (z - prior).square().sum()
+    (gradient,) = torch.autograd.grad(log_density, z)
+    assert gradient.abs().max() < 0.05
+    assert found.factor.shape == (500, 3, 3)
+
+
+def test_a_gene_without_a_count_is_not_drawn(fitted):
+    counts, _ = fitted[0].sample(TEXTS[[0] * 100], np.arange(100))
+    assert counts[:, -2:].sum() == 0
+
+
+def test_equal_cells_and_seeds_give_equal_states(fitted):
+    cells, _ = planted_cells(100)
+    one, two, other = new_states(), new_states(), new_states()
+    for states, seed in ((one, 0), (two, 0), (other, 1)):
+        fit_states(states, cells, seed=seed)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+    assert not torch.equal(one.gene_directions.weight, other.gene_directions.weight)
+
+
+def test_a_cell_depends_on_its_text_its_id_and_the_seed_alone(fitted):
+    states = fitted[0]
+    texts, ids = TEXTS[[0, 1, 0, 1]], np.array([7, 8, 9, 2**63 + 5], dtype=np.uint64)
+    together, sizes = states.sample(texts, ids, seed=3)
+    for row in range(4):
+        alone, size = states.sample(texts[[row]], ids[[row]], seed=3)
+        np.testing.assert_array_equal(alone[0], together[row])
+        assert size[0] == pytest.approx(sizes[row], rel=1e-12)
+    assert (states.sample(texts, ids, seed=4)[0] != together).any(axis=1).all()
+    given, size = states.sample(texts, ids, seed=3, library_size=np.full(4, 5000.0))
+    assert size.tolist() == [5000] * 4
+    assert (given.sum(axis=1) > together.sum(axis=1)).all()
+
+
+def test_the_mean_profile_of_a_text_is_that_of_its_cells(fitted):
+    states = fitted[0]
+    mean = np.expm1(states.mean_expression(TEXTS))
+    counts, sizes = states.sample(TEXTS[[0] * 2000], np.arange(2000))
+    drawn = (counts / sizes[:, None] * 1e4).mean(axis=0)
+    np.testing.assert_allclose(mean[0, :-2], drawn[:-2], rtol=0.2, atol=2)
+
+
+def test_the_regression_finds_planted_rates_and_dispersions():
+    rng = np.random.default_rng(0)
+    z = torch.cat([torch.from_numpy(rng.normal(size=(4000, 1))), torch.ones(4000, 1).double()], dim=1)
+    sizes = torch.full((4000,), 0.2, dtype=torch.float64)
+    mean = torch.exp(z @ torch.tensor([[0.5, 3.0], [0.0, 4.0]], dtype=torch.float64).t()) * sizes[:, None]
+    gamma = rng.gamma(2.0, 1 / 2.0, (4000, 2)) * [1, 0] + [0, 1]  # the second gene is Poisson
+    counts = torch.from_numpy(rng.poisson(mean.numpy() * gamma).T.astype(float))
+    found = regress_counts(counts, z, sizes)
+    np.testing.assert_allclose(found[:, :2].numpy(), [[0.5, 3.0], [0.0, 4.0]], atol=0.06)
+    assert found[0, 2].exp().item() == pytest.approx(2)
+    assert found[1, 2].exp().item() >= 60
+
+
+def test_the_likely_dispersion_is_that_of_scipy():
+    from scipy.stats import nbinom
+
+    rng = np.random.default_rng(0)
+    mean = rng.uniform(0.5, 5, 300)
+    counts = rng.negative_binomial(4, 4 / (4 + mean))
+    grid = np.array([1.0, 2.0, 4.0, 7.0, 12.0, 20.0])
+    best = grid[np.argmax([nbinom.logpmf(counts, t, t / (t + mean)).sum() for t in grid])]
+    assert (
+        likely_dispersion(torch.from_numpy(counts)[None].float(), torch.from_numpy(mean)[None].float()).item() == best
+    )
+
+
+def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_processor):
+    states = pipeline.model.model.cell_states
+    cells = read_texted_cells(open_corpus(corpus), CaptionSampler(), pipeline.model, tiny_processor)
+    assert cells.counts.shape == (32, pipeline.model.config.cell_config.vocab_size)
+    assert cells.texts.shape == (32, 8)  # four captions of the set, and four short ones
+    assert torch.linalg.vector_norm(cells.features, dim=1).tolist() == pytest.approx([1] * len(cells.features))
+    before = states.gene_bias.weight.clone()
+    fit_cell_states(pipeline.model, open_corpus(corpus), CaptionSampler(), tiny_processor)
+    assert not torch.equal(states.gene_bias.weight, before)
+    sizes = pipeline.generate("cell type: B cell.", 50).obs["library_size"]
+    assert sizes.median() == pytest.approx(np.median(cells.total_counts), rel=0.3)
+
+
+def test_the_pipeline_draws_a_state_and_a_library_for_each_cell(pipeline):
+    cells = pipeline.generate({"B": "a B cell", "T": "a T cell"}, 3)
+    assert cells.obs["cell_type"].tolist() == ["B"] * 3 + ["T"] * 3
+    assert cells.obs["library_size"].nunique() == 6
+    assert (cells.layers["counts"].sum(axis=1) > 0).all()
+    fewer = pipeline.generate("a T cell", 2)  # a cell does not depend on other prompts, nor on how many there are
+    np.testing.assert_array_equal(fewer.X.toarray(), cells.X.toarray()[3:5])
+    other = pipeline.generate("a T cell", 2, seed=1)
+    assert (other.layers["counts"] != fewer.layers["counts"]).nnz
+    given = pipeline.generate("a T cell", 2, library_size=500)
+    assert given.obs["library_size"].tolist() == [500, 500]
+
+
+def test_a_gene_does_not_depend_on_which_other_genes_are_generated(pipeline):
+    whole = pipeline.generate("a B cell", 2)
+    some = pipeline.generate("a B cell", 2, genes=["LYZ", "CD19"])
+    np.testing.assert_array_equal(some.X.toarray(), whole[:, ["LYZ", "CD19"]].X.toarray())
+
+
+def test_without_sampling_every_cell_of_a_prompt_is_the_mean(pipeline):
+    cells = pipeline.generate(["a B cell", "a T cell"], 2, do_sample=False)
+    assert "counts" not in cells.layers
+    values = cells.X.toarray()
+    np.testing.assert_array_equal(values[0], values[1])
+    assert cells.shape[0] == 4
+
+
+def test_states_travel_with_the_checkpoint(pipeline, tmp_path):
+    pipeline.model.save_pretrained(tmp_path)
+    loaded, info = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for name, value in pipeline.model.model.cell_states.state_dict().items():
+        assert torch.equal(value, loaded.model.cell_states.state_dict()[name]), name
+
+
+def test_a_checkpoint_without_states_generates_from_its_expression_head(tiny_model):
+    assert tiny_model.model.cell_states is None
+    assert not [name for name in tiny_model.state_dict() if "cell_states" in name]
+
+
+def test_a_number_of_components_below_one_is_an_error():
+    with pytest.raises(ValueError, match="num_state_components is 0"):
+        ScMMGPTConfig(num_state_components=0)
+
+
+def test_stored_labels_ask_by_the_kind_of_text_that_was_trained(pipeline, tiny_pipeline):
+    text = "cell type: B cell. A lymphocyte of B lineage. It has a role."
+    for each in (pipeline, tiny_pipeline):
+        each.model.config.annotation = {"labels": {"B": text, "mine": "the cell that I sorted"}}
+    assert pipeline.label_prompts() == {"B": "cell type: B cell.", "mine": "the cell that I sorted."}
+    assert tiny_pipeline.label_prompts() == {"B": text, "mine": "the cell that I sorted"}

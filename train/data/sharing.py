@@ -1,0 +1,92 @@
+"""Folders on the Hub."""
+
+import os
+import shutil
+from importlib.metadata import requires
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from packaging.requirements import Requirement
+
+
+# What a run or a build leaves beside a checkpoint, adapter or corpus: locks, half-written files, intermediate
+# checkpoints, copies for fast reading, and the parts of a LoRA run that get repositories of their own.
+STAYS_HOME = ("_*", "*.lock", ".*.tmp*", ".cache/*", "cache/*", "checkpoint-*", ".checkpoint-*", "base/*", "adapter/*")
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload a folder to the Hub, except `STAYS_HOME`, into a repository that is made if it is missing.
+
+    Returns:
+        Full name of the repository, `owner/name`.
+    """
+    api = HfApi(token=token)
+    sdk = "gradio" if repo_type == "space" else None  # of pages, and of metrics, which `evaluate` reads from Spaces
+    repo = api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo, branch=revision, repo_type=repo_type, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo,
+        repo_type=repo_type,
+        folder_path=str(folder),
+        commit_message=f"Upload {Path(folder).name}",
+        ignore_patterns=list(STAYS_HOME),
+        revision=revision,
+    )
+    return repo
+
+
+SPACE_CARD = """---
+title: scMMGPT
+sdk: gradio
+app_file: app.py
+models:
+- {model}
+license: apache-2.0
+---
+
+The page of scMMGPT: annotate, find, describe and generate single cells with `{model}`. The variable `SCMMGPT_MODEL` of
+the Space names another checkpoint.
+"""
+SPACE_APP = '''"""Serve the page of scMMGPT."""
+
+import os
+
+from scmmgpt.app import main
+
+
+os.environ.setdefault("SCMMGPT_MODEL", "{model}")
+if __name__ == "__main__":
+    main(["--host", "0.0.0.0"])
+'''
+
+
+def write_space(folder: str | os.PathLike, model: str) -> Path:
+    """Write a folder that is a Space with the page of a checkpoint, `model`.
+
+    The folder carries the modules of this package that users need, and the requirements of the installed package
+    with the extra `app`. `push_folder(folder, "owner/page", repo_type="space")` uploads it; `python app.py` in it
+    serves the page here.
+    """
+    root, folder = Path(__file__).parents[2], Path(folder)
+    (folder / "scmmgpt").mkdir(parents=True, exist_ok=True)
+    for path in root.glob("*.py"):
+        shutil.copy(path, folder / "scmmgpt")
+    needed = [Requirement(line) for line in requires("scmmgpt") or []]
+    needed = [
+        f"{line.name}{line.specifier}"
+        for line in needed
+        if line.marker is None or line.marker.evaluate({"extra": "app"})
+    ]
+    (folder / "app.py").write_text(SPACE_APP.format(model=model), encoding="utf-8")
+    (folder / "README.md").write_text(SPACE_CARD.format(model=model), encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join(sorted(needed)) + "\n", encoding="utf-8")
+    return folder

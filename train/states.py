@@ -1,0 +1,389 @@
+"""The fit of [`ScMMGPTCellStates`]: a factor model of the training cells, and the prior of its states given texts.
+
+1. Closed form: principal components of log1p(CP10k) give gene directions and a linear encoder, and ridge regression
+   the mean state of a text.
+2. Gradient steps on the factor model of the most expressed genes: the likelihood of the counts under the states that
+   the encoder finds, and the divergence of these states from the prior (a variational autoencoder with a linear
+   decoder).
+3. Rounds of expectation and maximisation: the posterior of each state, by Newton's method, and the regression of the
+   counts of each gene on states drawn from it, which gives bias, direction and dispersion; in the end of every gene.
+4. Gradient steps on the flow, which carries noise to the states and library sizes of the cells of a text.
+
+The encoder is of the fit alone: no cell is read when cells are generated. `train/LOG.md` has the choices.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from scmmgpt.cells_scmmgpt import COUNTS_PER_10K, Cells, log1p_cp10k
+from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.states_scmmgpt import ScMMGPTCellStates
+from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler
+from scmmgpt.train.data.corpus import Corpus
+
+
+logger = logging.getLogger(__name__)
+
+MAX_CELLS = 20_000  # of the training split
+CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
+TEXTS_AT_ONCE = 128
+NUM_GENES = 3000  # the most expressed genes, which determine the states
+FACTOR_BATCH, FLOW_BATCH = 128, 256
+FACTOR_EPOCHS, FLOW_EPOCHS = 50, 375
+MAX_FACTOR_STEPS, MAX_FLOW_STEPS = 1000, 4000
+EM_ROUNDS = 3
+FACTOR_RATE, ENCODER_RATE, FLOW_RATE = 3e-3, 3e-4, 1e-3  # peak learning rates of Adam
+WARM_UP = 0.2  # share of the steps over which the divergence gains its weight
+RIDGE = 1.0
+START_SCALE = 0.5  # of the directions: the scores of principal components hold noise, which states do not
+DIRECTION_PRECISION = 20.0  # of the Gaussian prior of a gene's direction
+MIN_RATE = 1e-4  # counts per 10,000 of a gene that no training cell expresses
+NEWTON_STEPS, MAX_CHANGE = 8, 1.5  # of regression and posterior, and the largest change of a log rate in a step
+GENES_AT_ONCE, CELLS_AT_ONCE = 512, 256  # in the regression, and of the posterior
+DISPERSIONS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 7.0, 12.0, 20.0, 35.0, 60.0, 100.0, 300.0, 1000.0)
+
+
+@dataclass(eq=False)
+class TextedCells:
+    """Training cells, and the features of texts about them.
+
+    Args:
+        counts: Raw counts, CSR float32 `(n_cells, vocab_size)`.
+        total_counts: Library sizes, `(n_cells,)`.
+        features: Features of the distinct texts, float32 `(n_texts, text_width)`.
+        texts: Rows of `features`, int64 `(n_cells, n_draws)`: the texts of each cell.
+    """
+
+    counts: sparse.csr_matrix
+    total_counts: np.ndarray
+    features: Tensor
+    texts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.total_counts)
+
+    def mean_features(self) -> np.ndarray:
+        """Mean features of each cell's texts, `(n_cells, text_width)`."""
+        return self.features.numpy()[self.texts].mean(axis=1)
+
+    def draw_features(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """Features of one text of each of the cells `rows`."""
+        return self.features[self.texts[rows, rng.integers(self.texts.shape[1], size=len(rows))]]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Means `(N, K)` of the states of cells, and Cholesky factors `(N, K, K)` of their covariances."""
+
+    mean: Tensor
+    factor: Tensor
+
+    def draw(self, rows: np.ndarray | slice, generator: torch.Generator) -> Tensor:
+        """States of the cells `rows`, `(n_rows, K)`."""
+        mean = self.mean[rows]
+        return mean + torch.einsum("nij,nj->ni", self.factor[rows], torch.randn(mean.shape, generator=generator))
+
+
+class FactorModel(nn.Module):
+    """The factor model of some genes, with an encoder: mean and log variance of a state, linear in log1p(CP10k)."""
+
+    def __init__(self, cells: TextedCells, genes: np.ndarray, num_components: int, seed: int) -> None:
+        super().__init__()
+        self.genes = genes
+        counts = cells.counts[:, genes]
+        expression = log1p_cp10k(counts, cells.total_counts)
+        pca = PCA(num_components, svd_solver="arpack", random_state=seed)
+        scores = pca.fit_transform(expression)
+        text = Ridge(RIDGE).fit(cells.mean_features(), scores)
+        scale = (scores - text.predict(cells.mean_features())).std(axis=0)
+        # A change of log1p(CP10k) is one of the log rate where a gene is high, and a multiple of it where it is low.
+        height = np.clip(np.asarray(expression.mean(axis=0)).ravel(), 0.1, 1.0)
+        rate = np.asarray(counts.sum(axis=0)).ravel() / cells.total_counts.sum() * COUNTS_PER_10K
+        weights = pca.components_ / scale[:, None]
+        self.directions = parameter(START_SCALE * pca.components_ * scale[:, None] / height)
+        self.bias = parameter(np.log(np.maximum(rate, MIN_RATE)))
+        self.log_dispersion = parameter(np.zeros(len(genes)))
+        self.encoder = parameter(np.concatenate([weights, np.zeros_like(weights)]).T)
+        self.encoder_bias = parameter(np.concatenate([-weights @ pca.mean_, np.full(num_components, -2.0)]))
+        self.text_weights = parameter((text.coef_ / scale[:, None]).T)
+        self.text_bias = parameter(text.intercept_ / scale)
+
+    def encode(self, counts: sparse.csr_matrix, total_counts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the states, `(N, K)`, of counts of the model's genes `(N, n_genes)`."""
+        expression = torch.from_numpy(log1p_cp10k(counts, total_counts).toarray())
+        mean, log_variance = (expression @ self.encoder + self.encoder_bias).chunk(2, dim=1)
+        return mean, log_variance.clamp(-8, 4)
+
+    def log_likelihood(self, states: Tensor, counts: sparse.csr_matrix, totals: Tensor) -> Tensor:
+        """Mean over cells of the log-likelihood of their counts, without terms of the counts alone.
+
+        Most counts are 0, whose probability has a short form: only the others take logarithms of gamma functions.
+        """
+        theta = self.log_dispersion.exp()
+        mean = (states @ self.directions + self.bias).clamp(-12, 8).exp() * (totals[:, None] / COUNTS_PER_10K)
+        of_zeros = -(theta * torch.log1p(mean / theta)).sum()
+        rows = torch.from_numpy(np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr)))
+        columns, y = torch.from_numpy(counts.indices.astype(np.int64)), torch.from_numpy(counts.data)
+        mu, t = mean[rows, columns], theta[columns]
+        of_counts = y * (mu.log() - (mu + t).log()) + torch.lgamma(y + t) - torch.lgamma(t)
+        return (of_zeros + of_counts.sum()) / counts.shape[0]
+
+
+def parameter(values: np.ndarray) -> nn.Parameter:
+    """A float32 parameter."""
+    return nn.Parameter(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))
+
+
+def batches(n: int, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Rows of each step: shuffled epochs, one after the other."""
+    order = np.empty(0, dtype=np.int64)
+    for _ in range(steps):
+        while len(order) < size:
+            order = np.concatenate([order, rng.permutation(n)])
+        yield order[:size]
+        order = order[size:]
+
+
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """A warm-up over a twentieth of the steps, then a cosine to 0."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, 20 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+
+
+def fit_factors(cells: TextedCells, genes: np.ndarray, num_components: int, *, steps: int, seed: int) -> Posterior:
+    """Maximise the evidence lower bound of the genes' counts; the states of the cells as the encoder finds them."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    model = FactorModel(cells, genes, num_components, seed)
+    encoder = [model.encoder, model.encoder_bias]
+    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder")]
+    optimizer = torch.optim.Adam([{"params": others, "lr": FACTOR_RATE}, {"params": encoder, "lr": ENCODER_RATE}])
+    schedule = cosine_schedule(optimizer, steps)
+    counts, totals = cells.counts[:, genes], torch.from_numpy(cells.total_counts.astype(np.float32))
+    progress = tqdm(batches(len(cells), FACTOR_BATCH, steps, rng), "Fitting the factors of cells", total=steps)
+    for step, rows in enumerate(progress):
+        mean, log_variance = model.encode(counts[rows], cells.total_counts[rows])
+        drawn = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
+        expected = cells.draw_features(rows, rng) @ model.text_weights + model.text_bias
+        divergence = 0.5 * ((mean - expected) ** 2 + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
+        likelihood = model.log_likelihood(drawn, counts[rows], totals[rows])
+        prior = 0.5 * DIRECTION_PRECISION * model.directions.square().sum() / len(cells)
+        loss = min(1.0, step / (WARM_UP * steps)) * divergence - likelihood + prior
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    logger.info("Factor model: loss of the last batch %.1f, divergence %.2f", loss.item(), divergence.item())
+    with torch.no_grad():
+        pieces = [
+            model.encode(counts[first : first + 1024], cells.total_counts[first : first + 1024])
+            for first in range(0, len(cells), 1024)
+        ]
+    means, log_variances = zip(*pieces, strict=True)
+    return Posterior(torch.cat(means), torch.diag_embed((0.5 * torch.cat(log_variances)).exp()))
+
+
+@torch.no_grad()
+def find_posterior(states: ScMMGPTCellStates, cells: TextedCells, genes: np.ndarray, start: Tensor) -> Posterior:
+    """Mode and curvature of each cell's state, given its counts of the genes and the mean state of its texts."""
+    directions, bias = states.gene_directions.weight[genes], states.gene_bias.weight[genes, 0]
+    theta, k = states.dispersion()[genes], states.num_components
+    squares = (directions[:, :, None] * directions[:, None, :]).flatten(1)  # (G, K * K)
+    expected = states.text_mean(torch.from_numpy(cells.mean_features()))[:, :-1]
+    counts, means, factors = cells.counts[:, genes], [], []
+    for first in range(0, len(cells), CELLS_AT_ONCE):
+        rows = slice(first, first + CELLS_AT_ONCE)
+        y = torch.from_numpy(counts[rows].toarray())
+        sizes = torch.from_numpy(cells.total_counts[rows].astype(np.float32))[:, None] / COUNTS_PER_10K
+        z = start[rows]
+        for _ in range(NEWTON_STEPS):
+            mean = (z @ directions.t() + bias).clamp(-12, 8).exp() * sizes
+            share = theta / (theta + mean)
+            gradient = ((y - mean) * share) @ directions - (z - expected[rows])
+            precision = ((mean * share) @ squares).unflatten(1, (k, k)) + torch.eye(k)
+            step = torch.linalg.solve(precision, gradient[..., None])[..., 0]
+            change = (step @ directions.t()).abs().amax(dim=1, keepdim=True)
+            z = z + step * (MAX_CHANGE / change.clamp(min=MAX_CHANGE))
+        means.append(z)
+        factors.append(torch.linalg.cholesky(torch.linalg.inv(precision)))
+    return Posterior(torch.cat(means), torch.cat(factors))
+
+
+def regress_genes(states: ScMMGPTCellStates, drawn: Tensor, cells: TextedCells, genes: np.ndarray) -> None:
+    """Fit bias, direction and dispersion of the genes, given states `(N, K)`."""
+    sizes = torch.from_numpy(cells.total_counts / COUNTS_PER_10K)
+    z = torch.cat([drawn, torch.ones(len(drawn), 1)], dim=1).double()
+    by_gene = cells.counts.tocsc()
+    for first in range(0, len(genes), GENES_AT_ONCE):
+        some = genes[first : first + GENES_AT_ONCE]
+        counts = torch.from_numpy(by_gene[:, some].toarray().T.astype(np.float64))
+        table = regress_counts(counts, z, sizes).float()
+        with torch.no_grad():
+            states.gene_directions.weight[some] = table[:, :-2]
+            states.gene_bias.weight[some] = table[:, -2:-1]
+            states.gene_log_dispersion.weight[some] = table[:, -1:]
+
+
+def regress_counts(counts: Tensor, z: Tensor, sizes: Tensor) -> Tensor:
+    """Negative-binomial regression of each gene by Newton's method.
+
+    The directions have a Gaussian prior, so a gene of few counts stays near its mean.
+
+    Args:
+        counts: float64 `(G, N)`.
+        z: States and a column of ones, float64 `(N, K + 1)`.
+        sizes: Library sizes in 10,000 counts, float64 `(N,)`.
+
+    Returns:
+        Direction, bias and log inverse dispersion, float64 `(G, K + 2)`.
+    """
+    width = z.shape[1]
+    squares = (z[:, :, None] * z[:, None, :]).flatten(1).float()  # (N, (K + 1)**2)
+    precision = torch.diag(torch.tensor([DIRECTION_PRECISION] * (width - 1) + [1e-3], dtype=torch.float64))
+    prior = torch.zeros(len(counts), width, dtype=torch.float64)
+    prior[:, -1] = (counts.sum(dim=1) / sizes.sum()).clamp(min=MIN_RATE).log()
+    beta = prior.clone()
+    for _ in range(NEWTON_STEPS):
+        mean = (beta @ z.t()).clamp(-12, 8).exp() * sizes
+        excess = ((counts - mean).square() - mean).sum(dim=1).clamp(min=1e-9)
+        theta = (mean.square().sum(dim=1) / excess).clamp(0.1, 100.0)
+        share = theta[:, None] / (theta[:, None] + mean)
+        gradient = ((counts - mean) * share) @ z - (beta - prior) @ precision
+        hessian = ((mean * share).float() @ squares).double().unflatten(1, (width, width)) + precision
+        step = torch.linalg.solve(hessian, gradient[..., None])[..., 0]
+        change = (step @ z.t()).abs().amax(dim=1, keepdim=True)  # Newton's steps can overshoot
+        beta += step * (MAX_CHANGE / change.clamp(min=MAX_CHANGE))
+    mean = (beta @ z.t()).clamp(-12, 8).exp() * sizes
+    return torch.cat([beta, likely_dispersion(counts.float(), mean.float()).log()[:, None]], dim=1)
+
+
+def likely_dispersion(counts: Tensor, mean: Tensor) -> Tensor:
+    """Maximum-likelihood inverse dispersion of each gene, among `DISPERSIONS`; counts and means are `(G, N)`."""
+    rows, columns = counts.nonzero(as_tuple=True)
+    y, mu = counts[rows, columns], mean[rows, columns]
+    scores = []
+    for value in DISPERSIONS:
+        theta = torch.tensor(value, dtype=torch.float64)
+        of_counts = y * (mu.log() - (mu + value).log()) + (torch.lgamma(y + theta) - torch.lgamma(theta))
+        of_zeros = -value * torch.log1p(mean / value).sum(dim=1)
+        scores.append(of_zeros.double().index_add(0, rows, of_counts.double()))
+    return torch.tensor(DISPERSIONS)[torch.stack(scores).argmax(dim=0)]
+
+
+def fit_prior_mean(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells) -> None:
+    """Ridge regression of the mean state and log library size of a text, and the scale of what is left."""
+    features = cells.mean_features()
+    place = np.concatenate([posterior.mean.numpy(), np.log(cells.total_counts)[:, None]], axis=1)
+    ridge = Ridge(RIDGE).fit(features, place)
+    residual = place - ridge.predict(features)
+    variance = posterior.factor.square().sum(dim=2).mean(dim=0).numpy()
+    with torch.no_grad():
+        states.text_mean.weight.copy_(torch.from_numpy(ridge.coef_))
+        states.text_mean.bias.copy_(torch.from_numpy(ridge.intercept_))
+        states.residual_scale.copy_(torch.from_numpy(np.sqrt(residual.var(axis=0) + np.append(variance, 0))))
+
+
+def fit_flow(states: ScMMGPTCellStates, posterior: Posterior, cells: TextedCells, *, steps: int, seed: int) -> None:
+    """Flow matching from noise to the residuals of the cells' states and library sizes, along straight lines."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam([*states.flow_layers.parameters(), *states.flow_output.parameters()], lr=FLOW_RATE)
+    schedule = cosine_schedule(optimizer, steps)
+    log_size = torch.from_numpy(np.log(cells.total_counts).astype(np.float32))
+    losses = []
+    for rows in tqdm(batches(len(cells), FLOW_BATCH, steps, rng), "Fitting the flow of states", total=steps):
+        features = cells.draw_features(rows, rng)
+        place = torch.cat([posterior.draw(rows, generator), log_size[rows][:, None]], dim=1)
+        target = (place - states.text_mean(features).detach()) / states.residual_scale.detach()
+        noise = torch.randn(target.shape, generator=generator)
+        time = torch.rand(len(rows), generator=generator)
+        between = noise + time[:, None] * (target - noise)
+        loss = (states.velocity(between, time, features) - (target - noise)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    logger.info("Flow: mean loss of the last steps %.4f", np.mean(losses[-100:]))
+
+
+def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) -> None:
+    """Fit all parameters; the same cells, texts and seed give the same ones."""
+    totals = np.asarray(cells.counts.sum(axis=0)).ravel()
+    genes = np.sort(np.argsort(-totals, kind="stable")[:NUM_GENES])
+    genes = genes[totals[genes] > 0]
+    with torch.no_grad():
+        states.gene_directions.weight.zero_()
+        states.gene_bias.weight.fill_(math.log(MIN_RATE))
+        states.gene_log_dispersion.weight.zero_()
+    steps = min(MAX_FACTOR_STEPS, -(-FACTOR_EPOCHS * len(cells) // FACTOR_BATCH))
+    posterior = fit_factors(cells, genes, states.num_components, steps=steps, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(EM_ROUNDS), "Refining the factors"):
+        regress_genes(states, posterior.draw(slice(None), generator), cells, genes)
+        fit_prior_mean(states, posterior, cells)
+        posterior = find_posterior(states, cells, genes, posterior.mean)
+    regress_genes(states, posterior.draw(slice(None), generator), cells, np.flatnonzero(totals))
+    fit_prior_mean(states, posterior, cells)
+    steps = min(MAX_FLOW_STEPS, -(-FLOW_EPOCHS * len(cells) // FLOW_BATCH))
+    fit_flow(states, posterior, cells, steps=steps, seed=seed)
+
+
+@torch.no_grad()
+def read_texted_cells(
+    corpus: Corpus, captions: CaptionSampler, model: ScMMGPTForConditionalGeneration, processor: ScMMGPTProcessor
+) -> TextedCells:
+    """Training cells of the corpus, and the features of captions about them.
+
+    The texts are captions of the training and short ones, which name little but the type, so that both kinds of prompt
+    are known. No text names genes of its cell, which would give the target away.
+    """
+    columns = [column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")]
+    pieces, tables = [], []
+    for piece, table in corpus.row_groups("train", columns):
+        pieces.append(piece)
+        tables.append(table.to_pandas())
+        if sum(map(len, pieces)) >= MAX_CELLS:
+            break
+    cells = Cells.concatenate(pieces)[:MAX_CELLS]
+    obs = {name: np.concatenate([np.asarray(t[name], dtype=object) for t in tables])[:MAX_CELLS] for name in columns}
+    samplers = (captions, CaptionSampler("short", seed=captions.seed, ontology=captions.ontology))
+    draws = [
+        sampler.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
+        for sampler in samplers
+        for epoch in range(CAPTION_EPOCHS)
+    ]
+    texts, rows = np.unique(np.array(draws, dtype=object).astype(str), return_inverse=True)
+    features = []
+    for first in range(0, len(texts), TEXTS_AT_ONCE):
+        inputs = processor(qformer_text=texts[first : first + TEXTS_AT_ONCE].tolist()).to(model.device)
+        features.append(model.get_text_features(**inputs).float().cpu())
+    shape = len(cells), model.config.cell_config.vocab_size
+    arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
+    counts, sizes = sparse.csr_matrix(arrays, shape=shape), cells.library_sizes().astype(np.float64)
+    return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T)
+
+
+def fit_cell_states(
+    model: ScMMGPTForConditionalGeneration,
+    corpus: Corpus,
+    captions: CaptionSampler,
+    processor: ScMMGPTProcessor,
+    *,
+    seed: int = 0,
+) -> None:
+    """Fit the states of the model to the training cells of the corpus, and to the texts as the model encodes them."""
+    was_training = model.training
+    model.eval()
+    fit_states(model.model.cell_states, read_texted_cells(corpus, captions, model, processor), seed=seed)
+    model.train(was_training)
