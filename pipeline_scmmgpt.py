@@ -442,7 +442,7 @@ class ScMMGPTPipeline:
         multiplied by the temperature, by which [`label_probabilities`] divides them.
         """
         similarity_weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
-        readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
+        readout_alone = not similarity_weight and not settings["matching_weight"]
         temperature = settings["temperature"]
         text_inputs = self.processor(qformer_text=texts).to(self.device)
         text_features = self._text_features(text_inputs)
@@ -450,7 +450,7 @@ class ScMMGPTPipeline:
 
         def score(cells: Cells) -> tuple[torch.Tensor, ...]:
             novelty = () if novelty_of is None else (torch.from_numpy(novelty_of(cells)),)
-            if readout_alone:
+            if readout is not None and readout_alone:
                 return (temperature * torch.from_numpy(readout(cells)), *novelty)
             inputs = self._inputs(cells)
             similarity = cell_text_similarity(self._bridge().get_cell_features(**inputs), text_features)

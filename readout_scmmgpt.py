@@ -265,5 +265,7 @@ def sum_weights(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, w
     """The product of ragged rows with `weights` `(n_genes, width)`, float32 `(n_cells, width)`, each row alone."""
     if not len(positions):
         return np.zeros((len(indptr) - 1, weights.shape[1]), dtype=np.float32)
-    parts = (torch.from_numpy(array) for array in (positions, weights, indptr[:-1]))
-    return F.embedding_bag(*parts, mode="sum", per_sample_weights=torch.from_numpy(values)).numpy()  # type: ignore[misc]
+    genes, starts = torch.from_numpy(positions), torch.from_numpy(indptr[:-1])
+    per_entry = torch.from_numpy(values)
+    bags = F.embedding_bag(genes, torch.from_numpy(weights), starts, mode="sum", per_sample_weights=per_entry)
+    return bags.numpy()

@@ -134,6 +134,20 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
 
 
+def resampled_f1(truth: np.ndarray, predicted: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """[`macro_f1`] of each draw of cells, `(n_draws,)`; `draws` are row numbers `(n_draws, n_cells)`."""
+    labels, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    true, named = codes[: len(truth)], codes[len(truth) :]
+
+    def counts(of_cells: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        return np.stack([np.bincount(of_cells[rows[kept[rows]]], minlength=len(labels)) for rows in draws])
+
+    everything = np.ones(len(truth), bool)
+    support, hits = counts(true, everything), counts(true, true == named)
+    scores = 2 * hits / np.maximum(support + counts(named, everything), 1)
+    return (scores * (support > 0)).sum(axis=1) / (support > 0).sum(axis=1)
+
+
 def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.ndarray:
     """Our readout."""
     penalty = choose_penalty(case) if choose else PENALTY
@@ -211,11 +225,10 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray]) -> list[di
     draws = {}
     for number, (name, truth) in enumerate(truths.items()):
         rng = np.random.default_rng([0, number])
-        draws[name] = [rng.integers(len(truth), size=len(truth)) for _ in range(N_RESAMPLES)]
+        draws[name] = rng.integers(len(truth), size=(N_RESAMPLES, len(truth)))
 
     def replicates(predicted: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-        of_sets = [[macro_f1(truths[n][rows], predicted[n][rows]) for rows in draws[n]] for n in names]
-        return np.mean(of_sets, axis=0)
+        return np.mean([resampled_f1(truths[name], predicted[name], draws[name]) for name in names], axis=0)
 
     rows, ours = [], of_system.get(MODEL, {})
     for system, predicted in of_system.items():

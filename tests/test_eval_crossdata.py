@@ -96,3 +96,11 @@ def test_a_label_without_a_cell_is_refused():
     data = Dataset(csr_matrix(np.ones((2, 3), dtype=np.float32)), np.arange(3), np.array([0, 1]))
     with pytest.raises(ValueError, match="1 of 3 labels have no cell"):
         fit_pooled_readout([data], 3)
+
+
+def test_resampled_scores_are_macro_f1_of_the_resampled_cells():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.choice(["a", "b", "c"], 40), rng.choice(["a", "b", "c", "d"], 40)
+    draws = rng.integers(40, size=(5, 40))
+    expected = [crossdata.macro_f1(truth[rows], predicted[rows]) for rows in draws]
+    np.testing.assert_allclose(crossdata.resampled_f1(truth, predicted, draws), expected)

@@ -12,10 +12,13 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
+from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
+from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train import finetune, labels, readout
-from scmmgpt.train.arguments import FinetuneDataArguments
+from scmmgpt.train.arguments import FinetuneDataArguments, FinetuneModelArguments
+from scmmgpt.train.convert import save_cell_model
 
 
 GENES = (
@@ -260,3 +263,36 @@ def test_texts_of_labels_come_from_a_table_of_excel_too(tmp_path):
     (tmp_path / "texts.csv").write_bytes("label;text\nB;a B cell\n".encode("utf-8-sig"))
     found = labels_of(["B", "T"] * 2, label_texts=str(tmp_path / "texts.csv"))
     assert found.texts[0] == "a B cell"
+
+
+def test_a_converted_cell_model_is_fine_tuned_in_its_own_vocabulary(cells, bert, tmp_path):
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *GENES[::-1], "OTHER"])}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = ScGPTModel(ScGPTConfig(vocab_size=len(vocabulary), pad_token_id=0, cls_token_id=1, **sizes))
+    extractor = ScMMGPTFeatureExtractor(pad_token_id=0, cls_token_id=1)
+    save_cell_model(tmp_path / "scgpt", model, vocabulary, {}, extractor)
+    record = run(cells, bert, tmp_path, cell_model=tmp_path / "scgpt", num_train_epochs=1)
+    assert record["epochs"]
+    assert set(record["parts"]) in ({"readout"}, {"readout", "transformer", "both"})
+    if record["similarity_weight"]:  # only what fits the held-out cells better stays
+        assert record["parts"]["both"]["loss"] < record["parts"]["readout"]["loss"]
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tmp_path / "out"), device="cpu")
+    assert pipeline.processor.gene_tokenizer.get_vocab() == vocabulary
+    annotated = pipeline.annotate(cells.copy())
+    assert np.mean(annotated.obs["scmmgpt_cell_type"] == annotated.obs["label"]) > 0.9
+
+
+def test_a_checkpoint_and_a_cell_model_are_not_given_together():
+    with pytest.raises(ValueError, match="not both"):
+        FinetuneModelArguments(checkpoint="aligned", cell_model="scgpt")
+
+
+def test_similarities_that_say_nothing_about_the_labels_get_no_weight():
+    rng = np.random.default_rng(0)
+    targets = np.arange(60) % 3
+    logits = 3.0 * np.eye(3)[targets] + rng.normal(size=(60, 3))
+    assert readout.fit_similarity_weight(logits, rng.normal(size=(60, 3)) / 10, targets)[0] == 0
+    weight, both = readout.fit_similarity_weight(logits, np.eye(3)[targets] / 2, targets)
+    assert weight > 1
+    assert readout.scores_of(both, targets)["accuracy"] == 1

@@ -3,6 +3,7 @@
 ```
 python -m scmmgpt.train finetune --adata cells.h5ad --label_key cell_type --group_key donor --output_dir DIR
 python -m scmmgpt.train finetune --adata cells.h5ad --label_key cell_type --checkpoint ALIGNED --output_dir DIR
+python -m scmmgpt.train finetune --adata cells.h5ad --label_key cell_type --cell_model SCGPT --output_dir DIR
 scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 ```
 
@@ -26,9 +27,10 @@ not run the transformer. `finetune.json` records readout, transformer and both o
 not trained a gate is fitted, by leaving out each label in turn: see `unseen_scmmgpt`.
 
 The cell projection of a new model starts at zero. Queries then contribute nothing, and the readout alone places the
-cells; no gradient step is taken by default. From a checkpoint the readout is added to the projected queries, in the
-proportion that fits the held-out cells best. With `--shots` nothing is held out, and the strength is the default.
-Cells without a label help where labels are few: see `readout.fit_spread_regression`.
+cells; no gradient step is taken by default. With `--cell_model`, a converted scGPT, the file is read in the vocabulary
+of that model, and gradient steps let the queries grow beside the readout. From a checkpoint the readout is added to
+the projected queries, in the proportion that fits the held-out cells best. With `--shots` nothing is held out, and the
+strength is the default. Cells without a label help where labels are few: see `readout.fit_spread_regression`.
 """
 
 import logging
@@ -49,7 +51,7 @@ from scmmgpt.files import filled_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
 from scmmgpt.readers import read_file
 from scmmgpt.reading_scmmgpt import choose_input, read_cells
 from scmmgpt.train import readout
@@ -72,7 +74,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_TEMPERATURE = 0.1  # where nothing is held out
 READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # lengths of the readout, in those of a checkpoint's queries
 REFERENCE_TEXTS = 400  # cell types of the ontology that give the axes of a new text projection, at most
-DEFAULT_EPOCHS = 3  # from a checkpoint
+DEFAULT_EPOCHS = 3  # from a checkpoint, also of a cell model alone
 PATIENCE = 2  # epochs without a lower validation loss before training stops
 FROZEN_PARTS = (*UNTRAINED_PARTS, "matching_head.", "logit_scale")
 
@@ -119,14 +121,19 @@ def new_model(
 ) -> Start:
     """As `load_checkpoint`: a new model of the genes that `adata` measures and that have an approved symbol.
 
-    The gene embeddings start from `rows`, which leave out the held-out cells. `texts` are those of the labels.
+    With a checkpoint of a cell model, the genes are those of its vocabulary. The gene embeddings of a new cell model
+    start from `rows`, which leave out the held-out cells. `texts` are those of the labels.
     """
-    reference = reference_gene_index()
-    symbols = {i: symbol for symbol, i in reference.vocabulary.items()}
-    ids = choose_input(adata, reference, **read_options).match.ids
-    measured = sorted({symbols[i] for i in ids[ids >= 0].tolist()})
-    vocabulary = {name: i for i, name in enumerate([*SPECIAL_TOKENS, *measured])}
-    aliases = build_gene_aliases(vocabulary)
+    if model_args.cell_model is None:
+        reference = reference_gene_index()
+        symbols = {i: symbol for symbol, i in reference.vocabulary.items()}
+        ids = choose_input(adata, reference, **read_options).match.ids
+        measured = sorted({symbols[i] for i in ids[ids >= 0].tolist()})
+        vocabulary = {name: i for i, name in enumerate([*SPECIAL_TOKENS, *measured])}
+        aliases = build_gene_aliases(vocabulary)
+    else:
+        stored = ScGPTProcessor.from_pretrained(model_args.cell_model)
+        vocabulary, aliases = stored.gene_tokenizer.get_vocab(), stored.gene_aliases
     cells, _ = read_cells(adata, GeneIndex(vocabulary, aliases), **read_options)
     table = CellTable(vocabulary, aliases, cells[rows])
     model, qformer_tokenizer, pretrained = build_model(table, model_args, profile_readout=True)
@@ -318,7 +325,8 @@ class FineTuning:
         self.measured = np.unique(found[found >= 0])
         self.processor.feature_extractor.return_profile = True
         if training_args.num_train_epochs is None:
-            training_args.num_train_epochs = 0 if model_args.checkpoint is None else DEFAULT_EPOCHS
+            pretrained = model_args.checkpoint is not None or model_args.align_arguments().cell_model is not None
+            training_args.num_train_epochs = DEFAULT_EPOCHS if pretrained else 0
 
         profiles = readout.profile_matrix(cells, self.model.config.cell_config.vocab_size)
         self.profiles = readout.LabelledProfiles(

@@ -40,16 +40,14 @@ def expected_shares(datasets: Sequence[Dataset], n_labels: int) -> np.ndarray:
     The mean over the labels and then over the datasets that measure whole transcriptomes (see `WIDE`).
     """
     widest = max(len(data.measured) for data in datasets)
-    total, seen = 0.0, 0.0
+    total, seen = np.zeros((2, datasets[0].counts.shape[1]))
     for data in datasets:
         if len(data.measured) < WIDE * widest:
             continue
         shares = diags(1 / np.asarray(data.counts.sum(axis=1)).ravel().clip(min=1e-12)) @ data.counts
-        total = total + label_means(shares, data.targets, n_labels)[np.unique(data.targets)].mean(axis=0)
-        measures = np.zeros(data.counts.shape[1])
-        measures[data.measured] = 1
-        seen = seen + measures
-    shares = np.divide(total, seen, out=np.zeros_like(total), where=np.asarray(seen) > 0)
+        total += label_means(shares, data.targets, n_labels)[np.unique(data.targets)].mean(axis=0)
+        seen[data.measured] += 1
+    shares = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
     return shares / shares.sum()
 
 

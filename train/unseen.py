@@ -65,7 +65,7 @@ def fit_gate(
     expected = np.polyval(curve, depth)
 
     pieces, answers, weights = [], [], []
-    for label in np.flatnonzero(counts):
+    for label in np.flatnonzero(counts).tolist():
         others = np.delete(np.arange(n_labels), label)
         part = LabelSpace.of(
             {**arrays, "centroids": arrays["centroids"][others], "mean": arrays["centroids"][others].mean(axis=0)},
