@@ -118,7 +118,8 @@ def test_embedding_on_the_cpu(base_model, median, bar):
     rates = ", ".join(f"{dtype} {cpu_rate(dtype) / 1e9:.0f} GFLOP/s" for dtype in (torch.float32, torch.bfloat16))
     machine = f"{torch.backends.cpu.get_cpu_capability()}, {rates}"
     ratios = report(f"embedding, median of {median} genes, 1 thread, {machine}", embeddings, seconds)
-    torch.testing.assert_close(embeddings["ours float32"], embeddings["torch"], rtol=0, atol=2e-6)
+    # Rounding of sums, which differ in order by instruction set: 1.7e-6 with AVX-512, 2.3e-6 with AVX2.
+    torch.testing.assert_close(embeddings["ours float32"], embeddings["torch"], rtol=0, atol=4e-6)
     assert ratios["ours float32, <cls>"] >= 1.5
     if has_bfloat16:
         assert torch.cosine_similarity(embeddings["ours bfloat16"], embeddings["torch"]).min() >= 0.9999
