@@ -598,8 +598,8 @@ class ScMMGPTPipeline:
             values = vstack([csr_matrix(block) for block in blocks], format="csr")
             sizes = np.tile(given, len(prompts))
         elif do_sample:
-            turns, given = turns[:1], None if library_size is None else self._library_sizes(library_size, n_cells)
-            drawn = [(csr_matrix(v), s) for v, s in self._draw_cells(prompts, n_cells, gene_ids, given, seed)]
+            turns, fixed = turns[:1], None if library_size is None else self._library_sizes(library_size, n_cells)
+            drawn = [(csr_matrix(v), s) for v, s in self._draw_cells(prompts, n_cells, gene_ids, fixed, seed)]
             values, sizes = vstack([v for v, _ in drawn], format="csr"), np.concatenate([s for _, s in drawn])
         else:
             values = csr_matrix(self._states().mean_expression(self._prompt_features(prompts))[:, gene_ids])

@@ -97,8 +97,10 @@ def tabulate(
             if estimate is None or not np.isfinite(estimate.value):
                 continue
             row = {"metric": metric, "system": system, "role": role}
-            of_draws = {} if estimate.spread is None else {"spread": estimate.spread}
-            rows.append(row | {"value": estimate.value, "ci": estimate.interval, "n": estimate.n} | of_draws)
+            measured: dict[str, object] = {"value": estimate.value, "ci": estimate.interval, "n": estimate.n}
+            if estimate.spread is not None:
+                measured["spread"] = estimate.spread
+            rows.append(row | measured)
             ours = estimates[model].get(metric)
             if role in (BASELINE, CONTROL) and ours is not None and measure.higher_is_better is not None:
                 comparisons.append(row | _compare(ours, estimate, 1 if measure.higher_is_better else -1))
