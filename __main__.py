@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.errors import OneLineParser, explain, number, run_command
-from scmmgpt.files import check_file, check_folder, check_paths, read_json, whole_file
-from scmmgpt.label_lists import read_text, read_words
-from scmmgpt.progress import tell_if_slow
+from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
+from scmmgpt.commands.files import check_file, check_folder, check_paths, read_json, whole_file
+from scmmgpt.commands.progress import tell_if_slow
+from scmmgpt.readers.label_lists import read_text, read_words
 
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def search(args: Args) -> None:
     key = None if args.output is None else "scmmgpt_search"
     hits = pipeline.search(adata, args.text, args.top_k, key_added=key, **read_options(args))
     if args.output is not None:
-        from scmmgpt.results import write_result
+        from scmmgpt.commands.results import write_result
 
         with whole_file(args.output) as temporary:
             write_result(adata, args.file, temporary)
@@ -291,7 +291,7 @@ def generate(args: Args) -> None:
 
 def inspect(args: Args) -> int:
     """Report what a file holds, whether it can be used and how it is read; exit status 0 if it can be used."""
-    from scmmgpt.inspect_input import inspect_file, render
+    from scmmgpt.commands.inspect_input import inspect_file, render
 
     package = logging.getLogger("scmmgpt")
     level = package.level
@@ -299,7 +299,7 @@ def inspect(args: Args) -> int:
     try:
         gene_index = None
         if args.model is not None:
-            from scmmgpt.checkpoints import find_checkpoint
+            from scmmgpt.commands.checkpoints import find_checkpoint
             from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
             find_checkpoint(args.model)
@@ -318,8 +318,8 @@ def inspect(args: Args) -> int:
 
 def export(args: Args) -> None:
     """Write the language model and the encoder of cells apart, for engines that serve language models."""
-    from scmmgpt.checkpoints import check_checkpoint
-    from scmmgpt.serving import export_checkpoint
+    from scmmgpt.commands.checkpoints import check_checkpoint
+    from scmmgpt.commands.serving import export_checkpoint
 
     check_folder(args.output)
     check_checkpoint(args.model)
@@ -362,7 +362,7 @@ def doctor(args: Args) -> None:
 
 def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     """The pipeline and the AnnData of a command, once all that it names is checked; the file fails sooner."""
-    from scmmgpt.checkpoints import find_checkpoint
+    from scmmgpt.commands.checkpoints import find_checkpoint
 
     check_outputs(args)
     find_checkpoint(args.model)
@@ -371,7 +371,7 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     if missing:
         raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
     if getattr(args, "output", None) is not None:
-        from scmmgpt.results import rehearse
+        from scmmgpt.commands.results import rehearse
 
         with tell_if_slow("Rehearsing the writing of the result"):
             rehearse(adata, args.file, args.output)
@@ -383,7 +383,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
     with tell_if_slow(f"Loading {args.model}"):
         from transformers.utils import logging
 
-        from scmmgpt.checkpoints import check_checkpoint
+        from scmmgpt.commands.checkpoints import check_checkpoint
         from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
         if args.quiet or args.json:
@@ -415,8 +415,8 @@ def read_adata(path: Path, split: str = "test", model: str | None = None, backed
         with tell_if_slow(f"Reading {path}"):
             return open_corpus(path).to_adata(split)
     with tell_if_slow(f"Reading {path}"):
-        from scmmgpt.readers import is_table, read_file
-        from scmmgpt.results import can_copy
+        from scmmgpt.commands.results import can_copy
+        from scmmgpt.readers.cell_files import is_table, read_file
 
         gene_index = None
         if model is not None and is_table(path):
@@ -462,7 +462,7 @@ def table_suffix(path: Path) -> str:
 
 def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
     """Write the result, its table and the summary."""
-    from scmmgpt.results import write_result
+    from scmmgpt.commands.results import write_result
 
     with tell_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
         write_result(adata, getattr(args, "file", args.output), temporary)

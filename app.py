@@ -20,11 +20,11 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from scmmgpt.checkpoints import check_checkpoint
-from scmmgpt.errors import OneLineParser, number, run_command
+from scmmgpt.commands.checkpoints import check_checkpoint
+from scmmgpt.commands.errors import OneLineParser, number, run_command
+from scmmgpt.commands.writing import make_writable
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.readers import read_file
-from scmmgpt.writing import make_writable
+from scmmgpt.readers.cell_files import read_file
 
 
 # Before the import: gradio looks up addresses on the internet at start. Nothing leaves the machine.

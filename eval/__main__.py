@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scmmgpt.errors import OneLineParser, run_command, take_debug
-from scmmgpt.files import check_folder, check_paths, exists
-from scmmgpt.progress import tell_if_slow
+from scmmgpt.commands.errors import OneLineParser, run_command, take_debug
+from scmmgpt.commands.files import check_folder, check_paths, exists
+from scmmgpt.commands.progress import tell_if_slow
 
 
 COMMANDS = (

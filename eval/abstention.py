@@ -19,10 +19,10 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN
+from scmmgpt.commands.files import write_json
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
-from scmmgpt.files import write_json
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.readers import read_file
+from scmmgpt.readers.cell_files import read_file
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:

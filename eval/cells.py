@@ -109,7 +109,7 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
 
 def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarray]:
     """The labelled cells of a file of counts (`ValueError` for anything else in `X`), and their labels."""
-    from scmmgpt.readers import read_file
+    from scmmgpt.readers.cell_files import read_file
     from scmmgpt.train.labels import column_of
 
     adata: AnnData = read_file(path)

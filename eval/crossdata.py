@@ -36,10 +36,10 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 
 from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
+from scmmgpt.commands.files import write_json
 from scmmgpt.eval import annotators, baselines
 from scmmgpt.eval.results import percentile_interval
 from scmmgpt.eval.task import read_runs
-from scmmgpt.files import write_json
 from scmmgpt.train.pooled import PENALTY, Dataset, fit_pooled_readout
 
 
@@ -95,7 +95,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int, seed: int = 0) -> 
         level: `coarse` or `fine`.
         max_cells: Cells of a label of a file, drawn by `seed`.
     """
-    from scmmgpt.readers import read_file
+    from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
     from scmmgpt.train.data.gene_tables import reference_gene_index
     from scmmgpt.train.labels import column_of

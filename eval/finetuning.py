@@ -30,12 +30,12 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import LabelBudget, System, make_systems, quieten
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annotation_scores
 from scmmgpt.eval.results import bootstrap_draws, percentile_interval
 from scmmgpt.eval.task import read_runs, split_rows, training_parser
-from scmmgpt.files import write_json
 from scmmgpt.train.curves import figure_style
 
 

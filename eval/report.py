@@ -16,13 +16,13 @@ from typing import Any
 import jinja2
 from tqdm.auto import tqdm
 
+from scmmgpt.commands.files import whole_file, write_json
 from scmmgpt.eval import annotation, baselines, description, generation
 from scmmgpt.eval.cells import read_splits
 from scmmgpt.eval.pictures import annotation_pictures, generation_pictures, training_pictures
 from scmmgpt.eval.provenance import describe_evaluation, read_training
 from scmmgpt.eval.results import BASELINE, CONTROL, MODEL, REFERENCE
 from scmmgpt.eval.task import task_parser
-from scmmgpt.files import whole_file, write_json
 
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from scmmgpt.errors import OneLineParser, number
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import write_json
+from scmmgpt.commands.progress import tell_if_slow
 from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import format_table
-from scmmgpt.files import write_json
-from scmmgpt.progress import tell_if_slow
 
 
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -39,11 +39,11 @@ from anndata import AnnData
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
+from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
 from scmmgpt.eval.task import read_runs, split_rows, training_parser
-from scmmgpt.files import write_json
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler

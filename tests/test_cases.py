@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scmmgpt.__main__ import main
-from scmmgpt.readers import read_file
+from scmmgpt.readers.cell_files import read_file
 from scmmgpt.tests.cases.inputs import CASES, COUNTS
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from scmmgpt.__main__ import main
-from scmmgpt.checkpoints import check_checkpoint, find_checkpoint
-from scmmgpt.errors import explain, run_command, take_debug
+from scmmgpt.commands.checkpoints import check_checkpoint, find_checkpoint
+from scmmgpt.commands.errors import explain, run_command, take_debug
 from scmmgpt.synthetic import synthetic_adata, tiny_pipeline
 
 

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("cellxgene_ontology_guide")
 
-from scmmgpt.files import whole_folder
+from scmmgpt.commands.files import whole_folder
 from scmmgpt.synthetic import synthetic_adata
 from scmmgpt.train.__main__ import main
 from scmmgpt.train.data import build, build_steps, prepare

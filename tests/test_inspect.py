@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scmmgpt import inspect_input
 from scmmgpt.__main__ import main
+from scmmgpt.commands import inspect_input
+from scmmgpt.commands.inspect_input import inspect_file, render
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.inspect_input import inspect_file, render
 
 
 SYMBOLS = [f"GENE{i}" for i in range(60)]

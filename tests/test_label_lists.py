@@ -2,7 +2,7 @@
 
 import pytest
 
-from scmmgpt.label_lists import read_label_list, read_words
+from scmmgpt.readers.label_lists import read_label_list, read_words
 
 
 TABLE = "label,text,cl_id\nB cell,makes antibodies,CL:0000236\nT cell,,\n"

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.annotators import run_finetune
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.readers import read_file
+from scmmgpt.readers.cell_files import read_file
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, condition, panel_profiles
 from scmmgpt.train import readout
 

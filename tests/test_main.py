@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from scmmgpt.__main__ import main, make_parser
-from scmmgpt.files import whole_file
+from scmmgpt.commands.files import whole_file
 
 
 COMMANDS = ["annotate", "describe", "calibrate", "embed", "search", "generate", "inspect", "export", "doctor"]

@@ -25,7 +25,8 @@ TRAVELLING_MAY_IMPORT = {"numpy", "torch", "transformers"}
 OPTIONAL = {"anndata", "numba", "scipy"}
 MODULES = sorted(
     ".".join(["scmmgpt", *path.relative_to(ROOT).with_suffix("").parts])
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("train/*.py"), *ROOT.glob("eval/*.py")]
+    for folder in (".", "commands", "readers", "train", "train/data", "eval")
+    for path in ROOT.glob(f"{folder}/*.py")
     if path.name != "__init__.py"
 )
 METRICS = sorted(ROOT.glob("eval/metrics/*/*.py"))

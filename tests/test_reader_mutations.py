@@ -19,8 +19,8 @@ import scipy.sparse as sp
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from scmmgpt.inspect_input import inspect_file
-from scmmgpt.readers import read_file
+from scmmgpt.commands.inspect_input import inspect_file
+from scmmgpt.readers.cell_files import read_file
 from scmmgpt.tests.cases import inputs
 from scmmgpt.tests.cases.inputs import CELLS, COUNTS, GENES, IDS, TYPES
 

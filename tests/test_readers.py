@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from scmmgpt.readers import CellFile, DiskRows, read_file
+from scmmgpt.readers.cell_files import CellFile, DiskRows, read_file
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2")
@@ -171,8 +171,8 @@ def test_a_backed_file_reads_only_the_rows_asked_for(cells, tmp_path):
 
 
 def test_a_matrix_stored_by_column_is_gathered_in_blocks_of_rows(cells, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr("scmmgpt.readers.COLUMN_BLOCK_BYTES", cells.X.nnz * 8 // 3)
-    monkeypatch.setattr("scmmgpt.readers.COLUMN_ENTRIES", 10)
+    monkeypatch.setattr("scmmgpt.readers.cell_files.COLUMN_BLOCK_BYTES", cells.X.nnz * 8 // 3)
+    monkeypatch.setattr("scmmgpt.readers.cell_files.COLUMN_ENTRIES", 10)
     chunks = list(iter_chunks(write_h5ad_by_column(cells, tmp_path), 5))
     np.testing.assert_array_equal(np.concatenate([dense(chunk.X) for chunk in chunks]), counts)
 

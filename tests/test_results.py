@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csc_matrix
 
-from scmmgpt import results
 from scmmgpt.__main__ import main
-from scmmgpt.readers import CellFile, read_file
+from scmmgpt.commands import results
+from scmmgpt.readers.cell_files import CellFile, read_file
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from scmmgpt import synthetic
+from scmmgpt.commands.serving import export_checkpoint
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.modeling_scgpt import ScGPTForPreTraining, ScGPTForSequenceClassification, ScGPTModel
 from scmmgpt.modeling_scmmgpt import (
@@ -34,7 +35,6 @@ from scmmgpt.modeling_scmmgpt import (
     quantize_language_model_only,
 )
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
-from scmmgpt.serving import export_checkpoint
 
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scmmgpt.files import check_file, check_folder, check_paths, filled_folder, read_json
-from scmmgpt.writing import make_writable, size_in_memory
+from scmmgpt.commands.files import check_file, check_folder, check_paths, filled_folder, read_json
+from scmmgpt.commands.writing import make_writable, size_in_memory
 
 
 COLUMNS = {

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scmmgpt.checkpoints import check_checkpoint
-from scmmgpt.errors import run_command, take_debug
-from scmmgpt.files import check_folder, check_paths, exists, obey_umask
-from scmmgpt.progress import tell_if_slow
+from scmmgpt.commands.checkpoints import check_checkpoint
+from scmmgpt.commands.errors import run_command, take_debug
+from scmmgpt.commands.files import check_folder, check_paths, exists, obey_umask
+from scmmgpt.commands.progress import tell_if_slow
 
 
 ABOUT = {

@@ -21,7 +21,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import ProcessorMixin
 
-from scmmgpt.files import obey_umask, read_json, whole_folder, write_json
+from scmmgpt.commands.files import obey_umask, read_json, whole_folder, write_json
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.language_model import dequantize

@@ -38,14 +38,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scmmgpt.checkpoints import check_checkpoint, check_ids
+from scmmgpt.commands.checkpoints import check_checkpoint, check_ids
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import filled_folder, read_json, write_json
+from scmmgpt.commands.progress import tell_if_slow
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
-from scmmgpt.errors import OneLineParser, number
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.files import filled_folder, read_json, write_json
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
-from scmmgpt.progress import tell_if_slow
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 

@@ -47,12 +47,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from scmmgpt.annotation_scmmgpt import fit_novelty
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.files import filled_folder, write_json
+from scmmgpt.commands.files import filled_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
-from scmmgpt.readers import read_file
+from scmmgpt.readers.cell_files import read_file
 from scmmgpt.reading_scmmgpt import choose_input, read_cells
 from scmmgpt.train import readout
 from scmmgpt.train.align import UNTRAINED_PARTS, build_model, build_processor

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedShuffleSplit
 
-from scmmgpt.label_lists import read_label_list
+from scmmgpt.readers.label_lists import read_label_list
 from scmmgpt.train.arguments import FinetuneDataArguments
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler

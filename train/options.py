@@ -21,7 +21,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import SFTConfig, TrlParser
 
-from scmmgpt.errors import OneLineParser, first_paragraphs
+from scmmgpt.commands.errors import OneLineParser, first_paragraphs
 
 
 T = TypeVar("T")

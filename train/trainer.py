@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from scmmgpt.files import obey_umask
+from scmmgpt.commands.files import obey_umask
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.streamed import open_cells

@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scmmgpt.files import read_json, whole_file, write_json
+from scmmgpt.commands.files import read_json, whole_file, write_json
 from scmmgpt.train.data import build_steps, corpus, ontology
 from scmmgpt.train.data.dataset_card import dataset_card
 from scmmgpt.train.data.gene_tables import build_gene_aliases

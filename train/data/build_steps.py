@@ -32,7 +32,7 @@ import pandas as pd
 import pyarrow as pa
 
 from scmmgpt.cells_scmmgpt import Cells, RandomStream, cell_keys
-from scmmgpt.files import read_json, whole_file, whole_folder, write_json
+from scmmgpt.commands.files import read_json, whole_file, whole_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.kernels_scmmgpt import mix64
 from scmmgpt.reading_scmmgpt import InputChoice

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from scmmgpt.errors import OneLineParser, number
-from scmmgpt.files import whole_file
-from scmmgpt.progress import tell_if_slow
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import whole_file
+from scmmgpt.commands.progress import tell_if_slow
 from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, Shard, open_corpus
 
 

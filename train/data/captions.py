@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from scmmgpt.cells_scmmgpt import Cells, RandomStream, cell_keys
-from scmmgpt.files import read_json
+from scmmgpt.commands.files import read_json
 from scmmgpt.train.data import ontology as terms
 
 

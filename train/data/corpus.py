@@ -48,8 +48,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.checkpoints import check_ids
-from scmmgpt.files import read_json, write_json
+from scmmgpt.commands.checkpoints import check_ids
+from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.train.data.ontology import ONTOLOGIES
 from scmmgpt.train.data.sharing import push_folder
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.files import whole_file, write_json
+from scmmgpt.commands.files import whole_file, write_json
 from scmmgpt.train.data import corpus
 
 

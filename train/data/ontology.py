@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scmmgpt.annotation_scmmgpt import normalize_label
-from scmmgpt.files import read_json
+from scmmgpt.commands.files import read_json
 
 
 # The obs columns of labels, in the order of a corpus, and the ontologies of each (CELLxGENE schema, human cells).

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scmmgpt.checkpoints import check_ids
-from scmmgpt.errors import OneLineParser, number
-from scmmgpt.files import read_json
+from scmmgpt.commands.checkpoints import check_ids
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import read_json
 from scmmgpt.train.data.build import CorpusBuilder
 from scmmgpt.train.data.corpus import OBS_COLUMNS, Manifest
 from scmmgpt.train.data.gene_tables import package_file

@@ -77,9 +77,10 @@ def write_space(folder: str | os.PathLike, model: str) -> Path:
     serves the page here.
     """
     root, folder = Path(__file__).parents[2], Path(folder)
-    (folder / "scmmgpt").mkdir(parents=True, exist_ok=True)
-    for path in root.glob("*.py"):
-        shutil.copy(path, folder / "scmmgpt")
+    for path in [*root.glob("*.py"), *root.glob("readers/*.py"), *root.glob("commands/*.py")]:
+        copy = folder / "scmmgpt" / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     needed = [
         f"{line.name}{line.specifier}"
         for line in map(Requirement, requires("scmmgpt") or [])

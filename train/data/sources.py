@@ -19,7 +19,7 @@ import pandas as pd
 
 from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.readers import read_file
+from scmmgpt.readers.cell_files import read_file
 from scmmgpt.reading_scmmgpt import InputChoice, choose_input
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.corpus import OBS_COLUMNS, SMALL_CORPUS_BYTES, hash_file

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from typing import Any
 
-from scmmgpt.progress import SECONDS
+from scmmgpt.commands.progress import SECONDS
 
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from scmmgpt.commands.files import whole_folder
 from scmmgpt.configuration_scmmgpt import ENCODER_AUTO_MAP, ScMMGPTConfig
-from scmmgpt.files import whole_folder
 from scmmgpt.modeling_scmmgpt import ScMMGPTCellEncoder, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from scmmgpt.errors import as_options
+from scmmgpt.commands.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
-from scmmgpt.readers import CellFile, DiskRows, read_file
+from scmmgpt.readers.cell_files import CellFile, DiskRows, read_file
 from scmmgpt.reading_scmmgpt import InputChoice, check_labels, choose_input, finish_report, inspect_matrices, matrix_of
 
 

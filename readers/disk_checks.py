@@ -10,7 +10,7 @@ import anndata
 import h5py
 import numpy as np
 
-from scmmgpt.text_tables import FileError
+from scmmgpt.readers.text_tables import FileError
 
 
 try:  # its import makes more filters known to HDF5

@@ -30,10 +30,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scmmgpt.disk_checks import attribute, check_indices, check_parts, check_stored, load, where
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
-from scmmgpt.text_tables import Contents, FileError, read_table
+from scmmgpt.readers.disk_checks import attribute, check_indices, check_parts, check_stored, load, where
+from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
+from scmmgpt.readers.text_tables import Contents, FileError, read_table
 
 
 logger = logging.getLogger(__name__)

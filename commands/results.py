@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import anndata
 import h5py
 
-from scmmgpt.files import check_file
-from scmmgpt.readers import CellFile
-from scmmgpt.writing import make_writable, size_in_memory, writable_frame
+from scmmgpt.commands.files import check_file
+from scmmgpt.commands.writing import make_writable, size_in_memory, writable_frame
+from scmmgpt.readers.cell_files import CellFile
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scmmgpt.text_tables import Contents, FileError, compression
+from scmmgpt.readers.text_tables import Contents, FileError, compression
 
 
 MAX_DEPTH = 6  # folders below the one that was passed in which files of cells are looked for

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from scmmgpt.files import exists, read_json
+from scmmgpt.commands.files import exists, read_json
 
 
 SUFFIXES = (".json", ".csv", ".tsv", ".txt")
