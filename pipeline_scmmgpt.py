@@ -101,6 +101,7 @@ class ScMMGPTPipeline:
         choose_input                    reading_scmmgpt: which matrix and genes, and a report
                                             -> matrices_scmmgpt: the kind of each matrix
                                             -> genes_scmmgpt: variables -> genes of the vocabulary
+        _text_scores                    readout_scmmgpt, unseen_scmmgpt: the readout for the genes of the file
         _label_scores, batch by batch
             _chunks                     reading_scmmgpt: the next rows of the AnnData -> Cells
             processor                   feature_extraction_scmmgpt: Cells -> gene ids and values
@@ -224,7 +225,8 @@ class ScMMGPTPipeline:
             temperature: Temperature of the softmax over labels. [`calibrate`] stores the defaults of matching weight,
                 matching candidates and temperature.
             unseen_bonus: Calibrated stacking: added to the similarity of the text of a label that means no label of
-                fine-tuning, since cells lie near the texts of training. The default is the value stored by `finetune`.
+                fine-tuning, since cells lie near the texts of training. A checkpoint of `finetune` has a fitted gate
+                in its place (`unseen_scmmgpt`); by default the value stored with older checkpoints.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.

