@@ -11,6 +11,7 @@ from scmmgpt.commands.files import exists, read_json
 
 SUFFIXES = (".json", ".csv", ".tsv", ".txt")
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+OTHERS = (".yaml", ".yml", ".xml", ".html", ".toml")  # text that is no list of lines
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -29,7 +30,7 @@ def read_words(words: list[str]) -> LabelList:
         ValueError: If a file stands among labels, or a label is empty.
     """
     paths = [word for word in words if exists(Path(word)) and Path(word).is_file()]
-    named = [word for word in words if Path(word).suffix.lower() in (*SUFFIXES, *SPREADSHEETS)]
+    named = [word for word in words if Path(word).suffix.lower() in (*SUFFIXES, *SPREADSHEETS, *OTHERS)]
     if len(words) == 1 and (paths or named):
         return read_label_list(words[0])
     if paths or named:
@@ -41,7 +42,7 @@ def read_words(words: list[str]) -> LabelList:
 
 def read_label_list(path: str | Path) -> LabelList:
     """Read a file of labels: one label a line; a table with the columns label, text and cl_id, of which the last two
-    may be missing; or JSON, a list of labels or an object label -> text.
+    may be missing; or JSON, a list of labels or an object label -> text. Lines that begin with `#` are comments.
 
     Separators may be commas, semicolons or tabs, encodings UTF-8, UTF-16 or that of Windows, as Excel writes them.
 
@@ -49,13 +50,13 @@ def read_label_list(path: str | Path) -> LabelList:
         FileNotFoundError, ValueError: With the line, where there is one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    if path.suffix.lower() in SPREADSHEETS:
+    if path.suffix.lower() in SPREADSHEETS and path.is_file():
         raise ValueError(f"{path} is a spreadsheet. Save it as CSV, with a column 'label', and name that file.")
+    if path.suffix.lower() in OTHERS and path.is_file():
+        raise ValueError(f"{path} is no list of labels. Write one label a line in a .txt, or a table with 'label'.")
     if path.suffix.lower() == ".json":
         return _from_json(path)
-    lines = read_text(path).splitlines()
+    lines = ["" if line.lstrip().startswith("#") else line for line in read_text(path).splitlines()]
     header = next((line for line in lines if line.strip()), "")
     separator = max(("\t", ";", ","), key=header.count)
     columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
@@ -70,6 +71,8 @@ def read_label_list(path: str | Path) -> LabelList:
 def read_text(path: str | Path) -> str:
     """Text of a file in UTF-8, in UTF-16 with a byte-order mark, or in the encoding of Windows."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Name a file of text.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     content = path.read_bytes()

@@ -16,6 +16,8 @@ CASES = {
     "Unicode text of Excel": ("labels.txt", TABLE.replace(",", "\t").encode("utf-16")),
     "names of columns in capitals": ("labels.csv", TABLE.replace("label", " Label").encode()),
     "a list without a header": ("labels.csv", b"B cell\nT cell\n"),
+    "comments among the labels": ("labels.txt", b"# of blood\nB cell\n  # T\nT cell\n"),
+    "a comment before a table": ("labels.csv", ("# of blood\n" + TABLE).encode()),
     "JSON, a list": ("labels.json", b'["B cell", "T cell"]'),
     "JSON, texts, with a byte-order mark": (
         "labels.json",
@@ -53,6 +55,8 @@ def test_letters_beyond_ascii_survive_the_encoding_of_windows(tmp_path):
         ("labels.json", b"[", "not JSON"),
         ("labels.txt", b"\x89PNG\0\0", "no text file"),
         ("labels.xlsx", b"PK", "Save it as CSV"),
+        ("labels.yaml", b"- B cell\n- T cell\n", "no list of labels"),
+        ("labels.txt", b"# only\n", "has no labels"),
     ],
 )
 def test_a_file_without_labels_is_refused(tmp_path, file, content, says):
@@ -70,5 +74,8 @@ def test_labels_stand_alone_or_in_one_file(tmp_path):
         read_words(["T cell", str(path)])
     with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
         read_words([str(tmp_path / "missing.txt")])
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.txt is a folder"):
+        read_words([str(tmp_path / "folder.txt")])
     with pytest.raises(ValueError, match="A label is empty"):
         read_words(["B", " "])
