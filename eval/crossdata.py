@@ -146,11 +146,9 @@ def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.
     """Our readout."""
     penalty = choose_penalty(case) if choose else PENALTY
     readout = fit_pooled_readout(case.datasets(), len(case.classes), penalty=penalty)
-    if refit:
-        scores = readout.for_genes(case.test.measured)(case.test.cells)
-    else:  # the panel's scale, but no weight moves to another gene
+    if not refit:  # the panel's scale, but no weight moves to another gene
         readout.factors.zero_()
-        scores = readout.for_genes(case.test.measured)(case.test.cells)
+    scores = readout.for_genes(case.test.measured)(case.test.cells)
     return np.asarray(case.classes)[scores.argmax(axis=1)]
 
 
@@ -163,11 +161,11 @@ def choose_penalty(case: LeftOutSet) -> float:
             continue
         for penalty in PENALTIES:
             readout = fit_pooled_readout(inner.datasets(), len(inner.classes), penalty=penalty)
-            answers = readout.for_genes(inner.test.measured)(inner.test.cells).argmax(axis=1)
-            scores[penalty] += macro_f1(inner.test.labels, np.asarray(inner.classes)[answers])
-    best = max(scores, key=lambda penalty: scores[penalty])
-    logger.info("%s: penalty %g of %s", case.test.name, best, scores)
-    return best
+            best = readout.for_genes(inner.test.measured)(inner.test.cells).argmax(axis=1)
+            scores[penalty] += macro_f1(inner.test.labels, np.asarray(inner.classes)[best])
+    chosen = max(scores, key=lambda penalty: scores[penalty])
+    logger.info("%s: penalty %g of %s", case.test.name, chosen, scores)
+    return chosen
 
 
 def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix, np.ndarray, sparse.csr_matrix]:

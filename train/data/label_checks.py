@@ -9,7 +9,6 @@ import numpy as np
 
 
 SHOWN = 5  # most labels that a warning lists
-CODE = re.compile(r"(cluster|clust|leiden|louvain|seurat|c|k)?[\s_.-]*\d+([.,]\d+)?", re.I)
 
 
 def clean_label(value: Any) -> str:
