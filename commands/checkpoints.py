@@ -182,8 +182,13 @@ def sizes_of(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def check_sizes(path: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
-    """Refuse sizes that are no positive whole numbers, or larger than the weights that are there."""
+    """Refuse sizes that are no positive whole numbers, or larger than the weights that are there.
+
+    Stage 1 saves the configuration of a language model without one: no memory is asked for by its sizes.
+    """
     largest = max((n for shape in shapes.values() for n in shape), default=2**31)
+    if shapes and not any("language_model." in name for name in shapes):
+        config = {name: value for name, value in config.items() if name != "text_config"}
     found = dict(sizes_of(config))
     for name, value in found.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

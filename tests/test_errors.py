@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from scmmgpt.__main__ import main
 from scmmgpt.commands.checkpoints import check_checkpoint, find_checkpoint
@@ -177,6 +178,20 @@ def test_a_damaged_checkpoint_is_refused_before_memory_is_asked_for(name, checkp
 
 def test_a_whole_checkpoint_passes(whole_checkpoint):
     check_checkpoint(str(whole_checkpoint))
+
+
+def test_a_checkpoint_without_a_language_model_passes_with_the_sizes_of_one(checkpoint):
+    """Stage 1 saves the defaults of a language model, whose vocabulary is larger than anything in its weights."""
+    weights = load_file(checkpoint / "model.safetensors")
+    without = {name: value for name, value in weights.items() if "language_model." not in name}
+    save_file(without, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 32_000
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    check_checkpoint(str(checkpoint))
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="text_config.vocab_size = 32,000"):
+        check_checkpoint(str(checkpoint))
 
 
 def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(checkpoint, tmp_path, capsys):
