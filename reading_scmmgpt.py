@@ -398,7 +398,8 @@ def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
         if gene_column in ("index", "var_names"):
             return {"var_names": [str(n) for n in var.index]}
         if gene_column not in var:
-            raise ValueError(f"gene_column={gene_column!r} is not in var; it has {', '.join(map(str, var.columns))}.")
+            columns_there = ", ".join(map(str, var.columns)) or "no columns"
+            raise ValueError(f"gene_column={gene_column!r} is not in var; it has {columns_there}.")
         return {gene_column: [str(n) for n in var[gene_column]]}
     columns = {"var_names": [str(n) for n in var.index]}
     for name in var.columns:
