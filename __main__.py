@@ -66,18 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    sub = command(annotate)
-    add_input(sub)
-    add_output(sub)
-    text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
-    sub.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
-    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels")
-    sub.add_argument(
-        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
-    )
-    sub.add_argument(
-        "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
-    )
+    add_annotation(command(annotate))
 
     sub = command(describe)
     add_input(sub)
@@ -109,23 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", "-o", type=Path, metavar="OUT.h5ad", help=text)
     sub.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
 
-    sub = command(generate)
-    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
-    sub.add_argument("--prompts-file", type=Path, metavar="FILE", help="descriptions, one a line")
-    sub.add_argument("--stored-labels", action="store_true", help="one prompt for each label of the checkpoint")
-    add_model(sub)
-    add_output(sub, table=False)
-    sub.add_argument("--n-cells", type=number(int, 1), default=1, metavar="N", help="cells per prompt (default: 1)")
-    genes = sub.add_mutually_exclusive_group()
-    genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
-    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
-    sub.add_argument(
-        "--library-size",
-        type=number(float, 0, above=True),
-        metavar="N",
-        help="counts of a sampled cell (default: of training)",
-    )
-    sub.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
+    add_generation(command(generate))
 
     sub = command(inspect)
     sub.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
@@ -135,6 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
+
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
@@ -143,6 +117,43 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(doctor)
     sub.add_argument("--json", action="store_true", help="print the versions as JSON")
     return parser
+
+
+def add_annotation(parser: argparse.ArgumentParser) -> None:
+    """Options of `annotate`."""
+    add_input(parser)
+    add_output(parser)
+    text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
+    parser.add_argument(
+        "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
+    )
+    parser.add_argument(
+        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
+    )
+    parser.add_argument(
+        "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
+    )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Options of `generate`."""
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="descriptions, one a line")
+    parser.add_argument("--stored-labels", action="store_true", help="one prompt for each label of the checkpoint")
+    add_model(parser)
+    add_output(parser, table=False)
+    parser.add_argument("--n-cells", type=number(int, 1), default=1, metavar="N", help="cells per prompt (default: 1)")
+    genes = parser.add_mutually_exclusive_group()
+    genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
+    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
+    parser.add_argument(
+        "--library-size",
+        type=number(float, 0, above=True),
+        metavar="N",
+        help="counts of a sampled cell (default: of training)",
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

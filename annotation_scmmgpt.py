@@ -4,6 +4,7 @@
 2. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
 3. `novelty_of`: how much of a cell lies in genes that no known cell type expresses.
 4. `choose_labels`: the most probable label of each cell, its certainty, and the majority vote of clusters.
+5. `summarize_annotation`: numbers of the whole, and warnings of an unlikely one.
 
 `fit_mixture` fits temperature and matching weight, and `fit_novelty` the genes and the unit of novelty, to cells of
 known labels. A checkpoint keeps both, and the terms of its labels, in `config.annotation`.
@@ -35,6 +36,10 @@ NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
 MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel says nothing about novelty
 
+# An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
+COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
+NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
+
 
 # -- labels in other words --------------------------------------------------------------------------------------------
 
@@ -47,6 +52,29 @@ def normalize_label(label: str) -> str:
     """
     label = re.sub(r"(?<=\w)\+", " positive ", label.casefold())
     return " ".join(re.findall(r"[^\W_]+", label))
+
+
+def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
+    """Label -> text that describes it: the given text, else the stored one, else the label itself."""
+    if isinstance(labels, str):
+        raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
+    if labels is None:
+        labels = stored
+    elif not isinstance(labels, dict):
+        labels = {label: stored.get(label, label) for label in labels}
+    labels = {str(label): str(text) for label, text in labels.items()}
+    if not labels:
+        raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
+    empty = [label for label, text in labels.items() if not text.strip()]
+    if empty:
+        raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
+    return labels
+
+
+def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Label -> Cell Ontology id: the given one, else that of the stored term that the label means."""
+    found = {name: term_of(name, terms) for name in names}
+    return {name: term["id"] for name, term in found.items() if term is not None} | given
 
 
 def trained_labels_of(
@@ -275,6 +303,54 @@ def choose_labels(
     if novelty is not None:
         columns["novelty"] = novelty
     return columns if clusters is None else {**columns, "cell_type_majority": majority_vote(cell_type, clusters)}
+
+
+def summarize_annotation(
+    columns: Mapping[str, np.ndarray], candidates: Candidates, known: Sequence[str], min_score: float | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Numbers of an annotation, and warnings of an unlikely one.
+
+    Args:
+        columns: The result of [`choose_labels`].
+        candidates: The labels to choose from.
+        known: The labels that the checkpoint knows.
+        min_score: That of [`choose_labels`].
+
+    Returns:
+        `found` and `found_cells` (labels and their numbers of cells), `mean_entropy`, `collapsed` (nearly all cells
+        have one label) and, with novelty, `novel_cells`; and the warnings.
+    """
+    found, found_cells = np.unique(columns["cell_type"], return_counts=True)
+    n_cells, n_novel = len(columns["cell_type"]), int((columns.get("novelty", np.empty(0)) > 1).sum())
+    share = found_cells.max() / n_cells
+    several = len(candidates.names) > 1
+    collapsed = several and n_cells >= COLLAPSE_MIN_CELLS and bool(share >= COLLAPSE_SHARE)
+    warnings = []
+    if len(candidates.texts) == 1:
+        warnings.append(
+            f"There is one label, {candidates.names[0]!r}, and no other that the checkpoint knows: every cell gets "
+            "it, with score 1. Give two labels or more."
+        )
+    if n_novel >= NOVEL_SHARE * n_cells:
+        given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
+        warnings.append(
+            f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
+            f"such as {', '.join(map(repr, known[:3]))}): {given}. They express genes that none of these types "
+            "does; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
+        )
+    elif collapsed:
+        warnings.append(
+            f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "
+            f"{len(candidates.names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the "
+            "matrix or the genes may be the wrong ones, or the texts of the labels too alike."
+        )
+    numbers = {
+        "found": np.asarray(found, dtype=object),
+        "found_cells": found_cells,
+        "mean_entropy": float(columns["entropy"].mean()),
+        "collapsed": collapsed,
+    }
+    return numbers | ({"novel_cells": n_novel} if "novelty" in columns else {}), warnings
 
 
 def majority_vote(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:

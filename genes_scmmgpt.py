@@ -174,6 +174,11 @@ class GeneMatch:
     is_gene: np.ndarray  # bool `(n_vars,)`: False for antibodies, peaks and other features set aside
     report: dict[str, Any]  # numbers and examples, as `json.dumps` takes them
 
+    @property
+    def measured(self) -> np.ndarray:
+        """Vocabulary ids of the genes that the file measures, ascending."""
+        return np.unique(self.ids[self.ids >= 0])
+
 
 def detect_species(names: Sequence[str]) -> tuple[str, str]:
     """Species of gene names, or `unknown`, and the evidence in words."""

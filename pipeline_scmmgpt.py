@@ -12,8 +12,6 @@ Through transformers the same object is `pipeline("cell-annotation", model=path,
 each verb. The result of a cell depends on that cell alone, not on its batch or its place.
 """
 
-import hashlib
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,19 +24,29 @@ from transformers.utils import logging
 
 try:  # as a package or as remote code
     from .annotation_scmmgpt import (
-        UNKNOWN,
         Candidates,
         Novelty,
         candidate_columns,
         choose_labels,
         fit_mixture,
         fit_novelty,
+        ids_of_labels,
         label_probabilities,
-        names_known_type,
-        term_of,
+        labels_with_texts,
+        summarize_annotation,
     )
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from .generation_scmmgpt import (
+        decide_sampling,
+        decode_cells,
+        draw_cells,
+        gene_turns,
+        labels_and_prompts,
+        library_sizes,
+        target_genes,
+        warn_of_unknown_types,
+    )
     from .modeling_scgpt import cpu_dtype
     from .modeling_scmmgpt import (
         CELL_INPUTS,
@@ -52,19 +60,29 @@ try:  # as a package or as remote code
     from .unseen_scmmgpt import TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
-        UNKNOWN,
         Candidates,
         Novelty,
         candidate_columns,
         choose_labels,
         fit_mixture,
         fit_novelty,
+        ids_of_labels,
         label_probabilities,
-        names_known_type,
-        term_of,
+        labels_with_texts,
+        summarize_annotation,
     )
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from generation_scmmgpt import (
+        decide_sampling,
+        decode_cells,
+        draw_cells,
+        gene_turns,
+        labels_and_prompts,
+        library_sizes,
+        target_genes,
+        warn_of_unknown_types,
+    )
     from modeling_scgpt import cpu_dtype
     from modeling_scmmgpt import (
         CELL_INPUTS,
@@ -81,14 +99,9 @@ except ImportError:  # as a flat module in a clone
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
-DRAWN_AT_ONCE = 256  # generated cells whose rates over all genes are in memory
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
-# An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
-COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
-GENERATED_CELLS = 1024  # of a prompt that are drawn at a time: genes x 8 bytes each
 WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
-NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells says so
 
 
 class ScMMGPTPipeline:
@@ -102,13 +115,14 @@ class ScMMGPTPipeline:
                                             -> matrices_scmmgpt: the kind of each matrix
                                             -> genes_scmmgpt: variables -> genes of the vocabulary
         _text_scores                    readout_scmmgpt, unseen_scmmgpt: the readout for the genes of the file
-        _label_scores, batch by batch
+        _probabilities -> _label_scores, batch by batch
             _chunks                     reading_scmmgpt: the next rows of the AnnData -> Cells
             processor                   feature_extraction_scmmgpt: Cells -> gene ids and values
             model                       modeling_scmmgpt: similarity with all texts, matching with the best
             Novelty                     annotation_scmmgpt: share of the cell in genes that no known type expresses
         label_probabilities             annotation_scmmgpt: similarity and matching -> probabilities
         choose_labels                   annotation_scmmgpt: the label of each cell and its certainty
+        summarize_annotation            annotation_scmmgpt: numbers of the whole, and warnings of an unlikely one
         _record                         settings and report -> adata.uns
 
     Args:
@@ -159,8 +173,7 @@ class ScMMGPTPipeline:
         """Load a checkpoint, a folder or a model id on the Hub. No code of the checkpoint is run.
 
         `dtype` is by default that of the checkpoint, or float32 on a CPU that is slower in it. `kwargs` go to
-        `from_pretrained` of model and processor
-        (`revision`, `token`, `cache_dir`, ...); the other arguments are as for the class.
+        `from_pretrained` of model and processor (`revision`, `token`, ...); the others are as for the class.
         """
         checkpoint = os.fspath(checkpoint)
         is_folder = Path(checkpoint).is_absolute() or checkpoint.startswith(".")
@@ -209,7 +222,7 @@ class ScMMGPTPipeline:
         A label may be in other words than those of training: a synonym, a spelling, a plural, an id of the Cell
         Ontology, or a broader type, whose probability is the sum over its kinds. The labels that the checkpoint knows
         compete even if they are no candidates, so a cell that is none of the candidates has a low score. A cell that
-        is like no known type is `"Unknown"`, if the checkpoint can tell (those of `finetune` and `calibrate` can).
+        is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses.
 
         Args:
             adata: AnnData with any matrix and gene names that [`read_cells`] understands.
@@ -218,15 +231,13 @@ class ScMMGPTPipeline:
             cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
             cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
             min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
-                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label, novel ones
-                too.
+                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label.
             matching_weight: Weight of matching against similarity, 0 to 1.
             matching_candidates: Labels of each cell, the most similar ones, that are matched with it.
-            temperature: Temperature of the softmax over labels. [`calibrate`] stores the defaults of matching weight,
-                matching candidates and temperature.
-            unseen_bonus: Calibrated stacking: added to the similarity of the text of a label that means no label of
-                fine-tuning, since cells lie near the texts of training. A checkpoint of `finetune` has a fitted gate
-                in its place (`unseen_scmmgpt`); by default the value stored with older checkpoints.
+            temperature: Temperature of the softmax over labels. [`calibrate`] stores the defaults of these three.
+            unseen_bonus: Calibrated stacking: added to the similarity of a label that means no label of fine-tuning,
+                since cells lie near the texts of training. By default the value stored with older checkpoints; others
+                have a fitted gate in its place (`unseen_scmmgpt`).
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
@@ -241,82 +252,34 @@ class ScMMGPTPipeline:
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         clusters = None if cluster_key is None else _words(adata, cluster_key)
         stored = self.model.config.annotation or {}
-        bonus = stored.get("unseen_bonus", 0.0) if unseen_bonus is None else unseen_bonus
-        terms = stored.get("terms", [])
-        candidates = candidate_columns(settings["labels"], stored.get("labels", {}), settings["cl_ids"], terms)
-        names = candidates.names
-        if len(candidates.texts) == 1:
-            logger.warning(
-                f"There is one label, {names[0]!r}, and no other that the checkpoint knows: every cell gets it, with "
-                "score 1. Give two labels or more."
-            )
+        known, terms = stored.get("labels", {}), stored.get("terms", [])
+        candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         choice = self.processor.choose_input(adata, **read_kwargs)
-        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
-        vocab_size = self.model.config.cell_config.vocab_size
-        novelty_of = Novelty.of(stored.get("novelty"), measured, vocab_size)
-        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
         readout = self._text_scores(candidates.texts, candidates.unseen, choice)
-        similarity, match, novelty = self._label_scores(
-            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
+        if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
+            unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
+        probabilities, novelty = self._probabilities(
+            adata, choice, candidates, settings, readout, unseen_bonus, batch_size
         )
-        finish_report(choice.report)
-        if stored.get("novelty") and novelty is None:
-            novelty = np.full(len(similarity), np.nan, dtype=np.float32)
-        if readout is None or unseen_bonus is not None:  # by default the readout's gate decides, not a bonus
-            similarity = similarity + bonus * candidates.unseen
-        weight, temperature = settings["matching_weight"], settings["temperature"]
-        of_texts = label_probabilities(similarity, match, logit_scale=1 / temperature, matching_weight=weight)
-        probabilities = candidates.pool(of_texts)
-        broader = terms if labels is None else ()
-        cl_ids = _ids_of_labels(names, settings["cl_ids"], terms)
-        columns = choose_labels(probabilities, names, cl_ids, min_score, clusters, novelty, broader)
+        names, broader = candidates.names, terms if labels is None else ()
+        ids = ids_of_labels(names, settings["cl_ids"], terms)
+        columns = choose_labels(probabilities, names, ids, min_score, clusters, novelty, broader)
 
         for name, values in columns.items():
-            _add_obs(adata, f"{key_added}_{name}", values, categorical=values.dtype.kind == "U")
+            _add_obs(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
-        found, found_cells = np.unique(columns["cell_type"], return_counts=True)
-        collapsed = self._doubt_annotation(columns, candidates, min_score)
+        summary, warnings = summarize_annotation(columns, candidates, list(known), min_score)
+        for warning in warnings:
+            logger.warning(warning)
         done = {
             "labels": np.asarray(names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
-            "matching_weight": weight,
-            "temperature": temperature,
-            "found": np.asarray(found, dtype=object),
-            "found_cells": found_cells,
-            "mean_entropy": float(columns["entropy"].mean()),
-            "collapsed": collapsed,
+            **{name: settings[name] for name in ("matching_weight", "temperature")},
+            **summary,
         }
-        if novelty is not None:
-            done["novel_cells"] = int((novelty > 1).sum())
         if readout is not None:
             done["weak_labels"] = self._warn_of_weak_labels(readout, candidates.texts)
         return self._record(adata, key_added, choice.report, annotate=done)
-
-    def _doubt_annotation(
-        self, columns: dict[str, np.ndarray], candidates: Candidates, min_score: float | None
-    ) -> bool:
-        """Warn of cells that are like no known type, and of one label for nearly all; returns whether there is one."""
-        cell_type, n_cells = columns["cell_type"], len(columns["cell_type"])
-        n_novel = int((columns.get("novelty", np.empty(0)) > 1).sum())
-        if n_novel >= NOVEL_SHARE * n_cells:
-            known = list((self.model.config.annotation or {}).get("labels", {}))
-            given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
-            logger.warning(
-                f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
-                f"such as {', '.join(map(repr, known[:3]))}): {given}. They express genes that none of these types "
-                "does; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
-            )
-        found, found_cells = np.unique(cell_type, return_counts=True)
-        share = found_cells.max() / n_cells
-        several = len(candidates.names) > 1 and n_cells >= COLLAPSE_MIN_CELLS
-        collapsed = several and bool(share >= COLLAPSE_SHARE)
-        if collapsed and n_novel < NOVEL_SHARE * n_cells:
-            logger.warning(
-                f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "
-                f"{len(candidates.names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the "
-                "matrix or the genes may be the wrong ones, or the texts of the labels too alike."
-            )
-        return collapsed
 
     def annotation_settings(
         self,
@@ -337,7 +300,7 @@ class ScMMGPTPipeline:
             return stored.get(name, default) if value is None else value
 
         settings: dict[str, Any] = {
-            "labels": _labels_with_texts(labels, stored.get("labels", {})),
+            "labels": labels_with_texts(labels, stored.get("labels", {})),
             "cl_ids": {**stored.get("cl_ids", {}), **(cl_ids or {})},
             "matching_weight": float(given(matching_weight, "matching_weight", 0.5)),
             "matching_candidates": int(given(matching_candidates, "matching_candidates", 4)),
@@ -392,12 +355,39 @@ class ScMMGPTPipeline:
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
         before = dict(self.model.config.annotation or {})
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
-            measured = np.unique(choice.match.ids[choice.match.ids >= 0])
-            novelty = fit_novelty(cells, target, measured, self.model.config.cell_config.vocab_size)
+            vocab_size = self.model.config.cell_config.vocab_size
+            novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
             fitted |= {} if novelty is None else {"novelty": novelty}
         # What other commands stored stays: terms and bonus of fine-tuning.
         self.model.config.annotation = stored = {**before, **settings, "cl_ids": cl_ids, **fitted}
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}
+
+    def _probabilities(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        candidates: Candidates,
+        settings: dict[str, Any],
+        readout: TextScores | None,
+        unseen_bonus: float,
+        batch_size: int | None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Probabilities of the labels, `(n_cells, n_labels)`, and the novelty of each cell, None without a threshold.
+
+        The novelty is NaN where the file measures too few genes.
+        """
+        stored = (self.model.config.annotation or {}).get("novelty")
+        novelty_of = Novelty.of(stored, choice.match.measured, self.model.config.cell_config.vocab_size)
+        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
+        similarity, match, novelty = self._label_scores(
+            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
+        )
+        if stored and novelty is None:
+            novelty = np.full(len(similarity), np.nan, dtype=np.float32)
+        scale, weight = 1 / settings["temperature"], settings["matching_weight"]
+        similarity = similarity + unseen_bonus * candidates.unseen
+        of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)
+        return candidates.pool(of_texts), novelty
 
     def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
         """The label readout's scores of texts for the genes of a file, or None if it cannot score them."""
@@ -407,11 +397,10 @@ class ScMMGPTPipeline:
         trained = self.model.config.label_readout["texts"]
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            return self._text_features(self.processor(qformer_text=list(texts)).to(self.device)).float().cpu().numpy()
+            return self._text_features(texts).float().cpu().numpy()
 
-        measured = np.unique(choice.match.ids[choice.match.ids >= 0])
-        gate = (self.model.config.annotation or {}).get("unseen_gate")
-        return TextScores.of(readout, trained, texts, unseen, measured, gate, self.processor.gene_index, embed)
+        gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
+        return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
 
     def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
         """Warn of labels whose decisive genes the file lacks; returns these labels."""
@@ -447,7 +436,7 @@ class ScMMGPTPipeline:
         readout_alone = not similarity_weight and not settings["matching_weight"]
         temperature = settings["temperature"]
         text_inputs = self.processor(qformer_text=texts).to(self.device)
-        text_features = self._text_features(text_inputs)
+        text_features = self._text_features(texts)
         num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
 
         def score(cells: Cells) -> tuple[torch.Tensor, ...]:
@@ -516,7 +505,6 @@ class ScMMGPTPipeline:
                 ids = model.generate(**inputs, **options)  # type: ignore[misc]
             answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             texts[rows] = [answer.strip() for answer in answers]
-        finish_report(choice.report)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
         return self._record(adata, key_added, choice.report, describe=done)
@@ -565,13 +553,12 @@ class ScMMGPTPipeline:
             genes: Symbols, aliases or Ensembl ids; by default the whole gene vocabulary.
             library_size: Counts of a sampled cell over all genes, a number or `(n_cells,)`; by default drawn with the
                 state of the cell, or, for a checkpoint without states, those of a typical training cell.
-            do_sample: Draw counts from the predicted distribution, by default wherever the checkpoint predicts one
-                (it has states of cells, or `expression_head` is `nb` or `zinb`). Without sampling every cell of a
-                prompt is the predicted mean.
+            do_sample: Draw counts, by default wherever the checkpoint predicts a distribution (it has states of cells,
+                or `expression_head` is `nb` or `zinb`). Without sampling every cell is the mean of its prompt.
             seed: Seed of the draws, together with the prompt and the cell's number.
             max_genes: Genes that are decoded together, by default as many as in training; more are decoded in turns.
-                The prediction of a gene depends a little on the other genes of its turn, and so on `genes` too; not
-                so for a checkpoint with states of cells, which needs no turns.
+                The prediction of a gene depends a little on the other genes of its turn, and so on `genes` too. A
+                checkpoint with states of cells needs no turns.
             key_added, batch_size: As for [`annotate`]; 32 cells a batch by default.
 
         Returns:
@@ -584,27 +571,30 @@ class ScMMGPTPipeline:
         except ImportError as error:
             raise ImportError("Generated cells are an AnnData; install it with `pip install anndata`.") from error
 
-        model = self._language_model("generate")
-        labels, prompts = _labels_and_prompts(prompts)
+        model, config = self._language_model("generate"), self.model.config
+        labels, prompts = labels_and_prompts(prompts)
         if n_cells < 1:
             raise ValueError(f"n_cells is {n_cells}; it must be at least 1.")
-        self._doubt_prompts(prompts)
-        do_sample = self._may_sample(do_sample, n_cells)
-        gene_ids = self._gene_ids(genes)
-        turns = self._gene_turns(gene_ids, max_genes)
-        values: Any
-        sizes = np.empty(0)
-        if self._states() is None:
-            given = self._library_sizes(library_size, n_cells)
-            blocks = self._decode_prompts(model, prompts, gene_ids, turns, given, do_sample, seed, batch_size)
-            values = vstack([csr_matrix(block) for block in blocks], format="csr")
-            sizes = np.tile(given, len(prompts))
-        elif do_sample:
-            turns, fixed = turns[:1], None if library_size is None else self._library_sizes(library_size, n_cells)
-            drawn = [(csr_matrix(v), s) for v, s in self._draw_cells(prompts, n_cells, gene_ids, fixed, seed)]
-            values, sizes = vstack([v for v, _ in drawn], format="csr"), np.concatenate([s for _, s in drawn])
+        warn_of_unknown_types(prompts, config.annotation or {})
+        do_sample = decide_sampling(config, do_sample, n_cells)
+        gene_ids = target_genes(self.processor, genes)
+        turns = gene_turns(len(gene_ids), max_genes or self.processor.max_target_genes)
+        states = model.model.cell_states
+        blocks: Iterable[tuple[np.ndarray, np.ndarray]]
+        if states is None:
+            size = library_sizes(self.processor.library_size if library_size is None else library_size, n_cells)
+            options = (do_sample, seed, self._batch_size(batch_size, 32))
+            blocks = decode_cells(model, self.processor, prompts, gene_ids, turns, size, *options)
         else:
-            values = csr_matrix(self._states().mean_expression(self._prompt_features(prompts))[:, gene_ids])
+            features = torch.cat([self._text_features([prompt]) for prompt in prompts])  # alone: padding changes bits
+            turns = turns[:1]
+            if do_sample:
+                given = None if library_size is None else library_sizes(library_size, n_cells)
+                blocks = draw_cells(states, features, prompts, n_cells, gene_ids, given, seed)
+            else:
+                blocks = [(states.mean_expression(features)[:, gene_ids], np.empty(0))]
+        parts, sizes_of_parts = zip(*((csr_matrix(part), sizes) for part, sizes in blocks), strict=True)
+        values, sizes = vstack(parts, format="csr"), np.concatenate(sizes_of_parts)
         if do_sample:
             # The library size counts all genes of the cell; `genes` may be some of them.
             expression = log1p_cp10k(values, sizes)
@@ -616,134 +606,12 @@ class ScMMGPTPipeline:
         generated.var_names = self.processor.gene_symbols(gene_ids)
         for name, words in {"prompt": prompts, "cell_type": labels}.items():
             if words:
-                _add_obs(generated, name, np.repeat(np.asarray(words, dtype=object), n_cells), categorical=True)
+                _add_obs(generated, name, np.repeat(np.asarray(words, dtype=object), n_cells))
         if do_sample:
             generated.layers["counts"] = values
             generated.obs["library_size"] = sizes
         done = {"prompts": np.asarray(prompts, dtype=object), "n_cells": n_cells, "seed": seed}
         return self._record(generated, key_added, None, generate={**done, "sampled": do_sample, "turns": len(turns)})
-
-    def _draw_cells(
-        self, prompts: list[str], n_cells: int, gene_ids: np.ndarray, sizes: np.ndarray | None, seed: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Draw states, library sizes and counts; a prompt is encoded once, however many cells it has.
-
-        Yields:
-            Counts of the genes, int32 `(n, n_genes)`, and library sizes, float32 `(n,)`, of some cells. The cells of a
-            prompt are consecutive.
-        """
-        features = self._prompt_features(prompts)
-        rows = np.repeat(np.arange(len(prompts)), n_cells)
-        ids = np.array([_cell_id(prompt, number) for prompt in prompts for number in range(n_cells)], dtype=np.uint64)
-        given = None if sizes is None else np.tile(sizes, len(prompts))
-        starts = range(0, len(rows), DRAWN_AT_ONCE)
-        for start in logging.tqdm(starts, desc="Generating", unit="batch", disable=len(starts) < 2):
-            part = slice(start, start + DRAWN_AT_ONCE)
-            size = None if given is None else given[part]
-            counts, size = self._states().sample(features[rows[part]], ids[part], seed=seed, library_size=size)
-            yield counts[:, gene_ids].astype(np.int32), size.astype(np.float32)
-
-    def _states(self) -> Any:
-        """The states of cells, `None` if the checkpoint has none."""
-        return cast(Any, self.model).model.cell_states
-
-    def _prompt_features(self, prompts: list[str]) -> torch.Tensor:
-        """Features of prompts, `(len(prompts), projection_dim)`; each is encoded alone, since padding changes bits."""
-        inputs = (self.processor(qformer_text=[prompt]).to(self.device) for prompt in prompts)
-        return torch.cat([self._text_features(each) for each in inputs])
-
-    def _doubt_prompts(self, prompts: list[str]) -> None:
-        """Warn of prompts that name no cell type of training: their genes may not be in the vocabulary."""
-        stored = self.model.config.annotation or {}
-        labels = list(stored.get("labels", {}))
-        unknown = [text for text in prompts if not names_known_type(text, labels, stored.get("terms", []))]
-        if labels and unknown:
-            logger.warning(
-                f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0]!r}, name none of the {len(labels)} "
-                f"cell types that this checkpoint knows (such as {', '.join(map(repr, labels[:3]))}): the cells are a "
-                "guess, and marker genes of another type may not be in its vocabulary."
-            )
-
-    def _decode_prompts(
-        self,
-        model: ScMMGPTForConditionalGeneration,
-        prompts: list[str],
-        gene_ids: np.ndarray,
-        turns: list[np.ndarray],
-        sizes: np.ndarray,
-        do_sample: bool,
-        seed: int,
-        batch_size: int | None,
-    ) -> Iterator[np.ndarray]:
-        """Decode the expression of the genes; the cells of a prompt are consecutive rows.
-
-        Yields:
-            The next rows. With sampling, drawn counts, int32 `(n, n_genes)`, of `len(prompts) * len(sizes)` rows in
-            total; else the expected log1p(CP10k), float32 `(n, n_genes)`, a row a prompt: the same for all its cells.
-        """
-        drawn = len(sizes) if do_sample else 1
-        # The draws of a cell are its own, so that the many cells of a prompt may be drawn in parts.
-        batch_size = 1 if drawn > GENERATED_CELLS else max(1, self._batch_size(batch_size, 32) // drawn)
-        genes = torch.from_numpy(gene_ids).to(self.device)
-        parts = [
-            (prompts[start : start + batch_size], range(first, min(first + GENERATED_CELLS, drawn)))
-            for start in range(0, len(prompts), batch_size)
-            for first in range(0, drawn, GENERATED_CELLS)
-        ]
-        for batch, numbers in logging.tqdm(parts, desc="Generating", unit="batch", disable=len(parts) < 2):
-            shape = (len(batch) * len(numbers), len(gene_ids))
-            values = np.zeros(shape, dtype=np.int32 if do_sample else np.float32)
-            texts = [self.processor.render_prompt("generate", text=prompt) for prompt in batch]
-            inputs = self.processor(text=texts).to(self.device)
-            for turn, columns in enumerate(turns):
-                with torch.inference_mode():
-                    output = model.generate_cells(
-                        **inputs,
-                        target_gene_ids=cast(torch.LongTensor, genes[torch.from_numpy(columns)]),
-                        library_size=torch.from_numpy(np.tile(sizes[numbers], len(batch))).to(self.device),
-                        num_return_cells=len(numbers),
-                        do_sample=do_sample,
-                        seed=seed + turn,
-                        cell_ids=[_cell_id(prompt, number) for prompt in batch for number in numbers],
-                    )
-                decoded = output["counts"] if do_sample else output["expression"].float()
-                values[:, columns] = decoded.cpu().numpy()
-            yield values
-
-    def _may_sample(self, do_sample: bool | None, n_cells: int) -> bool:
-        config = self.model.config
-        can_sample = config.num_state_components is not None or config.expression_head != "mse"
-        do_sample = can_sample if do_sample is None else bool(do_sample)
-        if do_sample and not can_sample:
-            raise ValueError("A mean (expression_head='mse') cannot be sampled; pass do_sample=False.")
-        if n_cells > 1 and not do_sample:
-            logger.warning(f"Without sampling, the {n_cells} cells of a prompt are equal: each is the predicted mean.")
-        return do_sample
-
-    def _library_sizes(self, library_size: float | np.ndarray | None, n_cells: int) -> np.ndarray:
-        library_size = self.processor.library_size if library_size is None else library_size
-        sizes = np.broadcast_to(np.asarray(library_size, dtype=np.float32), (n_cells,)).copy()
-        if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-            raise ValueError(f"library_size must be positive counts, but holds {sizes.min()}.")
-        return sizes
-
-    def _gene_ids(self, genes: str | Sequence[str] | None) -> np.ndarray:
-        if genes is None:
-            return np.sort(np.asarray(list(self.processor.gene_index.vocabulary.values()), dtype=np.int64))
-        genes = [genes] if isinstance(genes, str) else list(genes)
-        if not genes:
-            raise ValueError("genes is empty; name at least one gene, or pass None for the whole vocabulary.")
-        ids = self.processor.gene_ids_of(genes)
-        unique, first = np.unique(ids, return_index=True)
-        if len(unique) < len(ids):
-            repeated = sorted({genes[i] for i in set(range(len(ids))) - set(first.tolist())})
-            raise ValueError(f"{len(ids) - len(unique)} genes are asked for twice: {repeated[:5]}; name each once.")
-        return ids
-
-    def _gene_turns(self, gene_ids: np.ndarray, max_genes: int | None) -> list[np.ndarray]:
-        """Columns of each turn of decoding: turns are of nearly equal size, each spread over all genes."""
-        n_turns = math.ceil(len(gene_ids) / (max_genes or self.processor.max_target_genes))
-        return [np.arange(turn, len(gene_ids), n_turns) for turn in range(n_turns)]
 
     # -- embed and search ---------------------------------------------------------------------------------------------
 
@@ -784,7 +652,6 @@ class ScMMGPTPipeline:
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
         batch_size = self._batch_size(batch_size, 64)
         (adata.obsm[key_added],) = self._map_cells(embedding, chunks, batch_size, "Embedding", n_cells)
-        finish_report(choice.report)
         return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
 
     def search(
@@ -817,7 +684,7 @@ class ScMMGPTPipeline:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if key_added is not None and len(texts) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts; pass one text.")
-        text_features = self._text_features(self.processor(qformer_text=texts).to(self.device))
+        text_features = self._text_features(texts)
 
         def score(cells: Cells) -> tuple[torch.Tensor, ...]:
             return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
@@ -826,7 +693,6 @@ class ScMMGPTPipeline:
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
         batch_size = self._batch_size(batch_size, 64)
         (similarity,) = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
-        finish_report(choice.report)
         if key_added is not None:
             adata.obs[key_added] = similarity[:, 0]
             self._record(adata, "scmmgpt", choice.report, search={"text": texts[0], "key": key_added})
@@ -859,7 +725,7 @@ class ScMMGPTPipeline:
         return dict(self.processor(cells=cells).to(self.device))
 
     def _chunks(self, adata: Any, choice: InputChoice) -> Iterator[Cells]:
-        """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time."""
+        """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time; after the last, warnings about all."""
         # The class is the processor's: a checkpoint may load each file twice.
         parts: list[Cells] = []
         for part in choice.iter_cells(adata):
@@ -869,6 +735,7 @@ class ScMMGPTPipeline:
                 parts = []
         if parts:
             yield type(part).concatenate(parts)
+        finish_report(choice.report)
 
     def _batches(
         self, chunks: Iterable[Cells], batch_size: int, what: str, total: int
@@ -896,8 +763,9 @@ class ScMMGPTPipeline:
         order = np.argsort(np.concatenate(rows))
         return [np.concatenate(parts)[order] for parts in zip(*results, strict=True)]
 
-    def _text_features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Texts in the shared space, `(n_texts, projection_dim)`, from the processor's `qformer_text` inputs."""
+    def _text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts in the shared space, `(n_texts, projection_dim)`."""
+        inputs = self.processor(qformer_text=list(texts)).to(self.device)
         with torch.inference_mode():
             ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
             batches = zip(ids.split(256), mask.split(256), strict=True)
@@ -942,39 +810,6 @@ def _dtype_on_cpu(asked: torch.dtype | None, stored: str | torch.dtype | None) -
     return asked
 
 
-def _labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
-    """Label -> text that describes it: the given text, else the stored one, else the label itself."""
-    if isinstance(labels, str):
-        raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
-    if labels is None:
-        labels = stored
-    elif not isinstance(labels, dict):
-        labels = {label: stored.get(label, label) for label in labels}
-    labels = {str(label): str(text) for label, text in labels.items()}
-    if not labels:
-        raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
-    empty = [label for label, text in labels.items() if not text.strip()]
-    if empty:
-        raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
-    return labels
-
-
-def _ids_of_labels(names: list[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Label -> Cell Ontology id: the given one, else that of the stored term that the label means."""
-    found = {name: term_of(name, terms) for name in names}
-    return {name: term["id"] for name, term in found.items() if term is not None} | given
-
-
-def _labels_and_prompts(prompts: str | Sequence[str] | dict[str, str]) -> tuple[list[str], list[str]]:
-    """Labels, the keys of a dict, and texts of the prompts."""
-    labels = list(prompts) if isinstance(prompts, dict) else []
-    texts = [prompts] if isinstance(prompts, str) else list(prompts.values() if isinstance(prompts, dict) else prompts)
-    n_empty = sum(not text.strip() for text in texts)
-    if n_empty or not texts:
-        raise ValueError(f"Pass one prompt or more; each needs some text, but {n_empty} of {len(texts)} are empty.")
-    return labels, texts
-
-
 def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:
     best = enumerate(np.argsort(-similarity, kind="stable")[:top_k].tolist(), start=1)
     exact = similarity.astype(np.float64)
@@ -998,16 +833,10 @@ def _words(adata: Any, key: str) -> np.ndarray:
     return np.asarray(adata.obs[key], dtype=str)
 
 
-def _add_obs(adata: Any, name: str, values: np.ndarray, categorical: bool) -> None:
+def _add_obs(adata: Any, name: str, values: np.ndarray) -> None:
     adata.obs[name] = values
-    if categorical:
+    if values.dtype.kind in "UO":
         adata.obs[name] = adata.obs[name].astype("category")
-
-
-def _cell_id(prompt: str, number: int) -> int:
-    """A 63-bit identity of the n-th cell of a prompt, which does not depend on the other prompts."""
-    digest = hashlib.blake2b(f"{number}\n{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def storable(value: Any) -> Any:

@@ -114,7 +114,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int, seed: int = 0) -> 
         rows = np.sort(np.concatenate([rng.permutation(rows)[:max_cells] for rows in of_labels]))
         choice = choose_input(adata, index)
         cells = choice.convert(adata)[rows]
-        sets.append(LabelledSet(name, cells, np.unique(choice.match.ids[choice.match.ids >= 0]), classes[rows]))
+        sets.append(LabelledSet(name, cells, choice.match.measured, classes[rows]))
     return sets, max(index.vocabulary.values()) + 1
 
 

@@ -13,6 +13,7 @@ import torch
 from scmmgpt import synthetic
 from scmmgpt.annotation_scmmgpt import label_probabilities, majority_vote, normalized_entropy
 from scmmgpt.configuration_scmmgpt import PIPELINE_TASKS
+from scmmgpt.generation_scmmgpt import gene_turns
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
@@ -286,7 +287,7 @@ def test_more_genes_than_fit_are_decoded_in_turns(tiny_pipeline):
     cells = tiny_pipeline.generate("a B cell", max_genes=7)
     assert cells.uns["scmmgpt"]["generate"]["turns"] == 6
     assert np.isfinite(cells.X.toarray()).all()
-    chunks = tiny_pipeline._gene_turns(np.arange(40), 7)
+    chunks = gene_turns(40, 7)
     assert np.sort(np.concatenate(chunks)).tolist() == list(range(40))
     assert max(map(len, chunks)) <= 7
 

@@ -95,7 +95,7 @@ def test_cells_of_a_prompt_are_the_same_drawn_in_parts(monkeypatch):
 
     pipeline = synthetic.tiny_pipeline(expression_head="nb")
     whole = pipeline.generate(["a B cell", "a T cell"], 5)
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.GENERATED_CELLS", 2)
+    monkeypatch.setattr("scmmgpt.generation_scmmgpt.GENERATED_CELLS", 2)
     parts = pipeline.generate(["a B cell", "a T cell"], 5)
     assert (whole.layers["counts"] != parts.layers["counts"]).nnz == 0
     assert (abs(whole.X - parts.X) > 1e-6).nnz == 0
@@ -103,7 +103,7 @@ def test_cells_of_a_prompt_are_the_same_drawn_in_parts(monkeypatch):
 
 def test_a_prompt_that_names_no_known_type_is_doubted(tiny_pipeline, monkeypatch):
     said = []
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    monkeypatch.setattr("scmmgpt.generation_scmmgpt.logger.warning", said.append)
     tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B cell", "T cell": "a T cell"}}
     tiny_pipeline.generate("Some B cells from blood.", genes=["CD19"])
     assert not said
