@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
 from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, read_json, whole_file
-from scmmgpt.commands.progress import tell_if_slow
+from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.readers.label_lists import read_text, read_words
 
 
@@ -398,14 +398,14 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     if getattr(args, "output", None) is not None:
         from scmmgpt.commands.results import rehearse
 
-        with tell_if_slow("Rehearsing the writing of the result"):
+        with log_if_slow("Rehearsing the writing of the result"):
             rehearse(adata, args.file, args.output)
     return load_pipeline(args), adata
 
 
 def load_pipeline(args: Args) -> "ScMMGPTPipeline":
     """The pipeline of `--model`."""
-    with tell_if_slow(f"Loading {args.model}"):
+    with log_if_slow(f"Loading {args.model}"):
         from transformers.utils import logging
 
         from scmmgpt.commands.checkpoints import check_checkpoint
@@ -438,9 +438,9 @@ def read_adata(path: Path, split: str = "test", model: str | None = None, backed
     if (path / "manifest.json").is_file():
         from scmmgpt.train.data.corpus import open_corpus
 
-        with tell_if_slow(f"Reading {path}"):
+        with log_if_slow(f"Reading {path}"):
             return open_corpus(path).to_adata(split)
-    with tell_if_slow(f"Reading {path}"):
+    with log_if_slow(f"Reading {path}"):
         from scmmgpt.commands.results import can_copy
         from scmmgpt.readers.cell_files import is_table, read_file
 
@@ -491,7 +491,7 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> Non
     """Write the result, its table and the summary."""
     from scmmgpt.commands.results import write_result
 
-    with tell_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
+    with log_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
         write_result(adata, getattr(args, "file", args.output), temporary)
     if getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]

@@ -34,7 +34,7 @@ HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than hel
 MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
 NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
-MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel says nothing about novelty
+MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
 
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
@@ -143,11 +143,11 @@ def _broader_labels(label: str, trained: Collection[str], terms: Sequence[Mappin
 
 @dataclass
 class Candidates:
-    """The texts that each cell is compared with, and the label that each text speaks for."""
+    """The texts that each cell is compared with, and the label that each text stands for."""
 
     names: list[str]  # the labels to choose from
     texts: list[str]  # (n_texts,) what is scored; every trained text is among them
-    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 where a trained label was not asked for
+    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is no candidate
     unseen: np.ndarray  # bool (n_texts,): the label means no trained one
     meant: dict[str, list[str]]  # label -> the trained labels that it means
 
@@ -169,7 +169,7 @@ def candidate_columns(
     """The texts to score for some labels: theirs, and those of all trained labels.
 
     A label that means trained ones gets their texts' probability. Where two labels mean one trained label, it belongs
-    to the narrower. A trained label that nobody means competes in silence, so that a cell may be none of the labels,
+    to the narrower. A trained label that no candidate means competes too, so that a cell may be none of the labels,
     unless it is broader than an untrained label ("T cell" beside "gamma-delta T cell").
 
     Args:
@@ -268,7 +268,7 @@ def choose_labels(
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
             every cell gets a label.
         clusters: `(n_cells,)` of str: cluster of each cell.
-        novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where it can't be judged.
+        novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
             first one above its best label whose labels together reach it.
 
@@ -286,7 +286,7 @@ def choose_labels(
         low = score < min_score
         for term in terms:
             members = [number for number, name in enumerate(names) if name in term["labels"]]
-            if not 1 < len(members) < len(names):  # a term of all labels says nothing
+            if not 1 < len(members) < len(names):  # a term of all labels excludes none
                 continue
             total = probabilities[:, members].sum(axis=1)
             broader = low & np.isin(best, members) & (total >= min_score)
@@ -403,7 +403,7 @@ def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
     `(n_genes,)`, by vocabulary id.
     """
     roots = np.sqrt(cells.counts.astype(np.float64))
-    rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))
+    rows = cells.rows()
     total = np.bincount(rows, weights=roots, minlength=len(cells))
     novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
     return (novel / np.maximum(total, 1e-9)).astype(np.float32)
@@ -414,10 +414,9 @@ def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
 
     `targets` are the labels of the cells, int `(n_cells,)`.
     """
-    lengths = np.diff(cells.indptr)
-    rows = np.repeat(np.arange(len(cells)), lengths)
+    rows = cells.rows()
     sizes = np.maximum(np.bincount(rows, weights=cells.counts, minlength=len(cells)), 1e-9)
-    of_label = np.repeat(targets, lengths)
+    of_label = targets[rows]
     absent = np.ones(n_genes, dtype=bool)
     for label in np.unique(targets):
         mine = of_label == label
@@ -428,7 +427,7 @@ def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
 
 
 def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
-    """What `annotate` needs to tell cells apart that are like no known type; None for too few cells.
+    """What `annotate` needs to recognise cells that are like no known type; None for too few cells.
 
     Args:
         cells: Labelled cells, of all known types.

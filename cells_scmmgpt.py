@@ -142,7 +142,7 @@ class Cells:
         for name, length in {"gene_ids": nnz, "counts": nnz, "cell_ids": n_cells, "total_counts": n_cells}.items():
             array = getattr(self, name)
             if array is not None and array.shape != (length,):
-                raise ValueError(f"`{name}` has shape {array.shape}, but `indptr` asks for ({length},).")
+                raise ValueError(f"`{name}` has shape {array.shape}, but `indptr` needs ({length},).")
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -168,6 +168,10 @@ class Cells:
         total_counts = None if self.total_counts is None else self.total_counts[rows]
         return Cells(indptr, self.gene_ids[entries], self.counts[entries], self.cell_ids[rows], total_counts)
 
+    def rows(self) -> np.ndarray:
+        """`int64 (nnz,)`: the number of the cell that each entry belongs to."""
+        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+
     def library_sizes(self) -> np.ndarray:
         """`float32 (n_cells,)`: `total_counts`, or the sum of `counts` if there are none."""
         if self.total_counts is not None:
@@ -176,7 +180,7 @@ class Cells:
 
     def sorted_by_gene(self) -> "Cells":
         """The same cells with ascending gene ids within each cell."""
-        rows = np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        rows = self.rows()
         is_sorted = (self.gene_ids[1:] > self.gene_ids[:-1]) | (rows[1:] > rows[:-1])
         if is_sorted.all():
             return self
@@ -289,6 +293,15 @@ class Cells:
         if cell_ids is None:
             cell_ids = np.arange(len(indptr) - 1, dtype=np.uint64)
         return cls(indptr, gene_ids, counts, cell_ids, sums if total_counts is None else total_counts)
+
+    def to_csr(self, n_genes: int) -> Any:
+        """The counts as a `scipy.sparse.csr_matrix`, float32 `(n_cells, n_genes)`; columns are gene ids."""
+        try:
+            from scipy.sparse import csr_matrix
+        except ImportError as error:
+            raise ImportError("A matrix of cells needs scipy; install it with `pip install scipy`.") from error
+        arrays = self.counts.astype(np.float32), self.gene_ids.astype(np.int64), self.indptr
+        return csr_matrix(arrays, shape=(len(self), n_genes))
 
 
 def has_repeats(vocabulary_ids: np.ndarray) -> bool:

@@ -56,7 +56,7 @@ CPU_PIECE_TOKENS = 2400  # tokens that run through all layers at once: 5 MB of f
 def cpu_rate(dtype: torch.dtype) -> float:
     """Operations per second of CPU time in a matrix product, measured once a process.
 
-    Names of instruction sets do not tell: bfloat16 is four times as fast as float32 where the CPU multiplies it (AMX,
+    Instruction sets do not decide: bfloat16 is four times as fast as float32 where the CPU multiplies it (AMX,
     AVX512_BF16), and a hundredth where PyTorch has to emulate it (AVX2 alone).
     """
     tokens, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
@@ -71,7 +71,7 @@ def cpu_rate(dtype: torch.dtype) -> float:
 def cpu_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision to compute in on this CPU: `dtype`, or float32 where that is over twice as fast.
 
-    Hardware differs by a factor of hundreds, so that the answer does not depend on how busy the machine is.
+    Hardware differs by a factor of hundreds, so that the result does not depend on how busy the machine is.
     """
     is_half = dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if is_half and 2 * cpu_rate(dtype) < cpu_rate(torch.float32) else dtype

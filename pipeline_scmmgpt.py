@@ -57,6 +57,7 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
+    from .scoring_scmmgpt import LabelScorer, encode_texts
     from .unseen_scmmgpt import TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
@@ -93,6 +94,7 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
+    from scoring_scmmgpt import LabelScorer, encode_texts
     from unseen_scmmgpt import TextScores
 
 
@@ -101,7 +103,6 @@ logger = logging.get_logger(__name__)
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
-WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 
 
 class ScMMGPTPipeline:
@@ -117,9 +118,9 @@ class ScMMGPTPipeline:
         _text_scores                    readout_scmmgpt, unseen_scmmgpt: the readout for the genes of the file
         _probabilities -> _label_scores, batch by batch
             _chunks                     reading_scmmgpt: the next rows of the AnnData -> Cells
-            processor                   feature_extraction_scmmgpt: Cells -> gene ids and values
-            model                       modeling_scmmgpt: similarity with all texts, matching with the best
-            Novelty                     annotation_scmmgpt: share of the cell in genes that no known type expresses
+            LabelScorer                 scoring_scmmgpt: Cells -> scores of the texts, and novelty
+                                            -> feature_extraction_scmmgpt: Cells -> gene ids and values
+                                            -> modeling_scmmgpt: similarity with all texts, matching with the best
         label_probabilities             annotation_scmmgpt: similarity and matching -> probabilities
         choose_labels                   annotation_scmmgpt: the label of each cell and its certainty
         summarize_annotation            annotation_scmmgpt: numbers of the whole, and warnings of an unlikely one
@@ -245,7 +246,7 @@ class ScMMGPTPipeline:
         Returns:
             The same `adata`, with `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the label),
             `{key}_margin` (of the best candidate over the runner-up), `{key}_entropy` (0 certain .. 1 uniform) and
-            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured to tell);
+            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured);
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are no candidates.
         """
@@ -397,7 +398,7 @@ class ScMMGPTPipeline:
         trained = self.model.config.label_readout["texts"]
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            return self._text_features(texts).float().cpu().numpy()
+            return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
 
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
@@ -406,15 +407,10 @@ class ScMMGPTPipeline:
         """Warn of labels whose decisive genes the file lacks; returns these labels."""
         label_of = {text: label for label, text in (self.model.config.annotation or {}).get("labels", {}).items()}
         names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
-        weak = readout.panel.weak_labels()
-        for label, (other, evidence, absent) in list(weak.items())[:WEAK_LABELS]:
-            logger.warning(
-                f"The file lacks {', '.join(self.processor.gene_symbols(absent))}, which tell {names[label]!r} from "
-                f"{names[other]!r}: {max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
-            )
-        if len(weak) > WEAK_LABELS:
-            logger.warning(f"The file lacks decisive genes of {len(weak) - WEAK_LABELS} more labels.")
-        return np.asarray([names[label] for label in weak], dtype=object)
+        weak, warnings = readout.weak_labels(names, self.processor.gene_symbols)
+        for warning in warnings:
+            logger.warning(warning)
+        return np.asarray(weak, dtype=object)
 
     def _label_scores(
         self,
@@ -426,41 +422,12 @@ class ScMMGPTPipeline:
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
         readout: TextScores | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Similarity and matching for [`label_probabilities`], and novelty; None what is not computed.
-
-        There is no matching if the matching weight is 0. With `readout` the first are its log probabilities, plus
-        similarities at the weight that `finetune` chose for them; at weight 0 the transformer does not run. They are
-        multiplied by the temperature, by which [`label_probabilities`] divides them.
-        """
-        similarity_weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
-        readout_alone = not similarity_weight and not settings["matching_weight"]
-        temperature = settings["temperature"]
-        text_inputs = self.processor(qformer_text=texts).to(self.device)
-        text_features = self._text_features(texts)
-        num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
-
-        def score(cells: Cells) -> tuple[torch.Tensor, ...]:
-            novelty = () if novelty_of is None else (torch.from_numpy(novelty_of(cells)),)
-            if readout is not None and readout_alone:
-                return (temperature * torch.from_numpy(readout(cells)), *novelty)
-            inputs = self._inputs(cells)
-            similarity = cell_text_similarity(self._bridge().get_cell_features(**inputs), text_features)
-            if readout is not None:
-                scores = torch.from_numpy(readout(cells)).to(similarity)
-                similarity = temperature * (scores + similarity_weight * similarity)
-            if not num_candidates:
-                return (similarity, *novelty)
-            best = similarity.topk(num_candidates, dim=1).indices
-            rows = torch.arange(len(best), device=best.device).repeat_interleave(num_candidates)
-            pairs = torch.stack([rows, best.flatten()], dim=1)
-            match = torch.full_like(similarity, torch.nan)
-            match[pairs[:, 0], pairs[:, 1]] = self._bridge().match(**inputs, **text_inputs, pairs=pairs).to(match)
-            return (similarity, match, *novelty)
-
+        """Similarity, matching and novelty of all cells, None what is not computed; see [`LabelScorer`]."""
+        weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
+        scorer = LabelScorer(self._bridge(), self.processor, texts, settings, weight, readout, novelty_of)
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
-        batch_size = max(self._batch_size(batch_size, 64) // max(num_candidates, 1), 1)
-        scores = self._map_cells(score, chunks, batch_size, "Annotating", n_cells)
-        return scores[0], scores[1] if num_candidates else None, None if novelty_of is None else scores[-1]
+        batch_size = max(self._batch_size(batch_size, 64) // max(scorer.num_candidates, 1), 1)
+        return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells))
 
     # -- describe -----------------------------------------------------------------------------------------------------
 
@@ -503,8 +470,8 @@ class ScMMGPTPipeline:
             inputs = self.processor(text=[prompt] * len(rows), cells=cells).to(self.device)
             with torch.inference_mode():
                 ids = model.generate(**inputs, **options)  # type: ignore[misc]
-            answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            texts[rows] = [answer.strip() for answer in answers]
+            words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts[rows] = [text.strip() for text in words]
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
         return self._record(adata, key_added, choice.report, describe=done)
@@ -586,7 +553,8 @@ class ScMMGPTPipeline:
             options = (do_sample, seed, self._batch_size(batch_size, 32))
             blocks = decode_cells(model, self.processor, prompts, gene_ids, turns, size, *options)
         else:
-            features = torch.cat([self._text_features([prompt]) for prompt in prompts])  # alone: padding changes bits
+            # Each prompt is encoded alone, since padding changes bits.
+            features = torch.cat([encode_texts(self._bridge(), self.processor, [prompt]) for prompt in prompts])
             turns = turns[:1]
             if do_sample:
                 given = None if library_size is None else library_sizes(library_size, n_cells)
@@ -595,13 +563,9 @@ class ScMMGPTPipeline:
                 blocks = [(states.mean_expression(features)[:, gene_ids], np.empty(0))]
         parts, sizes_of_parts = zip(*((csr_matrix(part), sizes) for part, sizes in blocks), strict=True)
         values, sizes = vstack(parts, format="csr"), np.concatenate(sizes_of_parts)
-        if do_sample:
-            # The library size counts all genes of the cell; `genes` may be some of them.
-            expression = log1p_cp10k(values, sizes)
-        else:
-            expression = values[np.repeat(np.arange(len(prompts)), n_cells)]
-
-        generated = AnnData(X=expression)
+        rows = np.repeat(np.arange(len(prompts)), n_cells)
+        # The library size counts all genes of the cell; `genes` may be some of them.
+        generated = AnnData(X=log1p_cp10k(values, sizes) if do_sample else values[rows])
         generated.obs_names = [f"prompt{p}-cell{i}" for p in range(len(prompts)) for i in range(n_cells)]
         generated.var_names = self.processor.gene_symbols(gene_ids)
         for name, words in {"prompt": prompts, "cell_type": labels}.items():
@@ -684,7 +648,7 @@ class ScMMGPTPipeline:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if key_added is not None and len(texts) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts; pass one text.")
-        text_features = self._text_features(texts)
+        text_features = encode_texts(self._bridge(), self.processor, texts)
 
         def score(cells: Cells) -> tuple[torch.Tensor, ...]:
             return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
@@ -763,14 +727,6 @@ class ScMMGPTPipeline:
         order = np.argsort(np.concatenate(rows))
         return [np.concatenate(parts)[order] for parts in zip(*results, strict=True)]
 
-    def _text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """Texts in the shared space, `(n_texts, projection_dim)`."""
-        inputs = self.processor(qformer_text=list(texts)).to(self.device)
-        with torch.inference_mode():
-            ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
-            batches = zip(ids.split(256), mask.split(256), strict=True)
-            return torch.cat([self._bridge().get_text_features(*batch) for batch in batches])
-
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
         """Add the settings of a verb, and the report of what was read, to `uns`; entries of other verbs stay."""
         done["checkpoint"] = str(self.model.config._name_or_path or "")
@@ -794,20 +750,20 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _dtype_on_cpu(asked: torch.dtype | None, stored: str | torch.dtype | None) -> torch.dtype | None:
-    """The precision asked for, with a warning where it is slow, else float32 where the stored one is slow."""
+def _dtype_on_cpu(given: torch.dtype | None, stored: str | torch.dtype | None) -> torch.dtype | None:
+    """The given precision, with a warning where it is slow, else float32 where the stored one is slow."""
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    dtype = asked or stored
+    dtype = given or stored
     if dtype is None or cpu_dtype(dtype) == dtype:
-        return asked
+        return given
     name, wide = str(dtype).removeprefix("torch."), cpu_dtype(dtype)
-    if asked is None:
+    if given is None:
         logger.info(
             f"This CPU is faster in float32 than in {name}, the precision of the checkpoint: it runs in float32."
         )
         return wide
     logger.warning(f"This CPU is slower in {name} than in float32, often many times; leave dtype out, or pass {wide}.")
-    return asked
+    return given
 
 
 def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:

@@ -473,7 +473,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         # step 2: each cell's counts of its text's genes; a binary search among sorted keys, one per (cell, gene)
         cells = cells.sorted_by_gene()
         stride = int(max(genes.max(), cells.gene_ids.max(initial=0))) + 1
-        keys = np.repeat(np.arange(len(cells)), np.diff(cells.indptr)) * stride + cells.gene_ids.astype(np.int64)
+        keys = cells.rows() * stride + cells.gene_ids.astype(np.int64)
         wanted = np.arange(len(cells))[:, None] * stride + gene_ids[place]
         position = np.searchsorted(keys, wanted)  # len(keys) beyond the last key
         found = np.append(keys, -1)[position] == wanted

@@ -2,7 +2,7 @@
 
 A linear classifier of all genes is hard to beat with a few thousand labelled cells, but its weights belong to the
 genes of training: in a file without one of these genes, a zero or a mean in the place of the gene gives confident
-wrong answers. `ScMMGPTLabelReadout` therefore stores, beside the weights, a factor model of the training cells:
+errors. `ScMMGPTLabelReadout` therefore stores, beside the weights, a factor model of the training cells:
 
     profile = mean + factors^T z + noise,  z ~ N(0, I)
 
@@ -34,7 +34,7 @@ except ImportError:  # beside the other files of a checkpoint
 
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
 N_DRAWS, DRAW_SEED = 64, 0x6E05  # of the scores' uncertainty: equal for all cells of a file, and for all files
-LITTLE_EVIDENCE = 0.5  # of the score that tells two labels apart; a file that keeps less is warned of
+LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
 N_EXAMPLES = 3  # absent genes that a warning names
 
 
@@ -52,7 +52,7 @@ class PanelReadout:
         temperature: Divides the scores before the softmax.
         evidence: float64 `(n_labels, n_labels)`: of the difference of two labels' scores between the two labels' mean
             cells, the part that remains; NaN on the diagonal.
-        decisive: Absent genes, vocabulary ids, that tell two labels apart, the most important first, by label pair.
+        decisive: Absent genes, vocabulary ids, that separate two labels, the most important first, by label pair.
     """
 
     gene_ids: np.ndarray
@@ -98,7 +98,7 @@ class PanelReadout:
         )
 
     def weak_labels(self) -> dict[int, tuple[int, float, list[int]]]:
-        """Labels hardly told from another by the genes at hand: label -> the other, what is left, absent genes."""
+        """Labels that the genes hardly separate from another: label -> the other, what is left, absent genes."""
         weak = {}
         for label, row in enumerate(self.evidence):
             if len(row) > 1:
@@ -218,7 +218,7 @@ def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, n
 def compare_labels(
     a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, dict[tuple[int, int], list[int]]]:
-    """What is left of the scores that tell labels apart, and which absent genes decide; see [`PanelReadout`]."""
+    """What is left of the scores that separate labels, and which absent genes decide; see [`PanelReadout`]."""
 
     def differences(scores: np.ndarray) -> np.ndarray:
         """From the scores `(labels, labels)` of mean cells: own minus other score, of two cells of a pair together."""
@@ -253,7 +253,7 @@ def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np
     ids = cells.gene_ids.astype(np.int64)
     places = np.searchsorted(gene_ids, ids).clip(max=len(gene_ids) - 1)
     known = gene_ids[places] == ids
-    rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))[known]
+    rows = cells.rows()[known]
     counts = cells.counts[known].astype(np.float64)
     totals = np.bincount(rows, weights=counts, minlength=len(cells))
     values = PROFILE_SCALE * np.sqrt(counts * share / totals[rows])

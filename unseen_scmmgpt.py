@@ -1,6 +1,6 @@
 """Labels that were never trained: how their texts place cells among the trained labels.
 
-A label that is given by a text alone has no cells. Three things speak for it:
+A label that is given by a text alone has no cells. Three kinds of evidence replace them:
 
 * **place**: ridge regression from the texts of the trained labels to their mean profiles predicts its mean profile.
   The margin of a cell is its distance from the plane halfway between that profile and the nearest trained one;
@@ -10,7 +10,7 @@ A label that is given by a text alone has no cells. Three things speak for it:
 
 A logistic **gate** decides between the label and all trained ones. It is fitted in `finetune` on episodes that leave
 one trained label out. Among the trained labels, the readout decides (`readout_scmmgpt`): one softmax over both would
-hardly ever answer a label that was not trained.
+hardly ever choose a label that was not trained.
 """
 
 import re
@@ -31,6 +31,7 @@ except ImportError:  # beside the other files of a checkpoint
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
 
 
+WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 NEVER = -100.0  # log probability of a text of no label
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[0-9A-Z]+)*")
 GENE_WORD = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z][A-Z0-9-]{3,}")  # CD19, FOXP3, GNLY; no word of prose
@@ -59,7 +60,7 @@ def predict_centroids(centroids: np.ndarray, texts: np.ndarray, new_texts: np.nd
 
 
 def named_genes(text: str, gene_index: GeneIndex) -> dict[int, int]:
-    """Genes that a text names -> 1, or -1 where it says that the cell lacks them.
+    """Genes that a text names -> 1, or -1 where the cell should lack them.
 
     >>> index = GeneIndex({"CD19": 3, "IL2RA": 4}, {"CD25": "IL2RA"})
     >>> named_genes("A cell that is CD19-positive and CD25-negative.", index)
@@ -188,7 +189,7 @@ class UnseenLabels:
 def log_depth(cells: Cells, gene_ids: np.ndarray, share: float) -> np.ndarray:
     """Logarithm of the counts that a cell would have in a whole transcriptome, `(n_cells,)`."""
     known = np.isin(cells.gene_ids, gene_ids)
-    rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))[known]
+    rows = cells.rows()[known]
     totals = np.bincount(rows, weights=cells.counts[known], minlength=len(cells))
     return np.log(totals.clip(min=1e-9) / max(share, 1e-9))
 
@@ -248,6 +249,25 @@ class TextScores:
         named = [named_genes(text, gene_index) for text in new]
         space = LabelSpace.of(arrays, here, embed(trained).astype(np.float64), embed(new).astype(np.float64), named)
         return cls(panel, UnseenLabels(panel, space, Gate(**gate)), columns)
+
+    def weak_labels(
+        self, names: Sequence[str], gene_symbols: Callable[[list[int]], Sequence[str]]
+    ) -> tuple[list[str], list[str]]:
+        """Labels whose decisive genes the file lacks, and warnings of them.
+
+        Args:
+            names: The trained labels of `panel`, in words.
+            gene_symbols: Vocabulary ids -> symbols.
+        """
+        weak = self.panel.weak_labels()
+        warnings = [
+            f"The file lacks {', '.join(gene_symbols(absent))}, which tell {names[label]!r} from {names[other]!r}: "
+            f"{max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
+            for label, (other, evidence, absent) in list(weak.items())[:WEAK_LABELS]
+        ]
+        if len(weak) > WEAK_LABELS:
+            warnings.append(f"The file lacks decisive genes of {len(weak) - WEAK_LABELS} more labels.")
+        return [names[label] for label in weak], warnings
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities, float32 `(n_cells, n_texts)`."""

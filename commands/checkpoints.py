@@ -1,6 +1,6 @@
 """Look at a checkpoint before a model is built: its place, and whether its files agree with each other.
 
-Files of strangers and broken copies are refused in one line, before memory is asked for or the network is searched.
+Files of strangers and broken copies are refused in one line, before memory is allocated or the network is searched.
 """
 
 import difflib

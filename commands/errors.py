@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 FAILED, STOPPED = 2, 130  # exit codes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHOWN_CHARACTERS = 200  # of a message of a library
 LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is written here
-# How libraries other than Python's own say that memory is short. Their exceptions are `RuntimeError`s.
+# Messages of libraries other than Python's own where memory is short. Their exceptions are `RuntimeError`s.
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
 OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of reading, as messages of the library name them
@@ -201,7 +202,7 @@ def explain(
 
 
 def full_disk(error: BaseException, text: str, outputs: Iterable[Any]) -> str | None:
-    """What to say if the error is of a full disk; libraries wrap such errors in many types."""
+    """The message if the error is of a full disk; libraries wrap such errors in many types."""
     is_full = isinstance(error, OSError) and error.errno in DISK_FULL or NO_SPACE.search(text)
     for path in outputs:
         folder = existing_parent(Path(path))
@@ -221,9 +222,9 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def shortened(text: str, length: int = 200) -> str:
-    """The beginning of a text."""
-    return text if len(text) <= length else text[:length] + " ..."
+def shortened(text: str) -> str:
+    """The first `SHOWN_CHARACTERS` of a text."""
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
 
 
 def take_debug(words: list[str]) -> tuple[list[str], bool]:

@@ -1,4 +1,4 @@
-"""A line on stderr about work that takes longer than a user waits in silence."""
+"""A line on stderr about work that takes longer than a user waits without one."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ SECONDS = 3  # before the first line
 
 
 @contextlib.contextmanager
-def tell_if_slow(what: str) -> Iterator[None]:
+def log_if_slow(what: str) -> Iterator[None]:
     """Log `what` as a warning, which is shown by default, if the block takes longer than `SECONDS`."""
     timer = threading.Timer(SECONDS, logger.warning, [f"{what} ..."])
     timer.daemon = True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scmmgpt.commands.errors import OneLineParser, run_command, take_debug
 from scmmgpt.commands.files import check_folder, check_paths, exists
-from scmmgpt.commands.progress import tell_if_slow
+from scmmgpt.commands.progress import log_if_slow
 
 
 COMMANDS = (
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if argv[0] not in WITH_FOLDERS and Path(output).is_dir():
                 raise ValueError(f"The output {output!r} is a folder; name a file.")
         # A task is imported when it runs, because other tasks do not need its libraries.
-        with tell_if_slow("Loading libraries"):
+        with log_if_slow("Loading libraries"):
             task = importlib.import_module(f"scmmgpt.eval.{argv[0]}")
         return task.main(words)
 

@@ -6,7 +6,7 @@ python -m scmmgpt.eval abstention --model CHECKPOINT --known held_out.h5ad --new
 
 Known cells: accuracy (a cell without a label is wrong), share without a label, accuracy of the others, and expected
 calibration error of the score. New cells: share without a label, and the area under the ROC curve of `novelty` and of
-`1 - score`, the baseline, for telling new cells from known ones.
+`1 - score`, the baseline, for separating new cells from known ones.
 """
 
 import argparse

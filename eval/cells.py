@@ -88,8 +88,7 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
     if label_key not in obs:
         raise ValueError(f"The corpus has no column {label_key!r}; it has {', '.join(obs.columns)}.")
     symbols = corpus.gene_symbols
-    arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
-    counts = sparse.csr_matrix(arrays, shape=(len(cells), len(symbols)))
+    counts = cells.to_csr(len(symbols))
     used = np.flatnonzero(counts.getnnz(axis=0))
     labelled = obs[label_key].notna().to_numpy()
     if not labelled.any():

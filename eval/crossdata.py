@@ -70,30 +70,24 @@ class LeftOutSet:
     classes: list[str]  # candidates, sorted; every class of `test` is among them
     n_genes: int  # size of the vocabulary
 
-    def datasets(self, sets: Sequence[LabelledSet] | None = None) -> list[Dataset]:
+    def datasets(self) -> list[Dataset]:
         """The training cells of the candidates' classes, by dataset."""
         parts = []
-        for part in self.train if sets is None else sets:
+        for part in self.train:
             rows = np.flatnonzero(np.isin(part.labels, self.classes))
             if len(rows):
                 targets = np.searchsorted(self.classes, part.labels[rows])
-                parts.append(Dataset(count_matrix(part.cells[rows], self.n_genes), part.measured, targets))
+                parts.append(Dataset(part.cells[rows].to_csr(self.n_genes), part.measured, targets))
         return parts
 
 
-def count_matrix(cells: Cells, n_genes: int) -> sparse.csr_matrix:
-    """Cells as float32 CSR `(n_cells, n_genes)`."""
-    arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
-    return sparse.csr_matrix(arrays, shape=(len(cells), n_genes))
-
-
-def read_sets(folder: str | Path, level: str, max_cells: int, seed: int = 0) -> tuple[list[LabelledSet], int]:
+def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[LabelledSet], int]:
     """The datasets of `label_classes.json`, and the size of the gene vocabulary.
 
     Args:
         folder: See the top of this file.
         level: `coarse` or `fine`.
-        max_cells: Cells of a label of a file, drawn by `seed`.
+        max_cells: Cells of a label of a file, drawn at random.
     """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
@@ -109,7 +103,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int, seed: int = 0) -> 
         adata = read_file(Path(folder, f"{name}.h5ad"))
         own = column_of(adata.obs, table["_col"])
         classes = np.array([(table.get(label) or {}).get(level) or "" for label in own], dtype=object).astype(str)
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         of_labels = [np.flatnonzero((own == label) & (classes != "")) for label in sorted(set(own[classes != ""]))]
         rows = np.sort(np.concatenate([rng.permutation(rows)[:max_cells] for rows in of_labels]))
         choice = choose_input(adata, index)
@@ -152,11 +146,9 @@ def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.
     """Our readout."""
     penalty = choose_penalty(case) if choose else PENALTY
     readout = fit_pooled_readout(case.datasets(), len(case.classes), penalty=penalty)
-    if refit:
-        scores = readout.for_genes(case.test.measured)(case.test.cells)
-    else:  # the panel's scale, but no weight moves to another gene
+    if not refit:  # the panel's scale, but no weight moves to another gene
         readout.factors.zero_()
-        scores = readout.for_genes(case.test.measured)(case.test.cells)
+    scores = readout.for_genes(case.test.measured)(case.test.cells)
     return np.asarray(case.classes)[scores.argmax(axis=1)]
 
 
@@ -169,11 +161,11 @@ def choose_penalty(case: LeftOutSet) -> float:
             continue
         for penalty in PENALTIES:
             readout = fit_pooled_readout(inner.datasets(), len(inner.classes), penalty=penalty)
-            answers = readout.for_genes(inner.test.measured)(inner.test.cells).argmax(axis=1)
-            scores[penalty] += macro_f1(inner.test.labels, np.asarray(inner.classes)[answers])
-    best = max(scores, key=lambda penalty: scores[penalty])
-    logger.info("%s: penalty %g of %s", case.test.name, best, scores)
-    return best
+            best = readout.for_genes(inner.test.measured)(inner.test.cells).argmax(axis=1)
+            scores[penalty] += macro_f1(inner.test.labels, np.asarray(inner.classes)[best])
+    chosen = max(scores, key=lambda penalty: scores[penalty])
+    logger.info("%s: penalty %g of %s", case.test.name, chosen, scores)
+    return chosen
 
 
 def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix, np.ndarray, sparse.csr_matrix]:
@@ -189,7 +181,7 @@ def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix
     variance = np.asarray(train.power(2).mean(axis=0)).ravel() - np.asarray(train.mean(axis=0)).ravel() ** 2
     chosen = np.sort(np.argsort(-variance, kind="stable")[:n_genes])
     labels = np.concatenate([np.asarray(case.classes)[part.targets] for part in parts])
-    return train[:, chosen], labels, expression(count_matrix(case.test.cells, case.n_genes))[:, chosen]
+    return train[:, chosen], labels, expression(case.test.cells.to_csr(case.n_genes))[:, chosen]
 
 
 def logistic_regression(case: LeftOutSet, *, n_genes: int) -> np.ndarray:

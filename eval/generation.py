@@ -27,7 +27,7 @@ from scmmgpt.eval.task import run_task
 logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("label", "cell_type")  # obs columns of generated cells that may hold the prompted type
-MIN_GENES = 20  # fewer shared genes do not tell types apart
+MIN_GENES = 20  # fewer shared genes do not separate types
 MAX_VARIABLE_GENES = 2000  # for the correlation of profiles
 NUM_TOP_GENES = 100  # the most expressed, for the correlation of genes
 MAX_PER_TYPE = 500  # cells of a type on each side of a distance

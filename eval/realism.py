@@ -19,9 +19,9 @@ MIN_CORRELATED = 10  # cells of a type; a correlation of fewer is noise
 
 
 def two_sample_auc(generated: np.ndarray, real: np.ndarray, *, seed: int = 0) -> float:
-    """AUROC of a random forest that tells generated `(n, d)` from real points `(m, d)`, on the samples out of the bag.
+    """AUROC of a random forest between generated `(n, d)` and real points `(m, d)`, on the samples out of the bag.
 
-    0.5: the classifier cannot tell them apart; 1: it always can. Both sides must have the same proportions of types.
+    0.5: the classifier cannot separate them; 1: it always can. Both sides must have the same proportions of types.
     """
     rng = np.random.default_rng(seed)
     sides = [side[rng.permutation(len(side))[:MAX_CLASSIFIED]] for side in (generated, real)]

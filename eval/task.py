@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
-from scmmgpt.commands.progress import tell_if_slow
+from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.results import format_table
 
@@ -40,7 +40,7 @@ def run_task(
     parser = task_parser(command, description)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    with tell_if_slow(f"Evaluating on {args.corpus}"):
+    with log_if_slow(f"Evaluating on {args.corpus}"):
         result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
     sys.stdout.write(format_table(result))
     write_json(args.output, result)

@@ -10,7 +10,7 @@ from typing import Any
 from scmmgpt.commands.checkpoints import check_checkpoint
 from scmmgpt.commands.errors import run_command, take_debug
 from scmmgpt.commands.files import check_folder, check_paths, exists, obey_umask
-from scmmgpt.commands.progress import tell_if_slow
+from scmmgpt.commands.progress import log_if_slow
 
 
 ABOUT = {
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     outputs: list[str] = []
 
     def work() -> None:
-        with tell_if_slow("Loading libraries"):
+        with log_if_slow("Loading libraries"):
             module = importlib.import_module(f"scmmgpt.train.{COMMANDS[command]}")
         parser = module.make_parser(prog=f"python -m scmmgpt.train {command}")
         is_trainer = hasattr(parser, "parse_args_and_config")

@@ -53,7 +53,7 @@ def save_base(
 def save_adapter(
     tuned: PeftModel, output_dir: str, write_card: Callable[[str], object], hub: dict[str, Any] | None
 ) -> None:
-    """Save the adapter in `OUTPUT_DIR/adapter`, and tell the checkpoint that it will have the adapter merged.
+    """Save the adapter in `OUTPUT_DIR/adapter`, and record in the checkpoint that it will have the adapter merged.
 
     Args:
         write_card: `write_card(folder)` writes the card.

@@ -41,7 +41,7 @@ from transformers import (
 from scmmgpt.commands.checkpoints import check_checkpoint, check_ids
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import filled_folder, read_json, write_json
-from scmmgpt.commands.progress import tell_if_slow
+from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
@@ -237,7 +237,7 @@ def load_scgpt(folder: str | Path) -> tuple[ScGPTModel, dict[str, int]]:
             raise ValueError(f"{folder / 'args.json'} has {name} = {value!r}, which best_model.pt does not bear out.")
     config = scgpt_config(arguments, vocabulary, use_flag_embedding="flag_encoder.weight" in state_dict)
     weights, surplus = convert_scgpt_weights(state_dict, config.num_hidden_layers)
-    with torch.device("meta"):  # sizes are compared before memory is asked for
+    with torch.device("meta"):  # sizes are compared before memory is allocated
         model = ScGPTModel(config)
     wrong = [
         f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected.shape)}"
@@ -418,7 +418,7 @@ def main(args: argparse.Namespace) -> None:
     """Convert one source into `args.output`."""
     if (args.output / "config.json").exists():
         raise ValueError(f"{args.output} already holds a model (config.json); give another --output or remove it.")
-    with tell_if_slow(f"Converting {args.source}"), filled_folder(args.output) as folder:
+    with log_if_slow(f"Converting {args.source}"), filled_folder(args.output) as folder:
         what = write_parts(args, folder)
     logger.info("Wrote %s to %s.", what, args.output)
 

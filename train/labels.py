@@ -11,7 +11,7 @@ from scmmgpt.readers.label_lists import read_label_list
 from scmmgpt.train.arguments import FinetuneDataArguments
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
-from scmmgpt.train.data.label_checks import clean_label, count_labels, label_doubts
+from scmmgpt.train.data.label_checks import clean_label, count_labels, label_warnings
 
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
         raise ValueError(
             f"obs[{data_args.label_key!r}] has {len(labels)} labels {labels}; fine-tuning needs two or more."
         )
-    for doubt in label_doubts(count_labels(values), f"obs[{data_args.label_key!r}]"):
-        logger.warning(doubt)
+    for warning in label_warnings(count_labels(values), f"obs[{data_args.label_key!r}]"):
+        logger.warning(warning)
     ids_key = data_args.ontology_key or f"{data_args.label_key}_ontology_term_id"
     ids: dict[str, str] = {}
     if data_args.ontology_key or ids_key in obs:

@@ -2,9 +2,9 @@
 
 Differences between laboratories are larger than those between cells of one type. Every label has the same weight, and
 within a label every dataset that has it, so that neither a large dataset nor a frequent label decides. A gene that a
-dataset does not measure takes the mean over all labels and speaks neither for a label nor against it. (The mean of the
+dataset does not measure takes the mean over all labels, which is evidence for no label. (The mean of the
 cell's own label would be a predictor without noise: the regression then rests on imputed values, see `LOG.md`.) The
-weights are those of ridge regression. The readout then answers files of any genes: see `readout_scmmgpt`.
+weights are those of ridge regression. The readout is solved again for the genes of a file: see `readout_scmmgpt`.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Dataset:
 
 
 def expected_shares(datasets: Sequence[Dataset], n_labels: int) -> np.ndarray:
-    """Share of a cell's counts that each gene is expected to have, `(vocabulary size,)`; 0 where no dataset tells.
+    """Share of a cell's counts that each gene is expected to have, `(vocabulary size,)`; 0 for unmeasured genes.
 
     The mean over the labels and then over the datasets that measure whole transcriptomes (see `WIDE`).
     """
@@ -67,7 +67,7 @@ def dense_profiles(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> np.n
 
 
 def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> np.ndarray:
-    """Means of the labels, freed of the datasets' own levels: `(n_labels, n_genes)`, NaN where no dataset tells.
+    """Means of the labels, freed of the datasets' own levels: `(n_labels, n_genes)`, NaN where nothing is known.
 
     Args:
         cells: Mean of each label in each dataset, `(n_labels, n_datasets, n_genes)`.
@@ -85,14 +85,7 @@ def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> n
     return labels
 
 
-def fit_pooled_readout(
-    datasets: Sequence[Dataset],
-    n_labels: int,
-    *,
-    n_genes: int = N_GENES,
-    penalty: float = PENALTY,
-    temperature: float = TEMPERATURE,
-) -> ScMMGPTLabelReadout:
+def fit_pooled_readout(datasets: Sequence[Dataset], n_labels: int, *, penalty: float = PENALTY) -> ScMMGPTLabelReadout:
     """Ridge regression of the labels on the cells of all datasets, with what it is solved from for other genes.
 
     Raises:
@@ -103,7 +96,7 @@ def fit_pooled_readout(
         raise ValueError(f"{len(missing)} of {n_labels} labels have no cell: {missing[:5]}; leave them out.")
     shares = expected_shares(datasets, n_labels)
     candidates = np.flatnonzero(shares)
-    genes = candidates[variable_genes(datasets, candidates, shares, n_genes)]
+    genes = candidates[variable_genes(datasets, candidates, shares)]
     profiles = [dense_profiles(data, genes, shares) for data in datasets]
     measured = np.stack([np.isin(genes, data.measured) for data in datasets])
     present = np.stack([np.bincount(data.targets, minlength=n_labels) > 0 for data in datasets], axis=1)
@@ -138,18 +131,16 @@ def fit_pooled_readout(
         mean=mean,
         noise=rest + NOISE_FLOOR * variance.mean(),
         shares=shares[genes],
-        temperature=np.array(temperature),
+        temperature=np.array(TEMPERATURE),
     )
 
 
-def variable_genes(
-    datasets: Sequence[Dataset], candidates: np.ndarray, shares: np.ndarray, n_genes: int
-) -> np.ndarray:
-    """Positions in `candidates` of the genes with the highest mean variance over the datasets that measure them."""
+def variable_genes(datasets: Sequence[Dataset], candidates: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Positions in `candidates` of the `N_GENES` of highest mean variance over the datasets that measure them."""
     total, seen = np.zeros(len(candidates)), np.zeros(len(candidates))
     for data in datasets:
         here = np.flatnonzero(np.isin(candidates, data.measured))
         total[here] += dense_profiles(data, candidates[here], shares).var(axis=0)
         seen[here] += 1
     variance = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
-    return np.sort(np.argsort(-variance, kind="stable")[:n_genes])
+    return np.sort(np.argsort(-variance, kind="stable")[:N_GENES])

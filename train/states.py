@@ -384,9 +384,8 @@ def read_texted_cells(
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         inputs = processor(qformer_text=texts[first : first + TEXTS_AT_ONCE].tolist()).to(model.device)
         features.append(model.get_text_features(**inputs).float().cpu())
-    shape = len(cells), model.config.cell_config.vocab_size
-    arrays = cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr
-    counts, sizes = sparse.csr_matrix(arrays, shape=shape), np.maximum(cells.library_sizes().astype(np.float64), 1.0)
+    counts = cells.to_csr(model.config.cell_config.vocab_size)
+    sizes = np.maximum(cells.library_sizes().astype(np.float64), 1.0)
     return TextedCells(counts, sizes, torch.cat(features), rows.reshape(len(draws), len(cells)).T)
 
 

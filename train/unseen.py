@@ -64,7 +64,7 @@ def fit_gate(
     curve = np.polyfit(depth, trained[own], 2)
     expected = np.polyval(curve, depth)
 
-    pieces, answers, weights = [], [], []
+    pieces, is_of_label, weights = [], [], []
     for label in np.flatnonzero(counts).tolist():
         others = np.delete(np.arange(n_labels), label)
         part = LabelSpace.of(
@@ -77,13 +77,13 @@ def fit_gate(
         _, new, _ = part.products(ragged)
         pieces.append(part.evidence(trained[:, others], new, of_genes[:, [label]], expected)[:, 0])
         is_label = targets == label
-        answers.append(is_label)
+        is_of_label.append(is_label)
         share_of_label = 1 / counts[targets]
         weights.append(np.where(is_label, share_of_label, share_of_label / max((counts > 0).sum() - 1, 1)))
-    evidence, answer, weight = np.concatenate(pieces), np.concatenate(answers), np.concatenate(weights)
+    evidence, target, weight = np.concatenate(pieces), np.concatenate(is_of_label), np.concatenate(weights)
     scale = evidence.std(axis=0)
     scale[scale == 0] = 1
-    model = LogisticRegression(C=1.0).fit(evidence / scale, answer, sample_weight=weight * len(weight) / weight.sum())
+    model = LogisticRegression(C=1.0).fit(evidence / scale, target, sample_weight=weight * len(weight) / weight.sum())
     return Gate(
         weights=model.coef_[0].clip(min=0).tolist(),
         offset=float(model.intercept_[0]),

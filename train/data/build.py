@@ -30,7 +30,7 @@ from scmmgpt.commands.files import read_json, whole_file, write_json
 from scmmgpt.train.data import build_steps, corpus, ontology
 from scmmgpt.train.data.dataset_card import dataset_card
 from scmmgpt.train.data.gene_tables import build_gene_aliases
-from scmmgpt.train.data.label_checks import label_doubts
+from scmmgpt.train.data.label_checks import label_warnings
 from scmmgpt.train.data.sources import SourceSpec, cell_ids, find_joinids, fingerprint, open_source, resolve_labels
 from scmmgpt.train.data.splits import split_cells, split_units
 from scmmgpt.train.data.workers import start_workers
@@ -299,7 +299,7 @@ class CorpusBuilder:
         if dropped["duplicates"]:
             logger.warning("Left out %d cells whose counts are those of another cell.", dropped["duplicates"])
         for scan, spec in zip(scans, specs, strict=True):
-            _doubt_labels(spec, scan["record"]["labels"].get("cell_type", {}))
+            _warn_of_labels(spec, scan["record"]["labels"].get("cell_type", {}))
         sources, start = [], 0
         for spec, scan in zip(specs, scans, strict=True):
             n_parts = -(-scan["n_cells"] // self.cells_per_partition)
@@ -334,10 +334,10 @@ class CorpusBuilder:
             pq.write_table(pa.table(columns), temporary)
 
 
-def _doubt_labels(spec: SourceSpec, found: dict[str, Any]) -> None:
+def _warn_of_labels(spec: SourceSpec, found: dict[str, Any]) -> None:
     """Warn of cell types that no ontology knows, and that are codes or spellings of each other."""
-    for doubt in label_doubts(found.get("unmatched", {}), f"cell_type of {spec.name}"):
-        logger.warning(doubt)
+    for warning in label_warnings(found.get("unmatched", {}), f"cell_type of {spec.name}"):
+        logger.warning(warning)
 
 
 @contextlib.contextmanager

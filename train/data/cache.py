@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import whole_file
-from scmmgpt.commands.progress import tell_if_slow
+from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.train.data.corpus import CELL_COLUMNS, OBS_COLUMNS, Corpus, Shard, open_corpus
 
 
@@ -67,7 +67,7 @@ def write_cache(corpus: Corpus, *, num_threads: int = 1) -> Path:
     folder.mkdir(exist_ok=True)
     shards = [shard for shard in corpus.manifest.shards if not is_cached(corpus, shard)]
     with (
-        tell_if_slow(f"Copying {len(shards)} shards to {folder}"),
+        log_if_slow(f"Copying {len(shards)} shards to {folder}"),
         concurrent.futures.ThreadPoolExecutor(num_threads) as executor,
     ):
         list(executor.map(functools.partial(_copy_shard, corpus), shards))

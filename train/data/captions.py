@@ -111,7 +111,7 @@ def find_markers(cells: Cells, gene_symbols: Symbols, gene_means: np.ndarray) ->
     """
     informative = _informative(tuple(gene_symbols))
     totals = cells.library_sizes().astype(np.float64)
-    rows = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))
+    rows = cells.rows()
     kept = (cells.counts >= MIN_MARKER_COUNT) & informative[cells.gene_ids]
     rows, ids, counts = rows[kept], cells.gene_ids[kept], cells.counts[kept].astype(np.float64)
     expected = np.maximum(gene_means[ids] * totals[rows], MIN_EXPECTED)

@@ -262,15 +262,13 @@ class Corpus:
     def to_adata(self, split: str) -> "anndata.AnnData":
         """Return a split as an AnnData: counts over the whole vocabulary in CSR, barcodes as `obs_names`."""
         import anndata
-        from scipy import sparse
 
         cells, table = self.load(split)
         obs = table.to_pandas().set_index("barcode")
         obs["total_counts"] = cells.library_sizes()
         genes = np.array([name for name in self.vocabulary if not name.startswith("<")])
         columns = [self.vocabulary[name] for name in genes]
-        arrays = (cells.counts.astype(np.float32), cells.gene_ids.astype(np.int64), cells.indptr)
-        counts = sparse.csr_matrix(arrays, shape=(len(cells), max(self.vocabulary.values()) + 1))
+        counts = cells.to_csr(max(self.vocabulary.values()) + 1)
         adata = anndata.AnnData(X=counts[:, columns], obs=obs.dropna(axis=1, how="all"))
         adata.var_names = genes
         return adata

@@ -1,4 +1,4 @@
-"""Labels as people write them: cleaned of what has no meaning, and doubted where they cannot be what they seem."""
+"""Labels as people write them: cleaned of what has no meaning, with warnings of those that are no names."""
 
 import re
 from collections import Counter, defaultdict
@@ -9,7 +9,6 @@ import numpy as np
 
 
 SHOWN = 5  # most labels that a warning lists
-CODE = re.compile(r"(cluster|clust|leiden|louvain|seurat|c|k)?[\s_.-]*\d+([.,]\d+)?", re.I)
 
 
 def clean_label(value: Any) -> str:
@@ -25,17 +24,17 @@ def clean_label(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def label_doubts(counts: Mapping[str, int], where: str) -> list[str]:
+def label_warnings(counts: Mapping[str, int], where: str) -> list[str]:
     """Sentences about labels that are codes, that differ in spelling alone, or that have one cell each.
 
     Args:
         counts: Label -> number of cells.
         where: Name of the column, for the sentences.
     """
-    doubts = []
+    warnings = []
     codes = [label for label in counts if is_code(label)]
     if codes and 2 * len(codes) > len(counts):
-        doubts.append(
+        warnings.append(
             f"{where} has codes, not names ({listed(sorted(codes))}), and a code says nothing about a cell. Name the "
             "column with the names, or replace each code by its name in obs."
         )
@@ -47,17 +46,17 @@ def label_doubts(counts: Mapping[str, int], where: str) -> list[str]:
     ]
     if same:
         more = f"; and {len(same) - SHOWN} more" if len(same) > SHOWN else ""
-        doubts.append(
+        warnings.append(
             f"{where} has labels that differ in spelling alone and stay separate: {'; '.join(same[:SHOWN])}{more}. If "
             "they mean the same, rename them in obs."
         )
     single = [label for label, n in counts.items() if n == 1]
     if len(counts) > 2 and 2 * len(single) > len(counts):
-        doubts.append(
+        warnings.append(
             f"{len(single)} of {len(counts)} labels of {where} have a single cell ({listed(single)}). If these are "
             "names of cells, name another column."
         )
-    return doubts
+    return warnings
 
 
 def is_code(label: str) -> bool:

@@ -1,0 +1,93 @@
+"""Scores of labels for cells, a batch at a time: similarity with the labels' texts, matching, readout and novelty."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import Cells
+    from .modeling_scmmgpt import ScMMGPTBridgeModel, cell_text_similarity
+    from .processing_scmmgpt import ScMMGPTProcessor
+    from .unseen_scmmgpt import TextScores
+except ImportError:  # as a flat module in a clone
+    from cells_scmmgpt import Cells
+    from modeling_scmmgpt import ScMMGPTBridgeModel, cell_text_similarity
+    from processing_scmmgpt import ScMMGPTProcessor
+    from unseen_scmmgpt import TextScores
+
+
+TEXTS_AT_ONCE = 256
+
+
+def encode_texts(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str]) -> Tensor:
+    """Texts in the shared space, `(n_texts, projection_dim)`, L2-normalised."""
+    inputs = processor(qformer_text=list(texts)).to(bridge.device)
+    with torch.inference_mode():
+        ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
+        batches = zip(ids.split(TEXTS_AT_ONCE), mask.split(TEXTS_AT_ONCE), strict=True)
+        return torch.cat([bridge.get_text_features(*batch) for batch in batches])
+
+
+class LabelScorer:
+    """Similarity of cells with texts, and matching and novelty where they are computed.
+
+    With `readout` its log probabilities take the place of similarities, plus similarities at `similarity_weight`; at
+    weight 0 without matching the transformer does not run. They are multiplied by the temperature, by which
+    `label_probabilities` divides them.
+
+    Args:
+        bridge, processor: The checkpoint.
+        texts: The texts of the labels.
+        settings: `temperature`, `matching_weight` (0 for no matching) and `matching_candidates`.
+        similarity_weight: Weight of similarities beside the readout, which `finetune` chose.
+        readout: Scores of the texts by the label readout, for the genes of the file.
+        novelty_of: A batch of cells -> novelty, float32 `(n_cells,)`.
+    """
+
+    def __init__(
+        self,
+        bridge: ScMMGPTBridgeModel,
+        processor: ScMMGPTProcessor,
+        texts: list[str],
+        settings: dict[str, Any],
+        similarity_weight: float = 0.0,
+        readout: TextScores | None = None,
+        novelty_of: Callable[[Cells], np.ndarray] | None = None,
+    ) -> None:
+        self.bridge, self.processor, self.readout, self.novelty_of = bridge, processor, readout, novelty_of
+        self.text_inputs = processor(qformer_text=texts).to(bridge.device)
+        self.text_features = encode_texts(bridge, processor, texts)
+        self.temperature, self.similarity_weight = settings["temperature"], similarity_weight
+        self.num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
+        self.readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
+
+    def __call__(self, cells: Cells) -> tuple[Tensor, ...]:
+        """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are no candidates; novelty."""
+        novelty = () if self.novelty_of is None else (torch.from_numpy(self.novelty_of(cells)),)
+        if self.readout is not None and self.readout_alone:
+            return (self.temperature * torch.from_numpy(self.readout(cells)), *novelty)
+        inputs = self.processor(cells=cells).to(self.bridge.device)
+        similarity = cell_text_similarity(self.bridge.get_cell_features(**inputs), self.text_features)
+        if self.readout is not None:
+            scores = torch.from_numpy(self.readout(cells)).to(similarity)
+            similarity = self.temperature * (scores + self.similarity_weight * similarity)
+        if not self.num_candidates:
+            return (similarity, *novelty)
+        best = similarity.topk(self.num_candidates, dim=1).indices
+        rows = torch.arange(len(best), device=best.device).repeat_interleave(self.num_candidates)
+        pairs = torch.stack([rows, best.flatten()], dim=1)
+        match = torch.full_like(similarity, torch.nan)
+        match[pairs[:, 0], pairs[:, 1]] = self.bridge.match(**inputs, **self.text_inputs, pairs=pairs).to(match)
+        return (similarity, match, *novelty)
+
+    def name(self, scores: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Similarity, matching and novelty of all cells, None what is not computed, from the arrays of all calls."""
+        return (
+            scores[0],
+            scores[1] if self.num_candidates else None,
+            None if self.novelty_of is None else scores[-1],
+        )
