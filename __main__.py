@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
-from scmmgpt.commands.files import check_file, check_folder, check_paths, read_json, whole_file
+from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, read_json, whole_file
 from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.readers.label_lists import read_text, read_words
 
@@ -208,6 +208,8 @@ def annotate(args: Args) -> None:
 def describe(args: Args) -> None:
     """Describe every cell in words."""
     sampler = None
+    if args.templates != "default" and not args.reference:
+        raise ValueError("--templates are those of the captions of --reference; pass both, or neither.")
     if args.reference:
         from scmmgpt.train.data.captions import CaptionSampler
 
@@ -234,6 +236,7 @@ def calibrate(args: Args) -> None:
         raise FileNotFoundError(f"No config.json in {args.model!r}: name the folder of a checkpoint to write to.")
     check_file(config_file)
     pipeline, adata = load(args)
+    before = (pipeline.model.config.annotation or {}).get("labels") or {}
     labelled = adata.obs
     if (args.file / "manifest.json").is_file():  # the labels of the training split are candidates too
         from scmmgpt.train.data.corpus import open_corpus
@@ -248,6 +251,12 @@ def calibrate(args: Args) -> None:
     sampler = CaptionSampler()
     labels = {label: sampler.label_text(label, term) for label, term in ids.items()}
     cl_ids = {label: term for label, term in ids.items() if term}
+    lost = sorted(set(before) - set(labels))
+    if lost:
+        logging.getLogger("scmmgpt").warning(
+            f"{len(lost)} of the {len(before)} labels that the checkpoint had are none of {args.file}, and no longer "
+            f"its labels ({', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''})."
+        )
     pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), "terms": label_terms(ids)}
     done = pipeline.calibrate(adata, args.label_key, labels, cl_ids=cl_ids, **read_options(args))
 
@@ -287,6 +296,11 @@ def generate(args: Args) -> None:
     prompts: Any = list(args.prompts)
     if args.prompts_file is not None:
         prompts += [line.strip() for line in read_text(args.prompts_file).splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"{args.prompts_file} has no prompts. Write one a line.")
+    files = [prompt for prompt in args.prompts if exists(Path(prompt)) and Path(prompt).is_file()]
+    if files:
+        raise ValueError(f"{files[0]!r} is a file, not a description. For a file of prompts, pass --prompts-file.")
     if bool(prompts) == args.stored_labels:
         raise ValueError("Name the cells to generate: one or more prompts, --prompts-file, or --stored-labels alone.")
     genes = args.genes
@@ -412,6 +426,7 @@ def check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         why = " ".join(str(error).split())[:120]
+        why = "it is no device of PyTorch" if why.startswith("Expected one of") else why
         raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
 
 
@@ -460,7 +475,8 @@ def check_outputs(args: Args) -> None:
     if table is not None and table_suffix(table) not in TABLES:
         raise ValueError(f"--table is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
-    check_paths({f"--{name}": value for name, value in inputs.items()}, {"--output": output, "--table": table})
+    named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
+    check_paths(named, {"--output": output, "--table": table})
     for path in (output, table):
         if path is not None:
             check_file(path)

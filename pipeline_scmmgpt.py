@@ -729,10 +729,14 @@ class ScMMGPTPipeline:
 
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
         """Add the settings of a verb, and the report of what was read, to `uns`; entries of other verbs stay."""
-        if report is not None:
-            adata.uns.setdefault("scmmgpt", {})["input"] = storable(report)
         done["checkpoint"] = str(self.model.config._name_or_path or "")
-        adata.uns[key] = {**adata.uns.get(key, {}), **done}
+        added = [(key, done)] if report is None else [("scmmgpt", {"input": storable(report)}), (key, done)]
+        for name, entries in added:
+            before = adata.uns.get(name, {})
+            if not isinstance(before, Mapping):
+                logger.warning(f"uns[{name!r}] was {str(before)[:60]!r}; the results are now there.")
+                before = {}
+            adata.uns[name] = {**before, **entries}
         return adata
 
 

@@ -216,9 +216,12 @@ def choose_input(
         force: Read data of which under 20 % of the genes match.
 
     Raises:
+        TypeError: if `adata` is no AnnData, such as a path.
         ValueError: if there are no cells, no usable matrix or (almost) no matching genes.
     """
     adata = _modality(adata)
+    if not hasattr(adata, "n_obs"):
+        raise TypeError(f"{adata!r:.80} is no AnnData; read a file first, such as with `anndata.read_h5ad`.")
     n_cells, n_vars = adata.shape
     if not n_cells or not n_vars:
         raise ValueError(f"The data hold {n_cells} cells and {n_vars} variables: there is nothing to read.")
@@ -398,7 +401,8 @@ def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
         if gene_column in ("index", "var_names"):
             return {"var_names": [str(n) for n in var.index]}
         if gene_column not in var:
-            raise ValueError(f"gene_column={gene_column!r} is not in var; it has {', '.join(map(str, var.columns))}.")
+            columns_there = ", ".join(map(str, var.columns)) or "no columns"
+            raise ValueError(f"gene_column={gene_column!r} is not in var; it has {columns_there}.")
         return {gene_column: [str(n) for n in var[gene_column]]}
     columns = {"var_names": [str(n) for n in var.index]}
     for name in var.columns:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column: size of the block of rows that is kept in memory
 COLUMN_ENTRIES = 2**23  # of a matrix stored by column: entries loaded at a time
-KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv"
+KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv, .txt"
 # Names of files that are not read -> the way out.
 UNREAD = {
     r"\.(rds|rda|rdata|h5seurat|qs)(\.gz)?$": "is an R object. Save it from R with "
@@ -313,6 +313,8 @@ Opener = Callable[[Path], CellFile]
 def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path, list[str]]:
     """Name and opener of a file's format, by its name, else by its contents; the path to open, and notes on it."""
     if not path.exists():
+        if re.match(r"(https?|ftp|s3|gs):/", str(path)):
+            raise FileError(f"{path} is an address, not a file: download it, and pass the file.")
         similar = sorted(p.name for p in path.parent.glob("*") if p.name.startswith(path.name.split(".")[0]))[:3]
         hint = f" That folder has {', '.join(similar)}." if similar else ""
         raise FileNotFoundError(f"There is no file {path}.{hint}")
@@ -327,7 +329,9 @@ def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path
     if name.endswith((".mtx", ".mtx.gz", ".mtx.bz2")):
         return "mtx", lambda path: _in_memory(read_mtx(path)), path, []
     if is_table(path):
-        return "table", lambda path: _in_memory(read_table(path, gene_index)), path, []
+        if re.search(r"(features|genes|barcodes)\.[ct]sv", name) and any(path.parent.glob("*.mtx*")):
+            raise FileError(f"{path} has names, not counts: pass the matrix beside it, or the folder.")
+        return "table", lambda path: _in_memory(_without_gaps(path, read_table(path, gene_index))), path, []
     if name.endswith(".loom"):
         return "loom", _open_loom, path, []
     if h5py.is_hdf5(path) or name.endswith((".h5ad", ".h5", ".hdf5", ".h5mu")):
@@ -377,7 +381,7 @@ def _format_of_hdf5(path: Path) -> tuple[str, Opener]:
             return "h5mu", _open_h5mu
         if "obs" in file and "var" in file:
             return "h5ad", _open_h5ad
-        inside = ", ".join(list(file)[:8])
+        inside = ", ".join(list(file)[:8]) or "nothing"
         raise FileError(f"{path} is HDF5, but neither AnnData, MuData, 10x nor loom (it holds {inside}).")
 
 
@@ -538,9 +542,25 @@ def _open_10x(path: Path) -> CellFile:
     return CellFile(matrix, pd.DataFrame(index=pd.Index(barcodes)), var, handle=file)
 
 
+def _without_gaps(path: Path, table: Contents) -> Contents:
+    """The table itself, refused if a count is missing: zero, or a line that was cut, nobody can tell."""
+    matrix = table.X.tocoo()
+    gaps = np.flatnonzero(np.isnan(matrix.data))
+    if len(gaps):
+        cell, gene = table.obs.index[matrix.row[gaps[0]]], table.var.index[matrix.col[gaps[0]]]
+        raise FileError(
+            f"{path} has {len(gaps):,} fields without a number (empty or NA), the first at cell {str(cell)!r}, gene "
+            f"{str(gene)!r}. Write 0 if they are zeros; if lines were cut, copy the file again."
+        )
+    return table
+
+
 def _open_loom(path: Path) -> CellFile:
     """Loom: a dense genes x cells matrix with attributes of rows and columns."""
     file = _open_hdf5(path)
+    lacking = [part for part in ("matrix", "row_attrs", "col_attrs") if part not in file]
+    if lacking:
+        raise FileError(f"{path} is no complete loom file: it lacks {', '.join(lacking)}. Write or copy it again.")
     n_vars, n_cells = file["matrix"].shape
 
     def table(group: h5py.Group, n: int, names: tuple[str, ...]) -> pd.DataFrame:
@@ -552,8 +572,8 @@ def _open_loom(path: Path) -> CellFile:
 
     return CellFile(
         DiskTransposed(file["matrix"]),
-        table(file["col_attrs"], n_cells, ("CellID", "obs_names", "barcode", "Barcode")),
-        table(file["row_attrs"], n_vars, ("Gene", "var_names", "gene_symbols", "Accession")),
+        table(file["col_attrs"], n_cells, ("CellID", "obs_names", "cell_names", "barcode", "Barcode")),
+        table(file["row_attrs"], n_vars, ("Gene", "var_names", "gene_names", "gene_symbols", "Accession")),
         layers={name: DiskTransposed(file["layers"][name]) for name in file.get("layers", {})},
         handle=file,
     )

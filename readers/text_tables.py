@@ -268,6 +268,7 @@ def _frames(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
             header=None,
             names=range(len(layout.header)),
             index_col=False,
+            na_values=["na"],  # of GCT
             skiprows=layout.n_skipped,
             encoding=layout.encoding,
             compression=compression(path)[1],
@@ -449,13 +450,11 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
             f"{path} has no column of expression: {_list(columns)} describe cells or genes. Pass another file."
         )
     taken = {*values, *empty, *([0] if counter else []), *(names if len(names) == 1 else [])}
-    notes = [i for i in first.columns if i not in taken]
-    return _Roles(names, values, notes, genes_in_rows)
+    return _Roles(names, values, [i for i in first.columns if i not in taken], genes_in_rows)
 
 
 def _row_names(frame: pd.DataFrame, columns: list[int]) -> list[str]:
-    words = (frame[i].astype(str).tolist() for i in columns)
-    return ["_".join(parts) for parts in zip(*words, strict=True)]
+    return ["_".join(parts) for parts in zip(*(frame[i].astype(str).tolist() for i in columns), strict=True)]
 
 
 def _leading_block(text: list[int]) -> int:
@@ -565,6 +564,10 @@ def _long_columns(path: Path, first: pd.DataFrame, header: list[str], genes: _Re
         raise FileError(
             f"{path} is a table in long format (a row for each gene of each cell) with {len(counts)} columns of "
             f"counts ({_list([header[i] for i in counts])}). Keep {header[cells[0]]}, {header[gene]} and counts."
+        )
+    if not _not_a_number(header[counts[0]]):
+        raise FileError(
+            f"{path} has no header: its first line has {_list(header)}. Add a first line, such as cell, gene, count."
         )
     return _LongColumns(gene, cells[0], counts[0])
 

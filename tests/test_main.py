@@ -259,7 +259,7 @@ def test_an_output_that_could_not_be_written_is_refused_first(checkpoint, cells,
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["-o", "cells.h5ad"], "would replace a file of the input"),
+        (["-o", "cells.h5ad"], "would replace a file of the input FILE 'cells.h5ad'"),
         (["-o", "link.h5ad"], "would replace a file of the input"),
         (["-o", "out.h5ad", "--table", "cells.h5ad"], "must end in .csv, .tsv or .txt"),
         (["-o", "out.h5ad", "--table", "out.h5ad"], "must end in .csv, .tsv or .txt"),
@@ -269,7 +269,8 @@ def test_an_output_that_could_not_be_written_is_refused_first(checkpoint, cells,
         (["-o", "out.h5ad", "--labels", "labels.csv", "B"], "Name either one file or labels"),
         (["-o", "out.h5ad", "--organism", "mice"], "choose one of human"),
         (["-o", "out.h5ad", "--layer", "counts"], "counts"),
-        (["-o", "out.h5ad", "--device", "gpu"], "cpu, cuda or mps"),
+        (["-o", "out.h5ad", "--device", "gpu"], "(it is no device of PyTorch). Name cpu, cuda or mps"),
+        (["-o", "out.h5ad", "--gene-column", "symbol"], "is not in var; it has no columns"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_model_runs(
@@ -374,3 +375,39 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
     assert paths == {name: str(tmp_path / "exported" / name) for name in ("language_model", "cell_encoder")}
     assert all(Path(path, "config.json").is_file() for path in paths.values())
     assert "exists already" in refused(arguments, capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "prompts.txt"], "'prompts.txt' is a file, not a description"),
+        (["generate", "--prompts-file", "empty.txt"], "empty.txt has no prompts"),
+        (["generate", "B", "--genes-of", "out.h5ad"], "the input --genes-of 'out.h5ad'"),
+        (["describe", "cells.h5ad", "--templates", "paper"], "of --reference; pass both"),
+    ],
+)
+def test_what_would_be_misread_or_ignored_is_refused(words, says, checkpoint, cells, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("A B cell.\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    if "--genes-of" in words:
+        Path("out.h5ad").write_bytes(Path(cells).read_bytes())
+    assert main([*words, "--model", checkpoint, "-o", "out.h5ad"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert says in line
+
+
+def test_an_entry_of_another_kind_under_our_name_does_not_stop_the_result(checkpoint, adata, tmp_path, caplog):
+    adata.uns["scmmgpt"] = "mine"
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    arguments = ["annotate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "-o", str(tmp_path / "out.h5ad")]
+    assert main([*arguments, "--quiet"]) == 0
+    assert list(anndata.read_h5ad(tmp_path / "out.h5ad").uns["scmmgpt"]["annotate"]["labels"]) == ["B", "T"]
+
+
+def test_calibration_tells_which_labels_of_the_checkpoint_it_replaces(checkpoint, adata, tmp_path, caplog):
+    adata.obs["cell_type"] = (["B", "monocyte"] * adata.n_obs)[: adata.n_obs]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    assert main(["calibrate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "--quiet"]) == 0
+    assert "1 of the 2 labels that the checkpoint had are none of" in caplog.text
+    assert "('T')" in caplog.text

@@ -136,6 +136,12 @@ def test_below_the_least_score_a_cell_is_unknown(tiny_pipeline, adata):
     assert set(adata.obs["scmmgpt_cl_id"]) == {""}
 
 
+def test_a_path_in_place_of_cells_is_refused_with_the_way_out(tiny_pipeline):
+    for verb in (tiny_pipeline.embed, tiny_pipeline.describe):
+        with pytest.raises(TypeError, match=r"'cells\.h5ad' is no AnnData; read a file first"):
+            verb("cells.h5ad")
+
+
 def test_clusters_get_their_commonest_label(tiny_pipeline, adata):
     adata.obs["cluster"] = np.resize(["0", "1"], adata.n_obs)
     tiny_pipeline.annotate(adata, LABELS, cluster_key="cluster")

@@ -262,3 +262,51 @@ def test_a_file_that_cannot_be_read_gets_one_clear_error(write, error, words, ce
 def test_a_damaged_sparse_matrix_is_refused_before_it_is_read(cells, tmp_path):
     with pytest.raises(ValueError, match="the file is damaged"):
         read_file(short_matrix(cells, tmp_path), backed=True)
+
+
+@pytest.mark.parametrize("text", ["", "NA", "NaN"])
+def test_a_table_with_fields_without_a_number_is_refused_with_the_first(text, tmp_path):
+    rows = [f"AAAC-{i}," + ",".join("123456") for i in range(12)]
+    rows[3] = f"AAAC-3,1,2,{text},4,5,6"
+    (tmp_path / "cells.csv").write_text("\n".join([",CD3E,CD19,LYZ,NKG7,MS4A1,GNLY", *rows]) + "\n")
+    with pytest.raises(ValueError, match="1 fields without a number .* at cell 'AAAC-3', gene 'LYZ'. Write 0"):
+        read_file(tmp_path / "cells.csv")
+
+
+def test_names_of_loomR_are_those_of_cells_and_genes(tmp_path):
+    with h5py.File(tmp_path / "cells.loom", "w") as file:
+        file["matrix"] = np.arange(6).reshape(3, 2)
+        file["row_attrs/gene_names"] = np.array(["CD3E", "CD19", "LYZ"], dtype="S")
+        file["col_attrs/cell_names"] = np.array(["AAAC", "AAAG"], dtype="S")
+    adata = read_file(tmp_path / "cells.loom")
+    assert list(adata.obs_names) == ["AAAC", "AAAG"]
+    assert list(adata.var_names) == ["CD3E", "CD19", "LYZ"]
+    with h5py.File(tmp_path / "cells.loom", "r+") as file:
+        del file["col_attrs"]
+    with pytest.raises(ValueError, match="no complete loom file: it lacks col_attrs"):
+        read_file(tmp_path / "cells.loom")
+
+
+def test_what_is_no_file_of_cells_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is an address, not a file: download it"):
+        read_file("https://example.org/cells.h5ad")
+    (tmp_path / "matrix.mtx").touch()
+    (tmp_path / "barcodes.tsv").write_text("AAAC\nAAAG\n")
+    with pytest.raises(ValueError, match=r"barcodes\.tsv has names, not counts: pass the matrix"):
+        read_file(tmp_path / "barcodes.tsv")
+
+
+def test_a_long_table_without_a_header_is_refused_and_loses_no_count(tmp_path):
+    lines = [f"{gene}\tAAAC{i:02d}\t{i + 1}" for gene in GENES for i in range(12)]
+    (tmp_path / "cells.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="has no header: its first line has 'ACTB', 'AAAC00', '1'. Add a first line"):
+        read_file(tmp_path / "cells.tsv")
+
+
+def test_descriptions_of_a_gct_that_are_all_na_are_no_cell(cells, tmp_path):
+    frame = cells.to_df().astype(int).T.rename_axis("NAME")
+    frame.insert(0, "Description", "na")
+    (tmp_path / "cells.gct").write_text("#1.2\n7\t12\n" + frame.to_csv(sep="\t"))
+    adata = read_file(tmp_path / "cells.gct")
+    assert list(adata.obs_names) == CELLS
+    np.testing.assert_array_equal(adata.to_df()[GENES], cells.to_df())
