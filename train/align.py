@@ -27,6 +27,7 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import make_gene_tokenizer, qformer_from_bert
+from scmmgpt.train.corpus_readout import fit_corpus_readout
 from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
@@ -248,6 +249,7 @@ def main(
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
     processor = build_processor(corpus, qformer_tokenizer, model_args)
     captions = make_captions(corpus, data_args, training_args)
+    fit_corpus_readout(model, corpus, seed=data_seed(training_args))
     config = model.config
     collate = AlignmentCollator(
         processor,

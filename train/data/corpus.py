@@ -259,6 +259,28 @@ class Corpus:
         groups = list(self.row_groups(split, columns))
         return Cells.concatenate([cells for cells, _ in groups]), pa.concat_tables([table for _, table in groups])
 
+    def sample(
+        self, split: str, max_cells: int, columns: Sequence[str] | None = None, *, seed: int = 0
+    ) -> tuple[Cells, pa.Table]:
+        """Read row groups of a split, drawn at random, until there are `max_cells`; see `row_groups`."""
+        columns = list(OBS_COLUMNS) if columns is None else list(columns)
+        shards = self.shards(split)
+        rng = np.random.default_rng(seed)
+        pieces: list[tuple[Cells, pa.Table]] = []
+        n_cells = 0
+        for shard in (shards[i] for i in rng.permutation(len(shards))):
+            with self.open_shard(shard) as file:
+                for group in rng.permutation(file.num_row_groups):
+                    if n_cells >= max_cells:
+                        break
+                    table = file.read_row_group(int(group), columns=[*CELL_COLUMNS, *columns])
+                    pieces.append((table_to_cells(table), table.select(columns)))
+                    n_cells += len(table)
+            if n_cells >= max_cells:
+                break
+        cells, tables = Cells.concatenate([cells for cells, _ in pieces]), [table for _, table in pieces]
+        return cells[:max_cells], pa.concat_tables(tables)[:max_cells]
+
     def to_adata(self, split: str) -> "anndata.AnnData":
         """Return a split as an AnnData: counts over the whole vocabulary in CSR, barcodes as `obs_names`."""
         import anndata
