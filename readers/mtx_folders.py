@@ -6,10 +6,12 @@ A folder of several samples or matrices is refused with a list, except where its
 """
 
 import itertools
+import lzma
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -236,7 +238,7 @@ def _read_one(path: Path) -> Contents:
                 "begins like that of the matrix."
             )
     try:
-        n_rows, n_columns, n_entries, *_ = mminfo(path)
+        n_rows, n_columns, n_entries, layout, values, symmetry = mminfo(path)
     except (ValueError, EOFError, OSError) as error:
         raise FileError(f"{path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
     shape = n_rows, n_columns
@@ -255,14 +257,48 @@ def _read_one(path: Path) -> Contents:
             f"{path} states {n_entries:,} entries, but is too short for them: it is damaged. Copy it again."
         )
     try:
-        matrix = sp.csr_matrix(mmread(path))
-    except (ValueError, EOFError, OSError, OverflowError) as error:
+        listed = (layout, symmetry) == ("coordinate", "general") and values in ("integer", "real", "pattern")
+        matrix = sp.csr_matrix(_read_entries(path, shape, n_entries, values) if listed else mmread(path))
+    except (ValueError, EOFError, OSError, OverflowError, zlib.error, lzma.LZMAError) as error:
         raise FileError(f"{path} is truncated or no Matrix Market file ({error}). Copy it again.") from error
     square = n_features == n_barcodes
     if (n_rows == n_features and not square) or (square and not CELLS_FIRST.search(path.name)):  # 10x: genes x cells
         matrix = matrix.T.tocsr()
     contents = Contents(matrix, _obs(barcodes), _var(features, others), _say(path, features, barcodes))
     return _unite_usa(contents)
+
+
+def _read_entries(path: Path, shape: tuple[int, int], n_entries: int, values: str) -> sp.coo_matrix:
+    """The entries of a Matrix Market file, in which `values` are `integer`, `real` or `pattern` (all 1).
+
+    The reader of SciPy writes beyond its arrays on some damaged files, which ends the process; pandas raises.
+    """
+    opener, packed = compression(path)
+    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+        n_head = 1 + next(i for i, line in enumerate(file) if line.strip() and not line.startswith("%"))
+    dtypes: dict[str, Any] = {"row": np.int64, "column": np.int64}
+    if values != "pattern":
+        dtypes["value"] = np.int64 if values == "integer" else np.float64
+    table = pd.read_csv(
+        path,
+        sep=r"\s+",
+        header=None,
+        names=[*dtypes, "rest"],
+        index_col=False,
+        skiprows=n_head,
+        compression=packed,
+        dtype=dtypes,
+    )
+    if len(table) != n_entries:
+        raise ValueError(f"{len(table):,} of {n_entries:,} entries are there")
+    if table["rest"].notna().any():
+        raise ValueError(f"a line has more than {len(dtypes)} numbers")
+    rows, columns = (table[name].to_numpy() - 1 for name in ("row", "column"))
+    for name, numbers, size in (("row", rows, shape[0]), ("column", columns, shape[1])):
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < size:
+            raise ValueError(f"a {name} is not between 1 and {size:,}")
+    data = table["value"].to_numpy() if "value" in table else np.ones(len(table), dtype=np.int64)
+    return sp.coo_matrix((data, (rows, columns)), shape=shape)
 
 
 def _read_names(path: Path, shape: tuple[int, int]) -> _Table:
