@@ -34,13 +34,14 @@ def namespace(corpus, aligned, bert, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory'")  # which transformers sets on machines without a GPU, too
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_page_runs_as_it_stands(number, namespace, monkeypatch):
+def test_the_page_runs_as_it_stands(namespace, monkeypatch):
+    """Block after block, since each uses names of those before."""
     folder, names = namespace
     monkeypatch.chdir(folder)
-    exec(compile(BLOCKS[number], f"docs/training.md, block {number}", "exec"), names)
-    losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
-    assert np.isfinite(losses).all()
+    for number, block in enumerate(BLOCKS):
+        exec(compile(block, f"docs/training.md, block {number}", "exec"), names)
+        losses = [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
+        assert np.isfinite(losses).all(), number
 
 
 @pytest.fixture

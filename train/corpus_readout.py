@@ -1,8 +1,8 @@
 """The linear readout of cell types that stage 1 gives to a model: annotation starts where the closed form ends.
 
 A regression on the profiles of training cells takes seconds, while contrast and matching learn from noise on a few
-hundred cells. `annotate` and `calibrate` use the scores of the readout for the cell types of training, mixed with those
-of matching. Search, retrieval and other labels use the shared space as before.
+hundred cells. `annotate` and `calibrate` use the scores of the readout for the cell types of training, mixed with
+those of matching. Search, retrieval and other labels use the shared space as before.
 """
 
 import logging
@@ -51,16 +51,16 @@ def fit_corpus_readout(
     targets = [codes[kept] for codes, kept in zip(targets, known, strict=True)]
 
     both, n_train = vstack(profiles, format="csr"), len(targets[0])
-    parts = np.split(np.arange(both.shape[0]), [n_train])
+    own, held_out = np.split(np.arange(both.shape[0]), [n_train])
     nothing = csr_matrix((0, vocab_size), dtype=np.float32)
-    data = readout.LabelledProfiles(both, np.concatenate(targets), len(labels), *parts, nothing)
+    data = readout.LabelledProfiles(both, np.concatenate(targets), len(labels), own, held_out, nothing)
     regression, temperature, scores = readout.fit_regressions(data).train, 1.0, {}
-    if len(parts[1]):
+    if len(held_out):
         logits = regression.scores(profiles[1])
         temperature = readout.fit_temperature_of_scores(logits, targets[1])
         scores["validation"] = readout.scores_of(logits / temperature, targets[1])
         logger.info("The readout of cell types on the validation split: %s", scores["validation"])
-    of_training = readout.LabelledProfiles(profiles[0], targets[0], len(labels), parts[0], np.empty(0, int), nothing)
+    of_training = readout.LabelledProfiles(profiles[0], targets[0], len(labels), own, held_out[:0], nothing)
     model.label_readout = readout.fit_label_readout(of_training, regression, temperature, seed)
     num_factors, num_genes = model.label_readout.factors.shape
     model.config.label_readout = {"texts": texts, "num_genes": num_genes, "num_factors": num_factors}
@@ -71,4 +71,4 @@ def fit_corpus_readout(
 def codes_of(names: list[str | None], labels: list[str]) -> np.ndarray:
     """Positions of names among the labels, int64; -1 for other names and none."""
     position = {label: code for code, label in enumerate(labels)}
-    return np.array([position.get(name, -1) for name in names], dtype=np.int64)
+    return np.array([-1 if name is None else position.get(name, -1) for name in names], dtype=np.int64)

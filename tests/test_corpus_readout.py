@@ -1,0 +1,51 @@
+"""The linear readout that stage 1 gives to a model."""
+
+import numpy as np
+import pyarrow as pa
+
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.synthetic import tiny_pipeline
+from scmmgpt.train.corpus_readout import codes_of, fit_corpus_readout
+from scmmgpt.train.data.corpus import open_corpus
+
+
+def model_for(corpus):
+    """A stage-1 model with random weights for the genes of a corpus."""
+    config = tiny_pipeline().model.config
+    config.cell_config.vocab_size = len(corpus.vocabulary)
+    return ScMMGPTForCellTextAlignment(config)
+
+
+def test_the_readout_names_the_types_of_training_cells_and_survives_saving(corpus, tmp_path):
+    corpus = open_corpus(corpus)
+    model = model_for(corpus)
+    scores = fit_corpus_readout(model, corpus)
+    cells, table = corpus.load("train", ["cell_type"])
+    labels = sorted(set(table.column(0).to_pylist()) - {None})
+    truth = codes_of(table.column(0).to_pylist(), labels)
+    assert (model.label_readout.for_genes()(cells).argmax(axis=1) == truth)[truth >= 0].mean() > 0.9
+    assert len(model.config.label_readout["texts"]) == len(labels)
+    assert "validation" not in scores or 0 <= scores["validation"]["accuracy"] <= 1
+
+    model.save_pretrained(tmp_path)
+    loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(loaded.label_readout.for_genes()(cells), model.label_readout.for_genes()(cells))
+
+
+def test_a_corpus_of_one_type_leaves_the_model_as_it_is(corpus, monkeypatch):
+    corpus = open_corpus(corpus)
+    cells, _ = corpus.load("train", ["cell_type"])
+    table = pa.table({"cell_type": ["B cell"] * len(cells), "cell_type_ontology_term_id": [None] * len(cells)})
+    monkeypatch.setattr(type(corpus), "sample", lambda *args, **kwargs: (cells, table))
+    model = model_for(corpus)
+    assert fit_corpus_readout(model, corpus) == {}
+    assert model.config.label_readout is None
+
+
+def test_a_sample_of_a_split_is_as_large_as_asked_and_the_same_for_a_seed(corpus):
+    corpus = open_corpus(corpus)
+    cells, table = corpus.sample("train", 5, ["cell_type"], seed=1)
+    again, _ = corpus.sample("train", 5, ["cell_type"], seed=1)
+    assert len(cells) == len(table) == 5
+    np.testing.assert_array_equal(cells.cell_ids, again.cell_ids)
+    assert len(corpus.sample("train", 10**9)[0]) == corpus.n_cells("train")
