@@ -45,7 +45,7 @@ def confusion_figure(confusion: Mapping) -> Figure:
     rows, columns = confusion["labels"], confusion["columns"]
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     with figure_style():
-        figure = Figure(figsize=(2.8 + 0.5 * len(columns), 2.2 + 0.42 * len(rows)))
+        figure = Figure(figsize=(2.8 + 0.5 * len(columns), 2.4 + 0.5 * len(rows)))
         axes = figure.add_subplot()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for i in range(len(rows)):
@@ -117,8 +117,10 @@ def umap_figures(
             axes.scatter([], [], s=30, color=colors[label], label=_wrapped(label))
         axes.scatter([], [], s=30, color="white", edgecolors="#52606d", label="real, held out")
         axes.scatter([], [], s=36, color="white", edgecolors="#1f2933", marker="^", label="generated")
-        draw(other, real, color=REAL, alpha=0.8, linewidths=0, label="real, held out")
-        draw(other, generated, color=GENERATED, alpha=0.6, linewidths=0, marker="^", label="generated")
+        draw(other, real, color=REAL, alpha=0.8, linewidths=0)
+        draw(other, generated, color=GENERATED, alpha=0.6, linewidths=0, marker="^")
+        other.scatter([], [], s=30, color=REAL, label="real, held out")
+        other.scatter([], [], s=36, color=GENERATED, marker="^", label="generated")
         axes.set_title("by type")
         other.set_title("by origin")
         for each, columns in ((axes, 1 if max(map(len, shown)) > 24 else 2), (other, 2)):
@@ -161,7 +163,7 @@ def marker_figure(
     """
     scale = np.maximum(real.max(0), 1e-6)
     with figure_style():
-        figure = Figure(figsize=(3.2 + 0.21 * len(markers), 1.6 + 0.5 * len(types)))
+        figure = Figure(figsize=(3.2 + 0.21 * len(markers), 1.6 + 0.64 * len(types)))
         panels = figure.subplots(2, 1, sharex=True)
         for axes, values, title in ((panels[0], real, "real, held out"), (panels[1], generated, "generated")):
             image = axes.imshow(values / scale, cmap="magma_r", vmin=0, vmax=1, aspect="auto")

@@ -53,6 +53,7 @@ MEASURES = {
         f"Variance of the cells of a type along the {realism.NUM_AXES} leading axes of the variation within types of "
         "other real held-out cells, divided by that of real cells: 1 is right, 0 means copies of one cell, and "
         "independent noise around one mean is far below 1.",
+        right="1",
     ),
     "gene_correlation": results.Measure(
         f"gene correlation, top {NUM_TOP_GENES}",
@@ -395,7 +396,7 @@ def _profile_correlation(
 def combine(draws: Sequence[Sequence[Scores]]) -> dict[str, results.Estimate]:
     """Estimate of each measure from its scores by draw and half: the mean, the spread over draws, and replicates.
 
-    The replicates of a measure without any are its values in the draws and halves.
+    A measure without replicates has no interval: a few draws of the same cells are no sample of cells.
     """
     estimates = {}
     for name in MEASURES:
@@ -405,11 +406,9 @@ def combine(draws: Sequence[Sequence[Scores]]) -> dict[str, results.Estimate]:
             continue
         means = [float(np.mean([score.value for score in of_draw])) for of_draw in scores]
         value, every = float(np.mean(means)), [score for of_draw in scores for score in of_draw]
-        pieces = [
-            np.array([score.value]) if score.replicates is None else results.recentre(value, score.replicates)
-            for score in every
-        ]
-        estimates[name] = results.Estimate(value, every[0].n, np.concatenate(pieces), float(np.std(means)))
+        pieces = [results.recentre(value, score.replicates) for score in every if score.replicates is not None]
+        replicates = np.concatenate(pieces) if pieces else None
+        estimates[name] = results.Estimate(value, every[0].n, replicates, float(np.std(means)))
     return estimates
 
 

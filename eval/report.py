@@ -35,7 +35,15 @@ QUESTIONS = {
     "generation": "Are generated cells like real cells of the prompted type?",
 }
 
-DIGITS = {"bleu": 1, "energy_distance": 2}  # decimals of a metric on the page, 3 for all others
+# Decimals of a metric on the page, 3 for all others.
+DIGITS = {
+    "bleu": 1,
+    "energy_distance": 2,
+    "largest_eigenvalue": 1,
+    "detected_genes": 1,
+    "library_size": 0,
+    "nearest_training_cell": 2,
+}
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, list[dict]]:

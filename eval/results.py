@@ -19,11 +19,12 @@ MODEL_NAME = "scMMGPT"
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric: its title, whether higher is better (`None`: neither direction is), and its definition."""
+    """A metric: its title, whether higher is better (`None`: the value `right` is), and its definition."""
 
     title: str
     higher_is_better: bool | None
     about: str
+    right: str = "real"  # where neither direction is better: "1", or "real" for the value of real held-out cells
 
 
 @dataclass(frozen=True)

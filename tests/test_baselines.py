@@ -306,8 +306,17 @@ def test_generated_cells_stand_beside_profiles_and_real_cells(of_varied):
     assert abs(distance["real training cells"]) < 0.25 * distance["mean profile + Poisson"]
     assert "real held-out cells" not in distance
     assert all(row["spread"] >= 0 for row in of_varied["rows"])
-    for row in of_varied["rows"]:
+    resampled = [row for row in of_varied["rows"] if row["ci"] is not None]
+    for row in resampled:
         assert row["ci"][0] - 1e-9 <= row["value"] <= row["ci"][1] + 1e-9
+    assert {row["metric"] for row in resampled} >= {"energy_distance", "mmd2", "knn_accuracy_5"}
+
+
+def test_a_few_draws_of_the_same_cells_give_no_interval_and_no_verdict(of_varied):
+    for name in ("two_sample_auc", "diversity", "detected_genes", "gene_correlation"):
+        assert all(row["ci"] is None for row in of_varied["rows"] if row["metric"] == name), name
+    verdicts = [c["verdict"] for c in of_varied["comparisons"] if c["metric"] == "two_sample_auc"]
+    assert set(verdicts) == {"unclear"}
 
 
 def test_independent_noise_around_one_mean_has_little_diversity(of_varied):
