@@ -284,6 +284,7 @@ class Cells:
             columns, data = columns[data != 0], data[data != 0]
         indptr, columns = indptr.astype(np.int64, copy=False), columns.astype(np.int32, copy=False)
         ids = _column_ids(vocabulary_ids, matrix.shape[1])
+        data = _known_numbers(data)
         if has_repeats(ids) if sums_columns is None else sums_columns:  # sums of a gene's columns need room
             data = data.astype(np.float64 if data.dtype.kind == "f" else np.int64)
         elif data.dtype.kind != "f" and data.dtype.itemsize < 4:  # a row may hold a column twice
@@ -302,6 +303,13 @@ class Cells:
             raise ImportError("A matrix of cells needs scipy; install it with `pip install scipy`.") from error
         arrays = self.counts.astype(np.float32), self.gene_ids.astype(np.int64), self.indptr
         return csr_matrix(arrays, shape=(len(self), n_genes))
+
+
+def _known_numbers(values: np.ndarray) -> np.ndarray:
+    """The values in the byte order of this machine, fractions in 32 or 64 bits: numba takes no others."""
+    if values.dtype.kind == "f":
+        return values.astype(np.float32 if values.dtype.itemsize <= 4 else np.float64, copy=False)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def has_repeats(vocabulary_ids: np.ndarray) -> bool:

@@ -99,6 +99,7 @@ class InputChoice:
     verdict: MatrixVerdict
     match: GeneMatch
     report: dict[str, Any]  # grows while chunks are converted
+    totals_column: str | None = None  # of `obs`, with the counts per cell over all genes
 
     def convert(self, adata: Any) -> Cells:
         """Cells of `adata`: the data of this choice, or a chunk of them with the same variables."""
@@ -117,7 +118,7 @@ class InputChoice:
         var = adata.raw.var if self.source == "raw" else adata.var
         cell_ids = hash_names(adata.obs_names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
-        known_totals = _known_totals(adata) if from_column else None
+        known_totals = _totals(adata, self.totals_column) if from_column else None
         ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
         n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
         for start in range(0, max(n_cells, 1), n_rows):
@@ -184,14 +185,21 @@ def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> N
     )
 
 
-def _known_totals(adata: Any) -> np.ndarray | None:
-    """Counts per cell over all genes, where a column of `obs` has them."""
+def _find_totals_column(adata: Any) -> str | None:
+    """The column of `obs` with the counts per cell over all genes, if there is one.
+
+    It is chosen once for all chunks of the data: a chunk without the missing values of a column would choose another.
+    """
     for column in TOTAL_COLUMNS:
         if column in adata.obs:
             totals = np.asarray(adata.obs[column])
             if np.issubdtype(totals.dtype, np.number) and np.isfinite(totals).all() and (totals > 0).any():
-                return totals.astype(np.float64)
+                return column
     return None
+
+
+def _totals(adata: Any, column: str | None) -> np.ndarray | None:
+    return None if column is None else np.asarray(adata.obs[column]).astype(np.float64)
 
 
 def choose_input(
@@ -263,7 +271,7 @@ def choose_input(
         "cells": {"cells": n_cells, "repeated_barcodes": n_repeated},
         "warnings": messages,
     }
-    return InputChoice(source, verdict, match, report)
+    return InputChoice(source, verdict, match, report, _find_totals_column(adata))
 
 
 def _check_organism(organism: str) -> None:
@@ -313,7 +321,7 @@ def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str |
         if layer not in names:
             raise ValueError(f"layer={layer!r} is not in the data; it has {', '.join(names) or 'no matrix at all'}.")
         names = [layer]
-    totals, says_log1p = _known_totals(adata), "log1p" in getattr(adata, "uns", ())
+    totals, says_log1p = _totals(adata, _find_totals_column(adata)), "log1p" in getattr(adata, "uns", ())
     candidates, variables = [], {}
     for name in names:
         part, var = ("raw", adata.raw.var) if name == "raw" else ("var", adata.var)

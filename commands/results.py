@@ -24,10 +24,13 @@ Cells: TypeAlias = anndata.AnnData | CellFile
 
 def can_copy(path: Path) -> bool:
     """Whether a file is an `.h5ad`, by what it holds."""
-    if not path.is_file() or not h5py.is_hdf5(path):
+    if not path.is_file():
         return False
-    with h5py.File(path) as file:
-        return "obs" in file and "var" in file and "mod" not in file
+    try:
+        with h5py.File(path) as file:
+            return "obs" in file and "var" in file and "mod" not in file
+    except OSError:  # another format, or a truncated or locked file, which `read_file` explains
+        return False
 
 
 def rehearse(cells: Cells, source: Path, output: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anndata
@@ -117,9 +117,10 @@ def writable_column(column: pd.Series) -> tuple[pd.Series, bool]:
     return pd.Series(pd.Categorical(values), index=column.index), all(isinstance(value, str) for value in known)
 
 
-def writable_names(names: Any, where: str, changes: list[str]) -> list[str]:
-    """Names of columns as strings that are not reserved, without `/`, each once."""
+def writable_names(names: Iterable[Any], where: str, changes: list[str]) -> list[str]:
+    """Names of columns, or keys of `uns`, as strings that are not reserved, without `/`, each once."""
     done: list[str] = []
+    names = list(names)
     for name in names:
         new = str(name).replace("/", "_")
         new = "index" if new == RESERVED else new
@@ -127,24 +128,28 @@ def writable_names(names: Any, where: str, changes: list[str]) -> list[str]:
         while new in done or (new != str(name) and new in set(map(str, names))):
             new, number = f"{stem}_{number}", number + 1
         if new != str(name):
-            changes.append(f"{where}: column {str(name)!r} is now {new!r}, as .h5ad reserves or repeats its name.")
+            changes.append(f"{where}: {str(name)!r} is now {new!r}, as .h5ad reserves or repeats its name.")
         done.append(new)
     return done
 
 
 def text_of(value: Any) -> str:
-    """A value as text: bytes are decoded, and a whole number has no decimals."""
+    """A value as text: bytes are decoded, and a whole number has no decimals.
+
+    >>> text_of(b"B cell"), text_of(2.0), text_of(np.float32(0.5))
+    ('B cell', '2', '0.5')
+    """
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    is_whole = isinstance(value, float | np.floating) and float(value).is_integer()
+    return str(int(value)) if is_whole else str(value)
 
 
 def writable_mapping(mapping: Mapping[Any, Any], where: str, changes: list[str]) -> dict[str, Any]:
     """A copy of `uns`, or of a mapping in it, in types that `.h5ad` can hold; small values that fail become text."""
     done: dict[str, Any] = {}
-    for key, value in mapping.items():
+    for (key, value), name in zip(mapping.items(), writable_names(mapping, where, changes), strict=True):
         place = f"{where}[{key!r}]"
-        name = str(key).replace("/", "_")
         if isinstance(value, Mapping):
             done[name] = writable_mapping(value, place, changes)
         elif isinstance(value, pd.DataFrame):

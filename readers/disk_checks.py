@@ -33,7 +33,7 @@ def check_parts(group: Any) -> None:
         if encoding not in (None, "", *ENCODINGS):
             try:
                 anndata.io.read_elem(part)
-            except Exception as error:
+            except Exception as error:  # anndata wraps what a reader of another package raises in many types
                 remedy = f"the installed anndata does not know ({type(error).__name__}). Update anndata"
                 if isinstance(error, ImportError):
                     package = str(encoding).removesuffix("-array")
@@ -104,13 +104,14 @@ def where(array: Any) -> str:
 
 
 def load(array: Any, selection: Any) -> np.ndarray:
-    """Values of an array on disk; damage is one error that names the part."""
+    """Values of an array on disk, in the byte order of this machine; damage is one error that names the part."""
     try:
-        return array[selection]
-    except Exception as error:
+        values = array[selection]
+    except Exception as error:  # h5py, zarr and the filters of both have types of their own
         raise FileError(
             f"{where(array)} cannot be read ({type(error).__name__}: {error}): the file is damaged. Copy it again."
         ) from error
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def check_indices(indices: np.ndarray, n: int, name: str) -> None:

@@ -1,6 +1,7 @@
 """Files of labels as people write them: JSON, or tables and lists from an editor or a spreadsheet program."""
 
 import csv
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,8 +106,13 @@ def _from_rows(path: Path, columns: list[str], rows: Iterable[list[str]]) -> Lab
     def entries() -> Iterable[tuple[int, str, str, str]]:
         for number, row in enumerate(rows, 1):
             if number > 1 and any(value.strip() for value in row):
-                named = dict(zip(columns, row, strict=False))
-                yield number, named.get("label", ""), named.get("text", ""), named.get("cl_id", "")
+                if any(value.strip() for value in row[len(columns) :]):
+                    raise ValueError(
+                        f"Entry {number} of {path} has {len(row)} fields for {len(columns)} columns {columns}. Put a "
+                        "text that holds the separator in quotes."
+                    )
+                named = dict(itertools.zip_longest(columns, row[: len(columns)], fillvalue=""))
+                yield number, named["label"], named.get("text", ""), named.get("cl_id", "")
 
     return _labels(path, entries())
 

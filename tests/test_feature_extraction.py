@@ -413,6 +413,15 @@ def test_both_paths_read_the_same_cells(matrix, random):
             assert np.asarray(array).dtype == np.asarray(getattr(portable, name)).dtype
 
 
+@pytest.mark.parametrize("kind", [">i4", ">f4", ">f8", "float16", "longdouble"])
+def test_counts_of_any_type_of_number_are_read(path, kind):
+    matrix = np.array([[0, 3, 1], [2, 0, 0]])
+    cells = Cells.from_csr(read_rows(matrix.astype(kind), 0, 2), np.array([5, 7, 9]))
+    assert cells.gene_ids.tolist() == [7, 9, 5]
+    assert cells.counts.tolist() == [3, 1, 2]
+    assert cells.counts.dtype.isnative
+
+
 @pytest.mark.parametrize("largest", [500, 2**17, 2**20])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_ids_of_any_vocabulary_are_read_and_summed(path, largest, repeats):

@@ -193,6 +193,15 @@ def test_library_sizes_of_a_few_genes_come_from_the_column_of_totals(counts, gen
     assert report["matrix"]["target_sum"] == 2000
 
 
+def test_a_chunk_takes_its_library_sizes_from_the_column_that_the_whole_file_has(counts, gene_index):
+    adata = make_adata(np.log1p(scaled_to(counts, 2000))[:, :100].astype(np.float32), SYMBOLS[:100])
+    adata.obs["total_counts"] = 3.0 * counts.sum(axis=1)
+    adata.obs["n_counts"] = counts.sum(axis=1)
+    adata.obs.loc["cell30", "total_counts"] = np.nan  # outside of the chunk
+    choice = choose_input(adata, gene_index)
+    np.testing.assert_array_equal(choice.convert(adata[:20]).total_counts, counts[:20].sum(axis=1))
+
+
 def test_library_sizes_of_a_few_genes_come_from_the_unit(counts, gene_index):
     adata = make_adata(np.log1p(scaled_to(counts))[:, :100].astype(np.float32), SYMBOLS[:100])
     cells, report = read_cells(adata, gene_index)

@@ -273,6 +273,18 @@ def test_a_table_with_fields_without_a_number_is_refused_with_the_first(text, tm
         read_file(tmp_path / "cells.csv")
 
 
+@pytest.mark.parametrize("backed", [False, True])
+def test_values_come_in_the_byte_order_of_this_machine(backed, cells, counts, tmp_path):
+    path = write_loom(cells, tmp_path)
+    with h5py.File(path, "a") as file:  # as programs in Java write it
+        del file["matrix"]
+        file["matrix"] = counts.T.astype(">f4")
+    with read_file(path, backed=True) as file:
+        block = file.X[:12] if backed else read_file(path).X
+    assert block.dtype.isnative
+    np.testing.assert_array_equal(block, counts)
+
+
 def test_names_of_loomR_are_those_of_cells_and_genes(tmp_path):
     with h5py.File(tmp_path / "cells.loom", "w") as file:
         file["matrix"] = np.arange(6).reshape(3, 2)

@@ -78,6 +78,16 @@ def test_a_file_is_copied_by_what_it_holds_and_not_by_its_name(adata, tmp_path):
     assert not results.can_copy(tmp_path)
 
 
+def test_a_truncated_file_is_called_so_by_the_commands_that_copy_files(adata, checkpoint, tmp_path, capsys):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    half = (tmp_path / "cells.h5ad").read_bytes()[:9000]
+    (tmp_path / "cells.h5ad").write_bytes(half)
+    out = tmp_path / "out.h5ad"
+    assert main(["annotate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "-o", str(out)]) == 2
+    assert "is truncated: 9,000 of" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_search_writes_the_score_of_every_cell_and_hits_with_a_scale(adata, checkpoint, tmp_path, capsys):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     out = tmp_path / "found.h5ad"

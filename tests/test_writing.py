@@ -82,6 +82,16 @@ def test_uns_keeps_what_has_a_form_and_says_what_it_drops(adata, tmp_path):
     assert "obsm['odd'] is left out" in said
 
 
+def test_no_entry_of_uns_takes_the_place_of_another(adata, tmp_path):
+    adata.uns = {"a/b": 1, "a_b": 2, "deep": {3: 3, "3": 4}}
+    changes = make_writable(adata)
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    uns = anndata.read_h5ad(tmp_path / "out.h5ad").uns
+    assert (uns["a_b_1"], uns["a_b"]) == (1, 2)
+    assert sorted(uns["deep"].values()) == [3, 4]
+    assert any("uns: 'a/b' is now 'a_b_1'" in change for change in changes)
+
+
 def test_a_file_without_faults_stays_as_it_is():
     adata = anndata.AnnData(np.ones((2, 2), dtype=np.float32), obs=pd.DataFrame({"n": [1, 2]}, index=["a", "b"]))
     assert make_writable(adata) == []

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
+from scmmgpt.commands.writing import text_of
 
 
 SHOWN = 5  # most labels that a warning lists
@@ -17,11 +17,7 @@ def clean_label(value: Any) -> str:
     >>> clean_label(" B  cell "), clean_label(2.0)
     ('B cell', '2')
     """
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    return " ".join(str(value).split())
+    return " ".join(text_of(value).split())
 
 
 def label_warnings(counts: Mapping[str, int], where: str) -> list[str]:
