@@ -264,7 +264,8 @@ class ScMMGPTPipeline:
         )
         names, broader = candidates.names, terms if labels is None else ()
         ids = ids_of_labels(names, settings["cl_ids"], terms)
-        columns = choose_labels(probabilities, names, ids, min_score, clusters, novelty, broader)
+        others = bool((candidates.owners < 0).any())
+        columns = choose_labels(probabilities, names, ids, min_score, clusters, novelty, broader, others)
 
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values)
