@@ -257,6 +257,7 @@ def choose_labels(
     clusters: np.ndarray | None = None,
     novelty: np.ndarray | None = None,
     terms: Sequence[Mapping[str, Any]] = (),
+    others_compete: bool = False,
 ) -> dict[str, np.ndarray]:
     """Choose the most probable label of each cell, and measure its certainty.
 
@@ -271,6 +272,8 @@ def choose_labels(
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
             first one above its best label whose labels together reach it.
+        others_compete: Whether known labels compete that are no candidates: one more label of the entropy, with what
+            is missing to 1.
 
     Returns:
         Arrays of shape `(n_cells,)`: `cell_type` and `cl_id` (str), `score` (probability of the label), `margin` (of
@@ -298,7 +301,7 @@ def choose_labels(
     cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
     margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]
     others = np.maximum(1 - probabilities.sum(axis=1, keepdims=True), 0)
-    entropy = normalized_entropy(np.hstack([probabilities, others]) if others.max(initial=0) > 1e-4 else probabilities)
+    entropy = normalized_entropy(np.hstack([probabilities, others]) if others_compete else probabilities)
     columns = {"cell_type": cell_type, "cl_id": cl_id, "score": score, "margin": margin, "entropy": entropy}
     if novelty is not None:
         columns["novelty"] = novelty
@@ -436,8 +439,8 @@ def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes
         n_genes: Size of the gene vocabulary.
 
     Returns:
-        `absent_genes` (a bit a gene, packed, in base64) and `unit`: the share of absent genes above which a cell is
-        novel, from cells that were left out when the absent genes were found.
+        `absent_genes` and `expressed_genes` (a bit a gene, packed, in base64), and `unit`: the share of absent genes
+        above which a cell is novel, from cells that were left out when the absent genes were found.
     """
     if len(cells) < MIN_NOVELTY_CELLS:
         return None

@@ -418,3 +418,8 @@ def hellinger_profile(cells: Cells) -> np.ndarray:
     result are as for [`normalize_log1p`].
     """
     return np.sqrt(_scaled_counts(cells, 1.0)).astype(np.float32)
+
+
+def is_cells(value: Any) -> bool:
+    """Whether a value is [`Cells`], of whichever copy of the class: a checkpoint has one beside the package's."""
+    return hasattr(value, "indptr") and hasattr(value, "cell_ids")

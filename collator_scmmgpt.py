@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, hash_names
+    from .cells_scmmgpt import Cells, hash_names, is_cells
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells, hash_names
+    from cells_scmmgpt import Cells, hash_names, is_cells
 
 
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # of a row that is one cell
@@ -166,7 +166,7 @@ def _cells_of(value: Any, processor: Any) -> Cells:
     """The cells of one row: none, [`Cells`], an AnnData, a mapping with a cell's columns, or a list of these."""
     if value is None:
         return Cells.from_rows([])
-    if hasattr(value, "indptr") and hasattr(value, "cell_ids"):  # `Cells`, of whichever copy of the class
+    if is_cells(value):
         return value
     if hasattr(value, "obs_names"):
         return processor.read_cells(value)[0]

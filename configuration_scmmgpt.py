@@ -116,7 +116,7 @@ class ScMMGPTConfig(PreTrainedConfig):
         qformer_config (`Blip2QFormerConfig` or `dict`): The cell-to-text bridge with its text branch. Its
             `encoder_hidden_size` always follows `cell_config.hidden_size`, and its text branch is always on.
         text_config (`PreTrainedConfig` or `dict`): A causal language model of transformers whose logits are its head's
-            output, neither scaled nor capped, such as Llama, Mistral, Qwen2, SmolLM2 or GPT-2.
+            output, scaled or capped as in Cohere, Granite and Gemma at most; such as Llama, Qwen, SmolLM2 or GPT-2.
         text_to_cell_config (`Blip2QFormerConfig` or `dict`): The text-to-cell projector: queries that cross-attend to
             the language model's hidden states. Its `encoder_hidden_size` follows `text_config.hidden_size`.
         num_query_tokens: Q-Former queries, and `<cell>` placeholders, per cell.
@@ -144,8 +144,10 @@ class ScMMGPTConfig(PreTrainedConfig):
         contrastive_weight, matching_weight, captioning_weight, cell_pretraining_weight: Weights of the stage-1 losses.
         language_weight, expression_weight: Weights of the stage-2 losses.
         annotation: Defaults of annotation: `labels` (label -> text), `cl_ids`, and the `matching_weight`,
-            `matching_candidates` and `temperature` fixed on validation data; `terms`, by which other words for the
-            labels are understood; `unseen_bonus`; and `novelty`, by which cells of no known type are found.
+            `matching_candidates` and `temperature` fixed on validation data; `readout_temperature` and
+            `similarity_weight`, the temperature of the label readout and the weight of similarities beside it;
+            `terms`, by which other words for the labels are understood; `unseen_gate` (or `unseen_bonus`), by which
+            labels without training cells are chosen; and `novelty`, by which cells of no known type are found.
         adapter_bases: Names of the base whose LoRA adapter is merged into these weights. An adapter of that base is
             refused here, since it would count twice.
         custom_pipelines: Task -> pipeline, for `transformers.pipeline`; always the same.

@@ -264,7 +264,8 @@ class ScMMGPTPipeline:
         )
         names, broader = candidates.names, terms if labels is None else ()
         ids = ids_of_labels(names, settings["cl_ids"], terms)
-        columns = choose_labels(probabilities, names, ids, min_score, clusters, novelty, broader)
+        others = bool((candidates.owners < 0).any())
+        columns = choose_labels(probabilities, names, ids, min_score, clusters, novelty, broader, others)
 
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values)
@@ -293,9 +294,11 @@ class ScMMGPTPipeline:
         """The settings of [`annotate`]: the arguments, else the values stored with the checkpoint, else defaults.
 
         Returns:
-            `labels` (label -> text), `cl_ids` (label -> id), `matching_weight`, `matching_candidates`, `temperature`.
+            `labels` (label -> text), `cl_ids` (label -> id), `matching_weight`, `matching_candidates`, `temperature`
+            and `readout_temperature`, at which probabilities are those of the label readout.
         """
         stored = self.model.config.annotation or {}
+        before = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())
 
         def given(value: float | None, name: str, default: float) -> float:
             return stored.get(name, default) if value is None else value
@@ -305,7 +308,8 @@ class ScMMGPTPipeline:
             "cl_ids": {**stored.get("cl_ids", {}), **(cl_ids or {})},
             "matching_weight": float(given(matching_weight, "matching_weight", 0.5)),
             "matching_candidates": int(given(matching_candidates, "matching_candidates", 4)),
-            "temperature": float(given(temperature, "temperature", 1 / self._bridge().inverse_temperature().item())),
+            "temperature": float(given(temperature, "temperature", before)),
+            "readout_temperature": float(stored.get("readout_temperature", before)),
         }
         if not 0 <= settings["matching_weight"] <= 1:
             raise ValueError(f"matching_weight is {settings['matching_weight']}; it must be a share from 0 to 1.")

@@ -15,12 +15,12 @@ from transformers.utils import cached_file
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
+    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, is_cells, log1p_cp10k
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
     from .reading_scmmgpt import InputChoice, choose_input, read_cells
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, log1p_cp10k
+    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, is_cells, log1p_cp10k
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
     from reading_scmmgpt import InputChoice, choose_input, read_cells
@@ -131,7 +131,7 @@ class ScGPTProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', PyTorch.")
-        cells = cells if isinstance(cells, Cells) else self.read_cells(cells)[0]
+        cells = cells if is_cells(cells) else self.read_cells(cells)[0]
         batch = self.feature_extractor(cells, epoch=epoch, max_genes=max_genes, selection=selection)
         if mask_ratio is not None:
             if labels is not None:
@@ -303,7 +303,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', PyTorch.")
         data: dict[str, torch.Tensor] = {}
-        if cells is not None and not isinstance(cells, Cells):
+        if cells is not None and not is_cells(cells):
             cells, _ = self.read_cells(cells)
         if cells is not None:
             options = {name: kwargs[name] for name in CELL_KWARGS if kwargs.get(name) is not None}

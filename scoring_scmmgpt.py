@@ -36,13 +36,13 @@ class LabelScorer:
     """Similarity of cells with texts, and matching and novelty where they are computed.
 
     With `readout` its log probabilities take the place of similarities, plus similarities at `similarity_weight`; at
-    weight 0 without matching the transformer does not run. They are multiplied by the temperature, by which
-    `label_probabilities` divides them.
+    weight 0 without matching the transformer does not run. Both are multiplied by the temperature at which they were
+    fitted: `label_probabilities` divides by the temperature that the user or `calibrate` chose.
 
     Args:
         bridge, processor: The checkpoint.
         texts: The texts of the labels.
-        settings: `temperature`, `matching_weight` (0 for no matching) and `matching_candidates`.
+        settings: `readout_temperature`, `matching_weight` (0 for no matching) and `matching_candidates`.
         similarity_weight: Weight of similarities beside the readout, which `finetune` chose.
         readout: Scores of the texts by the label readout, for the genes of the file.
         novelty_of: A batch of cells -> novelty, float32 `(n_cells,)`.
@@ -61,7 +61,7 @@ class LabelScorer:
         self.bridge, self.processor, self.readout, self.novelty_of = bridge, processor, readout, novelty_of
         self.text_inputs = processor(qformer_text=texts).to(bridge.device)
         self.text_features = encode_texts(bridge, processor, texts)
-        self.temperature, self.similarity_weight = settings["temperature"], similarity_weight
+        self.readout_temperature, self.similarity_weight = settings["readout_temperature"], similarity_weight
         self.num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
         self.readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
 
@@ -69,12 +69,12 @@ class LabelScorer:
         """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are no candidates; novelty."""
         novelty = () if self.novelty_of is None else (torch.from_numpy(self.novelty_of(cells)),)
         if self.readout is not None and self.readout_alone:
-            return (self.temperature * torch.from_numpy(self.readout(cells)), *novelty)
+            return (self.readout_temperature * torch.from_numpy(self.readout(cells)), *novelty)
         inputs = self.processor(cells=cells).to(self.bridge.device)
         similarity = cell_text_similarity(self.bridge.get_cell_features(**inputs), self.text_features)
         if self.readout is not None:
             scores = torch.from_numpy(self.readout(cells)).to(similarity)
-            similarity = self.temperature * (scores + self.similarity_weight * similarity)
+            similarity = self.readout_temperature * (scores + self.similarity_weight * similarity)
         if not self.num_candidates:
             return (similarity, *novelty)
         best = similarity.topk(self.num_candidates, dim=1).indices

@@ -127,6 +127,19 @@ def test_annotate_takes_other_words_and_leaves_room_for_none(tiny_pipeline, adat
     assert set(adata.obs["scmmgpt_cl_id"]) <= {"CL:0000236", "CL:0000084"}
 
 
+def test_the_certainty_of_a_cell_does_not_depend_on_the_other_cells_of_the_file(tiny_pipeline, adata, monkeypatch):
+    labels = {label: f"a {label}" for label in TRAINED}
+    tiny_pipeline.model.config.annotation = {"labels": labels, "cl_ids": TRAINED}
+    probabilities = np.array([[0.5, 0.5], [0.3, 0.3]])  # of the first cell, nothing is left to other labels
+    monkeypatch.setattr(tiny_pipeline, "_probabilities", lambda cells, *_: (probabilities[: cells.n_obs], None))
+    names = list(TRAINED)[:2]
+    together = tiny_pipeline.annotate(adata[:2].copy(), names).obs["scmmgpt_entropy"]
+    alone = tiny_pipeline.annotate(adata[:1].copy(), names).obs["scmmgpt_entropy"]
+    assert together.iloc[0] == alone.iloc[0] == pytest.approx(np.log(2) / np.log(3))
+    tiny_pipeline.model.config.annotation = None  # no label competes but the candidates
+    assert tiny_pipeline.annotate(adata[:1].copy(), names).obs["scmmgpt_entropy"].iloc[0] == 1
+
+
 # -- broader answers --------------------------------------------------------------------------------------------------
 
 

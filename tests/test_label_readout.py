@@ -123,6 +123,24 @@ def test_the_statistics_are_saved_in_half_precision_and_load_as_they_were(pipeli
     assert stored.shares.sum().item() == pytest.approx(1, abs=1e-3)
 
 
+def test_calibration_of_a_readout_gives_the_probabilities_that_it_reports(pipeline):
+    cells = islet_cells(90, seed=1)
+    truth = [list(pipeline.annotation_settings()["labels"]).index(name) for name in cells.obs["label"]]
+
+    def loss(**options):
+        probabilities = pipeline.annotate(cells.copy(), **options).obsm["scmmgpt_probabilities"]
+        return -np.log(probabilities[np.arange(len(truth)), truth]).mean()
+
+    before = loss()
+    temperature = pipeline.annotation_settings()["temperature"]
+    for _ in range(2):  # a second calibration starts where the first one ended
+        done = pipeline.calibrate(cells, "label")
+        assert done["temperature"] < temperature  # a penalised regression is modest about cells like its own
+        assert loss() == pytest.approx(done["nll"], abs=1e-6)
+        assert loss() < before
+    assert loss(temperature=temperature) == pytest.approx(before, rel=1e-5)
+
+
 def test_some_of_the_labels_compete_among_themselves(pipeline):
     annotated = pipeline.annotate(islet_cells(30, seed=1), labels=["delta", "alpha"])
     assert set(annotated.obs["scmmgpt_cell_type"]) <= {"alpha", "delta"}

@@ -1,13 +1,17 @@
 """The processor: cells and texts in, model inputs out, and what a checkpoint remembers of it."""
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from scmmgpt import cells_scmmgpt
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
 
 
 @pytest.fixture
@@ -230,6 +234,21 @@ def test_an_unknown_argument_is_named(processor):
 def test_an_unknown_gene_is_named(processor):
     with pytest.raises(ValueError, match="'NOT_A_GENE'"):
         processor.gene_ids_of(["NOT_A_GENE"])
+
+
+@pytest.mark.parametrize("with_texts", [True, False])
+def test_cells_of_another_copy_of_the_class_are_cells(processor, cells, with_texts, monkeypatch):
+    name = "scmmgpt.copy_of_cells"  # as the modules of a checkpoint are copies of those of the package
+    spec = importlib.util.spec_from_file_location(name, cells_scmmgpt.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, copy)
+    spec.loader.exec_module(copy)
+    theirs = copy.Cells(**vars(cells))
+    assert not isinstance(theirs, Cells)
+    if not with_texts:
+        processor = ScGPTProcessor(processor.feature_extractor, processor.gene_tokenizer)
+    ours = processor(cells=cells)
+    assert all(torch.equal(ours[key], value) for key, value in processor(cells=theirs).items())
 
 
 def test_an_unknown_task_names_the_known_ones(processor):
