@@ -9,7 +9,6 @@ calibration error of the score. New cells: share without a label, and the area u
 `1 - score`, the baseline, for separating new cells from known ones.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -19,10 +18,12 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN
+from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
+from scmmgpt.train.labels import column_of
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
 
     Args:
         pipeline: A checkpoint of `finetune` or `calibrate`, which stores what novelty needs.
-        known: Held-out cells of known types, with their types in `obs[label_key]`.
+        known: Held-out cells of known types, with their types in `obs[label_key]`; cells without one are left out.
         new: Cells of other types.
 
     Returns:
@@ -39,8 +40,11 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
     Raises:
         ValueError: If `known` has no such column, or the checkpoint cannot judge novelty in these files.
     """
-    if label_key not in known.obs:
-        raise ValueError(f"obs has no column {label_key!r}; it has {list(known.obs.columns)}.")
+    truth = column_of(known.obs, label_key)  # cleaned, as `finetune` reads them
+    labelled = truth != None  # noqa: E711 (elementwise)
+    if not labelled.any():
+        raise ValueError(f"No known cell has a {label_key!r}. Name the column of the true types.")
+    known, truth = known[labelled].copy(), truth[labelled].astype(str)
     of_known, of_new = (pipeline.annotate(cells).obs for cells in (known, new))
     for name, obs in (("known", of_known), ("new", of_new)):
         if "scmmgpt_novelty" not in obs or obs["scmmgpt_novelty"].isna().any():
@@ -48,7 +52,7 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
                 f"Novelty of the {name} cells cannot be judged: the checkpoint stores nothing for it (run `finetune` "
                 "or `calibrate`), or the file measures too few of its genes."
             )
-    predicted, truth = (np.asarray(obs, dtype=str) for obs in (of_known["scmmgpt_cell_type"], known.obs[label_key]))
+    predicted = np.asarray(of_known["scmmgpt_cell_type"], dtype=str)
     answered, right = predicted != UNKNOWN, predicted == truth
     is_new = np.repeat([False, True], [len(of_known), len(of_new)])
     novelty, score = (np.concatenate([of_known[n], of_new[n]]) for n in ("scmmgpt_novelty", "scmmgpt_score"))
@@ -71,7 +75,7 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m scmmgpt.eval abstention", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m scmmgpt.eval abstention", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint of `finetune` or `calibrate`")
     parser.add_argument("--known", required=True, help="file of held-out cells of known types")
     parser.add_argument("--new", required=True, help="file of cells of other types")

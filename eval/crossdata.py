@@ -36,6 +36,7 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 
 from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
+from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import annotators, baselines
 from scmmgpt.eval.results import percentile_interval
@@ -215,8 +216,8 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray]) -> list[di
     for record in records:
         of_system.setdefault(record["system"], {})[record["set"]] = np.asarray(record["predicted"])
     draws = {}
-    for number, (name, truth) in enumerate(truths.items()):
-        rng = np.random.default_rng([0, number])
+    for place, (name, truth) in enumerate(truths.items()):
+        rng = np.random.default_rng([0, place])
         draws[name] = rng.integers(len(truth), size=(N_RESAMPLES, len(truth)))
 
     def replicates(predicted: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
@@ -254,12 +255,14 @@ def markdown_table(rows: Sequence[dict]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m scmmgpt.eval crossdata", description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(prog="python -m scmmgpt.eval crossdata", description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
     parser.add_argument("--output", required=True, help="folder for results.json and table.md")
     parser.add_argument("--level", choices=("coarse", "fine"), default="coarse", help="labels to score (%(default)s)")
     parser.add_argument("--candidates", choices=("all", "present"), default="all", help="labels to choose from")
-    parser.add_argument("--max-cells", type=int, default=100, help="cells of each label of a dataset (%(default)s)")
+    parser.add_argument(
+        "--max-cells", type=number(int, 1), default=100, help="cells of each label of a dataset (%(default)s)"
+    )
     parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
     parser.add_argument("--choose-penalty", action="store_true", help="choose ours by an inner leave-one-out")
@@ -276,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--sets names {unknown}, but the datasets are {[part.name for part in sets]}.")
     about: dict[str, Any] = {"task": "crossdata", "level": args.level, "candidates": args.candidates}
     about |= {"max_cells": args.max_cells, "choose_penalty": args.choose_penalty}
+    about["cells"] = {part.name: len(part.labels) for part in sets}
     path = Path(args.output, "results.json")
     records = read_runs(path, about)
     done = {(record["system"], record["set"]) for record in records}
@@ -284,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.sets and part.name not in args.sets:
             continue
         case = leave_out(sets, part.name, args.candidates, n_genes)
-        if len(case.classes) < 2:
+        if len(case.test.labels) == 0 or len(case.classes) < 2:
+            logger.warning("%s is left out: no two of its classes are in other datasets.", part.name)
             continue
         truths[part.name] = case.test.labels
         for system in args.systems:

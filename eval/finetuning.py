@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import LabelBudget, System, make_systems, quieten
 from scmmgpt.eval.cells import read_labelled
@@ -72,6 +73,11 @@ def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: i
     return runs
 
 
+def key_of(record: dict) -> tuple[str, int, str]:
+    """What tells a run from the others."""
+    return record["setting"], record["seed"], record["system"]
+
+
 def evaluate(
     adata: AnnData, labels: np.ndarray, systems: dict[str, System], runs: list[dict], *, done: Sequence[dict] = ()
 ) -> Iterator[dict]:
@@ -81,7 +87,7 @@ def evaluate(
         Records with `setting`, `seed`, `system`, `accuracy`, `macro_f1`, `seconds` (processor time of training and
         prediction) and `right` (a string of 0 and 1 over the test cells).
     """
-    records = {(r["setting"], r["seed"], r["system"]): r for r in done}
+    records = {key_of(record): record for record in done}
     for run in runs:
         full = len(run["shown"]) == len(run["train"])
         truth = labels[run["test"]]
@@ -219,14 +225,18 @@ def write_outputs(records: list[dict], about: dict, output: str | Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Runs in `results.json` of the output folder are not repeated."""
+    """Run the command line. Runs in `results.json` of the output folder stay and are not repeated."""
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = training_parser("finetuning", __doc__.split("\n\n")[0])
     parser.epilog = "After `--`: options of finetune."
-    parser.add_argument("--shots", type=int, nargs="*", default=[1, 3, 5, 10], help="cells per label (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="repetitions of every setting (%(default)s)")
-    parser.add_argument("--splits", type=int, default=3, help="number of splits for the setting `all` (%(default)s)")
+    parser.add_argument(
+        "--shots", type=number(int, 1), nargs="*", default=[1, 3, 5, 10], help="cells per label (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=number(int, 1), default=5, help="repetitions of every setting (%(default)s)")
+    parser.add_argument(
+        "--splits", type=number(int, 1), default=3, help="number of splits for the setting `all` (%(default)s)"
+    )
     parser.add_argument("--systems", nargs="*", help="names of the systems to run; by default all")
     args, options = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     quieten()
@@ -240,11 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     about: dict[str, Any] = {"task": "finetuning", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"n_cells": len(labels), "test_share": args.test_share, "finetune_options": options}
     path = Path(args.output, "results.json")
-    records = []
-    for record in evaluate(adata, labels, systems, runs, done=read_runs(path, about)):
-        records.append(record)
+    records = {key_of(record): record for record in read_runs(path, about)}
+    for record in evaluate(adata, labels, systems, runs, done=list(records.values())):
+        records[key_of(record)] = record
         values = (record[name] for name in ("setting", "seed", "system", "accuracy", "macro_f1"))
         logger.info("%s, seed %d, %s: accuracy %.3f, macro-F1 %.3f", *values)
-        write_json(path, {**about, "runs": records})
-    sys.stdout.write(write_outputs(records, about, args.output))
+        write_json(path, {**about, "runs": list(records.values())})
+    sys.stdout.write(write_outputs(list(records.values()), about, args.output))
     return 0

@@ -73,6 +73,6 @@ def read_runs(path: Path, about: dict) -> list[dict]:
     if not path.is_file():
         return []
     document = json.loads(path.read_text(encoding="utf-8"))
-    if any(document[name] != value for name, value in about.items()):
+    if any(document.get(name) != value for name, value in about.items()):
         raise ValueError(f"{path} is of other cells or options. Give another --output.")
     return document["runs"]

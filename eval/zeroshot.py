@@ -39,6 +39,7 @@ from anndata import AnnData
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
+from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
@@ -255,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Runs in `results.json` of the output folder are not repeated."""
     parser = training_parser("zeroshot", "Predict labels without training cells from their texts.")
     parser.add_argument("--ontology-key", help="column of obs with Cell Ontology ids; by default from names of labels")
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions (%(default)s)")
+    parser.add_argument("--seeds", type=number(int, 1), default=1, help="repetitions (%(default)s)")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
     args = parser.parse_args(argv)
     quieten()

@@ -272,5 +272,10 @@ def test_abstention_is_evaluated_on_known_and_new_cells(calibrated, monkeypatch)
     assert (result["new"]["unknown"], result["new"]["auroc_novelty"]) == (1, 1)
     assert result["known"]["unknown"] == 0
     assert result["known"]["accuracy"] == result["known"]["accuracy_of_answers"]
+    known.obs["spelled"] = [None, *(f" {name} " for name in known.obs["cell_type"][1:])]
+    spelled = evaluate_abstention(pipeline, known, new, "spelled")["known"]
+    assert spelled["n_cells"] == len(known) - 1  # a cell without a label is not wrong
+    assert spelled["accuracy"] > 0
+    assert spelled["accuracy"] == pytest.approx(result["known"]["accuracy"], abs=1 / len(known))
     with pytest.raises(ValueError, match="no column 'type'"):
         evaluate_abstention(pipeline, known, new, "type")

@@ -69,6 +69,26 @@ def test_the_task_writes_a_table_and_resumes(folder, tmp_path, capsys, monkeypat
     assert crossdata.main(words) == 0
     with pytest.raises(ValueError, match="--sets names"):
         crossdata.main([*words, "--sets", "three"])
+    with pytest.raises(ValueError, match="other cells or options"):
+        crossdata.main([*words, "--max-cells", "5"])
+
+
+def test_a_dataset_whose_classes_no_other_has_is_not_scored(folder, tmp_path):
+    table = json.loads((folder / "tables" / "label_classes.json").read_text())
+    for name in MARKERS:
+        table["panel"][name] = {"coarse": f"{name} of the panel"}
+    (folder / "tables" / "label_classes.json").write_text(json.dumps(table))
+    words = ["--data", str(folder), "--output", str(tmp_path / "out"), "--systems", crossdata.MODEL]
+    assert crossdata.main(words) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert sorted(row["by_set"]) == ["one", "two"]
+
+
+@pytest.mark.parametrize("words", [["--max-cells", "0"], []])
+def test_a_wrong_command_line_is_an_error_of_one_line(words, capsys):
+    with pytest.raises(SystemExit):
+        crossdata.main(words)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_labels_of_datasets_are_freed_of_the_datasets_levels():

@@ -210,8 +210,8 @@ def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDa
     model.eval()
     query_pieces, text_states = [], []
     for batch in dataset:
-        cell_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
-        query_pieces.append(model.query_cells(cell_states, batch["cell_attention_mask"]))
+        gene_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
+        query_pieces.append(model.query_cells(gene_states, batch["cell_attention_mask"]))
         text_embeds = model.qformer_embeddings(input_ids=batch["qformer_input_ids"])
         text_states.append(model.encode_texts(text_embeds, batch["qformer_attention_mask"]))
         if sum(map(len, text_states)) >= PROJECTION_CELLS:

@@ -122,7 +122,8 @@ class StageArguments:
 
     def __post_init__(self) -> None:
         args: Any = self  # also `TrainingArguments`, in every class that is used
-        super().__post_init__()  # type: ignore[misc]
+        parent: Any = super()
+        parent.__post_init__()
         if args.label_smoothing_factor and not self.smooths_labels:
             raise ValueError(
                 f"label_smoothing_factor is {args.label_smoothing_factor}, but the losses of this command have no "

@@ -16,9 +16,9 @@ attention kernels; `--cell_config '{"attention_dropout": 0.2}'` turns it on.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class PretrainArguments(CheckedFields):
 class PretrainConfig(StageArguments, TrainingArguments):
     """`TrainingArguments` of pre-training, with scGPT's learning rate for all parameters."""
 
-    pretrained_learning_rate: ClassVar[None] = None  # type: ignore[misc]  # no option of this command
+    pretrained_learning_rate: float | None = field(default=None, init=False)  # no option of this command
 
 
 class PretrainCollator:

@@ -233,8 +233,8 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
     pieces: list[torch.Tensor] = []
     for cells, *_ in dataset.source.batches():
         inputs = dataset.collate.processor(cells=cells).to(model.device)
-        cell_states = model.model.encode_cells(**inputs)
-        pieces.append(model.model.query_cells(cell_states, inputs["cell_attention_mask"]))
+        gene_states = model.model.encode_cells(**inputs)
+        pieces.append(model.model.query_cells(gene_states, inputs["cell_attention_mask"]))
         if sum(map(len, pieces)) >= PROJECTION_CELLS:
             break
     projection: Any = model.model.language_projection
