@@ -59,7 +59,7 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
-    from .scoring_scmmgpt import LabelScorer, encode_texts
+    from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
     from .unseen_scmmgpt import MIN_BATCH, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
@@ -96,7 +96,7 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
-    from scoring_scmmgpt import LabelScorer, encode_texts
+    from scoring_scmmgpt import LabelScorer, encode_texts, text_states
     from unseen_scmmgpt import MIN_BATCH, TextScores
 
 
@@ -414,7 +414,7 @@ class ScMMGPTPipeline:
         trained = self.model.config.label_readout["texts"]
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
+            return text_states(self._bridge(), self.processor, texts)
 
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)

@@ -54,6 +54,7 @@ from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.scoring_scmmgpt import text_states
 from scmmgpt.train import readout
 from scmmgpt.train.align import UNTRAINED_PARTS, build_model, build_processor
 from scmmgpt.train.arguments import AlignModelArguments, FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
@@ -65,7 +66,7 @@ from scmmgpt.train.data.labelled import LabelledBatches
 from scmmgpt.train.labels import column_of, hold_out, read_labels
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
-from scmmgpt.train.unseen import fit_gate
+from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import named_genes
 
 
@@ -307,6 +308,7 @@ class FineTuning:
     ) -> None:
         self.arguments = {"data": data_args, "model": model_args, "training": training_args}
         self.shots, self.training_args = data_args.shots, training_args
+        self.gene_texts = model_args.align_arguments().gene_texts
         logger.info("Reading %s", data_args.adata)
         adata = read_file(data_args.adata)
         self.labels = labels = read_labels(adata.obs, data_args)
@@ -429,10 +431,9 @@ class FineTuning:
         num_factors, num_genes = model.label_readout.factors.shape
         sizes = {"num_genes": num_genes, "num_factors": num_factors}
         model.config.label_readout = {"texts": list(self.labels.texts), **sizes}
-        device = model.logit_scale.device
-        texts = model.eval().get_text_features(**self.processor(qformer_text=self.labels.texts).to(device))
+        add_gene_texts(model.eval(), self.processor, self.gene_texts)
         named = [named_genes(text, self.processor.gene_index) for text in self.labels.texts]
-        embeddings = texts.detach().double().cpu().numpy()
+        embeddings = text_states(model, self.processor, self.labels.texts)
         cells, targets = self.cells, self.labels.targets
         self.unseen_gate = fit_gate(model.label_readout, cells, targets, embeddings, named, seed)
 
