@@ -36,6 +36,7 @@ except ImportError:  # beside the other files of a checkpoint
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
 
 
+SEARCH_GENES = 50  # whose texts are nearest to a text that is searched for
 WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 # Of a batch: the share of the most similar cells, their weight against the text, rounds, and fewest cells to read.
 BATCH_SHARE, BATCH_WEIGHT, BATCH_ROUNDS, MIN_BATCH = 0.1, 0.7, 2, 60
@@ -274,6 +275,55 @@ def log_depth(cells: Cells, gene_ids: np.ndarray, share: float) -> np.ndarray:
     rows = cells.rows()[known]
     totals = np.bincount(rows, weights=cells.counts[known], minlength=len(cells))
     return np.log(totals.clip(min=1e-9) / max(share, 1e-9))
+
+
+@dataclass
+class GeneSearch:
+    """Scores of texts by the genes whose own texts are nearest, for the genes of one file.
+
+    A condition that no training cell shows, such as a stimulation, moves genes that texts know.
+
+    Args:
+        gene_ids, share: As for [`PanelReadout`].
+        weights: float64 `(n_texts, n_genes)`, 0 for all but `SEARCH_GENES` genes of each text.
+        offset: float64 `(n_texts,)`: the product of the mean profile.
+    """
+
+    gene_ids: np.ndarray
+    share: float
+    weights: np.ndarray
+    offset: np.ndarray
+
+    @classmethod
+    def of(cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, texts: np.ndarray) -> "GeneSearch":
+        """From a readout with texts about genes, for the genes that a file measures.
+
+        Args:
+            readout: The readout.
+            measured: Vocabulary ids of the genes that the file measures.
+            texts: Embeddings of the texts to search for, `(n_texts, width)`.
+        """
+        arrays = readout.arrays()
+        here = np.isin(arrays["gene_ids"], measured)
+        gene_texts = arrays["gene_texts"][here]
+        known = np.flatnonzero(gene_texts.any(axis=1))
+        if not len(known):
+            raise ValueError("The file measures no gene that this checkpoint has a text about; search by similarity.")
+        similarity = texts @ gene_texts[known].T
+        similarity -= similarity.mean(axis=1, keepdims=True)
+        weights = np.zeros((len(texts), int(here.sum())))
+        for row, values in enumerate(similarity):
+            best = np.argsort(-values, kind="stable")[:SEARCH_GENES]
+            weights[row, known[best]] = values[best].clip(min=0)
+        deviation = np.sqrt((arrays["factors"][:, here] ** 2).sum(axis=0) + arrays["noise"][here])
+        weights /= np.linalg.norm(weights * deviation, axis=1, keepdims=True).clip(min=1e-9)
+        share = float(arrays["shares"][here].sum())
+        return cls(arrays["gene_ids"][here], share, weights, weights @ arrays["mean"][here])
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Scores, float32 `(n_cells, n_texts)`: 0 at the mean profile, 1 about a standard deviation of cells."""
+        ragged = panel_profiles(cells, self.gene_ids, self.share)
+        return (sum_products(ragged, self.weights) - self.offset).astype(np.float32)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from scmmgpt.commands.progress import log_if_slow
 COMMANDS = (
     "abstention",
     "annotation",
+    "condition",
     "crossdata",
     "description",
     "finetuning",

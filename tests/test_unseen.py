@@ -14,7 +14,7 @@ from scmmgpt.readout_scmmgpt import PROFILE_SCALE
 from scmmgpt.train.data.gene_tables import load_gene_texts
 from scmmgpt.train.readout import LabelledProfiles, fit_label_readout, fit_regression, profile_matrix
 from scmmgpt.train.unseen import embed_gene_texts, fit_gate
-from scmmgpt.unseen_scmmgpt import LabelSpace, TextScores, named_genes
+from scmmgpt.unseen_scmmgpt import GeneSearch, LabelSpace, TextScores, named_genes
 
 
 INDEX = GeneIndex(
@@ -152,6 +152,23 @@ def test_directions_of_genes_are_embeddings_of_their_texts_around_the_mean():
         embed_gene_texts(readout, [{99: "a gene"}], lengths)
 
 
+def test_a_search_by_genes_finds_cells_that_express_genes_whose_texts_are_nearest():
+    cells, types = typed_cells()
+    profiles = profile_matrix(cells, 24)
+    data = LabelledProfiles(profiles, types, 5, np.arange(len(types)), np.arange(0), profiles[:0])
+    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    directions = np.zeros((24, 2))
+    directions[:, 0] = -1 / 5
+    directions[4:8] = [1.0, 0.0]  # what type 1 expresses
+    readout.set_gene_texts(directions)
+    search = GeneSearch.of(readout, np.arange(24), np.array([[1.0, 0.0]]))
+    scores = search(cells)[:, 0]
+    assert scores[types == 1].min() > scores[types == 4].max()
+    np.testing.assert_array_equal(search(cells[5])[0], search(cells)[5])  # a cell alone
+    with pytest.raises(ValueError, match="no gene that this checkpoint has a text about"):
+        GeneSearch.of(readout, np.array([99]), np.eye(2))
+
+
 def test_texts_of_genes_are_read_from_a_table_with_symbol_and_summary(tmp_path):
     path = tmp_path / "genes.csv.gz"
     pd.DataFrame({"symbol": ["CD19", None], "summary": ["A receptor of B cells.", "?"]}).to_csv(path, index=False)
@@ -201,6 +218,9 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
     found = pipeline.annotate(cells.copy(), labels=asked, min_score=0).obs["scmmgpt_cell_type"]
     assert (np.asarray(found)[types == 3] == "NK cell").mean() > 0.8
     assert (np.asarray(found)[types != 3] == np.array(names)[types[types != 3]]).mean() > 0.8
+    found = pipeline.search(cells, "NK cells", 3, by="genes", key_added="by_genes")
+    assert {names[types[hit["index"]]] for hit in found} <= set(names)
+    assert cells.uns["scmmgpt"]["search"]["by"] == "genes"
     # Row i alone is row i of a batch, but where the batch is read by request, which is recorded.
     alone = pipeline.annotate(cells[3:4].copy(), labels=asked)
     together = pipeline.annotate(cells.copy(), labels=asked)
@@ -217,3 +237,12 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
         pipeline.annotate(cells.copy(), read_batch=read).obsm["scmmgpt_probabilities"] for read in (False, True)
     ]
     np.testing.assert_array_equal(*trained)
+
+
+def test_a_search_by_genes_needs_a_checkpoint_with_texts_about_genes(tiny_pipeline):
+    from scmmgpt.synthetic import synthetic_adata
+
+    with pytest.raises(ValueError, match="no texts about genes"):
+        tiny_pipeline.search(synthetic_adata(4), "stimulated", by="genes")
+    with pytest.raises(ValueError, match="by is 'words'"):
+        tiny_pipeline.search(synthetic_adata(4), "stimulated", by="words")
