@@ -4,7 +4,7 @@
 `GRPOTrainer`.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -57,7 +57,11 @@ def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) ->
     >>> score_genes("A B cell with high levels of CD19 and LYZ.", {3}, index)
     0.5
     """
-    named = genes_in_text(text, gene_index)
+    return agreement(genes_in_text(text, gene_index), expressed)
+
+
+def agreement(named: Mapping[int, int], expressed: Collection[int]) -> float:
+    """The share of named genes, of [`genes_in_text`], that are expressed or absent as the text says; 0 without any."""
     return sum((gene in expressed) == (sign > 0) for gene, sign in named.items()) / max(len(named), 1)
 
 
