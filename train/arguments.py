@@ -153,7 +153,7 @@ class AlignConfig(StageArguments, TrainingArguments):
 class FinetuneDataArguments:
     """Labelled cells to fine-tune on, and how to hold some out."""
 
-    adata: str = option("Labelled cells, in any format that `scmmgpt` reads.")
+    adata: str = option("Labelled cells, in any format that `scmmgpt` reads, or a corpus.")
     label_key: str = option("Column of `obs` with the labels. Cells without a label help where labels are few.")
     ontology_key: str | None = option(
         "Column of `obs` with the labels' Cell Ontology ids; by default `LABEL_KEY_ontology_term_id`, if it exists.",

@@ -184,8 +184,11 @@ def main(
     corpus = open_corpus(data_args.corpus)
     model, processor = load_model(model_args.checkpoint)
     open_corpus(corpus.path, vocabulary=processor.gene_tokenizer.get_vocab(), verify=False)  # refuses another one
-    splits = {split: load_cells(corpus, split) for split in corpus.split_names} if cells is None else dict(cells)
-    validation = splits.get("validation") if training_args.eval_strategy != "no" else None
+    evaluates = training_args.eval_strategy != "no"
+    if cells is None:
+        names = ["train", "validation"] if evaluates and "validation" in corpus.split_names else ["train"]
+        cells = {split: load_cells(corpus, split) for split in names}
+    validation = cells.get("validation") if evaluates else None
     if isinstance(validation, datasets.Dataset):
         shuffled = validation.shuffle(seed=data_seed(training_args), keep_in_memory=True)
         validation = shuffled.select(range(min(len(shuffled), data_args.validation_cells)))
@@ -203,7 +206,7 @@ def main(
         reward_funcs=reward_functions(model_args.rewards, processor.gene_index)
         if reward_funcs is None
         else reward_funcs,
-        train_dataset=splits["train"],
+        train_dataset=cells["train"],
         eval_dataset=validation,
         peft_config=LoraConfig(**lora | model_args.lora_config),
         write_card=functools.partial(write_card, command="reinforce", corpus=corpus, **bases),
