@@ -72,9 +72,13 @@ def named_genes(text: str, gene_index: GeneIndex) -> dict[int, int]:
         spellings = (word, word.replace("-", "")) if GENE_WORD.fullmatch(word) else ()  # GATA-3 is GATA3
         gene = next((i for i, _ in map(gene_index.lookup, spellings) if i >= 0), -1)
         if gene >= 0:
-            absent = ABSENT_AFTER.match(text[match.end() :]) or ABSENT_BEFORE.search(text[: match.start()])
-            found.setdefault(gene, -1 if absent else 1)
+            found.setdefault(gene, -1 if is_denied(text, match) else 1)
     return found
+
+
+def is_denied(text: str, gene: re.Match) -> bool:
+    """Whether a text says that the cell lacks a gene, which a match found in the text."""
+    return bool(ABSENT_AFTER.match(text[gene.end() :]) or ABSENT_BEFORE.search(text[: gene.start()]))
 
 
 @dataclass
