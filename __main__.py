@@ -109,6 +109,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
 
+    sub = command(verify)
+    sub.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
+    add_model(sub, required=False, help="checkpoint (default: the one that the receipt names)")
+    text = "cells that the result was computed from (default: those in OUT.h5ad)"
+    sub.add_argument("--input", type=Path, metavar="FILE", help=text)
+    sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
@@ -156,9 +163,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(
+    parser: argparse.ArgumentParser, required: bool = True, help: str = "folder, or model id on the Hub"
+) -> None:
     """Options of the checkpoint and of how it runs."""
-    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
+    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=help)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument(
         "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
@@ -339,6 +348,21 @@ def inspect(args: Args) -> int:
         package.setLevel(level)
     write(args, report, [render(report)])
     return 0 if report["usable"] else ERROR
+
+
+def verify(args: Args) -> int:
+    """Compute the results of a file again and name what changed; exit status 0 if nothing of weight did."""
+    from scmmgpt.commands.verify import checkpoint_of, render, verify_file
+
+    if args.model is None:
+        args.model = checkpoint_of(args.file)
+        if not Path(args.model).is_dir():
+            logging.getLogger("scmmgpt").warning(f"The receipt names {args.model!r}; --model names another place.")
+    pipeline = load_pipeline(args)
+    source = None if args.input is None else lambda: read_adata(args.input, args.split, args.model, backed=True)
+    report = verify_file(args.file, pipeline, source)
+    write(args, report, render(report))
+    return 0 if report["verified"] else 1
 
 
 def export(args: Args) -> None:

@@ -8,8 +8,9 @@ Each task is a verb of [`ScMMGPTPipeline`]. A verb adds its results to the AnnDa
 
 Through transformers the same object is `pipeline("cell-annotation", model=path, trust_remote_code=True)`.
 
-`adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings of
-each verb. The result of a cell depends on that cell alone, not on its batch or its place.
+`adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings
+and the receipt of each verb (`receipt_scmmgpt`). The result of a cell depends on that cell alone, not on its batch or
+its place.
 """
 
 import os
@@ -57,6 +58,7 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
+    from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts
     from .unseen_scmmgpt import TextScores
 except ImportError:  # as a flat module in a clone
@@ -94,6 +96,7 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
+    from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts
     from unseen_scmmgpt import TextScores
 
@@ -158,6 +161,7 @@ class ScMMGPTPipeline:
         self.device = torch.device(device or best_device())
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.processor = processor
+        self.signer = Signer(self.model, processor)
         self.batch_size = batch_size
 
     @classmethod
@@ -202,6 +206,7 @@ class ScMMGPTPipeline:
 
     # -- annotate -----------------------------------------------------------------------------------------------------
 
+    @with_receipt
     def annotate(
         self,
         adata: Any,
@@ -435,6 +440,7 @@ class ScMMGPTPipeline:
 
     # -- describe -----------------------------------------------------------------------------------------------------
 
+    @with_receipt
     def describe(
         self,
         adata: Any,
@@ -503,6 +509,7 @@ class ScMMGPTPipeline:
 
     # -- generate -----------------------------------------------------------------------------------------------------
 
+    @with_receipt
     def generate(
         self,
         prompts: str | Sequence[str] | dict[str, str],
@@ -583,6 +590,7 @@ class ScMMGPTPipeline:
 
     # -- embed and search ---------------------------------------------------------------------------------------------
 
+    @with_receipt
     def embed(
         self,
         adata: Any,
@@ -622,6 +630,7 @@ class ScMMGPTPipeline:
         (adata.obsm[key_added],) = self._map_cells(embedding, chunks, batch_size, "Embedding", n_cells)
         return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
 
+    @with_receipt
     def search(
         self,
         adata: Any,
@@ -696,13 +705,16 @@ class ScMMGPTPipeline:
         """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time; after the last, warnings about all."""
         # The class is the processor's: a checkpoint may load each file twice.
         parts: list[Cells] = []
+        cells_hash = CellsHash()
         for part in choice.iter_cells(adata):
+            cells_hash.update(part)
             parts.append(part)
             if sum(map(len, parts)) + len(part) > SORTED_CELLS:
                 yield type(part).concatenate(parts)
                 parts = []
         if parts:
             yield type(part).concatenate(parts)
+        choice.report["cells"]["hash"] = cells_hash.hexdigest()
         finish_report(choice.report)
 
     def _batches(
