@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     inputs = [getattr(args, name, None) for name in ("file", "model")]
-    outputs = [path for name in ("output", "table") if (path := getattr(args, name, None)) is not None]
+    outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
     return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs)
 
@@ -138,6 +138,8 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
     )
+    text = "table of the genes that drove each label (checkpoints with a label readout)"
+    parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
     parser.add_argument(
         "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
     )
@@ -209,6 +211,9 @@ def annotate(args: Args) -> None:
     pipeline, adata = load(args)
     options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
+    if args.evidence is not None:
+        evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
+        write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
     done = adata.uns["scmmgpt"]["annotate"]
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
     finish(args, adata, {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])})
@@ -493,15 +498,17 @@ def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
 
 def check_outputs(args: Args) -> None:
     """Refuse outputs that cannot be written or would replace an input, before any work is done."""
-    output, table = getattr(args, "output", None), getattr(args, "table", None)
+    output = getattr(args, "output", None)
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
     if output is not None and output.suffix != ".h5ad":
         raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
-    if table is not None and table_suffix(table) not in TABLES:
-        raise ValueError(f"--table is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
+    for option, table in tables.items():
+        if table is not None and table_suffix(table) not in TABLES:
+            raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
     named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
-    check_paths(named, {"--output": output, "--table": table})
-    for path in (output, table):
+    check_paths(named, {"--output": output, **tables})
+    for path in (output, *tables.values()):
         if path is not None:
             check_file(path)
 
@@ -523,9 +530,18 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> Non
         if args.command == "describe":  # no prefix, unless the name without it is taken
             short = {name: name.removeprefix("scmmgpt_") for name in added}
             table = table.rename(columns={name: new for name, new in short.items() if new not in table})
-        with whole_file(args.table) as temporary:
-            table.to_csv(temporary, index_label="barcode", sep="\t" if table_suffix(args.table) == ".tsv" else ",")
+        write_table(args.table, table, index_label="barcode")
     write(args, {"output": str(args.output), **summary})
+
+
+def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
+    """Write a table, whole or not at all: a data frame, whose index is written under `index_label`, or rows."""
+    import pandas as pd
+
+    with whole_file(path) as temporary:
+        separator = "\t" if table_suffix(path) == ".tsv" else ","
+        index = {"index": index_label is not None, "index_label": index_label}
+        pd.DataFrame(rows).to_csv(temporary, sep=separator, **index)
 
 
 def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:

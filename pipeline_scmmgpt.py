@@ -38,6 +38,7 @@ try:  # as a package or as remote code
     )
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from .evidence_scmmgpt import Evidence, Explainer, label_members
     from .generation_scmmgpt import (
         decide_sampling,
         decode_cells,
@@ -76,6 +77,7 @@ except ImportError:  # as a flat module in a clone
     )
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from evidence_scmmgpt import Evidence, Explainer, label_members
     from generation_scmmgpt import (
         decide_sampling,
         decode_cells,
@@ -287,6 +289,68 @@ class ScMMGPTPipeline:
         if readout is not None:
             done["weak_labels"] = self._warn_of_weak_labels(readout, candidates.texts)
         return self._record(adata, key_added, choice.report, annotate=done)
+
+    @property
+    def can_explain(self) -> bool:
+        """Whether the checkpoint has a label readout, which [`explain`] takes its terms from."""
+        return getattr(self._bridge(), "label_readout", None) is not None
+
+    @with_receipt
+    def explain(
+        self,
+        adata: Any,
+        label_key: str = "scmmgpt_cell_type",
+        *,
+        cluster_key: str | None = None,
+        key_added: str = "scmmgpt",
+        batch_size: int | None = None,
+        **read_kwargs: Any,
+    ) -> Evidence:
+        """Find the genes that speak for the label of each cell, against the runner-up.
+
+        Terms are those of the label readout, exact and gene by gene (`evidence_scmmgpt`). Similarities and matching,
+        where a checkpoint uses them too, are not part of them.
+
+        Args:
+            label_key: Column of `obs` with labels: those of [`annotate`], or others that the checkpoint knows, in any
+                words. Cells of labels that it does not know get no evidence.
+            cluster_key: Column of `obs` with clusters; the commonest label of each is explained, too.
+            adata, key_added, batch_size, read_kwargs: As for [`annotate`]; 512 cells a batch by default.
+
+        Returns:
+            [`Evidence`], whose `group_rows` and `cell_rows` are tables. `obs` gets `{key}_evidence` (genes, the most
+            important first), `{key}_rival` (the runner-up) and `{key}_marker_support` (share of the markers of its
+            label that a cell expresses); `uns["{key}"]["explain"]` has the genes of each label.
+
+        Raises:
+            ValueError: If the checkpoint has no label readout.
+        """
+        if not self.can_explain:
+            raise ValueError(
+                "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
+                "`python -m scmmgpt.train finetune` or `align`."
+            )
+        stored, texts = self.model.config.annotation or {}, self.model.config.label_readout["texts"]
+        known = {label: texts.index(text) for label, text in stored.get("labels", {}).items() if text in texts}
+        names = {column: label for label, column in known.items()}
+        sets, set_of_cell = np.unique(_words(adata, label_key), return_inverse=True)
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        members = label_members(sets.tolist(), known, stored.get("terms", []), len(texts))
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
+        labels = [names.get(column, text) for column, text in enumerate(texts)]
+        evidence = Evidence(explainer, sets.tolist(), set_of_cell, labels, clusters, self.processor.gene_symbols)
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
+        for rows, cells in self._batches(chunks, batch_size, "Explaining", len(set_of_cell)):
+            evidence.add(rows, cells)
+        _add_obs(adata, f"{key_added}_evidence", evidence.cell_genes())
+        _add_obs(adata, f"{key_added}_rival", evidence.cell_rivals())
+        adata.obs[f"{key_added}_marker_support"] = evidence.marker_support()
+        rows_of = [row for row in evidence.group_rows() if row["level"] == "label"]
+        table = {name: np.asarray([row[name] for row in rows_of]) for name in (rows_of[0] if rows_of else ())}
+        table = {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
+        self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
+        return evidence
 
     def annotation_settings(
         self,

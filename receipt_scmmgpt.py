@@ -212,7 +212,7 @@ def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
         result = verb(*args, **kwargs)
         uns = (result if adata is None else adata).uns
         # `embed` and `search` name their own place by `key_added`, and record under the package's name.
-        key = options["key_added"] if name in (*LANGUAGE_VERBS, "annotate") else "scmmgpt"
+        key = "scmmgpt" if name in ("embed", "search") else options["key_added"]
         if options["key_added"] is not None:
             cells = {} if adata is None else {"cells": uns["scmmgpt"]["input"]["cells"].get("hash", "")}
             uns[key][name]["receipt"] = {**cells, **pipeline.signer.sign(name), "options": recorded_options(options)}

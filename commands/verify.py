@@ -20,9 +20,14 @@ from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
 TOLERANCE = 1e-3  # of scores and embeddings
 SHOWN = 5  # cells that the report names
 # Columns of obs of each verb, without their prefix.
-EXACT = {"annotate": ("cell_type", "cell_type_majority"), "describe": ("description",)}
+EXACT = {
+    "annotate": ("cell_type", "cell_type_majority"),
+    "describe": ("description",),
+    "explain": ("evidence", "rival"),
+}
 OPTIONS = {
     "annotate": "labels cl_ids cluster_key min_score matching_weight matching_candidates temperature unseen_bonus",
+    "explain": "label_key cluster_key",
     "describe": "prompt max_new_tokens num_beams do_sample temperature top_k top_p",
     "generate": "prompts n_cells genes library_size do_sample seed max_genes",
     "embed": "of",
@@ -80,8 +85,7 @@ def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callabl
     Args:
         path: An `.h5ad` file that this package wrote.
         pipeline: The checkpoint.
-        open_input: Opens the file of cells that the results were computed from, anew at every call; by default the
-            cells of `path` itself.
+        open_input: Opens the file of cells that the results were computed from; by default the cells of `path`.
 
     Returns:
         JSON-able dict: `verified` (the same results, from the same cells and checkpoint), and `results`, a dict each:
@@ -92,14 +96,17 @@ def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callabl
     from scmmgpt.readers.cell_files import read_file
 
     path = Path(path)
-    stored = anndata.read_h5ad(path, backed="r")
+    stored, found = anndata.read_h5ad(path, backed="r"), read_receipts(path)
+    cells = None
+    if any(verb != "generate" for _, verb, _ in found):
+        cells = open_input() if open_input is not None else read_file(path, backed=True)
     results = []
-    for key, verb, receipt in read_receipts(path):
+    for key, verb, receipt in sorted(found, key=lambda entry: list(OPTIONS).index(entry[1])):
         options = options_of(verb, receipt, path)
         if verb == "generate":
             fresh = pipeline.generate(**options, key_added=key)
         else:
-            fresh = open_input() if open_input is not None else read_file(path, backed=True)
+            fresh = cells
             place = options.pop("key_added", key)
             getattr(pipeline, verb)(fresh, **options, key_added=place)
             key = place
