@@ -92,10 +92,15 @@ def named_genes(text: str, gene_index: GeneIndex) -> dict[int, int]:
             continue
         spellings = (word, word.replace("-", ""))  # GATA-3 is GATA3
         genes = [i for i, _ in map(gene_index.lookup, ANTIGENS.get(word, spellings)) if i >= 0]
-        absent = ABSENT_AFTER.match(text[match.end() :]) or ABSENT_BEFORE.search(text[: match.start()])
+        absent = is_denied(text, match)
         for gene in genes if word in ANTIGENS else genes[:1]:
             found.setdefault(gene, -1 if absent else 1)
     return found
+
+
+def is_denied(text: str, gene: re.Match) -> bool:
+    """Whether a text says that the cell lacks a gene, which a match found in the text."""
+    return bool(ABSENT_AFTER.match(text[gene.end() :]) or ABSENT_BEFORE.search(text[: gene.start()]))
 
 
 @dataclass

@@ -18,6 +18,7 @@ COMMANDS = (
     "condition",
     "crossdata",
     "description",
+    "evidence",
     "finetuning",
     "generation",
     "report",
