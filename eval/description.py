@@ -302,8 +302,8 @@ def evaluate_file(
 
 def _write_answers(sampler: "CaptionSampler", cells: LabelledCells) -> list[str]:
     """The reference text of each cell."""
-    of_cells = {"cell_ids": hash_names(cells.names), "total_counts": cells.total_counts}
-    counts = Cells.from_csr(cells.counts, np.arange(len(cells.genes)), **of_cells)
+    ids, genes = hash_names(cells.names), np.arange(len(cells.genes))
+    counts = Cells.from_csr(cells.counts, genes, ids, cells.total_counts)
     return sampler.answer(cells.obs, counts, cells.genes)
 
 

@@ -367,7 +367,7 @@ class ReinforceModelArguments(CheckedFields):
 
 @described
 @dataclass
-class ReinforceConfig(RunArguments, GRPOConfig):
+class ReinforceConfig(RunArguments, GRPOConfig):  # type: ignore[misc]  # TRL allows None for `remove_unused_columns`
     """`GRPOConfig` for descriptions of cells: fp32, and as many new tokens as `scmmgpt describe` writes."""
 
     max_completion_length: int | None = inherited("max_completion_length", 64)
