@@ -50,7 +50,9 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
         raise ValueError(
             f"obs[{data_args.label_key!r}] has {len(labels)} labels {labels}; fine-tuning needs two or more."
         )
-    for warning in label_warnings(count_labels(values), f"obs[{data_args.label_key!r}]"):
+    counts = count_labels(values)
+    one_each = data_args.shots == 1 and set(counts.values()) == {1}  # as asked for
+    for warning in () if one_each else label_warnings(counts, f"obs[{data_args.label_key!r}]"):
         logger.warning(warning)
     ids_key = data_args.ontology_key or f"{data_args.label_key}_ontology_term_id"
     ids: dict[str, str] = {}
