@@ -51,12 +51,13 @@ MEASURES = {
     "genes_expressed": results.Measure(
         "named genes expressed",
         True,
-        "Mean share of the genes that a description names which its cell expresses; 0 where no gene is named.",
+        "Mean share of the mentions of genes in a description that its cell expresses, repeated ones not counted; 0 "
+        "where no gene is named.",
     ),
     "grounded": results.Measure(
         "grounded",
         True,
-        "Share of descriptions that name a gene and whose cells express all named genes.",
+        "Share of descriptions that name a gene, none twice, and whose cells express all named genes.",
     ),
     "cosine": results.Measure(
         "cosine", True, "Mean cosine of description and reference, as all-MiniLM-L6-v2 sentence embeddings."

@@ -350,7 +350,8 @@ class ReinforceModelArguments(CheckedFields):
     checkpoint: str = option("Checkpoint of `tune`.")
     rewards: list[str] = option(
         "Rewards of a description. `cell_type`: 1 for the cell's type, less for a wider type, 0 for any other. "
-        "`genes`: share of the genes that it names which the cell expresses. `reward_weights` weighs them.",
+        "`genes`: share of its mentions of genes that the cell expresses; repetitions do not count. Their weights are "
+        "`reward_weights`.",
         list(REWARDS),
     )
     lora_config: dict[str, Any] = option(
