@@ -68,7 +68,7 @@ def agreement(mentions: Sequence[tuple[int, int]], expressed: Collection[int]) -
 
 
 def genes_in_text(text: str, gene_index: GeneIndex) -> list[tuple[int, int]]:
-    """The mentions of genes that [`score_genes`] verifies: vocabulary id and 1, or -1 where the cell should lack it."""
+    """The mentions of genes that [`score_genes`] verifies: vocabulary id and 1, or -1 if the cell should lack it."""
     mentions = []
     for match in WORD.finditer(text):
         word = match.group()
