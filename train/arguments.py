@@ -350,7 +350,8 @@ class ReinforceModelArguments(CheckedFields):
     checkpoint: str = option("Checkpoint of `tune`.")
     rewards: list[str] = option(
         "Rewards of a description. `cell_type`: 1 for the cell's type, less for a wider type, 0 for any other. "
-        "`genes`: share of the genes that it names which the cell expresses. `reward_weights` weighs them.",
+        "`genes`: share of its mentions of genes that the cell expresses; repetitions do not count. Their weights are "
+        "`reward_weights`.",
         list(REWARDS),
     )
     lora_config: dict[str, Any] = option(
@@ -367,7 +368,7 @@ class ReinforceModelArguments(CheckedFields):
 
 @described
 @dataclass
-class ReinforceConfig(RunArguments, GRPOConfig):
+class ReinforceConfig(RunArguments, GRPOConfig):  # type: ignore[misc]  # TRL allows None for `remove_unused_columns`
     """`GRPOConfig` for descriptions of cells: fp32, and as many new tokens as `scmmgpt describe` writes."""
 
     max_completion_length: int | None = inherited("max_completion_length", 64)
