@@ -149,6 +149,8 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
     )
+    text = "look at all cells first, and correct labels that were never trained by the cells most like them"
+    parser.add_argument("--read-batch", action="store_true", help=text)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -219,14 +221,15 @@ def annotate(args: Args) -> None:
     """Annotate every cell with the label whose text fits it best."""
     labels, cl_ids = read_labels(args.labels)
     pipeline, adata = load(args)
-    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
+    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight", "read_batch")}
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
     if args.evidence is not None:
         evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
         write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
     done = adata.uns["scmmgpt"]["annotate"]
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
-    finish(args, adata, {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])})
+    summary = {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])}
+    finish(args, adata, summary | ({"read_batch": True} if done["read_batch"] else {}))
 
 
 def audit(args: Args) -> None:

@@ -10,11 +10,13 @@ Through transformers the same object is `pipeline("cell-annotation", model=path,
 
 `adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings
 and the receipt of each verb (`receipt_scmmgpt`). The result of a cell depends on that cell alone, not on its batch or
-its place.
+its place, but with `read_batch`.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +64,7 @@ try:  # as a package or as remote code
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts
-    from .unseen_scmmgpt import TextScores
+    from .unseen_scmmgpt import MIN_BATCH, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
@@ -102,13 +104,14 @@ except ImportError:  # as a flat module in a clone
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts
-    from unseen_scmmgpt import TextScores
+    from unseen_scmmgpt import MIN_BATCH, TextScores
 
 
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
+READ_CELLS = 10_000  # of a file, at most, that correct the place of labels that were never trained
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 
 
@@ -123,6 +126,7 @@ class ScMMGPTPipeline:
                                             -> matrices_scmmgpt: the kind of each matrix
                                             -> genes_scmmgpt: variables -> genes of the vocabulary
         _text_scores                    readout_scmmgpt, unseen_scmmgpt: the readout for the genes of the file
+        _read_batch                     unseen_scmmgpt: a look at the cells first, if asked
         _probabilities -> _label_scores, batch by batch
             _chunks                     reading_scmmgpt: the next rows of the AnnData -> Cells
             LabelScorer                 scoring_scmmgpt: Cells -> scores of the texts, and novelty
@@ -223,6 +227,7 @@ class ScMMGPTPipeline:
         matching_candidates: int | None = None,
         temperature: float | None = None,
         unseen_bonus: float | None = None,
+        read_batch: bool = False,
         key_added: str = "scmmgpt",
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -248,6 +253,9 @@ class ScMMGPTPipeline:
             unseen_bonus: Calibrated stacking: added to the similarity of a label that means no label of fine-tuning,
                 since cells lie near the texts of training. By default the value stored with older checkpoints; others
                 have a fitted gate in its place (`unseen_scmmgpt`).
+            read_batch: Look at all cells before the first is annotated, and correct the place of each label that was
+                never trained by the cells that are most like it. The result of a cell then depends on the other cells.
+                Without such labels it changes nothing.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
@@ -266,6 +274,9 @@ class ScMMGPTPipeline:
         candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         choice = self.processor.choose_input(adata, **read_kwargs)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice)
+        batch_read = read_batch and readout is not None and readout.has_new_labels
+        if batch_read and readout is not None:
+            readout, batch_read = self._read_batch(readout, adata, choice)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         probabilities, novelty = self._probabilities(
@@ -286,6 +297,7 @@ class ScMMGPTPipeline:
             "labels": np.asarray(names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
             **{name: settings[name] for name in ("matching_weight", "temperature")},
+            "read_batch": batch_read,
             **summary,
         }
         if readout is not None:
@@ -547,6 +559,20 @@ class ScMMGPTPipeline:
 
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
+
+    def _read_batch(self, readout: TextScores, adata: Any, choice: InputChoice) -> tuple[TextScores, bool]:
+        """The scores after a look at the cells, and whether there are enough of them."""
+        total = choice.report["cells"]["cells"]
+        if total < MIN_BATCH:
+            logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+            return readout, False
+        chosen = np.linspace(0, total - 1, min(total, READ_CELLS)).astype(np.int64)
+        parts, first = [], 0
+        for cells in replace(choice, report=copy.deepcopy(choice.report)).iter_cells(adata):  # its report counts cells
+            parts.append(cells[chosen[(chosen >= first) & (chosen < first + len(cells))] - first])
+            first += len(cells)
+        logger.info(f"Labels that were never trained were corrected by {len(chosen)} cells of the file (read_batch).")
+        return readout.read_batch(type(parts[0]).concatenate(parts)), True
 
     def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
         """Warn of labels whose decisive genes the file lacks; returns these labels."""
