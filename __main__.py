@@ -68,6 +68,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_annotation(command(annotate))
 
+    sub = command(audit)
+    add_input(sub)
+    add_output(sub, columns=False)
+    sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="given labels (default: cell_type)")
+    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, to rank them too")
+
     sub = command(describe)
     add_input(sub)
     add_output(sub)
@@ -196,11 +202,15 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     reading.add_argument("--force", action="store_true", help="read FILE even if few genes match")
 
 
-def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
+def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: bool = True) -> None:
     """Files of the result."""
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
     if table:
-        parser.add_argument("--table", type=Path, metavar="OUT.csv", help="table of the added columns of obs")
+        text = (
+            "table of the added columns of obs" if columns else "table of labels, clusters and doubtful cells, ranked"
+        )
+        parser.add_argument("--table", type=Path, metavar="OUT.csv", help=text)
+    if table and columns:
         parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
 
 
@@ -220,6 +230,16 @@ def annotate(args: Args) -> None:
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
     summary = {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])}
     finish(args, adata, summary | ({"read_batch": True} if done["read_batch"] else {}))
+
+
+def audit(args: Args) -> None:
+    """Rank labels, clusters and cells whose given label contradicts model and markers."""
+    pipeline, adata = load(args)
+    judged = pipeline.audit(adata, args.label_key, cluster_key=args.cluster_key, **read_options(args))
+    groups = judged.group_rows()
+    worst = {row["name"]: row["contradicted"] for row in groups[:5] if row["contradicted"]}
+    rows = [*groups, *judged.cell_rows(adata.obs_names)]
+    finish(args, adata, {"cells": adata.n_obs, **judged.summary(), "most contradicted": worst}, rows)
 
 
 def describe(args: Args) -> None:
@@ -521,13 +541,15 @@ def table_suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
-    """Write the result, its table and the summary."""
+def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: Any = None) -> None:
+    """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
     from scmmgpt.commands.results import write_result
 
     with log_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
         write_result(adata, getattr(args, "file", args.output), temporary)
-    if getattr(args, "table", None) is not None:
+    if getattr(args, "table", None) is not None and rows is not None:
+        write_table(args.table, rows)
+    elif getattr(args, "table", None) is not None:
         added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
         table = adata.obs[list(dict.fromkeys([*args.columns, *added]))]
         if args.command == "describe":  # no prefix, unless the name without it is taken

@@ -38,6 +38,7 @@ try:  # as a package or as remote code
         labels_with_texts,
         summarize_annotation,
     )
+    from .audit_scmmgpt import Audit, judge
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .evidence_scmmgpt import Evidence, Explainer, label_members
@@ -77,6 +78,7 @@ except ImportError:  # as a flat module in a clone
         labels_with_texts,
         summarize_annotation,
     )
+    from audit_scmmgpt import Audit, judge
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from evidence_scmmgpt import Evidence, Explainer, label_members
@@ -342,16 +344,13 @@ class ScMMGPTPipeline:
                 "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
                 "`python -m scmmgpt.train finetune` or `align`."
             )
-        stored, texts = self.model.config.annotation or {}, self.model.config.label_readout["texts"]
-        known = {label: texts.index(text) for label, text in stored.get("labels", {}).items() if text in texts}
-        names = {column: label for label, column in known.items()}
         sets, set_of_cell = np.unique(_words(adata, label_key), return_inverse=True)
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        members = label_members(sets.tolist(), known, stored.get("terms", []), len(texts))
+        known = self._readout_columns()
+        members = label_members(sets.tolist(), known, (self.model.config.annotation or {}).get("terms", []))
         choice = self.processor.choose_input(adata, **read_kwargs)
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
-        labels = [names.get(column, text) for column, text in enumerate(texts)]
-        evidence = Evidence(explainer, sets.tolist(), set_of_cell, labels, clusters, self.processor.gene_symbols)
+        evidence = Evidence(explainer, sets.tolist(), set_of_cell, list(known), clusters, self.processor.gene_symbols)
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
         for rows, cells in self._batches(chunks, batch_size, "Explaining", len(set_of_cell)):
             evidence.add(rows, cells)
@@ -363,6 +362,79 @@ class ScMMGPTPipeline:
         table = {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
+
+    def _readout_columns(self) -> dict[str, int]:
+        """Trained label -> its column of the label readout, in the readout's order."""
+        texts, stored = (
+            self.model.config.label_readout["texts"],
+            (self.model.config.annotation or {}).get("labels", {}),
+        )
+        label_of = {text: label for label, text in stored.items()}
+        return {label_of.get(text, text): column for column, text in enumerate(texts)}
+
+    @with_receipt
+    def audit(
+        self,
+        adata: Any,
+        label_key: str,
+        *,
+        cluster_key: str | None = None,
+        key_added: str = "scmmgpt",
+        batch_size: int | None = None,
+        **read_kwargs: Any,
+    ) -> Audit:
+        """Judge the labels that cells were given, by the model and by markers, and rank the doubtful ones.
+
+        The cells are annotated, too. A label of the file may be in any words, or broader than those of training; cells
+        of labels that the checkpoint does not know are not judged (`audit_scmmgpt`).
+
+        Args:
+            label_key: Column of `obs` with the given labels.
+            cluster_key: Column of `obs` with clusters, which are ranked too.
+            adata, key_added, batch_size, read_kwargs: As for [`annotate`].
+
+        Returns:
+            [`Audit`], whose `group_rows` and `cell_rows` are tables. `obs` gets `{key}_audit` (verdict),
+            `{key}_audit_score` (log odds, the larger the more doubtful), `{key}_audit_suggested` (the best other
+            label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
+        """
+        given = _words(adata, label_key)
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        options = {"key_added": key_added, "batch_size": batch_size, **read_kwargs}
+        self.annotate(adata, **options)
+        probabilities = np.asarray(adata.obsm[f"{key_added}_probabilities"])
+        names = adata.uns[key_added]["annotate"]["labels"].tolist()
+        sets, set_of_cell = np.unique(given, return_inverse=True)
+        terms = (self.model.config.annotation or {}).get("terms", [])
+        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        best, odds = judge(probabilities, members, set_of_cell)
+        suggested = np.where(best >= 0, np.asarray([*names, ""], dtype=object)[best], "").astype(str)
+        genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
+        if self.can_explain:
+            choice = self.processor.choose_input(adata, **read_kwargs)
+            known = self._readout_columns()
+            of_readout = label_members(sets.tolist(), known, terms)
+            explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout)
+            symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
+            columns = np.asarray([known.get(name, -1) for name in names] + [-1])[best]
+            usable = (columns >= 0) & of_readout.any(axis=1)[set_of_cell]
+            own = np.where(usable, columns + explainer.first_label, 0)
+            chunks, size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
+            for rows, cells in self._batches(chunks, size, "Auditing", len(given)):
+                rivals = np.where(usable[rows], set_of_cell[rows], -1)
+                found, entries = explainer(cells, own[rows], rivals)
+                words = [", ".join(row[row != ""]) for row in symbols[found.genes]]
+                genes[rows] = words
+                odds_of = explainer.marker_odds(*entries[:3], own[rows], set_of_cell[rows])
+                marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
+        novelty = adata.obs.get(f"{key_added}_novelty", np.zeros(len(given)))
+        audit = Audit(given, suggested, odds, marker_odds, genes, np.asarray(novelty) > 1, clusters)
+        columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
+        for name, values in {**columns_of, "audit_genes": audit.genes.astype(str)}.items():
+            _add_obs(adata, f"{key_added}_{name}", values)
+        done = {name.replace(" ", "_"): n for name, n in audit.summary().items()}
+        self._record(adata, key_added, None, audit={"label_key": label_key, **done})
+        return audit
 
     def annotation_settings(
         self,
