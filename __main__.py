@@ -100,6 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(search)
     add_input(sub)
     sub.add_argument("--text", required=True, help="description of the wanted cells")
+    how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
+    sub.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
     text = "file with every cell's score in obs['scmmgpt_search']"
     sub.add_argument("--output", "-o", type=Path, metavar="OUT.h5ad", help=text)
     sub.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
@@ -316,7 +318,7 @@ def search(args: Args) -> None:
     """Find the cells that a text describes best."""
     pipeline, adata = load(args)
     key = None if args.output is None else "scmmgpt_search"
-    hits = pipeline.search(adata, args.text, args.top_k, key_added=key, **read_options(args))
+    hits = pipeline.search(adata, args.text, args.top_k, by=args.by, key_added=key, **read_options(args))
     if args.output is not None:
         from scmmgpt.commands.results import write_result
 

@@ -63,8 +63,8 @@ try:  # as a package or as remote code
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from .scoring_scmmgpt import LabelScorer, encode_texts
-    from .unseen_scmmgpt import MIN_BATCH, TextScores
+    from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
@@ -103,8 +103,8 @@ except ImportError:  # as a flat module in a clone
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from scoring_scmmgpt import LabelScorer, encode_texts
-    from unseen_scmmgpt import MIN_BATCH, TextScores
+    from scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 
 
 logger = logging.get_logger(__name__)
@@ -555,7 +555,7 @@ class ScMMGPTPipeline:
         trained = self.model.config.label_readout["texts"]
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
+            return text_states(self._bridge(), self.processor, texts)
 
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
@@ -799,6 +799,7 @@ class ScMMGPTPipeline:
         text: str | Sequence[str],
         top_k: int = 10,
         *,
+        by: str = "similarity",
         key_added: str | None = None,
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -808,13 +809,16 @@ class ScMMGPTPipeline:
         Args:
             text: Description of the wanted cells, one text or several.
             top_k: Cells to return per text.
+            by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
+                own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
+                that was trained with `gene_texts`.
             key_added: Column of `obs` to add every cell's similarity as (one text only).
             adata, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
-            1, which has no zero that means "no match") and `z` (standard deviations of the score above the mean of
-            these cells); for several texts, a list of such lists.
+            1, which has no zero that means "no match"; by genes, in standard deviations of training cells) and `z`
+            (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
@@ -823,20 +827,36 @@ class ScMMGPTPipeline:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if key_added is not None and len(texts) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts; pass one text.")
-        text_features = encode_texts(self._bridge(), self.processor, texts)
-
-        def score(cells: Cells) -> tuple[torch.Tensor, ...]:
-            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
-
+        if by not in ("similarity", "genes"):
+            raise ValueError(f"by is {by!r}; choose 'similarity' or 'genes'.")
+        if by == "genes" and "text_width" not in (self.model.config.label_readout or {}):
+            raise ValueError(
+                "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
+            )
         choice = self.processor.choose_input(adata, **read_kwargs)
+        score = self._search_scores(texts, by, choice)
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
         batch_size = self._batch_size(batch_size, 64)
         (similarity,) = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
         if key_added is not None:
             adata.obs[key_added] = similarity[:, 0]
-            self._record(adata, "scmmgpt", choice.report, search={"text": texts[0], "key": key_added})
+            done = {"text": texts[0], "by": by, "key": key_added}
+            self._record(adata, "scmmgpt", choice.report, search=done)
         hits = [_best_hits(column, adata.obs_names, top_k) for column in similarity.T]
         return hits[0] if isinstance(text, str) else hits
+
+    def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
+        """The scores of texts that [`search`] sorts by."""
+        if by == "genes":
+            states = text_states(self._bridge(), self.processor, texts)
+            genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
+            return lambda cells: (torch.from_numpy(genes(cells)),)
+        text_features = encode_texts(self._bridge(), self.processor, texts)
+
+        def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
+            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
+
+        return similarity
 
     # -- shared -------------------------------------------------------------------------------------------------------
 

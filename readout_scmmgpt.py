@@ -116,6 +116,7 @@ class ScMMGPTLabelReadout(nn.Module):
 
     Args:
         num_labels, num_genes, num_factors: Sizes; the genes are those that the training cells express.
+        text_width: Width of the embeddings of texts about genes; 0 if there are none.
     """
 
     gene_ids: torch.Tensor
@@ -127,8 +128,9 @@ class ScMMGPTLabelReadout(nn.Module):
     noise: torch.Tensor
     shares: torch.Tensor
     temperature: torch.Tensor
+    gene_texts: torch.Tensor
 
-    def __init__(self, num_labels: int, num_genes: int, num_factors: int) -> None:
+    def __init__(self, num_labels: int, num_genes: int, num_factors: int, text_width: int = 0) -> None:
         super().__init__()
         half = torch.float16
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
@@ -140,6 +142,8 @@ class ScMMGPTLabelReadout(nn.Module):
         self.register_buffer("noise", torch.ones(num_genes))  # variance beside the factors
         self.register_buffer("shares", torch.zeros(num_genes))  # expected share of a cell's counts
         self.register_buffer("temperature", torch.ones(()))
+        if text_width:
+            self.set_gene_texts(np.zeros((num_genes, text_width)))
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
@@ -150,6 +154,10 @@ class ScMMGPTLabelReadout(nn.Module):
             buffer = getattr(readout, name)
             buffer.copy_(torch.as_tensor(np.asarray(value)).to(buffer.dtype))
         return readout
+
+    def set_gene_texts(self, directions: np.ndarray) -> None:
+        """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
+        self.register_buffer("gene_texts", torch.as_tensor(directions, device=self.mean.device).half())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The buffers as float64 arrays, and `gene_ids` as int64."""
