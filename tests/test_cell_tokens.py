@@ -54,12 +54,13 @@ def test_a_cell_has_as_many_placeholders_as_tokens(cell_tokens, number):
     assert has_table == (cell_tokens != "queries")
 
 
-def test_the_last_token_is_the_mean_of_the_labels_directions_by_their_probabilities(pipeline):
+def test_the_last_token_is_the_mean_of_the_labels_directions_by_powers_of_their_probabilities(pipeline):
     cells = pipeline.processor.read_cells(synthetic_adata(5))[0]
     probabilities = np.exp(pipeline.model.model.label_readout.for_genes()(cells))
     assert probabilities.std() > 0.05
     tokens = pipeline.model(**inputs_of(pipeline, synthetic_adata(5))).cell_hidden_states[:, -1]
-    expected = probabilities @ pipeline.model.model.label_projection.weight.detach().numpy().T
+    weights = probabilities**4 / (probabilities**4).sum(axis=1, keepdims=True)
+    expected = weights @ pipeline.model.model.label_projection.weight.detach().numpy().T
     np.testing.assert_allclose(tokens.detach().numpy(), expected, rtol=1e-3, atol=1e-6)
 
 
