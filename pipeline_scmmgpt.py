@@ -638,8 +638,12 @@ class ScMMGPTPipeline:
 
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 16)
         texts = np.empty(choice.report["cells"]["cells"], dtype=object)
+        reads_labels = self.model.config.cell_tokens != "queries"
+        panel = model.model.label_readout.for_genes(choice.match.measured) if reads_labels else None
         for rows, cells in self._batches(chunks, batch_size, "Describing", len(texts)):
             inputs = self.processor(text=[prompt] * len(rows), cells=cells).to(self.device)
+            if panel is not None:
+                inputs["readout_scores"] = torch.from_numpy(panel(cells)).to(self.device)
             with torch.inference_mode():
                 ids = model.generate(**inputs, **options)  # type: ignore[misc]
             words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

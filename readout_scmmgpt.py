@@ -159,6 +159,25 @@ class ScMMGPTLabelReadout(nn.Module):
         """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
         self.register_buffer("gene_texts", torch.as_tensor(directions, device=self.mean.device).half())
 
+    def forward(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
+        """Log probabilities of the labels for cells in which all genes of training were measured.
+
+        Args:
+            profile_gene_ids, profile: Vocabulary ids and square roots of the genes' shares of a cell,
+                `(num_cells, num_genes)`, as the feature extractor makes them; padding has a value of 0.
+
+        Returns:
+            float32 `(num_cells, num_labels)`. Each cell depends on itself alone. [`PanelReadout`] has the same values
+            for the same cells, and others where a file lacks genes.
+        """
+        gene_ids = self.gene_ids.long()
+        places = torch.searchsorted(gene_ids, profile_gene_ids.contiguous()).clamp(max=len(gene_ids) - 1)
+        values = profile.float() * (gene_ids[places] == profile_gene_ids)
+        length = values.norm(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        values = values * (PROFILE_SCALE * self.shares.float().sum().sqrt() / length)
+        scores = F.embedding_bag(places, self.weights.float().t().contiguous(), mode="sum", per_sample_weights=values)
+        return ((scores + self.bias) / self.temperature).float().log_softmax(dim=1)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The buffers as float64 arrays, and `gene_ids` as int64."""
         arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers() if name != "gene_ids"}
