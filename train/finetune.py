@@ -426,9 +426,7 @@ class FineTuning:
         model = self.model
         data, regression, seed = self.profiles, self.regressions.everything, data_seed(self.training_args)
         model.label_readout = readout.fit_label_readout(data, regression, self.score_temperature, seed)
-        num_factors, num_genes = model.label_readout.factors.shape
-        sizes = {"num_genes": num_genes, "num_factors": num_factors}
-        model.config.label_readout = {"texts": list(self.labels.texts), **sizes}
+        model.config.label_readout = {"texts": list(self.labels.texts), **model.label_readout.sizes()}
         device = model.logit_scale.device
         texts = model.eval().get_text_features(**self.processor(qformer_text=self.labels.texts).to(device))
         named = [named_genes(text, self.processor.gene_index) for text in self.labels.texts]
