@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     inputs = [getattr(args, name, None) for name in ("file", "model")]
-    outputs = [path for name in ("output", "table") if (path := getattr(args, name, None)) is not None]
+    outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
     return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs)
 
@@ -109,6 +109,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
 
+    sub = command(verify)
+    sub.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
+    add_model(sub, required=False, help="checkpoint (default: the one that the receipt names)")
+    text = "cells that the result was computed from (default: those in OUT.h5ad)"
+    sub.add_argument("--input", type=Path, metavar="FILE", help=text)
+    sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
@@ -131,9 +138,13 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
     )
+    text = "table of the genes that drove each label (checkpoints with a label readout)"
+    parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
     parser.add_argument(
         "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
     )
+    text = "look at all cells first, and correct labels that were never trained by the cells most like them"
+    parser.add_argument("--read-batch", action="store_true", help=text)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -156,9 +167,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(
+    parser: argparse.ArgumentParser, required: bool = True, help: str = "folder, or model id on the Hub"
+) -> None:
     """Options of the checkpoint and of how it runs."""
-    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
+    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=help)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument(
         "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
@@ -198,11 +211,15 @@ def annotate(args: Args) -> None:
     """Annotate every cell with the label whose text fits it best."""
     labels, cl_ids = read_labels(args.labels)
     pipeline, adata = load(args)
-    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
+    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight", "read_batch")}
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
+    if args.evidence is not None:
+        evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
+        write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
     done = adata.uns["scmmgpt"]["annotate"]
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
-    finish(args, adata, {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])})
+    summary = {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])}
+    finish(args, adata, summary | ({"read_batch": True} if done["read_batch"] else {}))
 
 
 def describe(args: Args) -> None:
@@ -341,6 +358,21 @@ def inspect(args: Args) -> int:
     return 0 if report["usable"] else ERROR
 
 
+def verify(args: Args) -> int:
+    """Compute the results of a file again and name what changed; exit status 0 if nothing of weight did."""
+    from scmmgpt.commands.verify import checkpoint_of, render, verify_file
+
+    if args.model is None:
+        args.model = checkpoint_of(args.file)
+        if not Path(args.model).is_dir():
+            logging.getLogger("scmmgpt").warning(f"The receipt names {args.model!r}; --model names another place.")
+    pipeline = load_pipeline(args)
+    source = None if args.input is None else lambda: read_adata(args.input, args.split, args.model, backed=True)
+    report = verify_file(args.file, pipeline, source)
+    write(args, report, render(report))
+    return 0 if report["verified"] else 1
+
+
 def export(args: Args) -> None:
     """Write the language model and the encoder of cells apart, for engines that serve language models."""
     from scmmgpt.commands.checkpoints import check_checkpoint
@@ -469,15 +501,17 @@ def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
 
 def check_outputs(args: Args) -> None:
     """Refuse outputs that cannot be written or would replace an input, before any work is done."""
-    output, table = getattr(args, "output", None), getattr(args, "table", None)
+    output = getattr(args, "output", None)
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
     if output is not None and output.suffix != ".h5ad":
         raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
-    if table is not None and table_suffix(table) not in TABLES:
-        raise ValueError(f"--table is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
+    for option, table in tables.items():
+        if table is not None and table_suffix(table) not in TABLES:
+            raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
     named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
-    check_paths(named, {"--output": output, "--table": table})
-    for path in (output, table):
+    check_paths(named, {"--output": output, **tables})
+    for path in (output, *tables.values()):
         if path is not None:
             check_file(path)
 
@@ -499,9 +533,18 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> Non
         if args.command == "describe":  # no prefix, unless the name without it is taken
             short = {name: name.removeprefix("scmmgpt_") for name in added}
             table = table.rename(columns={name: new for name, new in short.items() if new not in table})
-        with whole_file(args.table) as temporary:
-            table.to_csv(temporary, index_label="barcode", sep="\t" if table_suffix(args.table) == ".tsv" else ",")
+        write_table(args.table, table, index_label="barcode")
     write(args, {"output": str(args.output), **summary})
+
+
+def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
+    """Write a table, whole or not at all: a data frame, whose index is written under `index_label`, or rows."""
+    import pandas as pd
+
+    with whole_file(path) as temporary:
+        separator = "\t" if table_suffix(path) == ".tsv" else ","
+        index = {"index": index_label is not None, "index_label": index_label}
+        pd.DataFrame(rows).to_csv(temporary, sep=separator, **index)
 
 
 def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
