@@ -18,8 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
-from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, read_json, whole_file
+from scmmgpt.commands.files import (
+    TABLES,
+    check_file,
+    check_folder,
+    check_paths,
+    exists,
+    read_json,
+    table_suffix,
+    whole_file,
+)
 from scmmgpt.commands.progress import log_if_slow
+from scmmgpt.commands.sources import Source, outputs_of, read_adata
 from scmmgpt.readers.label_lists import read_text, read_words
 
 
@@ -30,9 +40,7 @@ if TYPE_CHECKING:
 
 Args = argparse.Namespace
 
-ERROR = 2  # exit code
-TABLES = (".csv", ".tsv", ".txt")  # of `--table`, also compressed
-COMPRESSED = (".gz", ".bz2", ".xz")
+ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no result
 FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
 READ_HELP = {
     "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
@@ -49,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    inputs = [getattr(args, name, None) for name in ("file", "model")]
+    file = getattr(args, "file", None)
+    inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
     outputs = [path for name in ("output", "table") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
     return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs)
@@ -86,8 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
     sub = command(embed)
-    add_input(sub)
+    add_input(sub, several=True)
     add_output(sub, table=False)
+    add_partitions(sub)
     spaces = ("cell-text", "cell")
     sub.add_argument("--of", choices=spaces, default=spaces[0], help="shared space (default), or the cell model's")
 
@@ -121,8 +131,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_annotation(parser: argparse.ArgumentParser) -> None:
     """Options of `annotate`."""
-    add_input(parser)
+    add_input(parser, several=True)
     add_output(parser)
+    add_partitions(parser)
     text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
     parser.add_argument(
@@ -167,9 +178,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
-def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
+def add_input(parser: argparse.ArgumentParser, split: str = "test", several: bool = False) -> None:
     """The file of cells, the model, and how to read the file."""
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus")
+    count, text = ({"nargs": "+"}, "; or folders of them") if several else ({}, "")
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus{text}", **count)
     parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
     add_model(parser)
     add_reading(parser)
@@ -191,18 +203,44 @@ def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
         parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
 
 
+def add_partitions(parser: argparse.ArgumentParser) -> None:
+    """Where the work is done, for many cells."""
+    group = parser.add_argument_group(
+        "many cells", "compute in partitions, which a second run completes; for several files, OUT is a folder"
+    )
+    where = group.add_mutually_exclusive_group()
+    text = "processes of this machine, of one thread each; with 1, this process (extra `cluster`)"
+    where.add_argument("--workers", type=number(int, 1), metavar="N", help=text)
+    where.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster that sees the same folders")
+    group.add_argument(
+        "--cells-per-partition",
+        type=number(int, 1),
+        default=16_384,
+        metavar="N",
+        help="most cells of a partition, in steps of 4,096; changes no result (default: 16384)",
+    )
+
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def annotate(args: Args) -> None:
+def annotate(args: Args) -> int:
     """Annotate every cell with the label whose text fits it best."""
     labels, cl_ids = read_labels(args.labels)
-    pipeline, adata = load(args)
     options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
+    if outputs := several_outputs(args):
+        return run_in_partitions(args, outputs, {"labels": labels, "cl_ids": cl_ids, **options}, labels_found)
+    pipeline, adata = load(args)
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
+    finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
+    return 0
+
+
+def labels_found(adata: Any) -> dict[str, Any]:
+    """The summary of an annotation."""
     done = adata.uns["scmmgpt"]["annotate"]
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
-    finish(args, adata, {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])})
+    return {"labels": found, "collapsed": bool(done["collapsed"])}
 
 
 def describe(args: Args) -> None:
@@ -268,11 +306,18 @@ def calibrate(args: Args) -> None:
     write(args, {"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}})
 
 
-def embed(args: Args) -> None:
+def embed(args: Args) -> int:
     """Embed every cell into the space that cells share with text."""
+
+    def found(adata: Any) -> dict[str, Any]:
+        return {"dimensions": int(adata.obsm["X_scmmgpt"].shape[1])}
+
+    if outputs := several_outputs(args):
+        return run_in_partitions(args, outputs, {"of": args.of}, found)
     pipeline, adata = load(args)
     pipeline.embed(adata, of=args.of, **read_options(args))
-    finish(args, adata, {"cells": adata.n_obs, "dimensions": int(adata.obsm["X_scmmgpt"].shape[1])})
+    finish(args, adata, {"cells": adata.n_obs, **found(adata)})
+    return 0
 
 
 def search(args: Args) -> None:
@@ -418,6 +463,40 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
 
 
+def several_outputs(args: Args) -> dict[Source, Path]:
+    """Sources and their outputs, of a command that computes in partitions; none for one file without such options.
+
+    A single file then takes the place of the list in `args`.
+    """
+    outputs = outputs_of(args.file, args.split, args.model, args.output)
+    if len(outputs) > 1:
+        check_folder(args.output)
+        check_tables(args)
+        return outputs
+    args.file = next(iter(outputs)).path
+    check_outputs(args)
+    return outputs if args.workers or args.cluster else {}
+
+
+def run_in_partitions(
+    args: Args, outputs: dict[Source, Path], options: dict[str, Any], found: Callable[[Any], dict[str, Any]]
+) -> int:
+    """Compute a command in partitions, and write the results; the exit status says whether all cells have one."""
+    from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.partitions import Job, compute_outputs
+
+    find_checkpoint(args.model)
+    pipeline = load_pipeline(args)
+    job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args))
+    where = (args.workers or 1, args.cluster, args.cells_per_partition)
+    tables = (getattr(args, "table", None), getattr(args, "columns", []))
+    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
+    for line in failures:
+        sys.stderr.write(f"scmmgpt {args.command}: {line}\n")
+    write(args, {"output": str(args.output), **summary})
+    return INCOMPLETE if failures else 0
+
+
 def check_device(name: str | None) -> None:
     """Refuse a device that PyTorch does not know or cannot reach."""
     import torch
@@ -428,28 +507,6 @@ def check_device(name: str | None) -> None:
         why = " ".join(str(error).split())[:120]
         why = "it is no device of PyTorch" if why.startswith("Expected one of") else why
         raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
-
-
-def read_adata(path: Path, split: str = "test", model: str | None = None, backed: bool = False) -> Any:
-    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables.
-
-    With `backed`, the matrices of an `.h5ad` stay on disk.
-    """
-    if (path / "manifest.json").is_file():
-        from scmmgpt.train.data.corpus import open_corpus
-
-        with log_if_slow(f"Reading {path}"):
-            return open_corpus(path).to_adata(split)
-    with log_if_slow(f"Reading {path}"):
-        from scmmgpt.commands.results import can_copy
-        from scmmgpt.readers.cell_files import is_table, read_file
-
-        gene_index = None
-        if model is not None and is_table(path):
-            from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-
-            gene_index = ScMMGPTProcessor.from_pretrained(model).gene_index
-        return read_file(path, backed=backed and can_copy(path), gene_index=gene_index)
 
 
 def read_options(args: Args) -> dict[str, Any]:
@@ -469,38 +526,33 @@ def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
 
 def check_outputs(args: Args) -> None:
     """Refuse outputs that cannot be written or would replace an input, before any work is done."""
-    output, table = getattr(args, "output", None), getattr(args, "table", None)
+    output = getattr(args, "output", None)
     if output is not None and output.suffix != ".h5ad":
         raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
+    check_tables(args)
+    if output is not None:
+        check_file(output)
+
+
+def check_tables(args: Args) -> None:
+    """Refuse outputs that would replace an input or each other, and a table that cannot be written."""
+    output, table = getattr(args, "output", None), getattr(args, "table", None)
     if table is not None and table_suffix(table) not in TABLES:
         raise ValueError(f"--table is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
     named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
     check_paths(named, {"--output": output, "--table": table})
-    for path in (output, table):
-        if path is not None:
-            check_file(path)
-
-
-def table_suffix(path: Path) -> str:
-    """Suffix of a table, before that of its compression."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    if table is not None:
+        check_file(table)
 
 
 def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
     """Write the result, its table and the summary."""
-    from scmmgpt.commands.results import write_result
+    from scmmgpt.commands.results import table_of, write_cells, write_tables
 
-    with log_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
-        write_result(adata, getattr(args, "file", args.output), temporary)
+    write_cells(adata, getattr(args, "file", args.output), args.output)
     if getattr(args, "table", None) is not None:
-        added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
-        table = adata.obs[list(dict.fromkeys([*args.columns, *added]))]
-        if args.command == "describe":  # no prefix, unless the name without it is taken
-            short = {name: name.removeprefix("scmmgpt_") for name in added}
-            table = table.rename(columns={name: new for name, new in short.items() if new not in table})
-        with whole_file(args.table) as temporary:
-            table.to_csv(temporary, index_label="barcode", sep="\t" if table_suffix(args.table) == ".tsv" else ",")
+        write_tables([table_of(adata, args.columns, short=args.command == "describe")], args.table)
     write(args, {"output": str(args.output), **summary})
 
 
