@@ -95,15 +95,24 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
     sub = command(embed)
-    add_input(sub, several=True)
+    add_input(sub, count="+")
     add_output(sub, table=False)
     add_partitions(sub)
     spaces = ("cell-text", "cell")
     sub.add_argument("--of", choices=spaces, default=spaces[0], help="shared space (default), or the cell model's")
 
+    sub = command(index)
+    sub.add_argument("file", type=Path, nargs="+", metavar="FILE", help="results of `scmmgpt embed`")
+    text = "folder of the index; cells are added to one that exists"
+    sub.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help=text)
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
     sub = command(search)
-    add_input(sub)
+    add_input(sub, count="?")
     sub.add_argument("--text", required=True, help="description of the wanted cells")
+    text = "search an index of `scmmgpt index` in place of FILE"
+    sub.add_argument("--index", type=Path, metavar="FOLDER", help=text)
+    sub.add_argument("--where", metavar="CONDITION", help="search cells of the index with, e.g., \"tissue == 'lung'\"")
     text = "file with every cell's score in obs['scmmgpt_search']"
     sub.add_argument("--output", "-o", type=Path, metavar="OUT.h5ad", help=text)
     sub.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
@@ -131,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_annotation(parser: argparse.ArgumentParser) -> None:
     """Options of `annotate`."""
-    add_input(parser, several=True)
+    add_input(parser, count="+")
     add_output(parser)
     add_partitions(parser)
     text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
@@ -178,10 +187,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
-def add_input(parser: argparse.ArgumentParser, split: str = "test", several: bool = False) -> None:
-    """The file of cells, the model, and how to read the file."""
-    count, text = ({"nargs": "+"}, "; or folders of them") if several else ({}, "")
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus{text}", **count)
+def add_input(parser: argparse.ArgumentParser, split: str = "test", count: str | None = None) -> None:
+    """The file of cells (`count` `"+"`: several, `"?"`: at most one), the model, and how to read the file."""
+    text = f"{FORMATS}, or a corpus{'; or folders of them' if count == '+' else ''}"
+    parser.add_argument("file", type=Path, metavar="FILE", help=text, nargs=count)
     parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
     add_model(parser)
     add_reading(parser)
@@ -205,20 +214,14 @@ def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
 
 def add_partitions(parser: argparse.ArgumentParser) -> None:
     """Where the work is done, for many cells."""
-    group = parser.add_argument_group(
-        "many cells", "compute in partitions, which a second run completes; for several files, OUT is a folder"
-    )
+    group = parser.add_argument_group("many cells", "a second run goes on where one stopped; see docs/scale.md")
     where = group.add_mutually_exclusive_group()
-    text = "processes of this machine, of one thread each; with 1, this process (extra `cluster`)"
-    where.add_argument("--workers", type=number(int, 1), metavar="N", help=text)
+    where.add_argument("--workers", type=number(int, 1), metavar="N", help="processes of this machine")
     where.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster that sees the same folders")
-    group.add_argument(
-        "--cells-per-partition",
-        type=number(int, 1),
-        default=16_384,
-        metavar="N",
-        help="most cells of a partition, in steps of 4,096; changes no result (default: 16384)",
-    )
+    text = "most cells of a partition, in steps of 4,096; changes no result (default: 16384)"
+    group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
+    if isinstance(parser, OneLineParser):
+        parser.rare |= {"cluster", "cells_per_partition", "matching_weight"}
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -320,8 +323,24 @@ def embed(args: Args) -> int:
     return 0
 
 
+def index(args: Args) -> None:
+    """Add embedded cells to an index, in which `search --index` finds them without a pass over all."""
+    from scmmgpt.commands.index import add_files
+
+    check_folder(args.output)
+    done = add_files(args.output, args.file)
+    write(args, {"output": str(args.output), **done})
+
+
 def search(args: Args) -> None:
     """Find the cells that a text describes best."""
+    if (args.file is None) == (args.index is None):
+        raise ValueError("Name the cells to search: either FILE or --index.")
+    if args.index is not None:
+        search_in_index(args)
+        return
+    if args.where is not None:
+        raise ValueError("--where is a condition on the cells of an index; pass --index, or filter FILE before.")
     pipeline, adata = load(args)
     key = None if args.output is None else "scmmgpt_search"
     hits = pipeline.search(adata, args.text, args.top_k, key_added=key, **read_options(args))
@@ -333,6 +352,26 @@ def search(args: Args) -> None:
     head = f"{'rank':>4}  {'score':>7}  {'z':>6}  cell"
     lines = (f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['z']:>6.2f}  {hit['cell']}" for hit in hits)
     write(args, hits, [head, *lines])
+
+
+def search_in_index(args: Args) -> None:
+    """`search` where the cells are in an index."""
+    from dataclasses import asdict
+
+    from scmmgpt.commands.index import read_manifest, render_hits, search_index
+
+    if args.output is not None:
+        raise ValueError("--output has the score of every cell of FILE; of an index, only the best are scored.")
+    about = read_manifest(args.index)
+    pipeline = load_pipeline(args)
+    query = pipeline.embed_texts([args.text])[0]
+    if len(query) != about["dimensions"]:
+        raise ValueError(
+            f"The embeddings of {args.index} have {about['dimensions']} dimensions, those of {args.model} "
+            f"{len(query)}: they are of different checkpoints. The index is of {about['checkpoint']!r}."
+        )
+    hits = search_index(args.index, query, args.top_k, args.where)
+    write(args, [asdict(hit) for hit in hits], render_hits(hits))
 
 
 def generate(args: Args) -> None:
@@ -398,32 +437,9 @@ def export(args: Args) -> None:
 
 def doctor(args: Args) -> None:
     """Show device and versions of the installed packages."""
-    import platform
-    from importlib.metadata import distributions
+    from scmmgpt.commands.doctor import describe_machine
 
-    import torch
-
-    from scmmgpt.modeling_scgpt import cpu_dtype, cpu_rate
-    from scmmgpt.pipeline_scmmgpt import best_device
-
-    installed = {package.name: package.version for package in distributions()}
-    device = best_device()
-    names = "scmmgpt torch transformers numpy anndata safetensors numba scanpy datasets peft trl evaluate gradio"
-    found: dict[str, dict[str, Any]] = {
-        "machine": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
-            "threads": torch.get_num_threads(),
-            "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
-            "float32 on the CPU": f"{cpu_rate(torch.float32) / 1e9:,.0f} GFLOP/s",
-            "bfloat16 on the CPU": f"{cpu_rate(torch.bfloat16) / 1e9:,.0f} GFLOP/s",
-            "precision for the CPU": str(cpu_dtype(torch.bfloat16)).removeprefix("torch."),
-            "bfloat16 on the device": bool(device == "cuda" and torch.cuda.is_bf16_supported()),
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
-        },
-        "packages": {name: installed.get(name, "not installed") for name in names.split()},
-    }
+    found = describe_machine()
     write(args, found, (f"{name:<28}{value}" for section in found.values() for name, value in section.items()))
 
 

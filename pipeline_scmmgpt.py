@@ -696,6 +696,12 @@ class ScMMGPTPipeline:
         adata.obsm[key_added] = embedding
         return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
 
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts in the space of [`embed`]'s `"cell-text"`, float32 `(n_texts, projection_dim)`."""
+        if not len(texts) or not all(text.strip() for text in texts):
+            raise ValueError("The text to search for is empty; describe the wanted cells.")
+        return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
+
     def search(
         self,
         adata: Any,

@@ -36,18 +36,20 @@ def run_tasks(
     """
     if cluster is None and workers == 1:
         for task in tasks:
+            result, failure = None, None
             try:
-                yield task, function(task), None
+                result = function(task)
             except Exception as error:  # whatever a part of a file raises
-                yield task, None, error
+                failure = error
+            yield task, result, failure
         return
     with _client(workers, cluster) as client:
         suspects: list[Task] = []
-        for task, result, error in _run_on(client, function, tasks):
-            if _is_lost_worker(error):
+        for task, result, failure in _run_on(client, function, tasks):
+            if _is_lost_worker(failure):
                 suspects.append(task)
             else:
-                yield task, result, error
+                yield task, result, failure
         for task in suspects:
             yield from _run_on(client, function, [task])
 
@@ -95,17 +97,18 @@ def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task])
     finished = as_completed([submit(task) for task in islice(pending, max(1, TASKS_PER_WORKER * n_threads))])
     for future in finished:
         task = submitted.pop(future.key)
+        result, failure = None, None
         try:
-            result, error = future.result(), None
+            result = future.result()
         except CancelledError:  # also of Dask, when the scheduler is gone
             raise OSError(
                 "The Dask scheduler was lost. What is finished is kept: start it, and give the same command again."
             ) from None
-        except Exception as failure:
-            result, error = None, failure
+        except Exception as error:
+            failure = error
         for following in islice(pending, 1):
             finished.add(submit(following))
-        yield task, result, error
+        yield task, result, failure
 
 
 def _is_lost_worker(error: BaseException | None) -> bool:

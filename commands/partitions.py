@@ -69,7 +69,12 @@ class Job:
         options = {name: value for name, value in self.options.items() if name != "cluster_key"}
         files = sorted(Path(self.model).glob("*")) if Path(self.model).is_dir() else []
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        fields = {"verb": self.verb, "model": [str(self.model), stats], "device": self.device, "options": options}
+        fields: dict[str, Any] = {
+            "verb": self.verb,
+            "model": [str(self.model), stats],
+            "device": self.device,
+            "options": options,
+        }
         fields |= {"batch_size": self.batch_size, "reading": dict(self.reading)}
         return json.loads(json.dumps(fields))  # as a file has it
 
@@ -424,7 +429,7 @@ def read_partitions(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables, counted, widths = [], {}, {}
+    tables, counted, widths = [], dict[str, int](), dict[str, int]()
     for (start, stop), path in paths.items():
         schema = pq.read_schema(path)
         for name, number in json.loads(schema.metadata[b"cells"]).items():
