@@ -24,7 +24,6 @@ from scmmgpt.commands.files import (
     check_folder,
     check_paths,
     exists,
-    read_json,
     table_suffix,
     whole_file,
 )
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     file = getattr(args, "file", None)
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
-    outputs = [path for name in ("output", "table") if (path := getattr(args, name, None)) is not None]
+    outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
     return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs)
 
@@ -128,6 +127,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
 
+    sub = command(verify)
+    sub.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
+    add_model(sub, required=False, help="checkpoint (default: the one that the receipt names)")
+    text = "cells that the result was computed from (default: those in OUT.h5ad)"
+    sub.add_argument("--input", type=Path, metavar="FILE", help=text)
+    sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
@@ -151,9 +157,13 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
     )
+    text = "table of the genes that drove each label (checkpoints with a label readout)"
+    parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
     parser.add_argument(
         "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
     )
+    text = "look at all cells first, and correct labels that were never trained by the cells most like them"
+    parser.add_argument("--read-batch", action="store_true", help=text)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -176,9 +186,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(
+    parser: argparse.ArgumentParser, required: bool = True, help: str = "folder, or model id on the Hub"
+) -> None:
     """Options of the checkpoint and of how it runs."""
-    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
+    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=help)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument(
         "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
@@ -232,9 +244,19 @@ def annotate(args: Args) -> int:
     labels, cl_ids = read_labels(args.labels)
     options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
     if outputs := several_outputs(args):
+        if args.evidence is not None or args.read_batch:
+            raise ValueError(
+                "--evidence and --read-batch look at all cells of one FILE: leave out --workers, --cluster."
+            )
         return run_in_partitions(args, outputs, {"labels": labels, "cl_ids": cl_ids, **options}, labels_found)
     pipeline, adata = load(args)
+    options["read_batch"] = args.read_batch
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
+    if args.evidence is not None:
+        from scmmgpt.commands.results import write_table
+
+        evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
+        write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
     finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
     return 0
 
@@ -243,7 +265,8 @@ def labels_found(adata: Any) -> dict[str, Any]:
     """The summary of an annotation."""
     done = adata.uns["scmmgpt"]["annotate"]
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
-    return {"labels": found, "collapsed": bool(done["collapsed"])}
+    summary = {"labels": found, "collapsed": bool(done["collapsed"])}
+    return summary | ({"read_batch": True} if done["read_batch"] else {})
 
 
 def describe(args: Args) -> None:
@@ -269,44 +292,11 @@ def describe(args: Args) -> None:
 
 def calibrate(args: Args) -> None:
     """Fit matching weight and temperature on validation cells; store them and the labels in the checkpoint."""
-    from scmmgpt.train.data.captions import CaptionSampler
-    from scmmgpt.train.data.ontology import label_terms
+    from scmmgpt.commands.calibration import calibrate_checkpoint, check_config
 
-    config_file = Path(args.model) / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"No config.json in {args.model!r}: name the folder of a checkpoint to write to.")
-    check_file(config_file)
+    check_config(args.model)
     pipeline, adata = load(args)
-    before = (pipeline.model.config.annotation or {}).get("labels") or {}
-    labelled = adata.obs
-    if (args.file / "manifest.json").is_file():  # the labels of the training split are candidates too
-        from scmmgpt.train.data.corpus import open_corpus
-
-        labelled = open_corpus(args.file).obs("train").to_pandas()
-    if args.label_key not in labelled:
-        raise ValueError(f"obs has no column {args.label_key!r}; it has {list(labelled.columns)}.")
-    id_key = f"{args.label_key}_ontology_term_id"
-    table = labelled.assign(**({} if id_key in labelled else {id_key: None}))[[args.label_key, id_key]]
-    table = table.astype(object).where(table.notna(), None).drop_duplicates(args.label_key).sort_values(args.label_key)
-    ids = {str(label): term for label, term in table.itertuples(index=False) if label is not None}
-    sampler = CaptionSampler()
-    labels = {label: sampler.label_text(label, term) for label, term in ids.items()}
-    cl_ids = {label: term for label, term in ids.items() if term}
-    lost = sorted(set(before) - set(labels))
-    if lost:
-        logging.getLogger("scmmgpt").warning(
-            f"{len(lost)} of the {len(before)} labels that the checkpoint had are none of {args.file}, and no longer "
-            f"its labels ({', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''})."
-        )
-    pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), "terms": label_terms(ids)}
-    done = pipeline.calibrate(adata, args.label_key, labels, cl_ids=cl_ids, **read_options(args))
-
-    config = read_json(config_file, dict)
-    config["annotation"] = pipeline.model.config.annotation
-    with whole_file(config_file) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
-    write(args, {"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}})
+    write(args, calibrate_checkpoint(pipeline, adata, args.model, args.file, args.label_key, read_options(args)))
 
 
 def embed(args: Args) -> int:
@@ -423,6 +413,21 @@ def inspect(args: Args) -> int:
         package.setLevel(level)
     write(args, report, [render(report)])
     return 0 if report["usable"] else ERROR
+
+
+def verify(args: Args) -> int:
+    """Compute the results of a file again and name what changed; exit status 0 if nothing of weight did."""
+    from scmmgpt.commands.verify import checkpoint_of, render, verify_file
+
+    if args.model is None:
+        args.model = checkpoint_of(args.file)
+        if not Path(args.model).is_dir():
+            logging.getLogger("scmmgpt").warning(f"The receipt names {args.model!r}; --model names another place.")
+    pipeline = load_pipeline(args)
+    source = None if args.input is None else lambda: read_adata(args.input, args.split, args.model, backed=True)
+    report = verify_file(args.file, pipeline, source)
+    write(args, report, render(report))
+    return 0 if report["verified"] else 1
 
 
 def export(args: Args) -> None:
@@ -551,24 +556,26 @@ def check_outputs(args: Args) -> None:
 
 
 def check_tables(args: Args) -> None:
-    """Refuse outputs that would replace an input or each other, and a table that cannot be written."""
-    output, table = getattr(args, "output", None), getattr(args, "table", None)
-    if table is not None and table_suffix(table) not in TABLES:
-        raise ValueError(f"--table is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
+    """Refuse outputs that would replace an input or each other, and tables that cannot be written."""
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
+    for option, table in tables.items():
+        if table is not None and table_suffix(table) not in TABLES:
+            raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
     named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
-    check_paths(named, {"--output": output, "--table": table})
-    if table is not None:
+    check_paths(named, {"--output": getattr(args, "output", None), **tables})
+    for table in filter(None, tables.values()):
         check_file(table)
 
 
 def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
     """Write the result, its table and the summary."""
-    from scmmgpt.commands.results import table_of, write_cells, write_tables
+    from scmmgpt.commands.results import table_of, write_cells, write_table
 
     write_cells(adata, getattr(args, "file", args.output), args.output)
     if getattr(args, "table", None) is not None:
-        write_tables([table_of(adata, args.columns, short=args.command == "describe")], args.table)
+        table = table_of(adata, args.columns, short=args.command == "describe")
+        write_table(args.table, table, index_label="barcode")
     write(args, {"output": str(args.output), **summary})
 
 

@@ -8,13 +8,15 @@ Each task is a verb of [`ScMMGPTPipeline`]. A verb adds its results to the AnnDa
 
 Through transformers the same object is `pipeline("cell-annotation", model=path, trust_remote_code=True)`.
 
-`adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings of
-each verb. The result of a cell depends on that cell alone, not on its batch or its place.
+`adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings
+and the receipt of each verb (`receipt_scmmgpt`). The result of a cell depends on that cell alone, not on its batch or
+its place, but with `read_batch`.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +41,7 @@ try:  # as a package or as remote code
     )
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from .evidence_scmmgpt import Evidence, Explainer, label_members
     from .generation_scmmgpt import (
         decide_sampling,
         decode_cells,
@@ -59,8 +62,9 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
+    from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts
-    from .unseen_scmmgpt import TextScores
+    from .unseen_scmmgpt import MIN_BATCH, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
@@ -77,6 +81,7 @@ except ImportError:  # as a flat module in a clone
     )
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+    from evidence_scmmgpt import Evidence, Explainer, label_members
     from generation_scmmgpt import (
         decide_sampling,
         decode_cells,
@@ -97,14 +102,16 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
+    from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts
-    from unseen_scmmgpt import TextScores
+    from unseen_scmmgpt import MIN_BATCH, TextScores
 
 
 logger = logging.get_logger(__name__)
 
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
+READ_CELLS = 10_000  # of a file, at most, that correct the place of labels that were never trained
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 
 
@@ -119,6 +126,7 @@ class Labelling:
     unseen_bonus: float
     min_score: float | None
     broader: Sequence[Mapping[str, Any]]  # terms for cells below `min_score`
+    batch_read: bool = False
 
 
 class ScMMGPTPipeline:
@@ -133,6 +141,7 @@ class ScMMGPTPipeline:
         labelling                       what is decided once for all cells
             candidate_columns           annotation_scmmgpt: labels in any words -> texts to score
             _text_scores                readout_scmmgpt, unseen_scmmgpt: the readout for the genes of the file
+        _read_batch                     unseen_scmmgpt: a look at the cells first, if asked
         label_cells                     of all cells, or of a part of them
             _probabilities -> _label_scores, batch by batch
                 _chunks                 reading_scmmgpt: the next rows of the AnnData -> Cells
@@ -178,6 +187,7 @@ class ScMMGPTPipeline:
         self.device = torch.device(device or best_device())
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.processor = processor
+        self.signer = Signer(self.model, processor)
         self.batch_size = batch_size
 
     @classmethod
@@ -222,6 +232,7 @@ class ScMMGPTPipeline:
 
     # -- annotate -----------------------------------------------------------------------------------------------------
 
+    @with_receipt
     def annotate(
         self,
         adata: Any,
@@ -234,6 +245,7 @@ class ScMMGPTPipeline:
         matching_candidates: int | None = None,
         temperature: float | None = None,
         unseen_bonus: float | None = None,
+        read_batch: bool = False,
         key_added: str = "scmmgpt",
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -259,6 +271,9 @@ class ScMMGPTPipeline:
             unseen_bonus: Calibrated stacking: added to the similarity of a label that means no label of fine-tuning,
                 since cells lie near the texts of training. By default the value stored with older checkpoints; others
                 have a fitted gate in its place (`unseen_scmmgpt`).
+            read_batch: Look at all cells before the first is annotated, and correct the place of each label that was
+                never trained by the cells that are most like it. The result of a cell then depends on the other cells.
+                Without such labels it changes nothing.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
@@ -274,6 +289,9 @@ class ScMMGPTPipeline:
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus)
+        if read_batch and labelling.readout is not None and labelling.readout.has_new_labels:
+            readout, batch_read = self._read_batch(labelling.readout, adata, choice)
+            labelling = replace(labelling, readout=readout, batch_read=batch_read)
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
         finish_report(choice.report)
         return self.add_labels(adata, labelling, columns, probabilities, clusters, key_added)
@@ -337,11 +355,75 @@ class ScMMGPTPipeline:
             "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
             **{name: settings[name] for name in ("matching_weight", "temperature")},
+            "read_batch": labelling.batch_read,
             **summary,
         }
         if labelling.readout is not None:
             done["weak_labels"] = self._warn_of_weak_labels(labelling.readout, candidates.texts)
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
+
+    @property
+    def can_explain(self) -> bool:
+        """Whether the checkpoint has a label readout, which [`explain`] takes its terms from."""
+        return getattr(self._bridge(), "label_readout", None) is not None
+
+    @with_receipt
+    def explain(
+        self,
+        adata: Any,
+        label_key: str = "scmmgpt_cell_type",
+        *,
+        cluster_key: str | None = None,
+        key_added: str = "scmmgpt",
+        batch_size: int | None = None,
+        **read_kwargs: Any,
+    ) -> Evidence:
+        """Find the genes that speak for the label of each cell, against the runner-up.
+
+        Terms are those of the label readout, exact and gene by gene (`evidence_scmmgpt`). Similarities and matching,
+        where a checkpoint uses them too, are not part of them.
+
+        Args:
+            label_key: Column of `obs` with labels: those of [`annotate`], or others that the checkpoint knows, in any
+                words. Cells of labels that it does not know get no evidence.
+            cluster_key: Column of `obs` with clusters; the commonest label of each is explained, too.
+            adata, key_added, batch_size, read_kwargs: As for [`annotate`]; 512 cells a batch by default.
+
+        Returns:
+            [`Evidence`], whose `group_rows` and `cell_rows` are tables. `obs` gets `{key}_evidence` (genes, the most
+            important first), `{key}_rival` (the runner-up) and `{key}_marker_support` (share of the markers of its
+            label that a cell expresses); `uns["{key}"]["explain"]` has the genes of each label.
+
+        Raises:
+            ValueError: If the checkpoint has no label readout.
+        """
+        if not self.can_explain:
+            raise ValueError(
+                "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
+                "`python -m scmmgpt.train finetune` or `align`."
+            )
+        stored, texts = self.model.config.annotation or {}, self.model.config.label_readout["texts"]
+        known = {label: texts.index(text) for label, text in stored.get("labels", {}).items() if text in texts}
+        names = {column: label for label, column in known.items()}
+        sets, set_of_cell = np.unique(_words(adata, label_key), return_inverse=True)
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        members = label_members(sets.tolist(), known, stored.get("terms", []), len(texts))
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
+        labels = [names.get(column, text) for column, text in enumerate(texts)]
+        evidence = Evidence(explainer, sets.tolist(), set_of_cell, labels, clusters, self.processor.gene_symbols)
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
+        for rows, cells in self._batches(chunks, batch_size, "Explaining", len(set_of_cell)):
+            evidence.add(rows, cells)
+        finish_report(choice.report)
+        _add_obs(adata, f"{key_added}_evidence", evidence.cell_genes())
+        _add_obs(adata, f"{key_added}_rival", evidence.cell_rivals())
+        adata.obs[f"{key_added}_marker_support"] = evidence.marker_support()
+        rows_of = [row for row in evidence.group_rows() if row["level"] == "label"]
+        table = {name: np.asarray([row[name] for row in rows_of]) for name in (rows_of[0] if rows_of else ())}
+        table = {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
+        self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
+        return evidence
 
     def annotation_settings(
         self,
@@ -467,6 +549,20 @@ class ScMMGPTPipeline:
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
 
+    def _read_batch(self, readout: TextScores, adata: Any, choice: InputChoice) -> tuple[TextScores, bool]:
+        """The scores after a look at the cells, and whether there are enough of them."""
+        total = choice.report["cells"]["cells"]
+        if total < MIN_BATCH:
+            logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+            return readout, False
+        chosen = np.linspace(0, total - 1, min(total, READ_CELLS)).astype(np.int64)
+        parts, first = [], 0
+        for cells in replace(choice, report=copy.deepcopy(choice.report)).iter_cells(adata):  # its report counts cells
+            parts.append(cells[chosen[(chosen >= first) & (chosen < first + len(cells))] - first])
+            first += len(cells)
+        logger.info(f"Labels that were never trained were corrected by {len(chosen)} cells of the file (read_batch).")
+        return readout.read_batch(type(parts[0]).concatenate(parts)), True
+
     def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
         """Warn of labels whose decisive genes the file lacks; returns these labels."""
         label_of = {text: label for label, text in (self.model.config.annotation or {}).get("labels", {}).items()}
@@ -495,6 +591,7 @@ class ScMMGPTPipeline:
 
     # -- describe -----------------------------------------------------------------------------------------------------
 
+    @with_receipt
     def describe(
         self,
         adata: Any,
@@ -564,6 +661,7 @@ class ScMMGPTPipeline:
 
     # -- generate -----------------------------------------------------------------------------------------------------
 
+    @with_receipt
     def generate(
         self,
         prompts: str | Sequence[str] | dict[str, str],
@@ -644,6 +742,7 @@ class ScMMGPTPipeline:
 
     # -- embed and search ---------------------------------------------------------------------------------------------
 
+    @with_receipt
     def embed(
         self,
         adata: Any,
@@ -702,6 +801,7 @@ class ScMMGPTPipeline:
             raise ValueError("The text to search for is empty; describe the wanted cells.")
         return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
 
+    @with_receipt
     def search(
         self,
         adata: Any,
@@ -777,13 +877,16 @@ class ScMMGPTPipeline:
         """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time."""
         # The class is the processor's: a checkpoint may load each file twice.
         parts: list[Cells] = []
+        cells_hash = CellsHash()
         for part in choice.iter_cells(adata):
+            cells_hash.update(part)
             parts.append(part)
             if sum(map(len, parts)) + len(part) > SORTED_CELLS:
                 yield type(part).concatenate(parts)
                 parts = []
         if parts:
             yield type(part).concatenate(parts)
+        choice.report["cells"]["hash"] = cells_hash.hexdigest()
 
     def _batches(
         self, chunks: Iterable[Cells], batch_size: int, what: str, total: int

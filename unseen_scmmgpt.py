@@ -11,11 +11,14 @@ A label that is given by a text alone has no cells. Three kinds of evidence repl
 A logistic **gate** decides between the label and all trained ones. It is fitted in `finetune` on episodes that leave
 one trained label out. Among the trained labels, the readout decides (`readout_scmmgpt`): one softmax over both would
 hardly ever choose a label that was not trained.
+
+The cells of a batch tell more than a text where the label is. `read_batch` moves the predicted profile towards the
+cells that are most like the label; a second gate, fitted to episodes in which the same was done, then decides.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,8 @@ except ImportError:  # beside the other files of a checkpoint
 
 
 WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
+# Of a batch: the share of the most similar cells, their weight against the text, rounds, and fewest cells to read.
+BATCH_SHARE, BATCH_WEIGHT, BATCH_ROUNDS, MIN_BATCH = 0.1, 0.7, 2, 60
 NEVER = -100.0  # log probability of a text of no label
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[0-9A-Z]+)*")
 GENE_WORD = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z][A-Z0-9-]{3,}")  # CD19, FOXP3, GNLY; no word of prose
@@ -72,9 +77,13 @@ def named_genes(text: str, gene_index: GeneIndex) -> dict[int, int]:
         spellings = (word, word.replace("-", "")) if GENE_WORD.fullmatch(word) else ()  # GATA-3 is GATA3
         gene = next((i for i, _ in map(gene_index.lookup, spellings) if i >= 0), -1)
         if gene >= 0:
-            absent = ABSENT_AFTER.match(text[match.end() :]) or ABSENT_BEFORE.search(text[: match.start()])
-            found.setdefault(gene, -1 if absent else 1)
+            found.setdefault(gene, -1 if is_denied(text, match) else 1)
     return found
+
+
+def is_denied(text: str, gene: re.Match) -> bool:
+    """Whether a text says that the cell lacks a gene, which a match found in the text."""
+    return bool(ABSENT_AFTER.match(text[gene.end() :]) or ABSENT_BEFORE.search(text[: gene.start()]))
 
 
 @dataclass
@@ -82,13 +91,22 @@ class Gate:
     """The fitted gate: log odds of an untrained label = `weights` times the evidence + `offset`.
 
     `scale` divides each column of the evidence, and `depth` holds the coefficients of a quadratic in the logarithm of
-    a cell's counts that is subtracted from its novelty.
+    a cell's counts that is subtracted from its novelty. `batch_weights` and `batch_offset` are for evidence after
+    [`LabelSpace.read_batch`]; a gate without them has the other weights there too.
     """
 
     weights: list[float]
     offset: float
     scale: list[float]
     depth: list[float]
+    batch_weights: list[float] | None = None
+    batch_offset: float = 0.0
+
+    def for_batch(self) -> "Gate":
+        """The gate for evidence after a batch was read."""
+        if self.batch_weights is None:
+            return self
+        return replace(self, weights=self.batch_weights, offset=self.batch_offset)
 
     def __call__(self, evidence: np.ndarray) -> np.ndarray:
         """Log odds `(...,)` of evidence `(..., 3)`, not yet scaled."""
@@ -145,14 +163,8 @@ class LabelSpace:
 
         Each is `(n_cells, n)`. `ragged` is the result of [`panel_profiles`].
         """
-        tables = [self.centroids, self.predicted, self.signs]
-        stacked = np.ascontiguousarray(np.concatenate(tables).T, dtype=np.float32)
-        products = sum_weights(*ragged, stacked).astype(np.float64)
-        ends = np.cumsum([len(table) for table in tables])[:-1]
-        trained, new, named = np.split(products, ends, axis=1)
-        trained = (self.centroids**2).sum(axis=1) / 2 - trained
-        new = (self.predicted**2).sum(axis=1) / 2 - new
-        return trained, new, named - self.signs @ self.mean
+        named = sum_products(ragged, self.signs) - self.signs @ self.mean
+        return half_distances(ragged, self.centroids), half_distances(ragged, self.predicted), named
 
     def evidence(
         self, trained: np.ndarray, new: np.ndarray, named: np.ndarray, expected: np.ndarray | float = 0.0
@@ -167,6 +179,34 @@ class LabelSpace:
         novelty = np.broadcast_to((trained.min(axis=1) - expected)[:, None], margins.shape)
         return np.stack([margins, novelty, named], axis=2)
 
+    def read_batch(
+        self,
+        gate: Gate,
+        ragged: tuple[np.ndarray, np.ndarray, np.ndarray],
+        trained: np.ndarray,
+        named: np.ndarray,
+        expected: np.ndarray | float = 0.0,
+    ) -> "LabelSpace":
+        """Move each predicted profile towards the mean of the cells of a batch that the gate finds most like it.
+
+        Args:
+            gate: For evidence of single cells.
+            ragged: Profiles of the batch, as of [`panel_profiles`], of `MIN_BATCH` cells or more.
+            trained, named, expected: As for `evidence`.
+        """
+        rows = np.repeat(np.arange(len(trained)), np.diff(ragged[0]))
+        n_similar = round(BATCH_SHARE * len(trained))
+        space = self
+        for _ in range(BATCH_ROUNDS):
+            odds = gate(space.evidence(trained, half_distances(ragged, space.predicted), named, expected))
+            means = np.empty_like(self.predicted)
+            for label, best in enumerate(np.argsort(-odds, axis=0, kind="stable")[:n_similar].T):
+                similar = np.isin(rows, best)
+                sums = np.bincount(ragged[1][similar], ragged[2][similar], self.predicted.shape[1])
+                means[label] = sums / len(best)
+            space = replace(space, predicted=(1 - BATCH_WEIGHT) * space.predicted + BATCH_WEIGHT * means)
+        return space
+
 
 @dataclass
 class UnseenLabels:
@@ -178,12 +218,33 @@ class UnseenLabels:
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities, float32 `(n_cells, n_trained + n_new)`: the trained labels, then the new ones."""
-        ragged = panel_profiles(cells, self.readout.gene_ids, self.readout.share)
-        expected = np.polyval(self.gate.depth, log_depth(cells, self.readout.gene_ids, self.readout.share))
+        ragged, expected = self._profiles(cells)
         odds = self.gate(self.space.evidence(*self.space.products(ragged), expected))
         logits = np.concatenate([np.zeros((len(odds), 1)), odds], axis=1)  # of all trained labels together: 0
         logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
         return np.concatenate([self.readout(cells) + logits[:, :1], logits[:, 1:]], axis=1).astype(np.float32)
+
+    def read_batch(self, cells: Cells) -> "UnseenLabels":
+        """The same scores after a look at a batch of cells."""
+        ragged, expected = self._profiles(cells)
+        trained, _, named = self.space.products(ragged)
+        space = self.space.read_batch(self.gate, ragged, trained, named, expected)
+        return replace(self, space=space, gate=self.gate.for_batch())
+
+    def _profiles(self, cells: Cells) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """Ragged profiles, and the novelty that depth explains."""
+        genes, share = self.readout.gene_ids, self.readout.share
+        return panel_profiles(cells, genes, share), np.polyval(self.gate.depth, log_depth(cells, genes, share))
+
+
+def sum_products(ragged: tuple[np.ndarray, np.ndarray, np.ndarray], table: np.ndarray) -> np.ndarray:
+    """Products of ragged profiles with the rows of a table `(n, n_genes)`, float64 `(n_cells, n)`."""
+    return sum_weights(*ragged, np.ascontiguousarray(table.T, dtype=np.float32)).astype(np.float64)
+
+
+def half_distances(ragged: tuple[np.ndarray, np.ndarray, np.ndarray], profiles: np.ndarray) -> np.ndarray:
+    """Half squared distances to profiles `(n, n_genes)`, less half the cell's squared length, `(n_cells, n)`."""
+    return (profiles**2).sum(axis=1) / 2 - sum_products(ragged, profiles)
 
 
 def log_depth(cells: Cells, gene_ids: np.ndarray, share: float) -> np.ndarray:
@@ -205,8 +266,17 @@ class TextScores:
     """
 
     panel: PanelReadout
-    scores: Callable[[Cells], np.ndarray]
+    scores: "PanelReadout | UnseenLabels"
     columns: np.ndarray
+
+    @property
+    def has_new_labels(self) -> bool:
+        """Whether labels that were never trained are among the texts."""
+        return self.scores is not self.panel
+
+    def read_batch(self, cells: Cells) -> "TextScores":
+        """The same scores after a look at a batch of cells; see [`UnseenLabels`]."""
+        return replace(self, scores=self.scores.read_batch(cells)) if self.has_new_labels else self
 
     @classmethod
     def of(

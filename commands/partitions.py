@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from scmmgpt.commands.cluster import device_of_worker, run_tasks
 from scmmgpt.commands.errors import explain, full_disk
 from scmmgpt.commands.files import read_json, whole_file, write_json
-from scmmgpt.commands.results import RowBlocks, rehearse, table_of, write_cells, write_tables
+from scmmgpt.commands.results import RowBlocks, rehearse, table_of, write_cells, write_table
 from scmmgpt.commands.sources import Source
 
 
 if TYPE_CHECKING:
-    import pandas as pd
     import pyarrow as pa
 
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -63,6 +63,10 @@ class Job:
     batch_size: int | None
     options: Mapping[str, Any]
     reading: Mapping[str, Any]
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline's verb."""
+        return {**self.options, **self.reading}
 
     def request(self) -> dict[str, Any]:
         """What determines the results, beside the sources; the votes of clusters are taken when results are joined."""
@@ -242,11 +246,17 @@ class PartitionedRun:
             clusters = None if key is None else np.asarray(cells.obs[key], dtype=str)[rows]
             labelling = _labelling(self.pipeline, choice, options)
             self.pipeline.add_labels(target, labelling, columns, arrays["probabilities"], clusters)
+        self._add_receipt(target)
         if failed:
             spread(target, cells, rows)
             texts = [f"{start}-{stop}: {error}" for (start, stop), error in failed.items()]
             cells.uns["scmmgpt"] = {**cells.uns["scmmgpt"], "failed": np.array(texts, dtype=object)}
         return Results(source, cells, failed)
+
+    def _add_receipt(self, target: Any) -> None:
+        from scmmgpt.receipt_scmmgpt import add_receipt
+
+        add_receipt(getattr(type(self.pipeline), self.job.verb), target, self.pipeline, target, **self.job.arguments())
 
     def remove(self) -> None:
         """Remove the partitions, once all results are written."""
@@ -301,7 +311,8 @@ def compute_outputs(
         if not failures:
             run.remove()
     if table is not None:
-        write_tables([part.drop(columns="file") for part in rows] if len(outputs) == 1 else rows, table)
+        joined = pd.concat(rows)
+        write_table(table, joined.drop(columns="file") if len(outputs) == 1 else joined, index_label="barcode")
     return summaries[str(output)] if len(outputs) == 1 else {"files": summaries}, failures
 
 
@@ -309,7 +320,7 @@ def compute_outputs(
 class _Part:
     """Some cells, as far as the pipeline adds results to them."""
 
-    obs: "pd.DataFrame"
+    obs: pd.DataFrame
     obsm: dict[str, Any]
     uns: Any
 
@@ -321,8 +332,6 @@ def spread(part: _Part, cells: Any, rows: np.ndarray) -> None:
         position = np.full(len(cells.obs), -1)
         position[rows] = np.arange(len(rows))
         if column.dtype.name == "category":
-            import pandas as pd
-
             codes = np.where(position >= 0, column.cat.codes.to_numpy()[position], -1)
             cells.obs[name] = pd.Categorical.from_codes(codes, dtype=column.dtype)
         else:
@@ -403,7 +412,7 @@ def write_partition(
     names: Any,
     columns: Mapping[str, np.ndarray],
     arrays: Mapping[str, np.ndarray],
-    counted: Mapping[str, int],
+    counted: Mapping[str, Any],
 ) -> None:
     """Write the results of a partition as Parquet: `barcode`, a column each, and lists of a fixed size for arrays."""
     import pyarrow as pa
@@ -420,7 +429,7 @@ def write_partition(
 
 def read_partitions(
     paths: Mapping[tuple[int, int], Path], n_cells: int, names: Any
-) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
     """Columns of all partitions, in order; arrays of all cells, which stay on disk; and sums of what was counted.
 
     Raises:
@@ -429,11 +438,14 @@ def read_partitions(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables, counted, widths = [], dict[str, int](), dict[str, int]()
+    tables, counted, widths = [], dict[str, Any](), dict[str, int]()
     for (start, stop), path in paths.items():
         schema = pq.read_schema(path)
         for name, number in json.loads(schema.metadata[b"cells"]).items():
-            counted[name] = counted.get(name, 0) + number
+            if name == "hash":  # a sum over cells
+                counted[name] = f"{(int(counted.get(name, '0'), 16) + int(number, 16)) % 2**64:016x}"
+            else:
+                counted[name] = counted.get(name, 0) + number
         widths = {f.name: f.type.list_size for f in schema if pa.types.is_fixed_size_list(f.type)}
         table = pq.read_table(path, columns=[name for name in schema.names if name not in widths], partitioning=None)
         barcodes = table["barcode"].to_pylist()

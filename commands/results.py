@@ -98,11 +98,12 @@ def table_of(cells: Cells, columns: Sequence[str] = (), *, short: bool = False) 
     return table.rename(columns={name: new for name, new in names.items() if new not in table}) if short else table
 
 
-def write_tables(tables: Sequence[pd.DataFrame], output: Path) -> None:
-    """Write tables of cells below each other to a text table, whole."""
-    separator = "\t" if table_suffix(output) == ".tsv" else ","
-    with whole_file(output) as temporary:
-        pd.concat(tables).to_csv(temporary, index_label="barcode", sep=separator)
+def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
+    """Write a table, whole or not at all: a data frame, whose index is written under `index_label`, or rows."""
+    with whole_file(path) as temporary:
+        separator = "\t" if table_suffix(path) == ".tsv" else ","
+        index = {"index": index_label is not None, "index_label": index_label}
+        pd.DataFrame(rows).to_csv(temporary, sep=separator, **index)
 
 
 def write_result(cells: Cells, source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ COMMANDS = (
     "annotation",
     "crossdata",
     "description",
+    "evidence",
     "finetuning",
     "generation",
     "report",

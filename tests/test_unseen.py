@@ -88,6 +88,17 @@ def test_probabilities_of_trained_and_untrained_labels_sum_to_one_for_every_cell
     np.testing.assert_array_equal(scores(new[7])[0], together[7])
 
 
+def test_a_batch_moves_the_predicted_profile_to_the_cells_of_the_label(scores_without):
+    new, truth = typed_cells(seed=1)
+    alone = scores_without(2)
+    read = alone.read_batch(new)
+    mean = profile_matrix(new[np.flatnonzero(truth == 2)], 24).mean(axis=0) * PROFILE_SCALE
+    distances = [np.linalg.norm(scores.scores.space.predicted[0] - mean) for scores in (alone, read)]
+    assert distances[1] < distances[0] / 3
+    assert (read(new).argmax(axis=1) == truth).mean() > 0.9
+    np.testing.assert_array_equal(alone(new), scores_without(2)(new))  # the scores of cells alone stay
+
+
 def test_an_unseen_label_is_found_in_a_panel(scores_without):
     new, truth = typed_cells(seed=1)
     answers = scores_without(2, step=2)(new).argmax(axis=1)
@@ -143,3 +154,19 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
     found = pipeline.annotate(cells.copy(), labels=asked, min_score=0).obs["scmmgpt_cell_type"]
     assert (np.asarray(found)[types == 3] == "NK cell").mean() > 0.8
     assert (np.asarray(found)[types != 3] == np.array(names)[types[types != 3]]).mean() > 0.8
+    # Row i alone is row i of a batch, but where the batch is read by request, which is recorded.
+    alone = pipeline.annotate(cells[3:4].copy(), labels=asked)
+    together = pipeline.annotate(cells.copy(), labels=asked)
+    read = pipeline.annotate(cells.copy(), labels=asked, read_batch=True)
+    rows = [a.obsm["scmmgpt_probabilities"] for a in (alone, together[3:4], read[3:4])]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[1], rows[2])
+    assert [a.uns["scmmgpt"]["annotate"]["read_batch"] for a in (alone, together, read)] == [False, False, True]
+    assert read.uns["scmmgpt"]["input"]["cells"] == together.uns["scmmgpt"]["input"]["cells"]
+    few = pipeline.annotate(cells[:20].copy(), labels=asked, read_batch=True)
+    np.testing.assert_array_equal(few.obsm["scmmgpt_probabilities"], together.obsm["scmmgpt_probabilities"][:20])
+    assert not few.uns["scmmgpt"]["annotate"]["read_batch"]
+    trained = [
+        pipeline.annotate(cells.copy(), read_batch=read).obsm["scmmgpt_probabilities"] for read in (False, True)
+    ]
+    np.testing.assert_array_equal(*trained)

@@ -115,6 +115,22 @@ def hold_out(
     return np.setdiff1d(everything, validation), validation
 
 
+def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments) -> tuple[np.ndarray, np.ndarray]:
+    """As `hold_out`, where rows from `n_train` on are held out.
+
+    Raises:
+        ValueError: If an option divides the cells, which are divided already.
+    """
+    if data_args.shots is not None or data_args.group_key is not None:
+        name = "shots" if data_args.shots is not None else "group_key"
+        raise ValueError(f"{name} divides cells, but these come with a validation split; leave out one of both.")
+    is_train = labels.rows < n_train
+    trained = set(labels.targets[is_train].tolist())
+    if missing := [name for i, name in enumerate(labels.names) if i not in trained]:
+        logger.warning("The training split has no cell of %s, which are held out and not trained.", missing[:5])
+    return np.flatnonzero(is_train), np.flatnonzero(~is_train)
+
+
 def hold_out_groups(
     labels: Labels, groups: np.ndarray, data_args: FinetuneDataArguments, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,13 +1,14 @@
 """Fit the gate of labels that were never trained (`unseen_scmmgpt`) on episodes that leave one trained label out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles
-from scmmgpt.unseen_scmmgpt import Gate, LabelSpace, log_depth
+from scmmgpt.unseen_scmmgpt import MIN_BATCH, Gate, LabelSpace, half_distances, log_depth
 
 
 MIN_LABELS = 3  # an episode needs two labels beside the one that is left out
@@ -64,29 +65,39 @@ def fit_gate(
     curve = np.polyfit(depth, trained[own], 2)
     expected = np.polyval(curve, depth)
 
-    pieces, is_of_label, weights = [], [], []
+    episodes = []
     for label in np.flatnonzero(counts).tolist():
         others = np.delete(np.arange(n_labels), label)
-        part = LabelSpace.of(
-            {**arrays, "centroids": arrays["centroids"][others], "mean": arrays["centroids"][others].mean(axis=0)},
-            here,
-            texts[others],
-            texts[[label]],
-            [named[label]],
-        )
-        _, new, _ = part.products(ragged)
-        pieces.append(part.evidence(trained[:, others], new, of_genes[:, [label]], expected)[:, 0])
-        is_label = targets == label
-        is_of_label.append(is_label)
-        share_of_label = 1 / counts[targets]
-        weights.append(np.where(is_label, share_of_label, share_of_label / max((counts > 0).sum() - 1, 1)))
-    evidence, target, weight = np.concatenate(pieces), np.concatenate(is_of_label), np.concatenate(weights)
+        means = arrays["centroids"][others]
+        part = {**arrays, "centroids": means, "mean": means.mean(axis=0)}
+        left = LabelSpace.of(part, here, texts[others], texts[[label]], [named[label]])
+        episodes.append((left, trained[:, others], of_genes[:, [label]]))
+
+    def collect(read: Gate | None = None) -> np.ndarray:
+        """Evidence of all cells in all episodes, `(n_episodes * n_cells, 3)`; with `read`, after the batch."""
+        pieces = []
+        for left, seen, of_label in episodes:
+            if read is not None:
+                left = left.read_batch(read, ragged, seen, of_label, expected)
+            new = half_distances(ragged, left.predicted)
+            pieces.append(left.evidence(seen, new, of_label, expected)[:, 0])
+        return np.concatenate(pieces)
+
+    labels = np.flatnonzero(counts)
+    is_of_label = targets == labels[:, None]  # (n_episodes, n_cells)
+    weight = np.where(is_of_label, 1.0, 1 / max(len(labels) - 1, 1)) / counts[targets]
+
+    def fit(evidence: np.ndarray) -> tuple[list[float], float]:
+        model = LogisticRegression(C=1.0)
+        model.fit(evidence / scale, is_of_label.ravel(), sample_weight=weight.ravel() / weight.mean())
+        return model.coef_[0].clip(min=0).tolist(), float(model.intercept_[0])
+
+    evidence = collect()
     scale = evidence.std(axis=0)
     scale[scale == 0] = 1
-    model = LogisticRegression(C=1.0).fit(evidence / scale, target, sample_weight=weight * len(weight) / weight.sum())
-    return Gate(
-        weights=model.coef_[0].clip(min=0).tolist(),
-        offset=float(model.intercept_[0]),
-        scale=scale.tolist(),
-        depth=curve.tolist(),
-    )
+    weights, offset = fit(evidence)
+    gate = Gate(weights, offset, scale.tolist(), curve.tolist())
+    if len(cells) < MIN_BATCH:
+        return gate
+    batch_weights, batch_offset = fit(collect(read=gate))
+    return replace(gate, batch_weights=batch_weights, batch_offset=batch_offset)

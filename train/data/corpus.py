@@ -347,7 +347,10 @@ def features_of(manifest: Manifest) -> "datasets.Features":
     import datasets
 
     widest = "float32" if any(shard.counts_dtype == "float32" for shard in manifest.shards) else "uint16"
-    return datasets.Features.from_arrow_schema(shard_schema(widest, manifest.vocabulary_hash))
+    features = datasets.Features.from_arrow_schema(shard_schema(widest, manifest.vocabulary_hash))
+    if manifest.schema_version == 1:
+        features["cell_id"] = datasets.Value("uint64")
+    return features
 
 
 def table_to_cells(table: pa.Table) -> Cells:
