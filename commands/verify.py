@@ -26,7 +26,9 @@ EXACT = {
     "explain": ("evidence", "rival"),
 }
 OPTIONS = {
-    "annotate": "labels cl_ids cluster_key min_score matching_weight matching_candidates temperature unseen_bonus",
+    "annotate": (
+        "labels cl_ids cluster_key min_score matching_weight matching_candidates temperature unseen_bonus read_batch"
+    ),
     "explain": "label_key cluster_key",
     "describe": "prompt max_new_tokens num_beams do_sample temperature top_k top_p",
     "generate": "prompts n_cells genes library_size do_sample seed max_genes",
