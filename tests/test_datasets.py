@@ -443,6 +443,57 @@ def test_a_plain_trainer_that_resumes_in_epoch_three_ends_like_one_that_does_not
     assert losses["whole"] == losses["cut"]
 
 
+def plain_on_a_stream(corpus, aligned, collate, output_dir, checkpoint=None, *, sized, **options):
+    """Losses and cells of a plain trainer on a shuffled stream."""
+    seen = []
+
+    def note(cells, columns, *, epoch=0):
+        batch = collate(cells, columns, epoch=epoch)
+        batch["cell_ids"] = cells.cell_ids
+        return batch
+
+    class Watching(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            seen.append(inputs.pop("cell_ids").tolist())
+            return super().compute_loss(model, inputs, **kwargs)
+
+    rows = collate.processor.data_collator(note)
+    stream = load(corpus, streaming=True).shuffle(seed=3, buffer_size=16)
+    arguments = TrainingArguments(
+        output_dir,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        save_steps=14,
+        remove_unused_columns=False,
+        **options,
+    )
+    model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
+    dataset = rows.with_length(stream) if sized else stream
+    trainer = Watching(model, arguments, train_dataset=dataset, data_collator=rows, callbacks=[rows])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], seen
+
+
+def test_a_plain_trainer_resumes_exactly_on_a_shuffled_stream_whose_length_is_known(
+    corpus, aligned, collate, tmp_path
+):
+    options = {"sized": True, "num_train_epochs": 5}
+    whole, cells = plain_on_a_stream(corpus, aligned, collate, tmp_path, **options)
+    cut, cells_after = plain_on_a_stream(corpus, aligned, collate, tmp_path, tmp_path / "checkpoint-14", **options)
+    assert cells[0] != cells[4]
+    assert cells_after == cells[14:]  # in the fourth epoch of four steps
+    assert cut == whole
+    # Without the length a run is the same, but transformers resumes it in the wrong epoch.
+    options = {"sized": False, "max_steps": 20}
+    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", **options) == (whole, cells)
+    checkpoint = tmp_path / "un" / "checkpoint-14"
+    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", checkpoint, **options)[1] != cells[14:]
+
+
 def test_the_collator_makes_the_batches_of_stage_1_from_rows_with_captions(corpus, collate):
     texts = CaptionSampler()
     cells, table = open_corpus(corpus).load("train")
