@@ -16,6 +16,7 @@ COMMANDS = (
     "abstention",
     "annotation",
     "audit",
+    "condition",
     "crossdata",
     "description",
     "evidence",
