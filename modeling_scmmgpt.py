@@ -458,7 +458,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         if config.profile_readout:
             self.profile_readout = ScMMGPTProfileReadout(config)
         if config.label_readout is not None:
-            sizes = {name: config.label_readout[name] for name in ("num_genes", "num_factors")}
+            sizes = {name: size for name, size in config.label_readout.items() if name not in ("texts", "labels")}
             self.label_readout = ScMMGPTLabelReadout(len(config.label_readout["texts"]), **sizes)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 

@@ -16,8 +16,10 @@ from transformers import Trainer, TrainingArguments
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.tests.corpora import write_corpus
+from scmmgpt.tests.test_finetune import GENES
 from scmmgpt.tests.test_train import log_of, run_ranks, words_of
-from scmmgpt.train import align, pretrain, tune
+from scmmgpt.train import align, finetune, pretrain, tune
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.collate import AlignmentCollator
@@ -56,7 +58,7 @@ def own_rows(corpus, split="train"):
     counts = csr_matrix((cells.counts, cells.gene_ids, cells.indptr), shape=(len(cells), 33)).toarray()[:, 3:]
     obs = table.to_pandas().set_index(cells.cell_ids.astype(str))
     adata = anndata.AnnData(counts.astype(np.float32), obs=obs)
-    adata.var_names = [f"GENE{i}" for i in range(30)]
+    adata.var_names = list(opened.vocabulary)[3:]
     adata.obs["cell_id"] = cells.cell_ids
     return Rows(adata, opened.vocabulary)
 
@@ -223,6 +225,10 @@ def align_on(corpus, bert, output_dir, road="corpus", **options):
 
 def assert_equal_runs(ours, theirs):
     assert log_of(ours, "loss") == log_of(theirs, "loss")
+    assert_equal_weights(ours, theirs)
+
+
+def assert_equal_weights(ours, theirs):
     weights, others = (load_file(path / "model.safetensors") for path in (ours, theirs))
     for name, value in weights.items():
         assert torch.equal(value, others[name]), name
@@ -265,6 +271,110 @@ def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, mo
         tune.main(*tune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
     for command in ("pretrain", "tune"):
         assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} map-style")
+
+
+def finetune_on(adata, bert, output_dir, cells=None, **options):
+    sizes = {name: ALIGN[name] for name in ("cell_config", "model_config")} | {
+        "qformer_config": {"num_hidden_layers": 1}
+    }
+    values = {name: ALIGN[name] for name in ("use_cpu", "disable_tqdm", "save_strategy", "learning_rate")}
+    values |= {"adata": adata, "label_key": "cell_type", "bert": bert, "output_dir": output_dir, "new_model": sizes}
+    values |= {"num_train_epochs": 1, "per_device_train_batch_size": 8, **options}
+    finetune.main(*finetune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
+    return json.loads((output_dir / "finetune.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def named_corpus(corpus, tmp_path_factory):
+    """The cells of `corpus` over genes that have approved symbols."""
+    path, opened = tmp_path_factory.mktemp("named"), open_corpus(corpus)
+    names = [*list(opened.vocabulary)[:3], *GENES, "CD8A", "CD8B", "FCGR3A", "MS4A7", "FCER1A", "CST3"]
+    splits = {}
+    for split in ("train", "validation"):
+        cells, table = opened.load(split)
+        splits[split] = cells, {name: table[name].to_pylist() for name in ("cell_type", "tissue", "dataset_id")}
+    write_corpus(path, {name: i for i, name in enumerate(names)}, splits, row_group_size=8)
+    return str(path)
+
+
+def split_by_rows(corpus, streaming=False):
+    return {split: load(corpus, split, streaming) for split in ("train", "validation")}
+
+
+FINETUNE_ROADS = {
+    "corpus": lambda corpus: None,
+    "map-style": split_by_rows,
+    "streamed": lambda corpus: split_by_rows(corpus, streaming=True),
+    "own": lambda corpus: {split: own_rows(corpus, split) for split in ("train", "validation")},
+}
+
+
+def test_fine_tuning_on_datasets_ends_like_fine_tuning_on_the_corpus(named_corpus, bert, tmp_path, monkeypatch):
+    batches, make_batches = {}, finetune.FineTuning.batches
+
+    def note(self, part, batch_size, **order):
+        found = make_batches(self, part, batch_size, **order)
+        batches[road].append((self.labels.names, found.source.cells, found.targets, list(found)))
+        return found
+
+    monkeypatch.setattr(finetune.FineTuning, "batches", note)
+    records = {}
+    for road, cells in FINETUNE_ROADS.items():
+        batches[road] = []
+        records[road] = finetune_on(named_corpus, bert, tmp_path / road, cells(named_corpus))
+    assert records["corpus"]["cells"] == {"train": 32, "validation": 8, "unlabelled": 0}
+    assert len(batches["corpus"]) == 2  # held out, and trained on
+    for road in list(FINETUNE_ROADS)[1:]:
+        for ours, theirs in zip(batches["corpus"], batches[road], strict=True):
+            assert ours[0] == theirs[0]
+            for name in ("indptr", "gene_ids", "counts", "cell_ids", "total_counts"):
+                np.testing.assert_array_equal(getattr(ours[1], name), getattr(theirs[1], name))
+            assert torch.equal(ours[2], theirs[2])
+            for own, their in zip(ours[3], theirs[3], strict=True):
+                assert all(torch.equal(value, their[name]) for name, value in own.items())
+        assert records[road] == records["corpus"]
+        assert_equal_weights(tmp_path / "corpus", tmp_path / road)
+
+
+def test_fine_tuning_on_rows_of_a_file_ends_like_fine_tuning_on_the_file(named_corpus, bert, tmp_path):
+    adata = open_corpus(named_corpus).to_adata("train")
+    adata.obs_names = [f"cell {i}" for i in range(len(adata))]
+    adata.obs["donor"] = [f"donor {i % 4}" for i in range(len(adata))]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    options = {"group_key": "donor", "validation_share": 0.25}
+    of_file = finetune_on(tmp_path / "cells.h5ad", bert, tmp_path / "file", **options)
+    rows = load(named_corpus).add_column("donor", adata.obs["donor"].tolist())
+    of_rows = finetune_on(named_corpus, bert, tmp_path / "rows", {"train": rows}, **options)
+    assert of_file["cells"] == of_rows["cells"] == {"train": 24, "validation": 8, "unlabelled": 0}
+    assert of_file == of_rows
+    assert_equal_weights(tmp_path / "file", tmp_path / "rows")
+
+
+def test_fine_tuning_reads_its_own_cells_from_a_checkpoint_too(corpus, aligned, tmp_path):
+    records = [
+        finetune_on(corpus, "unused", tmp_path / name, cells, checkpoint=aligned, new_model={})
+        for name, cells in {"corpus": None, "streamed": split_by_rows(corpus, streaming=True)}.items()
+    ]
+    assert records[0] == records[1]
+    assert_equal_weights(tmp_path / "corpus", tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"shots": 1}, "shots divides cells"), ({"group_key": "tissue"}, "group_key divides cells")],
+)
+def test_what_divides_cells_is_refused_where_they_come_divided(named_corpus, bert, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        finetune_on(named_corpus, bert, tmp_path, split_by_rows(named_corpus), **options)
+    with pytest.raises(ValueError, match="but no 'train'"):
+        finetune_on(named_corpus, bert, tmp_path, {"validation": load(named_corpus, "validation")})
+
+
+def test_a_label_that_is_held_out_alone_is_named(named_corpus, bert, tmp_path, caplog):
+    few = load(named_corpus).filter(lambda row: row["cell_type"] != "monocyte")
+    record = finetune_on(named_corpus, bert, tmp_path, {**split_by_rows(named_corpus), "train": few})
+    assert "The training split has no cell of ['monocyte']" in caplog.text
+    assert set(record["labels"]) == {"B cell", "T cell", "monocyte"}
 
 
 def by_hand(aligned, output_dir, trainer=ModelLossTrainer, **options):

@@ -20,6 +20,7 @@ ABOUT = {
     "pretrain": "train or continue the cell model alone",
     "align": "stage 1: align cells and texts",
     "tune": "stage 2: describe cells and generate them",
+    "reinforce": "stage 3: descriptions that say what can be verified",
     "finetune": "train for your own labelled AnnData",
     "plan": "memory per GPU that a configuration takes",
     "options": "write docs/options.md to the standard output",

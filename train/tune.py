@@ -14,17 +14,14 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from scmmgpt.commands.files import read_json
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train import adapter
@@ -61,18 +58,6 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         self.num_targets_in_batch: int | None = None
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # here alone: TRL divides the loss by the tokens of the whole step
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel) and self.args.should_save:  # in place of PEFT's empty template
-            self.write_adapter_card(output_dir or str(self.args.output_dir))
-
-    def write_adapter_card(self, folder: str) -> None:
-        """Write the card of the adapter in a folder, which names the base as `adapter_config.json` does."""
-        if self.write_card is None:
-            return
-        base = read_json(Path(folder, CONFIG_NAME))["base_model_name_or_path"]
-        self.write_card(folder, log_history=self.state.log_history, adapter_base=base)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Also count the target genes of the whole step, so that accumulation weighs every gene alike."""
