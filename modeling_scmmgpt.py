@@ -61,7 +61,8 @@ MAX_LOGIT_SCALE = math.log(100)
 # fitted to; in training the language model sees hardly a mixture of labels. With 4 it names the most probable label of
 # all held-out cells of the demo, with 1 of 86 to 96 % (`train/LOG.md`).
 LABEL_SHARPNESS = 4.0
-CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask", "profile_gene_ids", "profile", "readout_scores")
+CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")
+LABEL_INPUTS = ("profile_gene_ids", "profile", "readout_scores")  # what the label readout sees of cells
 OTHER_PARTS = r"(?!model\.language_model\.).+"  # names of all modules that are not of the language model
 LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' `loss_function`
 # Linear layers that LoRA adapts, by their names in Llama and its kin, Phi, GPT-2 and GPT-NeoX.
@@ -1411,7 +1412,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self, input_ids: Any, *args: Any, inputs_embeds: Any = None, is_first_iteration: Any = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Pass the cells with the prompt only: afterwards the cache holds them."""
-        cells = {name: kwargs.pop(name, None) for name in CELL_INPUTS}
+        cells = {name: kwargs.pop(name, None) for name in (*CELL_INPUTS, *LABEL_INPUTS)}
         kwargs.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
         parent: Any = super()
         inputs = parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
@@ -1429,7 +1430,11 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat samples for beams. A sample's cells repeat as a block: A B A B, not A A B B."""
-        cells = {name: model_kwargs.pop(name) for name in CELL_INPUTS if model_kwargs.get(name) is not None}
+        cells = {
+            name: model_kwargs.pop(name)
+            for name in (*CELL_INPUTS, *LABEL_INPUTS)
+            if model_kwargs.get(name) is not None
+        }
         if cells and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             placeholders = self.model.find_placeholders(
