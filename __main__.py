@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     sub = command(calibrate)
-    add_input(sub, split="validation")
+    add_input(sub, split="validation", writes_model=True)
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
     sub = command(embed)
@@ -111,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(verify)
     sub.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
-    add_model(sub, required=False, help="checkpoint (default: the one that the receipt names)")
+    add_model(sub, default="the one that the receipt names")
     text = "cells that the result was computed from (default: those in OUT.h5ad)"
     sub.add_argument("--input", type=Path, metavar="FILE", help=text)
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
@@ -167,11 +167,10 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
 
 
-def add_model(
-    parser: argparse.ArgumentParser, required: bool = True, help: str = "folder, or model id on the Hub"
-) -> None:
+def add_model(parser: argparse.ArgumentParser, required: bool = False, default: str = "that of this package") -> None:
     """Options of the checkpoint and of how it runs."""
-    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=help)
+    text = "folder, or model id on the Hub" + ("" if required else f" (default: {default})")
+    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=text)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument(
         "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
@@ -180,11 +179,11 @@ def add_model(
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
-def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
+def add_input(parser: argparse.ArgumentParser, split: str = "test", writes_model: bool = False) -> None:
     """The file of cells, the model, and how to read the file."""
     parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus")
     parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
-    add_model(parser)
+    add_model(parser, required=writes_model)
     add_reading(parser)
 
 
@@ -321,6 +320,7 @@ def generate(args: Args) -> None:
     if bool(prompts) == args.stored_labels:
         raise ValueError("Name the cells to generate: one or more prompts, --prompts-file, or --stored-labels alone.")
     genes = args.genes
+    choose_model(args)
     pipeline = load_pipeline(args)
     if args.stored_labels:
         prompts = pipeline.label_prompts()
@@ -422,6 +422,7 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     from scmmgpt.commands.checkpoints import find_checkpoint
 
     check_outputs(args)
+    choose_model(args)
     find_checkpoint(args.model)
     adata = read_adata(args.file, args.split, args.model, backed=True)
     missing = [name for name in getattr(args, "columns", ()) if name not in adata.obs]
@@ -433,6 +434,17 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
         with log_if_slow("Rehearsing the writing of the result"):
             rehearse(adata, args.file, args.output)
     return load_pipeline(args), adata
+
+
+def choose_model(args: Args) -> None:
+    """Take the checkpoint of this package where none is named, and say which it is."""
+    if args.model is None:
+        from scmmgpt.commands.checkpoints import identify, root_checkpoint
+
+        args.model = root_checkpoint()
+        args.identity = identify(args.model)
+        name, version, digest = args.identity.values()
+        sys.stderr.write(f"Model: {name} {version}, sha256 {digest[:16]}, of this package.\n")
 
 
 def load_pipeline(args: Args) -> "ScMMGPTPipeline":
@@ -525,6 +537,8 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> Non
     """Write the result, its table and the summary."""
     from scmmgpt.commands.results import write_result
 
+    if hasattr(args, "identity"):
+        adata.uns["scmmgpt"] = {**adata.uns.get("scmmgpt", {}), "model": args.identity}
     with log_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
         write_result(adata, getattr(args, "file", args.output), temporary)
     if getattr(args, "table", None) is not None:
