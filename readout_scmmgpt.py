@@ -124,6 +124,7 @@ class ScMMGPTLabelReadout(nn.Module):
     Args:
         num_labels, num_genes, num_factors: Sizes; the genes are those that the training cells express.
         num_groups: Groups of cells of one label and dataset, if the readout is of several datasets.
+        text_width: Width of the embeddings of texts about genes; 0 if there are none.
     """
 
     gene_ids: torch.Tensor
@@ -135,12 +136,15 @@ class ScMMGPTLabelReadout(nn.Module):
     noise: torch.Tensor
     shares: torch.Tensor
     temperature: torch.Tensor
+    gene_texts: torch.Tensor
     groups: torch.Tensor
     group_mean: torch.Tensor
     group_labels: torch.Tensor
     group_weights: torch.Tensor
 
-    def __init__(self, num_labels: int, num_genes: int, num_factors: int, num_groups: int = 0) -> None:
+    def __init__(
+        self, num_labels: int, num_genes: int, num_factors: int, num_groups: int = 0, text_width: int = 0
+    ) -> None:
         super().__init__()
         self.num_groups = num_groups
         half = torch.float16
@@ -153,11 +157,11 @@ class ScMMGPTLabelReadout(nn.Module):
         self.register_buffer("noise", torch.ones(num_genes))  # variance beside the factors
         self.register_buffer("shares", torch.zeros(num_genes))  # expected share of a cell's counts
         self.register_buffer("temperature", torch.ones(()))
+        if text_width:
+            self.set_gene_texts(np.zeros((num_genes, text_width)))
         if num_groups:
             self.register_buffer("groups", torch.zeros(num_groups, num_genes, dtype=half))  # mean log1p(CP10k)
-            self.register_buffer(
-                "group_mean", torch.zeros(num_genes)
-            )  # which groups have where a gene is not measured
+            self.register_buffer("group_mean", torch.zeros(num_genes))  # of groups that do not measure a gene
             self.register_buffer("group_labels", torch.zeros(num_groups, num_labels))  # shares of labels, of sum 1
             self.register_buffer("group_weights", torch.zeros(num_groups))  # of sum 1
 
@@ -176,6 +180,30 @@ class ScMMGPTLabelReadout(nn.Module):
         num_factors, num_genes = self.factors.shape
         sizes = {"num_genes": num_genes, "num_factors": num_factors}
         return sizes | ({"num_groups": self.num_groups} if self.num_groups else {})
+
+    def set_gene_texts(self, directions: np.ndarray) -> None:
+        """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
+        self.register_buffer("gene_texts", torch.as_tensor(directions, device=self.mean.device).half())
+
+    def forward(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
+        """Log probabilities of the labels for cells in which all genes of training were measured.
+
+        Args:
+            profile_gene_ids, profile: Vocabulary ids and square roots of the genes' shares of a cell,
+                `(num_cells, num_genes)`, as the feature extractor makes them; padding has a value of 0.
+
+        Returns:
+            float32 `(num_cells, num_labels)`. Each cell depends on itself alone. [`PanelReadout`] has the same values
+            for the same cells, and others where a file lacks genes.
+        """
+        gene_ids = self.gene_ids.long()
+        places = torch.searchsorted(gene_ids, profile_gene_ids.contiguous()).clamp(max=len(gene_ids) - 1)
+        values = profile.float() * (gene_ids[places] == profile_gene_ids)
+        length = values.norm(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        values = values * (PROFILE_SCALE * self.shares.float().sum().sqrt() / length)
+        values = (values**2).log1p() if self.num_groups else values
+        scores = F.embedding_bag(places, self.weights.float().t().contiguous(), mode="sum", per_sample_weights=values)
+        return ((scores + self.bias) / self.temperature).float().log_softmax(dim=1)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The buffers as float64 arrays, and `gene_ids` as int64."""
