@@ -54,6 +54,7 @@ MIN_SOURCES = 3  # that measure a gene of the vocabulary
 MAX_CELLS = 100  # of a label of a dataset, for the readout
 MAX_BYTES = 64_000_000
 COMMAND = "python -m scmmgpt.train release --data ../shared/data --output results/release"
+SUMMARIES = "tables/gene_summary_human.csv.gz"  # in the folder of the data
 CONFIGS = Path(__file__).parent / "configs"
 LIMITS = (
     "Types that rest on one dataset are known from one laboratory only. Malignant cells are none of the types, and "
@@ -96,6 +97,7 @@ def main(args: argparse.Namespace) -> Path:
     if not (aligned / "config.json").is_file():
         fit = functools.partial(fit_readout, specs=specs, table=table)
         words = ["--config", args.align_config, "--corpus", str(corpus.path), "--output_dir", str(aligned)]
+        words += ["--gene_texts", str(summaries)] if (summaries := Path(args.data, SUMMARIES)).is_file() else []
         align.main(*align.make_parser().parse_args_and_config(words), fit_readout=fit)
     if not (tuned / "config.json").is_file():
         words = ["--config", args.tune_config, "--corpus", str(corpus.path), "--aligned", str(aligned)]
@@ -187,7 +189,7 @@ def fit_readout(
     names, sampler = [str(ontology.term_name(term)) for term in types], CaptionSampler()
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
     model.label_readout = readout
-    model.config.label_readout = {"texts": texts, **readout.sizes()}
+    model.config.label_readout = {"texts": texts, "labels": names, **readout.sizes()}
     ids = dict(zip(names, types, strict=True))
     model.config.annotation = {
         "labels": dict(zip(names, texts, strict=True)),
