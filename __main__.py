@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
+from scmmgpt.commands.errors import OneLineParser, explain, number, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -29,6 +29,7 @@ from scmmgpt.commands.files import (
 )
 from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.commands.sources import Source, outputs_of, read_adata
+from scmmgpt.commands.storage import run_staged
 from scmmgpt.readers.label_lists import read_text, read_words
 
 
@@ -51,6 +52,11 @@ READ_HELP = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+
+
+def run_words(argv: list[str]) -> int:
+    """Run a command line of paths."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -513,7 +519,7 @@ def run_in_partitions(
     tables = (getattr(args, "table", None), getattr(args, "columns", []))
     summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
     for line in failures:
-        sys.stderr.write(f"scmmgpt {args.command}: {line}\n")
+        sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     write(args, {"output": str(args.output), **summary})
     return INCOMPLETE if failures else 0
 
@@ -584,7 +590,7 @@ def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
     if lines is None:
         lines = (f"{name}: {value}" for name, value in result.items())
     try:
-        sys.stdout.write((json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
+        sys.stdout.write(reworded(json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
