@@ -140,6 +140,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--input", type=Path, metavar="FILE", help=text)
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
 
+    sub = command(plan)
+    add_input(sub)
+    sub.add_argument("--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)")
+    sub.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
+    sub.add_argument(
+        "--workers", type=number(int, 1), nargs="+", metavar="N", help="processes or GPUs (default: 1, and the cores)"
+    )
+    text = "time to measure for (default: 20)"
+    sub.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
+
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
@@ -434,6 +444,25 @@ def verify(args: Args) -> int:
     report = verify_file(args.file, pipeline, source)
     write(args, report, render(report))
     return 0 if report["verified"] else 1
+
+
+def plan(args: Args) -> None:
+    """Measure what a cell costs here, and compute time, memory and storage for many cells and workers."""
+    import time
+
+    from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.partitions import Job, default_options
+    from scmmgpt.commands.plan import describe_plan, measure
+
+    find_checkpoint(args.model)
+    began = time.perf_counter()
+    pipeline = load_pipeline(args)
+    loaded = time.perf_counter() - began
+    job = Job(args.verb, args.model, args.device, args.batch_size, default_options(args.verb), read_options(args))
+    costs = measure(job, pipeline, Source(args.file, args.split, args.model), loaded, args.seconds)
+    workers = args.workers or sorted({1, os.cpu_count() or 1})
+    found, lines = describe_plan(costs, args.cells, workers)
+    write(args, found, lines)
 
 
 def export(args: Args) -> None:
