@@ -42,7 +42,7 @@ demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cell
 demo-tiny: STEM := tiny
 demo-tiny: NOTE := A smoke test: a language model from scratch that has seen minutes of training. Its numbers mean nothing.
 demo demo-tiny: OUT = results/$@
-demo: setup ## the whole pipeline on real cells of blood, ten minutes; ends with results/demo/report.html
+demo: setup ## the whole pipeline on real cells of blood, five minutes; ends with results/demo/report.html
 demo-tiny: setup ## the same in two minutes, with a tiny language model from scratch
 
 demo demo-tiny:

@@ -82,6 +82,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_annotation(command(annotate))
 
+    sub = command(audit)
+    add_input(sub)
+    add_output(sub, columns=False)
+    sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="given labels (default: cell_type)")
+    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, to rank them too")
+
     sub = command(describe)
     add_input(sub)
     add_output(sub)
@@ -115,6 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(search)
     add_input(sub, count="?")
     sub.add_argument("--text", required=True, help="description of the wanted cells")
+    how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
+    sub.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
     text = "search an index of `scmmgpt index` in place of FILE"
     sub.add_argument("--index", type=Path, metavar="FOLDER", help=text)
     sub.add_argument("--where", metavar="CONDITION", help="search cells of the index with, e.g., \"tissue == 'lung'\"")
@@ -232,11 +240,15 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     reading.add_argument("--force", action="store_true", help="read FILE even if few genes match")
 
 
-def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
+def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: bool = True) -> None:
     """Files of the result."""
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
     if table:
-        parser.add_argument("--table", type=Path, metavar="OUT.csv", help="table of the added columns of obs")
+        text = (
+            "table of the added columns of obs" if columns else "table of labels, clusters and doubtful cells, ranked"
+        )
+        parser.add_argument("--table", type=Path, metavar="OUT.csv", help=text)
+    if table and columns:
         parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
 
 
@@ -283,6 +295,16 @@ def labels_found(adata: Any) -> dict[str, Any]:
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
     summary = {"labels": found, "collapsed": bool(done["collapsed"])}
     return summary | ({"read_batch": True} if done["read_batch"] else {})
+
+
+def audit(args: Args) -> None:
+    """Rank labels, clusters and cells whose given label contradicts model and markers."""
+    pipeline, adata = load(args)
+    judged = pipeline.audit(adata, args.label_key, cluster_key=args.cluster_key, **read_options(args))
+    groups = judged.group_rows()
+    worst = {row["name"]: row["contradicted"] for row in groups[:5] if row["contradicted"]}
+    rows = [*groups, *judged.cell_rows(adata.obs_names)]
+    finish(args, adata, {"cells": adata.n_obs, **judged.summary(), "most contradicted": worst}, rows)
 
 
 def describe(args: Args) -> None:
@@ -343,13 +365,15 @@ def search(args: Args) -> None:
     if (args.file is None) == (args.index is None):
         raise ValueError("Name the cells to search: either FILE or --index.")
     if args.index is not None:
+        if args.by != "similarity":
+            raise ValueError(f"--by {args.by} reads the counts of FILE; an index has similarities alone.")
         search_in_index(args)
         return
     if args.where is not None:
         raise ValueError("--where is a condition on the cells of an index; pass --index, or filter FILE before.")
     pipeline, adata = load(args)
     key = None if args.output is None else "scmmgpt_search"
-    hits = pipeline.search(adata, args.text, args.top_k, key_added=key, **read_options(args))
+    hits = pipeline.search(adata, args.text, args.top_k, by=args.by, key_added=key, **read_options(args))
     if args.output is not None:
         from scmmgpt.commands.results import write_result
 
@@ -603,12 +627,14 @@ def check_tables(args: Args) -> None:
         check_file(table)
 
 
-def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
-    """Write the result, its table and the summary."""
+def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: Any = None) -> None:
+    """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
     from scmmgpt.commands.results import table_of, write_cells, write_table
 
     write_cells(adata, getattr(args, "file", args.output), args.output)
-    if getattr(args, "table", None) is not None:
+    if getattr(args, "table", None) is not None and rows is not None:
+        write_table(args.table, rows)
+    elif getattr(args, "table", None) is not None:
         table = table_of(adata, args.columns, short=args.command == "describe")
         write_table(args.table, table, index_label="barcode")
     write(args, {"output": str(args.output), **summary})

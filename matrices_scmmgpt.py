@@ -21,14 +21,13 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .kernels_scmmgpt import find_entries, kernels_pay
+    from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay
 except ImportError:  # beside the other files of a checkpoint
-    from kernels_scmmgpt import find_entries, kernels_pay
+    from kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay
 
 
 N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
 N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
-LARGEST_VALUE = 1e10  # larger values are no plausible expression
 ROUNDED = "rounded to the nearest integer"
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
@@ -91,6 +90,7 @@ class CountRows:
     data: np.ndarray
     shape: tuple[int, int]
     positions: np.ndarray | None = None  # int64 (n_rows,): row of the sampled matrix that each one was
+    sums: np.ndarray | None = None  # float64 (n_rows,), of all columns, if `indices` are the ids of genes
 
     def entries(self, chosen: np.ndarray) -> "CountRows":
         """The same rows with the entries where `chosen` (bool, `(nnz,)`) holds."""
@@ -136,8 +136,12 @@ def is_in_memory(matrix: Any) -> bool:
     return isinstance(matrix, np.ndarray) or isinstance(getattr(matrix, "data", None), np.ndarray)
 
 
-def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
-    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept."""
+def read_rows(matrix: Any, start: int, stop: int, ids: np.ndarray | None = None) -> CountRows:
+    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept.
+
+    With `ids`, int32 `(n_vars,)`, the gene of each column, none twice, or -1, rows of a dense matrix of counts may
+    have genes for `indices`. They have `sums` then, and no entries without a gene.
+    """
     if getattr(matrix, "format", None) == "csr" and is_in_memory(matrix):  # where SciPy would copy the entries
         entries = slice(matrix.indptr[start], matrix.indptr[stop])
         indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
@@ -155,8 +159,14 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
         raise ValueError(f"The matrix has shape {block.shape}; expected two dimensions, (n_cells, n_genes).")
     # Numba takes no half floats, no foreign byte order and no text.
     is_known = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
-    find = find_entries if is_known and kernels_pay(len(block)) else _find_entries_numpy
-    indptr, columns, data = find(np.ascontiguousarray(block))
+    block = np.ascontiguousarray(block)
+    if not (is_known and kernels_pay(len(block))):
+        return _checked(CountRows(*_find_entries_numpy(block), block.shape))
+    if ids is not None and block.dtype.itemsize >= 4:  # `Cells.from_csr` has shorter integers widened
+        indptr, gene_ids, data, sums, are_sound = find_entries(block, ids)
+        if are_sound:
+            return CountRows(indptr, gene_ids, data, block.shape, sums=sums)
+    indptr, columns, data, _, _ = find_entries(block, np.arange(block.shape[1], dtype=np.int32))
     return _checked(CountRows(indptr, columns, data, block.shape))
 
 

@@ -39,6 +39,7 @@ try:  # as a package or as remote code
         majority_vote,
         summarize_annotation,
     )
+    from .audit_scmmgpt import Audit, judge
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .evidence_scmmgpt import Evidence, Explainer, label_members
@@ -63,8 +64,8 @@ try:  # as a package or as remote code
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from .scoring_scmmgpt import LabelScorer, encode_texts
-    from .unseen_scmmgpt import MIN_BATCH, TextScores
+    from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
@@ -79,6 +80,7 @@ except ImportError:  # as a flat module in a clone
         majority_vote,
         summarize_annotation,
     )
+    from audit_scmmgpt import Audit, judge
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from evidence_scmmgpt import Evidence, Explainer, label_members
@@ -103,8 +105,8 @@ except ImportError:  # as a flat module in a clone
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from scoring_scmmgpt import LabelScorer, encode_texts
-    from unseen_scmmgpt import MIN_BATCH, TextScores
+    from scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 
 
 logger = logging.get_logger(__name__)
@@ -402,16 +404,13 @@ class ScMMGPTPipeline:
                 "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
                 "`python -m scmmgpt.train finetune` or `align`."
             )
-        stored, texts = self.model.config.annotation or {}, self.model.config.label_readout["texts"]
-        known = {label: texts.index(text) for label, text in stored.get("labels", {}).items() if text in texts}
-        names = {column: label for label, column in known.items()}
         sets, set_of_cell = np.unique(_words(adata, label_key), return_inverse=True)
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        members = label_members(sets.tolist(), known, stored.get("terms", []), len(texts))
+        known = self._readout_columns()
+        members = label_members(sets.tolist(), known, (self.model.config.annotation or {}).get("terms", []))
         choice = self.processor.choose_input(adata, **read_kwargs)
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
-        labels = [names.get(column, text) for column, text in enumerate(texts)]
-        evidence = Evidence(explainer, sets.tolist(), set_of_cell, labels, clusters, self.processor.gene_symbols)
+        evidence = Evidence(explainer, sets.tolist(), set_of_cell, list(known), clusters, self.processor.gene_symbols)
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
         for rows, cells in self._batches(chunks, batch_size, "Explaining", len(set_of_cell)):
             evidence.add(rows, cells)
@@ -424,6 +423,79 @@ class ScMMGPTPipeline:
         table = {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
+
+    def _readout_columns(self) -> dict[str, int]:
+        """Trained label -> its column of the label readout, in the readout's order."""
+        texts, stored = (
+            self.model.config.label_readout["texts"],
+            (self.model.config.annotation or {}).get("labels", {}),
+        )
+        label_of = {text: label for label, text in stored.items()}
+        return {label_of.get(text, text): column for column, text in enumerate(texts)}
+
+    @with_receipt
+    def audit(
+        self,
+        adata: Any,
+        label_key: str,
+        *,
+        cluster_key: str | None = None,
+        key_added: str = "scmmgpt",
+        batch_size: int | None = None,
+        **read_kwargs: Any,
+    ) -> Audit:
+        """Judge the labels that cells were given, by the model and by markers, and rank the doubtful ones.
+
+        The cells are annotated, too. A label of the file may be in any words, or broader than those of training; cells
+        of labels that the checkpoint does not know are not judged (`audit_scmmgpt`).
+
+        Args:
+            label_key: Column of `obs` with the given labels.
+            cluster_key: Column of `obs` with clusters, which are ranked too.
+            adata, key_added, batch_size, read_kwargs: As for [`annotate`].
+
+        Returns:
+            [`Audit`], whose `group_rows` and `cell_rows` are tables. `obs` gets `{key}_audit` (verdict),
+            `{key}_audit_score` (log odds, the larger the more doubtful), `{key}_audit_suggested` (the best other
+            label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
+        """
+        given = _words(adata, label_key)
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        options = {"key_added": key_added, "batch_size": batch_size, **read_kwargs}
+        self.annotate(adata, **options)
+        probabilities = np.asarray(adata.obsm[f"{key_added}_probabilities"])
+        names = adata.uns[key_added]["annotate"]["labels"].tolist()
+        sets, set_of_cell = np.unique(given, return_inverse=True)
+        terms = (self.model.config.annotation or {}).get("terms", [])
+        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        best, odds = judge(probabilities, members, set_of_cell)
+        suggested = np.where(best >= 0, np.asarray([*names, ""], dtype=object)[best], "").astype(str)
+        genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
+        if self.can_explain:
+            choice = self.processor.choose_input(adata, **read_kwargs)
+            known = self._readout_columns()
+            of_readout = label_members(sets.tolist(), known, terms)
+            explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout)
+            symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
+            columns = np.asarray([known.get(name, -1) for name in names] + [-1])[best]
+            usable = (columns >= 0) & of_readout.any(axis=1)[set_of_cell]
+            own = np.where(usable, columns + explainer.first_label, 0)
+            chunks, size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
+            for rows, cells in self._batches(chunks, size, "Auditing", len(given)):
+                rivals = np.where(usable[rows], set_of_cell[rows], -1)
+                found, entries = explainer(cells, own[rows], rivals)
+                words = [", ".join(row[row != ""]) for row in symbols[found.genes]]
+                genes[rows] = words
+                odds_of = explainer.marker_odds(*entries[:3], own[rows], set_of_cell[rows])
+                marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
+        novelty = adata.obs.get(f"{key_added}_novelty", np.zeros(len(given)))
+        audit = Audit(given, suggested, odds, marker_odds, genes, np.asarray(novelty) > 1, clusters)
+        columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
+        for name, values in {**columns_of, "audit_genes": audit.genes.astype(str)}.items():
+            _add_obs(adata, f"{key_added}_{name}", values)
+        done = {name.replace(" ", "_"): n for name, n in audit.summary().items()}
+        self._record(adata, key_added, None, audit={"label_key": label_key, **done})
+        return audit
 
     def annotation_settings(
         self,
@@ -544,7 +616,7 @@ class ScMMGPTPipeline:
         trained = self.model.config.label_readout["texts"]
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
+            return text_states(self._bridge(), self.processor, texts)
 
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
@@ -627,8 +699,12 @@ class ScMMGPTPipeline:
 
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 16)
         texts = np.empty(choice.report["cells"]["cells"], dtype=object)
+        reads_labels = self.model.config.cell_tokens != "queries"
+        panel = model.model.label_readout.for_genes(choice.match.measured) if reads_labels else None
         for rows, cells in self._batches(chunks, batch_size, "Describing", len(texts)):
             inputs = self.processor(text=[prompt] * len(rows), cells=cells).to(self.device)
+            if panel is not None:
+                inputs["readout_scores"] = torch.from_numpy(panel(cells)).to(self.device)
             with torch.inference_mode():
                 ids = model.generate(**inputs, **options)  # type: ignore[misc]
             words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -808,6 +884,7 @@ class ScMMGPTPipeline:
         text: str | Sequence[str],
         top_k: int = 10,
         *,
+        by: str = "similarity",
         key_added: str | None = None,
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -817,13 +894,16 @@ class ScMMGPTPipeline:
         Args:
             text: Description of the wanted cells, one text or several.
             top_k: Cells to return per text.
+            by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
+                own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
+                that was trained with `gene_texts`.
             key_added: Column of `obs` to add every cell's similarity as (one text only).
             adata, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
-            1, which has no zero that means "no match") and `z` (standard deviations of the score above the mean of
-            these cells); for several texts, a list of such lists.
+            1, which has no zero that means "no match"; by genes, in standard deviations of training cells) and `z`
+            (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
@@ -832,21 +912,37 @@ class ScMMGPTPipeline:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if key_added is not None and len(texts) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts; pass one text.")
-        text_features = encode_texts(self._bridge(), self.processor, texts)
-
-        def score(cells: Cells) -> tuple[torch.Tensor, ...]:
-            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
-
+        if by not in ("similarity", "genes"):
+            raise ValueError(f"by is {by!r}; choose 'similarity' or 'genes'.")
+        if by == "genes" and "text_width" not in (self.model.config.label_readout or {}):
+            raise ValueError(
+                "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
+            )
         choice = self.processor.choose_input(adata, **read_kwargs)
+        score = self._search_scores(texts, by, choice)
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
         batch_size = self._batch_size(batch_size, 64)
         (similarity,) = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
         finish_report(choice.report)
         if key_added is not None:
             adata.obs[key_added] = similarity[:, 0]
-            self._record(adata, "scmmgpt", choice.report, search={"text": texts[0], "key": key_added})
+            done = {"text": texts[0], "by": by, "key": key_added}
+            self._record(adata, "scmmgpt", choice.report, search=done)
         hits = [_best_hits(column, adata.obs_names, top_k) for column in similarity.T]
         return hits[0] if isinstance(text, str) else hits
+
+    def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
+        """The scores of texts that [`search`] sorts by."""
+        if by == "genes":
+            states = text_states(self._bridge(), self.processor, texts)
+            genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
+            return lambda cells: (torch.from_numpy(genes(cells)),)
+        text_features = encode_texts(self._bridge(), self.processor, texts)
+
+        def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
+            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
+
+        return similarity
 
     # -- shared -------------------------------------------------------------------------------------------------------
 

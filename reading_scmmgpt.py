@@ -120,14 +120,19 @@ class InputChoice:
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = _totals(adata, self.totals_column) if from_column else None
         ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
+        are_counts = self.verdict.kind == "raw_integer" and not sums_columns and self.match.is_gene.all()
         n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
         for start in range(0, max(n_cells, 1), n_rows):
             here = slice(start, min(start + n_rows, n_cells))
-            rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-            _check_values(rows, adata.obs_names[here], var.index, self.source)
-            known = None if known_totals is None else known_totals[here]
-            counts, totals, failed = convert_rows(rows, self.verdict, known)
-            cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)
+            rows, failed = read_rows(matrix, here.start, here.stop, ids if are_counts else None), 0
+            if rows.sums is not None:
+                cells = Cells(rows.indptr, rows.indices, rows.data, cell_ids[here], rows.sums)
+            else:
+                rows = rows.columns(self.match.is_gene)
+                _check_values(rows, adata.obs_names[here], var.index, self.source)
+                known = None if known_totals is None else known_totals[here]
+                counts, totals, failed = convert_rows(rows, self.verdict, known)
+                cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)
             self._count(cells, failed)
             yield cells
 

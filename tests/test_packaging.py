@@ -134,7 +134,11 @@ EVAL_COMMANDS = [name for name in eval_main.COMMANDS if (ROOT / "eval" / f"{name
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
 # What a configuration leaves to the command line: the paths.
-PATHS = {"align": ["--corpus", "corpus"], "tune": ["--corpus", "corpus", "--aligned", "aligned"]}
+PATHS = {
+    "align": ["--corpus", "corpus"],
+    "tune": ["--corpus", "corpus", "--aligned", "aligned"],
+    "reinforce": ["--corpus", "corpus", "--checkpoint", "tuned"],
+}
 
 
 @pytest.mark.parametrize("command", TRAIN_COMMANDS)

@@ -83,7 +83,7 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
         self.processing_class: Any = processing_class  # after TRL has made sure that it handles no images
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        sampler = super()._get_train_sampler(dataset)
+        sampler: Any = super()._get_train_sampler(dataset)
         settings = ("mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         return EpochSampler(sampler.data_source, **{name: getattr(sampler, name) for name in settings})
 
