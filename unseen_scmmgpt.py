@@ -92,9 +92,9 @@ def named_genes(text: str, gene_index: GeneIndex) -> dict[int, int]:
             continue
         spellings = (word, word.replace("-", ""))  # GATA-3 is GATA3
         genes = [i for i, _ in map(gene_index.lookup, ANTIGENS.get(word, spellings)) if i >= 0]
-        absent = is_denied(text, match)
+        sign = -1 if is_denied(text, match) else 1
         for gene in genes if word in ANTIGENS else genes[:1]:
-            found.setdefault(gene, -1 if absent else 1)
+            found.setdefault(gene, sign)
     return found
 
 

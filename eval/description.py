@@ -51,12 +51,13 @@ MEASURES = {
     "genes_expressed": results.Measure(
         "named genes expressed",
         True,
-        "Mean share of the genes that a description names which its cell expresses; 0 where no gene is named.",
+        "Mean share of the mentions of genes in a description that its cell expresses, repeated ones not counted; 0 "
+        "where no gene is named.",
     ),
     "grounded": results.Measure(
         "grounded",
         True,
-        "Share of descriptions that name a gene and whose cells express all named genes.",
+        "Share of descriptions that name a gene, none twice, and whose cells express all named genes.",
     ),
     "cosine": results.Measure(
         "cosine", True, "Mean cosine of description and reference, as all-MiniLM-L6-v2 sentence embeddings."
@@ -302,8 +303,8 @@ def evaluate_file(
 
 def _write_answers(sampler: "CaptionSampler", cells: LabelledCells) -> list[str]:
     """The reference text of each cell."""
-    of_cells = {"cell_ids": hash_names(cells.names), "total_counts": cells.total_counts}
-    counts = Cells.from_csr(cells.counts, np.arange(len(cells.genes)), **of_cells)
+    ids, genes = hash_names(cells.names), np.arange(len(cells.genes))
+    counts = Cells.from_csr(cells.counts, genes, ids, cells.total_counts)
     return sampler.answer(cells.obs, counts, cells.genes)
 
 

@@ -73,6 +73,8 @@ def test_a_type_without_a_term_is_right_by_its_name_alone():
         ("High levels of CD19 and LYZ.", {3}, 1 / 2),
         ("High levels of CD19 and LYZ.", {3, 4}, 1),
         ("CD19, CD19 and CD19", {4}, 0),
+        ("CD19, CD19, CD19 and LYZ", {3, 4}, 2 / 4),
+        ("CD25 and IL2RA", {5}, 1 / 2),
         ("CD25-negative, with CD19", {3}, 1),
         ("It lacks LYZ.", {4}, 0),
         ("It expresses CD25.", {5}, 1),
@@ -82,12 +84,15 @@ def test_a_type_without_a_term_is_right_by_its_name_alone():
         ("lyz and Lyz are no symbols", {4}, 0),
     ],
 )
-def test_genes_count_by_the_share_that_the_cell_expresses(text, expressed, score):
+def test_genes_count_by_the_share_of_mentions_that_are_true_and_new(text, expressed, score):
     assert score_genes(text, expressed, GENES) == score
 
 
 def test_genes_of_a_text_come_with_what_the_text_says_of_them():
-    assert genes_in_text("A CD14-positive monocyte with LYZ but CD19-negative; high MT-ND1", GENES) == {4: 1, 3: -1}
+    assert genes_in_text("A CD14-positive monocyte with LYZ but CD19-negative; high MT-ND1", GENES) == [
+        (4, 1),
+        (3, -1),
+    ]
 
 
 def test_rewards_read_texts_and_messages_and_the_columns_of_the_rows():

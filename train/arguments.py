@@ -29,8 +29,8 @@ ALIGN_FIELDS = (
     "matching_weight matching_batch_size captioning_weight cell_pretraining_weight initializer_range"
 ).split()
 TUNE_FIELDS = (
-    "expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config language_weight "
-    "expression_weight"
+    "cell_tokens expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config "
+    "language_weight expression_weight"
 ).split()
 REWARDS = ("cell_type", "genes")  # of `reinforce`
 NEW_MODEL_FIELDS = (
@@ -280,10 +280,11 @@ class TuneModelArguments(CheckedFields):
         fields=LoraConfig,
     )
     model_config: dict[str, Any] = option(
-        "Fields of `ScMMGPTConfig`. `expression_head`: mse predicts a mean, nb and zinb a distribution of counts; "
-        "`num_state_components`: components of the states that cells are generated from (32; null: none); "
-        "`num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for the text-to-cell "
-        "projector (2 layers); `language_weight`, `expression_weight` (1).",
+        "Fields of `ScMMGPTConfig`. `cell_tokens`: whether the language model reads the queries of a cell, the labels "
+        "of the readout, or both (both where `align` fitted a readout); `expression_head`: mse predicts a mean, nb "
+        "and zinb a distribution of counts; `num_state_components`: components of the states that cells are generated "
+        "from (32; null: none); `num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for "
+        "the text-to-cell projector (2 layers); `language_weight`, `expression_weight` (1).",
         {"expression_head": "nb", "num_state_components": 32},
         fields=TUNE_FIELDS,
     )
@@ -356,7 +357,8 @@ class ReinforceModelArguments(CheckedFields):
     checkpoint: str = option("Checkpoint of `tune`.")
     rewards: list[str] = option(
         "Rewards of a description. `cell_type`: 1 for the cell's type, less for a wider type, 0 for any other. "
-        "`genes`: share of the genes that it names which the cell expresses. `reward_weights` weighs them.",
+        "`genes`: share of its mentions of genes that the cell expresses; repetitions do not count. Their weights are "
+        "`reward_weights`.",
         list(REWARDS),
     )
     lora_config: dict[str, Any] = option(
@@ -373,7 +375,7 @@ class ReinforceModelArguments(CheckedFields):
 
 @described
 @dataclass
-class ReinforceConfig(RunArguments, GRPOConfig):
+class ReinforceConfig(RunArguments, GRPOConfig):  # type: ignore[misc]  # TRL allows None for `remove_unused_columns`
     """`GRPOConfig` for descriptions of cells: fp32, and as many new tokens as `scmmgpt describe` writes."""
 
     max_completion_length: int | None = inherited("max_completion_length", 64)

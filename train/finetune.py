@@ -429,9 +429,7 @@ class FineTuning:
         model = self.model
         data, regression, seed = self.profiles, self.regressions.everything, data_seed(self.training_args)
         model.label_readout = readout.fit_label_readout(data, regression, self.score_temperature, seed)
-        num_factors, num_genes = model.label_readout.factors.shape
-        sizes = {"num_genes": num_genes, "num_factors": num_factors}
-        model.config.label_readout = {"texts": list(self.labels.texts), **sizes}
+        model.config.label_readout = {"texts": list(self.labels.texts), **model.label_readout.sizes()}
         add_gene_texts(model.eval(), self.processor, self.gene_texts)
         named = [named_genes(text, self.processor.gene_index) for text in self.labels.texts]
         embeddings = text_states(model, self.processor, self.labels.texts)

@@ -4,7 +4,7 @@
 `GRPOTrainer`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -43,11 +43,12 @@ def score_type(text: str, cell_type: str | None, term_id: str | None = None) -> 
 
 
 def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) -> float:
-    """The share of the genes that a text names which its cell expresses; 0 for a text that names none.
+    """The share of the mentions of genes in a text that are true of its cell and new; 0 for a text without any.
 
-    A gene that the text denies ("CD25-negative") should not be expressed. Left out are genes in the name of the type
-    that the text names, such as CD14 of "CD14-positive monocyte", and genes that say nothing about a type
-    (mitochondrial and ribosomal genes, MALAT1, ...).
+    A gene that the text denies ("CD25-negative") should not be expressed. A gene that is named again is no news, which
+    keeps a model from repeating one that is safe. Left out are genes in the name of the type that the text names, such
+    as CD14 of "CD14-positive monocyte", and genes that say nothing about a type (mitochondrial and ribosomal genes,
+    MALAT1, ...).
 
     Args:
         expressed: Vocabulary ids of the genes with a count above zero.
@@ -60,27 +61,27 @@ def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) ->
     return agreement(genes_in_text(text, gene_index), expressed)
 
 
-def agreement(named: Mapping[int, int], expressed: Collection[int]) -> float:
-    """The share of named genes, of [`genes_in_text`], that are expressed or absent as the text says; 0 without any."""
-    return sum((gene in expressed) == (sign > 0) for gene, sign in named.items()) / max(len(named), 1)
+def agreement(mentions: Sequence[tuple[int, int]], expressed: Collection[int]) -> float:
+    """See [`score_genes`]; `mentions` are those of [`genes_in_text`]."""
+    true = {gene for gene, sign in mentions if (gene in expressed) == (sign > 0)}
+    return len(true) / max(len(mentions), 1)
 
 
-def genes_in_text(text: str, gene_index: GeneIndex) -> dict[int, int]:
-    """The genes that [`score_genes`] verifies: vocabulary id -> 1, or -1 where the cell should lack the gene."""
-    named = named_genes(text, gene_index)
-    for match in WORD.finditer(text):  # symbols without a digit too, such as LYZ, if they are in capitals
+def genes_in_text(text: str, gene_index: GeneIndex) -> list[tuple[int, int]]:
+    """The mentions of genes that [`score_genes`] verifies: vocabulary id and 1, or -1 if the cell should lack it."""
+    mentions = []
+    for match in WORD.finditer(text):
         word = match.group()
-        if len(word) > 2 and word.isupper() and word in gene_index.vocabulary:
-            named.setdefault(gene_index.vocabulary[word], -1 if is_denied(text, match) else 1)
-    if not named:
-        return named
-    of_type = named_genes(parse_cell_type(text, ontology.cell_types()) or "", gene_index)
-    symbols = {gene: symbol for symbol, gene in gene_index.vocabulary.items() if gene in named}
-    return {
-        gene: sign
-        for gene, sign in named.items()
-        if gene not in of_type and not UNINFORMATIVE_GENES.match(symbols[gene])
-    }
+        genes = list(named_genes(word, gene_index))
+        if not genes and len(word) > 2 and word.isupper():  # symbols without a digit, such as LYZ
+            genes = [gene_index.vocabulary[word]] if word in gene_index.vocabulary else []
+        mentions += [(gene, -1 if is_denied(text, match) else 1) for gene in genes]
+    if not mentions:
+        return []
+    left_out = set(named_genes(parse_cell_type(text, ontology.cell_types()) or "", gene_index))
+    named = {gene for gene, _ in mentions}
+    left_out |= {i for name, i in gene_index.vocabulary.items() if i in named and UNINFORMATIVE_GENES.match(name)}
+    return [mention for mention in mentions if mention[0] not in left_out]
 
 
 def text_of(completion: Completion) -> str:
