@@ -6,6 +6,7 @@ In a Hugging Face Space, which passes no argument, the environment variable `SCM
 the extra `app`.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -38,6 +39,7 @@ with suppress(ModuleNotFoundError):
 NO_GRADIO = "The page needs gradio; install it with `pip install scmmgpt[app]`."
 SHOWN_ROWS = 50  # cells in a table; the file to download has all
 FILE_TYPES = [".h5ad", ".h5", ".h5mu", ".loom", ".csv", ".tsv", ".txt", ".gz"]
+ANNOTATED = ["scmmgpt_cell_type", "scmmgpt_score", "scmmgpt_entropy"]
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
 
 
@@ -78,17 +80,27 @@ def save(adata: anndata.AnnData, name: str) -> str:
 
 
 def task(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show the warnings of a task, and its errors about an input, in the browser."""
+    """Show the warnings of a task, and its errors about an input, in the browser.
 
+    An uploaded file goes by its name there, not by the folder that it was uploaded to.
+    """
+
+    @functools.wraps(function)  # the names of the parameters are those of the page's API
     def run(*args: Any) -> Any:
+        folders = {f"{Path(arg).parent}{os.sep}" for arg in args if isinstance(arg, str) and os.path.isabs(arg)}
+
+        def shown(message: object) -> str:
+            text = " ".join(str(message).split())
+            return functools.reduce(lambda text, folder: text.replace(folder, ""), folders, text)
+
         with Warnings() as warnings:
             try:
                 return function(*args)
             except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-                raise gr.Error(" ".join(str(error).split())) from None
+                raise gr.Error(shown(error)) from None
             finally:
                 for message in dict.fromkeys(warnings.messages):
-                    gr.Warning(message, duration=None)
+                    gr.Warning(shown(message), duration=None)
 
     return run
 
@@ -101,10 +113,9 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
         adata = read(path)
         names = [label.strip() for label in labels.splitlines() if label.strip()]
         pipeline.annotate(adata, names or None, min_score=min_score or None)
-        columns = ["scmmgpt_cell_type", "scmmgpt_score", "scmmgpt_entropy"]
         counts = adata.obs["scmmgpt_cell_type"].value_counts().rename_axis("cell type").reset_index(name="cells")
         file = save(adata, f"{Path(path or '').stem}_annotated.h5ad")
-        return counts[counts["cells"] > 0], rows_of(adata, columns), file
+        return counts[counts["cells"] > 0], rows_of(adata, ANNOTATED), file
 
     @task
     def describe(path: str | None, n_cells: int, question: str) -> pd.DataFrame:
@@ -136,8 +147,9 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                 0, 1, value=0, step=0.05, label="Least score; cells below get a broader type or none"
             )
             button = gr.Button("Annotate", variant="primary")
-            tables = [gr.Dataframe(label="Cells per type"), gr.Dataframe(label="First cells")]
-            outputs = [*tables, gr.File(label="Result")]
+            counts = gr.Dataframe(label="Cells per type", headers=["cell type", "cells"])
+            first = gr.Dataframe(label="First cells", headers=["cell", *ANNOTATED])
+            outputs = [counts, first, gr.File(label="Result")]
             button.click(annotate, [path, labels, min_score], outputs, api_name="annotate")
         with gr.Tab("Search"):
             text = gr.Textbox(label="Description of the wanted cells", placeholder="a cytotoxic lymphocyte")

@@ -20,6 +20,7 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles, sum_weights
 
 
 # Cell type -> (Cell Ontology id, marker genes). Background genes are expressed equally in all types.
@@ -181,3 +182,41 @@ def tiny_pipeline(*, seed: int = 0, **config: Any) -> ScMMGPTPipeline:
         setattr(configuration, name, value)
     torch.manual_seed(seed)
     return ScMMGPTPipeline(ScMMGPTForConditionalGeneration(configuration), tiny_processor(), device="cpu")
+
+
+def fitted_pipeline() -> ScMMGPTPipeline:
+    """The tiny pipeline with a label readout that knows the four types of `synthetic_adata`, by nearest centroids.
+
+    Descriptions and embeddings still mean nothing; labels and their evidence do.
+
+    >>> adata = fitted_pipeline().annotate(synthetic_adata(8))
+    >>> bool((adata.obs["scmmgpt_cell_type"] == adata.obs["cell_type"]).all())
+    True
+    """
+    pipeline, adata = tiny_pipeline(), synthetic_adata(400, seed=1)
+    cells, _ = pipeline.processor.read_cells(adata)
+    genes, types = np.unique(cells.gene_ids).astype(np.int64), list(MARKERS)
+    profiles = sum_weights(*panel_profiles(cells, genes, 1.0), np.eye(len(genes), dtype=np.float32))
+    centroids = np.stack([profiles[np.asarray(adata.obs["cell_type"]) == name].mean(axis=0) for name in types])
+    mean = centroids.mean(axis=0)
+    readout = ScMMGPTLabelReadout.from_statistics(
+        gene_ids=genes,
+        weights=(centroids - mean) / 40,
+        bias=-((centroids**2).sum(axis=1) - (mean**2).sum()) / 80,
+        centroids=centroids,
+        factors=np.linalg.svd(profiles - mean, full_matrices=False)[2][:4],
+        mean=mean,
+        noise=profiles.var(axis=0),
+        shares=(profiles**2).mean(axis=0) / (profiles**2).sum(axis=1).mean(),
+        temperature=np.ones(()),
+    )
+    texts = {name: f"cell type : {name} ." for name in types}
+    model: Any = pipeline.model
+    model.model.label_readout = readout
+    sizes = {"num_genes": len(genes), "num_factors": len(readout.factors)}
+    model.config.label_readout = {"texts": list(texts.values()), **sizes}
+    ids = {name: MARKERS[name][0] for name in types}
+    terms = [{"id": "CL:0000542", "name": "lymphocyte", "names": ["lymphocyte"], "labels": types[:3]}]
+    settings = {"matching_weight": 0.0, "temperature": 1.0, "readout_temperature": 1.0}
+    model.config.annotation = {"labels": texts, "cl_ids": ids, "terms": terms, **settings}
+    return pipeline

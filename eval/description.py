@@ -4,20 +4,28 @@ python -m scmmgpt.eval description --corpus corpus --descriptions descriptions.c
 """
 
 import argparse
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import sacrebleu
 from numpy.typing import ArrayLike
 
+from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells, match_names
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
 from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy as metric
 from scmmgpt.eval.task import run_task
+from scmmgpt.genes_scmmgpt import GeneIndex
+
+
+if TYPE_CHECKING:
+    from scmmgpt.train.data.captions import CaptionSampler
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +41,23 @@ MEASURES = {
         "names true type",
         True,
         "Share of descriptions whose first named cell type (or synonym of one) is the true type.",
+    ),
+    "type_depth": results.Measure(
+        "depth of type",
+        True,
+        "Mean score of the first named type: 1 for the true type, less for a type above it in the Cell Ontology, by "
+        "the steps between them, and 0 for any other.",
+    ),
+    "genes_expressed": results.Measure(
+        "named genes expressed",
+        True,
+        "Mean share of the mentions of genes in a description that its cell expresses, repeated ones not counted; 0 "
+        "where no gene is named.",
+    ),
+    "grounded": results.Measure(
+        "grounded",
+        True,
+        "Share of descriptions that name a gene, none twice, and whose cells express all named genes.",
     ),
     "cosine": results.Measure(
         "cosine", True, "Mean cosine of description and reference, as all-MiniLM-L6-v2 sentence embeddings."
@@ -64,6 +89,7 @@ def evaluate_descriptions(
     parse: Callable[[str, Sequence[str]], str | None],
     baseline_labels: ArrayLike | None = None,
     train_texts: Sequence[str] | None = None,
+    checks: Mapping[str, Callable[[str, int], float]] | None = None,
     embed: Callable[[Sequence[str]], np.ndarray] = metric.embed_texts,
     names: ArrayLike | None = None,
     n_resamples: int = results.N_RESAMPLES,
@@ -80,6 +106,7 @@ def evaluate_descriptions(
         parse: Text and candidate types -> the type that the text names, `None` where the text names none.
         baseline_labels: Predictions of logistic regression; adds baselines with captions of the predicted types.
         train_texts: Text of each training cell; adds baselines that copy one of them.
+        checks: Metric of `MEASURES` -> its value for a text and the position of the text's cell.
         embed: Sentence embedder, texts -> array `(n, d)`.
         names: Barcodes, for the samples.
         n_resamples: Bootstrap replicates of the intervals.
@@ -104,6 +131,9 @@ def evaluate_descriptions(
     for name, (_, of_system) in systems.items():
         hits = np.array(named[name], dtype=object) == types
         estimates[name] = _estimates(of_system, truths, hits, embed(of_system), embedded_truths, draws, seed)
+        for metric_name, check in (checks or {}).items():
+            values = [check(text, row) for text, row in zip(of_system, rows.tolist(), strict=True)]
+            estimates[name][metric_name] = results.mean_estimate(np.array(values), draws)
     roles = {name: role for name, (role, _) in systems.items()}
     n_named = [len(metric.cell_types_in_text(text, candidates)) for text in texts]
     result = {"task": "description"} | results.tabulate(MEASURES, roles, estimates)
@@ -246,26 +276,54 @@ def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
     """Evaluate the descriptions; `regression` holds predictions for all test cells, fitted where `None`."""
-    from scmmgpt.cells_scmmgpt import hash_names
     from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
 
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, descriptions = read_descriptions(args.descriptions, test)
     test, regression = test.take(rows), regression.take(rows)
     term_ids = _term_ids(train) | _term_ids(test)
-    sampler = CaptionSampler(args.templates)
+    genes = np.union1d(train.genes, test.genes)
+    train, test = train.select_genes(genes), test.select_genes(genes)
+    shares = train.counts.multiply(1 / np.maximum(train.total_counts, 1)[:, None])
+    sampler = CaptionSampler(args.templates, gene_means=np.asarray(shares.mean(axis=0)).ravel())
     return evaluate_descriptions(
         descriptions,
-        sampler.answer(test.obs, cell_ids=hash_names(test.names)),
+        _write_answers(sampler, test),
         test.labels,
         train.labels,
         baseline_labels=regression.labels,
-        train_texts=sampler.answer(train.obs, cell_ids=hash_names(train.names)),
+        train_texts=_write_answers(sampler, train),
+        checks=_checks(test, term_ids),
         label_text=lambda label: sampler.label_text(label, term_ids.get(label)),
         parse=lambda text, candidates: parse_cell_type(text, {label: term_ids.get(label) for label in candidates}),
         names=test.names,
         seed=args.seed,
     )
+
+
+def _write_answers(sampler: "CaptionSampler", cells: LabelledCells) -> list[str]:
+    """The reference text of each cell."""
+    ids, genes = hash_names(cells.names), np.arange(len(cells.genes))
+    counts = Cells.from_csr(cells.counts, genes, ids, cells.total_counts)
+    return sampler.answer(cells.obs, counts, cells.genes)
+
+
+def _checks(test: LabelledCells, term_ids: dict[str, str | None]) -> dict[str, Callable[[str, int], float]]:
+    """What can be verified of a text about a test cell: its type, and the genes that it names."""
+    from scmmgpt.train.rewards import agreement, genes_in_text, score_type
+
+    index = GeneIndex({name: i for i, name in enumerate(test.genes)})
+    named = functools.cache(lambda text: genes_in_text(text, index))
+    expressed = [set(part.tolist()) for part in np.split(test.counts.indices, test.counts.indptr[1:-1])]
+
+    def of_genes(text: str, row: int) -> float:
+        return agreement(named(text), expressed[row])
+
+    return {
+        "type_depth": lambda text, row: score_type(text, test.labels[row], term_ids.get(test.labels[row])) or 0.0,
+        "genes_expressed": of_genes,
+        "grounded": lambda text, row: float(of_genes(text, row) == 1),
+    }
 
 
 def _term_ids(cells: LabelledCells) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ def read_words(words: list[str]) -> LabelList:
     """Labels of a command line: one file of labels, or the labels themselves.
 
     Raises:
-        ValueError: If a file stands among labels, or a label is empty.
+        ValueError: If a file stands among labels, a label is empty, or several labels are one word.
     """
     paths = [word for word in words if exists(Path(word)) and Path(word).is_file()]
     named = [word for word in words if Path(word).suffix.lower() in (*SUFFIXES, *SPREADSHEETS, *OTHERS)]
@@ -38,6 +39,9 @@ def read_words(words: list[str]) -> LabelList:
         raise ValueError(f"The labels name a file, {(paths or named)[0]!r}. Name either one file or labels.")
     if any(not word.strip() for word in words):
         raise ValueError(f"A label is empty: {words}. Leave it out.")
+    if len(words) == 1 and re.search(r"\S[,;]\S", words[0]):  # names of the Cell Ontology have a space after a comma
+        apart = " ".join(f'"{word.strip()}"' for word in re.split("[,;]", words[0]))
+        raise ValueError(f"{words[0]!r} is one label. Write each label as a word of its own: {apart}.")
     return LabelList(list(dict.fromkeys(" ".join(word.split()) for word in words)), {}, {})
 
 

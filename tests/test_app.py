@@ -1,5 +1,6 @@
 """The page in the browser gives what the pipeline gives, and says what is wrong with an input."""
 
+import inspect
 import logging
 import os
 import subprocess
@@ -87,8 +88,13 @@ def test_a_bad_input_is_said_in_the_browser(tasks, name, arguments, match):
 def test_a_file_that_holds_no_cells_is_named(tasks, tmp_path):
     gradio = pytest.importorskip("gradio")
     (tmp_path / "x.h5ad").write_text("nothing")
-    with pytest.raises(gradio.Error, match=r"x\.h5ad"):
+    with pytest.raises(gradio.Error, match=r"x\.h5ad") as caught:
         tasks["search"](str(tmp_path / "x.h5ad"), "a B cell", 1)
+    assert str(tmp_path) not in str(caught.value)  # the folder of an upload says nothing to a user
+
+
+def test_parameters_of_the_pages_api_have_names(tasks):
+    assert list(inspect.signature(tasks["search"]).parameters) == ["path", "text", "top_k"]
 
 
 def test_the_page_does_not_call_home(tasks, tiny_pipeline):

@@ -210,5 +210,5 @@ def test_a_wrong_template_file_is_named(tmp_path):
     path.write_text('{"name": "mine", "version": 1, "captions": [{"text": "{colour}"}], "answers": [], "label": ""}')
     with pytest.raises(ValueError, match=r"unknown fields \['colour'\]"):
         CaptionSampler(path)
-    with pytest.raises(FileNotFoundError, match="one of .'default', 'paper'"):
+    with pytest.raises(FileNotFoundError, match="one of .'default', 'markers', 'paper'"):
         CaptionSampler("missing")

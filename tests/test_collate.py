@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.captions import CaptionSampler, find_markers
 from scmmgpt.train.data.collate import TuningCollator
 
 
@@ -65,3 +65,29 @@ def test_every_cell_is_either_described_or_generated(tiny_processor, cells, obs)
     described = (batch["labels"] != -100).any(dim=1)
     assert len(batch["gene_ids"]) == described.sum() == (~generated).sum()
     assert not described[batch["target_rows"]].any()
+
+
+def test_a_described_cell_may_name_its_own_markers_and_a_prompt_never_does(tiny_processor, cells, obs, monkeypatch):
+    means = np.full(len(tiny_processor.gene_tokenizer), 1e-3)
+    captions, texts = CaptionSampler("markers", gene_means=means), {}
+
+    def note(name):
+        write = getattr(captions, name)
+
+        def written(*args, **kwargs):
+            texts[name] = write(*args, **kwargs)
+            return texts[name]
+
+        monkeypatch.setattr(captions, name, written)
+
+    note("answer")
+    note("caption")
+    markers = find_markers(cells, tiny_processor.gene_symbols(range(len(means))), means)
+    assert all(markers)
+    TuningCollator(tiny_processor, captions, text_to_cell_ratio=0.0)(cells, obs)
+    for text, genes in zip(texts["answer"], markers, strict=True):
+        assert text.endswith(f"{genes[-1]}.")
+        assert all(gene in text for gene in genes)
+    TuningCollator(tiny_processor, captions, text_to_cell_ratio=1.0)(cells, obs)
+    assert len(texts["caption"]) == 24
+    assert not any(gene in text.split() for text in texts["caption"] for genes in markers for gene in genes)

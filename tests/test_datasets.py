@@ -1,6 +1,8 @@
 """Cells of any dataset train like the cells of a corpus: the same batches, losses and weights."""
 
+import functools
 import json
+import os
 from pathlib import Path
 
 import anndata
@@ -16,8 +18,10 @@ from transformers import Trainer, TrainingArguments
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.tests.corpora import write_corpus
+from scmmgpt.tests.test_finetune import GENES
 from scmmgpt.tests.test_train import log_of, run_ranks, words_of
-from scmmgpt.train import align, pretrain, tune
+from scmmgpt.train import align, finetune, pretrain, tune
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.collate import AlignmentCollator
@@ -56,7 +60,7 @@ def own_rows(corpus, split="train"):
     counts = csr_matrix((cells.counts, cells.gene_ids, cells.indptr), shape=(len(cells), 33)).toarray()[:, 3:]
     obs = table.to_pandas().set_index(cells.cell_ids.astype(str))
     adata = anndata.AnnData(counts.astype(np.float32), obs=obs)
-    adata.var_names = [f"GENE{i}" for i in range(30)]
+    adata.var_names = list(opened.vocabulary)[3:]
     adata.obs["cell_id"] = cells.cell_ids
     return Rows(adata, opened.vocabulary)
 
@@ -133,6 +137,23 @@ def test_ranks_share_a_streamed_dataset_as_a_plain_trainer_shares_it(corpus):
     assert [len(rank) for rank in seen] == [6, 6]
     assert sum((a + b for a, b in zip(*seen, strict=True)), []) == everything  # 32 = 5 x 6 + 2
     assert seen[1][0] == everything[3:6]
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 8])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_read_the_same_batches_by_all_roads(corpus, collate, monkeypatch, batch_size, world_size):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)  # that of the corpus
+    roads = {"stream": load(corpus, streaming=True), "map-style": load(corpus), "own": own_rows(corpus)}
+    for rank in range(world_size):
+        options = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "shuffle": False}
+        ours = list(open_cells(open_corpus(corpus), **options).batches(1))
+        for name, cells in roads.items():
+            theirs = list(open_cells(cells, **options).batches(1))
+            found = [[part.cell_ids.tolist() for part, *_ in batches] for batches in (ours, theirs)]
+            assert found[0] == found[1], name
+            assert [epoch for *_, epoch in ours] == [epoch for *_, epoch in theirs]
+        later = [part.cell_ids.tolist() for part, *_ in open_cells(open_corpus(corpus), **options).batches(1, start=1)]
+        assert later == found[0][1:]
 
 
 def test_a_shuffled_stream_differs_between_epochs_and_resumes_in_each(corpus):
@@ -223,6 +244,10 @@ def align_on(corpus, bert, output_dir, road="corpus", **options):
 
 def assert_equal_runs(ours, theirs):
     assert log_of(ours, "loss") == log_of(theirs, "loss")
+    assert_equal_weights(ours, theirs)
+
+
+def assert_equal_weights(ours, theirs):
     weights, others = (load_file(path / "model.safetensors") for path in (ours, theirs))
     for name, value in weights.items():
         assert torch.equal(value, others[name]), name
@@ -267,25 +292,154 @@ def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, mo
         assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} map-style")
 
 
-def by_hand(aligned, output_dir, trainer=ModelLossTrainer, **options):
+def finetune_on(adata, bert, output_dir, cells=None, **options):
+    sizes = {name: ALIGN[name] for name in ("cell_config", "model_config")} | {
+        "qformer_config": {"num_hidden_layers": 1}
+    }
+    values = {name: ALIGN[name] for name in ("use_cpu", "disable_tqdm", "save_strategy", "learning_rate")}
+    values |= {"adata": adata, "label_key": "cell_type", "bert": bert, "output_dir": output_dir, "new_model": sizes}
+    values |= {"num_train_epochs": 1, "per_device_train_batch_size": 8, **options}
+    finetune.main(*finetune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
+    return json.loads((output_dir / "finetune.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def named_corpus(corpus, tmp_path_factory):
+    """The cells of `corpus` over genes that have approved symbols."""
+    path, opened = tmp_path_factory.mktemp("named"), open_corpus(corpus)
+    names = [*list(opened.vocabulary)[:3], *GENES, "CD8A", "CD8B", "FCGR3A", "MS4A7", "FCER1A", "CST3"]
+    splits = {}
+    for split in ("train", "validation"):
+        cells, table = opened.load(split)
+        splits[split] = cells, {name: table[name].to_pylist() for name in ("cell_type", "tissue", "dataset_id")}
+    write_corpus(path, {name: i for i, name in enumerate(names)}, splits, row_group_size=8)
+    return str(path)
+
+
+def split_by_rows(corpus, streaming=False):
+    return {split: load(corpus, split, streaming) for split in ("train", "validation")}
+
+
+FINETUNE_ROADS = {
+    "corpus": lambda corpus: None,
+    "map-style": split_by_rows,
+    "streamed": lambda corpus: split_by_rows(corpus, streaming=True),
+    "own": lambda corpus: {split: own_rows(corpus, split) for split in ("train", "validation")},
+}
+
+
+def test_fine_tuning_on_datasets_ends_like_fine_tuning_on_the_corpus(named_corpus, bert, tmp_path, monkeypatch):
+    batches, make_batches = {}, finetune.FineTuning.batches
+
+    def note(self, part, batch_size, **order):
+        found = make_batches(self, part, batch_size, **order)
+        batches[road].append((self.labels.names, found.source.cells, found.targets, list(found)))
+        return found
+
+    monkeypatch.setattr(finetune.FineTuning, "batches", note)
+    records = {}
+    for road, cells in FINETUNE_ROADS.items():
+        batches[road] = []
+        records[road] = finetune_on(named_corpus, bert, tmp_path / road, cells(named_corpus))
+    assert records["corpus"]["cells"] == {"train": 32, "validation": 8, "unlabelled": 0}
+    assert len(batches["corpus"]) == 2  # held out, and trained on
+    for road in list(FINETUNE_ROADS)[1:]:
+        for ours, theirs in zip(batches["corpus"], batches[road], strict=True):
+            assert ours[0] == theirs[0]
+            for name in ("indptr", "gene_ids", "counts", "cell_ids", "total_counts"):
+                np.testing.assert_array_equal(getattr(ours[1], name), getattr(theirs[1], name))
+            assert torch.equal(ours[2], theirs[2])
+            for own, their in zip(ours[3], theirs[3], strict=True):
+                assert all(torch.equal(value, their[name]) for name, value in own.items())
+        assert records[road] == records["corpus"]
+        assert_equal_weights(tmp_path / "corpus", tmp_path / road)
+
+
+def test_fine_tuning_on_rows_of_a_file_ends_like_fine_tuning_on_the_file(named_corpus, bert, tmp_path):
+    adata = open_corpus(named_corpus).to_adata("train")
+    adata.obs_names = [f"cell {i}" for i in range(len(adata))]
+    adata.obs["donor"] = [f"donor {i % 4}" for i in range(len(adata))]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    options = {"group_key": "donor", "validation_share": 0.25}
+    of_file = finetune_on(tmp_path / "cells.h5ad", bert, tmp_path / "file", **options)
+    rows = load(named_corpus).add_column("donor", adata.obs["donor"].tolist())
+    of_rows = finetune_on(named_corpus, bert, tmp_path / "rows", {"train": rows}, **options)
+    assert of_file["cells"] == of_rows["cells"] == {"train": 24, "validation": 8, "unlabelled": 0}
+    assert of_file == of_rows
+    assert_equal_weights(tmp_path / "file", tmp_path / "rows")
+
+
+def test_fine_tuning_reads_its_own_cells_from_a_checkpoint_too(corpus, aligned, tmp_path):
+    records = [
+        finetune_on(corpus, "unused", tmp_path / name, cells, checkpoint=aligned, new_model={})
+        for name, cells in {"corpus": None, "streamed": split_by_rows(corpus, streaming=True)}.items()
+    ]
+    assert records[0] == records[1]
+    assert_equal_weights(tmp_path / "corpus", tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"shots": 1}, "shots divides cells"), ({"group_key": "tissue"}, "group_key divides cells")],
+)
+def test_what_divides_cells_is_refused_where_they_come_divided(named_corpus, bert, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        finetune_on(named_corpus, bert, tmp_path, split_by_rows(named_corpus), **options)
+    with pytest.raises(ValueError, match="but no 'train'"):
+        finetune_on(named_corpus, bert, tmp_path, {"validation": load(named_corpus, "validation")})
+
+
+def test_a_label_that_is_held_out_alone_is_named(named_corpus, bert, tmp_path, caplog):
+    few = load(named_corpus).filter(lambda row: row["cell_type"] != "monocyte")
+    record = finetune_on(named_corpus, bert, tmp_path, {**split_by_rows(named_corpus), "train": few})
+    assert "The training split has no cell of ['monocyte']" in caplog.text
+    assert set(record["labels"]) == {"B cell", "T cell", "monocyte"}
+
+
+def by_hand(aligned, output_dir, trainer=ModelLossTrainer, resume=None, steps=20, **options):
     """A stage-1 model trained further by a trainer; the losses of its steps, and its weights."""
     model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
     arguments = TrainingArguments(
         output_dir,
         per_device_train_batch_size=8,
-        max_steps=20,
+        max_steps=steps,
         learning_rate=1e-3,
+        lr_scheduler_type="constant",
         logging_steps=1,
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
-        save_strategy="no",
+        save_steps=14,  # in epoch 3, of four steps each
         remove_unused_columns=False,
     )
     arguments.pretrained_learning_rate = None
     runner = trainer(model, arguments, **options)
-    runner.train()
+    runner.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [line["loss"] for line in runner.state.log_history if "loss" in line], model.state_dict()
+
+
+def by_hand_on_a_rank(corpus, aligned, output_dir, road):
+    """One of several processes: some steps on cells in their own order."""
+    order = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"]), "shuffle": False}
+    roads = {"fast": open_corpus, "streamed": functools.partial(load, streaming=True), "own": own_rows}
+    collate = AlignmentCollator(ScMMGPTProcessor.from_pretrained(aligned), CaptionSampler())
+    dataset = BatchDataset(open_cells(roads[road](corpus), batch_size=4, **order), collate)
+    found = by_hand(aligned, output_dir, train_dataset=dataset, steps=6)  # epochs have four
+    if order["rank"] == 0:
+        torch.save(found, output_dir / "found.pt")
+
+
+def test_two_processes_end_alike_by_all_roads(corpus, aligned, tmp_path, monkeypatch):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
+    runs = {}
+    for road in ("fast", "streamed", "own"):
+        run_ranks(by_hand_on_a_rank, corpus, aligned, tmp_path / road, road)
+        runs[road] = torch.load(tmp_path / road / "found.pt")
+    losses, weights = runs["fast"]
+    assert len(losses) == 6
+    for road in ("streamed", "own"):
+        assert runs[road][0] == losses, road
+        assert all(torch.equal(value, runs[road][1][name]) for name, value in weights.items()), road
 
 
 def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain_one(
@@ -302,6 +456,9 @@ def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain
     rows = collate.processor.data_collator(collate)
     runs = {
         "ours": by_hand(aligned, tmp_path / "a", train_dataset=stream, data_collator=rows),
+        "ours, resumed in epoch 3": by_hand(
+            aligned, tmp_path / "c", resume=tmp_path / "a" / "checkpoint-14", train_dataset=stream, data_collator=rows
+        ),
         "plain": by_hand(aligned, tmp_path / "b", Trainer, train_dataset=stream, data_collator=rows, callbacks=[rows]),
     }
     for name, (their_losses, their_weights) in runs.items():
@@ -331,6 +488,57 @@ def test_a_plain_trainer_that_resumes_in_epoch_three_ends_like_one_that_does_not
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         losses[name] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses["whole"] == losses["cut"]
+
+
+def plain_on_a_stream(corpus, aligned, collate, output_dir, checkpoint=None, *, sized, **options):
+    """Losses and cells of a plain trainer on a shuffled stream."""
+    seen = []
+
+    def note(cells, columns, *, epoch=0):
+        batch = collate(cells, columns, epoch=epoch)
+        batch["cell_ids"] = cells.cell_ids
+        return batch
+
+    class Watching(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            seen.append(inputs.pop("cell_ids").tolist())
+            return super().compute_loss(model, inputs, **kwargs)
+
+    rows = collate.processor.data_collator(note)
+    stream = load(corpus, streaming=True).shuffle(seed=3, buffer_size=16)
+    arguments = TrainingArguments(
+        output_dir,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        save_steps=14,
+        remove_unused_columns=False,
+        **options,
+    )
+    model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
+    dataset = rows.with_length(stream) if sized else stream
+    trainer = Watching(model, arguments, train_dataset=dataset, data_collator=rows, callbacks=[rows])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], seen
+
+
+def test_a_plain_trainer_resumes_exactly_on_a_shuffled_stream_whose_length_is_known(
+    corpus, aligned, collate, tmp_path
+):
+    options = {"sized": True, "num_train_epochs": 5}
+    whole, cells = plain_on_a_stream(corpus, aligned, collate, tmp_path, **options)
+    cut, cells_after = plain_on_a_stream(corpus, aligned, collate, tmp_path, tmp_path / "checkpoint-14", **options)
+    assert cells[0] != cells[4]
+    assert cells_after == cells[14:]  # in the fourth epoch of four steps
+    assert cut == whole
+    # Without the length a run is the same, but transformers resumes it in the wrong epoch.
+    options = {"sized": False, "max_steps": 20}
+    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", **options) == (whole, cells)
+    checkpoint = tmp_path / "un" / "checkpoint-14"
+    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", checkpoint, **options)[1] != cells[14:]
 
 
 def test_the_collator_makes_the_batches_of_stage_1_from_rows_with_captions(corpus, collate):

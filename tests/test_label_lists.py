@@ -82,3 +82,6 @@ def test_labels_stand_alone_or_in_one_file(tmp_path):
         read_words([str(tmp_path / "folder.txt")])
     with pytest.raises(ValueError, match="A label is empty"):
         read_words(["B", " "])
+    with pytest.raises(ValueError, match='"B cell" "T cell"'):
+        read_words(["B cell,T cell"])
+    assert read_words(["CD4-positive, alpha-beta T cell"]).labels == ["CD4-positive, alpha-beta T cell"]

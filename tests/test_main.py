@@ -15,7 +15,20 @@ from scmmgpt.__main__ import main, make_parser
 from scmmgpt.commands.files import whole_file
 
 
-COMMANDS = ["annotate", "describe", "calibrate", "embed", "search", "generate", "inspect", "export", "doctor"]
+COMMANDS = [
+    "annotate",
+    "audit",
+    "report",
+    "describe",
+    "calibrate",
+    "embed",
+    "search",
+    "generate",
+    "inspect",
+    "verify",
+    "export",
+    "doctor",
+]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ PATHS = {
     "pretrain": ["--corpus", "corpus"],
     "align": ["--corpus", "corpus", "--bert", "bert"],
     "tune": ["--corpus", "corpus", "--aligned", "aligned", "--language_model", "scratch"],
+    "reinforce": ["--corpus", "corpus", "--checkpoint", "tuned"],
     "finetune": ["--adata", "cells.h5ad", "--label_key", "label"],
 }
 

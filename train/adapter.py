@@ -64,14 +64,14 @@ def save_adapter(
     obey_umask(folder)
     for name in ADAPTER_FILES:  # copies that pushes on the way leave beside the checkpoint
         Path(output_dir, name).unlink(missing_ok=True)
-    names = [base]
-    if hub is not None:
+    model: Any = tuned.get_base_model()
+    names = [*(model.config.adapter_bases or []), base]  # the base may have an adapter merged, too
+    if hub is not None and Path(base).is_dir():
         names.append(push_folder(base, **hub | {"repo_id": f"{hub['repo_id']}-base"}))
         write_json(folder / CONFIG_NAME, read_json(folder / CONFIG_NAME) | {"base_model_name_or_path": names[-1]})
     write_card(str(folder))
     if hub is not None:
         push_folder(folder, **hub | {"repo_id": f"{hub['repo_id']}-adapter"})
-    model: Any = tuned.get_base_model()
     model.config.adapter_bases = names
 
 

@@ -11,7 +11,7 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` s
 import copy
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
+from scmmgpt.train.unseen import add_gene_texts
 
 
 MAX_VALIDATION_CELLS = 2_000  # for annotation and retrieval in an evaluation
@@ -239,17 +240,19 @@ def main(
     training_args: AlignConfig,
     *,
     cells: Mapping[str, Any] | None = None,
+    fit_readout: Callable[..., Any] = fit_corpus_readout,
 ) -> None:
     """Build the model and its batches, train, save.
 
-    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them; `fit_readout` gives
+    the model its readout of cell types.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
     processor = build_processor(corpus, qformer_tokenizer, model_args)
     captions = make_captions(corpus, data_args, training_args)
-    fit_corpus_readout(model, corpus, seed=data_seed(training_args))
+    fit_readout(model, corpus, seed=data_seed(training_args))
     config = model.config
     collate = AlignmentCollator(
         processor,
@@ -279,6 +282,7 @@ def main(
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if eval_dataset is not None:
         trainer.evaluate()
+    add_gene_texts(model.eval(), processor, model_args.gene_texts)  # by the trained encoder of texts
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
 
 

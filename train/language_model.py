@@ -60,8 +60,8 @@ def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
     texts: list[str] = []
     for cells, table in corpus.row_groups("train"):
         obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
-        for write in (captions.caption, captions.answer):
-            texts += write(obs, cell_ids=cells.cell_ids)
+        texts += captions.caption(obs, cell_ids=cells.cell_ids)
+        texts += captions.answer(obs, cells, corpus.gene_symbols)
         if len(texts) >= SCRATCH_TEXTS:
             break
     return texts

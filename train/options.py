@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import yaml
 from transformers import TrainingArguments
-from trl import SFTConfig, TrlParser
+from trl import GRPOConfig, SFTConfig, TrlParser
 
 from scmmgpt.commands.errors import OneLineParser, first_paragraphs
 
@@ -27,7 +27,8 @@ from scmmgpt.commands.errors import OneLineParser, first_paragraphs
 T = TypeVar("T")
 Fields: TypeAlias = type | Sequence[str]  # a configuration class, or the names of some of its fields
 
-INHERITED = {item.name: item for item in dataclasses.fields(SFTConfig)}
+PARENTS = (SFTConfig, GRPOConfig, TrainingArguments)  # whose options a command of ours accepts too
+INHERITED = {item.name: item for cls in reversed(PARENTS) for item in dataclasses.fields(cls)}
 OLDER_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}  # of config.json files, still understood
 # Former option -> its new place, or why it is gone. Where it became a field of the same name, `check_name` finds it.
 MOVED = {
@@ -50,7 +51,7 @@ PAGE = """# Options of the training commands
 `python -m scmmgpt.train options` makes this page. Values come from `--config FILE.yaml` and from the command line,
 which wins. An option that holds fields takes a mapping in YAML, and JSON or `FIELD=VALUE ...` on the command line;
 fields that the command line does not name keep the values of the file. All options of transformers'
-`TrainingArguments` (for `tune`, of TRL's `SFTConfig`) are accepted too.
+`TrainingArguments` (for `tune`, of TRL's `SFTConfig`, and for `reinforce`, of `GRPOConfig`) are accepted too.
 """
 
 
@@ -261,7 +262,7 @@ def table_of(parser: OptionParser) -> Iterable[str]:
         shown = "required" if default is MISSING else "" if default in (None, {}, []) else f"`{default}`"
         yield f"| `{item.name}` | {shown} | {item.metadata['help']} |"
     for cls in (cls for cls in parser.dataclass_types if issubclass(cls, TrainingArguments)):
-        parent = SFTConfig if issubclass(cls, SFTConfig) else TrainingArguments
+        parent = next(parent for parent in PARENTS if issubclass(cls, parent))
         theirs = {item.name: default_of(item) for item in dataclasses.fields(parent)}
         ours = {item.name: default_of(item) for item in dataclasses.fields(cls) if item.name in theirs}
         changed = [f"`{name}` {value}" for name, value in ours.items() if value != theirs[name]]
@@ -271,7 +272,7 @@ def table_of(parser: OptionParser) -> Iterable[str]:
 def options_page() -> str:
     """`docs/options.md`."""
     lines = [PAGE.rstrip()]
-    for command in ("pretrain", "align", "tune", "finetune", "plan"):
+    for command in ("pretrain", "align", "tune", "reinforce", "finetune", "plan"):
         parser = importlib.import_module(f"scmmgpt.train.{command}").make_parser()
         lines += ["", f"## {command}", "", *table_of(parser)]
     return "\n".join(lines) + "\n"

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from scmmgpt.commands.files import obey_umask
+from scmmgpt.commands.files import obey_umask, read_json
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.streamed import open_cells
@@ -120,85 +122,26 @@ class ResumedPosition(TrainerCallback):
         self.dataset.skim(0 if args.ignore_data_skip else step * args.gradient_accumulation_steps)
 
 
-class StreamTrainer(Trainer):
-    """`Trainer` over [`BatchDataset`]s. To combine it with a trainer of TRL, make `StreamTrainer` the first base.
+class CheckpointTrainer(Trainer):
+    """`Trainer` that writes every checkpoint whole or not at all, with the card of this project.
+
+    To combine it with a trainer of TRL, make this class the first base.
 
     Args:
-        train_dataset, eval_dataset: [`BatchDataset`]s, or any dataset of cells, which [`as_batches`] makes one of.
-        data_collator: For any other dataset: [`ScMMGPTDataCollator`], or `collate(cells, columns, epoch=...)`.
-        is_pretrained: Whether a parameter, given its name, learns at `args.pretrained_learning_rate`; by default none
-            does.
-        write_card: `write_card(folder, log_history=...)` writes the model card, in place of the trainer's own.
+        write_card: `write_card(folder, log_history=...)` writes the model card, in place of the trainer's own; with
+            `adapter_base=...` that of an adapter.
     """
 
-    train_dataset: BatchDataset
-    eval_dataset: BatchDataset
     model: torch.nn.Module
-    args: Any  # `TrainingArguments` and the fields of `StageArguments`
+    args: Any  # `TrainingArguments` and the fields of `RunArguments`
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        args: TrainingArguments,
-        *,
-        train_dataset: Any,
-        eval_dataset: Any = None,
-        data_collator: Any = None,
-        is_pretrained: Callable[[str], bool] = lambda name: False,
-        write_card: Callable[..., object] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        train_dataset = as_batches(train_dataset, data_collator, args)
-        eval_dataset = as_batches(eval_dataset, data_collator, args, "validation")
-        self.is_pretrained, self.write_card = is_pretrained, write_card
-        self.losses_by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._last_log: tuple[float, int] | None = None  # time, and cells so far
+    def __init__(self, *args: Any, write_card: Callable[..., object] | None = None, **kwargs: Any) -> None:
+        self.write_card = write_card
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._frozen_modules: list[torch.nn.Module] | None = None
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=dict,  # batches come finished
-            **kwargs,
-        )
-        self.add_callback(ResumedPosition(self.train_dataset))
+        super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             flatten_scalars(self.model)
-
-    def get_train_dataloader(self) -> BatchLoader:
-        """Finished batches of this rank."""
-        return BatchLoader(self.train_dataset)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
-        """Finished validation batches of this rank."""
-        return BatchLoader(self.eval_dataset)
-
-    def num_examples(self, dataloader: DataLoader) -> int:
-        """Number of cells, which is what speed and epochs are counted in."""
-        assert isinstance(dataloader.dataset, BatchDataset)
-        return dataloader.dataset.n_cells
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of `Trainer`, with the pretrained parameters in groups of their own."""
-        if self.optimizer is not None:
-            return self.optimizer
-        model = self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(model))
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                pretrained = self.args.pretrained_learning_rate is not None and self.is_pretrained(name)
-                groups[pretrained, name in decayed].append(parameter)
-        described = []
-        for (pretrained, decay), parameters in groups.items():
-            rate = self.args.pretrained_learning_rate if pretrained else self.args.learning_rate
-            weight_decay = self.args.weight_decay if decay else 0.0
-            described.append({"params": parameters, "lr": rate, "weight_decay": weight_decay})
-        self.optimizer = optimizer_class(described, **options)
-        return self.optimizer
 
     def still_frozen_parts(self) -> None:
         """Turn off dropout in frozen parts: `Trainer` puts the whole model in training mode before every step."""
@@ -258,7 +201,16 @@ class StreamTrainer(Trainer):
                 state_dict[name] = state_dict[name].reshape(())
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            if isinstance(self.model, PeftModel):  # in place of PEFT's empty template
+                self.write_adapter_card(output_dir or str(self.args.output_dir))
             obey_umask(output_dir or self.args.output_dir)
+
+    def write_adapter_card(self, folder: str) -> None:
+        """Write the card of the adapter in a folder, which names the base as `adapter_config.json` does."""
+        if self.write_card is None:
+            return
+        base = read_json(Path(folder, CONFIG_NAME))["base_model_name_or_path"]
+        self.write_card(folder, log_history=self.state.log_history, adapter_base=base)
 
     @property
     def hub(self) -> dict[str, Any] | None:
@@ -267,6 +219,80 @@ class StreamTrainer(Trainer):
             return None
         args = {"private": self.args.hub_private_repo, "token": self.args.hub_token}
         return {"repo_id": self.hub_model_id, "revision": self.args.hub_revision, **args}
+
+
+class StreamTrainer(CheckpointTrainer):
+    """`Trainer` over [`BatchDataset`]s. To combine it with a trainer of TRL, make `StreamTrainer` the first base.
+
+    Args:
+        train_dataset, eval_dataset: [`BatchDataset`]s, or any dataset of cells, which [`as_batches`] makes one of.
+        data_collator: For any other dataset: [`ScMMGPTDataCollator`], or `collate(cells, columns, epoch=...)`.
+        is_pretrained: Whether a parameter, given its name, learns at `args.pretrained_learning_rate`; by default none
+            does.
+        kwargs: For [`CheckpointTrainer`].
+    """
+
+    train_dataset: BatchDataset
+    eval_dataset: BatchDataset
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
+        is_pretrained: Callable[[str], bool] = lambda name: False,
+        **kwargs: Any,
+    ) -> None:
+        train_dataset = as_batches(train_dataset, data_collator, args)
+        eval_dataset = as_batches(eval_dataset, data_collator, args, "validation")
+        self.is_pretrained = is_pretrained
+        self.losses_by_name: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._last_log: tuple[float, int] | None = None  # time, and cells so far
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=dict,  # batches come finished
+            **kwargs,
+        )
+        self.add_callback(ResumedPosition(self.train_dataset))
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """Finished batches of this rank."""
+        return BatchLoader(self.train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
+        """Finished validation batches of this rank."""
+        return BatchLoader(self.eval_dataset)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Number of cells, which is what speed and epochs are counted in."""
+        assert isinstance(dataloader.dataset, BatchDataset)
+        return dataloader.dataset.n_cells
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `Trainer`, with the pretrained parameters in groups of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                pretrained = self.args.pretrained_learning_rate is not None and self.is_pretrained(name)
+                groups[pretrained, name in decayed].append(parameter)
+        described = []
+        for (pretrained, decay), parameters in groups.items():
+            rate = self.args.pretrained_learning_rate if pretrained else self.args.learning_rate
+            weight_decay = self.args.weight_decay if decay else 0.0
+            described.append({"params": parameters, "lr": rate, "weight_decay": weight_decay})
+        self.optimizer = optimizer_class(described, **options)
+        return self.optimizer
 
     def record_losses(self, **losses: torch.Tensor | None) -> None:
         """Keep components of the loss for the next log line, those of evaluation under `eval_*`."""

@@ -79,12 +79,13 @@ class TuningCollator:
         self.processor, self.captions = processor, captions
         self.text_to_cell_ratio, self.prompts_per_epoch = text_to_cell_ratio, prompts_per_epoch
         self.target_genes = target_genes
+        self.gene_symbols = processor.gene_symbols(range(len(processor.gene_tokenizer)))
 
     def __call__(self, cells: Cells, obs: Mapping[str, np.ndarray], *, epoch: int = 0) -> dict[str, torch.Tensor]:
         """Inputs of [`ScMMGPTForConditionalGeneration`]: described cells first, then the distinct prompts."""
         generated = self.is_generated(cells.cell_ids, epoch)
+        answers = self.captions.answer(rows_of(obs, ~generated), cells[~generated], self.gene_symbols, epoch=epoch)
         # Captions without `cells` name no marker genes: a prompt must not give its target away.
-        answers = self.captions.answer(rows_of(obs, ~generated), cell_ids=cells.cell_ids[~generated], epoch=epoch)
         targets = rows_of(obs, generated)
         drawn_for = self.prompt_ids(targets, cells.cell_ids[generated])
         captions = self.captions.caption(targets, cell_ids=drawn_for, epoch=epoch)

@@ -30,6 +30,7 @@ ONTOLOGIES = {
 # Words of CELLxGENE and pandas for an unknown value.
 MISSING = frozenset({"", "na", "nan", "none", "unknown", "unassigned", "<na>"})
 
+ROOT_TYPE = "CL:0000000"  # cell
 LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
 
 
@@ -214,6 +215,40 @@ def distance(term_id: str | None, other_id: str | None) -> float:
         return math.inf
     steps = _parser().get_distance_between_terms(term_id, other_id)
     return steps if steps >= 0 else math.inf
+
+
+@functools.cache
+def cell_types() -> dict[str, str]:
+    """Name -> id of every cell type but "cell" itself, for texts that may name any; no name of two types."""
+    ids = set(_names_to_ids("CL", "name").values()) - {ROOT_TYPE}
+    return {str(term_name(term_id)): term_id for term_id in sorted(ids)}
+
+
+@functools.cache
+def depth_share(term_id: str, true_id: str) -> float:
+    """How much of the way from "cell" down to the true type a term covers.
+
+    Returns:
+        1 for the true type itself. For a type above it, 1 - (steps from the true type) / (steps from the true type to
+        "cell"), by shortest ways. 0 for all others, narrower types included.
+
+    >>> depth_share("CL:0000945", "CL:0000236")  # lymphocyte of B lineage, where the cell is a B cell
+    0.8333333333333334
+    """
+    if term_id == true_id:
+        return 1.0
+    if not (_parser().is_valid_term_id(term_id) and _parser().is_valid_term_id(true_id)):
+        return 0.0
+    above = _parser().get_term_ancestors_with_distances(true_id)
+    if term_id not in above or ROOT_TYPE not in above:
+        return 0.0
+    return max(0.0, 1 - above[term_id] / above[ROOT_TYPE])
+
+
+@functools.cache
+def ancestors(term_id: str) -> tuple[str, ...]:
+    """Return the terms above a term, the nearest first."""
+    return tuple(_parser().get_term_ancestors(term_id)) if _parser().is_valid_term_id(term_id) else ()
 
 
 def all_synonyms(term_id: str) -> tuple[str, ...]:

@@ -1,0 +1,207 @@
+"""Compute the results of a file again, and say what changed: cells, weights, code or versions.
+
+Every result has a receipt (`receipt_scmmgpt`). `verify` repeats the verb with the options of the receipt, on the cells
+of the file itself or of the first input, and compares. Labels and texts are to be equal; numbers may differ by
+`TOLERANCE`, since processors round differently.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
+
+
+TOLERANCE = 1e-3  # of scores and embeddings
+SHOWN = 5  # cells that the report names
+VERBS = ("annotate", "audit", "explain", "describe", "generate", "embed", "search")  # an explanation is of labels
+# Columns of obs of each verb, without their prefix.
+EXACT = {
+    "annotate": ("cell_type", "cell_type_majority"),
+    "audit": ("audit", "audit_suggested"),
+    "explain": ("evidence", "rival"),
+    "describe": ("description",),
+}
+DECODING = ("num_beams", "do_sample", "temperature", "top_k", "top_p")  # options of `describe` for the language model
+CHECKPOINT = ("weights", "language_model", "settings", "vocabulary")  # what another checkpoint changes
+ENVIRONMENT = ("code", "device", "dtype")
+MEANING = {
+    "cells": "the cells",
+    "weights": "the weights",
+    "language_model": "the weights of the language model",
+    "settings": "what the checkpoint stores of labels and thresholds",
+    "vocabulary": "the gene or word vocabulary",
+}
+
+
+def receipts(uns: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The receipts of a file: key of `uns`, verb, receipt."""
+    for key, entry in uns.items():
+        for verb in VERBS:
+            done = entry.get(verb) if isinstance(entry, Mapping) else None
+            if isinstance(done, Mapping) and "receipt" in done:
+                yield key, verb, dict(done["receipt"])
+
+
+def read_receipts(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """The receipts of an `.h5ad` file.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    from scmmgpt.commands.results import can_copy
+
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    found = list(receipts(anndata.read_h5ad(path, backed="r").uns)) if can_copy(path) else []
+    if not found:
+        raise ValueError(
+            f"{path} has no receipt in uns: it is no result of this version of scmmgpt. Compute it again."
+        )
+    return found
+
+
+def checkpoint_of(path: Path) -> str:
+    """The checkpoint that the receipts of a file name."""
+    names = sorted({receipt.get("checkpoint", "") for _, _, receipt in read_receipts(path)})
+    if len(names) > 1 or not names[0]:
+        raise ValueError(f"The receipts of {path} name the checkpoints {names}. Name one with --model.")
+    return names[0]
+
+
+def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callable[[], Any] | None = None) -> dict:
+    """Compute every result of a file again.
+
+    Args:
+        path: An `.h5ad` file that this package wrote.
+        pipeline: The checkpoint.
+        open_input: Opens the file of cells that the results were computed from; by default the cells of `path`.
+
+    Returns:
+        JSON-able dict: `verified` (the same results, from the same cells and checkpoint), and `results`, a dict each:
+        `key` and `verb`; `cells`, `changed_cells` (names), `missing_cells` (names, not in the input) and `was` and
+        `now` (of exact results of changed cells, by name); `largest_difference` of numbers; `changes`, by entry of the
+        receipt, what was and what is.
+    """
+    from scmmgpt.readers.cell_files import read_file
+
+    path = Path(path)
+    stored, found = anndata.read_h5ad(path, backed="r"), read_receipts(path)
+    cells = None
+    if any(verb != "generate" for _, verb, _ in found):
+        cells = open_input() if open_input is not None else read_file(path, backed=True)
+    results = []
+    for key, verb, receipt in sorted(found, key=lambda entry: VERBS.index(entry[1])):
+        options = options_of(verb, receipt, path)
+        if verb == "generate":
+            fresh = pipeline.generate(**options, key_added=key)
+        else:
+            fresh = cells
+            place = options.pop("key_added", key)
+            getattr(pipeline, verb)(fresh, **options, key_added=place)
+            key = place
+        results.append({"key": key, "verb": verb, **compare(stored, fresh, key, verb)})
+        now = fresh.uns["scmmgpt" if verb in ("embed", "search") else key][verb]["receipt"]
+        results[-1]["changes"] = changes = differences(receipt, now)
+        other = any(name in changes for name in ("cells", *CHECKPOINT))
+        results[-1]["verified"] = not (results[-1]["changed_cells"] or results[-1]["missing_cells"] or other)
+    return {"verified": all(result["verified"] for result in results), "results": results}
+
+
+def options_of(verb: str, receipt: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The options of a receipt; others than those of the verb are refused, since a file may come from anyone."""
+    options = json.loads(receipt["options"])
+    named = inspect.signature(getattr(ScMMGPTPipeline, verb)).parameters.values()
+    known = {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
+    known |= {*READ_OPTIONS, *(DECODING if verb == "describe" else ())}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{path}: the receipt of {verb} has the options {unknown}, which cannot be repeated from it.")
+    if verb == "generate":
+        options.pop("key_added", None)
+    return options
+
+
+def compare(stored: Any, fresh: Any, key: str, verb: str) -> dict[str, Any]:
+    """Compare the results of a verb, cell by cell, matched by name; see [`verify_file`]."""
+    rows = pd.Index(fresh.obs_names).get_indexer(stored.obs_names) if fresh.obs_names.is_unique else None
+    if rows is None or not stored.obs_names.is_unique:  # names say nothing: cells are matched by their place
+        places = np.arange(stored.n_obs)
+        rows = np.where(places < fresh.obs.shape[0], places, -1)
+    here = rows >= 0
+    names, rows = np.asarray(stored.obs_names)[here], rows[here]
+    changed = np.zeros(len(names), dtype=bool)
+    was, now = np.full(len(names), "", dtype=object), np.full(len(names), "", dtype=object)
+    for column in (f"{key}_{name}" for name in EXACT.get(verb, ())):
+        if column in stored.obs and column in fresh.obs:
+            pair = [np.asarray(obs[column], dtype=str) for obs in (stored.obs.iloc[here], fresh.obs.iloc[rows])]
+            new = (pair[0] != pair[1]) & ~changed
+            was[new], now[new] = pair[0][new], pair[1][new]
+            changed |= new
+    difference = 0.0
+    for one, other in numbers(stored, fresh, key, verb):
+        gap = np.abs(np.nan_to_num(one[here]) - np.nan_to_num(other[rows])).reshape(len(names), -1)
+        largest = gap.max(axis=1, initial=0.0)
+        changed |= ~(largest <= TOLERANCE)
+        difference = max(difference, float(largest.max(initial=0.0)))
+    return {
+        "cells": len(names),
+        "changed_cells": names[changed].tolist(),
+        "was": was[changed].tolist(),
+        "now": now[changed].tolist(),
+        "missing_cells": np.asarray(stored.obs_names)[~here].tolist(),
+        "largest_difference": difference,
+    }
+
+
+def numbers(stored: Any, fresh: Any, key: str, verb: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of float64 arrays `(n_obs, ...)`: numbers of a verb in the file, and computed again."""
+    column = {"annotate": f"{key}_score", "search": key}.get(verb)
+    pair: tuple[Any, Any]
+    if column is not None:
+        if column not in stored.obs:
+            return
+        pair = stored.obs[column], fresh.obs[column]
+    elif verb == "embed":
+        if key not in stored.obsm:
+            return
+        pair = stored.obsm[key], fresh.obsm[key]
+    elif verb == "generate":
+        genes = [name for name in stored.var_names if name in fresh.var_names]
+        pair = stored[:, genes].to_memory().X.toarray(), fresh[:, genes].X.toarray()
+    else:
+        return
+    yield np.asarray(pair[0], dtype=np.float64), np.asarray(pair[1], dtype=np.float64)
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Entries of two receipts that differ, packages one by one: name -> what was and what is."""
+    before, after = ({**r, **r.get("versions", {})} for r in (was, now))
+    names = [*MEANING, *ENVIRONMENT, *after.get("versions", {})]
+    pairs = {name: [str(before.get(name, "none")), str(after.get(name, "none"))] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def render(report: Mapping[str, Any]) -> list[str]:
+    """The report in sentences."""
+    lines = []
+    for result in report["results"]:
+        n, changed, missing = result["cells"], result["changed_cells"], result["missing_cells"]
+        gap = f", numbers within {result['largest_difference']:.2g}" if result["largest_difference"] else ""
+        lines.append(f"{result['verb']}: {n - len(changed)} of {n} cells have the same result{gap}")
+        for name, was, now in list(zip(changed, result["was"], result["now"], strict=True))[:SHOWN]:
+            lines.append(f"  {name}: " + (f"{was} -> {now}" if was or now else "another number"))
+        if len(changed) > SHOWN:
+            lines.append(f"  and {len(changed) - SHOWN} more (--json lists all)")
+        if missing:
+            lines.append(f"  {len(missing)} cells are not in the input, such as {missing[0]}")
+        for name, (was, now) in result["changes"].items():
+            lines.append(f"  changed: {MEANING.get(name, name)}, {was} -> {now}")
+    lines.append("verified" if report["verified"] else "NOT verified")
+    return lines

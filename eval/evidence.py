@@ -1,0 +1,137 @@
+"""Test the named evidence by deletion: does a label's score fall when its ten genes are taken out of the cell?
+
+```
+python -m scmmgpt.eval evidence --model CHECKPOINT --cells held_out.h5ad --output out.json
+```
+
+Of each cell with evidence, as many genes are deleted as are named (their counts become zero, the cell keeps its
+measured genes), and the cell is annotated again. Deleted are the named genes or, for comparison, random expressed
+genes, the genes with the highest counts, and the genes with the largest weights of the label among the expressed. The
+score is the log odds of the label against all other labels. No true label is needed.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from scmmgpt.cells_scmmgpt import Cells, hashes
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import write_json
+from scmmgpt.evidence_scmmgpt import NONE, Evidence
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.readers.cell_files import read_file
+
+
+def delete_genes(cells: Cells, deleted: np.ndarray) -> Cells:
+    """The cells without the entries where `deleted`, bool `(nnz,)`, is true."""
+    rows = cells.rows()[~deleted]
+    indptr = np.searchsorted(rows, np.arange(len(cells) + 1))
+    genes, counts = cells.gene_ids[~deleted], cells.counts[~deleted]
+    return replace(cells, indptr=indptr, gene_ids=genes, counts=counts, total_counts=None)
+
+
+def first_entries(cells: Cells, keys: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """The entries with the largest keys of each cell, bool `(nnz,)`: `n[i]` of cell `i`."""
+    rows = cells.rows()
+    order = np.lexsort((-keys, rows))
+    chosen = np.zeros(len(keys), dtype=bool)
+    chosen[order] = np.arange(len(keys)) - cells.indptr[rows] < n[rows]
+    return chosen
+
+
+def deletions(cells: Cells, evidence: Evidence, n_draws: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """What each way deletes from the cells, bool `(nnz,)`; random genes are drawn several times."""
+    rows, panel = cells.rows(), evidence.explainer.panel
+    found = evidence.of_cells.genes
+    named = np.where(found == NONE, -1, panel.gene_ids[found])
+    width = int(max(cells.gene_ids.max(initial=0), panel.gene_ids.max())) + 1
+    keys = np.unique((np.arange(len(cells))[:, None] * width + named)[named >= 0])
+    is_named = np.isin(rows * width + cells.gene_ids, keys)
+    n = np.bincount(rows[is_named], minlength=len(cells))
+    places = np.searchsorted(panel.gene_ids, cells.gene_ids).clip(max=len(panel.gene_ids) - 1)
+    in_panel = panel.gene_ids[places] == cells.gene_ids
+    weights = np.where(in_panel, evidence.explainer.weights[places, evidence.set_of_cell[rows]], -np.inf)
+    draws = [hashes(len(rows), seed, draw).astype(np.float64) for draw in range(n_draws)]
+    return {
+        "named genes": [is_named],
+        "random expressed genes": [first_entries(cells, draw, n) for draw in draws],
+        "highest counts": [first_entries(cells, cells.counts.astype(np.float64), n)],
+        "largest weights of the label": [first_entries(cells, weights, n)],
+    }
+
+
+def log_odds(pipeline: ScMMGPTPipeline, cells: Cells, genes: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Log odds of the label number `label` of each cell against all others, `(n_cells,)`, by `annotate`."""
+    counts = cells.to_csr(int(genes.max()) + 1)[:, genes]
+    names = pd.Index([f"cell{i}" for i in range(len(cells))])
+    var = pd.DataFrame(index=pd.Index(pipeline.processor.gene_symbols(genes.tolist())))
+    adata = pipeline.annotate(anndata.AnnData(counts, obs=pd.DataFrame(index=names), var=var), min_score=0)
+    p = np.asarray(adata.obsm["scmmgpt_probabilities"], dtype=np.float64)
+    own = p[np.arange(len(p)), label]
+    others = p.sum(axis=1) - own + np.maximum(1 - p.sum(axis=1), 0)
+    return np.log(own.clip(min=1e-30)) - np.log(others.clip(min=1e-30))
+
+
+def evaluate_evidence(pipeline: ScMMGPTPipeline, adata: Any, n_draws: int = 5, seed: int = 0) -> dict[str, Any]:
+    """Delete genes of every cell of an AnnData in each way, and measure by how much the score of its label falls.
+
+    Returns:
+        JSON-able dict: `n_cells` with evidence, `named` (mean number of named genes) and, by way of deletion, `drop`
+        (mean, of log odds), `named_drop_more` (share of cells in which the named genes lower the score more, a mean
+        over draws) and `label_lost` (share of cells whose label was more probable than all others together, and no
+        longer is).
+    """
+    evidence = pipeline.explain(pipeline.annotate(adata))
+    chosen = np.flatnonzero(evidence.of_cells.rivals != NONE)
+    if not len(chosen):
+        raise ValueError("No cell got a label that the readout of the checkpoint knows: there is no evidence to test.")
+    labels = adata.uns["scmmgpt"]["annotate"]["labels"].tolist()
+    label = np.asarray([labels.index(evidence.sets[number]) for number in evidence.set_of_cell[chosen]])
+    cells, _ = pipeline.processor.read_cells(adata)
+    choice = pipeline.processor.choose_input(adata)
+    genes = np.sort(choice.match.measured)
+    ways = deletions(cells, evidence, n_draws, seed)
+    cells_chosen = cells[chosen]
+    kept = np.isin(cells.rows(), chosen)
+    before = log_odds(pipeline, cells_chosen, genes, label)
+    drops, lost = {}, {}
+    for way, masks in ways.items():
+        after = [log_odds(pipeline, delete_genes(cells_chosen, mask[kept]), genes, label) for mask in masks]
+        drops[way] = np.stack([before - odds for odds in after])
+        lost[way] = float(np.mean([((odds < 0) & (before > 0)).mean() for odds in after]))
+    named = drops["named genes"]
+    return {
+        "n_cells": len(chosen),
+        "named": float((evidence.of_cells.genes[chosen] != NONE).sum(axis=1).mean()),
+        "ways": {
+            way: {
+                "drop": float(drop.mean()),
+                "named_drop_more": None if way == "named genes" else float((named > drop).mean()),
+                "label_lost": lost[way],
+            }
+            for way, drop in drops.items()
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = OneLineParser(prog="python -m scmmgpt.eval evidence", description=__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint with a label readout")
+    parser.add_argument("--cells", required=True, help="file of cells that were not trained on")
+    parser.add_argument("--draws", type=number(int, 1), default=5, help="draws of random genes (%(default)s)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args(argv)
+    pipeline = ScMMGPTPipeline.from_pretrained(args.model)
+    result = evaluate_evidence(pipeline, read_file(args.cells), args.draws, args.seed)
+    if args.output:
+        write_json(args.output, result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    return 0

@@ -1,0 +1,394 @@
+"""Which genes drove a label: exact terms of the linear readout, as functions of arrays.
+
+The readout scores a label by a sum over genes (`readout_scmmgpt`), so the odds of a label against another are a sum,
+too. The term of a gene is the difference of the two weights times the cell's profile less the point halfway between
+the mean training cells of the two labels, over the temperature:
+
+    log odds (label : rival) = sum over all genes of term + log odds of the point halfway, which are near 0
+
+Without that point, genes that every cell expresses strongly would lead every list. Named are genes that speak for the
+label by their expression, not those that are low where the rival's are high. The rival is the best label that
+the given one does not mean. A label may mean several trained ones ("T cell"): its weights are then their mean. The
+mean cell of a group has the mean terms of its cells, so that groups (labels, clusters) are explained as cells are.
+
+The **markers** of a label are the genes that tell its mean training cell from that of all others, by weight times
+difference. A label with strong terms and silent markers is doubtful.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+try:  # as a package or as remote code
+    from .annotation_scmmgpt import trained_labels_of
+    from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
+    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+except ImportError:  # beside the other files of a checkpoint
+    from annotation_scmmgpt import trained_labels_of
+    from cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
+    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+
+
+N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label
+LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # levels of counts per 10,000, in equal steps of the logarithm
+NONE = -1  # no set of labels, no gene
+
+
+@dataclass
+class CellEvidence:
+    """Evidence of a batch of cells for a set of labels each; what does not exist is `NONE` or 0.
+
+    Args:
+        genes: int32 `(n_cells, N_GENES)`: positions in `gene_ids` of the panel, the largest term first.
+        terms: float32, likewise: log odds, above 0.
+        counts: float32, likewise.
+        levels: uint8, likewise: see [`level_of`].
+        rivals: int32 `(n_cells,)`: number of the set of the runner-up.
+        markers: bool `(n_cells, N_MARKERS)`: which markers of its set a cell expresses.
+    """
+
+    genes: np.ndarray
+    terms: np.ndarray
+    counts: np.ndarray
+    levels: np.ndarray
+    rivals: np.ndarray
+    markers: np.ndarray
+
+    @classmethod
+    def empty(cls, n_cells: int) -> "CellEvidence":
+        """No evidence for so many cells."""
+        genes = np.full((n_cells, N_GENES), NONE, dtype=np.int32)
+        zeros = np.zeros((n_cells, N_GENES), dtype=np.float32)
+        rivals, markers = np.full(n_cells, NONE, dtype=np.int32), np.zeros((n_cells, N_MARKERS), dtype=bool)
+        return cls(genes, zeros, zeros.copy(), zeros.astype(np.uint8), rivals, markers)
+
+    def put(self, rows: np.ndarray, part: "CellEvidence") -> None:
+        """Set the evidence of some cells."""
+        for name in self.__dataclass_fields__:
+            getattr(self, name)[rows] = getattr(part, name)
+
+
+def level_of(counts: np.ndarray, library_sizes: np.ndarray) -> np.ndarray:
+    """The level of expression of each entry, uint8 from 1 to `LEVELS` - 1; 0 stands for no count.
+
+    Args:
+        counts: `(nnz,)`, above 0.
+        library_sizes: `(nnz,)`, of the cell of each entry.
+    """
+    rate = np.clip(counts / library_sizes.clip(min=1e-9) * COUNTS_PER_10K, LOWEST, HIGHEST)
+    steps = np.log(rate / LOWEST) / np.log(HIGHEST / LOWEST) * (LEVELS - 2)
+    return (1 + steps).astype(np.uint8)
+
+
+def largest_entries(rows: np.ndarray, values: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest positive entries of each row, in order; ties stay in place.
+
+    Args:
+        rows: int64 `(nnz,)`, ascending.
+        values: float32 `(nnz,)`.
+        n: Entries of a row to take.
+
+    Returns:
+        Entries, and their places in their row (0 to `n` - 1), int64 `(found,)` each.
+
+    >>> entries, places = largest_entries(np.array([0, 0, 0, 1]), np.array([1, 3, -2, 4], dtype=np.float32), 2)
+    >>> entries.tolist(), places.tolist()
+    ([1, 0, 3], [0, 1, 0])
+    """
+    kept = np.flatnonzero(values > 0)
+    # The bits of positive floats are in the order of the floats; integers are sorted several times as fast.
+    entries = kept[sorting_order(~values[kept].astype(np.float32).view(np.uint32), rows[kept])]
+    lengths = np.bincount(rows[kept])
+    places = np.arange(len(kept)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return entries[places < n], places[places < n]
+
+
+def find_markers(weights: np.ndarray, centroids: np.ndarray, n: int = N_MARKERS) -> np.ndarray:
+    """The genes that tell each label from the mean of the others, int32 `(n_labels, n)`, `NONE` where there are fewer.
+
+    Args:
+        weights: float `(n_genes, n_labels)`.
+        centroids: float `(n_labels, n_genes)`: mean profiles.
+    """
+    n_labels = len(centroids)
+    found = np.full((n_labels, n), NONE, dtype=np.int32)
+    if n_labels < 2:
+        return found
+    others = (centroids.sum(axis=0) - centroids) / (n_labels - 1)
+    difference = weights.T - (weights.sum(axis=1) - weights.T) / (n_labels - 1)
+    strength = np.where((difference > 0) & (centroids > others), difference * (centroids - others), 0.0)
+    for label, row in enumerate(strength):
+        best = np.argsort(-row, kind="stable")[:n]
+        best = best[row[best] > 0]
+        found[label, : len(best)] = best
+    return found
+
+
+@dataclass
+class Explainer:
+    """Terms of sets of labels for the genes of one file.
+
+    A set is what a label of the file means; behind the given sets, each trained label is a set of its own.
+
+    Args:
+        panel: The readout for these genes.
+        members: bool `(n_sets, n_labels)`; a set of none or of all labels has no evidence.
+        weights, centroids: float32 `(n_genes, n_sets)`: mean weights and mean profiles of the members.
+        markers: int32 `(n_sets, N_MARKERS)`: positions in `panel.gene_ids`, see [`find_markers`].
+    """
+
+    panel: PanelReadout
+    members: np.ndarray
+    weights: np.ndarray
+    centroids: np.ndarray
+    markers: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.first_label = len(self.members) - self.members.shape[1]
+        self.marker_places = np.full((len(self.members), len(self.panel.gene_ids)), NONE, dtype=np.int8)
+        for row, markers in zip(self.marker_places, self.markers, strict=True):
+            row[markers[markers >= 0]] = np.flatnonzero(markers >= 0)
+
+    @classmethod
+    def of(cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, members: np.ndarray) -> "Explainer":
+        """For the given sets, bool `(n_given, n_labels)`, and a file that measures the genes `measured` (ids)."""
+        panel = readout.for_genes(measured)
+        here = np.isin(readout.gene_ids.cpu().numpy(), panel.gene_ids)
+        centroids = readout.centroids.cpu().float().numpy()[:, here]
+        members = np.concatenate([members, np.eye(members.shape[1], dtype=bool)])
+        shares = (members / members.sum(axis=1, keepdims=True).clip(min=1)).astype(np.float32)
+        markers = np.full((len(members), N_MARKERS), NONE, dtype=np.int32)
+        for number, mine in enumerate(members):
+            if mine.any() and not mine.all():  # the others are a set of their own
+                pair = np.stack([mine / mine.sum(), ~mine / (~mine).sum()])
+                markers[number] = find_markers(panel.weights @ pair.T, pair @ centroids)[0]
+        return cls(panel, members, panel.weights @ shares.T, centroids.T @ shares.T, markers)
+
+    def find_rivals(self, scores: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The set of the best label that is no member of the set of each row of scores, int64; `NONE` without one."""
+        mine = self.members[own]
+        rivals = np.where(mine, -np.inf, scores).argmax(axis=1) + self.first_label
+        return np.where(mine.all(axis=1) | ~mine.any(axis=1), NONE, rivals)
+
+    def __call__(
+        self, cells: Cells, own: np.ndarray, rivals: np.ndarray | None = None
+    ) -> tuple[CellEvidence, tuple[np.ndarray, ...]]:
+        """Evidence of a batch, and its ragged entries: rows, positions, values and levels.
+
+        Args:
+            cells: The batch.
+            own: int64 `(n_cells,)`: the set that each cell is explained for.
+            rivals: The set that it is explained against, by default that of the runner-up; `NONE` for no evidence.
+        """
+        panel, n = self.panel, len(cells)
+        indptr, positions, values = panel.profiles(cells)
+        rows = np.repeat(np.arange(n), np.diff(indptr))
+        counts = cells.counts[np.isin(cells.gene_ids, panel.gene_ids)].astype(np.float32)
+        levels = level_of(counts, cells.library_sizes()[rows])
+        if rivals is None:
+            rivals = self.find_rivals(sum_weights(indptr, positions, values, panel.weights) + panel.bias, own)
+        terms, speaks = self.terms(positions, values, own[rows], rivals[rows])
+        entries, places = largest_entries(rows, terms * (speaks & (rivals[rows] != NONE)), N_GENES)
+        found = CellEvidence.empty(n)
+        found.rivals[:] = rivals
+        marker = self.marker_places[own[rows], positions]
+        found.markers[rows[marker >= 0], marker[marker >= 0]] = True
+        for array, of_entry in ((found.genes, positions), (found.terms, terms), (found.counts, counts)):
+            array[rows[entries], places] = of_entry[entries]
+        found.levels[rows[entries], places] = levels[entries]
+        return found, (rows, positions, values, levels)
+
+    def terms(self, genes: Any, values: Any, own: Any, rival: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Log odds that values of profiles add for the sets `own` and against the sets `rival`.
+
+        Also whether the gene speaks for the label by its expression: a gene that is low where the rival's is high has
+        a positive term, too.
+        """
+        weights = (self.weights[genes, own] - self.weights[genes, rival]) / np.float32(self.panel.temperature)
+        halfway = (self.centroids[genes, own] + self.centroids[genes, rival]) / 2
+        return weights * (values - halfway), weights > 0
+
+    def marker_odds(
+        self, rows: np.ndarray, positions: np.ndarray, values: np.ndarray, own: np.ndarray, rivals: np.ndarray
+    ) -> np.ndarray:
+        """Log odds by the markers of both sets alone, expressed and silent ones, float32 `(n_cells,)`."""
+        mine = (self.marker_places[own[rows], positions] >= 0) | (self.marker_places[rivals[rows], positions] >= 0)
+        rows, positions, values = rows[mine], positions[mine], values[mine]
+        pair = own[rows], rivals[rows]
+        gained = self.terms(positions, values, *pair)[0] - self.terms(positions, 0.0, *pair)[0]
+        odds = np.bincount(rows, weights=gained, minlength=len(own))
+        pairs, numbers = np.unique(np.stack([own, rivals]), axis=1, return_inverse=True)
+        silent = np.zeros(pairs.shape[1])
+        for number, (one, other) in enumerate(pairs.T):
+            markers = np.union1d(self.markers[one], self.markers[other])
+            silent[number] = self.terms(markers[markers >= 0], 0.0, one, other)[0].sum()
+        return (odds + silent[numbers.ravel()]).astype(np.float32)
+
+
+def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The trained labels that each label means, in any words, bool `(len(labels), len(known))`.
+
+    Args:
+        labels: Labels of a file.
+        known: Trained label -> its column.
+        terms: As for [`trained_labels_of`].
+    """
+    members = np.zeros((len(labels), len(known)), dtype=bool)
+    for row, label in enumerate(labels):
+        members[row, [known[name] for name in trained_labels_of(label, None, list(known), terms) if name in known]] = 1
+    return members
+
+
+def percentiles(histogram: np.ndarray, n_cells: int, genes: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Percentile of expression among the cells of a file: cells below, and half of those at the same level.
+
+    Args:
+        histogram: int64 `(n_genes, LEVELS)`: cells at each level; those at 0 are the rest.
+        n_cells: Cells of the file.
+        genes, levels: int, of one shape.
+
+    >>> percentiles(np.array([[0, 4, 2]]), 10, np.array([0, 0]), np.array([1, 2])).tolist()
+    [60.0, 90.0]
+    """
+    histogram = histogram.copy()
+    histogram[:, 0] = n_cells - histogram[:, 1:].sum(axis=1)
+    below = np.cumsum(histogram, axis=1) - histogram / 2
+    return 100 * below[genes, levels] / max(n_cells, 1)
+
+
+class Evidence:
+    """The evidence of all cells of a file, and of groups of them: labels, and clusters if there are any.
+
+    Args:
+        explainer: One set of trained labels for each name of `sets`.
+        sets: Given labels; `set_of_cell`, int64 `(n_cells,)`, has the number of each cell's.
+        labels: Those of the readout.
+        clusters: str `(n_cells,)`, or None. A cluster is explained for its commonest label.
+        symbols: Vocabulary ids -> symbols of genes.
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        sets: Sequence[str],
+        set_of_cell: np.ndarray,
+        labels: Sequence[str],
+        clusters: np.ndarray | None,
+        symbols: Callable[[list[int]], Sequence[str]],
+    ) -> None:
+        self.explainer, self.sets, self.set_of_cell = explainer, list(sets), set_of_cell
+        self.names = np.asarray([*sets, *labels, ""], dtype=object)  # of all sets; the last stands for `NONE`
+        genes = explainer.panel.gene_ids
+        self.genes = np.asarray([*symbols(genes.tolist()), ""], dtype=object)
+        self.of_cells = CellEvidence.empty(len(set_of_cell))
+        self.histogram = np.zeros((len(genes), LEVELS), dtype=np.int64)
+        self.groups = [Groups("label", self.sets, np.arange(len(sets)), set_of_cell, len(genes))]
+        if clusters is not None:
+            names, numbers = np.unique(clusters, return_inverse=True)
+            votes = [np.bincount(set_of_cell[numbers == i]).argmax() for i in range(len(names))]
+            self.groups.append(Groups("cluster", names.tolist(), np.asarray(votes), numbers, len(genes)))
+
+    def add(self, numbers: np.ndarray, cells: Cells) -> None:
+        """Add the evidence of cells, whose places in the file are `numbers`."""
+        found, (rows, positions, values, levels) = self.explainer(cells, self.set_of_cell[numbers])
+        self.of_cells.put(numbers, found)
+        keys = positions * LEVELS + levels
+        self.histogram += np.bincount(keys, minlength=self.histogram.size).reshape(self.histogram.shape)
+        for groups in self.groups:
+            groups.add(groups.group_of_cell[numbers], rows, positions, values)
+
+    def cell_genes(self) -> np.ndarray:
+        """The genes of each cell in words, the most important first, str `(n_cells,)`."""
+        return np.asarray([", ".join(row[row != ""]) for row in self.genes[self.of_cells.genes]], dtype=str)
+
+    def cell_rivals(self) -> np.ndarray:
+        """The rival of each cell, str `(n_cells,)`."""
+        return self.names[self.of_cells.rivals].astype(str)
+
+    def marker_support(self) -> np.ndarray:
+        """Share of the markers of its label that each cell expresses, float32 `(n_cells,)`; NaN without markers."""
+        total = (self.explainer.markers >= 0).sum(axis=1)[self.set_of_cell].astype(np.float32)
+        return self.of_cells.markers.sum(axis=1).astype(np.float32) / np.where(total > 0, total, np.float32(np.nan))
+
+    def group_rows(self) -> list[dict[str, Any]]:
+        """A row for each gene that drove the label of a group, and for each marker; see [`Groups.rows`]."""
+        return [row for groups in self.groups for row in groups.rows(self)]
+
+    def cell_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each gene that drove the label of a cell, and for each marker that the cell lacks.
+
+        `level` ("cell"), `name`, `cells` (1), `label`, `rival`, `gene`, `term`, `count`, `percentile` (of expression
+        among the cells of the file, 0 to 100) and `marker`.
+        """
+        cells, rows = self.of_cells, []
+        percentile = percentiles(self.histogram, len(names), cells.genes, cells.levels)
+        silent = percentiles(self.histogram, len(names), np.arange(len(self.histogram)), np.array(0))
+        for i, own in enumerate(self.set_of_cell.tolist()):
+            if cells.rivals[i] == NONE:
+                continue
+            about = {"level": "cell", "name": str(names[i]), "cells": 1, "label": self.sets[own]}
+            about["rival"] = self.names[cells.rivals[i]]
+            markers = self.explainer.markers[own]
+            for place, gene in enumerate(cells.genes[i].tolist()):
+                if gene != NONE:
+                    numbers = (values[i, place] for values in (cells.terms, cells.counts, percentile))
+                    term, count, among = (round(float(value), 4) for value in numbers)
+                    values = {"term": term, "count": count, "percentile": among, "marker": gene in markers}
+                    rows.append({**about, "gene": self.genes[gene], **values})
+            for gene in markers[(markers >= 0) & ~cells.markers[i]].tolist():
+                values = {"term": 0.0, "count": 0.0, "percentile": round(float(silent[gene]), 4), "marker": True}
+                rows.append({**about, "gene": self.genes[gene], **values})
+        return rows
+
+
+class Groups:
+    """Groups of cells that are explained by their mean cell.
+
+    Args:
+        level: What the groups are: "label" or "cluster".
+        names: Of the groups.
+        sets: int64 `(n_groups,)`: the number of the label that each is explained for.
+        group_of_cell: int64 `(n_cells,)`.
+        n_genes: Of the panel.
+    """
+
+    def __init__(
+        self, level: str, names: Sequence[str], sets: np.ndarray, group_of_cell: np.ndarray, n_genes: int
+    ) -> None:
+        self.level, self.names, self.sets, self.group_of_cell = level, list(names), sets, group_of_cell
+        self.cells = np.bincount(group_of_cell, minlength=len(names))
+        self.profiles = np.zeros((len(names), n_genes))  # sums
+        self.expressing = np.zeros((len(names), n_genes), dtype=np.int64)  # cells with a count
+
+    def add(self, groups: np.ndarray, rows: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
+        """Add cells of the groups `groups`, int `(n_cells,)`, with their ragged profiles."""
+        keys, shape = groups[rows] * self.profiles.shape[1] + positions, self.profiles.shape
+        self.profiles += np.bincount(keys, weights=values, minlength=self.profiles.size).reshape(shape)
+        self.expressing += np.bincount(keys, minlength=self.profiles.size).reshape(shape)
+
+    def rows(self, evidence: Evidence) -> Iterator[dict[str, Any]]:
+        """Rows of a table, for each gene that drove the label of a group, and for each marker of the label.
+
+        `level`, `name`, `cells`, `label`, `rival`, `gene`, `term` (of the mean cell), `expressing` (share of the
+        group's cells with a count), `elsewhere` (of all other cells) and `marker`.
+        """
+        explainer, panel = evidence.explainer, evidence.explainer.panel
+        for number, name in enumerate(self.names):
+            own, n = self.sets[number], self.cells[number]
+            mean = self.profiles[number] / n
+            (rival,) = explainer.find_rivals((mean @ panel.weights + panel.bias)[None], own[None])
+            if rival == NONE:
+                continue
+            terms, speaks = explainer.terms(slice(None), mean, own, rival)
+            best, markers = np.argsort(-terms * speaks, kind="stable")[:N_GENES], explainer.markers[own]
+            elsewhere = (self.expressing.sum(axis=0) - self.expressing[number]) / max(self.cells.sum() - n, 1)
+            about = {"level": self.level, "name": name, "cells": int(n), "label": evidence.sets[own]}
+            about["rival"] = evidence.names[rival]
+            for gene in dict.fromkeys([*best[(terms * speaks)[best] > 0].tolist(), *markers[markers >= 0].tolist()]):
+                numbers = terms[gene], self.expressing[number, gene] / n, elsewhere[gene]
+                term, here, there = (round(float(value), 4) for value in numbers)
+                values = {"term": term, "expressing": here, "elsewhere": there, "marker": gene in markers}
+                yield {**about, "gene": evidence.genes[gene], **values}

@@ -1,0 +1,240 @@
+"""The receipt of a result: which cells, weights, code, versions and options it came from.
+
+Every verb of the pipeline adds `uns[key][verb]["receipt"]`. `scmmgpt verify` computes the results again and compares
+both results and receipts. A receipt guards against accidents (another checkpoint of the same name, an edited matrix, a
+new version), not against a forger, who could write a receipt of his own.
+
+| entry | of what |
+| --- | --- |
+| `cells` | the cells as they were read: names, genes and counts; not their order, nor the format of the file |
+| `weights` | the tensors that read cells and texts, at float32; `language_model` the others, where a verb uses them |
+| `settings` | what `calibrate` and `finetune` stored: labels, texts, temperature, thresholds |
+| `vocabulary` | names of genes, their aliases, and the words of the tokenizers |
+| `code` | the travelling files |
+| `checkpoint`, `device`, `dtype`, `versions`, `options` | in words; `options` are JSON, seeds included |
+
+Hashes are the first 16 hexadecimal digits of SHA-256; that of cells is a sum of 64-bit mixes.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import Cells
+    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, mix64
+except ImportError:  # beside the other files of a checkpoint
+    from cells_scmmgpt import Cells
+    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, mix64
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DIGITS = 16  # of a hash
+PACKAGES = ("scmmgpt", "torch", "transformers", "tokenizers", "numpy", "scipy", "anndata", "numba")
+LANGUAGE_VERBS = ("describe", "generate")  # verbs that run the language model
+LANGUAGE_PARTS = ("language_model.", "lm_head.")
+UNRECORDED = ("batch_size",)  # options that change no result
+
+
+# -- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def digest(parts: Iterable[bytes | str]) -> str:
+    """Hash of a sequence of texts and bytes."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else part)
+        total.update(b"\0")
+    return total.hexdigest()[:DIGITS]
+
+
+def fingerprints(cells: Cells) -> np.ndarray:
+    """A number for the genes and counts of each cell, uint64 `(n_cells,)`, whatever the order of the genes.
+
+    >>> a = Cells([0, 2], [7, 9], [1, 5], np.zeros(1, np.uint64))
+    >>> b = Cells([0, 2], [9, 7], np.array([5.0, 1.0]), np.zeros(1, np.uint64))
+    >>> bool(fingerprints(a) == fingerprints(b))
+    True
+    """
+    genes = mix64((cells.gene_ids.astype(np.uint64) + ONE) * GOLDEN_GAMMA)
+    entries = mix64(genes ^ cells.counts.astype(np.float32).view(np.uint32).astype(np.uint64))
+    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(entries, dtype=np.uint64)])
+    return sums[cells.indptr[1:]] - sums[cells.indptr[:-1]]  # modulo 2**64, as the sums are
+
+
+class CellsHash:
+    """Hash of cells that arrive in chunks: a sum, whatever the order of the cells and the size of the chunks."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def update(self, cells: Cells) -> None:
+        """Add the next cells."""
+        of_cells = mix64(fingerprints(cells) ^ mix64(cells.cell_ids + GOLDEN_GAMMA))
+        self.total = (self.total + int(of_cells.sum(dtype=np.uint64))) % 2**64
+
+    def hexdigest(self) -> str:
+        """The hash of all cells so far."""
+        return f"{self.total:016x}"
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Values of a tensor, fractions at float32: a checkpoint in bfloat16 has one hash on every machine."""
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of named tensors."""
+    names = sorted(tensors)
+    with ThreadPoolExecutor(max_workers=max(1, min(8, torch.get_num_threads()))) as pool:
+        hashes = pool.map(lambda name: hashlib.sha256(tensor_bytes(tensors[name])).digest(), names)
+        return digest(part for pair in zip(names, hashes, strict=True) for part in pair)
+
+
+@functools.cache
+def hash_code() -> str:
+    """Hash of the travelling files beside this one."""
+    files = sorted([*Path(__file__).parent.glob("*_scmmgpt.py"), *Path(__file__).parent.glob("modeling_scgpt.py")])
+    return digest(part for file in files for part in (file.name, file.read_bytes().replace(b"\r\n", b"\n")))
+
+
+@functools.cache
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hash_json(value: Any) -> str:
+    """Hash of a value in JSON, whatever the order of its keys."""
+    return digest([json.dumps(value, sort_keys=True, default=str)])
+
+
+# -- the receipt ------------------------------------------------------------------------------------------------------
+
+
+class Signer:
+    """The part of a receipt that a checkpoint and this environment give, hashed once and again after a change.
+
+    Args:
+        model, processor: Those of a pipeline.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.known: dict[str, tuple[Any, str]] = {}
+
+    def sign(self, verb: str) -> dict[str, Any]:
+        """The receipt of a verb, without `cells` and `options`."""
+        config = self.model.config
+        found: dict[str, Any] = {
+            "checkpoint": str(config._name_or_path or ""),
+            "weights": self._weights("weights", lambda name: not is_language(name)),
+        }
+        if verb in LANGUAGE_VERBS:
+            found["language_model"] = self._weights("language_model", is_language)
+        device = self.model.device
+        name = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+        return {
+            **found,
+            "settings": self._settings(),
+            "vocabulary": self._vocabulary(),
+            "code": hash_code(),
+            "device": f"cpu ({name})" if device.type == "cpu" else name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "versions": installed_versions(),
+        }
+
+    def _weights(self, part: str, belongs: Callable[[str], bool]) -> str:
+        tensors = {name: value for name, value in self.model.state_dict().items() if belongs(name)}
+        # Training changes a tensor in place, which counts up its version.
+        state = [(name, value.data_ptr(), value._version) for name, value in tensors.items()]
+        if self.known.get(part, (None, ""))[0] != state:
+            self.known[part] = state, hash_tensors(tensors)
+        return self.known[part][1]
+
+    def _settings(self) -> str:
+        extractor, config = self.processor.feature_extractor, self.model.config
+        names = sorted(inspect.signature(type(extractor).__init__).parameters)
+        of_cells = {name: getattr(extractor, name) for name in names if hasattr(extractor, name)}
+        return hash_json([config.annotation, getattr(config, "label_readout", None), of_cells])
+
+    def _vocabulary(self) -> str:
+        if "vocabulary" not in self.known:
+            names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
+            found = [getattr(self.processor, name, None) for name in names]
+            words = [None if tokenizer is None else tokenizer.get_vocab() for tokenizer in found]
+            self.known["vocabulary"] = None, hash_json([*words, self.processor.gene_aliases])
+        return self.known["vocabulary"][1]
+
+
+def is_language(name: str) -> bool:
+    """Whether a tensor is of the language model, by its name."""
+    return name.startswith(LANGUAGE_PARTS) or any(f".{part}" in name for part in LANGUAGE_PARTS)
+
+
+def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let a verb of the pipeline, which records its settings in `uns[key][verb]`, add the receipt there.
+
+    A verb that records nothing (a search without `key_added`) gets none.
+    """
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = verb(*args, **kwargs)
+        add_receipt(verb, result, *args, **kwargs)
+        return result
+
+    return run
+
+
+def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> None:
+    """Add the receipt of a verb, called with these arguments, to its result, or to the AnnData that it changed."""
+    signature, name = inspect.signature(verb), verb.__name__
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    options = dict(bound.arguments)
+    pipeline, adata = options.pop("self"), options.pop("adata", None)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            options |= options.pop(parameter.name)
+    uns = (result if adata is None else adata).uns
+    # `embed` and `search` name their own place by `key_added`, and record under the package's name.
+    key = "scmmgpt" if name in ("embed", "search") else options["key_added"]
+    if options["key_added"] is not None:
+        cells = {} if adata is None else {"cells": uns["scmmgpt"]["input"]["cells"].get("hash", "")}
+        uns[key][name]["receipt"] = {**cells, **pipeline.signer.sign(name), "options": recorded_options(options)}
+
+
+def recorded_options(options: Mapping[str, Any]) -> str:
+    """Options as JSON: those that are given or have a default, without those that change no result."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else os.fspath(value)
+
+    kept = {name: value for name, value in options.items() if value is not None and name not in UNRECORDED}
+    try:
+        return json.dumps(kept, default=plain)
+    except TypeError:  # an object for the language model's `generate`, which no receipt can hold
+        return json.dumps(kept, default=repr)

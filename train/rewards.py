@@ -1,0 +1,117 @@
+"""What can be verified of a description of a cell: the type that it names, and the genes that it names.
+
+[`score_type`] and [`score_genes`] score one text. [`reward_functions`] makes functions of them for TRL's
+`GRPOTrainer`.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeAlias
+
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.captions import UNINFORMATIVE_GENES, parse_cell_type
+from scmmgpt.unseen_scmmgpt import WORD, is_denied, named_genes
+
+
+Completion: TypeAlias = str | list[dict[str, str]]  # a text, or the messages of an answer
+RewardFunction: TypeAlias = Callable[..., list[float | None]]
+
+
+def score_type(text: str, cell_type: str | None, term_id: str | None = None) -> float | None:
+    """Whether a text names the type of its cell, and how narrowly: see [`ontology.depth_share`].
+
+    The first type that a text names counts. A type that the Cell Ontology does not have is right by its own name only.
+
+    Args:
+        cell_type: Annotation of the cell.
+        term_id: Its id in the Cell Ontology; by default the one of the annotation's name.
+
+    Returns:
+        1 for the type itself, less for a type above it, 0 for any other or none; `None` if the annotation is missing.
+
+    >>> score_type("This cell is a B cell.", "B cell"), score_type("This cell is a T cell.", "B cell")
+    (1.0, 0.0)
+    """
+    truth = ontology.resolve("cell_type", cell_type, term_id)
+    if truth.name is None:
+        return None
+    types = ontology.cell_types()
+    named = parse_cell_type(text, types)
+    if truth.term_id is not None and named is not None:
+        return ontology.depth_share(types[named], truth.term_id)
+    return float(named is None and parse_cell_type(text, {truth.name: truth.term_id}) is not None)
+
+
+def score_genes(text: str, expressed: Collection[int], gene_index: GeneIndex) -> float:
+    """The share of the mentions of genes in a text that are true of its cell and new; 0 for a text without any.
+
+    A gene that the text denies ("CD25-negative") should not be expressed. A gene that is named again is no news, which
+    keeps a model from repeating one that is safe. Left out are genes in the name of the type that the text names, such
+    as CD14 of "CD14-positive monocyte", and genes that say nothing about a type (mitochondrial and ribosomal genes,
+    MALAT1, ...).
+
+    Args:
+        expressed: Vocabulary ids of the genes with a count above zero.
+        gene_index: Names of the vocabulary's genes.
+
+    >>> index = GeneIndex({"CD19": 3, "LYZ": 4}, {})
+    >>> score_genes("A B cell with high levels of CD19 and LYZ.", {3}, index)
+    0.5
+    """
+    return agreement(genes_in_text(text, gene_index), expressed)
+
+
+def agreement(mentions: Sequence[tuple[int, int]], expressed: Collection[int]) -> float:
+    """See [`score_genes`]; `mentions` are those of [`genes_in_text`]."""
+    true = {gene for gene, sign in mentions if (gene in expressed) == (sign > 0)}
+    return len(true) / max(len(mentions), 1)
+
+
+def genes_in_text(text: str, gene_index: GeneIndex) -> list[tuple[int, int]]:
+    """The mentions of genes that [`score_genes`] verifies: vocabulary id and 1, or -1 if the cell should lack it."""
+    mentions = []
+    for match in WORD.finditer(text):
+        word = match.group()
+        genes = list(named_genes(word, gene_index))
+        if not genes and len(word) > 2 and word.isupper():  # symbols without a digit, such as LYZ
+            genes = [gene_index.vocabulary[word]] if word in gene_index.vocabulary else []
+        mentions += [(gene, -1 if is_denied(text, match) else 1) for gene in genes]
+    if not mentions:
+        return []
+    left_out = set(named_genes(parse_cell_type(text, ontology.cell_types()) or "", gene_index))
+    named = {gene for gene, _ in mentions}
+    left_out |= {i for name, i in gene_index.vocabulary.items() if i in named and UNINFORMATIVE_GENES.match(name)}
+    return [mention for mention in mentions if mention[0] not in left_out]
+
+
+def text_of(completion: Completion) -> str:
+    """The text of a completion of TRL, which is a text, or messages if the prompt was."""
+    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
+
+
+def reward_functions(names: Sequence[str], gene_index: GeneIndex) -> list[RewardFunction]:
+    """Functions of completions and columns of the dataset -> a reward for each completion.
+
+    Args:
+        names: `cell_type`, which reads the columns `cell_type` and `cell_type_ontology_term_id`, and `genes`, which
+            reads `expressed_genes`, vocabulary ids, which `CellGRPOTrainer` adds.
+    """
+
+    def cell_type(
+        completions: Sequence[Completion],
+        cell_type: Sequence[str | None],
+        cell_type_ontology_term_id: Sequence[str | None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        ids = [None] * len(completions) if cell_type_ontology_term_id is None else cell_type_ontology_term_id
+        rows = zip(completions, cell_type, ids, strict=True)
+        return [score_type(text_of(completion), name, term_id) for completion, name, term_id in rows]
+
+    def genes(
+        completions: Sequence[Completion], expressed_genes: Sequence[Collection[int]], **columns: Any
+    ) -> list[float | None]:
+        rows = zip(completions, expressed_genes, strict=True)
+        return [score_genes(text_of(completion), expressed, gene_index) for completion, expressed in rows]
+
+    functions: dict[str, RewardFunction] = {"cell_type": cell_type, "genes": genes}
+    return [functions[name] for name in names]
