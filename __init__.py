@@ -30,12 +30,18 @@ _MODULES = {
     "ScMMGPTProcessor": "processing_scmmgpt",
     "inspect_matrix": "matrices_scmmgpt",
     "read_cells": "reading_scmmgpt",
+    "read_file": "readers.cell_files",
 }
+_TOOLS = ("tl", "pl")  # modules: `import scmmgpt as sm; sm.tl.annotate(adata)`
 
-__all__ = sorted(_MODULES)
+__all__ = sorted([*_MODULES, *_TOOLS, "read"])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _TOOLS:
+        return import_module(f"{__name__}.{name}")
+    if name == "read":  # scverse's word
+        return __getattr__("read_file")
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

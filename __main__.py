@@ -18,8 +18,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
-from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, read_json, whole_file
+from scmmgpt.commands.files import (
+    TABLES,
+    check_file,
+    check_folder,
+    check_paths,
+    exists,
+    table_suffix,
+    whole_file,
+)
+from scmmgpt.commands.options import (
+    FORMATS,
+    READ_HELP,
+    add_annotation,
+    add_generation,
+    add_input,
+    add_model,
+    add_output,
+    add_partitions,
+    add_reading,
+)
 from scmmgpt.commands.progress import log_if_slow
+from scmmgpt.commands.sources import Source, outputs_of, read_adata
 from scmmgpt.readers.label_lists import read_text, read_words
 
 
@@ -30,16 +50,7 @@ if TYPE_CHECKING:
 
 Args = argparse.Namespace
 
-ERROR = 2  # exit code
-TABLES = (".csv", ".tsv", ".txt")  # of `--table`, also compressed
-COMPRESSED = (".gz", ".bz2", ".xz")
-FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
-READ_HELP = {
-    "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
-    "assume": "kind of the matrix's values, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
-    "gene_column": "column of var with gene symbols or Ensembl ids (default: the best one found)",
-    "organism": "organism of the cells (default: detected)",
-}
+ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,10 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    inputs = [getattr(args, name, None) for name in ("file", "model")]
+    file = getattr(args, "file", None)
+    inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
     outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
-    return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs)
+    extra = "eval" if args.command == "report" else "train"
+    return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,6 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
         return sub
 
     add_annotation(command(annotate))
+
+    sub = command(audit)
+    add_input(sub)
+    add_output(sub, columns=False)
+    sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="given labels (default: cell_type)")
+    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, to rank them too")
 
     sub = command(describe)
     add_input(sub)
@@ -86,14 +105,26 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
     sub = command(embed)
-    add_input(sub)
+    add_input(sub, count="+")
     add_output(sub, table=False)
+    add_partitions(sub)
     spaces = ("cell-text", "cell")
     sub.add_argument("--of", choices=spaces, default=spaces[0], help="shared space (default), or the cell model's")
 
+    sub = command(index)
+    sub.add_argument("file", type=Path, nargs="+", metavar="FILE", help="results of `scmmgpt embed`")
+    text = "folder of the index; cells are added to one that exists"
+    sub.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help=text)
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
     sub = command(search)
-    add_input(sub)
+    add_input(sub, count="?")
     sub.add_argument("--text", required=True, help="description of the wanted cells")
+    how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
+    sub.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
+    text = "search an index of `scmmgpt index` in place of FILE"
+    sub.add_argument("--index", type=Path, metavar="FOLDER", help=text)
+    sub.add_argument("--where", metavar="CONDITION", help="search cells of the index with, e.g., \"tissue == 'lung'\"")
     text = "file with every cell's score in obs['scmmgpt_search']"
     sub.add_argument("--output", "-o", type=Path, metavar="OUT.h5ad", help=text)
     sub.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
@@ -116,6 +147,15 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--input", type=Path, metavar="FILE", help=text)
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
 
+    sub = command(report)
+    sub.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
+    sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+    add_model(sub, required=False, help="checkpoint, for cells without results")
+    add_reading(sub)
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
+    sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
+    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results")
+
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
@@ -126,100 +166,47 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_annotation(parser: argparse.ArgumentParser) -> None:
-    """Options of `annotate`."""
-    add_input(parser)
-    add_output(parser)
-    text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
-    parser.add_argument(
-        "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
-    )
-    parser.add_argument(
-        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
-    )
-    text = "table of the genes that drove each label (checkpoints with a label readout)"
-    parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
-    parser.add_argument(
-        "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
-    )
-    text = "look at all cells first, and correct labels that were never trained by the cells most like them"
-    parser.add_argument("--read-batch", action="store_true", help=text)
-
-
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Options of `generate`."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="descriptions, one a line")
-    parser.add_argument("--stored-labels", action="store_true", help="one prompt for each label of the checkpoint")
-    add_model(parser)
-    add_output(parser, table=False)
-    parser.add_argument("--n-cells", type=number(int, 1), default=1, metavar="N", help="cells per prompt (default: 1)")
-    genes = parser.add_mutually_exclusive_group()
-    genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
-    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
-    parser.add_argument(
-        "--library-size",
-        type=number(float, 0, above=True),
-        metavar="N",
-        help="counts of a sampled cell (default: of training)",
-    )
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
-
-
-def add_model(
-    parser: argparse.ArgumentParser, required: bool = True, help: str = "folder, or model id on the Hub"
-) -> None:
-    """Options of the checkpoint and of how it runs."""
-    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=help)
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
-    parser.add_argument(
-        "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
-    )
-    parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
-
-
-def add_input(parser: argparse.ArgumentParser, split: str = "test") -> None:
-    """The file of cells, the model, and how to read the file."""
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"{FORMATS}, or a corpus")
-    parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
-    add_model(parser)
-    add_reading(parser)
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How to read the file of cells."""
-    reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` shows the choices made")
-    for name, text in READ_HELP.items():
-        reading.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=text)
-    reading.add_argument("--force", action="store_true", help="read FILE even if few genes match")
-
-
-def add_output(parser: argparse.ArgumentParser, table: bool = True) -> None:
-    """Files of the result."""
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
-    if table:
-        parser.add_argument("--table", type=Path, metavar="OUT.csv", help="table of the added columns of obs")
-        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
-
-
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def annotate(args: Args) -> None:
+def annotate(args: Args) -> int:
     """Annotate every cell with the label whose text fits it best."""
     labels, cl_ids = read_labels(args.labels)
+    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
+    if outputs := several_outputs(args):
+        if args.evidence is not None or args.read_batch:
+            raise ValueError(
+                "--evidence and --read-batch look at all cells of one FILE: leave out --workers, --cluster."
+            )
+        return run_in_partitions(args, outputs, {"labels": labels, "cl_ids": cl_ids, **options}, labels_found)
     pipeline, adata = load(args)
-    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight", "read_batch")}
+    options["read_batch"] = args.read_batch
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
     if args.evidence is not None:
+        from scmmgpt.commands.results import write_table
+
         evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
         write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
+    finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
+    return 0
+
+
+def labels_found(adata: Any) -> dict[str, Any]:
+    """The summary of an annotation."""
     done = adata.uns["scmmgpt"]["annotate"]
     found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
-    summary = {"cells": adata.n_obs, "labels": found, "collapsed": bool(done["collapsed"])}
-    finish(args, adata, summary | ({"read_batch": True} if done["read_batch"] else {}))
+    summary = {"labels": found, "collapsed": bool(done["collapsed"])}
+    return summary | ({"read_batch": True} if done["read_batch"] else {})
+
+
+def audit(args: Args) -> None:
+    """Rank labels, clusters and cells whose given label contradicts model and markers."""
+    pipeline, adata = load(args)
+    judged = pipeline.audit(adata, args.label_key, cluster_key=args.cluster_key, **read_options(args))
+    groups = judged.group_rows()
+    worst = {row["name"]: row["contradicted"] for row in groups[:5] if row["contradicted"]}
+    rows = [*groups, *judged.cell_rows(adata.obs_names)]
+    finish(args, adata, {"cells": adata.n_obs, **judged.summary(), "most contradicted": worst}, rows)
 
 
 def describe(args: Args) -> None:
@@ -245,58 +232,50 @@ def describe(args: Args) -> None:
 
 def calibrate(args: Args) -> None:
     """Fit matching weight and temperature on validation cells; store them and the labels in the checkpoint."""
-    from scmmgpt.train.data.captions import CaptionSampler
-    from scmmgpt.train.data.ontology import label_terms
+    from scmmgpt.commands.calibration import calibrate_checkpoint, check_config
 
-    config_file = Path(args.model) / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"No config.json in {args.model!r}: name the folder of a checkpoint to write to.")
-    check_file(config_file)
+    check_config(args.model)
     pipeline, adata = load(args)
-    before = (pipeline.model.config.annotation or {}).get("labels") or {}
-    labelled = adata.obs
-    if (args.file / "manifest.json").is_file():  # the labels of the training split are candidates too
-        from scmmgpt.train.data.corpus import open_corpus
-
-        labelled = open_corpus(args.file).obs("train").to_pandas()
-    if args.label_key not in labelled:
-        raise ValueError(f"obs has no column {args.label_key!r}; it has {list(labelled.columns)}.")
-    id_key = f"{args.label_key}_ontology_term_id"
-    table = labelled.assign(**({} if id_key in labelled else {id_key: None}))[[args.label_key, id_key]]
-    table = table.astype(object).where(table.notna(), None).drop_duplicates(args.label_key).sort_values(args.label_key)
-    ids = {str(label): term for label, term in table.itertuples(index=False) if label is not None}
-    sampler = CaptionSampler()
-    labels = {label: sampler.label_text(label, term) for label, term in ids.items()}
-    cl_ids = {label: term for label, term in ids.items() if term}
-    lost = sorted(set(before) - set(labels))
-    if lost:
-        logging.getLogger("scmmgpt").warning(
-            f"{len(lost)} of the {len(before)} labels that the checkpoint had are none of {args.file}, and no longer "
-            f"its labels ({', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''})."
-        )
-    pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), "terms": label_terms(ids)}
-    done = pipeline.calibrate(adata, args.label_key, labels, cl_ids=cl_ids, **read_options(args))
-
-    config = read_json(config_file, dict)
-    config["annotation"] = pipeline.model.config.annotation
-    with whole_file(config_file) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
-    write(args, {"model": str(args.model), "labels": len(labels), **{name: done[name] for name in names}})
+    write(args, calibrate_checkpoint(pipeline, adata, args.model, args.file, args.label_key, read_options(args)))
 
 
-def embed(args: Args) -> None:
+def embed(args: Args) -> int:
     """Embed every cell into the space that cells share with text."""
+
+    def found(adata: Any) -> dict[str, Any]:
+        return {"dimensions": int(adata.obsm["X_scmmgpt"].shape[1])}
+
+    if outputs := several_outputs(args):
+        return run_in_partitions(args, outputs, {"of": args.of}, found)
     pipeline, adata = load(args)
     pipeline.embed(adata, of=args.of, **read_options(args))
-    finish(args, adata, {"cells": adata.n_obs, "dimensions": int(adata.obsm["X_scmmgpt"].shape[1])})
+    finish(args, adata, {"cells": adata.n_obs, **found(adata)})
+    return 0
+
+
+def index(args: Args) -> None:
+    """Add embedded cells to an index, in which `search --index` finds them without a pass over all."""
+    from scmmgpt.commands.index import add_files
+
+    check_folder(args.output)
+    done = add_files(args.output, args.file)
+    write(args, {"output": str(args.output), **done})
 
 
 def search(args: Args) -> None:
     """Find the cells that a text describes best."""
+    if (args.file is None) == (args.index is None):
+        raise ValueError("Name the cells to search: either FILE or --index.")
+    if args.index is not None:
+        if args.by != "similarity":
+            raise ValueError(f"--by {args.by} reads the counts of FILE; an index has similarities alone.")
+        search_in_index(args)
+        return
+    if args.where is not None:
+        raise ValueError("--where is a condition on the cells of an index; pass --index, or filter FILE before.")
     pipeline, adata = load(args)
     key = None if args.output is None else "scmmgpt_search"
-    hits = pipeline.search(adata, args.text, args.top_k, key_added=key, **read_options(args))
+    hits = pipeline.search(adata, args.text, args.top_k, by=args.by, key_added=key, **read_options(args))
     if args.output is not None:
         from scmmgpt.commands.results import write_result
 
@@ -305,6 +284,26 @@ def search(args: Args) -> None:
     head = f"{'rank':>4}  {'score':>7}  {'z':>6}  cell"
     lines = (f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['z']:>6.2f}  {hit['cell']}" for hit in hits)
     write(args, hits, [head, *lines])
+
+
+def search_in_index(args: Args) -> None:
+    """`search` where the cells are in an index."""
+    from dataclasses import asdict
+
+    from scmmgpt.commands.index import read_manifest, render_hits, search_index
+
+    if args.output is not None:
+        raise ValueError("--output has the score of every cell of FILE; of an index, only the best are scored.")
+    about = read_manifest(args.index)
+    pipeline = load_pipeline(args)
+    query = pipeline.embed_texts([args.text])[0]
+    if len(query) != about["dimensions"]:
+        raise ValueError(
+            f"The embeddings of {args.index} have {about['dimensions']} dimensions, those of {args.model} "
+            f"{len(query)}: they are of different checkpoints. The index is of {about['checkpoint']!r}."
+        )
+    hits = search_index(args.index, query, args.top_k, args.where)
+    write(args, [asdict(hit) for hit in hits], render_hits(hits))
 
 
 def generate(args: Args) -> None:
@@ -373,6 +372,27 @@ def verify(args: Args) -> int:
     return 0 if report["verified"] else 1
 
 
+def report(args: Args) -> None:
+    """Write a page about the results of a file: map, labels, evidence, descriptions, warnings, receipt."""
+    from scmmgpt.commands.report import KEY, report_page
+
+    if args.output.suffix not in (".html", ".htm"):
+        raise ValueError(f"--output is {str(args.output)!r}; its name must end in .html.")
+    check_paths({"FILE": args.file, "--model": args.model}, {"--output": args.output})
+    check_file(args.output)
+    adata = read_adata(args.file, args.split, args.model)
+    if f"{KEY}_cell_type" not in adata.obs and args.model is not None:
+        pipeline = load_pipeline(args)
+        pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
+        if pipeline.can_explain:
+            pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
+    with log_if_slow("Drawing the page"):
+        page = report_page(adata, args.file.name, args.label_key)
+    with whole_file(args.output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    write(args, {"output": str(args.output), "cells": adata.n_obs})
+
+
 def export(args: Args) -> None:
     """Write the language model and the encoder of cells apart, for engines that serve language models."""
     from scmmgpt.commands.checkpoints import check_checkpoint
@@ -385,32 +405,9 @@ def export(args: Args) -> None:
 
 def doctor(args: Args) -> None:
     """Show device and versions of the installed packages."""
-    import platform
-    from importlib.metadata import distributions
+    from scmmgpt.commands.doctor import describe_machine
 
-    import torch
-
-    from scmmgpt.modeling_scgpt import cpu_dtype, cpu_rate
-    from scmmgpt.pipeline_scmmgpt import best_device
-
-    installed = {package.name: package.version for package in distributions()}
-    device = best_device()
-    names = "scmmgpt torch transformers numpy anndata safetensors numba scanpy datasets peft trl evaluate gradio"
-    found: dict[str, dict[str, Any]] = {
-        "machine": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
-            "threads": torch.get_num_threads(),
-            "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
-            "float32 on the CPU": f"{cpu_rate(torch.float32) / 1e9:,.0f} GFLOP/s",
-            "bfloat16 on the CPU": f"{cpu_rate(torch.bfloat16) / 1e9:,.0f} GFLOP/s",
-            "precision for the CPU": str(cpu_dtype(torch.bfloat16)).removeprefix("torch."),
-            "bfloat16 on the device": bool(device == "cuda" and torch.cuda.is_bf16_supported()),
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
-        },
-        "packages": {name: installed.get(name, "not installed") for name in names.split()},
-    }
+    found = describe_machine()
     write(args, found, (f"{name:<28}{value}" for section in found.values() for name, value in section.items()))
 
 
@@ -450,6 +447,40 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
 
 
+def several_outputs(args: Args) -> dict[Source, Path]:
+    """Sources and their outputs, of a command that computes in partitions; none for one file without such options.
+
+    A single file then takes the place of the list in `args`.
+    """
+    outputs = outputs_of(args.file, args.split, args.model, args.output)
+    if len(outputs) > 1:
+        check_folder(args.output)
+        check_tables(args)
+        return outputs
+    args.file = next(iter(outputs)).path
+    check_outputs(args)
+    return outputs if args.workers or args.cluster else {}
+
+
+def run_in_partitions(
+    args: Args, outputs: dict[Source, Path], options: dict[str, Any], found: Callable[[Any], dict[str, Any]]
+) -> int:
+    """Compute a command in partitions, and write the results; the exit status says whether all cells have one."""
+    from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.partitions import Job, compute_outputs
+
+    find_checkpoint(args.model)
+    pipeline = load_pipeline(args)
+    job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args))
+    where = (args.workers or 1, args.cluster, args.cells_per_partition)
+    tables = (getattr(args, "table", None), getattr(args, "columns", []))
+    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
+    for line in failures:
+        sys.stderr.write(f"scmmgpt {args.command}: {line}\n")
+    write(args, {"output": str(args.output), **summary})
+    return INCOMPLETE if failures else 0
+
+
 def check_device(name: str | None) -> None:
     """Refuse a device that PyTorch does not know or cannot reach."""
     import torch
@@ -460,28 +491,6 @@ def check_device(name: str | None) -> None:
         why = " ".join(str(error).split())[:120]
         why = "it is no device of PyTorch" if why.startswith("Expected one of") else why
         raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
-
-
-def read_adata(path: Path, split: str = "test", model: str | None = None, backed: bool = False) -> Any:
-    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables.
-
-    With `backed`, the matrices of an `.h5ad` stay on disk.
-    """
-    if (path / "manifest.json").is_file():
-        from scmmgpt.train.data.corpus import open_corpus
-
-        with log_if_slow(f"Reading {path}"):
-            return open_corpus(path).to_adata(split)
-    with log_if_slow(f"Reading {path}"):
-        from scmmgpt.commands.results import can_copy
-        from scmmgpt.readers.cell_files import is_table, read_file
-
-        gene_index = None
-        if model is not None and is_table(path):
-            from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-
-            gene_index = ScMMGPTProcessor.from_pretrained(model).gene_index
-        return read_file(path, backed=backed and can_copy(path), gene_index=gene_index)
 
 
 def read_options(args: Args) -> dict[str, Any]:
@@ -502,49 +511,37 @@ def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
 def check_outputs(args: Args) -> None:
     """Refuse outputs that cannot be written or would replace an input, before any work is done."""
     output = getattr(args, "output", None)
-    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
     if output is not None and output.suffix != ".h5ad":
         raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
+    check_tables(args)
+    if output is not None:
+        check_file(output)
+
+
+def check_tables(args: Args) -> None:
+    """Refuse outputs that would replace an input or each other, and tables that cannot be written."""
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
     for option, table in tables.items():
         if table is not None and table_suffix(table) not in TABLES:
             raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
     inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
     named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
-    check_paths(named, {"--output": output, **tables})
-    for path in (output, *tables.values()):
-        if path is not None:
-            check_file(path)
+    check_paths(named, {"--output": getattr(args, "output", None), **tables})
+    for table in filter(None, tables.values()):
+        check_file(table)
 
 
-def table_suffix(path: Path) -> str:
-    """Suffix of a table, before that of its compression."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: Any = None) -> None:
+    """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
+    from scmmgpt.commands.results import table_of, write_cells, write_table
 
-
-def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any]) -> None:
-    """Write the result, its table and the summary."""
-    from scmmgpt.commands.results import write_result
-
-    with log_if_slow(f"Writing {args.output}"), whole_file(args.output) as temporary:
-        write_result(adata, getattr(args, "file", args.output), temporary)
-    if getattr(args, "table", None) is not None:
-        added = [name for name in adata.obs.columns if name.startswith("scmmgpt_")]
-        table = adata.obs[list(dict.fromkeys([*args.columns, *added]))]
-        if args.command == "describe":  # no prefix, unless the name without it is taken
-            short = {name: name.removeprefix("scmmgpt_") for name in added}
-            table = table.rename(columns={name: new for name, new in short.items() if new not in table})
+    write_cells(adata, getattr(args, "file", args.output), args.output)
+    if getattr(args, "table", None) is not None and rows is not None:
+        write_table(args.table, rows)
+    elif getattr(args, "table", None) is not None:
+        table = table_of(adata, args.columns, short=args.command == "describe")
         write_table(args.table, table, index_label="barcode")
     write(args, {"output": str(args.output), **summary})
-
-
-def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
-    """Write a table, whole or not at all: a data frame, whose index is written under `index_label`, or rows."""
-    import pandas as pd
-
-    with whole_file(path) as temporary:
-        separator = "\t" if table_suffix(path) == ".tsv" else ","
-        index = {"index": index_label is not None, "index_label": index_label}
-        pd.DataFrame(rows).to_csv(temporary, sep=separator, **index)
 
 
 def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:

@@ -236,7 +236,7 @@ def encode_conversation(messages: list[dict[str, str]], processor: Any, where: s
     written = ""  # text of all turns so far
 
     def add_prompt(prompt: str) -> None:
-        rest = prompt[len(written) :].replace(processor.cell_token, processor.cell_token * processor.num_query_tokens)
+        rest = prompt[len(written) :].replace(processor.cell_token, processor.cell_token * processor.num_cell_tokens)
         special = not ids and not processor.has_special_start(rest)
         prompt_ids = tokenizer(rest, add_special_tokens=special)["input_ids"]
         ids.extend(prompt_ids)

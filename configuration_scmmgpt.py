@@ -119,7 +119,10 @@ class ScMMGPTConfig(PreTrainedConfig):
             output, scaled or capped as in Cohere, Granite and Gemma at most; such as Llama, Qwen, SmolLM2 or GPT-2.
         text_to_cell_config (`Blip2QFormerConfig` or `dict`): The text-to-cell projector: queries that cross-attend to
             the language model's hidden states. Its `encoder_hidden_size` follows `text_config.hidden_size`.
-        num_query_tokens: Q-Former queries, and `<cell>` placeholders, per cell.
+        num_query_tokens: Q-Former queries per cell.
+        cell_tokens: What the language model reads of a cell: the `"queries"` of the Q-Former; `"labels"`, one token of
+            the label readout's probabilities; or `"both"`. `tune` sets it. `num_cell_tokens` is the number of `<cell>`
+            placeholders per cell.
         num_condition_tokens: Condition tokens from which the cell model generates a cell. The first takes the position
             of `<cls>`.
         projection_dim: Width of the shared cell-text space.
@@ -128,7 +131,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         profile_readout: Whether a stage-1 model adds a linear readout of the cell's whole profile to its features (see
             [`ScMMGPTProfileReadout`]); `finetune` sets it.
         label_readout: `texts` of the labels of [`ScMMGPTLabelReadout`], a linear classifier of cells, and its
-            `num_genes` and `num_factors`; `finetune` sets it.
+            `num_genes`, `num_factors`, of several datasets `num_groups`, with texts about genes `text_width`; training
+            sets it.
         cell_token_id: Id of `<cell>` in the language model's tokenizer.
         expression_head: `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a (zero-inflated) negative binomial
             of the counts, which can be sampled.
@@ -176,6 +180,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     text_config: Any = None
     text_to_cell_config: Any = None
     num_query_tokens: int = 32
+    cell_tokens: str = "queries"
     num_condition_tokens: int = 8
     projection_dim: int = 256
     text_pooling: str = "mean"
@@ -213,13 +218,25 @@ class ScMMGPTConfig(PreTrainedConfig):
         self.custom_pipelines = {
             task: {"impl": "pipeline_scmmgpt.ScMMGPTPipeline", "pt": ["AutoModel"]} for task in PIPELINE_TASKS
         }
-        for name, choices in (("expression_head", ("mse", "nb", "zinb")), ("text_pooling", ("mean", "cls"))):
+        choices_of = {"expression_head": ("mse", "nb", "zinb"), "text_pooling": ("mean", "cls")}
+        choices_of["cell_tokens"] = ("queries", "labels", "both")
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {choices}.")
         counts = ["num_query_tokens", "num_condition_tokens", "projection_dim", "state_flow_width"]
         for name in counts if self.num_state_components is None else [*counts, "num_state_components"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.cell_tokens != "queries" and self.label_readout is None:
+            raise ValueError(
+                f"cell_tokens is {self.cell_tokens!r}, but the model has no label readout; choose 'queries', or start "
+                "from a checkpoint of `align` whose corpus has cell types."
+            )
+
+    @property
+    def num_cell_tokens(self) -> int:
+        """Tokens of the language model that stand for one cell."""
+        return {"queries": self.num_query_tokens, "labels": 1, "both": self.num_query_tokens + 1}[self.cell_tokens]
 
 
 ScGPTConfig.register_for_auto_class()

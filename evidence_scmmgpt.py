@@ -46,7 +46,7 @@ class CellEvidence:
         terms: float32, likewise: log odds, above 0.
         counts: float32, likewise.
         levels: uint8, likewise: see [`level_of`].
-        rivals: int32 `(n_cells,)`: column of the readout.
+        rivals: int32 `(n_cells,)`: number of the set of the runner-up.
         markers: bool `(n_cells, N_MARKERS)`: which markers of its set a cell expresses.
     """
 
@@ -129,14 +129,14 @@ def find_markers(weights: np.ndarray, centroids: np.ndarray, n: int = N_MARKERS)
 
 @dataclass
 class Explainer:
-    """Terms of labels for the genes of one file.
+    """Terms of sets of labels for the genes of one file.
+
+    A set is what a label of the file means; behind the given sets, each trained label is a set of its own.
 
     Args:
         panel: The readout for these genes.
-        members: bool `(n_sets, n_labels)`: the trained labels that each given label means; a row of none has no
-            evidence.
-        weights, centroids: float32 `(n_genes, n_sets)`: their mean weights and profiles.
-        label_centroids: float32 `(n_genes, n_labels)`: mean profiles of the trained labels.
+        members: bool `(n_sets, n_labels)`; a set of none or of all labels has no evidence.
+        weights, centroids: float32 `(n_genes, n_sets)`: mean weights and mean profiles of the members.
         markers: int32 `(n_sets, N_MARKERS)`: positions in `panel.gene_ids`, see [`find_markers`].
     """
 
@@ -144,79 +144,99 @@ class Explainer:
     members: np.ndarray
     weights: np.ndarray
     centroids: np.ndarray
-    label_centroids: np.ndarray
     markers: np.ndarray
 
     def __post_init__(self) -> None:
+        self.first_label = len(self.members) - self.members.shape[1]
         self.marker_places = np.full((len(self.members), len(self.panel.gene_ids)), NONE, dtype=np.int8)
         for row, markers in zip(self.marker_places, self.markers, strict=True):
             row[markers[markers >= 0]] = np.flatnonzero(markers >= 0)
 
     @classmethod
     def of(cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, members: np.ndarray) -> "Explainer":
-        """For a file that measures the genes `measured` (vocabulary ids)."""
+        """For the given sets, bool `(n_given, n_labels)`, and a file that measures the genes `measured` (ids)."""
         panel = readout.for_genes(measured)
         here = np.isin(readout.gene_ids.cpu().numpy(), panel.gene_ids)
         centroids = readout.centroids.cpu().float().numpy()[:, here]
+        members = np.concatenate([members, np.eye(members.shape[1], dtype=bool)])
         shares = (members / members.sum(axis=1, keepdims=True).clip(min=1)).astype(np.float32)
         markers = np.full((len(members), N_MARKERS), NONE, dtype=np.int32)
         for number, mine in enumerate(members):
             if mine.any() and not mine.all():  # the others are a set of their own
                 pair = np.stack([mine / mine.sum(), ~mine / (~mine).sum()])
                 markers[number] = find_markers(panel.weights @ pair.T, pair @ centroids)[0]
-        return cls(panel, members, panel.weights @ shares.T, centroids.T @ shares.T, centroids.T.copy(), markers)
+        return cls(panel, members, panel.weights @ shares.T, centroids.T @ shares.T, markers)
 
-    def rivals(self, scores: np.ndarray, sets: np.ndarray) -> np.ndarray:
-        """The best label that is no member of the set of each row of scores, int32; `NONE` without one."""
-        mine = self.members[sets]
-        rivals = np.where(mine, -np.inf, scores).argmax(axis=1)
-        return np.where(mine.all(axis=1) | ~mine.any(axis=1), NONE, rivals).astype(np.int32)
+    def find_rivals(self, scores: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The set of the best label that is no member of the set of each row of scores, int64; `NONE` without one."""
+        mine = self.members[own]
+        rivals = np.where(mine, -np.inf, scores).argmax(axis=1) + self.first_label
+        return np.where(mine.all(axis=1) | ~mine.any(axis=1), NONE, rivals)
 
-    def __call__(self, cells: Cells, sets: np.ndarray) -> tuple[CellEvidence, tuple[np.ndarray, ...]]:
+    def __call__(
+        self, cells: Cells, own: np.ndarray, rivals: np.ndarray | None = None
+    ) -> tuple[CellEvidence, tuple[np.ndarray, ...]]:
         """Evidence of a batch, and its ragged entries: rows, positions, values and levels.
 
-        `sets` is int `(n_cells,)`: the row of `members` for each cell.
+        Args:
+            cells: The batch.
+            own: int64 `(n_cells,)`: the set that each cell is explained for.
+            rivals: The set that it is explained against, by default that of the runner-up; `NONE` for no evidence.
         """
         panel, n = self.panel, len(cells)
         indptr, positions, values = panel.profiles(cells)
         rows = np.repeat(np.arange(n), np.diff(indptr))
         counts = cells.counts[np.isin(cells.gene_ids, panel.gene_ids)].astype(np.float32)
         levels = level_of(counts, cells.library_sizes()[rows])
-        rivals = self.rivals(sum_weights(indptr, positions, values, panel.weights) + panel.bias, sets)
-        terms, speaks = self.terms(positions, values, sets[rows], rivals[rows])
+        if rivals is None:
+            rivals = self.find_rivals(sum_weights(indptr, positions, values, panel.weights) + panel.bias, own)
+        terms, speaks = self.terms(positions, values, own[rows], rivals[rows])
         entries, places = largest_entries(rows, terms * (speaks & (rivals[rows] != NONE)), N_GENES)
         found = CellEvidence.empty(n)
-        found.rivals = rivals
-        marker = self.marker_places[sets[rows], positions]
+        found.rivals[:] = rivals
+        marker = self.marker_places[own[rows], positions]
         found.markers[rows[marker >= 0], marker[marker >= 0]] = True
         for array, of_entry in ((found.genes, positions), (found.terms, terms), (found.counts, counts)):
             array[rows[entries], places] = of_entry[entries]
         found.levels[rows[entries], places] = levels[entries]
         return found, (rows, positions, values, levels)
 
-    def terms(self, genes: Any, values: np.ndarray, own: Any, rival: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Log odds that values of profiles add for the sets `own` and against the labels `rival`.
+    def terms(self, genes: Any, values: Any, own: Any, rival: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Log odds that values of profiles add for the sets `own` and against the sets `rival`.
 
         Also whether the gene speaks for the label by its expression: a gene that is low where the rival's is high has
         a positive term, too.
         """
-        weights = (self.weights[genes, own] - self.panel.weights[genes, rival]) / np.float32(self.panel.temperature)
-        halfway = (self.centroids[genes, own] + self.label_centroids[genes, rival]) / 2
+        weights = (self.weights[genes, own] - self.weights[genes, rival]) / np.float32(self.panel.temperature)
+        halfway = (self.centroids[genes, own] + self.centroids[genes, rival]) / 2
         return weights * (values - halfway), weights > 0
 
+    def marker_odds(
+        self, rows: np.ndarray, positions: np.ndarray, values: np.ndarray, own: np.ndarray, rivals: np.ndarray
+    ) -> np.ndarray:
+        """Log odds by the markers of both sets alone, expressed and silent ones, float32 `(n_cells,)`."""
+        mine = (self.marker_places[own[rows], positions] >= 0) | (self.marker_places[rivals[rows], positions] >= 0)
+        rows, positions, values = rows[mine], positions[mine], values[mine]
+        pair = own[rows], rivals[rows]
+        gained = self.terms(positions, values, *pair)[0] - self.terms(positions, 0.0, *pair)[0]
+        odds = np.bincount(rows, weights=gained, minlength=len(own))
+        pairs, numbers = np.unique(np.stack([own, rivals]), axis=1, return_inverse=True)
+        silent = np.zeros(pairs.shape[1])
+        for number, (one, other) in enumerate(pairs.T):
+            markers = np.union1d(self.markers[one], self.markers[other])
+            silent[number] = self.terms(markers[markers >= 0], 0.0, one, other)[0].sum()
+        return (odds + silent[numbers.ravel()]).astype(np.float32)
 
-def label_members(
-    labels: Sequence[str], known: Mapping[str, int], terms: Sequence[Mapping[str, Any]], n_labels: int
-) -> np.ndarray:
-    """The trained labels that each label means, in any words, bool `(len(labels), n_labels)`.
+
+def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The trained labels that each label means, in any words, bool `(len(labels), len(known))`.
 
     Args:
         labels: Labels of a file.
-        known: Trained label -> column of the readout.
+        known: Trained label -> its column.
         terms: As for [`trained_labels_of`].
-        n_labels: Columns of the readout.
     """
-    members = np.zeros((len(labels), n_labels), dtype=bool)
+    members = np.zeros((len(labels), len(known)), dtype=bool)
     for row, label in enumerate(labels):
         members[row, [known[name] for name in trained_labels_of(label, None, list(known), terms) if name in known]] = 1
     return members
@@ -260,7 +280,7 @@ class Evidence:
         symbols: Callable[[list[int]], Sequence[str]],
     ) -> None:
         self.explainer, self.sets, self.set_of_cell = explainer, list(sets), set_of_cell
-        self.labels = np.asarray([*labels, ""], dtype=object)  # the last stands for `NONE`
+        self.names = np.asarray([*sets, *labels, ""], dtype=object)  # of all sets; the last stands for `NONE`
         genes = explainer.panel.gene_ids
         self.genes = np.asarray([*symbols(genes.tolist()), ""], dtype=object)
         self.of_cells = CellEvidence.empty(len(set_of_cell))
@@ -286,7 +306,7 @@ class Evidence:
 
     def cell_rivals(self) -> np.ndarray:
         """The rival of each cell, str `(n_cells,)`."""
-        return self.labels[self.of_cells.rivals].astype(str)
+        return self.names[self.of_cells.rivals].astype(str)
 
     def marker_support(self) -> np.ndarray:
         """Share of the markers of its label that each cell expresses, float32 `(n_cells,)`; NaN without markers."""
@@ -310,7 +330,7 @@ class Evidence:
             if cells.rivals[i] == NONE:
                 continue
             about = {"level": "cell", "name": str(names[i]), "cells": 1, "label": self.sets[own]}
-            about["rival"] = self.labels[cells.rivals[i]]
+            about["rival"] = self.names[cells.rivals[i]]
             markers = self.explainer.markers[own]
             for place, gene in enumerate(cells.genes[i].tolist()):
                 if gene != NONE:
@@ -359,14 +379,14 @@ class Groups:
         for number, name in enumerate(self.names):
             own, n = self.sets[number], self.cells[number]
             mean = self.profiles[number] / n
-            (rival,) = explainer.rivals((mean @ panel.weights + panel.bias)[None], own[None])
+            (rival,) = explainer.find_rivals((mean @ panel.weights + panel.bias)[None], own[None])
             if rival == NONE:
                 continue
             terms, speaks = explainer.terms(slice(None), mean, own, rival)
             best, markers = np.argsort(-terms * speaks, kind="stable")[:N_GENES], explainer.markers[own]
             elsewhere = (self.expressing.sum(axis=0) - self.expressing[number]) / max(self.cells.sum() - n, 1)
             about = {"level": self.level, "name": name, "cells": int(n), "label": evidence.sets[own]}
-            about["rival"] = evidence.labels[rival]
+            about["rival"] = evidence.names[rival]
             for gene in dict.fromkeys([*best[(terms * speaks)[best] > 0].tolist(), *markers[markers >= 0].tolist()]):
                 numbers = terms[gene], self.expressing[number, gene] / n, elsewhere[gene]
                 term, here, there = (round(float(value), 4) for value in numbers)

@@ -1,13 +1,11 @@
 """Compiled loops over the counts of cells, one cell at a time, in memory that fits the cache.
 
-A count passes three of them on its way to a token: [`find_entries`] leaves the zeros of a dense matrix out,
-[`name_genes`] turns columns of a file into genes of the vocabulary, and [`fill_rows`] bins, selects and pads. Each has
-a twin in NumPy that gives the same bits: in `matrices_scmmgpt`, `cells_scmmgpt` and `feature_extraction_scmmgpt`. The
-twins work where numba is not installed, and until there are enough cells for compiling to pay.
+[`find_entries`] and [`name_genes`] read the rows of a dense and of a sparse matrix as genes of the vocabulary;
+[`fill_rows`] bins, selects and pads. Each has a twin in NumPy that gives the same bits, in `matrices_scmmgpt`,
+`cells_scmmgpt` and `feature_extraction_scmmgpt`, for where numba is not installed or compiling does not pay yet.
 
-Arrays, where C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the
-tokens of a cell: `indptr` is `int64 (C + 1,)`, and cell `i` owns the entries `indptr[i]:indptr[i + 1]`; `columns` and
-`gene_ids` are `int32 (E,)`, `hashes` `uint64 (E,)`. Functions with an underscore take the arrays of one cell.
+In shapes, C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the
+tokens of a cell. `indptr` is `int64 (C + 1,)`: cell `i` owns the entries `indptr[i]:indptr[i + 1]`.
 """
 
 from collections.abc import Callable
@@ -32,7 +30,9 @@ LOW_32, LAST_HASH = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
 
 # Compiling takes seconds, once a machine, and loading what was compiled some tenths: in NumPy so many cells take less.
 WARM_UP_CELLS = 5_000
+LARGEST_VALUE = 1e10  # larger values are no plausible expression
 LARGEST_TALLIED = 2**16  # whole counts up to here are sorted by tallying them
+BLOCK = 128  # columns that are looked through while memory brings the next ones
 REPEATED = "A cell has the same gene twice. Build it with `Cells.from_csr`, which sums the counts of a gene."
 _n_cells_seen = 0
 
@@ -65,60 +65,101 @@ _mix64 = _compiled(mix64)
 
 
 @_compiled
-def find_entries(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`indptr`, `columns` and values `(E,)` of what is not zero in a row-major matrix `(C, V)`."""
-    n_rows, n_columns = matrix.shape
-    is_filled, indptr, n = np.zeros(-(-n_columns // 4) * 4, np.uint8), np.zeros(n_rows + 1, np.int64), ZERO
-    fours = is_filled.view(np.uint32)  # four columns each
-    busy, room = np.empty(len(fours), np.int32), n_columns + 4
-    size = room + n_rows * n_columns // 8  # one entry in eight, to begin with
-    columns, data = np.empty(size, np.int32), np.empty(size, matrix.dtype)
+def _name_row(
+    columns: np.ndarray, values: np.ndarray, ids: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray
+) -> tuple[np.uint64, float, bool, bool]:
+    """Keeps the entries of a cell that have a gene: how many, the sum of all, whether columns and values are sound.
+
+    Columns have to ascend, values to lie between 0 and `LARGEST_VALUE`.
+    """
+    n, total, last, n_ascending, n_sound = ZERO, 0.0, np.int32(-1), 0, 0
+    for i in range(len(columns)):  # without a branch: the next entry overwrites one that does not stay
+        column, value = columns[i], values[i]
+        gene = ids[np.uint32(column)]
+        gene_ids[n], counts[n] = gene, value
+        n += np.uint64((gene >= 0) & (value != 0))
+        total += value
+        n_sound += (value >= 0) & (value <= LARGEST_VALUE)
+        n_ascending += column > last
+        last = column
+    return n, total, n_ascending == len(columns), n_sound == len(columns)
+
+
+@_compiled
+def find_entries(
+    matrix: np.ndarray, ids: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
+    """[`name_genes`] of a row-major matrix `(C, V)` whose columns have different genes or none.
+
+    Where the arrays for `gene_ids` and `counts` are too short, longer ones are made.
+    """
+    (n_rows, n_columns), n, are_sound = matrix.shape, ZERO, True
+    indptr, totals, whole = np.zeros(n_rows + 1, np.int64), np.empty(n_rows), n_columns - n_columns % BLOCK
+    is_filled, columns = np.zeros(whole + BLOCK, np.uint8), np.empty(n_columns + 4, np.int32)
+    fours, busy, found = is_filled.view(np.uint32), np.empty(n_columns, np.int32), np.empty(n_columns, matrix.dtype)
     for row in range(n_rows):
-        if n + room > len(columns):
-            columns, data = np.append(columns, np.empty_like(columns)), np.append(data, np.empty_like(data))
-        values, n_busy = matrix[row], ZERO
-        for column in range(n_columns):  # a loop of its own, which the compiler turns into vector instructions
-            is_filled[column] = values[column] != 0
-        for i in range(len(fours)):  # most are empty; without a branch: the next one overwrites an empty one
-            busy[n_busy] = 4 * i
-            n_busy += np.uint64(fours[i] != 0)
+        if n + n_columns > len(counts):
+            more = n_columns + len(counts) // 4
+            gene_ids = np.append(gene_ids, np.empty(more, np.int32))
+            counts = np.append(counts, np.empty(more, counts.dtype))
+        values, n_busy, n_found = matrix[row], ZERO, ZERO
+        for first in range(0, whole, BLOCK):
+            for column in range(first, first + BLOCK):  # becomes vector instructions
+                is_filled[column] = values[column] != 0
+            for four in range(first // 4, first // 4 + BLOCK // 4):  # most are empty; without a branch, as above
+                busy[n_busy] = 4 * four
+                n_busy += np.uint64(fours[four] != 0)
+        for column in range(whole, n_columns):
+            is_filled[column], busy[n_busy] = values[column] != 0, column
+            n_busy += np.uint64(column % 4 == 0)
         for first in busy[:n_busy]:
             for column in range(first, first + 4):
-                columns[n] = column
-                n += np.uint64(is_filled[column])
-        for entry in range(indptr[row], n):
-            data[entry] = values[columns[entry]]
+                columns[n_found] = column
+                n_found += np.uint64(is_filled[column])
+        for i in range(n_found):
+            found[i] = values[columns[i]]
+        n_kept, totals[row], _, is_sound = _name_row(columns[:n_found], found, ids, gene_ids[n:], counts[n:])
+        are_sound, n = are_sound and is_sound, n + n_kept
         indptr[row + 1] = n
-    return indptr, columns[:n], data[:n]
+    return indptr, gene_ids[:n], counts[:n], totals, are_sound
 
 
 @_compiled
 def name_genes(
-    indptr: np.ndarray, columns: np.ndarray, data: np.ndarray, ids: np.ndarray, n_ids: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Turns columns into genes of the vocabulary; counts of one gene add up at its first place.
+    indptr: np.ndarray,
+    columns: np.ndarray,
+    data: np.ndarray,
+    ids: np.ndarray,
+    n_ids: int,
+    has_repeats: bool,
+    gene_ids: np.ndarray,
+    counts: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Turns columns `int32 (E,)` into genes of the vocabulary; counts of one gene add up at its first place.
 
-    `ids` is `int32 (V,)`: the gene of each column, below `n_ids`, or -1. Returns `indptr`, `gene_ids` and `counts` of
-    the entries that have a gene, and the sums of all entries of each cell, `float64 (C,)`.
+    `ids` is `int32 (V,)`: the gene of each column, below `n_ids`, or -1; no gene twice unless `has_repeats`. Returns
+    `indptr`, `gene_ids` (`int32`) and `counts` of the entries with a gene, without stored zeros, sums of all entries,
+    `float64 (C,)`, and whether all of them lie between 0 and `LARGEST_VALUE`.
     """
-    kept_indptr, place_of = np.zeros(len(indptr), np.int64), np.full(n_ids, -1, np.int32)
-    gene_ids, counts, n = np.empty(len(data), np.int32), np.empty(len(data), data.dtype), 0
-    totals = np.zeros(len(indptr) - 1)
+    kept_indptr, totals, n = np.zeros(len(indptr), np.int64), np.empty(len(indptr) - 1), ZERO
+    place_of, are_sound = np.full(n_ids, -1, np.int32), True
     for row in range(len(totals)):
-        first, total = n, 0.0
-        for entry in range(indptr[row], indptr[row + 1]):
-            value, gene = data[entry], ids[np.uint32(columns[entry])]
-            total += value
-            if gene < 0:
-                continue
-            place = place_of[np.uint32(gene)]
-            if place >= first:
-                counts[place] += value
-            else:
-                place_of[np.uint32(gene)], gene_ids[n], counts[n] = n, gene, value
-                n += 1
-        kept_indptr[row + 1], totals[row] = n, total
-    return kept_indptr, gene_ids[:n], counts[:n], totals
+        first, start, stop = n, indptr[row], indptr[row + 1]
+        row_columns, row_data = columns[start:stop], data[start:stop]
+        n_kept, totals[row], ascend, is_sound = _name_row(row_columns, row_data, ids, gene_ids[n:], counts[n:])
+        are_sound, n = are_sound and is_sound, n + n_kept
+        if has_repeats or not ascend:
+            n = first
+            for entry in range(first, first + n_kept):
+                gene, count = gene_ids[entry], counts[entry]
+                place = place_of[gene]
+                if place >= np.int64(first):
+                    counts[place] += count
+                else:
+                    place_of[gene], gene_ids[n], counts[n] = n, gene, count
+                    n += ONE
+        kept_indptr[row + 1] = n
+    return kept_indptr, gene_ids[:n], counts[:n], totals, are_sound
 
 
 @_compiled
@@ -134,36 +175,32 @@ def _rank_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     else:
         values = np.unique(counts)
         ranks[:] = np.searchsorted(values, counts)
-    tally = np.zeros((4, len(values)), np.int64)  # in turns: an element can't be raised again at once
+    tally = np.zeros((len(values), 4), np.int64)  # in turns: an element can't be raised again at once
     for i in range(len(ranks)):
-        tally[i & 3, np.uint32(ranks[i])] += 1
-    return ranks, values, np.cumsum(tally.sum(axis=0))
+        tally[np.uint32(ranks[i]), i & 3] += 1
+    return ranks, values, np.cumsum(tally.sum(axis=1))
 
 
 @_compiled
 def _count_edges(values: np.ndarray, ends: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each rank, how many of the cell's quantile edges are not above its count, and how many equal it."""
-    n, rank, edges = ends[-1], 0, np.empty(len(levels))
+    upper, n_equal = np.zeros(len(values), np.int32), np.zeros(len(values), np.uint64)
+    last, rank = ends[-1] - 1, 0
     for k in range(len(levels)):  # by linear interpolation between neighbours in order of size, as NumPy does
-        level = levels[k] * (n - 1)
-        before = np.int64(np.floor(level))
+        level = levels[k] * last
+        before = np.int64(level)
         weight = level - before
         while ends[rank] <= before:
             rank += 1
         after = rank
-        while ends[after] <= min(before + 1, n - 1):
+        while ends[after] <= min(before + 1, last):
             after += 1
         step = values[after] - values[rank]  # in the precision of the counts
-        edges[k] = values[rank] + step * weight if weight < 0.5 else values[after] - step * (1 - weight)
-    upper, n_equal = np.empty(len(values), np.int32), np.empty(len(values), np.uint64)
-    n_below, n_reached = 0, 0
-    for rank in range(len(values)):
-        while n_below < len(edges) and edges[n_below] < values[rank]:
-            n_below += 1
-        while n_reached < len(edges) and edges[n_reached] <= values[rank]:
-            n_reached += 1
-        upper[rank], n_equal[rank] = n_reached, n_reached - n_below
-    return upper, n_equal
+        edge = values[rank] + step * weight if weight < 0.5 else values[after] - step * (1 - weight)
+        reached = rank if edge <= values[rank] else after
+        upper[reached] += 1
+        n_equal[reached] += np.uint64(edge == values[reached])
+    return np.cumsum(upper), n_equal
 
 
 @_compiled
@@ -195,38 +232,6 @@ def _find_cutoff(hashes: np.ndarray, ranks: np.ndarray, ends: np.ndarray, n_kept
 
 
 @_compiled
-def _fill_row(
-    gene_ids: np.ndarray,
-    counts: np.ndarray,
-    values: np.ndarray,
-    levels: np.ndarray,
-    cell_key: np.uint64,
-    by_count: bool,
-    gene_ids_out: np.ndarray,
-    expression_out: np.ndarray,
-) -> None:
-    """Bins the genes of a cell and selects as many as there is room for."""
-    gene_ids, counts = gene_ids.copy(), counts.copy()  # nothing reads memory as fast as a copy
-    hashes = np.empty(len(gene_ids), np.uint64)
-    for i in range(len(gene_ids)):
-        hashes[i] = _mix64(cell_key + (np.uint64(gene_ids[i]) + ONE) * GOLDEN_GAMMA)
-    ranks, ranked, ends = _rank_counts(counts)
-    if len(levels):
-        values = np.empty(len(counts), np.float32)
-        upper, n_equal = _count_edges(ranked, ends, levels)
-        for i in range(len(ranks)):  # a count that equals several edges gets one of their bins by its hash
-            rank = np.uint32(ranks[i])
-            values[i] = upper[rank] - np.int32((hashes[i] & LOW_32) * n_equal[rank] >> BITS_32)
-    entry, n, n_kept, cutoff = ZERO, ZERO, len(gene_ids_out), LAST_HASH
-    if len(gene_ids) > n_kept:
-        cutoff = _find_cutoff(hashes, ranks, ends, n_kept, by_count)
-    while n < np.uint64(n_kept):  # without a branch, as in `find_entries`
-        gene_ids_out[n], expression_out[n] = gene_ids[entry], values[entry]
-        n += np.uint64(hashes[entry] <= cutoff)
-        entry += ONE
-
-
-@_compiled
 def fill_rows(
     indptr: np.ndarray,
     gene_ids: np.ndarray,
@@ -244,23 +249,33 @@ def fill_rows(
 ) -> None:
     """Bins, selects and pads every cell into its row of the outputs `(C, T)`, from position 1 on.
 
-    `counts` are `float32` or `uint32 (E,)`, above 0. They are binned at the quantile `levels`; if there are none, the
-    `values` `float32 (E,)` are taken. Of each cell `n_kept` genes stay: those of the largest counts if `by_count`,
-    else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs are `int64`, `float32` and `int64` (1 = attend).
+    `gene_ids` are `int32 (E,)`, `counts` `float32` or `uint32 (E,)`, above 0: binned at the quantile `levels`, or, if
+    there are none, replaced by `values`, `float32 (E,)`. Of each cell `n_kept` genes stay: those of the largest counts
+    if `by_count`, else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs: `int64`, `float32`, `int64` (1 = attend).
     """
     for row in range(len(cell_keys)):
         start, stop = indptr[row], indptr[row + 1]
-        n_tokens = 1 + min(stop - start, n_kept)
-        if stop > start:
-            _fill_row(
-                gene_ids[start:stop],
-                counts[start:stop],
-                values[start:stop],
-                levels,
-                cell_keys[row],
-                by_count,
-                gene_ids_out[row, 1:n_tokens],
-                expression_out[row, 1:n_tokens],
-            )
-        gene_ids_out[row, n_tokens:], expression_out[row, n_tokens:] = pad_token_id, pad_value
-        attended_out[row, :n_tokens], attended_out[row, n_tokens:] = 1, 0
+        end, cell_values = 1 + min(stop - start, n_kept), values[start:stop]
+        attended_out[row, :end], attended_out[row, end:] = 1, 0
+        gene_ids_out[row, end:], expression_out[row, end:] = pad_token_id, pad_value
+        if stop == start:
+            continue
+        genes, hashes = gene_ids[start:stop].copy(), np.empty(stop - start, np.uint64)  # a copy reads memory fastest
+        ranks, ranked, ends = _rank_counts(counts[start:stop].copy())
+        for i in range(len(genes)):
+            hashes[i] = _mix64(cell_keys[row] + (np.uint64(genes[i]) + ONE) * GOLDEN_GAMMA)
+        if len(levels):
+            cell_values = np.empty(len(genes), np.float32)
+            upper, n_equal = _count_edges(ranked, ends, levels)
+            for i in range(len(genes)):  # a count that equals several edges gets one of their bins by its hash
+                rank = np.uint32(ranks[i])
+                cell_values[i] = upper[rank] - np.int32((hashes[i] & LOW_32) * n_equal[rank] >> BITS_32)
+        genes_out, values_out = gene_ids_out[row, 1:end], expression_out[row, 1:end]
+        if len(genes) <= n_kept:
+            genes_out[:], values_out[:] = genes, cell_values
+            continue
+        cutoff, entry, n = _find_cutoff(hashes, ranks, ends, n_kept, by_count), ZERO, ZERO
+        while n < np.uint64(n_kept):  # without a branch, as above
+            genes_out[n], values_out[n] = genes[entry], cell_values[entry]
+            n += np.uint64(hashes[entry] <= cutoff)
+            entry += ONE

@@ -57,7 +57,12 @@ except ImportError:  # as a flat module in a clone
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)
-CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")
+# Exponent of the labels' probabilities in the token of labels. The readout is nearly certain of the cells that it was
+# fitted to; in training the language model sees hardly a mixture of labels. With 4 it names the most probable label of
+# all held-out cells of the demo, with 1 of 86 to 96 % (`train/LOG.md`).
+LABEL_SHARPNESS = 4.0
+CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")  # of the cell model
+PROMPT_CELL_INPUTS = (*CELL_INPUTS, "profile_gene_ids", "profile", "readout_scores")  # the last three are optional
 OTHER_PARTS = r"(?!model\.language_model\.).+"  # names of all modules that are not of the language model
 LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' `loss_function`
 # Linear layers that LoRA adapts, by their names in Llama and its kin, Phi, GPT-2 and GPT-NeoX.
@@ -96,7 +101,7 @@ class ScMMGPTModelOutput(BaseModelOutputWithPast):
     """Output of [`ScMMGPTModel`]: that of the language model and, for rows with target genes, the expression loss.
 
     Args:
-        cell_hidden_states (`torch.FloatTensor` of shape `(num_cells, num_query_tokens, text_config.hidden_size)`):
+        cell_hidden_states (`torch.FloatTensor` of shape `(num_cells, num_cell_tokens, text_config.hidden_size)`):
             The cells as inputs of the language model.
         expression_loss: Loss of the target genes; `None` without targets.
     """
@@ -454,7 +459,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         if config.profile_readout:
             self.profile_readout = ScMMGPTProfileReadout(config)
         if config.label_readout is not None:
-            sizes = {name: config.label_readout[name] for name in ("num_genes", "num_factors")}
+            sizes = {name: size for name, size in config.label_readout.items() if name not in ("texts", "labels")}
             self.label_readout = ScMMGPTLabelReadout(len(config.label_readout["texts"]), **sizes)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
@@ -921,19 +926,53 @@ class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
         self.language_projection = nn.Sequential(
             nn.Linear(width, config.projection_dim), nn.ReLU(), nn.Linear(config.projection_dim, text_width)
         )
+        if config.cell_tokens != "queries":  # the direction of each label among the inputs of the language model
+            self.label_projection = nn.Linear(len(config.label_readout["texts"]), text_width, bias=False)
         self.post_init()
 
     @with_own_weights
     def get_cell_tokens(
-        self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None
+        self,
+        gene_ids: Tensor,
+        expression: Tensor,
+        cell_attention_mask: Tensor | None = None,
+        profile_gene_ids: Tensor | None = None,
+        profile: Tensor | None = None,
+        readout_scores: Tensor | None = None,
     ) -> Tensor:
-        """Cells as inputs of the language model: `(num_cells, num_query_tokens, text_config.hidden_size)`."""
-        cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
-        return self.language_projection(self.query_cells(cell_states, cell_attention_mask) - self.query_means)
+        """Cells as inputs of the language model: `(num_cells, num_cell_tokens, text_config.hidden_size)`.
 
-    def forward(self, gene_ids: Tensor, expression: Tensor, cell_attention_mask: Tensor | None = None) -> Any:
+        These are the queries' states and, as the last token, the mean of the labels' directions, weighted by powers of
+        their probabilities (`LABEL_SHARPNESS`), as `config.cell_tokens` has it.
+
+        Args:
+            gene_ids, expression, cell_attention_mask: As for `get_cell_features`.
+            profile_gene_ids, profile (`torch.Tensor` of shape `(num_cells, num_expressed_genes)`): All expressed genes
+                and the square roots of their shares, from which the label readout takes probabilities.
+            readout_scores (`torch.FloatTensor` of shape `(num_cells, num_labels)`): Log probabilities of the labels in
+                place of those, for instance of a readout that was solved for the genes of a file. (`Trainer` would
+                take an input with "label" in its name for a target.)
+        """
+        tokens = []
+        if self.config.cell_tokens != "labels":
+            cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
+            queries = self.query_cells(cell_states, cell_attention_mask) - self.query_means  # (C, Q, W)
+            tokens.append(self.language_projection(queries))
+        if self.config.cell_tokens != "queries":
+            if readout_scores is None:
+                if profile_gene_ids is None or profile is None:
+                    raise ValueError(
+                        "This checkpoint reads labels from each cell's whole profile (`profile_gene_ids`, `profile`), "
+                        "and got none; make the inputs with its own processor."
+                    )
+                readout_scores = self.label_readout(profile_gene_ids, profile)
+            weights = (LABEL_SHARPNESS * readout_scores).softmax(dim=-1).to(self.label_projection.weight.dtype)
+            tokens.append(self.label_projection(weights)[:, None])
+        return torch.cat(tokens, dim=1)
+
+    def forward(self, gene_ids: Tensor, expression: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `get_cell_tokens`."""
-        return self.get_cell_tokens(gene_ids, expression, cell_attention_mask)
+        return self.get_cell_tokens(gene_ids, expression, *args, **kwargs)
 
 
 class ScMMGPTModel(ScMMGPTCellEncoder):
@@ -964,6 +1003,9 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         gene_ids: Tensor | None = None,
         expression: Tensor | None = None,
         cell_attention_mask: Tensor | None = None,
+        profile_gene_ids: Tensor | None = None,
+        profile: Tensor | None = None,
+        readout_scores: Tensor | None = None,
         target_gene_ids: Tensor | None = None,
         target_attention_mask: Tensor | None = None,
         target_rows: Tensor | None = None,
@@ -982,7 +1024,8 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         # step 1: cells replace their placeholders, in the order of the text
         cell_tokens = None
         if gene_ids is not None and expression is not None:
-            cell_tokens = self.get_cell_tokens(gene_ids, expression, cell_attention_mask)  # (C, Q, L)
+            others = cell_attention_mask, profile_gene_ids, profile, readout_scores
+            cell_tokens = self.get_cell_tokens(gene_ids, expression, *others)  # (C, tokens of a cell, L)
             cell_tokens = cell_tokens.to(inputs_embeds)
             placeholders = self.find_placeholders(input_ids, inputs_embeds, len(gene_ids))  # (B, T)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], cell_tokens)
@@ -1033,10 +1076,10 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
             token = torch.full((), self.config.cell_token_id, dtype=torch.long, device=inputs_embeds.device)
             placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
         torch_compilable_check(
-            placeholders.sum() == num_cells * self.config.num_query_tokens,
+            placeholders.sum() == num_cells * self.config.num_cell_tokens,
             lambda: (
                 f"The text has {int(placeholders.sum())} cell placeholder tokens, but {num_cells} cells x "
-                f"{self.config.num_query_tokens} tokens were given; expand `<cell>` with the processor."
+                f"{self.config.num_cell_tokens} tokens were given; expand `<cell>` with the processor."
             ),
         )
         return placeholders
@@ -1202,7 +1245,8 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         with torch.device(language_model.device):
             model = cls._from_config(config, dtype=alignment.dtype, language_model=language_model)
 
-        new_parts = ("language_model.", "language_projection.", "text_to_cell.", "expression_head.", "cell_states.")
+        new_parts = ("language_model.", "language_projection.", "label_projection.", "text_to_cell.")
+        new_parts += ("expression_head.", "cell_states.")
         weights = {k: v for k, v in alignment.state_dict().items() if not k.startswith("profile_readout.")}
         report = model.model.load_state_dict(weights, strict=False)
         missing = [key for key in report.missing_keys if not key.startswith(new_parts)]
@@ -1242,6 +1286,9 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         gene_ids: Tensor | None = None,
         expression: Tensor | None = None,
         cell_attention_mask: Tensor | None = None,
+        profile_gene_ids: Tensor | None = None,
+        profile: Tensor | None = None,
+        readout_scores: Tensor | None = None,
         target_gene_ids: Tensor | None = None,
         target_attention_mask: Tensor | None = None,
         target_rows: Tensor | None = None,
@@ -1256,7 +1303,9 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
                 causal language model of transformers. `labels` is -100 where no token is a target.
             cache: `past_key_values` as transformers 5.24 and later call it.
             gene_ids, expression, cell_attention_mask: `(num_cells, num_genes)`: all cells of the batch in the order of
-                the texts, each for `num_query_tokens` placeholders in `input_ids`.
+                the texts, each for `config.num_cell_tokens` placeholders in `input_ids`.
+            profile_gene_ids, profile, readout_scores: See `get_cell_tokens`; not used unless the language model reads
+                labels (`config.cell_tokens`).
             target_gene_ids, target_attention_mask: `(batch_size, num_genes)`: genes to generate from the row's text. A
                 row whose mask is all 0 has none.
             target_rows (`torch.LongTensor` of shape `(num_targets,)`): The row of each target cell's text; by default
@@ -1276,6 +1325,9 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             gene_ids=gene_ids,
             expression=expression,
             cell_attention_mask=cell_attention_mask,
+            profile_gene_ids=profile_gene_ids,
+            profile=profile,
+            readout_scores=readout_scores,
             target_gene_ids=target_gene_ids,
             target_attention_mask=target_attention_mask,
             target_rows=target_rows,
@@ -1328,7 +1380,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             do_sample: Also draw counts (`nb` and `zinb` heads).
             seed, cell_ids: The counts of a cell depend on `seed` and its id (by default its row number), not on the
                 rest of the batch.
-            cell_inputs: `gene_ids`, `expression`, `cell_attention_mask` of cells in the prompts.
+            cell_inputs: `gene_ids`, `expression` and other inputs of cells in the prompts.
 
         Raises:
             ValueError: If counts are to be sampled from the `mse` head or without a library size.
@@ -1360,7 +1412,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self, input_ids: Any, *args: Any, inputs_embeds: Any = None, is_first_iteration: Any = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Pass the cells with the prompt only: afterwards the cache holds them."""
-        cells = {name: kwargs.pop(name, None) for name in CELL_INPUTS}
+        cells = {name: kwargs.pop(name, None) for name in PROMPT_CELL_INPUTS}
         kwargs.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
         parent: Any = super()
         inputs = parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
@@ -1378,13 +1430,13 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat samples for beams. A sample's cells repeat as a block: A B A B, not A A B B."""
-        cells = {name: model_kwargs.pop(name) for name in CELL_INPUTS if model_kwargs.get(name) is not None}
+        cells = {name: model_kwargs.pop(name) for name in PROMPT_CELL_INPUTS if model_kwargs.get(name) is not None}
         if cells and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             placeholders = self.model.find_placeholders(
                 input_ids if embeds is None else None, embeds, len(cells["gene_ids"])
             )
-            cells_per_row = (placeholders.sum(dim=1) // self.config.num_query_tokens).tolist()
+            cells_per_row = (placeholders.sum(dim=1) // self.config.num_cell_tokens).tolist()
             blocks = torch.arange(len(cells["gene_ids"]), device=placeholders.device).split(cells_per_row)
             order = torch.cat([block.repeat(expand_size) for block in blocks])
             cells = {name: value[order] for name, value in cells.items()}

@@ -16,7 +16,7 @@ its place, but with `read_batch`.
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,8 +36,10 @@ try:  # as a package or as remote code
         ids_of_labels,
         label_probabilities,
         labels_with_texts,
+        majority_vote,
         summarize_annotation,
     )
+    from .audit_scmmgpt import Audit, Scratch, judge
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .evidence_scmmgpt import Evidence, Explainer, label_members
@@ -62,8 +64,8 @@ try:  # as a package or as remote code
     from .processing_scmmgpt import ScMMGPTProcessor
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from .scoring_scmmgpt import LabelScorer, encode_texts
-    from .unseen_scmmgpt import MIN_BATCH, TextScores
+    from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
@@ -75,8 +77,10 @@ except ImportError:  # as a flat module in a clone
         ids_of_labels,
         label_probabilities,
         labels_with_texts,
+        majority_vote,
         summarize_annotation,
     )
+    from audit_scmmgpt import Audit, Scratch, judge
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from evidence_scmmgpt import Evidence, Explainer, label_members
@@ -101,8 +105,8 @@ except ImportError:  # as a flat module in a clone
     from processing_scmmgpt import ScMMGPTProcessor
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from scoring_scmmgpt import LabelScorer, encode_texts
-    from unseen_scmmgpt import MIN_BATCH, TextScores
+    from scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 
 
 logger = logging.get_logger(__name__)
@@ -113,27 +117,45 @@ READ_CELLS = 10_000  # of a file, at most, that correct the place of labels that
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 
 
+@dataclass
+class Labelling:
+    """What [`ScMMGPTPipeline.annotate`] decides once for all cells of the data of an input choice."""
+
+    choice: InputChoice
+    settings: dict[str, Any]
+    candidates: Candidates
+    readout: TextScores | None
+    unseen_bonus: float
+    min_score: float | None
+    broader: Sequence[Mapping[str, Any]]  # terms for cells below `min_score`
+    batch_read: bool = False
+
+
 class ScMMGPTPipeline:
     """A model and its processor, with every task as a verb over AnnData.
 
     The call path of `annotate(adata)`, from top to bottom. Other verbs over cells differ in what the model computes.
 
         annotation_settings             labels and their texts, temperature, matching weight
-        candidate_columns               annotation_scmmgpt: labels in any words -> texts to score
         choose_input                    reading_scmmgpt: which matrix and genes, and a report
                                             -> matrices_scmmgpt: the kind of each matrix
                                             -> genes_scmmgpt: variables -> genes of the vocabulary
-        _text_scores                    readout_scmmgpt, unseen_scmmgpt: the readout for the genes of the file
+        labelling                       what is decided once for all cells
+            candidate_columns           annotation_scmmgpt: labels in any words -> texts to score
+            _text_scores                readout_scmmgpt, unseen_scmmgpt: the readout for the genes of the file
         _read_batch                     unseen_scmmgpt: a look at the cells first, if asked
-        _probabilities -> _label_scores, batch by batch
-            _chunks                     reading_scmmgpt: the next rows of the AnnData -> Cells
-            LabelScorer                 scoring_scmmgpt: Cells -> scores of the texts, and novelty
+        label_cells                     of all cells, or of a part of them
+            _probabilities -> _label_scores, batch by batch
+                _chunks                 reading_scmmgpt: the next rows of the AnnData -> Cells
+                LabelScorer             scoring_scmmgpt: Cells -> scores of the texts, and novelty
                                             -> feature_extraction_scmmgpt: Cells -> gene ids and values
                                             -> modeling_scmmgpt: similarity with all texts, matching with the best
-        label_probabilities             annotation_scmmgpt: similarity and matching -> probabilities
-        choose_labels                   annotation_scmmgpt: the label of each cell and its certainty
-        summarize_annotation            annotation_scmmgpt: numbers of the whole, and warnings of an unlikely one
-        _record                         settings and report -> adata.uns
+            label_probabilities         annotation_scmmgpt: similarity and matching -> probabilities
+            choose_labels               annotation_scmmgpt: the label of each cell and its certainty
+        add_labels                      columns -> adata.obs
+            majority_vote               annotation_scmmgpt: labels of clusters
+            summarize_annotation        annotation_scmmgpt: numbers of the whole, and warnings of an unlikely one
+            _record                     settings and report -> adata.uns
 
     Args:
         model: [`ScMMGPTForConditionalGeneration`]; or [`ScMMGPTForCellTextAlignment`], a checkpoint of stage 1, which
@@ -265,42 +287,82 @@ class ScMMGPTPipeline:
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are no candidates.
         """
-        settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        stored = self.model.config.annotation or {}
-        known, terms = stored.get("labels", {}), stored.get("terms", [])
-        candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
+        settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         choice = self.processor.choose_input(adata, **read_kwargs)
+        labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus)
+        if read_batch and labelling.readout is not None and labelling.readout.has_new_labels:
+            readout, batch_read = self._read_batch(labelling.readout, adata, choice)
+            labelling = replace(labelling, readout=readout, batch_read=batch_read)
+        columns, probabilities = self.label_cells(adata, labelling, batch_size)
+        finish_report(choice.report)
+        return self.add_labels(adata, labelling, columns, probabilities, clusters, key_added)
+
+    def labelling(
+        self,
+        choice: InputChoice,
+        settings: dict[str, Any],
+        is_default: bool = True,
+        min_score: float | None = None,
+        unseen_bonus: float | None = None,
+    ) -> "Labelling":
+        """What [`annotate`] decides once for all cells of the data that `choice` was made for.
+
+        `settings` are those of [`annotation_settings`], and `is_default` says whether the labels are the checkpoint's.
+        """
+        stored = self.model.config.annotation or {}
+        terms = stored.get("terms", [])
+        candidates = candidate_columns(settings["labels"], stored.get("labels", {}), settings["cl_ids"], terms)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice)
-        batch_read = read_batch and readout is not None and readout.has_new_labels
-        if batch_read and readout is not None:
-            readout, batch_read = self._read_batch(readout, adata, choice)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
-        probabilities, novelty = self._probabilities(
-            adata, choice, candidates, settings, readout, unseen_bonus, batch_size
-        )
-        names, broader = candidates.names, terms if labels is None else ()
-        ids = ids_of_labels(names, settings["cl_ids"], terms)
-        others = bool((candidates.owners < 0).any())
-        columns = choose_labels(probabilities, names, ids, min_score, clusters, novelty, broader, others)
+        broader = terms if is_default else []
+        return Labelling(choice, settings, candidates, readout, unseen_bonus, min_score, broader)
 
+    def label_cells(
+        self, adata: Any, labelling: "Labelling", batch_size: int | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Columns of `obs` and probabilities `(n_obs, n_labels)` of cells: all of the data of a choice, or a part."""
+        candidates, terms = labelling.candidates, (self.model.config.annotation or {}).get("terms", [])
+        options = (labelling.choice, candidates, labelling.settings, labelling.readout, labelling.unseen_bonus)
+        probabilities, novelty = self._probabilities(adata, *options, batch_size)
+        names, others = candidates.names, bool((candidates.owners < 0).any())
+        ids = ids_of_labels(names, labelling.settings["cl_ids"], terms)
+        columns = choose_labels(
+            probabilities, names, ids, labelling.min_score, None, novelty, labelling.broader, others
+        )
+        return columns, probabilities
+
+    def add_labels(
+        self,
+        adata: Any,
+        labelling: "Labelling",
+        columns: dict[str, np.ndarray],
+        probabilities: Any,
+        clusters: np.ndarray | None = None,
+        key_added: str = "scmmgpt",
+    ) -> Any:
+        """Add the results of [`label_cells`] for all cells to `adata`, with the votes of clusters and the summary."""
+        settings, candidates = labelling.settings, labelling.candidates
+        if clusters is not None:
+            columns = {**columns, "cell_type_majority": majority_vote(columns["cell_type"], clusters)}
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
-        summary, warnings = summarize_annotation(columns, candidates, list(known), min_score)
+        known = list((self.model.config.annotation or {}).get("labels", {}))
+        summary, warnings = summarize_annotation(columns, candidates, known, labelling.min_score)
         for warning in warnings:
             logger.warning(warning)
         done = {
-            "labels": np.asarray(names, dtype=object),
+            "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
             **{name: settings[name] for name in ("matching_weight", "temperature")},
-            "read_batch": batch_read,
+            "read_batch": labelling.batch_read,
             **summary,
         }
-        if readout is not None:
-            done["weak_labels"] = self._warn_of_weak_labels(readout, candidates.texts)
-        return self._record(adata, key_added, choice.report, annotate=done)
+        if labelling.readout is not None:
+            done["weak_labels"] = self._warn_of_weak_labels(labelling.readout, candidates.texts)
+        return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
     @property
     def can_explain(self) -> bool:
@@ -342,19 +404,17 @@ class ScMMGPTPipeline:
                 "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
                 "`python -m scmmgpt.train finetune` or `align`."
             )
-        stored, texts = self.model.config.annotation or {}, self.model.config.label_readout["texts"]
-        known = {label: texts.index(text) for label, text in stored.get("labels", {}).items() if text in texts}
-        names = {column: label for label, column in known.items()}
         sets, set_of_cell = np.unique(_words(adata, label_key), return_inverse=True)
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        members = label_members(sets.tolist(), known, stored.get("terms", []), len(texts))
+        known = self._readout_columns()
+        members = label_members(sets.tolist(), known, (self.model.config.annotation or {}).get("terms", []))
         choice = self.processor.choose_input(adata, **read_kwargs)
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
-        labels = [names.get(column, text) for column, text in enumerate(texts)]
-        evidence = Evidence(explainer, sets.tolist(), set_of_cell, labels, clusters, self.processor.gene_symbols)
+        evidence = Evidence(explainer, sets.tolist(), set_of_cell, list(known), clusters, self.processor.gene_symbols)
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
         for rows, cells in self._batches(chunks, batch_size, "Explaining", len(set_of_cell)):
             evidence.add(rows, cells)
+        finish_report(choice.report)
         _add_obs(adata, f"{key_added}_evidence", evidence.cell_genes())
         _add_obs(adata, f"{key_added}_rival", evidence.cell_rivals())
         adata.obs[f"{key_added}_marker_support"] = evidence.marker_support()
@@ -363,6 +423,78 @@ class ScMMGPTPipeline:
         table = {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
+
+    def _readout_columns(self) -> dict[str, int]:
+        """Trained label -> its column of the label readout, in the readout's order."""
+        texts, stored = (
+            self.model.config.label_readout["texts"],
+            (self.model.config.annotation or {}).get("labels", {}),
+        )
+        label_of = {text: label for label, text in stored.items()}
+        return {label_of.get(text, text): column for column, text in enumerate(texts)}
+
+    @with_receipt
+    def audit(
+        self,
+        adata: Any,
+        label_key: str,
+        *,
+        cluster_key: str | None = None,
+        key_added: str = "scmmgpt",
+        batch_size: int | None = None,
+        **read_kwargs: Any,
+    ) -> Audit:
+        """Judge the labels that cells were given, by the model and by markers, and rank the doubtful ones.
+
+        A label of the file may be in any words, or broader than those of training; cells of labels that the checkpoint
+        does not know are not judged (`audit_scmmgpt`). Results of [`annotate`] stay as they are.
+
+        Args:
+            label_key: Column of `obs` with the given labels.
+            cluster_key: Column of `obs` with clusters, which are ranked too.
+            adata, key_added, batch_size, read_kwargs: As for [`annotate`].
+
+        Returns:
+            [`Audit`], whose `group_rows` and `cell_rows` are tables. `obs` gets `{key}_audit` (verdict),
+            `{key}_audit_score` (log odds, the larger the more doubtful), `{key}_audit_suggested` (the best other
+            label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
+        """
+        given = _words(adata, label_key)
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        annotated = self.annotate(Scratch(adata), batch_size=batch_size, **read_kwargs)
+        probabilities = np.asarray(annotated.obsm["scmmgpt_probabilities"])
+        names = annotated.uns["scmmgpt"]["annotate"]["labels"].tolist()
+        sets, set_of_cell = np.unique(given, return_inverse=True)
+        terms = (self.model.config.annotation or {}).get("terms", [])
+        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        best, odds = judge(probabilities, members, set_of_cell)
+        suggested = np.where(best >= 0, np.asarray([*names, ""], dtype=object)[best], "").astype(str)
+        genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
+        if self.can_explain:
+            choice = self.processor.choose_input(adata, **read_kwargs)
+            known = self._readout_columns()
+            of_readout = label_members(sets.tolist(), known, terms)
+            explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout)
+            symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
+            columns = np.asarray([known.get(name, -1) for name in names] + [-1])[best]
+            usable = (columns >= 0) & of_readout.any(axis=1)[set_of_cell]
+            own = np.where(usable, columns + explainer.first_label, 0)
+            chunks, size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
+            for rows, cells in self._batches(chunks, size, "Auditing", len(given)):
+                rivals = np.where(usable[rows], set_of_cell[rows], -1)
+                found, entries = explainer(cells, own[rows], rivals)
+                words = [", ".join(row[row != ""]) for row in symbols[found.genes]]
+                genes[rows] = words
+                odds_of = explainer.marker_odds(*entries[:3], own[rows], set_of_cell[rows])
+                marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
+        novelty = annotated.obs.get("scmmgpt_novelty", np.zeros(len(given)))
+        audit = Audit(given, suggested, odds, marker_odds, genes, np.asarray(novelty) > 1, clusters)
+        columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
+        for name, values in {**columns_of, "audit_genes": audit.genes.astype(str)}.items():
+            _add_obs(adata, f"{key_added}_{name}", values)
+        done = {name.replace(" ", "_"): n for name, n in audit.summary().items()}
+        self._record(adata, key_added, annotated.uns["scmmgpt"]["input"], audit={"label_key": label_key, **done})
+        return audit
 
     def annotation_settings(
         self,
@@ -464,7 +596,7 @@ class ScMMGPTPipeline:
         """
         stored = (self.model.config.annotation or {}).get("novelty")
         novelty_of = Novelty.of(stored, choice.match.measured, self.model.config.cell_config.vocab_size)
-        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
+        chunks, n_cells = self._chunks(adata, choice), adata.shape[0]
         similarity, match, novelty = self._label_scores(
             chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
         )
@@ -483,7 +615,7 @@ class ScMMGPTPipeline:
         trained = self.model.config.label_readout["texts"]
 
         def embed(texts: Sequence[str]) -> np.ndarray:
-            return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
+            return text_states(self._bridge(), self.processor, texts)
 
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
@@ -566,12 +698,17 @@ class ScMMGPTPipeline:
 
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 16)
         texts = np.empty(choice.report["cells"]["cells"], dtype=object)
+        reads_labels = self.model.config.cell_tokens != "queries"
+        panel = model.model.label_readout.for_genes(choice.match.measured) if reads_labels else None
         for rows, cells in self._batches(chunks, batch_size, "Describing", len(texts)):
             inputs = self.processor(text=[prompt] * len(rows), cells=cells).to(self.device)
+            if panel is not None:
+                inputs["readout_scores"] = torch.from_numpy(panel(cells)).to(self.device)
             with torch.inference_mode():
                 ids = model.generate(**inputs, **options)  # type: ignore[misc]
             words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             texts[rows] = [text.strip() for text in words]
+        finish_report(choice.report)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
         return self._record(adata, key_added, choice.report, describe=done)
@@ -702,6 +839,15 @@ class ScMMGPTPipeline:
         Returns:
             The same `adata`, with the float32 embedding in `obsm[key_added]`.
         """
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        embedding = self.embed_cells(adata, choice, of, batch_size)
+        finish_report(choice.report)
+        return self.add_embedding(adata, choice, embedding, of, key_added)
+
+    def embed_cells(
+        self, adata: Any, choice: InputChoice, of: str = "cell-text", batch_size: int | None = None
+    ) -> np.ndarray:
+        """Embeddings of cells, float32: of all of the data that `choice` was made for, or of a part."""
         if of not in ("cell-text", "cell"):
             raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
 
@@ -714,11 +860,21 @@ class ScMMGPTPipeline:
                 embedded = self._bridge().get_cell_features(**inputs).mean(dim=1)
             return (torch.nn.functional.normalize(embedded.float(), dim=-1),)
 
-        choice = self.processor.choose_input(adata, **read_kwargs)
-        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
-        batch_size = self._batch_size(batch_size, 64)
-        (adata.obsm[key_added],) = self._map_cells(embedding, chunks, batch_size, "Embedding", n_cells)
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 64)
+        return self._map_cells(embedding, chunks, batch_size, "Embedding", adata.shape[0])[0]
+
+    def add_embedding(
+        self, adata: Any, choice: InputChoice, embedding: Any, of: str = "cell-text", key_added: str = "X_scmmgpt"
+    ) -> Any:
+        """Add the result of [`embed_cells`] for all cells to `adata`."""
+        adata.obsm[key_added] = embedding
         return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts in the space of [`embed`]'s `"cell-text"`, float32 `(n_texts, projection_dim)`."""
+        if not len(texts) or not all(text.strip() for text in texts):
+            raise ValueError("The text to search for is empty; describe the wanted cells.")
+        return encode_texts(self._bridge(), self.processor, texts).float().cpu().numpy()
 
     @with_receipt
     def search(
@@ -727,6 +883,7 @@ class ScMMGPTPipeline:
         text: str | Sequence[str],
         top_k: int = 10,
         *,
+        by: str = "similarity",
         key_added: str | None = None,
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -736,13 +893,16 @@ class ScMMGPTPipeline:
         Args:
             text: Description of the wanted cells, one text or several.
             top_k: Cells to return per text.
+            by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
+                own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
+                that was trained with `gene_texts`.
             key_added: Column of `obs` to add every cell's similarity as (one text only).
             adata, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
-            1, which has no zero that means "no match") and `z` (standard deviations of the score above the mean of
-            these cells); for several texts, a list of such lists.
+            1, which has no zero that means "no match"; by genes, in standard deviations of training cells) and `z`
+            (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
@@ -751,20 +911,37 @@ class ScMMGPTPipeline:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
         if key_added is not None and len(texts) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts; pass one text.")
-        text_features = encode_texts(self._bridge(), self.processor, texts)
-
-        def score(cells: Cells) -> tuple[torch.Tensor, ...]:
-            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
-
+        if by not in ("similarity", "genes"):
+            raise ValueError(f"by is {by!r}; choose 'similarity' or 'genes'.")
+        if by == "genes" and "text_width" not in (self.model.config.label_readout or {}):
+            raise ValueError(
+                "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
+            )
         choice = self.processor.choose_input(adata, **read_kwargs)
+        score = self._search_scores(texts, by, choice)
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
         batch_size = self._batch_size(batch_size, 64)
         (similarity,) = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
+        finish_report(choice.report)
         if key_added is not None:
             adata.obs[key_added] = similarity[:, 0]
-            self._record(adata, "scmmgpt", choice.report, search={"text": texts[0], "key": key_added})
+            done = {"text": texts[0], "by": by, "key": key_added}
+            self._record(adata, "scmmgpt", choice.report, search=done)
         hits = [_best_hits(column, adata.obs_names, top_k) for column in similarity.T]
         return hits[0] if isinstance(text, str) else hits
+
+    def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
+        """The scores of texts that [`search`] sorts by."""
+        if by == "genes":
+            states = text_states(self._bridge(), self.processor, texts)
+            genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
+            return lambda cells: (torch.from_numpy(genes(cells)),)
+        text_features = encode_texts(self._bridge(), self.processor, texts)
+
+        def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
+            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
+
+        return similarity
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
@@ -792,7 +969,7 @@ class ScMMGPTPipeline:
         return dict(self.processor(cells=cells).to(self.device))
 
     def _chunks(self, adata: Any, choice: InputChoice) -> Iterator[Cells]:
-        """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time; after the last, warnings about all."""
+        """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time."""
         # The class is the processor's: a checkpoint may load each file twice.
         parts: list[Cells] = []
         cells_hash = CellsHash()
@@ -805,7 +982,6 @@ class ScMMGPTPipeline:
         if parts:
             yield type(part).concatenate(parts)
         choice.report["cells"]["hash"] = cells_hash.hexdigest()
-        finish_report(choice.report)
 
     def _batches(
         self, chunks: Iterable[Cells], batch_size: int, what: str, total: int

@@ -194,12 +194,13 @@ class ScMMGPTProcessor(ScGPTProcessor):
         qformer_tokenizer: The Q-Former text branch's.
         gene_tokenizer: The gene vocabulary, one word per gene symbol.
         chat_template: By default the tokenizer's own.
-        num_query_tokens: Placeholders per cell, as in the model's configuration.
+        num_query_tokens: Q-Former queries per cell, as in the model's configuration.
         cell_token: The placeholder.
         qformer_max_length: Texts for the Q-Former are truncated to this number of tokens.
         max_target_genes: Genes per generated training cell; of more, each text draws a random subset.
         library_size: Total counts of a typical training cell, the default for sampled cells.
         prompts: The prompt of each task; `{text}` in it is replaced by the description of a cell.
+        num_cell_tokens: Placeholders per cell, as in the model's configuration; by default `num_query_tokens`.
     """
 
     tokenizer_names = ("tokenizer", "qformer_tokenizer", "gene_tokenizer")
@@ -219,8 +220,10 @@ class ScMMGPTProcessor(ScGPTProcessor):
         max_target_genes: int = 1200,
         library_size: float = COUNTS_PER_10K,
         prompts: dict[str, str] | None = None,
+        num_cell_tokens: int | None = None,
     ) -> None:
         self.num_query_tokens = num_query_tokens
+        self.num_cell_tokens = num_query_tokens if num_cell_tokens is None else num_cell_tokens
         self.cell_token = cell_token
         self.qformer_max_length = qformer_max_length
         self.max_target_genes = max_target_genes
@@ -247,7 +250,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
     def model_input_names(self) -> list[str]:
         """Every key of a call's result that the model takes."""
         text = "input_ids attention_mask labels qformer_input_ids qformer_attention_mask"
-        cells = "gene_ids expression cell_attention_mask profile_gene_ids profile"
+        cells = "gene_ids expression cell_attention_mask profile_gene_ids profile readout_scores"
         targets = "target_gene_ids target_attention_mask target_expression target_counts library_size"
         return f"{text} {cells} {targets}".split()
 
@@ -274,7 +277,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
 
         Args:
             text: Texts for the language model, with one `<cell>` for every cell they mention; each `<cell>` becomes
-                `num_query_tokens` tokens.
+                `num_cell_tokens` tokens.
             cells: [`Cells`], or an AnnData for `read_cells`, in the order in which the texts mention them.
             answers: One per text, appended to it; `labels` is -100 for all other tokens. An empty answer has no loss.
             qformer_text: Texts for the Q-Former's text branch (captions, labels, search texts).
@@ -351,7 +354,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         for t in text:
             special = not self.has_special_start(t) if add_special_tokens is None else add_special_tokens
             options = {"add_special_tokens": special, "return_offsets_mapping": return_offsets_mapping}
-            encoded = self.tokenizer(t.replace(self.cell_token, self.cell_token * self.num_query_tokens), **options)
+            encoded = self.tokenizer(t.replace(self.cell_token, self.cell_token * self.num_cell_tokens), **options)
             rows["input_ids"].append(list(encoded["input_ids"]))
             if return_offsets_mapping:
                 rows.setdefault("offset_mapping", []).append(encoded["offset_mapping"])
@@ -383,7 +386,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
             if ids[kept].count(self.cell_token_id) != ids.count(self.cell_token_id):
                 raise ValueError(
                     f"Text {row} has {len(ids)} tokens, and max_length={max_length} would cut off some of its "
-                    f"{self.num_query_tokens} tokens a cell; raise max_length or shorten the text."
+                    f"{self.num_cell_tokens} tokens a cell; raise max_length or shorten the text."
                 )
         for name, values in rows.items():
             rows[name] = [row[kept] for row in values]
@@ -421,7 +424,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
     def _find_expansions(self, text: str) -> list[dict[str, tuple[int, int]]]:
         """Where each `<cell>` of a text begins and ends, and where its placeholders do in the expanded text."""
         spans, size = [match.span() for match in re.finditer(re.escape(self.cell_token), text)], len(self.cell_token)
-        added = size * (self.num_query_tokens - 1)
+        added = size * (self.num_cell_tokens - 1)
         new = [(start + i * added, end + (i + 1) * added) for i, (start, end) in enumerate(spans)]
         return [{"span": old, "new_span": expanded} for old, expanded in zip(spans, new, strict=True)]
 

@@ -12,9 +12,13 @@ The weights of absent genes move to the present genes that predict them, by Wood
 remains as a covariance of the scores, and the probabilities are averaged over it: a label whose decisive genes are
 absent loses confidence.
 
-A profile is `PROFILE_SCALE * sqrt(share of the counts)`. In a file with a part of the genes, shares are of the genes
-at hand times the share of expression that these genes are expected to have, so that a panel of 200 genes and a whole
-transcriptome have profiles of one scale.
+A readout of several datasets stores groups, the mean profile of each label in each dataset, in place of fixed weights.
+[`solve_groups`] is the ridge regression of the labels on the groups, for the genes at hand alone, with factors and
+noise as the variance within a group. The profiles are then log1p(CP10k).
+
+Else a profile is `PROFILE_SCALE * sqrt(share of the counts)`. In a file with a part of the genes, shares are of the
+genes at hand times the share of expression that these genes are expected to have, so that a panel of 200 genes and a
+whole transcriptome have profiles of one scale.
 """
 
 from collections.abc import Sequence
@@ -53,6 +57,7 @@ class PanelReadout:
         evidence: float64 `(n_labels, n_labels)`: of the difference of two labels' scores between the two labels' mean
             cells, the part that remains; NaN on the diagonal.
         decisive: Absent genes, vocabulary ids, that separate two labels, the most important first, by label pair.
+        log: Whether the weights are for log1p(CP10k), the logarithm of one plus a squared profile.
     """
 
     gene_ids: np.ndarray
@@ -63,10 +68,12 @@ class PanelReadout:
     temperature: float
     evidence: np.ndarray
     decisive: dict[tuple[int, int], list[int]]
+    log: bool = False
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ragged profiles over the genes at hand: first entry of each cell, positions in `gene_ids`, values."""
-        return panel_profiles(cells, self.gene_ids, self.share)
+        starts, positions, values = panel_profiles(cells, self.gene_ids, self.share)
+        return starts, positions, np.log1p(values**2) if self.log else values
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
@@ -116,6 +123,8 @@ class ScMMGPTLabelReadout(nn.Module):
 
     Args:
         num_labels, num_genes, num_factors: Sizes; the genes are those that the training cells express.
+        num_groups: Groups of cells of one label and dataset, if the readout is of several datasets.
+        text_width: Width of the embeddings of texts about genes; 0 if there are none.
     """
 
     gene_ids: torch.Tensor
@@ -127,9 +136,17 @@ class ScMMGPTLabelReadout(nn.Module):
     noise: torch.Tensor
     shares: torch.Tensor
     temperature: torch.Tensor
+    gene_texts: torch.Tensor
+    groups: torch.Tensor
+    group_mean: torch.Tensor
+    group_labels: torch.Tensor
+    group_weights: torch.Tensor
 
-    def __init__(self, num_labels: int, num_genes: int, num_factors: int) -> None:
+    def __init__(
+        self, num_labels: int, num_genes: int, num_factors: int, num_groups: int = 0, text_width: int = 0
+    ) -> None:
         super().__init__()
+        self.num_groups = num_groups
         half = torch.float16
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
         self.register_buffer("weights", torch.zeros(num_labels, num_genes, dtype=half))
@@ -140,16 +157,53 @@ class ScMMGPTLabelReadout(nn.Module):
         self.register_buffer("noise", torch.ones(num_genes))  # variance beside the factors
         self.register_buffer("shares", torch.zeros(num_genes))  # expected share of a cell's counts
         self.register_buffer("temperature", torch.ones(()))
+        if text_width:
+            self.set_gene_texts(np.zeros((num_genes, text_width)))
+        if num_groups:
+            self.register_buffer("groups", torch.zeros(num_groups, num_genes, dtype=half))  # mean log1p(CP10k)
+            self.register_buffer("group_mean", torch.zeros(num_genes))  # of groups that do not measure a gene
+            self.register_buffer("group_labels", torch.zeros(num_groups, num_labels))  # shares of labels, of sum 1
+            self.register_buffer("group_weights", torch.zeros(num_groups))  # of sum 1
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
         """A readout of these values for its buffers."""
         num_labels, num_genes = tensors["weights"].shape
-        readout = cls(num_labels, num_genes, len(tensors["factors"]))
+        readout = cls(num_labels, num_genes, len(tensors["factors"]), len(tensors.get("groups", ())))
         for name, value in tensors.items():
             buffer = getattr(readout, name)
             buffer.copy_(torch.as_tensor(np.asarray(value)).to(buffer.dtype))
         return readout
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes beside the number of labels, as `config.label_readout` has them."""
+        num_factors, num_genes = self.factors.shape
+        sizes = {"num_genes": num_genes, "num_factors": num_factors}
+        return sizes | ({"num_groups": self.num_groups} if self.num_groups else {})
+
+    def set_gene_texts(self, directions: np.ndarray) -> None:
+        """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
+        self.register_buffer("gene_texts", torch.as_tensor(directions, device=self.mean.device).half())
+
+    def forward(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
+        """Log probabilities of the labels for cells in which all genes of training were measured.
+
+        Args:
+            profile_gene_ids, profile: Vocabulary ids and square roots of the genes' shares of a cell,
+                `(num_cells, num_genes)`, as the feature extractor makes them; padding has a value of 0.
+
+        Returns:
+            float32 `(num_cells, num_labels)`. Each cell depends on itself alone. [`PanelReadout`] has the same values
+            for the same cells, and others where a file lacks genes.
+        """
+        gene_ids = self.gene_ids.long()
+        places = torch.searchsorted(gene_ids, profile_gene_ids.contiguous()).clamp(max=len(gene_ids) - 1)
+        values = profile.float() * (gene_ids[places] == profile_gene_ids)
+        length = values.norm(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        values = values * (PROFILE_SCALE * self.shares.float().sum().sqrt() / length)
+        values = (values**2).log1p() if self.num_groups else values
+        scores = F.embedding_bag(places, self.weights.float().t().contiguous(), mode="sum", per_sample_weights=values)
+        return ((scores + self.bias) / self.temperature).float().log_softmax(dim=1)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The buffers as float64 arrays, and `gene_ids` as int64."""
@@ -169,9 +223,12 @@ class ScMMGPTLabelReadout(nn.Module):
         here = np.ones(len(a["gene_ids"]), bool) if measured is None else np.isin(a["gene_ids"], measured)
         if not here.any():
             raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
-        weights, bias, covariance = condition(a, here)
-        spread = np.zeros((0, len(bias)))
-        if not here.all():
+        spread = np.zeros((0, len(a["bias"])))
+        if self.num_groups:
+            weights, bias = solve_groups(a, here)
+        else:
+            weights, bias, covariance = condition(a, here)
+        if not self.num_groups and not here.all():
             values, axes = np.linalg.eigh(covariance)
             draws = np.random.default_rng(DRAW_SEED).standard_normal((N_DRAWS // 2, len(bias)))
             spread = np.concatenate([draws, -draws]) @ (axes * np.sqrt(values.clip(min=0))).T
@@ -185,7 +242,32 @@ class ScMMGPTLabelReadout(nn.Module):
             temperature=float(a["temperature"]),
             evidence=evidence,
             decisive=decisive,
+            log=self.num_groups > 0,
         )
+
+
+def solve_groups(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of the labels on the groups, for the genes that are `here`.
+
+    With X the groups around their mean and Y their labels, both weighted, F the factors and D the noise, the weights
+    are Y^T X (X^T X + F^T F + D)^-1, by Woodbury's identity on groups and factors.
+
+    Args:
+        a: The arrays of [`ScMMGPTLabelReadout`].
+        here: bool `(num_genes,)`.
+
+    Returns:
+        Weights `(num_labels, n_here)` and bias `(num_labels,)`.
+    """
+    mean, noise = a["group_mean"][here], a["noise"][here]
+    roots = np.sqrt(a["group_weights"])[:, None]
+    shares = a["group_weights"] @ a["group_labels"]  # of the labels
+    x, y = roots * (a["groups"][:, here] - mean), roots * (a["group_labels"] - shares)
+    parts = np.concatenate([x, a["factors"][:, here]])
+    scaled, alone = parts / noise, (x.T @ y) / noise[:, None]
+    inner = np.eye(len(parts)) + scaled @ parts.T
+    weights = (alone - scaled.T @ np.linalg.solve(inner, parts @ alone)).T
+    return weights, shares - weights @ mean
 
 
 def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -226,6 +308,9 @@ def compare_labels(
         return own[:, None] + own[None] - scores - scores.T
 
     centroids = a["centroids"]
+    if "groups" in a:  # in the space of their weights
+        of_labels = a["group_labels"].T * a["group_weights"]
+        centroids = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
     whole = differences(centroids @ a["weights"].T)
     left = differences(centroids[:, here] @ weights.T)
     evidence = np.divide(left, whole, out=np.ones_like(whole), where=whole > 1e-9)

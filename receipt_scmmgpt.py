@@ -40,7 +40,8 @@ except ImportError:  # beside the other files of a checkpoint
     from kernels_scmmgpt import GOLDEN_GAMMA, ONE, mix64
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DIGITS = 16  # of a hash
 PACKAGES = ("scmmgpt", "torch", "transformers", "tokenizers", "numpy", "scipy", "anndata", "numba")
@@ -198,27 +199,32 @@ def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
 
     A verb that records nothing (a search without `key_added`) gets none.
     """
-    signature, name = inspect.signature(verb), verb.__name__
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        options = dict(bound.arguments)
-        pipeline, adata = options.pop("self"), options.pop("adata", None)
-        for parameter in signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                options |= options.pop(parameter.name)
         result = verb(*args, **kwargs)
-        uns = (result if adata is None else adata).uns
-        # `embed` and `search` name their own place by `key_added`, and record under the package's name.
-        key = "scmmgpt" if name in ("embed", "search") else options["key_added"]
-        if options["key_added"] is not None:
-            cells = {} if adata is None else {"cells": uns["scmmgpt"]["input"]["cells"].get("hash", "")}
-            uns[key][name]["receipt"] = {**cells, **pipeline.signer.sign(name), "options": recorded_options(options)}
+        add_receipt(verb, result, *args, **kwargs)
         return result
 
     return run
+
+
+def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> None:
+    """Add the receipt of a verb, called with these arguments, to its result, or to the AnnData that it changed."""
+    signature, name = inspect.signature(verb), verb.__name__
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    options = dict(bound.arguments)
+    pipeline, adata = options.pop("self"), options.pop("adata", None)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            options |= options.pop(parameter.name)
+    uns = (result if adata is None else adata).uns
+    # `embed` and `search` name their own place by `key_added`, and record under the package's name.
+    key = "scmmgpt" if name in ("embed", "search") else options["key_added"]
+    if options["key_added"] is not None:
+        cells = {} if adata is None else {"cells": uns["scmmgpt"]["input"]["cells"].get("hash", "")}
+        uns[key][name]["receipt"] = {**cells, **pipeline.signer.sign(name), "options": recorded_options(options)}
 
 
 def recorded_options(options: Mapping[str, Any]) -> str:

@@ -32,6 +32,23 @@ def encode_texts(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts:
         return torch.cat([bridge.get_text_features(*batch) for batch in batches])
 
 
+def text_states(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str]) -> np.ndarray:
+    """States of texts before the projection, float64 `(n_texts, hidden_size)`, L2-normalised.
+
+    Texts that are alike to the BERT are alike here, also in what no training cell has shown. Texts of like length are
+    encoded together.
+    """
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    pieces = [order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)]
+    states = np.zeros((len(texts), bridge.config.qformer_config.hidden_size))
+    for rows in pieces:
+        inputs = processor(qformer_text=[texts[row] for row in rows]).to(bridge.device)
+        with torch.inference_mode():
+            features = bridge.get_text_features(**inputs, return_dict=True).last_hidden_state
+        states[rows] = torch.nn.functional.normalize(features.double(), dim=-1).cpu().numpy()
+    return states
+
+
 class LabelScorer:
     """Similarity of cells with texts, and matching and novelty where they are computed.
 

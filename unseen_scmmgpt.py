@@ -1,12 +1,14 @@
 """Labels that were never trained: how their texts place cells among the trained labels.
 
-A label that is given by a text alone has no cells. Three kinds of evidence replace them:
+A label that is given by a text alone has no cells. Four kinds of evidence replace them:
 
 * **place**: ridge regression from the texts of the trained labels to their mean profiles predicts its mean profile.
   The margin of a cell is its distance from the plane halfway between that profile and the nearest trained one;
 * **novelty**: the distance of the cell from the nearest mean profile of training, less what its depth explains;
 * **named genes**: how strongly the cell expresses genes that the text names ("lacks CD25" and "CD25-negative" count
-  against the cell).
+  against the cell);
+* **similar genes**: how strongly the cell expresses genes whose own texts, such as NCBI's summaries, are more like the
+  text than like those of the trained labels, if the checkpoint was made with texts of genes.
 
 A logistic **gate** decides between the label and all trained ones. It is fitted in `finetune` on episodes that leave
 one trained label out. Among the trained labels, the readout decides (`readout_scmmgpt`): one softmax over both would
@@ -34,12 +36,24 @@ except ImportError:  # beside the other files of a checkpoint
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
 
 
+SEARCH_GENES = 50  # whose texts are nearest to a text that is searched for
 WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
 # Of a batch: the share of the most similar cells, their weight against the text, rounds, and fewest cells to read.
 BATCH_SHARE, BATCH_WEIGHT, BATCH_ROUNDS, MIN_BATCH = 0.1, 0.7, 2, 60
 NEVER = -100.0  # log probability of a text of no label
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[0-9A-Z]+)*")
 GENE_WORD = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z][A-Z0-9-]{3,}")  # CD19, FOXP3, GNLY; no word of prose
+# Antigens of several genes, and those whose alias HGNC gives to two (ISG20 was called CD25 as well).
+ANTIGENS = {
+    "CD1": ("CD1A", "CD1B", "CD1C"),
+    "CD3": ("CD3D", "CD3E", "CD3G"),
+    "CD8": ("CD8A", "CD8B"),
+    "CD16": ("FCGR3A", "FCGR3B"),
+    "CD25": ("IL2RA",),
+    "CD32": ("FCGR2A", "FCGR2B", "FCGR2C"),
+    "CD79": ("CD79A", "CD79B"),
+    "CD98": ("SLC3A2", "SLC7A5"),
+}
 ABSENT_BEFORE = re.compile(r"\b(lack\w*|without|absence of|negative for)[^\w.;]+(?:[\w-]+[^\w.;]+){0,7}$")
 ABSENT_AFTER = re.compile(r"^\W*(negative|neg\b|-\B|low|lo\b|dim\b)", re.IGNORECASE)
 
@@ -67,17 +81,20 @@ def predict_centroids(centroids: np.ndarray, texts: np.ndarray, new_texts: np.nd
 def named_genes(text: str, gene_index: GeneIndex) -> dict[int, int]:
     """Genes that a text names -> 1, or -1 where the cell should lack them.
 
-    >>> index = GeneIndex({"CD19": 3, "IL2RA": 4}, {"CD25": "IL2RA"})
-    >>> named_genes("A cell that is CD19-positive and CD25-negative.", index)
-    {3: 1, 4: -1}
+    >>> index = GeneIndex({"CD19": 3, "IL2RA": 4, "CD8A": 5, "CD8B": 6})
+    >>> named_genes("A cell that is CD8-positive, CD19-positive and CD25-negative.", index)
+    {5: 1, 6: 1, 3: 1, 4: -1}
     """
     found: dict[int, int] = {}
     for match in WORD.finditer(text):
         word = match.group()
-        spellings = (word, word.replace("-", "")) if GENE_WORD.fullmatch(word) else ()  # GATA-3 is GATA3
-        gene = next((i for i, _ in map(gene_index.lookup, spellings) if i >= 0), -1)
-        if gene >= 0:
-            found.setdefault(gene, -1 if is_denied(text, match) else 1)
+        if not GENE_WORD.fullmatch(word) and word not in ANTIGENS:
+            continue
+        spellings = (word, word.replace("-", ""))  # GATA-3 is GATA3
+        genes = [i for i, _ in map(gene_index.lookup, ANTIGENS.get(word, spellings)) if i >= 0]
+        sign = -1 if is_denied(text, match) else 1
+        for gene in genes if word in ANTIGENS else genes[:1]:
+            found.setdefault(gene, sign)
     return found
 
 
@@ -109,8 +126,8 @@ class Gate:
         return replace(self, weights=self.batch_weights, offset=self.batch_offset)
 
     def __call__(self, evidence: np.ndarray) -> np.ndarray:
-        """Log odds `(...,)` of evidence `(..., 3)`, not yet scaled."""
-        return evidence / np.asarray(self.scale) @ np.asarray(self.weights) + self.offset
+        """Log odds `(...,)` of evidence `(..., 4)`, not yet scaled; older gates know the first three."""
+        return evidence[..., : len(self.scale)] / np.asarray(self.scale) @ np.asarray(self.weights) + self.offset
 
 
 @dataclass
@@ -120,14 +137,15 @@ class LabelSpace:
     Args:
         centroids: float64 `(n_trained, n_genes)`.
         predicted: float64 `(n_new, n_genes)`: the profiles that the texts of untrained labels predict.
-        signs: float64 `(n_new, n_genes)`: genes that a text names over their standard deviation and the root of their
-            number, negative where the cell should lack them.
+        directions: float64 `(n_new, 2, n_genes)`, for profiles around `mean`, of unit variance if genes were
+            independent: genes that a text names, negative where the cell should lack them; and genes in proportion to
+            the similarity of their texts with the label's.
         mean: float64 `(n_genes,)`: the mean profile.
     """
 
     centroids: np.ndarray
     predicted: np.ndarray
-    signs: np.ndarray
+    directions: np.ndarray
     mean: np.ndarray
 
     @classmethod
@@ -150,26 +168,35 @@ class LabelSpace:
         centroids, mean = arrays["centroids"][:, here], arrays["mean"][here]
         genes = arrays["gene_ids"][here]
         deviation = np.sqrt((arrays["factors"][:, here] ** 2).sum(axis=0) + arrays["noise"][here])
-        signs = np.zeros((len(new_texts), len(genes)))
+        directions = np.zeros((len(new_texts), 2, len(genes)))
         for row, found in enumerate(named):
             ids = np.array([gene for gene in found if gene in set(genes.tolist())], dtype=np.int64)
             if len(ids):
                 places = np.searchsorted(genes, ids)
-                signs[row, places] = [found[int(gene)] for gene in ids] / deviation[places] / np.sqrt(len(ids))
-        return cls(centroids, predict_centroids(centroids, texts, new_texts), signs, mean)
+                directions[row, 0, places] = [found[int(gene)] for gene in ids] / deviation[places] / np.sqrt(len(ids))
+        if "gene_texts" in arrays:
+            gene_texts = arrays["gene_texts"][here]
+            known = gene_texts.any(axis=1)
+            similarity = (new_texts - texts.mean(axis=0)) @ gene_texts.T * known
+            similarity -= similarity.sum(axis=1, keepdims=True) / max(known.sum(), 1) * known
+            lengths = np.linalg.norm(similarity * deviation, axis=1, keepdims=True)
+            directions[:, 1] = similarity / lengths.clip(min=1e-9)
+        return cls(centroids, predict_centroids(centroids, texts, new_texts), directions, mean)
 
     def products(self, ragged: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Half squared distances to trained and predicted profiles, less half the cell's length; and named genes.
+        """Half squared distances to trained and to predicted profiles, less half the cell's length; and genes.
 
-        Each is `(n_cells, n)`. `ragged` is the result of [`panel_profiles`].
+        The former are `(n_cells, n)`, the products with `directions` `(n_cells, n_new, 2)`. `ragged` is the result of
+        [`panel_profiles`].
         """
-        named = sum_products(ragged, self.signs) - self.signs @ self.mean
-        return half_distances(ragged, self.centroids), half_distances(ragged, self.predicted), named
+        table = self.directions.reshape(-1, len(self.mean))
+        of_genes = (sum_products(ragged, table) - table @ self.mean).reshape(-1, *self.directions.shape[:2])
+        return half_distances(ragged, self.centroids), half_distances(ragged, self.predicted), of_genes
 
     def evidence(
-        self, trained: np.ndarray, new: np.ndarray, named: np.ndarray, expected: np.ndarray | float = 0.0
+        self, trained: np.ndarray, new: np.ndarray, of_genes: np.ndarray, expected: np.ndarray | float = 0.0
     ) -> np.ndarray:
-        """Margin, novelty and named genes of every cell for every new label, `(n_cells, n_new, 3)`.
+        """Margin, novelty, named and similar genes of every cell for every new label, `(n_cells, n_new, 4)`.
 
         The first arguments are those of `products`; `expected` is the novelty that a cell's depth explains.
         """
@@ -177,14 +204,14 @@ class LabelSpace:
         distances = np.sqrt(cross).clip(min=1e-6)
         margins = ((trained[:, None] - new[:, :, None]) / distances).min(axis=2)
         novelty = np.broadcast_to((trained.min(axis=1) - expected)[:, None], margins.shape)
-        return np.stack([margins, novelty, named], axis=2)
+        return np.concatenate([np.stack([margins, novelty], axis=2), of_genes], axis=2)
 
     def read_batch(
         self,
         gate: Gate,
         ragged: tuple[np.ndarray, np.ndarray, np.ndarray],
         trained: np.ndarray,
-        named: np.ndarray,
+        of_genes: np.ndarray,
         expected: np.ndarray | float = 0.0,
     ) -> "LabelSpace":
         """Move each predicted profile towards the mean of the cells of a batch that the gate finds most like it.
@@ -192,13 +219,13 @@ class LabelSpace:
         Args:
             gate: For evidence of single cells.
             ragged: Profiles of the batch, as of [`panel_profiles`], of `MIN_BATCH` cells or more.
-            trained, named, expected: As for `evidence`.
+            trained, of_genes, expected: As for `evidence`.
         """
         rows = np.repeat(np.arange(len(trained)), np.diff(ragged[0]))
         n_similar = round(BATCH_SHARE * len(trained))
         space = self
         for _ in range(BATCH_ROUNDS):
-            odds = gate(space.evidence(trained, half_distances(ragged, space.predicted), named, expected))
+            odds = gate(space.evidence(trained, half_distances(ragged, space.predicted), of_genes, expected))
             means = np.empty_like(self.predicted)
             for label, best in enumerate(np.argsort(-odds, axis=0, kind="stable")[:n_similar].T):
                 similar = np.isin(rows, best)
@@ -227,8 +254,8 @@ class UnseenLabels:
     def read_batch(self, cells: Cells) -> "UnseenLabels":
         """The same scores after a look at a batch of cells."""
         ragged, expected = self._profiles(cells)
-        trained, _, named = self.space.products(ragged)
-        space = self.space.read_batch(self.gate, ragged, trained, named, expected)
+        trained, _, of_genes = self.space.products(ragged)
+        space = self.space.read_batch(self.gate, ragged, trained, of_genes, expected)
         return replace(self, space=space, gate=self.gate.for_batch())
 
     def _profiles(self, cells: Cells) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
@@ -253,6 +280,55 @@ def log_depth(cells: Cells, gene_ids: np.ndarray, share: float) -> np.ndarray:
     rows = cells.rows()[known]
     totals = np.bincount(rows, weights=cells.counts[known], minlength=len(cells))
     return np.log(totals.clip(min=1e-9) / max(share, 1e-9))
+
+
+@dataclass
+class GeneSearch:
+    """Scores of texts by the genes whose own texts are nearest, for the genes of one file.
+
+    A condition that no training cell shows, such as a stimulation, moves genes that texts know.
+
+    Args:
+        gene_ids, share: As for [`PanelReadout`].
+        weights: float64 `(n_texts, n_genes)`, 0 for all but `SEARCH_GENES` genes of each text.
+        offset: float64 `(n_texts,)`: the product of the mean profile.
+    """
+
+    gene_ids: np.ndarray
+    share: float
+    weights: np.ndarray
+    offset: np.ndarray
+
+    @classmethod
+    def of(cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, texts: np.ndarray) -> "GeneSearch":
+        """From a readout with texts about genes, for the genes that a file measures.
+
+        Args:
+            readout: The readout.
+            measured: Vocabulary ids of the genes that the file measures.
+            texts: Embeddings of the texts to search for, `(n_texts, width)`.
+        """
+        arrays = readout.arrays()
+        here = np.isin(arrays["gene_ids"], measured)
+        gene_texts = arrays["gene_texts"][here]
+        known = np.flatnonzero(gene_texts.any(axis=1))
+        if not len(known):
+            raise ValueError("The file measures no gene that this checkpoint has a text about; search by similarity.")
+        similarity = texts @ gene_texts[known].T
+        similarity -= similarity.mean(axis=1, keepdims=True)
+        weights = np.zeros((len(texts), int(here.sum())))
+        for row, values in enumerate(similarity):
+            best = np.argsort(-values, kind="stable")[:SEARCH_GENES]
+            weights[row, known[best]] = values[best].clip(min=0)
+        deviation = np.sqrt((arrays["factors"][:, here] ** 2).sum(axis=0) + arrays["noise"][here])
+        weights /= np.linalg.norm(weights * deviation, axis=1, keepdims=True).clip(min=1e-9)
+        share = float(arrays["shares"][here].sum())
+        return cls(arrays["gene_ids"][here], share, weights, weights @ arrays["mean"][here])
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Scores, float32 `(n_cells, n_texts)`: 0 at the mean profile, 1 about a standard deviation of cells."""
+        ragged = panel_profiles(cells, self.gene_ids, self.share)
+        return (sum_products(ragged, self.weights) - self.offset).astype(np.float32)
 
 
 @dataclass
@@ -300,7 +376,7 @@ class TextScores:
             measured: Vocabulary ids of the genes that the file measures.
             gate: Fields of [`Gate`], if the checkpoint has one.
             gene_index: Names of genes.
-            embed: Texts -> embeddings `(n_texts, width)`.
+            embed: Texts -> embeddings, float64 `(n_texts, width)`.
 
         Returns:
             None if there are new labels and no gate, or no trained label.
@@ -317,7 +393,7 @@ class TextScores:
         arrays = readout.arrays()
         here = np.isin(arrays["gene_ids"], panel.gene_ids)
         named = [named_genes(text, gene_index) for text in new]
-        space = LabelSpace.of(arrays, here, embed(trained).astype(np.float64), embed(new).astype(np.float64), named)
+        space = LabelSpace.of(arrays, here, embed(trained), embed(new), named)
         return cls(panel, UnseenLabels(panel, space, Gate(**gate)), columns)
 
     def weak_labels(

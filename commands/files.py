@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
-RESULTS = (".h5ad", ".csv")  # what commands write; another file within an input folder belongs to the input
+RESULTS = (".h5ad", ".csv", ".html")  # what commands write; another file within an input folder belongs to the input
+
+TABLES = (".csv", ".tsv", ".txt")  # also compressed
+COMPRESSED = (".gz", ".bz2", ".xz")
 
 # -- before the work --------------------------------------------------------------------------------------------------
 
@@ -115,6 +118,11 @@ def _try_folder(folder: Path, path: Path) -> None:
     except OSError as error:
         raise OSError(f"The output {str(path)!r} cannot be written ({error.strerror}). Name another place.") from None
     temporary.unlink()
+
+
+def table_suffix(path: Path) -> str:
+    """Suffix of a table, before that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

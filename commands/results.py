@@ -1,20 +1,26 @@
 """The result of a command: what it added to the cells, written without a matrix in memory where that is possible.
 
-A command reads matrices in chunks and changes none. From an `.h5ad` it therefore writes a copy of the file, with new
-`obs`, `obsm` and `uns`, and its memory does not grow with the cells. Cells of other formats are in memory.
+A command reads matrices in chunks and changes none. From an `.h5ad` or a Zarr store it therefore writes a copy, with
+new `obs`, `obsm` and `uns`, and its memory does not grow with the matrices. Cells of other formats are in memory.
 """
 
 import logging
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import anndata
 import h5py
+import numpy as np
+import pandas as pd
 
-from scmmgpt.commands.files import check_file
+from scmmgpt.commands.files import check_file, table_suffix, whole_file
+from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.commands.writing import make_writable, size_in_memory, writable_frame
 from scmmgpt.readers.cell_files import CellFile
+from scmmgpt.readers.mtx_folders import is_zarr
 
 
 logger = logging.getLogger(__name__)
@@ -22,8 +28,36 @@ logger = logging.getLogger(__name__)
 Cells: TypeAlias = anndata.AnnData | CellFile
 
 
+ENTRIES_AT_ONCE = 2**22  # of an array of a Zarr store
+
+
+@dataclass
+class RowBlocks:
+    """A float32 array `(n_rows, n_columns)` that comes in blocks of rows; rows of no block are NaN.
+
+    Args:
+        blocks: Returns an iterator over `(first row, block)`.
+    """
+
+    shape: tuple[int, int]
+    blocks: Callable[[], Iterator[tuple[int, np.ndarray]]]
+
+    def to_memory(self) -> np.ndarray:
+        """The array."""
+        array = np.full(self.shape, np.nan, dtype=np.float32)
+        self.fill(array)
+        return array
+
+    def fill(self, array: Any) -> None:
+        """Copy the blocks into an array, of memory or of a file."""
+        for start, block in self.blocks():
+            array[start : start + len(block)] = block
+
+
 def can_copy(path: Path) -> bool:
-    """Whether a file is an `.h5ad`, by what it holds."""
+    """Whether a path is an `.h5ad`, by what it holds, or a Zarr store."""
+    if path.is_dir():
+        return is_zarr(path)
     if not path.is_file():
         return False
     try:
@@ -40,18 +74,50 @@ def rehearse(cells: Cells, source: Path, output: Path) -> None:
         cells.obs = writable_frame(cells.obs, "obs", changes)
         for change in changes:
             logger.warning(change)
-        check_file(output, source.stat().st_size)
+        files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [source]
+        check_file(output, sum(file.stat().st_size for file in files))
     else:
         make_writable(cells)
         check_file(output, size_in_memory(cells))
 
 
+def write_cells(cells: Cells, source: Path, output: Path) -> None:
+    """Write cells with their results, and everything of their source, to an `.h5ad` file, whole."""
+    with log_if_slow(f"Writing {output}"), whole_file(output) as temporary:
+        write_result(cells, source, temporary)
+
+
+def table_of(cells: Cells, columns: Sequence[str] = (), *, short: bool = False) -> pd.DataFrame:
+    """The columns of `obs` that a command added, after those that are named.
+
+    With `short`, names lose their prefix, unless the name without it is taken.
+    """
+    added = [name for name in cells.obs.columns if name.startswith("scmmgpt_")]
+    table = cells.obs[list(dict.fromkeys([*columns, *added]))].copy()
+    names = {name: name.removeprefix("scmmgpt_") for name in added}
+    return table.rename(columns={name: new for name, new in names.items() if new not in table}) if short else table
+
+
+def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
+    """Write a table, whole or not at all: a data frame, whose index is written under `index_label`, or rows."""
+    with whole_file(path) as temporary:
+        separator = "\t" if table_suffix(path) == ".tsv" else ","
+        index = {"index": index_label is not None, "index_label": index_label}
+        pd.DataFrame(rows).to_csv(temporary, sep=separator, **index)
+
+
 def write_result(cells: Cells, source: Path, target: Path) -> None:
     """Write cells with their results to the `.h5ad` file `target`; a [`CellFile`] is a view of `source`."""
     if not isinstance(cells, CellFile):
+        for name in list(cells.obsm):
+            if isinstance(cells.obsm[name], RowBlocks):
+                cells.obsm[name] = cells.obsm[name].to_memory()
         cells.write_h5ad(target)
         return
-    shutil.copyfile(source, target)
+    if source.is_dir():
+        _copy_store(cells.handle, target)
+    else:
+        shutil.copyfile(source, target)
     with h5py.File(target, "r+") as file:
         _replace(file, "obs", cells.obs)
         for part, added in (("obsm", cells.obsm), ("uns", {"scmmgpt": cells.uns["scmmgpt"]})):
@@ -64,4 +130,47 @@ def write_result(cells: Cells, source: Path, target: Path) -> None:
 def _replace(group: h5py.Group, name: str, value: Any) -> None:
     if name in group:
         del group[name]
-    anndata.io.write_elem(group, name, value)
+    if not isinstance(value, RowBlocks):
+        anndata.io.write_elem(group, name, value)
+        return
+    array = group.create_dataset(name, value.shape, np.float32, fillvalue=np.nan)
+    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    value.fill(array)
+
+
+def _copy_store(store: Any, target: Path) -> None:
+    """Copy the AnnData of a Zarr group into an `.h5ad` file: tables through memory, arrays a part at a time."""
+    with h5py.File(target, "w") as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for name in store:
+            if name in ("layers", "obsm", "obsp", "raw") and hasattr(store[name], "keys"):
+                group = file.create_group(name)
+                group.attrs.update(_attributes(store[name]))
+                for key in store[name]:
+                    _copy_part(store[name][key], group, key)
+            else:
+                _copy_part(store[name], file, name)
+
+
+def _copy_part(part: Any, group: h5py.Group, name: str) -> None:
+    """Copy a matrix or array of numbers a part at a time; what is no matrix, as a whole."""
+    if hasattr(part, "keys") and part.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
+        matrix = group.create_group(name)
+        matrix.attrs.update(_attributes(part))
+        for key in part:
+            _copy_part(part[key], matrix, key)
+    elif not hasattr(part, "keys") and part.ndim and np.dtype(part.dtype).kind in "biuf":
+        chunks = tuple(min(n, chunk) for n, chunk in zip(part.shape, part.chunks, strict=True)) if part.size else None
+        array = group.create_dataset(
+            name, part.shape, part.dtype, chunks=chunks, compression="gzip" if chunks else None
+        )
+        array.attrs.update(_attributes(part))
+        step = max(1, ENTRIES_AT_ONCE // max(1, part.size // max(1, part.shape[0])))
+        for start in range(0, part.shape[0], step):
+            array[start : start + step] = part[start : start + step]
+    else:
+        anndata.io.write_elem(group, name, anndata.io.read_elem(part))
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    return {name: value for name, value in dict(part.attrs).items() if value is not None}

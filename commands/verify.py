@@ -5,6 +5,7 @@ of the file itself or of the first input, and compares. Labels and texts are to 
 `TOLERANCE`, since processors round differently.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,20 +20,15 @@ from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
 
 TOLERANCE = 1e-3  # of scores and embeddings
 SHOWN = 5  # cells that the report names
+VERBS = ("annotate", "audit", "explain", "describe", "generate", "embed", "search")  # an explanation is of labels
 # Columns of obs of each verb, without their prefix.
 EXACT = {
     "annotate": ("cell_type", "cell_type_majority"),
-    "describe": ("description",),
+    "audit": ("audit", "audit_suggested"),
     "explain": ("evidence", "rival"),
+    "describe": ("description",),
 }
-OPTIONS = {
-    "annotate": "labels cl_ids cluster_key min_score matching_weight matching_candidates temperature unseen_bonus",
-    "explain": "label_key cluster_key",
-    "describe": "prompt max_new_tokens num_beams do_sample temperature top_k top_p",
-    "generate": "prompts n_cells genes library_size do_sample seed max_genes",
-    "embed": "of",
-    "search": "text top_k",
-}
+DECODING = ("num_beams", "do_sample", "temperature", "top_k", "top_p")  # options of `describe` for the language model
 CHECKPOINT = ("weights", "language_model", "settings", "vocabulary")  # what another checkpoint changes
 ENVIRONMENT = ("code", "device", "dtype")
 MEANING = {
@@ -47,7 +43,7 @@ MEANING = {
 def receipts(uns: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """The receipts of a file: key of `uns`, verb, receipt."""
     for key, entry in uns.items():
-        for verb in OPTIONS:
+        for verb in VERBS:
             done = entry.get(verb) if isinstance(entry, Mapping) else None
             if isinstance(done, Mapping) and "receipt" in done:
                 yield key, verb, dict(done["receipt"])
@@ -101,7 +97,7 @@ def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callabl
     if any(verb != "generate" for _, verb, _ in found):
         cells = open_input() if open_input is not None else read_file(path, backed=True)
     results = []
-    for key, verb, receipt in sorted(found, key=lambda entry: list(OPTIONS).index(entry[1])):
+    for key, verb, receipt in sorted(found, key=lambda entry: VERBS.index(entry[1])):
         options = options_of(verb, receipt, path)
         if verb == "generate":
             fresh = pipeline.generate(**options, key_added=key)
@@ -121,7 +117,9 @@ def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callabl
 def options_of(verb: str, receipt: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The options of a receipt; others than those of the verb are refused, since a file may come from anyone."""
     options = json.loads(receipt["options"])
-    known = {*OPTIONS[verb].split(), *READ_OPTIONS, "key_added"}
+    named = inspect.signature(getattr(ScMMGPTPipeline, verb)).parameters.values()
+    known = {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
+    known |= {*READ_OPTIONS, *(DECODING if verb == "describe" else ())}
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"{path}: the receipt of {verb} has the options {unknown}, which cannot be repeated from it.")

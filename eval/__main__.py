@@ -15,6 +15,8 @@ from scmmgpt.commands.progress import log_if_slow
 COMMANDS = (
     "abstention",
     "annotation",
+    "audit",
+    "condition",
     "crossdata",
     "description",
     "evidence",
@@ -23,7 +25,13 @@ COMMANDS = (
     "report",
     "zeroshot",
 )  # modules of scmmgpt.eval
-WITH_FOLDERS = ("crossdata", "finetuning", "report", "zeroshot")  # with a folder as output, others with a JSON file
+WITH_FOLDERS = (
+    "audit",
+    "crossdata",
+    "finetuning",
+    "report",
+    "zeroshot",
+)  # with a folder as output, others with a JSON file
 
 
 def main(argv: Sequence[str] | None = None) -> int:

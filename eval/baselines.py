@@ -13,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -115,7 +115,7 @@ def choose_penalty(
     return max(hits, key=lambda c: hits[c]), {c: right / n for c, right in hits.items()}
 
 
-def fit_quietly(model: LogisticRegression, x: Matrix, labels: np.ndarray) -> LogisticRegression:
+def fit_quietly(model: Any, x: Matrix, labels: np.ndarray) -> Any:
     """Fit without warnings: a weakly penalised model that did not converge is a candidate like any other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -93,6 +93,58 @@ def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
         return reducer.fit_transform(np.asarray(points, dtype=np.float32))
 
 
+def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Figure:
+    """Points `(n, 2)` coloured by columns `(n,)`, a panel each: numbers by shade, words by hue."""
+    with figure_style():
+        figure = Figure(figsize=(5.4 * len(columns), 4.6), layout="constrained")
+        panels = figure.subplots(1, len(columns), squeeze=False)[0]
+        size = float(np.clip(6000 / max(len(points), 1), 2, 26))
+        style: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": len(points) > MAX_VECTOR_POINTS}
+        for axes, (name, values) in zip(panels, columns.items(), strict=True):
+            if np.asarray(values).dtype.kind in "fiu":
+                drawn = axes.scatter(points[:, 0], points[:, 1], c=values, cmap="viridis", **style)
+                figure.colorbar(drawn, ax=axes, shrink=0.7).outline.set_visible(False)
+            else:
+                labels = np.asarray(values, dtype=str)
+                colors = type_colors(labels.tolist())
+                for label, color in colors.items():
+                    mine = labels == label
+                    axes.scatter(points[mine, 0], points[mine, 1], color=color, **style)
+                    axes.scatter([], [], s=30, color=color, label=_wrapped(label))
+                axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
+            axes.set(xticks=[], yticks=[], title=name)
+    return figure
+
+
+def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str], n_genes: int = 8) -> Figure:
+    """Genes that speak for labels, a panel each.
+
+    Args:
+        table: Columns of `Evidence.group_rows`, of labels: `name`, `rival`, `gene`, `term`, `expressing`.
+        names: The labels to draw.
+        n_genes: Genes of a label.
+    """
+    columns = min(len(names), 3)
+    rows = -(-len(names) // max(columns, 1))
+    with figure_style():
+        figure = Figure(figsize=(3.6 * columns, 2.3 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        shades = matplotlib.colormaps["Blues"]
+        for axes, name in zip(panels, names, strict=False):
+            mine = np.flatnonzero((table["name"] == name) & (table["term"] > 0))
+            mine = mine[np.argsort(-table["term"][mine], kind="stable")][:n_genes]
+            colors = [shades(0.25 + 0.75 * float(share)) for share in table["expressing"][mine]]
+            axes.barh(range(len(mine)), table["term"][mine], color=colors)
+            axes.set_yticks(range(len(mine)), table["gene"][mine], fontsize=7)
+            axes.invert_yaxis()
+            axes.set_title(_wrapped(str(name)), loc="left", fontsize=8)
+            rival = table["rival"][table["name"] == name][0]
+            axes.set_xlabel("log odds against\n" + _wrapped(str(rival)), fontsize=7)
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+    return figure
+
+
 def umap_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:

@@ -5,9 +5,9 @@ python -m scmmgpt.eval zeroshot --adata cells.h5ad --label-key facs_label --onto
     --output DIR
 ```
 
-A stratified quarter of the labelled cells is held out, as in `scmmgpt.eval finetuning`. For each label, every system
-trains on the other cells without those of the label, and then predicts one of *all* labels for every test cell. The
-measures are means over labels:
+A stratified quarter of the labelled cells is held out, as in `scmmgpt.eval finetuning`; `--seeds` repeats the task
+with other quarters. For each label, every system trains on the other cells without those of the label, and then
+predicts one of *all* labels for every test cell. The measures are means over labels:
 
 * `unseen`: recall of the left-out label (chance: one over the number of labels);
 * `seen`: accuracy on the cells of all other labels;
@@ -18,7 +18,8 @@ measures are means over labels:
 
 Systems:
 
-* `finetune` and `align` as users run them (`align` also with the published contrast);
+* `finetune` and `align` as users run them (`align` also with the published contrast); `finetune` also with
+  `annotate(read_batch=True)`, where the test cells together correct the place of the left-out label;
 * `text centroids`: nearest centroid; ridge regression from text embeddings to the centroids of seen labels predicts
   the centroid of the left-out label;
 * `nearest text`: the seen label whose text is most similar to the left-out text, the best `steps` of texts alone.
@@ -26,6 +27,7 @@ Systems:
 
 import functools
 import itertools
+import json
 import logging
 import sys
 import tempfile
@@ -85,6 +87,7 @@ class LeftOutLabel:
     left_out: int  # position of the left-out label
     seed: int  # of all random draws
     folder: str  # for files that systems share, made of `train`
+    gene_texts: str | None = None  # for `finetune`
 
 
 def scores_of_pipeline(
@@ -99,7 +102,7 @@ def scores_of_pipeline(
 
 
 def finetuned(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """`finetune` from scratch, with the text of the left-out label and without it.
+    """`finetune` from scratch, with the text of the left-out label and without it, and with a look at the batch.
 
     Without text, the left-out label is described as "cell": only the dissimilarity to all trained labels is left.
     """
@@ -107,9 +110,11 @@ def finetuned(case: LeftOutLabel) -> dict[str, np.ndarray]:
     adata.obs["label"] = np.array(case.labels.names, dtype=object)[case.targets]
     adata.obs["label_ontology_term_id"] = np.array(case.labels.ids, dtype=object)[case.targets]
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = run_finetune(adata, folder, label_key="label", seed=case.seed)
+        options = ["--new_model", f"gene_texts={case.gene_texts}"] if case.gene_texts else []
+        pipeline = run_finetune(adata, folder, label_key="label", seed=case.seed, options=options)
         return {
             "finetune": scores_of_pipeline(pipeline, case),
+            "finetune, batch read": scores_of_pipeline(pipeline, case, read_batch=True),
             "finetune, no text": scores_of_pipeline(pipeline, case, text=CaptionSampler().label_text("cell")),
         }
 
@@ -256,28 +261,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Runs in `results.json` of the output folder are not repeated."""
     parser = training_parser("zeroshot", "Predict labels without training cells from their texts.")
     parser.add_argument("--ontology-key", help="column of obs with Cell Ontology ids; by default from names of labels")
-    parser.add_argument("--seeds", type=number(int, 1), default=1, help="repetitions (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=number(int, 1), default=1, help="repetitions, each with its split (%(default)s)"
+    )
+    parser.add_argument("--gene-texts", help="table of what genes do, for `finetune`; columns symbol and summary")
+    parser.add_argument("--classes", help="label_classes.json of `crossdata`: labels are pooled to its fine classes")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
     args = parser.parse_args(argv)
     quieten()
     adata, values = read_labelled(args.adata, args.label_key)
+    if args.classes:
+        table = json.loads(Path(args.classes).read_text(encoding="utf-8"))[Path(args.adata).stem]
+        values = np.array([(table.get(value) or {}).get("fine") or "" for value in values])
+        adata, values = adata[values != ""].copy(), values[values != ""]
     names, truth = np.unique(values, return_inverse=True)
-    ids = [None] * len(names)
+    ids = list(names) if args.classes else [None] * len(names)
     if args.ontology_key:
         ids = [column_of(adata.obs, args.ontology_key)[truth == label][0] for label in range(len(names))]
     labels = describe([str(name) for name in names], ids)
-    train, test = split_rows(truth, test_share=args.test_share)
     steps = ontology_steps(labels.ids)
     about: dict[str, Any] = {"task": "zeroshot", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"texts": dict(zip(labels.names, labels.texts, strict=True)), "test_share": args.test_share}
+    about |= {"gene_texts": args.gene_texts and Path(args.gene_texts).name}
     path = Path(args.output, "results.json")
     records = read_runs(path, about)
     done = {(record["of"], record["seed"], record["label"]) for record in records}
     for seed, left_out in itertools.product(range(args.seeds), range(len(names))):
         label = labels.names[left_out]
+        train, test = split_rows(truth, test_share=args.test_share, seed=seed)
         kept = train[truth[train] != left_out]
         with tempfile.TemporaryDirectory() as folder:
-            case = LeftOutLabel(adata[kept], truth[kept], adata[test], labels, left_out, seed, folder)
+            case = LeftOutLabel(adata[kept], truth[kept], adata[test], labels, left_out, seed, folder, args.gene_texts)
             for system in args.systems:
                 if (system, seed, label) in done:
                     continue

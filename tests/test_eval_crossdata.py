@@ -9,6 +9,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from scmmgpt.eval import crossdata
+from scmmgpt.readout_scmmgpt import solve_groups
 from scmmgpt.train import pooled
 from scmmgpt.train.pooled import Dataset, fit_pooled_readout
 
@@ -124,3 +125,31 @@ def test_resampled_scores_are_macro_f1_of_the_resampled_cells():
     draws = rng.integers(40, size=(5, 40))
     expected = [crossdata.macro_f1(truth[rows], predicted[rows]) for rows in draws]
     np.testing.assert_allclose(crossdata.resampled_f1(truth, predicted, draws), expected)
+
+
+def test_the_readout_of_groups_is_the_ridge_regression_on_the_genes_at_hand():
+    rng = np.random.default_rng(0)
+    a = {
+        "groups": rng.normal(size=(5, 12)),
+        "group_mean": rng.normal(size=12),
+        "group_weights": np.full(5, 0.2),
+        "group_labels": np.eye(3)[[0, 0, 1, 1, 2]],
+        "factors": rng.normal(size=(2, 12)),
+        "noise": rng.uniform(0.5, 1, 12),
+    }
+    here = np.arange(12) < 7
+    weights, bias = solve_groups(a, here)
+    x = (a["groups"] - a["group_mean"])[:, here]
+    target = a["group_labels"] - [0.4, 0.4, 0.2]
+    moments = x.T @ x / 5 + a["factors"][:, here].T @ a["factors"][:, here] + np.diag(a["noise"][here])
+    np.testing.assert_allclose(weights, np.linalg.solve(moments, x.T @ target / 5).T)
+    np.testing.assert_allclose(bias, [0.4, 0.4, 0.2] - weights @ a["group_mean"][here])
+
+
+def test_a_cell_of_a_broad_type_counts_for_each_narrow_type_a_part():
+    rng = np.random.default_rng(0)
+    counts = csr_matrix(rng.poisson(5.0, (6, 4)).astype(np.float32))
+    data = Dataset(counts, np.arange(4), np.array([0, 0, 1, 1, 2, 2]))
+    readout = fit_pooled_readout([data], 2, meanings=np.array([[1, 0], [0, 1], [0.5, 0.5]]))
+    np.testing.assert_allclose(readout.group_labels, [[1, 0], [0, 1], [0.5, 0.5]])
+    np.testing.assert_allclose(readout.group_weights, [1 / 3, 1 / 3, 1 / 3])

@@ -62,7 +62,7 @@ def test_markers_are_genes_that_are_high_in_their_label_and_count_for_it():
 @given(st.integers(0, 3), st.randoms(use_true_random=False))
 def test_terms_of_all_genes_sum_to_the_odds_of_label_and_rival(pipeline, own, random):
     readout = pipeline.model.model.label_readout
-    explainer = Explainer.of(readout, np.arange(100), np.eye(4, dtype=bool))
+    explainer = Explainer.of(readout, np.arange(100), np.zeros((0, 4), dtype=bool))
     panel = explainer.panel
     genes = np.array(random.sample(panel.gene_ids.tolist(), 12))
     cells = Cells([0, 12], genes, np.array([random.randint(1, 9) for _ in genes]), np.zeros(1, np.uint64))
@@ -70,9 +70,9 @@ def test_terms_of_all_genes_sum_to_the_odds_of_label_and_rival(pipeline, own, ra
     profile = np.zeros(len(panel.gene_ids), dtype=np.float32)
     profile[positions] = values
     scores = (profile @ panel.weights + panel.bias) / panel.temperature
-    rival = int(explainer.rivals(scores[None], np.array([own]))[0])
+    rival = int(explainer.find_rivals(scores[None], np.array([own]))[0])
     terms, _ = explainer.terms(slice(None), profile, own, rival)
-    halfway = (explainer.label_centroids[:, own] + explainer.label_centroids[:, rival]) / 2
+    halfway = (explainer.centroids[:, own] + explainer.centroids[:, rival]) / 2
     constant = ((halfway @ panel.weights + panel.bias) / panel.temperature)[[own, rival]]
     assert terms.sum() == pytest.approx(scores[own] - scores[rival] - (constant[0] - constant[1]), abs=1e-3)
     found, _ = explainer(cells, np.array([own]))
@@ -139,7 +139,7 @@ def test_any_labels_can_be_explained_broader_ones_and_unknown_ones_too(pipeline)
 
 def test_members_are_found_in_any_words():
     terms = [{"id": "CL:1", "name": "t cell", "names": ["t cell"], "labels": ["CD4 T", "CD8 T"]}]
-    members = label_members(["T cells", "CD8-T", UNKNOWN], {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms, 3)
+    members = label_members(["T cells", "CD8-T", UNKNOWN], {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms)
     assert members.tolist() == [[True, False, True], [False, False, True], [False] * 3]
 
 

@@ -1,6 +1,7 @@
 """What a matrix holds, which genes it has, and how it becomes `Cells`."""
 
 import json
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -318,6 +319,38 @@ def test_rows_are_the_same_however_they_are_stored(counts, stored, warm_up, monk
     rows, expected = read_rows(stored(matrix), 5, 30), sp.csr_matrix(matrix[5:30])
     for name in ("indptr", "indices", "data"):
         np.testing.assert_array_equal(getattr(rows, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("warm_up", [-1, 10**9], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.uint8])
+@pytest.mark.parametrize("n_vars", [1, 6, 128, 131, 300])
+def test_a_dense_matrix_of_counts_gives_the_cells_of_a_sparse_one(
+    counts, gene_index, n_vars, kind, warm_up, monkeypatch
+):
+    monkeypatch.setattr("scmmgpt.kernels_scmmgpt.WARM_UP_CELLS", warm_up)
+    matrix = np.minimum(counts[:, :n_vars], 250).astype(kind)
+    names = ["unknown" if i % 5 == 4 else name for i, name in enumerate(SYMBOLS[:n_vars])]
+    with warnings.catch_warnings(action="ignore"):  # the unknown names are one
+        stored = make_adata(matrix, names), make_adata(sp.csr_matrix(matrix), names)
+        cells, expected = (read_cells(adata, gene_index, force=True)[0] for adata in stored)
+    assert_same_cells(cells, expected)
+    assert cells.counts.dtype == expected.counts.dtype
+    np.testing.assert_array_equal(cells.total_counts, matrix.sum(axis=1, dtype=np.float64))
+
+
+@pytest.mark.parametrize("warm_up", [-1, 10**9], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf, 1e11])
+@pytest.mark.parametrize("column", [7, 9])
+def test_a_wrong_value_outside_the_sample_is_refused_by_cell_and_gene(
+    counts, gene_index, column, value, warm_up, monkeypatch
+):
+    monkeypatch.setattr("scmmgpt.kernels_scmmgpt.WARM_UP_CELLS", warm_up)
+    names = ["unknown" if i == 9 else name for i, name in enumerate(SYMBOLS)]  # its counts are part of the total
+    choice = choose_input(make_adata(counts.astype(np.float32), names), gene_index)
+    wrong = counts.astype(np.float32)
+    wrong[5, column] = value
+    with pytest.raises(ValueError, match=f"cell 'cell5', gene '{names[column]}'"):
+        choice.convert(make_adata(wrong, names))
 
 
 def test_a_logarithm_without_a_unit_changes_no_bin(gene_index):

@@ -16,7 +16,7 @@ pytest.importorskip("cellxgene_ontology_guide")
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.synthetic import synthetic_adata
 from scmmgpt.train.data import build as builder
-from scmmgpt.train.data import build_steps, prepare
+from scmmgpt.train.data import build_steps, ontology, prepare
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.corpus import SPLITS, hash_file, open_corpus
 from scmmgpt.train.data.splits import split_cells, split_units
@@ -507,3 +507,30 @@ def test_the_development_data_become_one_corpus(shared_data, tmp_path):
         assert source["sha256"] == hash_file(shared_data / f"{source['name']}.h5ad")
         assert source["genes"]["matched"] > 0.97 * adata.n_vars
         assert "unmatched" not in source["labels"]["cell_type"]
+
+
+def test_a_reviewed_table_names_the_types_of_each_file_and_leaves_other_files_out(folder, build, tmp_path):
+    types = sorted(set(synthetic_adata(60, seed=0).obs["cell_type"]))
+    labels = dict.fromkeys(types) | {types[0]: "CL:0000236"}
+    entry = {"label_key": "cell_type", "labels": labels, "constants": {"tissue": "liver"}, "licence": "cc0-1.0"}
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"sets": {"set1": entry}}))
+    corpus = build(folder, "--labels", table, "--split-by", "cell")
+    assert [(source["name"], source["licence"]) for source in corpus.manifest.sources] == [("set1", "cc0-1.0")]
+    obs = pd.concat([corpus.obs(split).to_pandas() for split in SPLITS])
+    assert set(obs["cell_type"].dropna()) == {"B cell"}
+    assert obs["cell_type"].isna().any()
+    assert set(obs["tissue_ontology_term_id"]) == {"UBERON:0002107"}
+    del labels[types[1]]
+    table.write_text(json.dumps({"sets": {"set1": entry}}))
+    with pytest.raises(ValueError, match="which the table of labels lacks"):
+        build(folder, "--labels", table, output="other")
+    with pytest.raises(FileNotFoundError, match="no table of labels"):
+        build(folder, "--labels", "nobody", output="third")
+
+
+def test_the_table_of_this_package_names_terms_of_the_cell_ontology():
+    table = prepare.read_label_table("human")
+    ids = {term for entry in table["sets"].values() for term in entry.get("labels", {}).values() if term}
+    names = {term: ontology.term_name(term) for term in ids | set(table["types"])}
+    assert [term for term, name in names.items() if name is None or "obsolete" in name] == []

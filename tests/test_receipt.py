@@ -101,7 +101,8 @@ def test_every_verb_leaves_a_receipt_with_its_options(adata, tiny_pipeline):
     receipts = {verb: adata.uns["scmmgpt"][verb]["receipt"] for verb in ("annotate", "describe", "embed", "search")}
     receipts["generate"] = generated.uns["scmmgpt"]["generate"]["receipt"]
     options = {verb: json.loads(receipt["options"]) for verb, receipt in receipts.items()}
-    assert options["annotate"] == {"labels": LABELS, "min_score": 0.5, "key_added": "scmmgpt"}
+    wanted = {"labels": LABELS, "min_score": 0.5, "key_added": "scmmgpt"}
+    assert wanted.items() <= options["annotate"].items()
     assert options["describe"] == {"max_new_tokens": 2, "num_beams": 2, "key_added": "scmmgpt"}
     assert options["generate"]["seed"] == 5
     assert len({receipt["weights"] for receipt in receipts.values()}) == 1

@@ -1,5 +1,7 @@
 """Labels that were never trained: genes that a text names, the place that a text predicts, and the gate."""
 
+import json
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -9,9 +11,10 @@ from scipy.sparse import csr_matrix
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.readout_scmmgpt import PROFILE_SCALE
+from scmmgpt.train.data.gene_tables import load_gene_texts
 from scmmgpt.train.readout import LabelledProfiles, fit_label_readout, fit_regression, profile_matrix
-from scmmgpt.train.unseen import fit_gate
-from scmmgpt.unseen_scmmgpt import LabelSpace, TextScores, named_genes
+from scmmgpt.train.unseen import embed_gene_texts, fit_gate
+from scmmgpt.unseen_scmmgpt import GeneSearch, LabelSpace, TextScores, named_genes
 
 
 INDEX = GeneIndex(
@@ -114,10 +117,67 @@ def test_a_gene_that_a_text_names_speaks_for_cells_that_express_it():
         "noise": np.full(3, 4.0),
     }
     space = LabelSpace.of(arrays, np.ones(3, bool), np.eye(2), np.eye(2)[:1], [{2: 1, 0: -1, 9: 1}])
-    np.testing.assert_allclose(space.signs, [[-0.5 / 2**0.5, 0, 0.5 / 2**0.5]])  # gene 9 is not measured
+    np.testing.assert_allclose(space.directions[0, 0], [-0.5 / 2**0.5, 0, 0.5 / 2**0.5])  # gene 9 is not measured
     ragged = np.array([0, 1, 2]), np.array([2, 0]), np.array([8.0, 8.0], dtype=np.float32)
-    named = space.products(ragged)[2][:, 0]
-    np.testing.assert_allclose(named, [4 / 2**0.5, -4 / 2**0.5], rtol=1e-6)
+    of_genes = space.products(ragged)[2][:, 0]
+    np.testing.assert_allclose(of_genes, [[4 / 2**0.5, 0], [-4 / 2**0.5, 0]], rtol=1e-6)
+
+
+def test_a_gene_whose_text_is_like_that_of_a_label_speaks_for_cells_that_express_it():
+    arrays = {
+        "gene_ids": np.arange(4),
+        "centroids": np.zeros((2, 4)),
+        "mean": np.zeros(4),
+        "factors": np.zeros((1, 4)),
+        "noise": np.full(4, 4.0),
+        "gene_texts": np.array([[0, 3.0], [0, 1.0], [0, -1.0], [0, 0.0]]),  # the last gene has no text
+    }
+    space = LabelSpace.of(arrays, np.ones(4, bool), np.array([[1.0, 0], [1, 0]]), np.array([[1.0, 1]]), [{}])
+    # Similarities 3, 1 and -1 around their mean 1, and a length of one in standard deviations of 2.
+    np.testing.assert_allclose(space.directions[0, 1], np.array([2, 0, -2, 0]) / (2 * 8**0.5))
+
+
+def test_directions_of_genes_are_embeddings_of_their_texts_around_the_mean():
+    cells, types = typed_cells(n_cells=40)
+    profiles = profile_matrix(cells, 24)
+    data = LabelledProfiles(profiles, types, 5, np.arange(40), np.arange(0), profiles[:0])
+    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    tables = {3: "one", 7: "three", 99: "a gene that no cell expresses"}, {7: "gene 7", 8: "gene 8b"}
+    lengths = lambda texts: np.array([[len(text), 1.0] for text in texts])  # noqa: E731
+    directions = embed_gene_texts(readout, tables, lengths)
+    expected = np.zeros((24, 2))
+    expected[[3, 7, 8], 0] = [-1, (1 - 0.5) / 2, 0.5]
+    np.testing.assert_allclose(directions, expected)
+    with pytest.raises(ValueError, match="None of the genes"):
+        embed_gene_texts(readout, [{99: "a gene"}], lengths)
+
+
+def test_a_search_by_genes_finds_cells_that_express_genes_whose_texts_are_nearest():
+    cells, types = typed_cells()
+    profiles = profile_matrix(cells, 24)
+    data = LabelledProfiles(profiles, types, 5, np.arange(len(types)), np.arange(0), profiles[:0])
+    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    directions = np.zeros((24, 2))
+    directions[:, 0] = -1 / 5
+    directions[4:8] = [1.0, 0.0]  # what type 1 expresses
+    readout.set_gene_texts(directions)
+    search = GeneSearch.of(readout, np.arange(24), np.array([[1.0, 0.0]]))
+    scores = search(cells)[:, 0]
+    assert scores[types == 1].min() > scores[types == 4].max()
+    np.testing.assert_array_equal(search(cells[5])[0], search(cells)[5])  # a cell alone
+    with pytest.raises(ValueError, match="no gene that this checkpoint has a text about"):
+        GeneSearch.of(readout, np.array([99]), np.eye(2))
+
+
+def test_texts_of_genes_are_read_from_a_table_with_symbol_and_summary(tmp_path):
+    path = tmp_path / "genes.csv.gz"
+    pd.DataFrame({"symbol": ["CD19", None], "summary": ["A receptor of B cells.", "?"]}).to_csv(path, index=False)
+    summaries, names = load_gene_texts(path)
+    assert summaries == {"CD19": "A receptor of B cells."}
+    assert names.get("CD19", "CD19: CD19 molecule") == "CD19: CD19 molecule"  # of a package that may be missing
+    (tmp_path / "other.csv").write_text("gene,text\nCD19,x\n")
+    with pytest.raises(ValueError, match=r"lacks the columns \['summary', 'symbol'\]"):
+        load_gene_texts(tmp_path / "other.csv")
 
 
 def test_two_labels_are_too_few_for_a_gate():
@@ -145,15 +205,22 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
         counts[row, kind * 4 : kind * 4 + 4] += rng.poisson(12, 4)
     obs = pd.DataFrame({"label": np.array(names)[types]}, index=[f"c{i}" for i in range(200)])
     cells = anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=pd.DataFrame(index=symbols))
+    table = pd.DataFrame({"symbol": ["GNLY", "CD3D"], "summary": ["Of NK cells.", "Of T cells."]})
+    table.to_csv(tmp_path / "genes.csv", index=False)
+    sizes = json.dumps({**json.loads(SIZES), "gene_texts": str(tmp_path / "genes.csv")})
     pipeline = run_finetune(
-        cells[types != 3].copy(), tmp_path, label_key="label", options=["--bert", bert, "--new_model", SIZES]
+        cells[types != 3].copy(), tmp_path, label_key="label", options=["--bert", bert, "--new_model", sizes]
     )
-    assert len(pipeline.model.config.annotation["unseen_gate"]["weights"]) == 3
+    assert len(pipeline.model.config.annotation["unseen_gate"]["weights"]) == 4
+    assert pipeline.model.label_readout.gene_texts.any(dim=1).sum() >= 2
     stored = pipeline.model.config.annotation["labels"]
     asked = {**stored, "NK cell": "a lymphocyte that expresses NKG7, GNLY, PRF1 and GZMB"}
     found = pipeline.annotate(cells.copy(), labels=asked, min_score=0).obs["scmmgpt_cell_type"]
     assert (np.asarray(found)[types == 3] == "NK cell").mean() > 0.8
     assert (np.asarray(found)[types != 3] == np.array(names)[types[types != 3]]).mean() > 0.8
+    found = pipeline.search(cells, "NK cells", 3, by="genes", key_added="by_genes")
+    assert {names[types[hit["index"]]] for hit in found} <= set(names)
+    assert cells.uns["scmmgpt"]["search"]["by"] == "genes"
     # Row i alone is row i of a batch, but where the batch is read by request, which is recorded.
     alone = pipeline.annotate(cells[3:4].copy(), labels=asked)
     together = pipeline.annotate(cells.copy(), labels=asked)
@@ -170,3 +237,12 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
         pipeline.annotate(cells.copy(), read_batch=read).obsm["scmmgpt_probabilities"] for read in (False, True)
     ]
     np.testing.assert_array_equal(*trained)
+
+
+def test_a_search_by_genes_needs_a_checkpoint_with_texts_about_genes(tiny_pipeline):
+    from scmmgpt.synthetic import synthetic_adata
+
+    with pytest.raises(ValueError, match="no texts about genes"):
+        tiny_pipeline.search(synthetic_adata(4), "stimulated", by="genes")
+    with pytest.raises(ValueError, match="by is 'words'"):
+        tiny_pipeline.search(synthetic_adata(4), "stimulated", by="words")

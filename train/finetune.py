@@ -51,6 +51,7 @@ from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
+from scmmgpt.scoring_scmmgpt import text_states
 from scmmgpt.train import readout
 from scmmgpt.train.align import UNTRAINED_PARTS, build_model, build_processor
 from scmmgpt.train.arguments import AlignModelArguments, FinetuneConfig, FinetuneDataArguments, FinetuneModelArguments
@@ -62,7 +63,7 @@ from scmmgpt.train.data.labelled import CellTable, LabelledBatches, open_table
 from scmmgpt.train.labels import column_of, hold_out, hold_out_rest, read_labels
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
-from scmmgpt.train.unseen import fit_gate
+from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import named_genes
 
 
@@ -305,6 +306,7 @@ class FineTuning:
     ) -> None:
         self.arguments = {"data": data_args, "model": model_args, "training": training_args}
         self.shots, self.training_args = data_args.shots, training_args
+        self.gene_texts = model_args.align_arguments().gene_texts
         logger.info("Reading %s", data_args.adata)
         read_options = {name: getattr(data_args, name) for name in ("layer", "assume", "gene_column", "organism")}
         table = open_table(data_args.adata, read_options, cells_of)
@@ -427,13 +429,10 @@ class FineTuning:
         model = self.model
         data, regression, seed = self.profiles, self.regressions.everything, data_seed(self.training_args)
         model.label_readout = readout.fit_label_readout(data, regression, self.score_temperature, seed)
-        num_factors, num_genes = model.label_readout.factors.shape
-        sizes = {"num_genes": num_genes, "num_factors": num_factors}
-        model.config.label_readout = {"texts": list(self.labels.texts), **sizes}
-        device = model.logit_scale.device
-        texts = model.eval().get_text_features(**self.processor(qformer_text=self.labels.texts).to(device))
+        model.config.label_readout = {"texts": list(self.labels.texts), **model.label_readout.sizes()}
+        add_gene_texts(model.eval(), self.processor, self.gene_texts)
         named = [named_genes(text, self.processor.gene_index) for text in self.labels.texts]
-        embeddings = texts.detach().double().cpu().numpy()
+        embeddings = text_states(model, self.processor, self.labels.texts)
         cells, targets = self.cells, self.labels.targets
         self.unseen_gate = fit_gate(model.label_readout, cells, targets, embeddings, named, seed)
 

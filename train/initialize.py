@@ -10,6 +10,7 @@ import torch
 from scmmgpt.cells_scmmgpt import Cells, normalize_log1p
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,21 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -
     target = weight[rows].std()
     weight[rows, :rank] = vectors / vectors.std() * target
     logger.info("Started %d gene embeddings from the co-expression in %d cells", len(rows), matrix.shape[0])
+
+
+@torch.no_grad()
+def start_label_projection(model: ScMMGPTForConditionalGeneration, processor: ScMMGPTProcessor) -> None:
+    """Start the direction of each label at the mean input embedding of its words, at the norm of token embeddings.
+
+    The language model then reads the label of a cell as if its name were written in the prompt.
+    """
+    readout: Any = model.config.label_readout
+    embeddings: Any = model.get_input_embeddings()
+    names = [f" {name}" for name in readout.get("labels", readout["texts"])]
+    ids = processor.tokenizer(names, add_special_tokens=False)["input_ids"]
+    words = [embeddings(torch.tensor(tokens, device=model.device)).float().mean(dim=0) for tokens in ids]
+    size = embeddings.weight.float().norm(dim=1).mean()
+    model.model.label_projection.weight.copy_((torch.nn.functional.normalize(torch.stack(words)) * size).t())
 
 
 @torch.no_grad()

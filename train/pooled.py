@@ -1,10 +1,11 @@
 """A readout of labels from several datasets, which may measure different genes: [`fit_pooled_readout`].
 
 Differences between laboratories are larger than those between cells of one type. Every label has the same weight, and
-within a label every dataset that has it, so that neither a large dataset nor a frequent label decides. A gene that a
-dataset does not measure takes the mean over all labels, which is evidence for no label. (The mean of the
-cell's own label would be a predictor without noise: the regression then rests on imputed values, see `LOG.md`.) The
-weights are those of ridge regression. The readout is solved again for the genes of a file: see `readout_scmmgpt`.
+within a label every dataset that has it, so that neither a large dataset nor a frequent label decides. What is stored
+is the mean of each label in each dataset (a group; a gene that the dataset does not measure has the mean over labels,
+which is evidence for none), and the variance within groups as a few factors and noise: the
+ridge regression of the labels is solved from them for the genes of a file (`readout_scmmgpt.solve_groups`). No cell is
+kept. `LOG.md` has the choices.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_matrix, diags
-from sklearn.linear_model import Ridge
 from sklearn.utils.extmath import randomized_svd
 
-from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout
-from scmmgpt.train.readout import N_FACTORS, NOISE_FLOOR
+from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout, solve_groups
 
 
-N_GENES = 4000  # the most variable ones
-PENALTY = 3.0  # of the ridge, in mean variances of a gene
+N_GENES = 12_000  # at most, the most variable ones: a panel may be any of them
+N_FACTORS = 32
+PENALTY = 0.3  # of the ridge, in mean variances of a gene
 WIDE = 0.5  # a dataset of this share of the most genes that a dataset measures counts as a whole transcriptome
 TEMPERATURE = 0.1  # of the ridge's scores, which are about 1 for the right label and 0 for the others
 
@@ -58,12 +58,12 @@ def label_means(rows: csr_matrix | np.ndarray, targets: np.ndarray, n_labels: in
     return average.toarray() if hasattr(average, "toarray") else np.asarray(average)
 
 
-def dense_profiles(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Profiles of a dataset over `genes` on the scale of whole transcriptomes, float32 `(n_cells, n_genes)`."""
+def dense_expression(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """CP10k of a dataset over `genes` on the scale of whole transcriptomes, float32 `(n_cells, n_genes)`."""
     known = data.measured[shares[data.measured] > 0]
     totals = np.asarray(data.counts[:, known].sum(axis=1)).ravel().clip(min=1e-12)
-    scaled = diags(shares[known].sum() / totals) @ data.counts[:, genes]
-    return (PROFILE_SCALE * np.sqrt(scaled.toarray())).astype(np.float32)
+    scaled = diags(PROFILE_SCALE**2 * shares[known].sum() / totals) @ data.counts[:, genes]
+    return scaled.toarray().astype(np.float32)
 
 
 def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> np.ndarray:
@@ -85,62 +85,100 @@ def two_way_means(cells: np.ndarray, known: np.ndarray, n_rounds: int = 10) -> n
     return labels
 
 
-def fit_pooled_readout(datasets: Sequence[Dataset], n_labels: int, *, penalty: float = PENALTY) -> ScMMGPTLabelReadout:
-    """Ridge regression of the labels on the cells of all datasets, with what it is solved from for other genes.
+def fit_pooled_readout(
+    datasets: Sequence[Dataset],
+    n_labels: int,
+    *,
+    meanings: np.ndarray | None = None,
+    penalty: float = PENALTY,
+    n_factors: int = N_FACTORS,
+) -> ScMMGPTLabelReadout:
+    """Ridge regression of the labels on the cells of all datasets, stored so that it is solved for any genes.
+
+    Args:
+        datasets: Labelled cells.
+        n_labels: Number of labels.
+        meanings: Shares of the labels in each target, `(n_targets, n_labels)`, rows of sum 1: a cell of a broad target
+            ("T cell") counts for each narrow label a part. By default each target is a label.
+        penalty: Of the ridge, in mean variances of a gene.
+        n_factors: Factors of the variance within groups.
 
     Raises:
         ValueError: If a label has no cell.
     """
-    missing = sorted(set(range(n_labels)) - set(np.concatenate([data.targets for data in datasets]).tolist()))
+    meanings = np.eye(n_labels) if meanings is None else meanings
+    n_targets = len(meanings)
+    present = np.stack([np.bincount(data.targets, minlength=n_targets) > 0 for data in datasets])
+    of_dataset, of_target = np.nonzero(present)  # of each group
+    mentions = meanings[of_target]
+    missing = np.flatnonzero(mentions.sum(axis=0) == 0).tolist()
     if missing:
         raise ValueError(f"{len(missing)} of {n_labels} labels have no cell: {missing[:5]}; leave them out.")
-    shares = expected_shares(datasets, n_labels)
-    candidates = np.flatnonzero(shares)
-    genes = candidates[variable_genes(datasets, candidates, shares)]
-    profiles = [dense_profiles(data, genes, shares) for data in datasets]
-    measured = np.stack([np.isin(genes, data.measured) for data in datasets])
-    present = np.stack([np.bincount(data.targets, minlength=n_labels) > 0 for data in datasets], axis=1)
+    mentions = mentions / mentions.sum(axis=0) / n_labels  # a label's weight, divided among its groups
+    weights = mentions.sum(axis=1)
+    shares = expected_shares(datasets, n_targets)
+    genes = variable_genes(datasets, np.flatnonzero(shares), shares)
+    measured = np.stack([np.isin(genes, data.measured) for data in datasets])[of_dataset]
 
-    means = np.stack([label_means(x, d.targets, n_labels) for x, d in zip(profiles, datasets, strict=True)], axis=1)
-    centroids = two_way_means(means, present[:, :, None] & measured[None])
-    mean = np.nanmean(centroids, axis=0)
-    centroids = np.where(np.isnan(centroids), mean, centroids)
-
-    rows, targets, weights = [], [], []
-    for number, (data, x) in enumerate(zip(datasets, profiles, strict=True)):
-        x[:, ~measured[number]] = mean[~measured[number]]
-        n_cells = np.bincount(data.targets, minlength=n_labels)[data.targets]
-        weights.append(1 / (n_labels * present.sum(axis=1)[data.targets] * n_cells))
-        rows.append((x - mean) * np.sqrt(weights[-1])[:, None])
-        targets.append(data.targets)
-    matrix, target = np.concatenate(rows).astype(np.float32), np.concatenate(targets)
-    root = np.sqrt(np.concatenate(weights))[:, None]
-    variance = (matrix**2).sum(axis=0)
-    ridge = Ridge(alpha=penalty * float(variance.mean()), fit_intercept=False, solver="cholesky")
-    ridge.fit(matrix, ((np.eye(n_labels)[target] - 1 / n_labels) * root).astype(np.float32))
-    _, scales, axes = randomized_svd(matrix, min(N_FACTORS, *matrix.shape), random_state=0)
+    groups, roots = np.zeros((2, len(weights), len(genes)), dtype=np.float32)
+    rows = []
+    for number, data in enumerate(datasets):
+        counts = dense_expression(data, genes, shares)
+        logs = np.log1p(counts)
+        for group in np.flatnonzero(of_dataset == number):
+            cells = np.flatnonzero(data.targets == of_target[group])
+            groups[group], roots[group] = logs[cells].mean(axis=0), np.sqrt(counts[cells]).mean(axis=0)
+            rows.append((logs[cells] - groups[group]) * np.float32(np.sqrt(weights[group] / len(cells))))
+    within = np.concatenate(rows)
+    variance = (within**2).sum(axis=0)
+    _, scales, axes = randomized_svd(within, min(n_factors, *within.shape), random_state=0)
     factors = scales[:, None] * axes
-    rest = (variance - (factors**2).sum(axis=0)).clip(min=0)
-    coefficients = np.atleast_2d(ridge.coef_)
-    return ScMMGPTLabelReadout.from_statistics(
-        gene_ids=genes,
-        weights=coefficients,
-        bias=1 / n_labels - coefficients @ mean,
-        centroids=centroids,
-        factors=factors,
-        mean=mean,
-        noise=rest + NOISE_FLOOR * variance.mean(),
-        shares=shares[genes],
-        temperature=np.array(TEMPERATURE),
-    )
+    noise = (variance - (factors**2).sum(axis=0)).clip(min=0)
+    centroids = two_way_means(*spread_out(roots, measured, mentions, of_dataset))
+    typical = np.nanmean(centroids, axis=0)
+    mean = np.nanmean(two_way_means(*spread_out(groups, measured, mentions, of_dataset)), axis=0)
+    groups = np.where(measured, groups, mean)
+    variance += weights @ (groups - mean) ** 2
+    arrays = {
+        "gene_ids": genes,
+        "centroids": np.where(np.isnan(centroids), typical, centroids),
+        "mean": typical,
+        "factors": factors,
+        "noise": noise + penalty * variance.mean(),
+        "shares": shares[genes],
+        "temperature": np.array(TEMPERATURE),
+        "groups": groups,
+        "group_mean": mean,
+        "group_labels": mentions / weights[:, None],
+        "group_weights": weights,
+    }
+    arrays["weights"], arrays["bias"] = solve_groups(arrays, np.ones(len(genes), bool))
+    return ScMMGPTLabelReadout.from_statistics(**arrays)
+
+
+def spread_out(
+    means: np.ndarray, measured: np.ndarray, mentions: np.ndarray, of_dataset: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of each label in each dataset `(n_labels, n_datasets, n_genes)`, and where it is known, of the groups."""
+    n_datasets = of_dataset.max() + 1
+    of_label = np.zeros((mentions.shape[1], n_datasets, len(mentions)))
+    for number in range(n_datasets):
+        of_label[:, number, of_dataset == number] = mentions[of_dataset == number].T
+    totals = of_label.sum(axis=2, keepdims=True)
+    of_label = np.divide(of_label, totals, out=np.zeros_like(of_label), where=totals > 0)
+    has_gene = np.stack([measured[of_dataset == number].any(axis=0) for number in range(n_datasets)])
+    return of_label @ means, (totals > 0) & has_gene
 
 
 def variable_genes(datasets: Sequence[Dataset], candidates: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Positions in `candidates` of the `N_GENES` of highest mean variance over the datasets that measure them."""
-    total, seen = np.zeros(len(candidates)), np.zeros(len(candidates))
+    """The `N_GENES` of `candidates` of the highest mean variance of log1p(CP10k) over the datasets that measure them.
+
+    Ascending ids.
+    """
+    total, seen = np.zeros((2, len(candidates)))
     for data in datasets:
         here = np.flatnonzero(np.isin(candidates, data.measured))
-        total[here] += dense_profiles(data, candidates[here], shares).var(axis=0)
+        total[here] += np.log1p(dense_expression(data, candidates[here], shares)).var(axis=0)
         seen[here] += 1
     variance = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
-    return np.sort(np.argsort(-variance, kind="stable")[:N_GENES])
+    return np.sort(candidates[np.argsort(-variance, kind="stable")[:N_GENES]])

@@ -33,7 +33,7 @@ from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.instructions import InstructionBatches, read_instructions
-from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile
+from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile, start_label_projection
 from scmmgpt.train.language_model import add_lora, build_language_model, skip_other_parts
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.states import fit_cell_states
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
 PROJECTOR = {"num_hidden_layers": 2, "cross_attention_frequency": 1}  # other fields are those of the Q-Former
-NEW_PARTS = ("language_projection", "text_to_cell", "expression_head")
+NEW_PARTS = ("language_projection", "label_projection", "text_to_cell", "expression_head")
 
 
 class TuneTrainer(StreamTrainer, SFTTrainer):
@@ -144,6 +144,8 @@ def build_model(
     alignment = ScMMGPTForCellTextAlignment.from_pretrained(model_args.aligned)
     processor = join_processor(model_args.aligned, tokenizer, corpus)
     model = join(alignment, language_model, processor, model_args)
+    processor.num_cell_tokens = model.config.num_cell_tokens
+    processor.feature_extractor.return_profile = model.config.cell_tokens != "queries"
     if model_args.language_model_precision == "4bit":  # intermediate checkpoints hold the frozen weights in 4 bits
         skip_other_parts(model)
     return model, processor
@@ -161,7 +163,8 @@ def join(
         language_model.resize_token_embeddings(len(processor.tokenizer))
     projector = alignment.config.qformer_config.to_dict() | PROJECTOR | {"use_qformer_text_input": False}
     projector |= model_args.model_config.get("text_to_cell_config", {})
-    fields = {**model_args.model_config, "text_to_cell_config": projector}
+    cell_tokens = "queries" if alignment.config.label_readout is None else "both"
+    fields = {"cell_tokens": cell_tokens, **model_args.model_config, "text_to_cell_config": projector}
     if model_args.trained.qformer and fields.get("num_state_components"):
         logger.warning("States of cells are left out: they read texts by the Q-Former, which this run trains further.")
         fields["num_state_components"] = None
@@ -174,7 +177,6 @@ def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Cor
     """The processor of a stage-1 checkpoint, with a language model's tokenizer and the corpus's library size."""
     start = ScMMGPTProcessor.from_pretrained(aligned)
     open_corpus(corpus.path, vocabulary=start.gene_tokenizer.get_vocab(), verify=False)  # refuses another one
-    start.feature_extractor.return_profile = False  # stage 2 has no profile readout
     parts = start.feature_extractor, tokenizer, start.qformer_tokenizer, start.gene_tokenizer
     lengths: Any = {"num_query_tokens": start.num_query_tokens, "qformer_max_length": start.qformer_max_length}
     processor = ScMMGPTProcessor(*parts, **lengths, library_size=typical_library_size(corpus))
@@ -218,8 +220,9 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
     pieces: list[torch.Tensor] = []
     for cells, *_ in dataset.source.batches():
         inputs = dataset.collate.processor(cells=cells).to(model.device)
-        gene_states = model.model.encode_cells(**inputs)
-        pieces.append(model.model.query_cells(gene_states, inputs["cell_attention_mask"]))
+        mask = inputs["cell_attention_mask"]
+        gene_states = model.model.encode_cells(inputs["gene_ids"], inputs["expression"], mask)
+        pieces.append(model.model.query_cells(gene_states, mask))
         if sum(map(len, pieces)) >= PROJECTION_CELLS:
             break
     projection: Any = model.model.language_projection
@@ -232,10 +235,11 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
     model.train()
 
 
-def saved_parts(trained: TrainedParts) -> list[str]:
+def saved_parts(trained: TrainedParts, cell_tokens: str = "queries") -> list[str]:
     """Parts that are trained in full beside the language model's LoRA, and saved with it."""
     cell_model = {"full": ("cell_model",), "decoders": CELL_DECODERS, "frozen": ()}[trained.cell_model]
-    return [*NEW_PARTS, *cell_model, *(["qformer"] if trained.qformer else [])]
+    new = [name for name in NEW_PARTS if name != "label_projection" or cell_tokens != "queries"]
+    return [*new, *cell_model, *(["qformer"] if trained.qformer else [])]
 
 
 def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
@@ -258,11 +262,12 @@ def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
     return True
 
 
-def unused_parts(text_to_cell_ratio: float, has_instructions: bool) -> tuple[str, ...]:
-    """Parts that no loss reaches if no cell is generated, or if no cell is described and there are no instructions."""
-    if text_to_cell_ratio == 0:
-        return (".text_to_cell.", ".expression_head.")
-    return (".language_projection.",) if text_to_cell_ratio == 1 and not has_instructions else ()
+def unused_parts(text_to_cell_ratio: float, has_instructions: bool, cell_tokens: str) -> tuple[str, ...]:
+    """Parts that no loss reaches: if no cell is generated, and if no cell, or no query of it, is read."""
+    if text_to_cell_ratio == 1 and not has_instructions:
+        return (".language_projection.", ".label_projection.")
+    unused = (".language_projection.",) if cell_tokens == "labels" else ()
+    return (*unused, ".text_to_cell.", ".expression_head.") if text_to_cell_ratio == 0 else unused
 
 
 def is_pretrained(name: str) -> bool:
@@ -318,7 +323,10 @@ def main(
         instructions = read_instructions(data_args.instructions, corpus, processor, max_tokens=limit)
     # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
     start_from_mean_profile(model, read_gene_means(corpus.path))
-    standardize_language_projection(model, train_dataset.of_all_ranks())
+    if model.config.cell_tokens != "labels":
+        standardize_language_projection(model, train_dataset.of_all_ranks())
+    if model.config.cell_tokens != "queries":
+        start_label_projection(model, processor)
     if training_args.text_to_cell_ratio > 0:
         standardize_text_to_cell(model, train_dataset.of_all_ranks())
     if model.config.num_state_components is not None:
@@ -326,7 +334,7 @@ def main(
     if instructions is not None:
         ratio, seed = data_args.instruction_ratio, data_seed(training_args)
         train_dataset = InstructionBatches(train_dataset, instructions, ratio=ratio, seed=seed)
-    lora = add_lora(model_args, saved_parts(model_args.trained))
+    lora = add_lora(model_args, saved_parts(model_args.trained, model.config.cell_tokens))
     if lora is not None:
         resumed, writes = training_args.resume_from_checkpoint is not None, training_args.process_index == 0
         adapter.save_base(model, processor, str(training_args.output_dir), resumed=resumed, writes=writes)
@@ -346,7 +354,7 @@ def main(
     in_4bit = model_args.language_model_precision == "4bit"
     if in_4bit and trainer.is_fsdp_enabled:
         raise ValueError("FSDP cannot shard a language model in 4 bits; use DDP, or language_model_precision 'bf16'.")
-    unused = unused_parts(training_args.text_to_cell_ratio, instructions is not None)
+    unused = unused_parts(training_args.text_to_cell_ratio, instructions is not None, model.config.cell_tokens)
     trained, head = model_args.trained, model.config.expression_head
     freeze(trainer.model, lambda name: is_frozen(name, trained, head) or any(part in name for part in unused))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

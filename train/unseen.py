@@ -1,18 +1,29 @@
-"""Fit the gate of labels that were never trained (`unseen_scmmgpt`) on episodes that leave one trained label out."""
+"""What labels that were never trained (`unseen_scmmgpt`) need: a gate, and directions of genes from texts about them.
 
-from collections.abc import Sequence
+The gate is fitted on episodes that leave one trained label out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles
+from scmmgpt.scoring_scmmgpt import text_states
+from scmmgpt.train.data.gene_tables import load_gene_texts
 from scmmgpt.unseen_scmmgpt import MIN_BATCH, Gate, LabelSpace, half_distances, log_depth
 
 
 MIN_LABELS = 3  # an episode needs two labels beside the one that is left out
 GATE_CELLS = 5000  # at most
+EMBEDDED: dict[bytes, dict[str, np.ndarray]] = {}  # by encoder and text
+GENE_TEXTS = 3000  # of the most variable genes: texts take a minute, and other genes hardly move a sum
 
 
 def fit_gate(
@@ -53,8 +64,7 @@ def fit_gate(
     here = np.ones(len(arrays["gene_ids"]), bool)
     share = float(arrays["shares"].sum())
     ragged = panel_profiles(cells, arrays["gene_ids"], share)
-    space = LabelSpace.of(arrays, here, texts, texts, named)
-    trained, _, of_genes = space.products(ragged)
+    trained, _, _ = LabelSpace.of(arrays, here, texts, texts, named).products(ragged)
     # Without the cell itself its distance from the mean of n cells grows by (n / (n - 1)) squared.
     rows = np.repeat(np.arange(len(cells)), np.diff(ragged[0]))
     half = np.bincount(rows, weights=ragged[2].astype(np.float64) ** 2, minlength=len(cells)) / 2
@@ -71,16 +81,15 @@ def fit_gate(
         means = arrays["centroids"][others]
         part = {**arrays, "centroids": means, "mean": means.mean(axis=0)}
         left = LabelSpace.of(part, here, texts[others], texts[[label]], [named[label]])
-        episodes.append((left, trained[:, others], of_genes[:, [label]]))
+        episodes.append((left, trained[:, others], left.products(ragged)[2]))
 
     def collect(read: Gate | None = None) -> np.ndarray:
-        """Evidence of all cells in all episodes, `(n_episodes * n_cells, 3)`; with `read`, after the batch."""
+        """Evidence of all cells in all episodes, `(n_episodes * n_cells, 4)`; with `read`, after the batch."""
         pieces = []
-        for left, seen, of_label in episodes:
+        for left, seen, of_genes in episodes:
             if read is not None:
-                left = left.read_batch(read, ragged, seen, of_label, expected)
-            new = half_distances(ragged, left.predicted)
-            pieces.append(left.evidence(seen, new, of_label, expected)[:, 0])
+                left = left.read_batch(read, ragged, seen, of_genes, expected)
+            pieces.append(left.evidence(seen, half_distances(ragged, left.predicted), of_genes, expected)[:, 0])
         return np.concatenate(pieces)
 
     labels = np.flatnonzero(counts)
@@ -101,3 +110,59 @@ def fit_gate(
         return gate
     batch_weights, batch_offset = fit(collect(read=gate))
     return replace(gate, batch_weights=batch_weights, batch_offset=batch_offset)
+
+
+def embed_gene_texts(
+    readout: ScMMGPTLabelReadout, tables: Sequence[Mapping[int, str]], embed: Callable[[list[str]], np.ndarray]
+) -> np.ndarray:
+    """Directions of the genes of a readout: the mean over tables of the embeddings of a gene's texts, each centred.
+
+    Args:
+        readout: The statistics of the training cells.
+        tables: Vocabulary id -> text, of one kind of text each, such as summaries and names.
+        embed: Texts -> embeddings `(n_texts, width)`.
+
+    Returns:
+        `(num_genes, width)`, 0 for genes without a text and for all but the `GENE_TEXTS` most variable ones.
+
+    Raises:
+        ValueError: If no gene of the readout has a text.
+    """
+    arrays = readout.arrays()
+    ids, variance = arrays["gene_ids"], (arrays["factors"] ** 2).sum(axis=0) + arrays["noise"]
+    with_text = np.flatnonzero(np.isin(ids, [gene for table in tables for gene in table]))
+    chosen = with_text[np.argsort(-variance[with_text], kind="stable")[:GENE_TEXTS]]
+    if not len(chosen):
+        raise ValueError("None of the genes that have a text is expressed in the training cells.")
+    sums, counts = 0.0, np.zeros((len(ids), 1))
+    for table in tables:
+        places = [place for place in chosen.tolist() if int(ids[place]) in table]
+        if places:
+            embeddings = embed_once(embed, [table[int(ids[place])] for place in places])
+            directions = np.zeros((len(ids), embeddings.shape[1]))
+            directions[places] = embeddings - embeddings.mean(axis=0)
+            sums, counts[places] = sums + directions, counts[places] + 1
+    return sums / np.maximum(counts, 1)
+
+
+def embed_once(embed: Callable[[list[str]], np.ndarray], texts: list[str]) -> np.ndarray:
+    """As `embed`, but texts that the same encoder has embedded in this process are looked up.
+
+    An evaluation fine-tunes dozens of models that start from one BERT.
+    """
+    known = EMBEDDED.setdefault(embed(["cell"]).tobytes(), {})  # an encoder is known by its state of a text
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    if new:
+        known.update(zip(new, embed(new), strict=True))
+    return np.stack([known[text] for text in texts])
+
+
+def add_gene_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, path: str | Path | None) -> None:
+    """Give the label readout of a model the directions of genes of a table of texts, if there are both."""
+    if path is None or getattr(model, "label_readout", None) is None:
+        return
+    lookup = processor.gene_index.lookup
+    tables = [{lookup(symbol)[0]: text for symbol, text in table.items()} for table in load_gene_texts(path)]
+    directions = embed_gene_texts(model.label_readout, tables, partial(text_states, model, processor))
+    model.label_readout.set_gene_texts(directions)
+    model.config.label_readout = {**model.config.label_readout, "text_width": directions.shape[1]}

@@ -281,11 +281,14 @@ class Corpus:
         cells, tables = Cells.concatenate([cells for cells, _ in pieces]), [table for _, table in pieces]
         return cells[:max_cells], pa.concat_tables(tables)[:max_cells]
 
-    def to_adata(self, split: str) -> "anndata.AnnData":
-        """Return a split as an AnnData: counts over the whole vocabulary in CSR, barcodes as `obs_names`."""
+    def to_adata(self, split: str, start: int = 0, stop: int | None = None) -> "anndata.AnnData":
+        """Return a split as an AnnData: counts over the whole vocabulary in CSR, barcodes as `obs_names`.
+
+        Of cells `start` to `stop` alone, only their row groups are read.
+        """
         import anndata
 
-        cells, table = self.load(split)
+        cells, table = self.load(split) if not start and stop is None else self._load_rows(split, start, stop)
         obs = table.to_pandas().set_index("barcode")
         obs["total_counts"] = cells.library_sizes()
         genes = np.array([name for name in self.vocabulary if not name.startswith("<")])
@@ -294,6 +297,24 @@ class Corpus:
         adata = anndata.AnnData(X=counts[:, columns], obs=obs.dropna(axis=1, how="all"))
         adata.var_names = genes
         return adata
+
+    def _load_rows(self, split: str, start: int, stop: int | None) -> tuple[Cells, pa.Table]:
+        """Read some cells of a split, in stored order."""
+        pieces: list[tuple[Cells, pa.Table]] = []
+        stop, first = self.n_cells(split) if stop is None else stop, 0
+        for shard in self.shards(split):
+            if first + shard.n_cells > start and first < stop:
+                with self.open_shard(shard) as file:
+                    begin = first
+                    for group in range(file.num_row_groups):
+                        end = begin + file.metadata.row_group(group).num_rows
+                        if end > start and begin < stop:
+                            table = file.read_row_group(group, columns=[*CELL_COLUMNS, *OBS_COLUMNS])
+                            rows = slice(max(start - begin, 0), stop - begin)
+                            pieces.append((table_to_cells(table)[rows], table.select(OBS_COLUMNS)[rows]))
+                        begin = end
+            first += shard.n_cells
+        return Cells.concatenate([cells for cells, _ in pieces]), pa.concat_tables([table for _, table in pieces])
 
     def open_shard(self, shard: Shard) -> pq.ParquetFile:
         """Open a shard for reading, with page checksums verified."""

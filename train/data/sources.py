@@ -42,6 +42,8 @@ class SourceSpec:
         columns: Corpus column -> the source's obs column, where the names differ.
         constants: Corpus column -> value for all cells.
         licence: Licence of the data; default: as the source's metadata state.
+        labels: Cell type in the source's own words -> Cell Ontology id, or None for a label that names no type. A
+            label that is not listed is refused.
         options: Arguments of `choose_input` for a file; `organism`, `value_filter` and `joinids` (an `.npy` file) for
             the Census.
     """
@@ -53,6 +55,7 @@ class SourceSpec:
     constants: Mapping[str, str] = dataclasses.field(default_factory=dict)
     licence: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, str | None] | None = None
 
     def __hash__(self) -> int:  # of the content: workers cache open sources by their specs
         return hash(json.dumps(dataclasses.asdict(self), sort_keys=True))
@@ -248,15 +251,34 @@ def _standard_obs(frame: pd.DataFrame, spec: SourceSpec) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name in OBS_COLUMNS:
         source = spec.columns.get(name, name)
-        if source in frame:
+        of_constant = name.removesuffix("_ontology_term_id") in spec.constants  # which the source's id may contradict
+        if source in frame and not of_constant:
             columns[name] = _cleaned(frame[source])
         else:
             columns[name] = spec.constants.get(name)
     standard = pd.DataFrame(columns, index=frame.index, columns=list(OBS_COLUMNS), dtype=object)
     standard["barcode"] = frame.index.astype(str)
+    if spec.labels is not None:
+        own = _own_labels(frame, spec)
+        terms = {label: spec.labels[label] for label in set(own) if label is not None}
+        standard["cell_type_ontology_term_id"] = [terms.get(label) for label in own]
+        standard["cell_type"] = [label if terms.get(label) else None for label in own]
     standard["dataset_id"] = [spec.name if ontology.is_missing(name) else str(name) for name in standard["dataset_id"]]
     standard["donor_id"] = [None if ontology.is_missing(name) else str(name) for name in standard["donor_id"]]
     return standard
+
+
+def _own_labels(frame: pd.DataFrame, spec: SourceSpec) -> np.ndarray:
+    """Cell types in the words of the source, object `(n_cells,)`; refuses a label that `spec.labels` does not list."""
+    column = spec.columns.get("cell_type", "cell_type")
+    own = np.array([None if ontology.is_missing(name) else str(name) for name in frame[column]], dtype=object)
+    unknown = sorted({name for name in own if name is not None} - set(spec.labels or {}))
+    if unknown:
+        raise ValueError(
+            f"{spec.path} has the labels {unknown[:5]} in {column!r}, which the table of labels lacks. Add them, with "
+            "null for a label that names no cell type."
+        )
+    return own
 
 
 def _cleaned(column: pd.Series) -> np.ndarray:

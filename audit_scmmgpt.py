@@ -1,0 +1,144 @@
+"""Given labels against model and markers: pure functions of arrays.
+
+Two witnesses judge the label that a cell was given. The **model** gives log odds of the best other label against the
+given one, from the probabilities of `annotate`. The **markers** of both labels, expressed and silent, give log odds by
+themselves (`evidence_scmmgpt`). The score is the sum, above 0 where the label is doubtful.
+
+| verdict | when |
+| --- | --- |
+| contradicted | the model gives at least 19 to 1 against the label, and the markers agree |
+| doubtful | another label is more probable |
+| supported | none is |
+| not judged | the checkpoint does not know the label, or knows no cell like this one |
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+CONTRADICTED, DOUBTFUL, SUPPORTED, NOT_JUDGED = VERDICTS = ("contradicted", "doubtful", "supported", "not judged")
+CERTAIN = float(np.log(19))  # log odds of 0.95 to 0.05
+FLOOR = 1e-9  # of a probability
+SHOWN_GENES = 10
+
+
+def judge(probabilities: np.ndarray, members: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best label that the given one does not mean, and its log odds against the given one.
+
+    Args:
+        probabilities: `(n_cells, n_labels)`.
+        members: bool `(n_sets, n_labels)`: what each given label means.
+        given: int64 `(n_cells,)`: the number of each cell's label.
+
+    Returns:
+        int64 and float64 `(n_cells,)`; -1 and NaN where the given label means none or all.
+
+    >>> judge(np.array([[0.75, 0.25], [0.5, 0.5]]), np.array([[False, True], [False, False]]), np.array([0, 1]))
+    (array([ 0, -1]), array([1.09861229,        nan]))
+    """
+    mine = members[given]
+    known = mine.any(axis=1) & ~mine.all(axis=1)
+    best = np.where(mine, -1.0, probabilities).argmax(axis=1)
+    others = probabilities[np.arange(len(best)), best].astype(np.float64)
+    own = (probabilities * mine).sum(axis=1, dtype=np.float64)
+    odds = np.log(others.clip(min=FLOOR)) - np.log(own.clip(min=FLOOR))
+    return np.where(known, best, -1), np.where(known, odds, np.nan)
+
+
+class Scratch:
+    """The cells of an AnnData, with `obs`, `obsm` and `uns` of its own: what is added is not added to the AnnData."""
+
+    def __init__(self, adata: Any) -> None:
+        self.adata, self.obs = adata, adata.obs.copy()
+        self.obsm: dict[str, Any] = {}
+        self.uns: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.adata, name)
+
+
+@dataclass
+class Audit:
+    """The judgement of all cells; arrays have the shape `(n_cells,)`.
+
+    Args:
+        given: Given labels, str.
+        suggested: Best other labels, str; empty where a cell is not judged.
+        odds: Log odds of the model, NaN where a cell is not judged.
+        marker_odds: Log odds of the markers; NaN without a readout.
+        genes: Genes that speak for the other label and against the given one.
+        novel: bool: cells that are like nothing that the checkpoint knows.
+        clusters: Clusters, or None.
+    """
+
+    given: np.ndarray
+    suggested: np.ndarray
+    odds: np.ndarray
+    marker_odds: np.ndarray
+    genes: np.ndarray
+    novel: np.ndarray
+    clusters: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        judged = ~np.isnan(self.odds) & ~self.novel
+        agree = ~(self.marker_odds <= 0)  # NaN: there is no second witness
+        certain = (self.odds >= CERTAIN) & agree & ~np.isnan(self.marker_odds)
+        verdicts = [certain, self.odds > 0, judged]
+        self.verdict = np.select([judged & made for made in verdicts], VERDICTS[:3], NOT_JUDGED)
+        score = self.odds + np.nan_to_num(self.marker_odds)
+        self.score = np.where(judged, score, np.nan).astype(np.float32)
+
+    def order(self) -> np.ndarray:
+        """Judged cells, the most doubtful first, int64."""
+        order = np.argsort(-np.nan_to_num(self.score, nan=-np.inf), kind="stable")
+        return order[self.verdict[order] != NOT_JUDGED]
+
+    def group_rows(self) -> list[dict[str, Any]]:
+        """A row for each given label and each cluster, the share of contradicted cells falling.
+
+        `level` ("label" or "cluster"), `name`, `cells`, shares of `contradicted`, `doubtful` and `not_judged` cells,
+        `suggested` (the label that contradicted cells most often get) and `genes` (those most often named for it).
+        """
+        rows = []
+        for level, names in (("label", self.given), ("cluster", self.clusters)):
+            found = []
+            for name in np.unique(names) if names is not None else ():
+                mine = names == name
+                bad = mine & (self.verdict == CONTRADICTED)
+                (suggested,) = [label for label, _ in Counter(self.suggested[bad].tolist()).most_common(1)] or [""]
+                told = self.genes[bad & (self.suggested == suggested)]
+                genes = Counter(gene for words in told.tolist() for gene in words.split(", ") if gene)
+                verdicts = (CONTRADICTED, DOUBTFUL, NOT_JUDGED)
+                shares = {v.replace(" ", "_"): round(float((self.verdict[mine] == v).mean()), 4) for v in verdicts}
+                words = ", ".join(gene for gene, _ in genes.most_common(SHOWN_GENES))
+                about = {"level": level, "name": str(name), "cells": int(mine.sum())}
+                found.append({**about, **shares, "suggested": suggested, "genes": words})
+            rows += sorted(found, key=lambda row: (-row[CONTRADICTED], -row[DOUBTFUL], row["name"]))
+        return rows
+
+    def cell_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each judged cell that is not supported, the most doubtful first."""
+        return [
+            {
+                "level": "cell",
+                "name": str(names[i]),
+                "cells": 1,
+                "given": str(self.given[i]),
+                "suggested": str(self.suggested[i]),
+                "verdict": str(self.verdict[i]),
+                "score": round(float(self.score[i]), 4),
+                "model_odds": round(float(self.odds[i]), 4),
+                "marker_odds": round(float(self.marker_odds[i]), 4),
+                "genes": str(self.genes[i]),
+            }
+            for i in self.order()
+            if self.verdict[i] in (CONTRADICTED, DOUBTFUL)
+        ]
+
+    def summary(self) -> dict[str, int]:
+        """Cells of each verdict."""
+        return {verdict: int((self.verdict == verdict).sum()) for verdict in VERDICTS}

@@ -1,0 +1,131 @@
+"""Run tasks in this process, in processes of this machine, or on a Dask cluster; each ends in a result or an error.
+
+Few tasks are in flight at a time, so that the memory of the scheduler does not grow with their number. The task of a
+worker that was lost is done again by another. A task under which workers keep dying is tried once more alone, as other
+tasks of a dying worker look the same, and then counts as failed.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from itertools import islice
+from typing import Any, TypeVar
+
+
+Task = TypeVar("Task")
+Outcome = tuple[Task, Any, BaseException | None]  # a task, its result, and its error in place of a result
+
+TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
+
+
+def run_tasks(
+    function: Callable[[Task], Any], tasks: Sequence[Task], workers: int = 1, cluster: str | None = None
+) -> Iterator[Outcome]:
+    """Yield each task with the result of `function(task)`, or with the `Exception` that it raised, as they finish.
+
+    Args:
+        function: A function of a module, which workers import.
+        tasks: Arguments of the function, as plain data.
+        workers: Processes of this machine; 1 is this process.
+        cluster: Address of a Dask scheduler, whose workers take the place of `workers`.
+
+    Raises:
+        ImportError: If Dask is needed and not installed.
+        OSError: If the scheduler cannot be reached, or is lost.
+    """
+    if cluster is None and workers == 1:
+        for task in tasks:
+            result, failure = None, None
+            try:
+                result = function(task)
+            except Exception as error:  # whatever a part of a file raises
+                failure = error
+            yield task, result, failure
+        return
+    with _client(workers, cluster) as client:
+        suspects: list[Task] = []
+        for task, result, failure in _run_on(client, function, tasks):
+            if _is_lost_worker(failure):
+                suspects.append(task)
+            else:
+                yield task, result, failure
+        for task in suspects:
+            yield from _run_on(client, function, [task])
+
+
+@contextlib.contextmanager
+def _client(workers: int, cluster: str | None) -> Iterator[Any]:
+    """A client of the scheduler, or of one that is started here for `workers` processes."""
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise ImportError("`--workers` and `--cluster` need Dask. Install `scmmgpt[cluster]`.") from error
+    if cluster is not None:
+        try:
+            client = Client(cluster)
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())[:160]
+            raise OSError(
+                f"No Dask scheduler answers at {cluster!r} ({why}). Start one, or correct --cluster."
+            ) from None
+        with client:
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                raise OSError(
+                    f"The Dask scheduler at {cluster!r} has no workers. Start some: `dask worker {cluster}`."
+                )
+            yield client
+        return
+    # A limit on memory would pause workers whose model alone is larger; the system ends those that take too much.
+    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "memory_limit": 0}
+    with LocalCluster(n_workers=workers, **options) as local, Client(local) as client:
+        yield client
+
+
+def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task]) -> Iterator[Outcome]:
+    from distributed import as_completed
+
+    pending = iter(tasks)
+    submitted: dict[str, Task] = {}
+
+    def submit(task: Task) -> Any:
+        future = client.submit(function, task, pure=False)
+        submitted[future.key] = task
+        return future
+
+    n_threads = sum(client.nthreads().values())
+    finished = as_completed([submit(task) for task in islice(pending, max(1, TASKS_PER_WORKER * n_threads))])
+    for future in finished:
+        task = submitted.pop(future.key)
+        result, failure = None, None
+        try:
+            result = future.result()
+        except CancelledError:  # also of Dask, when the scheduler is gone
+            raise OSError(
+                "The Dask scheduler was lost. What is finished is kept: start it, and give the same command again."
+            ) from None
+        except Exception as error:
+            failure = error
+        for following in islice(pending, 1):
+            finished.add(submit(following))
+        yield task, result, failure
+
+
+def _is_lost_worker(error: BaseException | None) -> bool:
+    return type(error).__name__ == "KilledWorker"
+
+
+def device_of_worker() -> str | None:
+    """The GPU of this worker, where the machine has several and workers are numbered; None for the default device."""
+    import torch
+
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_devices < 2 or os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit():
+        return None
+    try:
+        from distributed import get_worker
+
+        name = get_worker().name
+    except (ImportError, ValueError):  # no worker: this process
+        return None
+    return f"cuda:{name % n_devices}" if isinstance(name, int) else None

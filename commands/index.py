@@ -1,0 +1,228 @@
+"""An index of the embeddings of many cells, on disk, in which texts are looked up without a pass over the cells.
+
+An index is a folder of segments, each with the cells of one file, or of a range of them: `vectors.faiss`, and
+`cells.parquet` with file, row, barcode and `obs`. Adding cells adds segments and changes no other. A segment is opened
+without loading it; FAISS maps its vectors into memory. Vectors lie in lists around centroids, 8 bits a dimension:
+`tests/benchmarks/vector_indexes.py` compares this kind with others.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+
+from scmmgpt.commands.files import read_json, whole_folder, write_json
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "index.json"
+KEY = "X_scmmgpt"  # of obsm, as `embed` writes it
+CELLS_PER_SEGMENT = 1_000_000
+TRAINING_VECTORS = 65  # for each centroid; FAISS recommends 39 to 256
+PROBES = 32  # lists that a query looks into
+EXACT_BELOW = 10_000  # cells of a segment: so few are compared one by one, as 32-bit floats
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A cell that was found; `cell` is its barcode, and `row` its position in `file`."""
+
+    rank: int
+    cell: str
+    file: str
+    row: int
+    score: float
+
+
+def add_files(folder: Path, paths: list[Path]) -> dict[str, int]:
+    """Add cells that `embed` has embedded to an index, which may be new.
+
+    A file that is in the index already is left out. Each segment becomes part of the index as a whole or not at all.
+
+    Returns:
+        The numbers of added cells, of all cells, and of files that were left out.
+
+    Raises:
+        ValueError: If a file has no embeddings, or embeddings of another checkpoint or space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    done = {entry["source"] for entry in read_segments(folder)}
+    added = skipped = 0
+    for path in paths:
+        with _embedded(path) as (vectors, obs, about):
+            if known is None:
+                known = about
+                write_json(folder / MANIFEST, about)
+            changed = sorted(name for name in known if about[name] != known[name])
+            if changed:
+                said = ", ".join(f"{name} {about[name]!r}, not {known[name]!r}" for name in changed)
+                raise ValueError(f"{path} does not fit the index {folder}: {said}. Build another index for it.")
+            for start in range(0, len(obs), CELLS_PER_SEGMENT):
+                rows = slice(start, min(start + CELLS_PER_SEGMENT, len(obs)))
+                source = f"{path.absolute()}:{path.stat().st_size}:{path.stat().st_mtime_ns}:{start}"
+                if source in done:
+                    skipped += 1
+                    continue
+                _write_segment(folder, vectors[rows], obs.iloc[rows], path, start, source)
+                added += rows.stop - start
+    n_cells = sum(entry["cells"] for entry in read_segments(folder))
+    return {"added": added, "cells": n_cells, "left_out": skipped}
+
+
+@contextlib.contextmanager
+def _embedded(path: Path) -> Iterator[tuple[h5py.Dataset, pd.DataFrame, dict[str, Any]]]:
+    """The embeddings of a file, which stay on disk, its `obs`, and how they were made."""
+    try:
+        file = h5py.File(path)
+    except OSError as error:
+        raise ValueError(f"{path} is no .h5ad ({error}). Embed cells first: `scmmgpt embed`.") from None
+    with file:
+        if f"obsm/{KEY}" not in file or "uns/scmmgpt/embed" not in file:
+            raise ValueError(f"{path} has no embeddings of `scmmgpt embed` in obsm[{KEY!r}]. Embed the cells first.")
+        done, vectors = anndata.io.read_elem(file["uns/scmmgpt"]), file[f"obsm/{KEY}"]
+        if str(done["embed"]["of"]) != "cell-text":
+            raise ValueError(
+                f"{path} has embeddings of {str(done['embed']['of'])!r}, which texts are not compared with."
+            )
+        about = {"checkpoint": str(done.get("checkpoint", "")), "dimensions": int(vectors.shape[1])}
+        yield vectors, anndata.io.read_elem(file["obs"]), about
+
+
+def _write_segment(folder: Path, vectors: np.ndarray, obs: pd.DataFrame, path: Path, start: int, source: str) -> None:
+    faiss = _faiss()
+    usable = np.isfinite(vectors).all(axis=1)  # cells of a partition that failed have none
+    rows = start + np.flatnonzero(usable)
+    vectors = np.ascontiguousarray(vectors[usable], dtype=np.float32)
+    table = obs.iloc[np.flatnonzero(usable)].drop(columns=["barcode", "row", "file"], errors="ignore")
+    table = table.reset_index(names="barcode")
+    table.insert(0, "row", rows)
+    table.insert(0, "file", str(path))
+    number = len(list(folder.glob("segment-*")))
+    index = build_index(vectors)
+    with whole_folder(folder / f"segment-{number:05d}") as new:
+        faiss.write_index(index, str(new / "vectors.faiss"))
+        table.to_parquet(new / "cells.parquet", index=False)
+        write_json(new / "segment.json", {"source": source, "cells": len(rows)})
+
+
+def build_index(vectors: np.ndarray) -> Any:
+    """A FAISS index of vectors of unit length: inner products with 8 bits a dimension, in lists around centroids."""
+    faiss = _faiss()
+    n_cells, width = vectors.shape
+    kind = "IVF1,Flat" if n_cells < EXACT_BELOW else f"IVF{int(4 * np.sqrt(n_cells))},SQ8"
+    index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = 0
+    sample = vectors
+    if n_cells > TRAINING_VECTORS * index.nlist:
+        chosen = np.random.default_rng(0).choice(n_cells, TRAINING_VECTORS * index.nlist, replace=False)
+        sample = vectors[np.sort(chosen)]
+    index.train(sample)
+    index.add(vectors)
+    return index
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("An index needs FAISS. Install `scmmgpt[index]`.") from error
+    return faiss
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checkpoint and the width of the embeddings of an index.
+
+    Raises:
+        FileNotFoundError: If the folder is no index.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} is no index: it has no {MANIFEST}. `scmmgpt index` makes one.")
+    return read_json(folder / MANIFEST, dict)
+
+
+def read_segments(folder: Path) -> list[dict[str, Any]]:
+    """Source, number of cells and path of each segment."""
+    paths = sorted(folder.glob("segment-*/segment.json"))
+    return [{**read_json(path, dict), "path": path.parent} for path in paths]
+
+
+def search_index(folder: Path, query: np.ndarray, top_k: int, where: str | None = None) -> list[Hit]:
+    """The cells of an index with the highest cosine similarity, best first.
+
+    Args:
+        query: Vector of unit length, of as many dimensions as the embeddings.
+        where: A condition on columns of `obs`, as for `DataFrame.query`: `tissue == 'lung' and n_genes > 500`.
+
+    Raises:
+        ValueError: If the condition cannot be evaluated, or no cell fulfils it.
+    """
+    found: list[tuple[float, Path, int]] = []
+    n_kept = 0
+    for segment in read_segments(folder):
+        keep = None if where is None else _rows_where(segment["path"], where)
+        n_kept += segment["cells"] if keep is None else len(keep)
+        found += [(score, segment["path"], i) for score, i in _search_segment(segment, query, top_k, keep)]
+    if not n_kept:
+        raise ValueError(f"No cell of {folder} fulfils {where!r}." if where else f"The index {folder} has no cells.")
+    best = sorted(found, key=lambda hit: (-hit[0], str(hit[1]), hit[2]))[:top_k]
+    rows = _rows_of(best)
+    return [Hit(rank, *rows[hit[1], hit[2]], round(hit[0], 6)) for rank, hit in enumerate(best, 1)]
+
+
+def _search_segment(
+    segment: dict[str, Any], query: np.ndarray, top_k: int, keep: np.ndarray | None
+) -> Iterator[tuple[float, int]]:
+    faiss = _faiss()
+    index = faiss.read_index(str(segment["path"] / "vectors.faiss"), faiss.IO_FLAG_MMAP)
+    if keep is not None and not len(keep):
+        return
+    # Of the cells that fulfil a condition, as many lists are looked into as hold as many of them.
+    share = 1.0 if keep is None else len(keep) / segment["cells"]
+    options = {"nprobe": min(index.nlist, int(np.ceil(PROBES / share)))}
+    if keep is not None:
+        options["sel"] = faiss.IDSelectorBatch(keep)
+    scores, rows = index.search(query[None].astype(np.float32), top_k, params=faiss.SearchParametersIVF(**options))
+    yield from ((float(score), int(i)) for score, i in zip(scores[0], rows[0], strict=True) if i >= 0)
+
+
+def _rows_where(path: Path, where: str) -> np.ndarray:
+    """Numbers of the cells of a segment that fulfil a condition; only its columns are read."""
+    import pyarrow.parquet as pq
+
+    file = path / "cells.parquet"
+    columns = [name for name in pq.read_schema(file).names if name in where]
+    try:
+        kept = pd.read_parquet(file, columns=columns).reset_index(drop=True).query(where)
+    except Exception as error:  # pandas raises many types for what it cannot parse or compare
+        known = ", ".join(pq.read_schema(file).names)
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"--where {where!r} cannot be evaluated ({why}); the columns are {known}.") from None
+    return kept.index.to_numpy().astype(np.int64)
+
+
+def _rows_of(hits: list[tuple[float, Path, int]]) -> dict[tuple[Path, int], tuple[str, str, int]]:
+    """Barcode, file and row of some cells, by segment and number."""
+    import pyarrow.parquet as pq
+
+    rows: dict[tuple[Path, int], tuple[str, str, int]] = {}
+    for path in {hit[1] for hit in hits}:
+        table = pq.read_table(path / "cells.parquet", columns=["barcode", "file", "row"], memory_map=True)
+        for number in (hit[2] for hit in hits if hit[1] == path):
+            row = table.slice(number, 1).to_pylist()[0]
+            rows[path, number] = (str(row["barcode"]), str(row["file"]), int(row["row"]))
+    return rows
+
+
+def render_hits(hits: list[Hit]) -> list[str]:
+    """Hits as the lines of a table."""
+    head = f"{'rank':>4}  {'score':>7}  cell  (row, file)"
+    return [head, *(f"{hit.rank:>4}  {hit.score:>7.4f}  {hit.cell}  ({hit.row}, {hit.file})" for hit in hits)]

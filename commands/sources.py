@@ -1,0 +1,118 @@
+"""What commands over cells are given: files, folders of files, Zarr stores and corpora, whole or a range of rows."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scmmgpt.commands.progress import log_if_slow
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of cells or a split of a corpus, as plain data for workers.
+
+    Args:
+        path: File, store or folder.
+        split: Split of a corpus.
+        model: Checkpoint whose genes help to read text tables.
+    """
+
+    path: Path
+    split: str
+    model: str
+
+    @property
+    def is_corpus(self) -> bool:
+        """Whether the source is a corpus that `prepare` made."""
+        return (self.path / "manifest.json").is_file()
+
+    def open(self) -> Any:
+        """The cells, with everything that a result keeps; matrices stay on disk where the result can copy them."""
+        return read_adata(self.path, self.split, self.model, backed=True)
+
+    def open_rows(self, start: int, stop: int) -> Any:
+        """Cells `start` to `stop`; other rows are not loaded, unless the format is one of text."""
+        if self.is_corpus:
+            from scmmgpt.train.data.corpus import open_corpus
+
+            return open_corpus(self.path, verify=False).to_adata(self.split, start, stop)
+        from scmmgpt.readers.cell_files import read_file
+
+        return read_file(self.path, backed=True, gene_index=_gene_index(self.path, self.model))[start:stop]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What changes if the source does."""
+        files = sorted(path for path in self.path.rglob("*") if path.is_file()) if self.path.is_dir() else [self.path]
+        stats = [file.stat() for file in files]
+        newest = max((stat.st_mtime_ns for stat in stats), default=0)
+        size = sum(stat.st_size for stat in stats)
+        return {"path": str(self.path.absolute()), "split": self.split, "bytes": size, "newest": newest}
+
+
+def outputs_of(paths: list[Path], split: str, model: str, output: Path) -> dict[Source, Path]:
+    """The sources of a command line, and the `.h5ad` file that each becomes: several, in the folder `output`.
+
+    A source is a path, or what is in it if it is a folder of several data sets.
+
+    Raises:
+        ValueError: If there are several sources, and `output` is named like a file.
+    """
+    from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr
+
+    found: list[Path] = []
+    for path in paths:
+        is_one = not path.is_dir() or (path / "manifest.json").is_file() or is_zarr(path) or bool(find_matrices(path))
+        inside = [] if is_one else find_inside(path)
+        found += inside if len(inside) > 1 else [path]
+    found = list(dict.fromkeys(found))
+    sources = [Source(path, split, model) for path in found]
+    if len(sources) == 1:
+        return {sources[0]: output}
+    if output.suffix:
+        raise ValueError(f"--output is {str(output)!r}; it must name a folder, for the results of {len(found)} files.")
+    return {s: output / f"{name}.h5ad" for s, name in zip(sources, output_names(found), strict=True)}
+
+
+def output_names(paths: list[Path]) -> list[str]:
+    """Names for the results of sources: the path below the folder that all share, without the suffix.
+
+    >>> output_names([Path("A/outs/cells.h5"), Path("B/outs/cells.h5"), Path("C.h5ad")])
+    ['A-outs-cells', 'B-outs-cells', 'C']
+
+    Raises:
+        ValueError: If two sources would have one name.
+    """
+    shared = os.path.commonpath([path.absolute().parent for path in paths])
+    relative = [path.absolute().relative_to(shared) for path in paths]
+    names = ["-".join([*path.parts[:-1], path.name.removesuffix(".gz").rsplit(".", 1)[0]]) for path in relative]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Several files would have one result, {repeated[0]}.h5ad. Rename one, or pass them apart.")
+    return names
+
+
+def read_adata(path: Path, split: str = "test", model: str | None = None, backed: bool = False) -> Any:
+    """Read a file of cells, or a split of a corpus that `prepare` made; the genes of `model` help to read tables.
+
+    With `backed`, the matrices of an `.h5ad` or a Zarr store stay on disk.
+    """
+    with log_if_slow(f"Reading {path}"):
+        if (path / "manifest.json").is_file():
+            from scmmgpt.train.data.corpus import open_corpus
+
+            return open_corpus(path).to_adata(split)
+        from scmmgpt.commands.results import can_copy
+        from scmmgpt.readers.cell_files import read_file
+
+        return read_file(path, backed=backed and can_copy(path), gene_index=_gene_index(path, model))
+
+
+def _gene_index(path: Path, model: str | None) -> Any:
+    """The genes of a checkpoint, by which the sides of a text table are judged; None for other formats."""
+    from scmmgpt.readers.cell_files import is_table
+
+    if model is None or not is_table(path):
+        return None
+    from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+
+    return ScMMGPTProcessor.from_pretrained(model).gene_index

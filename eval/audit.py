@@ -1,0 +1,182 @@
+"""Plant wrong labels in held-out cells, and measure how many of them `audit` ranks first.
+
+```
+python -m scmmgpt.eval audit --adata cells.h5ad --label-key cell_type --output DIR
+```
+
+`finetune` learns from three quarters of the cells. In the other quarter a share of the labels is replaced, by any
+other label, or by the label that the model finds most probable beside the true one ("near"). Precision at k is the
+share of replaced labels among the k cells that are ranked first, where k is their number. Labels of the file that are
+wrong from the start count against every system.
+
+* audit: ranks by the score of `audit`, log odds of model and markers;
+* model: by the log odds of the model alone;
+* markers: by the mean standardised expression of the ten marker genes (t-test on the training cells) of the best
+  other label, less those of the given label;
+* the file itself: by a regression that is cross-validated on the labels of the quarter itself, as confident learning
+  does;
+* random: in hashed order.
+"""
+
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scanpy
+from anndata import AnnData
+from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+from scmmgpt.audit_scmmgpt import CONTRADICTED
+from scmmgpt.cells_scmmgpt import hashes
+from scmmgpt.commands.errors import number
+from scmmgpt.commands.files import write_json
+from scmmgpt.eval.annotators import expression, run_finetune
+from scmmgpt.eval.cells import read_labelled
+from scmmgpt.eval.task import split_rows, training_parser
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+
+N_MARKERS = 10
+COMPONENTS = 50
+KINDS = ("any", "near")
+
+
+def plant(truth: np.ndarray, share: float, seed: int, nearest: np.ndarray | None = None) -> np.ndarray:
+    """Labels of which a share is replaced by any other label of `truth`, or by `nearest`, `(n_cells,)` each."""
+    given, names = truth.copy(), np.unique(truth)
+    rng = np.random.default_rng(seed)
+    for i in rng.choice(len(truth), max(1, round(share * len(truth))), replace=False):
+        given[i] = rng.choice(names[names != truth[i]]) if nearest is None else nearest[i]
+    return given
+
+
+def precision_at(score: np.ndarray, is_planted: np.ndarray, k: int) -> float:
+    """Share of planted cells among the `k` with the highest scores; NaN comes last."""
+    first = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")[:k]
+    return float(is_planted[first].mean())
+
+
+def marker_scores(train: AnnData, labels: np.ndarray, test: AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """Mean standardised expression of the markers of each label, `(n_cells, n_labels)`, and the labels, sorted."""
+    known = AnnData(expression(train), var=train.var[[]])
+    known.obs["label"] = labels
+    known.obs["label"] = known.obs["label"].astype("category")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fold changes of genes without counts, which are not used
+        scanpy.tl.rank_genes_groups(known, "label", method="t-test", n_genes=N_MARKERS)
+    names = np.unique(labels)
+    genes = {name: known.uns["rank_genes_groups"]["names"][name].tolist() for name in names}
+    chosen = sorted({gene for row in genes.values() for gene in row})
+    values = expression(test)[:, test.var_names.get_indexer(chosen)].toarray()
+    values = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-6)
+    return np.stack([values[:, [chosen.index(g) for g in genes[name]]].mean(axis=1) for name in names], axis=1), names
+
+
+def best_other(values: np.ndarray, names: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """The highest value of another label less that of the given one, `(n_cells,)`; `values` `(n_cells, n_labels)`."""
+    own = names == given[:, None]
+    return np.where(own, -np.inf, values).max(axis=1) - np.where(own, values, -np.inf).max(axis=1)
+
+
+def confident_scores(test: AnnData, given: np.ndarray, seed: int) -> np.ndarray:
+    """Log odds against the given labels by a regression that is cross-validated on the same labels."""
+    points = TruncatedSVD(min(COMPONENTS, test.n_vars - 1), random_state=seed).fit_transform(expression(test))
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    model = LogisticRegression(max_iter=2000)
+    p = cross_val_predict(model, points / points.std(), given, cv=folds, method="predict_proba")
+    return best_other(np.log(p.clip(min=1e-9)), np.unique(given), given)
+
+
+def evaluate_audit(
+    pipeline: ScMMGPTPipeline,
+    train: AnnData,
+    train_labels: np.ndarray,
+    test: AnnData,
+    truth: np.ndarray,
+    *,
+    share: float = 0.05,
+    seeds: int = 5,
+) -> dict[str, Any]:
+    """Plant wrong labels in `test`, and rank them by every system.
+
+    Returns:
+        JSON-able dict: by kind of planted label, `precision` by system (a list over seeds), and of the verdict
+        "contradicted" its `precision` and `recall`; `n_cells` and `n_planted`.
+    """
+    annotated = pipeline.annotate(test.copy())
+    p = np.asarray(annotated.obsm["scmmgpt_probabilities"])
+    labels = np.asarray(annotated.uns["scmmgpt"]["annotate"]["labels"], dtype=str)
+    nearest = labels[np.where(labels == truth[:, None], -1, p).argmax(axis=1)]
+    markers, names = marker_scores(train, train_labels, test)
+    n_planted = max(1, round(share * len(truth)))
+    result: dict[str, Any] = {"n_cells": len(truth), "n_planted": n_planted, "kinds": {}}
+    for kind in KINDS:
+        found: dict[str, list[float]] = {}
+        verdicts = []
+        for seed in range(seeds):
+            given = plant(truth, share, seed, nearest if kind == "near" else None)
+            cells = test.copy()
+            cells.obs["given"] = given
+            audit = pipeline.audit(cells, "given")
+            is_planted = given != truth
+            scores = {
+                "audit": audit.score,
+                "model": audit.odds,
+                "markers": best_other(markers, names, given),
+                "the file itself": confident_scores(test, given, seed),
+                "random": hashes(len(truth), seed).astype(float),
+            }
+            for system, score in scores.items():
+                found.setdefault(system, []).append(round(precision_at(score, is_planted, n_planted), 4))
+            bad = audit.verdict == CONTRADICTED
+            hits = float((bad & is_planted).sum())
+            verdicts.append((hits / max(bad.sum(), 1), hits / is_planted.sum()))
+        precision, recall = np.mean(verdicts, axis=0)
+        verdict = {"precision": round(float(precision), 4), "recall": round(float(recall), 4)}
+        result["kinds"][kind] = {"precision": found, CONTRADICTED: verdict}
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Mean and standard deviation over seeds of precision at k, a line a system."""
+    lines = [f"| precision at {result['n_planted']} | {' | '.join(KINDS)} |", "| --- " * (len(KINDS) + 1) + "|"]
+    for system in result["kinds"]["any"]["precision"]:
+        values = [result["kinds"][kind]["precision"][system] for kind in KINDS]
+        lines.append(f"| {system} | " + " | ".join(f"{np.mean(v):.3f} ± {np.std(v):.3f}" for v in values) + " |")
+    told = [result["kinds"][kind][CONTRADICTED] for kind in KINDS]
+    lines.append(
+        "| called contradicted: precision, recall | "
+        + " | ".join(f"{v['precision']:.3f}, {v['recall']:.3f}" for v in told)
+        + " |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = training_parser("audit", __doc__)
+    parser.add_argument(
+        "--share", type=number(float, 0, 0.5, above=True), default=0.05, help="share of wrong labels (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=number(int, 1), default=5, help="draws of wrong labels (%(default)s)")
+    args = parser.parse_args(argv)
+    adata, labels = read_labelled(args.adata, args.label_key)
+    train, test = split_rows(labels, test_share=args.test_share)
+    with tempfile.TemporaryDirectory() as folder:
+        cells = adata[train].copy()
+        cells.obs["label"] = labels[train]
+        pipeline = run_finetune(cells, folder, label_key="label")
+    parts = adata[train].copy(), labels[train], adata[test].copy(), labels[test]
+    result = evaluate_audit(pipeline, *parts, share=args.share, seeds=args.seeds)
+    output = Path(args.output)
+    write_json(output / "results.json", {**result, "adata": str(args.adata), "label_key": args.label_key})
+    (output / "table.md").write_text(table(result), encoding="utf-8")
+    sys.stdout.write(table(result) + json.dumps({"n_cells": result["n_cells"]}) + "\n")
+    return 0

@@ -1,0 +1,120 @@
+r"""A condition in words, searched among cells of types in which it was not said, or where no cell of it was seen.
+
+```
+python -m scmmgpt.eval condition --adata cells.h5ad --condition-key condition --condition "IFN-beta stimulated" \
+    --text "stimulated with interferon" --gene-texts gene_summary_human.csv.gz --output result.json
+```
+
+Clusters stand for cell types: of principal components, after the mean of each condition was subtracted. The measure is
+the area under the ROC curve of the text's score, for cells of the condition among all cells: within clusters (mean and
+smallest) and over all cells (pooled).
+
+* `finetune, said for other clusters`: each cluster in turn is left out; `finetune` learns the conditions as labels
+  from the other clusters, and `search` sorts the left-out cells by the text;
+* `genes, condition not seen`: `finetune` learns the clusters of cells without the condition, with texts about genes,
+  and `search --by genes` sorts all cells;
+* `mean difference, other clusters`: the difference of the conditions' mean expression in the other clusters, which
+  knows no words;
+* `library size`: the number of counts.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
+
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import write_json
+from scmmgpt.eval.annotators import expression, quieten, run_finetune
+from scmmgpt.eval.cells import read_labelled
+
+
+COMPONENTS = 20
+
+
+def find_clusters(adata: AnnData, conditions: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
+    """Clusters of the cells, int `(n_obs,)`, after the mean of each condition was subtracted."""
+    values = expression(adata).toarray()
+    for condition in np.unique(conditions):
+        values[conditions == condition] -= values[conditions == condition].mean(axis=0)
+    points = PCA(min(COMPONENTS, *(n - 1 for n in values.shape)), random_state=seed).fit_transform(values)
+    return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
+
+
+def search(adata: AnnData, labels: np.ndarray, cells: AnnData, text: str, **options: Any) -> np.ndarray:
+    """Scores `(n_obs,)` of a text for `cells`, by a model that was fine-tuned on `adata`.
+
+    Options: `by` of `search`, `gene_texts` and `seed`.
+    """
+    adata = adata.copy()
+    adata.obs["label"] = labels
+    words = ["--new_model", f"gene_texts={options['gene_texts']}"] if options.get("gene_texts") else []
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = run_finetune(adata, folder, label_key="label", seed=options.get("seed", 0), options=words)
+        cells = cells.copy()
+        pipeline.search(cells, text, by=options.get("by", "similarity"), key_added="score")
+    return cells.obs["score"].to_numpy()
+
+
+def areas(scores: np.ndarray, truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """Area under the ROC curve: the mean over clusters with cells of both kinds, the smallest, and of all cells."""
+    within = [
+        float(roc_auc_score(truth[clusters == cluster], scores[clusters == cluster]))
+        for cluster in np.unique(clusters)
+        if 0 < truth[clusters == cluster].mean() < 1
+    ]
+    pooled = float(roc_auc_score(truth, scores))
+    return {"auroc": float(np.mean(within)), "auroc_worst_cluster": min(within), "auroc_pooled": pooled}
+
+
+def evaluate(
+    adata: AnnData, conditions: np.ndarray, condition: str, text: str, n_clusters: int, gene_texts: str | None
+) -> dict[str, dict[str, float]]:
+    """The measures of every system."""
+    truth, clusters = conditions == condition, find_clusters(adata, conditions, n_clusters)
+    values = expression(adata)
+    said, differences = np.zeros(adata.n_obs), np.zeros(adata.n_obs)
+    for cluster in range(n_clusters):
+        left_out = clusters == cluster
+        said[left_out] = search(adata[~left_out], conditions[~left_out], adata[left_out], text)
+        means = [np.asarray(values[~left_out & (truth == side)].mean(axis=0)).ravel() for side in (True, False)]
+        differences[left_out] = values[left_out] @ (means[0] - means[1])
+    scores = {"finetune, said for other clusters": said}
+    if gene_texts is not None:
+        names = np.array([f"cluster {cluster}" for cluster in clusters])
+        scores["genes, condition not seen"] = search(
+            adata[~truth], names[~truth], adata, text, by="genes", gene_texts=gene_texts
+        )
+    scores |= {"mean difference, other clusters": differences, "library size": np.asarray(adata.X.sum(axis=1)).ravel()}
+    return {name: areas(values, truth, clusters) for name, values in scores.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = OneLineParser(prog="python -m scmmgpt.eval condition", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--adata", required=True, help="cells with counts in X")
+    parser.add_argument("--condition-key", required=True, help="column of obs with the conditions")
+    parser.add_argument("--condition", required=True, help="the condition that the text describes")
+    parser.add_argument("--text", required=True, help="text to search for")
+    parser.add_argument("--gene-texts", help="table of what genes do, columns symbol and summary")
+    parser.add_argument("--clusters", type=number(int, 2), default=6, help="number of clusters (%(default)s)")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    args = parser.parse_args(argv)
+    quieten()
+    adata, conditions = read_labelled(args.adata, args.condition_key)
+    if args.condition not in conditions:
+        raise ValueError(f"obs[{args.condition_key!r}] has no {args.condition!r}; it has {sorted(set(conditions))}.")
+    systems = evaluate(adata, conditions, args.condition, args.text, args.clusters, args.gene_texts)
+    about = {"task": "condition", "adata": Path(args.adata).name, "condition": args.condition, "text": args.text}
+    about |= {"clusters": args.clusters, "cells": adata.n_obs}
+    write_json(args.output, {**about, "systems": systems})
+    sys.stdout.write(json.dumps(systems, indent=2) + "\n")
+    return 0

@@ -1,0 +1,169 @@
+"""Given labels are judged by model and markers, and planted wrong ones come first."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scmmgpt import synthetic
+from scmmgpt.__main__ import main
+from scmmgpt.audit_scmmgpt import Audit, judge
+from scmmgpt.eval.audit import best_other, confident_scores, evaluate_audit, plant, precision_at
+from scmmgpt.synthetic import synthetic_adata
+
+
+SWAPPED = {"cell-0": "monocyte", "cell-5": "natural killer cell"}  # a B cell and a T cell
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return synthetic.fitted_pipeline()
+
+
+@pytest.fixture
+def swapped():
+    """Cells of which two have wrong labels."""
+    adata = synthetic_adata()
+    labels = adata.obs["cell_type"].astype(str)
+    for name, label in SWAPPED.items():
+        labels[name] = label
+    adata.obs["given"] = labels
+    return adata
+
+
+def audit_of(odds, marker_odds, novel=(), clusters=None):
+    n = len(odds)
+    is_novel = np.isin(np.arange(n), novel)
+    words = np.full(n, "B"), np.full(n, "T"), np.full(n, "CD3E, CD3D", dtype=object)
+    return Audit(words[0], words[1], np.array(odds), np.array(marker_odds, float), words[2], is_novel, clusters)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3), st.integers(0, 2))
+def test_the_best_other_label_never_means_the_given_one(weights, own):
+    p = np.array([weights]) / sum(weights)
+    best, odds = judge(p, np.eye(3, dtype=bool), np.array([own]))
+    others = np.delete(p[0], own)
+    assert best[0] != own
+    assert odds[0] == pytest.approx(np.log(others.max() / p[0, own]))
+    assert (odds[0] > 0) == (p[0].argmax() != own) or np.isclose(odds[0], 0)
+
+
+def test_a_broad_label_has_the_probability_of_all_that_it_means():
+    p, members = np.array([[0.3, 0.3, 0.4]]), np.array([[True, True, False]])
+    best, odds = judge(p, members, np.array([0]))
+    assert best[0] == 2
+    assert odds[0] == pytest.approx(np.log(0.4 / 0.6))
+
+
+def test_verdicts_need_both_witnesses_and_a_model_that_knows_the_cell():
+    audit = audit_of([5, 5, 5, 1, -1, np.nan, 5], [2, -2, np.nan, 2, 2, 2, 2], novel=[6])
+    verdicts = ["contradicted", "doubtful", "doubtful", "doubtful", "supported", "not judged", "not judged"]
+    assert audit.verdict.tolist() == verdicts
+    assert audit.order().tolist() == [0, 2, 1, 3, 4]
+    assert [row["verdict"] for row in audit.cell_rows("abcdefg")] == verdicts[:1] + ["doubtful"] * 3
+
+
+def test_clusters_are_ranked_by_their_share_of_contradicted_cells():
+    audit = audit_of([5, 5, -5, 5], [1, 1, 1, 1], clusters=np.array(["x", "y", "x", "y"]))
+    clusters = [row for row in audit.group_rows() if row["level"] == "cluster"]
+    assert [(row["name"], row["contradicted"], row["suggested"]) for row in clusters] == [
+        ("y", 1, "T"),
+        ("x", 0.5, "T"),
+    ]
+    assert clusters[0]["genes"] == "CD3E, CD3D"
+
+
+def test_planted_labels_come_first_with_the_right_suggestion_and_its_genes(pipeline, swapped):
+    truth = swapped.obs["cell_type"].astype(str)
+    audit = pipeline.audit(swapped, "given")
+    rows = pd.DataFrame(audit.cell_rows(swapped.obs_names)).head(2)
+    assert set(rows.name) == set(SWAPPED)
+    assert (rows.verdict == "contradicted").all()
+    for row in rows.itertuples():
+        assert row.suggested == truth[row.name]
+        assert set(row.genes.split(", ")[:3]) <= set(synthetic.MARKERS[truth[row.name]][1])
+    assert swapped.obs["scmmgpt_audit"].value_counts().to_dict() == {"supported": 58, "contradicted": 2}
+    assert swapped.uns["scmmgpt"]["audit"]["contradicted"] == 2
+
+
+def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swapped):
+    words = {"B cell": "B-cells", "T cell": "Lymphocyte", "natural killer cell": "NK weird"}
+    swapped.obs["mine"] = swapped.obs["cell_type"].astype(str).replace(words)
+    pipeline.audit(swapped, "mine")
+    verdicts = swapped.obs.groupby("mine", observed=True)["scmmgpt_audit"].unique().map(list)
+    assert verdicts.to_dict() == {
+        "B-cells": ["supported"],
+        "Lymphocyte": ["supported"],
+        "NK weird": ["not judged"],
+        "monocyte": ["supported"],
+    }
+
+
+def test_the_judgement_of_a_cell_does_not_depend_on_the_other_cells(pipeline, swapped):
+    few = swapped[:7].copy()
+    pipeline.audit(swapped, "given")
+    pipeline.audit(few, "given", batch_size=2)
+    for name in ("scmmgpt_audit", "scmmgpt_audit_suggested", "scmmgpt_audit_genes"):
+        assert few.obs[name].tolist() == swapped.obs[name][:7].tolist()
+    assert few.obs["scmmgpt_audit_score"].tolist() == pytest.approx(swapped.obs["scmmgpt_audit_score"][:7].tolist())
+
+
+def test_a_checkpoint_without_a_readout_judges_by_the_model_alone(tiny_pipeline, adata):
+    tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B cell", "T cell": "a T cell"}}
+    tiny_pipeline.audit(adata, "cell_type")
+    assert "contradicted" not in set(adata.obs["scmmgpt_audit"])
+    assert set(adata.obs["scmmgpt_audit"][adata.obs["cell_type"] == "monocyte"]) == {"not judged"}
+
+
+def test_an_audit_leaves_the_annotation_of_the_cells_as_it_is(pipeline, swapped):
+    pipeline.annotate(swapped, ["T cell", "monocyte"])
+    before = swapped.obs["scmmgpt_cell_type"].tolist(), dict(swapped.uns["scmmgpt"]["annotate"])
+    audit = pipeline.audit(swapped, "given")
+    assert (swapped.obs["scmmgpt_cell_type"].tolist(), dict(swapped.uns["scmmgpt"]["annotate"])) == before
+    assert audit.summary()["contradicted"] == 2
+
+
+def test_the_command_writes_obs_and_a_ranked_table(pipeline, swapped, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    swapped.write_h5ad(tmp_path / "cells.h5ad")
+    out, table = str(tmp_path / "out.h5ad"), tmp_path / "table.csv"
+    words = ["audit", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "checkpoint"), "-o", out, "--quiet"]
+    words += ["--label-key", "given", "--cluster-key", "donor_id", "--table", str(table), "--json"]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["contradicted"] == 2
+    rows = pd.read_csv(table)
+    assert (
+        rows[rows.level == "cell"].name.head(2).tolist()
+        == anndata.read_h5ad(out)
+        .obs.query("scmmgpt_audit == 'contradicted'")
+        .sort_values("scmmgpt_audit_score", ascending=False)
+        .index.tolist()
+    )
+    assert rows.level.unique().tolist() == ["label", "cluster", "cell"]
+    assert main(["verify", out, "--quiet"]) == 0
+
+
+def test_planting_replaces_the_share_and_precision_counts_it():
+    truth = np.repeat(["a", "b"], 50)
+    given = plant(truth, 0.1, 0)
+    assert (given != truth).sum() == 10
+    assert plant(truth, 0.1, 0, np.full(100, "c")).tolist().count("c") == 10
+    assert precision_at((given != truth).astype(float), given != truth, 10) == 1
+    assert best_other(np.array([[1.0, 4.0]]), np.array(["a", "b"]), np.array(["a"])).tolist() == [3]
+
+
+def test_the_evaluation_ranks_planted_labels_above_chance(pipeline):
+    train, test = synthetic_adata(200, seed=3), synthetic_adata(120, seed=4)
+    labels = [np.asarray(cells.obs["cell_type"]).astype(str) for cells in (train, test)]
+    result = evaluate_audit(pipeline, train, labels[0], test, labels[1], seeds=2)
+    for kind in ("any", "near"):
+        precision = result["kinds"][kind]["precision"]
+        assert precision["audit"] == [1, 1]
+        assert min(precision["markers"]) > 0.5
+        assert max(precision["random"]) < 0.5
+    assert confident_scores(test, labels[1], 0).max() < 0

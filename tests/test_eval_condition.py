@@ -1,0 +1,62 @@
+"""A condition in words: clusters beside it, and the measures of each system."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix
+
+from scmmgpt.eval import condition
+
+
+@pytest.fixture
+def adata():
+    """Two types of cells, of ten genes each; every other cell is stimulated and expresses five genes more."""
+    rng = np.random.default_rng(0)
+    types, stimulated = np.arange(120) % 2, np.arange(120) // 2 % 2
+    counts = rng.poisson(1.0, (120, 30))
+    for row, (kind, side) in enumerate(zip(types, stimulated, strict=True)):
+        counts[row, kind * 10 : kind * 10 + 10] += rng.poisson(8, 10)
+        counts[row, 20:25] += rng.poisson(8 * side, 5)
+    obs = pd.DataFrame({"type": types, "condition": np.array(["control", "stimulated"])[stimulated]})
+    obs.index = [f"c{i}" for i in range(120)]
+    genes = pd.DataFrame(index=[f"g{i}" for i in range(30)])
+    return anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=genes)
+
+
+def test_clusters_are_of_types_and_not_of_conditions(adata):
+    clusters = condition.find_clusters(adata, adata.obs["condition"].to_numpy(), 2)
+    assert (clusters == adata.obs["type"]).mean() in (0, 1)
+
+
+def test_areas_are_within_clusters_and_pooled():
+    truth, clusters = np.array([0, 1, 0, 1, 1]), np.array([0, 0, 1, 1, 2])
+    scores = np.array([1.0, 2.0, 4.0, 3.0, 0.0])  # right in cluster 0, wrong in cluster 1; cluster 2 has one kind
+    assert condition.areas(scores, truth, clusters) == {
+        "auroc": 0.5, "auroc_worst_cluster": 0, "auroc_pooled": pytest.approx(1 / 3),
+    }  # fmt: skip
+
+
+def test_every_system_scores_cells_of_clusters_that_it_has_not_seen(adata, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def spy(train, labels, cells, text, **options):
+        asked.append((sorted(set(labels)), train.n_obs, cells.n_obs, text, options.get("by")))
+        return np.asarray(cells.X[:, 20:25].sum(axis=1)).ravel()
+
+    monkeypatch.setattr(condition, "search", spy)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["--adata", str(tmp_path / "cells.h5ad"), "--condition-key", "condition", "--condition", "stimulated"]
+    words += ["--text", "aroused", "--clusters", "2", "--gene-texts", "x.csv", "--output", str(tmp_path / "out.json")]
+    assert condition.main(words) == 0
+    assert asked == [
+        (["control", "stimulated"], 60, 60, "aroused", None),
+        (["control", "stimulated"], 60, 60, "aroused", None),
+        (["cluster 0", "cluster 1"], 60, 120, "aroused", "genes"),
+    ]
+    systems = json.loads((tmp_path / "out.json").read_text())["systems"]
+    assert systems["genes, condition not seen"]["auroc"] > 0.99
+    assert systems["mean difference, other clusters"]["auroc"] > 0.99
+    assert "genes, condition not seen" in capsys.readouterr().out

@@ -1,0 +1,239 @@
+"""Many cells: partitions on several processes give the answers of one, and a run that was stopped goes on."""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from scmmgpt import synthetic
+from scmmgpt.__main__ import main
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.commands import partitions
+from scmmgpt.commands.cluster import run_tasks
+from scmmgpt.readers.cell_files import CellFile
+from scmmgpt.tests.corpora import write_corpus
+
+
+LABELS = {"B": "a B cell", "T": "a T cell", "NK": "killer lymphocyte"}
+
+
+@pytest.fixture
+def checkpoint(tiny_pipeline, tmp_path):
+    """A saved tiny checkpoint with three labels."""
+    tiny_pipeline.model.config.annotation = {"labels": LABELS, "cl_ids": {"B": "CL:0000236"}}
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Partitions of this process with seven cells or a multiple, and batches within them."""
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.SORTED_CELLS", 7)
+    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", 7)
+    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CACHED_ROWS", 7)
+
+
+def run(command, *words, checkpoint, status=0):
+    assert main([command, *map(str, words), "--model", checkpoint, "--quiet"]) == status
+
+
+def assert_same(path, other):
+    """Two results are equal in every bit."""
+    one, two = anndata.read_h5ad(path), anndata.read_h5ad(other)
+    pd.testing.assert_frame_equal(one.obs, two.obs, check_exact=True)
+    assert set(one.obsm) == set(two.obsm)
+    for name in one.obsm:
+        np.testing.assert_array_equal(one.obsm[name], two.obsm[name])
+    assert (one.X != two.X).sum() == 0
+    assert repr(one.uns) == repr(two.uns)
+
+
+@pytest.mark.parametrize("size", [7, 20, 1000])
+def test_partitions_of_any_size_give_the_answers_of_the_whole(adata, checkpoint, tmp_path, small, size):
+    adata.obs["cluster"] = np.arange(60) % 5
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = [tmp_path / "cells.h5ad", "--cluster-key", "cluster", "--min-score", "0.34"]
+    run("annotate", *words, "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    where = ["--workers", 1, "--cells-per-partition", size]
+    run("annotate", *words, "-o", tmp_path / "parts.h5ad", *where, checkpoint=checkpoint)
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+    assert not (tmp_path / "parts.h5ad.parts").exists()
+
+
+def test_two_processes_give_the_bits_of_one(checkpoint, tmp_path):
+    synthetic.synthetic_adata(4200).write_h5ad(tmp_path / "cells.h5ad")
+    words = ["embed", tmp_path / "cells.h5ad", "--cells-per-partition", 1]
+    run(*words, "-o", tmp_path / "one.h5ad", "--workers", 1, checkpoint=checkpoint)
+    run(*words, "-o", tmp_path / "two.h5ad", "--workers", 2, checkpoint=checkpoint)
+    assert_same(tmp_path / "two.h5ad", tmp_path / "one.h5ad")
+
+
+def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    out, done = tmp_path / "out.h5ad", []
+    words = ["embed", tmp_path / "cells.h5ad", "-o", out, "--workers", 1, "--cells-per-partition", 20]
+    compute = partitions.compute_partition
+
+    def stopped(task):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(task.start)
+        return compute(task)
+
+    monkeypatch.setattr(partitions, "compute_partition", stopped)
+    run(*words, checkpoint=checkpoint, status=130)
+    assert not out.exists()
+    monkeypatch.setattr(partitions, "compute_partition", lambda task: done.append(task.start) or compute(task))
+    run(*words, checkpoint=checkpoint)
+    assert done == [0, 14, 28, 42, 56]
+    run("embed", tmp_path / "cells.h5ad", "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    assert_same(out, tmp_path / "whole.h5ad")
+
+
+def test_partitions_of_other_options_are_refused(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["embed", tmp_path / "cells.h5ad", "-o", tmp_path / "out.h5ad", "--workers", 1]
+    monkeypatch.setattr(partitions.PartitionedRun, "join", lambda *_: 1 / 0)
+    run(*words, checkpoint=checkpoint, status=2)
+    run(*words, "--of", "cell", checkpoint=checkpoint, status=2)
+    assert "partitions of a command with other options (options differ)" in capsys.readouterr().err
+
+
+def test_a_partition_that_fails_is_reported_and_left_out(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+    adata.obs["cluster"] = "all"
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["annotate", tmp_path / "cells.h5ad", "--cluster-key", "cluster"]
+    run(*words, "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    rows = CellFile.__getitem__
+    capsys.readouterr()
+
+    def damaged(self, here):
+        if here.start == 14:
+            raise OSError("chunk 3 of X is damaged")
+        return rows(self, here)
+
+    monkeypatch.setattr(CellFile, "__getitem__", damaged)
+    out, table = tmp_path / "out.h5ad", tmp_path / "out.csv"
+    words += ["-o", out, "--table", table, "--workers", 1, "--cells-per-partition", 7, "--json"]
+    run(*words, checkpoint=checkpoint, status=3)
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'cells.h5ad'}, cells 14 to 20: chunk 3 of X is damaged" in said.err
+    assert json.loads(said.out)["failed"] == 7
+    result, whole = anndata.read_h5ad(out), anndata.read_h5ad(tmp_path / "whole.h5ad")
+    missing = np.isin(np.arange(60), np.arange(14, 21))
+    assert result.obs["scmmgpt_cell_type"].isna().tolist() == missing.tolist()
+    assert pd.read_csv(table)["scmmgpt_score"].isna().tolist() == missing.tolist()
+    kept = (result[~missing].obs["scmmgpt_cell_type"], whole[~missing].obs["scmmgpt_cell_type"])
+    assert kept[0].astype(str).equals(kept[1].astype(str))
+    probabilities = result.obsm["scmmgpt_probabilities"]
+    np.testing.assert_array_equal(probabilities[~missing], whole.obsm["scmmgpt_probabilities"][~missing])
+    assert np.isnan(probabilities[missing]).all()
+    assert result.uns["scmmgpt"]["failed"].tolist() == ["14-21: chunk 3 of X is damaged"]
+    monkeypatch.setattr(CellFile, "__getitem__", rows)  # once the file is mended, the rest follows
+    run(*words, checkpoint=checkpoint)
+    assert_same(out, tmp_path / "whole.h5ad")
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_done(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    write, written = partitions.write_partition, []
+
+    def full(path, *rest):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(partitions, "write_partition", full)
+    words = ["embed", tmp_path / "cells.h5ad", "-o", tmp_path / "out.h5ad", "--workers", 1]
+    run(*words, "--cells-per-partition", 7, checkpoint=checkpoint, status=2)
+    assert "No space left on device" in capsys.readouterr().err
+    assert written[0].is_file()
+
+
+def test_a_folder_of_files_becomes_a_folder_of_results(adata, checkpoint, tmp_path, small, capsys):
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    adata[:30].copy().write_h5ad(tmp_path / "in" / "a.h5ad")
+    adata[30:].copy().write_h5ad(tmp_path / "in" / "more" / "b.h5ad")
+    (tmp_path / "in" / "c.h5ad").write_text("nothing")
+    out, table = tmp_path / "out", tmp_path / "all.csv"
+    run("annotate", tmp_path / "in", "-o", out, "--table", table, checkpoint=checkpoint, status=3)
+    assert sorted(path.name for path in out.iterdir()) == ["a.h5ad", "more-b.h5ad"]
+    assert f"{tmp_path / 'in' / 'c.h5ad'} is not an HDF5 file" in capsys.readouterr().err
+    run("annotate", tmp_path / "in" / "more" / "b.h5ad", "-o", tmp_path / "b.h5ad", checkpoint=checkpoint)
+    assert_same(out / "more-b.h5ad", tmp_path / "b.h5ad")
+    rows = pd.read_csv(table)
+    assert rows["barcode"].tolist() == adata.obs_names.tolist()
+    assert rows["file"].nunique() == 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_zarr_store_keeps_everything_and_is_never_loaded_whole(adata, checkpoint, tmp_path, small, monkeypatch):
+    adata.layers["mine"] = adata.X.toarray()
+    adata.raw = adata.copy()
+    adata.obsm["X_pca"] = np.arange(120.0).reshape(60, 2)
+    adata.obsp["near"] = adata.X @ adata.X.T
+    adata.uns["mine"] = {"words": np.array(["a", "b"], dtype=object), "flag": True, "number": 2.5}
+    adata.obs["open"] = pd.array([True, None] * 30, dtype="boolean")
+    with anndata.settings.override(zarr_write_format=3):
+        adata.write_zarr(tmp_path / "cells.zarr", chunks=(8, 8))
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    run("embed", tmp_path / "cells.h5ad", "-o", tmp_path / "from_h5ad.h5ad", checkpoint=checkpoint)
+    monkeypatch.setattr(CellFile, "to_memory", lambda self: pytest.fail("the matrices were loaded whole"))
+    monkeypatch.setattr(anndata, "read_zarr", lambda path: pytest.fail("the matrices were loaded whole"))
+    where = ["--workers", 1, "--cells-per-partition", 14]
+    run("embed", tmp_path / "cells.zarr", "-o", tmp_path / "out.h5ad", *where, checkpoint=checkpoint)
+    assert_same(tmp_path / "out.h5ad", tmp_path / "from_h5ad.h5ad")
+    result = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert (result.raw.X != adata.raw.X).nnz == 0
+    assert (result.obsp["near"] != adata.obsp["near"]).nnz == 0
+    np.testing.assert_array_equal(result.layers["mine"], adata.layers["mine"])
+
+
+def test_a_corpus_is_read_by_rows(adata, checkpoint, tmp_path, small):
+    names = ["<pad>", "<cls>", "<eoc>", *adata.var_names]
+    cells = Cells.from_csr(adata.X, np.arange(3, 43), cell_ids=np.arange(60, dtype=np.uint64))
+    obs = {"barcode": adata.obs_names.tolist(), "cell_type": adata.obs["cell_type"].tolist()}
+    vocabulary = {name: i for i, name in enumerate(names)}
+    write_corpus(tmp_path / "corpus", vocabulary, {"test": (cells, obs)}, cells_per_shard=25, row_group_size=10)
+    run("annotate", tmp_path / "corpus", "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    where = ["--workers", 1, "--cells-per-partition", 7]
+    run("annotate", tmp_path / "corpus", "-o", tmp_path / "parts.h5ad", *where, checkpoint=checkpoint)
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+def die(path):
+    """A task during which the worker dies, unless the file is there already."""
+    import os
+
+    if not path.exists():
+        path.touch()
+        os._exit(9)
+    if path.name == "poison":
+        os._exit(9)
+    if path.name == "error":
+        raise ValueError("no such cell")
+    return path.name
+
+
+@pytest.mark.slow
+def test_the_task_of_a_lost_worker_is_done_again_and_a_poisonous_one_is_reported(tmp_path):
+    (tmp_path / "error").touch()
+    tasks = [tmp_path / name for name in ("once", "poison", "error")]
+    outcomes = {task.name: (result, error) for task, result, error in run_tasks(die, tasks, workers=2)}
+    assert outcomes["once"] == ("once", None)
+    assert type(outcomes["poison"][1]).__name__ == "KilledWorker"
+    assert str(outcomes["error"][1]) == "no such cell"
+
+
+def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
+    import dask
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}):
+        with pytest.raises(OSError, match="No Dask scheduler answers at 'tcp://127.0.0.1:9'"):
+            list(run_tasks(die, [], cluster="tcp://127.0.0.1:9"))

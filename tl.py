@@ -1,0 +1,137 @@
+"""Tools in the manner of scverse: functions that add their results to an AnnData.
+
+    import scmmgpt as sm
+
+    adata = sm.read("cells.h5ad")
+    sm.tl.annotate(adata, model="CHECKPOINT")     # obs["scmmgpt_cell_type"], obs["scmmgpt_evidence"], ...
+    sm.pl.umap(adata)
+
+Each tool is a verb of [`ScMMGPTPipeline`], with `model` beside its options: a folder, an id on the Hub, or a pipeline.
+Without it, the environment variable `SCMMGPT_MODEL` names the checkpoint. A checkpoint that was loaded once stays
+loaded. With `copy=True` the result is a new AnnData, and the given one stays as it is.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from scmmgpt.audit_scmmgpt import Audit
+from scmmgpt.commands.checkpoints import check_checkpoint
+from scmmgpt.evidence_scmmgpt import Evidence
+from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
+
+
+Model: TypeAlias = str | os.PathLike | ScMMGPTPipeline | None
+LOADED = 2  # checkpoints that stay in memory
+
+
+def load(model: Model = None, device: str | None = None) -> ScMMGPTPipeline:
+    """The pipeline of a checkpoint, loaded once; a pipeline is returned as it is.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If none is named, here or by `SCMMGPT_MODEL`.
+    """
+    if isinstance(model, ScMMGPTPipeline):
+        return model
+    name = model or os.environ.get("SCMMGPT_MODEL")
+    if not name:
+        raise ValueError("No checkpoint: pass `model`, a folder or an id on the Hub, or set SCMMGPT_MODEL.")
+    path = Path(name).expanduser()
+    if not (path / "config.json").is_file():
+        return _load(os.fspath(name), device, 0)
+    return _load(str(path.resolve()), device, (path / "config.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=LOADED)
+def _load(name: str, device: str | None, changed: int) -> ScMMGPTPipeline:
+    check_checkpoint(name)
+    return ScMMGPTPipeline.from_pretrained(name, device=device)
+
+
+def annotate(
+    adata: Any,
+    labels: dict[str, str] | Sequence[str] | None = None,
+    *,
+    model: Model = None,
+    evidence: bool = True,
+    copy: bool = False,
+    device: str | None = None,
+    **options: Any,
+) -> Any:
+    """Name the type of every cell, and the genes that speak for it.
+
+    Args:
+        labels: Candidates, by default all that the checkpoint knows.
+        evidence: Add the genes ([`explain`]), if the checkpoint can.
+        options: Those of [`ScMMGPTPipeline.annotate`].
+        adata, model, copy, device: See the module.
+
+    Returns:
+        None, or the copy.
+    """
+    pipeline, adata = load(model, device), adata.copy() if copy else adata
+    pipeline.annotate(adata, labels, **options)
+    if evidence and pipeline.can_explain:
+        key = options.get("key_added", "scmmgpt")
+        shared = {name: options[name] for name in ("cluster_key", "key_added", *READ_OPTIONS) if name in options}
+        pipeline.explain(adata, f"{key}_cell_type", **shared)
+    return adata if copy else None
+
+
+def explain(
+    adata: Any,
+    label_key: str = "scmmgpt_cell_type",
+    *,
+    model: Model = None,
+    device: str | None = None,
+    **options: Any,
+) -> Evidence:
+    """Name the genes that speak for the label of every cell; see [`ScMMGPTPipeline.explain`]."""
+    return load(model, device).explain(adata, label_key, **options)
+
+
+def audit(adata: Any, label_key: str, *, model: Model = None, device: str | None = None, **options: Any) -> Audit:
+    """Judge given labels by model and markers; see [`ScMMGPTPipeline.audit`]."""
+    return load(model, device).audit(adata, label_key, **options)
+
+
+def describe(adata: Any, *, model: Model = None, copy: bool = False, device: str | None = None, **options: Any) -> Any:
+    """Describe every cell in words; see [`ScMMGPTPipeline.describe`]. Returns None, or the copy."""
+    adata = adata.copy() if copy else adata
+    load(model, device).describe(adata, **options)
+    return adata if copy else None
+
+
+def embed(adata: Any, *, model: Model = None, copy: bool = False, device: str | None = None, **options: Any) -> Any:
+    """Embed every cell in `obsm["X_scmmgpt"]`; see [`ScMMGPTPipeline.embed`]. Returns None, or the copy."""
+    adata = adata.copy() if copy else adata
+    load(model, device).embed(adata, **options)
+    return adata if copy else None
+
+
+def search(
+    adata: Any, text: str | Sequence[str], *, model: Model = None, device: str | None = None, **options: Any
+) -> list:
+    """Find the cells that a text describes best; see [`ScMMGPTPipeline.search`]."""
+    return load(model, device).search(adata, text, **options)
+
+
+def generate(
+    prompts: str | Sequence[str] | dict[str, str], *, model: Model = None, device: str | None = None, **options: Any
+) -> Any:
+    """Generate cells from descriptions, as a new AnnData; see [`ScMMGPTPipeline.generate`]."""
+    return load(model, device).generate(prompts, **options)
+
+
+def verify(path: str | os.PathLike, *, model: Model = None, device: str | None = None) -> dict[str, Any]:
+    """Compute the results of a file again and name what changed; see `scmmgpt.commands.verify.verify_file`.
+
+    Without `model`, the checkpoint is the one that the file names.
+    """
+    from scmmgpt.commands.verify import checkpoint_of, verify_file
+
+    path = Path(path)
+    return verify_file(path, load(checkpoint_of(path) if model is None else model, device))
