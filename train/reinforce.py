@@ -1,7 +1,7 @@
 """After `tune`: reinforce descriptions whose statements are true of their cells (GRPO).
 
 ```
-python -m scmmgpt.train reinforce --config train/configs/reinforce_demo.yaml --corpus DIR --checkpoint DIR \
+python -m scmmgpt.train reinforce --config train/configs/reinforce_tiny.yaml --corpus DIR --checkpoint DIR \
     --output_dir DIR
 ```
 
