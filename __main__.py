@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
+from scmmgpt.commands.errors import OneLineParser, explain, number, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -40,6 +40,7 @@ from scmmgpt.commands.options import (
 )
 from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.commands.sources import Source, outputs_of, read_adata
+from scmmgpt.commands.storage import run_staged
 from scmmgpt.readers.label_lists import read_text, read_words
 
 
@@ -55,6 +56,11 @@ ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+
+
+def run_words(argv: list[str]) -> int:
+    """Run a command line of paths."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -65,7 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
     extra = "eval" if args.command == "report" else "train"
-    return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
+
+    def work() -> int | None:
+        if getattr(args, "has_own_model", False):
+            choose_model(args)
+        return args.run(args)
+
+    return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     sub = command(calibrate)
-    add_input(sub, split="validation")
+    add_input(sub, split="validation", writes_model=True)
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
     sub = command(embed)
@@ -142,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(verify)
     sub.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
-    add_model(sub, required=False, help="checkpoint (default: the one that the receipt names)")
+    add_model(sub, default="the one that the receipt names")
     text = "cells that the result was computed from (default: those in OUT.h5ad)"
     sub.add_argument("--input", type=Path, metavar="FILE", help=text)
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
@@ -150,11 +162,21 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(report)
     sub.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
-    add_model(sub, required=False, help="checkpoint, for cells without results")
+    add_model(sub, default="none; needed for cells without results")
     add_reading(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
     sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
     sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results")
+
+    sub = command(plan)
+    add_input(sub)
+    sub.add_argument("--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)")
+    sub.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
+    sub.add_argument(
+        "--workers", type=number(int, 1), nargs="+", metavar="N", help="processes or GPUs (default: 1, and the cores)"
+    )
+    text = "time to measure for (default: 20)"
+    sub.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
 
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
@@ -393,6 +415,25 @@ def report(args: Args) -> None:
     write(args, {"output": str(args.output), "cells": adata.n_obs})
 
 
+def plan(args: Args) -> None:
+    """Measure what a cell costs here, and compute time, memory and storage for many cells and workers."""
+    import time
+
+    from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.partitions import Job, default_options
+    from scmmgpt.commands.plan import describe_plan, measure
+
+    find_checkpoint(args.model)
+    began = time.perf_counter()
+    pipeline = load_pipeline(args)
+    loaded = time.perf_counter() - began
+    job = Job(args.verb, args.model, args.device, args.batch_size, default_options(args.verb), read_options(args))
+    costs = measure(job, pipeline, Source(args.file, args.split, args.model), loaded, args.seconds)
+    workers = args.workers or sorted({1, os.cpu_count() or 1})
+    found, lines = describe_plan(costs, args.cells, workers)
+    write(args, found, lines)
+
+
 def export(args: Args) -> None:
     """Write the language model and the encoder of cells apart, for engines that serve language models."""
     from scmmgpt.commands.checkpoints import check_checkpoint
@@ -430,6 +471,17 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
         with log_if_slow("Rehearsing the writing of the result"):
             rehearse(adata, args.file, args.output)
     return load_pipeline(args), adata
+
+
+def choose_model(args: Args) -> None:
+    """Take the checkpoint of this package where none is named, and say which it is."""
+    if args.model is None:
+        from scmmgpt.commands.checkpoints import identify, root_checkpoint
+
+        args.model = root_checkpoint()
+        args.identity = identify(args.model)
+        name, version, digest = args.identity.values()
+        sys.stderr.write(f"Model: {name} {version}, sha256 {digest[:16]}, of this package.\n")
 
 
 def load_pipeline(args: Args) -> "ScMMGPTPipeline":
@@ -476,7 +528,7 @@ def run_in_partitions(
     tables = (getattr(args, "table", None), getattr(args, "columns", []))
     summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
     for line in failures:
-        sys.stderr.write(f"scmmgpt {args.command}: {line}\n")
+        sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     write(args, {"output": str(args.output), **summary})
     return INCOMPLETE if failures else 0
 
@@ -535,6 +587,8 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: 
     """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
     from scmmgpt.commands.results import table_of, write_cells, write_table
 
+    if hasattr(args, "identity"):
+        adata.uns["scmmgpt"] = {**adata.uns.get("scmmgpt", {}), "model": args.identity}
     write_cells(adata, getattr(args, "file", args.output), args.output)
     if getattr(args, "table", None) is not None and rows is not None:
         write_table(args.table, rows)
@@ -549,7 +603,7 @@ def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
     if lines is None:
         lines = (f"{name}: {value}" for name, value in result.items())
     try:
-        sys.stdout.write((json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
+        sys.stdout.write(reworded(json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
