@@ -9,7 +9,7 @@ SHELL := /bin/bash
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup test test-newest demo demo-tiny benchmark style check clean
+.PHONY: help setup test test-newest demo demo-tiny release benchmark style check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -54,6 +54,12 @@ demo demo-tiny:
 	$(BIN)/scmmgpt describe $(OUT)/annotated.h5ad --model $(OUT)/checkpoint --output $(OUT)/described.h5ad --table $(OUT)/descriptions.csv --columns cell_type --reference --templates short --max-new-tokens 32
 	$(BIN)/scmmgpt generate --stored-labels --n-cells 100 --model $(OUT)/checkpoint --output $(OUT)/generated.h5ad
 	$(BIN)/python -m scmmgpt.eval report --corpus $(OUT)/corpus --annotated $(OUT)/annotated.h5ad --descriptions $(OUT)/descriptions.csv --templates short --generated $(OUT)/generated.h5ad --training $(OUT)/aligned $(OUT)/checkpoint --checkpoint $(OUT)/checkpoint --note "$(NOTE)" --output $(OUT)
+
+# Files of the checkpoint lie beside the code, so that the repository is a model of the Hub.
+release: setup ## build the checkpoint at the root of the repository from ../shared/data, half an hour of one core
+	$(BIN)/python -m scmmgpt.train release --data ../shared/data --output results/release
+	mv results/release/checkpoint/checkpoint.md docs/checkpoint.md
+	cp -r results/release/checkpoint/. .
 
 benchmark: setup ## measure speed and memory (minutes; alone on the machine)
 	$(BIN)/python -m pytest -q -m benchmark -s tests/benchmarks

@@ -64,8 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
     outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
+
+    def work() -> int | None:
+        if getattr(args, "has_own_model", False):
+            choose_model(args)
+        return args.run(args)
+
     extra = "eval" if args.command == "report" else "train"
-    return run_command(name, lambda: args.run(args), debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
+    return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     sub = command(calibrate)
-    add_input(sub, split="validation")
+    add_input(sub, split="validation", writes_model=True)
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
 
     sub = command(embed)
@@ -142,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(verify)
     sub.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
-    add_model(sub, required=False, help="checkpoint (default: the one that the receipt names)")
+    add_model(sub, default="the one that the receipt names")
     text = "cells that the result was computed from (default: those in OUT.h5ad)"
     sub.add_argument("--input", type=Path, metavar="FILE", help=text)
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
@@ -150,7 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(report)
     sub.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
-    add_model(sub, required=False, help="checkpoint, for cells without results")
+    add_model(sub, default="that of this package, for cells without results")
     add_reading(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
     sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
@@ -381,7 +387,8 @@ def report(args: Args) -> None:
     check_paths({"FILE": args.file, "--model": args.model}, {"--output": args.output})
     check_file(args.output)
     adata = read_adata(args.file, args.split, args.model)
-    if f"{KEY}_cell_type" not in adata.obs and args.model is not None:
+    if f"{KEY}_cell_type" not in adata.obs:
+        choose_model(args)
         pipeline = load_pipeline(args)
         pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
         if pipeline.can_explain:
@@ -430,6 +437,17 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
         with log_if_slow("Rehearsing the writing of the result"):
             rehearse(adata, args.file, args.output)
     return load_pipeline(args), adata
+
+
+def choose_model(args: Args) -> None:
+    """Take the checkpoint of this package where none is named, and say which it is."""
+    if args.model is None:
+        from scmmgpt.commands.checkpoints import identify, root_checkpoint
+
+        args.model = root_checkpoint()
+        args.identity = identify(args.model)
+        name, version, digest = args.identity.values()
+        sys.stderr.write(f"Model: {name} {version}, sha256 {digest[:16]}, of this package.\n")
 
 
 def load_pipeline(args: Args) -> "ScMMGPTPipeline":
@@ -535,6 +553,8 @@ def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: 
     """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
     from scmmgpt.commands.results import table_of, write_cells, write_table
 
+    if hasattr(args, "identity"):
+        adata.uns["scmmgpt"] = {**adata.uns.get("scmmgpt", {}), "model": args.identity}
     write_cells(adata, getattr(args, "file", args.output), args.output)
     if getattr(args, "table", None) is not None and rows is not None:
         write_table(args.table, rows)

@@ -152,6 +152,7 @@ class ScMMGPTConfig(PreTrainedConfig):
             `similarity_weight`, the temperature of the label readout and the weight of similarities beside it;
             `terms`, by which other words for the labels are understood; `unseen_gate` (or `unseen_bonus`), by which
             labels without training cells are chosen; and `novelty`, by which cells of no known type are found.
+        release: `name` and `version` of a checkpoint that `release` built.
         adapter_bases: Names of the base whose LoRA adapter is merged into these weights. An adapter of that base is
             refused here, since it would count twice.
         custom_pipelines: Task -> pipeline, for `transformers.pipeline`; always the same.
@@ -202,6 +203,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     annotation: dict | None = None
+    release: dict | None = None
     adapter_bases: list[str] | None = None
     custom_pipelines: dict | None = None
 

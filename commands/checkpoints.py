@@ -4,6 +4,7 @@ Files of strangers and broken copies are refused in one line, before memory is a
 """
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,29 @@ SIZES = (
 ).split()
 HEADER_BYTES = 100_000_000  # the longest header that safetensors reads
 LARGEST_ID = 2**24  # of a gene vocabulary; arrays have an entry for each id
+
+
+def root_checkpoint() -> str:
+    """The folder of the checkpoint that comes with the package, which lies beside its code.
+
+    Raises:
+        FileNotFoundError: If the package was installed without it.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / "config.json").is_file() or not (root / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"--model is missing, and {root} has no checkpoint. Name one, or build it in a clone by `make release`."
+        )
+    return str(root)
+
+
+def identify(folder: str) -> dict[str, str]:
+    """Name, version and sha256 of a checkpoint of `release`: of the weights."""
+    release = read_json(Path(folder, "config.json"), dict).get("release") or {}
+    with Path(folder, "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    names = {key: str(release.get(key, "unknown")) for key in ("name", "version")}
+    return {**names, "sha256": digest}
 
 
 def find_checkpoint(name: str, *, short_ids: bool = False) -> None:

@@ -57,11 +57,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
 
 
-def add_model(
-    parser: argparse.ArgumentParser, required: bool = True, help: str = "folder, or model id on the Hub"
-) -> None:
-    """Options of the checkpoint and of how it runs."""
-    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=help)
+def add_model(parser: argparse.ArgumentParser, required: bool = False, default: str | None = None) -> None:
+    """Options of the checkpoint and of how it runs; `default` in words, if it is not that of the package."""
+    text = "folder, or model id on the Hub" + ("" if required else f" (default: {default or 'that of this package'})")
+    parser.set_defaults(has_own_model=not required and default is None)
+    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=text)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument(
         "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
@@ -70,12 +70,14 @@ def add_model(
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
-def add_input(parser: argparse.ArgumentParser, split: str = "test", count: str | None = None) -> None:
+def add_input(
+    parser: argparse.ArgumentParser, split: str = "test", count: str | None = None, writes_model: bool = False
+) -> None:
     """The file of cells (`count` `"+"`: several, `"?"`: at most one), the model, and how to read the file."""
     text = f"{FORMATS}, or a corpus{'; or folders of them' if count == '+' else ''}"
     parser.add_argument("file", type=Path, metavar="FILE", help=text, nargs=count)
     parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
-    add_model(parser)
+    add_model(parser, required=writes_model)
     add_reading(parser)
 
 

@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy.sparse import csr_matrix
 
 from scmmgpt.eval import crossdata
@@ -66,6 +67,8 @@ def test_the_task_writes_a_table_and_resumes(folder, tmp_path, capsys, monkeypat
     assert rows[0]["interval"][0] <= rows[0]["mean"] <= rows[0]["interval"][1]
     table = capsys.readouterr().out
     assert "| pooled readout |" in table
+    (entry,) = yaml.safe_load((out / "eval_results.yaml").read_text())
+    assert entry["value"] == round(rows[0]["mean"], 4)
     monkeypatch.setattr(crossdata, "SYSTEMS", dict.fromkeys(crossdata.SYSTEMS))  # nothing is computed again
     assert crossdata.main(words) == 0
     with pytest.raises(ValueError, match="--sets names"):

@@ -22,6 +22,7 @@ ABOUT = {
     "tune": "stage 2: describe cells and generate them",
     "reinforce": "stage 3: descriptions that say what can be verified",
     "finetune": "train for your own labelled AnnData",
+    "release": "build the checkpoint at the root of the repository",
     "plan": "memory per GPU that a configuration takes",
     "options": "write docs/options.md to the standard output",
 }

@@ -11,7 +11,7 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` s
 import copy
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -240,17 +240,19 @@ def main(
     training_args: AlignConfig,
     *,
     cells: Mapping[str, Any] | None = None,
+    fit_readout: Callable[..., Any] = fit_corpus_readout,
 ) -> None:
     """Build the model and its batches, train, save.
 
-    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them.
+    `cells` gives datasets in place of the cells of the corpus, as [`make_datasets`] takes them; `fit_readout` gives
+    the model its readout of cell types.
     """
     torch.manual_seed(training_args.seed)
     corpus = open_corpus(data_args.corpus)
     model, qformer_tokenizer, pretrained = build_model(corpus, model_args)
     processor = build_processor(corpus, qformer_tokenizer, model_args)
     captions = make_captions(corpus, data_args, training_args)
-    fit_corpus_readout(model, corpus, seed=data_seed(training_args))
+    fit_readout(model, corpus, seed=data_seed(training_args))
     config = model.config
     collate = AlignmentCollator(
         processor,

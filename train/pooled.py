@@ -10,11 +10,14 @@ kept. `LOG.md` has the choices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix, diags
 from sklearn.utils.extmath import randomized_svd
 
+from scmmgpt.annotation_scmmgpt import HELD_OUT_QUANTILE, MIN_UNIT, _pack, absent_genes, novelty_of
+from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout, solve_groups
 
 
@@ -22,6 +25,7 @@ N_GENES = 12_000  # at most, the most variable ones: a panel may be any of them
 N_FACTORS = 32
 PENALTY = 0.3  # of the ridge, in mean variances of a gene
 WIDE = 0.5  # a dataset of this share of the most genes that a dataset measures counts as a whole transcriptome
+MIN_DATASETS = 2  # that measure a gene, before its absence from all known types is believed
 TEMPERATURE = 0.1  # of the ridge's scores, which are about 1 for the right label and 0 for the others
 
 
@@ -182,3 +186,31 @@ def variable_genes(datasets: Sequence[Dataset], candidates: np.ndarray, shares: 
         seen[here] += 1
     variance = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
     return np.sort(candidates[np.argsort(-variance, kind="stable")[:N_GENES]])
+
+
+def fit_pooled_novelty(datasets: Sequence[Dataset], n_genes: int) -> dict[str, Any] | None:
+    """As `annotation_scmmgpt.fit_novelty`, of several datasets; None for fewer than two.
+
+    A gene is absent if no type of any dataset that measures it expresses it. The unit comes from cells of each dataset
+    whose types other datasets have, with the genes that are absent from these.
+    """
+    cells = [Cells.from_csr(data.counts, np.arange(n_genes)) for data in datasets]
+    measured = np.stack([np.isin(np.arange(n_genes), data.measured) for data in datasets])
+    silent = np.stack([absent_genes(own, d.targets, n_genes) for own, d in zip(cells, datasets, strict=True)])
+    silent |= ~measured
+    shares = []
+    for number, data in enumerate(datasets):
+        others = np.arange(len(datasets)) != number
+        if not others.any():
+            return None
+        known = np.concatenate([other.targets for i, other in enumerate(datasets) if i != number])
+        rows = np.flatnonzero(np.isin(data.targets, known))
+        if len(rows):
+            absent = silent[others].all(axis=0) & (measured[others].sum(axis=0) >= min(MIN_DATASETS, others.sum()))
+            shares.append(novelty_of(cells[number][rows], absent))
+    absent = silent.all(axis=0) & (measured.sum(axis=0) >= MIN_DATASETS)
+    expressed = measured.any(axis=0) & ~silent.all(axis=0)
+    if not shares or not absent.any():
+        return None
+    unit = max(float(np.quantile(np.concatenate(shares), HELD_OUT_QUANTILE)), MIN_UNIT)
+    return {"absent_genes": _pack(absent), "expressed_genes": _pack(expressed), "unit": round(unit, 6)}

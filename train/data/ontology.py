@@ -245,6 +245,12 @@ def depth_share(term_id: str, true_id: str) -> float:
     return max(0.0, 1 - above[term_id] / above[ROOT_TYPE])
 
 
+@functools.cache
+def ancestors(term_id: str) -> tuple[str, ...]:
+    """Return the terms above a term, the nearest first."""
+    return tuple(_parser().get_term_ancestors(term_id)) if _parser().is_valid_term_id(term_id) else ()
+
+
 def all_synonyms(term_id: str) -> tuple[str, ...]:
     """Return every synonym of a term, for parsing texts (`synonyms` is for writing texts)."""
     return tuple(_parser().get_term_synonyms(term_id)) if _parser().is_valid_term_id(term_id) else ()

@@ -1,0 +1,125 @@
+"""The checkpoint at the root of the repository: the command that builds it, and what lies there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from scmmgpt import __main__ as command_line
+from scmmgpt.commands import checkpoints
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.synthetic import MARKERS, synthetic_adata
+from scmmgpt.tests.test_remote_code import run_without_package
+
+
+pytest.importorskip("cellxgene_ontology_guide")
+
+from scmmgpt.train import release
+from scmmgpt.train.data import ontology
+
+
+ROOT = Path(__file__).parents[1]
+TYPES = {name: term for name, (term, _) in MARKERS.items()}
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 8, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+PROGRAM = """
+import importlib.util, sys
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+
+assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
+names = [type(auto.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__
+         for auto in (AutoModel, AutoModelForCausalLM, AutoProcessor)]
+print(str(names).replace("'", '"'))
+"""
+
+
+@pytest.fixture(scope="module")
+def built(bert, tmp_path_factory):
+    """A checkpoint of two small datasets, of which one has words of its own for the types."""
+    path = tmp_path_factory.mktemp("release")
+    (path / "data").mkdir()
+    for seed, name in enumerate(("one", "two")):
+        adata = synthetic_adata(120, seed=seed)
+        adata.obs["donor_id"] = [f"{name} {donor}" for donor in adata.obs["donor_id"]]
+        if name == "two":
+            adata.obs["label"] = adata.obs["cell_type"].astype(str).str.replace("T cell", "T & NK")
+            adata.obs = adata.obs.drop(columns=["cell_type", "cell_type_ontology_term_id"])
+        adata.write_h5ad(path / "data" / f"{name}.h5ad")
+    labels = {name.replace("T cell", "T & NK"): term for name, term in TYPES.items()} | {"T & NK": "CL:0000542"}
+    sets = {"one": {"paper": "Nobody 2026"}, "two": {"label_key": "label", "labels": labels}}
+    table = {"types": list(TYPES.values()), "broad": ["CL:0000542"], "sets": sets}
+    (path / "table.json").write_text(json.dumps(table))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    align = {"bert": bert, "cell_config": sizes, "qformer_config": {"num_hidden_layers": 1}}
+    align |= {"model_config": {"num_query_tokens": 2, "projection_dim": 8}, "qformer_max_length": 16, **STEPS}
+    align["qformer_config"]["cross_attention_frequency"] = 1
+    tune = {"language_model": "scratch", "language_model_config": {**sizes, "num_key_value_heads": 1}, **STEPS}
+    tune |= {"templates": "short", "train_parts": {"language_model": "full"}}
+    tune["model_config"] = {"expression_head": "nb", "num_state_components": 2, "num_condition_tokens": 2}
+    for name, config in (("align", align), ("tune", tune)):
+        (path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    words = ["--data", path / "data", "--output", path / "out", "--labels", path / "table.json"]
+    words += ["--align-config", path / "align.yaml", "--tune-config", path / "tune.yaml"]
+    return release.main(release.make_parser().parse_args([str(word) for word in words]))
+
+
+def test_the_checkpoint_has_files_of_a_model_and_no_others(built):
+    names = {path.name for path in built.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "gene_tokenizer", "checkpoint.md"} <= names
+    assert [name for name in names if name.endswith((".py", ".bin", ".png")) or name == "README.md"] == []
+    kinds = {name: value.dtype for name, value in load_file(built / "model.safetensors").items()}
+    assert {kind for name, kind in kinds.items() if "label_readout" not in name} == {torch.bfloat16}
+    assert "Nobody 2026" in (built / "checkpoint.md").read_text()
+
+
+def test_it_annotates_describes_finds_and_generates(built):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    cells = synthetic_adata(40, seed=5)
+    annotated = pipeline.annotate(cells.copy())
+    assert np.mean(annotated.obs["scmmgpt_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)) > 0.9
+    assert set(annotated.uns["scmmgpt"]["annotate"]["labels"]) == set(TYPES)
+    assert pipeline.describe(cells.copy(), max_new_tokens=2).obs["scmmgpt_description"].notna().all()
+    assert len(pipeline.search(cells, "a B cell", 3)) == 3
+    assert pipeline.generate(["a B cell"], 2).shape == (2, 40)
+    assert pipeline.annotate(cells, ["B cell", "mast cell"]).obs["scmmgpt_score"].between(0, 1).all()
+
+
+def test_a_cell_counts_for_its_type_or_for_the_types_below_a_broad_term():
+    types = ["CL:0000624", "CL:0000625", "CL:0000236", "CL:0000576"]
+    found = release.place_terms(["CL:0000084", "CL:0000900", "CL:0000624", "CL:0001064"], types, ["CL:0000084"])
+    assert found == {
+        "CL:0000084": ("CL:0000624", "CL:0000625"),
+        "CL:0000900": ("CL:0000625",),  # naive CD8 T cell
+        "CL:0000624": ("CL:0000624",),
+    }
+    assert ontology.term_name("CL:0001064") == "malignant cell"  # is none of them
+
+
+def test_the_command_line_takes_the_checkpoint_of_the_package_and_says_so(built, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "root_checkpoint", lambda: str(built))
+    synthetic_adata(12).write_h5ad(tmp_path / "cells.h5ad")
+    words = ["annotate", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "out.h5ad"), "--device", "cpu"]
+    assert command_line.main(words) == 0
+    assert f"Model: {release.NAME} {release.VERSION}, sha256" in capsys.readouterr().err
+    import anndata
+
+    stored = anndata.read_h5ad(tmp_path / "out.h5ad").uns["scmmgpt"]["model"]
+    assert dict(stored) == checkpoints.identify(str(built))
+
+
+def test_a_package_without_a_checkpoint_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "commands" / "checkpoints.py"))
+    with pytest.raises(FileNotFoundError, match="make release"):
+        checkpoints.root_checkpoint()
+
+
+def test_the_root_loads_by_auto_classes_without_the_package(tmp_path):
+    if not (ROOT / "model.safetensors").is_file():
+        pytest.skip("no weights lie at the root of the repository; `make release` builds them")
+    names = run_without_package(PROGRAM, tmp_path, ROOT)
+    assert names == ["ScMMGPTForConditionalGeneration"] * 2 + ["ScMMGPTProcessor"]
+    n_bytes = sum(path.stat().st_size for path in ROOT.glob("*.safetensors"))
+    assert n_bytes < release.MAX_BYTES

@@ -1,0 +1,280 @@
+"""Build the checkpoint that lies at the root of the repository, from public cells and the texts of this project.
+
+```
+python -m scmmgpt.train release --data ../shared/data --output results/release
+make release
+```
+
+1. `prepare` reads the files that the reviewed table names (`train/data/tables/human_sets.json`) into one corpus, over
+   the genes that at least `MIN_SOURCES` of them measure.
+2. `align` trains a small cell model and Q-Former, and takes the readout of cell types over all datasets, the novelty
+   and the gate of labels that were never trained.
+3. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
+4. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
+   else; it must not take more than `MAX_BYTES`.
+
+A step that is complete is not repeated. `train/configs/*_release.yaml` have the sizes.
+"""
+
+import argparse
+import functools
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import vstack
+
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.commands.errors import OneLineParser
+from scmmgpt.commands.files import filled_folder, write_json
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.scoring_scmmgpt import encode_texts
+from scmmgpt.train import align, tune
+from scmmgpt.train.data import ontology, prepare
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus, open_corpus
+from scmmgpt.train.data.gene_tables import reference_gene_index
+from scmmgpt.train.data.sources import FileSource, SourceSpec, resolve_labels
+from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
+from scmmgpt.train.unseen import fit_gate
+from scmmgpt.unseen_scmmgpt import named_genes
+
+
+logger = logging.getLogger(__name__)
+
+NAME, VERSION = "scmmgpt-human", "0.1.0"
+MIN_SOURCES = 3  # that measure a gene of the vocabulary
+MAX_CELLS = 100  # of a label of a dataset, for the readout
+MAX_BYTES = 64_000_000
+COMMAND = "python -m scmmgpt.train release --data ../shared/data --output results/release"
+SUMMARIES = "tables/gene_summary_human.csv.gz"  # in the folder of the data
+CONFIGS = Path(__file__).parent / "configs"
+LIMITS = (
+    "Types that rest on one dataset are known from one laboratory only. Malignant cells are none of the types, and "
+    "are mostly called epithelial. Descriptions and generated cells come from a language model of a few million "
+    "parameters that has read captions alone. The model is no medical device."
+)
+TRAINED_CODE = ("*.py", "README.md", "runs", "adapter", "training_args.bin", "*.png", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class LabelledSource:
+    """Cells of a file with their Cell Ontology terms, at most `MAX_CELLS` of a label."""
+
+    name: str
+    cells: Cells
+    measured: np.ndarray  # vocabulary ids of the genes that the file measures, ascending
+    terms: np.ndarray  # (n_cells,) of str; "" for none
+
+
+def make_parser(prog: str = "python -m scmmgpt.train release") -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=raw)
+    parser.add_argument("--data", required=True, help="folder of the files that the table names")
+    parser.add_argument("--output", required=True, help="folder of the corpus, the stages and the checkpoint")
+    parser.add_argument("--labels", default="human", metavar="TABLE", help="reviewed table of labels (%(default)s)")
+    parser.add_argument("--align-config", default=str(CONFIGS / "align_release.yaml"), help="sizes and steps of align")
+    parser.add_argument("--tune-config", default=str(CONFIGS / "tune_release.yaml"), help="sizes and steps of tune")
+    return parser
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Build what is not there yet; returns the folder of the checkpoint."""
+    output, table = Path(args.output), prepare.read_label_table(args.labels)
+    files = prepare._expand([args.data])
+    specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
+    output.mkdir(parents=True, exist_ok=True)
+    corpus = build_corpus(args, specs, output)
+    aligned, tuned = output / "aligned", output / "tuned"
+    if not (aligned / "config.json").is_file():
+        fit = functools.partial(fit_readout, specs=specs, table=table)
+        words = ["--config", args.align_config, "--corpus", str(corpus.path), "--output_dir", str(aligned)]
+        words += ["--gene_texts", str(summaries)] if (summaries := Path(args.data, SUMMARIES)).is_file() else []
+        align.main(*align.make_parser().parse_args_and_config(words), fit_readout=fit)
+    if not (tuned / "config.json").is_file():
+        words = ["--config", args.tune_config, "--corpus", str(corpus.path), "--aligned", str(aligned)]
+        tune.main(*tune.make_parser().parse_args_and_config([*words, "--output_dir", str(tuned)]))
+    return write_checkpoint(tuned, output / "checkpoint", corpus, specs, table)
+
+
+def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: Path) -> Corpus:
+    """The corpus over the genes that several sources measure."""
+    vocabulary = output / "vocab.json"
+    if not vocabulary.is_file():
+        index, seen = reference_gene_index(), {}
+        for spec in specs:
+            for gene in np.unique(FileSource(spec).choose(index).match.measured).tolist():
+                seen[gene] = seen.get(gene, 0) + 1
+        symbols = {i: symbol for symbol, i in index.vocabulary.items()}
+        least = min(MIN_SOURCES, len(specs))
+        kept = sorted(symbols[gene] for gene, n in seen.items() if n >= least)
+        write_json(vocabulary, {name: i for i, name in enumerate([*SPECIAL_TOKENS, *kept])})
+    words = [args.data, "--labels", args.labels, "--vocabulary", str(vocabulary), "--output", str(output / "corpus")]
+    prepare.main(prepare.make_parser().parse_args(words))
+    return open_corpus(output / "corpus")
+
+
+def read_labelled(spec: SourceSpec, index: GeneIndex, seed: int = 0) -> LabelledSource:
+    """Cells of a source with a cell type, at most `MAX_CELLS` of each of its own labels."""
+    source = FileSource(spec)
+    choice, obs = source.choose(index), source.obs()
+    terms = resolve_labels(obs)["cell_type_ontology_term_id"].fillna("").to_numpy(dtype=str)
+    own = obs["cell_type"].fillna("").to_numpy(dtype=str)
+    rng = np.random.default_rng(seed)
+    labels = sorted(set(own[terms != ""]))
+    drawn = [rng.permutation(np.flatnonzero((own == label) & (terms != "")))[:MAX_CELLS] for label in labels]
+    rows = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *drawn]))
+    cells = source.cells(0, source.n_cells, choice)[rows]
+    return LabelledSource(spec.name, cells, choice.match.measured, terms[rows])
+
+
+def place_terms(terms: Sequence[str], types: Sequence[str], broad: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The types that each term counts for: itself or the first type above it, or all types below a broad term.
+
+    Types without a cell of their own are left out. Terms that count for none are not in the result.
+    """
+    own: dict[str, tuple[str, ...]] = {}
+    for term in terms:
+        above = {term, *ontology.ancestors(term)}
+        found = next((name for name in types if name in above), None)
+        if found is not None and term not in broad:
+            own[term] = (found,)
+    present = {name for names in own.values() for name in names}
+    below = {
+        term: tuple(name for name in types if name in present and term in ontology.ancestors(name)) for term in broad
+    }
+    return own | {term: below[term] for term in terms if below.get(term)}
+
+
+def pool(
+    sources: Sequence[LabelledSource], table: Mapping[str, Any], n_genes: int
+) -> tuple[list[Dataset], list[str], np.ndarray]:
+    """Datasets, types that they have, and the shares of types in each target, as `fit_pooled_readout` takes them."""
+    terms = sorted({term for source in sources for term in source.terms if term})
+    placed = place_terms(terms, table["types"], table.get("broad", ()))
+    types = [name for name in table["types"] if (name,) in placed.values()]
+    targets = sorted(set(placed.values()))
+    meanings = np.array([[name in names for name in types] for names in targets], dtype=float)
+    datasets = []
+    for source in sources:
+        rows = np.flatnonzero([term in placed for term in source.terms])
+        if len(rows):
+            codes = np.array([targets.index(placed[term]) for term in source.terms[rows]])
+            datasets.append(Dataset(source.cells[rows].to_csr(n_genes), np.unique(source.measured), codes))
+    return datasets, types, meanings / meanings.sum(axis=1, keepdims=True)
+
+
+def fit_readout(
+    model: ScMMGPTForCellTextAlignment,
+    corpus: Corpus,
+    *,
+    seed: int = 0,
+    specs: Sequence[SourceSpec],
+    table: Mapping[str, Any],
+) -> None:
+    """Give the model the readout of types over all sources, and what `annotate` needs beside it."""
+    index = GeneIndex(corpus.vocabulary, corpus.gene_aliases)
+    n_genes = model.config.cell_config.vocab_size
+    sources = [read_labelled(spec, index, seed) for spec in specs]
+    datasets, types, meanings = pool(sources, table, n_genes)
+    readout = fit_pooled_readout(datasets, len(types), meanings=meanings)
+    names, sampler = [str(ontology.term_name(term)) for term in types], CaptionSampler()
+    texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
+    model.label_readout = readout
+    model.config.label_readout = {"texts": texts, "labels": names, **readout.sizes()}
+    ids = dict(zip(names, types, strict=True))
+    model.config.annotation = {
+        "labels": dict(zip(names, texts, strict=True)),
+        "cl_ids": ids,
+        "matching_weight": 0.0,
+        "matching_candidates": len(names),
+        "temperature": 1.0,
+        "readout_temperature": 1.0,
+        "similarity_weight": 0.0,
+        "terms": ontology.label_terms(ids),
+        "novelty": fit_pooled_novelty(datasets, n_genes),
+    }
+
+
+def write_checkpoint(
+    tuned: Path, output: Path, corpus: Corpus, specs: Sequence[SourceSpec], table: Mapping[str, Any]
+) -> Path:
+    """Write the checkpoint in bfloat16, with the gate of other labels, and check its size."""
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tuned.absolute()), device="cpu", dtype=torch.float32)
+    add_gate(pipeline, specs, table)
+    model: Any = pipeline.model
+    model.config.release = {"name": NAME, "version": VERSION}
+    for (
+        parameter
+    ) in model.parameters():  # buffers keep their types: those of the readout are float16 where they may be
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    if output.exists():
+        shutil.rmtree(output)
+    with filled_folder(str(output)) as folder:
+        pipeline.save_pretrained(folder)
+        for pattern in TRAINED_CODE:
+            for path in Path(folder).glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (Path(folder) / "checkpoint.md").write_text(describe(corpus, specs, table, model), encoding="utf-8")
+    n_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    logger.info("%s has %.1f MB.", output, n_bytes / 1e6)
+    if n_bytes > MAX_BYTES:
+        raise ValueError(f"{output} has {n_bytes:,} bytes, more than {MAX_BYTES:,}: make the parts smaller.")
+    return output
+
+
+def add_gate(pipeline: ScMMGPTPipeline, specs: Sequence[SourceSpec], table: Mapping[str, Any]) -> None:
+    """Fit the gate of labels that were never trained; cells of broad types are left out."""
+    config, processor, bridge = pipeline.model.config, pipeline.processor, pipeline._bridge()
+    sources = [read_labelled(spec, processor.gene_index) for spec in specs]
+    datasets, types, meanings = pool(sources, table, config.cell_config.vocab_size)
+    counts = vstack([data.counts for data in datasets], format="csr")
+    codes = np.concatenate([data.targets for data in datasets])
+    rows = np.flatnonzero((meanings[codes] == 1).any(axis=1))
+    cells = Cells.from_csr(counts[rows], np.arange(counts.shape[1]))
+    texts = config.label_readout["texts"]
+    named = [named_genes(text, processor.gene_index) for text in texts]
+    features = encode_texts(bridge, processor, texts).double().cpu().numpy()
+    gate = fit_gate(bridge.label_readout, cells, meanings[codes[rows]].argmax(axis=1), features, named)
+    config.annotation["unseen_gate"] = None if gate is None else vars(gate)
+
+
+def describe(corpus: Corpus, specs: Sequence[SourceSpec], table: Mapping[str, Any], model: Any) -> str:
+    """The facts of the checkpoint, in Markdown."""
+    manifest = corpus.manifest
+    splits = ", ".join(f"{split} {corpus.n_cells(split):,}" for split in corpus.split_names)
+    n_cells = sum(corpus.n_cells(split) for split in corpus.split_names)
+    lines = [
+        f"# {NAME} {VERSION}",
+        "",
+        f"The checkpoint at the root of the repository. `{COMMAND}` builds it from public data. It was trained on "
+        f"{n_cells:,} human cells ({splits}; divided by {manifest.split_by}) over "
+        f"{len(corpus.vocabulary) - len(SPECIAL_TOKENS):,} genes, and names "
+        f"{len(model.config.annotation['labels'])} cell types. It has {sum(p.numel() for p in model.parameters()):,} "
+        "parameters in bfloat16; the language model is new, and the text encoder starts from MiniLM-L6.",
+        "",
+        "| dataset | cells | genes | source | licence |",
+        "| --- | ---: | ---: | --- | --- |",
+    ]
+    for source in manifest.sources:
+        paper = table["sets"].get(source["name"], {}).get("paper", "")
+        row = source["name"], f"{source['n_kept']:,}", f"{source['genes']['matched']:,}", paper, source["licence"]
+        lines.append(f"| {' | '.join(row)} |")
+    lines += [
+        "",
+        "Cell types: " + ", ".join(sorted(model.config.annotation["labels"])) + ".",
+        "",
+        "## Limits",
+        "",
+        LIMITS,
+    ]
+    return "\n".join(lines) + "\n"
