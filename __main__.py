@@ -9,6 +9,7 @@ command whose input cannot be used prints one line on stderr, exits with code 2 
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -192,7 +193,7 @@ def annotate(args: Args) -> int:
         from scmmgpt.commands.results import write_table
 
         evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
-        write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
+        write_table(args.evidence, itertools.chain(evidence.group_rows(), evidence.cell_rows(adata.obs_names)))
     finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
     return 0
 
