@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
+from scmmgpt.commands.errors import OneLineParser, explain, number, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -41,6 +41,7 @@ from scmmgpt.commands.options import (
 )
 from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.commands.sources import Source, outputs_of, read_adata
+from scmmgpt.commands.storage import run_staged
 from scmmgpt.readers.label_lists import read_text, read_words
 
 
@@ -56,6 +57,11 @@ ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+
+
+def run_words(argv: list[str]) -> int:
+    """Run a command line of paths."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -162,6 +168,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
     sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
     sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results")
+
+    sub = command(plan)
+    add_input(sub)
+    sub.add_argument("--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)")
+    sub.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
+    sub.add_argument(
+        "--workers", type=number(int, 1), nargs="+", metavar="N", help="processes or GPUs (default: 1, and the cores)"
+    )
+    text = "time to measure for (default: 20)"
+    sub.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
 
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
@@ -401,6 +417,25 @@ def report(args: Args) -> None:
     write(args, {"output": str(args.output), "cells": adata.n_obs})
 
 
+def plan(args: Args) -> None:
+    """Measure what a cell costs here, and compute time, memory and storage for many cells and workers."""
+    import time
+
+    from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.partitions import Job, default_options
+    from scmmgpt.commands.plan import describe_plan, measure
+
+    find_checkpoint(args.model)
+    began = time.perf_counter()
+    pipeline = load_pipeline(args)
+    loaded = time.perf_counter() - began
+    job = Job(args.verb, args.model, args.device, args.batch_size, default_options(args.verb), read_options(args))
+    costs = measure(job, pipeline, Source(args.file, args.split, args.model), loaded, args.seconds)
+    workers = args.workers or sorted({1, os.cpu_count() or 1})
+    found, lines = describe_plan(costs, args.cells, workers)
+    write(args, found, lines)
+
+
 def export(args: Args) -> None:
     """Write the language model and the encoder of cells apart, for engines that serve language models."""
     from scmmgpt.commands.checkpoints import check_checkpoint
@@ -495,7 +530,7 @@ def run_in_partitions(
     tables = (getattr(args, "table", None), getattr(args, "columns", []))
     summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
     for line in failures:
-        sys.stderr.write(f"scmmgpt {args.command}: {line}\n")
+        sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     write(args, {"output": str(args.output), **summary})
     return INCOMPLETE if failures else 0
 
@@ -570,7 +605,7 @@ def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
     if lines is None:
         lines = (f"{name}: {value}" for name, value in result.items())
     try:
-        sys.stdout.write((json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
+        sys.stdout.write(reworded(json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
