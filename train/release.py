@@ -35,7 +35,7 @@ from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.scoring_scmmgpt import encode_texts
+from scmmgpt.scoring_scmmgpt import text_states
 from scmmgpt.train import align, tune
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.captions import CaptionSampler
@@ -215,8 +215,8 @@ def fit_pooled_gate(
     cells = Cells.from_csr(counts[rows], np.arange(counts.shape[1]))
     texts = model.config.label_readout["texts"]
     named = [named_genes(text, processor.gene_index) for text in texts]
-    features = encode_texts(model, processor, texts).double().cpu().numpy()
-    return fit_gate(model.label_readout, cells, meanings[codes[rows]].argmax(axis=1), features, named)
+    states = text_states(model, processor, texts)
+    return fit_gate(model.label_readout, cells, meanings[codes[rows]].argmax(axis=1), states, named)
 
 
 def write_checkpoint(tuned: Path, output: Path, corpus: Corpus, table: Mapping[str, Any]) -> Path:
