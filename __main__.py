@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, explain, number, run_command
+from scmmgpt.commands.errors import OneLineParser, explain, number, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -27,8 +27,20 @@ from scmmgpt.commands.files import (
     table_suffix,
     whole_file,
 )
+from scmmgpt.commands.options import (
+    FORMATS,
+    READ_HELP,
+    add_annotation,
+    add_generation,
+    add_input,
+    add_model,
+    add_output,
+    add_partitions,
+    add_reading,
+)
 from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.commands.sources import Source, outputs_of, read_adata
+from scmmgpt.commands.storage import run_staged
 from scmmgpt.readers.label_lists import read_text, read_words
 
 
@@ -40,17 +52,15 @@ if TYPE_CHECKING:
 Args = argparse.Namespace
 
 ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no result
-FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
-READ_HELP = {
-    "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
-    "assume": "kind of the matrix's values, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
-    "gene_column": "column of var with gene symbols or Ensembl ids (default: the best one found)",
-    "organism": "organism of the cells (default: detected)",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+
+
+def run_words(argv: list[str]) -> int:
+    """Run a command line of paths."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -60,13 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
     outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
+    extra = "eval" if args.command == "report" else "train"
 
     def work() -> int | None:
         if getattr(args, "has_own_model", False):
             choose_model(args)
         return args.run(args)
 
-    return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs)
+    return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -148,6 +159,25 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--input", type=Path, metavar="FILE", help=text)
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
 
+    sub = command(report)
+    sub.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
+    sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+    add_model(sub, default="none; needed for cells without results")
+    add_reading(sub)
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
+    sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
+    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results")
+
+    sub = command(plan)
+    add_input(sub)
+    sub.add_argument("--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)")
+    sub.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
+    sub.add_argument(
+        "--workers", type=number(int, 1), nargs="+", metavar="N", help="processes or GPUs (default: 1, and the cores)"
+    )
+    text = "time to measure for (default: 20)"
+    sub.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
+
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write; a new one")
@@ -156,104 +186,6 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(doctor)
     sub.add_argument("--json", action="store_true", help="print the versions as JSON")
     return parser
-
-
-def add_annotation(parser: argparse.ArgumentParser) -> None:
-    """Options of `annotate`."""
-    add_input(parser, count="+")
-    add_output(parser)
-    add_partitions(parser)
-    text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
-    parser.add_argument(
-        "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
-    )
-    parser.add_argument(
-        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
-    )
-    text = "table of the genes that drove each label (checkpoints with a label readout)"
-    parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
-    parser.add_argument(
-        "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
-    )
-    text = "look at all cells first, and correct labels that were never trained by the cells most like them"
-    parser.add_argument("--read-batch", action="store_true", help=text)
-
-
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Options of `generate`."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="descriptions, one a line")
-    parser.add_argument("--stored-labels", action="store_true", help="one prompt for each label of the checkpoint")
-    add_model(parser)
-    add_output(parser, table=False)
-    parser.add_argument("--n-cells", type=number(int, 1), default=1, metavar="N", help="cells per prompt (default: 1)")
-    genes = parser.add_mutually_exclusive_group()
-    genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
-    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
-    parser.add_argument(
-        "--library-size",
-        type=number(float, 0, above=True),
-        metavar="N",
-        help="counts of a sampled cell (default: of training)",
-    )
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
-
-
-def add_model(parser: argparse.ArgumentParser, required: bool = False, default: str | None = None) -> None:
-    """Options of the checkpoint and of how it runs; `default` in words, if it is not that of the package."""
-    text = "folder, or model id on the Hub" + ("" if required else f" (default: {default or 'that of this package'})")
-    parser.set_defaults(has_own_model=not required and default is None)
-    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=text)
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
-    parser.add_argument(
-        "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
-    )
-    parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
-
-
-def add_input(
-    parser: argparse.ArgumentParser, split: str = "test", count: str | None = None, writes_model: bool = False
-) -> None:
-    """The file of cells (`count` `"+"`: several, `"?"`: at most one), the model, and how to read the file."""
-    text = f"{FORMATS}, or a corpus{'; or folders of them' if count == '+' else ''}"
-    parser.add_argument("file", type=Path, metavar="FILE", help=text, nargs=count)
-    parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
-    add_model(parser, required=writes_model)
-    add_reading(parser)
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How to read the file of cells."""
-    reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` shows the choices made")
-    for name, text in READ_HELP.items():
-        reading.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=text)
-    reading.add_argument("--force", action="store_true", help="read FILE even if few genes match")
-
-
-def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: bool = True) -> None:
-    """Files of the result."""
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
-    if table:
-        text = (
-            "table of the added columns of obs" if columns else "table of labels, clusters and doubtful cells, ranked"
-        )
-        parser.add_argument("--table", type=Path, metavar="OUT.csv", help=text)
-    if table and columns:
-        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
-
-
-def add_partitions(parser: argparse.ArgumentParser) -> None:
-    """Where the work is done, for many cells."""
-    group = parser.add_argument_group("many cells", "a second run goes on where one stopped; see docs/scale.md")
-    where = group.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=number(int, 1), metavar="N", help="processes of this machine")
-    where.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster that sees the same folders")
-    text = "most cells of a partition, in steps of 4,096; changes no result (default: 16384)"
-    group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
-    if isinstance(parser, OneLineParser):
-        parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume"}
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -462,6 +394,46 @@ def verify(args: Args) -> int:
     return 0 if report["verified"] else 1
 
 
+def report(args: Args) -> None:
+    """Write a page about the results of a file: map, labels, evidence, descriptions, warnings, receipt."""
+    from scmmgpt.commands.report import KEY, report_page
+
+    if args.output.suffix not in (".html", ".htm"):
+        raise ValueError(f"--output is {str(args.output)!r}; its name must end in .html.")
+    check_paths({"FILE": args.file, "--model": args.model}, {"--output": args.output})
+    check_file(args.output)
+    adata = read_adata(args.file, args.split, args.model)
+    if f"{KEY}_cell_type" not in adata.obs and args.model is not None:
+        pipeline = load_pipeline(args)
+        pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
+        if pipeline.can_explain:
+            pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
+    with log_if_slow("Drawing the page"):
+        page = report_page(adata, args.file.name, args.label_key)
+    with whole_file(args.output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    write(args, {"output": str(args.output), "cells": adata.n_obs})
+
+
+def plan(args: Args) -> None:
+    """Measure what a cell costs here, and compute time, memory and storage for many cells and workers."""
+    import time
+
+    from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.partitions import Job, default_options
+    from scmmgpt.commands.plan import describe_plan, measure
+
+    find_checkpoint(args.model)
+    began = time.perf_counter()
+    pipeline = load_pipeline(args)
+    loaded = time.perf_counter() - began
+    job = Job(args.verb, args.model, args.device, args.batch_size, default_options(args.verb), read_options(args))
+    costs = measure(job, pipeline, Source(args.file, args.split, args.model), loaded, args.seconds)
+    workers = args.workers or sorted({1, os.cpu_count() or 1})
+    found, lines = describe_plan(costs, args.cells, workers)
+    write(args, found, lines)
+
+
 def export(args: Args) -> None:
     """Write the language model and the encoder of cells apart, for engines that serve language models."""
     from scmmgpt.commands.checkpoints import check_checkpoint
@@ -556,7 +528,7 @@ def run_in_partitions(
     tables = (getattr(args, "table", None), getattr(args, "columns", []))
     summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
     for line in failures:
-        sys.stderr.write(f"scmmgpt {args.command}: {line}\n")
+        sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     write(args, {"output": str(args.output), **summary})
     return INCOMPLETE if failures else 0
 
@@ -631,7 +603,7 @@ def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
     if lines is None:
         lines = (f"{name}: {value}" for name, value in result.items())
     try:
-        sys.stdout.write((json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
+        sys.stdout.write(reworded(json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -290,9 +290,12 @@ class Cells:
             data = data.astype(np.float64 if data.dtype.kind == "f" else np.int64)
         elif data.dtype.kind != "f" and data.dtype.itemsize < 4:  # a row may hold a column twice
             data = data.astype(np.int32)
-        to_genes = name_genes if kernels_pay(len(indptr) - 1) else _name_genes_numpy
-        n_ids = int(ids.max(initial=-1)) + 1
-        indptr, gene_ids, counts, sums = to_genes(indptr, columns, data, ids, n_ids, sums_columns)
+        if kernels_pay(len(indptr) - 1):
+            n_ids, room = int(ids.max(initial=-1)) + 1, (np.empty(len(data), np.int32), np.empty_like(data))
+            named = name_genes(indptr, columns, data, ids, n_ids, sums_columns, *room)[:4]
+        else:
+            named = _name_genes_numpy(indptr, columns, data, ids)
+        indptr, gene_ids, counts, sums = named
         if cell_ids is None:
             cell_ids = np.arange(len(indptr) - 1, dtype=np.uint64)
         return cls(indptr, gene_ids, counts, cell_ids, sums if total_counts is None else total_counts)
@@ -345,7 +348,7 @@ def _row_sums(data: np.ndarray, indptr: np.ndarray) -> np.ndarray:
 
 
 def _name_genes_numpy(
-    indptr: np.ndarray, columns: np.ndarray, data: np.ndarray, ids: np.ndarray, n_ids: int, has_repeats: bool
+    indptr: np.ndarray, columns: np.ndarray, data: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What [`name_genes`] does, in NumPy."""
     totals, gene_ids = _row_sums(data, indptr), ids[columns]

@@ -6,7 +6,7 @@ trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, 
 ```
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,11 @@ class ScMMGPTDataCollator(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Follow the trainer, which counts epochs in fractions of `max_steps` where the dataset has no length."""
         self.epoch += 1
+
+    @staticmethod
+    def with_length(dataset: Any, n_rows: int | None = None) -> "SizedRows":
+        """A streamed dataset with the length by which a trainer resumes in the right epoch; see [`SizedRows`]."""
+        return SizedRows(dataset, n_rows)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """The batch of some rows."""
@@ -138,6 +143,35 @@ class ScMMGPTDataCollator(TrainerCallback):
         if cells is not None and len(cells):
             batch.update(self.processor(cells=Cells.concatenate([cells, cells]), epoch=epoch))
         return batch
+
+
+class SizedRows(torch.utils.data.IterableDataset):
+    """A streamed dataset whose length is known.
+
+    `Trainer` counts steps alone where a dataset has no length: it takes a resumed run for one in the first epoch,
+    skips that epoch, and goes on with the second. With the length it finds epoch and step, and `set_epoch`, which
+    shuffles a stream of `datasets` anew, has the right number. On several processes, set
+    `accelerator_config={"dispatch_batches": False}`, since batches differ in shape.
+
+    Args:
+        dataset: A `datasets.IterableDataset`, or any iterable that repeats itself; `set_epoch` is passed on.
+        n_rows: Number of rows; by default counted, which reads the dataset once.
+    """
+
+    def __init__(self, dataset: Any, n_rows: int | None = None) -> None:
+        self.dataset = dataset
+        self.n_rows = sum(1 for _ in dataset) if n_rows is None else n_rows
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the dataset, if the dataset has epochs."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 def read_rows(rows: Sequence[Mapping[str, Any]], processor: Any = None) -> tuple[Cells | None, dict[str, Any]]:

@@ -73,11 +73,11 @@ def _name_row(
     Columns have to ascend, values to lie between 0 and `LARGEST_VALUE`.
     """
     n, total, last, n_ascending, n_sound = ZERO, 0.0, np.int32(-1), 0, 0
-    for i in range(len(columns)):  # without a branch: the next entry overwrites one that has no gene
+    for i in range(len(columns)):  # without a branch: the next entry overwrites one that does not stay
         column, value = columns[i], values[i]
         gene = ids[np.uint32(column)]
         gene_ids[n], counts[n] = gene, value
-        n += np.uint64(gene >= 0)
+        n += np.uint64((gene >= 0) & (value != 0))
         total += value
         n_sound += (value >= 0) & (value <= LARGEST_VALUE)
         n_ascending += column > last
@@ -86,20 +86,22 @@ def _name_row(
 
 
 @_compiled
-def find_entries(matrix: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
-    """What [`name_genes`] returns, of a row-major matrix `(C, V)` whose columns have different genes or none.
+def find_entries(
+    matrix: np.ndarray, ids: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
+    """[`name_genes`] of a row-major matrix `(C, V)` whose columns have different genes or none.
 
-    The last result tells whether all values lie between 0 and `LARGEST_VALUE`.
+    Where the arrays for `gene_ids` and `counts` are too short, longer ones are made.
     """
     (n_rows, n_columns), n, are_sound = matrix.shape, ZERO, True
     indptr, totals, whole = np.zeros(n_rows + 1, np.int64), np.empty(n_rows), n_columns - n_columns % BLOCK
     is_filled, columns = np.zeros(whole + BLOCK, np.uint8), np.empty(n_columns + 4, np.int32)
     fours, busy, found = is_filled.view(np.uint32), np.empty(n_columns, np.int32), np.empty(n_columns, matrix.dtype)
-    size = 2 * n_columns + n_rows * n_columns // 8  # one entry in eight, to begin with
-    gene_ids, counts = np.empty(size, np.int32), np.empty(size, matrix.dtype)
     for row in range(n_rows):
         if n + n_columns > len(counts):
-            gene_ids, counts = np.append(gene_ids, np.empty_like(gene_ids)), np.append(counts, np.empty_like(counts))
+            more = n_columns + len(counts) // 4
+            gene_ids = np.append(gene_ids, np.empty(more, np.int32))
+            counts = np.append(counts, np.empty(more, counts.dtype))
         values, n_busy, n_found = matrix[row], ZERO, ZERO
         for first in range(0, whole, BLOCK):
             for column in range(first, first + BLOCK):  # becomes vector instructions
@@ -124,21 +126,28 @@ def find_entries(matrix: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.nd
 
 @_compiled
 def name_genes(
-    indptr: np.ndarray, columns: np.ndarray, data: np.ndarray, ids: np.ndarray, n_ids: int, has_repeats: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    indptr: np.ndarray,
+    columns: np.ndarray,
+    data: np.ndarray,
+    ids: np.ndarray,
+    n_ids: int,
+    has_repeats: bool,
+    gene_ids: np.ndarray,
+    counts: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
     """Turns columns `int32 (E,)` into genes of the vocabulary; counts of one gene add up at its first place.
 
     `ids` is `int32 (V,)`: the gene of each column, below `n_ids`, or -1; no gene twice unless `has_repeats`. Returns
-    `indptr`, `gene_ids` (`int32`) and `counts` of the entries with a gene, and sums of all entries, `float64 (C,)`.
+    `indptr`, `gene_ids` (`int32`) and `counts` of the entries with a gene, without stored zeros, sums of all entries,
+    `float64 (C,)`, and whether all of them lie between 0 and `LARGEST_VALUE`.
     """
     kept_indptr, totals, n = np.zeros(len(indptr), np.int64), np.empty(len(indptr) - 1), ZERO
-    gene_ids, counts = np.empty(len(data), np.int32), np.empty(len(data), data.dtype)
-    place_of = np.full(n_ids, -1, np.int32)
+    place_of, are_sound = np.full(n_ids, -1, np.int32), True
     for row in range(len(totals)):
         first, start, stop = n, indptr[row], indptr[row + 1]
         row_columns, row_data = columns[start:stop], data[start:stop]
-        n_kept, totals[row], ascend, _ = _name_row(row_columns, row_data, ids, gene_ids[n:], counts[n:])
-        n += n_kept
+        n_kept, totals[row], ascend, is_sound = _name_row(row_columns, row_data, ids, gene_ids[n:], counts[n:])
+        are_sound, n = are_sound and is_sound, n + n_kept
         if has_repeats or not ascend:
             n = first
             for entry in range(first, first + n_kept):
@@ -150,7 +159,7 @@ def name_genes(
                     place_of[gene], gene_ids[n], counts[n] = n, gene, count
                     n += ONE
         kept_indptr[row + 1] = n
-    return kept_indptr, gene_ids[:n], counts[:n], totals
+    return kept_indptr, gene_ids[:n], counts[:n], totals, are_sound
 
 
 @_compiled

@@ -21,9 +21,9 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay
+    from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
 except ImportError:  # beside the other files of a checkpoint
-    from kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay
+    from kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
 
 
 N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
@@ -136,12 +136,8 @@ def is_in_memory(matrix: Any) -> bool:
     return isinstance(matrix, np.ndarray) or isinstance(getattr(matrix, "data", None), np.ndarray)
 
 
-def read_rows(matrix: Any, start: int, stop: int, ids: np.ndarray | None = None) -> CountRows:
-    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept.
-
-    With `ids`, int32 `(n_vars,)`, the gene of each column, none twice, or -1, rows of a dense matrix of counts may
-    have genes for `indices`. They have `sums` then, and no entries without a gene.
-    """
+def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
+    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept."""
     if getattr(matrix, "format", None) == "csr" and is_in_memory(matrix):  # where SciPy would copy the entries
         entries = slice(matrix.indptr[start], matrix.indptr[stop])
         indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
@@ -162,12 +158,45 @@ def read_rows(matrix: Any, start: int, stop: int, ids: np.ndarray | None = None)
     block = np.ascontiguousarray(block)
     if not (is_known and kernels_pay(len(block))):
         return _checked(CountRows(*_find_entries_numpy(block), block.shape))
-    if ids is not None and block.dtype.itemsize >= 4:  # `Cells.from_csr` has shorter integers widened
-        indptr, gene_ids, data, sums, are_sound = find_entries(block, ids)
-        if are_sound:
-            return CountRows(indptr, gene_ids, data, block.shape, sums=sums)
-    indptr, columns, data, _, _ = find_entries(block, np.arange(block.shape[1], dtype=np.int32))
+    indptr, columns, data, *_ = find_entries(block, np.arange(block.shape[1], dtype=np.int32), *_room(block))
     return _checked(CountRows(indptr, columns, data, block.shape))
+
+
+def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows | None:
+    """Rows `start:stop` of a matrix of counts in memory, in one pass: what [`read_rows`] and `Cells.from_csr` give.
+
+    Args:
+        ids: int32 `(n_vars,)`: the gene of each column, none twice, or -1.
+
+    Returns:
+        Rows with ids of genes for `indices`, the entries without a gene left out, and `sums`. `None` if this takes
+        more than a pass, as for short integers, and if a value can't be a count.
+    """
+    data, is_sparse = getattr(matrix, "data", None), getattr(matrix, "format", None) == "csr"
+    values = data if is_sparse else matrix
+    if not (isinstance(values, np.ndarray) and values.dtype.isnative):
+        return None
+    if not (values.dtype in (np.float32, np.float64) or values.dtype.kind in "iu" and values.dtype.itemsize >= 4):
+        return None
+    if not is_sparse:
+        block = np.ascontiguousarray(matrix[start:stop])
+        indptr, gene_ids, data, sums, are_sound = find_entries(block, ids, *_room(block))
+    elif matrix.indices.dtype == np.int32:
+        entries = slice(matrix.indptr[start], matrix.indptr[stop])
+        indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
+        columns, values, n_ids = matrix.indices[entries], matrix.data[entries], int(ids.max(initial=-1)) + 1
+        room = np.empty(len(columns), np.int32), np.empty_like(values)
+        indptr, gene_ids, data, sums, are_sound = name_genes(indptr, columns, values, ids, n_ids, False, *room)
+    else:
+        return None
+    return CountRows(indptr, gene_ids, data, (stop - start, len(ids)), sums=sums) if are_sound else None
+
+
+def _room(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays for the entries of a dense matrix, if some of its rows are like the others: fresh memory takes time."""
+    some = block[:: 1 + len(block) // 32]
+    size = block.shape[1] + int(1.25 * len(block) * np.count_nonzero(some) / max(1, len(some)))
+    return np.empty(size, np.int32), np.empty(size, block.dtype)
 
 
 def _checked(rows: CountRows) -> CountRows:

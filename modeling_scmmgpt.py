@@ -61,7 +61,8 @@ MAX_LOGIT_SCALE = math.log(100)
 # fitted to; in training the language model sees hardly a mixture of labels. With 4 it names the most probable label of
 # all held-out cells of the demo, with 1 of 86 to 96 % (`train/LOG.md`).
 LABEL_SHARPNESS = 4.0
-CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask", "profile_gene_ids", "profile", "readout_scores")
+CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")  # of the cell model
+PROMPT_CELL_INPUTS = (*CELL_INPUTS, "profile_gene_ids", "profile", "readout_scores")  # the last three are optional
 OTHER_PARTS = r"(?!model\.language_model\.).+"  # names of all modules that are not of the language model
 LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' `loss_function`
 # Linear layers that LoRA adapts, by their names in Llama and its kin, Phi, GPT-2 and GPT-NeoX.
@@ -470,7 +471,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
     @with_own_weights
     def query_cells(
         self,
-        cell_states: Tensor,
+        gene_states: Tensor,
         cell_attention_mask: Tensor | None = None,
         text_embeds: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
@@ -482,26 +483,26 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         The result is `(num_rows, num_query_tokens [+ text_length], qformer_config.hidden_size)`.
 
         Args:
-            cell_states: `(num_cells, num_genes, cell_config.hidden_size)` from `encode_cells`.
+            gene_states: `(num_cells, num_genes, cell_config.hidden_size)` from `encode_cells`.
             cell_attention_mask: `(num_cells, num_genes)`.
             text_embeds: `(num_rows, text_length, qformer_config.hidden_size)`, texts for the queries to attend to.
             qformer_attention_mask: `(num_rows, text_length)`, or a float mask that is added to the attention scores,
                 `(num_rows, 1, num_query_tokens + text_length, num_query_tokens + text_length)`.
             cell_rows, projected: See [`ScMMGPTCellAttention`].
         """
-        num_rows = len(cell_states if cell_rows is None else cell_rows)
+        num_rows = len(gene_states if cell_rows is None else cell_rows)
         queries = self.query_tokens.expand(num_rows, -1, -1)  # (rows, Q, W)
         if text_embeds is not None:
             queries = torch.cat([queries, text_embeds.to(queries.dtype)], dim=1)  # (rows, Q + T, W)
             if qformer_attention_mask is not None and qformer_attention_mask.dim() == 2:
                 qformer_attention_mask = F.pad(qformer_attention_mask, (self.config.num_query_tokens, 0), value=1)
         if cell_attention_mask is not None:
-            cell_attention_mask = additive_mask(cell_attention_mask[:, None, None], cell_states.dtype)
+            cell_attention_mask = additive_mask(cell_attention_mask[:, None, None], gene_states.dtype)
         return self.qformer(
             query_embeds=queries,
             query_length=self.config.num_query_tokens,
             attention_mask=qformer_attention_mask,
-            encoder_hidden_states=cell_states,
+            encoder_hidden_states=gene_states,
             encoder_attention_mask=cell_attention_mask,
             cell_rows=cell_rows,
             projected=projected,
@@ -541,8 +542,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             return_dict: Whether to return an output, as such methods of transformers do: the features are its
                 `pooler_output`, and the states of the queries its `last_hidden_state`.
         """
-        cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
-        states = self.query_cells(cell_states, cell_attention_mask)
+        gene_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
+        states = self.query_cells(gene_states, cell_attention_mask)
         features = self.project_cells(states, profile_gene_ids, profile)
         return BaseModelOutputWithPooling(states, features) if return_dict else features
 
@@ -614,11 +615,11 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             cell_attention_mask = torch.ones_like(gene_ids)
         if qformer_attention_mask is None:
             qformer_attention_mask = torch.ones_like(qformer_input_ids)
-        cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
+        gene_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)
         cells, texts = pairs.unbind(dim=1)
         logits = self.matching_logits(
-            cell_states, cell_attention_mask, text_embeds[texts], qformer_attention_mask[texts], cell_rows=cells
+            gene_states, cell_attention_mask, text_embeds[texts], qformer_attention_mask[texts], cell_rows=cells
         )
         return logits.softmax(dim=-1)[:, 1]
 
@@ -695,11 +696,11 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             qformer_attention_mask = torch.ones_like(qformer_input_ids)
 
         # step 1: cells and texts, each alone, into the shared space
-        cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (B, G, D)
+        gene_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (B, G, D)
         # Keys and values are kept for the next passes, unless gradient checkpointing should save their memory.
         checkpointing = self.training and self.qformer.encoder.gradient_checkpointing
         projected: dict | None = None if checkpointing else {}
-        query_states = self.query_cells(cell_states, cell_attention_mask, projected=projected)  # (B, Q, W)
+        query_states = self.query_cells(gene_states, cell_attention_mask, projected=projected)  # (B, Q, W)
         cell_features = self.project_cells(query_states, profile_gene_ids, profile)  # (B, Q, P)
         text_embeds = self.qformer_embeddings(input_ids=qformer_input_ids)  # (B, T, W)
         text_features = self.project_texts(self.encode_texts(text_embeds, qformer_attention_mask))  # (B, P)
@@ -709,7 +710,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
 
         if text_ids is None:
             text_ids = hash_texts(qformer_input_ids, qformer_attention_mask)
-        pairs = cell_states, cell_attention_mask, text_embeds, qformer_attention_mask
+        pairs = gene_states, cell_attention_mask, text_embeds, qformer_attention_mask
         losses: dict[str, Tensor] = {}
         # step 2: contrast over the whole batch of all ranks
         if self.config.contrastive_weight:
@@ -746,7 +747,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         self,
         similarity: Tensor,
         text_ids: Tensor,
-        cell_states: Tensor,
+        gene_states: Tensor,
         cell_attention_mask: Tensor,
         text_embeds: Tensor,
         qformer_attention_mask: Tensor,
@@ -763,20 +764,20 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             wrong = text_ids[:, None] != text_ids[None]  # (B, B)
             wrong_texts, has_wrong_text = sample_hard_negatives(logits, wrong)
             wrong_cells, has_wrong_cell = sample_hard_negatives(logits.t(), wrong.t())
-        rows = torch.arange(len(cell_states), device=cell_states.device)[:size]
+        rows = torch.arange(len(gene_states), device=gene_states.device)[:size]
         cells = torch.cat([rows, rows, wrong_cells[:size]])
         texts = torch.cat([rows, wrong_texts[:size], rows])
         has_negative = torch.cat([has_wrong_text[:size], has_wrong_cell[:size]])
         is_match = torch.cat([torch.ones_like(rows), torch.where(has_negative, 0, IGNORED_LABEL)])
         texts_of_pairs = text_embeds.index_select(0, texts), qformer_attention_mask[texts]
         matching_logits = self.matching_logits(
-            cell_states, cell_attention_mask, *texts_of_pairs, cell_rows=cells, projected=projected
+            gene_states, cell_attention_mask, *texts_of_pairs, cell_rows=cells, projected=projected
         )
         return F.cross_entropy(matching_logits.float(), is_match, ignore_index=IGNORED_LABEL)
 
     def captioning_loss(
         self,
-        cell_states: Tensor,
+        gene_states: Tensor,
         cell_attention_mask: Tensor,
         text_embeds: Tensor,
         qformer_attention_mask: Tensor,
@@ -791,7 +792,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
         visible = visible[None] & F.pad(qformer_attention_mask.bool(), (num_queries, 0), value=True)[:, None]
         visible = visible | torch.eye(total, dtype=torch.bool, device=text_embeds.device)  # no empty softmax
         mask = additive_mask(visible[:, None], text_embeds.dtype)
-        states = self.query_cells(cell_states, cell_attention_mask, text_embeds, mask, projected=projected)
+        states = self.query_cells(gene_states, cell_attention_mask, text_embeds, mask, projected=projected)
         states = states[:, num_queries:]  # (B, T, W)
         logits = F.linear(states[:, :-1], self.qformer_embeddings.word_embeddings.weight)  # (B, T - 1, vocabulary)
         labels = qformer_input_ids[:, 1:].masked_fill(qformer_attention_mask[:, 1:] == 0, IGNORED_LABEL)
@@ -954,8 +955,8 @@ class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
         """
         tokens = []
         if self.config.cell_tokens != "labels":
-            cell_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
-            queries = self.query_cells(cell_states, cell_attention_mask) - self.query_means  # (C, Q, W)
+            gene_states = self.encode_cells(gene_ids, expression, cell_attention_mask)  # (C, G, D)
+            queries = self.query_cells(gene_states, cell_attention_mask) - self.query_means  # (C, Q, W)
             tokens.append(self.language_projection(queries))
         if self.config.cell_tokens != "queries":
             if readout_scores is None:
@@ -1411,7 +1412,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self, input_ids: Any, *args: Any, inputs_embeds: Any = None, is_first_iteration: Any = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Pass the cells with the prompt only: afterwards the cache holds them."""
-        cells = {name: kwargs.pop(name, None) for name in CELL_INPUTS}
+        cells = {name: kwargs.pop(name, None) for name in PROMPT_CELL_INPUTS}
         kwargs.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
         parent: Any = super()
         inputs = parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
@@ -1429,7 +1430,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat samples for beams. A sample's cells repeat as a block: A B A B, not A A B B."""
-        cells = {name: model_kwargs.pop(name) for name in CELL_INPUTS if model_kwargs.get(name) is not None}
+        cells = {name: model_kwargs.pop(name) for name in PROMPT_CELL_INPUTS if model_kwargs.get(name) is not None}
         if cells and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
             placeholders = self.model.find_placeholders(

@@ -39,7 +39,7 @@ try:  # as a package or as remote code
         majority_vote,
         summarize_annotation,
     )
-    from .audit_scmmgpt import Audit, judge
+    from .audit_scmmgpt import Audit, Scratch, judge
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .evidence_scmmgpt import Evidence, Explainer, label_members
@@ -80,7 +80,7 @@ except ImportError:  # as a flat module in a clone
         majority_vote,
         summarize_annotation,
     )
-    from audit_scmmgpt import Audit, judge
+    from audit_scmmgpt import Audit, Scratch, judge
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from evidence_scmmgpt import Evidence, Explainer, label_members
@@ -446,8 +446,8 @@ class ScMMGPTPipeline:
     ) -> Audit:
         """Judge the labels that cells were given, by the model and by markers, and rank the doubtful ones.
 
-        The cells are annotated, too. A label of the file may be in any words, or broader than those of training; cells
-        of labels that the checkpoint does not know are not judged (`audit_scmmgpt`).
+        A label of the file may be in any words, or broader than those of training; cells of labels that the checkpoint
+        does not know are not judged (`audit_scmmgpt`). Results of [`annotate`] stay as they are.
 
         Args:
             label_key: Column of `obs` with the given labels.
@@ -461,10 +461,9 @@ class ScMMGPTPipeline:
         """
         given = _words(adata, label_key)
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        options = {"key_added": key_added, "batch_size": batch_size, **read_kwargs}
-        self.annotate(adata, **options)
-        probabilities = np.asarray(adata.obsm[f"{key_added}_probabilities"])
-        names = adata.uns[key_added]["annotate"]["labels"].tolist()
+        annotated = self.annotate(Scratch(adata), batch_size=batch_size, **read_kwargs)
+        probabilities = np.asarray(annotated.obsm["scmmgpt_probabilities"])
+        names = annotated.uns["scmmgpt"]["annotate"]["labels"].tolist()
         sets, set_of_cell = np.unique(given, return_inverse=True)
         terms = (self.model.config.annotation or {}).get("terms", [])
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
@@ -488,13 +487,13 @@ class ScMMGPTPipeline:
                 genes[rows] = words
                 odds_of = explainer.marker_odds(*entries[:3], own[rows], set_of_cell[rows])
                 marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
-        novelty = adata.obs.get(f"{key_added}_novelty", np.zeros(len(given)))
+        novelty = annotated.obs.get("scmmgpt_novelty", np.zeros(len(given)))
         audit = Audit(given, suggested, odds, marker_odds, genes, np.asarray(novelty) > 1, clusters)
         columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
         for name, values in {**columns_of, "audit_genes": audit.genes.astype(str)}.items():
             _add_obs(adata, f"{key_added}_{name}", values)
         done = {name.replace(" ", "_"): n for name, n in audit.summary().items()}
-        self._record(adata, key_added, None, audit={"label_key": label_key, **done})
+        self._record(adata, key_added, annotated.uns["scmmgpt"]["input"], audit={"label_key": label_key, **done})
         return audit
 
     def annotation_settings(

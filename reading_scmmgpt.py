@@ -28,6 +28,7 @@ try:  # as a package or as remote code
         find_species,
         match_genes,
     )
+    from .kernels_scmmgpt import kernels_pay
     from .matrices_scmmgpt import (
         LARGEST_VALUE,
         ROUNDED,
@@ -39,6 +40,7 @@ try:  # as a package or as remote code
         is_expression,
         is_in_memory,
         linearize,
+        name_rows,
         read_rows,
         row_major,
         sample_rows,
@@ -56,6 +58,7 @@ except ImportError:  # beside the other files of a checkpoint
         find_species,
         match_genes,
     )
+    from kernels_scmmgpt import kernels_pay
     from matrices_scmmgpt import (
         LARGEST_VALUE,
         ROUNDED,
@@ -67,6 +70,7 @@ except ImportError:  # beside the other files of a checkpoint
         is_expression,
         is_in_memory,
         linearize,
+        name_rows,
         read_rows,
         row_major,
         sample_rows,
@@ -75,6 +79,7 @@ except ImportError:  # beside the other files of a checkpoint
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 512  # rows read from a file at a time; conversion takes a dozen arrays of their values
+NAMED_ROWS = 4096  # of counts in memory, which are read in one pass
 CACHED_ROWS = 128  # of a matrix in memory: their values stay in the processor's cache until they are converted
 # Layers of velocity pipelines, each with a part of the reads: used only if `layer=` names one.
 PARTIAL_LAYERS = frozenset(
@@ -103,10 +108,10 @@ class InputChoice:
 
     def convert(self, adata: Any) -> Cells:
         """Cells of `adata`: the data of this choice, or a chunk of them with the same variables."""
-        return _join(self.iter_cells(adata), adata.shape[0])
+        return _join(self.iter_cells(adata, n_named=adata.shape[0]), adata.shape[0])
 
-    def iter_cells(self, adata: Any) -> Iterator[Cells]:
-        """Cells of `adata`, a chunk at a time. The size of the chunks changes no cell."""
+    def iter_cells(self, adata: Any, *, n_named: int = NAMED_ROWS) -> Iterator[Cells]:
+        """Cells of `adata`, a chunk at a time, of `n_named` at most. The size of the chunks changes no cell."""
         adata = _modality(adata)
         matrix = row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -120,21 +125,28 @@ class InputChoice:
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = _totals(adata, self.totals_column) if from_column else None
         ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
-        are_counts = self.verdict.kind == "raw_integer" and not sums_columns and self.match.is_gene.all()
         n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
-        for start in range(0, max(n_cells, 1), n_rows):
-            here = slice(start, min(start + n_rows, n_cells))
-            rows, failed = read_rows(matrix, here.start, here.stop, ids if are_counts else None), 0
-            if rows.sums is not None:
-                cells = Cells(rows.indptr, rows.indices, rows.data, cell_ids[here], rows.sums)
+        are_named = self.verdict.kind == "raw_integer" and self.match.is_gene.all() and not sums_columns
+        are_named = are_named and is_in_memory(matrix) and kernels_pay(n_cells)
+        start = 0
+        while True:
+            named = name_rows(matrix, start, min(start + n_named, n_cells), ids) if are_named else None
+            are_named, failed = named is not None, 0
+            if named is not None:
+                here = slice(start, start + named.shape[0])
+                cells = Cells(named.indptr, named.indices, named.data, cell_ids[here], named.sums)
             else:
-                rows = rows.columns(self.match.is_gene)
+                here = slice(start, min(start + n_rows, n_cells))
+                rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
                 _check_values(rows, adata.obs_names[here], var.index, self.source)
                 known = None if known_totals is None else known_totals[here]
                 counts, totals, failed = convert_rows(rows, self.verdict, known)
                 cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)
             self._count(cells, failed)
             yield cells
+            start = here.stop
+            if start >= n_cells:
+                return
 
     def _count(self, cells: Cells, failed: int) -> None:
         lengths = np.diff(cells.indptr)
@@ -146,10 +158,12 @@ class InputChoice:
 
 
 def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
-    """`Cells.concatenate` in half the memory: each part is copied and freed before the next."""
+    """`Cells.concatenate` in half the memory: each part is copied and freed before the next, a single one not."""
     gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
     lengths, cell_ids, totals, n = [], [], [], 0
     for part in parts:
+        if len(part) == n_cells:
+            return part
         lengths.append(np.diff(part.indptr))
         cell_ids.append(part.cell_ids)
         totals.append(part.library_sizes())

@@ -40,7 +40,8 @@ except ImportError:  # beside the other files of a checkpoint
     from kernels_scmmgpt import GOLDEN_GAMMA, ONE, mix64
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DIGITS = 16  # of a hash
 PACKAGES = ("scmmgpt", "torch", "transformers", "tokenizers", "numpy", "scipy", "anndata", "numba")

@@ -25,6 +25,7 @@ LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is w
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
 OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of reading, as messages of the library name them
+REWORDINGS: list[Callable[[str], str]] = []  # of everything that is said, such as addresses in place of their copies
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
 # Modules whose distribution has another name, where an error names what to install.
 DISTRIBUTIONS = {
@@ -145,7 +146,7 @@ def run_command(
         if debug:
             raise
         said = as_options(explain(error, inputs, outputs, extra), can_force=not name.startswith("scmmgpt.train"))
-        sys.stderr.write(f"{name}: {said}\n")
+        sys.stderr.write(reworded(f"{name}: {said}\n"))
         return FAILED
 
 
@@ -166,12 +167,19 @@ def as_options(text: str, *, can_force: bool = True) -> str:
     return re.sub(rf"`({'|'.join(OPTIONS)})=([^`]*)`", option, text)
 
 
+def reworded(text: str) -> str:
+    """A text for the user, after all `REWORDINGS`."""
+    for change in REWORDINGS:
+        text = change(text)
+    return text
+
+
 class _OptionWords(logging.Filter):
     """Puts log messages of this package into the words of the command line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("scmmgpt"):
-            record.msg, record.args = as_options(record.getMessage()), None
+            record.msg, record.args = reworded(as_options(record.getMessage())), None
         return True
 
 

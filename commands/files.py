@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-RESULTS = (".h5ad", ".csv")  # what commands write; another file within an input folder belongs to the input
+RESULTS = (".h5ad", ".csv", ".html")  # what commands write; another file within an input folder belongs to the input
 
 TABLES = (".csv", ".tsv", ".txt")  # also compressed
 COMPRESSED = (".gz", ".bz2", ".xz")

@@ -83,6 +83,13 @@ class Job:
         return json.loads(json.dumps(fields))  # as a file has it
 
 
+def default_options(verb: str) -> dict[str, Any]:
+    """The options of a verb that is given none."""
+    if verb == "embed":
+        return {"of": "cell-text"}
+    return dict.fromkeys(("labels", "cl_ids", "cluster_key", "min_score", "matching_weight"))
+
+
 @dataclass(frozen=True)
 class Partition:
     """A range of rows of a source, the decision how to read it, and the file to write."""
@@ -345,18 +352,23 @@ def spread(part: _Part, cells: Any, rows: np.ndarray) -> None:
 
 def compute_partition(task: Partition) -> int:
     """Compute the results of a partition and write them, whole; returns the number of cells."""
-    with _COMPUTING, _one_thread():
+    with _COMPUTING, one_thread():
         pipeline = _load(task.job.model, task.job.device, task.job.batch_size)
         choice = copy.deepcopy(task.choice)
         part = task.source.open_rows(task.start, task.stop)
-        if task.job.verb == "embed":
-            columns: dict[str, np.ndarray] = {}
-            arrays = {"embedding": pipeline.embed_cells(part, choice, task.job.options["of"])}
-        else:
-            columns, probabilities = pipeline.label_cells(part, _labelling(pipeline, choice, task.job.options))
-            arrays = {"probabilities": probabilities}
+        columns, arrays = compute_part(pipeline, part, choice, task.job)
         write_partition(task.path, part.obs_names, columns, arrays, choice.report["cells"])
     return task.stop - task.start
+
+
+def compute_part(
+    pipeline: "ScMMGPTPipeline", part: Any, choice: "InputChoice", job: Job
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Columns of `obs` and arrays of some cells of the data that `choice` was made for."""
+    if job.verb == "embed":
+        return {}, {"embedding": pipeline.embed_cells(part, choice, job.options["of"])}
+    columns, probabilities = pipeline.label_cells(part, _labelling(pipeline, choice, job.options))
+    return columns, {"probabilities": probabilities}
 
 
 _LOADED: "list[tuple[tuple[str, str | None, int | None], ScMMGPTPipeline]]" = []  # the checkpoint of this process
@@ -387,7 +399,7 @@ def _load(model: str, device: str | None, batch_size: int | None) -> "ScMMGPTPip
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute by one thread: with several, libraries add the terms of a sum in another order, to other last bits."""
     import torch
 

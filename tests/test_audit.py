@@ -119,6 +119,14 @@ def test_a_checkpoint_without_a_readout_judges_by_the_model_alone(tiny_pipeline,
     assert set(adata.obs["scmmgpt_audit"][adata.obs["cell_type"] == "monocyte"]) == {"not judged"}
 
 
+def test_an_audit_leaves_the_annotation_of_the_cells_as_it_is(pipeline, swapped):
+    pipeline.annotate(swapped, ["T cell", "monocyte"])
+    before = swapped.obs["scmmgpt_cell_type"].tolist(), dict(swapped.uns["scmmgpt"]["annotate"])
+    audit = pipeline.audit(swapped, "given")
+    assert (swapped.obs["scmmgpt_cell_type"].tolist(), dict(swapped.uns["scmmgpt"]["annotate"])) == before
+    assert audit.summary()["contradicted"] == 2
+
+
 def test_the_command_writes_obs_and_a_ranked_table(pipeline, swapped, tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "checkpoint")
     swapped.write_h5ad(tmp_path / "cells.h5ad")

@@ -3,10 +3,12 @@
 import numpy as np
 import pyarrow as pa
 
+from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.synthetic import tiny_pipeline
 from scmmgpt.train.corpus_readout import codes_of, fit_corpus_readout
 from scmmgpt.train.data.corpus import open_corpus
+from scmmgpt.train.unseen import add_gene_texts
 
 
 def model_for(corpus):
@@ -30,6 +32,21 @@ def test_the_readout_names_the_types_of_training_cells_and_survives_saving(corpu
     model.save_pretrained(tmp_path)
     loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path)
     np.testing.assert_array_equal(loaded.label_readout.for_genes()(cells), model.label_readout.for_genes()(cells))
+
+
+def test_texts_about_genes_are_kept_with_the_readout(corpus, monkeypatch, tmp_path):
+    corpus = open_corpus(corpus)
+    model, processor = model_for(corpus), tiny_pipeline().processor
+    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
+    fit_corpus_readout(model, corpus)
+    expressed = corpus.gene_symbols[model.label_readout.gene_ids[0]]
+    (tmp_path / "genes.csv").write_text(f"symbol,summary\n{expressed},It does much.\nNOGENE,Nothing.\n")
+    add_gene_texts(model.eval(), processor, tmp_path / "genes.csv")
+    assert model.config.label_readout["text_width"] == model.config.qformer_config.hidden_size
+    model.save_pretrained(tmp_path / "saved")
+    loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(loaded.label_readout.gene_texts, model.label_readout.gene_texts)
+    assert len(loaded.label_readout.gene_texts) == model.config.label_readout["num_genes"]
 
 
 def test_a_corpus_of_one_type_leaves_the_model_as_it_is(corpus, monkeypatch):

@@ -1,6 +1,8 @@
 """Cells of any dataset train like the cells of a corpus: the same batches, losses and weights."""
 
+import functools
 import json
+import os
 from pathlib import Path
 
 import anndata
@@ -135,6 +137,23 @@ def test_ranks_share_a_streamed_dataset_as_a_plain_trainer_shares_it(corpus):
     assert [len(rank) for rank in seen] == [6, 6]
     assert sum((a + b for a, b in zip(*seen, strict=True)), []) == everything  # 32 = 5 x 6 + 2
     assert seen[1][0] == everything[3:6]
+
+
+@pytest.mark.parametrize("batch_size", [3, 5, 8])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_read_the_same_batches_by_all_roads(corpus, collate, monkeypatch, batch_size, world_size):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)  # that of the corpus
+    roads = {"stream": load(corpus, streaming=True), "map-style": load(corpus), "own": own_rows(corpus)}
+    for rank in range(world_size):
+        options = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "shuffle": False}
+        ours = list(open_cells(open_corpus(corpus), **options).batches(1))
+        for name, cells in roads.items():
+            theirs = list(open_cells(cells, **options).batches(1))
+            found = [[part.cell_ids.tolist() for part, *_ in batches] for batches in (ours, theirs)]
+            assert found[0] == found[1], name
+            assert [epoch for *_, epoch in ours] == [epoch for *_, epoch in theirs]
+        later = [part.cell_ids.tolist() for part, *_ in open_cells(open_corpus(corpus), **options).batches(1, start=1)]
+        assert later == found[0][1:]
 
 
 def test_a_shuffled_stream_differs_between_epochs_and_resumes_in_each(corpus):
@@ -377,25 +396,50 @@ def test_a_label_that_is_held_out_alone_is_named(named_corpus, bert, tmp_path, c
     assert set(record["labels"]) == {"B cell", "T cell", "monocyte"}
 
 
-def by_hand(aligned, output_dir, trainer=ModelLossTrainer, **options):
+def by_hand(aligned, output_dir, trainer=ModelLossTrainer, resume=None, steps=20, **options):
     """A stage-1 model trained further by a trainer; the losses of its steps, and its weights."""
     model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
     arguments = TrainingArguments(
         output_dir,
         per_device_train_batch_size=8,
-        max_steps=20,
+        max_steps=steps,
         learning_rate=1e-3,
+        lr_scheduler_type="constant",
         logging_steps=1,
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
-        save_strategy="no",
+        save_steps=14,  # in epoch 3, of four steps each
         remove_unused_columns=False,
     )
     arguments.pretrained_learning_rate = None
     runner = trainer(model, arguments, **options)
-    runner.train()
+    runner.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [line["loss"] for line in runner.state.log_history if "loss" in line], model.state_dict()
+
+
+def by_hand_on_a_rank(corpus, aligned, output_dir, road):
+    """One of several processes: some steps on cells in their own order."""
+    order = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"]), "shuffle": False}
+    roads = {"fast": open_corpus, "streamed": functools.partial(load, streaming=True), "own": own_rows}
+    collate = AlignmentCollator(ScMMGPTProcessor.from_pretrained(aligned), CaptionSampler())
+    dataset = BatchDataset(open_cells(roads[road](corpus), batch_size=4, **order), collate)
+    found = by_hand(aligned, output_dir, train_dataset=dataset, steps=6)  # epochs have four
+    if order["rank"] == 0:
+        torch.save(found, output_dir / "found.pt")
+
+
+def test_two_processes_end_alike_by_all_roads(corpus, aligned, tmp_path, monkeypatch):
+    monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
+    runs = {}
+    for road in ("fast", "streamed", "own"):
+        run_ranks(by_hand_on_a_rank, corpus, aligned, tmp_path / road, road)
+        runs[road] = torch.load(tmp_path / road / "found.pt")
+    losses, weights = runs["fast"]
+    assert len(losses) == 6
+    for road in ("streamed", "own"):
+        assert runs[road][0] == losses, road
+        assert all(torch.equal(value, runs[road][1][name]) for name, value in weights.items()), road
 
 
 def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain_one(
@@ -412,6 +456,9 @@ def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain
     rows = collate.processor.data_collator(collate)
     runs = {
         "ours": by_hand(aligned, tmp_path / "a", train_dataset=stream, data_collator=rows),
+        "ours, resumed in epoch 3": by_hand(
+            aligned, tmp_path / "c", resume=tmp_path / "a" / "checkpoint-14", train_dataset=stream, data_collator=rows
+        ),
         "plain": by_hand(aligned, tmp_path / "b", Trainer, train_dataset=stream, data_collator=rows, callbacks=[rows]),
     }
     for name, (their_losses, their_weights) in runs.items():
@@ -441,6 +488,57 @@ def test_a_plain_trainer_that_resumes_in_epoch_three_ends_like_one_that_does_not
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         losses[name] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses["whole"] == losses["cut"]
+
+
+def plain_on_a_stream(corpus, aligned, collate, output_dir, checkpoint=None, *, sized, **options):
+    """Losses and cells of a plain trainer on a shuffled stream."""
+    seen = []
+
+    def note(cells, columns, *, epoch=0):
+        batch = collate(cells, columns, epoch=epoch)
+        batch["cell_ids"] = cells.cell_ids
+        return batch
+
+    class Watching(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            seen.append(inputs.pop("cell_ids").tolist())
+            return super().compute_loss(model, inputs, **kwargs)
+
+    rows = collate.processor.data_collator(note)
+    stream = load(corpus, streaming=True).shuffle(seed=3, buffer_size=16)
+    arguments = TrainingArguments(
+        output_dir,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        save_steps=14,
+        remove_unused_columns=False,
+        **options,
+    )
+    model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
+    dataset = rows.with_length(stream) if sized else stream
+    trainer = Watching(model, arguments, train_dataset=dataset, data_collator=rows, callbacks=[rows])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], seen
+
+
+def test_a_plain_trainer_resumes_exactly_on_a_shuffled_stream_whose_length_is_known(
+    corpus, aligned, collate, tmp_path
+):
+    options = {"sized": True, "num_train_epochs": 5}
+    whole, cells = plain_on_a_stream(corpus, aligned, collate, tmp_path, **options)
+    cut, cells_after = plain_on_a_stream(corpus, aligned, collate, tmp_path, tmp_path / "checkpoint-14", **options)
+    assert cells[0] != cells[4]
+    assert cells_after == cells[14:]  # in the fourth epoch of four steps
+    assert cut == whole
+    # Without the length a run is the same, but transformers resumes it in the wrong epoch.
+    options = {"sized": False, "max_steps": 20}
+    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", **options) == (whole, cells)
+    checkpoint = tmp_path / "un" / "checkpoint-14"
+    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", checkpoint, **options)[1] != cells[14:]
 
 
 def test_the_collator_makes_the_batches_of_stage_1_from_rows_with_captions(corpus, collate):

@@ -17,6 +17,8 @@ from scmmgpt.commands.files import whole_file
 
 COMMANDS = [
     "annotate",
+    "audit",
+    "report",
     "describe",
     "calibrate",
     "embed",

@@ -11,6 +11,7 @@ from scmmgpt.commands.checkpoints import check_checkpoint
 from scmmgpt.commands.errors import run_command, take_debug
 from scmmgpt.commands.files import check_folder, check_paths, exists, obey_umask
 from scmmgpt.commands.progress import log_if_slow
+from scmmgpt.commands.storage import run_staged
 
 
 ABOUT = {
@@ -33,7 +34,11 @@ COMMANDS = {name: f"data.{name}" if name in ("prepare", "cache") else name for n
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run_staged("scmmgpt.train", sys.argv[1:] if argv is None else argv, run_words)
+
+
+def run_words(argv: list[str]) -> int:
+    """Run a command line of paths."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write("usage: python -m scmmgpt.train COMMAND ...\n\n")
         sys.stdout.writelines(f"  {name:<10}{about}\n" for name, about in ABOUT.items())

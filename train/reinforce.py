@@ -29,7 +29,7 @@ from trl.trainer.utils import RepeatSampler
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.collator_scmmgpt import read_rows
-from scmmgpt.modeling_scmmgpt import CELL_INPUTS, ScMMGPTForConditionalGeneration
+from scmmgpt.modeling_scmmgpt import PROMPT_CELL_INPUTS, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train import adapter
 from scmmgpt.train.align import finish
@@ -116,12 +116,12 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
                 token = self.processing_class.cell_token
                 raise ValueError(f"A prompt mentions {mentioned} cells; write {token} once: {text!r}.")
         inputs = self.processing_class(text=texts, cells=self._shown).to(self.args.device)
-        self._cells = {name: inputs[name] for name in CELL_INPUTS}
+        self._cells = {name: inputs[name] for name in PROMPT_CELL_INPUTS if name in inputs}
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         return [ids[mask.bool()].tolist() for ids, mask in rows], None, self._cells
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self._cells = {name: inputs[name] for name in CELL_INPUTS}
+        self._cells = {name: inputs[name] for name in PROMPT_CELL_INPUTS if name in inputs}
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ The gate is fitted on episodes that leave one trained label out.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -156,7 +157,7 @@ def embed_once(embed: Callable[[list[str]], np.ndarray], texts: list[str]) -> np
     return np.stack([known[text] for text in texts])
 
 
-def add_gene_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, path: str | None) -> None:
+def add_gene_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, path: str | Path | None) -> None:
     """Give the label readout of a model the directions of genes of a table of texts, if there are both."""
     if path is None or getattr(model, "label_readout", None) is None:
         return

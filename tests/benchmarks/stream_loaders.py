@@ -151,16 +151,36 @@ def ours_tokens(data):
     return our_token_batches(our_stream(data))
 
 
+def trainer_batches(data, cells=None):
+    """What a trainer reads: the loader of `StreamTrainer` over the datasets that the commands make."""
+    from transformers import TrainingArguments
+
+    from scmmgpt.train.data.corpus import open_corpus
+    from scmmgpt.train.trainer import BatchLoader, make_datasets
+
+    corpus = open_corpus(data / "corpus", verify=False)
+    arguments = TrainingArguments(per_device_train_batch_size=BATCH_SIZE, use_cpu=True, report_to="none")
+    dataset, _ = make_datasets(corpus, our_tokens(our_stream(data)), arguments, cells=cells)
+    loader = BatchLoader(dataset)
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from (len(batch["gene_ids"]) for batch in loader)
+
+
 @loader
 def ours_dataset_tokens(data):
-    """The dataset of the trainers: finished batches, collated ahead in a thread."""
-    from scmmgpt.train.data.batches import BatchDataset
+    """Finished batches of a corpus, collated ahead in a thread."""
+    return trainer_batches(data)
 
-    stream = our_stream(data)
-    dataset = BatchDataset(stream, our_tokens(stream))
-    for epoch in itertools.count():
-        dataset.set_epoch(epoch)
-        yield from (len(batch["gene_ids"]) for batch in dataset)
+
+@loader
+def ours_streamed_tokens(data):
+    """Finished batches of a streamed dataset in its own order."""
+    import datasets
+
+    files = str(data / "corpus" / "data" / "train-*.parquet")
+    stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return trainer_batches(data, {"train": stream})
 
 
 @loader

@@ -263,6 +263,7 @@ def available_loaders():
         "ours_raw",
         "ours_raw_annotated",
         "ours_dataset_tokens",
+        "ours_streamed_tokens",
         "ours_published_raw",
         "ours_published_tokens",
         "annloader_raw",
@@ -318,6 +319,14 @@ def test_raw_batches_come_faster_than_from_annbatch(results):
 
 def test_finished_batches_come_thirty_times_as_fast_as_in_the_reference(results):
     assert speed_ratio(results, "ours_dataset_tokens", "reference_tokens") >= 30
+
+
+def test_what_trainers_read_comes_nearly_as_fast_as_the_stream_alone(results):
+    assert speed_ratio(results, "ours_dataset_tokens", "ours_tokens") >= 0.7
+
+
+def test_a_streamed_dataset_comes_to_trainers_faster_than_from_datasets_alone(results):
+    assert speed_ratio(results, "ours_streamed_tokens", "datasets_numpy_tokens") >= 1.5
 
 
 def test_the_published_layout_alone_comes_twelve_times_as_fast_as_in_the_reference(results):

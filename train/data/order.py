@@ -4,7 +4,8 @@
    cells of the blocks in this order are the sequence of the epoch. Balancing repeats cells in the sequence, or leaves
    them out.
 2. **Ranks.** Rank `r` of `n` owns the `r`-th of `n` equal stretches of the sequence. All ranks take equally many
-   steps: where the division leaves a remainder, a few cells occur on two ranks.
+   steps: where the division leaves a remainder, a few cells occur on two ranks. Without shuffling, batches of a fixed
+   number of cells are dealt in turn instead, rank 0 first, as transformers' `Trainer` deals a streamed dataset.
 3. **Pools.** Each stretch is cut into pools of some 8,000 cells, which are read together.
 4. **Batches.** Each pool is permuted and cut into batches, either of a fixed number of cells, or of cells of similar
    length within a number of tokens. The corpus stores the length of every cell in a column of its own, so batches are
@@ -203,6 +204,37 @@ class EpochOrder:
         return len(self._arrange(self._lengths(self._pieces(first, last)), first)[1])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Blocks, and rows of each, that are `[start, stop)` of the stretches of all ranks."""
+        if self.cells.shuffle or self.cells.batch_size is None or self.cells.world_size == 1:
+            return self._between(start, stop)
+        pieces: list[tuple[int, np.ndarray]] = []
+        for stretch in self._deal(start, stop, self.cells.batch_size):
+            for block, rows in self._between(*stretch):
+                if pieces and pieces[-1][0] == block:  # a block is read once for all its batches
+                    rows = np.concatenate([pieces.pop()[1], rows])
+                pieces.append((block, rows))
+        return pieces
+
+    def _deal(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+        """Stretches of the sequence that are `[start, stop)` of a rank's batches, where ranks take batches in turn.
+
+        The last step divides the cells that are left evenly, and repeats some of them where that leaves a remainder.
+        """
+        n_cells, n_ranks = int(self._ends[-1]), self.cells.world_size
+        n_whole, n_left = divmod(n_cells, size * n_ranks)  # steps
+        rank, at = divmod(start, self._share)
+        end = stop - rank * self._share
+        while at < end:
+            step, offset = divmod(at, size)
+            if step < n_whole:
+                first, n = (step * n_ranks + rank) * size + offset, min(size - offset, end - at)
+            else:
+                offset = (rank * (self._share - n_whole * size) + at - n_whole * size) % n_left
+                first, n = n_cells - n_left + offset, min(n_left - offset, end - at)
+            yield first, first + n
+            at += n
+
+    def _between(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """Blocks, and rows of each, that are `[start, stop)` of the sequence; after its end the sequence repeats."""
         pieces = []
         while start < stop:

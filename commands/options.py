@@ -1,0 +1,113 @@
+"""Options that several commands of `scmmgpt` share, or that one has many of."""
+
+import argparse
+from pathlib import Path
+
+from scmmgpt.commands.errors import OneLineParser, number
+
+
+FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
+READ_HELP = {
+    "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
+    "assume": "kind of the matrix's values, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
+    "gene_column": "column of var with gene symbols or Ensembl ids (default: the best one found)",
+    "organism": "organism of the cells (default: detected)",
+}
+
+
+def add_annotation(parser: argparse.ArgumentParser) -> None:
+    """Options of `annotate`."""
+    add_input(parser, count="+")
+    add_output(parser)
+    add_partitions(parser)
+    text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
+    parser.add_argument(
+        "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
+    )
+    parser.add_argument(
+        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
+    )
+    text = "table of the genes that drove each label (checkpoints with a label readout)"
+    parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
+    parser.add_argument(
+        "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
+    )
+    text = "look at all cells first, and correct labels that were never trained by the cells most like them"
+    parser.add_argument("--read-batch", action="store_true", help=text)
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Options of `generate`."""
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="descriptions, one a line")
+    parser.add_argument("--stored-labels", action="store_true", help="one prompt for each label of the checkpoint")
+    add_model(parser)
+    add_output(parser, table=False)
+    parser.add_argument("--n-cells", type=number(int, 1), default=1, metavar="N", help="cells per prompt (default: 1)")
+    genes = parser.add_mutually_exclusive_group()
+    genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
+    genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
+    parser.add_argument(
+        "--library-size",
+        type=number(float, 0, above=True),
+        metavar="N",
+        help="counts of a sampled cell (default: of training)",
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the sampling (default: 0)")
+
+
+def add_model(parser: argparse.ArgumentParser, required: bool = False, default: str | None = None) -> None:
+    """Options of the checkpoint and of how it runs; `default` in words, if it is not that of the package."""
+    text = "folder, or model id on the Hub" + ("" if required else f" (default: {default or 'that of this package'})")
+    parser.set_defaults(has_own_model=not required and default is None)
+    parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=text)
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
+    parser.add_argument(
+        "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
+    )
+    parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+
+
+def add_input(
+    parser: argparse.ArgumentParser, split: str = "test", count: str | None = None, writes_model: bool = False
+) -> None:
+    """The file of cells (`count` `"+"`: several, `"?"`: at most one), the model, and how to read the file."""
+    text = f"{FORMATS}, or a corpus{'; or folders of them' if count == '+' else ''}"
+    parser.add_argument("file", type=Path, metavar="FILE", help=text, nargs=count)
+    parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
+    add_model(parser, required=writes_model)
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How to read the file of cells."""
+    reading = parser.add_argument_group("reading", "how to read FILE; `scmmgpt inspect FILE` shows the choices made")
+    for name, text in READ_HELP.items():
+        reading.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=text)
+    reading.add_argument("--force", action="store_true", help="read FILE even if few genes match")
+
+
+def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: bool = True) -> None:
+    """Files of the result."""
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
+    if table:
+        text = (
+            "table of the added columns of obs" if columns else "table of labels, clusters and doubtful cells, ranked"
+        )
+        parser.add_argument("--table", type=Path, metavar="OUT.csv", help=text)
+    if table and columns:
+        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
+
+
+def add_partitions(parser: argparse.ArgumentParser) -> None:
+    """Where the work is done, for many cells."""
+    group = parser.add_argument_group("many cells", "a second run goes on where one stopped; see docs/scale.md")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=number(int, 1), metavar="N", help="processes of this machine")
+    where.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster that sees the same folders")
+    text = "most cells of a partition, in steps of 4,096; changes no result (default: 16384)"
+    group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
+    if isinstance(parser, OneLineParser):
+        parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume"}

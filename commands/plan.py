@@ -1,0 +1,139 @@
+"""Time, memory and storage that `annotate` and `embed` take for many cells, from costs measured on this machine.
+
+A sample of the cells of a file is computed as a worker computes a partition: by one thread of a CPU, or by one GPU.
+Everything that grows with the cells is divided by the cells of the sample. What is one process's work whatever the
+number of workers, the joining of results, bounds the use of more of them.
+"""
+
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scmmgpt.commands.partitions import Job, compute_part, one_thread, write_partition
+from scmmgpt.commands.sources import Source
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+
+SAMPLE = 256  # cells that are computed at a time
+WRITTEN = 2**25  # bytes that are written to measure the disk
+INDEX_OVERHEAD = 12  # bytes a cell of an index, beside one for each dimension (tests/benchmarks/vector_indexes.py)
+
+
+@dataclass
+class Costs:
+    """Costs of a cell, and of a process, on this machine."""
+
+    seconds: float  # of one thread, or of one GPU
+    load_seconds: float  # of a checkpoint
+    input_bytes: float
+    result_bytes: float  # of the columns and arrays that a cell gets
+    partition_bytes: float  # of the same in Parquet
+    worker_bytes: int  # memory of a process that has computed the sample
+    disk_rate: float  # bytes a second, written and synced
+    dimensions: int  # of an embedding; 0 for annotations
+    n_cells: int  # of the source
+    n_sampled: int
+    device: str
+
+
+def measure(job: Job, pipeline: ScMMGPTPipeline, source: Source, load_seconds: float, seconds: float) -> Costs:
+    """Compute cells from all over a source for some seconds; the first sample warms up, and is not timed."""
+    cells = source.open()
+    choice = pipeline.processor.choose_input(cells, **job.reading)
+    n_cells = cells.shape[0]
+    starts = np.linspace(0, max(0, n_cells - SAMPLE), 64).astype(int)
+    spent, n_sampled, n_written = 0.0, 0, 0
+    columns: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        for i, start in enumerate(starts):
+            began = time.perf_counter()
+            part = source.open_rows(int(start), min(int(start) + SAMPLE, n_cells))
+            columns, arrays = compute_part(pipeline, part, choice, job)
+            path = Path(folder) / f"{i}.parquet"
+            write_partition(path, part.obs_names, columns, arrays, {})
+            n_written, rows = path.stat().st_size, part.shape[0]
+            if i:
+                spent, n_sampled = spent + time.perf_counter() - began, n_sampled + rows
+            if i and spent > seconds:
+                break
+        rate = _disk_rate(Path(folder))
+    sizes = [values.nbytes for values in arrays.values()]
+    sizes += [4 * rows if values.dtype.kind == "U" else values.nbytes for values in columns.values()]  # categories
+    return Costs(
+        seconds=spent / n_sampled,
+        load_seconds=load_seconds,
+        input_bytes=source.fingerprint()["bytes"] / n_cells,
+        result_bytes=sum(sizes) / rows,
+        partition_bytes=n_written / rows,
+        worker_bytes=_resident(),
+        disk_rate=rate,
+        dimensions=arrays["embedding"].shape[1] if "embedding" in arrays else 0,
+        n_cells=n_cells,
+        n_sampled=n_sampled,
+        device=str(pipeline.device),
+    )
+
+
+def _disk_rate(folder: Path) -> float:
+    block, began = os.urandom(WRITTEN), time.perf_counter()
+    with (folder / "block").open("wb") as file:
+        file.write(block)
+        os.fsync(file.fileno())
+    return WRITTEN / (time.perf_counter() - began)
+
+
+def _resident() -> int:
+    """Bytes of memory of this process, at most so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def plan(costs: Costs, n_cells: int, workers: int) -> dict[str, Any]:
+    """What a number of cells takes with a number of workers.
+
+    Times take workers that do not disturb each other, and a store that keeps up with all of them: `read_rate` says
+    how fast it must be. `useful_workers` is the number at which computing takes as long as joining.
+    """
+    joined = n_cells * (costs.input_bytes + 2 * costs.result_bytes) / costs.disk_rate  # read and written once more
+    computed = costs.load_seconds + n_cells * costs.seconds / workers
+    stored = {
+        "input_gb": n_cells * costs.input_bytes,
+        "partitions_gb": n_cells * costs.partition_bytes,
+        "output_gb": n_cells * (costs.input_bytes + costs.result_bytes),
+        "index_gb": n_cells * (costs.dimensions + INDEX_OVERHEAD) if costs.dimensions else 0,
+    }
+    return {
+        "cells": n_cells,
+        "workers": workers,
+        "compute_hours": round(computed / 3600, 3),
+        "join_hours": round(joined / 3600, 3),
+        "hours": round((computed + joined) / 3600, 3),
+        "worker_hours": round(workers * computed / 3600, 2),
+        "useful_workers": max(1, int(n_cells * costs.seconds / max(joined, 1e-9))),
+        "memory_gb": round(workers * costs.worker_bytes / 1e9, 1),
+        "read_rate_mb_s": round(workers * costs.input_bytes / costs.seconds / 1e6, 1),
+        **{name: round(size / 1e9, 2) for name, size in stored.items()},
+    }
+
+
+def describe_plan(costs: Costs, n_cells: int | None, workers: list[int]) -> tuple[dict[str, Any], list[str]]:
+    """The measured costs and a plan for each number of workers, as data and as lines."""
+    plans = [plan(costs, n_cells or costs.n_cells, number) for number in workers]
+    measured = {
+        name: value if isinstance(value, int | str) else float(f"{value:.4g}") for name, value in asdict(costs).items()
+    }
+    lines = [
+        f"measured on {costs.n_sampled:,} cells by one {'GPU' if 'cuda' in costs.device else 'thread'}: "
+        f"{1e3 * costs.seconds:.3g} ms a cell; {costs.load_seconds:.1f} s to load the checkpoint; "
+        f"{costs.worker_bytes / 1e9:.1f} GB of memory a worker; {costs.disk_rate / 1e6:,.0f} MB/s to disk",
+        *(f"{name:<16}" + "".join(f"{entry[name]:>14,}" for entry in plans) for name in plans[0]),
+    ]
+    return {"measured": measured, "plans": plans}, lines

@@ -1,0 +1,206 @@
+"""One self-contained HTML page about the results of a file: map, labels, evidence, descriptions, warnings, receipt.
+
+The page needs no network and no file beside it. Needs the extra `eval`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scmmgpt.commands.verify import receipts
+
+
+SHOWN = 10  # rows of a table of cells
+SILENT = 0.1  # a marker that fewer cells of a label express is missing
+LOW_MATCH, LOW_SCORE = 0.6, 0.5  # shares and scores below these get a warning
+KEY = "scmmgpt"
+
+
+def report_page(adata: Any, title: str, label_key: str | None = None, seed: int = 0) -> str:
+    """The page about annotated cells, as HTML.
+
+    Args:
+        adata: AnnData with the results of `annotate`; those of `explain`, `audit` and `describe` are shown, too.
+        title: Heading of the page.
+        label_key: Column of `obs` with given labels, to compare.
+        seed: Seed of the map.
+
+    Raises:
+        ValueError: If the cells are not annotated, or there is no column `label_key`.
+    """
+    import jinja2
+
+    if f"{KEY}_cell_type" not in adata.obs:
+        raise ValueError("The cells have no labels of `scmmgpt annotate`: annotate them first, or name a --model.")
+    if label_key is not None and label_key not in adata.obs:
+        raise ValueError(f"obs has no column {label_key!r}; it has {list(adata.obs.columns)}.")
+    uns = adata.uns.get(KEY, {})
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "eval" / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("cells.html").render(
+        title=title,
+        n_cells=adata.n_obs,
+        pictures=pictures(adata, label_key, seed),
+        warnings=warnings_of(adata),
+        labels=label_rows(adata),
+        evidence=evidence_rows(uns.get("explain", {})),
+        clusters=cluster_rows(adata),
+        audit=audit_rows(adata),
+        descriptions=description_rows(adata),
+        input=input_facts(uns.get("input", {})),
+        receipts=[{"verb": verb, "facts": receipt_facts(receipt)} for _, verb, receipt in receipts(adata.uns)],
+    )
+
+
+def pictures(adata: Any, label_key: str | None, seed: int) -> dict[str, dict[str, str]]:
+    """Name -> `src`, `alt` and `caption` of each picture; fewer than five cells have no map."""
+    from scmmgpt import pl
+    from scmmgpt.eval import figures
+
+    found: dict[str, tuple[Any, str]] = {}
+    if adata.n_obs >= 5:
+        places, rows, what = pl.coordinates(adata, seed)
+        columns = [f"{KEY}_cell_type", f"{KEY}_score"]
+        values = {name.removeprefix("scmmgpt_"): adata.obs[name].iloc[rows].to_numpy() for name in columns}
+        found["map"] = figures.scatter_figure(places, values), f"{what}: {len(rows):,} cells by label and by score."
+    if "gene" in adata.uns.get(KEY, {}).get("explain", {}):
+        caption = "Genes that speak for each label against the runner-up. Darker: more cells express the gene."
+        found["evidence"] = pl.evidence(adata), caption
+    if label_key is not None:
+        caption = f"Labels of {label_key} in rows, predicted labels in columns."
+        found["confusion"] = pl.confusion(adata, label_key), caption
+    return {
+        name: {"src": figures.data_uri(figure), "alt": caption, "caption": caption}
+        for name, (figure, caption) in found.items()
+    }
+
+
+def warnings_of(adata: Any) -> list[str]:
+    """What a reader should know before the labels, as sentences."""
+    uns = adata.uns.get(KEY, {})
+    done, read = uns.get("annotate", {}), uns.get("input", {})
+    found = [str(text) for text in np.atleast_1d(read.get("warnings", []))]
+    matched = read.get("genes", {}).get("share_matched", 1.0)
+    if matched < LOW_MATCH:
+        found.append(f"Only {matched:.0%} of the genes of the file are genes of the checkpoint.")
+    if bool(done.get("collapsed", False)):
+        found.append("Nearly all cells have one label. Check the matrix and the candidate labels.")
+    novel = int(done.get("novel_cells", 0))
+    if novel:
+        found.append(f"{novel:,} cells ({novel / adata.n_obs:.0%}) are like nothing that the checkpoint knows.")
+    for label in np.atleast_1d(done.get("weak_labels", [])):
+        found.append(f"The file lacks genes that tell {str(label)!r} from another label.")
+    low = float((adata.obs[f"{KEY}_score"] < LOW_SCORE).mean())
+    if low > 0:
+        found.append(f"{low:.0%} of the cells have a score below {LOW_SCORE}.")
+    if "explain" not in uns:
+        found.append("There is no evidence for the labels: run `scmmgpt annotate` with --evidence.")
+    return found
+
+
+def label_rows(adata: Any) -> list[dict[str, Any]]:
+    """A row for each label, the commonest first."""
+    obs, rows = adata.obs, []
+    for name, mine in obs.groupby(f"{KEY}_cell_type", observed=True):
+        columns = {
+            column: mine[f"{KEY}_{column}"] for column in ("score", "marker_support") if f"{KEY}_{column}" in obs
+        }
+        means = {column: float(values.mean()) if values.notna().any() else None for column, values in columns.items()}
+        ids = mine[f"{KEY}_cl_id"].astype(str).unique() if f"{KEY}_cl_id" in obs else [""]
+        about = {"label": str(name), "cl_id": str(ids[0]), "cells": len(mine), "share": len(mine) / len(obs)}
+        rows.append({**about, "score": means["score"], "support": means.get("marker_support")})
+    return sorted(rows, key=lambda row: -row["cells"])
+
+
+def evidence_rows(explained: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each label: runner-up, genes, markers that it expresses and that it lacks."""
+    if "gene" not in explained:
+        return []
+    columns = ("name", "cells", "rival", "gene", "term", "expressing", "elsewhere", "marker")
+    table = pd.DataFrame({name: np.asarray(explained[name]) for name in columns})
+    rows = []
+    for name, mine in table.groupby("name", sort=False):
+        genes = mine[mine.term > 0].sort_values("term", ascending=False, kind="stable").head(SHOWN)
+        markers = mine[mine.marker.astype(bool)]
+        rows.append(
+            {
+                "label": str(name),
+                "rival": str(mine.rival.iloc[0]),
+                "genes": [
+                    {"gene": g.gene, "expressing": float(g.expressing), "elsewhere": float(g.elsewhere)}
+                    for g in genes.itertuples()
+                ],
+                "markers": markers[markers.expressing >= SILENT].gene.tolist(),
+                "missing": markers[markers.expressing < SILENT].gene.tolist(),
+                "cells": int(mine.cells.iloc[0]),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["cells"])
+
+
+def cluster_rows(adata: Any) -> list[dict[str, Any]]:
+    """A row for each cluster that `annotate` was given: its commonest label, and the share of cells that have it."""
+    options = [json.loads(receipt["options"]) for _, verb, receipt in receipts(adata.uns) if verb == "annotate"]
+    key = next((option["cluster_key"] for option in options if option.get("cluster_key") in adata.obs), None)
+    if key is None:
+        return []
+    rows = []
+    for name, labels in adata.obs.groupby(key, observed=True)[f"{KEY}_cell_type"]:
+        counts = labels.astype(str).value_counts()
+        share = float(counts.iloc[0] / len(labels))
+        second = str(counts.index[1]) if len(counts) > 1 else ""
+        rows.append(
+            {"cluster": str(name), "cells": len(labels), "label": counts.index[0], "share": share, "second": second}
+        )
+    return rows
+
+
+def audit_rows(adata: Any) -> dict[str, Any]:
+    """Cells of each verdict of `audit`, and the most doubtful cells; empty without an audit."""
+    if f"{KEY}_audit" not in adata.obs:
+        return {}
+    obs = adata.obs.sort_values(f"{KEY}_audit_score", ascending=False, kind="stable")
+    bad = obs[obs[f"{KEY}_audit"].isin(["contradicted", "doubtful"])].head(SHOWN)
+    given = str(adata.uns[KEY]["audit"]["label_key"])
+    columns = {"given": given, **{name: f"{KEY}_audit_{name}" for name in ("suggested", "score", "genes")}}
+    rows = [{"cell": name, **{c: row[column] for c, column in columns.items()}} for name, row in bad.iterrows()]
+    return {"counts": adata.obs[f"{KEY}_audit"].value_counts().to_dict(), "rows": rows, "label_key": given}
+
+
+def description_rows(adata: Any) -> list[dict[str, str]]:
+    """The description of the surest cell of each label; empty without descriptions."""
+    if f"{KEY}_description" not in adata.obs:
+        return []
+    surest = adata.obs.sort_values(f"{KEY}_score", ascending=False, kind="stable")
+    surest = surest.drop_duplicates(f"{KEY}_cell_type")
+    return [
+        {"label": str(row[f"{KEY}_cell_type"]), "cell": str(name), "text": str(row[f"{KEY}_description"])}
+        for name, row in surest.iterrows()
+    ]
+
+
+def input_facts(read: Mapping[str, Any]) -> dict[str, Any]:
+    """How the file was read, in words."""
+    matrix, genes = read.get("matrix", {}), read.get("genes", {})
+    facts = {
+        "matrix": f"{matrix['chosen']}: {matrix['kind']}, {matrix['conversion']}" if "chosen" in matrix else None,
+        "species": genes.get("species"),
+        "genes": genes.get("genes"),
+        "genes of the checkpoint": genes.get("matched"),
+        "share of the expression in them": genes.get("share_expression_matched"),
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def receipt_facts(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """A receipt in words."""
+    return {name: dict(value) if isinstance(value, Mapping) else str(value) for name, value in receipt.items()}

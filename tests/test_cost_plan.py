@@ -1,0 +1,68 @@
+"""`scmmgpt plan`: costs of a sample on this machine become hours, memory and storage for many cells."""
+
+import json
+
+import pytest
+
+from scmmgpt.__main__ import main
+from scmmgpt.commands.plan import Costs, plan
+
+
+HOUR = Costs(
+    seconds=0.01,
+    load_seconds=36.0,
+    input_bytes=2000.0,
+    result_bytes=1000.0,
+    partition_bytes=500.0,
+    worker_bytes=2 * 10**9,
+    disk_rate=1e8,
+    dimensions=256,
+    n_cells=5,
+    n_sampled=512,
+    device="cpu",
+)
+
+
+def test_the_arithmetic_of_a_plan():
+    found = plan(HOUR, 10_000_000, 10)
+    assert found["compute_hours"] == pytest.approx((36 + 10_000_000 * 0.01 / 10) / 3600, abs=1e-3)
+    assert found["join_hours"] == pytest.approx(10_000_000 * 4000 / 1e8 / 3600, abs=1e-3)
+    assert found["hours"] == pytest.approx(found["compute_hours"] + found["join_hours"], abs=2e-3)
+    assert found["useful_workers"] == 250  # 100,000 seconds of computing, 400 of joining
+    assert found["memory_gb"] == 20.0
+    assert found["read_rate_mb_s"] == 2.0
+    assert [found[f"{name}_gb"] for name in ("input", "partitions", "output", "index")] == [20.0, 5.0, 30.0, 2.68]
+
+
+def test_twice_the_cells_take_twice_the_time_and_storage_after_the_start():
+    one, two = plan(HOUR, 10**8, 100), plan(HOUR, 2 * 10**8, 100)
+    assert two["output_gb"] == pytest.approx(2 * one["output_gb"])
+    assert two["hours"] - one["hours"] == pytest.approx(one["hours"] - 36 / 3600, abs=0.01)
+
+
+@pytest.mark.parametrize("verb", ["annotate", "embed"])
+def test_a_sample_of_a_file_is_measured(verb, adata, tiny_pipeline, tmp_path, capsys):
+    tiny_pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}}
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["plan", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "checkpoint"), "--verb", verb, "--json"]
+    assert main([*words, "--seconds", "0.01", "--cells", "1000000", "--workers", "1", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    measured = found["measured"]
+    assert measured["seconds"] > 0
+    assert measured["n_sampled"] >= 60
+    assert measured["input_bytes"] == pytest.approx((tmp_path / "cells.h5ad").stat().st_size / 60, rel=1e-3)
+    # 12 dimensions of 4 bytes, or 2 probabilities, three numbers and two codes of words
+    assert measured["result_bytes"] == (48 if verb == "embed" else 28)
+    assert [entry["workers"] for entry in found["plans"]] == [1, 4]
+    assert found["plans"][1]["compute_hours"] < found["plans"][0]["compute_hours"]
+
+
+def test_the_lines_of_a_plan_have_a_column_for_each_number_of_workers(adata, tiny_pipeline, tmp_path, capsys):
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["plan", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "checkpoint"), "--verb", "embed"]
+    assert main([*words, "--seconds", "0.01", "--workers", "1", "8", "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "ms a cell" in lines[0]
+    assert next(line.split() for line in lines if line.startswith("workers")) == ["workers", "1", "8"]

@@ -1,0 +1,135 @@
+"""`scmmgpt report`: one self-contained page about the results of a file."""
+
+import html.parser
+import re
+
+import anndata
+import numpy as np
+import pytest
+
+from scmmgpt import synthetic
+from scmmgpt.__main__ import main
+from scmmgpt.commands.report import report_page, warnings_of
+from scmmgpt.synthetic import synthetic_adata
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return synthetic.fitted_pipeline()
+
+
+@pytest.fixture
+def cells():
+    """Cells with places on a map, so that no UMAP is computed."""
+    adata = synthetic_adata()
+    adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    return adata
+
+
+class Text(html.parser.HTMLParser):
+    """The words, pictures and headings of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.words, self.pictures, self.unclosed = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.pictures.append(dict(attributes))
+        elif tag not in ("meta", "br"):
+            self.unclosed.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.unclosed.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def words_of(page):
+    text = Text(page)
+    assert not text.unclosed
+    return " ".join(" ".join(text.words).split()), text.pictures
+
+
+def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cells):
+    pipeline.annotate(cells, cluster_key="donor_id")
+    pipeline.explain(cells)
+    pipeline.describe(cells, max_new_tokens=2)
+    given = cells.obs["cell_type"].astype(str)
+    given["cell-0"] = "monocyte"
+    cells.obs["given"] = given
+    pipeline.audit(cells, "given")
+    words, pictures = words_of(report_page(cells, "my cells", "given"))
+    for part in (
+        "my cells",
+        "B cell",
+        "CL:0000236",
+        "25 %",
+        "donor-1",
+        "CD19",
+        "Descriptions",
+        "Audit of given",
+        "torch",
+    ):
+        assert part in words, part
+    assert "1 contradicted" in words
+    assert re.search(r"cell-0 monocyte B cell", words)
+    assert cells.uns["scmmgpt"]["annotate"]["receipt"]["weights"] in words
+    assert len(pictures) == 3
+    assert all(picture["src"].startswith("data:") and picture["alt"] for picture in pictures)
+
+
+def test_a_page_needs_nothing_from_elsewhere_and_shows_names_as_text(pipeline, cells):
+    cells.obs["given"] = np.where(np.arange(cells.n_obs) % 2, "<script>alert(1)</script>", "B & T")
+    pipeline.annotate(cells)
+    page = report_page(cells, "<b>title</b>", "given")
+    assert "<script" not in page
+    assert "<b>title" not in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
+
+
+def test_a_page_without_evidence_says_so(pipeline, cells):
+    pipeline.annotate(cells)
+    words, pictures = words_of(report_page(cells, "cells"))
+    assert "There is no evidence for the labels" in words
+    assert len(pictures) == 1
+    with pytest.raises(ValueError, match="no column 'nothing'"):
+        report_page(cells, "cells", "nothing")
+
+
+def test_warnings_come_from_the_results(pipeline, cells):
+    pipeline.annotate(cells)
+    pipeline.explain(cells)
+    assert warnings_of(cells) == []
+    cells.uns["scmmgpt"]["annotate"] |= {"collapsed": True, "novel_cells": 6, "weak_labels": np.array(["B cell"])}
+    cells.obs["scmmgpt_score"] = 0.4
+    text = " ".join(warnings_of(cells))
+    for part in (
+        "Nearly all cells have one label",
+        "6 cells (10%)",
+        "'B cell'",
+        "100% of the cells have a score below",
+    ):
+        assert part in text
+
+
+def test_the_command_writes_the_page_of_results_and_of_plain_cells(pipeline, cells, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    model = ["--model", str(tmp_path / "checkpoint"), "--quiet"]
+    source, annotated, page = (str(tmp_path / name) for name in ("cells.h5ad", "annotated.h5ad", "page.html"))
+    cells.write_h5ad(source)
+    assert main(["annotate", source, *model, "-o", annotated, "--evidence", str(tmp_path / "evidence.csv")]) == 0
+    assert main(["report", annotated, "-o", page, "--label-key", "cell_type"]) == 0
+    first = words_of((tmp_path / "page.html").read_text())[0]
+    assert "annotated.h5ad" in first
+    assert main(["report", source, "-o", page, *model]) == 0
+    second = words_of((tmp_path / "page.html").read_text())[0]
+    assert "CD79A" in first
+    assert "CD79A" in second
+    assert "X_umap" in anndata.read_h5ad(source).obsm
+    capsys.readouterr()
+    assert main(["report", source, "-o", page]) == 2
+    assert "annotate them first" in capsys.readouterr().err
+    assert main(["report", annotated, "-o", str(tmp_path / "page.pdf")]) == 2
