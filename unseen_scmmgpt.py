@@ -352,7 +352,8 @@ class TextScores:
 
     def read_batch(self, cells: Cells) -> "TextScores":
         """The same scores after a look at a batch of cells; see [`UnseenLabels`]."""
-        return replace(self, scores=self.scores.read_batch(cells)) if self.has_new_labels else self
+        unseen = self.scores
+        return replace(self, scores=unseen.read_batch(cells)) if isinstance(unseen, UnseenLabels) else self
 
     @classmethod
     def of(

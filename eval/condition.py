@@ -114,7 +114,7 @@ def evaluate(
         differences[left_out] = values[left_out] @ (means[0] - means[1])
     scores = {"label, learned in other clusters": learned, "search, learned in other clusters": searched}
     if gene_texts is not None:
-        names = np.array([f"cluster {cluster}" for cluster in clusters])
+        names = np.array([f"group {cluster}" for cluster in clusters])
         by_genes = functools.partial(search, text=text, by="genes")
         scores["search by genes, condition not seen"] = learn_and_score(
             adata[~truth], names[~truth], adata, by_genes, gene_texts=gene_texts

@@ -55,7 +55,7 @@ def test_every_system_scores_cells_of_clusters_that_it_has_not_seen(adata, tmp_p
     assert asked == [
         (["control", "stimulated"], 60, 60, {}),
         (["control", "stimulated"], 60, 60, {}),
-        (["cluster 0", "cluster 1"], 60, 120, {"gene_texts": "x.csv"}),
+        (["group 0", "group 1"], 60, 120, {"gene_texts": "x.csv"}),
     ]
     systems = json.loads((tmp_path / "out.json").read_text())["systems"]
     assert systems["label, learned in other clusters"]["auroc"] > 0.99

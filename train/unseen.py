@@ -23,7 +23,7 @@ from scmmgpt.unseen_scmmgpt import MIN_BATCH, Gate, LabelSpace, half_distances, 
 MIN_LABELS = 3  # an episode needs two labels beside the one that is left out
 GATE_CELLS = 5000  # at most
 EMBEDDED: dict[bytes, dict[str, np.ndarray]] = {}  # by encoder and text
-GENE_TEXTS = 3000  # of the most variable genes: texts take a minute, and other genes hardly move a sum
+GENE_TEXTS = 4000  # of the most variable genes: texts take minutes, and other genes hardly move a sum
 
 
 def fit_gate(
@@ -134,7 +134,8 @@ def embed_gene_texts(
     chosen = with_text[np.argsort(-variance[with_text], kind="stable")[:GENE_TEXTS]]
     if not len(chosen):
         raise ValueError("None of the genes that have a text is expressed in the training cells.")
-    sums, counts = 0.0, np.zeros((len(ids), 1))
+    sums: np.ndarray = np.zeros(())
+    counts = np.zeros((len(ids), 1))
     for table in tables:
         places = [place for place in chosen.tolist() if int(ids[place]) in table]
         if places:
@@ -165,4 +166,4 @@ def add_gene_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcess
     tables = [{lookup(symbol)[0]: text for symbol, text in table.items()} for table in load_gene_texts(path)]
     directions = embed_gene_texts(model.label_readout, tables, partial(text_states, model, processor))
     model.label_readout.set_gene_texts(directions)
-    model.config.label_readout = {**model.config.label_readout, "text_width": directions.shape[1]}
+    model.config.label_readout = {**(model.config.label_readout or {}), "text_width": directions.shape[1]}
