@@ -37,6 +37,7 @@ from scmmgpt.commands.options import (
     add_input,
     add_output,
     add_partitions,
+    add_plan,
     add_reading,
     add_report,
     add_verify,
@@ -153,15 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_verify(command(verify))
     add_report(command(report))
 
-    sub = command(plan)
-    add_input(sub)
-    sub.add_argument("--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)")
-    sub.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
-    sub.add_argument(
-        "--workers", type=number(int, 1), nargs="+", metavar="N", help="processes or GPUs (default: 1, and the cores)"
-    )
-    text = "time to measure for (default: 20)"
-    sub.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
+    add_plan(command(plan))
 
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
@@ -476,6 +469,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         from transformers.utils import logging
 
         from scmmgpt.commands.checkpoints import check_checkpoint
+        from scmmgpt.commands.doctor import check_device
         from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
         if args.quiet or args.json:
@@ -509,7 +503,8 @@ def run_in_partitions(
 
     find_checkpoint(args.model)
     pipeline = load_pipeline(args)
-    job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args))
+    identity = getattr(args, "identity", None)
+    job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args), identity)
     where = (args.workers or 1, args.cluster, args.cells_per_partition)
     tables = (getattr(args, "table", None), getattr(args, "columns", []))
     summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
@@ -517,18 +512,6 @@ def run_in_partitions(
         sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     write(args, {"output": str(args.output), **summary})
     return INCOMPLETE if failures else 0
-
-
-def check_device(name: str | None) -> None:
-    """Refuse a device that PyTorch does not know or cannot reach."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        why = " ".join(str(error).split())[:120]
-        why = "it is no device of PyTorch" if why.startswith("Expected one of") else why
-        raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
 
 
 def read_options(args: Args) -> dict[str, Any]:

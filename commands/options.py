@@ -141,3 +141,16 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results"
     )
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Options of `plan`."""
+    add_input(parser)
+    parser.add_argument(
+        "--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)"
+    )
+    parser.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
+    text = "processes or GPUs (default: 1, and the cores)"
+    parser.add_argument("--workers", type=number(int, 1), nargs="+", metavar="N", help=text)
+    text = "time to measure for (default: 20)"
+    parser.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
