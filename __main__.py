@@ -9,6 +9,7 @@ command whose input cannot be used prints one line on stderr, exits with code 2 
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from scmmgpt.commands.options import (
     add_model,
     add_output,
     add_partitions,
+    add_plan,
     add_reading,
 )
 from scmmgpt.commands.progress import log_if_slow
@@ -70,13 +72,13 @@ def run_words(argv: list[str]) -> int:
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
     outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
-    extra = "eval" if args.command == "report" else "train"
 
     def work() -> int | None:
         if getattr(args, "has_own_model", False):
             choose_model(args)
         return args.run(args)
 
+    extra = "eval" if args.command == "report" else "train"
     return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
@@ -162,21 +164,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(report)
     sub.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
-    add_model(sub, default="none; needed for cells without results")
+    add_model(sub, default="that of this package, for cells without results")
     add_reading(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
     sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
     sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results")
 
-    sub = command(plan)
-    add_input(sub)
-    sub.add_argument("--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)")
-    sub.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
-    sub.add_argument(
-        "--workers", type=number(int, 1), nargs="+", metavar="N", help="processes or GPUs (default: 1, and the cores)"
-    )
-    text = "time to measure for (default: 20)"
-    sub.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
+    add_plan(command(plan))
 
     sub = command(export)
     sub.add_argument("--model", required=True, metavar="CHECKPOINT", help="folder, or model id on the Hub")
@@ -208,7 +202,7 @@ def annotate(args: Args) -> int:
         from scmmgpt.commands.results import write_table
 
         evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
-        write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
+        write_table(args.evidence, itertools.chain(evidence.group_rows(), evidence.cell_rows(adata.obs_names)))
     finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
     return 0
 
@@ -403,7 +397,8 @@ def report(args: Args) -> None:
     check_paths({"FILE": args.file, "--model": args.model}, {"--output": args.output})
     check_file(args.output)
     adata = read_adata(args.file, args.split, args.model)
-    if f"{KEY}_cell_type" not in adata.obs and args.model is not None:
+    if f"{KEY}_cell_type" not in adata.obs:
+        choose_model(args)
         pipeline = load_pipeline(args)
         pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
         if pipeline.can_explain:
@@ -490,6 +485,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         from transformers.utils import logging
 
         from scmmgpt.commands.checkpoints import check_checkpoint
+        from scmmgpt.commands.doctor import check_device
         from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
         if args.quiet or args.json:
@@ -523,7 +519,8 @@ def run_in_partitions(
 
     find_checkpoint(args.model)
     pipeline = load_pipeline(args)
-    job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args))
+    identity = getattr(args, "identity", None)
+    job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args), identity)
     where = (args.workers or 1, args.cluster, args.cells_per_partition)
     tables = (getattr(args, "table", None), getattr(args, "columns", []))
     summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
@@ -531,18 +528,6 @@ def run_in_partitions(
         sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     write(args, {"output": str(args.output), **summary})
     return INCOMPLETE if failures else 0
-
-
-def check_device(name: str | None) -> None:
-    """Refuse a device that PyTorch does not know or cannot reach."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        why = " ".join(str(error).split())[:120]
-        why = "it is no device of PyTorch" if why.startswith("Expected one of") else why
-        raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None
 
 
 def read_options(args: Args) -> dict[str, Any]:

@@ -31,3 +31,13 @@ def describe_machine() -> dict[str, dict[str, Any]]:
         },
         "packages": {name: installed.get(name, "not installed") for name in names.split()},
     }
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that PyTorch does not know or cannot reach."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split())[:120]
+        why = "it is no device of PyTorch" if why.startswith("Expected one of") else why
+        raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None

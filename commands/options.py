@@ -111,3 +111,16 @@ def add_partitions(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
     if isinstance(parser, OneLineParser):
         parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume"}
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Options of `plan`."""
+    add_input(parser)
+    parser.add_argument(
+        "--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)"
+    )
+    parser.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
+    text = "processes or GPUs (default: 1, and the cores)"
+    parser.add_argument("--workers", type=number(int, 1), nargs="+", metavar="N", help=text)
+    text = "time to measure for (default: 20)"
+    parser.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)

@@ -55,6 +55,7 @@ class Job:
         model, device, batch_size: Those of the pipeline.
         options: Of `annotate`: `labels`, `cl_ids`, `min_score`, `matching_weight`, `cluster_key`; of `embed`: `of`.
         reading: Arguments of `choose_input`.
+        identity: Name, version and hash of the model of this package, if it is the checkpoint; kept in `uns`.
     """
 
     verb: str
@@ -63,6 +64,7 @@ class Job:
     batch_size: int | None
     options: Mapping[str, Any]
     reading: Mapping[str, Any]
+    identity: Mapping[str, str] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the pipeline's verb."""
@@ -258,6 +260,8 @@ class PartitionedRun:
             spread(target, cells, rows)
             texts = [f"{start}-{stop}: {error}" for (start, stop), error in failed.items()]
             cells.uns["scmmgpt"] = {**cells.uns["scmmgpt"], "failed": np.array(texts, dtype=object)}
+        if self.job.identity is not None:
+            cells.uns["scmmgpt"] = {**cells.uns["scmmgpt"], "model": dict(self.job.identity)}
         return Results(source, cells, failed)
 
     def _add_receipt(self, target: Any) -> None:

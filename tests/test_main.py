@@ -26,6 +26,8 @@ COMMANDS = [
     "generate",
     "inspect",
     "verify",
+    "index",
+    "plan",
     "export",
     "doctor",
 ]

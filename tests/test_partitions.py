@@ -62,6 +62,18 @@ def test_partitions_of_any_size_give_the_answers_of_the_whole(adata, checkpoint,
     assert not (tmp_path / "parts.h5ad.parts").exists()
 
 
+def test_the_model_of_the_package_is_named_in_each_result(adata, checkpoint, tmp_path, small, monkeypatch):
+    identity = {"name": "the model", "version": "1", "sha256": "0" * 64}
+    monkeypatch.setattr("scmmgpt.commands.checkpoints.root_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr("scmmgpt.commands.checkpoints.identify", lambda path: identity)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["embed", str(tmp_path / "cells.h5ad"), "--quiet", "-o"]
+    assert main([*words, str(tmp_path / "whole.h5ad")]) == 0
+    assert main([*words, str(tmp_path / "parts.h5ad"), "--workers", "1"]) == 0
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+    assert anndata.read_h5ad(tmp_path / "parts.h5ad").uns["scmmgpt"]["model"] == identity
+
+
 def test_two_processes_give_the_bits_of_one(checkpoint, tmp_path):
     synthetic.synthetic_adata(4200).write_h5ad(tmp_path / "cells.h5ad")
     words = ["embed", tmp_path / "cells.h5ad", "--cells-per-partition", 1]
