@@ -9,6 +9,7 @@ command whose input cannot be used prints one line on stderr, exits with code 2 
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -71,13 +72,13 @@ def run_words(argv: list[str]) -> int:
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
     outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
     name = f"scmmgpt {args.command}"
-    extra = "eval" if args.command == "report" else "train"
 
     def work() -> int | None:
         if getattr(args, "has_own_model", False):
             choose_model(args)
         return args.run(args)
 
+    extra = "eval" if args.command == "report" else "train"
     return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
@@ -163,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(report)
     sub.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
     sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
-    add_model(sub, default="none; needed for cells without results")
+    add_model(sub, default="that of this package, for cells without results")
     add_reading(sub)
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
     sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
@@ -201,7 +202,7 @@ def annotate(args: Args) -> int:
         from scmmgpt.commands.results import write_table
 
         evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
-        write_table(args.evidence, [*evidence.group_rows(), *evidence.cell_rows(adata.obs_names)])
+        write_table(args.evidence, itertools.chain(evidence.group_rows(), evidence.cell_rows(adata.obs_names)))
     finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
     return 0
 
@@ -396,7 +397,8 @@ def report(args: Args) -> None:
     check_paths({"FILE": args.file, "--model": args.model}, {"--output": args.output})
     check_file(args.output)
     adata = read_adata(args.file, args.split, args.model)
-    if f"{KEY}_cell_type" not in adata.obs and args.model is not None:
+    if f"{KEY}_cell_type" not in adata.obs:
+        choose_model(args)
         pipeline = load_pipeline(args)
         pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
         if pipeline.can_explain:

@@ -317,13 +317,13 @@ class Evidence:
         """A row for each gene that drove the label of a group, and for each marker; see [`Groups.rows`]."""
         return [row for groups in self.groups for row in groups.rows(self)]
 
-    def cell_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+    def cell_rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """A row for each gene that drove the label of a cell, and for each marker that the cell lacks.
 
         `level` ("cell"), `name`, `cells` (1), `label`, `rival`, `gene`, `term`, `count`, `percentile` (of expression
         among the cells of the file, 0 to 100) and `marker`.
         """
-        cells, rows = self.of_cells, []
+        cells = self.of_cells
         percentile = percentiles(self.histogram, len(names), cells.genes, cells.levels)
         silent = percentiles(self.histogram, len(names), np.arange(len(self.histogram)), np.array(0))
         for i, own in enumerate(self.set_of_cell.tolist()):
@@ -337,11 +337,10 @@ class Evidence:
                     numbers = (values[i, place] for values in (cells.terms, cells.counts, percentile))
                     term, count, among = (round(float(value), 4) for value in numbers)
                     values = {"term": term, "count": count, "percentile": among, "marker": gene in markers}
-                    rows.append({**about, "gene": self.genes[gene], **values})
+                    yield {**about, "gene": self.genes[gene], **values}
             for gene in markers[(markers >= 0) & ~cells.markers[i]].tolist():
                 values = {"term": 0.0, "count": 0.0, "percentile": round(float(silent[gene]), 4), "marker": True}
-                rows.append({**about, "gene": self.genes[gene], **values})
-        return rows
+                yield {**about, "gene": self.genes[gene], **values}
 
 
 class Groups:

@@ -476,16 +476,17 @@ class ScMMGPTPipeline:
             of_readout = label_members(sets.tolist(), known, terms)
             explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout)
             symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
-            columns = np.asarray([known.get(name, -1) for name in names] + [-1])[best]
-            usable = (columns >= 0) & of_readout.any(axis=1)[set_of_cell]
+            columns = np.array([*(known.get(name, -1) for name in names), -1], dtype=np.int64)[best]
+            usable: np.ndarray = (columns >= 0) & of_readout[set_of_cell].any(axis=1)
             own = np.where(usable, columns + explainer.first_label, 0)
             chunks, size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
             for rows, cells in self._batches(chunks, size, "Auditing", len(given)):
                 rivals = np.where(usable[rows], set_of_cell[rows], -1)
-                found, entries = explainer(cells, own[rows], rivals)
+                found, (at, positions, values, _) = explainer(cells, own[rows], rivals)
+                odds[rows[np.bincount(at, minlength=len(rows)) == 0]] = np.nan  # nothing is measured in these cells
                 words = [", ".join(row[row != ""]) for row in symbols[found.genes]]
                 genes[rows] = words
-                odds_of = explainer.marker_odds(*entries[:3], own[rows], set_of_cell[rows])
+                odds_of = explainer.marker_odds(at, positions, values, own[rows], set_of_cell[rows])
                 marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
         novelty = annotated.obs.get("scmmgpt_novelty", np.zeros(len(given)))
         audit = Audit(given, suggested, odds, marker_odds, genes, np.asarray(novelty) > 1, clusters)

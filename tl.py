@@ -7,8 +7,8 @@
     sm.pl.umap(adata)
 
 Each tool is a verb of [`ScMMGPTPipeline`], with `model` beside its options: a folder, an id on the Hub, or a pipeline.
-Without it, the environment variable `SCMMGPT_MODEL` names the checkpoint. A checkpoint that was loaded once stays
-loaded. With `copy=True` the result is a new AnnData, and the given one stays as it is.
+Without it, the environment variable `SCMMGPT_MODEL` names the checkpoint, else it is that of this package. What was
+loaded once stays loaded. With `copy=True` the result is a new AnnData, and the given one stays as it is.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from scmmgpt.audit_scmmgpt import Audit
-from scmmgpt.commands.checkpoints import check_checkpoint
+from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.evidence_scmmgpt import Evidence
 from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
 
@@ -31,14 +31,11 @@ def load(model: Model = None, device: str | None = None) -> ScMMGPTPipeline:
     """The pipeline of a checkpoint, loaded once; a pipeline is returned as it is.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If none is named, here or by `SCMMGPT_MODEL`.
+        FileNotFoundError: If there is no such checkpoint; or none is named, and the package has none.
     """
     if isinstance(model, ScMMGPTPipeline):
         return model
-    name = model or os.environ.get("SCMMGPT_MODEL")
-    if not name:
-        raise ValueError("No checkpoint: pass `model`, a folder or an id on the Hub, or set SCMMGPT_MODEL.")
+    name = model or os.environ.get("SCMMGPT_MODEL") or root_checkpoint()
     path = Path(name).expanduser()
     if not (path / "config.json").is_file():
         return _load(os.fspath(name), device, 0)

@@ -4,6 +4,7 @@ A command reads matrices in chunks and changes none. From an `.h5ad` or a Zarr s
 new `obs`, `obsm` and `uns`, and its memory does not grow with the matrices. Cells of other formats are in memory.
 """
 
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ Cells: TypeAlias = anndata.AnnData | CellFile
 
 
 ENTRIES_AT_ONCE = 2**22  # of an array of a Zarr store
+ROWS_AT_ONCE = 50_000  # of a table
 
 
 @dataclass
@@ -99,11 +101,24 @@ def table_of(cells: Cells, columns: Sequence[str] = (), *, short: bool = False) 
 
 
 def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
-    """Write a table, whole or not at all: a data frame, whose index is written under `index_label`, or rows."""
+    """Write a table, whole or not at all.
+
+    Args:
+        path: Its name tells separator and compression.
+        rows: A data frame, whose index is written under `index_label`; or mappings, of which some are in memory at a
+            time. The columns are those of the first mappings.
+    """
+    separator = "\t" if table_suffix(path) == ".tsv" else ","
     with whole_file(path) as temporary:
-        separator = "\t" if table_suffix(path) == ".tsv" else ","
-        index = {"index": index_label is not None, "index_label": index_label}
-        pd.DataFrame(rows).to_csv(temporary, sep=separator, **index)
+        if isinstance(rows, pd.DataFrame):
+            rows.to_csv(temporary, sep=separator, index=index_label is not None, index_label=index_label)
+            return
+        rows, columns, n = iter(rows), None, 0
+        while (part := list(itertools.islice(rows, ROWS_AT_ONCE))) or not n:
+            columns = list(dict.fromkeys(name for row in part for name in row)) if columns is None else columns
+            frame = pd.DataFrame(part, columns=columns)
+            frame.to_csv(temporary, sep=separator, index=False, header=not n, mode="a" if n else "w")
+            n += max(len(part), 1)
 
 
 def write_result(cells: Cells, source: Path, target: Path) -> None:

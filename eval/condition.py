@@ -9,19 +9,21 @@ Clusters stand for cell types: of principal components, after the mean of each c
 the area under the ROC curve of the text's score, for cells of the condition among all cells: within clusters (mean and
 smallest) and over all cells (pooled).
 
-* `finetune, said for other clusters`: each cluster in turn is left out; `finetune` learns the conditions as labels
-  from the other clusters, and `search` sorts the left-out cells by the text;
-* `genes, condition not seen`: `finetune` learns the clusters of cells without the condition, with texts about genes,
-  and `search --by genes` sorts all cells;
+* `label, learned in other clusters` and `search, learned in other clusters`: each cluster in turn is left out;
+  `finetune` learns the conditions as labels from the other clusters; the log odds of the label by `annotate`, and
+  `search` by the text, sort the left-out cells;
+* `search by genes, condition not seen`: `finetune` learns the clusters of cells without the condition, with texts
+  about genes, and `search --by genes` sorts all cells;
 * `mean difference, other clusters`: the difference of the conditions' mean expression in the other clusters, which
   knows no words;
 * `library size`: the number of counts.
 """
 
+import functools
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
 COMPONENTS = 20
@@ -49,19 +52,36 @@ def find_clusters(adata: AnnData, conditions: np.ndarray, n_clusters: int, seed:
     return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
 
 
-def search(adata: AnnData, labels: np.ndarray, cells: AnnData, text: str, **options: Any) -> np.ndarray:
-    """Scores `(n_obs,)` of a text for `cells`, by a model that was fine-tuned on `adata`.
+def learn_and_score(
+    adata: AnnData,
+    labels: np.ndarray,
+    cells: AnnData,
+    score: Callable[[ScMMGPTPipeline, AnnData], Any],
+    **options: Any,
+) -> Any:
+    """What `score` returns for `cells`, by a model that was fine-tuned on `adata` and `labels`.
 
-    Options: `by` of `search`, `gene_texts` and `seed`.
+    `options` are fields of a new model.
     """
     adata = adata.copy()
     adata.obs["label"] = labels
-    words = ["--new_model", f"gene_texts={options['gene_texts']}"] if options.get("gene_texts") else []
+    words = ["--new_model", *(f"{name}={value}" for name, value in options.items())] if options else []
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = run_finetune(adata, folder, label_key="label", seed=options.get("seed", 0), options=words)
-        cells = cells.copy()
-        pipeline.search(cells, text, by=options.get("by", "similarity"), key_added="score")
+        return score(run_finetune(adata, folder, label_key="label", options=words), cells.copy())
+
+
+def search(pipeline: ScMMGPTPipeline, cells: AnnData, text: str, by: str = "similarity") -> np.ndarray:
+    """Scores of a text, `(n_obs,)`."""
+    pipeline.search(cells, text, by=by, key_added="score")
     return cells.obs["score"].to_numpy()
+
+
+def log_odds(pipeline: ScMMGPTPipeline, cells: AnnData, label: str) -> np.ndarray:
+    """Log odds of a label against the others, `(n_obs,)`."""
+    pipeline.annotate(cells, min_score=0)
+    of_label = np.asarray(cells.uns["scmmgpt"]["annotate"]["labels"]) == label
+    probabilities = cells.obsm["scmmgpt_probabilities"].astype(np.float64).clip(min=1e-30)
+    return np.log(probabilities[:, of_label].sum(axis=1) / probabilities[:, ~of_label].sum(axis=1))
 
 
 def areas(scores: np.ndarray, truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
@@ -81,17 +101,23 @@ def evaluate(
     """The measures of every system."""
     truth, clusters = conditions == condition, find_clusters(adata, conditions, n_clusters)
     values = expression(adata)
-    said, differences = np.zeros(adata.n_obs), np.zeros(adata.n_obs)
+    learned, searched, differences = (np.zeros(adata.n_obs) for _ in range(3))
     for cluster in range(n_clusters):
         left_out = clusters == cluster
-        said[left_out] = search(adata[~left_out], conditions[~left_out], adata[left_out], text)
+
+        def score(pipeline: ScMMGPTPipeline, cells: AnnData) -> list[np.ndarray]:
+            return [log_odds(pipeline, cells, condition), search(pipeline, cells, text)]
+
+        results = learn_and_score(adata[~left_out], conditions[~left_out], adata[left_out], score)
+        learned[left_out], searched[left_out] = results
         means = [np.asarray(values[~left_out & (truth == side)].mean(axis=0)).ravel() for side in (True, False)]
         differences[left_out] = values[left_out] @ (means[0] - means[1])
-    scores = {"finetune, said for other clusters": said}
+    scores = {"label, learned in other clusters": learned, "search, learned in other clusters": searched}
     if gene_texts is not None:
         names = np.array([f"cluster {cluster}" for cluster in clusters])
-        scores["genes, condition not seen"] = search(
-            adata[~truth], names[~truth], adata, text, by="genes", gene_texts=gene_texts
+        by_genes = functools.partial(search, text=text, by="genes")
+        scores["search by genes, condition not seen"] = learn_and_score(
+            adata[~truth], names[~truth], adata, by_genes, gene_texts=gene_texts
         )
     scores |= {"mean difference, other clusters": differences, "library size": np.asarray(adata.X.sum(axis=1)).ravel()}
     return {name: areas(values, truth, clusters) for name, values in scores.items()}

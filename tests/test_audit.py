@@ -112,6 +112,13 @@ def test_the_judgement_of_a_cell_does_not_depend_on_the_other_cells(pipeline, sw
     assert few.obs["scmmgpt_audit_score"].tolist() == pytest.approx(swapped.obs["scmmgpt_audit_score"][:7].tolist())
 
 
+def test_a_cell_without_counts_is_not_judged(pipeline, swapped):
+    swapped.X = swapped.X.toarray()
+    swapped.X[0] = 0
+    pipeline.audit(swapped, "given")
+    assert swapped.obs["scmmgpt_audit"].iloc[0] == "not judged"
+
+
 def test_a_checkpoint_without_a_readout_judges_by_the_model_alone(tiny_pipeline, adata):
     tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B cell", "T cell": "a T cell"}}
     tiny_pipeline.audit(adata, "cell_type")

@@ -42,21 +42,32 @@ def test_areas_are_within_clusters_and_pooled():
 def test_every_system_scores_cells_of_clusters_that_it_has_not_seen(adata, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def spy(train, labels, cells, text, **options):
-        asked.append((sorted(set(labels)), train.n_obs, cells.n_obs, text, options.get("by")))
-        return np.asarray(cells.X[:, 20:25].sum(axis=1)).ravel()
+    def spy(train, labels, cells, score, **options):
+        asked.append((sorted(set(labels)), train.n_obs, cells.n_obs, options))
+        values = np.asarray(cells.X[:, 20:25].sum(axis=1)).ravel()
+        return values if options else [values, -values]
 
-    monkeypatch.setattr(condition, "search", spy)
+    monkeypatch.setattr(condition, "learn_and_score", spy)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     words = ["--adata", str(tmp_path / "cells.h5ad"), "--condition-key", "condition", "--condition", "stimulated"]
     words += ["--text", "aroused", "--clusters", "2", "--gene-texts", "x.csv", "--output", str(tmp_path / "out.json")]
     assert condition.main(words) == 0
     assert asked == [
-        (["control", "stimulated"], 60, 60, "aroused", None),
-        (["control", "stimulated"], 60, 60, "aroused", None),
-        (["cluster 0", "cluster 1"], 60, 120, "aroused", "genes"),
+        (["control", "stimulated"], 60, 60, {}),
+        (["control", "stimulated"], 60, 60, {}),
+        (["cluster 0", "cluster 1"], 60, 120, {"gene_texts": "x.csv"}),
     ]
     systems = json.loads((tmp_path / "out.json").read_text())["systems"]
-    assert systems["genes, condition not seen"]["auroc"] > 0.99
+    assert systems["label, learned in other clusters"]["auroc"] > 0.99
+    assert systems["search, learned in other clusters"]["auroc"] < 0.01
+    assert systems["search by genes, condition not seen"]["auroc"] > 0.99
     assert systems["mean difference, other clusters"]["auroc"] > 0.99
-    assert "genes, condition not seen" in capsys.readouterr().out
+    assert "search by genes, condition not seen" in capsys.readouterr().out
+
+
+def test_log_odds_are_of_a_label_against_all_others(tiny_pipeline):
+    from scmmgpt.synthetic import synthetic_adata
+
+    tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B lymphocyte", "T cell": "a T lymphocyte"}}
+    odds = [condition.log_odds(tiny_pipeline, synthetic_adata(5), label) for label in ("B cell", "T cell")]
+    np.testing.assert_allclose(odds[0], -odds[1], rtol=1e-5)

@@ -106,7 +106,7 @@ def test_the_evidence_for_a_type_is_its_planted_markers(explained):
 
 def test_the_table_of_a_cell_has_its_counts_and_the_markers_that_it_lacks(explained):
     adata, evidence = explained
-    rows = pd.DataFrame(evidence.cell_rows(adata.obs_names))
+    rows = pd.DataFrame(list(evidence.cell_rows(adata.obs_names)))
     for row in rows.sample(200, random_state=0).itertuples():
         count = adata[row.name, row.gene].X.toarray().item()
         assert row.count == count

@@ -104,6 +104,12 @@ def test_rewards_read_texts_and_messages_and_the_columns_of_the_rows():
     assert of_genes(completions, **columns) == [1, 0, 1]
 
 
+def test_a_type_cannot_be_rewarded_without_the_column():
+    (of_type,) = reward_functions(["cell_type"], GENES)
+    with pytest.raises(ValueError, match="needs a column 'cell_type'"):
+        of_type(["A B cell."])
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +236,31 @@ def test_rows_bring_messages_and_cells_in_every_form(tmp_path, adata):
         CellGRPOTrainer(pipeline.model, args=arguments, processing_class=pipeline.processor, **given).train()
     assert seen["as columns"] == seen["as cells"]
     assert [seen["as cells"].count(genes) for genes in seen["as cells"]] == [4] * 8  # two cells, four texts each
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"rollout_func": print}, {}, "rollout_func makes prompts of its own"),
+        ({"tools": [print]}, {}, "tools makes prompts of its own"),
+        ({}, {"use_transformers_continuous_batching": True}, "take texts alone"),
+    ],
+)
+def test_what_generates_without_cells_is_refused(tmp_path, adata, given, options, message):
+    pipeline = synthetic.tiny_pipeline()
+    arguments = reinforce.ReinforceConfig(str(tmp_path), **OPTIONS, max_steps=1, **options)
+    rows = rows_of(adata, pipeline.processor)
+    with pytest.raises(ValueError, match=message):
+        CellGRPOTrainer(
+            pipeline.model, args=arguments, processing_class=pipeline.processor, train_dataset=rows, **given
+        )
+
+
+def test_a_question_is_asked_as_describe_asks_it(tiny_pipeline):
+    processor = tiny_pipeline.processor
+    for question in ("what is this ?", "what is <cell> ?"):
+        assert reinforce.render_question(processor, question) == tiny_pipeline._prompt(question)
+    assert reinforce.render_question(processor, None) is None
 
 
 def run(corpus, tuned, output_dir, cells=None, reward_funcs=None, **options):

@@ -4,6 +4,7 @@ import json
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.sparse import csc_matrix
 
@@ -119,3 +120,14 @@ def test_a_prompt_that_names_no_known_type_is_doubted(tiny_pipeline, monkeypatch
     assert not said
     tiny_pipeline.generate("A pancreatic beta cell.", genes=["CD19"])
     assert "1 of 1 prompts, such as 'A pancreatic beta cell.', name none of the 2 cell types" in said[0]
+
+
+def test_a_table_of_many_rows_is_written_in_parts_compressed_or_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("scmmgpt.commands.results.ROWS_AT_ONCE", 3)
+    rows = [{"name": f"a, {i}", "value": i} for i in range(8)]
+    for name in ("table.csv", "table.tsv", "table.csv.gz"):
+        results.write_table(tmp_path / name, iter(rows))
+        read = pd.read_csv(tmp_path / name, sep="\t" if name.endswith(".tsv") else ",")
+        assert read.to_dict("records") == rows
+    results.write_table(tmp_path / "table.csv", [])
+    assert (tmp_path / "table.csv").read_text().strip() in ("", '""')

@@ -87,7 +87,8 @@ def test_a_checkpoint_is_loaded_once_and_again_after_a_change(pipeline, tmp_path
 
 def test_no_checkpoint_is_one_clear_error(monkeypatch):
     monkeypatch.delenv("SCMMGPT_MODEL", raising=False)
-    with pytest.raises(ValueError, match="pass `model`"):
+    monkeypatch.setattr("scmmgpt.commands.checkpoints.__file__", "/nowhere/commands/checkpoints.py")
+    with pytest.raises(FileNotFoundError, match="model is missing"):
         sm.tl.annotate(synthetic_adata())
     with pytest.raises(FileNotFoundError, match="no folder"):
         sm.tl.annotate(synthetic_adata(), model="./nowhere")

@@ -340,7 +340,7 @@ class ReinforceDataArguments:
 
     corpus: str = option("Folder written by `prepare`.")
     question: str | None = option(
-        "Question about one cell, for which `<cell>` stands; by default the prompt of training.", None
+        "Question about one cell, as for `scmmgpt describe`; by default the prompt of training.", None
     )
     validation_cells: int = option("Validation cells to describe in an evaluation, at most.", 64)
 

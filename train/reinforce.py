@@ -1,7 +1,7 @@
 """After `tune`: reinforce descriptions whose statements are true of their cells (GRPO).
 
 ```
-python -m scmmgpt.train reinforce --config train/configs/reinforce_demo.yaml --corpus DIR --checkpoint DIR \
+python -m scmmgpt.train reinforce --config train/configs/reinforce_tiny.yaml --corpus DIR --checkpoint DIR \
     --output_dir DIR
 ```
 
@@ -74,6 +74,10 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
     def __init__(
         self, model: Any, *, args: Any, processing_class: Any, prompt: str | None = None, **kwargs: Any
     ) -> None:
+        if args.use_vllm or args.use_transformers_continuous_batching:
+            raise ValueError("use_vllm and use_transformers_continuous_batching take texts alone; prompts show cells.")
+        if refused := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
+            raise ValueError(f"{refused[0]} makes prompts of its own, which have no cells; leave it out.")
         self.prompt = processing_class.render_prompt("describe") if prompt is None else prompt
         self._shown = Cells.from_rows([])  # of the prompts at hand
         self._cells: dict[str, torch.Tensor] = {}  # inputs of the cells of the rows at hand
@@ -160,6 +164,14 @@ def load_model(checkpoint: str) -> tuple[ScMMGPTForConditionalGeneration, ScMMGP
     return model, ScMMGPTProcessor.from_pretrained(checkpoint)
 
 
+def render_question(processor: ScMMGPTProcessor, question: str | None) -> str | None:
+    """A question as `scmmgpt describe` asks it: about the cell before the question, if it names no `<cell>`."""
+    if question is None:
+        return None
+    token = processor.cell_token
+    return processor.render_question(question if token in question else f"{token}\n{question}")
+
+
 def make_parser(prog: str | None = None) -> OptionParser:
     """The command line."""
     parts = ReinforceDataArguments, ReinforceModelArguments, ReinforceConfig
@@ -202,7 +214,7 @@ def main(
         model,
         args=training_args,
         processing_class=processor,
-        prompt=None if data_args.question is None else processor.render_question(data_args.question),
+        prompt=render_question(processor, data_args.question),
         reward_funcs=reward_functions(model_args.rewards, processor.gene_index)
         if reward_funcs is None
         else reward_funcs,

@@ -7,17 +7,16 @@ make release
 
 1. `prepare` reads the files that the reviewed table names (`train/data/tables/human_sets.json`) into one corpus, over
    the genes that at least `MIN_SOURCES` of them measure.
-2. `align` trains a small cell model and Q-Former, and takes the readout of cell types over all datasets, the novelty
-   and the gate of labels that were never trained.
-3. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
-4. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
+2. `align` trains a small cell model and Q-Former.
+3. The readout of cell types is fitted over all datasets, with novelty and the gate of labels that were never trained.
+4. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
+5. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
    else; it must not take more than `MAX_BYTES`.
 
 A step that is complete is not repeated. `train/configs/*_release.yaml` have the sizes.
 """
 
 import argparse
-import functools
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,8 @@ from scmmgpt.commands.files import filled_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.scoring_scmmgpt import encode_texts
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.scoring_scmmgpt import text_states
 from scmmgpt.train import align, tune
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.captions import CaptionSampler
@@ -43,8 +43,8 @@ from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus, open_corpus
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.sources import FileSource, SourceSpec, resolve_labels
 from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
-from scmmgpt.train.unseen import fit_gate
-from scmmgpt.unseen_scmmgpt import named_genes
+from scmmgpt.train.unseen import add_gene_texts, fit_gate
+from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
 
 logger = logging.getLogger(__name__)
@@ -93,16 +93,16 @@ def main(args: argparse.Namespace) -> Path:
     specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
     output.mkdir(parents=True, exist_ok=True)
     corpus = build_corpus(args, specs, output)
-    aligned, tuned = output / "aligned", output / "tuned"
+    aligned, annotating, tuned = (output / name for name in ("aligned", "annotating", "tuned"))
     if not (aligned / "config.json").is_file():
-        fit = functools.partial(fit_readout, specs=specs, table=table)
         words = ["--config", args.align_config, "--corpus", str(corpus.path), "--output_dir", str(aligned)]
-        words += ["--gene_texts", str(summaries)] if (summaries := Path(args.data, SUMMARIES)).is_file() else []
-        align.main(*align.make_parser().parse_args_and_config(words), fit_readout=fit)
+        align.main(*align.make_parser().parse_args_and_config(words), fit_readout=lambda *_, **__: None)
+    if not (annotating / "config.json").is_file():
+        add_readout(aligned, annotating, specs, table, Path(args.data, SUMMARIES))
     if not (tuned / "config.json").is_file():
-        words = ["--config", args.tune_config, "--corpus", str(corpus.path), "--aligned", str(aligned)]
+        words = ["--config", args.tune_config, "--corpus", str(corpus.path), "--aligned", str(annotating)]
         tune.main(*tune.make_parser().parse_args_and_config([*words, "--output_dir", str(tuned)]))
-    return write_checkpoint(tuned, output / "checkpoint", corpus, specs, table)
+    return write_checkpoint(tuned, output / "checkpoint", corpus, table)
 
 
 def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: Path) -> Corpus:
@@ -137,16 +137,16 @@ def read_labelled(spec: SourceSpec, index: GeneIndex, seed: int = 0) -> Labelled
 
 
 def place_terms(terms: Sequence[str], types: Sequence[str], broad: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The types that each term counts for: itself or the first type above it, or all types below a broad term.
+    """The types that each term counts for: itself or the narrowest type above it, or all types below a broad term.
 
     Types without a cell of their own are left out. Terms that count for none are not in the result.
     """
     own: dict[str, tuple[str, ...]] = {}
     for term in terms:
-        above = {term, *ontology.ancestors(term)}
-        found = next((name for name in types if name in above), None)
-        if found is not None and term not in broad:
-            own[term] = (found,)
+        above = [name for name in types if name in (term, *ontology.ancestors(term))]
+        narrowest = [name for name in above if not any(name in ontology.ancestors(other) for other in above)]
+        if narrowest and term not in broad:
+            own[term] = (narrowest[0],)
     present = {name for names in own.values() for name in names}
     below = {
         term: tuple(name for name in types if name in present and term in ontology.ancestors(name)) for term in broad
@@ -172,24 +172,21 @@ def pool(
     return datasets, types, meanings / meanings.sum(axis=1, keepdims=True)
 
 
-def fit_readout(
-    model: ScMMGPTForCellTextAlignment,
-    corpus: Corpus,
-    *,
-    seed: int = 0,
-    specs: Sequence[SourceSpec],
-    table: Mapping[str, Any],
+def add_readout(
+    aligned: Path, output: Path, specs: Sequence[SourceSpec], table: Mapping[str, Any], summaries: Path
 ) -> None:
-    """Give the model the readout of types over all sources, and what `annotate` needs beside it."""
-    index = GeneIndex(corpus.vocabulary, corpus.gene_aliases)
+    """Write the aligned checkpoint with the readout of types over all sources, and what `annotate` needs beside it."""
+    model = ScMMGPTForCellTextAlignment.from_pretrained(str(aligned.absolute())).eval()
+    processor = ScMMGPTProcessor.from_pretrained(str(aligned.absolute()))
     n_genes = model.config.cell_config.vocab_size
-    sources = [read_labelled(spec, index, seed) for spec in specs]
+    sources = [read_labelled(spec, processor.gene_index) for spec in specs]
     datasets, types, meanings = pool(sources, table, n_genes)
-    readout = fit_pooled_readout(datasets, len(types), meanings=meanings)
     names, sampler = [str(ontology.term_name(term)) for term in types], CaptionSampler()
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
-    model.label_readout = readout
-    model.config.label_readout = {"texts": texts, "labels": names, **readout.sizes()}
+    model.label_readout = fit_pooled_readout(datasets, len(types), meanings=meanings)
+    model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
+    add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
+    gate = fit_pooled_gate(model, processor, datasets, meanings)
     ids = dict(zip(names, types, strict=True))
     model.config.annotation = {
         "labels": dict(zip(names, texts, strict=True)),
@@ -199,17 +196,32 @@ def fit_readout(
         "temperature": 1.0,
         "readout_temperature": 1.0,
         "similarity_weight": 0.0,
+        "unseen_gate": None if gate is None else vars(gate),
         "terms": ontology.label_terms(ids),
         "novelty": fit_pooled_novelty(datasets, n_genes),
     }
+    with filled_folder(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
-def write_checkpoint(
-    tuned: Path, output: Path, corpus: Corpus, specs: Sequence[SourceSpec], table: Mapping[str, Any]
-) -> Path:
-    """Write the checkpoint in bfloat16, with the gate of other labels, and check its size."""
+def fit_pooled_gate(
+    model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, datasets: Sequence[Dataset], meanings: np.ndarray
+) -> Gate | None:
+    """The gate of labels that were never trained, from the cells of one type each."""
+    counts = vstack([data.counts for data in datasets], format="csr")
+    codes = np.concatenate([data.targets for data in datasets])
+    rows = np.flatnonzero((meanings[codes] == 1).any(axis=1))
+    cells = Cells.from_csr(counts[rows], np.arange(counts.shape[1]))
+    texts = model.config.label_readout["texts"]
+    named = [named_genes(text, processor.gene_index) for text in texts]
+    states = text_states(model, processor, texts)
+    return fit_gate(model.label_readout, cells, meanings[codes[rows]].argmax(axis=1), states, named)
+
+
+def write_checkpoint(tuned: Path, output: Path, corpus: Corpus, table: Mapping[str, Any]) -> Path:
+    """Write the checkpoint in bfloat16, and check its size."""
     pipeline = ScMMGPTPipeline.from_pretrained(str(tuned.absolute()), device="cpu", dtype=torch.float32)
-    add_gate(pipeline, specs, table)
     model: Any = pipeline.model
     model.config.release = {"name": NAME, "version": VERSION}
     for (
@@ -224,7 +236,7 @@ def write_checkpoint(
         for pattern in TRAINED_CODE:
             for path in Path(folder).glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (Path(folder) / "checkpoint.md").write_text(describe(corpus, specs, table, model), encoding="utf-8")
+        (Path(folder) / "checkpoint.md").write_text(describe(corpus, table, model), encoding="utf-8")
     n_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     logger.info("%s has %.1f MB.", output, n_bytes / 1e6)
     if n_bytes > MAX_BYTES:
@@ -232,23 +244,7 @@ def write_checkpoint(
     return output
 
 
-def add_gate(pipeline: ScMMGPTPipeline, specs: Sequence[SourceSpec], table: Mapping[str, Any]) -> None:
-    """Fit the gate of labels that were never trained; cells of broad types are left out."""
-    config, processor, bridge = pipeline.model.config, pipeline.processor, pipeline._bridge()
-    sources = [read_labelled(spec, processor.gene_index) for spec in specs]
-    datasets, types, meanings = pool(sources, table, config.cell_config.vocab_size)
-    counts = vstack([data.counts for data in datasets], format="csr")
-    codes = np.concatenate([data.targets for data in datasets])
-    rows = np.flatnonzero((meanings[codes] == 1).any(axis=1))
-    cells = Cells.from_csr(counts[rows], np.arange(counts.shape[1]))
-    texts = config.label_readout["texts"]
-    named = [named_genes(text, processor.gene_index) for text in texts]
-    features = encode_texts(bridge, processor, texts).double().cpu().numpy()
-    gate = fit_gate(bridge.label_readout, cells, meanings[codes[rows]].argmax(axis=1), features, named)
-    config.annotation["unseen_gate"] = None if gate is None else vars(gate)
-
-
-def describe(corpus: Corpus, specs: Sequence[SourceSpec], table: Mapping[str, Any], model: Any) -> str:
+def describe(corpus: Corpus, table: Mapping[str, Any], model: Any) -> str:
     """The facts of the checkpoint, in Markdown."""
     manifest = corpus.manifest
     splits = ", ".join(f"{split} {corpus.n_cells(split):,}" for split in corpus.split_names)
