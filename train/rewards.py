@@ -104,9 +104,7 @@ def reward_functions(names: Sequence[str], gene_index: GeneIndex) -> list[Reward
         **columns: Any,
     ) -> list[float | None]:
         if cell_type is None:
-            raise ValueError(
-                "The reward cell_type needs a column 'cell_type' in the dataset; leave it out otherwise."
-            )
+            raise ValueError("The reward cell_type needs a column 'cell_type' in the dataset; leave it out otherwise.")
         ids = [None] * len(completions) if cell_type_ontology_term_id is None else cell_type_ontology_term_id
         rows = zip(completions, cell_type, ids, strict=True)
         return [score_type(text_of(completion), name, term_id) for completion, name, term_id in rows]
