@@ -32,13 +32,15 @@ from scmmgpt.commands.options import (
     FORMATS,
     READ_HELP,
     add_annotation,
+    add_audit,
     add_generation,
     add_input,
-    add_model,
     add_output,
     add_partitions,
     add_plan,
     add_reading,
+    add_report,
+    add_verify,
 )
 from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.commands.sources import Source, outputs_of, read_adata
@@ -94,12 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         return sub
 
     add_annotation(command(annotate))
-
-    sub = command(audit)
-    add_input(sub)
-    add_output(sub, columns=False)
-    sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="given labels (default: cell_type)")
-    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, to rank them too")
+    add_audit(command(audit))
 
     sub = command(describe)
     add_input(sub)
@@ -154,21 +151,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_reading(sub)
 
-    sub = command(verify)
-    sub.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
-    add_model(sub, default="the one that the receipt names")
-    text = "cells that the result was computed from (default: those in OUT.h5ad)"
-    sub.add_argument("--input", type=Path, metavar="FILE", help=text)
-    sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
-
-    sub = command(report)
-    sub.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
-    sub.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
-    add_model(sub, default="that of this package, for cells without results")
-    add_reading(sub)
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
-    sub.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
-    sub.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results")
+    add_verify(command(verify))
+    add_report(command(report))
 
     add_plan(command(plan))
 
@@ -374,7 +358,7 @@ def inspect(args: Args) -> int:
 
 
 def verify(args: Args) -> int:
-    """Compute the results of a file again and name what changed; exit status 0 if nothing of weight did."""
+    """Compute the results of a file again and name what changed; exit status 0 if all are the same."""
     from scmmgpt.commands.verify import checkpoint_of, render, verify_file
 
     if args.model is None:

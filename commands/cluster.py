@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 
 Task = TypeVar("Task")
-Outcome = tuple[Task, Any, BaseException | None]  # a task, its result, and its error in place of a result
+Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its error in place of a result
 
 TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
 
@@ -111,7 +111,7 @@ def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task])
         yield task, result, failure
 
 
-def _is_lost_worker(error: BaseException | None) -> bool:
+def _is_lost_worker(error: Exception | None) -> bool:
     return type(error).__name__ == "KilledWorker"
 
 

@@ -113,6 +113,36 @@ def add_partitions(parser: argparse.ArgumentParser) -> None:
         parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume"}
 
 
+def add_audit(parser: argparse.ArgumentParser) -> None:
+    """Options of `audit`."""
+    add_input(parser)
+    add_output(parser, columns=False)
+    parser.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="given labels (default: cell_type)")
+    parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, to rank them too")
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Options of `verify`."""
+    parser.add_argument("file", type=Path, metavar="OUT.h5ad", help="result of a command")
+    add_model(parser, default="the one that the receipt names")
+    text = "cells that the result was computed from (default: those in OUT.h5ad)"
+    parser.add_argument("--input", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Options of `report`."""
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
+    parser.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+    add_model(parser, default="that of this package, for cells without results")
+    add_reading(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")
+    parser.add_argument("--label-key", metavar="COLUMN", help="column of obs with given labels, to compare")
+    parser.add_argument(
+        "--cluster-key", metavar="COLUMN", help="column of obs with clusters, for cells without results"
+    )
+
+
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Options of `plan`."""
     add_input(parser)
