@@ -33,6 +33,7 @@ from scmmgpt.commands.options import (
     READ_HELP,
     add_annotation,
     add_audit,
+    add_description,
     add_generation,
     add_input,
     add_output,
@@ -40,6 +41,7 @@ from scmmgpt.commands.options import (
     add_plan,
     add_reading,
     add_report,
+    add_search,
     add_verify,
 )
 from scmmgpt.commands.progress import log_if_slow
@@ -98,19 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_annotation(command(annotate))
     add_audit(command(audit))
 
-    sub = command(describe)
-    add_input(sub)
-    add_output(sub)
-    sub.add_argument("--prompt", help="a question about one cell (default: the prompt of training)")
-    sub.add_argument(
-        "--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="longest description (default: 64)"
-    )
-    sub.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
-    sub.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
-    sub.add_argument(
-        "--num-beams", type=number(int, 1), default=1, metavar="N", help="beams of the search (default: 1, greedy)"
-    )
-
+    add_description(command(describe))
     sub = command(calibrate)
     add_input(sub, split="validation", writes_model=True)
     sub.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="true labels (default: cell_type)")
@@ -128,18 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help=text)
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
-    sub = command(search)
-    add_input(sub, count="?")
-    sub.add_argument("--text", required=True, help="description of the wanted cells")
-    how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
-    sub.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
-    text = "search an index of `scmmgpt index` in place of FILE"
-    sub.add_argument("--index", type=Path, metavar="FOLDER", help=text)
-    sub.add_argument("--where", metavar="CONDITION", help="search cells of the index with, e.g., \"tissue == 'lung'\"")
-    text = "file with every cell's score in obs['scmmgpt_search']"
-    sub.add_argument("--output", "-o", type=Path, metavar="OUT.h5ad", help=text)
-    sub.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
-
+    add_search(command(search))
     add_generation(command(generate))
 
     sub = command(inspect)

@@ -63,6 +63,15 @@ MAX_LOGIT_SCALE = math.log(100)
 LABEL_SHARPNESS = 4.0
 CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")  # of the cell model
 PROMPT_CELL_INPUTS = (*CELL_INPUTS, "profile_gene_ids", "profile", "readout_scores")  # the last three are optional
+# Parts that stage 2 adds to those of stage 1.
+NEW_PARTS = (
+    "language_model",
+    "language_projection",
+    "label_projection",
+    "text_to_cell",
+    "expression_head",
+    "cell_states",
+)
 OTHER_PARTS = r"(?!model\.language_model\.).+"  # names of all modules that are not of the language model
 LOSS_INPUTS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' `loss_function`
 # Linear layers that LoRA adapts, by their names in Llama and its kin, Phi, GPT-2 and GPT-NeoX.
@@ -927,7 +936,8 @@ class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
             nn.Linear(width, config.projection_dim), nn.ReLU(), nn.Linear(config.projection_dim, text_width)
         )
         if config.cell_tokens != "queries":  # the direction of each label among the inputs of the language model
-            self.label_projection = nn.Linear(len(config.label_readout["texts"]), text_width, bias=False)
+            n_labels = len((config.label_readout or {})["texts"])
+            self.label_projection = nn.Linear(n_labels, text_width, bias=False)
         self.post_init()
 
     @with_own_weights
@@ -1245,8 +1255,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         with torch.device(language_model.device):
             model = cls._from_config(config, dtype=alignment.dtype, language_model=language_model)
 
-        new_parts = ("language_model.", "language_projection.", "label_projection.", "text_to_cell.")
-        new_parts += ("expression_head.", "cell_states.")
+        new_parts = tuple(f"{name}." for name in NEW_PARTS)
         weights = {k: v for k, v in alignment.state_dict().items() if not k.startswith("profile_readout.")}
         report = model.model.load_state_dict(weights, strict=False)
         missing = [key for key in report.missing_keys if not key.startswith(new_parts)]

@@ -37,6 +37,37 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--read-batch", action="store_true", help=text)
 
 
+def add_description(parser: argparse.ArgumentParser) -> None:
+    """Options of `describe`."""
+    add_input(parser)
+    add_output(parser)
+    parser.add_argument("--prompt", help="a question about one cell (default: the prompt of training)")
+    parser.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="longest description (default: 64)"
+    )
+    parser.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
+    parser.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
+    parser.add_argument(
+        "--num-beams", type=number(int, 1), default=1, metavar="N", help="beams of the search (default: 1, greedy)"
+    )
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Options of `search`."""
+    add_input(parser, count="?")
+    parser.add_argument("--text", required=True, help="description of the wanted cells")
+    how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
+    parser.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
+    text = "search an index of `scmmgpt index` in place of FILE"
+    parser.add_argument("--index", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument(
+        "--where", metavar="CONDITION", help="search cells of the index with, e.g., \"tissue == 'lung'\""
+    )
+    text = "file with every cell's score in obs['scmmgpt_search']"
+    parser.add_argument("--output", "-o", type=Path, metavar="OUT.h5ad", help=text)
+    parser.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
+
+
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Options of `generate`."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")

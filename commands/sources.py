@@ -53,7 +53,8 @@ class Source:
 def outputs_of(paths: list[Path], split: str, model: str, output: Path) -> dict[Source, Path]:
     """The sources of a command line, and the `.h5ad` file that each becomes: several, in the folder `output`.
 
-    A source is a path, or what is in it if it is a folder of several data sets.
+    A source is a path; or what is in it, if it is a folder of several data sets and so is `output`. For one file of
+    output, the reader of the folder says what it holds.
 
     Raises:
         ValueError: If there are several sources, and `output` is named like a file.
@@ -63,7 +64,7 @@ def outputs_of(paths: list[Path], split: str, model: str, output: Path) -> dict[
     found: list[Path] = []
     for path in paths:
         is_one = not path.is_dir() or (path / "manifest.json").is_file() or is_zarr(path) or bool(find_matrices(path))
-        inside = [] if is_one else find_inside(path)
+        inside = [] if is_one or output.suffix else find_inside(path)
         found += inside if len(inside) > 1 else [path]
     found = list(dict.fromkeys(found))
     sources = [Source(path, split, model) for path in found]

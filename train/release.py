@@ -109,7 +109,8 @@ def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: 
     """The corpus over the genes that several sources measure."""
     vocabulary = output / "vocab.json"
     if not vocabulary.is_file():
-        index, seen = reference_gene_index(), {}
+        index = reference_gene_index()
+        seen: dict[int, int] = {}
         for spec in specs:
             for gene in np.unique(FileSource(spec).choose(index).match.measured).tolist():
                 seen[gene] = seen.get(gene, 0) + 1
@@ -213,7 +214,7 @@ def fit_pooled_gate(
     codes = np.concatenate([data.targets for data in datasets])
     rows = np.flatnonzero((meanings[codes] == 1).any(axis=1))
     cells = Cells.from_csr(counts[rows], np.arange(counts.shape[1]))
-    texts = model.config.label_readout["texts"]
+    texts = (model.config.label_readout or {})["texts"]
     named = [named_genes(text, processor.gene_index) for text in texts]
     states = text_states(model, processor, texts)
     return fit_gate(model.label_readout, cells, meanings[codes[rows]].argmax(axis=1), states, named)
