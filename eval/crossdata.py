@@ -302,11 +302,12 @@ def markdown_table(rows: Sequence[dict]) -> str:
 
 
 def eval_results(rows: Sequence[dict], notes: str) -> list[dict[str, Any]]:
-    """Mean macro-F1 of ours as entries of the Hub's `.eval_results`."""
+    """Mean macro-F1 of ours as entries of the Hub's `.eval_results`, of systems that have annotated all sets."""
+    n_sets = max(len(row["by_set"]) for row in rows)
     entries = [
         EvalResultEntry(DATASET, "macro_f1", round(row["mean"], 4), notes=f"{row['system']}; {notes}")
         for row in rows
-        if row["system"].startswith(MODEL)
+        if row["system"].startswith(MODEL) and len(row["by_set"]) == n_sets
     ]
     return eval_result_entries_to_yaml(entries)
 
