@@ -110,7 +110,7 @@ def fit_gate(
 def _cells_of_gate(
     cells: Cells, targets: np.ndarray, n_labels: int, seed: int
 ) -> tuple[Cells, np.ndarray, np.ndarray]:
-    """At most `GATE_CELLS` cells of labels with two cells or more, their labels, and the number of cells of each label.
+    """At most `GATE_CELLS` cells of labels with two cells or more, the labels, and how many cells each label has.
 
     The only cell of a label is the mean of the label.
     """
