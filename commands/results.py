@@ -57,14 +57,16 @@ class RowBlocks:
 
 
 def can_copy(path: Path) -> bool:
-    """Whether a path is an `.h5ad`, by what it holds, or a Zarr store."""
+    """Whether a path is an `.h5ad` of anndata 0.7 or newer, by what it holds, or a Zarr store."""
     if path.is_dir():
         return is_zarr(path)
     if not path.is_file():
         return False
     try:
         with h5py.File(path) as file:
-            return "obs" in file and "var" in file and "mod" not in file
+            is_cells = "obs" in file and "var" in file and "mod" not in file
+            # Before anndata 0.7, tables and arrays of rows were one dataset each, to which nothing can be added.
+            return is_cells and not any(isinstance(file.get(name), h5py.Dataset) for name in ("obs", "obsm", "uns"))
     except OSError:  # another format, or a truncated or locked file, which `read_file` explains
         return False
 

@@ -3,6 +3,7 @@
 import json
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,6 +78,20 @@ def test_a_file_is_copied_by_what_it_holds_and_not_by_its_name(adata, tmp_path):
     assert results.can_copy(tmp_path / "cells.h5")
     assert not results.can_copy(tmp_path / "text.h5ad")
     assert not results.can_copy(tmp_path)
+
+
+def test_a_file_of_the_first_format_of_anndata_is_annotated(adata, checkpoint, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    rows = np.zeros(adata.n_obs, dtype=[("X_pca", "f4", (2,)), ("X_umap", "f4", (2,))])
+    rows["X_umap"] = np.arange(2 * adata.n_obs).reshape(-1, 2)
+    with h5py.File(tmp_path / "cells.h5ad", "a") as file:  # as in scanpy's own example, of 2018
+        del file["obsm"]
+        file["obsm"] = rows
+    out = tmp_path / "out.h5ad"
+    assert main(["annotate", str(tmp_path / "cells.h5ad"), "--model", checkpoint, "-o", str(out)]) == 0
+    written = anndata.read_h5ad(out)
+    assert written.obs["scmmgpt_cell_type"].notna().all()
+    np.testing.assert_array_equal(written.obsm["X_umap"], rows["X_umap"])
 
 
 def test_a_truncated_file_is_called_so_by_the_commands_that_copy_files(adata, checkpoint, tmp_path, capsys):

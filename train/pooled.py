@@ -208,8 +208,8 @@ def fit_pooled_novelty(datasets: Sequence[Dataset], n_genes: int) -> dict[str, A
         if len(rows):
             absent = silent[others].all(axis=0) & (measured[others].sum(axis=0) >= min(MIN_DATASETS, others.sum()))
             shares.append(novelty_of(cells[number][rows], absent))
-    absent: np.ndarray = silent.all(axis=0) & (measured.sum(axis=0) >= MIN_DATASETS)
-    expressed: np.ndarray = measured.any(axis=0) & ~silent.all(axis=0)
+    absent = np.asarray(silent.all(axis=0) & (measured.sum(axis=0) >= MIN_DATASETS))
+    expressed = np.asarray(measured.any(axis=0) & ~silent.all(axis=0))
     if not shares or not absent.any():
         return None
     unit = max(float(np.quantile(np.concatenate(shares), HELD_OUT_QUANTILE)), MIN_UNIT)

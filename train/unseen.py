@@ -52,14 +52,9 @@ def fit_gate(
     n_labels = len(texts)
     if n_labels < MIN_LABELS:
         return None
-    if len(cells) > GATE_CELLS:
-        rows = np.sort(np.random.default_rng(seed).choice(len(cells), GATE_CELLS, replace=False))
-        cells, targets = cells[rows], targets[rows]
-    counts = np.bincount(targets, minlength=n_labels)
-    if (counts > 1).sum() < MIN_LABELS:  # the only cell of a label is its mean
+    cells, targets, counts = _cells_of_gate(cells, targets, n_labels, seed)
+    if np.count_nonzero(counts) < MIN_LABELS:
         return None
-    cells, targets = cells[np.flatnonzero(counts[targets] > 1)], targets[counts[targets] > 1]
-    counts = np.where(counts > 1, counts, 0)
     arrays = readout.arrays()
     here = np.ones(len(arrays["gene_ids"]), bool)
     share = float(arrays["shares"].sum())
@@ -110,6 +105,21 @@ def fit_gate(
         return gate
     batch_weights, batch_offset = fit(collect(read=gate))
     return replace(gate, batch_weights=batch_weights, batch_offset=batch_offset)
+
+
+def _cells_of_gate(
+    cells: Cells, targets: np.ndarray, n_labels: int, seed: int
+) -> tuple[Cells, np.ndarray, np.ndarray]:
+    """At most `GATE_CELLS` cells of labels with two cells or more, the labels, and how many cells each label has.
+
+    The only cell of a label is the mean of the label.
+    """
+    if len(cells) > GATE_CELLS:
+        rows = np.sort(np.random.default_rng(seed).choice(len(cells), GATE_CELLS, replace=False))
+        cells, targets = cells[rows], targets[rows]
+    counts = np.bincount(targets, minlength=n_labels)
+    several = counts[targets] > 1
+    return cells[np.flatnonzero(several)], targets[several], np.where(counts > 1, counts, 0)
 
 
 def embed_gene_texts(
