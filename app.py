@@ -1,6 +1,7 @@
 """A web page on this machine with the tasks of the pipeline: annotate, search, describe and generate cells.
 
-    python -m scmmgpt.app CHECKPOINT            # serves http://127.0.0.1:7860; nothing leaves the machine
+    python -m scmmgpt.app                       # serves http://127.0.0.1:7860; nothing leaves the machine
+    python -m scmmgpt.app CHECKPOINT            # another checkpoint than that of the package
 
 In a Hugging Face Space, which passes no argument, the environment variable `SCMMGPT_MODEL` names the checkpoint. Needs
 the extra `app`.
@@ -21,7 +22,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from scmmgpt.commands.checkpoints import check_checkpoint
+from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OneLineParser, number, run_command
 from scmmgpt.commands.writing import make_writable
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -180,18 +181,18 @@ def rows_of(adata: anndata.AnnData, columns: list[str]) -> pd.DataFrame:
 def main(argv: list[str] | None = None) -> int:
     """Serve the page; returns the exit status."""
     parser = OneLineParser(prog="python -m scmmgpt.app", description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=os.environ.get("SCMMGPT_MODEL"), help="folder, or id on the Hub")
+    text = "folder, or id on the Hub (default: the checkpoint of this package)"
+    parser.add_argument("model", nargs="?", default=os.environ.get("SCMMGPT_MODEL"), help=text)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for a whole network")
     parser.add_argument("--port", type=number(int, 1, 65535), default=7860, help="port to listen on (default: 7860)")
     args = parser.parse_args(argv)
-    if not args.model:
-        parser.error("no checkpoint given; name one, or set SCMMGPT_MODEL.")
 
     def serve() -> None:
         if gr is None:
             raise ModuleNotFoundError(NO_GRADIO, name="gradio")
-        check_checkpoint(args.model)
-        page = build(ScMMGPTPipeline.from_pretrained(args.model))
+        model = args.model or root_checkpoint()
+        check_checkpoint(model)
+        page = build(ScMMGPTPipeline.from_pretrained(model))
         page.launch(server_name=args.host, server_port=args.port, theme=gr.themes.Default(**FONTS))
 
     return run_command("scmmgpt.app", serve, inputs=[args.model], extra="app")

@@ -119,6 +119,7 @@ def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: 
         kept = sorted(symbols[gene] for gene, n in seen.items() if n >= least)
         write_json(vocabulary, {name: i for i, name in enumerate([*SPECIAL_TOKENS, *kept])})
     words = [args.data, "--labels", args.labels, "--vocabulary", str(vocabulary), "--output", str(output / "corpus")]
+    words += ["--split-by", "cell"]  # every cell type has training cells; `eval crossdata` leaves datasets out
     prepare.main(prepare.make_parser().parse_args(words))
     return open_corpus(output / "corpus")
 
