@@ -35,7 +35,7 @@ test-newest: ## model, processor and pipeline with the newest releases that pypr
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet torch==2.13.0
 	.venv-newest/bin/python -m pip install --quiet torch==2.13.0 -e '.[train,eval,dev]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_transformers.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_transformers.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py tests/test_reinforce.py
 
 demo: STEM := demo
 demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.
@@ -56,7 +56,7 @@ demo demo-tiny:
 	$(BIN)/python -m scmmgpt.eval report --corpus $(OUT)/corpus --annotated $(OUT)/annotated.h5ad --descriptions $(OUT)/descriptions.csv --templates short --generated $(OUT)/generated.h5ad --training $(OUT)/aligned $(OUT)/checkpoint --checkpoint $(OUT)/checkpoint --note "$(NOTE)" --output $(OUT)
 
 # Files of the checkpoint lie beside the code, so that the repository is a model of the Hub.
-release: setup ## build the checkpoint at the root of the repository from ../shared/data, half an hour of one core
+release: setup ## build the checkpoint at the root of the repository from ../shared/data, five minutes on two cores
 	$(BIN)/python -m scmmgpt.train release --data ../shared/data --output results/release
 	mv results/release/checkpoint/checkpoint.md docs/checkpoint.md
 	cp -r results/release/checkpoint/. .

@@ -37,7 +37,7 @@ except ImportError:  # beside the other files of a checkpoint
 
 
 SEARCH_GENES = 50  # whose texts are nearest to a text that is searched for
-WEAK_LABELS = 5  # labels whose decisive genes a file lacks that get a warning each
+WEAK_LABELS = 2  # that warnings name, those with the least evidence; `uns` has all
 # Of a batch: the share of the most similar cells, their weight against the text, rounds, and fewest cells to read.
 BATCH_SHARE, BATCH_WEIGHT, BATCH_ROUNDS, MIN_BATCH = 0.1, 0.7, 2, 60
 NEVER = -100.0  # log probability of a text of no label
@@ -410,7 +410,7 @@ class TextScores:
         warnings = [
             f"The file lacks {', '.join(gene_symbols(absent))}, which tell {names[label]!r} from {names[other]!r}: "
             f"{max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
-            for label, (other, evidence, absent) in list(weak.items())[:WEAK_LABELS]
+            for label, (other, evidence, absent) in sorted(weak.items(), key=lambda item: item[1][1])[:WEAK_LABELS]
         ]
         if len(weak) > WEAK_LABELS:
             warnings.append(f"The file lacks decisive genes of {len(weak) - WEAK_LABELS} more labels.")

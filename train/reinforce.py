@@ -215,9 +215,7 @@ def main(
         args=training_args,
         processing_class=processor,
         prompt=render_question(processor, data_args.question),
-        reward_funcs=reward_functions(model_args.rewards, processor.gene_index)
-        if reward_funcs is None
-        else reward_funcs,
+        reward_funcs=reward_funcs,
         train_dataset=cells["train"],
         eval_dataset=validation,
         peft_config=LoraConfig(**lora | model_args.lora_config),
