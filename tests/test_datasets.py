@@ -429,6 +429,7 @@ def by_hand_on_a_rank(corpus, aligned, output_dir, road):
         torch.save(found, output_dir / "found.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_end_alike_by_all_roads(corpus, aligned, tmp_path, monkeypatch):
     monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
     runs = {}
@@ -442,6 +443,7 @@ def test_two_processes_end_alike_by_all_roads(corpus, aligned, tmp_path, monkeyp
         assert all(torch.equal(value, runs[road][1][name]) for name, value in weights.items()), road
 
 
+@pytest.mark.slow
 def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain_one(
     corpus,
     aligned,
@@ -467,6 +469,7 @@ def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain
             assert torch.equal(value, their_weights[part]), (name, part)
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_that_resumes_in_epoch_three_ends_like_one_that_does_not(corpus, aligned, collate, tmp_path):
     losses = {}
     for name, checkpoint in {"whole": None, "cut": tmp_path / "checkpoint-14"}.items():

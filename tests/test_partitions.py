@@ -74,6 +74,7 @@ def test_the_model_of_the_package_is_named_in_each_result(adata, checkpoint, tmp
     assert anndata.read_h5ad(tmp_path / "parts.h5ad").uns["scmmgpt"]["model"] == identity
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(checkpoint, tmp_path):
     synthetic.synthetic_adata(4200).write_h5ad(tmp_path / "cells.h5ad")
     words = ["embed", tmp_path / "cells.h5ad", "--cells-per-partition", 1]
