@@ -467,6 +467,12 @@ class ScMMGPTPipeline:
         sets, set_of_cell = np.unique(given, return_inverse=True)
         terms = (self.model.config.annotation or {}).get("terms", [])
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        if strange := sets[~members.any(axis=1)].tolist():
+            logger.warning(
+                f"{len(strange)} of {len(sets)} labels of obs[{label_key!r}] mean no type that the checkpoint knows "
+                f"({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, ...): their cells "
+                "are not judged. Rename them to a type, a synonym or an id of the Cell Ontology."
+            )
         best, odds = judge(probabilities, members, set_of_cell)
         suggested = np.where(best >= 0, np.asarray([*names, ""], dtype=object)[best], "").astype(str)
         genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)

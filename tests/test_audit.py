@@ -90,7 +90,7 @@ def test_planted_labels_come_first_with_the_right_suggestion_and_its_genes(pipel
     assert swapped.uns["scmmgpt"]["audit"]["contradicted"] == 2
 
 
-def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swapped):
+def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swapped, caplog):
     words = {"B cell": "B-cells", "T cell": "Lymphocyte", "natural killer cell": "NK weird"}
     swapped.obs["mine"] = swapped.obs["cell_type"].astype(str).replace(words)
     pipeline.audit(swapped, "mine")
@@ -101,6 +101,7 @@ def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swa
         "NK weird": ["not judged"],
         "monocyte": ["supported"],
     }
+    assert "1 of 4 labels of obs['mine'] mean no type that the checkpoint knows ('NK weird'" in caplog.text
 
 
 def test_the_judgement_of_a_cell_does_not_depend_on_the_other_cells(pipeline, swapped):
