@@ -115,10 +115,10 @@ def hash_code() -> str:
 
 
 @functools.cache
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+def installed_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of packages, by default of those that results depend on."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -3,13 +3,13 @@
 import datetime
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from scmmgpt.receipt_scmmgpt import installed_versions
 
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def describe_evaluation(
         "files": {path: sha256(path) for path in files},
         "settings": recorded_settings(files),
         "training": [{"name": run["name"], "steps": run["steps"]} for run in runs],
-        "versions": installed_versions(),
+        "versions": installed_versions(tuple(PACKAGES)),
         "seed": seed,
     }
     warning = None if checkpoint is None else trained_elsewhere(checkpoint, corpus)
@@ -43,17 +43,6 @@ def sha256(path: str | Path) -> str:
     """sha256 of the bytes of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries behind the numbers."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def describe_checkpoint(path: str | Path) -> dict:
