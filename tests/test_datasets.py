@@ -469,23 +469,28 @@ def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain
             assert torch.equal(value, their_weights[part]), (name, part)
 
 
+def plain_arguments(output_dir, **options):
+    """Arguments of a plain trainer: batches of 8, every loss logged, a checkpoint after step 14."""
+    return TrainingArguments(
+        output_dir,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        save_steps=14,
+        remove_unused_columns=False,
+        **options,
+    )
+
+
 @pytest.mark.slow
 def test_a_plain_trainer_that_resumes_in_epoch_three_ends_like_one_that_does_not(corpus, aligned, collate, tmp_path):
     losses = {}
     for name, checkpoint in {"whole": None, "cut": tmp_path / "checkpoint-14"}.items():
         rows = collate.processor.data_collator(collate)
-        arguments = TrainingArguments(
-            tmp_path,
-            per_device_train_batch_size=8,
-            max_steps=20,
-            logging_steps=1,
-            lr_scheduler_type="constant",
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to="none",
-            save_steps=14,
-            remove_unused_columns=False,
-        )
+        arguments = plain_arguments(tmp_path, max_steps=20)
         model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
         trainer = Trainer(model, arguments, train_dataset=load(corpus), data_collator=rows, callbacks=[rows])
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -509,18 +514,7 @@ def plain_on_a_stream(corpus, aligned, collate, output_dir, checkpoint=None, *, 
 
     rows = collate.processor.data_collator(note)
     stream = load(corpus, streaming=True).shuffle(seed=3, buffer_size=16)
-    arguments = TrainingArguments(
-        output_dir,
-        per_device_train_batch_size=8,
-        logging_steps=1,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        save_steps=14,
-        remove_unused_columns=False,
-        **options,
-    )
+    arguments = plain_arguments(output_dir, **options)
     model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
     dataset = rows.with_length(stream) if sized else stream
     trainer = Watching(model, arguments, train_dataset=dataset, data_collator=rows, callbacks=[rows])
