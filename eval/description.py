@@ -286,14 +286,15 @@ def evaluate_file(
     train, test = train.select_genes(genes), test.select_genes(genes)
     shares = train.counts.multiply(1 / np.maximum(train.total_counts, 1)[:, None])
     sampler = CaptionSampler(args.templates, gene_means=np.asarray(shares.mean(axis=0)).ravel())
+    references = _write_answers(sampler, test)
     return evaluate_descriptions(
         descriptions,
-        _write_answers(sampler, test),
+        references,
         test.labels,
         train.labels,
         baseline_labels=regression.labels,
         train_texts=_write_answers(sampler, train),
-        checks=_checks(test, term_ids),
+        checks=_checks(test, term_ids, references),
         label_text=lambda label: sampler.label_text(label, term_ids.get(label)),
         parse=lambda text, candidates: parse_cell_type(text, {label: term_ids.get(label) for label in candidates}),
         names=test.names,
@@ -308,8 +309,10 @@ def _write_answers(sampler: "CaptionSampler", cells: LabelledCells) -> list[str]
     return sampler.answer(cells.obs, counts, cells.genes)
 
 
-def _checks(test: LabelledCells, term_ids: dict[str, str | None]) -> dict[str, Callable[[str, int], float]]:
-    """What can be verified of a text about a test cell: its type, and the genes that it names."""
+def _checks(
+    test: LabelledCells, term_ids: dict[str, str | None], references: Sequence[str]
+) -> dict[str, Callable[[str, int], float]]:
+    """What can be verified of a text about a test cell: its type, and its genes if the references name any."""
     from scmmgpt.train.rewards import agreement, genes_in_text, score_type
 
     index = GeneIndex({name: i for i, name in enumerate(test.genes)})
@@ -319,8 +322,13 @@ def _checks(test: LabelledCells, term_ids: dict[str, str | None]) -> dict[str, C
     def of_genes(text: str, row: int) -> float:
         return agreement(named(text), expressed[row])
 
+    def of_type(text: str, row: int) -> float:
+        return score_type(text, test.labels[row], term_ids.get(test.labels[row])) or 0.0
+
+    if not any(map(named, references)):  # short templates ask for no genes, so that none is missing
+        return {"type_depth": of_type}
     return {
-        "type_depth": lambda text, row: score_type(text, test.labels[row], term_ids.get(test.labels[row])) or 0.0,
+        "type_depth": of_type,
         "genes_expressed": of_genes,
         "grounded": lambda text, row: float(of_genes(text, row) == 1),
     }

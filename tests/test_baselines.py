@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
-from scmmgpt.eval import baselines, realism
+from scmmgpt.eval import baselines, description, realism
 from scmmgpt.eval.annotation import evaluate_annotation
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
@@ -266,6 +266,16 @@ def test_an_empty_description_names_nothing(train, test):
     result = evaluate_descriptions(texts, references, test.labels, train.labels, n_resamples=50, **TEXTS)
     assert rows(result, "named_type_accuracy")[MODEL_NAME] == 0
     assert result["parsing"]["no_type_named"] == 1
+
+
+def test_genes_of_descriptions_are_checked_where_the_references_name_genes(test):
+    gene = test.genes[0]
+    index = np.flatnonzero(test.counts[:, 0].toarray().ravel() > 0)[0]
+    silent = description._checks(test, {}, ["This cell is a B cell."])
+    assert set(silent) == {"type_depth"}  # nothing is missing from texts that are to name no gene
+    named = description._checks(test, {}, [f"A B cell with {gene}."])
+    assert named["grounded"](f"A cell with high levels of {gene}.", index) == 1
+    assert named["genes_expressed"]("A cell.", index) == 0
 
 
 @pytest.fixture(scope="module")
