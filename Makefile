@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export OMP_WAIT_POLICY ?= passive# threads that wait sleep: on a busy machine they else spin for most of the time
 
 .PHONY: help setup test test-newest demo demo-tiny release benchmark style check clean
 
