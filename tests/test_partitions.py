@@ -245,7 +245,9 @@ def test_the_task_of_a_lost_worker_is_done_again_and_a_poisonous_one_is_reported
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
-    import dask
+    dask = pytest.importorskip("dask", reason="Dask is not installed (extra `cluster`)")
+    # Imported first: where `set` makes the key "distributed", its end takes away all settings below that key.
+    pytest.importorskip("distributed", reason="Dask is not installed (extra `cluster`)")
 
     with dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}):
         with pytest.raises(OSError, match="No Dask scheduler answers at 'tcp://127.0.0.1:9'"):
