@@ -5,6 +5,7 @@ gene id): a cell gives the same tokens in any order, batch, chunk, worker or pro
 Compiled kernels and NumPy give the same bits; see `kernels_scmmgpt`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ try:  # as a package or as remote code
         gene_hashes,
         hellinger_profile,
         normalize_log1p,
-        sorting_order,
     )
     from .kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_rows, kernels_pay
 except ImportError:  # beside the other files of a checkpoint
@@ -34,7 +34,6 @@ except ImportError:  # beside the other files of a checkpoint
         gene_hashes,
         hellinger_profile,
         normalize_log1p,
-        sorting_order,
     )
     from kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_rows, kernels_pay
 
@@ -83,41 +82,15 @@ def _as_keys(counts: np.ndarray) -> np.ndarray:
 
 
 def _edge_counts(indptr: np.ndarray, counts: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number of quantile edges of the cell below each entry, and below or equal: two arrays `int64 (nnz,)`.
-
-    The `n_bins - 1` edges of a cell are `np.quantile(counts, np.linspace(0, 1, n_bins - 1))` to the last bit.
-    """
-    starts, lengths = indptr[:-1], np.diff(indptr)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    # The bits of floats above 0 are in the order of the floats.
-    order = sorting_order(counts.view(np.uint32) if counts.dtype == np.float32 else counts, rows)
-    ranked = counts[order]  # ascending within each cell; a cell keeps its own range of positions
-
-    # step 1: the edges, by NumPy's linear interpolation between order statistics
-    filled = np.flatnonzero(lengths)
-    last = lengths[filled, None] - 1
-    level = np.linspace(0, 1, n_bins - 1) * last
-    below = np.floor(level).astype(np.int64)
-    weight = level - below
-    before = starts[filled, None] + below
-    after = starts[filled, None] + np.minimum(below + 1, last)
-    step = ranked[after] - ranked[before]
-    edges = np.where(weight < 0.5, ranked[before] + step * weight, ranked[after] - step * (1 - weight))
-
-    # step 2: the first entry that reaches each edge, and the first that passes it
-    is_new = np.ones(len(ranked), dtype=bool)
-    is_new[1:] = (ranked[1:] != ranked[:-1]) | (rows[1:] != rows[:-1])
-    run = np.cumsum(is_new) - 1
-    run_bounds = np.append(np.flatnonzero(is_new), len(ranked))
-    reaches = np.where(edges > ranked[before], after, run_bounds[run[before]])
-    passes = np.where(edges < ranked[after], before + 1, run_bounds[run[after] + 1])
-
-    # step 3: count edges along the sorted entries, and subtract the edges of earlier cells
-    edges_before = np.repeat(np.cumsum(lengths > 0) - 1, lengths) * (n_bins - 1)
-    bounds = np.empty((2, len(ranked)), dtype=np.int64)
-    for bound, edge_positions in zip(bounds, (passes, reaches), strict=True):
-        bound[order] = np.cumsum(np.bincount(edge_positions.ravel(), minlength=len(ranked) + 1))[:-1] - edges_before
-    return bounds[0], bounds[1]
+    """Number of quantile edges of the cell below each entry, and below or equal: two arrays `int64 (nnz,)`."""
+    lower, upper = np.empty((2, len(counts)), dtype=np.int64)
+    for start, stop in itertools.pairwise(indptr):
+        if stop > start:
+            cell_counts = counts[start:stop]
+            edges = np.quantile(cell_counts, np.linspace(0, 1, n_bins - 1))
+            lower[start:stop] = np.searchsorted(edges, cell_counts, side="left")
+            upper[start:stop] = np.searchsorted(edges, cell_counts, side="right")
+    return lower, upper
 
 
 def mask_genes(
@@ -329,27 +302,21 @@ def _fill_rows_numpy(
     attended_out: np.ndarray,
 ) -> None:
     """What [`fill_rows`] does, in NumPy."""
-    lengths = np.diff(indptr)
-    hashes = gene_hashes(np.repeat(cell_keys, lengths), gene_ids)
+    hashes = gene_hashes(np.repeat(cell_keys, np.diff(indptr)), gene_ids)
     if len(levels):
         values = _draw_bins(indptr, counts, hashes, len(levels) + 1)
-    kept = np.ones(len(gene_ids), dtype=bool)
-    crowded = lengths > n_kept
-    if crowded.any():
-        of_crowded = np.repeat(crowded, lengths)
-        in_row = np.arange(lengths[crowded].max()) < lengths[crowded, None]
-        places = np.full(in_row.shape, LAST_HASH)
-        places[in_row] = hashes[of_crowded]
-        if by_count:
-            ranks = np.zeros(in_row.shape, dtype=counts.dtype)
-            ranks[in_row] = counts[of_crowded]
-            cutoff = np.partition(ranks, -n_kept, axis=1)[:, -n_kept, None]
-            places = np.select([ranks > cutoff, ranks == cutoff], [ZERO, places], LAST_HASH)
-        last_place = np.partition(places, n_kept - 1, axis=1)[:, n_kept - 1, None]
-        kept[of_crowded] = (places <= last_place)[in_row]
-        if kept.sum() > np.minimum(lengths, n_kept).sum():
-            raise ValueError(REPEATED)
-    attended_out[:] = np.arange(attended_out.shape[1]) <= np.minimum(lengths, n_kept)[:, None]
-    is_gene = attended_out[:, 1:] == 1
-    gene_ids_out[:, 1:], expression_out[:, 1:] = pad_token_id, pad_value
-    gene_ids_out[:, 1:][is_gene], expression_out[:, 1:][is_gene] = gene_ids[kept], values[kept]
+    for row, (start, stop) in enumerate(itertools.pairwise(indptr)):
+        genes, cell_values = gene_ids[start:stop], values[start:stop]
+        if len(genes) > n_kept:
+            places, cell_counts = hashes[start:stop], counts[start:stop]
+            if by_count:  # only counts that tie for the last places keep their hashes
+                tied = np.partition(cell_counts, -n_kept)[-n_kept]
+                places = np.select([cell_counts > tied, cell_counts == tied], [ZERO, places], LAST_HASH)
+            kept = places <= np.partition(places, n_kept - 1)[n_kept - 1]
+            if kept.sum() > n_kept:
+                raise ValueError(REPEATED)
+            genes, cell_values = genes[kept], cell_values[kept]
+        end = 1 + len(genes)
+        attended_out[row, :end], attended_out[row, end:] = 1, 0
+        gene_ids_out[row, 1:end], gene_ids_out[row, end:] = genes, pad_token_id
+        expression_out[row, 1:end], expression_out[row, end:] = cell_values, pad_value
