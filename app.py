@@ -199,11 +199,8 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                     gr.Markdown("Draw a loop around cells on the map. Without a loop, the first cells are shown.")
                     if pipeline.can_explain:
                         button = gr.Button("Show the evidence for their labels", variant="primary")
-                        text, widths = (
-                            "Genes that speak for a label against the runner-up",
-                            ["25%", "13%", "25%", "37%"],
-                        )
-                        table = gr.Dataframe(label=text, wrap=True, column_widths=widths)
+                        label, widths = "Genes that speak for each label", ["25%", "13%", "25%", "37%"]
+                        table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
                         tasks.on(button.click, tasks.explain, [session], [table])
                     if tasks.can_write:
                         question = gr.Textbox(label="Question about a cell; the prompt of training if empty")
