@@ -15,6 +15,7 @@ its place, but with `read_batch`.
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -361,7 +362,7 @@ class ScMMGPTPipeline:
             **summary,
         }
         if labelling.readout is not None:
-            done["weak_labels"] = self._warn_of_weak_labels(labelling.readout, candidates.texts)
+            done["weak_labels"] = self._warn_of_weak_labels(labelling.readout, candidates.texts, columns["cell_type"])
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
     @property
@@ -641,11 +642,11 @@ class ScMMGPTPipeline:
         logger.info(f"Labels that were never trained were corrected by {len(chosen)} cells of the file (read_batch).")
         return readout.read_batch(type(parts[0]).concatenate(parts)), True
 
-    def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
-        """Warn of labels whose decisive genes the file lacks; returns these labels."""
+    def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str], given: np.ndarray) -> np.ndarray:
+        """Warn of labels whose decisive genes the file lacks, if cells got them; returns all such labels."""
         label_of = {text: label for label, text in (self.model.config.annotation or {}).get("labels", {}).items()}
         names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
-        weak, warnings = readout.weak_labels(names, self.processor.gene_symbols)
+        weak, warnings = readout.weak_labels(names, Counter(np.asarray(given).tolist()), self.processor.gene_symbols)
         for warning in warnings:
             logger.warning(warning)
         return np.asarray(weak, dtype=object)
