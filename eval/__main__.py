@@ -14,6 +14,7 @@ from scmmgpt.commands.progress import log_if_slow
 
 COMMANDS = (
     "abstention",
+    "all",
     "annotation",
     "audit",
     "condition",
@@ -26,6 +27,7 @@ COMMANDS = (
     "zeroshot",
 )  # modules of scmmgpt.eval
 WITH_FOLDERS = (
+    "all",
     "audit",
     "crossdata",
     "finetuning",
