@@ -22,6 +22,7 @@ COMMANDS = (
     "evidence",
     "finetuning",
     "generation",
+    "proof",
     "report",
     "zeroshot",
 )  # modules of scmmgpt.eval
