@@ -74,7 +74,9 @@ def run_words(argv: list[str]) -> int:
         return 0
     file = getattr(args, "file", None)
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
-    outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
+    outputs = [
+        path for name in ("output", "table", "evidence", "proof") if (path := getattr(args, name, None)) is not None
+    ]
     name = f"scmmgpt {args.command}"
 
     def work() -> int | None:
@@ -198,8 +200,16 @@ def describe(args: Args) -> None:
 
         sampler = CaptionSampler(args.templates)
     pipeline, adata = load(args)
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
-    pipeline.describe(adata, args.prompt, **options, **read_options(args))
+    if args.proof is not None:
+        import pandas as pd
+
+        from scmmgpt.commands.results import write_table
+
+        pipeline.describe(adata, args.prompt, proof=True, cluster_key=args.cluster_key, **read_options(args))
+        write_table(args.proof, pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"]))
+    else:
+        options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
+        pipeline.describe(adata, args.prompt, cluster_key=args.cluster_key, **options, **read_options(args))
     if sampler is not None:
         from scmmgpt.cells_scmmgpt import hash_names
 
@@ -520,7 +530,7 @@ def check_outputs(args: Args) -> None:
 
 def check_tables(args: Args) -> None:
     """Refuse outputs that would replace an input or each other, and tables that cannot be written."""
-    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence", "proof")}
     for option, table in tables.items():
         if table is not None and table_suffix(table) not in TABLES:
             raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")

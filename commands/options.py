@@ -45,6 +45,9 @@ def add_description(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="longest description (default: 64)"
     )
+    text = "describe by counts, in place of the language model, and write the genes and counts of every clause"
+    parser.add_argument("--proof", type=Path, metavar="OUT.csv", help=text)
+    parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters to describe (--proof)")
     parser.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
     parser.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
     parser.add_argument(
