@@ -131,7 +131,7 @@ TRAIN_COMMANDS = [
     if (ROOT / "train" / f"{module.replace('.', '/')}.py").exists()
 ]
 EVAL_COMMANDS = [name for name in eval_main.COMMANDS if (ROOT / "eval" / f"{name}.py").exists()]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SKILL.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
 # What a configuration leaves to the command line: the paths.
 PATHS = {
