@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, explain, number, reworded, run_command
+from scmmgpt.commands.errors import OneLineParser, PrintCompletion, explain, number, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -90,6 +90,8 @@ def run_words(argv: list[str]) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = OneLineParser(prog="scmmgpt", description="One language model for single cells and text.")
+    text = "print the completion of a shell, for its start-up file"
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=PrintCompletion, help=text)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(run: Callable[[Args], int | None]) -> argparse.ArgumentParser:
