@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, explain, number, reworded, run_command
+from scmmgpt.commands.errors import OneLineParser, PrintCompletion, explain, number, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -36,6 +36,7 @@ from scmmgpt.commands.options import (
     add_description,
     add_generation,
     add_input,
+    add_mcp,
     add_output,
     add_partitions,
     add_plan,
@@ -84,13 +85,15 @@ def run_words(argv: list[str]) -> int:
             choose_model(args)
         return args.run(args)
 
-    extra = "eval" if args.command == "report" else "train"
+    extra = {"report": "eval", "mcp": "mcp"}.get(args.command, "train")
     return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = OneLineParser(prog="scmmgpt", description="One language model for single cells and text.")
+    text = "print the completion of a shell, for its start-up file"
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=PrintCompletion, help=text)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(run: Callable[[Args], int | None]) -> argparse.ArgumentParser:
@@ -144,6 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(doctor)
     sub.add_argument("--json", action="store_true", help="print the versions as JSON")
+
+    add_mcp(command(mcp))
     return parser
 
 
@@ -418,6 +423,18 @@ def doctor(args: Args) -> None:
 
     found = describe_machine()
     write(args, found, (f"{name:<28}{value}" for section in found.values() for name, value in section.items()))
+
+
+def mcp(args: Args) -> None:
+    """Serve the commands to an agent: a Model Context Protocol server over the files of one folder."""
+    from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
+    from scmmgpt.commands.mcp_server import make_server
+
+    model = args.model or root_checkpoint()
+    find_checkpoint(model)
+    settings = {"model": args.model, "device": args.device, "batch-size": args.batch_size}
+    words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    make_server(args.folder, run_words, model, words).run("stdio")
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
