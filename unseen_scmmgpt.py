@@ -256,7 +256,11 @@ class UnseenLabels:
         ragged, expected = self._profiles(cells)
         trained, _, of_genes = self.space.products(ragged)
         space = self.space.read_batch(self.gate, ragged, trained, of_genes, expected)
-        return replace(self, space=space, gate=self.gate.for_batch())
+        return self.after_batch(space.predicted)
+
+    def after_batch(self, predicted: np.ndarray) -> "UnseenLabels":
+        """The same scores with the profiles `(n_new, n_genes)` that [`read_batch`] found."""
+        return replace(self, space=replace(self.space, predicted=predicted), gate=self.gate.for_batch())
 
     def _profiles(self, cells: Cells) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         """Ragged profiles, and the novelty that depth explains."""
@@ -354,6 +358,17 @@ class TextScores:
         """The same scores after a look at a batch of cells; see [`UnseenLabels`]."""
         unseen = self.scores
         return replace(self, scores=unseen.read_batch(cells)) if isinstance(unseen, UnseenLabels) else self
+
+    def after_batch(self, predicted: np.ndarray) -> "TextScores":
+        """The same scores with the profiles of new labels that `read_batch` found elsewhere."""
+        unseen = self.scores
+        return replace(self, scores=unseen.after_batch(predicted)) if isinstance(unseen, UnseenLabels) else self
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Profiles of the new labels, `(n_new, n_genes)`."""
+        unseen = self.scores
+        return unseen.space.predicted if isinstance(unseen, UnseenLabels) else np.empty((0, 0))
 
     @classmethod
     def of(

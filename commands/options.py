@@ -59,6 +59,7 @@ def add_description(parser: argparse.ArgumentParser) -> None:
 def add_search(parser: argparse.ArgumentParser) -> None:
     """Options of `search`."""
     add_input(parser, count="?")
+    add_partitions(parser)
     parser.add_argument("--text", required=True, help="description of the wanted cells")
     how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
     parser.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
@@ -158,6 +159,7 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     """Options of `audit`."""
     add_input(parser)
     add_output(parser, columns=False)
+    add_partitions(parser)
     parser.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="given labels (default: cell_type)")
     parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, to rank them too")
 
