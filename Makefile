@@ -32,11 +32,11 @@ test: setup ## all tests: offline, on the CPU, about ten minutes on two cores
 
 # The versions of constraints.txt are those of today. Whoever installs without them gets the newest of the ranges in
 # pyproject.toml, and what travels with the weights must run there too. Nothing of .venv is used; torch stays as it is.
-test-newest: ## model, processor and pipeline with the newest releases that pyproject.toml allows
+test-newest: ## model, processor, pipeline, PEFT and TRL with the newest releases that pyproject.toml allows
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet torch==2.13.0
 	.venv-newest/bin/python -m pip install --quiet torch==2.13.0 -e '.[train,eval,dev]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_transformers.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_transformers.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py tests/test_cell_tokens.py tests/test_by_hand.py tests/test_adapter.py tests/test_reinforce.py
 
 demo: STEM := demo
 demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.

@@ -226,6 +226,11 @@ def test_a_cell_is_never_cut_and_contradictions_are_refused(processor, cells, op
         processor(text=["this is a B cell <cell>", "<cell>"], cells=cells, **options)
 
 
+def test_a_placeholder_is_not_taken_for_an_attack(processor):
+    with pytest.raises(ValueError, match="sanitize_control_tokens would turn <cell> into plain text"):
+        processor.apply_chat_template([{"role": "user", "content": "<cell>"}], sanitize_control_tokens=True)
+
+
 def test_an_unknown_argument_is_named(processor):
     with pytest.raises(TypeError, match=r"has no arguments \['trunction'\].* max_genes, .*truncation"):
         processor(text="a cell", trunction=True)

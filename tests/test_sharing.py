@@ -171,9 +171,12 @@ def test_checkpoint_base_and_adapter_are_pushed_and_load_without_the_package(hub
     named = json.loads(adapter["adapter_config.json"])
     assert named["base_model_name_or_path"] == "me/described-base"
     assert named["revision"] == hub.commit_of("model", "me/described-base")
-    cards = {name: ModelCard(hub.files(f"me/described{name}")["README.md"].decode()) for name in ("", "-adapter")}
+    cards = {
+        name: ModelCard(hub.files(f"me/described{name}")["README.md"].decode()) for name in ("", "-adapter", "-base")
+    }
     assert cards[""].data.library_name == "transformers"
     assert cards["-adapter"].data.library_name == "peft"
+    assert 'from_pretrained("me/described-base", revision=revision' in cards["-base"].text
     assert cards["-adapter"].data.base_model in ("me/described-base", ["me/described-base"])
     printed = run_client(LOAD_FROM_THE_HUB, endpoint, tmp_path)
     assert "merged into this checkpoint already" in printed

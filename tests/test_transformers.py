@@ -268,6 +268,20 @@ def test_predictions_of_pre_training_are_values_of_genes(tiny_cell_config, cell_
     assert metrics["eval_mse"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_predictions_of_stage_1_are_features_of_cells_and_texts(tiny_config, tiny_processor, adata, tmp_path):
+    torch.manual_seed(0)
+    model = ScMMGPTForCellTextAlignment(tiny_config)
+    cells, _ = tiny_processor.read_cells(adata)
+    batch = tiny_processor(cells=cells[:4], qformer_text=["a B cell", "a monocyte"] * 2)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **QUIET), data_collator=lambda rows: dict(batch))
+    found, labels, metrics = trainer.predict(range(4))
+    outputs = model.eval()(**batch)
+    np.testing.assert_allclose(found[0], outputs.cell_features.detach(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1], outputs.text_features.detach(), rtol=1e-5, atol=1e-6)
+    assert len(found) == 2
+    assert metrics["test_loss"] > 0
+
+
 def test_a_model_of_pre_training_predicts_without_labels(tiny_cell_config, cell_processor, adata):
     torch.manual_seed(0)
     model = ScGPTForPreTraining(tiny_cell_config).eval()
@@ -339,6 +353,12 @@ def test_flash_attention_of_the_whole_is_that_of_the_language_model(tiny_config,
     assert [getattr(model.config, part)._attn_implementation for part in parts] == ["eager"] * 4
     model.set_attn_implementation(flash)
     assert [getattr(model.config, part)._attn_implementation for part in parts] == [flash, "sdpa", "sdpa", "sdpa"]
+
+
+def test_flex_attention_of_the_whole_is_refused(tiny_config, tmp_path):
+    ScMMGPTForConditionalGeneration(tiny_config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not support an attention implementation .* flex_attention"):
+        ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flex_attention")
 
 
 @pytest.mark.parametrize("settings", [QuantoConfig(weights="int8"), BitsAndBytesConfig(load_in_8bit=True)])
@@ -413,6 +433,18 @@ def test_beams_from_embeddings_repeat_whole_prompts_with_their_cells(tiny_model,
     ids = inputs.pop("input_ids")
     embeds = tiny_model.get_input_embeddings()(ids)
     assert torch.equal(tiny_model.generate(inputs_embeds=embeds, **inputs, **options), expected)
+
+
+def test_sampled_sequences_of_a_prompt_are_those_of_the_prompt_repeated(tiny_model, tiny_processor, adata):
+    text = ["<cell> and <cell> are", "is this a B cell ? <cell>"]
+    options = {"do_sample": True, "max_new_tokens": 5}
+    torch.manual_seed(0)
+    inputs = tiny_processor(text=text, cells=adata[:3])
+    several = tiny_model.generate(**inputs, **options, num_return_sequences=2, return_dict_in_generate=True)
+    torch.manual_seed(0)
+    repeated = tiny_processor(text=[text[0], text[0], text[1], text[1]], cells=adata[[0, 1, 0, 1, 2, 2]])
+    assert torch.equal(several.sequences, tiny_model.generate(**repeated, **options))
+    assert not torch.equal(several.sequences[0], several.sequences[1])
 
 
 def test_a_prompt_with_cells_is_not_split_into_chunks(tiny_model, inputs):
@@ -547,6 +579,16 @@ def test_an_example_of_the_documentation_runs(
     code = code.replace("TrainingArguments(", "TrainingArguments(use_cpu=True, report_to='none', output_dir=")
     exec(compile(code, "docs/transformers.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_every_row_of_the_table_names_a_test_that_exists():
+    table = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8").split("| feature | state | test |")[1]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    known = {*sources, *re.findall(r"^def (test_\w+)", "\n".join(sources.values()), flags=re.MULTILINE)}
+    for row in table.strip().splitlines()[1:]:
+        named = re.findall(r"`(test_\w+(?:\.py)?)`", row.rsplit("|", 2)[1])
+        assert named, row
+        assert set(named) <= known, row
 
 
 def test_an_exported_language_model_is_transformers_own_and_generates_the_same(tiny_pipeline, adata, tmp_path):

@@ -13,7 +13,6 @@ checkpoint, and the adapter names the former.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from scmmgpt.commands.files import obey_umask, read_json, whole_folder, write_js
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.train.data.sharing import push_folder
 from scmmgpt.train.language_model import dequantize
+from scmmgpt.train.trainer import CheckpointTrainer
 
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -51,15 +51,13 @@ def save_base(
     model.name_or_path = model.config._name_or_path = str(base)  # from where PEFT takes the name
 
 
-def save_adapter(
-    tuned: PeftModel, output_dir: str, write_card: Callable[[str], object], hub: dict[str, Any] | None
-) -> None:
+def save_adapter(trainer: CheckpointTrainer) -> None:
     """Save the adapter in `OUTPUT_DIR/adapter`, and record in the checkpoint that it will have the adapter merged.
 
-    Args:
-        write_card: `write_card(folder)` writes the card.
-        hub: Arguments of [`push_folder`], `repo_id` of the checkpoint among them, to push base and adapter; or `None`.
+    Base and adapter are pushed, each with its card, if the checkpoint will be.
     """
+    tuned: Any = trainer.model
+    hub, output_dir = trainer.hub, str(trainer.args.output_dir)
     folder, base = Path(output_dir, "adapter"), str(tuned.peft_config["default"].base_model_name_or_path)
     tuned.save_pretrained(str(folder))
     obey_umask(folder)
@@ -68,11 +66,14 @@ def save_adapter(
     model: Any = tuned.get_base_model()
     names = [*(model.config.adapter_bases or []), base]  # the base may have an adapter merged, too
     if hub is not None and Path(base).is_dir():
-        names.append(push_folder(base, **hub | {"repo_id": f"{hub['repo_id']}-base"}))
+        repo_id = f"{hub['repo_id']}-base"
+        if trainer.write_card is not None and not Path(base, "README.md").exists():
+            trainer.write_card(base, command="base", log_history=[], repo_id=repo_id)
+        names.append(push_folder(base, **hub | {"repo_id": repo_id}))
         commit = HfApi(token=hub["token"]).model_info(names[-1], revision=hub["revision"]).sha
         named = {"base_model_name_or_path": names[-1], "revision": commit}
         write_json(folder / CONFIG_NAME, read_json(folder / CONFIG_NAME) | named)
-    write_card(str(folder))
+    trainer.write_adapter_card(str(folder))
     if hub is not None:
         push_folder(folder, **hub | {"repo_id": f"{hub['repo_id']}-adapter"})
     model.config.adapter_bases = names

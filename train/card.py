@@ -19,6 +19,7 @@ DEMO_CELLS = 100_000  # a checkpoint of fewer training cells is a demonstration
 TITLES = {
     "align": "cells aligned with texts (stage 1)",
     "tune": "cells described and generated (stage 2)",
+    "base": "stage 2 before its training, for an adapter",
     "reinforce": "cells described and generated, rewarded for what can be verified",
 }
 TAGS = ["biology", "single-cell", "scrna-seq", "scmmgpt"]

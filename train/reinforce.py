@@ -223,6 +223,6 @@ def main(
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
-        adapter.save_adapter(trainer.model, str(training_args.output_dir), trainer.write_adapter_card, trainer.hub)
+        adapter.save_adapter(trainer)
     trainer.model = adapter.merge(trainer.model, model, in_4bit=False)
     finish(trainer, "reinforce", data=data_args, model=model_args, training=training_args)
