@@ -347,8 +347,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{output} holds methods of another corpus or other options. Give another --output.")
     write_json(stamp, about)
     trained = train_all(study)
+    logger.info("Annotating and describing %d test cells", len(study.test))
     tasks = evaluate_texts(study, trained)
+    logger.info("Generating %d cells of each type", args.cells_per_label)
     tasks["generation"] = evaluate_generation(study, trained)
+    logger.info("Searching and clustering")
     tasks |= evaluate_spaces(study, trained)
     about["seconds"] = trained.seconds
     write_json(output / "results.json", {"task": "all", **about, "claims": find_claims(tasks, SENTENCES), **tasks})
