@@ -43,12 +43,12 @@ def build_language_model(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model_args.language_model_precision]
     if model_args.language_model != "scratch":
         return load_causal_lm(model_args.language_model, dtype=dtype)
-    model, tokenizer = new_language_model(caption_texts(corpus, captions), model_args.language_model_config)
-    return model.to(dtype), tokenizer
+    texts = caption_texts(corpus, captions)
+    return new_language_model(texts, model_args.language_model_config, dtype=dtype)
 
 
 def new_language_model(
-    texts: Sequence[str], sizes: Mapping[str, Any]
+    texts: Sequence[str], sizes: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A small Llama with random weights and fields `sizes`, and a tokenizer trained on the texts."""
     tokenizer = train_tokenizer(texts)
@@ -60,7 +60,7 @@ def new_language_model(
         tie_word_embeddings=True,
         **sizes,
     )
-    return AutoModelForCausalLM.from_config(config), tokenizer
+    return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
 
 
 def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
