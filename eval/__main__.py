@@ -23,6 +23,7 @@ COMMANDS = (
     "evidence",
     "finetuning",
     "generation",
+    "proof",
     "report",
     "zeroshot",
 )  # modules of scmmgpt.eval
