@@ -1,6 +1,7 @@
 """The margins that the published method claims, and what a comparison reaches of them; tables in Markdown."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 # Task, metric, field of the comparison, margin of the published abstract (arXiv 2503.09427v1), words.
@@ -9,6 +10,12 @@ CLAIMS = (
     ("annotation", "accuracy", "relative", 0.205, "accuracy of annotation, share above"),
     ("generation", "knn_accuracy_5", "difference", 0.04, "5-NN accuracy of generated cells, points above"),
 )
+# Task -> metric, and a row that knows nothing of the cells: a margin over a method that is no better says little.
+FLOORS = {
+    "description": ("named_type_accuracy", "majority label"),
+    "annotation": ("accuracy", "majority class"),
+    "generation": ("knn_accuracy_5", "shuffled prompts"),
+}
 
 
 def find_claims(tasks: Mapping[str, dict], system: str) -> list[dict]:
@@ -25,8 +32,17 @@ def find_claims(tasks: Mapping[str, dict], system: str) -> list[dict]:
         row["missed_by"] = None if reached is None else max(margin - reached, 0.0)
         room = theirs if metric == "mmd2" else 1 - theirs  # to a discrepancy of 0, or an accuracy of 1
         row["possible"] = room / theirs if field == "relative" and theirs > 0 else room
+        row["has_learned"] = has_learned(tasks[task], system, *FLOORS[task])
         rows.append(row)
     return rows
+
+
+def has_learned(result: Mapping[str, Any], system: str, metric: str, floor: str) -> bool | None:
+    """Whether a system is above the interval of the row `floor`; `None` without such a row."""
+    found = {row["system"]: row for row in result["rows"] if row["metric"] == metric}
+    if system not in found or floor not in found:
+        return None
+    return found[system]["value"] > (found[floor]["ci"] or [0, found[floor]["value"]])[1]
 
 
 def markdown_claims(rows: Sequence[dict], system: str) -> str:
@@ -41,6 +57,8 @@ def markdown_claims(rows: Sequence[dict], system: str) -> str:
             verdict = f"missed by {100 * row['missed_by']:.1f}" if row["missed_by"] else "reached"
         if row["possible"] < row["margin"]:
             verdict += f" (at most {100 * row['possible']:.1f} is possible)"
+        if row["has_learned"] is False:
+            verdict += "; theirs has not learned the task"
         values = f"{row['ours']:.4f} | {row['theirs']:.4f} | {100 * row['margin']:+.1f}"
         lines.append(f"| {row['claim']} | {values} | {reached} | {verdict} |")
     return "\n".join(lines) + "\n"

@@ -111,8 +111,19 @@ def test_a_margin_says_by_how_much_it_is_missed_and_what_was_possible():
     assert row["missed_by"] == 0
     assert row["possible"] == pytest.approx(1 / 3)
     assert "reached |" in claims.markdown_claims([row], "sentences")
+    assert row["has_learned"] is None  # no row that knows nothing
     row |= {"reached": 0.1, "missed_by": 0.105, "possible": 0.15}
     assert "missed by 10.5 (at most 15.0 is possible)" in claims.markdown_claims([row], "sentences")
+
+
+def test_a_method_that_is_no_better_than_the_majority_has_not_learned():
+    rows = [
+        {"system": "majority class", "metric": "accuracy", "value": 0.4, "ci": [0.3, 0.5]},
+        {"system": "weak", "metric": "accuracy", "value": 0.45, "ci": None},
+        {"system": "strong", "metric": "accuracy", "value": 0.6, "ci": None},
+    ]
+    judged = [claims.has_learned({"rows": rows}, name, "accuracy", "majority class") for name in ("weak", "strong")]
+    assert judged == [False, True]
 
 
 @pytest.fixture
