@@ -106,7 +106,8 @@ class TimedTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """The rows as they are: they alternate between directions."""
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
 
     @property
     def share(self) -> float:
