@@ -7,7 +7,8 @@ python -m scmmgpt.eval all --corpus results/demo/corpus --gene-texts gene_summar
 DIR gets what is trained (a method that is complete is not trained again), `results.json` and `report.md`.
 
 * ours: `align`, `tune` and `calibrate` with the two configurations, then `annotate`, `describe` and `generate`;
-* the methods of `eval/methods.py`, which train for as many processor seconds as ours (times `--time-factor`);
+* the methods of `eval/methods.py`, which train for as many processor seconds as ours; `--time-factor` gives
+  *Cell2Sentence-style* more, whose sentences are long;
 * logistic regression, ridge, CellTypist, mean profiles with Poisson or negative binomial counts.
 
 All learn from the training split, and are compared on the test split. `report.md` starts with the margins that the
@@ -143,20 +144,18 @@ class Trained:
 
 
 def train_all(study: Study) -> Trained:
-    """Train what is not trained; the others take as long as ours."""
+    """Train what is not trained."""
     pipeline, seconds, steps = train_ours(study)
-    factor = study.args.time_factor
     words = [*study.words(study.args.tune_config, study.output / "cell2sentence"), "--aligned", "none"]
     data_args, model_args, training_args = tune.make_parser().parse_args_and_config(words)
     captions = align.make_captions(study.corpus, data_args, training_args)
 
     def sentences(folder: Path) -> None:
-        limit = seconds * factor
+        limit = seconds * study.args.time_factor
         methods.train_cell2sentence(study.train, captions, model_args, training_args, folder, seconds=limit)
 
     def contrast(folder: Path) -> None:
-        more = ("--max_steps", str(round(steps * factor)))
-        run_align(study, folder, *more, fit_readout=lambda *_, **__: None)
+        run_align(study, folder, "--max_steps", str(steps), fit_readout=lambda *_, **__: None)
 
     of_sentences, first = study.once("cell2sentence", sentences)
     of_contrast, second = study.once("langcell", contrast)
@@ -327,7 +326,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--time-factor",
         type=number(float, 0, above=True),
         default=1.0,
-        help="processor time of the other methods' training, in that of ours (%(default)s)",
+        help="processor time of Cell2Sentence-style training, in that of ours (%(default)s)",
     )
     return parser
 
@@ -347,8 +346,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{output} holds methods of another corpus or other options. Give another --output.")
     write_json(stamp, about)
     trained = train_all(study)
+    logger.info("Annotating and describing %d test cells", len(study.test))
     tasks = evaluate_texts(study, trained)
+    logger.info("Generating %d cells of each type", args.cells_per_label)
     tasks["generation"] = evaluate_generation(study, trained)
+    logger.info("Searching and clustering")
     tasks |= evaluate_spaces(study, trained)
     about["seconds"] = trained.seconds
     write_json(output / "results.json", {"task": "all", **about, "claims": find_claims(tasks, SENTENCES), **tasks})

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDS = 4  # of the cross-validation that chooses C; fewer where a label has fewer cells
+PRETRAINED = "finetune from the checkpoint"
 COMPONENTS = 50  # scanpy's default number of principal components
 
 
@@ -104,15 +105,35 @@ def regression(budget: LabelBudget) -> np.ndarray:
     return cross_validated_regression(train, budget.labels[budget.shown], expression(budget.test), seed=budget.seed)
 
 
-def component_regression(budget: LabelBudget) -> np.ndarray:
-    """Logistic regression on principal components of log1p(CP10k) of all training cells."""
+def component_regression(budget: LabelBudget, scores: Callable[[AnnData], np.ndarray] | None = None) -> np.ndarray:
+    """Logistic regression on principal components of log1p(CP10k) of all training cells.
+
+    `scores` gives more features of cells, `(n_obs, n_features)`.
+    """
     from sklearn.decomposition import PCA
 
     everything = expression(budget.adata)
     pca = PCA(min(COMPONENTS, *(n - 1 for n in everything.shape)), svd_solver="arpack", random_state=0)
     train = pca.fit_transform(everything)[budget.shown]
     test = pca.transform(expression(budget.test))
+    if scores is not None:
+        train = np.hstack([train, scores(budget.adata[budget.shown])])
+        test = np.hstack([test, scores(budget.test)])
     return cross_validated_regression(train, budget.labels[budget.shown], test, seed=budget.seed)
+
+
+def label_scores(adata: AnnData, checkpoint: str) -> np.ndarray:
+    """Log probabilities of the labels that a checkpoint knows, `(n_obs, n_labels)`."""
+    annotated = load_pipeline(checkpoint).annotate(adata.copy(), min_score=0)
+    return np.log(np.asarray(annotated.obsm["scmmgpt_probabilities"], dtype=np.float64) + 1e-4)
+
+
+@functools.lru_cache(maxsize=1)
+def load_pipeline(checkpoint: str) -> "ScMMGPTPipeline":
+    """A checkpoint, loaded once."""
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+    return ScMMGPTPipeline.from_pretrained(checkpoint)
 
 
 class _OneVersusRest:
@@ -180,10 +201,18 @@ class System:
     semi_supervised: bool = False  # learns from unlabelled cells, and does not run where all labels are shown
 
 
-def make_systems(label_key: str, options: Sequence[str]) -> dict[str, System]:
-    """All systems by name, in the order of the table."""
+def make_systems(label_key: str, options: Sequence[str], checkpoint: str | None = None) -> dict[str, System]:
+    """All systems by name, in the order of the table; with a checkpoint also those that start from it."""
     ours = functools.partial(finetuned, label_key=label_key, options=options)
-    return {
+    pretrained: dict[str, System] = {}
+    if checkpoint is not None:
+        started = functools.partial(finetuned, label_key=label_key, options=[*options, "--checkpoint", checkpoint])
+        scored = functools.partial(component_regression, scores=functools.partial(label_scores, checkpoint=checkpoint))
+        pretrained = {
+            PRETRAINED: System(started, random=True),
+            "regression with its scores": System(scored, random=True),
+        }
+    return pretrained | {
         "finetune": System(ours, random=True),
         "finetune, unlabelled": System(functools.partial(ours, unlabelled=True), random=True, semi_supervised=True),
         "logistic regression": System(regression, random=True),

@@ -107,11 +107,19 @@ def read_split(corpus: "Corpus", split: str, *, label_key: str) -> LabelledCells
 
 
 def read_labelled(path: str | Path, label_key: str) -> tuple["AnnData", np.ndarray]:
-    """The labelled cells of a file of counts (`ValueError` for anything else in `X`), and their labels."""
+    """The labelled cells of a corpus or a file of counts (`ValueError` for anything else), and their labels."""
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.train.labels import column_of
 
-    adata: AnnData = read_file(path)
+    if (Path(path) / "manifest.json").is_file():
+        from anndata import concat
+
+        from scmmgpt.train.data.corpus import open_corpus
+
+        corpus = open_corpus(path)
+        adata: AnnData = concat([corpus.to_adata(split) for split in corpus.split_names])
+    else:
+        adata = read_file(path)
     labels = column_of(adata.obs, label_key)
     known = labels != None  # noqa: E711 (elementwise)
     adata = adata[known].copy()

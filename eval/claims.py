@@ -1,6 +1,7 @@
 """The margins that the published method claims, and what a comparison reaches of them; tables in Markdown."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 # Task, metric, field of the comparison, margin of the published abstract (arXiv 2503.09427v1), words.
@@ -9,6 +10,12 @@ CLAIMS = (
     ("annotation", "accuracy", "relative", 0.205, "accuracy of annotation, share above"),
     ("generation", "knn_accuracy_5", "difference", 0.04, "5-NN accuracy of generated cells, points above"),
 )
+# Task -> metric, and a row that knows nothing of the cells: a margin over a method that is no better says little.
+FLOORS = {
+    "description": ("named_type_accuracy", "majority label"),
+    "annotation": ("accuracy", "majority class"),
+    "generation": ("knn_accuracy_5", "shuffled prompts"),
+}
 
 
 def find_claims(tasks: Mapping[str, dict], system: str) -> list[dict]:
@@ -19,28 +26,46 @@ def find_claims(tasks: Mapping[str, dict], system: str) -> list[dict]:
         values = {row["system"]: row["value"] for row in tasks[task]["rows"] if row["metric"] == metric}
         if not found:
             continue
+        interval = next(row["ci"] for row in tasks[task]["rows"] if (row["system"], row["metric"]) == (system, metric))
         theirs, reached = values[system], found[0][field]
+        if interval is not None and interval[0] <= 0:
+            reached = None  # their discrepancy is chance, of which no share can be saved
         row = {"claim": title, "ours": values[tasks[task]["model"]], "theirs": theirs, "margin": margin}
         row |= {"reached": reached, "ci": found[0]["relative_ci" if field == "relative" else "ci"]}
         row["missed_by"] = None if reached is None else max(margin - reached, 0.0)
         room = theirs if metric == "mmd2" else 1 - theirs  # to a discrepancy of 0, or an accuracy of 1
-        row["possible"] = room / theirs if field == "relative" and theirs > 0 else room
+        row["possible"] = None if reached is None else room / (theirs if field == "relative" else 1)
+        row["has_learned"] = has_learned(tasks[task], system, *FLOORS[task])
         rows.append(row)
     return rows
+
+
+def has_learned(result: Mapping[str, Any], system: str, metric: str, floor: str) -> bool | None:
+    """Whether a system is above the interval of the row `floor`; `None` without such a row."""
+    found = {row["system"]: row for row in result["rows"] if row["metric"] == metric}
+    if system not in found or floor not in found:
+        return None
+    return found[system]["value"] > (found[floor]["ci"] or [0, found[floor]["value"]])[1]
 
 
 def markdown_claims(rows: Sequence[dict], system: str) -> str:
     """The margins as a table, x 100."""
     lines = [f"| against {system} | ours | theirs | claimed | reached | verdict |", "| --- |" + " --- |" * 5]
     for row in rows:
-        ends = "" if row["ci"] is None else " [{:.1f}, {:.1f}]".format(*(100 * end for end in row["ci"]))
+        ends = (
+            ""
+            if row["ci"] is None or row["reached"] is None
+            else " [{:.1f}, {:.1f}]".format(*(100 * end for end in row["ci"]))
+        )
         if row["reached"] is None:
-            reached, verdict = "", "theirs is 0 or below"
+            reached, verdict = "", "missed: theirs is 0 within the interval"
         else:
             reached = f"{100 * row['reached']:+.1f}{ends}"
             verdict = f"missed by {100 * row['missed_by']:.1f}" if row["missed_by"] else "reached"
-        if row["possible"] < row["margin"]:
+        if row["possible"] is not None and row["possible"] < row["margin"]:
             verdict += f" (at most {100 * row['possible']:.1f} is possible)"
+        if row["has_learned"] is False:
+            verdict += "; theirs has not learned the task"
         values = f"{row['ours']:.4f} | {row['theirs']:.4f} | {100 * row['margin']:+.1f}"
         lines.append(f"| {row['claim']} | {values} | {reached} | {verdict} |")
     return "\n".join(lines) + "\n"

@@ -133,6 +133,14 @@ def leave_out(sets: Sequence[LabelledSet], name: str, candidates: str, n_genes: 
     return LeftOutSet(train, test, classes, n_genes)
 
 
+def thin(part: LabelledSet, share: float) -> LabelledSet:
+    """A random share of the cells of each label, at least one."""
+    rng = np.random.default_rng(0)
+    of_labels = [rng.permutation(np.flatnonzero(part.labels == label)) for label in np.unique(part.labels)]
+    rows = np.sort(np.concatenate([rows[: max(round(share * len(rows)), 1)] for rows in of_labels]))
+    return replace(part, cells=part.cells[rows], labels=part.labels[rows], types=part.types[rows])
+
+
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Unweighted mean F1 of the classes that are in `truth`."""
     return float(f1_score(truth, predicted, average="macro", labels=np.unique(truth), zero_division=0))
@@ -322,6 +330,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-cells", type=number(int, 1), default=100, help="cells of each label of a dataset (%(default)s)"
     )
+    parser.add_argument(
+        "--train-share",
+        type=number(float, 0, 1, above=True),
+        default=1.0,
+        help="share of the training cells of each label of a dataset, for a learning curve (%(default)s)",
+    )
     parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
     parser.add_argument("--choose-penalty", action="store_true", help="choose ours by an inner leave-one-out")
@@ -338,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--sets names {unknown}, but the datasets are {[part.name for part in sets]}.")
     about: dict[str, Any] = {"task": "crossdata", "level": args.level, "candidates": args.candidates}
     about |= {"max_cells": args.max_cells, "choose_penalty": args.choose_penalty}
+    about |= {} if args.train_share == 1 else {"train_share": args.train_share}
     about["cells"] = {part.name: len(part.labels) for part in sets}
     path = Path(args.output, "results.json")
     records = read_runs(path, about)
@@ -351,6 +366,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.warning("%s is left out: no two of its classes are in other datasets.", part.name)
             continue
         truths[part.name] = case.test.labels
+        if args.train_share < 1:
+            case = replace(case, train=[thin(other, args.train_share) for other in case.train])
         for system in args.systems:
             if (system, part.name) in done:
                 continue

@@ -9,6 +9,8 @@ training cells:
 
 * `finetune`: `python -m scmmgpt.train finetune`, then `annotate`, as a user runs them;
 * `finetune, unlabelled`: the same, with all other training cells in the file as unlabelled cells;
+* with `--checkpoint`, what pre-training brings: `finetune from the checkpoint`, and `regression with its scores`,
+  which has the log probabilities of the checkpoint's labels beside the components;
 * `logistic regression`: log1p(CP10k) of all genes, C by cross-validation (with one cell of each label: C = 1);
 * `regression on components`: logistic regression on 50 principal components of all training cells, labelled or not;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k);
@@ -32,7 +34,7 @@ from anndata import AnnData
 
 from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
-from scmmgpt.eval.annotators import LabelBudget, System, make_systems, quieten
+from scmmgpt.eval.annotators import PRETRAINED, LabelBudget, System, make_systems, quieten
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annotation_scores
 from scmmgpt.eval.results import bootstrap_draws, percentile_interval
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 ALL, OTHER_SPLITS = "all", "all, other splits"
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
-OURS = ("finetune", "finetune, unlabelled")
+OURS = (PRETRAINED, "finetune", "finetune, unlabelled")
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -238,10 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--splits", type=number(int, 1), default=3, help="number of splits for the setting `all` (%(default)s)"
     )
     parser.add_argument("--systems", nargs="*", help="names of the systems to run; by default all")
+    parser.add_argument("--checkpoint", help="trained checkpoint of other cells, to start from and to compare")
     args, options = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     quieten()
     adata, labels = read_labelled(args.adata, args.label_key)
-    systems = make_systems(args.label_key, options)
+    systems = make_systems(args.label_key, options, args.checkpoint)
     unknown = set(args.systems or ()) - set(systems)
     if unknown:
         raise ValueError(f"Unknown systems {sorted(unknown)}. Choose among {list(systems)}.")
@@ -249,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = draw_runs(labels, shots=args.shots, seeds=args.seeds, splits=args.splits, test_share=args.test_share)
     about: dict[str, Any] = {"task": "finetuning", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"n_cells": len(labels), "test_share": args.test_share, "finetune_options": options}
+    about |= {} if args.checkpoint is None else {"checkpoint": args.checkpoint}
     path = Path(args.output, "results.json")
     records = {key_of(record): record for record in read_runs(path, about)}
     for record in evaluate(adata, labels, systems, runs, done=list(records.values())):

@@ -23,6 +23,7 @@ from peft import LoraConfig
 from scipy import sparse
 from sklearn.linear_model import RidgeClassifierCV
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
@@ -103,6 +104,11 @@ class TimedTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.add_callback(TimeLimit(self))
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """The rows as they are: they alternate between directions."""
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
+
     @property
     def share(self) -> float:
         """Share of the time that is used."""
@@ -170,6 +176,20 @@ class CellSentenceModel:
         return max(len(self.tokenizer(text)["input_ids"]) for text in texts) + 1
 
 
+def alternate(
+    first: list[tuple[str, str]], second: list[tuple[str, str]], size: int, *, seed: int = 0
+) -> list[tuple[str, str]]:
+    """Rows of both lists in random order, `size` of the first, then `size` of the second, and so on.
+
+    >>> alternate([("a", "1")] * 5, [("b", "2")] * 5, 2)[:5]
+    [('a', '1'), ('a', '1'), ('b', '2'), ('b', '2'), ('a', '1')]
+    """
+    rng = np.random.default_rng(seed)
+    mixed = [[rows[i] for i in rng.permutation(len(rows))] for rows in (first, second)]
+    starts = range(0, max(len(first) - size, 0) + 1, size)
+    return [row for start in starts for rows in mixed for row in rows[start : start + size]]
+
+
 def train_cell2sentence(
     train: LabelledCells,
     captions: CaptionSampler,
@@ -179,16 +199,20 @@ def train_cell2sentence(
     *,
     seconds: float,
 ) -> CellSentenceModel:
-    """Train the language model of `tune` on both directions, half of the texts each, and save it."""
-    sentences, rows = CellSentences.fit(train), []
-    ids = hash_names(train.names)
+    """Train the language model of `tune` on both directions in turns, and save it.
+
+    A batch has one direction, since the few words of a description would hardly count beside those of sentences.
+    """
+    sentences, ids = CellSentences.fit(train), hash_names(train.names)
+    described: list[tuple[str, str]] = []
+    wanted: list[tuple[str, str]] = []
     for variant in range(VARIANTS):
         written = sentences.write(train, seed=variant)
         answers = captions.answer(train.obs, cell_ids=ids, epoch=variant)
         prompts = captions.caption(train.obs, cell_ids=ids, epoch=variant)
-        for row, (sentence, answer, prompt) in enumerate(zip(written, answers, prompts, strict=True)):
-            pair = (DESCRIBE.format(sentence), answer) if (row + variant) % 2 else (WRITE.format(prompt), sentence)
-            rows.append(pair)
+        described += [(DESCRIBE.format(sentence), answer) for sentence, answer in zip(written, answers, strict=True)]
+        wanted += [(WRITE.format(prompt), sentence) for prompt, sentence in zip(prompts, written, strict=True)]
+    rows = alternate(described, wanted, training_args.per_device_train_batch_size, seed=training_args.seed)
     if model_args.language_model == "scratch":
         model, tokenizer = new_language_model(
             [text for pair in rows for text in pair], model_args.language_model_config

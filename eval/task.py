@@ -50,7 +50,7 @@ def run_task(
 def training_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser with the arguments of all tasks that train systems on a file of labelled cells."""
     parser = OneLineParser(prog=f"python -m scmmgpt.eval {command}", description=description)
-    parser.add_argument("--adata", required=True, help="labelled cells with counts in X")
+    parser.add_argument("--adata", required=True, help="labelled cells with counts in X, or a corpus")
     parser.add_argument("--label-key", default="cell_type", help="column of obs with the labels (%(default)s)")
     parser.add_argument("--output", required=True, help="folder for results.json, table.md and other results")
     parser.add_argument(

@@ -111,8 +111,29 @@ def test_a_margin_says_by_how_much_it_is_missed_and_what_was_possible():
     assert row["missed_by"] == 0
     assert row["possible"] == pytest.approx(1 / 3)
     assert "reached |" in claims.markdown_claims([row], "sentences")
+    assert row["has_learned"] is None  # no row that knows nothing
     row |= {"reached": 0.1, "missed_by": 0.105, "possible": 0.15}
     assert "missed by 10.5 (at most 15.0 is possible)" in claims.markdown_claims([row], "sentences")
+
+
+def test_no_share_of_a_discrepancy_by_chance_can_be_saved():
+    empty = {"comparisons": [], "rows": []}
+    rows = [{"system": name, "metric": "mmd2", "value": 0.001, "ci": [-0.002, 0.004]} for name in ("ours", "theirs")]
+    same = {"system": "theirs", "metric": "mmd2", "relative": 0.0, "relative_ci": [-9.0, 9.0]}
+    tasks = {"description": {"model": "ours", "rows": rows, "comparisons": [same]}, "annotation": empty}
+    (row,) = claims.find_claims(tasks | {"generation": empty}, "theirs")
+    assert row["reached"] is None
+    assert "| missed: theirs is 0 within the interval |" in claims.markdown_claims([row], "theirs")
+
+
+def test_a_method_that_is_no_better_than_the_majority_has_not_learned():
+    rows = [
+        {"system": "majority class", "metric": "accuracy", "value": 0.4, "ci": [0.3, 0.5]},
+        {"system": "weak", "metric": "accuracy", "value": 0.45, "ci": None},
+        {"system": "strong", "metric": "accuracy", "value": 0.6, "ci": None},
+    ]
+    judged = [claims.has_learned({"rows": rows}, name, "accuracy", "majority class") for name in ("weak", "strong")]
+    assert judged == [False, True]
 
 
 @pytest.fixture

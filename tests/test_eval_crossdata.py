@@ -56,6 +56,14 @@ def test_no_cell_of_the_left_out_dataset_is_trained_on(folder):
     assert len(case.test.measured) == len(GENES) - 3
 
 
+def test_a_share_of_the_training_cells_keeps_every_label(folder):
+    sets, _ = crossdata.read_sets(folder, "coarse", max_cells=10)
+    for share, n_cells in ((0.3, 9), (0.01, 3)):
+        part = crossdata.thin(sets[0], share)
+        assert len(part.cells) == len(part.types) == n_cells
+        assert set(part.labels) == set(MARKERS)
+
+
 def test_the_task_writes_a_table_and_resumes(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     names = [crossdata.MODEL, "logistic regression, 4,000 genes"]

@@ -57,6 +57,17 @@ def test_baselines_learn_a_gene_that_tells_types_apart(budget, system):
     assert (system(budget) == truth).mean() > 0.9
 
 
+def test_scores_of_a_checkpoint_are_features_of_a_regression(budget):
+    truth = np.array(["B", "T"])[np.arange(60, 80) % 2]
+    told = {name: 10.0 * (row % 2) - 5 for row, name in enumerate(budget.adata.obs_names)}
+    told |= dict(zip(budget.test.obs_names, np.where(truth == "T", 5.0, -5.0), strict=True))
+    budget.adata.X, budget.test.X = (
+        np.random.default_rng(0).poisson(9.0, part.shape) for part in (budget.adata, budget.test)
+    )
+    scores = lambda adata: np.array([[told[name]] for name in adata.obs_names])  # noqa: E731
+    assert (annotators.component_regression(budget, scores) == truth).all()
+
+
 def test_celltypist_trains_on_the_shown_cells(budget):
     pytest.importorskip("celltypist", exc_type=ImportError)
     answers = annotators.celltypist(budget)

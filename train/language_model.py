@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,13 +43,12 @@ def build_language_model(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model_args.language_model_precision]
     if model_args.language_model != "scratch":
         return load_causal_lm(model_args.language_model, dtype=dtype)
-    model, tokenizer = new_language_model(caption_texts(corpus, captions), model_args.language_model_config)
-    cast(torch.nn.Module, model).to(dtype)
-    return model, tokenizer
+    texts = caption_texts(corpus, captions)
+    return new_language_model(texts, model_args.language_model_config, dtype=dtype)
 
 
 def new_language_model(
-    texts: Sequence[str], sizes: Mapping[str, Any]
+    texts: Sequence[str], sizes: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A small Llama with random weights and fields `sizes`, and a tokenizer trained on the texts."""
     tokenizer = train_tokenizer(texts)
@@ -61,7 +60,7 @@ def new_language_model(
         tie_word_embeddings=True,
         **sizes,
     )
-    return AutoModelForCausalLM.from_config(config), tokenizer
+    return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
 
 
 def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
