@@ -392,6 +392,7 @@ def report(args: Args) -> None:
         pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
         if pipeline.can_explain:
             pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
+            pipeline.describe(adata, proof=True, cluster_key=args.cluster_key, **read_options(args))
     with log_if_slow("Drawing the page"):
         page = report_page(adata, args.file.name, args.label_key)
     with whole_file(args.output) as temporary:

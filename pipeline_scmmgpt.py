@@ -808,20 +808,19 @@ class ScMMGPTPipeline:
         if not self.can_explain:
             raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        annotated = self.annotate(Scratch(adata), min_score=MIN_SCORE, **read_kwargs)
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
+        columns, of_names = self.label_cells(adata, labelling)
         terms, known = (self.model.config.annotation or {}).get("terms", []), self._readout_columns()
-        kinds, kind_of_cell = np.unique(_words(annotated, "scmmgpt_cell_type"), return_inverse=True)
+        kinds, kind_of_cell = np.unique(columns["cell_type"], return_inverse=True)
         members = label_members(kinds.tolist(), known, terms)
         members[members.sum(axis=1) > len(known) / 2] = False  # a term of most labels says nothing
-        names = annotated.uns["scmmgpt"]["annotate"]["labels"].tolist()
-        columns = [names.index(name) for name in known if name in names]
         probabilities = np.zeros((len(kind_of_cell), len(known)), dtype=np.float32)
-        probabilities[:, [known[names[column]] for column in columns]] = annotated.obsm["scmmgpt_probabilities"][
-            :, columns
-        ]
+        for column, name in enumerate(labelling.candidates.names):
+            if name in known:
+                probabilities[:, known[name]] = of_names[:, column]
 
-        choice = self.processor.choose_input(adata, **read_kwargs)
-        parts = list(self._chunks(adata, choice))
+        parts = list(self._chunks(adata, _uncounted(choice)))
         cells = type(parts[0]).concatenate(parts)
         finish_report(choice.report)
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
