@@ -810,15 +810,16 @@ class ScMMGPTPipeline:
         clusters = None if cluster_key is None else _words(adata, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
-        columns, of_names = self.label_cells(adata, labelling)
+        columns, scores = self.label_cells(adata, labelling)
+        self._warn_of_labels(labelling, columns)
         terms, known = (self.model.config.annotation or {}).get("terms", []), self._readout_columns()
-        kinds, kind_of_cell = np.unique(columns["cell_type"], return_inverse=True)
+        kinds, kind_of_cell = np.unique(np.asarray(columns["cell_type"]).astype(str), return_inverse=True)
         members = label_members(kinds.tolist(), known, terms)
         members[members.sum(axis=1) > len(known) / 2] = False  # a term of most labels says nothing
+        names = labelling.candidates.names
+        readout_columns = [known[name] for name in names if name in known]
         probabilities = np.zeros((len(kind_of_cell), len(known)), dtype=np.float32)
-        for column, name in enumerate(labelling.candidates.names):
-            if name in known:
-                probabilities[:, known[name]] = of_names[:, column]
+        probabilities[:, readout_columns] = np.asarray(scores)[:, [name in known for name in names]]
 
         parts = list(self._chunks(adata, _uncounted(choice)))
         cells = type(parts[0]).concatenate(parts)

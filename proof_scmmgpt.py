@@ -360,11 +360,11 @@ class Proof:
         named = []
         for other in self.others:
             name, against = other.names[cell], other.against[cell]
-            if name and (genes := self.genes_for(name, against, other.genes[cell])):
-                named.append((name, genes))
+            if name and (theirs := self.genes_for(name, against, other.genes[cell])):
+                named.append((name, theirs))
         words = [
-            f"{name}, for which {self.expression.named(genes, cell)} speak{'s'[: len(genes) == 1]}"
-            for name, genes in named
+            f"{name}, for which {self.expression.named(theirs, cell)} speak{'s'[: len(theirs) == 1]}"
+            for name, theirs in named
         ]
         genes = tuple(gene for _, part in named for gene in part)
         if not self.others[1].names[cell]:

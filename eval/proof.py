@@ -184,7 +184,7 @@ def other_type(checker: Checker, cell: int, rng: np.random.Generator) -> str | N
 def other_markers(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
     """Type and genes of a cell of another type."""
     kind = kind_of(checker.texts[cell])
-    strangers = np.flatnonzero(~checker.kinds[kind]) if kind else []
+    strangers: Any = np.flatnonzero(~checker.kinds[kind]) if kind else []
     strangers = [i for i in strangers if kind_of(checker.texts[i])]
     if not strangers:
         return None
@@ -243,7 +243,7 @@ def strange_programme(checker: Checker, cell: int, rng: np.random.Generator) -> 
 def other_cell(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
     """The text of another cell of the same type."""
     kind = kind_of(checker.texts[cell])
-    alike = np.flatnonzero(checker.kinds[kind]) if kind else []
+    alike: Any = np.flatnonzero(checker.kinds[kind]) if kind else []
     alike = [i for i in alike if checker.texts[i] != checker.texts[cell]]
     return checker.texts[rng.choice(alike)] if alike else None
 

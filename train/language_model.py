@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ def build_language_model(
     if model_args.language_model != "scratch":
         return load_causal_lm(model_args.language_model, dtype=dtype)
     model, tokenizer = new_language_model(caption_texts(corpus, captions), model_args.language_model_config)
-    return model.to(dtype), tokenizer
+    cast(torch.nn.Module, model).to(dtype)
+    return model, tokenizer
 
 
 def new_language_model(
