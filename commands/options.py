@@ -29,6 +29,8 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
     )
+    text = "add the set of labels that holds the true one but for this share of cells (0.01 to 0.5)"
+    parser.add_argument("--error-rate", type=number(float, 0, 1), metavar="P", help=text)
     text = "table of the genes that drove each label (checkpoints with a label readout)"
     parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
     parser.add_argument(
