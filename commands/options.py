@@ -154,7 +154,7 @@ def add_partitions(parser: argparse.ArgumentParser) -> None:
     text = "most cells of a partition, in steps of 4,096; changes no result (default: 16384)"
     group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
     if isinstance(parser, OneLineParser):
-        parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume"}
+        parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume", "gene_column"}
 
 
 def add_audit(parser: argparse.ArgumentParser) -> None:
