@@ -108,7 +108,7 @@ MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
 GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
 RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
-MIN_ALTERNATIVE = 0.05  # probability
+MIN_ALTERNATIVE = 0.1  # probability
 SURPRISE = 15.0  # Poisson deviance of a count: one in 10,000
 FLOOR = 0.4  # counts that are expected at least
 # What these genes tell is how the cell was handled, more than what it is.
