@@ -160,7 +160,7 @@ class Checker:
         usual, share = rates[others], int(parts["share"])
         if int(parts["n"]) != len(usual):
             return ["another number of cells"]
-        below = (usual < rates[cell] * (1 + 1e-6)).mean() * 100
+        below = (usual < rates[cell] * (1 + 1e-6)).mean() * 100 + 1e-6
         expected = np.quantile(usual, 0.25) * self.sizes[cell] if len(usual) else np.inf
         count = rates[cell] * self.sizes[cell]
         by_chance = poisson.sf(count - 1, max(expected, FEW))
