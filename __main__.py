@@ -159,7 +159,7 @@ def annotate(args: Args) -> int:
     from scmmgpt.commands.results import evidence_rows, table_of, write_table
 
     labels, cl_ids = read_labels(args.labels)
-    names = ("cluster_key", "min_score", "matching_weight", "read_batch")
+    names = ("cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
     options = {name: getattr(args, name) for name in names}
     if outputs := several_outputs(args):
         tables = {}
@@ -392,6 +392,7 @@ def report(args: Args) -> None:
         pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
         if pipeline.can_explain:
             pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
+            pipeline.describe(adata, proof=True, cluster_key=args.cluster_key, **read_options(args))
     with log_if_slow("Drawing the page"):
         page = report_page(adata, args.file.name, args.label_key)
     with whole_file(args.output) as temporary:

@@ -6,8 +6,9 @@
 4. `choose_labels`: the most probable label of each cell, its certainty, and the majority vote of clusters.
 5. `summarize_annotation`: numbers of the whole, and warnings of an unlikely one.
 
-`fit_mixture` fits temperature and matching weight, and `fit_novelty` the genes and the unit of novelty, to cells of
-known labels. A checkpoint keeps both, and the terms of its labels, in `config.annotation`.
+`fit_mixture` fits temperature and matching weight, `fit_novelty` the genes and the unit of novelty, and
+`fit_label_sets` the thresholds of sets of labels, to cells of known labels. A checkpoint keeps them,
+and the terms of its labels, in `config.annotation`.
 """
 
 import base64
@@ -38,6 +39,7 @@ MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a p
 
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
+SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
 NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
 
 
@@ -393,6 +395,53 @@ def fit_mixture(
                 fitted = {"temperature": float(candidate), "matching_weight": round(float(weight), 3)}
                 best = {"nll": float(nll), "accuracy": accuracy, **fitted}
     return best
+
+
+# -- sets of labels ---------------------------------------------------------------------------------------------------
+
+
+def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, Any]:
+    """What [`label_sets`] needs, from held-out cells of known labels: split-conformal prediction.
+
+    The probability of the true label of a new cell is below the k-th smallest of n held-out ones with a chance of
+    k / (n + 1) at most, if the cell is like these (least ambiguous sets: Sadinle et al. 2019, JASA 114:223).
+
+    Args:
+        probabilities: `(n_cells, n_labels)`.
+        target: Int `(n_cells,)`: the true labels.
+
+    Returns:
+        `n_cells`, and `thresholds` by error rate, in steps of 1 / `SET_STEPS` to a half.
+    """
+    own = np.sort(probabilities[np.arange(len(target)), target].astype(np.float64))
+    smallest = np.arange(1, SET_STEPS // 2 + 1) * (len(own) + 1) // SET_STEPS
+    thresholds = np.where(smallest > 0, own[np.maximum(smallest, 1) - 1], 0.0)
+    return {"n_cells": len(own), "thresholds": [float(f"{value:.6g}") for value in thresholds]}
+
+
+def set_threshold(stored: Mapping[str, Any] | None, error_rate: float) -> float:
+    """The probability from which a label is in the set, for an error rate of at most `error_rate`."""
+    if not stored:
+        raise ValueError(
+            "This checkpoint stores no held-out cells, which sets of labels need: run `finetune` with held-out cells, "
+            "or `scmmgpt calibrate`."
+        )
+    step = int(error_rate * SET_STEPS + 1e-9)
+    if not 1 <= step <= len(stored["thresholds"]):
+        least, most = 1 / SET_STEPS, len(stored["thresholds"]) / SET_STEPS
+        raise ValueError(f"error_rate is {error_rate}; choose one from {least} to {most}.")
+    return stored["thresholds"][step - 1]
+
+
+def label_sets(probabilities: np.ndarray, names: Sequence[str], threshold: float) -> np.ndarray:
+    """The labels that a cell may have, the most probable first, joined by " | ", str `(n_cells,)`; never none.
+
+    >>> label_sets(np.array([[0.25, 0.75], [0.125, 0.125]]), ["B", "T"], 0.25).tolist()
+    ['T | B', 'B']
+    """
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    n = np.maximum((probabilities >= threshold).sum(axis=1), 1)
+    return np.array([" | ".join(names[i] for i in row[:k]) for row, k in zip(order, n, strict=True)], dtype=str)
 
 
 # -- novelty ----------------------------------------------------------------------------------------------------------

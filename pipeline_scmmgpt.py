@@ -32,12 +32,15 @@ try:  # as a package or as remote code
         Novelty,
         candidate_columns,
         choose_labels,
+        fit_label_sets,
         fit_mixture,
         fit_novelty,
         ids_of_labels,
         label_probabilities,
+        label_sets,
         labels_with_texts,
         majority_vote,
+        set_threshold,
         summarize_annotation,
     )
     from .audit_scmmgpt import Audit, judge
@@ -74,12 +77,15 @@ except ImportError:  # as a flat module in a clone
         Novelty,
         candidate_columns,
         choose_labels,
+        fit_label_sets,
         fit_mixture,
         fit_novelty,
         ids_of_labels,
         label_probabilities,
+        label_sets,
         labels_with_texts,
         majority_vote,
+        set_threshold,
         summarize_annotation,
     )
     from audit_scmmgpt import Audit, judge
@@ -131,6 +137,7 @@ class Labelling:
     unseen_bonus: float
     min_score: float | None
     broader: Sequence[Mapping[str, Any]]  # terms for cells below `min_score`
+    error_rate: float | None = None
     batch_read: bool = False
 
 
@@ -246,6 +253,7 @@ class ScMMGPTPipeline:
         cl_ids: dict[str, str] | None = None,
         cluster_key: str | None = None,
         min_score: float | None = None,
+        error_rate: float | None = None,
         matching_weight: float | None = None,
         matching_candidates: int | None = None,
         temperature: float | None = None,
@@ -270,6 +278,8 @@ class ScMMGPTPipeline:
             cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
             min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
                 if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label.
+            error_rate: Add the set of labels that holds the true one but for this share of cells, if the cells are
+                like those that `finetune` or [`calibrate`] held out. Only with the labels of the checkpoint.
             matching_weight: Weight of matching against similarity, 0 to 1.
             matching_candidates: Labels of each cell, the most similar ones, that are matched with it.
             temperature: Temperature of the softmax over labels. [`calibrate`] stores the defaults of these three.
@@ -286,14 +296,15 @@ class ScMMGPTPipeline:
         Returns:
             The same `adata`, with `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the label),
             `{key}_margin` (of the best candidate over the runner-up), `{key}_entropy` (0 certain .. 1 uniform) and
-            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured);
+            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), with
+            `error_rate` `{key}_label_set` (joined by " | ", the most probable first);
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are no candidates.
         """
         clusters = None if cluster_key is None else _words(adata, cluster_key)
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         choice = self.processor.choose_input(adata, **read_kwargs)
-        labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus)
+        labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
         if read_batch:
             labelling = self.read_batch(adata, labelling)
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
@@ -307,6 +318,7 @@ class ScMMGPTPipeline:
         is_default: bool = True,
         min_score: float | None = None,
         unseen_bonus: float | None = None,
+        error_rate: float | None = None,
     ) -> "Labelling":
         """What [`annotate`] decides once for all cells of the data that `choice` was made for.
 
@@ -318,8 +330,14 @@ class ScMMGPTPipeline:
         readout = self._text_scores(candidates.texts, candidates.unseen, choice)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
+        if error_rate is not None:
+            set_threshold(stored.get("label_sets"), error_rate)
+            if not is_default or any(
+                settings[name] != stored.get(name) for name in ("temperature", "matching_weight")
+            ):
+                raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
         broader = terms if is_default else []
-        return Labelling(choice, settings, candidates, readout, unseen_bonus, min_score, broader)
+        return Labelling(choice, settings, candidates, readout, unseen_bonus, min_score, broader, error_rate)
 
     def read_batch(self, adata: Any, labelling: "Labelling") -> "Labelling":
         """The same after a look at up to `READ_CELLS` cells from all over the data, if it has labels to correct."""
@@ -352,6 +370,9 @@ class ScMMGPTPipeline:
         columns = choose_labels(
             probabilities, names, ids, labelling.min_score, None, novelty, labelling.broader, others
         )
+        if labelling.error_rate is not None:
+            stored = (self.model.config.annotation or {})["label_sets"]
+            columns["label_set"] = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
         return columns, probabilities
 
     def add_labels(
@@ -674,6 +695,12 @@ class ScMMGPTPipeline:
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
             fitted |= {} if novelty is None else {"novelty": novelty}
+        fitted["label_sets"] = fit_label_sets(
+            label_probabilities(
+                similarity, match, logit_scale=1 / best["temperature"], matching_weight=best["matching_weight"]
+            ),
+            target,
+        )
         # What other commands stored stays: terms and bonus of fine-tuning.
         self.model.config.annotation = stored = {**before, **settings, "cl_ids": cl_ids, **fitted}
         return {**stored, **best, "n_cells": len(target), "n_left_out": int((~usable).sum())}

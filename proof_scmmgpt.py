@@ -108,7 +108,7 @@ MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
 GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
 RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
-MIN_ALTERNATIVE = 0.05  # probability
+MIN_ALTERNATIVE = 0.1  # probability
 SURPRISE = 15.0  # Poisson deviance of a count: one in 10,000
 FLOOR = 0.4  # counts that are expected at least
 # What these genes tell is how the cell was handled, more than what it is.
@@ -295,7 +295,7 @@ class Proof:
         others = (self.total - self.sums[group])[genes] / max(len(self.kinds) - self.n[group], 1)
         shows = (alike >= TYPE_FOLD * others) & (alike > 0) & (self.shares[group][genes] >= TYPE_SHARE)
         genes = [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown][:N_TYPE_GENES]
-        if not genes:
+        if not genes or (len(genes) == 1 and genes[0] not in candidates[:N_MARKERS]):
             return None
         noun = article(self.names[group]) + (f" from {self.tissues[cell]}" if self.tissues[cell] else "")
         alone = " alone" if len(genes) == 1 else ""
@@ -374,7 +374,7 @@ class Proof:
         return [Clause("undecided", f"It is undecided between {words[0]}, and {words[1]}.", genes)]
 
     def genes_for(self, name: str, against: str, candidates: np.ndarray) -> list[int]:
-        """Candidates that are higher in the cells of a type than in those of another; both have enough cells."""
+        """Candidates that are higher in the cells of a type than in those of another, none without a known marker."""
         if name not in self.names or against not in self.names:
             return []
         pair = self.names.index(name), self.names.index(against)
@@ -382,7 +382,8 @@ class Proof:
             return []
         one, other = (self.mean(group) for group in pair)
         speaks = (one >= TYPE_FOLD * other) & (self.shares[pair[0]] >= TYPE_SHARE) & self.expression.tells_types
-        return [gene for gene in candidates.tolist() if gene != NONE and speaks[gene]][:N_GENES]
+        genes = [gene for gene in dict.fromkeys(candidates.tolist()) if gene != NONE and speaks[gene]][:N_GENES]
+        return genes if set(genes) & set(candidates[:N_MARKERS].tolist()) else []
 
     def texts(self) -> np.ndarray:
         """Descriptions of the cells, str `(n_cells,)`."""
@@ -405,9 +406,12 @@ class Proof:
                 for k in np.argsort(-counts, kind="stable")[:2]
                 if kinds[k] and counts[k] >= GROUP_SHARE * n
             ]
-            said = [g for cell in np.flatnonzero(mine) for g in self.clauses[cell][0].genes]
-            genes, times = np.unique(said, return_counts=True)
-            best = [int(g) for g in genes[np.argsort(-times, kind="stable")] if shares[i, g] > elsewhere[g]]
+            first = kinds[counts.argmax()] if 2 * counts.max() >= n else ""  # a mixture has no genes of its own
+            of_first = np.flatnonzero(mine & (self.kinds == first)) if first else []
+            said = [g for cell in of_first for g in self.clauses[cell][0].genes]
+            genes, times = np.unique(np.array(said, dtype=int), return_counts=True)
+            best = genes[np.argsort(-times, kind="stable")]
+            best = best[shares[i, best] >= elsewhere[best] + GROUP_SHARE]
             of_genes = [
                 f"{self.expression.symbols[g]} ({shares[i, g]:.0%} of its cells, {elsewhere[g]:.0%} of the others)"
                 for g in best[:N_TYPE_GENES]
@@ -455,7 +459,7 @@ class Other:
     Args:
         names: str `(n_cells,)`; "" for none.
         against: str `(n_cells,)`: the type that its genes speak against.
-        genes: int32 `(n_cells, n)`: the genes, the best first, `NONE` for none.
+        genes: As `candidates` of [`Proof`].
     """
 
     names: np.ndarray
@@ -499,12 +503,13 @@ def propose(
     for start in range(0, len(cells), batch_size):
         part = slice(start, start + batch_size)
         batch, own, one, other = cells[part], kind_of_cell[part], first[part], second[part]
-        evidence, _ = explainer(batch, own)
-        markers = np.where(evidence.markers, explainer.markers[own], NONE)
-        found[0].append(np.hstack([markers, evidence.genes]))
-        for number, (name, rival) in enumerate([(one, other), (other, np.where(is_broad[part], one, NONE))], 1):
-            rivals = np.where((name == NONE) | (rival == NONE), NONE, rival)
-            found[number].append(explainer(batch, np.maximum(name, 0), rivals)[0].genes)
+        against = np.where(is_broad[part], one, NONE)
+        for number, (name, rivals) in enumerate([(own, None), (one, other), (other, against)]):
+            if rivals is not None:
+                name, rivals = np.maximum(name, 0), np.where(name == NONE, NONE, rivals)
+            evidence, _ = explainer(batch, name, rivals)
+            markers = np.where(evidence.markers, explainer.markers[name], NONE)
+            found[number].append(np.hstack([markers, evidence.genes]))
     names = np.asarray([*kinds, *labels, ""], dtype=object)
     columns = np.append(np.searchsorted(gene_ids, explainer.panel.gene_ids), NONE)
     candidates, *genes = (columns[np.concatenate(parts)] for parts in found)

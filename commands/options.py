@@ -29,6 +29,8 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
     )
+    text = "add the set of labels that holds the true one but for this share of cells (0.01 to 0.5)"
+    parser.add_argument("--error-rate", type=number(float, 0, 1), metavar="P", help=text)
     text = "table of the genes that drove each label (checkpoints with a label readout)"
     parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
     parser.add_argument(
@@ -152,7 +154,7 @@ def add_partitions(parser: argparse.ArgumentParser) -> None:
     text = "most cells of a partition, in steps of 4,096; changes no result (default: 16384)"
     group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
     if isinstance(parser, OneLineParser):
-        parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume"}
+        parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume", "gene_column"}
 
 
 def add_audit(parser: argparse.ArgumentParser) -> None:

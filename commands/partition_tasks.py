@@ -76,7 +76,7 @@ def default_options(verb: str) -> dict[str, Any]:
     """The options of a verb that is given none."""
     if verb == "embed":
         return {"of": "cell-text"}
-    return dict.fromkeys(("labels", "cl_ids", "cluster_key", "min_score", "matching_weight"))
+    return dict.fromkeys(("labels", "cl_ids", "cluster_key", "min_score", "error_rate", "matching_weight"))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def labelling_of(
 ) -> "Labelling":
     """What `annotate` decides once, with the profiles that a look at the whole file corrected."""
     settings = pipeline.annotation_settings(options["labels"], options["cl_ids"], options["matching_weight"])
-    labelling = pipeline.labelling(choice, settings, options["labels"] is None, options["min_score"])
+    decisions = options["min_score"], None, options.get("error_rate")
+    labelling = pipeline.labelling(choice, settings, options["labels"] is None, *decisions)
     if "predicted" in decided and labelling.readout is not None:
         readout = labelling.readout.after_batch(decided["predicted"])
         labelling = replace(labelling, readout=readout, batch_read=True)

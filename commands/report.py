@@ -56,6 +56,7 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
         clusters=cluster_rows(adata),
         audit=audit_rows(adata),
         descriptions=description_rows(adata),
+        groups=group_rows(uns.get("describe", {})),
         input=input_facts(uns.get("input", {})),
         receipts=[{"verb": verb, "facts": receipt_facts(receipt)} for _, verb, receipt in receipts(adata.uns)],
     )
@@ -186,6 +187,15 @@ def description_rows(adata: Any) -> list[dict[str, str]]:
         {"label": str(row[f"{KEY}_cell_type"]), "cell": str(name), "text": str(row[f"{KEY}_description"])}
         for name, row in surest.iterrows()
     ]
+
+
+def group_rows(described: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The descriptions of types and clusters with proof, the largest first; empty without them."""
+    table = pd.DataFrame({name: np.asarray(values) for name, values in described.get("groups", {}).items()})
+    if table.empty:
+        return []
+    table = table.sort_values(["level", "cells"], ascending=False, kind="stable")
+    return [{"label": f"{row['level']} {row['name']}", "text": row["text"]} for row in table.to_dict("records")]
 
 
 def input_facts(read: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ SHOWN = 5  # cells that the report names
 VERBS = ("annotate", "audit", "explain", "describe", "generate", "embed", "search")  # an explanation is of labels
 # Columns of obs of each verb, without their prefix.
 EXACT = {
-    "annotate": ("cell_type", "cell_type_majority"),
+    "annotate": ("cell_type", "cell_type_majority", "label_set"),
     "audit": ("audit", "audit_suggested"),
     "explain": ("evidence", "rival"),
     "describe": ("description",),

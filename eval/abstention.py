@@ -6,7 +6,8 @@ python -m scmmgpt.eval abstention --model CHECKPOINT --known held_out.h5ad --new
 
 Known cells: accuracy (a cell without a label is wrong), share without a label, accuracy of the others, and expected
 calibration error of the score. New cells: share without a label, and the area under the ROC curve of `novelty` and of
-`1 - score`, the baseline, for separating new cells from known ones.
+`1 - score`, the baseline, for separating new cells from known ones. Of a checkpoint with held-out cells, the share of
+known cells whose set of labels has the true one, and the mean size of a set, by error rate.
 """
 
 import json
@@ -24,6 +25,9 @@ from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expec
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.train.labels import column_of
+
+
+ERROR_RATES = (0.01, 0.05, 0.1, 0.2)
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
@@ -62,6 +66,7 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
             "accuracy": float(right.mean()),
             "unknown": float((~answered).mean()),
             "accuracy_of_answers": float(right[answered].mean()) if answered.any() else None,
+            "label_sets": coverage_of_sets(pipeline, known, truth),
             "calibration_error": expected_calibration_error(np.asarray(of_known["scmmgpt_score"], float), right),
         },
         "new": {
@@ -71,6 +76,19 @@ def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_k
             "auroc_score": float(roc_auc_score(is_new, 1 - score)),
         },
     }
+
+
+def coverage_of_sets(pipeline: ScMMGPTPipeline, known: Any, truth: np.ndarray) -> dict[str, dict[str, float]]:
+    """Error rate -> `coverage` and `mean_size` of the sets of labels; empty if the checkpoint has none."""
+    if not (pipeline.model.config.annotation or {}).get("label_sets"):
+        return {}
+    found = {}
+    for error_rate in ERROR_RATES:
+        sets = [text.split(" | ") for text in pipeline.annotate(known, error_rate=error_rate).obs["scmmgpt_label_set"]]
+        covered = [label in labels for label, labels in zip(truth, sets, strict=True)]
+        sizes = [len(labels) for labels in sets]
+        found[str(error_rate)] = {"coverage": float(np.mean(covered)), "mean_size": float(np.mean(sizes))}
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

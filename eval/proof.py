@@ -51,6 +51,7 @@ PATTERNS = {
 SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
 LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
 ROUNDING = 1e-3  # of a count in words
+HIGH = 95  # share of its kind that a lie claims for a programme
 FEW, CHANCE = 0.4, 1e-3  # counts of a programme that are expected at least; probability of so many
 Lie: TypeAlias = Callable[["Checker", int, np.random.Generator], str | None]
 
@@ -159,7 +160,7 @@ class Checker:
         usual, share = rates[others], int(parts["share"])
         if int(parts["n"]) != len(usual):
             return ["another number of cells"]
-        below = (usual < rates[cell] * (1 + 1e-6)).mean() * 100
+        below = (usual < rates[cell] * (1 + 1e-6)).mean() * 100 + 1e-6
         expected = np.quantile(usual, 0.25) * self.sizes[cell] if len(usual) else np.inf
         count = rates[cell] * self.sizes[cell]
         by_chance = poisson.sf(count - 1, max(expected, FEW))
@@ -213,7 +214,7 @@ def other_programme(checker: Checker, cell: int, rng: np.random.Generator) -> st
 
 
 def strange_programme(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
-    """A programme that the cell does not show, with its own counts of the genes and its own place in its kind."""
+    """A programme that the cell does not show, with its own counts of the genes, and a place high in its kind."""
     text = checker.texts[cell]
     kind = kind_of(text)
     phrases = [phrase for phrase in LISTS if f"{phrase}:" not in text]
@@ -232,10 +233,11 @@ def strange_programme(checker: Checker, cell: int, rng: np.random.Generator) -> 
     others = checker.kinds[kind].copy()
     others[cell] = False
     rates = checker.rates(phrase)
-    share = int((rates[others] < rates[cell]).mean() * 100) if others.any() else 0
+    if not others.any() or (rates[others] < rates[cell]).mean() * 100 >= HIGH:
+        return None
     words = [f"{gene} ({counts[gene]:.4g})" for gene in named]
     listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    lie = f"{phrase}: {listed}, more of these genes than {share} % of the {others.sum()} other cells of its kind."
+    lie = f"{phrase}: {listed}, more of these genes than {HIGH} % of the {others.sum()} other cells of its kind."
     first, *rest = sentences(text)
     return " ".join([first, lie, *rest])
 

@@ -267,7 +267,7 @@ def test_calibration_keeps_what_fine_tuning_stored(tiny_pipeline, adata):
 def test_abstention_is_evaluated_on_known_and_new_cells(calibrated, monkeypatch):
     pipeline, known, new = calibrated
     original = pipeline.annotate
-    monkeypatch.setattr(pipeline, "annotate", lambda cells: original(cells, force=True))
+    monkeypatch.setattr(pipeline, "annotate", lambda cells, **given: original(cells, force=True, **given))
     result = evaluate_abstention(pipeline, known, new, "cell_type")
     assert (result["new"]["unknown"], result["new"]["auroc_novelty"]) == (1, 1)
     assert result["known"]["unknown"] == 0

@@ -128,6 +128,7 @@ def test_the_command_writes_the_page_of_results_and_of_plain_cells(pipeline, cel
     second = words_of((tmp_path / "page.html").read_text())[0]
     assert "CD79A" in first
     assert "CD79A" in second
+    assert re.search(r"label B cell 15 cells, 100 % B cell, shown by \w+ \(100 % of its cells", second)
     assert "X_umap" in anndata.read_h5ad(source).obsm
     with pytest.raises(ValueError, match="annotate them first"):
         report_page(cells, "cells")

@@ -103,7 +103,8 @@ def test_every_verb_leaves_a_receipt_with_its_options(adata, tiny_pipeline):
     options = {verb: json.loads(receipt["options"]) for verb, receipt in receipts.items()}
     wanted = {"labels": LABELS, "min_score": 0.5, "key_added": "scmmgpt"}
     assert wanted.items() <= options["annotate"].items()
-    assert options["describe"] == {"max_new_tokens": 2, "num_beams": 2, "key_added": "scmmgpt"}
+    wanted = {"max_new_tokens": 2, "num_beams": 2, "proof": False, "key_added": "scmmgpt"}
+    assert options["describe"] == wanted
     assert options["generate"]["seed"] == 5
     assert len({receipt["weights"] for receipt in receipts.values()}) == 1
     assert len({receipts[verb]["cells"] for verb in ("annotate", "describe", "embed", "search")}) == 1

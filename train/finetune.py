@@ -17,7 +17,8 @@ Three steps:
 2. **Take gradient steps** on the whole model: cell model, Q-Former, readout. Training stops when the validation loss
    stops falling, and the weights with the lowest loss are kept, which may be those of step 1.
 3. **Refit the readout** with the held-out cells, at the same strength. The temperature of `annotate` is the one that
-   fits the held-out cells best before the refit.
+   fits the held-out cells best before the refit. The held-out cells also set how many labels `annotate --error-rate`
+   names.
 
 The checkpoint also keeps the regression's own scores of the labels, with statistics from which `annotate` solves them
 again for the genes of a file (`readout_scmmgpt`): a gene that a file lacks is absent, not zero. Similarities to texts
@@ -45,7 +46,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from scmmgpt.annotation_scmmgpt import fit_novelty
+from scmmgpt.annotation_scmmgpt import fit_label_sets, fit_novelty, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands.files import filled_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -409,6 +410,7 @@ class FineTuning:
         """Choose the temperature on the held-out cells, then refit the readout with them."""
         temperature = DEFAULT_TEMPERATURE
         self.score_temperature, self.similarity_weight = 1.0, 0.0
+        self.label_sets: dict[str, Any] | None = None
         if (batches := self.eval_batches) is not None:
             targets = batches.targets.numpy()
             similarity, cost = timed(lambda: similarities(self.model, batches), len(targets))
@@ -445,6 +447,8 @@ class FineTuning:
             weight, both = readout.fit_similarity_weight(logits, similarity, targets)
             parts |= {"transformer": similarity / readout.fit_temperature(similarity, targets), "both": both}
             self.similarity_weight = weight
+        used = label_probabilities(logits + self.similarity_weight * similarity, logit_scale=1.0)
+        self.label_sets = fit_label_sets(used, targets)
         costs = {"readout": own_cost, "transformer": cost, "both": own_cost + cost}
         rows = {
             name: {**readout.scores_of(values, targets), "ms_per_cell": round(costs[name], 4)}
@@ -482,6 +486,8 @@ class FineTuning:
             "unseen_gate": None if self.unseen_gate is None else vars(self.unseen_gate),
             "terms": ontology.label_terms({name: self.labels.cl_ids.get(name) for name in self.labels.names}),
         }
+        if self.label_sets is not None:
+            self.model.config.annotation["label_sets"] = self.label_sets
         novelty = fit_novelty(self.cells, self.labels.targets, self.measured, self.model.config.cell_config.vocab_size)
         if novelty is not None:
             self.model.config.annotation["novelty"] = novelty
