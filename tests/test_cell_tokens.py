@@ -114,14 +114,18 @@ def test_given_scores_take_the_place_of_the_profile_and_one_of_them_is_needed(pi
     assert profile[0].shape == profile[1].shape
 
 
-def test_a_direction_starts_at_the_words_of_its_label(pipeline):
+def test_directions_start_near_the_words_of_their_labels_and_at_right_angles(pipeline):
     start_label_projection(pipeline.model, pipeline.processor)
     embeddings = pipeline.model.get_input_embeddings().weight
-    ids = pipeline.processor.tokenizer("B cell", add_special_tokens=False)["input_ids"]
-    direction = pipeline.model.model.label_projection.weight[:, 0]
-    similarity = torch.cosine_similarity(direction, embeddings[ids].mean(dim=0), dim=0)
-    assert similarity > 0.999
-    torch.testing.assert_close(direction.norm(), embeddings.norm(dim=1).mean())
+    directions = pipeline.model.model.label_projection.weight.t()
+    norms = embeddings.norm(dim=1).mean()
+    torch.testing.assert_close(directions @ directions.t(), torch.eye(3) * norms**2, rtol=1e-4, atol=1e-5)
+    names = [f" {label}" for label in LABELS]
+    ids = pipeline.processor.tokenizer(names, add_special_tokens=False)["input_ids"]
+    words = torch.stack([embeddings[tokens].mean(dim=0) for tokens in ids])
+    similarity = torch.cosine_similarity(directions[:, None], words[None], dim=2)
+    assert similarity.argmax(dim=1).tolist() == [0, 1, 2]
+    assert similarity.diagonal().min() > 0.7
 
 
 def test_saving_keeps_the_labels_and_the_number_of_placeholders(pipeline, tmp_path):
