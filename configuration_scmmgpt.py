@@ -121,8 +121,8 @@ class ScMMGPTConfig(PreTrainedConfig):
             the language model's hidden states. Its `encoder_hidden_size` follows `text_config.hidden_size`.
         num_query_tokens: Q-Former queries per cell.
         cell_tokens: What the language model reads of a cell: the `"queries"` of the Q-Former; `"labels"`, one token of
-            the label readout's probabilities; or `"both"`. `tune` sets it. `num_cell_tokens` is the number of `<cell>`
-            placeholders per cell.
+            the label readout's most probable label; or `"both"`. `tune` sets it. `num_cell_tokens` is the number of
+            `<cell>` placeholders per cell.
         num_condition_tokens: Condition tokens from which the cell model generates a cell. The first takes the position
             of `<cls>`.
         projection_dim: Width of the shared cell-text space.

@@ -57,10 +57,6 @@ except ImportError:  # as a flat module in a clone
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)
-# Exponent of the labels' probabilities in the token of labels. The readout is nearly certain of the cells that it was
-# fitted to; in training the language model sees hardly a mixture of labels. With 4 it names the most probable label of
-# all held-out cells of the demo, with 1 of 86 to 96 % (`train/LOG.md`).
-LABEL_SHARPNESS = 4.0
 CELL_INPUTS = ("gene_ids", "expression", "cell_attention_mask")  # of the cell model
 PROMPT_CELL_INPUTS = (*CELL_INPUTS, "profile_gene_ids", "profile", "readout_scores")  # the last three are optional
 # Parts that stage 2 adds to those of stage 1.
@@ -952,8 +948,9 @@ class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
     ) -> Tensor:
         """Cells as inputs of the language model: `(num_cells, num_cell_tokens, text_config.hidden_size)`.
 
-        These are the queries' states and, as the last token, the mean of the labels' directions, weighted by powers of
-        their probabilities (`LABEL_SHARPNESS`), as `config.cell_tokens` has it.
+        These are the queries' states and, as the last token, the direction of the most probable label, as
+        `config.cell_tokens` has it. A mean of directions would not do: the readout is nearly certain of the cells that
+        it was fitted to, so the language model learns no mixtures, and may take one of two labels for a third.
 
         Args:
             gene_ids, expression, cell_attention_mask: As for `get_cell_features`.
@@ -976,8 +973,8 @@ class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
                         "and got none; make the inputs with its own processor."
                     )
                 readout_scores = self.label_readout(profile_gene_ids, profile)
-            weights = (LABEL_SHARPNESS * readout_scores).softmax(dim=-1).to(self.label_projection.weight.dtype)
-            tokens.append(self.label_projection(weights)[:, None])
+            label = F.one_hot(readout_scores.argmax(dim=-1), readout_scores.shape[-1])
+            tokens.append(self.label_projection(label.to(self.label_projection.weight.dtype))[:, None])
         return torch.cat(tokens, dim=1)
 
     def forward(self, gene_ids: Tensor, expression: Tensor, *args: Any, **kwargs: Any) -> Any:

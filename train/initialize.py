@@ -85,17 +85,22 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -
 
 @torch.no_grad()
 def start_label_projection(model: ScMMGPTForConditionalGeneration, processor: ScMMGPTProcessor) -> None:
-    """Start the direction of each label at the mean input embedding of its words, at the norm of token embeddings.
+    """Start the directions of the labels at the mean input embeddings of their words, at the norm of token embeddings.
 
-    The language model then reads the label of a cell as if its name were written in the prompt.
+    The language model then reads the label of a cell as if its name were written in the prompt. Names of subtypes
+    share most words ("naive thymus-derived CD4-positive, alpha-beta T cell", "... CD8-positive ..."): their means have
+    cosines up to 0.99, and a short training confuses them. The directions are therefore the nearest orthogonal ones
+    (the polar factor of the matrix of means).
     """
     readout: Any = model.config.label_readout
     embeddings: Any = model.get_input_embeddings()
     names = [f" {name}" for name in readout.get("labels", readout["texts"])]
     ids = processor.tokenizer(names, add_special_tokens=False)["input_ids"]
     words = [embeddings(torch.tensor(tokens, device=model.device)).float().mean(dim=0) for tokens in ids]
+    left, _, right = torch.linalg.svd(torch.nn.functional.normalize(torch.stack(words)), full_matrices=False)
+    directions = torch.nn.functional.normalize(left @ right)  # of length 1 already, unless labels outnumber dimensions
     size = embeddings.weight.float().norm(dim=1).mean()
-    model.model.label_projection.weight.copy_((torch.nn.functional.normalize(torch.stack(words)) * size).t())
+    model.model.label_projection.weight.copy_((directions * size).t())
 
 
 @torch.no_grad()
