@@ -6,12 +6,16 @@ tasks of a dying worker look the same, and then counts as failed.
 """
 
 import contextlib
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from typing import Any, TypeVar
 
+
+logger = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its error in place of a result
@@ -43,6 +47,7 @@ def run_tasks(
                 failure = error
             yield task, result, failure
         return
+    began = time.time()
     with _client(workers, cluster) as client:
         suspects: list[Task] = []
         for task, result, failure in _run_on(client, function, tasks):
@@ -52,6 +57,7 @@ def run_tasks(
                 yield task, result, failure
         for task in suspects:
             yield from _run_on(client, function, [task])
+        _warn_of_lost_workers(client, began)
 
 
 @contextlib.contextmanager
@@ -109,6 +115,13 @@ def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task])
         for following in islice(pending, 1):
             finished.add(submit(following))
         yield task, result, failure
+
+
+def _warn_of_lost_workers(client: Any, since: float) -> None:
+    events = [event for when, event in client.get_events("all") if when >= since and isinstance(event, dict)]
+    n_lost = sum(event.get("action") == "remove-worker" and not event.get("expected") for event in events)
+    if n_lost:
+        logger.warning("Workers were lost %d times; what they had begun was computed again.", n_lost)
 
 
 def _is_lost_worker(error: Exception | None) -> bool:
