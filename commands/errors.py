@@ -90,6 +90,24 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
+class PrintCompletion(argparse.Action):
+    """Print what makes a shell complete commands, options and paths."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, shell: Any, *_: object) -> None:
+        """Print it and exit."""
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error("shtab is not installed. Install `scmmgpt[completion]`.")
+        subs = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        for one in (parser, *(child for sub in subs for child in sub.choices.values())):
+            for action in one._actions:
+                if action.type is Path:
+                    action.complete = shtab.FILE  # where shtab looks for it
+        sys.stdout.write(shtab.complete(parser, shell) + "\n")
+        parser.exit()
+
+
 def first_paragraphs(text: str) -> str:
     """The first paragraph of a description, and the examples after it; the rest has reasons and details."""
     return "\n\n".join(text.split("\n\n")[:2])

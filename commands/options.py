@@ -7,6 +7,7 @@ from scmmgpt.commands.errors import OneLineParser, number
 
 
 FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
+CHECKPOINT_HELP = "folder, or model id on the Hub (default: that of this package)"
 READ_HELP = {
     "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
     "assume": "kind of the matrix's values, where the verdict of `scmmgpt inspect` is wrong (for instance log1p)",
@@ -45,6 +46,9 @@ def add_description(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="longest description (default: 64)"
     )
+    text = "describe by counts, in place of the language model, and write the genes and counts of every clause"
+    parser.add_argument("--proof", type=Path, metavar="OUT.csv", help=text)
+    parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters to describe (--proof)")
     parser.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
     parser.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
     parser.add_argument(
@@ -91,15 +95,21 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, required: bool = False, default: str | None = None) -> None:
     """Options of the checkpoint and of how it runs; `default` in words, if it is not that of the package."""
-    text = "folder, or model id on the Hub" + ("" if required else f" (default: {default or 'that of this package'})")
+    text = "folder, or model id on the Hub" if required else CHECKPOINT_HELP
+    text = text if default is None else f"folder, or model id on the Hub (default: {default})"
     parser.set_defaults(has_own_model=not required and default is None)
+    add_checkpoint(parser, text, required)
+    parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, text: str = CHECKPOINT_HELP, required: bool = False) -> None:
+    """The checkpoint, and where and in which batches it runs."""
     parser.add_argument("--model", required=required, metavar="CHECKPOINT", help=text)
     parser.add_argument("--device", help="cuda, mps or cpu (default: the fastest available)")
     parser.add_argument(
         "--batch-size", type=number(int, 1), metavar="N", help="cells per batch; lower it if memory runs out"
     )
-    parser.add_argument("--json", action="store_true", help="print a machine-readable summary")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
 def add_input(
@@ -187,3 +197,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=number(int, 1), nargs="+", metavar="N", help=text)
     text = "time to measure for (default: 20)"
     parser.add_argument("--seconds", type=number(float, 0, above=True), default=20.0, metavar="S", help=text)
+
+
+def add_mcp(parser: argparse.ArgumentParser) -> None:
+    """Options of `mcp`."""
+    text = "folder of the files that an agent may read and add to"
+    parser.add_argument("--folder", type=Path, required=True, metavar="FOLDER", help=text)
+    add_checkpoint(parser)

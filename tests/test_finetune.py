@@ -16,7 +16,7 @@ from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.train import finetune, labels, readout
+from scmmgpt.train import finetune, labels, readout, router
 from scmmgpt.train.arguments import FinetuneDataArguments
 from scmmgpt.train.convert import save_cell_model
 
@@ -280,6 +280,9 @@ def test_a_converted_cell_model_is_fine_tuned_in_its_own_vocabulary(cells, bert,
     record = run(cells, bert, tmp_path, new_model=json.dumps(new_model), num_train_epochs=1)
     assert record["epochs"]
     assert set(record["parts"]) in ({"readout"}, {"readout", "transformer", "both"})
+    assert all(row["ms_per_cell"] > 0 for row in record["parts"].values())
+    assert record["used"] == ("both" if record["similarity_weight"] else "readout")
+    assert ("was not trained" in record["verdict"]) == ("transformer" not in record["parts"])
     if record["similarity_weight"]:  # only what fits the held-out cells better stays
         assert record["parts"]["both"]["loss"] < record["parts"]["readout"]["loss"]
     pipeline = ScMMGPTPipeline.from_pretrained(str(tmp_path / "out"), device="cpu")
@@ -296,3 +299,23 @@ def test_similarities_that_say_nothing_about_the_labels_get_no_weight():
     weight, both = readout.fit_similarity_weight(logits, np.eye(3)[targets] / 2, targets)
     assert weight > 1
     assert readout.scores_of(both, targets)["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("network", "used", "sentences"),
+    [
+        (0.80, "readout", ["readout beats the network: 0.900 against 0.800", "uses the readout alone"]),
+        (0.95, "both", ["readout loses to the network: 0.900 against 0.950", "uses both"]),
+        (None, "readout", ["The network was not trained"]),
+    ],
+)
+def test_the_table_says_which_part_held_out_cells_chose_and_what_it_costs(network, used, sentences):
+    parts = {"readout": {"accuracy": 0.9, "macro_f1": 0.85, "ms_per_cell": 0.05}}
+    if network is not None:
+        parts["transformer"] = {"accuracy": network, "macro_f1": 0.7, "ms_per_cell": 12.0}
+        parts["both"] = {"accuracy": 0.96, "macro_f1": 0.9, "ms_per_cell": 12.05}
+    lines = router.comparison(parts, used, 120).splitlines()
+    assert lines[0].split() == ["120", "held-out", "cells", "accuracy", "macro-F1", "ms", "a", "cell"]
+    assert lines[1].split()[:4] == ["readout", "0.900", "0.850", "0.050"]
+    assert [line.split()[0] for line in lines[1:4] if line.endswith("used")] == [used]
+    assert all(sentence in lines[-1] for sentence in sentences)

@@ -30,6 +30,7 @@ COMMANDS = [
     "plan",
     "export",
     "doctor",
+    "mcp",
 ]
 
 
@@ -70,6 +71,32 @@ def test_each_command_has_help(command, capsys):
 def test_no_command_shows_the_help(capsys):
     assert main([]) == 0
     assert "COMMAND" in capsys.readouterr().out
+
+
+def test_a_shell_completes_commands_options_and_paths(tmp_path, capsys):
+    pytest.importorskip("shtab", reason="completion needs shtab, which the extra `completion` installs")
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "bash"])
+    assert stop.value.code == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    (tmp_path / "cells.h5ad").touch()
+
+    def completed(*words):
+        quoted = " ".join(f"'{word}'" for word in words)
+        complete = f"COMP_WORDS=(scmmgpt {quoted}); COMP_CWORD={len(words)}; _shtab_scmmgpt; echo ${{COMPREPLY[@]}}"
+        script = f"source completion 2>/dev/null; {complete}"
+        run = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        return run.stdout.split()
+
+    assert completed("an") == ["annotate"]
+    assert sorted(completed("annotate", "--clu")) == ["--cluster", "--cluster-key"]
+    assert completed("annotate", "cel") == ["cells.h5ad"]
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "mcp"])
+def test_every_command_prints_json_for_a_program_if_asked(command):
+    parser = make_parser()._subparsers._group_actions[0].choices[command]
+    assert any("--json" in action.option_strings for action in parser._actions)
 
 
 def test_nothing_heavy_is_imported_for_help():

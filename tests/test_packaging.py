@@ -103,7 +103,7 @@ def test_constraints_satisfy_the_ranges_of_pyproject():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     extras = PYPROJECT["project"]["optional-dependencies"]
-    installed = ("train", "eval", "census", "cluster", "index", "storage", "dev")
+    installed = ("train", "eval", "census", "cluster", "completion", "docs", "index", "mcp", "storage", "dev")
     wanted = [*PYPROJECT["project"]["dependencies"], *(name for extra in installed for name in extras[extra])]
     for requirement in map(Requirement, wanted):
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
@@ -131,7 +131,7 @@ TRAIN_COMMANDS = [
     if (ROOT / "train" / f"{module.replace('.', '/')}.py").exists()
 ]
 EVAL_COMMANDS = [name for name in eval_main.COMMANDS if (ROOT / "eval" / f"{name}.py").exists()]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SKILL.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "train" / "configs").glob("*.yaml"))
 # What a configuration leaves to the command line: the paths.
 PATHS = {

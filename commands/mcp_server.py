@@ -1,0 +1,247 @@
+"""The commands as tools of the Model Context Protocol, for agents, over the files of one folder.
+
+A tool runs a command with `--json` in this process and returns its summary, with the warnings as `messages`. Every
+path is in the folder that the user named, links included; no tool replaces a file. The checkpoint is the choice of the
+user, too: a tool names none. Calls run one after the other.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import ToolAnnotations
+from pydantic import Field
+
+from scmmgpt.commands.errors import OPTION_WORDS
+from scmmgpt.commands.options import READ_HELP
+
+
+INSTRUCTIONS = (
+    "Annotate, describe, search, embed, generate and audit single cells (scRNA-seq) in files of one folder. Call "
+    "`inspect` before the first use of a file. Labels are predictions: report score and `Unknown` with them, and call "
+    "`audit` where the file has labels already."
+)
+NAMED_FILES = 20  # in the error about a missing file
+
+File: TypeAlias = Annotated[str, Field(description="file of cells in the folder: .h5ad, .zarr, 10x .h5, .loom, .csv")]
+Output: TypeAlias = Annotated[str, Field(description="name of a new .h5ad file in the folder")]
+Table: TypeAlias = Annotated[str | None, Field(description="name of a new .csv file in the folder")]
+Clusters: TypeAlias = Annotated[str | None, Field(description="column of obs with clusters")]
+Reading: TypeAlias = Annotated[
+    dict[str, str] | None, Field(description=f"how to read the file, only if `inspect` is wrong: {READ_HELP}")
+]
+Command: TypeAlias = Callable[[list[str]], int]
+
+
+class CellTools:
+    """The tools: arguments in, a command line, its summary out.
+
+    Args:
+        folder: All files are in it.
+        run: Takes the words of a command line and returns the exit status; see `scmmgpt.__main__`.
+        model: Checkpoint of `verify`, which would else take the one that a file names.
+        settings: Words for every command that loads a checkpoint, such as `--device=cpu`.
+    """
+
+    def __init__(self, folder: Path, run: Command, model: str, settings: Sequence[str] = ()) -> None:
+        self.folder, self.model, self.settings = Path(os.path.realpath(folder)), model, list(settings)
+        self._run, self._lock = run, threading.Lock()
+
+    def inspect(self, file: File, reading: Reading = None) -> dict[str, Any]:
+        """Report what a file holds, whether it can be used, and which matrix and genes are read."""
+        settings = [word for word in self.settings if word.startswith("--model=")]
+        return self._call("inspect", self._existing(file), *_reading(reading), settings=settings)
+
+    def annotate(
+        self,
+        file: File,
+        output: Output,
+        labels: Annotated[
+            list[str] | dict[str, str] | None,
+            Field(description="candidate labels, or label -> description; by default those of the checkpoint"),
+        ] = None,
+        cluster_key: Clusters = None,
+        min_score: Annotated[float | None, Field(ge=0, le=1, description="below this, a cell is Unknown")] = None,
+        table: Table = None,
+        evidence: Annotated[str | None, Field(description="new .csv file for the genes behind each label")] = None,
+        reading: Reading = None,
+    ) -> dict[str, Any]:
+        """Name the type of every cell: obs['scmmgpt_cell_type'], with score, and Unknown where nothing fits."""
+        words = _options(cluster_key=cluster_key, min_score=min_score)
+        words += self._outputs(output=output, table=table, evidence=evidence)
+        with tempfile.TemporaryDirectory() as folder:
+            if labels is not None:  # in a file, where a label is never taken for an option or a path
+                path = Path(folder, "labels.json")
+                path.write_text(json.dumps(labels), encoding="utf-8")
+                words.append(f"--labels={path}")
+            return self._call("annotate", self._existing(file), *words, *_reading(reading))
+
+    def describe(
+        self,
+        file: File,
+        output: Output,
+        prompt: Annotated[str | None, Field(description="a question about one cell")] = None,
+        table: Table = None,
+        reading: Reading = None,
+    ) -> dict[str, Any]:
+        """Describe every cell in words: obs['scmmgpt_description']. Slow: use it on hundreds of cells."""
+        words = [*_options(prompt=prompt), *self._outputs(output=output, table=table)]
+        return self._call("describe", self._existing(file), *words, *_reading(reading))
+
+    def search(
+        self,
+        file: File,
+        text: Annotated[str, Field(description="description of the wanted cells")],
+        top_k: Annotated[int, Field(ge=1, le=1000)] = 10,
+        output: Annotated[str | None, Field(description="new .h5ad file with every cell's score")] = None,
+        reading: Reading = None,
+    ) -> dict[str, Any]:
+        """Find the cells that a text describes best; scores order cells and have no zero that means no match."""
+        words = [*_options(text=text, top_k=top_k), *self._outputs(output=output)]
+        return self._call("search", self._existing(file), *words, *_reading(reading))
+
+    def embed(self, file: File, output: Output, reading: Reading = None) -> dict[str, Any]:
+        """Embed every cell for neighbours, UMAP and clustering: obsm['X_scmmgpt']."""
+        return self._call("embed", self._existing(file), *self._outputs(output=output), *_reading(reading))
+
+    def generate(
+        self,
+        prompts: Annotated[list[str], Field(min_length=1, description="descriptions of cells")],
+        output: Output,
+        n_cells: Annotated[int, Field(ge=1, le=100_000, description="cells for each prompt")] = 1,
+        seed: Annotated[int, Field(ge=0)] = 0,
+    ) -> dict[str, Any]:
+        """Generate expression profiles of cells from descriptions. These are simulated cells: say so."""
+        words = [*self._outputs(output=output), *_options(n_cells=n_cells, seed=seed)]
+        return self._call("generate", *words, "--", *prompts)
+
+    def audit(
+        self,
+        file: File,
+        output: Output,
+        label_key: Annotated[str, Field(description="column of obs with the given labels")] = "cell_type",
+        cluster_key: Clusters = None,
+        table: Table = None,
+        reading: Reading = None,
+    ) -> dict[str, Any]:
+        """Rank given labels, clusters and cells that model and markers contradict: obs['scmmgpt_audit']."""
+        words = [*_options(label_key=label_key, cluster_key=cluster_key), *self._outputs(output=output, table=table)]
+        return self._call("audit", self._existing(file), *words, *_reading(reading))
+
+    def verify(
+        self,
+        file: Annotated[str, Field(description="result of annotate, describe, embed or audit")],
+        input: Annotated[str | None, Field(description="file of cells that it was computed from")] = None,
+    ) -> dict[str, Any]:
+        """Compute the results of a file again and name what changed."""
+        words = [f"--model={self.model}"] + ([] if input is None else [f"--input={self._existing(input)}"])
+        return self._call("verify", self._existing(file), *words)
+
+    # -- shared -------------------------------------------------------------------------------------------------------
+
+    def _call(self, *words: str, settings: Sequence[str] | None = None) -> dict[str, Any]:
+        """Run a command; what it prints is the result, and what it warns of goes beside it."""
+        command, *rest = words
+        own = self.settings if settings is None else settings
+        printed, said = io.StringIO(), io.StringIO()
+        warnings = logging.StreamHandler(said)
+        warnings.setLevel(logging.WARNING)
+        warnings.addFilter(OPTION_WORDS)
+        package = logging.getLogger("scmmgpt")
+        with self._lock, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+            package.addHandler(warnings)
+            try:
+                self._run([command, "--json", *own, *rest])
+            except SystemExit:
+                pass  # of the parser, which has said why
+            finally:
+                package.removeHandler(warnings)
+        messages = [line for line in said.getvalue().splitlines() if line.strip()]
+        try:
+            found = json.loads(printed.getvalue())
+        except ValueError:
+            raise ToolError(messages[-1] if messages else f"scmmgpt {command} said nothing.") from None
+        if isinstance(found, dict) and found.get("error"):
+            raise ToolError(f"scmmgpt {command}: {found['error']}")
+        return {**(found if isinstance(found, dict) else {"found": found}), "messages": messages}
+
+    def _existing(self, name: str) -> str:
+        """The path of an input, of which no part leads out of the folder."""
+        path = self._inside(name)
+        if not path.exists():
+            names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+            shown = ", ".join(names[:NAMED_FILES]) + (" ..." if len(names) > NAMED_FILES else "")
+            raise ToolError(f"There is no {name!r} in the folder; it has: {shown or 'no files'}.")
+        links = (part for part in path.rglob("*") if part.is_symlink()) if path.is_dir() else ()
+        for link in links:
+            self._inside(str(link))
+        return str(path)
+
+    def _outputs(self, **names: str | None) -> list[str]:
+        """Options of output; a file that exists is never replaced."""
+        words = []
+        for option, name in names.items():
+            if name is not None:
+                path = self._inside(name)
+                if path.exists():
+                    raise ToolError(f"{name!r} exists already, and no tool replaces a file. Name a new one.")
+                words.append(f"--{option}={path}")
+        return words
+
+    def _inside(self, name: str) -> Path:
+        try:
+            path = Path(os.path.realpath(self.folder / name))
+        except (OSError, ValueError):
+            raise ToolError(f"{name!r} is no path. Name a file of the folder.") from None
+        if not path.is_relative_to(self.folder):
+            raise ToolError(f"{name!r} lies outside of {self.folder}, the folder of this server. Name a file in it.")
+        return path
+
+
+def _options(**values: Any) -> list[str]:
+    """Words of options, each with its value: `--name=value`."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+
+
+def _reading(options: Mapping[str, str] | None) -> list[str]:
+    """Words of the options of reading."""
+    if unknown := sorted(set(options or ()) - set(READ_HELP)):
+        raise ToolError(f"reading has {unknown}; choose among {list(READ_HELP)}.")
+    return _options(**(options or {}))
+
+
+def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] = ()) -> MCPServer:
+    """A server with the tools of [`CellTools`].
+
+    Raises:
+        ValueError: If `folder` is no folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--folder {str(folder)!r} is no folder; name the one that holds your files.")
+    tools = CellTools(folder, run, model, settings)
+    server = MCPServer("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
+    local: Any = {"open_world_hint": False, "destructive_hint": False}
+    readers: list[Callable[..., Any]] = [tools.inspect, tools.verify]
+    writers: list[Callable[..., Any]] = [
+        tools.annotate,
+        tools.describe,
+        tools.search,
+        tools.embed,
+        tools.generate,
+        tools.audit,
+    ]
+    for tool in readers:
+        server.add_tool(tool, annotations=ToolAnnotations(read_only_hint=True, **local))
+    for tool in writers:
+        server.add_tool(tool, annotations=ToolAnnotations(read_only_hint=False, **local))
+    return server

@@ -1,0 +1,118 @@
+"""Agents reach the commands over the Model Context Protocol, and files of one folder alone."""
+
+import sys
+
+import anndata
+import pytest
+
+from scmmgpt.__main__ import run_words
+
+
+anyio = pytest.importorskip("anyio", reason="the server needs mcp, which the extra `mcp` installs")
+mcp = pytest.importorskip("mcp", reason="the server needs mcp, which the extra `mcp` installs")
+
+
+@pytest.fixture
+def folder(adata, tmp_path):
+    """The folder of the user, beside a file that is not in it."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    adata.obs["given"] = ["B", "T", "B"] * 20
+    adata.write_h5ad(folder / "cells.h5ad")
+    adata.write_h5ad(tmp_path / "secret.h5ad")
+    return folder
+
+
+@pytest.fixture
+def call(tiny_pipeline, folder, tmp_path):
+    """Calls a tool by the client of the SDK, and returns its structured content or its error."""
+    from scmmgpt.commands.mcp_server import make_server
+
+    tiny_pipeline.model.config.annotation = {"labels": {"B": "a B cell", "T": "a T cell"}}
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    model = str(tmp_path / "checkpoint")
+    server = make_server(folder, run_words, model, [f"--model={model}"])
+
+    def call(tool, **arguments):
+        async def run():
+            async with mcp.Client(server) as client:
+                result = await client.call_tool(tool, arguments)
+                return result.content[0].text if result.is_error else result.structured_content
+
+        return anyio.run(run)
+
+    return call
+
+
+def test_the_client_of_the_sdk_sees_every_tool_over_stdio(folder):
+    server = mcp.StdioServerParameters(
+        command=sys.executable, args=["-m", "scmmgpt", "mcp", "--folder", str(folder)], cwd=str(folder)
+    )
+
+    async def tools():
+        async with mcp.Client(mcp.stdio_client(server)) as client:
+            return {tool.name: tool for tool in (await client.list_tools()).tools}
+
+    found = anyio.run(tools)
+    assert sorted(found) == ["annotate", "audit", "describe", "embed", "generate", "inspect", "search", "verify"]
+    assert found["annotate"].input_schema["required"] == ["file", "output"]
+    assert found["inspect"].annotations.read_only_hint
+    assert not found["annotate"].annotations.destructive_hint
+
+
+def test_an_agent_inspects_annotates_and_verifies_a_file(call, folder):
+    assert call("inspect", file="cells.h5ad")["usable"]
+    found = call("annotate", file="cells.h5ad", output="out.h5ad", labels={"B": "a B cell", "--quiet": "a T cell"})
+    annotated = anndata.read_h5ad(folder / "out.h5ad")
+    assert found["labels"] == annotated.obs["scmmgpt_cell_type"].value_counts().to_dict()
+    assert annotated.uns["scmmgpt"]["annotate"]["labels"].tolist() == ["B", "--quiet"]
+    assert call("verify", file="out.h5ad")["verified"]
+
+
+def test_an_agent_searches_embeds_describes_and_generates(call, folder):
+    hits = call("search", file="cells.h5ad", text="--output=x", top_k=3)["found"]
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert call("embed", file="cells.h5ad", output="embedded.h5ad")["cells"] == 60
+    assert call("describe", file="cells.h5ad", output="described.h5ad", table="words.csv")["cells"] == 60
+    prompts = ["a B cell", "--output=/x.h5ad"]
+    assert call("generate", prompts=prompts, output="new.h5ad", n_cells=2)["cells"] == 4
+    written = {"embedded.h5ad", "described.h5ad", "words.csv", "new.h5ad"}
+    assert written | {"cells.h5ad"} == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["../secret.h5ad", "link.h5ad", "linked", "folder", "{parent}/secret.h5ad", "a\0b"])
+def test_no_path_leads_out_of_the_folder(call, folder, name):
+    (folder / "link.h5ad").symlink_to(folder.parent / "secret.h5ad")
+    (folder / "linked").symlink_to(folder.parent)
+    (folder / "folder").mkdir()
+    (folder / "folder" / "matrix.mtx").symlink_to(folder.parent / "secret.h5ad")
+    name = name.format(parent=folder.parent)
+    said = call("inspect", file=name)
+    assert "lies outside of" in said or "is no path" in said
+    said = call("embed", file="cells.h5ad", output=f"{name}/new.h5ad" if name == "linked" else f"../{name}")
+    assert "lies outside of" in said or "is no path" in said
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint", "mine", "secret.h5ad"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("inspect", {"file": "cell.h5ad"}, "There is no 'cell.h5ad' in the folder; it has: cells.h5ad."),
+        ("embed", {"file": "cells.h5ad", "output": "cells.h5ad"}, "'cells.h5ad' exists already"),
+        ("embed", {"file": "cells.h5ad", "output": "new.csv"}, "its name must end in .h5ad"),
+        ("audit", {"file": "cells.h5ad", "output": "new.h5ad", "label_key": "type"}, "type"),
+        ("embed", {"file": "cells.h5ad", "output": "new.h5ad", "reading": {"model": "x"}}, "reading has ['model']"),
+        ("search", {"file": "cells.h5ad", "text": " "}, "The text to search for is empty"),
+    ],
+)
+def test_a_mistake_is_one_clear_error_and_writes_nothing(call, folder, tool, arguments, message):
+    said = call(tool, **arguments)
+    assert message in said
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == 1
+    assert [path.name for path in folder.iterdir()] == ["cells.h5ad"]
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
+    assert run_words(["mcp", "--folder", str(tmp_path / "none")]) == 2
+    assert "is no folder" in capsys.readouterr().err
