@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 Task = TypeVar("Task")
 Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its error in place of a result
 
+WAIT_SECONDS = 60  # for the first worker: queues of clusters start workers after the command
 TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
 
 
@@ -76,10 +77,12 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
                 f"No Dask scheduler answers at {cluster!r} ({why}). Start one, or correct --cluster."
             ) from None
         with client:
-            if not client.scheduler_info(n_workers=-1)["workers"]:
+            try:
+                client.wait_for_workers(1, timeout=WAIT_SECONDS)
+            except TimeoutError:
                 raise OSError(
                     f"The Dask scheduler at {cluster!r} has no workers. Start some: `dask worker {cluster}`."
-                )
+                ) from None
             yield client
         return
     # A limit on memory would pause workers whose model alone is larger; the system ends those that take too much.
