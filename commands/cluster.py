@@ -86,7 +86,7 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
             yield client
         return
     # A limit on memory would pause workers whose model alone is larger; the system ends those that take too much.
-    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "memory_limit": 0}
+    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", "memory_limit": 0}
     with LocalCluster(n_workers=workers, **options) as local, Client(local) as client:
         yield client
 

@@ -60,7 +60,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.model is None:
-            (synthetic.tiny_pipeline if args.verb == "embed" else synthetic.fitted_pipeline)().save_pretrained(folder / "checkpoint")
+            made = synthetic.tiny_pipeline() if args.verb == "embed" else synthetic.fitted_pipeline()
+            made.save_pretrained(folder / "checkpoint")
             args.model = str(folder / "checkpoint")
         for n_cells in args.cells:
             if args.source.name == "synthetic":
