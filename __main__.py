@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, PrintCompletion, explain, number, reworded, run_command
+from scmmgpt.commands.errors import OneLineParser, PrintCompletion, explain, reworded, run_command
 from scmmgpt.commands.files import (
     TABLES,
     check_file,
@@ -28,18 +28,18 @@ from scmmgpt.commands.files import (
     whole_file,
 )
 from scmmgpt.commands.options import (
-    FORMATS,
     READ_HELP,
     add_annotation,
     add_audit,
     add_description,
     add_generation,
+    add_index,
     add_input,
+    add_inspection,
     add_mcp,
     add_output,
     add_partitions,
     add_plan,
-    add_reading,
     add_report,
     add_search,
     add_verify,
@@ -116,24 +116,11 @@ def make_parser() -> argparse.ArgumentParser:
     spaces = ("cell-text", "cell")
     sub.add_argument("--of", choices=spaces, default=spaces[0], help="shared space (default), or the cell model's")
 
-    sub = command(index)
-    sub.add_argument("file", type=Path, nargs="+", metavar="FILE", help="results of `scmmgpt embed`")
-    text = "folder of the index; cells are added to one that exists"
-    sub.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help=text)
-    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
-
+    add_index(command(index))
     add_search(command(search))
     add_generation(command(generate))
 
-    sub = command(inspect)
-    sub.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
-    sub.add_argument("--model", metavar="CHECKPOINT", help="checkpoint with the vocabulary (default: all human genes)")
-    sub.add_argument(
-        "--max-cells", type=number(int, 1), default=20_000, metavar="N", help="cells to convert (default: 20000)"
-    )
-    sub.add_argument("--json", action="store_true", help="print the report as JSON")
-    add_reading(sub)
-
+    add_inspection(command(inspect))
     add_verify(command(verify))
     add_report(command(report))
 
@@ -258,7 +245,7 @@ def index(args: Args) -> None:
     from scmmgpt.commands.index import add_files
 
     check_folder(args.output)
-    done = add_files(args.output, args.file)
+    done = add_files(args.output, args.file, args.workers or 1, args.cluster)
     write(args, {"output": str(args.output), **done})
 
 
@@ -535,9 +522,8 @@ def run_in_partitions(
     job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args), identity)
     where = (args.workers or 1, args.cluster, args.cells_per_partition)
     needed = [*needed, *getattr(args, "columns", []), *filter(None, [options.get("cluster_key")])]
-    with_evidence = getattr(args, "evidence", None) is not None
-    all_tables = (tables or {}, found, needed, with_evidence)
-    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, *all_tables)
+    rest = (tables or {}, found, needed, getattr(args, "evidence", None) is not None)
+    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, *rest)
     for line in failures:
         sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     if lines is None:

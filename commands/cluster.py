@@ -6,16 +6,21 @@ tasks of a dying worker look the same, and then counts as failed.
 """
 
 import contextlib
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from typing import Any, TypeVar
 
 
+logger = logging.getLogger(__name__)
+
 Task = TypeVar("Task")
 Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its error in place of a result
 
+WAIT_SECONDS = 60  # for the first worker: queues of clusters start workers after the command
 TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
 
 
@@ -43,6 +48,7 @@ def run_tasks(
                 failure = error
             yield task, result, failure
         return
+    began = time.time()
     with _client(workers, cluster) as client:
         suspects: list[Task] = []
         for task, result, failure in _run_on(client, function, tasks):
@@ -52,6 +58,7 @@ def run_tasks(
                 yield task, result, failure
         for task in suspects:
             yield from _run_on(client, function, [task])
+        _warn_of_lost_workers(client, began)
 
 
 @contextlib.contextmanager
@@ -70,14 +77,16 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
                 f"No Dask scheduler answers at {cluster!r} ({why}). Start one, or correct --cluster."
             ) from None
         with client:
-            if not client.scheduler_info(n_workers=-1)["workers"]:
+            try:
+                client.wait_for_workers(1, timeout=WAIT_SECONDS)
+            except TimeoutError:
                 raise OSError(
                     f"The Dask scheduler at {cluster!r} has no workers. Start some: `dask worker {cluster}`."
-                )
+                ) from None
             yield client
         return
     # A limit on memory would pause workers whose model alone is larger; the system ends those that take too much.
-    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": None, "memory_limit": 0}
+    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", "memory_limit": 0}
     with LocalCluster(n_workers=workers, **options) as local, Client(local) as client:
         yield client
 
@@ -109,6 +118,13 @@ def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task])
         for following in islice(pending, 1):
             finished.add(submit(following))
         yield task, result, failure
+
+
+def _warn_of_lost_workers(client: Any, since: float) -> None:
+    events = [event for when, event in client.get_events("all") if when >= since and isinstance(event, dict)]
+    n_lost = sum(event.get("action") == "remove-worker" and not event.get("expected") for event in events)
+    if n_lost:
+        logger.warning("Workers were lost %d times; what they had begun was computed again.", n_lost)
 
 
 def _is_lost_worker(error: Exception | None) -> bool:

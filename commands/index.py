@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from scmmgpt.commands.cluster import run_tasks
 from scmmgpt.commands.files import read_json, whole_folder, write_json
 
 
@@ -42,10 +43,26 @@ class Hit:
     score: float
 
 
-def add_files(folder: Path, paths: list[Path]) -> dict[str, int]:
+@dataclass(frozen=True)
+class Segment:
+    """A segment to build, as plain data for workers: rows of a file, and the folder that it becomes."""
+
+    path: Path
+    start: int
+    stop: int
+    source: str
+    folder: Path
+
+
+def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | None = None) -> dict[str, int]:
     """Add cells that `embed` has embedded to an index, which may be new.
 
     A file that is in the index already is left out. Each segment becomes part of the index as a whole or not at all.
+
+    Args:
+        folder: The index.
+        paths: Results of `embed`.
+        workers, cluster: As for `run_tasks`: each builds a segment at a time.
 
     Returns:
         The numbers of added cells, of all cells, and of files that were left out.
@@ -56,9 +73,11 @@ def add_files(folder: Path, paths: list[Path]) -> dict[str, int]:
     folder.mkdir(parents=True, exist_ok=True)
     known = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     done = {entry["source"] for entry in read_segments(folder)}
-    added = skipped = 0
+    number = max((int(path.name.removeprefix("segment-")) + 1 for path in folder.glob("segment-*")), default=0)
+    missing: list[Segment] = []
+    skipped = 0
     for path in paths:
-        with _embedded(path) as (vectors, obs, about):
+        with _embedded(path) as (_, obs, about):
             if known is None:
                 known = about
                 write_json(folder / MANIFEST, about)
@@ -67,15 +86,17 @@ def add_files(folder: Path, paths: list[Path]) -> dict[str, int]:
                 said = ", ".join(f"{name} {about[name]!r}, not {known[name]!r}" for name in changed)
                 raise ValueError(f"{path} does not fit the index {folder}: {said}. Build another index for it.")
             for start in range(0, len(obs), CELLS_PER_SEGMENT):
-                rows = slice(start, min(start + CELLS_PER_SEGMENT, len(obs)))
                 source = f"{path.absolute()}:{path.stat().st_size}:{path.stat().st_mtime_ns}:{start}"
                 if source in done:
                     skipped += 1
                     continue
-                _write_segment(folder, vectors[rows], obs.iloc[rows], path, start, source)
-                added += rows.stop - start
+                stop, new = min(start + CELLS_PER_SEGMENT, len(obs)), folder / f"segment-{number + len(missing):05d}"
+                missing.append(Segment(path, start, stop, source, new))
+    failures = [error for _, _, error in run_tasks(build_segment, missing, workers, cluster) if error is not None]
+    if failures:
+        raise failures[0]
     n_cells = sum(entry["cells"] for entry in read_segments(folder))
-    return {"added": added, "cells": n_cells, "left_out": skipped}
+    return {"added": sum(s.stop - s.start for s in missing), "cells": n_cells, "left_out": skipped}
 
 
 @contextlib.contextmanager
@@ -97,21 +118,23 @@ def _embedded(path: Path) -> Iterator[tuple[h5py.Dataset, pd.DataFrame, dict[str
         yield vectors, anndata.io.read_elem(file["obs"]), about
 
 
-def _write_segment(folder: Path, vectors: np.ndarray, obs: pd.DataFrame, path: Path, start: int, source: str) -> None:
+def build_segment(segment: Segment) -> None:
+    """Build a segment and write it, whole."""
     faiss = _faiss()
+    with _embedded(segment.path) as (stored, obs, _):
+        vectors, obs = stored[segment.start : segment.stop], obs.iloc[segment.start : segment.stop]
     usable = np.isfinite(vectors).all(axis=1)  # cells of a partition that failed have none
-    rows = start + np.flatnonzero(usable)
+    rows = segment.start + np.flatnonzero(usable)
     vectors = np.ascontiguousarray(vectors[usable], dtype=np.float32)
     table = obs.iloc[np.flatnonzero(usable)].drop(columns=["barcode", "row", "file"], errors="ignore")
     table = table.reset_index(names="barcode")
     table.insert(0, "row", rows)
-    table.insert(0, "file", str(path))
-    number = len(list(folder.glob("segment-*")))
+    table.insert(0, "file", str(segment.path))
     index = build_index(vectors)
-    with whole_folder(folder / f"segment-{number:05d}") as new:
+    with whole_folder(segment.folder) as new:
         faiss.write_index(index, str(new / "vectors.faiss"))
         table.to_parquet(new / "cells.parquet", index=False)
-        write_json(new / "segment.json", {"source": source, "cells": len(rows)})
+        write_json(new / "segment.json", {"source": segment.source, "cells": len(rows)})
 
 
 def build_index(vectors: np.ndarray) -> Any:

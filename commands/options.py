@@ -75,6 +75,26 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=number(int, 1), default=10, metavar="K", help="number of hits (default: 10)")
 
 
+def add_index(parser: argparse.ArgumentParser) -> None:
+    """Options of `index`."""
+    parser.add_argument("file", type=Path, nargs="+", metavar="FILE", help="results of `scmmgpt embed`")
+    text = "folder of the index; cells are added to one that exists"
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar="FOLDER", help=text)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add_workers(parser)
+
+
+def add_inspection(parser: argparse.ArgumentParser) -> None:
+    """Options of `inspect`."""
+    parser.add_argument("file", type=Path, metavar="FILE", help=FORMATS)
+    text = "checkpoint with the vocabulary (default: all human genes)"
+    parser.add_argument("--model", metavar="CHECKPOINT", help=text)
+    text = "cells to convert (default: 20000)"
+    parser.add_argument("--max-cells", type=number(int, 1), default=20_000, metavar="N", help=text)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_reading(parser)
+
+
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Options of `generate`."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="description of a cell")
@@ -146,15 +166,21 @@ def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: boo
 
 
 def add_partitions(parser: argparse.ArgumentParser) -> None:
-    """Where the work is done, for many cells."""
-    group = parser.add_argument_group("many cells", "a second run goes on where one stopped; see docs/scale.md")
-    where = group.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=number(int, 1), metavar="N", help="processes of this machine")
-    where.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster that sees the same folders")
+    """Where the work is done, for many cells, and in which parts."""
+    group = add_workers(parser)
     text = "most cells of a partition, in steps of 4,096; changes no result (default: 16384)"
     group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
     if isinstance(parser, OneLineParser):
         parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume", "gene_column"}
+
+
+def add_workers(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where the work is done."""
+    group = parser.add_argument_group("many cells", "a second run goes on where one stopped; see docs/scale.md")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=number(int, 1), metavar="N", help="processes of this machine")
+    where.add_argument("--cluster", metavar="ADDRESS", help="scheduler of a Dask cluster that sees the same folders")
+    return group
 
 
 def add_audit(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from scmmgpt.reading_scmmgpt import InputChoice
 
 Arrays = dict[str, np.ndarray]
+
+logger = logging.getLogger(__name__)
 
 DECIDED = "decided.npz"
 _COMPUTING = threading.Lock()  # the model and compiled loops are used by one thread of a worker at a time
@@ -261,8 +264,8 @@ def _whole(read: Any) -> Any:
         except Exception as error:  # Arrow raises many types
             path.unlink(missing_ok=True)
             raise ValueError(
-                f"The partition {path} was damaged ({' '.join(str(error).split())[:100]}) and is removed. Give the "
-                "same command again: it is computed anew."
+                f"The partition {path} was damaged ({' '.join(str(error).split())[:100]}) and is removed. The same "
+                "command computes it again."
             ) from error
 
     return checked
@@ -295,6 +298,19 @@ def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterab
             values = column.to_numpy(zero_copy_only=False)
         found[name] = values.astype(str) if values.dtype == object else values
     return found
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a partition is there and undamaged; one that is damaged is removed."""
+    if not path.is_file():
+        return False
+    try:
+        read_columns(path)
+        if path.with_suffix(".npz").is_file():
+            read_sums(path)
+    except ValueError as error:
+        logger.warning(str(error))
+    return path.is_file()
 
 
 @_whole

@@ -112,7 +112,7 @@ class PartitionedRun:
     def compute(self, workers: int = 1, cluster: str | None = None) -> None:
         """Compute the partitions that are missing; a disk that is full stops the run."""
         wanted = [task for source in self.outputs for task in self._partitions(source)]
-        missing = [task for task in wanted if not task.path.is_file()]
+        missing = [task for task in wanted if not tasks.is_whole(task.path)]
         if len(missing) < len(wanted):
             logger.warning("%d of %d partitions are done; the others follow.", len(wanted) - len(missing), len(wanted))
         if not missing:

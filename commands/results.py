@@ -22,6 +22,7 @@ from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.commands.writing import make_writable, size_in_memory, writable_frame
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.readers.mtx_folders import is_zarr
+from scmmgpt.readers.soma import is_soma
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ Cells: TypeAlias = anndata.AnnData | CellFile
 
 ENTRIES_AT_ONCE = 2**22  # of an array of a Zarr store
 ROWS_AT_ONCE = 50_000  # of a table
+ROWS_COPIED = 4096  # of a matrix
 
 
 @dataclass
@@ -57,9 +59,9 @@ class RowBlocks:
 
 
 def can_copy(path: Path) -> bool:
-    """Whether a path is an `.h5ad` of anndata 0.7 or newer, by what it holds, or a Zarr store."""
-    if path.is_dir():
-        return is_zarr(path)
+    """Whether a path is an `.h5ad` of anndata 0.7 or newer, by what it holds, a Zarr store or SOMA."""
+    if path.is_dir() or is_soma(path):
+        return is_zarr(path) or is_soma(path)
     if not path.is_file():
         return False
     try:
@@ -131,7 +133,9 @@ def write_result(cells: Cells, source: Path, target: Path) -> None:
                 cells.obsm[name] = cells.obsm[name].to_memory()
         cells.write_h5ad(target)
         return
-    if source.is_dir():
+    if is_soma(source):
+        _copy_rows(cells, target)
+    elif source.is_dir():
         _copy_store(cells.handle, target)
     else:
         shutil.copyfile(source, target)
@@ -153,6 +157,21 @@ def _replace(group: h5py.Group, name: str, value: Any) -> None:
     array = group.create_dataset(name, value.shape, np.float32, fillvalue=np.nan)
     array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     value.fill(array)
+
+
+def _copy_rows(cells: CellFile, target: Path) -> None:
+    """Write tables and sparse matrices of cells to an `.h5ad` file, some rows at a time."""
+    with h5py.File(target, "w") as file:
+        anndata.io.write_elem(file, "/", anndata.AnnData(obs=cells.obs, var=cells.var))
+        for name, matrix in {"X": cells.X, **{f"layers/{name}": m for name, m in cells.layers.items()}}.items():
+            if name in file:
+                del file[name]
+            first = matrix[:ROWS_COPIED]
+            first.indptr = first.indptr.astype(np.int64)  # for the entries of all rows
+            anndata.io.write_elem(file, name, first)
+            stored = anndata.io.sparse_dataset(file[name])
+            for start in range(ROWS_COPIED, cells.n_obs, ROWS_COPIED):
+                stored.append(matrix[start : start + ROWS_COPIED])
 
 
 def _copy_store(store: Any, target: Path) -> None:

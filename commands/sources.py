@@ -8,6 +8,9 @@ from typing import Any
 from scmmgpt.commands.progress import log_if_slow
 
 
+_OPENED: list[tuple[Any, Any]] = []  # what identifies the file that is open in this process, and its cells
+
+
 @dataclass(frozen=True)
 class Source:
     """A file of cells or a split of a corpus, as plain data for workers.
@@ -37,9 +40,17 @@ class Source:
             from scmmgpt.train.data.corpus import open_corpus
 
             return open_corpus(self.path, verify=False).to_adata(self.split, start, stop)
+        return self._opened()[start:stop]
+
+    def _opened(self) -> Any:
+        """The file, which stays open in this process for the next partition: its tables are read once."""
         from scmmgpt.readers.cell_files import read_file
 
-        return read_file(self.path, backed=True, gene_index=_gene_index(self.path, self.model))[start:stop]
+        key = (self, *self.fingerprint().values())
+        if not _OPENED or _OPENED[0][0] != key:
+            _OPENED.clear()
+            _OPENED.append((key, read_file(self.path, backed=True, gene_index=_gene_index(self.path, self.model))))
+        return _OPENED[0][1]
 
     def fingerprint(self) -> dict[str, Any]:
         """What changes if the source does."""
@@ -60,10 +71,12 @@ def outputs_of(paths: list[Path], split: str, model: str, output: Path) -> dict[
         ValueError: If there are several sources, and `output` is named like a file.
     """
     from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr
+    from scmmgpt.readers.soma import is_soma
 
     found: list[Path] = []
     for path in paths:
-        is_one = not path.is_dir() or (path / "manifest.json").is_file() or is_zarr(path) or bool(find_matrices(path))
+        is_known = is_soma(path) or is_zarr(path) or (path / "manifest.json").is_file()
+        is_one = not path.is_dir() or is_known or bool(find_matrices(path))
         inside = [] if is_one or output.suffix else find_inside(path)
         found += inside if len(inside) > 1 else [path]
     found = list(dict.fromkeys(found))

@@ -9,6 +9,7 @@
 | `.h5ad`, `.zarr`, `.h5mu` (its RNA part)     | sparse or dense, by row or column | by rows; if by column, slowly |
 | 10x `.h5` (version 2, version 3, CellBender) | sparse, by cell                   | by rows                       |
 | `.loom`                                      | dense, genes x cells              | by rows                       |
+| SOMA experiments and queries of one (`soma`) | sparse, by cell and gene          | by rows                       |
 | `.mtx` (`mtx_folders`), of many pipelines    | text triplets                     | no: loaded as sparse          |
 | `.csv`, `.tsv`, `.txt` (`text_tables`)       | text, wide or long                | no: loaded as sparse          |
 
@@ -33,6 +34,7 @@ import scipy.sparse as sp
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.readers.disk_checks import attribute, check_indices, check_parts, check_stored, load, where
 from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
+from scmmgpt.readers.soma import is_soma, open_soma
 from scmmgpt.readers.text_tables import Contents, FileError, read_table
 
 
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column: size of the block of rows that is kept in memory
 COLUMN_ENTRIES = 2**23  # of a matrix stored by column: entries loaded at a time
-KNOWN = ".h5ad, .zarr, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv, .txt"
+KNOWN = ".h5ad, .zarr, SOMA, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv, .txt"
 # Names of files that are not read -> the way out.
 UNREAD = {
     r"\.(rds|rda|rdata|h5seurat|qs)(\.gz)?$": "is an R object. Save it from R with "
@@ -318,6 +320,8 @@ def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path
         similar = sorted(p.name for p in path.parent.glob("*") if p.name.startswith(path.name.split(".")[0]))[:3]
         hint = f" That folder has {', '.join(similar)}." if similar else ""
         raise FileNotFoundError(f"There is no file {path}.{hint}")
+    if is_soma(path):
+        return "soma", _open_soma, path, []
     if path.is_dir():
         return _format_of_folder(path, gene_index)
     if not path.stat().st_size:
@@ -362,6 +366,11 @@ def _format_of_folder(path: Path, gene_index: GeneIndex | None) -> tuple[str, Op
         )
     files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise FileError(f"The folder {path} is neither a .zarr nor has it a matrix.mtx (it holds {files}).")
+
+
+def _open_soma(path: Path) -> CellFile:
+    (first, *others), obs, var, handle = open_soma(path)
+    return CellFile(first, obs, var, layers=dict(others), handle=handle)
 
 
 def _in_memory(contents: Contents) -> CellFile:

@@ -99,6 +99,18 @@ def test_a_segment_that_cannot_be_written_leaves_the_index_as_it_was(folder, vec
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
+def test_segments_that_workers_build_find_the_cells_of_one_process(vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CELLS_PER_SEGMENT", 25)
+    write_embedded(tmp_path / "cells.h5ad", vectors)
+    found = []
+    for workers in (1, 2):
+        assert index.add_files(tmp_path / str(workers), [tmp_path / "cells.h5ad"], workers)["cells"] == len(vectors)
+        assert len(index.read_segments(tmp_path / str(workers))) == -(-len(vectors) // 25)
+        found.append(index.search_index(tmp_path / str(workers), vectors[3], 5))
+    assert found[0] == found[1]
+
+
 def test_cells_without_an_embedding_are_left_out(vectors, tmp_path):
     vectors[3] = np.nan
     write_embedded(tmp_path / "cells.h5ad", vectors)

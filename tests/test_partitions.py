@@ -11,7 +11,7 @@ from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands import partition_tasks, partitions
-from scmmgpt.commands.cluster import run_tasks
+from scmmgpt.commands.results import RowBlocks
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.tests.corpora import write_corpus
 
@@ -39,13 +39,8 @@ def small(monkeypatch):
 def fitted(tmp_path_factory):
     """A saved checkpoint with a readout that knows four types, and a gate for labels that it does not know."""
     pipeline, folder = synthetic.fitted_pipeline(), tmp_path_factory.mktemp("fitted") / "checkpoint"
-    weights = {"weights": [1, 1, 1], "batch_weights": [1, 1, 1], "batch_offset": 0.5}
-    pipeline.model.config.annotation["unseen_gate"] = {
-        **weights,
-        "offset": 0,
-        "scale": [999, 999, 99],
-        "depth": [0, 0, 0],
-    }
+    gate = {"weights": [1, 1, 1], "offset": 0, "scale": [999, 999, 99], "depth": [0, 0, 0]}
+    pipeline.model.config.annotation["unseen_gate"] = {**gate, "batch_weights": [1, 1, 1], "batch_offset": 0.5}
     pipeline.save_pretrained(folder)
     return str(folder)
 
@@ -240,6 +235,48 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_done(adata, checkpoint, tmp
     assert written[0].is_file()
 
 
+def test_a_disk_that_fills_while_results_are_joined_loses_nothing(adata, checkpoint, tmp_path, small, monkeypatch):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["embed", tmp_path / "cells.h5ad", "--cells-per-partition", 20, "--workers", 1, "-o"]
+
+    def full(self, array):
+        array[:7] = 0
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RowBlocks, "fill", full)
+        run(*words, tmp_path / "out.h5ad", checkpoint=checkpoint, status=2)
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out.h5ad.parts"]
+    with monkeypatch.context() as done:
+        done.setattr(partition_tasks, "compute_partition", lambda task: pytest.fail("a partition was done twice"))
+        run(*words, tmp_path / "out.h5ad", checkpoint=checkpoint)
+    run(*words, tmp_path / "again.h5ad", checkpoint=checkpoint)
+    assert_same(tmp_path / "out.h5ad", tmp_path / "again.h5ad")
+
+
+def test_damaged_partitions_are_named_and_computed_again(fitted, tmp_path, small, monkeypatch, caplog):
+    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    words = ["annotate", tmp_path / "cells.h5ad", "--evidence", tmp_path / "evidence.csv", "-o"]
+    run(*words, tmp_path / "whole.h5ad", checkpoint=fitted)
+    words += [tmp_path / "out.h5ad", "--workers", 1, "--cells-per-partition", 14]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(partitions, "write_cells", lambda *_: 1 / 0)
+        run(*words, checkpoint=fitted, status=2)
+    labels = sorted((tmp_path / "out.h5ad.parts").glob("cells-*/*.parquet"))
+    sums = sorted((tmp_path / "out.h5ad.parts").glob("evidence/*/0*.npz"))
+    labels[0].write_bytes(labels[0].read_bytes()[:-9])  # truncated
+    damaged = bytearray(labels[2].read_bytes())
+    damaged[90] ^= 1  # one bit of a value
+    labels[2].write_bytes(damaged)
+    sums[1].write_bytes(sums[1].read_bytes()[:100])
+    done, compute = [], partition_tasks.compute_partition
+    monkeypatch.setattr(partition_tasks, "compute_partition", lambda task: done.append(task) or compute(task))
+    run(*words, checkpoint=fitted)
+    assert [(task.job.verb, task.start) for task in done] == [("annotate", 0), ("annotate", 28), ("explain", 14)]
+    assert caplog.text.count("was damaged") == 3
+    assert_same(tmp_path / "out.h5ad", tmp_path / "whole.h5ad")
+
+
 def test_a_folder_of_files_becomes_a_folder_of_results(adata, checkpoint, tmp_path, small, capsys):
     (tmp_path / "in" / "more").mkdir(parents=True)
     adata[:30].copy().write_h5ad(tmp_path / "in" / "a.h5ad")
@@ -291,38 +328,25 @@ def test_a_corpus_is_read_by_rows(adata, checkpoint, tmp_path, small):
     assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
 
 
-# -- workers ----------------------------------------------------------------------------------------------------------
-
-
-def die(path):
-    """A task during which the worker dies, unless the file is there already."""
-    import os
-
-    if not path.exists():
-        path.touch()
-        os._exit(9)
-    if path.name == "poison":
-        os._exit(9)
-    if path.name == "error":
-        raise ValueError("no such cell")
-    return path.name
-
-
-@pytest.mark.slow
-def test_the_task_of_a_lost_worker_is_done_again_and_a_poisonous_one_is_reported(tmp_path):
-    (tmp_path / "error").touch()
-    tasks = [tmp_path / name for name in ("once", "poison", "error")]
-    outcomes = {task.name: (result, error) for task, result, error in run_tasks(die, tasks, workers=2)}
-    assert outcomes["once"] == ("once", None)
-    assert type(outcomes["poison"][1]).__name__ == "KilledWorker"
-    assert str(outcomes["error"][1]) == "no such cell"
-
-
-def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
-    dask = pytest.importorskip("dask", reason="Dask is not installed (extra `cluster`)")
-    # Imported first: where `set` makes the key "distributed", its end takes away all settings below that key.
-    pytest.importorskip("distributed", reason="Dask is not installed (extra `cluster`)")
-
-    with dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}):
-        with pytest.raises(OSError, match="No Dask scheduler answers at 'tcp://127.0.0.1:9'"):
-            list(run_tasks(die, [], cluster="tcp://127.0.0.1:9"))
+def test_a_query_of_a_soma_experiment_is_read_by_rows_and_written_without_a_matrix_in_memory(
+    adata, checkpoint, tmp_path, small, monkeypatch
+):
+    soma = pytest.importorskip("tiledbsoma.io", reason="TileDB-SOMA is not installed (extra `census`)")
+    adata.obs["sampled"] = pd.Categorical(np.where(np.arange(60) % 5, "yes", "no"))
+    soma.from_anndata(str(tmp_path / "experiment"), adata, measurement_name="RNA", X_layer_name="raw")
+    (tmp_path / "some.soma.json").write_text(json.dumps({"uri": "experiment", "value_filter": "sampled == 'yes'"}))
+    some = adata[adata.obs["sampled"] == "yes"].copy()
+    some.write_h5ad(tmp_path / "some.h5ad")
+    run("annotate", tmp_path / "some.h5ad", "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    monkeypatch.setattr("scmmgpt.commands.results.ROWS_COPIED", 9)
+    monkeypatch.setattr(CellFile, "to_memory", lambda self: pytest.fail("the matrices were loaded whole"))
+    where = ["--workers", 1, "--cells-per-partition", 14]
+    run("annotate", tmp_path / "some.soma.json", "-o", tmp_path / "parts.h5ad", *where, checkpoint=checkpoint)
+    one, two = (anndata.read_h5ad(tmp_path / name) for name in ("parts.h5ad", "whole.h5ad"))
+    added = [name for name in two.obs if name.startswith("scmmgpt")]
+    pd.testing.assert_frame_equal(one.obs[added], two.obs[added], check_exact=True)
+    assert one.obs["tissue"].tolist() == two.obs["tissue"].tolist()
+    np.testing.assert_array_equal(*(each.obsm["scmmgpt_probabilities"] for each in (one, two)))
+    assert (one.X != two.X).sum() == 0
+    run("annotate", tmp_path / "experiment", "-o", tmp_path / "all.h5ad", checkpoint=checkpoint)
+    assert anndata.read_h5ad(tmp_path / "all.h5ad").n_obs == 60

@@ -1,4 +1,4 @@
-"""Cost a cell and memory of `embed` in partitions, for numbers of cells and workers.
+"""Cost a cell and memory of `embed` or `annotate` in partitions, for numbers of cells and workers.
 
     python tests/benchmarks/partitions.py --source cells.h5ad --cells 10000 100000 --workers 1 2
 
@@ -55,11 +55,13 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model")
+    parser.add_argument("--verb", choices=("embed", "annotate"), default="embed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.model is None:
-            synthetic.tiny_pipeline().save_pretrained(folder / "checkpoint")
+            made = synthetic.tiny_pipeline() if args.verb == "embed" else synthetic.fitted_pipeline()
+            made.save_pretrained(folder / "checkpoint")
             args.model = str(folder / "checkpoint")
         for n_cells in args.cells:
             if args.source.name == "synthetic":
@@ -68,7 +70,7 @@ def main() -> None:
                 tile(args.source, n_cells, folder / "cells.h5ad")
             for workers in args.workers:
                 out = str(folder / "out.h5ad")
-                words = ["embed", str(folder / "cells.h5ad"), "--model", args.model, "-o", out, "--quiet"]
+                words = [args.verb, str(folder / "cells.h5ad"), "--model", args.model, "-o", out, "--quiet"]
                 words += ["--workers", str(workers), "--cells-per-partition", "8192", "--force"]
                 command = [sys.executable, "-m", "scmmgpt", *words]
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,0 +1,26 @@
+"""Tasks for workers of a Dask cluster, in a module that they import fast."""
+
+import os
+import time
+from pathlib import Path
+
+
+def die(path: Path) -> str:
+    """A task during which the worker dies, unless the file is there already."""
+    if not path.exists():
+        path.touch()
+        os._exit(9)
+    if path.name == "poison":
+        os._exit(9)
+    if path.name == "error":
+        raise ValueError("no such cell")
+    return path.name
+
+
+def nap(path: Path) -> int:
+    """A task of half a second that writes a file, whole; returns the process."""
+    time.sleep(0.5)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(path.name)
+    temporary.rename(path)
+    return os.getpid()
