@@ -275,7 +275,10 @@ def search_in_index(args: Args) -> None:
     from dataclasses import asdict
 
     from scmmgpt.commands.index import read_manifest, render_hits, search_index
+    from scmmgpt.query_scmmgpt import read_query
 
+    if denied := read_query(args.text).denied:
+        raise ValueError(f"An index finds what is similar, and cannot leave out {denied[0]!r}; search FILE for that.")
     if args.output is not None:
         raise ValueError("--output has the score of every cell of FILE; of an index, only the best are scored.")
     about = read_manifest(args.index)

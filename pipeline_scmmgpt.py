@@ -62,6 +62,7 @@ try:  # as a package or as remote code
         cell_text_similarity,
     )
     from .processing_scmmgpt import ScMMGPTProcessor
+    from .query_scmmgpt import Search
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
@@ -103,6 +104,7 @@ except ImportError:  # as a flat module in a clone
         cell_text_similarity,
     )
     from processing_scmmgpt import ScMMGPTProcessor
+    from query_scmmgpt import Search
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts, text_states
@@ -898,7 +900,9 @@ class ScMMGPTPipeline:
         """Find the cells that a text describes best.
 
         Args:
-            text: Description of the wanted cells, one text or several.
+            text: Description of the wanted cells, one text or several. What follows "without", "lacking", "but not"
+                or ", not", and what "-negative" follows, counts against a cell: a gene by its expression, other words
+                by their similarity.
             top_k: Cells to return per text.
             by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
                 own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
@@ -908,7 +912,8 @@ class ScMMGPTPipeline:
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
-            1, which has no zero that means "no match"; by genes, in standard deviations of training cells) and `z`
+            1, which has no zero that means "no match"; by genes, in standard deviations of training cells; where the
+            text denies something, in standard deviations of these cells) and `z`
             (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
@@ -925,10 +930,13 @@ class ScMMGPTPipeline:
                 "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
             )
         choice = self.processor.choose_input(adata, **read_kwargs)
-        score = self._search_scores(texts, by, choice)
+        query = Search(texts, self.processor.gene_index, choice.match.measured) if by == "similarity" else None
+        score = self._search_scores(texts if query is None else query, choice)
         chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
         batch_size = self._batch_size(batch_size, 64)
-        (similarity,) = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
+        similarity, *expressed = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
+        if query is not None:
+            similarity = query.scores(similarity, *expressed)
         finish_report(choice.report)
         if key_added is not None:
             adata.obs[key_added] = similarity[:, 0]
@@ -937,16 +945,17 @@ class ScMMGPTPipeline:
         hits = [_best_hits(column, adata.obs_names, top_k) for column in similarity.T]
         return hits[0] if isinstance(text, str) else hits
 
-    def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
-        """The scores of texts that [`search`] sorts by."""
-        if by == "genes":
-            states = text_states(self._bridge(), self.processor, texts)
+    def _search_scores(self, query: list[str] | Search, choice: InputChoice) -> CellFunction:
+        """What [`search`] sorts by: scores of texts by genes, or similarities and expression of a search."""
+        if isinstance(query, list):
+            states = text_states(self._bridge(), self.processor, query)
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
-        text_features = encode_texts(self._bridge(), self.processor, texts)
+        text_features = encode_texts(self._bridge(), self.processor, query.texts)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
-            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
+            features = self._bridge().get_cell_features(**self._inputs(cells))
+            return cell_text_similarity(features, text_features), torch.from_numpy(query.expression(cells))
 
         return similarity
 

@@ -90,18 +90,17 @@ class CellTools:
         self,
         file: File,
         output: Output,
-        prompt: Annotated[str | None, Field(description="a question about one cell")] = None,
         table: Table = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
         """Describe every cell in words: obs['scmmgpt_description']. Slow: use it on hundreds of cells."""
-        words = [*_options(prompt=prompt), *self._outputs(output=output, table=table)]
+        words = self._outputs(output=output, table=table)
         return self._call("describe", self._existing(file), *words, *_reading(reading))
 
     def search(
         self,
         file: File,
-        text: Annotated[str, Field(description="description of the wanted cells")],
+        text: Annotated[str, Field(description="description of the wanted cells; may deny: T cell without CD8")],
         top_k: Annotated[int, Field(ge=1, le=1000)] = 10,
         output: Annotated[str | None, Field(description="new .h5ad file with every cell's score")] = None,
         reading: Reading = None,
