@@ -9,7 +9,6 @@ command whose input cannot be used prints one line on stderr, exits with code 2 
 """
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -75,7 +74,9 @@ def run_words(argv: list[str]) -> int:
         return 0
     file = getattr(args, "file", None)
     inputs = [*(file if isinstance(file, list) else [file]), getattr(args, "model", None)]
-    outputs = [path for name in ("output", "table", "evidence") if (path := getattr(args, name, None)) is not None]
+    outputs = [
+        path for name in ("output", "table", "evidence", "proof") if (path := getattr(args, name, None)) is not None
+    ]
     name = f"scmmgpt {args.command}"
 
     def work() -> int | None:
@@ -155,22 +156,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 def annotate(args: Args) -> int:
     """Annotate every cell with the label whose text fits it best."""
+    from scmmgpt.commands.results import evidence_rows, table_of, write_table
+
     labels, cl_ids = read_labels(args.labels)
-    options = {name: getattr(args, name) for name in ("cluster_key", "min_score", "matching_weight")}
+    names = ("cluster_key", "min_score", "matching_weight", "read_batch")
+    options = {name: getattr(args, name) for name in names}
     if outputs := several_outputs(args):
-        if args.evidence is not None or args.read_batch:
-            raise ValueError(
-                "--evidence and --read-batch look at all cells of one FILE: leave out --workers, --cluster."
-            )
-        return run_in_partitions(args, outputs, {"labels": labels, "cl_ids": cl_ids, **options}, labels_found)
+        tables = {}
+        if args.table is not None:
+            tables[args.table] = lambda results: table_of(results.cells, args.columns)
+        if args.evidence is not None:
+            tables[args.evidence] = lambda results: evidence_rows(results.found, results.cells)
+        options = {"labels": labels, "cl_ids": cl_ids, **options}
+        return run_in_partitions(args, outputs, options, lambda results: labels_found(results.cells), tables)
     pipeline, adata = load(args)
-    options["read_batch"] = args.read_batch
     pipeline.annotate(adata, labels, cl_ids=cl_ids, **options, **read_options(args))
     if args.evidence is not None:
-        from scmmgpt.commands.results import write_table
-
         evidence = pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
-        write_table(args.evidence, itertools.chain(evidence.group_rows(), evidence.cell_rows(adata.obs_names)))
+        write_table(args.evidence, evidence_rows(evidence, adata))
     finish(args, adata, {"cells": adata.n_obs, **labels_found(adata)})
     return 0
 
@@ -183,14 +186,19 @@ def labels_found(adata: Any) -> dict[str, Any]:
     return summary | ({"read_batch": True} if done["read_batch"] else {})
 
 
-def audit(args: Args) -> None:
+def audit(args: Args) -> int:
     """Rank labels, clusters and cells whose given label contradicts model and markers."""
+    from scmmgpt.commands.results import audit_rows, audit_summary
+
+    options = {"label_key": args.label_key, "cluster_key": args.cluster_key}
+    if outputs := several_outputs(args):
+        tables = {} if args.table is None else {args.table: lambda results: audit_rows(results.found, results.cells)}
+        needed = [args.label_key]
+        return run_in_partitions(args, outputs, options, lambda results: audit_summary(results.found), tables, needed)
     pipeline, adata = load(args)
-    judged = pipeline.audit(adata, args.label_key, cluster_key=args.cluster_key, **read_options(args))
-    groups = judged.group_rows()
-    worst = {row["name"]: row["contradicted"] for row in groups[:5] if row["contradicted"]}
-    rows = [*groups, *judged.cell_rows(adata.obs_names)]
-    finish(args, adata, {"cells": adata.n_obs, **judged.summary(), "most contradicted": worst}, rows)
+    judged = pipeline.audit(adata, **options, **read_options(args))
+    finish(args, adata, {"cells": adata.n_obs, **audit_summary(judged)}, audit_rows(judged, adata))
+    return 0
 
 
 def describe(args: Args) -> None:
@@ -203,8 +211,16 @@ def describe(args: Args) -> None:
 
         sampler = CaptionSampler(args.templates)
     pipeline, adata = load(args)
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
-    pipeline.describe(adata, args.prompt, **options, **read_options(args))
+    if args.proof is not None:
+        import pandas as pd
+
+        from scmmgpt.commands.results import write_table
+
+        pipeline.describe(adata, args.prompt, proof=True, cluster_key=args.cluster_key, **read_options(args))
+        write_table(args.proof, pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"]))
+    else:
+        options = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams")}
+        pipeline.describe(adata, args.prompt, cluster_key=args.cluster_key, **options, **read_options(args))
     if sampler is not None:
         from scmmgpt.cells_scmmgpt import hash_names
 
@@ -230,7 +246,7 @@ def embed(args: Args) -> int:
         return {"dimensions": int(adata.obsm["X_scmmgpt"].shape[1])}
 
     if outputs := several_outputs(args):
-        return run_in_partitions(args, outputs, {"of": args.of}, found)
+        return run_in_partitions(args, outputs, {"of": args.of}, lambda results: found(results.cells))
     pipeline, adata = load(args)
     pipeline.embed(adata, of=args.of, **read_options(args))
     finish(args, adata, {"cells": adata.n_obs, **found(adata)})
@@ -246,7 +262,7 @@ def index(args: Args) -> None:
     write(args, {"output": str(args.output), **done})
 
 
-def search(args: Args) -> None:
+def search(args: Args) -> int:
     """Find the cells that a text describes best."""
     if (args.file is None) == (args.index is None):
         raise ValueError("Name the cells to search: either FILE or --index.")
@@ -254,43 +270,36 @@ def search(args: Args) -> None:
         if args.by != "similarity":
             raise ValueError(f"--by {args.by} reads the counts of FILE; an index has similarities alone.")
         search_in_index(args)
-        return
+        return 0
     if args.where is not None:
         raise ValueError("--where is a condition on the cells of an index; pass --index, or filter FILE before.")
-    pipeline, adata = load(args)
+    from scmmgpt.commands.results import render_hits, write_result
+
     key = None if args.output is None else "scmmgpt_search"
+    if args.workers or args.cluster:
+        if args.output is None:
+            raise ValueError("--workers and --cluster need --output: the partitions are kept beside it.")
+        options = {"text": args.text, "top_k": args.top_k, "by": args.by, "key_added": key}
+        outputs = several_outputs(args)
+        return run_in_partitions(args, outputs, options, lambda results: {"hits": results.found}, lines=render_hits)
+    pipeline, adata = load(args)
     hits = pipeline.search(adata, args.text, args.top_k, by=args.by, key_added=key, **read_options(args))
     if args.output is not None:
-        from scmmgpt.commands.results import write_result
-
         with whole_file(args.output) as temporary:
             write_result(adata, args.file, temporary)
-    head = f"{'rank':>4}  {'score':>7}  {'z':>6}  cell"
-    lines = (f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['z']:>6.2f}  {hit['cell']}" for hit in hits)
-    write(args, hits, [head, *lines])
+    write(args, hits, render_hits(hits))
+    return 0
 
 
 def search_in_index(args: Args) -> None:
     """`search` where the cells are in an index."""
-    from dataclasses import asdict
+    from scmmgpt.commands.index import find_text, read_manifest, render_hits
 
-    from scmmgpt.commands.index import read_manifest, render_hits, search_index
-    from scmmgpt.query_scmmgpt import read_query
-
-    if denied := read_query(args.text).denied:
-        raise ValueError(f"An index finds what is similar, and cannot leave out {denied[0]!r}; search FILE for that.")
     if args.output is not None:
         raise ValueError("--output has the score of every cell of FILE; of an index, only the best are scored.")
-    about = read_manifest(args.index)
-    pipeline = load_pipeline(args)
-    query = pipeline.embed_texts([args.text])[0]
-    if len(query) != about["dimensions"]:
-        raise ValueError(
-            f"The embeddings of {args.index} have {about['dimensions']} dimensions, those of {args.model} "
-            f"{len(query)}: they are of different checkpoints. The index is of {about['checkpoint']!r}."
-        )
-    hits = search_index(args.index, query, args.top_k, args.where)
-    write(args, [asdict(hit) for hit in hits], render_hits(hits))
+    read_manifest(args.index)
+    hits = find_text(args.index, args.text, load_pipeline(args), args.model, args.top_k, args.where)
+    write(args, [vars(hit) for hit in hits], render_hits(hits))
 
 
 def generate(args: Args) -> None:
@@ -386,7 +395,7 @@ def plan(args: Args) -> None:
     import time
 
     from scmmgpt.commands.checkpoints import find_checkpoint
-    from scmmgpt.commands.partitions import Job, default_options
+    from scmmgpt.commands.partition_tasks import Job, default_options
     from scmmgpt.commands.plan import describe_plan, measure
 
     find_checkpoint(args.model)
@@ -420,14 +429,9 @@ def doctor(args: Args) -> None:
 
 def mcp(args: Args) -> None:
     """Serve the commands to an agent: a Model Context Protocol server over the files of one folder."""
-    from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
-    from scmmgpt.commands.mcp_server import make_server
+    from scmmgpt.commands.mcp_server import serve
 
-    model = args.model or root_checkpoint()
-    find_checkpoint(model)
-    settings = {"model": args.model, "device": args.device, "batch-size": args.batch_size}
-    words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
-    make_server(args.folder, run_words, model, words).run("stdio")
+    serve(args.folder, run_words, args.model, {"device": args.device, "batch-size": args.batch_size})
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
@@ -483,7 +487,8 @@ def several_outputs(args: Args) -> dict[Source, Path]:
 
     A single file then takes the place of the list in `args`.
     """
-    outputs = outputs_of(args.file, args.split, args.model, args.output)
+    files = args.file if isinstance(args.file, list) else [args.file]
+    outputs = outputs_of(files, args.split, args.model, args.output)
     if len(outputs) > 1:
         check_folder(args.output)
         check_tables(args)
@@ -494,22 +499,36 @@ def several_outputs(args: Args) -> dict[Source, Path]:
 
 
 def run_in_partitions(
-    args: Args, outputs: dict[Source, Path], options: dict[str, Any], found: Callable[[Any], dict[str, Any]]
+    args: Args,
+    outputs: dict[Source, Path],
+    options: dict[str, Any],
+    found: Callable[[Any], dict[str, Any]],
+    tables: dict[Path, Callable[[Any], Any]] | None = None,
+    needed: Iterable[str] = (),
+    lines: Callable[[Any], list[str]] | None = None,
 ) -> int:
-    """Compute a command in partitions, and write the results; the exit status says whether all cells have one."""
+    """Compute a command in partitions, and write the results; the exit status says whether all cells have one.
+
+    `found`, `tables` and `needed` are those of `compute_outputs`; `lines` prints the hits of a search.
+    """
     from scmmgpt.commands.checkpoints import find_checkpoint
-    from scmmgpt.commands.partitions import Job, compute_outputs
+    from scmmgpt.commands.partition_tasks import Job
+    from scmmgpt.commands.partitions import compute_outputs
 
     find_checkpoint(args.model)
-    pipeline = load_pipeline(args)
-    identity = getattr(args, "identity", None)
+    pipeline, identity = load_pipeline(args), getattr(args, "identity", None)
     job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args), identity)
     where = (args.workers or 1, args.cluster, args.cells_per_partition)
-    tables = (getattr(args, "table", None), getattr(args, "columns", []))
-    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, tables, found)
+    needed = [*needed, *getattr(args, "columns", []), *filter(None, [options.get("cluster_key")])]
+    with_evidence = getattr(args, "evidence", None) is not None
+    all_tables = (tables or {}, found, needed, with_evidence)
+    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, *all_tables)
     for line in failures:
         sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
-    write(args, {"output": str(args.output), **summary})
+    if lines is None:
+        write(args, {"output": str(args.output), **summary})
+    else:
+        write(args, summary["hits"], lines(summary["hits"]))
     return INCOMPLETE if failures else 0
 
 
@@ -540,7 +559,7 @@ def check_outputs(args: Args) -> None:
 
 def check_tables(args: Args) -> None:
     """Refuse outputs that would replace an input or each other, and tables that cannot be written."""
-    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence")}
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence", "proof")}
     for option, table in tables.items():
         if table is not None and table_suffix(table) not in TABLES:
             raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")

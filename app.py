@@ -1,4 +1,4 @@
-"""A web page on this machine with the tasks of the pipeline: annotate, search, describe and generate cells.
+"""A web page on this machine with the tasks of the pipeline: annotate, search, describe and generate cells on a map.
 
     python -m scmmgpt.app                       # serves http://127.0.0.1:7860; nothing leaves the machine
     python -m scmmgpt.app CHECKPOINT            # another checkpoint than that of the package
@@ -13,8 +13,10 @@ import os
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import anndata
 import numpy as np
 import pandas as pd
 
+from scmmgpt import pl
+from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, draw, nearest_places
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OneLineParser, number, run_command
 from scmmgpt.commands.writing import make_writable
@@ -38,9 +42,15 @@ with suppress(ModuleNotFoundError):
 
 
 NO_GRADIO = "The page needs gradio; install it with `pip install scmmgpt[app]`."
-SHOWN_ROWS = 50  # cells in a table; the file to download has all
+NO_CELLS = "Choose a file of cells, or open the example, first."
+NO_SELECTION = "No cells selected: draw a loop around some."
+DESCRIBED = 20  # selected cells that are described; each takes a second
+MAX_CELLS = 50_000  # of a file, on the page
+MAX_SIZE = "1gb"  # of a file
+KEPT = 3600  # seconds that the cells of a browser are kept
+SHOWN_GENES = 10  # that speak for a label
+SHOWN_KINDS = 6  # kinds of selected cells that are counted
 FILE_TYPES = [".h5ad", ".h5", ".h5mu", ".loom", ".csv", ".tsv", ".txt", ".gz"]
-ANNOTATED = ["scmmgpt_cell_type", "scmmgpt_score", "scmmgpt_entropy"]
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
 
 
@@ -65,11 +75,54 @@ class Warnings(logging.Handler):
         logging.getLogger("scmmgpt").removeHandler(self)
 
 
-def read(path: str | None) -> anndata.AnnData:
-    """Load an uploaded file."""
-    if not path:
-        raise gr.Error("Choose a file of cells first.")
-    return read_file(path)
+@dataclass
+class Session:
+    """The cells of one browser. Another browser has another session; it ends an hour after its last use."""
+
+    adata: anndata.AnnData
+    name: str  # of the file
+    places: np.ndarray  # (n, 2), of the map
+    what: str  # the places are of
+    color: str | None = None  # column of obs
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # selected, none: all cells
+    marks: np.ndarray | None = None  # places of generated cells
+
+    def map(self) -> dict:
+        """The value of the map."""
+        title = f"{self.name}: {self.adata.n_obs:,} cells. {self.what}."
+        if self.color is not None:
+            title += f" Colour: {self.color}."
+        values = None if self.color is None else self.adata.obs[self.color]
+        return draw(self.places, title, values, self.marks)
+
+    def chosen(self, most: int) -> anndata.AnnData:
+        """A copy of the selected cells, at most `most`; without a selection of the first cells."""
+        rows = self.rows if len(self.rows) else np.arange(self.adata.n_obs)
+        return self.adata[rows[:most]].copy()
+
+
+def opened(adata: anndata.AnnData, name: str) -> Session:
+    """A session with cells that were just read."""
+    if adata.n_obs > MAX_CELLS:
+        raise ValueError(
+            f"{name} has {adata.n_obs:,} cells, and the page takes at most {MAX_CELLS:,}. The commands read files of "
+            "any size: `scmmgpt annotate`, then `scmmgpt report`."
+        )
+    if adata.n_obs < 5:
+        raise ValueError(f"{name} has {adata.n_obs} cells; a map needs 5 or more. Use the command `scmmgpt annotate`.")
+    places, _, what = pl.coordinates(adata)
+    columns = colors_of(adata.obs)
+    known = [name for name in ("scmmgpt_cell_type", "cell_type", "louvain", "leiden") if name in columns]
+    return Session(adata, name, np.asarray(places, dtype=float), what, known[0] if known else None)
+
+
+def example() -> anndata.AnnData:
+    """700 blood cells that come with scanpy, with their own map."""
+    import scanpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an old file
+        return scanpy.datasets.pbmc68k_reduced()
 
 
 def save(adata: anndata.AnnData, name: str) -> str:
@@ -80,102 +133,207 @@ def save(adata: anndata.AnnData, name: str) -> str:
     return str(path)
 
 
-def task(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show the warnings of a task, and its errors about an input, in the browser.
+def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Add the warnings of a task to its results, as a list in Markdown, and show its errors about an input.
 
     An uploaded file goes by its name there, not by the folder that it was uploaded to.
     """
 
     @functools.wraps(function)  # the names of the parameters are those of the page's API
-    def run(*args: Any) -> Any:
+    def run(*args: Any) -> tuple[Any, ...]:
         folders = {f"{Path(arg).parent}{os.sep}" for arg in args if isinstance(arg, str) and os.path.isabs(arg)}
 
         def shown(message: object) -> str:
             text = " ".join(str(message).split())
             return functools.reduce(lambda text, folder: text.replace(folder, ""), folders, text)
 
-        with Warnings() as warnings:
+        with Warnings() as raised:
             try:
-                return function(*args)
+                results = function(*args)
             except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
                 raise gr.Error(shown(error)) from None
-            finally:
-                for message in dict.fromkeys(warnings.messages):
-                    gr.Warning(shown(message), duration=None)
+        return *results, "\n".join(f"- ⚠ {shown(message)}" for message in dict.fromkeys(raised.messages))
 
     return run
 
 
 def build(pipeline: ScMMGPTPipeline) -> Any:
     """The page for one checkpoint, a `gradio.Blocks`."""
-
-    @task
-    def annotate(path: str | None, labels: str, min_score: float) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-        adata = read(path)
-        names = [label.strip() for label in labels.splitlines() if label.strip()]
-        pipeline.annotate(adata, names or None, min_score=min_score or None)
-        counts = adata.obs["scmmgpt_cell_type"].value_counts().rename_axis("cell type").reset_index(name="cells")
-        file = save(adata, f"{Path(path or '').stem}_annotated.h5ad")
-        return counts[counts["cells"] > 0], rows_of(adata, ANNOTATED), file
-
-    @task
-    def describe(path: str | None, n_cells: int, question: str) -> pd.DataFrame:
-        adata = read(path)[: int(n_cells)].copy()
-        pipeline.describe(adata, question.strip() or None)
-        return rows_of(adata, ["scmmgpt_description"])
-
-    @task
-    def search(path: str | None, text: str, top_k: int) -> pd.DataFrame:
-        return pd.DataFrame(pipeline.search(read(path), text, top_k=int(top_k)))
-
-    @task
-    def generate(prompt: str, n_cells: int) -> tuple[pd.DataFrame, str]:
-        adata = pipeline.generate(prompt, int(n_cells))
-        mean = np.asarray(adata.X.mean(axis=0)).ravel()
-        top = np.argsort(-mean)[:30]
-        genes = pd.DataFrame({"gene": adata.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
-        return genes, save(adata, "generated.h5ad")
-
+    tasks = Tasks(pipeline)
     known = list((pipeline.model.config.annotation or {}).get("labels", {}))
     examples = f" It knows {', '.join(known[:3])}{', ...' if len(known) > 3 else ''}" if known else ""
     with gr.Blocks(title="scMMGPT", analytics_enabled=False) as page:
         gr.Markdown("# scMMGPT\nSingle cells to text and back. Files stay on the machine that runs this page.")
-        path = gr.File(label=f"Cells ({', '.join(FILE_TYPES)})", file_types=FILE_TYPES, type="filepath")
-        with gr.Tab("Annotate"):
-            text = f"Candidate cell types, one a line; those of the checkpoint if empty.{examples}"
-            labels = gr.Textbox(label=text, lines=4)
-            min_score = gr.Slider(
-                0, 1, value=0, step=0.05, label="Least score; cells below get a broader type or none"
-            )
-            button = gr.Button("Annotate", variant="primary")
-            counts = gr.Dataframe(label="Cells per type", headers=["cell type", "cells"])
-            first = gr.Dataframe(label="First cells", headers=["cell", *ANNOTATED])
-            outputs = [counts, first, gr.File(label="Result")]
-            button.click(annotate, [path, labels, min_score], outputs, api_name="annotate")
-        with gr.Tab("Search"):
-            text = gr.Textbox(label="Description of the wanted cells", placeholder="a cytotoxic lymphocyte")
-            top_k = gr.Slider(1, 100, value=10, step=1, label="Cells")
-            button = gr.Button("Search", variant="primary")
-            button.click(search, [path, text, top_k], gr.Dataframe(label="Best matches"), api_name="search")
-        if hasattr(pipeline.model, "generate_cells"):  # not in stage 1, which has no language model
-            with gr.Tab("Describe"):
-                n_cells = gr.Slider(1, SHOWN_ROWS, value=8, step=1, label="Number of cells, from the first")
-                question = gr.Textbox(label="Question about a cell; the prompt of training if empty")
-                button = gr.Button("Describe", variant="primary")
-                table = gr.Dataframe(label="Descriptions", wrap=True)
-                button.click(describe, [path, n_cells, question], table, api_name="describe")
-            with gr.Tab("Generate"):
-                prompt = gr.Textbox(label="Description", placeholder="A B cell from blood.")
-                n_cells = gr.Slider(1, 1000, value=20, step=1, label="Cells")
-                button = gr.Button("Generate", variant="primary")
-                outputs = [gr.Dataframe(label="Highest genes"), gr.File(label="Generated cells")]
-                button.click(generate, [prompt, n_cells], outputs, api_name="generate")
+        session = gr.State(None, time_to_live=KEPT)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=340):
+                path = gr.File(
+                    label=f"Cells ({', '.join(FILE_TYPES)})", file_types=FILE_TYPES, type="filepath", height=110
+                )
+                sample = gr.Button("Open the example: 700 blood cells", size="sm")
+                cell_map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
+                color = gr.Dropdown([], label="Colour")
+                chosen = gr.Markdown(NO_SELECTION)
+                write = gr.Button("Save the cells with their results", size="sm")
+                result = gr.File(label="Saved cells", visible=False)
+            shown = [session, cell_map, color, chosen]
+            with gr.Column(scale=2, min_width=340):
+                tasks.notes.render()
+                with gr.Tab("Annotate"):
+                    text = f"Candidate cell types, one a line; those of the checkpoint if empty.{examples}"
+                    labels = gr.Textbox(label=text, lines=4)
+                    min_score = gr.Slider(
+                        0, 1, value=0, step=0.05, label="Least score; cells below get a broader type or none"
+                    )
+                    button = gr.Button("Annotate", variant="primary")
+                    counts = gr.Dataframe(label="Cells per type", headers=["cell type", "cells"])
+                    outputs = [*shown, counts]
+                    tasks.on(button.click, tasks.annotate, [session, labels, min_score], outputs)
+                with gr.Tab("Search"):
+                    text = gr.Textbox(label="Description of the wanted cells", placeholder="a cytotoxic lymphocyte")
+                    top_k = gr.Slider(1, 100, value=10, step=1, label="Cells in the table")
+                    button = gr.Button("Search", variant="primary")
+                    outputs = [*shown, gr.Dataframe(label="Best matches")]
+                    tasks.on(button.click, tasks.search, [session, text, top_k], outputs)
+                with gr.Tab("Selected"):
+                    gr.Markdown("Draw a loop around cells on the map. Without a loop, the first cells are shown.")
+                    if pipeline.can_explain:
+                        button = gr.Button("Show the evidence for their labels", variant="primary")
+                        label, widths = "Genes that speak for each label", ["25%", "13%", "25%", "37%"]
+                        table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
+                        tasks.on(button.click, tasks.explain, [session], [table])
+                    if tasks.can_write:
+                        question = gr.Textbox(label="Question about a cell; the prompt of training if empty")
+                        button = gr.Button("Describe them", variant="primary")
+                        table = gr.Dataframe(label=f"Descriptions, of at most {DESCRIBED} cells", wrap=True)
+                        tasks.on(button.click, tasks.describe, [session, question], [table])
+                if tasks.can_write:
+                    with gr.Tab("Generate"):
+                        prompt = gr.Textbox(label="Description", placeholder="A B cell from blood.")
+                        n_cells = gr.Slider(1, 1000, value=20, step=1, label="Cells")
+                        button = gr.Button("Generate", variant="primary")
+                        outputs = [gr.Dataframe(label="Highest genes"), gr.File(label="Generated cells")]
+                        inputs = [session, prompt, n_cells]
+                        tasks.on(button.click, tasks.generate, inputs, [session, cell_map, *outputs])
+        tasks.on(path.upload, tasks.open, [path], shown)
+        tasks.on(sample.click, tasks.example, [], shown)
+        tasks.on(color.input, tasks.paint, [session, color], [session, cell_map])
+        tasks.on(cell_map.select, tasks.select, [session], [session, chosen])
+        tasks.on(write.click, tasks.save, [session], [result])
     return page
 
 
-def rows_of(adata: anndata.AnnData, columns: list[str]) -> pd.DataFrame:
-    """The first cells with some columns of `obs`, as a table to show."""
-    return adata.obs[columns].head(SHOWN_ROWS).rename_axis("cell").reset_index()
+class Tasks:
+    """What the buttons of the page do, for the cells of one browser at a time."""
+
+    def __init__(self, pipeline: ScMMGPTPipeline) -> None:
+        self.pipeline = pipeline
+        self.can_write = hasattr(pipeline.model, "generate_cells")  # stage 1 has no language model
+        self.notes: Any = gr.Markdown(render=False)  # where the page shows warnings of the last task
+
+    def on(self, event: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+        """Connect an event with a task. The model does one task at a time, whoever asks."""
+        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
+        event(task(function), inputs, [*outputs, self.notes], api_name=function.__name__, **one_at_a_time)
+
+    def open(self, path: str | None) -> tuple[Any, ...]:
+        """Read an uploaded file."""
+        if not path:
+            raise gr.Error(NO_CELLS)
+        return _shown(opened(read_file(path), Path(path).name))
+
+    def example(self) -> tuple[Any, ...]:
+        """Open the example."""
+        return _shown(opened(example(), "example"))
+
+    def paint(self, session: Session | None, color: str) -> tuple[Session, dict]:
+        """Colour the map by a column of `obs`."""
+        session = _with_cells(session)
+        if color not in session.adata.obs:
+            raise ValueError(f"obs has no column {color!r}.")
+        session.color = color
+        return session, session.map()
+
+    def select(self, session: Session | None, event: "gr.EventData") -> tuple[Session, str]:
+        """Keep the cells inside a loop, and say what they are."""
+        session = _with_cells(session)
+        session.rows = checked_rows(event.rows, session.adata.n_obs)
+        if not len(session.rows):
+            return session, NO_SELECTION
+        if session.color is None or session.adata.obs[session.color].dtype.kind in "fiu":
+            return session, f"{len(session.rows):,} cells selected."
+        counts = session.adata.obs[session.color].iloc[session.rows].astype(str).value_counts()
+        kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
+        return session, f"{len(session.rows):,} cells selected: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
+
+    def annotate(self, session: Session | None, labels: str, min_score: float) -> tuple[Any, ...]:
+        """Annotate all cells."""
+        session = _with_cells(session)
+        names = [label.strip() for label in labels.splitlines() if label.strip()]
+        self.pipeline.annotate(session.adata, names or None, min_score=min_score or None)
+        session.color = "scmmgpt_cell_type"
+        counts = session.adata.obs[session.color].value_counts().rename_axis("cell type").reset_index(name="cells")
+        return *_shown(session), counts[counts["cells"] > 0]
+
+    def search(self, session: Session | None, text: str, top_k: int) -> tuple[Any, ...]:
+        """Find cells by a text; the score of each colours the map."""
+        session = _with_cells(session)
+        hits = self.pipeline.search(session.adata, text, top_k=int(top_k), key_added="scmmgpt_search")
+        session.color = "scmmgpt_search"
+        return *_shown(session), pd.DataFrame(hits)
+
+    def explain(self, session: Session | None) -> tuple[pd.DataFrame]:
+        """The genes that speak for the labels of the selected cells."""
+        cells = _with_cells(session).chosen(MAX_CELLS)
+        if "scmmgpt_cell_type" not in cells.obs:
+            self.pipeline.annotate(cells)
+        table: dict[str, dict[str, Any]] = {}
+        for row in self.pipeline.explain(cells).group_rows():  # the most important gene first
+            if row["level"] == "label" and row["term"] > 0:
+                about = {"label": row["name"], "cells": row["cells"], "runner-up": row["rival"], "genes": []}
+                table.setdefault(row["name"], about)["genes"].append(row["gene"])
+        rows = sorted(table.values(), key=lambda row: -row["cells"])
+        return (pd.DataFrame([{**row, "genes": ", ".join(row["genes"][:SHOWN_GENES])} for row in rows]),)
+
+    def describe(self, session: Session | None, question: str) -> tuple[pd.DataFrame]:
+        """Describe the selected cells."""
+        cells = _with_cells(session).chosen(DESCRIBED)
+        self.pipeline.describe(cells, question.strip() or None)
+        columns = [name for name in ("scmmgpt_cell_type", "scmmgpt_description") if name in cells.obs]
+        return (cells.obs[columns].rename_axis("cell").reset_index(),)
+
+    def generate(self, session: Session | None, prompt: str, n_cells: int) -> tuple[Any, ...]:
+        """Generate cells, and show where they fall among the cells of the map, if there are any."""
+        generated = self.pipeline.generate(prompt, int(n_cells))
+        mean = np.asarray(generated.X.mean(axis=0)).ravel()
+        top = np.argsort(-mean)[:30]
+        genes = pd.DataFrame({"gene": generated.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
+        if session is None:
+            return None, None, genes, save(generated, "generated.h5ad")
+        if "X_scmmgpt" not in session.adata.obsm:
+            self.pipeline.embed(session.adata)
+        self.pipeline.embed(generated)
+        spaces = session.adata.obsm["X_scmmgpt"], generated.obsm["X_scmmgpt"]
+        session.marks = nearest_places(session.places, *spaces)
+        return session, session.map(), genes, save(generated, "generated.h5ad")
+
+    def save(self, session: Session | None) -> tuple[Any]:
+        """Write the cells with all results."""
+        session = _with_cells(session)
+        return (gr.update(value=save(session.adata, f"{session.name.split('.')[0]}_scmmgpt.h5ad"), visible=True),)
+
+
+def _with_cells(session: Session | None) -> Session:
+    if session is None:
+        raise gr.Error(NO_CELLS)
+    return session
+
+
+def _shown(session: Session) -> tuple[Any, ...]:
+    """A session, its map, the columns that can colour it, and that nothing is selected."""
+    session.rows = session.rows[:0]
+    choices = gr.Dropdown(choices=colors_of(session.adata.obs), value=session.color)
+    return session, session.map(), choices, NO_SELECTION
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,7 +351,8 @@ def main(argv: list[str] | None = None) -> int:
         model = args.model or root_checkpoint()
         check_checkpoint(model)
         page = build(ScMMGPTPipeline.from_pretrained(model))
-        page.launch(server_name=args.host, server_port=args.port, theme=gr.themes.Default(**FONTS))
+        look = gr.themes.Default(**FONTS)
+        page.launch(server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, theme=look)
 
     return run_command("scmmgpt.app", serve, inputs=[args.model], extra="app")
 

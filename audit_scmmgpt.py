@@ -49,18 +49,6 @@ def judge(probabilities: np.ndarray, members: np.ndarray, given: np.ndarray) -> 
     return np.where(known, best, -1), np.where(known, odds, np.nan)
 
 
-class Scratch:
-    """The cells of an AnnData, with `obs`, `obsm` and `uns` of its own: what is added is not added to the AnnData."""
-
-    def __init__(self, adata: Any) -> None:
-        self.adata, self.obs = adata, adata.obs.copy()
-        self.obsm: dict[str, Any] = {}
-        self.uns: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.adata, name)
-
-
 @dataclass
 class Audit:
     """The judgement of all cells; arrays have the shape `(n_cells,)`.

@@ -15,7 +15,7 @@ The **markers** of a label are the genes that tell its mean training cell from t
 difference. A label with strong terms and silent markers is doubtful.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ except ImportError:  # beside the other files of a checkpoint
 
 
 N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label
+EXACT = 2.0**20  # values are rounded to multiples of its inverse, so that sums of 10**9 cells are exact in any order
 LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # levels of counts per 10,000, in equal steps of the logarithm
 NONE = -1  # no set of labels, no gene
 
@@ -64,6 +65,16 @@ class CellEvidence:
         zeros = np.zeros((n_cells, N_GENES), dtype=np.float32)
         rivals, markers = np.full(n_cells, NONE, dtype=np.int32), np.zeros((n_cells, N_MARKERS), dtype=bool)
         return cls(genes, zeros, zeros.copy(), zeros.astype(np.uint8), rivals, markers)
+
+    def as_arrays(self) -> dict[str, np.ndarray]:
+        """All as arrays of two dimensions, for a file."""
+        return {f"evidence_{name}": value.reshape(len(self.rivals), -1) for name, value in vars(self).items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "CellEvidence":
+        """From `as_arrays`."""
+        found = {name: arrays[f"evidence_{name}"] for name in cls.__dataclass_fields__}
+        return cls(**{**found, "rivals": found["rivals"][:, 0]})
 
     def put(self, rows: np.ndarray, part: "CellEvidence") -> None:
         """Set the evidence of some cells."""
@@ -260,7 +271,9 @@ def percentiles(histogram: np.ndarray, n_cells: int, genes: np.ndarray, levels: 
 
 
 class Evidence:
-    """The evidence of all cells of a file, and of groups of them: labels, and clusters if there are any.
+    """The evidence of the cells of a file, and of groups of them: labels, and clusters if there are any.
+
+    Cells are added here (`add`), or in parts of a file elsewhere, whose sums are added (`add_sums`).
 
     Args:
         explainer: One set of trained labels for each name of `sets`.
@@ -283,7 +296,8 @@ class Evidence:
         self.names = np.asarray([*sets, *labels, ""], dtype=object)  # of all sets; the last stands for `NONE`
         genes = explainer.panel.gene_ids
         self.genes = np.asarray([*symbols(genes.tolist()), ""], dtype=object)
-        self.of_cells = CellEvidence.empty(len(set_of_cell))
+        self.of_cells = CellEvidence.empty(0)
+        self.parts: Callable[[], Iterable[tuple[int, CellEvidence]]] = lambda: [(0, self.of_cells)]
         self.histogram = np.zeros((len(genes), LEVELS), dtype=np.int64)
         self.groups = [Groups("label", self.sets, np.arange(len(sets)), set_of_cell, len(genes))]
         if clusters is not None:
@@ -293,6 +307,8 @@ class Evidence:
 
     def add(self, numbers: np.ndarray, cells: Cells) -> None:
         """Add the evidence of cells, whose places in the file are `numbers`."""
+        if not len(self.of_cells.rivals):
+            self.of_cells = CellEvidence.empty(len(self.set_of_cell))
         found, (rows, positions, values, levels) = self.explainer(cells, self.set_of_cell[numbers])
         self.of_cells.put(numbers, found)
         keys = positions * LEVELS + levels
@@ -300,18 +316,33 @@ class Evidence:
         for groups in self.groups:
             groups.add(groups.group_of_cell[numbers], rows, positions, values)
 
-    def cell_genes(self) -> np.ndarray:
-        """The genes of each cell in words, the most important first, str `(n_cells,)`."""
-        return np.asarray([", ".join(row[row != ""]) for row in self.genes[self.of_cells.genes]], dtype=str)
+    def sums(self) -> dict[str, np.ndarray]:
+        """Everything that is known of groups and not of single cells, as arrays of numbers."""
+        found: dict[str, np.ndarray] = {"histogram": self.histogram.astype(np.int32)}
+        for groups in self.groups:
+            found |= {f"{groups.level}_names": np.asarray(groups.names, dtype=str)}
+            found |= {f"{groups.level}_profiles": groups.profiles, f"{groups.level}_expressing": groups.expressing}
+        return found
 
-    def cell_rivals(self) -> np.ndarray:
-        """The rival of each cell, str `(n_cells,)`."""
-        return self.names[self.of_cells.rivals].astype(str)
+    def add_sums(self, sums: Mapping[str, np.ndarray]) -> None:
+        """Add the `sums` of a part of the cells; its groups are among those of all cells."""
+        self.histogram += sums["histogram"]
+        for groups in self.groups:
+            rows = np.searchsorted(groups.names, sums[f"{groups.level}_names"])
+            groups.profiles[rows] += sums[f"{groups.level}_profiles"]
+            groups.expressing[rows] += sums[f"{groups.level}_expressing"]
 
-    def marker_support(self) -> np.ndarray:
-        """Share of the markers of its label that each cell expresses, float32 `(n_cells,)`; NaN without markers."""
+    def columns(self) -> dict[str, np.ndarray]:
+        """Columns of `obs` of the cells that were added here.
+
+        Their genes, the most important first, and their rivals, str `(n_cells,)`; and the share of the markers of its
+        label that each cell expresses, float32 `(n_cells,)`, NaN without markers.
+        """
+        cells = self.of_cells
+        genes = np.asarray([", ".join(row[row != ""]) for row in self.genes[cells.genes]], dtype=str)
         total = (self.explainer.markers >= 0).sum(axis=1)[self.set_of_cell].astype(np.float32)
-        return self.of_cells.markers.sum(axis=1).astype(np.float32) / np.where(total > 0, total, np.float32(np.nan))
+        support = cells.markers.sum(axis=1).astype(np.float32) / np.where(total > 0, total, np.float32(np.nan))
+        return {"evidence": genes, "rival": self.names[cells.rivals].astype(str), "marker_support": support}
 
     def group_rows(self) -> list[dict[str, Any]]:
         """A row for each gene that drove the label of a group, and for each marker; see [`Groups.rows`]."""
@@ -323,24 +354,24 @@ class Evidence:
         `level` ("cell"), `name`, `cells` (1), `label`, `rival`, `gene`, `term`, `count`, `percentile` (of expression
         among the cells of the file, 0 to 100) and `marker`.
         """
-        cells = self.of_cells
-        percentile = percentiles(self.histogram, len(names), cells.genes, cells.levels)
         silent = percentiles(self.histogram, len(names), np.arange(len(self.histogram)), np.array(0))
-        for i, own in enumerate(self.set_of_cell.tolist()):
-            if cells.rivals[i] == NONE:
-                continue
-            about = {"level": "cell", "name": str(names[i]), "cells": 1, "label": self.sets[own]}
-            about["rival"] = self.names[cells.rivals[i]]
-            markers = self.explainer.markers[own]
-            for place, gene in enumerate(cells.genes[i].tolist()):
-                if gene != NONE:
-                    numbers = (values[i, place] for values in (cells.terms, cells.counts, percentile))
-                    term, count, among = (round(float(value), 4) for value in numbers)
-                    values = {"term": term, "count": count, "percentile": among, "marker": gene in markers}
+        for first, cells in self.parts():
+            percentile = percentiles(self.histogram, len(names), cells.genes, cells.levels)
+            for i, own in enumerate(self.set_of_cell[first : first + len(cells.rivals)].tolist()):
+                if cells.rivals[i] == NONE:
+                    continue
+                about = {"level": "cell", "name": str(names[first + i]), "cells": 1, "label": self.sets[own]}
+                about["rival"] = self.names[cells.rivals[i]]
+                markers = self.explainer.markers[own]
+                for place, gene in enumerate(cells.genes[i].tolist()):
+                    if gene != NONE:
+                        numbers = (values[i, place] for values in (cells.terms, cells.counts, percentile))
+                        term, count, among = (round(float(value), 4) for value in numbers)
+                        values = {"term": term, "count": count, "percentile": among, "marker": gene in markers}
+                        yield {**about, "gene": self.genes[gene], **values}
+                for gene in markers[(markers >= 0) & ~cells.markers[i]].tolist():
+                    values = {"term": 0.0, "count": 0.0, "percentile": round(float(silent[gene]), 4), "marker": True}
                     yield {**about, "gene": self.genes[gene], **values}
-            for gene in markers[(markers >= 0) & ~cells.markers[i]].tolist():
-                values = {"term": 0.0, "count": 0.0, "percentile": round(float(silent[gene]), 4), "marker": True}
-                yield {**about, "gene": self.genes[gene], **values}
 
 
 class Groups:
@@ -365,6 +396,7 @@ class Groups:
     def add(self, groups: np.ndarray, rows: np.ndarray, positions: np.ndarray, values: np.ndarray) -> None:
         """Add cells of the groups `groups`, int `(n_cells,)`, with their ragged profiles."""
         keys, shape = groups[rows] * self.profiles.shape[1] + positions, self.profiles.shape
+        values = np.rint(values * EXACT) / EXACT
         self.profiles += np.bincount(keys, weights=values, minlength=self.profiles.size).reshape(shape)
         self.expressing += np.bincount(keys, minlength=self.profiles.size).reshape(shape)
 

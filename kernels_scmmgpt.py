@@ -175,10 +175,10 @@ def _rank_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     else:
         values = np.unique(counts)
         ranks[:] = np.searchsorted(values, counts)
-    tally = np.zeros((len(values), 4), np.int64)  # in turns: an element can't be raised again at once
+    tally = np.zeros((4, len(values)), np.int64)  # in turns: an element can't be raised again at once
     for i in range(len(ranks)):
-        tally[np.uint32(ranks[i]), i & 3] += 1
-    return ranks, values, np.cumsum(tally.sum(axis=1))
+        tally[i & 3, np.uint32(ranks[i])] += 1
+    return ranks, values, np.cumsum(tally[0] + tally[1] + tally[2] + tally[3])
 
 
 @_compiled
@@ -254,8 +254,8 @@ def fill_rows(
     if `by_count`, else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs: `int64`, `float32`, `int64` (1 = attend).
     """
     for row in range(len(cell_keys)):
-        start, stop = indptr[row], indptr[row + 1]
-        end, cell_values = 1 + min(stop - start, n_kept), values[start:stop]
+        start, stop, key = indptr[row], indptr[row + 1], cell_keys[row] + GOLDEN_GAMMA
+        end = 1 + min(stop - start, n_kept)
         attended_out[row, :end], attended_out[row, end:] = 1, 0
         gene_ids_out[row, end:], expression_out[row, end:] = pad_token_id, pad_value
         if stop == start:
@@ -263,19 +263,17 @@ def fill_rows(
         genes, hashes = gene_ids[start:stop].copy(), np.empty(stop - start, np.uint64)  # a copy reads memory fastest
         ranks, ranked, ends = _rank_counts(counts[start:stop].copy())
         for i in range(len(genes)):
-            hashes[i] = _mix64(cell_keys[row] + (np.uint64(genes[i]) + ONE) * GOLDEN_GAMMA)
-        if len(levels):
-            cell_values = np.empty(len(genes), np.float32)
-            upper, n_equal = _count_edges(ranked, ends, levels)
-            for i in range(len(genes)):  # a count that equals several edges gets one of their bins by its hash
-                rank = np.uint32(ranks[i])
-                cell_values[i] = upper[rank] - np.int32((hashes[i] & LOW_32) * n_equal[rank] >> BITS_32)
-        genes_out, values_out = gene_ids_out[row, 1:end], expression_out[row, 1:end]
-        if len(genes) <= n_kept:
-            genes_out[:], values_out[:] = genes, cell_values
-            continue
-        cutoff, entry, n = _find_cutoff(hashes, ranks, ends, n_kept, by_count), ZERO, ZERO
-        while n < np.uint64(n_kept):  # without a branch, as above
-            genes_out[n], values_out[n] = genes[entry], cell_values[entry]
-            n += np.uint64(hashes[entry] <= cutoff)
+            hashes[i] = _mix64(key + np.uint64(genes[i]) * GOLDEN_GAMMA)
+        cutoff, places = LAST_HASH, hashes.copy() if by_count else hashes
+        if len(genes) > n_kept:
+            cutoff = _find_cutoff(places, ranks, ends, n_kept, by_count)
+        upper, n_equal = _count_edges(ranked, ends, levels)
+        genes_out, values_out, entry, n = gene_ids_out[row, 1:end], expression_out[row, 1:end], ZERO, ZERO
+        while n < np.uint64(len(genes_out)):  # without a branch, as above
+            genes_out[n], rank = genes[entry], np.uint32(ranks[entry])
+            if len(levels):  # a count that equals several edges gets one of their bins by its hash
+                values_out[n] = upper[rank] - np.int32((hashes[entry] & LOW_32) * n_equal[rank] >> BITS_32)
+            else:
+                values_out[n] = values[np.uint64(start) + entry]
+            n += np.uint64(places[entry] <= cutoff)
             entry += ONE

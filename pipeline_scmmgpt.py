@@ -15,6 +15,7 @@ its place, but with `read_batch`.
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ try:  # as a package or as remote code
         majority_vote,
         summarize_annotation,
     )
-    from .audit_scmmgpt import Audit, Scratch, judge
+    from .audit_scmmgpt import Audit, judge
     from .cells_scmmgpt import Cells, log1p_cp10k
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .evidence_scmmgpt import Evidence, Explainer, label_members
@@ -62,6 +63,7 @@ try:  # as a package or as remote code
         cell_text_similarity,
     )
     from .processing_scmmgpt import ScMMGPTProcessor
+    from .proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from .query_scmmgpt import Search
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
@@ -81,7 +83,7 @@ except ImportError:  # as a flat module in a clone
         majority_vote,
         summarize_annotation,
     )
-    from audit_scmmgpt import Audit, Scratch, judge
+    from audit_scmmgpt import Audit, judge
     from cells_scmmgpt import Cells, log1p_cp10k
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from evidence_scmmgpt import Evidence, Explainer, label_members
@@ -104,6 +106,7 @@ except ImportError:  # as a flat module in a clone
         cell_text_similarity,
     )
     from processing_scmmgpt import ScMMGPTProcessor
+    from proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from query_scmmgpt import Search
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
@@ -293,9 +296,8 @@ class ScMMGPTPipeline:
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus)
-        if read_batch and labelling.readout is not None and labelling.readout.has_new_labels:
-            readout, batch_read = self._read_batch(labelling.readout, adata, choice)
-            labelling = replace(labelling, readout=readout, batch_read=batch_read)
+        if read_batch:
+            labelling = self.read_batch(adata, labelling)
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
         finish_report(choice.report)
         return self.add_labels(adata, labelling, columns, probabilities, clusters, key_added)
@@ -320,6 +322,25 @@ class ScMMGPTPipeline:
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         broader = terms if is_default else []
         return Labelling(choice, settings, candidates, readout, unseen_bonus, min_score, broader)
+
+    def read_batch(self, adata: Any, labelling: "Labelling") -> "Labelling":
+        """The same after a look at up to `READ_CELLS` cells from all over the data, if it has labels to correct."""
+        readout, choice = labelling.readout, labelling.choice
+        if readout is None or not readout.has_new_labels:
+            return labelling
+        total = choice.report["cells"]["cells"]
+        if total < MIN_BATCH:
+            logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+            return labelling
+        chosen = np.linspace(0, total - 1, min(total, READ_CELLS)).astype(np.int64)
+        choice = _uncounted(choice)
+        if total <= READ_CELLS:
+            parts = list(choice.iter_cells(adata))
+        else:  # without a pass over all
+            parts = [cells for row in chosen.tolist() for cells in choice.iter_cells(adata[row : row + 1])]
+        logger.info(f"Labels that were never trained were corrected by {len(chosen)} cells of the file (read_batch).")
+        readout = readout.read_batch(type(parts[0]).concatenate(parts))
+        return replace(labelling, readout=readout, batch_read=True)
 
     def label_cells(
         self, adata: Any, labelling: "Labelling", batch_size: int | None = None
@@ -351,10 +372,7 @@ class ScMMGPTPipeline:
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
-        known = list((self.model.config.annotation or {}).get("labels", {}))
-        summary, warnings = summarize_annotation(columns, candidates, known, labelling.min_score)
-        for warning in warnings:
-            logger.warning(warning)
+        summary = self._warn_of_labels(labelling, columns)
         done = {
             "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
@@ -362,9 +380,21 @@ class ScMMGPTPipeline:
             "read_batch": labelling.batch_read,
             **summary,
         }
-        if labelling.readout is not None:
-            done["weak_labels"] = self._warn_of_weak_labels(labelling.readout, candidates.texts)
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
+
+    def _warn_of_labels(self, labelling: "Labelling", columns: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Warn of an unlikely annotation, and of labels whose decisive genes the file lacks; returns its numbers."""
+        stored, texts = (self.model.config.annotation or {}).get("labels", {}), labelling.candidates.texts
+        summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), labelling.min_score)
+        label_of = {text: label for label, text in stored.items()}
+        if labelling.readout is not None:
+            counts = Counter(np.asarray(columns["cell_type"]).tolist())
+            names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
+            weak, more = labelling.readout.weak_labels(names, counts, self.processor.gene_symbols)
+            summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
+        for warning in warnings:
+            logger.warning(warning)
+        return summary
 
     @property
     def can_explain(self) -> bool:
@@ -401,28 +431,60 @@ class ScMMGPTPipeline:
         Raises:
             ValueError: If the checkpoint has no label readout.
         """
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        labels = _words(adata, label_key)
+        evidence = self.explain_cells(adata, choice, labels, np.unique(labels), clusters, batch_size)
+        finish_report(choice.report)
+        return self.add_evidence(adata, choice, evidence, evidence.columns(), label_key, key_added)
+
+    def explain_cells(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        labels: np.ndarray,
+        sets: np.ndarray,
+        clusters: np.ndarray | None = None,
+        batch_size: int | None = None,
+    ) -> Evidence:
+        """Evidence for the labels of cells: of all the data that `choice` was made for, or of a part of them.
+
+        `sets` are all labels of the data, sorted.
+        """
+        evidence = self.evidence_of(choice, labels, sets, clusters)
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
+        for rows, cells in self._batches(chunks, batch_size, "Explaining", len(labels)):
+            evidence.add(rows, cells)
+        return evidence
+
+    def evidence_of(
+        self, choice: InputChoice, labels: np.ndarray, sets: np.ndarray, clusters: np.ndarray | None = None
+    ) -> Evidence:
+        """The evidence of [`explain_cells`], to which no cell is added yet."""
         if not self.can_explain:
             raise ValueError(
                 "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
                 "`python -m scmmgpt.train finetune` or `align`."
             )
-        sets, set_of_cell = np.unique(_words(adata, label_key), return_inverse=True)
-        clusters = None if cluster_key is None else _words(adata, cluster_key)
         known = self._readout_columns()
         members = label_members(sets.tolist(), known, (self.model.config.annotation or {}).get("terms", []))
-        choice = self.processor.choose_input(adata, **read_kwargs)
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
-        evidence = Evidence(explainer, sets.tolist(), set_of_cell, list(known), clusters, self.processor.gene_symbols)
-        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
-        for rows, cells in self._batches(chunks, batch_size, "Explaining", len(set_of_cell)):
-            evidence.add(rows, cells)
-        finish_report(choice.report)
-        _add_obs(adata, f"{key_added}_evidence", evidence.cell_genes())
-        _add_obs(adata, f"{key_added}_rival", evidence.cell_rivals())
-        adata.obs[f"{key_added}_marker_support"] = evidence.marker_support()
-        rows_of = [row for row in evidence.group_rows() if row["level"] == "label"]
-        table = {name: np.asarray([row[name] for row in rows_of]) for name in (rows_of[0] if rows_of else ())}
-        table = {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
+        numbers = np.searchsorted(sets, labels)
+        return Evidence(explainer, sets.tolist(), numbers, list(known), clusters, self.processor.gene_symbols)
+
+    def add_evidence(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        evidence: Evidence,
+        columns: dict[str, np.ndarray],
+        label_key: str,
+        key_added: str = "scmmgpt",
+    ) -> Evidence:
+        """Add the columns of the evidence of all cells to `adata`, and the genes of each label."""
+        for name, values in columns.items():
+            _add_obs(adata, f"{key_added}_{name}", values)
+        table = _table(row for row in evidence.group_rows() if row["level"] == "label")
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
 
@@ -463,31 +525,34 @@ class ScMMGPTPipeline:
         """
         given = _words(adata, label_key)
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        annotated = self.annotate(Scratch(adata), batch_size=batch_size, **read_kwargs)
-        probabilities = np.asarray(annotated.obsm["scmmgpt_probabilities"])
-        names = annotated.uns["scmmgpt"]["annotate"]["labels"].tolist()
-        sets, set_of_cell = np.unique(given, return_inverse=True)
-        terms = (self.model.config.annotation or {}).get("terms", [])
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        columns = self.audit_cells(adata, choice, given, np.unique(given), batch_size)
+        finish_report(choice.report)
+        return self.add_audit(adata, choice, label_key, given, columns, clusters, key_added)
+
+    def audit_cells(
+        self, adata: Any, choice: InputChoice, given: np.ndarray, sets: np.ndarray, batch_size: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """What [`add_audit`] needs of cells: of all the data that `choice` was made for, or of a part of them.
+
+        `given` are the labels of these cells, and `sets` all labels of the data, sorted.
+        """
+        labelling = self.labelling(choice, self.annotation_settings())
+        columns, probabilities = self.label_cells(adata, labelling, batch_size)
+        names, terms = labelling.candidates.names, (self.model.config.annotation or {}).get("terms", [])
+        set_of_cell = np.searchsorted(sets, given)
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
-        if strange := sets[~members.any(axis=1)].tolist():
-            logger.warning(
-                f"{len(strange)} of {len(sets)} labels of obs[{label_key!r}] mean no type that the checkpoint knows "
-                f"({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, ...): their cells "
-                "are not judged. Rename them to a type, a synonym or an id of the Cell Ontology."
-            )
         best, odds = judge(probabilities, members, set_of_cell)
-        suggested = np.where(best >= 0, np.asarray([*names, ""], dtype=object)[best], "").astype(str)
         genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
         if self.can_explain:
-            choice = self.processor.choose_input(adata, **read_kwargs)
             known = self._readout_columns()
             of_readout = label_members(sets.tolist(), known, terms)
             explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout)
             symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
-            columns = np.array([*(known.get(name, -1) for name in names), -1], dtype=np.int64)[best]
-            usable: np.ndarray = (columns >= 0) & of_readout[set_of_cell].any(axis=1)
-            own = np.where(usable, columns + explainer.first_label, 0)
-            chunks, size = self._chunks(adata, choice), self._batch_size(batch_size, 512)
+            readout_columns = np.array([*(known.get(name, -1) for name in names), -1], dtype=np.int64)[best]
+            usable: np.ndarray = (readout_columns >= 0) & of_readout[set_of_cell].any(axis=1)
+            own = np.where(usable, readout_columns + explainer.first_label, 0)
+            chunks, size = self._chunks(adata, _uncounted(choice)), self._batch_size(batch_size, 512)
             for rows, cells in self._batches(chunks, size, "Auditing", len(given)):
                 rivals = np.where(usable[rows], set_of_cell[rows], -1)
                 found, (at, positions, values, _) = explainer(cells, own[rows], rivals)
@@ -496,13 +561,39 @@ class ScMMGPTPipeline:
                 genes[rows] = words
                 odds_of = explainer.marker_odds(at, positions, values, own[rows], set_of_cell[rows])
                 marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
-        novelty = annotated.obs.get("scmmgpt_novelty", np.zeros(len(given)))
-        audit = Audit(given, suggested, odds, marker_odds, genes, np.asarray(novelty) > 1, clusters)
+        columns = {name: columns[name] for name in ("cell_type", "entropy", "novelty") if name in columns}
+        columns["suggested"] = np.asarray([*names, ""], dtype=str)[best]
+        return {**columns, "odds": odds, "marker_odds": marker_odds, "genes": genes.astype(str)}
+
+    def add_audit(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        label_key: str,
+        given: np.ndarray,
+        columns: dict[str, np.ndarray],
+        clusters: np.ndarray | None = None,
+        key_added: str = "scmmgpt",
+    ) -> Audit:
+        """Add the verdicts on the given labels of all cells to `adata`, from the columns of [`audit_cells`]."""
+        labelling, sets = self.labelling(choice, self.annotation_settings()), np.unique(given)
+        self._warn_of_labels(labelling, columns)
+        names, terms = labelling.candidates.names, (self.model.config.annotation or {}).get("terms", [])
+        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        if strange := sets[~members.any(axis=1)].tolist():
+            logger.warning(
+                f"{len(strange)} of {len(sets)} labels of obs[{label_key!r}] mean no type that the checkpoint knows "
+                f"({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, ...): their cells "
+                "are not judged. Rename them to a type, a synonym or an id of the Cell Ontology."
+            )
+        novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
+        judged = {name: columns[name] for name in ("suggested", "odds", "marker_odds", "genes")}
+        audit = Audit(given=given, novel=novel, clusters=clusters, **judged)
         columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
-        for name, values in {**columns_of, "audit_genes": audit.genes.astype(str)}.items():
+        for name, values in {**columns_of, "audit_genes": audit.genes}.items():
             _add_obs(adata, f"{key_added}_{name}", values)
         done = {name.replace(" ", "_"): n for name, n in audit.summary().items()}
-        self._record(adata, key_added, annotated.uns["scmmgpt"]["input"], audit={"label_key": label_key, **done})
+        self._record(adata, key_added, choice.report, audit={"label_key": label_key, **done})
         return audit
 
     def annotation_settings(
@@ -629,29 +720,6 @@ class ScMMGPTPipeline:
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
         return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
 
-    def _read_batch(self, readout: TextScores, adata: Any, choice: InputChoice) -> tuple[TextScores, bool]:
-        """The scores after a look at the cells, and whether there are enough of them."""
-        total = choice.report["cells"]["cells"]
-        if total < MIN_BATCH:
-            logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
-            return readout, False
-        chosen = np.linspace(0, total - 1, min(total, READ_CELLS)).astype(np.int64)
-        parts, first = [], 0
-        for cells in replace(choice, report=copy.deepcopy(choice.report)).iter_cells(adata):  # its report counts cells
-            parts.append(cells[chosen[(chosen >= first) & (chosen < first + len(cells))] - first])
-            first += len(cells)
-        logger.info(f"Labels that were never trained were corrected by {len(chosen)} cells of the file (read_batch).")
-        return readout.read_batch(type(parts[0]).concatenate(parts)), True
-
-    def _warn_of_weak_labels(self, readout: TextScores, texts: Sequence[str]) -> np.ndarray:
-        """Warn of labels whose decisive genes the file lacks; returns these labels."""
-        label_of = {text: label for label, text in (self.model.config.annotation or {}).get("labels", {}).items()}
-        names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
-        weak, warnings = readout.weak_labels(names, self.processor.gene_symbols)
-        for warning in warnings:
-            logger.warning(warning)
-        return np.asarray(weak, dtype=object)
-
     def _label_scores(
         self,
         chunks: Iterable[Cells],
@@ -678,6 +746,8 @@ class ScMMGPTPipeline:
         prompt: str | None = None,
         *,
         max_new_tokens: int = 64,
+        proof: bool = False,
+        cluster_key: str | None = None,
         key_added: str = "scmmgpt",
         batch_size: int | None = None,
         **kwargs: Any,
@@ -688,13 +758,24 @@ class ScMMGPTPipeline:
             prompt: A question about one cell; by default the prompt of training. `<cell>` in the prompt stands for the
                 cell; a prompt without `<cell>` follows the cell.
             max_new_tokens: Longest description, in tokens.
+            proof: Describe by counts in place of the language model: type, what is notable against the other cells of
+                the file, and the alternative, each with the genes and counts that show it (`proof_scmmgpt`).
+            cluster_key: Column of `obs` with clusters to describe too, with `proof`.
             adata, key_added, batch_size: As for [`annotate`]; 16 cells a batch by default.
             kwargs: For [`read_cells`], as for [`annotate`]; the others for the model's `generate` (`num_beams`,
                 `do_sample`, `temperature`, ...). Decoding is greedy by default.
 
         Returns:
-            The same `adata`, with `obs["{key}_description"]`.
+            The same `adata`, with `obs["{key}_description"]`. With `proof`, `uns["{key}"]["describe"]` has the tables
+            `clauses` (a row for each gene of each clause of each cell) and `groups` (of types and clusters).
         """
+        if proof:
+            strange = {"prompt": prompt, **kwargs}.items() - {("prompt", None)}
+            if given := sorted(name for name, _ in strange if name not in READ_OPTIONS):
+                raise ValueError(f"{given} are for the language model, which a description with proof does not ask.")
+            return self._describe_with_proof(adata, cluster_key, key_added, self._batch_size(batch_size, 512), kwargs)
+        if cluster_key is not None:
+            raise ValueError("Clusters are described with proof=True.")
         model = self._language_model("describe")
         prompt = self._prompt(prompt)
         if max_new_tokens < 1:
@@ -720,6 +801,44 @@ class ScMMGPTPipeline:
         finish_report(choice.report)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
+        return self._record(adata, key_added, choice.report, describe=done)
+
+    def _describe_with_proof(
+        self, adata: Any, cluster_key: str | None, key_added: str, batch_size: int, read_kwargs: dict[str, Any]
+    ) -> Any:
+        """[`describe`] by counts. All cells are in memory."""
+        if not self.can_explain:
+            raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
+        clusters = None if cluster_key is None else _words(adata, cluster_key)
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
+        columns, scores = self.label_cells(adata, labelling)
+        self._warn_of_labels(labelling, columns)
+        terms, known = (self.model.config.annotation or {}).get("terms", []), self._readout_columns()
+        kinds, kind_of_cell = np.unique(np.asarray(columns["cell_type"]).astype(str), return_inverse=True)
+        members = label_members(kinds.tolist(), known, terms)
+        members[members.sum(axis=1) > len(known) / 2] = False  # a term of most labels says nothing
+        names = labelling.candidates.names
+        readout_columns = [known[name] for name in names if name in known]
+        probabilities = np.zeros((len(kind_of_cell), len(known)), dtype=np.float32)
+        probabilities[:, readout_columns] = np.asarray(scores)[:, [name in known for name in names]]
+
+        parts = list(self._chunks(adata, _uncounted(choice)))
+        cells = type(parts[0]).concatenate(parts)
+        finish_report(choice.report)
+        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
+        genes = np.unique(choice.match.measured)
+        words = genes, kinds.tolist(), list(known)
+        proposed = propose(cells, explainer, *words, kind_of_cell, probabilities, batch_size)
+        expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
+        typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
+        within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
+        proved = Proof(expression, typed, *proposed, within, tissues_of(adata.obs))
+        adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
+        groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
+        if clusters is not None:
+            groups += proved.group_rows("cluster", clusters)
+        done = {"proof": True, "clauses": _table(proved.rows(adata.obs_names)), "groups": _table(groups)}
         return self._record(adata, key_added, choice.report, describe=done)
 
     def _prompt(self, question: str | None) -> str:
@@ -916,46 +1035,72 @@ class ScMMGPTPipeline:
             text denies something, in standard deviations of these cells) and `z`
             (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+        if key_added is not None and not isinstance(text, str) and len(text) > 1:
+            raise ValueError(f"key_added names one column of obs, but there are {len(text)} texts; pass one text.")
+        choice = self.processor.choose_input(adata, **read_kwargs)
+        columns = self.search_cells(adata, choice, text, by, batch_size)
+        finish_report(choice.report)
+        hits = self.add_search(adata, choice, columns, text, top_k, by, key_added)
+        return hits[0] if isinstance(text, str) else hits
+
+    def search_cells(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        text: str | Sequence[str],
+        by: str = "similarity",
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """What [`add_search`] scores cells by, float32 `(n_cells, n_columns)`: all the data of a choice, or a part."""
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
             raise ValueError("The text to search for is empty; describe the wanted cells.")
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it must be at least 1.")
-        if key_added is not None and len(texts) > 1:
-            raise ValueError(f"key_added names one column of obs, but there are {len(texts)} texts; pass one text.")
         if by not in ("similarity", "genes"):
             raise ValueError(f"by is {by!r}; choose 'similarity' or 'genes'.")
         if by == "genes" and "text_width" not in (self.model.config.label_readout or {}):
             raise ValueError(
                 "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
             )
-        choice = self.processor.choose_input(adata, **read_kwargs)
-        query = Search(texts, self.processor.gene_index, choice.match.measured) if by == "similarity" else None
-        score = self._search_scores(texts if query is None else query, choice)
-        chunks, n_cells = self._chunks(adata, choice), choice.report["cells"]["cells"]
-        batch_size = self._batch_size(batch_size, 64)
-        similarity, *expressed = self._map_cells(score, chunks, batch_size, "Searching", n_cells)
-        if query is not None:
-            similarity = query.scores(similarity, *expressed)
-        finish_report(choice.report)
+        score, batch_size = self._search_scores(texts, by, choice), self._batch_size(batch_size, 64)
+        columns = self._map_cells(score, self._chunks(adata, choice), batch_size, "Searching", adata.shape[0])
+        return np.concatenate(columns, axis=1)
+
+    def add_search(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        columns: np.ndarray,
+        text: str | Sequence[str],
+        top_k: int,
+        by: str = "similarity",
+        key_added: str | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """The hits of each text, from what [`search_cells`] gives for all cells; scores are added as `key_added`."""
+        texts = [text] if isinstance(text, str) else list(text)
+        scores = columns if by == "genes" else self._search_plan(texts, choice).scores(columns)
         if key_added is not None:
-            adata.obs[key_added] = similarity[:, 0]
+            adata.obs[key_added] = scores[:, 0]
             done = {"text": texts[0], "by": by, "key": key_added}
             self._record(adata, "scmmgpt", choice.report, search=done)
-        hits = [_best_hits(column, adata.obs_names, top_k) for column in similarity.T]
-        return hits[0] if isinstance(text, str) else hits
+        return [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
 
-    def _search_scores(self, query: list[str] | Search, choice: InputChoice) -> CellFunction:
-        """What [`search`] sorts by: scores of texts by genes, or similarities and expression of a search."""
-        if isinstance(query, list):
-            states = text_states(self._bridge(), self.processor, query)
+    def _search_plan(self, texts: list[str], choice: InputChoice) -> Search:
+        return Search(texts, self.processor.gene_index, choice.match.measured)
+
+    def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
+        """Scores of texts by genes; or similarities and expression, from which a search is scored."""
+        if by == "genes":
+            states = text_states(self._bridge(), self.processor, texts)
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
-        text_features = encode_texts(self._bridge(), self.processor, query.texts)
+        plan = self._search_plan(texts, choice)
+        text_features = encode_texts(self._bridge(), self.processor, plan.texts)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
             features = self._bridge().get_cell_features(**self._inputs(cells))
-            return cell_text_similarity(features, text_features), torch.from_numpy(query.expression(cells))
+            return cell_text_similarity(features, text_features), torch.from_numpy(plan.expression(cells))
 
         return similarity
 
@@ -1080,11 +1225,23 @@ def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str,
     ]
 
 
+def _uncounted(choice: InputChoice) -> InputChoice:
+    """A choice whose report counts apart, for another look at the cells."""
+    return replace(choice, report=copy.deepcopy(choice.report))
+
+
 def _words(adata: Any, key: str) -> np.ndarray:
     """A column of `obs`, as str `(n_obs,)`."""
     if key not in adata.obs:
         raise ValueError(f"obs has no column {key!r}; it has {list(adata.obs.columns)}.")
     return np.asarray(adata.obs[key], dtype=str)
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows as columns that `.h5ad` files hold."""
+    rows = list(rows)
+    table = {name: np.asarray([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
 
 
 def _add_obs(adata: Any, name: str, values: np.ndarray) -> None:

@@ -103,20 +103,20 @@ class Search:
         columns = [np.log1p(COUNTS_PER_10K * values / sizes) for values in counts]
         return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(cells), 0), np.float32)
 
-    def scores(self, similarity: np.ndarray, expressed: np.ndarray) -> np.ndarray:
+    def scores(self, columns: np.ndarray) -> np.ndarray:
         """Scores, float32 `(n_cells, n_texts)`: a similarity where nothing is denied, else those of [`combine`].
 
         Args:
-            similarity: Of cells with `texts`, `(n_cells, len(self.texts))`.
-            expressed: Results of [`expression`].
+            columns: Similarities with `texts`, then results of [`expression`], of all cells.
         """
-        columns = [
+        similarity, expressed = np.split(columns, [len(self.texts)], axis=1)
+        scored = [
             combine(similarity[:, wanted], similarity[:, texts].T, expressed[:, genes].T)
             if texts or genes
             else similarity[:, wanted]
             for wanted, texts, genes in self._parts
         ]
-        return np.stack(columns, axis=1)
+        return np.stack(scored, axis=1)
 
 
 def combine(wanted: np.ndarray, similar: Sequence[np.ndarray], expressed: Sequence[np.ndarray]) -> np.ndarray:

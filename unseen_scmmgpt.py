@@ -19,7 +19,7 @@ cells that are most like the label; a second gate, fitted to episodes in which t
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -256,7 +256,11 @@ class UnseenLabels:
         ragged, expected = self._profiles(cells)
         trained, _, of_genes = self.space.products(ragged)
         space = self.space.read_batch(self.gate, ragged, trained, of_genes, expected)
-        return replace(self, space=space, gate=self.gate.for_batch())
+        return self.after_batch(space.predicted)
+
+    def after_batch(self, predicted: np.ndarray) -> "UnseenLabels":
+        """The same scores with the profiles `(n_new, n_genes)` that [`read_batch`] found."""
+        return replace(self, space=replace(self.space, predicted=predicted), gate=self.gate.for_batch())
 
     def _profiles(self, cells: Cells) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         """Ragged profiles, and the novelty that depth explains."""
@@ -355,6 +359,17 @@ class TextScores:
         unseen = self.scores
         return replace(self, scores=unseen.read_batch(cells)) if isinstance(unseen, UnseenLabels) else self
 
+    def after_batch(self, predicted: np.ndarray) -> "TextScores":
+        """The same scores with the profiles of new labels that `read_batch` found elsewhere."""
+        unseen = self.scores
+        return replace(self, scores=unseen.after_batch(predicted)) if isinstance(unseen, UnseenLabels) else self
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Profiles of the new labels, `(n_new, n_genes)`."""
+        unseen = self.scores
+        return unseen.space.predicted if isinstance(unseen, UnseenLabels) else np.empty((0, 0))
+
     @classmethod
     def of(
         cls,
@@ -398,22 +413,29 @@ class TextScores:
         return cls(panel, UnseenLabels(panel, space, Gate(**gate)), columns)
 
     def weak_labels(
-        self, names: Sequence[str], gene_symbols: Callable[[list[int]], Sequence[str]]
+        self, names: Sequence[str], n_cells: Mapping[str, int], gene_symbols: Callable[[list[int]], Sequence[str]]
     ) -> tuple[list[str], list[str]]:
-        """Labels whose decisive genes the file lacks, and warnings of them.
+        """Labels whose decisive genes the file lacks, and warnings of them, those of the most cells first.
 
         Args:
             names: The trained labels of `panel`, in words.
+            n_cells: Label -> cells that got it. A label is not warned of if no cell got it or the label that it can
+                be taken for.
             gene_symbols: Vocabulary ids -> symbols.
         """
         weak = self.panel.weak_labels()
-        warnings = [
-            f"The file lacks {', '.join(gene_symbols(absent))}, which tell {names[label]!r} from {names[other]!r}: "
-            f"{max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
-            for label, (other, evidence, absent) in sorted(weak.items(), key=lambda item: item[1][1])[:WEAK_LABELS]
-        ]
-        if len(weak) > WEAK_LABELS:
-            warnings.append(f"The file lacks decisive genes of {len(weak) - WEAK_LABELS} more labels.")
+        cells = {label: sum(n_cells.get(names[i], 0) for i in (label, other)) for label, (other, *_) in weak.items()}
+        concerned = sorted((label for label in weak if cells[label]), key=lambda label: -cells[label])
+        warnings = []
+        for label in concerned[:WEAK_LABELS]:
+            other, evidence, absent = weak[label]
+            warnings.append(
+                f"The file lacks {', '.join(gene_symbols(absent))}, which tell {names[label]!r} from "
+                f"{names[other]!r}: {max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
+            )
+        if len(concerned) > WEAK_LABELS:
+            more = len(concerned) - WEAK_LABELS
+            warnings.append(f"The file lacks decisive genes of {more} more labels of its cells.")
         return [names[label] for label in weak], warnings
 
     def __call__(self, cells: Cells) -> np.ndarray:

@@ -103,7 +103,7 @@ class PrintCompletion(argparse.Action):
         for one in (parser, *(child for sub in subs for child in sub.choices.values())):
             for action in one._actions:
                 if action.type is Path:
-                    action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
+                    action.complete = shtab.FILE  # where shtab looks for it
         sys.stdout.write(shtab.complete(parser, shell) + "\n")
         parser.exit()
 

@@ -22,6 +22,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 from pydantic import Field
 
+from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OPTION_WORDS
 from scmmgpt.commands.options import READ_HELP
 
@@ -229,9 +230,26 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
         raise ValueError(f"--folder {str(folder)!r} is no folder; name the one that holds your files.")
     tools = CellTools(folder, run, model, settings)
     server = MCPServer("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
-    local = {"open_world_hint": False, "destructive_hint": False}
-    for tool in (tools.inspect, tools.verify):
+    local: Any = {"open_world_hint": False, "destructive_hint": False}
+    readers: list[Callable[..., Any]] = [tools.inspect, tools.verify]
+    writers: list[Callable[..., Any]] = [
+        tools.annotate,
+        tools.describe,
+        tools.search,
+        tools.embed,
+        tools.generate,
+        tools.audit,
+    ]
+    for tool in readers:
         server.add_tool(tool, annotations=ToolAnnotations(read_only_hint=True, **local))
-    for tool in (tools.annotate, tools.describe, tools.search, tools.embed, tools.generate, tools.audit):
+    for tool in writers:
         server.add_tool(tool, annotations=ToolAnnotations(read_only_hint=False, **local))
     return server
+
+
+def serve(folder: Path, run: Command, model: str | None, settings: Mapping[str, Any]) -> None:
+    """Serve over standard input and output; `settings` are values of options, None where an option is not given."""
+    checkpoint = model or root_checkpoint()
+    find_checkpoint(checkpoint)
+    words = _options(**{"model": model, **settings})
+    make_server(folder, run, checkpoint, words).run("stdio")

@@ -46,6 +46,9 @@ def add_description(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="longest description (default: 64)"
     )
+    text = "describe by counts, in place of the language model, and write the genes and counts of every clause"
+    parser.add_argument("--proof", type=Path, metavar="OUT.csv", help=text)
+    parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters to describe (--proof)")
     parser.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
     parser.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
     parser.add_argument(
@@ -56,6 +59,7 @@ def add_description(parser: argparse.ArgumentParser) -> None:
 def add_search(parser: argparse.ArgumentParser) -> None:
     """Options of `search`."""
     add_input(parser, count="?")
+    add_partitions(parser)
     parser.add_argument("--text", required=True, help="description of the wanted cells")
     how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
     parser.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
@@ -155,6 +159,7 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
     """Options of `audit`."""
     add_input(parser)
     add_output(parser, columns=False)
+    add_partitions(parser)
     parser.add_argument("--label-key", default="cell_type", metavar="COLUMN", help="given labels (default: cell_type)")
     parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters, to rank them too")
 

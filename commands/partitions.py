@@ -1,24 +1,25 @@
-"""Annotate or embed cells in partitions, on many processes or machines, so that a run that was stopped can go on.
+"""Compute a command over cells in partitions, on many processes or machines, so that a run that was stopped can go on.
 
 1. What needs a whole file is decided once: the matrix and the genes to read (from a sample of rows), and the labels.
-2. Partitions, ranges of rows, go to workers (`cluster`). Each writes its results into one Parquet file, or nothing.
+2. Partitions, ranges of rows, go to workers (`cluster`, `partition_tasks`). Each writes its results into one Parquet
+   file, or nothing.
 3. The partitions of a source are joined, by row and name, into one `.h5ad` with everything of the source; votes of
-   clusters and the summary are taken here, over labels alone.
+   clusters, ranks and the summary are taken here, over labels and scores alone.
+
+The evidence for labels is a second pass of these steps, since it is against the labels of all cells.
 
 The files are in a folder beside the output until every result is whole. A partition whose file exists is not computed
 again. A partition that fails is reported and left out. Partitions begin where batches do and each is computed by one
-thread, so the results have the same bits for any number of workers and any size of partitions.
+thread, and sums over cells are exact, so the results have the same bits for any number of workers and any size of
+partitions.
 """
 
 import contextlib
-import copy
-import functools
 import hashlib
 import json
 import logging
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +27,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scmmgpt.commands.cluster import device_of_worker, run_tasks
+from scmmgpt.commands import partition_tasks as tasks
+from scmmgpt.commands.cluster import run_tasks
 from scmmgpt.commands.errors import explain, full_disk
-from scmmgpt.commands.files import read_json, whole_file, write_json
-from scmmgpt.commands.results import RowBlocks, rehearse, table_of, write_cells, write_table
+from scmmgpt.commands.files import read_json, write_json
+from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns, words_of
+from scmmgpt.commands.results import RowBlocks, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.reading_scmmgpt import InputChoice
 
@@ -43,65 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # most failed partitions that are named
-_COMPUTING = threading.Lock()  # the model and compiled loops are used by one thread of a worker at a time
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command over cells as plain data, for workers.
-
-    Args:
-        verb: `annotate` or `embed`.
-        model, device, batch_size: Those of the pipeline.
-        options: Of `annotate`: `labels`, `cl_ids`, `min_score`, `matching_weight`, `cluster_key`; of `embed`: `of`.
-        reading: Arguments of `choose_input`.
-        identity: Name, version and hash of the model of this package, if it is the checkpoint; kept in `uns`.
-    """
-
-    verb: str
-    model: str
-    device: str | None
-    batch_size: int | None
-    options: Mapping[str, Any]
-    reading: Mapping[str, Any]
-    identity: Mapping[str, str] | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of the pipeline's verb."""
-        return {**self.options, **self.reading}
-
-    def request(self) -> dict[str, Any]:
-        """What determines the results, beside the sources; the votes of clusters are taken when results are joined."""
-        options = {name: value for name, value in self.options.items() if name != "cluster_key"}
-        files = sorted(Path(self.model).glob("*")) if Path(self.model).is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        fields: dict[str, Any] = {
-            "verb": self.verb,
-            "model": [str(self.model), stats],
-            "device": self.device,
-            "options": options,
-        }
-        fields |= {"batch_size": self.batch_size, "reading": dict(self.reading)}
-        return json.loads(json.dumps(fields))  # as a file has it
-
-
-def default_options(verb: str) -> dict[str, Any]:
-    """The options of a verb that is given none."""
-    if verb == "embed":
-        return {"of": "cell-text"}
-    return dict.fromkeys(("labels", "cl_ids", "cluster_key", "min_score", "matching_weight"))
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A range of rows of a source, the decision how to read it, and the file to write."""
-
-    job: Job
-    source: Source
-    choice: "InputChoice"
-    start: int
-    stop: int
-    path: Path
+Rows = tuple[int, int]  # first row, and the row after the last
 
 
 @dataclass
@@ -110,8 +53,9 @@ class Results:
 
     source: Source
     cells: Any  # AnnData or CellFile with the results; None if there are none
-    failed: dict[tuple[int, int], str] = field(default_factory=dict)  # rows -> error
+    failed: dict[Rows, str] = field(default_factory=dict)  # rows -> error
     why: str = ""  # there are no results
+    found: Any = None  # what the verb of the pipeline returns: Audit, Evidence, hits
 
 
 class PartitionedRun:
@@ -124,6 +68,7 @@ class PartitionedRun:
         folder: Folder of the partitions, which workers see under the same path.
         cells_per_partition: Most cells of a partition; rounded down to whole chunks of the pipeline, at least one.
         needed: Columns that `obs` of every source must have.
+        annotated: The run whose labels this one explains.
 
     Raises:
         ValueError: If the folder has partitions of another command.
@@ -137,14 +82,16 @@ class PartitionedRun:
         folder: Path,
         cells_per_partition: int,
         needed: Sequence[str] = (),
+        annotated: "PartitionedRun | None" = None,
     ) -> None:
         from scmmgpt.pipeline_scmmgpt import SORTED_CELLS
 
         self.job, self.outputs, self.pipeline, self.folder = job, outputs, pipeline, folder
         self.step = max(1, cells_per_partition // SORTED_CELLS) * SORTED_CELLS
-        self.needed = needed
+        self.needed, self.annotated = needed, annotated
         self._cells: dict[Source, Any] = {}  # of a single source, which is not opened twice
         self._choices: dict[Source, InputChoice] = {}
+        self._decided: dict[Source, Arrays] = {}
         self._failures: dict[Source, str] = {}  # of sources as a whole
         self._errors: dict[Path, str] = {}
         self._check_request()
@@ -164,10 +111,10 @@ class PartitionedRun:
 
     def compute(self, workers: int = 1, cluster: str | None = None) -> None:
         """Compute the partitions that are missing; a disk that is full stops the run."""
-        tasks = [task for source in self.outputs for task in self._partitions(source)]
-        missing = [task for task in tasks if not task.path.is_file()]
-        if len(missing) < len(tasks):
-            logger.warning("%d of %d partitions are done; the others follow.", len(tasks) - len(missing), len(tasks))
+        wanted = [task for source in self.outputs for task in self._partitions(source)]
+        missing = [task for task in wanted if not task.path.is_file()]
+        if len(missing) < len(wanted):
+            logger.warning("%d of %d partitions are done; the others follow.", len(wanted) - len(missing), len(wanted))
         if not missing:
             return
         from transformers.utils import logging as progress_logging
@@ -177,9 +124,9 @@ class PartitionedRun:
             progress_logging.tqdm(
                 desc=f"{self.job.verb} in partitions", unit="cell", total=total, delay=3
             ) as progress,
-            _using(self.pipeline, self.job) if cluster is None and workers == 1 else contextlib.nullcontext(),
+            tasks.using(self.pipeline, self.job) if cluster is None and workers == 1 else contextlib.nullcontext(),
         ):
-            for task, _, error in run_tasks(compute_partition, missing, workers, cluster):
+            for task, _, error in run_tasks(tasks.compute_partition, missing, workers, cluster):
                 if error is not None:
                     if full_disk(error, str(error), [self.folder]):
                         raise error
@@ -193,23 +140,21 @@ class PartitionedRun:
             choice = self.pipeline.processor.choose_input(cells, **self.job.reading)
             if missing := [name for name in self.needed if name not in cells.obs]:
                 raise ValueError(f"obs has no columns {missing}; it has {list(cells.obs.columns)}.")
+            labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
+            decided = tasks.decide(self.pipeline, cells, choice, self.job, labels)
         except Exception as error:  # whatever a damaged file makes of the libraries
             if len(self.outputs) == 1:
                 raise
             self._failures[source] = explain(error, [source.path])
             return []
-        self._choices[source] = choice
-        folder = self._folder_of(source)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._choices[source], self._decided[source] = choice, decided
+        tasks.write_decided(self._folder_of(source), decided)
         # Workers need what converts values, and no more: names of a file's variables would be sent with each task.
         match = replace(choice.match, how=np.empty(0, dtype=object), report={})
         plain = replace(choice, match=match, report={"cells": {}})
-        n_cells = cells.shape[0]
-        bounds = [(start, min(start + self.step, n_cells)) for start in range(0, n_cells, self.step)]
-        return [
-            Partition(self.job, source, plain, start, stop, folder / f"{start:012d}-{stop:012d}.parquet")
-            for start, stop in bounds
-        ]
+        paths = self.paths(source, cells.shape[0])
+        of_labels = {} if self.annotated is None else self.annotated.paths(source, cells.shape[0])
+        return [Partition(self.job, source, plain, *rows, path, of_labels.get(rows)) for rows, path in paths.items()]
 
     def _open(self, source: Source) -> Any:
         """The cells of a source, whose result can be written."""
@@ -222,47 +167,83 @@ class PartitionedRun:
         return cells
 
     def _folder_of(self, source: Source) -> Path:
-        print_of = json.dumps(source.fingerprint(), sort_keys=True).encode()
+        """The folder of a source: another one if the source changes, or the labels in it."""
+        sets = self._decided[source].get("sets", np.empty(0)).tolist()
+        print_of = json.dumps([source.fingerprint(), sets], sort_keys=True).encode()
         return self.folder / f"{source.path.stem}-{hashlib.sha256(print_of).hexdigest()[:12]}"
 
-    def join(self, source: Source) -> Results:
-        """The cells of a source with the results of its partitions, and the votes and numbers over all of them."""
+    def paths(self, source: Source, n_cells: int) -> dict[Rows, Path]:
+        """Rows and file of each partition of a source; of labels that exist, if it explains labels."""
+        bounds = [(start, min(start + self.step, n_cells)) for start in range(0, n_cells, self.step)]
+        if self.annotated is not None:
+            labels = self.annotated.paths(source, n_cells)
+            bounds = [rows for rows in bounds if labels[rows].is_file()]
+        folder = self._folder_of(source)
+        return {rows: folder / f"{rows[0]:012d}-{rows[1]:012d}.parquet" for rows in bounds}
+
+    def labels(self, source: Source, n_cells: int) -> np.ndarray:
+        """The labels of the cells that have one, in order."""
+        if source in self._failures:
+            raise ValueError(self._failures[source])
+        found = [path for path in self.paths(source, n_cells).values() if path.is_file()]
+        return np.concatenate([np.empty(0, dtype=str), *(read_columns(p, ["cell_type"])["cell_type"] for p in found)])
+
+    def join(self, source: Source, cells: Any = None) -> Results:
+        """The cells of a source with the results of its partitions, and the votes and numbers over all of them.
+
+        `cells` are those with the results of another run.
+        """
         from scmmgpt.readers.cell_files import CellFile
         from scmmgpt.reading_scmmgpt import finish_report
 
         if source in self._failures:
-            return Results(source, None, why=self._failures[source])
-        cells, folder, choice = self._open(source), self._folder_of(source), self._choices[source]
-        n_cells = cells.shape[0]
-        bounds = [(start, min(start + self.step, n_cells)) for start in range(0, n_cells, self.step)]
-        paths = {rows: folder / f"{rows[0]:012d}-{rows[1]:012d}.parquet" for rows in bounds}
-        done = {rows: path for rows, path in paths.items() if path.is_file()}
-        failed = {rows: self._errors.get(path, "not computed") for rows, path in paths.items() if rows not in done}
-        if not done:
-            return Results(source, None, why=next(iter(failed.values())))
-        columns, arrays, counted = read_partitions(done, n_cells, cells.obs_names)
-        if not isinstance(cells, CellFile):
-            arrays = {name: array.to_memory() for name, array in arrays.items()}
-        choice.report["cells"] |= counted
+            return Results(source, cells, why=self._failures[source])
+        cells, choice = self._open(source) if cells is None else cells, self._choices[source]
+        paths = self.paths(source, cells.shape[0])
+        joined = Joined.of(paths, cells.obs.index, in_memory=not isinstance(cells, CellFile))
+        failed = {rows: self._errors.get(paths[rows], joined.damaged.get(rows, "not computed")) for rows in paths}
+        failed = {rows: why for rows, why in failed.items() if rows not in joined.paths}
+        if not joined.paths:
+            return Results(source, cells if self.annotated else None, failed, next(iter(failed.values()), "no labels"))
+        choice.report["cells"] |= joined.counted
         finish_report(choice.report)
-        rows = np.arange(n_cells) if not failed else np.concatenate([np.arange(*rows) for rows in done])
-        target = cells if not failed else _Part(cells.obs[[]].iloc[rows], {}, cells.uns)
-        options = self.job.options
-        if self.job.verb == "embed":
-            self.pipeline.add_embedding(target, choice, arrays["embedding"], options["of"])
-        else:
-            key = options.get("cluster_key")
-            clusters = None if key is None else np.asarray(cells.obs[key], dtype=str)[rows]
-            labelling = _labelling(self.pipeline, choice, options)
-            self.pipeline.add_labels(target, labelling, columns, arrays["probabilities"], clusters)
+        rows = joined.rows()
+        is_whole = len(rows) == len(cells.obs)
+        given = [key for name in ("label_key", "cluster_key") if (key := self.job.options.get(name)) is not None]
+        target = cells if is_whole else _Part(cells.obs[given].iloc[rows].copy(), cells.uns)
+        found = self._add(target, choice, joined, self._decided[source])
         self._add_receipt(target)
-        if failed:
-            spread(target, cells, rows)
-            texts = [f"{start}-{stop}: {error}" for (start, stop), error in failed.items()]
-            cells.uns["scmmgpt"] = {**cells.uns["scmmgpt"], "failed": np.array(texts, dtype=object)}
+        if not is_whole:
+            spread(target, cells, rows, given)
         if self.job.identity is not None:
             cells.uns["scmmgpt"] = {**cells.uns["scmmgpt"], "model": dict(self.job.identity)}
-        return Results(source, cells, failed)
+        return Results(source, cells, failed, found=found)
+
+    def _add(self, target: Any, choice: "InputChoice", joined: "Joined", decided: Arrays) -> Any:
+        """Add the results of a verb to all cells that have some; returns what the verb returns."""
+        pipeline, options, columns = self.pipeline, self.job.options, joined.columns
+        key = options.get("cluster_key")
+        clusters = None if key is None else words_of(target.obs, key)
+        if self.job.verb == "embed":
+            return pipeline.add_embedding(target, choice, joined.blocks("embedding"), options["of"])
+        if self.job.verb == "search":
+            given = [options[name] for name in ("text", "top_k", "by", "key_added")]
+            values = np.stack([columns[f"search{i}"] for i in range(len(columns))], axis=1)
+            (hits,) = pipeline.add_search(target, choice, values, *given)
+            rows = joined.rows()
+            return [{**hit, "index": int(rows[hit["index"]])} for hit in hits]
+        if self.job.verb == "audit":
+            key = options["label_key"]
+            return pipeline.add_audit(target, choice, key, words_of(target.obs, key), columns, clusters)
+        if self.job.verb == "explain":
+            labels = words_of(target.obs, options["label_key"])
+            evidence = pipeline.evidence_of(choice, labels, decided["sets"], clusters)
+            for path in joined.paths.values():
+                evidence.add_sums(tasks.read_sums(path))
+            evidence.parts = joined.evidence
+            return pipeline.add_evidence(target, choice, evidence, columns, options["label_key"])
+        labelling = tasks.labelling_of(pipeline, choice, options, decided)
+        return pipeline.add_labels(target, labelling, columns, joined.blocks("probabilities"), clusters)
 
     def _add_receipt(self, target: Any) -> None:
         from scmmgpt.receipt_scmmgpt import add_receipt
@@ -280,16 +261,20 @@ def compute_outputs(
     pipeline: "ScMMGPTPipeline",
     output: Path,
     where: tuple[int, str | None, int],
-    tables: tuple[Path | None, Sequence[str]],
-    found: Callable[[Any], dict[str, Any]],
+    tables: Mapping[Path, Callable[[Results], pd.DataFrame | Iterable[dict[str, Any]]]],
+    found: Callable[[Results], dict[str, Any]],
+    needed: Sequence[str] = (),
+    with_evidence: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Compute a job in partitions and write the result of every source.
 
     Args:
         output: The output of the command line, a file or folder; the partitions are beside it.
         where: Workers, scheduler, and most cells of a partition.
-        tables: A text table to write, and the columns of `obs` that it takes from the source.
-        found: Cells with results -> the numbers of the summary.
+        tables: Text tables to write, and what the results of a source add to each.
+        found: Results -> the numbers of the summary.
+        needed: Columns of `obs` that each source must have.
+        with_evidence: Explain the labels of `annotate`, too.
 
     Returns:
         The summary, and sentences about what could not be computed.
@@ -297,34 +282,60 @@ def compute_outputs(
     Raises:
         ValueError: If nothing could be computed.
     """
-    workers, cluster, cells_per_partition = where
-    table, columns = tables
-    needed = [*columns, *filter(None, [job.options.get("cluster_key")])]
+    workers, cluster, size = where
     summaries: dict[str, Any] = {}
-    rows, failures = [], []
+    done: list[Results] = []
+    failures: list[str] = []
     with partitions_beside(output) as folder, _folder_of_results(output, len(outputs) > 1):
-        run = PartitionedRun(job, outputs, pipeline, folder, cells_per_partition, needed)
-        run.compute(workers, cluster)
+        runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
+        runs[0].compute(workers, cluster)
+        if with_evidence:
+            options = {"label_key": "scmmgpt_cell_type", "cluster_key": job.options.get("cluster_key")}
+            second = replace(job, verb="explain", options=options)
+            runs.append(PartitionedRun(second, outputs, pipeline, folder / "evidence", size, (), runs[0]))
+            runs[1].compute(workers, cluster)
         for source, path in outputs.items():
-            results = run.join(source)
-            failures += describe_failures(results)
-            if results.cells is None:
+            results = [runs[0].join(source)]
+            if with_evidence and results[0].cells is not None:
+                results.append(runs[1].join(source, results[0].cells))
+            failures += [line for each in results for line in describe_failures(each)]
+            cells, failed = results[-1].cells, {rows: why for each in results for rows, why in each.failed.items()}
+            if cells is None:
                 continue
-            write_cells(results.cells, source.path, path)
-            if table is not None:
-                rows.append(table_of(results.cells, columns))
-                rows[-1].insert(0, "file", str(source.path))
-            n_failed = sum(stop - start for start, stop in results.failed)
-            counts = {"cells": results.cells.n_obs, **({"failed": n_failed} if n_failed else {})}
-            summaries[str(path)] = {**counts, **found(results.cells)}
+            if failed:
+                texts = [f"{start}-{stop}: {error}" for (start, stop), error in sorted(failed.items())]
+                cells.uns["scmmgpt"] = {**cells.uns["scmmgpt"], "failed": np.array(texts, dtype=object)}
+            write_cells(cells, source.path, path)
+            n_failed = sum(stop - start for start, stop in failed)
+            counts = {"cells": cells.n_obs, **({"failed": n_failed} if n_failed else {})}
+            done.append(results[-1])
+            summaries[str(path)] = {**counts, **found(done[-1])}
         if not summaries:
             raise ValueError(failures[0])
+        for table, rows_of in tables.items():
+            _write_rows(table, done, rows_of, several=len(outputs) > 1)
         if not failures:
-            run.remove()
-    if table is not None:
-        joined = pd.concat(rows)
-        write_table(table, joined.drop(columns="file") if len(outputs) == 1 else joined, index_label="barcode")
+            runs[0].remove()
     return summaries[str(output)] if len(outputs) == 1 else {"files": summaries}, failures
+
+
+def _write_rows(
+    path: Path,
+    done: Sequence[Results],
+    rows_of: Callable[[Results], pd.DataFrame | Iterable[dict[str, Any]]],
+    several: bool,
+) -> None:
+    """Write the rows of all sources as one table, which names the source where there are several."""
+    parts = [rows_of(results) for results in done]
+    frames = [part for part in parts if isinstance(part, pd.DataFrame)]
+    if frames:
+        for results, frame in zip(done, frames, strict=True):
+            if several:
+                frame.insert(0, "file", str(results.source.path))
+        write_table(path, pd.concat(frames), index_label="barcode")
+        return
+    named = [{"file": str(results.source.path)} if several else {} for results in done]
+    write_table(path, ({**name, **row} for name, part in zip(named, parts, strict=True) for row in part))
 
 
 @dataclass
@@ -332,13 +343,13 @@ class _Part:
     """Some cells, as far as the pipeline adds results to them."""
 
     obs: pd.DataFrame
-    obsm: dict[str, Any]
     uns: Any
+    obsm: dict[str, Any] = field(default_factory=dict)
 
 
-def spread(part: _Part, cells: Any, rows: np.ndarray) -> None:
-    """Move the results of some rows to all cells; those of other rows are missing."""
-    for name in part.obs.columns:
+def spread(part: _Part, cells: Any, rows: np.ndarray, given: Sequence[str]) -> None:
+    """Move the results of some rows, beside columns that were `given`, to all cells; those of others are missing."""
+    for name in part.obs.columns.difference(given, sort=False):
         column = part.obs[name]
         position = np.full(len(cells.obs), -1)
         position[rows] = np.arange(len(rows))
@@ -351,140 +362,85 @@ def spread(part: _Part, cells: Any, rows: np.ndarray) -> None:
         cells.obsm[name] = value  # its blocks know their rows
 
 
-# -- workers ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Joined:
+    """The partitions of a source that are there, in order.
 
-
-def compute_partition(task: Partition) -> int:
-    """Compute the results of a partition and write them, whole; returns the number of cells."""
-    with _COMPUTING, one_thread():
-        pipeline = _load(task.job.model, task.job.device, task.job.batch_size)
-        choice = copy.deepcopy(task.choice)
-        part = task.source.open_rows(task.start, task.stop)
-        columns, arrays = compute_part(pipeline, part, choice, task.job)
-        write_partition(task.path, part.obs_names, columns, arrays, choice.report["cells"])
-    return task.stop - task.start
-
-
-def compute_part(
-    pipeline: "ScMMGPTPipeline", part: Any, choice: "InputChoice", job: Job
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Columns of `obs` and arrays of some cells of the data that `choice` was made for."""
-    if job.verb == "embed":
-        return {}, {"embedding": pipeline.embed_cells(part, choice, job.options["of"])}
-    columns, probabilities = pipeline.label_cells(part, _labelling(pipeline, choice, job.options))
-    return columns, {"probabilities": probabilities}
-
-
-_LOADED: "list[tuple[tuple[str, str | None, int | None], ScMMGPTPipeline]]" = []  # the checkpoint of this process
-
-
-@contextlib.contextmanager
-def _using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
-    """Let partitions that are computed in this process take the pipeline that is loaded already."""
-    _LOADED[:] = [((job.model, job.device, job.batch_size), pipeline)]
-    try:
-        yield
-    finally:
-        _LOADED.clear()
-
-
-def _load(model: str, device: str | None, batch_size: int | None) -> "ScMMGPTPipeline":
-    """The checkpoint, loaded once in a process."""
-    key = (model, device, batch_size)
-    if not _LOADED or _LOADED[0][0] != key:
-        from transformers.utils import logging as transformers_logging
-
-        from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-
-        transformers_logging.disable_progress_bar()
-        found = ScMMGPTPipeline.from_pretrained(model, device=device or device_of_worker(), batch_size=batch_size)
-        _LOADED[:] = [(key, found)]
-    return _LOADED[0][1]
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute by one thread: with several, libraries add the terms of a sum in another order, to other last bits."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _labelling(pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any]) -> Any:
-    settings = pipeline.annotation_settings(options["labels"], options["cl_ids"], options["matching_weight"])
-    return pipeline.labelling(choice, settings, options["labels"] is None, options["min_score"])
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def write_partition(
-    path: Path,
-    names: Any,
-    columns: Mapping[str, np.ndarray],
-    arrays: Mapping[str, np.ndarray],
-    counted: Mapping[str, Any],
-) -> None:
-    """Write the results of a partition as Parquet: `barcode`, a column each, and lists of a fixed size for arrays."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = {"barcode": pa.array([str(name) for name in names])}
-    table |= {name: pa.array(values) for name, values in columns.items()}
-    for name, values in arrays.items():
-        flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).ravel())
-        table[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    with whole_file(path) as temporary:
-        pq.write_table(pa.table(table).replace_schema_metadata({"cells": json.dumps(counted)}), temporary)
-
-
-def read_partitions(
-    paths: Mapping[tuple[int, int], Path], n_cells: int, names: Any
-) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
-    """Columns of all partitions, in order; arrays of all cells, which stay on disk; and sums of what was counted.
-
-    Raises:
-        ValueError: If a partition has other barcodes than the source.
+    Args:
+        paths: Rows -> file.
+        columns: Columns of `obs` of their cells.
+        counted: Sums of what was counted in the cells.
+        n_cells: Cells of the source.
+        widths: Of the arrays, which stay on disk.
+        damaged: Rows of partitions that could not be read -> error.
+        in_memory: Whether arrays are loaded, as the cells are.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    tables, counted, widths = [], dict[str, Any](), dict[str, int]()
-    for (start, stop), path in paths.items():
-        schema = pq.read_schema(path)
-        for name, number in json.loads(schema.metadata[b"cells"]).items():
-            if name == "hash":  # a sum over cells
-                counted[name] = f"{(int(counted.get(name, '0'), 16) + int(number, 16)) % 2**64:016x}"
-            else:
-                counted[name] = counted.get(name, 0) + number
-        widths = {f.name: f.type.list_size for f in schema if pa.types.is_fixed_size_list(f.type)}
-        table = pq.read_table(path, columns=[name for name in schema.names if name not in widths], partitioning=None)
-        barcodes = table["barcode"].to_pylist()
-        if barcodes != [str(name) for name in names[start:stop]]:
-            raise ValueError(f"{path} has other cells than rows {start} to {stop} of the source. Remove the file.")
-        tables.append(table.drop_columns("barcode").replace_schema_metadata(None))
-    joined = pa.concat_tables(tables)
-    columns = {name: _column(joined[name]) for name in joined.column_names}
+    paths: dict[Rows, Path]
+    columns: Arrays
+    counted: dict[str, Any]
+    n_cells: int
+    widths: dict[str, int]
+    damaged: dict[Rows, str]
+    in_memory: bool
 
-    def blocks(name: str, width: int) -> Iterator[tuple[int, np.ndarray]]:
-        for (start, _), path in paths.items():
-            array = pq.read_table(path, columns=[name], partitioning=None)[name].combine_chunks()
-            yield start, array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    @classmethod
+    def of(cls, paths: Mapping[Rows, Path], names: pd.Index, in_memory: bool) -> "Joined":
+        """From files, of which some may be missing.
 
-    arrays = {
-        name: RowBlocks((n_cells, width), functools.partial(blocks, name, width)) for name, width in widths.items()
-    }
-    return columns, arrays, counted
+        Args:
+            names: Names of all cells of the source.
+            in_memory: As for the class.
 
+        Raises:
+            ValueError: If a partition has other barcodes than the source.
+        """
+        joined = cls({}, {}, {}, len(names), {}, {}, in_memory)
+        tables: list[Arrays] = []
+        for rows, path in paths.items():
+            if not path.is_file():
+                continue
+            try:
+                counted, joined.widths = tasks.read_counts(path)
+                table = read_columns(path, None, joined.widths)
+            except ValueError as error:
+                joined.damaged[rows] = str(error)
+                continue
+            if table.pop("barcode").tolist() != [str(name) for name in names[slice(*rows)]]:
+                raise ValueError(f"{path} has other cells than rows {rows[0]} to {rows[1]} of the source. Remove it.")
+            joined.paths[rows] = path
+            tables.append(table)
+            for name, number in counted.items():
+                if name == "hash":  # a sum over cells
+                    total = (int(joined.counted.get(name, "0"), 16) + int(number, 16)) % 2**64
+                    joined.counted[name] = f"{total:016x}"
+                else:
+                    joined.counted[name] = joined.counted.get(name, 0) + number
+        joined.columns = {name: np.concatenate([t[name] for t in tables]) for name in (tables[0] if tables else ())}
+        return joined
 
-def _column(column: "pa.ChunkedArray") -> np.ndarray:
-    values = column.to_numpy()
-    return values.astype(str) if values.dtype == object else values
+    def rows(self) -> np.ndarray:
+        """The rows of the source that have results."""
+        return np.concatenate([np.arange(*rows) for rows in self.paths])
+
+    def blocks(self, name: str) -> RowBlocks | np.ndarray:
+        """An array of all cells."""
+
+        def read() -> Iterator[tuple[int, np.ndarray]]:
+            for (start, _), path in self.paths.items():
+                yield start, read_columns(path, [name])[name]
+
+        blocks = RowBlocks((self.n_cells, self.widths[name]), read)
+        return blocks.to_memory() if self.in_memory else blocks
+
+    def evidence(self) -> Iterator[tuple[int, Any]]:
+        """The evidence of cells, a partition at a time, with the number of its first cell among those with results."""
+        from scmmgpt.evidence_scmmgpt import CellEvidence
+
+        first = 0
+        for (start, stop), path in self.paths.items():
+            yield first, CellEvidence.of_arrays(read_columns(path, list(self.widths)))
+            first += stop - start
 
 
 @contextlib.contextmanager
@@ -512,7 +468,7 @@ def partitions_beside(output: Path) -> Iterator[Path]:
 
 def describe_failures(results: Results) -> list[str]:
     """Sentences about what could not be computed; none if all was."""
-    if results.cells is None:
+    if results.why:
         return [f"{results.source.path}: {results.why}"]
     lines = [
         f"{results.source.path}, cells {start:,} to {stop - 1:,}: {error}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scmmgpt.commands.partitions import Job, compute_part, one_thread, write_partition
+from scmmgpt.commands.partition_tasks import Computed, Job, compute_part, one_thread, write_partition
 from scmmgpt.commands.sources import Source
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
@@ -48,21 +48,21 @@ def measure(job: Job, pipeline: ScMMGPTPipeline, source: Source, load_seconds: f
     n_cells = cells.shape[0]
     starts = np.linspace(0, max(0, n_cells - SAMPLE), 64).astype(int)
     spent, n_sampled, n_written = 0.0, 0, 0
-    columns: dict[str, np.ndarray] = {}
-    arrays: dict[str, np.ndarray] = {}
+    computed = Computed()
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         for i, start in enumerate(starts):
             began = time.perf_counter()
             part = source.open_rows(int(start), min(int(start) + SAMPLE, n_cells))
-            columns, arrays = compute_part(pipeline, part, choice, job)
+            computed = compute_part(pipeline, part, choice, job, {})
             path = Path(folder) / f"{i}.parquet"
-            write_partition(path, part.obs_names, columns, arrays, {})
+            write_partition(path, part.obs_names, computed, {})
             n_written, rows = path.stat().st_size, part.shape[0]
             if i:
                 spent, n_sampled = spent + time.perf_counter() - began, n_sampled + rows
             if i and spent > seconds:
                 break
         rate = _disk_rate(Path(folder))
+    columns, arrays = computed.columns, computed.arrays
     sizes = [values.nbytes for values in arrays.values()]
     sizes += [4 * rows if values.dtype.kind == "U" else values.nbytes for values in columns.values()]  # categories
     return Costs(

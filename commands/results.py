@@ -191,3 +191,29 @@ def _copy_part(part: Any, group: h5py.Group, name: str) -> None:
 
 def _attributes(part: Any) -> dict[str, Any]:
     return {name: value for name, value in dict(part.attrs).items() if value is not None}
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def evidence_rows(evidence: Any, adata: Any) -> Iterator[dict[str, Any]]:
+    """The table of evidence: groups, then the cells that have some."""
+    names = adata.obs_names[adata.obs["scmmgpt_evidence"].notna()]
+    return itertools.chain(evidence.group_rows(), evidence.cell_rows(names))
+
+
+def audit_rows(audit: Any, adata: Any) -> list[dict[str, Any]]:
+    """The table of an audit: groups, then doubtful cells."""
+    return [*audit.group_rows(), *audit.cell_rows(adata.obs_names[adata.obs["scmmgpt_audit"].notna()])]
+
+
+def audit_summary(audit: Any) -> dict[str, Any]:
+    """The numbers of an audit, and the groups with most contradicted cells."""
+    worst = {row["name"]: row["contradicted"] for row in audit.group_rows()[:5] if row["contradicted"]}
+    return {**audit.summary(), "most contradicted": worst}
+
+
+def render_hits(hits: list[dict[str, Any]]) -> list[str]:
+    """The hits of a search as the lines of a table."""
+    head = f"{'rank':>4}  {'score':>7}  {'z':>6}  cell"
+    return [head, *(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {hit['z']:>6.2f}  {hit['cell']}" for hit in hits)]

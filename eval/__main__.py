@@ -14,6 +14,7 @@ from scmmgpt.commands.progress import log_if_slow
 
 COMMANDS = (
     "abstention",
+    "all",
     "annotation",
     "audit",
     "condition",
@@ -22,10 +23,12 @@ COMMANDS = (
     "evidence",
     "finetuning",
     "generation",
+    "proof",
     "report",
     "zeroshot",
 )  # modules of scmmgpt.eval
 WITH_FOLDERS = (
+    "all",
     "audit",
     "crossdata",
     "finetuning",

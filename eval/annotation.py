@@ -4,7 +4,7 @@ python -m scmmgpt.eval annotation --corpus corpus --annotated annotated.h5ad --o
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,6 +43,7 @@ def evaluate_annotation(
     *,
     confidences: np.ndarray | None = None,
     regression: TypePrediction | None = None,
+    others: Mapping[str, TypePrediction] | None = None,
     n_resamples: int = results.N_RESAMPLES,
     seed: int = 0,
 ) -> dict:
@@ -55,6 +56,7 @@ def evaluate_annotation(
         test: The test cells, in the order of `predictions`.
         confidences: Confidence in [0, 1] of each prediction, or `None`.
         regression: Prediction of logistic regression for the test cells; fitted where `None`.
+        others: Predictions of further methods for the test cells.
         n_resamples: Bootstrap replicates of the intervals.
         seed: Seed of the bootstrap, the shuffled control and the choice of C.
 
@@ -70,6 +72,7 @@ def evaluate_annotation(
     x_train, x_test = train.select_genes(genes).expression, test.select_genes(genes).expression
     candidates = {
         results.MODEL_NAME: (results.MODEL, predictions, confidences),
+        **{name: (results.BASELINE, _as_labels(p.labels), p.confidences) for name, p in (others or {}).items()},
         "logistic regression": (results.BASELINE, regression.labels, regression.confidences),
         "nearest centroid": (results.BASELINE, baselines.nearest_centroid(x_train, train.labels, x_test).labels, None),
         "majority class": (results.BASELINE, baselines.majority_class(train.labels, len(test)).labels, None),

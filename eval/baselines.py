@@ -5,7 +5,7 @@ a part of the training cells.
 
 * types: `majority_class`, `nearest_centroid`, `logistic_regression`;
 * texts: `training_captions`, and in `description` the caption of a label alone;
-* cells: `mean_cells`, `poisson_cells`;
+* cells: `mean_cells`, `poisson_cells`, `negative_binomial_cells`;
 * control: `shuffled` outputs of the model itself.
 """
 
@@ -184,12 +184,32 @@ def poisson_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells, *, 
 
     The library size is that of a random training cell of the type.
     """
+    totals, mean = _expected_counts(prompts, train, seed)
+    return log1p_cp10k(np.random.default_rng(seed).poisson(mean), totals)
+
+
+def negative_binomial_cells(prompts: Sequence[str] | np.ndarray, train: LabelledCells, *, seed: int = 0) -> np.ndarray:
+    """As `poisson_cells`, with one dispersion a gene for all types, by the moments of the training cells."""
     rng = np.random.default_rng(seed)
-    rows = sample_rows(prompts, train.labels, seed=seed)
+    totals, mean = _expected_counts(prompts, train, seed)
+    excess, squares = np.zeros(len(train.genes)), np.zeros(len(train.genes))
+    for label in np.unique(train.labels):
+        of_type = train.labels == label
+        counts, own = train.counts[of_type].toarray(), train.total_counts[of_type]
+        expected = counts.sum(0) / own.sum() * own[:, None]
+        excess += ((counts - expected) ** 2 - expected).sum(0)
+        squares += (expected**2).sum(0)
+    dispersion = np.divide(excess, squares, out=np.zeros_like(excess), where=squares > 0).clip(1e-6, 100)
+    return log1p_cp10k(rng.poisson(mean * rng.gamma(1 / dispersion, dispersion, mean.shape)), totals)
+
+
+def _expected_counts(
+    prompts: Sequence[str] | np.ndarray, train: LabelledCells, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Library sizes of random training cells of the types `(n_cells,)`, and mean counts `(n_cells, n_genes)`."""
+    totals = train.total_counts[sample_rows(prompts, train.labels, seed=seed)]
     shares = {}
     for label in set(prompts):
         of_type = _rows_of(label, train.labels)
         shares[label] = np.asarray(train.counts[of_type].sum(0)).ravel() / train.total_counts[of_type].sum()
-    totals = train.total_counts[rows]
-    counts = rng.poisson(np.stack([shares[label] for label in prompts]) * totals[:, None])
-    return log1p_cp10k(counts, totals)
+    return totals, np.stack([shares[label] for label in prompts]) * totals[:, None]

@@ -89,6 +89,7 @@ def evaluate_descriptions(
     parse: Callable[[str, Sequence[str]], str | None],
     baseline_labels: ArrayLike | None = None,
     train_texts: Sequence[str] | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
     checks: Mapping[str, Callable[[str, int], float]] | None = None,
     embed: Callable[[Sequence[str]], np.ndarray] = metric.embed_texts,
     names: ArrayLike | None = None,
@@ -106,6 +107,7 @@ def evaluate_descriptions(
         parse: Text and candidate types -> the type that the text names, `None` where the text names none.
         baseline_labels: Predictions of logistic regression; adds baselines with captions of the predicted types.
         train_texts: Text of each training cell; adds baselines that copy one of them.
+        others: Texts of the cells by further methods.
         checks: Metric of `MEASURES` -> its value for a text and the position of the text's cell.
         embed: Sentence embedder, texts -> array `(n, d)`.
         names: Barcodes, for the samples.
@@ -123,6 +125,7 @@ def evaluate_descriptions(
     texts, truths, types = [texts[i] for i in rows], [str(references[i]) for i in rows], types[rows]
     predicted, barcodes = (None if v is None else np.asarray(v)[rows] for v in (baseline_labels, names))
     systems = _systems(texts, types, predicted, train_types, train_texts, label_text, seed)
+    systems |= {name: (results.BASELINE, [str(of[i]) for i in rows]) for name, of in (others or {}).items()}
     candidates = sorted(set(train_types) | set(types))
     draws = results.bootstrap_draws(len(truths), n_resamples=n_resamples, seed=seed)
     embedded_truths = embed(truths)
@@ -276,29 +279,47 @@ def evaluate_file(
     args: argparse.Namespace, train: LabelledCells, test: LabelledCells, regression: TypePrediction | None = None
 ) -> dict:
     """Evaluate the descriptions; `regression` holds predictions for all test cells, fitted where `None`."""
-    from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
-
     regression = regression or baselines.regression_on_shared_genes(train, test, seed=args.seed)
     rows, descriptions = read_descriptions(args.descriptions, test)
-    test, regression = test.take(rows), regression.take(rows)
-    term_ids = _term_ids(train) | _term_ids(test)
+    predicted = regression.take(rows).labels
+    return evaluate_cells(descriptions, args.templates, train, test.take(rows), predicted, seed=args.seed)
+
+
+def evaluate_cells(
+    descriptions: np.ndarray,
+    templates: str,
+    train: LabelledCells,
+    test: LabelledCells,
+    predicted: np.ndarray,
+    *,
+    others: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+) -> dict:
+    """Evaluate descriptions of the test cells against answers of the templates.
+
+    `predicted` are the types by logistic regression, and `others` texts of further methods.
+    """
+    from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
+
+    term_ids = ontology_ids(train) | ontology_ids(test)
     genes = np.union1d(train.genes, test.genes)
     train, test = train.select_genes(genes), test.select_genes(genes)
     shares = train.counts.multiply(1 / np.maximum(train.total_counts, 1)[:, None])
-    sampler = CaptionSampler(args.templates, gene_means=np.asarray(shares.mean(axis=0)).ravel())
+    sampler = CaptionSampler(templates, gene_means=np.asarray(shares.mean(axis=0)).ravel())
     references = _write_answers(sampler, test)
     return evaluate_descriptions(
         descriptions,
         references,
         test.labels,
         train.labels,
-        baseline_labels=regression.labels,
+        baseline_labels=predicted,
         train_texts=_write_answers(sampler, train),
+        others=others,
         checks=_checks(test, term_ids, references),
         label_text=lambda label: sampler.label_text(label, term_ids.get(label)),
         parse=lambda text, candidates: parse_cell_type(text, {label: term_ids.get(label) for label in candidates}),
         names=test.names,
-        seed=args.seed,
+        seed=seed,
     )
 
 
@@ -334,7 +355,8 @@ def _checks(
     }
 
 
-def _term_ids(cells: LabelledCells) -> dict[str, str | None]:
+def ontology_ids(cells: LabelledCells) -> dict[str, str | None]:
+    """Cell type -> its Cell Ontology id."""
     ids = cells.obs.get("cell_type_ontology_term_id")
     if ids is None:
         return {}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.metrics.pairwise import euclidean_distances
 
 from scmmgpt.cells_scmmgpt import log1p_cp10k
 from scmmgpt.eval import baselines, realism, results
@@ -40,6 +41,12 @@ MEASURES = {
         "E-distance",
         False,
         "Unbiased energy distance between generated and real held-out cells of one type, averaged over types.",
+    ),
+    "energy_distance_all_genes": results.Measure(
+        "E-distance, all genes",
+        False,
+        "The same between log1p(CP10k) of all genes instead of components, where noise of counts is most of the "
+        f"distance between two cells; of at most {CELLS_PER_DRAW} cells of a type on each side.",
     ),
     "two_sample_auc": results.Measure(
         "two-sample AUC",
@@ -121,6 +128,7 @@ def evaluate_generation(
     train: LabelledCells,
     test: LabelledCells,
     *,
+    others: Mapping[str, tuple[str, GeneratedCells]] | None = None,
     n_resamples: int = results.N_RESAMPLES,
     n_draws: int = N_DRAWS,
     seed: int = 0,
@@ -131,6 +139,7 @@ def evaluate_generation(
         generated: Genes that no training cell has are left out.
         train: Real training cells, for the baselines.
         test: Real held-out cells, which no generator has seen: the space, and the truth.
+        others: System -> role, and cells for the same prompts, over all genes of the training cells.
         n_resamples: Bootstrap replicates of the intervals, over all draws.
         n_draws: Draws of halves of the held-out cells and of cells of every system.
         seed: Seed of all random draws.
@@ -141,12 +150,16 @@ def evaluate_generation(
     generated, train, test = align_genes(generated, train, test)
     kept = _types_with_real_cells(generated.prompts, train, test)
     generated = generated.take(np.flatnonzero(kept))
+    others = {
+        name: (role, select(cells, test.genes, generated.prompts)) for name, (role, cells) in (others or {}).items()
+    }
     per_draw = -(-n_resamples // (2 * n_draws))
     parts: dict[str, list[list[Scores]]] = defaultdict(list)
     roles: dict[str, str] = {}
     n_components = 0
     for draw in range(n_draws):
         systems = draw_systems(generated, train, test, draw, n_draws, seed + draw)
+        systems |= {name: (role, draw_part(cells, draw, n_draws)) for name, (role, cells) in others.items()}
         roles = {name: role for name, (role, _) in systems.items()}
         first_half = halve(test.labels, seed=seed + draw)
         folds = [HeldOutCells.of(train, test, half, seed + draw) for half in (first_half, ~first_half)]
@@ -154,6 +167,8 @@ def evaluate_generation(
         prompts = systems[results.MODEL_NAME][1].prompts
         for name, (_, cells) in systems.items():
             of_cells = score_cells(cells, prompts, train, test, seed + draw)
+            if name != REAL_NAME:
+                of_cells |= score_all_genes(cells, test, seed + draw)
             in_space = [
                 score_real_cells(fold) if name == REAL_NAME else score_in_space(cells, fold, per_draw, seed + draw)
                 for fold in folds
@@ -192,16 +207,8 @@ def _types_with_real_cells(types: np.ndarray, train: LabelledCells, test: Labell
 def draw_systems(
     generated: GeneratedCells, train: LabelledCells, test: LabelledCells, draw: int, n_draws: int, seed: int
 ) -> dict[str, tuple[str, GeneratedCells]]:
-    """Role and cells of every system, in one draw.
-
-    Where a type has enough generated cells, the draws share none; otherwise every draw has all.
-    """
-    rng, rows = np.random.default_rng(seed), []
-    for label in np.unique(generated.prompts):
-        own = np.random.default_rng(len(generated.prompts)).permutation(np.flatnonzero(generated.prompts == label))
-        part = np.array_split(own, n_draws)[draw]
-        rows.append(part[:MAX_PER_TYPE] if len(part) >= CELLS_PER_DRAW else own[:MAX_PER_TYPE])
-    ours = generated.take(np.concatenate(rows))
+    """Role and cells of every system, in one draw."""
+    rng, ours = np.random.default_rng(seed), draw_part(generated, draw, n_draws)
     prompts, genes = ours.prompts, ours.genes
     poisson_sizes = train.total_counts[baselines.sample_rows(prompts, train.labels, seed=seed)]  # as `poisson_cells`
     poisson = GeneratedCells(baselines.poisson_cells(prompts, train, seed=seed), prompts, genes, poisson_sizes)
@@ -215,6 +222,23 @@ def draw_systems(
         "real training cells": (results.REFERENCE, draw_real_cells(prompts, train, rng)),
         REAL_NAME: (results.REFERENCE, draw_real_cells(prompts, test, rng)),
     }
+
+
+def select(cells: GeneratedCells, genes: np.ndarray, prompts: np.ndarray) -> GeneratedCells:
+    """The cells of these prompts, over these genes in their order."""
+    place = {gene: i for i, gene in enumerate(cells.genes)}
+    chosen = cells._replace(expression=cells.expression[:, [place[gene] for gene in genes]], genes=genes)
+    return chosen.take(np.flatnonzero(np.isin(cells.prompts, prompts)))
+
+
+def draw_part(cells: GeneratedCells, draw: int, n_draws: int) -> GeneratedCells:
+    """Generated cells of one draw: where a type has enough, the draws share none; otherwise every draw has all."""
+    rows = []
+    for label in np.unique(cells.prompts):
+        own = np.random.default_rng(len(cells.prompts)).permutation(np.flatnonzero(cells.prompts == label))
+        part = np.array_split(own, n_draws)[draw]
+        rows.append(part[:MAX_PER_TYPE] if len(part) >= CELLS_PER_DRAW else own[:MAX_PER_TYPE])
+    return cells.take(np.concatenate(rows))
 
 
 def draw_real_cells(prompts: np.ndarray, cells: LabelledCells, rng: np.random.Generator) -> GeneratedCells:
@@ -305,6 +329,21 @@ def score_cells(
             measured["gene_correlation"][label], measured["largest_eigenvalue"][label] = mean, largest
     n = len(cells.prompts)
     return {name: Score(float(np.mean([*of.values()])), n, None, of) for name, of in measured.items()}
+
+
+def score_all_genes(cells: GeneratedCells, test: LabelledCells, seed: int) -> Scores:
+    """The energy distance without a space of fewer dimensions."""
+    rng, by_type = np.random.default_rng(seed), {}
+    for label in np.unique(cells.prompts):
+        sides = (np.flatnonzero(of == label) for of in (cells.prompts, test.labels))
+        ours, real = (rng.permutation(side)[:CELLS_PER_DRAW] for side in sides)
+        if len(ours) >= 2 and len(real) >= knn.MIN_CELLS:
+            x, y = cells.expression[ours], test.expression[real].toarray()
+            kernels = (-euclidean_distances(a, b) for a, b in ((x, x), (y, y), (x, y)))  # faster than `cdist` here
+            by_type[str(label)] = float(knn.discrepancy(*kernels))
+    if not by_type:
+        return {}
+    return {"energy_distance_all_genes": Score(float(np.mean([*by_type.values()])), len(cells.prompts), None, by_type)}
 
 
 def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -> Score:

@@ -87,8 +87,9 @@ def tabulate(
 
     Returns:
         JSON-able dict of `measures`, `rows` (metric, system, role, value, ci, n) and `comparisons` (metric, system,
-        role, difference, ci, verdict). A difference is above zero where the model is better. The verdict is
-        "better" or "worse" where the interval of the difference excludes zero, "unclear" otherwise.
+        role, difference, ci, relative, relative_ci, verdict). A difference is above zero where the model is better,
+        and is relative to the value of the other system. The verdict is "better" or "worse" where the interval of
+        the difference excludes zero, "unclear" otherwise.
     """
     (model,) = (name for name, role in systems.items() if role == MODEL)
     rows, comparisons = [], []
@@ -114,15 +115,22 @@ def tabulate(
 
 
 def _compare(ours: Estimate, theirs: Estimate, sign: int) -> dict:
-    interval = None
+    interval, relative = None, None
+    difference = sign * (ours.value - theirs.value)
     if ours.replicates is not None and theirs.replicates is not None:
-        interval = percentile_interval(sign * (ours.replicates - theirs.replicates))
+        differences = sign * (ours.replicates - theirs.replicates)
+        interval = percentile_interval(differences)
+        shares = np.divide(
+            differences, theirs.replicates, out=np.full(len(differences), np.nan), where=theirs.replicates > 0
+        )
+        relative = percentile_interval(shares)
     verdict = "unclear"
     if interval is not None and interval[0] > 0:
         verdict = "better"
     elif interval is not None and interval[1] < 0:
         verdict = "worse"
-    return {"difference": sign * (ours.value - theirs.value), "ci": interval, "verdict": verdict}
+    result = {"difference": difference, "ci": interval, "verdict": verdict}
+    return result | {"relative": difference / theirs.value if theirs.value > 0 else None, "relative_ci": relative}
 
 
 def format_table(result: dict) -> str:

@@ -5,25 +5,19 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import anndata
 import pytest
 
-from scmmgpt import app
-from scmmgpt.app import build
+from scmmgpt import app, synthetic
+from scmmgpt.app import build, opened
 
 
 @pytest.fixture
-def said():
-    """Warnings that the browser showed."""
-    return []
-
-
-@pytest.fixture
-def tasks(tiny_pipeline, said, monkeypatch):
+def tasks(tiny_pipeline):
     """The functions behind the buttons, by name."""
     pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
-    monkeypatch.setattr("gradio.Warning", lambda message, **_: said.append(message))
     return {function.api_name: function.fn for function in build(tiny_pipeline).fns.values()}
 
 
@@ -33,36 +27,76 @@ def path(adata, tmp_path):
     return str(tmp_path / "cells.h5ad")
 
 
-def test_annotating_gives_the_types_and_a_file_with_all_cells(tasks, path, adata):
-    counts, first, file = tasks["annotate"](path, "B cell\nT cell\n\n", 0)
+@pytest.fixture
+def session(tasks, path):
+    return tasks["open"](path)[0]
+
+
+def test_annotating_colours_the_map_and_counts_the_types(tasks, session, adata):
+    _, drawn, _, _, counts, _ = tasks["annotate"](session, "B cell\nT cell\n\n", 0)
     assert counts["cells"].sum() == adata.n_obs
-    annotated = anndata.read_h5ad(file)
-    assert set(annotated.obs["scmmgpt_cell_type"]) <= {"B cell", "T cell"}
-    assert first["cell"].tolist() == annotated.obs_names[: len(first)].tolist()
+    assert set(counts["cell type"]) <= {"B cell", "T cell"}
+    assert len(drawn["x"]) == len(drawn["y"]) == len(drawn["color"]) == adata.n_obs
+    assert {text.split(" (")[0] for text, _ in drawn["legend"]} == set(counts["cell type"])
 
 
-def test_a_label_may_have_a_comma(tasks, path):
-    _, _, file = tasks["annotate"](path, "naive thymus-derived CD4-positive, alpha-beta T cell\nB cell", 0)
-    labels = anndata.read_h5ad(file).uns["scmmgpt"]["annotate"]["labels"].tolist()
+def test_saved_cells_have_all_that_was_read_and_found(tasks, session, adata):
+    tasks["annotate"](session, "B cell\nT cell", 0)
+    saved = anndata.read_h5ad(tasks["save"](session)[0]["value"])
+    assert saved.obs_names.tolist() == adata.obs_names.tolist()
+    assert set(adata.obs) | {"scmmgpt_cell_type"} <= set(saved.obs)
+    assert "X_umap" in saved.obsm
+
+
+def test_a_label_may_have_a_comma(tasks, session):
+    tasks["annotate"](session, "naive thymus-derived CD4-positive, alpha-beta T cell\nB cell", 0)
+    labels = session.adata.uns["scmmgpt"]["annotate"]["labels"].tolist()
     assert labels == ["naive thymus-derived CD4-positive, alpha-beta T cell", "B cell"]
 
 
-def test_cells_are_described_found_and_generated(tasks, path):
-    assert len(tasks["describe"](path, 3, "")) == 3
-    assert len(tasks["search"](path, "a B cell", 4)) == 4
-    genes, file = tasks["generate"]("a B cell", 2)
-    assert anndata.read_h5ad(file).n_obs == 2
+def test_a_loop_selects_cells_that_are_then_described_and_explained(tasks, session):
+    session.color = "cell_type"
+    _, said, _ = tasks["select"](session, SimpleNamespace(rows=[3, 1, 3, -1, 10**9, True, "2", None]))
+    assert session.rows.tolist() == [1, 3]  # what is no row of the file is left out
+    assert said.startswith("2 cells selected: ")
+    assert tasks["describe"](session, "")[0]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
+    _, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
+    assert said == app.NO_SELECTION
+
+
+def test_evidence_names_genes_of_the_labels_of_selected_cells():
+    pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
+    pipeline = synthetic.fitted_pipeline()
+    tasks = {function.api_name: function.fn for function in build(pipeline).fns.values()}
+    cells = opened(synthetic.synthetic_adata(), "cells.h5ad")
+    table, _ = tasks["explain"](cells)
+    assert table["cells"].sum() == cells.adata.n_obs
+    genes = dict(zip(table["label"], table["genes"], strict=True))
+    assert "CD19" in genes["B cell"]
+
+
+def test_a_search_colours_the_map_by_its_score(tasks, session):
+    _, drawn, _, _, hits, _ = tasks["search"](session, "a B cell", 4)
+    assert len(hits) == 4
+    assert drawn["color"][hits["index"][0]] == max(drawn["color"])
+    assert drawn["title"].endswith("Colour: scmmgpt_search.")
+
+
+def test_generated_cells_are_marked_on_the_map(tasks, session):
+    _, drawn, genes, file, _ = tasks["generate"](session, "a B cell", 3)
+    assert anndata.read_h5ad(file).n_obs == len(drawn["marks"]["x"]) == 3
     assert len(genes) > 0
+    assert tasks["generate"](None, "a B cell", 2)[0] is None  # no cells are needed
 
 
 def test_a_table_can_be_searched_too(tasks, adata, tmp_path):
     adata.to_df().to_csv(tmp_path / "cells.csv")
-    assert len(tasks["search"](str(tmp_path / "cells.csv"), "a B cell", 4)) == 4
+    session = tasks["open"](str(tmp_path / "cells.csv"))[0]
+    assert len(tasks["search"](session, "a B cell", 4)[4]) == 4
 
 
-def test_warnings_are_shown_in_the_browser(tasks, path, said):
-    tasks["annotate"](path, "B cell", 0)
-    assert any("one label, 'B cell'" in message for message in said)
+def test_warnings_are_shown_beside_the_result(tasks, session):
+    assert "one label, 'B cell'" in tasks["annotate"](session, "B cell", 0)[-1]
 
 
 def test_a_user_sees_no_warning_of_another():
@@ -72,11 +106,24 @@ def test_a_user_sees_no_warning_of_another():
     assert warnings.messages == []
 
 
+def test_two_users_have_their_own_cells(tasks, path):
+    one, two = tasks["open"](path)[0], tasks["open"](path)[0]
+    tasks["annotate"](one, "B cell\nT cell", 0)
+    assert "scmmgpt_cell_type" not in two.adata.obs
+
+
+def test_a_file_that_is_too_large_for_a_page_names_the_command(adata, monkeypatch):
+    monkeypatch.setattr(app, "MAX_CELLS", adata.n_obs - 1)
+    with pytest.raises(ValueError, match=r"cells\.h5ad has .* at most .*`scmmgpt annotate`"):
+        opened(adata, "cells.h5ad")
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
+        ("open", (None,), "Choose a file"),
         ("annotate", (None, "", 0), "Choose a file"),
-        ("generate", ("  ", 2), "needs some text"),
+        ("generate", (None, "  ", 2), "needs some text"),
     ],
 )
 def test_a_bad_input_is_said_in_the_browser(tasks, name, arguments, match):
@@ -89,12 +136,12 @@ def test_a_file_that_holds_no_cells_is_named(tasks, tmp_path):
     gradio = pytest.importorskip("gradio")
     (tmp_path / "x.h5ad").write_text("nothing")
     with pytest.raises(gradio.Error, match=r"x\.h5ad") as caught:
-        tasks["search"](str(tmp_path / "x.h5ad"), "a B cell", 1)
+        tasks["open"](str(tmp_path / "x.h5ad"))
     assert str(tmp_path) not in str(caught.value)  # the folder of an upload says nothing to a user
 
 
 def test_parameters_of_the_pages_api_have_names(tasks):
-    assert list(inspect.signature(tasks["search"]).parameters) == ["path", "text", "top_k"]
+    assert list(inspect.signature(tasks["search"]).parameters) == ["session", "text", "top_k"]
 
 
 def test_the_page_does_not_call_home(tasks, tiny_pipeline):

@@ -322,6 +322,13 @@ def test_generated_cells_stand_beside_profiles_and_real_cells(of_varied):
     assert {row["metric"] for row in resampled} >= {"energy_distance", "mmd2", "knn_accuracy_5"}
 
 
+def test_without_components_other_cells_are_as_near_as_training_cells_and_a_mean_profile_is_not(of_varied):
+    distance = rows(of_varied, "energy_distance_all_genes")
+    assert abs(distance[MODEL_NAME]) < 0.25 * distance["mean profile + Poisson"] < distance["mean profile"]
+    assert abs(distance["real training cells"]) < 0.25 * distance["mean profile + Poisson"]
+    assert "real held-out cells" not in distance  # they are the cells compared with
+
+
 def test_a_few_draws_of_the_same_cells_give_no_interval_and_no_verdict(of_varied):
     for name in ("two_sample_auc", "diversity", "detected_genes", "gene_correlation"):
         assert all(row["ci"] is None for row in of_varied["rows"] if row["metric"] == name), name

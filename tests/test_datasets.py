@@ -1,6 +1,5 @@
 """Cells of any dataset train like the cells of a corpus: the same batches, losses and weights."""
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -275,11 +274,19 @@ def test_two_processes_train_on_a_dataset_as_on_the_corpus(corpus, bert, tmp_pat
     assert_equal_runs(tmp_path / "corpus", tmp_path / "map-style")
 
 
+def in_the_order_of_the_commands(corpus):
+    """The cells of a corpus as a stream, in the order in which a command reads them in its first epoch."""
+    rows, batches = load(corpus), open_cells(open_corpus(corpus), batch_size=8, seed=42).batches()
+    places = {cell_id % 2**64: place for place, cell_id in enumerate(rows["cell_id"])}
+    return rows.select([places[i] for cells, *_ in batches for i in cells.cell_ids.tolist()]).to_iterable_dataset()
+
+
 def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, monkeypatch):
     monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
     common = {name: ALIGN[name] for name in list(ALIGN)[3:]} | {"max_steps": 3, "corpus": corpus}
-    for road in ("corpus", "map-style"):
-        cells = None if road == "corpus" else {"train": load(corpus)}
+    roads = {"corpus": None, "map-style": load(corpus), "streamed": in_the_order_of_the_commands(corpus)}
+    for road, rows in roads.items():
+        cells = None if rows is None else {"train": rows}
         values = {**common, "output_dir": tmp_path / f"pretrain {road}", "cell_config": ALIGN["cell_config"]}
         pretrain.main(*pretrain.make_parser().parse_args_and_config(words_of(values)), cells=cells)
         projector = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidden_layers": 1}}
@@ -289,7 +296,8 @@ def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, mo
         values["language_model_config"] |= {"num_key_value_heads": 2}
         tune.main(*tune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
     for command in ("pretrain", "tune"):
-        assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} map-style")
+        for road in ("map-style", "streamed"):
+            assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} {road}")
 
 
 def finetune_on(adata, bert, output_dir, cells=None, **options):
@@ -396,13 +404,13 @@ def test_a_label_that_is_held_out_alone_is_named(named_corpus, bert, tmp_path, c
     assert set(record["labels"]) == {"B cell", "T cell", "monocyte"}
 
 
-def by_hand(aligned, output_dir, trainer=ModelLossTrainer, resume=None, steps=20, **options):
-    """A stage-1 model trained further by a trainer; the losses of its steps, and its weights."""
+def by_hand(aligned, output_dir, trainer=ModelLossTrainer, resume=None, **options):
+    """A stage-1 model trained for twenty steps by a trainer; the losses of its steps, and its weights."""
     model = ScMMGPTForCellTextAlignment.from_pretrained(aligned)
     arguments = TrainingArguments(
         output_dir,
-        per_device_train_batch_size=8,
-        max_steps=steps,
+        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
+        max_steps=20,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
@@ -411,6 +419,7 @@ def by_hand(aligned, output_dir, trainer=ModelLossTrainer, resume=None, steps=20
         report_to="none",
         save_steps=14,  # in epoch 3, of four steps each
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},
     )
     arguments.pretrained_learning_rate = None
     runner = trainer(model, arguments, **options)
@@ -418,29 +427,37 @@ def by_hand(aligned, output_dir, trainer=ModelLossTrainer, resume=None, steps=20
     return [line["loss"] for line in runner.state.log_history if "loss" in line], model.state_dict()
 
 
-def by_hand_on_a_rank(corpus, aligned, output_dir, road):
-    """One of several processes: some steps on cells in their own order."""
+def by_hand_on_a_rank(corpus, aligned, output_dir, road, resume=None):
+    """One of several processes, on cells in their own order."""
     order = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"]), "shuffle": False}
-    roads = {"fast": open_corpus, "streamed": functools.partial(load, streaming=True), "own": own_rows}
     collate = AlignmentCollator(ScMMGPTProcessor.from_pretrained(aligned), CaptionSampler())
-    dataset = BatchDataset(open_cells(roads[road](corpus), batch_size=4, **order), collate)
-    found = by_hand(aligned, output_dir, train_dataset=dataset, steps=6)  # epochs have four
+    rows, stream = collate.processor.data_collator(collate), load(corpus, streaming=True)
+    if road == "plain":
+        options = {"train_dataset": rows.with_length(stream), "data_collator": rows, "callbacks": [rows]}
+        found = by_hand(aligned, output_dir, Trainer, resume, **options)
+    elif road == "streamed":
+        found = by_hand(aligned, output_dir, resume=resume, train_dataset=stream, data_collator=rows)
+    else:
+        cells = open_corpus(corpus) if road == "fast" else own_rows(corpus)
+        dataset = BatchDataset(open_cells(cells, batch_size=4, **order), collate)
+        found = by_hand(aligned, output_dir, resume=resume, train_dataset=dataset)
     if order["rank"] == 0:
         torch.save(found, output_dir / "found.pt")
 
 
 @pytest.mark.slow
-def test_two_processes_end_alike_by_all_roads(corpus, aligned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("road", ["streamed", "own", "plain"])
+def test_two_processes_end_alike_by_all_roads_also_resumed(corpus, aligned, tmp_path, monkeypatch, road):
     monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
-    runs = {}
-    for road in ("fast", "streamed", "own"):
-        run_ranks(by_hand_on_a_rank, corpus, aligned, tmp_path / road, road)
-        runs[road] = torch.load(tmp_path / road / "found.pt")
-    losses, weights = runs["fast"]
-    assert len(losses) == 6
-    for road in ("streamed", "own"):
-        assert runs[road][0] == losses, road
-        assert all(torch.equal(value, runs[road][1][name]) for name, value in weights.items()), road
+    run_ranks(by_hand_on_a_rank, corpus, aligned, tmp_path / "fast", "fast")
+    losses, weights = torch.load(tmp_path / "fast" / "found.pt")
+    assert len(losses) == 20
+    assert losses[0] != losses[4]  # epochs differ in their draws
+    for resume in (None, tmp_path / road / "checkpoint-14"):
+        run_ranks(by_hand_on_a_rank, corpus, aligned, tmp_path / road, road, resume=resume)
+        theirs = torch.load(tmp_path / road / "found.pt")
+        assert theirs[0] == losses
+        assert all(torch.equal(value, theirs[1][name]) for name, value in weights.items())
 
 
 @pytest.mark.slow

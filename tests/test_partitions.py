@@ -10,7 +10,7 @@ import pytest
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.commands import partitions
+from scmmgpt.commands import partition_tasks, partitions
 from scmmgpt.commands.cluster import run_tasks
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.tests.corpora import write_corpus
@@ -33,6 +33,21 @@ def small(monkeypatch):
     monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.SORTED_CELLS", 7)
     monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", 7)
     monkeypatch.setattr("scmmgpt.reading_scmmgpt.CACHED_ROWS", 7)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A saved checkpoint with a readout that knows four types, and a gate for labels that it does not know."""
+    pipeline, folder = synthetic.fitted_pipeline(), tmp_path_factory.mktemp("fitted") / "checkpoint"
+    weights = {"weights": [1, 1, 1], "batch_weights": [1, 1, 1], "batch_offset": 0.5}
+    pipeline.model.config.annotation["unseen_gate"] = {
+        **weights,
+        "offset": 0,
+        "scale": [999, 999, 99],
+        "depth": [0, 0, 0],
+    }
+    pipeline.save_pretrained(folder)
+    return str(folder)
 
 
 def run(command, *words, checkpoint, status=0):
@@ -62,6 +77,66 @@ def test_partitions_of_any_size_give_the_answers_of_the_whole(adata, checkpoint,
     assert not (tmp_path / "parts.h5ad.parts").exists()
 
 
+def same_tables(path, other):
+    return path.read_text() == other.read_text()
+
+
+def test_an_audit_in_partitions_has_the_ranks_of_the_whole(fitted, tmp_path, small, capsys):
+    adata = synthetic.synthetic_adata()
+    adata.obs["given"] = np.where(np.arange(60) % 9 == 0, "monocyte", adata.obs["cell_type"].astype(str))
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = [tmp_path / "cells.h5ad", "--label-key", "given", "--cluster-key", "donor_id", "--json", "--table"]
+    run("audit", *words, tmp_path / "whole.csv", "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
+    whole = json.loads(capsys.readouterr().out)
+    where = ["-o", tmp_path / "parts.h5ad", "--workers", 1, "--cells-per-partition", 7]
+    run("audit", *words, tmp_path / "parts.csv", *where, checkpoint=fitted)
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+    assert same_tables(tmp_path / "parts.csv", tmp_path / "whole.csv")
+    assert json.loads(capsys.readouterr().out) == {**whole, "output": str(tmp_path / "parts.h5ad")}
+    assert whole["contradicted"] == 6
+
+
+@pytest.mark.parametrize("size", [7, 28])
+def test_evidence_in_partitions_is_a_second_pass_with_the_sums_of_the_whole(fitted, tmp_path, small, size):
+    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    words = [tmp_path / "cells.h5ad", "--cluster-key", "donor_id", "--evidence"]
+    run("annotate", *words, tmp_path / "whole.csv", "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
+    where = ["-o", tmp_path / "parts.h5ad", "--workers", 1, "--cells-per-partition", size]
+    run("annotate", *words, tmp_path / "parts.csv", *where, checkpoint=fitted)
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+    assert same_tables(tmp_path / "parts.csv", tmp_path / "whole.csv")
+
+
+@pytest.mark.parametrize("read_cells", [60, 10_000])
+def test_a_look_at_the_whole_file_corrects_labels_in_all_partitions(fitted, tmp_path, small, monkeypatch, read_cells):
+    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.READ_CELLS", read_cells)
+    synthetic.synthetic_adata(91).write_h5ad(tmp_path / "cells.h5ad")
+    words = [tmp_path / "cells.h5ad", "--labels", "B cell", "T cell", "a cell that expresses LYZ and CD14"]
+    run("annotate", *words, "-o", tmp_path / "plain.h5ad", checkpoint=fitted)
+    words += ["--read-batch"]
+    run("annotate", *words, "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
+    where = ["--workers", 1, "--cells-per-partition", 21]
+    run("annotate", *words, "-o", tmp_path / "parts.h5ad", *where, checkpoint=fitted)
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+    plain, whole = (anndata.read_h5ad(tmp_path / name) for name in ("plain.h5ad", "whole.h5ad"))
+    assert not np.array_equal(plain.obsm["scmmgpt_probabilities"], whole.obsm["scmmgpt_probabilities"])
+
+
+@pytest.mark.parametrize("text", ["a B cell", "a T cell without CD19, not a monocyte"])
+def test_a_search_in_partitions_finds_the_hits_of_the_whole(adata, checkpoint, tmp_path, small, capsys, text):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = [tmp_path / "cells.h5ad", "--text", text, "--top-k", 5]
+    capsys.readouterr()
+    run("search", *words, "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    hits = capsys.readouterr().out
+    run("search", *words, "--workers", 1, checkpoint=checkpoint, status=2)
+    assert "need --output" in capsys.readouterr().err
+    where = ["--workers", 1, "--cells-per-partition", 14]
+    run("search", *words, "-o", tmp_path / "parts.h5ad", *where, checkpoint=checkpoint)
+    assert capsys.readouterr().out == hits
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+
+
 def test_the_model_of_the_package_is_named_in_each_result(adata, checkpoint, tmp_path, small, monkeypatch):
     identity = {"name": "the model", "version": "1", "sha256": "0" * 64}
     monkeypatch.setattr("scmmgpt.commands.checkpoints.root_checkpoint", lambda: checkpoint)
@@ -87,7 +162,7 @@ def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path,
     adata.write_h5ad(tmp_path / "cells.h5ad")
     out, done = tmp_path / "out.h5ad", []
     words = ["embed", tmp_path / "cells.h5ad", "-o", out, "--workers", 1, "--cells-per-partition", 20]
-    compute = partitions.compute_partition
+    compute = partition_tasks.compute_partition
 
     def stopped(task):
         if len(done) == 2:
@@ -95,10 +170,10 @@ def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path,
         done.append(task.start)
         return compute(task)
 
-    monkeypatch.setattr(partitions, "compute_partition", stopped)
+    monkeypatch.setattr(partition_tasks, "compute_partition", stopped)
     run(*words, checkpoint=checkpoint, status=130)
     assert not out.exists()
-    monkeypatch.setattr(partitions, "compute_partition", lambda task: done.append(task.start) or compute(task))
+    monkeypatch.setattr(partition_tasks, "compute_partition", lambda task: done.append(task.start) or compute(task))
     run(*words, checkpoint=checkpoint)
     assert done == [0, 14, 28, 42, 56]
     run("embed", tmp_path / "cells.h5ad", "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
@@ -151,7 +226,7 @@ def test_a_partition_that_fails_is_reported_and_left_out(adata, checkpoint, tmp_
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    write, written = partitions.write_partition, []
+    write, written = partition_tasks.write_partition, []
 
     def full(path, *rest):
         if written:
@@ -159,7 +234,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_done(adata, checkpoint, tmp
         written.append(path)
         write(path, *rest)
 
-    monkeypatch.setattr(partitions, "write_partition", full)
+    monkeypatch.setattr(partition_tasks, "write_partition", full)
     words = ["embed", tmp_path / "cells.h5ad", "-o", tmp_path / "out.h5ad", "--workers", 1]
     run(*words, "--cells-per-partition", 7, checkpoint=checkpoint, status=2)
     assert "No space left on device" in capsys.readouterr().err

@@ -141,13 +141,16 @@ tune_only(corpus, aligned, "run", push_to_hub=True, hub_model_id="me/described",
 LOAD_FROM_THE_HUB = """
 import sys
 sys.modules["scmmgpt"] = None  # importing it raises ImportError
+import re
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoProcessor
+from huggingface_hub import ModelCard
 
-merged = AutoModelForCausalLM.from_pretrained("me/described", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("me/described", trust_remote_code=True)
-adapted = AutoPeftModelForCausalLM.from_pretrained("me/described-adapter", trust_remote_code=True).eval()
+shown = {}
+for name in ("me/described", "me/described-adapter"):
+    (code,) = re.findall("```python(.*?)```", ModelCard.load(name).text, flags=re.DOTALL)
+    exec(code, shown)
+    shown[name] = shown["model"].eval()
+merged, adapted, processor = shown["me/described"], shown["me/described-adapter"], shown["processor"]
 batch = processor(text="a cell")
 torch.testing.assert_close(adapted(**batch).logits, merged(**batch).logits, rtol=1e-4, atol=1e-5)
 try:
@@ -165,7 +168,9 @@ def test_checkpoint_base_and_adapter_are_pushed_and_load_without_the_package(hub
     checkpoint, adapter = hub.files("me/described"), hub.files("me/described-adapter")
     assert {"model.safetensors", "modeling_scmmgpt.py", "collator_scmmgpt.py", "training.json"} <= set(checkpoint)
     assert not [name for name in checkpoint if name.startswith(("base/", "adapter", "checkpoint-"))]
-    assert json.loads(adapter["adapter_config.json"])["base_model_name_or_path"] == "me/described-base"
+    named = json.loads(adapter["adapter_config.json"])
+    assert named["base_model_name_or_path"] == "me/described-base"
+    assert named["revision"] == hub.commit_of("model", "me/described-base")
     cards = {name: ModelCard(hub.files(f"me/described{name}")["README.md"].decode()) for name in ("", "-adapter")}
     assert cards[""].data.library_name == "transformers"
     assert cards["-adapter"].data.library_name == "peft"

@@ -337,6 +337,18 @@ def test_a_language_model_can_be_trained_in_full_or_left_alone(corpus, aligned, 
     assert torch.equal(model.state_dict()[name], again.state_dict()[name]) == (which == "frozen")
 
 
+def test_beside_lora_the_qformer_is_trained_but_for_its_query_tokens(corpus, aligned, tmp_path):
+    before = align.ScMMGPTForCellTextAlignment.from_pretrained(aligned).state_dict()
+    changed = {}
+    for which in ("full", "lora"):
+        parts = {"language_model": which, "qformer": True}
+        after = run_tune(corpus, aligned, str(tmp_path / which), train_parts=parts).model.state_dict()
+        changed[which] = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {"cell_norm.weight", "cell_norm.bias", "qformer.layernorm.weight"} <= changed["lora"]
+    differ = {name for name in changed["full"] ^ changed["lora"] if not name.endswith("key.bias")}
+    assert differ == {"query_tokens", "query_means"}
+
+
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory):
     """A one-layer Llama, saved in bfloat16 as most are."""

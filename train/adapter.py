@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import ProcessorMixin
@@ -68,7 +69,9 @@ def save_adapter(
     names = [*(model.config.adapter_bases or []), base]  # the base may have an adapter merged, too
     if hub is not None and Path(base).is_dir():
         names.append(push_folder(base, **hub | {"repo_id": f"{hub['repo_id']}-base"}))
-        write_json(folder / CONFIG_NAME, read_json(folder / CONFIG_NAME) | {"base_model_name_or_path": names[-1]})
+        commit = HfApi(token=hub["token"]).model_info(names[-1], revision=hub["revision"]).sha
+        named = {"base_model_name_or_path": names[-1], "revision": commit}
+        write_json(folder / CONFIG_NAME, read_json(folder / CONFIG_NAME) | named)
     write_card(str(folder))
     if hub is not None:
         push_folder(folder, **hub | {"repo_id": f"{hub['repo_id']}-adapter"})

@@ -270,7 +270,8 @@ class TuneModelArguments(CheckedFields):
     )
     train_parts: dict[str, Any] = option(
         "Parts to train. `language_model`: lora, full or frozen; `cell_model`: full, decoders (the encoder, and with "
-        "it annotation and search, stay as in stage 1) or frozen; `qformer`: true or false.",
+        "it annotation and search, stay as in stage 1) or frozen; `qformer`: true or false (with lora without its "
+        "query tokens, which an adapter cannot hold).",
         vars(TrainedParts()),
         fields=TrainedParts,
     )

@@ -28,6 +28,13 @@ LIMITS = (
     "extrapolations."
 )
 
+USE = """```python
+from transformers import AutoModel, AutoProcessor
+
+revision = "main"  # on the Hub, name a commit in its place: the code of the checkpoint runs here
+model = AutoModel.from_pretrained("{name}", revision=revision, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", revision=revision, trust_remote_code=True)
+```"""
 # A base of another place is given by hand: PEFT looks for the one that `adapter_config.json` names.
 ADAPTER_USE = """The adapter belongs to the base `{base}` and to no other weights. It holds LoRA of the language
 model and the parts that were trained in full.
@@ -36,10 +43,11 @@ model and the parts that were trained in full.
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", trust_remote_code=True)  # loads the base, too
+revision = "main"  # on the Hub, name a commit in its place
+model = AutoPeftModelForCausalLM.from_pretrained("{name}", revision=revision, trust_remote_code=True)  # and its base
 
-base = AutoModelForCausalLM.from_pretrained("{base}", trust_remote_code=True)          # or a copy of it elsewhere
-model = PeftModel.from_pretrained(base, "{adapter}")
+base = AutoModelForCausalLM.from_pretrained("{base}", revision="{base_revision}", trust_remote_code=True)  # or a copy
+model = PeftModel.from_pretrained(base, "{name}", revision=revision)
 ```"""
 
 
@@ -49,14 +57,17 @@ def write_card(
     corpus: Corpus,
     log_history: list[dict],
     *,
+    repo_id: str | None = None,
     adapter_base: str | None = None,
+    base_revision: str | None = None,
     **bases: str | None,
 ) -> Path:
     """Write `README.md` beside a checkpoint of the `command`, or an adapter; returns its path.
 
     Args:
         log_history: The trainer's; the card has the last value of every `eval_` number.
-        adapter_base: Name of the base, if the folder holds an adapter.
+        repo_id: Name on the Hub; by default that of the folder.
+        adapter_base, base_revision: Name and commit of the base, if the folder holds an adapter.
         bases: Part -> the checkpoint that it started from; `None` for a new part.
     """
     manifest = corpus.manifest
@@ -66,9 +77,9 @@ def write_card(
     metrics = {name: value for line in log_history for name, value in line.items() if is_measured(name)}
     started_from = bases.values() if adapter_base is None else [adapter_base]
     # The licence depends on the parts that the weights start from (Llama-2 has its own); the card names these parts.
-    dataset = corpus.repo_id or corpus.path.name
+    dataset, name = corpus.repo_id or corpus.path.name, repo_id or Path(output_dir).absolute().name
     data = ModelCardData(
-        model_name=Path(output_dir).absolute().name,
+        model_name=name,
         eval_results=[result_of(name, value, dataset) for name, value in metrics.items()] or None,
         library_name="transformers" if adapter_base is None else "peft",
         pipeline_tag="feature-extraction" if command == "align" else "image-text-to-text",
@@ -83,8 +94,11 @@ def write_card(
             f"**A demonstration.** The model was trained on {cells['train']:,} cells, enough to show that each step "
             "works, and too few for use on other data."
         )
-    if adapter_base is not None:
-        sections += ["## Use", ADAPTER_USE.format(base=adapter_base, adapter=Path(output_dir).name)]
+    if adapter_base is None:
+        sections += ["## Use", USE.format(name=name)]
+    else:
+        use = ADAPTER_USE.format(name=name, base=adapter_base, base_revision=base_revision or "main")
+        sections += ["## Use", use]
     sections += ["## Data", describe_data(manifest, cells), "## Started from", describe_bases(bases)]
     sections += ["## Measured", describe_metrics(metrics, manifest, cells), "## Limits", LIMITS]
     if corpus.repo_id is not None and metrics:

@@ -396,9 +396,9 @@ class FineTuning:
         """Choose the temperature on the held-out cells, then refit the readout with them."""
         temperature = DEFAULT_TEMPERATURE
         self.score_temperature, self.similarity_weight = 1.0, 0.0
-        if self.eval_batches is not None:
-            targets = self.eval_batches.targets.numpy()
-            similarity, cost = timed(lambda: similarities(self.model, self.eval_batches), len(targets))
+        if (batches := self.eval_batches) is not None:
+            targets = batches.targets.numpy()
+            similarity, cost = timed(lambda: similarities(self.model, batches), len(targets))
             self.compare_parts(similarity, cost, targets)
             temperature = readout.fit_temperature(similarity, targets)
             self.record["after"] = readout.scores_of(similarity / temperature, targets)

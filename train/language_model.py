@@ -1,8 +1,8 @@
 """The language model of stage 2, loaded, quantised to 4 bits, or new with its own tokenizer; and its LoRA."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,16 +43,25 @@ def build_language_model(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model_args.language_model_precision]
     if model_args.language_model != "scratch":
         return load_causal_lm(model_args.language_model, dtype=dtype)
-    tokenizer = train_tokenizer(caption_texts(corpus, captions))
+    model, tokenizer = new_language_model(caption_texts(corpus, captions), model_args.language_model_config)
+    cast(torch.nn.Module, model).to(dtype)
+    return model, tokenizer
+
+
+def new_language_model(
+    texts: Sequence[str], sizes: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A small Llama with random weights and fields `sizes`, and a tokenizer trained on the texts."""
+    tokenizer = train_tokenizer(texts)
     config = LlamaConfig(
         vocab_size=len(tokenizer) + 1,  # and `<cell>`
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         tie_word_embeddings=True,
-        **model_args.language_model_config,
+        **sizes,
     )
-    return AutoModelForCausalLM.from_config(config).to(dtype), tokenizer
+    return AutoModelForCausalLM.from_config(config), tokenizer
 
 
 def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:

@@ -128,8 +128,8 @@ class CheckpointTrainer(Trainer):
     To combine it with a trainer of TRL, make this class the first base.
 
     Args:
-        write_card: `write_card(folder, log_history=...)` writes the model card, in place of the trainer's own; with
-            `adapter_base=...` that of an adapter.
+        write_card: `write_card(folder, log_history=..., repo_id=...)` writes the model card, in place of the
+            trainer's own; with `adapter_base=..., base_revision=...` that of an adapter.
     """
 
     model: torch.nn.Module
@@ -155,7 +155,8 @@ class CheckpointTrainer(Trainer):
         if self.write_card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            self.write_card(self.args.output_dir, log_history=self.state.log_history)
+            repo_id = None if self.hub is None else self.hub["repo_id"]
+            self.write_card(self.args.output_dir, log_history=self.state.log_history, repo_id=repo_id)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
@@ -209,8 +210,11 @@ class CheckpointTrainer(Trainer):
         """Write the card of the adapter in a folder, which names the base as `adapter_config.json` does."""
         if self.write_card is None:
             return
-        base = read_json(Path(folder, CONFIG_NAME))["base_model_name_or_path"]
-        self.write_card(folder, log_history=self.state.log_history, adapter_base=base)
+        config = read_json(Path(folder, CONFIG_NAME))
+        base = {"adapter_base": config["base_model_name_or_path"], "base_revision": config.get("revision")}
+        is_pushed = self.hub is not None and Path(folder).name == "adapter"
+        repo_id = f"{self.hub_model_id}-adapter" if is_pushed else None
+        self.write_card(folder, log_history=self.state.log_history, repo_id=repo_id, **base)
 
     @property
     def hub(self) -> dict[str, Any] | None:

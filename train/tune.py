@@ -236,10 +236,13 @@ def standardize_language_projection(model: ScMMGPTForConditionalGeneration, data
 
 
 def saved_parts(trained: TrainedParts, cell_tokens: str = "queries") -> list[str]:
-    """Parts that are trained in full beside the language model's LoRA, and saved with it."""
+    """Parts that are trained in full beside the language model's LoRA, and saved with it.
+
+    An adapter holds modules alone, so the query tokens, a parameter of the whole, keep their values.
+    """
     cell_model = {"full": ("cell_model",), "decoders": CELL_DECODERS, "frozen": ()}[trained.cell_model]
     new = [name for name in NEW_PARTS if name != "label_projection" or cell_tokens != "queries"]
-    return [*new, *cell_model, *(["qformer"] if trained.qformer else [])]
+    return [*new, *cell_model, *(["qformer", "cell_norm"] if trained.qformer else [])]
 
 
 def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:

@@ -136,11 +136,13 @@ def build_arrow(folder):
     """The data set of the published scMMGPT: Arrow lists, the 2,047 largest values of each cell, its annotations."""
     import datasets
 
-    from scmmgpt.train.data.corpus import OBS_COLUMNS, open_corpus
+    from scmmgpt.train.data.corpus import OBS_COLUMNS
 
     columns = [name for name in OBS_COLUMNS if name != "barcode"]
 
     def examples():
+        from scmmgpt.train.data.corpus import open_corpus  # `datasets` hashes all that a closure refers to
+
         corpus = open_corpus(folder / "corpus", verify=False)
         for cells, obs in corpus.row_groups("train", columns):
             annotations = obs.to_pylist()

@@ -77,7 +77,8 @@ def write_space(folder: str | os.PathLike, model: str) -> Path:
     serves the page here.
     """
     root, folder = Path(__file__).parents[2], Path(folder)
-    for path in [*root.glob("*.py"), *root.glob("readers/*.py"), *root.glob("commands/*.py")]:
+    patterns = ("*.py", "readers/*.py", "commands/*.py", "commands/templates/*", "eval/__init__.py", "eval/figures.py")
+    for path in (path for pattern in patterns for path in root.glob(pattern)):
         copy = folder / "scmmgpt" / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

@@ -1,0 +1,96 @@
+"""The map of cells in the browser: what it draws. `templates/map.js` draws it, and says which cells a loop selects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+HTML = "<p></p><canvas></canvas><ul></ul>"
+CSS = """
+canvas { width: 100%; height: min(60vh, 520px); touch-action: none; cursor: crosshair; border: 1px solid #8884;
+         border-radius: 6px }
+p { margin: 0 0 4px } ul { display: flex; flex-wrap: wrap; gap: 2px 14px; list-style: none; margin: 6px 0; padding: 0;
+max-height: 7em; overflow: auto } li { font-size: 13px } li span { display: inline-block; width: 10px; height: 10px;
+border-radius: 5px; margin-right: 5px }
+"""
+SCRIPT = Path(__file__).parent / "templates" / "map.js"
+MAX_KINDS = 40  # a column of words with more has no colours
+STEPS = 16  # shades of a column of numbers
+NEIGHBORS = 5  # real cells whose mean place is that of a generated cell
+GREY = "#9aa5b1"
+
+
+def draw(places: np.ndarray, title: str, values: pd.Series | None = None, marks: np.ndarray | None = None) -> dict:
+    """The value of the map: cells `(n, 2)` coloured by a column `(n,)`, numbers by shade and words by hue.
+
+    Args:
+        places: Places of cells on a plane.
+        title: A line above the map.
+        values: The column; without it all cells are grey.
+        marks: Places of generated cells `(m, 2)`, drawn as crosses.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    from scmmgpt.eval.figures import type_colors
+
+    n = len(places)
+    palette, legend, color = [GREY], [], np.zeros(n, dtype=int)
+    if values is not None and values.dtype.kind in "fiu":
+        numbers = values.to_numpy(dtype=float)
+        known = np.isfinite(numbers)
+        low, high = (numbers[known].min(), numbers[known].max()) if known.any() else (0.0, 0.0)
+        palette += [to_hex(colormaps["viridis"](step / (STEPS - 1))) for step in range(STEPS)]
+        share = (numbers[known] - low) / max(high - low, 1e-12)
+        color[known] = 1 + np.minimum((share * STEPS).astype(int), STEPS - 1)
+        legend = [(f"{low:.3g}", palette[1]), (f"{high:.3g}", palette[-1])]
+    elif values is not None:
+        words = values.astype(str).to_numpy()
+        names, counts = np.unique(words, return_counts=True)
+        colors = type_colors(names.tolist())
+        palette += [to_hex(colors[name]) for name in names]
+        color = 1 + np.searchsorted(names, words)
+        legend = [(f"{names[i]} ({counts[i]:,})", palette[1 + i]) for i in np.argsort(-counts, kind="stable")]
+    low, size = places.min(axis=0), max(float(np.ptp(places, axis=0).max()), 1e-12)
+
+    def scaled(points: np.ndarray) -> dict[str, list[int]]:
+        x, y = np.clip((points - low) / size * 1000, -20, 1020).round().astype(int).T
+        return {"x": x.tolist(), "y": y.tolist()}
+
+    marked = scaled(marks) if marks is not None and len(marks) else {"x": [], "y": []}
+    return {
+        **scaled(places),
+        "color": color.tolist(),
+        "palette": palette,
+        "legend": legend,
+        "title": title,
+        "marks": marked,
+    }
+
+
+def colors_of(obs: pd.DataFrame) -> list[str]:
+    """Columns of `obs` that can colour a map: numbers, and words of a few kinds."""
+    return [name for name in obs if obs[name].dtype.kind in "fiu" or obs[name].nunique() <= MAX_KINDS]
+
+
+def checked_rows(rows: Sequence[Any], n: int) -> np.ndarray:
+    """The rows that a browser says are selected, as int64 in order, each once; what is no row of `n` is left out."""
+    found = [row for row in rows if isinstance(row, int) and not isinstance(row, bool) and 0 <= row < n]
+    return np.unique(np.asarray(found, dtype=np.int64))
+
+
+def nearest_places(places: np.ndarray, cells: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Places `(m, 2)` of other cells on a map: the mean place of the nearest cells.
+
+    Args:
+        places: Places of cells `(n, 2)`.
+        cells: Embeddings of these cells `(n, d)`.
+        others: Embeddings of the other cells `(m, d)`.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    nearest = NearestNeighbors(n_neighbors=min(NEIGHBORS, len(cells))).fit(cells)
+    return places[nearest.kneighbors(others, return_distance=False)].mean(axis=1)

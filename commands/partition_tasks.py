@@ -1,0 +1,304 @@
+"""What a worker does: one partition of a source -> one Parquet file, whole or not at all.
+
+A partition is a range of rows with everything that was decided once for its source: how to read it, and the arrays of
+`decided.npz` in the folder of its partitions (names of all labels, profiles that a look at the whole file corrected).
+What a pass over the cells adds up, such as the expression of groups, is in a file `.npz` beside the Parquet file.
+"""
+
+import contextlib
+import copy
+import functools
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scmmgpt.commands.cluster import device_of_worker
+from scmmgpt.commands.files import whole_file
+from scmmgpt.commands.sources import Source
+
+
+if TYPE_CHECKING:
+    from scmmgpt.pipeline_scmmgpt import Labelling, ScMMGPTPipeline
+    from scmmgpt.reading_scmmgpt import InputChoice
+
+Arrays = dict[str, np.ndarray]
+
+DECIDED = "decided.npz"
+_COMPUTING = threading.Lock()  # the model and compiled loops are used by one thread of a worker at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command over cells as plain data, for workers.
+
+    Args:
+        verb: `annotate`, `explain`, `audit`, `embed` or `search`.
+        model, device, batch_size: Those of the pipeline.
+        options: Arguments of the pipeline's verb.
+        reading: Arguments of `choose_input`.
+        identity: Name, version and hash of the model of this package, if it is the checkpoint; kept in `uns`.
+    """
+
+    verb: str
+    model: str
+    device: str | None
+    batch_size: int | None
+    options: Mapping[str, Any]
+    reading: Mapping[str, Any]
+    identity: Mapping[str, str] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline's verb."""
+        return {**self.options, **self.reading}
+
+    def request(self) -> dict[str, Any]:
+        """What determines the partitions, beside the sources; the rest is done when they are joined."""
+        joined = ("top_k",) if self.verb == "explain" else ("cluster_key", "top_k")
+        options = {name: value for name, value in self.options.items() if name not in joined}
+        files = sorted(Path(self.model).glob("*")) if Path(self.model).is_dir() else []
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        fields: dict[str, Any] = {
+            "verb": self.verb,
+            "model": [str(self.model), stats],
+            "device": self.device,
+            "options": options,
+        }
+        fields |= {"batch_size": self.batch_size, "reading": dict(self.reading)}
+        return json.loads(json.dumps(fields))  # as a file has it
+
+
+def default_options(verb: str) -> dict[str, Any]:
+    """The options of a verb that is given none."""
+    if verb == "embed":
+        return {"of": "cell-text"}
+    return dict.fromkeys(("labels", "cl_ids", "cluster_key", "min_score", "matching_weight"))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A range of rows of a source, the decision how to read it, and the file to write.
+
+    `labels` is the partition of the same rows that `annotate` wrote, whose labels `explain` explains.
+    """
+
+    job: Job
+    source: Source
+    choice: "InputChoice"
+    start: int
+    stop: int
+    path: Path
+    labels: Path | None = None
+
+
+@dataclass
+class Computed:
+    """Results of some cells: columns of `obs`, arrays `(n_cells, n)`, and sums over cells."""
+
+    columns: Arrays = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
+    sums: Arrays = field(default_factory=dict)
+
+
+def compute_partition(task: Partition) -> int:
+    """Compute the results of a partition and write them, whole; returns the number of cells."""
+    with _COMPUTING, one_thread():
+        pipeline = _load(task.job.model, task.job.device, task.job.batch_size)
+        choice = copy.deepcopy(task.choice)
+        part = task.source.open_rows(task.start, task.stop)
+        labels = None if task.labels is None else read_columns(task.labels, ["cell_type"])["cell_type"]
+        computed = compute_part(pipeline, part, choice, task.job, read_decided(task.path.parent), labels)
+        write_partition(task.path, part.obs_names, computed, choice.report["cells"])
+    return task.stop - task.start
+
+
+def decide(
+    pipeline: "ScMMGPTPipeline", cells: Any, choice: "InputChoice", job: Job, labels: np.ndarray | None = None
+) -> Arrays:
+    """What needs all cells of a source, or the labels of all of them, before the first partition is computed."""
+    if job.verb == "audit":
+        return {"sets": np.unique(words_of(cells.obs, job.options["label_key"]))}
+    if job.verb == "explain" and labels is not None:
+        return {"sets": np.unique(labels)}
+    if job.verb == "annotate" and job.options.get("read_batch"):
+        with one_thread():
+            labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}))
+        return {"predicted": labelling.readout.predicted} if labelling.batch_read and labelling.readout else {}
+    return {}
+
+
+def compute_part(
+    pipeline: "ScMMGPTPipeline",
+    part: Any,
+    choice: "InputChoice",
+    job: Job,
+    decided: Arrays,
+    labels: np.ndarray | None = None,
+) -> Computed:
+    """The results of some cells of the data that `choice` was made for."""
+    options = job.options
+    if job.verb == "embed":
+        return Computed(arrays={"embedding": pipeline.embed_cells(part, choice, options["of"])})
+    if job.verb == "search":
+        found = pipeline.search_cells(part, choice, options["text"], options["by"])
+        return Computed({f"search{i}": column for i, column in enumerate(found.T)})
+    if job.verb == "audit":
+        given = words_of(part.obs, options["label_key"])
+        return Computed(pipeline.audit_cells(part, choice, given, decided["sets"]))
+    if job.verb == "explain" and labels is not None:
+        key = options.get("cluster_key")
+        clusters = None if key is None else words_of(part.obs, key)
+        evidence = pipeline.explain_cells(part, choice, labels, decided["sets"], clusters)
+        return Computed(evidence.columns(), evidence.of_cells.as_arrays(), evidence.sums())
+    columns, probabilities = pipeline.label_cells(part, labelling_of(pipeline, choice, options, decided))
+    return Computed(columns, {"probabilities": probabilities})
+
+
+def labelling_of(
+    pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
+) -> "Labelling":
+    """What `annotate` decides once, with the profiles that a look at the whole file corrected."""
+    settings = pipeline.annotation_settings(options["labels"], options["cl_ids"], options["matching_weight"])
+    labelling = pipeline.labelling(choice, settings, options["labels"] is None, options["min_score"])
+    if "predicted" in decided and labelling.readout is not None:
+        readout = labelling.readout.after_batch(decided["predicted"])
+        labelling = replace(labelling, readout=readout, batch_read=True)
+    return labelling
+
+
+def words_of(obs: Any, key: str) -> np.ndarray:
+    """A column of `obs` as str."""
+    return np.asarray(obs[key], dtype=str)
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+_LOADED: "list[tuple[tuple[str, str | None, int | None], ScMMGPTPipeline]]" = []  # the checkpoint of this process
+
+
+@contextlib.contextmanager
+def using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
+    """Let partitions that are computed in this process take the pipeline that is loaded already."""
+    _LOADED[:] = [((job.model, job.device, job.batch_size), pipeline)]
+    try:
+        yield
+    finally:
+        _LOADED.clear()
+
+
+def _load(model: str, device: str | None, batch_size: int | None) -> "ScMMGPTPipeline":
+    """The checkpoint, loaded once in a process."""
+    key = (model, device, batch_size)
+    if not _LOADED or _LOADED[0][0] != key:
+        from transformers.utils import logging as transformers_logging
+
+        from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+        transformers_logging.disable_progress_bar()
+        found = ScMMGPTPipeline.from_pretrained(model, device=device or device_of_worker(), batch_size=batch_size)
+        _LOADED[:] = [(key, found)]
+    return _LOADED[0][1]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute by one thread: with several, libraries add the terms of a sum in another order, to other last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_decided(folder: Path, decided: Arrays) -> None:
+    """Write what was decided for the partitions of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / DECIDED) as temporary:
+        np.savez(temporary, allow_pickle=False, **decided)
+
+
+def read_decided(folder: Path) -> Arrays:
+    """What was decided for the partitions of a folder."""
+    with np.load(folder / DECIDED, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping[str, Any]) -> None:
+    """Write the results of a partition as Parquet: `barcode`, a column each, and lists of a fixed size for arrays."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = {"barcode": pa.array([str(name) for name in names])}
+    table |= {name: pa.array(values) for name, values in computed.columns.items()}
+    for name, values in computed.arrays.items():
+        flat = pa.array(np.ascontiguousarray(values).ravel())
+        table[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    if computed.sums:
+        with whole_file(path.with_suffix(".npz")) as temporary:
+            np.savez_compressed(temporary, allow_pickle=False, **computed.sums)
+    with whole_file(path) as temporary:
+        schema = {"cells": json.dumps(counted)}
+        pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, write_page_checksum=True)
+
+
+def _whole(read: Any) -> Any:
+    """Let a function that reads a partition remove one that is damaged, so that it is computed again."""
+
+    @functools.wraps(read)
+    def checked(path: Path, *args: Any) -> Any:
+        try:
+            return read(path, *args)
+        except Exception as error:  # Arrow raises many types
+            path.unlink(missing_ok=True)
+            raise ValueError(
+                f"The partition {path} was damaged ({' '.join(str(error).split())[:100]}) and is removed. Give the "
+                "same command again: it is computed anew."
+            ) from error
+
+    return checked
+
+
+@_whole
+def read_counts(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """What was counted in the cells of a partition, and the widths of its arrays."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(path)
+    widths = {found.name: found.type.list_size for found in schema if pa.types.is_fixed_size_list(found.type)}
+    return json.loads(schema.metadata[b"cells"]), widths
+
+
+@_whole
+def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterable[str] = ()) -> Arrays:
+    """Columns of a partition, all by default; text is str, arrays are `(n_cells, n)`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [name for name in names or pq.read_schema(path).names if name not in set(without)]
+    table, found = pq.read_table(path, columns=names, partitioning=None, page_checksum_verification=True), {}
+    for name in names:
+        column = table[name].combine_chunks()
+        if pa.types.is_fixed_size_list(column.type):
+            values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+        else:
+            values = column.to_numpy(zero_copy_only=False)
+        found[name] = values.astype(str) if values.dtype == object else values
+    return found
+
+
+@_whole
+def read_sums(path: Path) -> Arrays:
+    """The sums over the cells of a partition."""
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -1,0 +1,96 @@
+// A map of cells on a canvas. `props.value` is what `commands/cell_map.py` draws:
+// {x, y: 0..1000, color: index into palette, palette: CSS colours, legend: [[text, colour]], title, marks: {x, y}}.
+// A loop drawn with mouse or finger selects cells: the event `select` carries their rows. A click beside a loop ends it.
+// The page may replace what is in `element` with each value, so parts are looked up, and `element` itself listens.
+const part = (name) => element.querySelector(name), MARGIN = 10;
+let chosen = null, loop = [];
+
+const place = (value, length) => MARGIN + (value / 1000) * (length - 2 * MARGIN);
+const cells = () => (props.value && props.value.x ? props.value : null);
+
+function inside(x, y) { // ray casting
+  let odd = false;
+  for (let i = 0, j = loop.length - 1; i < loop.length; j = i++) {
+    const [ax, ay] = loop[i], [bx, by] = loop[j];
+    if (ay > y !== by > y && x < ((bx - ax) * (y - ay)) / (by - ay) + ax) odd = !odd;
+  }
+  return odd;
+}
+
+function draw() {
+  const canvas = part("canvas"), context = canvas.getContext("2d"), scale = window.devicePixelRatio || 1;
+  const drawn = cells(), width = canvas.clientWidth, height = canvas.clientHeight;
+  canvas.width = width * scale;
+  canvas.height = height * scale;
+  context.scale(scale, scale);
+  if (!drawn) return;
+  const radius = Math.max(1.2, Math.min(4, 90 / Math.sqrt(drawn.x.length)));
+  for (let i = 0; i < drawn.x.length; i++) {
+    context.globalAlpha = chosen === null || chosen.has(i) ? 0.85 : 0.08;
+    context.fillStyle = drawn.palette[drawn.color[i]];
+    context.beginPath();
+    context.arc(place(drawn.x[i], width), place(1000 - drawn.y[i], height), radius, 0, 7);
+    context.fill();
+  }
+  context.globalAlpha = 1;
+  context.strokeStyle = "#d1495b";
+  context.lineWidth = 1.5;
+  for (let i = 0; i < drawn.marks.x.length; i++) { // generated cells: crosses
+    const x = place(drawn.marks.x[i], width), y = place(1000 - drawn.marks.y[i], height);
+    context.beginPath();
+    context.moveTo(x - 3, y - 3); context.lineTo(x + 3, y + 3);
+    context.moveTo(x - 3, y + 3); context.lineTo(x + 3, y - 3);
+    context.stroke();
+  }
+  if (loop.length > 1) {
+    context.strokeStyle = "#555";
+    context.beginPath();
+    loop.forEach(([x, y], i) => (i ? context.lineTo(x, y) : context.moveTo(x, y)));
+    context.closePath();
+    context.stroke();
+  }
+}
+
+function renew() {
+  const drawn = cells();
+  chosen = null;
+  loop = [];
+  part("p").textContent = drawn ? drawn.title : "No cells yet.";
+  part("ul").replaceChildren(...(drawn ? drawn.legend : []).map(([text, colour]) => {
+    const item = document.createElement("li"), dot = document.createElement("span");
+    dot.style.background = colour;
+    item.append(dot, text); // as text: a label of a file is no HTML
+    return item;
+  }));
+  draw();
+}
+
+const at = (event) => {
+  const box = part("canvas").getBoundingClientRect();
+  return [event.clientX - box.left, event.clientY - box.top];
+};
+element.addEventListener("pointerdown", (event) => {
+  if (event.target !== part("canvas")) return;
+  event.target.setPointerCapture(event.pointerId);
+  loop = [at(event)];
+});
+element.addEventListener("pointermove", (event) => {
+  if (!loop.length) return;
+  loop.push(at(event));
+  draw();
+});
+element.addEventListener("pointerup", () => {
+  if (!loop.length) return;
+  const { clientWidth: width, clientHeight: height } = part("canvas"), drawn = cells(), rows = [];
+  if (drawn && loop.length > 2) {
+    for (let i = 0; i < drawn.x.length; i++)
+      if (inside(place(drawn.x[i], width), place(1000 - drawn.y[i], height))) rows.push(i);
+  }
+  chosen = rows.length ? new Set(rows) : null;
+  loop = [];
+  draw();
+  if (drawn) trigger("select", { rows });
+});
+new ResizeObserver(draw).observe(element);
+watch("value", renew);
+renew();

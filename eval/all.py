@@ -1,0 +1,358 @@
+"""Ours and the methods of others, trained on one corpus from the same parts, in one table for each task.
+
+```
+python -m scmmgpt.eval all --corpus results/demo/corpus --gene-texts gene_summary_human.csv.gz --output DIR
+```
+
+DIR gets what is trained (a method that is complete is not trained again), `results.json` and `report.md`.
+
+* ours: `align`, `tune` and `calibrate` with the two configurations, then `annotate`, `describe` and `generate`;
+* the methods of `eval/methods.py`, which train for as many processor seconds as ours (times `--time-factor`);
+* logistic regression, ridge, CellTypist, mean profiles with Poisson or negative binomial counts.
+
+All learn from the training split, and are compared on the test split. `report.md` starts with the margins that the
+published method claims over the best of others, here against *Cell2Sentence-style*: the discrepancy of descriptions,
+the accuracy of annotation, and the 5-NN accuracy of generated cells.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from sklearn.linear_model import RidgeCV
+from sklearn.preprocessing import normalize
+
+from scmmgpt.cells_scmmgpt import hash_names
+from scmmgpt.commands.errors import number
+from scmmgpt.commands.files import read_json, write_json
+from scmmgpt.eval import (
+    annotation,
+    annotators,
+    baselines,
+    clustering,
+    description,
+    generation,
+    methods,
+    results,
+    retrieval,
+)
+from scmmgpt.eval.baselines import TypePrediction
+from scmmgpt.eval.cells import LabelledCells, match_names, read_splits
+from scmmgpt.eval.claims import find_claims, markdown_claims, markdown_table
+from scmmgpt.eval.generation import GeneratedCells
+from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
+from scmmgpt.eval.provenance import describe_corpus, read_training
+from scmmgpt.eval.task import task_parser
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.train import align, tune
+from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
+from scmmgpt.train.data.corpus import Corpus, open_corpus
+
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(align.__file__).parent / "configs"
+SENTENCES, CONTRAST, GENES = "Cell2Sentence-style", "LangCell-style", "GenePT-style"
+MAX_NEW_TOKENS = 48  # of a description
+BATCH_KEYS = ("dataset_id", "donor_id")  # the first with several values tells batches apart
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells that all methods share, and where trained methods are kept."""
+
+    corpus: Corpus
+    train: LabelledCells
+    test: LabelledCells
+    output: Path
+    args: argparse.Namespace
+
+    def adata(self, split: str) -> AnnData:
+        """The cells of a split, as our commands read them."""
+        return self.corpus.to_adata(split)
+
+    def words(self, config: str, folder: Path) -> list[str]:
+        """Words of a training command."""
+        words = ["--config", config, "--corpus", str(self.corpus.path), "--output_dir", str(folder.absolute())]
+        return [*words, "--seed", str(self.args.seed), "--report_to", "none", "--disable_tqdm", "true"]
+
+    def once(self, name: str, train: Callable[[Path], None]) -> tuple[Path, float]:
+        """The folder of a method, trained if it is not, and the processor seconds that its training took."""
+        folder, note = self.output / name, self.output / name / "seconds.json"
+        if not note.is_file():
+            start = time.process_time()
+            train(folder)
+            write_json(note, {"seconds": time.process_time() - start})
+        return folder, float(read_json(note)["seconds"])
+
+
+def calibrate(study: Study, checkpoint: Path) -> ScMMGPTPipeline:
+    """`scmmgpt calibrate` on the validation split, or the training split where there is none."""
+    from scmmgpt.commands.calibration import calibrate_checkpoint
+
+    pipeline = ScMMGPTPipeline.from_pretrained(str(checkpoint.absolute()))
+    split = "validation" if "validation" in study.corpus.split_names else "train"
+    cells, source = study.adata(split), study.corpus.path
+    calibrate_checkpoint(pipeline, cells, str(checkpoint), source, study.args.label_key, {})
+    return pipeline
+
+
+def run_align(study: Study, folder: Path, *more: str, **options: Any) -> None:
+    """Stage 1."""
+    words = [*study.words(study.args.align_config, folder), *more]
+    align.main(*align.make_parser().parse_args_and_config(words), **options)
+
+
+def train_ours(study: Study) -> tuple[ScMMGPTPipeline, float, int]:
+    """Our checkpoint, the seconds of both stages, and the steps of stage 1 that would take as long."""
+    aligned, first = study.once("aligned", lambda folder: run_align(study, folder))
+
+    def second_stage(folder: Path) -> None:
+        words = [*study.words(study.args.tune_config, folder), "--aligned", str(aligned.absolute())]
+        tune.main(*tune.make_parser().parse_args_and_config(words))
+
+    tuned, second = study.once("tuned", second_stage)
+    steps = read_training([aligned])[0]["steps"]
+    return calibrate(study, tuned), first + second, round(steps * (first + second) / first)
+
+
+def by_name(study: Study, adata: AnnData, column: str) -> np.ndarray:
+    """A column of the annotated test split, in the order of the test cells."""
+    rows, kept = match_names(adata.obs_names, study.test, "the test split")
+    values = np.full(len(study.test), None, dtype=object)
+    values[rows] = adata.obs[column].to_numpy()[kept]
+    return values
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Ours and the methods that were trained beside it."""
+
+    pipeline: ScMMGPTPipeline
+    contrast: ScMMGPTPipeline  # LangCell-style
+    sentences: methods.CellSentenceModel  # Cell2Sentence-style
+    templates: str  # of the descriptions that both language models learned
+    seconds: dict[str, float]  # processor time of training
+
+
+def train_all(study: Study) -> Trained:
+    """Train what is not trained; the others take as long as ours."""
+    pipeline, seconds, steps = train_ours(study)
+    factor = study.args.time_factor
+    words = [*study.words(study.args.tune_config, study.output / "cell2sentence"), "--aligned", "none"]
+    data_args, model_args, training_args = tune.make_parser().parse_args_and_config(words)
+    captions = align.make_captions(study.corpus, data_args, training_args)
+
+    def sentences(folder: Path) -> None:
+        limit = seconds * factor
+        methods.train_cell2sentence(study.train, captions, model_args, training_args, folder, seconds=limit)
+
+    def contrast(folder: Path) -> None:
+        more = ("--max_steps", str(round(steps * factor)))
+        run_align(study, folder, *more, fit_readout=lambda *_, **__: None)
+
+    of_sentences, first = study.once("cell2sentence", sentences)
+    of_contrast, second = study.once("langcell", contrast)
+    return Trained(
+        pipeline,
+        calibrate(study, of_contrast),
+        methods.load_cell2sentence(of_sentences, study.train),
+        data_args.templates,
+        {results.MODEL_NAME: seconds, SENTENCES: first, CONTRAST: second},
+    )
+
+
+def annotate(study: Study, pipeline: ScMMGPTPipeline) -> TypePrediction:
+    """What `scmmgpt annotate` says of the test cells."""
+    adata = pipeline.annotate(study.adata("test"))
+    labels, scores = (by_name(study, adata, f"scmmgpt_{name}") for name in ("cell_type", "score"))
+    return TypePrediction(labels.astype(str), scores.astype(float))
+
+
+def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
+    """Annotation and description: the type that a sentence model names is its annotation."""
+    train, test, seed = study.train, study.test, study.args.seed
+    regression = baselines.regression_on_shared_genes(train, test, seed=seed)
+    told = trained.sentences.describe(test, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+    ids = description.ontology_ids(train)
+    candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
+    named = [parse_cell_type(text, candidates) or annotation.UNKNOWN for text in told]
+    others = {SENTENCES: TypePrediction(np.array(named)), CONTRAST: annotate(study, trained.contrast)}
+    ours = annotate(study, trained.pipeline)
+    annotated = annotation.evaluate_annotation(
+        ours.labels,
+        test.labels,
+        train,
+        test,
+        confidences=ours.confidences,
+        regression=regression,
+        others=others | linear_annotation(study),
+        seed=seed,
+    )
+    adata = trained.pipeline.describe(study.adata("test"), max_new_tokens=MAX_NEW_TOKENS)
+    texts = by_name(study, adata, "scmmgpt_description")
+    others_told = {SENTENCES: told}
+    of_texts = description.evaluate_cells(
+        texts, trained.templates, train, test, regression.labels, others=others_told, seed=seed
+    )
+    return {"annotation": annotated, "description": of_texts}
+
+
+def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both, centred and scaled as the columns of `train` are: a penalty depends on the scale."""
+    mean, spread = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-12)
+    return (train - mean) / spread, (test - mean) / spread
+
+
+def linear_annotation(study: Study) -> dict[str, TypePrediction]:
+    """GenePT's embedding with a linear head, ridge, and CellTypist."""
+    train, test, seed = study.train, study.test, study.args.seed
+    x, y = standardize(*methods.embed_by_genes([train, test], study.args.gene_texts))
+    predictions = {GENES: baselines.logistic_regression(x, train.labels, y, seed=seed)}
+    genes = np.intersect1d(train.genes, test.genes)
+    both = [cells.select_genes(genes) for cells in (train, test)]
+    predictions["ridge"] = methods.ridge(both[0].expression, train.labels, both[1].expression)
+    files = [AnnData(cells.counts) for cells in both]
+    budget = annotators.LabelBudget(files[0], train.labels, np.arange(len(train)), files[1], seed)
+    return predictions | {"CellTypist": TypePrediction(annotators.celltypist(budget))}
+
+
+def evaluate_generation(study: Study, trained: Trained) -> dict:
+    """Generated cells of each type, and training cells read through sentences, which lose what no sentence holds."""
+    train, seed, n = study.train, study.args.seed, study.args.cells_per_label
+    prompts = trained.pipeline.label_prompts()
+    ours = trained.pipeline.generate(prompts, n, seed=seed)
+    labels = np.repeat(list(prompts), n)
+    sizes = ours.obs["library_size"].to_numpy() if "library_size" in ours.obs else None
+    generated = GeneratedCells(ours.X.toarray(), labels, ours.var_names.to_numpy().astype(str), sizes)
+    sentences = trained.sentences.sentences
+    real = sentences.write(train, seed=seed)
+    texts = np.repeat(list(prompts.values()), n).tolist()
+    longest = trained.sentences.count_tokens(real)
+    written = trained.sentences.generate(texts, max_new_tokens=longest, seed=seed)
+    known = labels[np.isin(labels, train.labels)]
+    noisy = baselines.negative_binomial_cells(known, train, seed=seed)
+    others = {
+        SENTENCES: (results.BASELINE, GeneratedCells(written, labels, train.genes)),
+        "mean profile + negative binomial": (results.BASELINE, GeneratedCells(noisy, known, train.genes)),
+        "real training cells as sentences": (
+            results.REFERENCE,
+            GeneratedCells(sentences.read(real), train.labels, train.genes),
+        ),
+    }
+    return generation.evaluate_generation(generated, train, study.test, others=others, seed=seed)
+
+
+def evaluate_spaces(study: Study, trained: Trained) -> dict[str, dict]:
+    """Retrieval among captions of the test cells, and clusters of the test cells, in the spaces of the methods."""
+    train, test, seed = study.train, study.test, study.args.seed
+    sampler = CaptionSampler(seed=seed)
+    captions = sampler.caption(test.obs, cell_ids=hash_names(test.names))
+    pairs = sorted(set(zip(captions, test.labels, strict=True)))
+    texts, types = [text for text, _ in pairs], np.array([label for _, label in pairs])
+    genes = np.intersect1d(train.genes, test.genes)
+    x, y = (cells.select_genes(genes).expression.toarray() for cells in (train, test))
+    of_genes = methods.embed_by_genes([train, test], study.args.gene_texts)[1]
+    embedded = embed_texts(texts)
+    learned = embed_texts(sampler.caption(train.obs, cell_ids=hash_names(train.names)))
+    mapped = RidgeCV(alphas=np.logspace(0, 5, 11)).fit(x, learned).predict(y)
+    similarities = {
+        results.MODEL_NAME: search(study, trained.pipeline, texts),
+        CONTRAST: search(study, trained.contrast, texts),
+        GENES: of_genes @ embedded.T,
+        "ridge to embeddings of captions": normalize(mapped) @ embedded.T,
+    }
+    spaces = {
+        name: embed(study, pipeline)
+        for name, pipeline in ((results.MODEL_NAME, trained.pipeline), (CONTRAST, trained.contrast))
+    }
+    spaces |= {GENES: of_genes, "principal components": clustering.components(x, y, seed=seed)}
+    batches = next((test.obs[key] for key in BATCH_KEYS if len(set(test.obs.get(key, ()))) > 1), None)
+    return {
+        "retrieval": retrieval.evaluate_retrieval(similarities, test.labels, types, seed=seed),
+        "clustering": clustering.evaluate_clustering(
+            spaces, test.labels, None if batches is None else batches.astype(str), seed=seed
+        ),
+    }
+
+
+def search(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> np.ndarray:
+    """Similarity of every test cell and text, as `scmmgpt search` scores them, `(n_cells, n_texts)`."""
+    adata = study.adata("test")
+    rows, kept = match_names(adata.obs_names, study.test, "the test split")
+    scores = np.empty((adata.n_obs, len(texts)))
+    for column, hits in enumerate(pipeline.search(adata, texts, top_k=adata.n_obs)):
+        scores[[hit["index"] for hit in hits], column] = [hit["score"] for hit in hits]
+    return scores[kept][np.argsort(rows)]
+
+
+def embed(study: Study, pipeline: ScMMGPTPipeline) -> np.ndarray:
+    """Embeddings of the test cells in the space shared with texts."""
+    adata = pipeline.embed(study.adata("test"))
+    rows, kept = match_names(adata.obs_names, study.test, "the test split")
+    return adata.obsm["X_scmmgpt"][kept][np.argsort(rows)]
+
+
+def report(tasks: Mapping[str, dict], about: Mapping[str, Any]) -> str:
+    """All tables in Markdown."""
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in about["seconds"].items())
+    parts = [
+        "# Ours and the methods of others",
+        f"Corpus `{about['corpus']['path']}`, splits sha256 `{(about['corpus']['splits sha256'] or 'none')[:16]}`, "
+        f"seed {about['seed']}. Processor seconds of training: {seconds}.",
+        markdown_claims(find_claims(tasks, SENTENCES), SENTENCES),
+    ]
+    for task, result in tasks.items():
+        parts += [f"## {task.capitalize()}", markdown_table(result)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = task_parser("all", __doc__.split("\n\n")[0])
+    parser.add_argument("--align-config", default=str(CONFIGS / "align_tiny.yaml"), help="stage 1 (%(default)s)")
+    parser.add_argument("--tune-config", default=str(CONFIGS / "tune_tiny.yaml"), help="stage 2 (%(default)s)")
+    parser.add_argument("--gene-texts", help="table of gene summaries for GenePT-style; by default the genes' names")
+    parser.add_argument(
+        "--cells-per-label", type=number(int, 2), default=100, help="cells to generate of each type (%(default)s)"
+    )
+    parser.add_argument(
+        "--time-factor",
+        type=number(float, 0, above=True),
+        default=1.0,
+        help="processor time of the other methods' training, in that of ours (%(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    args = make_parser().parse_args(argv)
+    annotators.quieten()
+    corpus = open_corpus(args.corpus)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    study = Study(corpus, *read_splits(corpus, label_key=args.label_key), output, args)
+    options = {name: value for name, value in vars(args).items() if name not in ("corpus", "output")}
+    about = {"corpus": describe_corpus(corpus), **options}
+    stamp = output / "study.json"
+    if stamp.is_file() and read_json(stamp) != about:
+        raise ValueError(f"{output} holds methods of another corpus or other options. Give another --output.")
+    write_json(stamp, about)
+    trained = train_all(study)
+    tasks = evaluate_texts(study, trained)
+    tasks["generation"] = evaluate_generation(study, trained)
+    tasks |= evaluate_spaces(study, trained)
+    about["seconds"] = trained.seconds
+    write_json(output / "results.json", {"task": "all", **about, "claims": find_claims(tasks, SENTENCES), **tasks})
+    text = report(tasks, about)
+    (output / "report.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+    return 0

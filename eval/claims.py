@@ -1,0 +1,63 @@
+"""The margins that the published method claims, and what a comparison reaches of them; tables in Markdown."""
+
+from collections.abc import Mapping, Sequence
+
+
+# Task, metric, field of the comparison, margin of the published abstract (arXiv 2503.09427v1), words.
+CLAIMS = (
+    ("description", "mmd2", "relative", 0.84, "discrepancy of descriptions (MMD²), share below"),
+    ("annotation", "accuracy", "relative", 0.205, "accuracy of annotation, share above"),
+    ("generation", "knn_accuracy_5", "difference", 0.04, "5-NN accuracy of generated cells, points above"),
+)
+
+
+def find_claims(tasks: Mapping[str, dict], system: str) -> list[dict]:
+    """What is reached of each margin against a system, by how much it is missed, and what was possible."""
+    rows = []
+    for task, metric, field, margin, title in CLAIMS:
+        found = [c for c in tasks[task]["comparisons"] if (c["system"], c["metric"]) == (system, metric)]
+        values = {row["system"]: row["value"] for row in tasks[task]["rows"] if row["metric"] == metric}
+        if not found:
+            continue
+        theirs, reached = values[system], found[0][field]
+        row = {"claim": title, "ours": values[tasks[task]["model"]], "theirs": theirs, "margin": margin}
+        row |= {"reached": reached, "ci": found[0]["relative_ci" if field == "relative" else "ci"]}
+        row["missed_by"] = None if reached is None else max(margin - reached, 0.0)
+        room = theirs if metric == "mmd2" else 1 - theirs  # to a discrepancy of 0, or an accuracy of 1
+        row["possible"] = room / theirs if field == "relative" and theirs > 0 else room
+        rows.append(row)
+    return rows
+
+
+def markdown_claims(rows: Sequence[dict], system: str) -> str:
+    """The margins as a table, x 100."""
+    lines = [f"| against {system} | ours | theirs | claimed | reached | verdict |", "| --- |" + " --- |" * 5]
+    for row in rows:
+        ends = "" if row["ci"] is None else " [{:.1f}, {:.1f}]".format(*(100 * end for end in row["ci"]))
+        if row["reached"] is None:
+            reached, verdict = "", "theirs is 0 or below"
+        else:
+            reached = f"{100 * row['reached']:+.1f}{ends}"
+            verdict = f"missed by {100 * row['missed_by']:.1f}" if row["missed_by"] else "reached"
+        if row["possible"] < row["margin"]:
+            verdict += f" (at most {100 * row['possible']:.1f} is possible)"
+        values = f"{row['ours']:.4f} | {row['theirs']:.4f} | {100 * row['margin']:+.1f}"
+        lines.append(f"| {row['claim']} | {values} | {reached} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(result: dict) -> str:
+    """Systems by metrics, with intervals."""
+    metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
+    cells = {(row["system"], row["metric"]): row for row in result["rows"]}
+    titles = [result["measures"][metric]["title"] for metric in metrics]
+    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(metrics)]
+    for system in dict.fromkeys(row["system"] for row in result["rows"]):
+        words = []
+        for metric in metrics:
+            row = cells.get((system, metric))
+            words.append("" if row is None else f"{row['value']:.3f}")
+            if row is not None and row["ci"] is not None:
+                words[-1] += " [{:.3f}, {:.3f}]".format(*row["ci"])
+        lines.append(f"| {system} | {' | '.join(words)} |")
+    return "\n".join(lines) + "\n"

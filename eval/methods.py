@@ -1,0 +1,266 @@
+"""Methods of others, made anew from the parts of ours and trained on the same corpus; no code or weights of theirs.
+
+* *Cell2Sentence-style* (Levine et al. 2024): a cell is a sentence of its gene names by falling expression, and the
+  same language model learns to describe sentences and to write the sentence of a description.
+* *LangCell-style* (Zhao et al. 2024): the same cell model and text encoder learn contrast and matching, and a cell
+  gets the class whose name fits best; no readout, no generation. `eval/all.py` trains it by `align`.
+* *GenePT-style* (Chen & Zou 2024): a cell is the mean of the embeddings of texts about its genes, weighted by
+  expression, with a linear head. Nothing but the head is trained.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from scipy import sparse
+from sklearn.linear_model import RidgeClassifierCV
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from trl import SFTConfig, SFTTrainer
+
+from scmmgpt.cells_scmmgpt import hash_names
+from scmmgpt.eval import baselines
+from scmmgpt.eval.baselines import TypePrediction
+from scmmgpt.eval.cells import LabelledCells
+from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
+from scmmgpt.train.arguments import TuneConfig, TuneModelArguments
+from scmmgpt.train.data.captions import CaptionSampler
+from scmmgpt.train.data.gene_tables import load_gene_texts, load_hgnc
+from scmmgpt.train.language_model import load_causal_lm, new_language_model
+
+
+logger = logging.getLogger(__name__)
+
+SENTENCE_GENES = 100  # of a cell sentence, as of the first published models
+VARIANTS = 4  # texts of each cell in training
+WARMUP = 0.05  # share of the time in which the learning rate rises
+MAX_GENE_TEXTS = 4000  # of the most expressed genes; embedding texts takes minutes
+DESCRIBE = "Describe the cell that expresses these genes, the highest first: {}"
+WRITE = f"Write the {SENTENCE_GENES} genes that this cell expresses most, the highest first: {{}}"
+
+
+@dataclass(frozen=True)
+class CellSentences:
+    """Cells as sentences of gene names, and sentences as expression.
+
+    Expression falls about linearly with the logarithm of the rank; the line is fitted to training cells.
+    """
+
+    genes: np.ndarray  # symbols, `(n_genes,)`
+    intercept: float
+    slope: float
+
+    @classmethod
+    def fit(cls, train: LabelledCells) -> "CellSentences":
+        """Fit the line of log1p(CP10k) over log10(1 + rank)."""
+        values, ranks = [], []
+        expression = train.expression
+        for start, stop in zip(expression.indptr[:-1], expression.indptr[1:], strict=True):
+            highest = -np.sort(-expression.data[start:stop])[:SENTENCE_GENES]
+            values.append(highest)
+            ranks.append(np.arange(len(highest)))
+        slope, intercept = np.polyfit(np.log10(1 + np.concatenate(ranks)), np.concatenate(values), 1)
+        return cls(train.genes, float(intercept), float(slope))
+
+    def write(self, cells: LabelledCells, *, seed: int = 0) -> list[str]:
+        """The names of the `SENTENCE_GENES` highest genes of each cell; equal counts are in random order."""
+        rng = np.random.default_rng(seed)
+        sentences = []
+        for start, stop in zip(cells.counts.indptr[:-1], cells.counts.indptr[1:], strict=True):
+            order = np.lexsort((rng.random(stop - start), -cells.counts.data[start:stop]))[:SENTENCE_GENES]
+            sentences.append(" ".join(cells.genes[cells.counts.indices[start:stop][order]]))
+        return sentences
+
+    def read(self, sentences: Sequence[str]) -> np.ndarray:
+        """log1p(CP10k) by rank, float32 `(n_sentences, n_genes)`.
+
+        Words that are no gene are left out, a repeated gene has its mean rank, and genes without a word are 0.
+        """
+        place = {gene: i for i, gene in enumerate(self.genes)}
+        result = np.zeros((len(sentences), len(self.genes)), dtype=np.float32)
+        for row, sentence in enumerate(sentences):
+            genes = np.array([place[word] for word in sentence.split() if word in place], dtype=np.int64)
+            if len(genes):
+                named, where, times = np.unique(genes, return_inverse=True, return_counts=True)
+                ranks = np.bincount(where, weights=np.arange(len(genes))) / times
+                result[row, named] = np.maximum(self.intercept + self.slope * np.log10(1 + ranks), 0)
+        return result
+
+
+class TimedTrainer(SFTTrainer):
+    """Trains for a number of processor seconds; the learning rate rises, then falls to 0, with the time used."""
+
+    def __init__(self, *args: Any, seconds: float, **kwargs: Any) -> None:
+        self.seconds, self.start = seconds, time.process_time()
+        super().__init__(*args, **kwargs)
+        self.add_callback(TimeLimit(self))
+
+    @property
+    def share(self) -> float:
+        """Share of the time that is used."""
+        return (time.process_time() - self.start) / self.seconds
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Follow the clock in place of the steps."""
+
+        def factor(step: int) -> float:
+            return min(max(self.share, 0.01) / WARMUP, max(1 - self.share, 0.0))
+
+        of: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = LambdaLR(of, factor)
+        return self.lr_scheduler
+
+
+class TimeLimit(TrainerCallback):
+    """Ends a training when its time is up."""
+
+    def __init__(self, trainer: TimedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the clock after each step."""
+        control.should_training_stop = control.should_training_stop or self.trainer.share >= 1
+
+
+@dataclass(frozen=True)
+class CellSentenceModel:
+    """A language model that reads and writes cell sentences."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sentences: CellSentences
+
+    def describe(self, cells: LabelledCells, *, max_new_tokens: int, seed: int = 0) -> list[str]:
+        """The greedy description of each cell."""
+        prompts = [DESCRIBE.format(sentence) for sentence in self.sentences.write(cells, seed=seed)]
+        return self._complete(prompts, max_new_tokens=max_new_tokens, do_sample=False)
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int, seed: int = 0) -> np.ndarray:
+        """log1p(CP10k) of a drawn sentence for each prompt, float32 `(n_prompts, n_genes)`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            words = [WRITE.format(prompt) for prompt in prompts]
+            return self.sentences.read(self._complete(words, max_new_tokens=max_new_tokens, do_sample=True))
+
+    @torch.inference_mode()
+    def _complete(self, prompts: Sequence[str], *, batch_size: int = 32, **options: Any) -> list[str]:
+        model: Any = self.model.eval()
+        self.tokenizer.padding_side, texts = "left", []
+        for start in range(0, len(prompts), batch_size):
+            talks = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
+            inputs: Any = self.tokenizer.apply_chat_template(
+                talks, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+            )
+            inputs = inputs.to(model.device)
+            ids = model.generate(**inputs, **options, top_k=0, pad_token_id=self.tokenizer.pad_token_id)
+            answers = ids[:, inputs["input_ids"].shape[1] :]
+            texts += [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return texts
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """Tokens of the longest text, and its end."""
+        return max(len(self.tokenizer(text)["input_ids"]) for text in texts) + 1
+
+
+def train_cell2sentence(
+    train: LabelledCells,
+    captions: CaptionSampler,
+    model_args: TuneModelArguments,
+    training_args: TuneConfig,
+    output: Path,
+    *,
+    seconds: float,
+) -> CellSentenceModel:
+    """Train the language model of `tune` on both directions, half of the texts each, and save it."""
+    sentences, rows = CellSentences.fit(train), []
+    ids = hash_names(train.names)
+    for variant in range(VARIANTS):
+        written = sentences.write(train, seed=variant)
+        answers = captions.answer(train.obs, cell_ids=ids, epoch=variant)
+        prompts = captions.caption(train.obs, cell_ids=ids, epoch=variant)
+        for row, (sentence, answer, prompt) in enumerate(zip(written, answers, prompts, strict=True)):
+            pair = (DESCRIBE.format(sentence), answer) if (row + variant) % 2 else (WRITE.format(prompt), sentence)
+            rows.append(pair)
+    if model_args.language_model == "scratch":
+        model, tokenizer = new_language_model(
+            [text for pair in rows for text in pair], model_args.language_model_config
+        )
+    else:
+        model, tokenizer = load_causal_lm(model_args.language_model, dtype=torch.float32)
+    lora = None
+    if model_args.trained.language_model == "lora":
+        lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **model_args.lora_config)
+    talks = [
+        {"prompt": [{"role": "user", "content": prompt}], "completion": [{"role": "assistant", "content": answer}]}
+        for prompt, answer in rows
+    ]
+    settings = SFTConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=training_args.per_device_train_batch_size,
+        learning_rate=training_args.learning_rate,
+        weight_decay=training_args.weight_decay,
+        num_train_epochs=10_000,
+        seed=training_args.seed,
+        max_length=None,
+        bf16=training_args.bf16,
+        use_cpu=training_args.use_cpu,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list(talks)
+    trainer = TimedTrainer(
+        model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=lora, seconds=seconds
+    )
+    trainer.train()
+    trained: Any = trainer.model
+    trained = trained if lora is None else trained.merge_and_unload()
+    trained.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    state = {"steps": trainer.state.global_step, "intercept": sentences.intercept, "slope": sentences.slope}
+    Path(output, "sentences.json").write_text(json.dumps(state), encoding="utf-8")
+    return CellSentenceModel(trained, tokenizer, sentences)
+
+
+def load_cell2sentence(folder: Path, train: LabelledCells) -> CellSentenceModel:
+    """The model that [`train_cell2sentence`] saved, trained on the cells of `train`."""
+    model, tokenizer = load_causal_lm(str(folder), dtype=torch.float32)
+    return CellSentenceModel(model, tokenizer, CellSentences.fit(train))
+
+
+def embed_by_genes(cells: Sequence[LabelledCells], gene_texts: str | Path | None) -> list[np.ndarray]:
+    """GenePT's embedding of each cell, unit length, `(n_cells, 384)`.
+
+    Args:
+        cells: Training cells, whose expression chooses the genes, and others.
+        gene_texts: Table of summaries, as for `align`; without, the genes' approved names.
+    """
+    if gene_texts is None:
+        texts = {record.symbol: f"{record.symbol}: {record.name}" for record in load_hgnc() if record.name}
+    else:
+        texts = load_gene_texts(gene_texts)[0]
+    train = cells[0]
+    highest = train.genes[np.argsort(-np.asarray(train.expression.mean(axis=0)).ravel(), kind="stable")]
+    genes = np.array([gene for gene in highest if gene in texts][:MAX_GENE_TEXTS])
+    if not len(genes):
+        raise ValueError("None of the genes of the training cells has a text. Name a table of other genes.")
+    embedded = embed_texts([texts[gene] for gene in genes])
+    sums = [of.select_genes(genes).expression @ embedded for of in cells]
+    return [of / np.maximum(np.linalg.norm(of, axis=1, keepdims=True), 1e-12) for of in sums]
+
+
+def ridge(train: baselines.Matrix, labels: np.ndarray, test: baselines.Matrix) -> TypePrediction:
+    """Ridge regression to the labels, its penalty by leave-one-out; balanced."""
+    x, y = (np.asarray(m.toarray() if isinstance(m, sparse.csr_matrix) else m) for m in (train, test))
+    model = RidgeClassifierCV(alphas=np.logspace(0, 5, 11), class_weight="balanced").fit(x, labels)
+    return TypePrediction(model.predict(y), choices={"alpha": float(model.alpha_)})

@@ -1,0 +1,303 @@
+r"""Check descriptions against counts, and count the lies that the check finds.
+
+```
+python -m scmmgpt.eval proof --model CHECKPOINT --cells cells.h5ad --output out.json
+```
+
+The check reads texts and counts alone: no label, no score, no model. A sentence of another form than those of
+`describe --proof` is unsupported, and so is one with a gene that does not have the stated count. The other cells of
+the file whose texts name the same type are the kind of a cell.
+
+| sentence | supported if |
+| --- | --- |
+| type | each gene is higher in the kind than in all other cells |
+| programme | it names three genes of the list; the cell is above the stated share of its kind, and above half of \
+it, and has twice the counts of its lower quarter, by more than chance |
+| unusual | each gene is at twice the mean of the kind, and above nine in ten of it |
+| alternative, undecided | each gene is higher in the cells of its type than in those of the other type |
+
+Lies are planted one at a time among true texts: see `LIES`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.stats import poisson
+
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import write_json
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.proof_scmmgpt import PROGRAMMES
+from scmmgpt.readers.cell_files import read_file
+
+
+GENE = r"([^\s(),]+) \(([\d.e+-]+)(?: counts?)?\)"
+LIST = rf"{GENE}(?:(?:, | and ){GENE})*"
+PATTERNS = {
+    "type": rf"An? (?P<kind>.+?)(?: from (?P<tissue>.+?))?, shown by (?P<genes>{LIST})(?: alone)?\.",
+    "none": r"No type is shown by its counts\.",
+    "programme": rf"(?P<phrase>[^:]+): (?P<genes>{LIST}), more of these genes than (?P<share>\d+) % of the (?P<n>\d+) "
+    r"other cells of its kind\.",
+    "unusual": rf"Unusually high for its kind: (?P<genes>{LIST})\.",
+    "alternative": rf"The alternative is (?P<other>.+), for which (?P<genes>{LIST}) speaks?\.",
+    "undecided": rf"It is undecided between (?P<one>.+), for which (?P<genes>{LIST}) speaks?, and (?P<other>.+), for "
+    rf"which (?P<more>{LIST}) speaks?\.",
+}
+SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
+LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
+ROUNDING = 1e-3  # of a count in words
+FEW, CHANCE = 0.4, 1e-3  # counts of a programme that are expected at least; probability of so many
+Lie: TypeAlias = Callable[["Checker", int, np.random.Generator], str | None]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text."""
+    return re.split(r"(?<=\.) (?=[A-Z])", text)
+
+
+def kind_of(text: str) -> str:
+    """The type that a text names; "" for none."""
+    match = SENTENCES["type"].fullmatch(sentences(text)[0])
+    return match["kind"] if match else ""
+
+
+class Checker:
+    """Texts and counts of the cells of a file.
+
+    Args:
+        texts: Of the cells.
+        counts: `(n_cells, n_genes)`.
+        symbols: Of the genes.
+        sizes: Library sizes `(n_cells,)`.
+    """
+
+    def __init__(self, texts: Sequence[str], counts: csr_matrix, symbols: Sequence[str], sizes: np.ndarray) -> None:
+        self.texts, self.symbols = list(texts), list(symbols)
+        self.column = {name: i for i, name in enumerate(symbols)}
+        self.counts, self.sizes = counts.tocsc(), np.asarray(sizes, dtype=float).clip(min=1e-9)
+        self.by_cell = counts.tocsr()
+        kinds = np.array([kind_of(text) for text in texts], dtype=object)
+        self.kinds = {name: kinds == name for name in sorted(set(kinds.tolist()) - {""})}
+        self.known: dict[str, np.ndarray] = {}
+
+    def rates(self, name: str) -> np.ndarray:
+        """Share of a gene, or of the genes of a programme, in every cell."""
+        if name not in self.known:
+            columns = [self.column[gene] for gene in LISTS.get(name, {name}) if gene in self.column]
+            self.known[name] = np.asarray(self.counts[:, columns].sum(axis=1)).ravel() / self.sizes
+        return self.known[name]
+
+    def faults(self, cell: int, text: str) -> list[str]:
+        """What the counts do not support in a text about a cell; nothing if they support all of it."""
+        found: list[str] = []
+        kind = kind_of(text)
+        others = self.kinds.get(kind, np.zeros(len(self.sizes), bool)).copy()
+        others[cell] = False
+        for place, sentence in enumerate(sentences(text)):
+            matches = {name: match for name, form in SENTENCES.items() if (match := form.fullmatch(sentence))}
+            if len(matches) != 1 or (next(iter(matches)) in ("type", "none")) != (place == 0):
+                found.append(f"no such sentence: {sentence}")
+                continue
+            form, match = next(iter(matches.items()))
+            parts = match.groupdict()
+            genes = re.findall(GENE, parts.get("genes") or "")
+            more = re.findall(GENE, parts.get("more") or "")
+            if wrong := [gene for gene, count in genes + more if not self.has(cell, gene, float(count))]:
+                found.append(f"other counts of {wrong}")
+                continue
+            names = [gene for gene, _ in genes]
+            if form == "type":
+                found += [f"{g} is not of {kind}" for g in names if not self.is_higher(g, others, ~others, cell)]
+            elif form == "programme":
+                found += self.programme_faults(cell, parts, names, others)
+            elif form == "unusual":
+                found += [f"{gene} is usual" for gene in names if not self.is_unusual(cell, gene, others)]
+            elif form in ("alternative", "undecided"):
+                one, other = parts.get("one") or parts["other"], parts["other"] if form == "undecided" else kind
+                if one == other or one not in self.kinds or other not in self.kinds:
+                    found.append(f"{one} is no alternative to {other}")
+                    continue
+                pair = self.kinds[one], self.kinds[other]
+                found += [f"{gene} is not of {one}" for gene in names if not self.is_higher(gene, *pair, cell)]
+                found += [
+                    f"{gene} is not of {other}" for gene, _ in more if not self.is_higher(gene, *pair[::-1], cell)
+                ]
+        return found
+
+    def has(self, cell: int, gene: str, count: float) -> bool:
+        """Whether a gene has this count in a cell, and any."""
+        if gene not in self.column or not count > 0:
+            return False
+        return abs(self.by_cell[cell, self.column[gene]] - count) <= ROUNDING * count
+
+    def is_higher(self, gene: str, group: np.ndarray, rest: np.ndarray, cell: int) -> bool:
+        """Whether the mean of a gene is higher in one group of cells than in another, both without a cell."""
+        rates, means = self.rates(gene), []
+        for cells in (group, rest):
+            n = cells.sum() - cells[cell]
+            means.append((rates[cells].sum() - rates[cell] * cells[cell]) / n if n else 0.0)
+        return means[0] > means[1] or not group.any()  # an only cell has nothing to be compared with
+
+    def is_unusual(self, cell: int, gene: str, others: np.ndarray) -> bool:
+        """Whether a gene of a cell is far above its kind."""
+        rates = self.rates(gene)
+        usual = rates[others]
+        return len(usual) > 0 and rates[cell] >= 2 * usual.mean() and (usual < rates[cell]).mean() >= 0.9
+
+    def programme_faults(self, cell: int, parts: dict[str, str], names: list[str], others: np.ndarray) -> list[str]:
+        """What is wrong with a sentence about a programme."""
+        if parts["phrase"] not in LISTS:
+            return [f"no such programme: {parts['phrase']}"]
+        if strange := [gene for gene in names if gene not in LISTS[parts["phrase"]]]:
+            return [f"{strange} are not of the programme"]
+        rates = self.rates(parts["phrase"])
+        usual, share = rates[others], int(parts["share"])
+        if int(parts["n"]) != len(usual):
+            return ["another number of cells"]
+        below = (usual < rates[cell] * (1 + 1e-6)).mean() * 100
+        expected = np.quantile(usual, 0.25) * self.sizes[cell] if len(usual) else np.inf
+        count = rates[cell] * self.sizes[cell]
+        by_chance = poisson.sf(count - 1, max(expected, FEW))
+        high = share >= 50 and below >= share and count >= 2 * expected and by_chance < CHANCE
+        return [] if high and len(names) >= 3 else ["the programme is not high"]
+
+
+# -- lies -------------------------------------------------------------------------------------------------------------
+
+
+def other_type(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
+    """The name of another type, with the genes of the cell."""
+    text = checker.texts[cell]
+    kind = kind_of(text)
+    names = [name for name in checker.kinds if name != kind]
+    if not kind or not names:
+        return None
+    lie = text.replace(f" {kind}", f" {rng.choice(names)}", 1)
+    return re.sub(r"^An? (?=[aeiou])", "An ", re.sub(r"^An? ", "A ", lie))
+
+
+def other_markers(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
+    """Type and genes of a cell of another type."""
+    kind = kind_of(checker.texts[cell])
+    strangers: Any = np.flatnonzero(~checker.kinds[kind]) if kind else []
+    strangers = [i for i in strangers if kind_of(checker.texts[i])]
+    if not strangers:
+        return None
+    first = sentences(checker.texts[rng.choice(strangers)])[0]
+    return " ".join([first, *sentences(checker.texts[cell])[1:]])
+
+
+def silent_gene(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
+    """A gene without a count, in place of one that is named."""
+    found = list(re.finditer(GENE, checker.texts[cell]))
+    silent = np.setdiff1d(np.arange(len(checker.symbols)), checker.by_cell[cell].indices)
+    if not found or not len(silent):
+        return None
+    place = found[rng.integers(len(found))]
+    gene = checker.symbols[rng.choice(silent)]
+    return checker.texts[cell][: place.start(1)] + gene + checker.texts[cell][place.end(1) :]
+
+
+def other_programme(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
+    """A programme under the name of another one."""
+    named = [phrase for phrase in LISTS if f"{phrase}:" in checker.texts[cell]]
+    if not named:
+        return None
+    phrase = rng.choice([phrase for phrase in LISTS if phrase not in named])
+    return checker.texts[cell].replace(f"{rng.choice(named)}:", f"{phrase}:")
+
+
+def strange_programme(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
+    """A programme that the cell does not show, with its own counts of the genes and its own place in its kind."""
+    text = checker.texts[cell]
+    kind = kind_of(text)
+    phrases = [phrase for phrase in LISTS if f"{phrase}:" not in text]
+    if not kind or not phrases:
+        return None
+    phrase = str(rng.choice(phrases))
+    row = checker.by_cell[cell]
+    counts = {
+        checker.symbols[i]: v
+        for i, v in zip(row.indices, row.data, strict=True)
+        if checker.symbols[i] in LISTS[phrase]
+    }
+    if not counts:
+        return None
+    named = sorted(counts, key=lambda gene: -counts[gene])[:4]
+    others = checker.kinds[kind].copy()
+    others[cell] = False
+    rates = checker.rates(phrase)
+    share = int((rates[others] < rates[cell]).mean() * 100) if others.any() else 0
+    words = [f"{gene} ({counts[gene]:.4g})" for gene in named]
+    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    lie = f"{phrase}: {listed}, more of these genes than {share} % of the {others.sum()} other cells of its kind."
+    first, *rest = sentences(text)
+    return " ".join([first, lie, *rest])
+
+
+def other_cell(checker: Checker, cell: int, rng: np.random.Generator) -> str | None:
+    """The text of another cell of the same type."""
+    kind = kind_of(checker.texts[cell])
+    alike: Any = np.flatnonzero(checker.kinds[kind]) if kind else []
+    alike = [i for i in alike if checker.texts[i] != checker.texts[cell]]
+    return checker.texts[rng.choice(alike)] if alike else None
+
+
+LIES: dict[str, Lie] = {
+    "another type": other_type,
+    "another type and its markers": other_markers,
+    "a gene without counts": silent_gene,
+    "another programme": other_programme,
+    "a programme that is not shown": strange_programme,
+    "another cell of the type": other_cell,
+}
+
+
+def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict[str, Any]:
+    """Describe cells, check every description, and plant each kind of lie in every cell where it can be told.
+
+    Returns:
+        JSON-able dict: `n_cells`, `clauses` (a cell), `unsupported` (share of the descriptions), `faults` (some of
+        them) and, by lie, `told` and `caught` (share).
+    """
+    pipeline.describe(adata, proof=True)
+    cells, _ = pipeline.processor.read_cells(adata)
+    ids = np.unique(cells.gene_ids)
+    matrix = cells.to_csr(int(ids.max()) + 1)[:, ids]
+    texts = adata.obs["scmmgpt_description"].tolist()
+    checker = Checker(texts, matrix, pipeline.processor.gene_symbols(ids.tolist()), cells.library_sizes())
+    faults = {i: found for i, text in enumerate(texts) if (found := checker.faults(i, text))}
+    rng, lies = np.random.default_rng(seed), {}
+    for name, lie in LIES.items():
+        told = [(cell, text) for cell in range(len(texts)) if (text := lie(checker, cell, rng)) is not None]
+        caught = [bool(checker.faults(cell, text)) for cell, text in told]
+        lies[name] = {"told": len(told), "caught": float(np.mean(caught)) if told else None}
+    return {
+        "n_cells": len(texts),
+        "clauses": float(np.mean([len(sentences(text)) for text in texts])),
+        "no_type": float(np.mean([not kind_of(text) for text in texts])),
+        "unsupported": len(faults) / len(texts),
+        "faults": {texts[i]: found for i, found in list(faults.items())[:5]},
+        "lies": lies,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = OneLineParser(prog="python -m scmmgpt.eval proof", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="checkpoint with a label readout")
+    parser.add_argument("--cells", required=True, help="file of cells")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the lies (%(default)s)")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args(argv)
+    pipeline = ScMMGPTPipeline.from_pretrained(args.model)
+    result = evaluate_proof(pipeline, read_file(args.cells), args.seed)
+    if args.output:
+        write_json(args.output, result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    return 0

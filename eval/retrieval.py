@@ -1,0 +1,82 @@
+"""Retrieval of texts by cells and of cells by texts, label-aware: every text of the cell's type is right.
+
+Ranks count ties against a system, so that constant scores find nothing.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.metrics import average_precision_score
+
+from scmmgpt.eval import results
+
+
+KS = (1, 5, 10)
+DIRECTIONS = {"cell_to_text": "cell to text", "text_to_cell": "text to cell"}
+MEASURES = {
+    f"{direction}_{name}": results.Measure(f"{title}, {words}", True, about)
+    for direction, title in DIRECTIONS.items()
+    for name, words, about in (
+        ("map", "mAP", "Mean average precision over queries; right are all of the query's type."),
+        *((f"recall_{k}", f"recall@{k}", f"Share of queries with a right one among the first {k}.") for k in KS),
+    )
+}
+
+
+def evaluate_retrieval(
+    similarities: Mapping[str, np.ndarray],
+    cell_types: ArrayLike,
+    text_types: ArrayLike,
+    *,
+    n_resamples: int = results.N_RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """Score similarities `(n_cells, n_texts)` of each system, ours first under `results.MODEL_NAME`.
+
+    Args:
+        similarities: System -> the score of each text for each cell, higher where nearer.
+        cell_types: Type of each cell.
+        text_types: Type that each text is about.
+        n_resamples, seed: Of the bootstrap over queries.
+
+    Returns:
+        JSON-able dict: `measures`, `rows`, `comparisons` (see `results.tabulate`), `n_cells` and `n_texts`.
+    """
+    right = np.asarray(cell_types).astype(str)[:, None] == np.asarray(text_types).astype(str)
+    rng = np.random.default_rng(seed)
+    first = next(iter(similarities.values()))
+    systems = {**similarities, "random order": rng.random(first.shape)}
+    draws = {
+        "cell_to_text": results.bootstrap_draws(right.shape[0], n_resamples=n_resamples, seed=seed),
+        "text_to_cell": results.bootstrap_draws(right.shape[1], n_resamples=n_resamples, seed=seed),
+    }
+    estimates: dict[str, dict[str, results.Estimate]] = {}
+    for system, scores in systems.items():
+        estimates[system] = {}
+        for direction, (of, truth) in {
+            "cell_to_text": (scores, right),
+            "text_to_cell": (scores.T, right.T),
+        }.items():
+            for name, values in score_queries(of, truth).items():
+                estimates[system][f"{direction}_{name}"] = results.mean_estimate(values, draws[direction])
+    roles = dict.fromkeys(systems, results.BASELINE) | {results.MODEL_NAME: results.MODEL}
+    roles["random order"] = results.CONTROL
+    result = {"task": "retrieval"} | results.tabulate(MEASURES, roles, estimates)
+    return result | {"n_cells": right.shape[0], "n_texts": right.shape[1], "n_resamples": n_resamples, "seed": seed}
+
+
+def score_queries(scores: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
+    """Average precision of each query, and whether a right one is among its first k; both `(n_queries, n_items)`.
+
+    Every query needs a right item.
+
+    >>> scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
+    >>> measured = score_queries(scores, np.array([[False, True, True], [True, False, False]]))
+    >>> [[round(float(value), 2) for value in measured[name]] for name in ("map", "recall_1", "recall_5")]
+    [[0.58, 0.33], [0.0, 0.0], [1.0, 1.0]]
+    """
+    precision = [average_precision_score(truth, row) for truth, row in zip(right, scores, strict=True)]
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    rank = ((scores >= best) & ~right).sum(axis=1)
+    return {"map": np.array(precision)} | {f"recall_{k}": (rank < k).astype(float) for k in KS}

@@ -1,0 +1,532 @@
+"""Descriptions whose every clause is counted: what a cell is, what is notable in it, what else it may be.
+
+    A B cell from blood, shown by MS4A1 (4 counts), CD79A (3) and CD19 (1). Interferon response: ISG15 (9), MX1 (2)
+    and IFIT3 (1), more of these genes than 93 % of the 138 other cells of its kind. Unusually high for its kind:
+    IGLC2 (9).
+
+Nothing is generated: the model proposes (label, runner-up, genes), and the counts of the file decide. A clause that
+they do not support is left out.
+
+| clause | genes | when it is written |
+| --- | --- | --- |
+| type | expressed markers and evidence of the label | higher in the cells of the label than in the others |
+| programme | those of a published list (`PROGRAMMES`) | several, and far more than in the lower quarter of its kind |
+| unusual | any | several times the mean of its kind, and above nearly all of it |
+| alternative | evidence for the runner-up | higher in the runner-up's cells than in those of the label |
+| undecided | evidence for both kinds of a broad type | likewise |
+
+The **kind** of a cell is the other cells of the file with the same type clause. A percentile is the share of cells
+that express less, in counts per 10,000.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import COUNTS_PER_10K, Cells
+    from .evidence_scmmgpt import N_MARKERS, NONE, Explainer
+except ImportError:  # beside the other files of a checkpoint
+    from cells_scmmgpt import COUNTS_PER_10K, Cells
+    from evidence_scmmgpt import N_MARKERS, NONE, Explainer
+
+
+@dataclass(frozen=True)
+class Programme:
+    """A short published list of genes.
+
+    Args:
+        phrase: What a cell shows that expresses them; begins the clause.
+        genes: Symbols; no gene is in two lists.
+        source: Where the list, or the longer list that these are of, was published.
+        within: Cell Ontology ids of the types for which it has a meaning; none stands for all.
+    """
+
+    phrase: str
+    genes: tuple[str, ...]
+    source: str
+    within: tuple[str, ...] = ()
+
+
+T_AND_NK = ("CL:0000084", "CL:0000623", "CL:0000791")
+PROGRAMMES = (
+    Programme(
+        "Cell cycle",
+        tuple(
+            "PCNA TYMS MCM2 MCM6 RRM1 RRM2 UHRF1 GMNN CDC6 CDC45 GINS2 HELLS CLSPN MKI67 TOP2A CDK1 UBE2C BIRC5 TPX2 "
+            "NUSAP1 CENPF CCNB2 AURKB BUB1 KIF11 CDC20 CENPE HMMR".split()
+        ),
+        "Tirosh et al. 2016, Science 352:189",
+    ),
+    Programme(
+        "Interferon response",
+        tuple(
+            "ISG15 IFI27 IFI35 IFI44 IFI44L IFIT2 IFIT3 IRF7 MX1 OAS1 OASL RSAD2 CXCL10 CXCL11 PLSCR1 SAMD9L HERC6 "
+            "CMPK2 USP18 DDX60 EPSTI1".split()
+        ),
+        "Hallmark interferon alpha response, Liberzon et al. 2015, Cell Systems 1:417",
+    ),
+    Programme(
+        "NF-kB response",
+        tuple("IL1B IL1A IL6 TNF CXCL1 CXCL2 CXCL3 CCL20 NFKBIA TNFAIP3 PTGS2 SOD2 BIRC3 ICAM1 CD83".split()),
+        "Hallmark TNF signalling by NF-kB, Liberzon et al. 2015, Cell Systems 1:417",
+    ),
+    Programme(
+        "Immediate-early response (often of dissociation)",
+        tuple("FOS FOSB JUN JUNB EGR1 ATF3 IER2 DUSP1 ZFP36 SOCS3 HSPA1A HSPA1B DNAJB1".split()),
+        "van den Brink et al. 2017, Nature Methods 14:935",
+    ),
+    Programme(
+        "Cytotoxicity",
+        tuple("GNLY GZMB GZMK IFNG NKG7 GZMA PRF1".split()),
+        "Smillie et al. 2019, Cell 178:714; GZMA and PRF1: Rooney et al. 2015, Cell 160:48",
+        T_AND_NK,
+    ),
+    Programme(
+        "Activation-induced markers",
+        tuple("CD69 CD40LG TNFRSF4 TNFRSF9 IL2RA CD274".split()),
+        "Reiss et al. 2017, PLoS One 12:e0186998",
+        T_AND_NK[:1] + T_AND_NK[2:],
+    ),
+    Programme(
+        "Inhibitory receptors",
+        tuple("CTLA4 PDCD1 TIGIT HAVCR2 LAG3".split()),
+        "Smillie et al. 2019, Cell 178:714",
+        T_AND_NK[:1] + T_AND_NK[2:],
+    ),
+)
+
+MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
+MIN_KIND = 20  # cells, to say what is usual
+TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
+N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
+MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
+UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
+GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
+RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
+MIN_ALTERNATIVE = 0.05  # probability
+SURPRISE = 15.0  # Poisson deviance of a count: one in 10,000
+FLOOR = 0.4  # counts that are expected at least
+# What these genes tell is how the cell was handled, more than what it is.
+HANDLING = ("MT-", "RPL", "RPS", "MTRNR")
+HANDLED = frozenset({"B2M", "MALAT1", "NEAT1", "RPSA", "RACK1", "EEF1A1", "TPT1"})
+
+
+@dataclass(frozen=True)
+class Clause:
+    """A sentence about a cell, and the genes that it rests on.
+
+    Args:
+        kind: "type", "programme", "unusual", "alternative" or "undecided".
+        words: The sentence.
+        genes: Columns of the counts.
+    """
+
+    kind: str
+    words: str
+    genes: tuple[int, ...] = ()
+
+
+def surprise(counts: Any, expected: Any) -> Any:
+    """Poisson deviance of counts above expectation, 0 below."""
+    expected = np.maximum(expected, FLOOR)
+    counts = np.maximum(counts, expected)
+    return 2 * (counts * np.log(counts / expected) - (counts - expected))
+
+
+def join(parts: Sequence[str]) -> str:
+    """A list in words.
+
+    >>> join(["a", "b", "c"])
+    'a, b and c'
+    """
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def article(noun: str) -> str:
+    """A noun with "A" or "An", by its first letter."""
+    return f"{'An' if noun[0] in 'aeiouAEIO' else 'A'} {noun}"
+
+
+class Expression:
+    """Counts of cells, their rates and percentiles.
+
+    Args:
+        cells: All cells of a file.
+        gene_ids: int64 `(n_genes,)`: ids of the genes of the columns.
+        symbols: Their symbols.
+    """
+
+    def __init__(self, cells: Cells, gene_ids: np.ndarray, symbols: Sequence[str]) -> None:
+        matrix = cells.to_csr(int(max(gene_ids.max(initial=0), cells.gene_ids.max(initial=0))) + 1)
+        self.counts = matrix[:, gene_ids].tocsr()
+        self.counts.sort_indices()
+        self.sizes = cells.library_sizes().clip(min=1e-9)
+        self.rates = self.counts.copy()
+        self.rates.data *= np.float32(COUNTS_PER_10K) / np.repeat(self.sizes, np.diff(self.counts.indptr))
+        self.columns = self.rates.tocsc()
+        self.symbols = np.asarray(symbols, dtype=object)
+        self.column_of = {name: column for column, name in enumerate(symbols)}
+        self.usable = np.array([not name.startswith(HANDLING) and name not in HANDLED for name in symbols])
+        states = {gene for programme in PROGRAMMES if not programme.within for gene in programme.genes}
+        self.tells_types = self.usable & ~np.isin(self.symbols, list(states))  # a state is no type
+        two = np.bincount(self.counts.indices[self.counts.data >= 2], minlength=len(symbols))
+        self.recurs = self.usable & (two > np.maximum(RECURRENT * len(cells), 1))
+        self.sorted: dict[tuple[int, int], np.ndarray] = {}
+
+    def totals(self, groups: np.ndarray, n_groups: int, values: np.ndarray | None = None) -> np.ndarray:
+        """Sums of `values` of the entries of groups of cells, by default their number, `(n_groups, n_genes)`.
+
+        Group -1 is none.
+        """
+        of_entry = np.repeat(groups, np.diff(self.counts.indptr))
+        kept = of_entry >= 0
+        keys = of_entry[kept] * len(self.symbols) + self.counts.indices[kept]
+        weights = None if values is None else values[kept]
+        return np.bincount(keys, weights, minlength=n_groups * len(self.symbols)).reshape(n_groups, -1)
+
+    def count(self, cell: int, gene: int) -> float:
+        """The count of a gene in a cell."""
+        genes, counts = self.row(cell)
+        place = np.searchsorted(genes, gene)
+        return float(counts[place]) if place < len(genes) and genes[place] == gene else 0.0
+
+    def rate(self, cell: int, gene: int) -> np.float32:
+        """The counts per 10,000 of a gene in a cell."""
+        return np.float32(self.count(cell, gene)) * (np.float32(COUNTS_PER_10K) / self.sizes[cell])
+
+    def row(self, cell: int) -> tuple[np.ndarray, np.ndarray]:
+        """Expressed genes of a cell, ascending, and their counts."""
+        entries = slice(self.counts.indptr[cell], self.counts.indptr[cell + 1])
+        return self.counts.indices[entries], self.counts.data[entries]
+
+    def named(self, genes: Iterable[int], cell: int, unit: bool = False) -> str:
+        """Genes with their counts in a cell, in words."""
+        values = [f"{self.count(cell, gene):.4g}" for gene in genes]
+        words = [f"{self.symbols[gene]} ({value})" for gene, value in zip(genes, values, strict=True)]
+        words[0] = words[0].replace(")", " count)" if values[0] == "1" else " counts)") if unit else words[0]
+        return join(words)
+
+    def percentile(self, cell: int, gene: int, group: int, members: np.ndarray) -> float:
+        """Share of the other cells of a group that express a gene less than a cell of it does, 0 to 100."""
+        if (group, gene) not in self.sorted:
+            entries = slice(self.columns.indptr[gene], self.columns.indptr[gene + 1])
+            mine = np.zeros(self.counts.shape[0], dtype=np.float32)
+            mine[self.columns.indices[entries]] = self.columns.data[entries]
+            self.sorted[group, gene] = np.sort(mine[members])
+        below = np.searchsorted(self.sorted[group, gene], self.rate(cell, gene), side="left")
+        return 100.0 * below / max(len(members) - 1, 1)
+
+
+class Proof:
+    """Descriptions of the cells of a file, clause by clause.
+
+    Args:
+        expression: The counts.
+        kinds: str `(n_cells,)`: the type of each cell; "" for none.
+        candidates: Genes that speak for the type of each cell, int `(n_cells, n)`, `NONE` for none: the markers that
+            it expresses, then the evidence.
+        others: Two rows of [`Other`]: of the runner-up, and of a second one where the type is broad.
+        within: Type -> Cell Ontology ids of it and of the terms above it.
+        tissues: str `(n_cells,)`: as the file says; "" for unknown.
+    """
+
+    def __init__(
+        self,
+        expression: Expression,
+        kinds: np.ndarray,
+        candidates: np.ndarray,
+        others: Sequence["Other"],
+        within: Mapping[str, frozenset[str]],
+        tissues: np.ndarray,
+    ) -> None:
+        self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
+        n_cells = len(kinds)
+        self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
+        while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
+            self.group_by(kinds)
+            typed = [self.type_clause(cell, candidates[cell]) for cell in range(n_cells)]
+            kinds, before = np.where([clause is None for clause in typed], "", kinds), kinds
+            if (kinds == before).all():
+                break
+        programmes, unusual = self.programme_clauses(), self.unusual_genes()
+        for cell, clause in enumerate(typed):
+            if clause is None:
+                self.clauses[cell] = [Clause("type", "No type is shown by its counts.")]
+                continue
+            self.clauses[cell] = [clause, *programmes[cell]]
+            said = {gene for part in self.clauses[cell] for gene in part.genes}
+            if genes := [gene for gene in unusual[cell] if gene not in said][:N_GENES]:
+                words = f"Unusually high for its kind: {expression.named(genes, cell)}."
+                self.clauses[cell].append(Clause("unusual", words, tuple(genes)))
+            self.clauses[cell] += self.alternative_clauses(cell)
+
+    def group_by(self, kinds: np.ndarray) -> None:
+        """Make these the kinds of the cells."""
+        self.kinds = kinds
+        self.names = sorted(set(kinds.tolist()) - {""})
+        number = {name: i for i, name in enumerate(self.names)}
+        self.group = np.array([number.get(kind, NONE) for kind in kinds])
+        self.members = [np.flatnonzero(self.group == i) for i in range(len(self.names))]
+        self.n = np.bincount(self.group[self.group >= 0], minlength=len(self.names))
+        self.sums = self.expression.totals(self.group, len(self.names), self.expression.rates.data)
+        self.shares = self.expression.totals(self.group, len(self.names)) / self.n[:, None].clip(min=1)
+        self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
+        self.expression.sorted.clear()
+
+    def mean(self, group: int) -> np.ndarray:
+        """Mean rates of a group, `(n_genes,)`."""
+        return self.sums[group] / max(self.n[group], 1)
+
+    def type_clause(self, cell: int, candidates: np.ndarray) -> Clause | None:
+        """The type, if genes of the cell show it."""
+        group = self.group[cell]
+        if group == NONE:
+            return None
+        is_rare = self.n[group] < MIN_KIND  # what so few cells share may be an accident: known markers alone count
+        genes = list(dict.fromkeys(candidates[: N_MARKERS if is_rare else None].tolist()))
+        genes = [gene for gene in genes if gene != NONE and self.expression.tells_types[gene]]
+        rates = np.array([self.expression.rate(cell, gene) for gene in genes])
+        alike = (self.sums[group][genes] - rates) / (self.n[group] - 1) if self.n[group] > 1 else rates
+        others = (self.total - self.sums[group])[genes] / max(len(self.kinds) - self.n[group], 1)
+        shows = (alike >= TYPE_FOLD * others) & (alike > 0) & (self.shares[group][genes] >= TYPE_SHARE)
+        genes = [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown][:N_TYPE_GENES]
+        if not genes:
+            return None
+        noun = article(self.names[group]) + (f" from {self.tissues[cell]}" if self.tissues[cell] else "")
+        alone = " alone" if len(genes) == 1 else ""
+        words = f"{noun}, shown by {self.expression.named(genes, cell, unit=True)}{alone}."
+        return Clause("type", words, tuple(genes))
+
+    def programme_clauses(self) -> list[list[Clause]]:
+        """Programmes that each cell expresses far more than the lower quarter of its kind."""
+        found: list[list[Clause]] = [[] for _ in self.kinds]
+        expression = self.expression
+        for programme in PROGRAMMES:
+            columns = [expression.column_of[gene] for gene in programme.genes if gene in expression.column_of]
+            part = expression.counts[:, columns].tocsr()
+            totals = np.asarray(part.sum(axis=1)).ravel()
+            rates = totals / expression.sizes * COUNTS_PER_10K
+            distinct = np.diff(part.indptr)
+            for group, members in enumerate(self.members):
+                allowed = not programme.within or set(programme.within) & self.within.get(self.names[group], set())
+                if len(members) <= MIN_KIND or not allowed:
+                    continue
+                mine = rates[members]
+                expected = np.quantile(mine, 0.25) * expression.sizes[members] / COUNTS_PER_10K
+                below = np.searchsorted(np.sort(mine), mine, side="left") * 100 // (len(members) - 1)
+                is_high = totals[members] >= PROGRAMME_FOLD * expected
+                is_high &= (surprise(totals[members], expected) >= SURPRISE) & (below >= PROGRAMME_PERCENTILE)
+                for place in np.flatnonzero(is_high & (distinct[members] >= MIN_PROGRAMME_GENES)):
+                    cell = members[place]
+                    counts = part[cell].toarray().ravel()
+                    genes = [columns[i] for i in np.argsort(-counts, kind="stable")[:N_TYPE_GENES] if counts[i]]
+                    words = (
+                        f"{programme.phrase}: {expression.named(genes, cell)}, more of these genes than "
+                        f"{below[place]} % of the {len(members) - 1} other cells of its kind."
+                    )
+                    found[cell].append(Clause("programme", words, tuple(genes)))
+        return found
+
+    def unusual_genes(self) -> list[list[int]]:
+        """Genes that each cell expresses far more than its kind, the most surprising first."""
+        found: list[list[int]] = [[] for _ in self.kinds]
+        expression = self.expression
+        for group, members in enumerate(self.members):
+            if len(members) <= MIN_KIND:
+                continue
+            for cell in members.tolist():
+                genes, counts = expression.row(cell)
+                others = (self.sums[group][genes] - expression.rates[cell, genes].toarray().ravel()) / (
+                    self.n[group] - 1
+                )
+                expected = np.maximum(others, 0) * expression.sizes[cell] / COUNTS_PER_10K
+                high = (counts >= UNUSUAL_COUNT) & (counts >= UNUSUAL_FOLD * expected) & expression.recurs[genes]
+                deviance = np.where(high, surprise(counts, expected), 0.0)
+                for entry in np.argsort(-deviance, kind="stable")[: 3 * N_GENES]:
+                    gene = int(genes[entry])
+                    if deviance[entry] >= SURPRISE and (
+                        expression.percentile(cell, gene, group, members) >= UNUSUAL_PERCENTILE
+                    ):
+                        found[cell].append(gene)
+        return found
+
+    def alternative_clauses(self, cell: int) -> list[Clause]:
+        """What else the cell may be, if genes of it speak for it."""
+        named = []
+        for other in self.others:
+            name, against = other.names[cell], other.against[cell]
+            if name and (theirs := self.genes_for(name, against, other.genes[cell])):
+                named.append((name, theirs))
+        words = [
+            f"{name}, for which {self.expression.named(theirs, cell)} speak{'s'[: len(theirs) == 1]}"
+            for name, theirs in named
+        ]
+        genes = tuple(gene for _, part in named for gene in part)
+        if not self.others[1].names[cell]:
+            return [Clause("alternative", f"The alternative is {words[0]}.", genes)] if words else []
+        if len(words) < 2:
+            return []
+        return [Clause("undecided", f"It is undecided between {words[0]}, and {words[1]}.", genes)]
+
+    def genes_for(self, name: str, against: str, candidates: np.ndarray) -> list[int]:
+        """Candidates that are higher in the cells of a type than in those of another; both have enough cells."""
+        if name not in self.names or against not in self.names:
+            return []
+        pair = self.names.index(name), self.names.index(against)
+        if min(self.n[list(pair)]) < MIN_KIND:
+            return []
+        one, other = (self.mean(group) for group in pair)
+        speaks = (one >= TYPE_FOLD * other) & (self.shares[pair[0]] >= TYPE_SHARE) & self.expression.tells_types
+        return [gene for gene in candidates.tolist() if gene != NONE and speaks[gene]][:N_GENES]
+
+    def texts(self) -> np.ndarray:
+        """Descriptions of the cells, str `(n_cells,)`."""
+        return np.array([" ".join(clause.words for clause in clauses) for clauses in self.clauses], dtype=object)
+
+    def group_rows(self, level: str, groups: np.ndarray) -> Iterator[dict[str, Any]]:
+        """A row for each group of cells, str `(n_cells,)`: `level`, `name`, `cells` and `text`."""
+        names, numbers = np.unique(groups.astype(str), return_inverse=True)
+        n_cells = np.bincount(numbers)
+        expressing = self.expression.totals(numbers, len(names))
+        shares = expressing / n_cells[:, None]
+        shown = {p.phrase: np.array([p.phrase in clauses for clauses in self.phrases()]) for p in PROGRAMMES}
+        for i, name in enumerate(names):
+            mine = numbers == i
+            n, others = int(n_cells[i]), len(mine) - int(n_cells[i])
+            elsewhere = (expressing.sum(axis=0) - expressing[i]) / max(others, 1)
+            kinds, counts = np.unique(self.kinds[mine].astype(str), return_counts=True)
+            parts = [
+                f"{counts[k] / n:.0%} {kinds[k]}"
+                for k in np.argsort(-counts, kind="stable")[:2]
+                if kinds[k] and counts[k] >= GROUP_SHARE * n
+            ]
+            said = [g for cell in np.flatnonzero(mine) for g in self.clauses[cell][0].genes]
+            genes, times = np.unique(said, return_counts=True)
+            best = [int(g) for g in genes[np.argsort(-times, kind="stable")] if shares[i, g] > elsewhere[g]]
+            of_genes = [
+                f"{self.expression.symbols[g]} ({shares[i, g]:.0%} of its cells, {elsewhere[g]:.0%} of the others)"
+                for g in best[:N_TYPE_GENES]
+            ]
+            text = f"{n} cells, {join(parts) if parts else 'without a type that their counts show'}"
+            text += f", shown by {join(of_genes)}." if parts and of_genes else "."
+            for phrase, has in shown.items():
+                here, there = has[mine].mean(), has[~mine].mean() if others else 0.0
+                if here >= GROUP_SHARE and here >= GROUP_FOLD * there:
+                    text += f" {phrase} in {here:.0%} of its cells, and in {there:.0%} of the others."
+            yield {"level": level, "name": str(name), "cells": n, "text": re.sub(r"(?<=\d)%", " %", text)}
+
+    def phrases(self) -> list[set[str]]:
+        """The programmes of each cell."""
+        programmes = ([c.words for c in clauses if c.kind == "programme"] for clauses in self.clauses)
+        return [{words.partition(":")[0] for words in found} for found in programmes]
+
+    def rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """A row for each gene of each clause of each cell.
+
+        `cell`, `clause` (its number), `kind`, `text`, `gene`, `count`, `percentile` (among the cells of the file) and
+        `percentile_of_kind` (among those of its kind).
+        """
+        everything = np.arange(len(self.kinds))
+        for cell, clauses in enumerate(self.clauses):
+            group = self.group[cell]
+            for number, clause in enumerate(clauses):
+                about = {"cell": str(names[cell]), "clause": number, "kind": clause.kind, "text": clause.words}
+                for gene in clause.genes:
+                    among = self.expression.percentile(cell, gene, NONE, everything)
+                    of_kind = self.expression.percentile(cell, gene, group, self.members[group])
+                    yield {
+                        **about,
+                        "gene": self.expression.symbols[gene],
+                        "count": round(self.expression.count(cell, gene), 4),
+                        "percentile": round(among, 2),
+                        "percentile_of_kind": round(of_kind, 2),
+                    }
+
+
+@dataclass
+class Other:
+    """Another type that each cell may be.
+
+    Args:
+        names: str `(n_cells,)`; "" for none.
+        against: str `(n_cells,)`: the type that its genes speak against.
+        genes: int32 `(n_cells, n)`: the genes, the best first, `NONE` for none.
+    """
+
+    names: np.ndarray
+    against: np.ndarray
+    genes: np.ndarray
+
+
+def propose(
+    cells: Cells,
+    explainer: Explainer,
+    gene_ids: np.ndarray,
+    kinds: Sequence[str],
+    labels: Sequence[str],
+    kind_of_cell: np.ndarray,
+    probabilities: np.ndarray,
+    batch_size: int,
+) -> tuple[np.ndarray, list[Other]]:
+    """What the model says of each cell, for the counts to judge.
+
+    Args:
+        cells: All cells.
+        explainer: One set of trained labels for each of `kinds`; a kind that means none or nearly all has no evidence.
+        gene_ids: int64 `(n_genes,)`, ascending: ids of the columns of the counts.
+        kinds: Types of the cells.
+        labels: Those of the readout, in its order.
+        kind_of_cell: int64 `(n_cells,)`.
+        probabilities: `(n_cells, n_labels)`.
+        batch_size: Cells at a time.
+
+    Returns:
+        `candidates` and `others` of [`Proof`].
+    """
+    mine = explainer.members[kind_of_cell]
+    is_broad = mine.sum(axis=1) > 1
+    inside = np.argsort(-np.where(mine, probabilities, -1), axis=1, kind="stable")[:, :2] + explainer.first_label
+    outside = np.where(mine, -1, probabilities)
+    first = np.where(outside.max(axis=1) >= MIN_ALTERNATIVE, outside.argmax(axis=1) + explainer.first_label, NONE)
+    first = np.where(is_broad, inside[:, 0], np.where(mine.any(axis=1), first, NONE))
+    second = np.where(is_broad, inside[:, 1], kind_of_cell)
+    found: list[list[np.ndarray]] = [[], [], []]
+    for start in range(0, len(cells), batch_size):
+        part = slice(start, start + batch_size)
+        batch, own, one, other = cells[part], kind_of_cell[part], first[part], second[part]
+        evidence, _ = explainer(batch, own)
+        markers = np.where(evidence.markers, explainer.markers[own], NONE)
+        found[0].append(np.hstack([markers, evidence.genes]))
+        for number, (name, rival) in enumerate([(one, other), (other, np.where(is_broad[part], one, NONE))], 1):
+            rivals = np.where((name == NONE) | (rival == NONE), NONE, rival)
+            found[number].append(explainer(batch, np.maximum(name, 0), rivals)[0].genes)
+    names = np.asarray([*kinds, *labels, ""], dtype=object)
+    columns = np.append(np.searchsorted(gene_ids, explainer.panel.gene_ids), NONE)
+    candidates, *genes = (columns[np.concatenate(parts)] for parts in found)
+    second_name, nothing = np.where(is_broad, second, NONE), np.full(len(first), NONE)
+    against = np.where(first == NONE, NONE, second)
+    return candidates, [
+        Other(names[first], names[against], genes[0]),
+        Other(names[second_name], names[np.where(is_broad, first, nothing)], genes[1]),
+    ]
+
+
+def terms_above(members: np.ndarray, known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Ids of the terms whose labels include all of a type's, bool `(n_labels,)`."""
+    mine = {name for name, column in known.items() if members[column]}
+    return frozenset(term["id"] for term in terms if mine and mine <= set(term["labels"]))
+
+
+def tissues_of(obs: Any) -> np.ndarray:
+    """The tissue of each cell in words, where `obs` has one, str `(n_cells,)`."""
+    if "tissue" not in obs:
+        return np.full(len(obs), "", dtype=object)
+    words = np.asarray(obs["tissue"].astype(object).fillna(""), dtype=object)
+    return np.array(
+        ["" if str(word).casefold() in ("", "unknown", "na", "nan") else str(word) for word in words], dtype=object
+    )

@@ -1,0 +1,145 @@
+"""Descriptions with proof: what they say of known cells, and an independent check that finds every planted lie."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from scmmgpt import synthetic
+from scmmgpt.__main__ import main
+from scmmgpt.commands.verify import verify_file
+from scmmgpt.eval.proof import LIES, Checker, evaluate_proof, sentences
+from scmmgpt.proof_scmmgpt import PROGRAMMES
+from scmmgpt.synthetic import synthetic_adata
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return synthetic.fitted_pipeline()
+
+
+@pytest.fixture(scope="module")
+def described(pipeline):
+    """Cells of four types, thirty of each."""
+    return pipeline.describe(synthetic_adata(120), proof=True)
+
+
+def checker_of(adata):
+    counts = adata.X.tocsr()
+    sizes = np.asarray(counts.sum(axis=1)).ravel()
+    return Checker(adata.obs["scmmgpt_description"].tolist(), counts, adata.var_names, sizes)
+
+
+def test_a_cell_is_described_by_markers_with_their_counts(described):
+    text = described.obs["scmmgpt_description"].iloc[0]
+    assert text.startswith("A B cell from blood, shown by ")
+    clauses = pd.DataFrame(described.uns["scmmgpt"]["describe"]["clauses"])
+    mine = clauses[(clauses.cell == "cell-0") & (clauses.kind == "type")]
+    for row in mine.itertuples():
+        assert described[row.cell, row.gene].X.toarray().item() == row.count
+        assert f"{row.gene} ({row.count:g}" in text
+        assert row.percentile > 50
+    assert set(mine.gene) <= set(synthetic.MARKERS["B cell"][1])
+
+
+def test_all_clauses_are_supported_and_lies_are_found(pipeline):
+    result = evaluate_proof(pipeline, synthetic_adata(120))
+    assert result["unsupported"] == 0
+    assert result["lies"]["another type and its markers"] == {"told": 120, "caught": 1}
+    assert result["lies"]["a gene without counts"]["caught"] == 1
+    assert result["lies"]["another cell of the type"] == {"told": 120, "caught": 1}
+    assert set(result["lies"]) == set(LIES)
+
+
+def test_what_is_unusual_for_a_kind_is_said_of_that_cell_alone(pipeline):
+    adata = synthetic_adata(120)
+    counts = adata.X.tolil()
+    foreign = adata.var_names.get_loc("CD14")
+    for cell in (0, 4):  # two B cells: a gene that one cell of a file has is an accident
+        counts[cell, foreign] = 40
+    adata.X = counts.tocsr()
+    pipeline.describe(adata, proof=True)
+    unusual = [s for text in adata.obs["scmmgpt_description"] for s in sentences(text) if "Unusually" in s]
+    assert [s for s in unusual if "CD14 (40)" in s] == ["Unusually high for its kind: CD14 (40)."] * 2
+    assert "CD14 (40)" in adata.obs["scmmgpt_description"].iloc[0]
+
+
+def test_a_cell_whose_counts_show_no_type_is_called_none(pipeline):
+    adata = synthetic_adata(120)
+    counts = adata.X.tolil()
+    counts[0] = 0
+    counts[0, adata.var_names.get_loc(synthetic.BACKGROUND[0])] = 50
+    adata.X = counts.tocsr()
+    texts = pipeline.describe(adata, proof=True).obs["scmmgpt_description"]
+    assert texts.iloc[0] == "No type is shown by its counts."
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("A B cell, shown by {gene} ({count}).", None),
+        ("A B cell, shown by {gene} (999).", "other counts of ['{gene}']"),
+        ("A B cell, shown by NOGENE (1).", "other counts of ['NOGENE']"),
+        ("A B cell of great beauty.", "no such sentence: A B cell of great beauty."),
+        ("A monocyte, shown by {gene} ({count}).", "{gene} is not of monocyte"),
+        (
+            "Cell cycle: {gene} ({count}), more of these genes than 99 % of the 29 other cells of its kind.",
+            "no such sentence",
+        ),
+    ],
+)
+def test_the_check_names_what_is_wrong(described, text, fault):
+    checker = checker_of(described)
+    clauses = pd.DataFrame(described.uns["scmmgpt"]["describe"]["clauses"])
+    row = clauses[(clauses.cell == "cell-0") & (clauses.kind == "type")].iloc[0]
+    words = {"gene": row.gene, "count": f"{row['count']:g}"}
+    found = checker.faults(0, text.format(**words))
+    assert found == [] if fault is None else found[0].startswith(fault.format(**words))
+
+
+def test_no_gene_is_in_two_programmes_and_each_has_a_source():
+    genes = [gene for programme in PROGRAMMES for gene in programme.genes]
+    assert len(genes) == len(set(genes))
+    assert all(programme.source and len(programme.genes) >= 3 for programme in PROGRAMMES)
+
+
+def test_groups_are_described_with_the_shares_of_their_cells(pipeline):
+    adata = synthetic_adata(120)
+    pipeline.describe(adata, proof=True, cluster_key="cell_type")
+    groups = pd.DataFrame(adata.uns["scmmgpt"]["describe"]["groups"])
+    row = groups[(groups.level == "cluster") & (groups.name == "B cell")].iloc[0]
+    assert row.cells == 30
+    assert row.text.startswith("30 cells, 100 % B cell, shown by ")
+    gene = row.text.split("shown by ")[1].split(" ")[0]
+    has = adata[:, gene].X.toarray().ravel() > 0
+    is_b = (adata.obs["cell_type"] == "B cell").to_numpy()
+    assert (
+        f"{gene} ({has[is_b].mean():.0%} of its cells, {has[~is_b].mean():.0%} of the others)".replace("%", " %")
+        in row.text
+    )
+
+
+def test_the_command_writes_texts_and_a_table_that_verify_repeats(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    synthetic_adata(60).write_h5ad(tmp_path / "cells.h5ad")
+    paths = [str(tmp_path / name) for name in ("cells.h5ad", "out.h5ad", "proof.tsv")]
+    words = ["describe", paths[0], "-o", paths[1], "--proof", paths[2], "--model", str(tmp_path / "model"), "--quiet"]
+    assert main(words) == 0
+    table = pd.read_csv(paths[2], sep="\t")
+    assert list(table)[:4] == ["cell", "clause", "kind", "text"]
+    out = anndata.read_h5ad(paths[1])
+    assert out.obs["scmmgpt_description"].str.startswith(("A ", "An ", "No ")).all()
+    assert verify_file(paths[1], pipeline)["results"][0]["changed_cells"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "What?", "proof": True}, "prompt"),
+        ({"num_beams": 2, "proof": True}, "num_beams"),
+        ({"cluster_key": "a"}, "proof=True"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(pipeline, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.describe(synthetic_adata(8), **options)
