@@ -280,22 +280,13 @@ def search(args: Args) -> int:
 
 def search_in_index(args: Args) -> None:
     """`search` where the cells are in an index."""
-    from dataclasses import asdict
-
-    from scmmgpt.commands.index import read_manifest, render_hits, search_index
+    from scmmgpt.commands.index import find_text, read_manifest, render_hits
 
     if args.output is not None:
         raise ValueError("--output has the score of every cell of FILE; of an index, only the best are scored.")
-    about = read_manifest(args.index)
-    pipeline = load_pipeline(args)
-    query = pipeline.embed_texts([args.text])[0]
-    if len(query) != about["dimensions"]:
-        raise ValueError(
-            f"The embeddings of {args.index} have {about['dimensions']} dimensions, those of {args.model} "
-            f"{len(query)}: they are of different checkpoints. The index is of {about['checkpoint']!r}."
-        )
-    hits = search_index(args.index, query, args.top_k, args.where)
-    write(args, [asdict(hit) for hit in hits], render_hits(hits))
+    read_manifest(args.index)
+    hits = find_text(args.index, args.text, load_pipeline(args), args.model, args.top_k, args.where)
+    write(args, [vars(hit) for hit in hits], render_hits(hits))
 
 
 def generate(args: Args) -> None:
@@ -426,14 +417,9 @@ def doctor(args: Args) -> None:
 
 def mcp(args: Args) -> None:
     """Serve the commands to an agent: a Model Context Protocol server over the files of one folder."""
-    from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
-    from scmmgpt.commands.mcp_server import make_server
+    from scmmgpt.commands.mcp_server import serve
 
-    model = args.model or root_checkpoint()
-    find_checkpoint(model)
-    settings = {"model": args.model, "device": args.device, "batch-size": args.batch_size}
-    words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
-    make_server(args.folder, run_words, model, words).run("stdio")
+    serve(args.folder, run_words, args.model, {"device": args.device, "batch-size": args.batch_size})
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------

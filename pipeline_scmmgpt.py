@@ -67,6 +67,7 @@ try:  # as a package or as remote code
     )
     from .processing_scmmgpt import ScMMGPTProcessor
     from .proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
+    from .query_scmmgpt import Search
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
@@ -112,6 +113,7 @@ except ImportError:  # as a flat module in a clone
     )
     from processing_scmmgpt import ScMMGPTProcessor
     from proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
+    from query_scmmgpt import Search
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts, text_states
@@ -1044,7 +1046,9 @@ class ScMMGPTPipeline:
         """Find the cells that a text describes best.
 
         Args:
-            text: Description of the wanted cells, one text or several.
+            text: Description of the wanted cells, one text or several. What follows "without", "lacking", "but not"
+                or ", not", and what "-negative" follows, counts against a cell: a gene by its expression, other words
+                by their similarity.
             top_k: Cells to return per text.
             by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
                 own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
@@ -1054,7 +1058,8 @@ class ScMMGPTPipeline:
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
-            1, which has no zero that means "no match"; by genes, in standard deviations of training cells) and `z`
+            1, which has no zero that means "no match"; by genes, in standard deviations of training cells; where the
+            text denies something, in standard deviations of these cells) and `z`
             (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         if top_k < 1:
@@ -1062,9 +1067,9 @@ class ScMMGPTPipeline:
         if key_added is not None and not isinstance(text, str) and len(text) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(text)} texts; pass one text.")
         choice = self.processor.choose_input(adata, **read_kwargs)
-        scores = self.search_cells(adata, choice, text, by, batch_size)
+        columns = self.search_cells(adata, choice, text, by, batch_size)
         finish_report(choice.report)
-        hits = self.add_search(adata, choice, scores, text, top_k, by, key_added)
+        hits = self.add_search(adata, choice, columns, text, top_k, by, key_added)
         return hits[0] if isinstance(text, str) else hits
 
     def search_cells(
@@ -1075,7 +1080,7 @@ class ScMMGPTPipeline:
         by: str = "similarity",
         batch_size: int | None = None,
     ) -> np.ndarray:
-        """Scores of cells for texts, float32 `(n_cells, n_texts)`: all the data of a choice, or a part of them."""
+        """What [`add_search`] scores cells by, float32 `(n_cells, n_columns)`: all the data of a choice, or a part."""
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
             raise ValueError("The text to search for is empty; describe the wanted cells.")
@@ -1086,35 +1091,43 @@ class ScMMGPTPipeline:
                 "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
             )
         score, batch_size = self._search_scores(texts, by, choice), self._batch_size(batch_size, 64)
-        return self._map_cells(score, self._chunks(adata, choice), batch_size, "Searching", adata.shape[0])[0]
+        columns = self._map_cells(score, self._chunks(adata, choice), batch_size, "Searching", adata.shape[0])
+        return np.concatenate(columns, axis=1)
 
     def add_search(
         self,
         adata: Any,
         choice: InputChoice,
-        scores: np.ndarray,
+        columns: np.ndarray,
         text: str | Sequence[str],
         top_k: int,
         by: str = "similarity",
         key_added: str | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """The hits of each text, from the scores of all cells, which are added to `adata` under `key_added`."""
+        """The hits of each text, from what [`search_cells`] gives for all cells; scores are added as `key_added`."""
+        texts = [text] if isinstance(text, str) else list(text)
+        scores = columns if by == "genes" else self._search_plan(texts, choice).scores(columns)
         if key_added is not None:
             adata.obs[key_added] = scores[:, 0]
-            done = {"text": text if isinstance(text, str) else text[0], "by": by, "key": key_added}
+            done = {"text": texts[0], "by": by, "key": key_added}
             self._record(adata, "scmmgpt", choice.report, search=done)
         return [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
 
+    def _search_plan(self, texts: list[str], choice: InputChoice) -> Search:
+        return Search(texts, self.processor.gene_index, choice.match.measured)
+
     def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
-        """The scores of texts that [`search`] sorts by."""
+        """Scores of texts by genes; or similarities and expression, from which a search is scored."""
         if by == "genes":
             states = text_states(self._bridge(), self.processor, texts)
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
-        text_features = encode_texts(self._bridge(), self.processor, texts)
+        plan = self._search_plan(texts, choice)
+        text_features = encode_texts(self._bridge(), self.processor, plan.texts)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
-            return (cell_text_similarity(self._bridge().get_cell_features(**self._inputs(cells)), text_features),)
+            features = self._bridge().get_cell_features(**self._inputs(cells))
+            return cell_text_similarity(features, text_features), torch.from_numpy(plan.expression(cells))
 
         return similarity
 

@@ -20,6 +20,7 @@ import pandas as pd
 
 from scmmgpt.commands.cluster import run_tasks
 from scmmgpt.commands.files import read_json, whole_folder, write_json
+from scmmgpt.query_scmmgpt import read_query
 
 
 logger = logging.getLogger(__name__)
@@ -176,6 +177,27 @@ def read_segments(folder: Path) -> list[dict[str, Any]]:
     """Source, number of cells and path of each segment."""
     paths = sorted(folder.glob("segment-*/segment.json"))
     return [{**read_json(path, dict), "path": path.parent} for path in paths]
+
+
+def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, where: str | None = None) -> list[Hit]:
+    """The cells of an index that are most similar to a text.
+
+    Args:
+        pipeline, model: The checkpoint that embeds the text, and its name.
+        top_k, where: As for [`search_index`].
+
+    Raises:
+        ValueError: If the text denies something, or the index is of another checkpoint.
+    """
+    if denied := read_query(text).denied:
+        raise ValueError(f"An index finds what is similar, and cannot leave out {denied[0]!r}; search FILE for that.")
+    about, query = read_manifest(folder), pipeline.embed_texts([text])[0]
+    if len(query) != about["dimensions"]:
+        raise ValueError(
+            f"The embeddings of {folder} have {about['dimensions']} dimensions, those of {model} {len(query)}: they "
+            f"are of different checkpoints. The index is of {about['checkpoint']!r}."
+        )
+    return search_index(folder, query, top_k, where)
 
 
 def search_index(folder: Path, query: np.ndarray, top_k: int, where: str | None = None) -> list[Hit]:

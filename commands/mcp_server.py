@@ -22,6 +22,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 from pydantic import Field
 
+from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OPTION_WORDS
 from scmmgpt.commands.options import READ_HELP
 
@@ -90,18 +91,17 @@ class CellTools:
         self,
         file: File,
         output: Output,
-        prompt: Annotated[str | None, Field(description="a question about one cell")] = None,
         table: Table = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
         """Describe every cell in words: obs['scmmgpt_description']. Slow: use it on hundreds of cells."""
-        words = [*_options(prompt=prompt), *self._outputs(output=output, table=table)]
+        words = self._outputs(output=output, table=table)
         return self._call("describe", self._existing(file), *words, *_reading(reading))
 
     def search(
         self,
         file: File,
-        text: Annotated[str, Field(description="description of the wanted cells")],
+        text: Annotated[str, Field(description="description of the wanted cells; may deny: T cell without CD8")],
         top_k: Annotated[int, Field(ge=1, le=1000)] = 10,
         output: Annotated[str | None, Field(description="new .h5ad file with every cell's score")] = None,
         reading: Reading = None,
@@ -245,3 +245,11 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
     for tool in writers:
         server.add_tool(tool, annotations=ToolAnnotations(read_only_hint=False, **local))
     return server
+
+
+def serve(folder: Path, run: Command, model: str | None, settings: Mapping[str, Any]) -> None:
+    """Serve over standard input and output; `settings` are values of options, None where an option is not given."""
+    checkpoint = model or root_checkpoint()
+    find_checkpoint(checkpoint)
+    words = _options(**{"model": model, **settings})
+    make_server(folder, run, checkpoint, words).run("stdio")

@@ -147,7 +147,8 @@ def compute_part(
     if job.verb == "embed":
         return Computed(arrays={"embedding": pipeline.embed_cells(part, choice, options["of"])})
     if job.verb == "search":
-        return Computed({"search": pipeline.search_cells(part, choice, options["text"], options["by"])[:, 0]})
+        found = pipeline.search_cells(part, choice, options["text"], options["by"])
+        return Computed({f"search{i}": column for i, column in enumerate(found.T)})
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
         return Computed(pipeline.audit_cells(part, choice, given, decided["sets"]))

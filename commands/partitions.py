@@ -228,7 +228,8 @@ class PartitionedRun:
             return pipeline.add_embedding(target, choice, joined.blocks("embedding"), options["of"])
         if self.job.verb == "search":
             given = [options[name] for name in ("text", "top_k", "by", "key_added")]
-            (hits,) = pipeline.add_search(target, choice, columns["search"][:, None], *given)
+            values = np.stack([columns[f"search{i}"] for i in range(len(columns))], axis=1)
+            (hits,) = pipeline.add_search(target, choice, values, *given)
             rows = joined.rows()
             return [{**hit, "index": int(rows[hit["index"]])} for hit in hits]
         if self.job.verb == "audit":

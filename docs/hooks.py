@@ -17,7 +17,7 @@ BESIDE = {
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that have no page of their own in docs/."""
-    root = Path(config["config_file_path"]).parent
+    root = Path(config["config_file_path"]).resolve().parent
     for source, target in BESIDE.items():
         if files.get_file_from_path(target) is None:
             files.append(File.generated(config, target, abs_src_path=str(root / source)))
@@ -26,7 +26,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: object) -> str:
     """Make links between the repository's pages links of the site."""
-    source = Path(page.file.abs_src_path).relative_to(Path(config["config_file_path"]).parent)
+    source = Path(page.file.abs_src_path).relative_to(Path(config["config_file_path"]).resolve().parent)
     up = "../" * (len(source.parts) - 1)
     down = "../" * page.file.src_path.count("/")
     for path, target in BESIDE.items():

@@ -65,6 +65,11 @@ def test_the_best_hits_are_those_of_exact_search(folder, vectors):
     assert found / total >= 0.98
 
 
+def test_an_index_cannot_leave_out_what_a_text_denies(folder):
+    with pytest.raises(ValueError, match="cannot leave out 'CD8'; search FILE"):
+        index.find_text(folder, "T cell without CD8", None, "model", 5)
+
+
 def test_hits_name_file_and_row(folder, vectors, tmp_path):
     hit = index.search_index(folder, vectors[250], 1)[0]
     assert (hit.cell, hit.file, hit.row) == ("lung-50", str(tmp_path / "lung.h5ad"), 50)

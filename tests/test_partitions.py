@@ -117,9 +117,10 @@ def test_a_look_at_the_whole_file_corrects_labels_in_all_partitions(fitted, tmp_
     assert not np.array_equal(plain.obsm["scmmgpt_probabilities"], whole.obsm["scmmgpt_probabilities"])
 
 
-def test_a_search_in_partitions_finds_the_hits_of_the_whole(adata, checkpoint, tmp_path, small, capsys):
+@pytest.mark.parametrize("text", ["a B cell", "a T cell without CD19, not a monocyte"])
+def test_a_search_in_partitions_finds_the_hits_of_the_whole(adata, checkpoint, tmp_path, small, capsys, text):
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    words = [tmp_path / "cells.h5ad", "--text", "a B cell", "--top-k", 5]
+    words = [tmp_path / "cells.h5ad", "--text", text, "--top-k", 5]
     capsys.readouterr()
     run("search", *words, "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
     hits = capsys.readouterr().out

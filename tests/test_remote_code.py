@@ -140,6 +140,7 @@ def test_a_checkpoint_holds_every_file_that_it_needs(checkpoint):
         "matrices_scmmgpt.py",
         "reading_scmmgpt.py",
         "readout_scmmgpt.py",
+        "query_scmmgpt.py",
         "unseen_scmmgpt.py",
     }
     assert code <= names

@@ -1,0 +1,84 @@
+"""A search says what cells should be, and what they should lack."""
+
+import numpy as np
+import pytest
+
+from scmmgpt import query_scmmgpt
+from scmmgpt.query_scmmgpt import Query, combine, read_query
+from scmmgpt.synthetic import synthetic_adata
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "denied"),
+    [
+        ("a cell that makes antibodies", "a cell that makes antibodies", ()),
+        ("T cells without CD8, high interferon", "T cells, high interferon", ("CD8",)),
+        ("T cells without CD8 or CD25", "T cells", ("CD8", "CD25")),
+        ("CD8-negative T cell", "T cell", ("CD8",)),
+        ("a lymphocyte, not a B cell", "a lymphocyte", ("B cell",)),
+        ("blood cells but not monocytes", "blood cells", ("monocytes",)),
+        ("a lymphocyte that is not a T cell", "a lymphocyte", ("T cell",)),
+        ("a T cell that is not regulatory", "a T cell that is not regulatory", ()),
+        ("a cell that does not divide", "a cell that does not divide", ()),
+    ],
+)
+def test_a_text_is_split_into_what_is_wanted_and_what_is_denied(text, wanted, denied):
+    assert read_query(text) == Query(wanted, denied)
+
+
+def test_a_text_of_denials_alone_is_refused():
+    with pytest.raises(ValueError, match="says what cells lack, and not which cells are wanted"):
+        read_query("without CD8")
+
+
+def test_a_denied_gene_counts_against_a_cell_and_a_denied_text_only_where_it_fits_better():
+    wanted = np.array([1.0, 1.0, -1.0, -1.0])
+    assert combine(wanted, [], [np.array([0.0, 2.0, 0.0, 2.0])]).tolist() == [2, 0, 0, -2]
+    assert combine(wanted, [np.array([-1.0, 1.0, -1.0, 1.0])], []).tolist() == [1, 1, -1, -3]
+
+
+def test_a_search_without_a_gene_ranks_cells_that_express_it_last(tiny_pipeline):
+    adata = synthetic_adata(60)
+    gene = "CD19"
+    counts = np.asarray(adata[:, gene].X.todense()).ravel()
+    hits = tiny_pipeline.search(adata, [f"T cell without {gene}", "T cell"], top_k=adata.n_obs)
+    ranked = counts[[hit["index"] for hit in hits[0]]]
+    assert ranked[:20].mean() < ranked[-20:].mean()
+    assert {hit["cell"] for hit in hits[0]} == set(adata.obs_names)
+    plain = tiny_pipeline.search(adata, "T cell", top_k=adata.n_obs)
+    assert [hit["score"] for hit in plain] == pytest.approx([hit["score"] for hit in hits[1]], abs=1e-5)
+    assert all(abs(hit["score"]) <= 1 for hit in plain)
+
+
+BLOOD = ["CD4+", "CD8+", "CD56+", "CD19+", "CD34+"]  # all but monocytes
+DENIALS = [  # file, column, text, how the labels of the wanted cells begin, AUROC as one embedding and apart
+    ("pbmc_facs", "facs_label", "T cell without CD8", ["CD4+"], 0.86, 0.94),
+    ("pbmc_facs", "facs_label", "lymphocyte, not a B cell", ["CD4+", "CD8+", "CD56+"], 0.20, 0.56),
+    ("pbmc_facs", "facs_label", "lymphocyte, not a T cell", ["CD19+", "CD56+"], 0.76, 0.93),
+    ("pbmc_facs", "facs_label", "blood cell, not a monocyte", BLOOD, 0.01, 0.99),
+    ("lymphoid_ref", "cell_type", "T cell without CD8", ["T_CD4"], 0.89, 0.89),
+    ("lymphoid_ref", "cell_type", "lymphocyte, not a B cell", ["T_", "NK", "ILC"], 0.64, 0.70),
+    ("lymphoid_ref", "cell_type", "lymphocyte, not a T cell", ["B", "NK", "ILC"], 0.80, 0.79),
+    ("lymphoid_ref", "cell_type", "myeloid cell, not a monocyte", ["Macrophages", "DC"], 0.89, 0.62),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "column", "text", "wanted", "as_one", "apart"), DENIALS)
+def test_cells_are_found_by_what_they_lack(name, column, text, wanted, as_one, apart, shared_data, monkeypatch):
+    from sklearn.metrics import roc_auc_score
+
+    import scmmgpt as sm
+
+    adata = sm.read(shared_data / f"{name}.h5ad")
+    is_wanted = adata.obs[column].astype(str).str.startswith(tuple(wanted))
+
+    def auroc():
+        scores = np.empty(adata.n_obs)
+        for hit in sm.tl.search(adata, text, top_k=adata.n_obs):
+            scores[hit["index"]] = hit["score"]
+        return roc_auc_score(is_wanted, scores)
+
+    found = auroc()
+    monkeypatch.setattr(query_scmmgpt, "read_query", Query)
+    assert (found, auroc()) == pytest.approx((apart, as_one), abs=0.02)
