@@ -407,7 +407,7 @@ class Proof:
                 if kinds[k] and counts[k] >= GROUP_SHARE * n
             ]
             first = kinds[counts.argmax()] if 2 * counts.max() >= n else ""  # a mixture has no genes of its own
-            of_first = np.flatnonzero(mine & (self.kinds == first)) if first else []
+            of_first = np.flatnonzero(mine & (self.kinds == first) & bool(first))
             said = [g for cell in of_first for g in self.clauses[cell][0].genes]
             genes, times = np.unique(np.array(said, dtype=int), return_counts=True)
             best = genes[np.argsort(-times, kind="stable")]

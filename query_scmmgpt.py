@@ -111,7 +111,7 @@ class Search:
         """
         similarity, expressed = np.split(columns, [len(self.texts)], axis=1)
         scored = [
-            combine(similarity[:, wanted], similarity[:, texts].T, expressed[:, genes].T)
+            combine(similarity[:, wanted], list(similarity[:, texts].T), list(expressed[:, genes].T))
             if texts or genes
             else similarity[:, wanted]
             for wanted, texts, genes in self._parts

@@ -447,8 +447,8 @@ class FineTuning:
             weight, both = readout.fit_similarity_weight(logits, similarity, targets)
             parts |= {"transformer": similarity / readout.fit_temperature(similarity, targets), "both": both}
             self.similarity_weight = weight
-        used = label_probabilities(logits + self.similarity_weight * similarity, logit_scale=1.0)
-        self.label_sets = fit_label_sets(used, targets)
+        summed = logits + self.similarity_weight * similarity
+        self.label_sets = fit_label_sets(label_probabilities(summed, logit_scale=1.0), targets)
         costs = {"readout": own_cost, "transformer": cost, "both": own_cost + cost}
         rows = {
             name: {**readout.scores_of(values, targets), "ms_per_cell": round(costs[name], 4)}
