@@ -7,6 +7,7 @@ What a pass over the cells adds up, such as the expression of groups, is in a fi
 
 import contextlib
 import copy
+import errno
 import functools
 import json
 import logging
@@ -228,7 +229,7 @@ def write_decided(folder: Path, decided: Arrays) -> None:
     """Write what was decided for the partitions of a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / DECIDED) as temporary:
-        np.savez(temporary, allow_pickle=False, **decided)
+        np.savez(temporary, **decided)
 
 
 def read_decided(folder: Path) -> Arrays:
@@ -249,7 +250,7 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
         table[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     if computed.sums:
         with whole_file(path.with_suffix(".npz")) as temporary:
-            np.savez_compressed(temporary, allow_pickle=False, **computed.sums)
+            np.savez_compressed(temporary, **computed.sums)
     with whole_file(path) as temporary:
         schema = {"cells": json.dumps(counted)}
         pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, write_page_checksum=True)
@@ -262,7 +263,11 @@ def _whole(read: Any) -> Any:
     def checked(path: Path, *args: Any) -> Any:
         try:
             return read(path, *args)
+        except MemoryError:
+            raise
         except Exception as error:  # Arrow raises many types
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise  # the disk or the network failed: this says nothing about the file
             path.unlink(missing_ok=True)
             raise ValueError(
                 f"The partition {path} was damaged ({' '.join(str(error).split())[:100]}) and is removed. The same "

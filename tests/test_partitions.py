@@ -1,5 +1,6 @@
 """Many cells: partitions on several processes give the answers of one, and a run that was stopped goes on."""
 
+import errno
 import json
 
 import anndata
@@ -276,6 +277,22 @@ def test_damaged_partitions_are_named_and_computed_again(fitted, tmp_path, small
     assert [(task.job.verb, task.start) for task in done] == [("annotate", 0), ("annotate", 28), ("explain", 14)]
     assert caplog.text.count("was damaged") == 3
     assert_same(tmp_path / "out.h5ad", tmp_path / "whole.h5ad")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_a_partition_that_could_not_be_read_for_another_reason_is_kept(tmp_path, monkeypatch, error):
+    path = tmp_path / "0.parquet"
+    computed = partition_tasks.Computed(columns={"score": np.zeros(2)}, arrays={}, sums={})
+    partition_tasks.write_partition(path, ["a", "b"], computed, {})
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as failing:
+        failing.setattr("pyarrow.parquet.read_table", fail)
+        with pytest.raises(type(error)):
+            partition_tasks.read_columns(path)
+    assert partition_tasks.read_columns(path)["barcode"].tolist() == ["a", "b"]
 
 
 def test_a_folder_of_files_becomes_a_folder_of_results(adata, checkpoint, tmp_path, small, capsys):
