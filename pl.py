@@ -18,16 +18,17 @@ COLUMNS = 3  # panels side by side
 def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
     """Places of cells on a plane.
 
-    They are `obsm["X_umap"]`, else UMAP of `obsm["X_scmmgpt"]`, else UMAP of principal components of log1p(CP10k) of
-    `X`. Computed places of all cells are kept in `obsm["X_umap"]`.
+    They are `obsm["X_umap"]` if it has two columns of finite numbers, else UMAP of `obsm["X_scmmgpt"]`, else UMAP of
+    principal components of log1p(CP10k) of `X`. Computed places of all cells are kept in `obsm["X_umap"]`.
 
     Returns:
         float32 `(n, 2)`, the rows of these cells, int64 `(n,)`, and what the places are of.
     """
     from scmmgpt.eval.figures import umap_coordinates
 
-    if "X_umap" in adata.obsm:
-        return np.asarray(adata.obsm["X_umap"])[:, :2], np.arange(adata.n_obs), "UMAP of the file"
+    stored = np.asarray(adata.obsm["X_umap"]) if "X_umap" in adata.obsm else np.zeros((0, 0))
+    if stored.shape[1] >= 2 and stored.dtype.kind in "fiu" and np.isfinite(stored).all():
+        return stored[:, :2], np.arange(adata.n_obs), "UMAP of the file"
     rows = np.arange(adata.n_obs)
     if adata.n_obs > MAX_POINTS:
         rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:MAX_POINTS])

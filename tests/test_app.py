@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import anndata
+import numpy as np
 import pytest
 
 from scmmgpt import app, synthetic
@@ -110,6 +111,13 @@ def test_two_users_have_their_own_cells(tasks, path):
     one, two = tasks["open"](path)[0], tasks["open"](path)[0]
     tasks["annotate"](one, "B cell\nT cell", 0)
     assert "scmmgpt_cell_type" not in two.adata.obs
+
+
+def test_a_map_of_the_file_without_places_is_made_anew(adata):
+    adata.obsm["X_umap"] = np.full((adata.n_obs, 2), np.nan)
+    session = opened(adata, "cells.h5ad")
+    assert np.isfinite(session.places).all()
+    assert session.what == "UMAP of principal components"
 
 
 def test_a_file_that_is_too_large_for_a_page_names_the_command(adata, monkeypatch):
