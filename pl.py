@@ -19,7 +19,7 @@ def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]
     """Places of cells on a plane.
 
     They are `obsm["X_umap"]` if it has two columns of finite numbers, else UMAP of `obsm["X_scmmgpt"]`, else UMAP of
-    principal components of log1p(CP10k) of `X`. Computed places of all cells are kept in `obsm["X_umap"]`.
+    principal components of log1p(CP10k) of `X`. Computed places of all cells are kept in `obsm["X_umap"]`, if it is free.
 
     Returns:
         float32 `(n, 2)`, the rows of these cells, int64 `(n,)`, and what the places are of.
@@ -39,7 +39,7 @@ def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]
     if len(rows) < 5:
         raise ValueError(f"There are {len(rows)} cells; a UMAP needs 5 or more.")
     places = umap_coordinates(points, seed=seed)
-    if len(rows) == adata.n_obs:
+    if len(rows) == adata.n_obs and "X_umap" not in adata.obsm:
         adata.obsm["X_umap"] = places
     return places, rows, what
 

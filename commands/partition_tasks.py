@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -229,7 +229,7 @@ def write_decided(folder: Path, decided: Arrays) -> None:
     """Write what was decided for the partitions of a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / DECIDED) as temporary:
-        np.savez(temporary, **decided)
+        np.savez(temporary, **cast(dict[str, Any], decided))
 
 
 def read_decided(folder: Path) -> Arrays:
@@ -250,7 +250,7 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
         table[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     if computed.sums:
         with whole_file(path.with_suffix(".npz")) as temporary:
-            np.savez_compressed(temporary, **computed.sums)
+            np.savez_compressed(temporary, **cast(dict[str, Any], computed.sums))
     with whole_file(path) as temporary:
         schema = {"cells": json.dumps(counted)}
         pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, write_page_checksum=True)
