@@ -19,7 +19,8 @@ def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]
     """Places of cells on a plane.
 
     They are `obsm["X_umap"]` if it has two columns of finite numbers, else UMAP of `obsm["X_scmmgpt"]`, else UMAP of
-    principal components of log1p(CP10k) of `X`. Computed places of all cells are kept in `obsm["X_umap"]`, if it is free.
+    principal components of log1p(CP10k) of `X`. Computed places of all cells are kept in
+    `obsm["X_umap"]`, if it is free.
 
     Returns:
         float32 `(n, 2)`, the rows of these cells, int64 `(n,)`, and what the places are of.
