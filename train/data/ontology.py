@@ -62,7 +62,7 @@ def _parser() -> Any:
     except ImportError as error:
         raise ImportError(
             "Definitions and synonyms of cell types come with `cellxgene-ontology-guide`, which is not installed. "
-            "Install `scmmgpt[train]`, or pass `ontology=False` to write captions from the labels alone."
+            "Install `scmmgpt[train]`."
         ) from error
     return OntologyParser()
 
