@@ -373,7 +373,7 @@ def read_texted_cells(
             break
     cells = Cells.concatenate(pieces)[:MAX_CELLS]
     obs = {name: np.concatenate([np.asarray(t[name], dtype=object) for t in tables])[:MAX_CELLS] for name in columns}
-    samplers = (captions, CaptionSampler("short", seed=captions.seed, ontology=captions.ontology))
+    samplers = (captions, CaptionSampler("short", seed=captions.seed))
     draws = [
         sampler.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
         for sampler in samplers
