@@ -82,7 +82,7 @@ def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[M
 def trained_labels_of(
     label: str, cl_id: str | None, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """The trained labels that a label means: itself in other words, or all that are kinds of it.
+    """Trained labels that a label stands for: the label that it spells otherwise, or all its subtypes.
 
     The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
 
@@ -149,7 +149,7 @@ class Candidates:
 
     names: list[str]  # the labels to choose from
     texts: list[str]  # (n_texts,) what is scored; every trained text is among them
-    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is no candidate
+    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is not a candidate
     unseen: np.ndarray  # bool (n_texts,): the label means no trained one
     meant: dict[str, list[str]]  # label -> the trained labels that it means
 
@@ -265,7 +265,7 @@ def choose_labels(
 
     Args:
         probabilities: `(n_cells, n_labels)`, as [`label_probabilities`] gives them; what is missing to 1 is the
-            probability of a known label that is no candidate.
+            probability of a known label that is not a candidate.
         names: The labels.
         cl_ids: Label -> Cell Ontology id, of the labels that have one.
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
@@ -274,7 +274,7 @@ def choose_labels(
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
             first one above its best label whose labels together reach it.
-        others_compete: Whether known labels compete that are no candidates: one more label of the entropy, with what
+        others_compete: Whether known labels compete that are not candidates: one more label of the entropy, with what
             is missing to 1.
 
     Returns:
@@ -313,7 +313,7 @@ def choose_labels(
 def summarize_annotation(
     columns: Mapping[str, np.ndarray], candidates: Candidates, known: Sequence[str], min_score: float | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Numbers of an annotation, and warnings of an unlikely one.
+    """Summary of an annotation, and warnings about an unlikely one.
 
     Args:
         columns: The result of [`choose_labels`].
@@ -401,7 +401,7 @@ def fit_mixture(
 
 
 def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    """What [`label_sets`] needs, from held-out cells of known labels: split-conformal prediction.
+    """Fit the thresholds of [`label_sets`] on held-out cells of known labels, by split-conformal prediction.
 
     The probability of the true label of a new cell is below the k-th smallest of n held-out ones with a chance of
     k / (n + 1) at most, if the cell is like these (least ambiguous sets: Sadinle et al. 2019, JASA 114:223).
@@ -479,12 +479,12 @@ def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
 
 
 def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
-    """What `annotate` needs to recognise cells that are like no known type; None for too few cells.
+    """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
 
     Args:
         cells: Labelled cells, of all known types.
         targets: Int `(n_cells,)`: their labels.
-        measured: Vocabulary ids of the genes that were measured in them: of other genes nothing is known.
+        measured: Vocabulary ids of the genes that were measured in these cells.
         n_genes: Size of the gene vocabulary.
 
     Returns:
@@ -536,5 +536,5 @@ class Novelty:
         return cls(_unpack(stored["absent_genes"], n_genes), stored["unit"])
 
     def __call__(self, cells: Cells) -> np.ndarray:
-        """Novelty of each cell, float32 `(n_cells,)`: above 1 it is like no known type."""
+        """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type."""
         return novelty_of(cells, self.absent) / np.float32(self.unit)

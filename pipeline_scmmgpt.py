@@ -130,7 +130,7 @@ SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like le
 
 @dataclass
 class Labelling:
-    """What [`ScMMGPTPipeline.annotate`] decides once for all cells of the data of an input choice."""
+    """Decisions of [`ScMMGPTPipeline.annotate`] that hold for all cells of a file."""
 
     choice: InputChoice
     settings: dict[str, Any]
@@ -269,7 +269,7 @@ class ScMMGPTPipeline:
 
         A label may be in other words than those of training: a synonym, a spelling, a plural, an id of the Cell
         Ontology, or a broader type, whose probability is the sum over its kinds. The labels that the checkpoint knows
-        compete even if they are no candidates, so a cell that is none of the candidates has a low score. A cell that
+        compete even if they are not candidates, so a cell that is none of the candidates has a low score. A cell that
         is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses.
 
         Args:
@@ -301,7 +301,7 @@ class ScMMGPTPipeline:
             `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), with
             `error_rate` `{key}_label_set` (joined by " | ", the most probable first);
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
-            row that sums to less than 1 leaves the rest to known labels that are no candidates.
+            row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """
         clusters = None if cluster_key is None else _words(adata, cluster_key)
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
@@ -757,7 +757,7 @@ class ScMMGPTPipeline:
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
         readout: TextScores | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Similarity, matching and novelty of all cells, None what is not computed; see [`LabelScorer`]."""
+        """Similarity, matching and novelty of all cells, or `None` in place of one; see [`LabelScorer`]."""
         weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
         scorer = LabelScorer(self._bridge(), self.processor, texts, settings, weight, readout, novelty_of)
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
@@ -1253,7 +1253,7 @@ def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str,
 
 
 def _uncounted(choice: InputChoice) -> InputChoice:
-    """A choice whose report counts apart, for another look at the cells."""
+    """A copy of a choice with a report of its own, for a second pass over the cells."""
     return replace(choice, report=copy.deepcopy(choice.report))
 
 

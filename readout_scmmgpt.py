@@ -167,7 +167,7 @@ class ScMMGPTLabelReadout(nn.Module):
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
-        """A readout of these values for its buffers."""
+        """A readout with these buffers."""
         num_labels, num_genes = tensors["weights"].shape
         readout = cls(num_labels, num_genes, len(tensors["factors"]), len(tensors.get("groups", ())))
         for name, value in tensors.items():

@@ -83,7 +83,7 @@ class LabelScorer:
         self.readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
 
     def __call__(self, cells: Cells) -> tuple[Tensor, ...]:
-        """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are no candidates; novelty."""
+        """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are not candidates; novelty."""
         novelty = () if self.novelty_of is None else (torch.from_numpy(self.novelty_of(cells)),)
         if self.readout is not None and self.readout_alone:
             return (self.readout_temperature * torch.from_numpy(self.readout(cells)), *novelty)

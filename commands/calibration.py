@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_config(checkpoint: str) -> None:
-    """Refuse a checkpoint that is no folder here, or whose configuration cannot be written."""
+    """Refuse a checkpoint that is not a folder here, or whose configuration cannot be written."""
     config_file = Path(checkpoint) / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"No config.json in {checkpoint!r}: name the folder of a checkpoint to write to.")

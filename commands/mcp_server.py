@@ -202,7 +202,7 @@ class CellTools:
         try:
             path = Path(os.path.realpath(self.folder / name))
         except (OSError, ValueError):
-            raise ToolError(f"{name!r} is no path. Name a file of the folder.") from None
+            raise ToolError(f"{name!r} is not a path. Name a file of the folder.") from None
         if not path.is_relative_to(self.folder):
             raise ToolError(f"{name!r} lies outside of {self.folder}, the folder of this server. Name a file in it.")
         return path
@@ -224,10 +224,10 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
     """A server with the tools of [`CellTools`].
 
     Raises:
-        ValueError: If `folder` is no folder.
+        ValueError: If `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"--folder {str(folder)!r} is no folder; name the one that holds your files.")
+        raise ValueError(f"--folder {str(folder)!r} is not a folder; name the one that holds your files.")
     tools = CellTools(folder, run, model, settings)
     server = MCPServer("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
     local: Any = {"open_world_hint": False, "destructive_hint": False}

@@ -251,8 +251,8 @@ def read_file(
 ) -> anndata.AnnData | CellFile:
     """Open a file or folder of cells of any known format.
 
-    What the reader decided (which matrix of a folder, which side of a table has the genes, which columns are no genes)
-    is logged as warnings.
+    Decisions of the reader are logged as warnings: which matrix of a folder it took, which side of a table has the
+    genes, and which columns are not genes.
 
     Args:
         path: File or folder.
@@ -569,7 +569,7 @@ def _open_loom(path: Path) -> CellFile:
     file = _open_hdf5(path)
     lacking = [part for part in ("matrix", "row_attrs", "col_attrs") if part not in file]
     if lacking:
-        raise FileError(f"{path} is no complete loom file: it lacks {', '.join(lacking)}. Write or copy it again.")
+        raise FileError(f"{path} is not a complete loom file: it lacks {', '.join(lacking)}. Write or copy it again.")
     n_vars, n_cells = file["matrix"].shape
 
     def table(group: h5py.Group, n: int, names: tuple[str, ...]) -> pd.DataFrame:

@@ -138,7 +138,7 @@ def convert_scgpt_weights(
     ]
     if problems:
         raise ValueError(
-            f"The checkpoint is no known {num_layers}-layer scGPT. Keys {' '.join(problems)} Batch labels, "
+            f"The checkpoint is not a known {num_layers}-layer scGPT. Keys {' '.join(problems)} Batch labels, "
             "domain-specific normalisation and other decoder styles of fine-tuned models have no counterpart; convert "
             "the pre-trained model."
         )
@@ -288,7 +288,7 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
 
 
 def find_source(source: str | Path) -> tuple[str, str | None]:
-    """As [`resolve_source`], but refuses a source that is no GGUF file, no whole folder and no model of the Hub."""
+    """[`resolve_source`] of a GGUF file, a whole folder or a model of the Hub; refuses any other source."""
     folder, gguf_file = resolve_source(source)
     if gguf_file is None:
         check_checkpoint(folder, short_ids=True)
@@ -332,7 +332,7 @@ def qformer_from_bert(
         (`Blip2TextEmbeddings`), without the cross-attention, which starts at random; the tokenizer.
 
     Raises:
-        ValueError: If the source is no BERT, or has fewer layers.
+        ValueError: If the source is not a BERT, or has fewer layers.
     """
     folder, gguf_file = find_source(source)
     config = AutoConfig.from_pretrained(folder) if gguf_file is None else None

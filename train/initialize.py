@@ -22,7 +22,7 @@ PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
 
 
 class TrainingCells(Protocol):
-    """What a new model starts from: a [`Corpus`], or cells in memory."""
+    """The cells that a new model starts from: a [`Corpus`], or cells in memory."""
 
     vocabulary: dict[str, int]
     gene_aliases: dict[str, Any]

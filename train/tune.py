@@ -212,7 +212,7 @@ def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
 
 
 def unused_parts(text_to_cell_ratio: float, has_instructions: bool, cell_tokens: str) -> tuple[str, ...]:
-    """Parts that no loss reaches: if no cell is generated, and if no cell, or no query of it, is read."""
+    """Parts that no loss reaches: those of generation, or those of description, where no cell needs them."""
     if text_to_cell_ratio == 1 and not has_instructions:
         return (".language_projection.", ".label_projection.")
     unused = (".language_projection.",) if cell_tokens == "labels" else ()

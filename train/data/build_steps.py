@@ -316,7 +316,7 @@ def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
     """Among neighbours of one identity, find exact copies and rename the other cells, in place.
 
     Returns:
-        Positions of the cells that are no copies, and the number of renamed cells.
+        Positions of the cells that are not copies, and the number of renamed cells.
     """
     ids = cells.cell_ids.copy()
     kept, renamed = np.ones(len(cells), dtype=bool), 0

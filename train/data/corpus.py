@@ -417,8 +417,8 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{repo_id} is no folder, and no corpus of the Hub that can be read from here: {first_line} `python -m "
-            "scmmgpt.train prepare` makes a corpus."
+            f"{repo_id} is neither a folder nor a corpus of the Hub that can be read from here: {first_line} "
+            "`python -m scmmgpt.train prepare` makes a corpus."
         ) from None
 
 
