@@ -119,14 +119,13 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
     config.profile_readout, config.label_readout = True, None  # of these labels, made anew
     config.release = None  # another model from here on
     reporter = logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)  # the keys that it reports are judged below
+    reporter.disabled = True  # the keys that it reports are judged below
     try:
         loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(
             path, config=config, dtype=torch.float32, key_mapping={r"^model\.": ""}, output_loading_info=True
         )
     finally:
-        reporter.setLevel(level)
+        reporter.disabled = False
     model, info = loaded
     model._weight_conversions = None  # else `save_pretrained` gives the keys the prefix of the former class again
     missing = [key for key in info["missing_keys"] if not key.startswith("profile_readout.")]
