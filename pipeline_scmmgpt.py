@@ -393,7 +393,7 @@ class ScMMGPTPipeline:
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
-        summary = self._warn_of_labels(labelling, columns)
+        summary = self._warn_of_labels(labelling, columns, probabilities)
         done = {
             "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
@@ -403,13 +403,20 @@ class ScMMGPTPipeline:
         }
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
-    def _warn_of_labels(self, labelling: "Labelling", columns: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _warn_of_labels(
+        self, labelling: "Labelling", columns: dict[str, np.ndarray], probabilities: Any = None
+    ) -> dict[str, Any]:
         """Warn of an unlikely annotation, and of labels whose decisive genes the file lacks; returns its numbers."""
         stored, texts = (self.model.config.annotation or {}).get("labels", {}), labelling.candidates.texts
         summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), labelling.min_score)
         label_of = {text: label for label, text in stored.items()}
         if labelling.readout is not None:
-            counts = Counter(np.asarray(columns["cell_type"]).tolist())
+            totals: Mapping[str, float] = Counter(np.asarray(columns["cell_type"]).tolist())
+            if probabilities is not None:
+                totals = dict(zip(labelling.candidates.names, _sum_of_rows(probabilities).tolist(), strict=True))
+            counts: Counter[str] = Counter()
+            for label, total in totals.items():
+                counts.update(dict.fromkeys(labelling.candidates.meant.get(label) or [label], total))
             names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
             weak, more = labelling.readout.weak_labels(names, counts, self.processor.gene_symbols)
             summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
@@ -840,7 +847,7 @@ class ScMMGPTPipeline:
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
         columns, scores = self.label_cells(adata, labelling)
-        self._warn_of_labels(labelling, columns)
+        self._warn_of_labels(labelling, columns, scores)
         terms, known = (self.model.config.annotation or {}).get("terms", []), self._readout_columns()
         kinds, kind_of_cell = np.unique(np.asarray(columns["cell_type"]).astype(str), return_inverse=True)
         members = label_members(kinds.tolist(), known, terms)
@@ -1262,6 +1269,12 @@ def _words(adata: Any, key: str) -> np.ndarray:
     if key not in adata.obs:
         raise ValueError(f"obs has no column {key!r}; it has {list(adata.obs.columns)}.")
     return np.asarray(adata.obs[key], dtype=str)
+
+
+def _sum_of_rows(matrix: Any) -> np.ndarray:
+    """The sum over all rows that have numbers, of an array or of one that comes in blocks of rows."""
+    blocks = matrix.blocks() if hasattr(matrix, "blocks") else [(0, matrix)]
+    return np.sum([np.nansum(block, axis=0) for _, block in blocks], axis=0)
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:

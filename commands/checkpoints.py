@@ -250,6 +250,9 @@ def check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, l
         *(getattr(model, "_tied_weights_keys", None) or {}),
     }
     expected = {key: list(value.shape) for key, value in model.state_dict().items()}
+    # Like transformers: the file of a model with a head serves its base model too.
+    prefix = f"{kind.base_model_prefix}."  # type: ignore[attr-defined]
+    shapes = {key if key in expected else key.removeprefix(prefix): shape for key, shape in shapes.items()}
     wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
     if wrong:
         key = wrong[0]

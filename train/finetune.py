@@ -118,10 +118,16 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
         raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from `align` or `tune`.")
     config.profile_readout, config.label_readout = True, None  # of these labels, made anew
     config.release = None  # another model from here on
-    loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(
-        path, config=config, dtype=torch.float32, key_mapping={r"^model\.": ""}, output_loading_info=True
-    )
+    reporter = logging.getLogger("transformers.modeling_utils")
+    reporter.disabled = True  # the keys that it reports are judged below
+    try:
+        loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(
+            path, config=config, dtype=torch.float32, key_mapping={r"^model\.": ""}, output_loading_info=True
+        )
+    finally:
+        reporter.disabled = False
     model, info = loaded
+    model._weight_conversions = None  # else `save_pretrained` gives the keys the prefix of the former class again
     missing = [key for key in info["missing_keys"] if not key.startswith("profile_readout.")]
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(LEFT_OUT))
     if missing or unexpected:
