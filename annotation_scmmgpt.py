@@ -105,10 +105,8 @@ def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
         )
     found = term_of(tissue, tissues)
     if found is None:
-        names = ", ".join(str(known["name"]) for known in tissues)
-        raise ValueError(
-            f"The checkpoint has no cells of the tissue {tissue!r}; it knows {names}. Or name the labels."
-        )
+        known = ", ".join(str(term["name"]) for term in tissues)
+        raise ValueError(f"The checkpoint saw no cells of the tissue {tissue!r}; it knows {known}.")
     return {label: text for label, text in stored["labels"].items() if label in found["labels"]}
 
 
