@@ -146,7 +146,7 @@ def annotate(args: Args) -> int:
     from scmmgpt.commands.results import evidence_rows, table_of, write_table
 
     labels, cl_ids = read_labels(args.labels)
-    names = ("cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
+    names = ("tissue", "cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
     options = {name: getattr(args, name) for name in names}
     if outputs := several_outputs(args):
         tables = {}

@@ -38,6 +38,7 @@ try:  # as a package or as remote code
         ids_of_labels,
         label_probabilities,
         label_sets,
+        labels_of_tissue,
         labels_with_texts,
         majority_vote,
         set_threshold,
@@ -84,6 +85,7 @@ except ImportError:  # as a flat module in a clone
         ids_of_labels,
         label_probabilities,
         label_sets,
+        labels_of_tissue,
         labels_with_texts,
         majority_vote,
         set_threshold,
@@ -252,6 +254,7 @@ class ScMMGPTPipeline:
         adata: Any,
         labels: dict[str, str] | Sequence[str] | None = None,
         *,
+        tissue: str | None = None,
         cl_ids: dict[str, str] | None = None,
         cluster_key: str | None = None,
         min_score: float | None = None,
@@ -276,6 +279,8 @@ class ScMMGPTPipeline:
             adata: AnnData with any matrix and gene names that [`read_cells`] understands.
             labels: Label -> text that describes it, or labels alone; by default those stored with the checkpoint. The
                 text of a label alone is the one stored with the checkpoint, else the label itself.
+            tissue: Choose from the checkpoint's labels that its training cells of this tissue had, or those of blood.
+                The others compete all the same, so that a cell of another tissue has a low score.
             cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
             cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
             min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
@@ -304,7 +309,7 @@ class ScMMGPTPipeline:
             row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
+        settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature, tissue)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
         if read_batch:
@@ -631,6 +636,7 @@ class ScMMGPTPipeline:
         matching_weight: float | None = None,
         matching_candidates: int | None = None,
         temperature: float | None = None,
+        tissue: str | None = None,
     ) -> dict[str, Any]:
         """The settings of [`annotate`]: the arguments, else the values stored with the checkpoint, else defaults.
 
@@ -639,6 +645,10 @@ class ScMMGPTPipeline:
             and `readout_temperature`, at which probabilities are those of the label readout.
         """
         stored = self.model.config.annotation or {}
+        if tissue is not None and labels is not None:
+            raise ValueError("The candidates are either labels or those of a tissue; leave out one of both.")
+        if tissue is not None:
+            labels = labels_of_tissue(tissue, stored)
         before = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())
 
         def given(value: float | None, name: str, default: float) -> float:
