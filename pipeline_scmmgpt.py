@@ -830,18 +830,27 @@ class ScMMGPTPipeline:
             raise ValueError("describe returns one description per cell; call model.generate for several.")
         choice = self.processor.choose_input(adata, **read_kwargs)
 
-        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 16)
-        texts = np.empty(choice.report["cells"]["cells"], dtype=object)
         reads_labels = self.model.config.cell_tokens != "queries"
         panel = model.model.label_readout.for_genes(choice.match.measured) if reads_labels else None
+        # Without queries, the cells of a label are one input: each label is described once, unless words are drawn.
+        once = self.model.config.cell_tokens == "labels" and not options["do_sample"]
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 128 if once else 16)
+        texts = np.empty(choice.report["cells"]["cells"], dtype=object)
+        described: dict[int, str] = {}  # of labels, or of rows
         for rows, cells in self._batches(chunks, batch_size, "Describing", len(texts)):
-            inputs = self.processor(text=[prompt] * len(rows), cells=cells).to(self.device)
-            if panel is not None:
-                inputs["readout_scores"] = torch.from_numpy(panel(cells)).to(self.device)
-            with torch.inference_mode():
-                ids = model.generate(**inputs, **options)  # type: ignore[misc]
-            words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            texts[rows] = [text.strip() for text in words]
+            scores = None if panel is None else panel(cells)
+            kinds = rows if scores is None or not once else scores.argmax(axis=1)
+            firsts = np.sort(np.unique(kinds, return_index=True)[1])
+            new = np.array([row for row in firsts if kinds[row] not in described], dtype=np.int64)
+            if len(new):
+                inputs = self.processor(text=[prompt] * len(new), cells=cells[new]).to(self.device)
+                if scores is not None:
+                    inputs["readout_scores"] = torch.from_numpy(scores[new]).to(self.device)
+                with torch.inference_mode():
+                    ids = model.generate(**inputs, **options)  # type: ignore[misc]
+                words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                described |= zip(kinds[new].tolist(), (text.strip() for text in words), strict=True)
+            texts[rows] = [described[kind] for kind in kinds.tolist()]
         finish_report(choice.report)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
@@ -901,6 +910,11 @@ class ScMMGPTPipeline:
         States of cells are fitted to texts of which some name the type alone. Without states, the stored text, which
         also has the definition, is among the captions of most templates.
         """
+        if not (self.model.config.annotation or {}).get("labels"):
+            raise ValueError(
+                "This checkpoint stores no labels to generate. `scmmgpt calibrate CELLS --model CHECKPOINT` stores "
+                "those of labelled cells; or say in words what to generate."
+            )
         texts = self.annotation_settings()["labels"]
         if self.model.config.num_state_components is None:
             return texts
