@@ -71,7 +71,7 @@ try:  # as a package or as remote code
     from .query_scmmgpt import Search
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from .scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
@@ -118,7 +118,7 @@ except ImportError:  # as a flat module in a clone
     from query_scmmgpt import Search
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 
 
@@ -1081,9 +1081,10 @@ class ScMMGPTPipeline:
                 or ", not", and what "-negative" follows, counts against a cell: a gene by its expression, other words
                 by their similarity.
             top_k: Cells to return per text.
-            by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
-                own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
-                that was trained with `gene_texts`.
+            by: `"similarity"` of cell and text in the shared space; where fine-tuning chose the readout alone, of the
+                text and the texts of the labels, weighted by the cell's probabilities. Or `"genes"`: the expression of
+                the genes whose own texts are nearest, which finds conditions that no cell of training shows. It needs
+                a checkpoint that was trained with `gene_texts`.
             key_added: Column of `obs` to add every cell's similarity as (one text only).
             adata, batch_size, read_kwargs: As for [`annotate`].
 
@@ -1153,8 +1154,14 @@ class ScMMGPTPipeline:
             states = text_states(self._bridge(), self.processor, texts)
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
-        plan = self._search_plan(texts, choice)
-        text_features = encode_texts(self._bridge(), self.processor, plan.texts)
+        plan, bridge = self._search_plan(texts, choice), self._bridge()
+        stored = self.model.config.annotation or {}
+        if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
+            panel = bridge.label_readout.for_genes(choice.match.measured)
+            trained = self.model.config.label_readout["texts"]
+            of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
+            return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
+        text_features = encode_texts(bridge, self.processor, plan.texts)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
             features = self._bridge().get_cell_features(**self._inputs(cells))
