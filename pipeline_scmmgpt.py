@@ -1037,13 +1037,15 @@ class ScMMGPTPipeline:
         if of not in ("cell-text", "cell"):
             raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
 
+        features_of = self._features_of(choice) if of == "cell-text" else None
+
         def embedding(cells: Cells) -> tuple[torch.Tensor, ...]:
-            inputs = self._inputs(cells)
-            if of == "cell":
+            if features_of is None:
+                inputs = self._inputs(cells)
                 inputs = {name: inputs[name] for name in CELL_INPUTS}
                 embedded = self._bridge().cell_model(**inputs, cls_only=True).pooler_output
             else:
-                embedded = self._bridge().get_cell_features(**inputs).mean(dim=1)
+                embedded = features_of(cells).mean(dim=1)
             return (torch.nn.functional.normalize(embedded.float(), dim=-1),)
 
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 64)
@@ -1162,12 +1164,26 @@ class ScMMGPTPipeline:
             of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
             return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
         text_features = encode_texts(bridge, self.processor, plan.texts)
+        features_of = self._features_of(choice)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
-            features = self._bridge().get_cell_features(**self._inputs(cells))
-            return cell_text_similarity(features, text_features), torch.from_numpy(plan.expression(cells))
+            return cell_text_similarity(features_of(cells), text_features), torch.from_numpy(plan.expression(cells))
 
         return similarity
+
+    def _features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
+        """Cells -> features in the shared space; where labels place them, by the readout for the genes of the data."""
+        bridge = self._bridge()
+        places = "feature_width" in (bridge.config.label_readout or {})
+        panel = bridge.label_readout.for_genes(choice.match.measured) if places else None
+
+        def features(cells: Cells) -> torch.Tensor:
+            inputs = self._inputs(cells)
+            if panel is not None:
+                inputs["readout_scores"] = torch.from_numpy(panel(cells)).to(self.device)
+            return bridge.get_cell_features(**inputs)
+
+        return features
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
