@@ -1006,7 +1006,7 @@ class ScMMGPTPipeline:
         if of not in ("cell-text", "cell"):
             raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
 
-        features_of = self._features_of(choice) if of == "cell-text" else None
+        features_of = self.features_of(choice) if of == "cell-text" else None
 
         def embedding(cells: Cells) -> tuple[torch.Tensor, ...]:
             if features_of is None:
@@ -1126,14 +1126,14 @@ class ScMMGPTPipeline:
             return lambda cells: (torch.from_numpy(genes(cells)),)
         plan = self._search_plan(texts, choice)
         text_features = encode_texts(self._bridge(), self.processor, plan.texts)
-        features_of = self._features_of(choice)
+        features_of = self.features_of(choice)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
             return cell_text_similarity(features_of(cells), text_features), torch.from_numpy(plan.expression(cells))
 
         return similarity
 
-    def _features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
+    def features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
         """Cells -> features in the shared space; where labels place them, by the readout for the genes of the data."""
         bridge = self._bridge()
         places = "feature_width" in (bridge.config.label_readout or {})
