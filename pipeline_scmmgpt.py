@@ -1037,7 +1037,7 @@ class ScMMGPTPipeline:
         if of not in ("cell-text", "cell"):
             raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
 
-        features_of = self._features_of(choice) if of == "cell-text" else None
+        features_of = self.features_of(choice) if of == "cell-text" else None
 
         def embedding(cells: Cells) -> tuple[torch.Tensor, ...]:
             if features_of is None:
@@ -1156,6 +1156,7 @@ class ScMMGPTPipeline:
             states = text_states(self._bridge(), self.processor, texts)
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
+<<<<<<< HEAD
         plan, bridge = self._search_plan(texts, choice), self._bridge()
         stored = self.model.config.annotation or {}
         if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
@@ -1165,13 +1166,18 @@ class ScMMGPTPipeline:
             return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
         text_features = encode_texts(bridge, self.processor, plan.texts)
         features_of = self._features_of(choice)
+=======
+        plan = self._search_plan(texts, choice)
+        text_features = encode_texts(self._bridge(), self.processor, plan.texts)
+        features_of = self.features_of(choice)
+>>>>>>> v
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
             return cell_text_similarity(features_of(cells), text_features), torch.from_numpy(plan.expression(cells))
 
         return similarity
 
-    def _features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
+    def features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
         """Cells -> features in the shared space; where labels place them, by the readout for the genes of the data."""
         bridge = self._bridge()
         places = "feature_width" in (bridge.config.label_readout or {})
