@@ -500,6 +500,10 @@ def run_in_partitions(
     `found`, `tables` and `needed` are those of `compute_outputs`; `lines` prints the hits of a search.
     """
     from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.cluster import preload_workers
+
+    if (args.workers or 1) > 1 and args.cluster is None:
+        preload_workers(["scmmgpt.pipeline_scmmgpt", "scmmgpt.commands.partitions"])
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 
