@@ -1156,7 +1156,6 @@ class ScMMGPTPipeline:
             states = text_states(self._bridge(), self.processor, texts)
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
-<<<<<<< HEAD
         plan, bridge = self._search_plan(texts, choice), self._bridge()
         stored = self.model.config.annotation or {}
         if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
@@ -1165,12 +1164,7 @@ class ScMMGPTPipeline:
             of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
             return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
         text_features = encode_texts(bridge, self.processor, plan.texts)
-        features_of = self._features_of(choice)
-=======
-        plan = self._search_plan(texts, choice)
-        text_features = encode_texts(self._bridge(), self.processor, plan.texts)
         features_of = self.features_of(choice)
->>>>>>> v
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
             return cell_text_similarity(features_of(cells), text_features), torch.from_numpy(plan.expression(cells))
