@@ -310,7 +310,8 @@ def choose_labels(
         clusters: `(n_cells,)` of str: cluster of each cell.
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
-            first one above its best label whose labels together reach it.
+            first one above its best label whose labels together go that share of the way from chance to certainty:
+            half of the labels have half of the probability of a cell that is like none.
         others_compete: Whether known labels compete that are not candidates: one more label of the entropy, with what
             is missing to 1.
 
@@ -330,8 +331,8 @@ def choose_labels(
             members = [number for number, name in enumerate(names) if name in term["labels"]]
             if not 1 < len(members) < len(names):  # a term of all labels excludes none
                 continue
-            total = probabilities[:, members].sum(axis=1)
-            broader = low & np.isin(best, members) & (total >= min_score)
+            total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
+            broader = low & np.isin(best, members) & (total >= chance + (1 - chance) * min_score)
             cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
             low &= ~broader
         cell_type[low], cl_id[low] = UNKNOWN, ""

@@ -284,7 +284,8 @@ class ScMMGPTPipeline:
             cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
             cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
             min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
-                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label.
+                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label. By
+                default the value stored with the checkpoint, for its labels, if there is one.
             error_rate: Add the set of labels that holds the true one but for this share of cells, if the cells are
                 like those that `finetune` or [`calibrate`] held out. Only with the labels of the checkpoint.
             matching_weight: Weight of matching against similarity, 0 to 1.
@@ -343,6 +344,8 @@ class ScMMGPTPipeline:
                 settings[name] != stored.get(name) for name in ("temperature", "matching_weight")
             ):
                 raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
+        if min_score is None and is_default:
+            min_score = stored.get("min_score")
         broader = terms if is_default else []
         return Labelling(choice, settings, candidates, readout, unseen_bonus, min_score, broader, error_rate)
 
@@ -710,6 +713,7 @@ class ScMMGPTPipeline:
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
         before = dict(self.model.config.annotation or {})
+        before.pop("min_score", None)  # of another temperature
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)

@@ -219,8 +219,8 @@ def test_below_the_least_score_the_answer_is_the_narrowest_type_that_reaches_it(
     probabilities = np.array(
         [
             [0.9, 0, 0, 0, 0, 0.1],  # certain
-            [0, 0, 0.1, 0.45, 0.4, 0.05],  # CD4 of some kind
-            [0, 0, 0.1, 0.3, 0.3, 0.3],  # T of some kind
+            [0, 0, 0.05, 0.5, 0.4, 0.05],  # CD4 of some kind
+            [0, 0, 0.04, 0.32, 0.32, 0.32],  # T of some kind
             [0.3, 0.3, 0, 0.3, 0.1, 0],  # a lymphocyte
             [0.3, 0.1, 0.35, 0.05, 0.1, 0.1],  # anything
         ]
@@ -229,7 +229,7 @@ def test_below_the_least_score_the_answer_is_the_narrowest_type_that_reaches_it(
     expected = ["B cell", "CD4-positive, alpha-beta T cell", "T cell", "lymphocyte", "Unknown"]
     assert columns["cell_type"].tolist() == expected
     assert columns["cl_id"].tolist() == ["CL:0000236", "CL:0000624", "CL:0000084", "CL:0000542", ""]
-    np.testing.assert_allclose(columns["score"], [0.9, 0.85, 0.9, 1.0, 0.35])
+    np.testing.assert_allclose(columns["score"], [0.9, 0.9, 0.96, 1.0, 0.35])
 
 
 # -- novelty ----------------------------------------------------------------------------------------------------------

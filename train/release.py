@@ -9,6 +9,7 @@ make release
    the genes that at least `MIN_SOURCES` of them measure.
 2. `align` trains a small cell model and Q-Former.
 3. The readout of cell types is fitted over all datasets, with novelty and the gate of labels that were never trained.
+   Its temperature, sets of labels and least score come from each dataset, scored by a readout of the others.
 4. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
 5. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
    else; it must not take more than `MAX_BYTES`.
@@ -36,13 +37,13 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.scoring_scmmgpt import text_states
-from scmmgpt.train import align, tune
+from scmmgpt.train import align, left_out, tune
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus, open_corpus
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.sources import FileSource, SourceSpec, resolve_labels
-from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
+from scmmgpt.train.pooled import TEMPERATURE, Dataset, fit_pooled_novelty, fit_pooled_readout
 from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
@@ -196,7 +197,9 @@ def add_readout(
     datasets, types, meanings = pool(sources, table, n_genes)
     names, sampler = [str(ontology.term_name(term)) for term in types], CaptionSampler()
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
-    model.label_readout = fit_pooled_readout(datasets, len(types), meanings=meanings)
+    fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings))
+    temperature = fitted.pop("temperature", TEMPERATURE)
+    model.label_readout = fit_pooled_readout(datasets, len(types), meanings=meanings, temperature=temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
     add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
     gate = fit_pooled_gate(model, processor, datasets, meanings)
@@ -213,6 +216,7 @@ def add_readout(
         "terms": ontology.label_terms(ids),
         "tissues": tissues_of(sources, table),
         "novelty": fit_pooled_novelty(datasets, n_genes),
+        **fitted,
     }
     with filled_folder(output) as folder:
         model.save_pretrained(folder)
