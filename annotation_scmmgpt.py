@@ -41,6 +41,7 @@ MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a p
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
 SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
 NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
+DOUBTFUL_SHARE = 0.5  # an annotation with at least this share of low scores, where not all labels are candidates
 
 
 # -- labels in other words --------------------------------------------------------------------------------------------
@@ -57,7 +58,10 @@ def normalize_label(label: str) -> str:
 
 
 def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
-    """Label -> text that describes it: the given text, else the stored one, else the label itself."""
+    """Label -> text that describes it: the given text, else the stored one, else the label itself.
+
+    Given labels that differ in case alone are one, in the stored spelling or else the first.
+    """
     if isinstance(labels, str):
         raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
     if labels is None:
@@ -70,7 +74,40 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     empty = [label for label, text in labels.items() if not text.strip()]
     if empty:
         raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
-    return labels
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        spellings.setdefault(label.casefold(), []).append(label)
+    merged = {}
+    for same in spellings.values():
+        name = next((label for label in same if label in stored), same[0])
+        if len({labels[label] for label in same if labels[label] != label}) > 1:
+            raise ValueError(f"{same} differ in case alone and have texts that differ; leave out all but one.")
+        merged[name] = next((labels[label] for label in [name, *same] if labels[label] != label), name)
+    return merged
+
+
+def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
+    """Label -> text of the stored labels that the training cells of a tissue had.
+
+    Args:
+        tissue: In any spelling, a synonym, or an id of UBERON.
+        stored: `labels` (label -> text) and `tissues`, terms as for [`trained_labels_of`].
+
+    >>> liver = {"id": "UBERON:0002107", "name": "liver", "names": ["liver"], "labels": ["hepatocyte"]}
+    >>> labels_of_tissue("Liver", {"labels": {"hepatocyte": "A cell.", "neuron": "A cell."}, "tissues": [liver]})
+    {'hepatocyte': 'A cell.'}
+    """
+    tissues = stored.get("tissues") or []
+    if not tissues:
+        raise ValueError(
+            "This checkpoint does not know which labels a tissue has: name the labels, or use a checkpoint of "
+            "`release`, `finetune` or `calibrate` whose cells had a column 'tissue' in obs."
+        )
+    found = term_of(tissue, tissues)
+    if found is None:
+        known = ", ".join(str(term["name"]) for term in tissues)
+        raise ValueError(f"The checkpoint saw no cells of the tissue {tissue!r}; it knows {known}.")
+    return {label: text for label, text in stored["labels"].items() if label in found["labels"]}
 
 
 def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -343,6 +380,12 @@ def summarize_annotation(
             f"such as {', '.join(map(repr, known[:3]))}): {given}. They express genes that none of these types "
             "does; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
         )
+    elif not min_score and (candidates.owners < 0).any() and (low := int((columns["score"] < 0.5).sum())):
+        if low >= DOUBTFUL_SHARE * n_cells:
+            warnings.append(
+                f"{low} of {n_cells} cells have a score below 0.5: known labels that are no candidates fit them "
+                "better, or several candidates fit alike. Set min_score, or add candidates."
+            )
     elif collapsed:
         warnings.append(
             f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "

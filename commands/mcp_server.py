@@ -71,6 +71,7 @@ class CellTools:
             list[str] | dict[str, str] | None,
             Field(description="candidate labels, or label -> description; by default those of the checkpoint"),
         ] = None,
+        tissue: Annotated[str | None, Field(description="take the checkpoint's labels of this tissue")] = None,
         cluster_key: Clusters = None,
         min_score: Annotated[float | None, Field(ge=0, le=1, description="below this, a cell is Unknown")] = None,
         table: Table = None,
@@ -78,7 +79,7 @@ class CellTools:
         reading: Reading = None,
     ) -> dict[str, Any]:
         """Name the type of every cell: obs['scmmgpt_cell_type'], with score, and Unknown where nothing fits."""
-        words = _options(cluster_key=cluster_key, min_score=min_score)
+        words = _options(tissue=tissue, cluster_key=cluster_key, min_score=min_score)
         words += self._outputs(output=output, table=table, evidence=evidence)
         with tempfile.TemporaryDirectory() as folder:
             if labels is not None:  # in a file, where a label is never taken for an option or a path

@@ -80,7 +80,8 @@ def default_options(verb: str) -> dict[str, Any]:
     """The options of a verb where the command gives none."""
     if verb == "embed":
         return {"of": "cell-text"}
-    return dict.fromkeys(("labels", "cl_ids", "cluster_key", "min_score", "error_rate", "matching_weight"))
+    names = ("labels", "tissue", "cl_ids", "cluster_key", "min_score", "error_rate", "matching_weight")
+    return dict.fromkeys(names)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def labelling_of(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
     """Decisions of `annotate` for all partitions, with the profiles that the whole file corrected."""
-    settings = pipeline.annotation_settings(options["labels"], options["cl_ids"], options["matching_weight"])
+    names = ("labels", "cl_ids", "matching_weight", "tissue")
+    settings = pipeline.annotation_settings(**{name: options.get(name) for name in names})
     decisions = options["min_score"], None, options.get("error_rate")
     labelling = pipeline.labelling(choice, settings, options["labels"] is None, *decisions)
     if "predicted" in decided and labelling.readout is not None:

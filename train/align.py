@@ -27,7 +27,7 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import make_gene_tokenizer, qformer_from_bert
-from scmmgpt.train.corpus_readout import fit_corpus_readout
+from scmmgpt.train.corpus_readout import choose_places, fit_corpus_readout, place_labels
 from scmmgpt.train.curves import save_curves
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
@@ -244,9 +244,12 @@ def main(
     train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, cells=cells, balance=data_args.balance)
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
         standardize_projections(model, train_dataset.of_all_ranks())
+    place_labels(model, processor)
     unused: tuple[str, ...] = () if config.cell_pretraining_weight else CELL_DECODERS
     unused = unused if config.matching_weight else (*unused, "matching_head.")
     keep = training_args.pretrained_learning_rate == 0
+    if keep and model_args.standardize_projections:  # the places of texts stay, of those that no cell has shown too
+        pretrained = pretrained | {"text_projection.weight", "text_projection.bias"}
     freeze(model, lambda name: name.startswith(unused) or (keep and name in pretrained))
     bases: dict[str, Any] = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
     trainer = AlignTrainer(
@@ -260,6 +263,7 @@ def main(
         write_card=functools.partial(write_card, command="align", corpus=corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    choose_places(model.eval(), processor, corpus, captions)
     if eval_dataset is not None:
         trainer.evaluate()
     add_gene_texts(model.eval(), processor, model_args.gene_texts)  # by the trained encoder of texts

@@ -491,6 +491,7 @@ class FineTuning:
             "similarity_weight": self.record["similarity_weight"],
             "unseen_gate": None if self.unseen_gate is None else vars(self.unseen_gate),
             "terms": ontology.label_terms({name: self.labels.cl_ids.get(name) for name in self.labels.names}),
+            "tissues": self.labels.tissues,
         }
         if self.label_sets is not None:
             self.model.config.annotation["label_sets"] = self.label_sets
