@@ -85,6 +85,7 @@ def test_it_annotates_describes_finds_and_generates(built):
     assert len(pipeline.search(cells, "a B cell", 3)) == 3
     assert pipeline.generate(["a B cell"], 2).shape == (2, 40)
     assert pipeline.annotate(cells, ["B cell", "mast cell"]).obs["scmmgpt_score"].between(0, 1).all()
+    assert set(pipeline.annotate(cells, tissue="blood").uns["scmmgpt"]["annotate"]["labels"]) == set(TYPES)
 
 
 def test_what_it_promises_comes_from_datasets_that_were_left_out(built):

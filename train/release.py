@@ -60,7 +60,7 @@ CONFIGS = Path(__file__).parent / "configs"
 LIMITS = (
     "Types that rest on one dataset are known from one laboratory only. Malignant cells are none of the types, and "
     "are mostly called epithelial. Descriptions and generated cells come from a language model of a few million "
-    "parameters that has read captions alone. The model is no medical device."
+    "parameters that has read captions alone. The model is not a medical device."
 )
 TRAINED_CODE = ("*.py", "README.md", "runs", "adapter", "training_args.bin", "*.png", "trainer_state.json")
 
@@ -73,6 +73,7 @@ class LabelledSource:
     cells: Cells
     measured: np.ndarray  # vocabulary ids of the genes that the file measures, ascending
     terms: np.ndarray  # (n_cells,) of str; "" for none
+    tissues: np.ndarray  # (n_cells,) of str, likewise
 
 
 def make_parser(prog: str = "python -m scmmgpt.train release") -> argparse.ArgumentParser:
@@ -129,14 +130,15 @@ def read_labelled(spec: SourceSpec, index: GeneIndex, seed: int = 0) -> Labelled
     """Cells of a source with a cell type, at most `MAX_CELLS` of each of its own labels."""
     source = FileSource(spec)
     choice, obs = source.choose(index), source.obs()
-    terms = resolve_labels(obs)["cell_type_ontology_term_id"].fillna("").to_numpy(dtype=str)
+    labels = resolve_labels(obs).fillna("")
+    terms, tissues = (labels[f"{name}_ontology_term_id"].to_numpy(dtype=str) for name in ("cell_type", "tissue"))
     own = obs["cell_type"].fillna("").to_numpy(dtype=str)
     rng = np.random.default_rng(seed)
-    labels = sorted(set(own[terms != ""]))
-    drawn = [rng.permutation(np.flatnonzero((own == label) & (terms != "")))[:MAX_CELLS] for label in labels]
+    names = sorted(set(own[terms != ""]))
+    drawn = [rng.permutation(np.flatnonzero((own == name) & (terms != "")))[:MAX_CELLS] for name in names]
     rows = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *drawn]))
     cells = source.cells(0, source.n_cells, choice)[rows]
-    return LabelledSource(spec.name, cells, choice.match.measured, terms[rows])
+    return LabelledSource(spec.name, cells, choice.match.measured, terms[rows], tissues[rows])
 
 
 def place_terms(terms: Sequence[str], types: Sequence[str], broad: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -175,6 +177,15 @@ def pool(
     return datasets, types, meanings / meanings.sum(axis=1, keepdims=True)
 
 
+def tissues_of(sources: Sequence[LabelledSource], table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tissues of the cells, with the types that each has, as `annotation["tissues"]` of a checkpoint."""
+    pairs = {pair for source in sources for pair in zip(source.tissues, source.terms, strict=True)}
+    placed = place_terms(sorted({term for _, term in pairs if term}), table["types"], table.get("broad", ()))
+    return ontology.tissue_terms(
+        (tissue, str(ontology.term_name(name))) for tissue, term in pairs for name in placed.get(term, ())
+    )
+
+
 def add_readout(
     aligned: Path, output: Path, specs: Sequence[SourceSpec], table: Mapping[str, Any], summaries: Path
 ) -> None:
@@ -203,6 +214,7 @@ def add_readout(
         "similarity_weight": 0.0,
         "unseen_gate": None if gate is None else vars(gate),
         "terms": ontology.label_terms(ids),
+        "tissues": tissues_of(sources, table),
         "novelty": fit_pooled_novelty(datasets, n_genes),
         **fitted,
     }
