@@ -1058,7 +1058,8 @@ class ScMMGPTPipeline:
         Args:
             text: Description of the wanted cells, one text or several. What follows "without", "lacking", "but not"
                 or ", not", and what "-negative" follows, counts against a cell: a gene by its expression, other words
-                by their similarity.
+                by their similarity. Genes and programmes after "high", "low" or in "more CD8A than CD4" count by their
+                expression (`query_scmmgpt`).
             top_k: Cells to return per text.
             by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
                 own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
@@ -1069,7 +1070,7 @@ class ScMMGPTPipeline:
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
             1, which has no zero that means "no match"; by genes, in standard deviations of training cells; where the
-            text denies something, in standard deviations of these cells) and `z`
+            text denies or compares something, in standard deviations of these cells) and `z`
             (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         if top_k < 1:
@@ -1133,6 +1134,8 @@ class ScMMGPTPipeline:
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
         plan = self._search_plan(texts, choice)
+        if not plan.texts:  # counts alone decide
+            return lambda cells: (torch.from_numpy(plan.expression(cells)),)
         text_features = encode_texts(self._bridge(), self.processor, plan.texts)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
