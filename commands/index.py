@@ -20,7 +20,7 @@ import pandas as pd
 
 from scmmgpt.commands.cluster import run_tasks
 from scmmgpt.commands.files import read_json, whole_folder, write_json
-from scmmgpt.query_scmmgpt import read_query
+from scmmgpt.query_scmmgpt import Search, read_query
 
 
 logger = logging.getLogger(__name__)
@@ -187,10 +187,12 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
         top_k, where: As for [`search_index`].
 
     Raises:
-        ValueError: If the text denies something, or the index is of another checkpoint.
+        ValueError: If the text denies or compares something, or the index is of another checkpoint.
     """
     if denied := read_query(text).denied:
         raise ValueError(f"An index finds what is similar, and cannot leave out {denied[0]!r}; search FILE for that.")
+    for level in Search([text], pipeline.processor.gene_index).queries[0].levels:
+        raise ValueError(f"An index has no counts for {level.high or level.low!r}; search FILE for that.")
     about, query = read_manifest(folder), pipeline.embed_texts([text])[0]
     if len(query) != about["dimensions"]:
         raise ValueError(
