@@ -17,7 +17,7 @@ import pandas as pd
 
 from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader, simple
 from scmmgpt.evidence_scmmgpt import NONE
-from scmmgpt.proof_scmmgpt import MIN_SCORE, PROGRAMMES, TYPE_FOLD, TYPE_SHARE, Expression, join
+from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, PROGRAMMES, TYPE_FOLD, TYPE_SHARE, Expression, join
 
 
 STATES = ("cycl|divid|prolif", "interferon", "inflam", "stress|dissoc", "cytotox", "activat", "exhaust|inhib")
@@ -27,14 +27,15 @@ N_NAMED, N_PARTS, MAX_KINDS, SILENT = 5, 6, 60, 0.1  # genes and values of an an
 
 @dataclass
 class Answer:
-    """An answer, and the topic that was understood ("" for none)."""
+    """An answer, the topic that was understood ("" for none), and the same by a language model, if it keeps to it."""
 
     text: str
     topic: str = ""
+    worded: str = ""
 
 
 def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
-    """Which cells are selected, bool `(n_obs,)`: by a condition as for `DataFrame.query`, names, or rows; None for all.
+    """Which cells are selected, bool `(n_obs,)`: by a condition as for `DataFrame.query`, names or rows; None: all.
 
     Raises:
         ValueError: If it selects no cell, or is no condition on columns of `obs`.
@@ -79,7 +80,7 @@ class Chat:
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
         self.labels = np.asarray(self.obs["scmmgpt_cell_type"], dtype=str)
         settings = pipeline.model.config.annotation
-        terms = [term for term in settings.get("terms", []) if 2 * len(term["labels"]) <= len(settings["labels"])]
+        terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
         evidence = pipeline.evidence_of(choice, self.labels, sets)
         self.explainer, self.set_names, self.panel_genes = evidence.explainer, evidence.names, evidence.genes
@@ -153,7 +154,7 @@ class Chat:
         return label, mask & (self.labels == label)
 
     def evidence(self, rival: str = "") -> tuple[str, str]:
-        """Another type than the commonest label, by default the runner-up, and what speaks for the label against it."""
+        """A type, by default the runner-up of the commonest label, and the genes that speak against it."""
         label, mask = self.commonest()
         own, panel = self.number(label), self.explainer.panel
         _, positions, values = panel.profiles(self.cells[np.flatnonzero(mask)])
@@ -267,14 +268,18 @@ class Chat:
 
     def _state(self) -> str:
         (mask, who), (other, _), said = self.subject, self.others, []
-        words = dict(zip(self.programmes, STATES, strict=True))
-        asked = [name for name in words if re.search(words[name], self.asked.text, re.IGNORECASE)]
-        for name in asked or words:
-            here = self.programmes[name][mask].mean()
-            if here or asked:
-                against = f" against {share(self.programmes[name][other].mean())}" if other.any() else ""
-                said.append(f"{name} ({share(here)}{against})")
-        return f"More than usual for their type, of {who}: {join(said) if said else 'no programme'}."
+        words = dict(zip(PROGRAMMES, STATES, strict=True))
+        asked = [programme for programme in words if re.search(words[programme], self.asked.text, re.IGNORECASE)]
+        for programme in asked or words:
+            genes = [self.expression.column_of[gene] for gene in programme.genes if gene in self.expression.column_of]
+            several = self.expressed[:, genes].sum(axis=1).A1 >= MIN_PROGRAMME_GENES
+            usual = self.programmes[programme.phrase]
+            shares = [(share(several[part].mean()), share(usual[part].mean())) for part in (mask, other) if part.any()]
+            against = f" (against {shares[1][0]} and {shares[1][1]})" if other.any() else ""
+            if asked or usual[mask].any():
+                said.append(f"{programme.phrase}: {shares[0][0]}, {shares[0][1]}{against}")
+        start = f"Share of {who} with counts of {MIN_PROGRAMME_GENES} or more genes of a programme, and of those with "
+        return f"{start}more of it than is usual for their type: {'; '.join(said) or 'none of the latter'}."
 
     def _column(self) -> str:
         (mask, who), target = self.subject, self.asked.roles.get("target")

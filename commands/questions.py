@@ -1,6 +1,6 @@
 """What a question about cells asks: its topic, and the genes, types, columns and values that it names.
 
-Words decide the topic (`TOPICS`). A text encoder that knows captions alone chooses worse; see `train/LOG.md`.
+Words decide the topic. The text encoder of a checkpoint, which knows captions, chooses worse (`train/LOG.md`).
 """
 
 import re
@@ -11,25 +11,35 @@ import numpy as np
 
 from scmmgpt.annotation_scmmgpt import normalize_label
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.unseen_scmmgpt import ANTIGENS
+from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 
 
-# Topic -> words that ask for it. The first one wins whose words a question has.
+# Topic -> patterns of the words that ask for it; a dot is a space. The first topic with a match wins.
 TOPICS = {
-    "state": r"\bcycl|divid|prolif|activat|interferon|exhaust|inhibitory|cytotox|stress|programme|inflam|\bstates?\b",
-    "genes": r"genes?\b.*\b(high|up|low|down|expressed)|apart|distinguish|differ|compar|regulated|\bthan\b|separate"
-    r"|versus|\bvs\b",
-    "markers": r"\bmarkers?\b",
-    "whynot": r"\bwhy\b.*(\bnot\b|n't)|against|rul\w+ (\w+ )*out|instead|\bcould|\bmight|\bsure\b.*\bnot\b",
-    "alternatives": r"\belse\b|alternativ|runner|second|next best|other (type|label)",
-    "sure": r"\bsure\b|certain|confiden|\bscores?\b|probab|unknown|correct|\bright\b|wrong|doubt|trust|\breli",
-    "why": r"\bwhy\b|evidence|\bhow (do|did|was|were|can)\b.*(know|tell|call|label|decide)|reason|grounds|justif"
-    r"|\bspeaks? for",
-    "quality": r"\bhow (many|few) (\w+ )?(cells|counts|genes|umis)\b|depth|quality|doublet|\bdead|\bdying|empty|mito",
-    "column": r"donor|patient|tissue|condition|batch|sample|cluster|disease|\bsex\b|assay|(come|are they) from",
-    "describe": r"descri|summar|sentence|\babout (them|these|this|it)|notab|overview|caption|legend",
-    "types": r"\btypes?\b|\bkinds?\b|compos|population|\bwhat (are|is) (they|these|those|this|here|in)|consist|identit"
-    r"|made of|break.*down",
+    topic: re.compile("|".join(words.split()), re.IGNORECASE)
+    for topic, words in {
+        "state": r"""\bcycl divid prolif activat interferon \bifn exhaust inhibitory cytotox stress programme
+            inflam \bstates?\b""",
+        "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin differ compar
+            regulated \bthan\b \bdegs?\b relative.to separate signature enriched versus \bvs\b""",
+        "markers": r"""\bmarkers?\b hallmark""",
+        "whynot": r"""\bwhy\b.*(\bnot\b|n't) against rul\w+.(\w+.)*out exclud instead \bcould \bmight (are|is)n't
+            (sure|convince)\b.*\bnot\b""",
+        "alternatives": r"""\belse\b alternativ compet runner second next.(best|most) other.(type|label)""",
+        "sure": r"""\bsure\b certain confiden \bscores?\b probab unknown correct \bright\b wrong doubt trust \breli
+            how.good""",
+        "why": r"""\bwhy\b evidence \bhow.(do|did|was|were|can)\b.*(know|tell|call|label|decide) what.makes convinc
+            reason grounds justif explain support behind \bspeaks?.for""",
+        "quality": r"""\b(how.(many|few)|number.of).(\w+.)?(cells|counts|genes|umis)\b \bumis?\b how.(big|large) depth
+            quality healthy doublet \bdead \bdying empty mitoch""",
+        "describe": r"""descri summar characteri sentence \babout.(them|these|this|it) notab interesting overview
+            caption legend one.line""",
+        "column": r"""donor patient tissue condition batch sample cluster disease \bsex\b assay
+            (come|are.they).from""",
+        "types": r"""\btypes?\b \bkinds?\b compos population mixture
+            \bwhat.(are|is|have).(they|these|those|this|here|in|i)\b \bwho('s|.is|.are)\b consist identit
+            made.of \bpure\b break.*down labels \bname\b""",
+    }.items()
 }
 EXAMPLES = (
     "Which types are here? Describe them. Why this label? Why not NK cells? What else could they be? How sure is it? "
@@ -44,6 +54,7 @@ REFERENCE = re.compile(
 SUBJECT = re.compile(r"\b(of|in|among|for|within|from)\s+((the|all)\s+)*$", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z0-9][\w.-]*\w|\w")
 CLUSTERS = ("leiden", "louvain", "seurat_clusters", "clusters")  # columns that are called clusters
+NO_COLUMN = ("cell", "cells", "label", "labels", "type", "types", "score", "name")  # words of prose
 LONGEST = 7  # words of a name
 Group = tuple[str, str]  # "type" or a column of obs, and a value
 
@@ -83,17 +94,21 @@ class QuestionReader:
         for column, values in columns.items():
             shown = "cluster" if column in CLUSTERS else simple(column.removesuffix("_id"))
             self.groups |= {f"{shown} {simple(value)}": (column, value) for value in values}
-            self.groups |= {simple(value): (column, value) for value in values if len(value) > 3 and value.isalpha()}
+            self.groups |= {
+                simple(value): (column, value) for value in values if len(value) > 3 and not value.isdigit()
+            }
         self.groups |= {name: ("type", kind) for name, kind in types.items()}
 
     def __call__(self, text: str, last: Question) -> Question:
         """Read a question; what it leaves out is taken from the last one if it follows it ("and ...?")."""
         asked, follows = Question(text), bool(FOLLOWS.match(text))
         groups = self.find_names(asked)
-        topics = [topic for topic, words in TOPICS.items() if re.search(words, text, re.IGNORECASE)]
+        topics = [topic for topic, words in TOPICS.items() if words.search(text)]
         has_type = any(column == "type" for column, _ in groups)
         if not has_type and "whynot" in topics:  # "could they be doublets" names no type
             topics.remove("whynot")
+        if follows and groups and topics == ["column"]:  # "and in donor 2?"
+            topics = []
         if asked.genes and not {"markers", "genes"} & set(topics):
             topics = ["gene"]
         guess = last.topic if follows else ""
@@ -122,18 +137,19 @@ class QuestionReader:
                     found[group] = asked.text[: words[i].start()]
         for word in (word.group() for word, is_taken in zip(words, taken, strict=True) if not is_taken):
             asked.genes += self.genes_of(word)
-            asked.columns += [name for name in self.columns if simple(word) in simple(name).split()]
+            asked.columns += [c for c in self.columns if simple(word) in simple(c).split() and word not in NO_COLUMN]
             asked.columns += [name for name in self.columns if name in CLUSTERS and simple(word) == "cluster"]
         return found
 
     def genes_of(self, word: str) -> list[str]:
-        """Symbols of the genes that a word names."""
+        """Symbols of the genes that a word names; a word that looks like one is kept."""
         if word.upper() in ANTIGENS:
             return list(ANTIGENS[word.upper()])
         if len(word) < 3 or word.isdigit() or not (word.isupper() or re.search(r"\d", word)):
             return []
         ids = [self.gene_index.lookup(spelling)[0] for spelling in (word, word.upper(), word.upper().replace("-", ""))]
-        return [self.symbols[number] for number in ids if number in self.symbols][:1]
+        found = [self.symbols[number] for number in ids if number in self.symbols][:1]
+        return found or ([word] if GENE_WORD.fullmatch(word) and re.search(r"\d", word) else [])
 
 
 def simple(words: str) -> str:
