@@ -1,8 +1,8 @@
 """The commands as tools of the Model Context Protocol, for agents, over the files of one folder.
 
 A tool runs a command with `--json` in this process and returns its summary, with the warnings as `messages`. Every
-path is in the folder that the user named, links included; no tool replaces a file. The checkpoint is the choice of the
-user, too: a tool names none. Calls run one after the other.
+path is in the folder that the user named, links and parts of HDF5 files included; no tool replaces a file. The
+checkpoint is the choice of the user, too: a tool names none. Calls run one after the other.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import h5py
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
@@ -25,6 +26,8 @@ from pydantic import Field
 from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OPTION_WORDS
 from scmmgpt.commands.options import READ_HELP
+from scmmgpt.readers.disk_checks import check_links
+from scmmgpt.readers.text_tables import FileError
 
 
 INSTRUCTIONS = (
@@ -185,6 +188,12 @@ class CellTools:
         links = (part for part in path.rglob("*") if part.is_symlink()) if path.is_dir() else ()
         for link in links:
             self._inside(str(link))
+        if path.is_file() and h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                try:
+                    check_links(file)
+                except FileError as error:
+                    raise ToolError(str(error)) from None
         return str(path)
 
     def _outputs(self, **names: str | None) -> list[str]:

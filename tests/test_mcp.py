@@ -1,11 +1,14 @@
 """Agents reach the commands over the Model Context Protocol, and files of one folder alone."""
 
+import shutil
 import sys
 
 import anndata
+import h5py
 import pytest
 
 from scmmgpt.__main__ import run_words
+from scmmgpt.readers.cell_files import read_file
 
 
 anyio = pytest.importorskip("anyio", reason="the server needs mcp, which the extra `mcp` installs")
@@ -92,6 +95,26 @@ def test_no_path_leads_out_of_the_folder(call, folder, name):
     said = call("embed", file="cells.h5ad", output=f"{name}/new.h5ad" if name == "linked" else f"../{name}")
     assert "lies outside of" in said or "is no path" in said
     assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint", "mine", "secret.h5ad"]
+
+
+@pytest.mark.parametrize("kind", ["link", "external", "virtual"])
+def test_no_part_of_a_file_leads_out_of_the_folder(call, folder, kind):
+    secret, path = folder.parent / "secret.h5ad", folder / "new.h5ad"
+    shutil.copy(folder / "cells.h5ad", path)
+    with h5py.File(path, "r+") as file:
+        del file["X/data"]
+        if kind == "link":
+            file["X/data"] = h5py.ExternalLink(str(secret), "X/data")
+        elif kind == "external":
+            file.create_dataset("X/data", (10,), "u1", external=[(str(secret), 0, 10)])
+        else:
+            layout = h5py.VirtualLayout((10,), "f4")
+            layout[:] = h5py.VirtualSource(str(secret), "X/data", (10,))
+            file.create_virtual_dataset("X/data", layout)
+    for tool, arguments in (("inspect", {}), ("verify", {}), ("embed", {"output": "out.h5ad"})):
+        assert f"is in another file, {str(secret)!r}" in call(tool, file="new.h5ad", **arguments)
+    with pytest.raises(ValueError, match="X/data of .*new.h5ad is in another file"):
+        read_file(path)
 
 
 @pytest.mark.parametrize(
