@@ -147,7 +147,7 @@ def annotate(args: Args) -> int:
     from scmmgpt.commands.results import evidence_rows, table_of, write_table
 
     labels, cl_ids = read_labels(args.labels)
-    names = ("cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
+    names = ("tissue", "cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
     options = {name: getattr(args, name) for name in names}
     if outputs := several_outputs(args):
         tables = {}
@@ -512,6 +512,10 @@ def run_in_partitions(
     `found`, `tables` and `needed` are those of `compute_outputs`; `lines` prints the hits of a search.
     """
     from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.cluster import preload_workers
+
+    if (args.workers or 1) > 1 and args.cluster is None:
+        preload_workers(["scmmgpt.pipeline_scmmgpt", "scmmgpt.commands.partitions"])
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 

@@ -121,7 +121,7 @@ def opened(adata: anndata.AnnData, name: str) -> Session:
 
 
 def example() -> anndata.AnnData:
-    """700 blood cells that come with scanpy, with their own map."""
+    """700 blood cells that come with scanpy, and their UMAP."""
     import scanpy
 
     with warnings.catch_warnings():
@@ -235,7 +235,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
 
 
 class Tasks:
-    """What the buttons of the page do, for the cells of one browser at a time."""
+    """Actions of the page's buttons, for the cells of one browser at a time."""
 
     def __init__(self, pipeline: ScMMGPTPipeline) -> None:
         self.pipeline = pipeline

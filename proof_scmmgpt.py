@@ -173,7 +173,7 @@ class Expression:
         self.column_of = {name: column for column, name in enumerate(symbols)}
         self.usable = np.array([not name.startswith(HANDLING) and name not in HANDLED for name in symbols])
         states = {gene for programme in PROGRAMMES if not programme.within for gene in programme.genes}
-        self.tells_types = self.usable & ~np.isin(self.symbols, list(states))  # a state is no type
+        self.tells_types = self.usable & ~np.isin(self.symbols, list(states))  # a state is not a type
         two = np.bincount(self.counts.indices[self.counts.data >= 2], minlength=len(symbols))
         self.recurs = self.usable & (two > np.maximum(RECURRENT * len(cells), 1))
         self.sorted: dict[tuple[int, int], np.ndarray] = {}

@@ -166,10 +166,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The checkpoint and the width of the embeddings of an index.
 
     Raises:
-        FileNotFoundError: If the folder is no index.
+        FileNotFoundError: If the folder is not an index.
     """
     if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} is no index: it has no {MANIFEST}. `scmmgpt index` makes one.")
+        raise FileNotFoundError(f"{folder} is not an index: it has no {MANIFEST}. `scmmgpt index` makes one.")
     return read_json(folder / MANIFEST, dict)
 
 

@@ -74,6 +74,7 @@ class CellTools:
             list[str] | dict[str, str] | None,
             Field(description="candidate labels, or label -> description; by default those of the checkpoint"),
         ] = None,
+        tissue: Annotated[str | None, Field(description="take the checkpoint's labels of this tissue")] = None,
         cluster_key: Clusters = None,
         min_score: Annotated[float | None, Field(ge=0, le=1, description="below this, a cell is Unknown")] = None,
         table: Table = None,
@@ -81,7 +82,7 @@ class CellTools:
         reading: Reading = None,
     ) -> dict[str, Any]:
         """Name the type of every cell: obs['scmmgpt_cell_type'], with score, and Unknown where nothing fits."""
-        words = _options(cluster_key=cluster_key, min_score=min_score)
+        words = _options(tissue=tissue, cluster_key=cluster_key, min_score=min_score)
         words += self._outputs(output=output, table=table, evidence=evidence)
         with tempfile.TemporaryDirectory() as folder:
             if labels is not None:  # in a file, where a label is never taken for an option or a path
@@ -211,7 +212,7 @@ class CellTools:
         try:
             path = Path(os.path.realpath(self.folder / name))
         except (OSError, ValueError):
-            raise ToolError(f"{name!r} is no path. Name a file of the folder.") from None
+            raise ToolError(f"{name!r} is not a path. Name a file of the folder.") from None
         if not path.is_relative_to(self.folder):
             raise ToolError(f"{name!r} lies outside of {self.folder}, the folder of this server. Name a file in it.")
         return path
@@ -233,10 +234,10 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
     """A server with the tools of [`CellTools`].
 
     Raises:
-        ValueError: If `folder` is no folder.
+        ValueError: If `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"--folder {str(folder)!r} is no folder; name the one that holds your files.")
+        raise ValueError(f"--folder {str(folder)!r} is not a folder; name the one that holds your files.")
     tools = CellTools(folder, run, model, settings)
     server = MCPServer("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
     local: Any = {"open_world_hint": False, "destructive_hint": False}

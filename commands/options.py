@@ -23,6 +23,8 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     add_partitions(parser)
     text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
+    text = "choose from the checkpoint's labels of this tissue, for instance lung"
+    parser.add_argument("--tissue", metavar="NAME", help=text)
     parser.add_argument(
         "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
     )

@@ -17,6 +17,7 @@ COMMANDS = (
     "all",
     "annotation",
     "audit",
+    "clustering",
     "condition",
     "crossdata",
     "description",

@@ -121,7 +121,7 @@ class Checker:
             elif form in ("alternative", "undecided"):
                 one, other = parts.get("one") or parts["other"], parts["other"] if form == "undecided" else kind
                 if one == other or one not in self.kinds or other not in self.kinds:
-                    found.append(f"{one} is no alternative to {other}")
+                    found.append(f"{one} is not an alternative to {other}")
                     continue
                 pair = self.kinds[one], self.kinds[other]
                 found += [f"{gene} is not of {one}" for gene in names if not self.is_higher(gene, *pair, cell)]

@@ -141,7 +141,7 @@ def aligned(case: LeftOutLabel, *, name: str = "align", options: Sequence[str] =
 
 
 def text_centroids(case: LeftOutLabel) -> dict[str, np.ndarray]:
-    """Nearest centroid, where the text of the left-out label predicts its centroid; with a bonus, and without one.
+    """Nearest centroid with the centroid of the left-out label predicted from its text; with and without a bonus.
 
     The bonus for the left-out label is chosen by leaving out each seen label in turn.
     """

@@ -77,7 +77,7 @@ def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_stored(array: Any, *, zeros_mean: str = "the values are lost") -> Any:
-    """The array, if all of it is stored: HDF5 and Zarr read a missing chunk as zeros, whatever its size."""
+    """Return an array if all its chunks are stored, and refuse it otherwise: a missing chunk is read as zeros."""
     remedy = "Copy the data again, or write them again"
     if isinstance(array, h5py.Dataset):
         if not array.size or array.is_virtual:

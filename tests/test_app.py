@@ -58,7 +58,7 @@ def test_a_label_may_have_a_comma(tasks, session):
 def test_a_loop_selects_cells_that_are_then_described_and_explained(tasks, session):
     session.color = "cell_type"
     _, said, _ = tasks["select"](session, SimpleNamespace(rows=[3, 1, 3, -1, 10**9, True, "2", None]))
-    assert session.rows.tolist() == [1, 3]  # what is no row of the file is left out
+    assert session.rows.tolist() == [1, 3]  # what is not a row of the file is left out
     assert said.startswith("2 cells selected: ")
     assert tasks["describe"](session)[0]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
     _, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))

@@ -173,6 +173,6 @@ def test_what_is_no_index_and_what_is_not_embedded_is_named(checkpoint, tmp_path
     assert "has no embeddings of `scmmgpt embed`" in capsys.readouterr().err
     words = ["search", "--model", checkpoint, "--text", "a B cell"]
     assert main([*words, "--index", str(tmp_path)]) == 2
-    assert "is no index" in capsys.readouterr().err
+    assert "is not an index" in capsys.readouterr().err
     assert main(words) == 2
     assert "either FILE or --index" in capsys.readouterr().err

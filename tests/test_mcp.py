@@ -91,9 +91,9 @@ def test_no_path_leads_out_of_the_folder(call, folder, name):
     (folder / "folder" / "matrix.mtx").symlink_to(folder.parent / "secret.h5ad")
     name = name.format(parent=folder.parent)
     said = call("inspect", file=name)
-    assert "lies outside of" in said or "is no path" in said
+    assert "lies outside of" in said or "is not a path" in said
     said = call("embed", file="cells.h5ad", output=f"{name}/new.h5ad" if name == "linked" else f"../{name}")
-    assert "lies outside of" in said or "is no path" in said
+    assert "lies outside of" in said or "is not a path" in said
     assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint", "mine", "secret.h5ad"]
 
 
@@ -138,4 +138,4 @@ def test_a_mistake_is_one_clear_error_and_writes_nothing(call, folder, tool, arg
 
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
     assert run_words(["mcp", "--folder", str(tmp_path / "none")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
