@@ -92,7 +92,7 @@ def answers(
     wording = None if folder is None else Wording(folder, chat.read)
 
     def found() -> Iterator[dict[str, str]]:
-        for text in read_lines() if questions is None else questions:
+        for text in map(str.strip, read_lines() if questions is None else questions):
             answer = chat.ask(text)
             if wording is not None and answer.topic:
                 answer.worded = wording(text, answer)
