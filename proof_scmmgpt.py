@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 
 try:  # as a package or as remote code
@@ -259,7 +260,8 @@ class Proof:
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
         while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
             self.group_by(kinds)
-            typed = [self.type_clause(cell, candidates[cell]) for cell in range(n_cells)]
+            rows = logging.tqdm(range(n_cells), desc="Proving types", unit="cell", delay=3)
+            typed = [self.type_clause(cell, candidates[cell]) for cell in rows]
             kinds, before = np.where([clause is None for clause in typed], "", kinds), kinds
             if (kinds == before).all():
                 break
@@ -371,7 +373,7 @@ class Proof:
         for group, members in enumerate(self.members):
             if len(members) <= MIN_KIND:
                 continue
-            for cell in members.tolist():
+            for cell in logging.tqdm(members.tolist(), desc=f"Comparing {self.names[group]}", unit="cell", delay=3):
                 genes, counts = expression.row(cell)
                 others = (self.sums[group][genes] - expression.rates[cell, genes].toarray().ravel()) / (
                     self.n[group] - 1
@@ -532,7 +534,7 @@ def propose(
     first = np.where(is_broad, inside[:, 0], np.where(mine.any(axis=1), first, NONE))
     second = np.where(is_broad, inside[:, 1], kind_of_cell)
     found: list[list[np.ndarray]] = [[], [], []]
-    for start in range(0, len(cells), batch_size):
+    for start in logging.tqdm(range(0, len(cells), batch_size), desc="Looking for genes", unit="batch", delay=3):
         part = slice(start, start + batch_size)
         batch, own, one, other = cells[part], kind_of_cell[part], first[part], second[part]
         against = np.where(is_broad[part], one, NONE)

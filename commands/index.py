@@ -93,7 +93,11 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
                     continue
                 stop, new = min(start + CELLS_PER_SEGMENT, len(obs)), folder / f"segment-{number + len(missing):05d}"
                 missing.append(Segment(path, start, stop, source, new))
-    failures = [error for _, _, error in run_tasks(build_segment, missing, workers, cluster) if error is not None]
+    from transformers.utils import logging as progress_logging
+
+    outcomes = run_tasks(build_segment, missing, workers, cluster)
+    progress = progress_logging.tqdm(outcomes, desc="Indexing", unit="segment", total=len(missing), delay=3)
+    failures = [error for _, _, error in progress if error is not None]
     if failures:
         raise failures[0]
     n_cells = sum(entry["cells"] for entry in read_segments(folder))

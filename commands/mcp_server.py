@@ -1,8 +1,8 @@
 """The commands as tools of the Model Context Protocol, for agents, over the files of one folder.
 
 A tool runs a command with `--json` in this process and returns its summary, with the warnings as `messages`. Every
-path is in the folder that the user named, links included; no tool replaces a file. The checkpoint is the choice of the
-user, too: a tool names none. Calls run one after the other.
+path is in the folder that the user named, links and parts of HDF5 files included; no tool replaces a file. The
+checkpoint is the choice of the user, too: a tool names none. Calls run one after the other.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import h5py
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
@@ -25,12 +26,14 @@ from pydantic import Field
 from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OPTION_WORDS
 from scmmgpt.commands.options import READ_HELP
+from scmmgpt.readers.disk_checks import check_links
+from scmmgpt.readers.text_tables import FileError
 
 
 INSTRUCTIONS = (
-    "Annotate, describe, search, embed, generate and audit single cells (scRNA-seq) in files of one folder. Call "
-    "`inspect` before the first use of a file. Labels are predictions: report score and `Unknown` with them, and call "
-    "`audit` where the file has labels already."
+    "Annotate, describe, search, embed, generate and audit single cells (scRNA-seq) in files of one folder, and ask "
+    "about them. Call `inspect` before the first use of a file. Labels are predictions: report score and `Unknown` "
+    "with them, and call `audit` where the file has labels already."
 )
 NAMED_FILES = 20  # in the error about a missing file
 
@@ -93,11 +96,28 @@ class CellTools:
         file: File,
         output: Output,
         table: Table = None,
+        proof: Annotated[str | None, Field(description="new .csv: describe by counts, and list the genes")] = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
-        """Describe every cell in words: obs['scmmgpt_description']. Slow: use it on hundreds of cells."""
-        words = self._outputs(output=output, table=table)
+        """Describe every cell in words: obs['scmmgpt_description']. Prefer `proof`: a model writes freely."""
+        words = self._outputs(output=output, table=table, proof=proof)
         return self._call("describe", self._existing(file), *words, *_reading(reading))
+
+    def ask(
+        self,
+        file: File,
+        questions: Annotated[list[str], Field(min_length=1, description="such as: Why not NK cells? And CD4?")],
+        column: Annotated[str | None, Field(description="column of obs that selects the cells")] = None,
+        value: Annotated[str | None, Field(description="value of `column` that the cells have")] = None,
+        reading: Reading = None,
+    ) -> dict[str, Any]:
+        """Ask about selected cells: types, genes, markers, evidence, donors. Answers are counted, not generated."""
+        if (column is None) != (value is None) or "`" in (column or ""):
+            raise ToolError("Name a column of obs and a value together, the column without a backtick.")
+        # A condition may run code, so it is written here and not by the agent.
+        words = [] if column is None else [f"--select=`{column}`.astype('str') == {value!r}"]
+        asked = [f" {question}" for question in questions]  # none is an option
+        return self._call("chat", *words, *_reading(reading), self._existing(file), "--ask", *asked)
 
     def search(
         self,
@@ -186,6 +206,12 @@ class CellTools:
         links = (part for part in path.rglob("*") if part.is_symlink()) if path.is_dir() else ()
         for link in links:
             self._inside(str(link))
+        if path.is_file() and h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                try:
+                    check_links(file)
+                except FileError as error:
+                    raise ToolError(str(error)) from None
         return str(path)
 
     def _outputs(self, **names: str | None) -> list[str]:
@@ -232,7 +258,7 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
     tools = CellTools(folder, run, model, settings)
     server = MCPServer("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
     local: Any = {"open_world_hint": False, "destructive_hint": False}
-    readers: list[Callable[..., Any]] = [tools.inspect, tools.verify]
+    readers: list[Callable[..., Any]] = [tools.inspect, tools.ask, tools.verify]
     writers: list[Callable[..., Any]] = [
         tools.annotate,
         tools.describe,

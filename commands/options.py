@@ -60,6 +60,17 @@ def add_description(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Options of `chat`."""
+    add_input(parser)
+    text = "the cells, by columns of obs, e.g., 'leiden == \"3\"' (default: all); the others are compared with them"
+    parser.add_argument("--select", metavar="CONDITION", help=text)
+    text = "questions (default: a line of standard input each)"
+    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help=text)
+    text = "folder of an instruct model of Hugging Face, which words the answers; numbers and genes are checked"
+    parser.add_argument("--language-model", type=Path, metavar="FOLDER", help=text)
+
+
 def add_search(parser: argparse.ArgumentParser) -> None:
     """Options of `search`."""
     add_input(parser, count="?")

@@ -32,7 +32,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.readers.disk_checks import attribute, check_indices, check_parts, check_stored, load, where
+from scmmgpt.readers.disk_checks import attribute, check_indices, check_links, check_parts, check_stored, load, where
 from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
 from scmmgpt.readers.soma import is_soma, open_soma
 from scmmgpt.readers.text_tables import Contents, FileError, read_table
@@ -400,7 +400,9 @@ def _open_hdf5(path: Path) -> h5py.File:
     if start.startswith(b"\x1f\x8b"):
         raise FileError(f"{path} is compressed by gzip as a whole: run `gunzip` on it first.")
     try:
-        return h5py.File(path, "r")
+        opened = h5py.File(path, "r")
+        check_links(opened)
+        return opened
     except OSError as error:
         found = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
         if found:

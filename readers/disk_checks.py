@@ -26,6 +26,21 @@ ENCODINGS = frozenset(
 )
 
 
+def check_links(file: h5py.File) -> None:
+    """Refuse a file with parts in other files: someone else's file could name any file of this machine."""
+
+    def check(name: str, link: Any) -> None:
+        part = file[name] if isinstance(link, h5py.HardLink) else None
+        others = [link.filename] if isinstance(link, h5py.ExternalLink) else []
+        if isinstance(part, h5py.Dataset):
+            others += [name for name, *_ in part.external or ()]
+            others += [source.file_name for source in part.virtual_sources()] if part.is_virtual else []
+        if outside := sorted(set(others) - {".", file.filename}):
+            raise FileError(f"{name} of {file.filename} is in another file, {outside[0]!r}. Copy all into one file.")
+
+    file.visititems_links(check)
+
+
 def check_parts(group: Any) -> None:
     """Refuse parts that cannot be read whole, though only some are read here: the others are read with the cells."""
     for name, part in _walk(group, ""):
