@@ -107,8 +107,8 @@ def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: Fal
         if not (is_text or is_expressed(what)):
             return match.group()
         than = than if is_text or is_expressed(than) else ""
-        pair = (what, than) if LEVELS[match["level"].casefold()] > 0 else (than, what)
-        levels.append(Level(*pair, is_text))
+        high, low = (what, than) if LEVELS[match["level"].casefold()] > 0 else (than, what)
+        levels.append(Level(high, low, is_text))
         return ""
 
     rest = LEVEL.sub(take, rest)

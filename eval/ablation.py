@@ -91,7 +91,7 @@ def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[st
         "wide": np.concatenate([of_labels(cells) for cells in choice.iter_cells(adata)]),
         "deep": pipeline.search_cells(adata, choice, words)[:, : len(words)],
     }
-    scores["both"] = sum(np.stack([standardised(column) for column in of.T], axis=1) for of in scores.values())
+    scores["both"] = np.sum([[standardised(column) for column in of.T] for of in scores.values()], axis=0).T
     return {
         part: float(np.mean([roc_auc_score(truth == label, of[:, i]) for i, label in enumerate(texts)]))
         for part, of in scores.items()

@@ -153,7 +153,8 @@ def summarise_known(
 
 def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Known and new cells of each group of datasets, left out together. `cells` are of `leave_each_out`."""
-    known_rows, new_rows, kept, parts, sets = {}, [], [], [], {rate: [] for rate in ERROR_RATES}
+    known_rows, new_rows, kept, parts = {}, [], [], []
+    sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
     for group in groups:
         others = [data for i, data in enumerate(sources.datasets) if i not in group]
         settings = calibrated(cells.take(~np.isin(cells.datasets, group)))
@@ -175,10 +176,10 @@ def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequen
                     sets[rate].append(members(some["probabilities"], settings, rate))
             new_rows += new_cells(sources, mine, columns, ~known, sources.names[number])
             logger.info("%s left out", sources.names[number])
-    columns = [np.concatenate([getattr(c, f.name) for c in kept]) for f in fields(LeftOut)]
+    of_known = [np.concatenate([getattr(c, f.name) for c in kept]) for f in fields(LeftOut)]
     of_all = summarise_known(
         sources,
-        LeftOut(*columns),
+        LeftOut(*of_known),
         np.concatenate(parts),
         {rate: np.concatenate(found) for rate, found in sets.items()},
     )
