@@ -316,7 +316,7 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.query_means)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As that of transformers; whoever may read other new files may read the weights."""
+        """As in transformers; the weights get the permissions of other new files."""
         super().save_pretrained(save_directory, *args, **kwargs)
         follow_umask(save_directory)
 
@@ -515,9 +515,16 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
 
     @with_own_weights
     def project_cells(
-        self, query_states: Tensor, profile_gene_ids: Tensor | None = None, profile: Tensor | None = None
+        self,
+        query_states: Tensor,
+        profile_gene_ids: Tensor | None = None,
+        profile: Tensor | None = None,
+        readout_scores: Tensor | None = None,
     ) -> Tensor:
-        """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised."""
+        """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
+
+        A label readout with places of its labels adds their mean, by probability, to every query's feature.
+        """
         features = self.cell_projection(query_states - self.query_means)  # (C, Q, P)
         if self.config.profile_readout:
             if profile is None:
@@ -526,7 +533,23 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
                     "make the inputs with its own processor, or set `return_profile` of the feature extractor."
                 )
             features = features + self.profile_readout(profile_gene_ids, profile)[:, None]
+        if "feature_width" in (self.config.label_readout or {}):
+            scores = self.read_labels(profile_gene_ids, profile, readout_scores)
+            features = features + (scores.exp() @ self.label_readout.features).to(features.dtype)[:, None]
         return F.normalize(features, dim=-1)
+
+    def read_labels(
+        self, profile_gene_ids: Tensor | None, profile: Tensor | None, readout_scores: Tensor | None
+    ) -> Tensor:
+        """Log probabilities of the labels: those that are given, else those of the profile; see `get_cell_tokens`."""
+        if readout_scores is not None:
+            return readout_scores
+        if profile_gene_ids is None or profile is None:
+            raise ValueError(
+                "This checkpoint reads labels from each cell's whole profile (`profile_gene_ids`, `profile`), "
+                "and got none; make the inputs with its own processor."
+            )
+        return self.label_readout(profile_gene_ids, profile)
 
     def get_cell_features(
         self,
@@ -536,6 +559,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         profile_gene_ids: Tensor | None = None,
         profile: Tensor | None = None,
         return_dict: bool = False,
+        readout_scores: Tensor | None = None,
     ) -> Any:
         """Cells in the shared space: `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
 
@@ -543,13 +567,14 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             gene_ids, expression, cell_attention_mask: `(num_cells, num_genes)`, as the processor makes them: ids in
                 the gene vocabulary, values, and 1 for a gene, 0 for padding.
             profile_gene_ids, profile (`torch.Tensor` of shape `(num_cells, num_expressed_genes)`): All expressed genes
-                and their values, if `config.profile_readout`.
+                and their values, if `config.profile_readout` or a label readout with places of its labels needs them.
             return_dict: Whether to return an output, as such methods of transformers do: the features are its
                 `pooler_output`, and the states of the queries its `last_hidden_state`.
+            readout_scores: As for `get_cell_tokens`, in place of the profile for the label readout.
         """
         gene_states = self.encode_cells(gene_ids, expression, cell_attention_mask)
         states = self.query_cells(gene_states, cell_attention_mask)
-        features = self.project_cells(states, profile_gene_ids, profile)
+        features = self.project_cells(states, profile_gene_ids, profile, readout_scores)
         return BaseModelOutputWithPooling(states, features) if return_dict else features
 
     def get_text_features(
@@ -693,7 +718,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             if name not in ("expression_labels", "num_items_in_batch") and value is not None and value is not False:
                 *known, _ = inspect.signature(self.forward).parameters
                 raise TypeError(
-                    f"{name!r} is no input of {type(self).__name__}; it takes {', '.join(known)}, expression_labels."
+                    f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}, "
+                    "expression_labels."
                 )
         if cell_attention_mask is None:
             cell_attention_mask = torch.ones_like(gene_ids)
@@ -966,14 +992,8 @@ class ScMMGPTCellEncoder(ScMMGPTBridgeModel):
             queries = self.query_cells(gene_states, cell_attention_mask) - self.query_means  # (C, Q, W)
             tokens.append(self.language_projection(queries))
         if self.config.cell_tokens != "queries":
-            if readout_scores is None:
-                if profile_gene_ids is None or profile is None:
-                    raise ValueError(
-                        "This checkpoint reads labels from each cell's whole profile (`profile_gene_ids`, `profile`), "
-                        "and got none; make the inputs with its own processor."
-                    )
-                readout_scores = self.label_readout(profile_gene_ids, profile)
-            label = F.one_hot(readout_scores.argmax(dim=-1), readout_scores.shape[-1])
+            scores = self.read_labels(profile_gene_ids, profile, readout_scores)
+            label = F.one_hot(scores.argmax(dim=-1), scores.shape[-1])
             tokens.append(self.label_projection(label.to(self.label_projection.weight.dtype))[:, None])
         return torch.cat(tokens, dim=1)
 
@@ -1066,7 +1086,7 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         for name, value in kwargs.items():
             if name not in self.language_inputs and value is not None and value is not False:
                 *known, _ = inspect.signature(self.forward).parameters
-                raise TypeError(f"{name!r} is no input of {type(self).__name__}; it takes {', '.join(known)}.")
+                raise TypeError(f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}.")
         implementation = self.config.text_config._attn_implementation
         if kwargs.get("output_attentions") and implementation != "eager":
             raise ValueError(

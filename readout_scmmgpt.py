@@ -104,11 +104,16 @@ class PanelReadout:
             decisive=decisive,
         )
 
-    def weak_labels(self) -> dict[int, tuple[int, float, list[int]]]:
-        """Labels that the genes hardly separate from another: label -> the other, what is left, absent genes."""
+    def weak_labels(self, likely: np.ndarray) -> dict[int, tuple[int, float, list[int]]]:
+        """Labels that the genes hardly separate from another: label -> the other, what is left, absent genes.
+
+        Args:
+            likely: bool `(num_labels,)`: the labels that the cells at hand may have. No other label is considered.
+        """
         weak = {}
-        for label, row in enumerate(self.evidence):
-            if len(row) > 1:
+        for label in np.flatnonzero(likely).tolist():
+            row = np.where(likely, self.evidence[label], np.nan)
+            if np.isfinite(row).any():
                 other = int(np.nanargmin(row))
                 if row[other] < LITTLE_EVIDENCE:
                     pair = min(label, other), max(label, other)
@@ -125,6 +130,7 @@ class ScMMGPTLabelReadout(nn.Module):
         num_labels, num_genes, num_factors: Sizes; the genes are those that the training cells express.
         num_groups: Groups of cells of one label and dataset, if the readout is of several datasets.
         text_width: Width of the embeddings of texts about genes; 0 if there are none.
+        feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
     """
 
     gene_ids: torch.Tensor
@@ -137,13 +143,20 @@ class ScMMGPTLabelReadout(nn.Module):
     shares: torch.Tensor
     temperature: torch.Tensor
     gene_texts: torch.Tensor
+    features: torch.Tensor
     groups: torch.Tensor
     group_mean: torch.Tensor
     group_labels: torch.Tensor
     group_weights: torch.Tensor
 
     def __init__(
-        self, num_labels: int, num_genes: int, num_factors: int, num_groups: int = 0, text_width: int = 0
+        self,
+        num_labels: int,
+        num_genes: int,
+        num_factors: int,
+        num_groups: int = 0,
+        text_width: int = 0,
+        feature_width: int = 0,
     ) -> None:
         super().__init__()
         self.num_groups = num_groups
@@ -159,6 +172,8 @@ class ScMMGPTLabelReadout(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
         if text_width:
             self.set_gene_texts(np.zeros((num_genes, text_width)))
+        if feature_width:
+            self.set_features(torch.zeros(num_labels, feature_width))
         if num_groups:
             self.register_buffer("groups", torch.zeros(num_groups, num_genes, dtype=half))  # mean log1p(CP10k)
             self.register_buffer("group_mean", torch.zeros(num_genes))  # of groups that do not measure a gene
@@ -167,7 +182,7 @@ class ScMMGPTLabelReadout(nn.Module):
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
-        """A readout of these values for its buffers."""
+        """A readout with these buffers."""
         num_labels, num_genes = tensors["weights"].shape
         readout = cls(num_labels, num_genes, len(tensors["factors"]), len(tensors.get("groups", ())))
         for name, value in tensors.items():
@@ -184,6 +199,10 @@ class ScMMGPTLabelReadout(nn.Module):
     def set_gene_texts(self, directions: np.ndarray) -> None:
         """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
         self.register_buffer("gene_texts", torch.as_tensor(directions, device=self.mean.device).half())
+
+    def set_features(self, features: torch.Tensor) -> None:
+        """Keep the places of the labels in the space shared with texts, `(num_labels, feature_width)`."""
+        self.register_buffer("features", features.detach().to(self.mean.device, torch.float32))
 
     def forward(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
         """Log probabilities of the labels for cells in which all genes of training were measured.

@@ -168,7 +168,7 @@ class PartitionedRun:
         return cells
 
     def _folder_of(self, source: Source) -> Path:
-        """The folder of a source: another one if the source changes, or the labels in it."""
+        """Folder of a source's results; another source or other labels in it give another folder."""
         sets = self._decided[source].get("sets", np.empty(0)).tolist()
         print_of = json.dumps([source.fingerprint(), sets], sort_keys=True).encode()
         return self.folder / f"{source.path.stem}-{hashlib.sha256(print_of).hexdigest()[:12]}"

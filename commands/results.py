@@ -236,7 +236,7 @@ def _copy_store(store: Any, target: Path) -> None:
 
 
 def _copy_part(part: Any, group: h5py.Group, name: str) -> None:
-    """Copy a matrix or array of numbers a part at a time; what is no matrix, as a whole."""
+    """Copy a matrix or array of numbers a part at a time; what is not a matrix, as a whole."""
     if hasattr(part, "keys") and part.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
         matrix = group.create_group(name)
         matrix.attrs.update(_attributes(part))

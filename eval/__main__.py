@@ -13,10 +13,12 @@ from scmmgpt.commands.progress import log_if_slow
 
 
 COMMANDS = (
+    "ablation",
     "abstention",
     "all",
     "annotation",
     "audit",
+    "clustering",
     "condition",
     "crossdata",
     "description",

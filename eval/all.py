@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from anndata import AnnData
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import normalize
@@ -51,6 +52,7 @@ from scmmgpt.eval.generation import GeneratedCells
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
 from scmmgpt.eval.provenance import describe_corpus, read_training
 from scmmgpt.eval.task import task_parser
+from scmmgpt.modeling_scmmgpt import cell_text_similarity
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train import align, tune
 from scmmgpt.train.data.captions import CaptionSampler, parse_cell_type
@@ -262,17 +264,15 @@ def evaluate_spaces(study: Study, trained: Trained) -> dict[str, dict]:
     embedded = embed_texts(texts)
     learned = embed_texts(sampler.caption(train.obs, cell_ids=hash_names(train.names)))
     mapped = RidgeCV(alphas=np.logspace(0, 5, 11)).fit(x, learned).predict(y)
+    ours, theirs = (place(study, pipeline, texts) for pipeline in (trained.pipeline, trained.contrast))
     similarities = {
-        results.MODEL_NAME: search(study, trained.pipeline, texts),
-        CONTRAST: search(study, trained.contrast, texts),
+        results.MODEL_NAME: ours[0],
+        CONTRAST: theirs[0],
         GENES: of_genes @ embedded.T,
         "ridge to embeddings of captions": normalize(mapped) @ embedded.T,
     }
-    spaces = {
-        name: embed(study, pipeline)
-        for name, pipeline in ((results.MODEL_NAME, trained.pipeline), (CONTRAST, trained.contrast))
-    }
-    spaces |= {GENES: of_genes, "principal components": clustering.components(x, y, seed=seed)}
+    spaces = {results.MODEL_NAME: ours[1], CONTRAST: theirs[1], GENES: of_genes}
+    spaces["principal components"] = clustering.components(x, y, seed=seed)
     batches = next((test.obs[key] for key in BATCH_KEYS if len(set(test.obs.get(key, ()))) > 1), None)
     return {
         "retrieval": retrieval.evaluate_retrieval(similarities, test.labels, types, seed=seed),
@@ -282,21 +282,22 @@ def evaluate_spaces(study: Study, trained: Trained) -> dict[str, dict]:
     }
 
 
-def search(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> np.ndarray:
-    """Similarity of every test cell and text, as `scmmgpt search` scores them, `(n_cells, n_texts)`."""
+def place(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine similarities `(n_cells, n_texts)` and embeddings of the test cells in the space shared with texts.
+
+    The similarities are those of `scmmgpt search`, but for denials: a caption whose definition denies a marker would
+    have a score on another scale than the other captions of the same cell.
+    """
     adata = study.adata("test")
+    choice = pipeline.processor.choose_input(adata)
+    cells, features_of = choice.convert(adata), pipeline.features_of(choice)
+    with torch.inference_mode():
+        pieces = [features_of(cells[start : start + 64]).float().cpu() for start in range(0, len(cells), 64)]
+        features = torch.cat(pieces)
+        similarity = cell_text_similarity(features, torch.from_numpy(pipeline.embed_texts(texts)))
     rows, kept = match_names(adata.obs_names, study.test, "the test split")
-    scores = np.empty((adata.n_obs, len(texts)))
-    for column, hits in enumerate(pipeline.search(adata, texts, top_k=adata.n_obs)):
-        scores[[hit["index"] for hit in hits], column] = [hit["score"] for hit in hits]
-    return scores[kept][np.argsort(rows)]
-
-
-def embed(study: Study, pipeline: ScMMGPTPipeline) -> np.ndarray:
-    """Embeddings of the test cells in the space shared with texts."""
-    adata = pipeline.embed(study.adata("test"))
-    rows, kept = match_names(adata.obs_names, study.test, "the test split")
-    return adata.obsm["X_scmmgpt"][kept][np.argsort(rows)]
+    order = kept[np.argsort(rows)]
+    return similarity.numpy()[order], normalize(features.mean(dim=1).numpy())[order]
 
 
 def report(tasks: Mapping[str, dict], about: Mapping[str, Any]) -> str:

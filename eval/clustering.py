@@ -1,24 +1,41 @@
 """Clusters and batches in embeddings of cells: AvgBIO and AvgBATCH as scGPT reports them.
 
+python -m scmmgpt.eval clustering --cells FILE --label-key KEY --batch-key KEY --output FILE.json
+
 AvgBIO is the mean of NMI and ARI of Leiden clusters against the types, at the resolution with the highest NMI, and of
 the silhouette width of types. AvgBATCH is the mean of the graph connectivity of types and the silhouette width of
-batches within types. Definitions are those of scIB (Luecken et al. 2022), silhouettes scaled to 0..1.
+batches within types. Definitions are those of scIB (Luecken et al. 2022), silhouettes scaled to 0..1. With
+`scib-metrics`, what it recommends today stands beside them; with `harmonypy`, Harmony is a baseline (both are in the
+extra `integration`).
 """
 
-from collections.abc import Mapping
+import argparse
+import importlib.util
+import logging
+import sys
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy.sparse.csgraph import connected_components
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_samples, silhouette_score
+from sklearn.neighbors import NearestNeighbors
 
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import write_json
 from scmmgpt.eval import results
+from scmmgpt.eval.annotators import expression
+from scmmgpt.eval.cells import read_labelled
 
+
+logger = logging.getLogger(__name__)
 
 RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden: 0.2 to 2
 N_NEIGHBORS = 15
 N_COMPONENTS = 50
+LISI_NEIGHBORS = 90  # three times the perplexity, as in the paper of LISI
 MEASURES = {
     "avg_bio": results.Measure("AvgBIO", True, "Mean of NMI, ARI and the silhouette width of types."),
     "nmi": results.Measure("NMI", True, "Normalised mutual information of Leiden clusters and types."),
@@ -31,6 +48,11 @@ MEASURES = {
     "asw_batch": results.Measure(
         "ASW of batches", True, "1 minus the absolute silhouette width of batches within a type, mean over types."
     ),
+    "bras": results.Measure(
+        "BRAS", True, "Silhouette of batches within types against the nearest batch; scib-metrics, in its place."
+    ),
+    "ilisi": results.Measure("iLISI", True, "Batches among neighbours: 0 one, 1 all alike; scib-metrics."),
+    "clisi": results.Measure("cLISI", True, "Types among neighbours: 1 one; scib-metrics."),
 }
 
 
@@ -83,10 +105,72 @@ def cluster_scores(
     if widths:
         scores["asw_batch"] = float(np.mean(widths))
         scores["avg_batch"] = (scores["connectivity"] + scores["asw_batch"]) / 2
-    return scores
+    return scores | scib_scores(points, types, batches)
+
+
+def scib_scores(points: np.ndarray, types: np.ndarray, batches: np.ndarray) -> dict[str, float]:
+    """What scib-metrics recommends today; nothing where it is not installed."""
+    if importlib.util.find_spec("scib_metrics") is None:
+        return {}
+    import scib_metrics
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    distances, indices = NearestNeighbors(n_neighbors=min(LISI_NEIGHBORS, len(points))).fit(points).kneighbors(points)
+    neighbors = NeighborsResults(indices=indices, distances=distances)
+    return {
+        "bras": float(scib_metrics.bras(points, types, batches)),
+        "ilisi": float(scib_metrics.ilisi_knn(neighbors, batches)),
+        "clisi": float(scib_metrics.clisi_knn(neighbors, types)),
+    }
 
 
 def components(train: np.ndarray, test: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Principal components of test cells, fitted to training cells; log1p(CP10k) `(n_cells, n_genes)`, both."""
     width = min(N_COMPONENTS, *(n - 1 for n in train.shape))
     return PCA(width, random_state=seed).fit(train).transform(test)
+
+
+def harmony(points: np.ndarray, batches: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Harmony's correction of principal components for batches."""
+    import harmonypy
+
+    table = pd.DataFrame({"batch": batches})
+    return np.asarray(harmonypy.run_harmony(points, table, "batch", random_state=seed, verbose=False).Z_corr)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="python -m scmmgpt.eval clustering", description="Score clusters and batches.")
+    parser.add_argument("--cells", required=True, help="file of counts with types and batches in `obs`, or a corpus")
+    parser.add_argument("--label-key", default="cell_type", help="obs column of types (%(default)s)")
+    parser.add_argument("--batch-key", help="obs column of batches; by default, batches are not scored")
+    parser.add_argument("--model", help="checkpoint whose embeddings are scored; by default the built-in one")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of components and clusters (%(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    from scmmgpt.commands.checkpoints import root_checkpoint
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+    args = make_parser().parse_args(argv)
+    adata, types = read_labelled(args.cells, args.label_key)
+    if args.batch_key is not None and args.batch_key not in adata.obs:
+        raise ValueError(f"{args.cells} has no obs column {args.batch_key!r}; it has {', '.join(adata.obs)}.")
+    batches = None if args.batch_key is None else adata.obs[args.batch_key].to_numpy().astype(str)
+    pipeline = ScMMGPTPipeline.from_pretrained(args.model or root_checkpoint())
+    values = expression(adata).toarray()
+    points = components(values, values, seed=args.seed)
+    spaces = {results.MODEL_NAME: pipeline.embed(adata.copy()).obsm["X_scmmgpt"]}
+    spaces["cell model alone"] = pipeline.embed(adata.copy(), of="cell").obsm["X_scmmgpt"]
+    spaces["principal components"] = points
+    if batches is None or importlib.util.find_spec("harmonypy") is None:
+        logger.warning("Harmony is left out: %s.", "no batches" if batches is None else "harmonypy is not installed")
+    else:
+        spaces["Harmony"] = harmony(points, batches, seed=args.seed)
+    result = evaluate_clustering(spaces, types, batches, seed=args.seed)
+    sys.stdout.write(results.format_table(result))
+    write_json(args.output, result)
+    return 0

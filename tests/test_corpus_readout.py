@@ -2,11 +2,14 @@
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.scoring_scmmgpt import encode_texts
 from scmmgpt.synthetic import tiny_pipeline
-from scmmgpt.train.corpus_readout import codes_of, fit_corpus_readout
+from scmmgpt.train.corpus_readout import choose_places, codes_of, fit_corpus_readout, place_labels
+from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.unseen import add_gene_texts
 
@@ -47,6 +50,42 @@ def test_texts_about_genes_are_kept_with_the_readout(corpus, monkeypatch, tmp_pa
     loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(loaded.label_readout.gene_texts, model.label_readout.gene_texts)
     assert len(loaded.label_readout.gene_texts) == model.config.label_readout["num_genes"]
+
+
+def test_a_cell_is_placed_at_the_texts_of_its_labels_by_their_probability(corpus, monkeypatch, tmp_path):
+    corpus, processor = open_corpus(corpus), tiny_pipeline().processor
+    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
+    model = model_for(corpus).eval()
+    fit_corpus_readout(model, corpus)
+    place_labels(model, processor, weight=1000.0)  # what the network adds is nothing beside it
+    cells, _ = corpus.load("train", ["cell_type"])
+    inputs = processor(cells=cells)
+    texts = encode_texts(model, processor, model.config.label_readout["texts"])
+    places = torch.nn.functional.normalize(
+        model.label_readout(inputs["profile_gene_ids"], inputs["profile"]).exp() @ texts
+    )
+    with torch.no_grad():
+        features = model.get_cell_features(**inputs)
+        torch.testing.assert_close(features, places[:, None].expand_as(features), atol=5e-3, rtol=0)
+        sure = torch.full((len(cells), len(texts)), -1e9)
+        sure[:, 0] = 0.0
+        of_first = model.get_cell_features(**inputs, readout_scores=sure)
+    torch.testing.assert_close(of_first, texts[0].expand_as(of_first), atol=5e-3, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded.get_cell_features(**inputs), features)
+
+
+def test_the_weight_of_the_places_is_that_with_the_lowest_loss_of_validation_captions(corpus, monkeypatch):
+    corpus, processor = open_corpus(corpus), tiny_pipeline().processor
+    monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
+    model = model_for(corpus).eval()
+    assert choose_places(model, processor, corpus, CaptionSampler()) == {}  # without a readout
+    fit_corpus_readout(model, corpus)
+    losses = choose_places(model, processor, corpus, CaptionSampler())
+    best = min(losses, key=lambda weight: losses[weight])
+    assert losses[best] <= losses[0.0]
+    np.testing.assert_allclose(model.label_readout.features.norm(dim=1), best, rtol=1e-5)
 
 
 def test_a_corpus_of_one_type_leaves_the_model_as_it_is(corpus, monkeypatch):

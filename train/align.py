@@ -27,14 +27,13 @@ from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.train.arguments import AlignConfig, AlignModelArguments, DataArguments
 from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import make_gene_tokenizer, qformer_from_bert
-from scmmgpt.train.corpus_readout import fit_corpus_readout
+from scmmgpt.train.corpus_readout import choose_places, fit_corpus_readout, place_labels
 from scmmgpt.train.curves import save_curves
-from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.sharing import push_folder
-from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
+from scmmgpt.train.initialize import TrainingCells, embed_genes_by_coexpression, standardize_projections
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 from scmmgpt.train.unseen import add_gene_texts
@@ -205,25 +204,6 @@ def load_cell_model(corpus: TrainingCells, model_args: AlignModelArguments) -> t
     return cell_model, cell_model.config
 
 
-@torch.no_grad()
-def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> None:
-    """Start both projections into the shared space from the principal axes of their inputs; see [`standardize`]."""
-    model.eval()
-    query_pieces, text_states = [], []
-    for batch in dataset:
-        gene_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
-        query_pieces.append(model.query_cells(gene_states, batch["cell_attention_mask"]))
-        text_embeds = model.qformer_embeddings(input_ids=batch["qformer_input_ids"])
-        text_states.append(model.encode_texts(text_embeds, batch["qformer_attention_mask"]))
-        if sum(map(len, text_states)) >= PROJECTION_CELLS:
-            break
-    query_states = torch.cat(query_pieces)
-    model.query_means.copy_(query_states.mean(dim=0, keepdim=True))
-    standardize(model.cell_projection, (query_states - model.query_means).flatten(0, 1))
-    standardize(model.text_projection, torch.cat(text_states))
-    model.train()
-
-
 def make_captions(corpus: Corpus, data_args: DataArguments, training_args: TrainingArguments) -> CaptionSampler:
     """The sampler of the texts to train on."""
     return CaptionSampler(data_args.templates, seed=data_seed(training_args), gene_means=read_gene_means(corpus.path))
@@ -264,9 +244,12 @@ def main(
     train_dataset, eval_dataset = make_datasets(corpus, collate, training_args, cells=cells, balance=data_args.balance)
     if model_args.standardize_projections and training_args.resume_from_checkpoint is None:
         standardize_projections(model, train_dataset.of_all_ranks())
+    place_labels(model, processor)
     unused: tuple[str, ...] = () if config.cell_pretraining_weight else CELL_DECODERS
     unused = unused if config.matching_weight else (*unused, "matching_head.")
     keep = training_args.pretrained_learning_rate == 0
+    if keep and model_args.standardize_projections:  # the places of texts stay, of those that no cell has shown too
+        pretrained = pretrained | {"text_projection.weight", "text_projection.bias"}
     freeze(model, lambda name: name.startswith(unused) or (keep and name in pretrained))
     bases: dict[str, Any] = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
     trainer = AlignTrainer(
@@ -280,6 +263,7 @@ def main(
         write_card=functools.partial(write_card, command="align", corpus=corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    choose_places(model.eval(), processor, corpus, captions)
     if eval_dataset is not None:
         trainer.evaluate()
     add_gene_texts(model.eval(), processor, model_args.gene_texts)  # by the trained encoder of texts

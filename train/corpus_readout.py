@@ -2,7 +2,8 @@
 
 A regression on the profiles of training cells takes seconds, while contrast and matching learn from noise on a few
 hundred cells. `annotate` and `calibrate` use the scores of the readout for the cell types of training, mixed with
-those of matching. Search, retrieval and other labels use the shared space as before.
+those of matching. The labels also have places in the space of cells and texts, those of their texts: a cell is the
+mean of its labels' places, by probability, plus what the network adds. Search and embeddings start there.
 """
 
 import logging
@@ -10,8 +11,11 @@ import logging
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
+from torch.nn import functional as F
 
-from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
+from scmmgpt.modeling_scmmgpt import CELL_INPUTS, ScMMGPTForCellTextAlignment, cell_text_similarity
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.scoring_scmmgpt import encode_texts
 from scmmgpt.train import readout
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import Corpus
@@ -19,6 +23,9 @@ from scmmgpt.train.data.corpus import Corpus
 
 logger = logging.getLogger(__name__)
 
+PLACE_CELLS = 1_000  # of the validation split, by whose captions the weight of places is chosen
+PLACE_SHARES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # weights, in lengths of what the network adds
+CELLS_AT_ONCE = 64
 MAX_CELLS = 20_000  # of a split: the regression takes a minute or two
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id")
 
@@ -65,6 +72,55 @@ def fit_corpus_readout(
     model.config.label_readout = {"texts": texts, "labels": labels, **model.label_readout.sizes()}
     model.label_readout.to(torch.device(model.logit_scale.device))
     return scores
+
+
+def place_labels(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, weight: float = 1.0) -> None:
+    """Give the labels of the readout, if there is one, the places of their texts, of length `weight`.
+
+    The processor then gives whole profiles, which the readout reads.
+    """
+    if model.config.label_readout is None:
+        return
+    features = encode_texts(model, processor, model.config.label_readout["texts"])
+    model.label_readout.set_features(weight * features)
+    model.config.label_readout = {**model.config.label_readout, "feature_width": features.shape[1]}
+    processor.feature_extractor.return_profile = True
+
+
+@torch.no_grad()
+def choose_places(
+    model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, corpus: Corpus, captions: CaptionSampler
+) -> dict[float, float]:
+    """Place the labels anew, by the trained text branch, at the weight that finds captions of validation cells best.
+
+    Returns:
+        Weight -> mean loss of a cell's own caption among all captions of these cells, at the best temperature; empty
+        without readout or validation split.
+    """
+    if model.config.label_readout is None:
+        return {}
+    place_labels(model, processor)
+    if "validation" not in corpus.split_names:
+        return {}
+    cells, table = corpus.sample("validation", PLACE_CELLS)
+    obs = {name: np.array(values, dtype=object) for name, values in table.to_pydict().items()}
+    texts, own = np.unique(captions.caption(obs, cell_ids=cells.cell_ids), return_inverse=True)
+    text_features, pieces = encode_texts(model, processor, texts.tolist()), []
+    for start in range(0, len(cells), CELLS_AT_ONCE):
+        inputs = processor(cells=cells[start : start + CELLS_AT_ONCE]).to(model.device)
+        states = model.encode_cells(*(inputs[name] for name in CELL_INPUTS))
+        queries = model.query_cells(states, inputs["cell_attention_mask"]) - model.query_means
+        shares = model.label_readout(inputs["profile_gene_ids"], inputs["profile"]).exp()
+        pieces.append((model.cell_projection(queries), shares @ model.label_readout.features))
+    added, places = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    losses = {}
+    for share in PLACE_SHARES:
+        weight = share * added.norm(dim=-1).mean().item()
+        features = F.normalize(added + weight * places[:, None], dim=-1)
+        losses[weight] = readout.calibrated_loss(cell_text_similarity(features, text_features).cpu().numpy(), own)
+    model.label_readout.features.mul_(min(losses, key=lambda weight: losses[weight]))
+    logger.info("Loss of captions of validation cells by the weight of the labels' places: %s", losses)
+    return losses
 
 
 def codes_of(names: list[str | None], labels: list[str]) -> np.ndarray:
