@@ -105,7 +105,9 @@ DENIALS = [  # file, column, text, how the labels of the wanted cells begin, AUR
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "column", "text", "wanted", "as_one", "apart"), DENIALS)
-def test_cells_are_found_by_what_they_lack_or_show(name, column, text, wanted, as_one, apart, shared_data, monkeypatch):
+def test_cells_are_found_by_what_they_lack_or_show(
+    name, column, text, wanted, as_one, apart, shared_data, monkeypatch
+):
     from sklearn.metrics import roc_auc_score
 
     import scmmgpt as sm
