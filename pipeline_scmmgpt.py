@@ -74,6 +74,7 @@ try:  # as a package or as remote code
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
+    from .votes_scmmgpt import cluster_answers
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
@@ -122,6 +123,7 @@ except ImportError:  # as a flat module in a clone
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
+    from votes_scmmgpt import cluster_answers
 
 
 logger = logging.get_logger(__name__)
@@ -285,7 +287,8 @@ class ScMMGPTPipeline:
             tissue: Choose from the checkpoint's labels that its training cells of this tissue had, or those of blood.
                 The others compete all the same, so that a cell of another tissue has a low score.
             cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
-            cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
+            cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster, and to `uns`
+                the narrowest type of each cluster with the votes of its cells.
             min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
                 if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label. By
                 default the value stored with the checkpoint, for its labels, if there is one; it then grows with
@@ -414,6 +417,12 @@ class ScMMGPTPipeline:
             "read_batch": labelling.batch_read,
             **summary,
         }
+        if clusters is not None:
+            ids = ids_of_labels(
+                candidates.names, settings["cl_ids"], (self.model.config.annotation or {}).get("terms", [])
+            )
+            names = columns["cell_type"], clusters, candidates.names, ids, labelling.broader
+            done["clusters"] = _table(cluster_answers(*names))
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
     def _warn_of_labels(
