@@ -31,6 +31,7 @@ from scmmgpt.commands.options import (
     READ_HELP,
     add_annotation,
     add_audit,
+    add_chat,
     add_description,
     add_generation,
     add_index,
@@ -103,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_annotation(command(annotate))
     add_audit(command(audit))
-
+    add_chat(command(chat))
     add_description(command(describe))
     sub = command(calibrate)
     add_input(sub, split="validation", writes_model=True)
@@ -146,7 +147,7 @@ def annotate(args: Args) -> int:
     from scmmgpt.commands.results import evidence_rows, table_of, write_table
 
     labels, cl_ids = read_labels(args.labels)
-    names = ("cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
+    names = ("tissue", "cluster_key", "min_score", "error_rate", "matching_weight", "read_batch")
     options = {name: getattr(args, name) for name in names}
     if outputs := several_outputs(args):
         tables = {}
@@ -186,6 +187,17 @@ def audit(args: Args) -> int:
     judged = pipeline.audit(adata, **options, **read_options(args))
     finish(args, adata, {"cells": adata.n_obs, **audit_summary(judged)}, audit_rows(judged, adata))
     return 0
+
+
+def chat(args: Args) -> None:
+    """Answer questions about a selection of cells by numbers that are counted for them."""
+    from scmmgpt.commands.chat import Chat
+    from scmmgpt.commands.wording import answers
+
+    pipeline, adata = load(args)
+    about = Chat(pipeline, adata, args.select, **read_options(args))
+    for found, lines in answers(about, args.ask, args.language_model, args.json):
+        write(args, found, lines)
 
 
 def describe(args: Args) -> None:
@@ -500,6 +512,10 @@ def run_in_partitions(
     `found`, `tables` and `needed` are those of `compute_outputs`; `lines` prints the hits of a search.
     """
     from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.commands.cluster import preload_workers
+
+    if (args.workers or 1) > 1 and args.cluster is None:
+        preload_workers(["scmmgpt.pipeline_scmmgpt", "scmmgpt.commands.partitions"])
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 

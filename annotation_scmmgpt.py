@@ -41,6 +41,7 @@ MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a p
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
 SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
 NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
+DOUBTFUL_SHARE = 0.5  # an annotation with at least this share of low scores, where not all labels are candidates
 
 
 # -- labels in other words --------------------------------------------------------------------------------------------
@@ -57,7 +58,10 @@ def normalize_label(label: str) -> str:
 
 
 def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
-    """Label -> text that describes it: the given text, else the stored one, else the label itself."""
+    """Label -> text that describes it: the given text, else the stored one, else the label itself.
+
+    Given labels that differ in case alone are one, in the stored spelling or else the first.
+    """
     if isinstance(labels, str):
         raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
     if labels is None:
@@ -70,7 +74,40 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     empty = [label for label, text in labels.items() if not text.strip()]
     if empty:
         raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
-    return labels
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        spellings.setdefault(label.casefold(), []).append(label)
+    merged = {}
+    for same in spellings.values():
+        name = next((label for label in same if label in stored), same[0])
+        if len({labels[label] for label in same if labels[label] != label}) > 1:
+            raise ValueError(f"{same} differ in case alone and have texts that differ; leave out all but one.")
+        merged[name] = next((labels[label] for label in [name, *same] if labels[label] != label), name)
+    return merged
+
+
+def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
+    """Label -> text of the stored labels that the training cells of a tissue had.
+
+    Args:
+        tissue: In any spelling, a synonym, or an id of UBERON.
+        stored: `labels` (label -> text) and `tissues`, terms as for [`trained_labels_of`].
+
+    >>> liver = {"id": "UBERON:0002107", "name": "liver", "names": ["liver"], "labels": ["hepatocyte"]}
+    >>> labels_of_tissue("Liver", {"labels": {"hepatocyte": "A cell.", "neuron": "A cell."}, "tissues": [liver]})
+    {'hepatocyte': 'A cell.'}
+    """
+    tissues = stored.get("tissues") or []
+    if not tissues:
+        raise ValueError(
+            "This checkpoint does not know which labels a tissue has: name the labels, or use a checkpoint of "
+            "`release`, `finetune` or `calibrate` whose cells had a column 'tissue' in obs."
+        )
+    found = term_of(tissue, tissues)
+    if found is None:
+        known = ", ".join(str(term["name"]) for term in tissues)
+        raise ValueError(f"The checkpoint saw no cells of the tissue {tissue!r}; it knows {known}.")
+    return {label: text for label, text in stored["labels"].items() if label in found["labels"]}
 
 
 def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -82,7 +119,7 @@ def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[M
 def trained_labels_of(
     label: str, cl_id: str | None, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """The trained labels that a label means: itself in other words, or all that are kinds of it.
+    """Trained labels that a label stands for: the label that it spells otherwise, or all its subtypes.
 
     The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
 
@@ -149,7 +186,7 @@ class Candidates:
 
     names: list[str]  # the labels to choose from
     texts: list[str]  # (n_texts,) what is scored; every trained text is among them
-    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is no candidate
+    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is not a candidate
     unseen: np.ndarray  # bool (n_texts,): the label means no trained one
     meant: dict[str, list[str]]  # label -> the trained labels that it means
 
@@ -265,7 +302,7 @@ def choose_labels(
 
     Args:
         probabilities: `(n_cells, n_labels)`, as [`label_probabilities`] gives them; what is missing to 1 is the
-            probability of a known label that is no candidate.
+            probability of a known label that is not a candidate.
         names: The labels.
         cl_ids: Label -> Cell Ontology id, of the labels that have one.
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
@@ -273,8 +310,9 @@ def choose_labels(
         clusters: `(n_cells,)` of str: cluster of each cell.
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
-            first one above its best label whose labels together reach it.
-        others_compete: Whether known labels compete that are no candidates: one more label of the entropy, with what
+            first one above its best label whose labels together go that share of the way from chance to certainty:
+            half of the labels have half of the probability of a cell that is like none.
+        others_compete: Whether known labels compete that are not candidates: one more label of the entropy, with what
             is missing to 1.
 
     Returns:
@@ -293,8 +331,8 @@ def choose_labels(
             members = [number for number, name in enumerate(names) if name in term["labels"]]
             if not 1 < len(members) < len(names):  # a term of all labels excludes none
                 continue
-            total = probabilities[:, members].sum(axis=1)
-            broader = low & np.isin(best, members) & (total >= min_score)
+            total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
+            broader = low & np.isin(best, members) & (total >= chance + (1 - chance) * min_score)
             cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
             low &= ~broader
         cell_type[low], cl_id[low] = UNKNOWN, ""
@@ -313,7 +351,7 @@ def choose_labels(
 def summarize_annotation(
     columns: Mapping[str, np.ndarray], candidates: Candidates, known: Sequence[str], min_score: float | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Numbers of an annotation, and warnings of an unlikely one.
+    """Summary of an annotation, and warnings about an unlikely one.
 
     Args:
         columns: The result of [`choose_labels`].
@@ -343,6 +381,12 @@ def summarize_annotation(
             f"such as {', '.join(map(repr, known[:3]))}): {given}. They express genes that none of these types "
             "does; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
         )
+    elif not min_score and (candidates.owners < 0).any() and (low := int((columns["score"] < 0.5).sum())):
+        if low >= DOUBTFUL_SHARE * n_cells:
+            warnings.append(
+                f"{low} of {n_cells} cells have a score below 0.5: known labels that are no candidates fit them "
+                "better, or several candidates fit alike. Set min_score, or add candidates."
+            )
     elif collapsed:
         warnings.append(
             f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "
@@ -401,7 +445,7 @@ def fit_mixture(
 
 
 def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    """What [`label_sets`] needs, from held-out cells of known labels: split-conformal prediction.
+    """Fit the thresholds of [`label_sets`] on held-out cells of known labels, by split-conformal prediction.
 
     The probability of the true label of a new cell is below the k-th smallest of n held-out ones with a chance of
     k / (n + 1) at most, if the cell is like these (least ambiguous sets: Sadinle et al. 2019, JASA 114:223).
@@ -479,12 +523,12 @@ def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
 
 
 def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
-    """What `annotate` needs to recognise cells that are like no known type; None for too few cells.
+    """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
 
     Args:
         cells: Labelled cells, of all known types.
         targets: Int `(n_cells,)`: their labels.
-        measured: Vocabulary ids of the genes that were measured in them: of other genes nothing is known.
+        measured: Vocabulary ids of the genes that were measured in these cells.
         n_genes: Size of the gene vocabulary.
 
     Returns:
@@ -536,5 +580,5 @@ class Novelty:
         return cls(_unpack(stored["absent_genes"], n_genes), stored["unit"])
 
     def __call__(self, cells: Cells) -> np.ndarray:
-        """Novelty of each cell, float32 `(n_cells,)`: above 1 it is like no known type."""
+        """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type."""
         return novelty_of(cells, self.absent) / np.float32(self.unit)

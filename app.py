@@ -26,8 +26,10 @@ import pandas as pd
 
 from scmmgpt import pl
 from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, draw, nearest_places
+from scmmgpt.commands.chat import Chat
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OneLineParser, number, run_command
+from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
@@ -86,6 +88,8 @@ class Session:
     color: str | None = None  # column of obs
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # selected, none: all cells
     marks: np.ndarray | None = None  # places of generated cells
+    chat: Chat | None = None  # about the selected cells
+    turns: list[dict[str, str]] = field(default_factory=list)  # of the chat
 
     def map(self) -> dict:
         """The value of the map."""
@@ -117,7 +121,7 @@ def opened(adata: anndata.AnnData, name: str) -> Session:
 
 
 def example() -> anndata.AnnData:
-    """700 blood cells that come with scanpy, with their own map."""
+    """700 blood cells that come with scanpy, and their UMAP."""
     import scanpy
 
     with warnings.catch_warnings():
@@ -202,11 +206,18 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                         label, widths = "Genes that speak for each label", ["25%", "13%", "25%", "37%"]
                         table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
                         tasks.on(button.click, tasks.explain, [session], [table])
-                    if tasks.can_write:
-                        question = gr.Textbox(label="Question about a cell; the prompt of training if empty")
+                    if tasks.can_write or pipeline.can_explain:
                         button = gr.Button("Describe them", variant="primary")
                         table = gr.Dataframe(label=f"Descriptions, of at most {DESCRIBED} cells", wrap=True)
-                        tasks.on(button.click, tasks.describe, [session, question], [table])
+                        tasks.on(button.click, tasks.describe, [session], [table])
+                if pipeline.can_explain:
+                    with gr.Tab("Ask"):
+                        gr.Markdown(f"Ask about the selected cells, or all. {EXAMPLES}")
+                        turns = gr.Chatbot(label="Answers are counted", height=320)
+                        question = gr.Textbox(label="Question", placeholder="Why not NK cells?")
+                        button = gr.Button("Ask", variant="primary")
+                        for event in (button.click, question.submit):
+                            tasks.on(event, tasks.ask, [session, question], [session, turns, question])
                 if tasks.can_write:
                     with gr.Tab("Generate"):
                         prompt = gr.Textbox(label="Description", placeholder="A B cell from blood.")
@@ -224,7 +235,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
 
 
 class Tasks:
-    """What the buttons of the page do, for the cells of one browser at a time."""
+    """Actions of the page's buttons, for the cells of one browser at a time."""
 
     def __init__(self, pipeline: ScMMGPTPipeline) -> None:
         self.pipeline = pipeline
@@ -257,7 +268,7 @@ class Tasks:
     def select(self, session: Session | None, event: "gr.EventData") -> tuple[Session, str]:
         """Keep the cells inside a loop, and say what they are."""
         session = _with_cells(session)
-        session.rows = checked_rows(event.rows, session.adata.n_obs)
+        session.rows, session.chat = checked_rows(event.rows, session.adata.n_obs), None
         if not len(session.rows):
             return session, NO_SELECTION
         if session.color is None or session.adata.obs[session.color].dtype.kind in "fiu":
@@ -295,10 +306,28 @@ class Tasks:
         rows = sorted(table.values(), key=lambda row: -row["cells"])
         return (pd.DataFrame([{**row, "genes": ", ".join(row["genes"][:SHOWN_GENES])} for row in rows]),)
 
-    def describe(self, session: Session | None, question: str) -> tuple[pd.DataFrame]:
-        """Describe the selected cells."""
-        cells = _with_cells(session).chosen(DESCRIBED)
-        self.pipeline.describe(cells, question.strip() or None)
+    def ask(self, session: Session | None, question: str) -> tuple[Any, ...]:
+        """Answer a question about the selected cells; turns go on until others are selected."""
+        session = _with_cells(session)
+        if not question.strip():
+            raise ValueError(f"The question is empty. {EXAMPLES}")
+        if session.chat is None:
+            rows = session.rows if len(session.rows) else None
+            session.chat, session.turns = Chat(self.pipeline, session.adata, rows), []
+        answer = session.chat.ask(question.strip())
+        session.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+        return session, session.turns, ""
+
+    def describe(self, session: Session | None) -> tuple[pd.DataFrame]:
+        """Describe the selected cells: by counts, where the checkpoint can prove what it says."""
+        session = _with_cells(session)
+        if not self.pipeline.can_explain:
+            cells = session.chosen(DESCRIBED)
+            self.pipeline.describe(cells)
+        else:
+            if "clauses" not in session.adata.uns.get("scmmgpt", {}).get("describe", {}):
+                self.pipeline.describe(session.adata, proof=True)
+            cells = session.chosen(DESCRIBED)
         columns = [name for name in ("scmmgpt_cell_type", "scmmgpt_description") if name in cells.obs]
         return (cells.obs[columns].rename_axis("cell").reset_index(),)
 
@@ -331,7 +360,7 @@ def _with_cells(session: Session | None) -> Session:
 
 def _shown(session: Session) -> tuple[Any, ...]:
     """A session, its map, the columns that can colour it, and that nothing is selected."""
-    session.rows = session.rows[:0]
+    session.rows, session.chat = session.rows[:0], None
     choices = gr.Dropdown(choices=colors_of(session.adata.obs), value=session.color)
     return session, session.map(), choices, NO_SELECTION
 

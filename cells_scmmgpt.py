@@ -73,7 +73,7 @@ def _stream_key(seed: int, epoch: int, stream: int) -> np.ndarray:
 
 
 def cell_keys(cell_ids: np.ndarray, *, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """One 64-bit key a cell, `uint64 (n_cells,)`: where this cell's own random sequence starts."""
+    """One 64-bit key a cell, `uint64 (n_cells,)`: the start of the cell's random sequence."""
     return mix64(cell_ids.astype(np.uint64, copy=False) ^ _stream_key(seed, epoch, stream))
 
 
@@ -270,7 +270,7 @@ class Cells:
             cell_ids: `uint64 (n_cells,)`, best `hash_names(adata.obs_names)`. By default the row numbers, under which
                 a cell's random draws depend on the chunk that it is read in.
             total_counts: Library sizes `(n_cells,)`; by default the sums over all columns, those left out included.
-            sums_columns: [`has_repeats`] of `vocabulary_ids`, for who reads many chunks with the same.
+            sums_columns: Result of [`has_repeats`], which a reader of many chunks computes once.
 
         Returns:
             `Cells`, the genes of each in the order of the entries of `matrix`.
@@ -350,7 +350,7 @@ def _row_sums(data: np.ndarray, indptr: np.ndarray) -> np.ndarray:
 def _name_genes_numpy(
     indptr: np.ndarray, columns: np.ndarray, data: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What [`name_genes`] does, in NumPy."""
+    """[`name_genes`] in NumPy."""
     totals, gene_ids = _row_sums(data, indptr), ids[columns]
     has_gene = gene_ids >= 0
     rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))[has_gene]

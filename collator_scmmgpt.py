@@ -128,7 +128,7 @@ class ScMMGPTDataCollator(TrainerCallback):
         return self.processor.encode_targets(joined, self.target_genes, **options)
 
     def _preferences(self, cells: Cells | None, columns: Columns, epoch: int) -> dict[str, torch.Tensor]:
-        """Chosen answers first, then rejected ones, as TRL has it; so all cells come twice."""
+        """Chosen answers first, then rejected ones, in TRL's order; every cell occurs twice."""
         prompts = columns.get("prompt", [[]] * len(columns["chosen"]))
         conversations = [
             [*prompt, *answer]

@@ -179,7 +179,7 @@ class Explainer:
         return cls(panel, members, panel.weights @ shares.T, centroids.T @ shares.T, markers)
 
     def find_rivals(self, scores: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The set of the best label that is no member of the set of each row of scores, int64; `NONE` without one."""
+        """The set of the best label outside each row's own set, by scores, int64; `NONE` without one."""
         mine = self.members[own]
         rivals = np.where(mine, -np.inf, scores).argmax(axis=1) + self.first_label
         return np.where(mine.all(axis=1) | ~mine.any(axis=1), NONE, rivals)

@@ -301,7 +301,7 @@ def _fill_rows_numpy(
     expression_out: np.ndarray,
     attended_out: np.ndarray,
 ) -> None:
-    """What [`fill_rows`] does, in NumPy."""
+    """[`fill_rows`] in NumPy."""
     hashes = gene_hashes(np.repeat(cell_keys, np.diff(indptr)), gene_ids)
     if len(levels):
         values = _draw_bins(indptr, counts, hashes, len(levels) + 1)

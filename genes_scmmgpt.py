@@ -152,7 +152,7 @@ class GeneIndex:
         return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
-        """SEPT2 and MARCH3 after a spreadsheet made dates of them. 1-Mar may be MARCH1 or MARC1: it has no match."""
+        """The match of a gene that a spreadsheet made a date, such as SEPT2. 1-Mar, MARCH1 or MARC1, has no match."""
         n = int(number)
         names = (f"SEPTIN{n}", f"SEPT{n}") if month == "Sep" else (f"MARCHF{n}", f"MARCH{n}") if n > 2 else ()
         found = next((self.vocabulary[name] for name in names if name in self.vocabulary), None)

@@ -30,7 +30,7 @@ LOW_32, LAST_HASH = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
 
 # Compiling takes seconds, once a machine, and loading what was compiled some tenths: in NumPy so many cells take less.
 WARM_UP_CELLS = 5_000
-LARGEST_VALUE = 1e10  # larger values are no plausible expression
+LARGEST_VALUE = 1e10  # larger values are not plausible expression
 LARGEST_TALLIED = 2**16  # whole counts up to here are sorted by tallying them
 BLOCK = 128  # columns that are looked through while memory brings the next ones
 REPEATED = "A cell has the same gene twice. Build it with `Cells.from_csr`, which sums the counts of a gene."
@@ -38,7 +38,7 @@ _n_cells_seen = 0
 
 
 def kernels_pay(n_cells: int) -> bool:
-    """Adds to the cells seen so far, and tells whether they are enough to compile for."""
+    """Adds to the number of cells seen so far, and returns whether compiling pays for so many."""
     global _n_cells_seen
     _n_cells_seen += n_cells
     return njit is not None and _n_cells_seen > WARM_UP_CELLS

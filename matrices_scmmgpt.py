@@ -37,7 +37,7 @@ TOTALS_COLUMN = "obs column of totals"
 
 
 class Precision(NamedTuple):
-    """How values were rounded when they were stored."""
+    """Rounding of values when they were stored."""
 
     absolute: float = 0.0  # half the last decimal that is kept
     relative: float = 2.0**-22  # of the number type
@@ -163,14 +163,14 @@ def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
 
 
 def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows | None:
-    """Rows `start:stop` of a matrix of counts in memory, in one pass: what [`read_rows`] and `Cells.from_csr` give.
+    """Rows `start:stop` of a matrix of counts in memory, named in one pass; else [`read_rows`] and `Cells.from_csr`.
 
     Args:
         ids: int32 `(n_vars,)`: the gene of each column, none twice, or -1.
 
     Returns:
-        Rows with ids of genes for `indices`, the entries without a gene left out, and `sums`. `None` if this takes
-        more than a pass, as for short integers, and if a value can't be a count.
+        Rows with `sums` and with ids of genes for `indices`; entries without a gene are left out. `None` for a matrix
+        that takes more than one pass, such as short integers, and for values that cannot be counts.
     """
     data, is_sparse = getattr(matrix, "data", None), getattr(matrix, "format", None) == "csr"
     values = data if is_sparse else matrix
@@ -213,7 +213,7 @@ def _checked(rows: CountRows) -> CountRows:
 
 
 def _find_entries_numpy(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What [`find_entries`] does, in NumPy."""
+    """[`find_entries`] in NumPy."""
     places = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
     rows, columns = np.divmod(places, max(matrix.shape[1], 1))
     return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns.astype(np.int32), matrix.ravel()[places]
@@ -480,7 +480,7 @@ def _exact_verdict(
 def _target_sum(
     unit: np.ndarray, totals: np.ndarray, precision: Precision, known_totals: np.ndarray | None, has_unit: np.ndarray
 ) -> tuple[float | None, str]:
-    """What normalised values summed to before genes were removed, and how it is known."""
+    """The total of normalised values before genes were removed, and the evidence for it."""
     if len(unit) > 1 and _spread(unit) < 1e-4:
         return None, "one factor for all cells"
     if known_totals is not None:

@@ -591,7 +591,7 @@ class ScGPTPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As that of transformers; whoever may read other new files may read the weights."""
+        """As in transformers; the weights get the permissions of other new files."""
         super().save_pretrained(save_directory, *args, **kwargs)
         follow_umask(save_directory)
 

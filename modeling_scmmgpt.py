@@ -316,7 +316,7 @@ class ScMMGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.query_means)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As that of transformers; whoever may read other new files may read the weights."""
+        """As in transformers; the weights get the permissions of other new files."""
         super().save_pretrained(save_directory, *args, **kwargs)
         follow_umask(save_directory)
 
@@ -718,7 +718,8 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             if name not in ("expression_labels", "num_items_in_batch") and value is not None and value is not False:
                 *known, _ = inspect.signature(self.forward).parameters
                 raise TypeError(
-                    f"{name!r} is no input of {type(self).__name__}; it takes {', '.join(known)}, expression_labels."
+                    f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}, "
+                    "expression_labels."
                 )
         if cell_attention_mask is None:
             cell_attention_mask = torch.ones_like(gene_ids)
@@ -1085,7 +1086,7 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         for name, value in kwargs.items():
             if name not in self.language_inputs and value is not None and value is not False:
                 *known, _ = inspect.signature(self.forward).parameters
-                raise TypeError(f"{name!r} is no input of {type(self).__name__}; it takes {', '.join(known)}.")
+                raise TypeError(f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}.")
         implementation = self.config.text_config._attn_implementation
         if kwargs.get("output_attentions") and implementation != "eager":
             raise ValueError(

@@ -38,6 +38,7 @@ try:  # as a package or as remote code
         ids_of_labels,
         label_probabilities,
         label_sets,
+        labels_of_tissue,
         labels_with_texts,
         majority_vote,
         set_threshold,
@@ -70,7 +71,7 @@ try:  # as a package or as remote code
     from .query_scmmgpt import Search
     from .reading_scmmgpt import InputChoice, finish_report
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from .scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from .scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
@@ -84,6 +85,7 @@ except ImportError:  # as a flat module in a clone
         ids_of_labels,
         label_probabilities,
         label_sets,
+        labels_of_tissue,
         labels_with_texts,
         majority_vote,
         set_threshold,
@@ -116,7 +118,7 @@ except ImportError:  # as a flat module in a clone
     from query_scmmgpt import Search
     from reading_scmmgpt import InputChoice, finish_report
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
-    from scoring_scmmgpt import LabelScorer, encode_texts, text_states
+    from scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
 
 
@@ -130,7 +132,7 @@ SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like le
 
 @dataclass
 class Labelling:
-    """What [`ScMMGPTPipeline.annotate`] decides once for all cells of the data of an input choice."""
+    """Decisions of [`ScMMGPTPipeline.annotate`] that hold for all cells of a file."""
 
     choice: InputChoice
     settings: dict[str, Any]
@@ -252,6 +254,7 @@ class ScMMGPTPipeline:
         adata: Any,
         labels: dict[str, str] | Sequence[str] | None = None,
         *,
+        tissue: str | None = None,
         cl_ids: dict[str, str] | None = None,
         cluster_key: str | None = None,
         min_score: float | None = None,
@@ -269,17 +272,20 @@ class ScMMGPTPipeline:
 
         A label may be in other words than those of training: a synonym, a spelling, a plural, an id of the Cell
         Ontology, or a broader type, whose probability is the sum over its kinds. The labels that the checkpoint knows
-        compete even if they are no candidates, so a cell that is none of the candidates has a low score. A cell that
+        compete even if they are not candidates, so a cell that is none of the candidates has a low score. A cell that
         is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses.
 
         Args:
             adata: AnnData with any matrix and gene names that [`read_cells`] understands.
             labels: Label -> text that describes it, or labels alone; by default those stored with the checkpoint. The
                 text of a label alone is the one stored with the checkpoint, else the label itself.
+            tissue: Choose from the checkpoint's labels that its training cells of this tissue had, or those of blood.
+                The others compete all the same, so that a cell of another tissue has a low score.
             cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
             cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
             min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
-                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label.
+                if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label. By
+                default the value stored with the checkpoint, for its labels, if there is one.
             error_rate: Add the set of labels that holds the true one but for this share of cells, if the cells are
                 like those that `finetune` or [`calibrate`] held out. Only with the labels of the checkpoint.
             matching_weight: Weight of matching against similarity, 0 to 1.
@@ -301,10 +307,10 @@ class ScMMGPTPipeline:
             `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), with
             `error_rate` `{key}_label_set` (joined by " | ", the most probable first);
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
-            row that sums to less than 1 leaves the rest to known labels that are no candidates.
+            row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """
         clusters = None if cluster_key is None else _words(adata, cluster_key)
-        settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature)
+        settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature, tissue)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
         if read_batch:
@@ -338,6 +344,8 @@ class ScMMGPTPipeline:
                 settings[name] != stored.get(name) for name in ("temperature", "matching_weight")
             ):
                 raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
+        if min_score is None and is_default:
+            min_score = stored.get("min_score")
         broader = terms if is_default else []
         return Labelling(choice, settings, candidates, readout, unseen_bonus, min_score, broader, error_rate)
 
@@ -393,7 +401,7 @@ class ScMMGPTPipeline:
         for name, values in columns.items():
             _add_obs(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
-        summary = self._warn_of_labels(labelling, columns)
+        summary = self._warn_of_labels(labelling, columns, probabilities)
         done = {
             "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
@@ -403,13 +411,20 @@ class ScMMGPTPipeline:
         }
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
-    def _warn_of_labels(self, labelling: "Labelling", columns: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _warn_of_labels(
+        self, labelling: "Labelling", columns: dict[str, np.ndarray], probabilities: Any = None
+    ) -> dict[str, Any]:
         """Warn of an unlikely annotation, and of labels whose decisive genes the file lacks; returns its numbers."""
         stored, texts = (self.model.config.annotation or {}).get("labels", {}), labelling.candidates.texts
         summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), labelling.min_score)
         label_of = {text: label for label, text in stored.items()}
         if labelling.readout is not None:
-            counts = Counter(np.asarray(columns["cell_type"]).tolist())
+            totals: Mapping[str, float] = Counter(np.asarray(columns["cell_type"]).tolist())
+            if probabilities is not None:
+                totals = dict(zip(labelling.candidates.names, _sum_of_rows(probabilities).tolist(), strict=True))
+            counts: Counter[str] = Counter()
+            for label, total in totals.items():
+                counts.update(dict.fromkeys(labelling.candidates.meant.get(label) or [label], total))
             names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
             weak, more = labelling.readout.weak_labels(names, counts, self.processor.gene_symbols)
             summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
@@ -624,6 +639,7 @@ class ScMMGPTPipeline:
         matching_weight: float | None = None,
         matching_candidates: int | None = None,
         temperature: float | None = None,
+        tissue: str | None = None,
     ) -> dict[str, Any]:
         """The settings of [`annotate`]: the arguments, else the values stored with the checkpoint, else defaults.
 
@@ -632,6 +648,10 @@ class ScMMGPTPipeline:
             and `readout_temperature`, at which probabilities are those of the label readout.
         """
         stored = self.model.config.annotation or {}
+        if tissue is not None and labels is not None:
+            raise ValueError("The candidates are either labels or those of a tissue; leave out one of both.")
+        if tissue is not None:
+            labels = labels_of_tissue(tissue, stored)
         before = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())
 
         def given(value: float | None, name: str, default: float) -> float:
@@ -693,6 +713,7 @@ class ScMMGPTPipeline:
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
         before = dict(self.model.config.annotation or {})
+        before.pop("min_score", None)  # of another temperature
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
@@ -757,7 +778,7 @@ class ScMMGPTPipeline:
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
         readout: TextScores | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Similarity, matching and novelty of all cells, None what is not computed; see [`LabelScorer`]."""
+        """Similarity, matching and novelty of all cells, or `None` in place of one; see [`LabelScorer`]."""
         weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
         scorer = LabelScorer(self._bridge(), self.processor, texts, settings, weight, readout, novelty_of)
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
@@ -813,18 +834,27 @@ class ScMMGPTPipeline:
             raise ValueError("describe returns one description per cell; call model.generate for several.")
         choice = self.processor.choose_input(adata, **read_kwargs)
 
-        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 16)
-        texts = np.empty(choice.report["cells"]["cells"], dtype=object)
         reads_labels = self.model.config.cell_tokens != "queries"
         panel = model.model.label_readout.for_genes(choice.match.measured) if reads_labels else None
+        # Without queries, the cells of a label are one input: each label is described once, unless words are drawn.
+        once = self.model.config.cell_tokens == "labels" and not options["do_sample"]
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 128 if once else 16)
+        texts = np.empty(choice.report["cells"]["cells"], dtype=object)
+        described: dict[int, str] = {}  # of labels, or of rows
         for rows, cells in self._batches(chunks, batch_size, "Describing", len(texts)):
-            inputs = self.processor(text=[prompt] * len(rows), cells=cells).to(self.device)
-            if panel is not None:
-                inputs["readout_scores"] = torch.from_numpy(panel(cells)).to(self.device)
-            with torch.inference_mode():
-                ids = model.generate(**inputs, **options)  # type: ignore[misc]
-            words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            texts[rows] = [text.strip() for text in words]
+            scores = None if panel is None else panel(cells)
+            kinds = rows if scores is None or not once else scores.argmax(axis=1)
+            firsts = np.sort(np.unique(kinds, return_index=True)[1])
+            new = np.array([row for row in firsts if kinds[row] not in described], dtype=np.int64)
+            if len(new):
+                inputs = self.processor(text=[prompt] * len(new), cells=cells[new]).to(self.device)
+                if scores is not None:
+                    inputs["readout_scores"] = torch.from_numpy(scores[new]).to(self.device)
+                with torch.inference_mode():
+                    ids = model.generate(**inputs, **options)  # type: ignore[misc]
+                words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                described |= zip(kinds[new].tolist(), (text.strip() for text in words), strict=True)
+            texts[rows] = [described[kind] for kind in kinds.tolist()]
         finish_report(choice.report)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
@@ -840,7 +870,7 @@ class ScMMGPTPipeline:
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
         columns, scores = self.label_cells(adata, labelling)
-        self._warn_of_labels(labelling, columns)
+        self._warn_of_labels(labelling, columns, scores)
         terms, known = (self.model.config.annotation or {}).get("terms", []), self._readout_columns()
         kinds, kind_of_cell = np.unique(np.asarray(columns["cell_type"]).astype(str), return_inverse=True)
         members = label_members(kinds.tolist(), known, terms)
@@ -884,6 +914,11 @@ class ScMMGPTPipeline:
         States of cells are fitted to texts of which some name the type alone. Without states, the stored text, which
         also has the definition, is among the captions of most templates.
         """
+        if not (self.model.config.annotation or {}).get("labels"):
+            raise ValueError(
+                "This checkpoint stores no labels to generate. `scmmgpt calibrate CELLS --model CHECKPOINT` stores "
+                "those of labelled cells; or say in words what to generate."
+            )
         texts = self.annotation_settings()["labels"]
         if self.model.config.num_state_components is None:
             return texts
@@ -1050,18 +1085,20 @@ class ScMMGPTPipeline:
         Args:
             text: Description of the wanted cells, one text or several. What follows "without", "lacking", "but not"
                 or ", not", and what "-negative" follows, counts against a cell: a gene by its expression, other words
-                by their similarity.
+                by their similarity. Genes and programmes after "high", "low" or in "more CD8A than CD4" count by their
+                expression (`query_scmmgpt`).
             top_k: Cells to return per text.
-            by: `"similarity"` of cell and text in the shared space, or `"genes"`: the expression of the genes whose
-                own texts are nearest, which finds conditions that no cell of training shows. It needs a checkpoint
-                that was trained with `gene_texts`.
+            by: `"similarity"` of cell and text in the shared space; where fine-tuning chose the readout alone, of the
+                text and the texts of the labels, weighted by the cell's probabilities. Or `"genes"`: the expression of
+                the genes whose own texts are nearest, which finds conditions that no cell of training shows. It needs
+                a checkpoint that was trained with `gene_texts`.
             key_added: Column of `obs` to add every cell's similarity as (one text only).
             adata, batch_size, read_kwargs: As for [`annotate`].
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
             1, which has no zero that means "no match"; by genes, in standard deviations of training cells; where the
-            text denies something, in standard deviations of these cells) and `z`
+            text denies or compares something, in standard deviations of these cells) and `z`
             (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         if top_k < 1:
@@ -1124,8 +1161,16 @@ class ScMMGPTPipeline:
             states = text_states(self._bridge(), self.processor, texts)
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
-        plan = self._search_plan(texts, choice)
-        text_features = encode_texts(self._bridge(), self.processor, plan.texts)
+        plan, bridge = self._search_plan(texts, choice), self._bridge()
+        if not plan.texts:  # counts alone decide
+            return lambda cells: (torch.from_numpy(plan.expression(cells)),)
+        stored = self.model.config.annotation or {}
+        if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
+            panel = bridge.label_readout.for_genes(choice.match.measured)
+            trained = self.model.config.label_readout["texts"]
+            of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
+            return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
+        text_features = encode_texts(bridge, self.processor, plan.texts)
         features_of = self.features_of(choice)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
@@ -1269,7 +1314,7 @@ def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str,
 
 
 def _uncounted(choice: InputChoice) -> InputChoice:
-    """A choice whose report counts apart, for another look at the cells."""
+    """A copy of a choice with a report of its own, for a second pass over the cells."""
     return replace(choice, report=copy.deepcopy(choice.report))
 
 
@@ -1278,6 +1323,12 @@ def _words(adata: Any, key: str) -> np.ndarray:
     if key not in adata.obs:
         raise ValueError(f"obs has no column {key!r}; it has {list(adata.obs.columns)}.")
     return np.asarray(adata.obs[key], dtype=str)
+
+
+def _sum_of_rows(matrix: Any) -> np.ndarray:
+    """The sum over all rows that have numbers, of an array or of one that comes in blocks of rows."""
+    blocks = matrix.blocks() if hasattr(matrix, "blocks") else [(0, matrix)]
+    return np.sum([np.nansum(block, axis=0) for _, block in blocks], axis=0)
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -366,7 +366,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
             tokens = [self.tokenizer(a, add_special_tokens=False)["input_ids"] + end if a else [] for a in answers]
             rows["labels"] = [[-100] * len(i) + a for i, a in zip(rows["input_ids"], tokens, strict=True)]
             rows["input_ids"] = [i + a for i, a in zip(rows["input_ids"], tokens, strict=True)]
-            if return_offsets_mapping:  # an answer is no part of the text
+            if return_offsets_mapping:  # an answer is not a part of the text
                 spans = rows["offset_mapping"]
                 rows["offset_mapping"] = [o + [(0, 0)] * len(a) for o, a in zip(spans, tokens, strict=True)]
         if truncation not in (False, "do_not_truncate"):

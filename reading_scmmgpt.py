@@ -243,12 +243,12 @@ def choose_input(
         force: Read data of which under 20 % of the genes match.
 
     Raises:
-        TypeError: if `adata` is no AnnData, such as a path.
+        TypeError: if `adata` is not an AnnData, such as a path.
         ValueError: if there are no cells, no usable matrix or (almost) no matching genes.
     """
     adata = _modality(adata)
     if not hasattr(adata, "n_obs"):
-        raise TypeError(f"{adata!r:.80} is no AnnData; read a file first, such as with `anndata.read_h5ad`.")
+        raise TypeError(f"{adata!r:.80} is not an AnnData; read a file first, such as with `anndata.read_h5ad`.")
     n_cells, n_vars = adata.shape
     if not n_cells or not n_vars:
         raise ValueError(f"The data hold {n_cells} cells and {n_vars} variables: there is nothing to read.")
@@ -556,26 +556,3 @@ def finish_report(report: dict[str, Any]) -> None:
     for message in messages:
         logger.warning(message)
     report["warnings"] += messages
-
-
-def check_labels(labels: Sequence[Any], name: str) -> list[str]:
-    """Warnings about a column of labels: one label only, missing labels, labels of a single cell.
-
-    `None`, NaN and empty words are missing labels; a column of nothing else raises `ValueError`.
-    """
-    words = [str(label).strip() for label in labels]
-    known = Counter(word for word in words if word.lower() not in ("", "nan", "none", "na", "<na>"))
-    n_missing = len(words) - sum(known.values())
-    if not known:
-        raise ValueError(f"None of the {len(words)} cells has a label in {name!r}. Name another column of `obs`.")
-    messages = []
-    if len(known) == 1:
-        messages.append(
-            f"{name!r} has one label for all cells ({next(iter(known))!r}): there is nothing to learn or to score."
-        )
-    if n_missing:
-        messages.append(f"{n_missing} of {len(words)} cells have no label in {name!r}.")
-    single = sorted(label for label, count in known.items() if count == 1)
-    if single and len(known) > 1:
-        messages.append(f"{len(single)} labels in {name!r} have a single cell ({', '.join(map(repr, single[:3]))}).")
-    return messages

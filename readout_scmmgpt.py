@@ -104,11 +104,16 @@ class PanelReadout:
             decisive=decisive,
         )
 
-    def weak_labels(self) -> dict[int, tuple[int, float, list[int]]]:
-        """Labels that the genes hardly separate from another: label -> the other, what is left, absent genes."""
+    def weak_labels(self, likely: np.ndarray) -> dict[int, tuple[int, float, list[int]]]:
+        """Labels that the genes hardly separate from another: label -> the other, what is left, absent genes.
+
+        Args:
+            likely: bool `(num_labels,)`: the labels that the cells at hand may have. No other label is considered.
+        """
         weak = {}
-        for label, row in enumerate(self.evidence):
-            if len(row) > 1:
+        for label in np.flatnonzero(likely).tolist():
+            row = np.where(likely, self.evidence[label], np.nan)
+            if np.isfinite(row).any():
                 other = int(np.nanargmin(row))
                 if row[other] < LITTLE_EVIDENCE:
                     pair = min(label, other), max(label, other)
@@ -177,7 +182,7 @@ class ScMMGPTLabelReadout(nn.Module):
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
-        """A readout of these values for its buffers."""
+        """A readout with these buffers."""
         num_labels, num_genes = tensors["weights"].shape
         readout = cls(num_labels, num_genes, len(tensors["factors"]), len(tensors.get("groups", ())))
         for name, value in tensors.items():

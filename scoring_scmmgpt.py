@@ -12,11 +12,13 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .modeling_scmmgpt import ScMMGPTBridgeModel, cell_text_similarity
     from .processing_scmmgpt import ScMMGPTProcessor
+    from .readout_scmmgpt import PanelReadout
     from .unseen_scmmgpt import TextScores
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells
     from modeling_scmmgpt import ScMMGPTBridgeModel, cell_text_similarity
     from processing_scmmgpt import ScMMGPTProcessor
+    from readout_scmmgpt import PanelReadout
     from unseen_scmmgpt import TextScores
 
 
@@ -47,6 +49,32 @@ def text_states(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: 
             features = bridge.get_text_features(**inputs, return_dict=True).last_hidden_state
         states[rows] = torch.nn.functional.normalize(features.double(), dim=-1).cpu().numpy()
     return states
+
+
+def mean_similarity(
+    bridge: ScMMGPTBridgeModel,
+    processor: ScMMGPTProcessor,
+    texts: Sequence[str],
+    trained: Sequence[str],
+    panel: PanelReadout,
+) -> Callable[[Cells], np.ndarray]:
+    """Cells -> similarity of each text with the texts of the labels, weighted by their probabilities, `(n, n_texts)`.
+
+    A cosine with a cell's place in the shared space forgets how far the cell is from the middle of all labels: of two
+    labels it keeps which one is nearer, and no more.
+
+    Args:
+        bridge, processor: The checkpoint.
+        texts: What is searched for.
+        trained: The texts of the readout's labels.
+        panel: The readout for the genes of the file.
+    """
+    similarity = text_states(bridge, processor, trained) @ text_states(bridge, processor, texts).T
+
+    def score(cells: Cells) -> np.ndarray:
+        return (np.exp(panel(cells).astype(np.float64)) @ similarity).astype(np.float32)
+
+    return score
 
 
 class LabelScorer:
@@ -83,7 +111,7 @@ class LabelScorer:
         self.readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
 
     def __call__(self, cells: Cells) -> tuple[Tensor, ...]:
-        """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are no candidates; novelty."""
+        """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are not candidates; novelty."""
         novelty = () if self.novelty_of is None else (torch.from_numpy(self.novelty_of(cells)),)
         if self.readout is not None and self.readout_alone:
             return (self.readout_temperature * torch.from_numpy(self.readout(cells)), *novelty)

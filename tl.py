@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from scmmgpt.audit_scmmgpt import Audit
+from scmmgpt.commands.chat import Chat
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.evidence_scmmgpt import Evidence
 from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
@@ -114,6 +115,11 @@ def search(
 ) -> list:
     """Find the cells that a text describes best; see [`ScMMGPTPipeline.search`]."""
     return load(model, device).search(adata, text, **options)
+
+
+def chat(adata: Any, select: Any = None, *, model: Model = None, device: str | None = None, **options: Any) -> Chat:
+    """Ask questions about cells, `chat.ask("Why not NK cells?").text`; see [`Chat`]."""
+    return Chat(load(model, device), adata, select, **options)
 
 
 def generate(

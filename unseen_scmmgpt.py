@@ -37,6 +37,7 @@ except ImportError:  # beside the other files of a checkpoint
 
 
 SEARCH_GENES = 50  # whose texts are nearest to a text that is searched for
+LEAST_SHARE = 0.01  # of the cells, for a label to be a candidate in a warning
 WEAK_LABELS = 2  # that warnings name, those with the least evidence; `uns` has all
 # Of a batch: the share of the most similar cells, their weight against the text, rounds, and fewest cells to read.
 BATCH_SHARE, BATCH_WEIGHT, BATCH_ROUNDS, MIN_BATCH = 0.1, 0.7, 2, 60
@@ -413,29 +414,29 @@ class TextScores:
         return cls(panel, UnseenLabels(panel, space, Gate(**gate)), columns)
 
     def weak_labels(
-        self, names: Sequence[str], n_cells: Mapping[str, int], gene_symbols: Callable[[list[int]], Sequence[str]]
+        self, names: Sequence[str], n_cells: Mapping[str, float], gene_symbols: Callable[[list[int]], Sequence[str]]
     ) -> tuple[list[str], list[str]]:
         """Labels whose decisive genes the file lacks, and warnings of them, those of the most cells first.
 
         Args:
             names: The trained labels of `panel`, in words.
-            n_cells: Label -> cells that got it. A label is not warned of if no cell got it or the label that it can
-                be taken for.
+            n_cells: Label -> cells that have it, as a count or as the sum of its probabilities. A label of less than
+                one cell in a hundred is no candidate for the others.
             gene_symbols: Vocabulary ids -> symbols.
         """
-        weak = self.panel.weak_labels()
-        cells = {label: sum(n_cells.get(names[i], 0) for i in (label, other)) for label, (other, *_) in weak.items()}
-        concerned = sorted((label for label in weak if cells[label]), key=lambda label: -cells[label])
+        expected = np.array([n_cells.get(name, 0) for name in names])
+        weak = self.panel.weak_labels(expected >= LEAST_SHARE * expected.sum())
+        by_cells = sorted(weak, key=lambda label: -expected[[label, weak[label][0]]].sum())
+        pairs = {frozenset((label, weak[label][0])): label for label in reversed(by_cells)}  # each pair once
         warnings = []
-        for label in concerned[:WEAK_LABELS]:
+        for label in [*reversed(pairs.values())][:WEAK_LABELS]:
             other, evidence, absent = weak[label]
             warnings.append(
                 f"The file lacks {', '.join(gene_symbols(absent))}, which tell {names[label]!r} from "
                 f"{names[other]!r}: {max(evidence, 0):.0%} of the evidence is left, and the scores are lower for it."
             )
-        if len(concerned) > WEAK_LABELS:
-            more = len(concerned) - WEAK_LABELS
-            warnings.append(f"The file lacks decisive genes of {more} more labels of its cells.")
+        if len(pairs) > WEAK_LABELS:
+            warnings.append(f"The file lacks decisive genes of {len(pairs) - WEAK_LABELS} more pairs of labels.")
         return [names[label] for label in weak], warnings
 
     def __call__(self, cells: Cells) -> np.ndarray:

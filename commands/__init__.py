@@ -1,1 +1,1 @@
-"""What every command line shares: errors of one line, checks before the work, whole files, and progress."""
+"""Shared parts of the command lines: errors of one line, checks before the work, whole files, and progress."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_config(checkpoint: str) -> None:
-    """Refuse a checkpoint that is no folder here, or whose configuration cannot be written."""
+    """Refuse a checkpoint that is not a folder here, or whose configuration cannot be written."""
     config_file = Path(checkpoint) / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"No config.json in {checkpoint!r}: name the folder of a checkpoint to write to.")
@@ -28,7 +28,7 @@ def calibrate_checkpoint(
     The labels of the cells become those of the checkpoint; of a corpus, those of the training split are among them.
     """
     from scmmgpt.train.data.captions import CaptionSampler
-    from scmmgpt.train.data.ontology import label_terms
+    from scmmgpt.train.data.ontology import label_terms, tissues_of
 
     before = (pipeline.model.config.annotation or {}).get("labels") or {}
     labelled = adata.obs
@@ -51,7 +51,8 @@ def calibrate_checkpoint(
             f"{len(lost)} of the {len(before)} labels that the checkpoint had are none of {source}, and no longer "
             f"its labels ({', '.join(map(repr, lost[:3]))}{', ...' if len(lost) > 3 else ''})."
         )
-    pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), "terms": label_terms(ids)}
+    known = {"terms": label_terms(ids), "tissues": tissues_of(labelled, labelled[label_key])}
+    pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), **known}
     done = pipeline.calibrate(adata, label_key, labels, cl_ids=cl_ids, **reading)
 
     config_file = Path(checkpoint) / "config.json"

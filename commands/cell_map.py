@@ -1,4 +1,4 @@
-"""The map of cells in the browser: what it draws. `templates/map.js` draws it, and says which cells a loop selects."""
+"""Data of the map of cells in the browser. `templates/map.js` draws the map, and reports the cells inside a loop."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +77,7 @@ def colors_of(obs: pd.DataFrame) -> list[str]:
 
 
 def checked_rows(rows: Sequence[Any], n: int) -> np.ndarray:
-    """The rows that a browser says are selected, as int64 in order, each once; what is no row of `n` is left out."""
+    """The rows that a browser selected, int64, in order, each once; a number that is not a row of `n` is left out."""
     found = [row for row in rows if isinstance(row, int) and not isinstance(row, bool) and 0 <= row < n]
     return np.unique(np.asarray(found, dtype=np.int64))
 

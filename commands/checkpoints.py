@@ -105,7 +105,7 @@ def _look_up(name: str) -> None:
 
 
 def check_checkpoint(name: str, *, short_ids: bool = False) -> None:
-    """Refuse a name that is no checkpoint, or a folder whose files do not fit each other.
+    """Refuse a name that is not a checkpoint, or a folder whose files do not fit each other.
 
     Models of the Hub are checked when they are loaded. For `short_ids`, see [`find_checkpoint`].
 
@@ -146,7 +146,7 @@ def check_parts(folder: Path, config: Mapping[str, Any]) -> None:
     for name in ("labels", "cl_ids"):
         stored = (config.get("annotation") or {}).get(name, {})
         if not isinstance(stored, dict) or not all(isinstance(text, str) for text in stored.values()):
-            raise ValueError(f"{path} has {name} of annotation that are no texts by label. Copy it again.")
+            raise ValueError(f"{path} has {name} of annotation that are not texts by label. Copy it again.")
     if "cell_config" in config and not (folder / "gene_tokenizer" / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no gene_tokenizer/tokenizer.json, the gene vocabulary. Copy it again.")
 
@@ -157,14 +157,14 @@ def check_vocabulary(path: Path, content: Mapping[str, Any]) -> None:
     if path.name == "tokenizer.json":
         model = content.get("model")
         if not isinstance(model, dict):
-            raise ValueError(f"{path} has no 'model': it is no tokenizer. Copy it again.")
+            raise ValueError(f"{path} has no 'model': it is not a tokenizer. Copy it again.")
         vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         check_ids(path, vocabulary)
 
 
 def check_ids(path: Path, vocabulary: Mapping[str, Any]) -> None:
-    """Refuse a vocabulary whose ids are no whole numbers, are repeated, or far exceed the number of names."""
+    """Refuse a vocabulary whose ids are not whole numbers, are repeated, or far exceed the number of names."""
     for name, i in vocabulary.items():
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < LARGEST_ID:
             raise ValueError(
@@ -206,7 +206,7 @@ def sizes_of(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def check_sizes(path: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
-    """Refuse sizes that are no positive whole numbers, or larger than the weights that are there.
+    """Refuse sizes that are not positive whole numbers, or larger than the weights that are there.
 
     Stage 1 saves the configuration of a language model without one: no memory is asked for by its sizes.
     """
@@ -250,6 +250,9 @@ def check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, l
         *(getattr(model, "_tied_weights_keys", None) or {}),
     }
     expected = {key: list(value.shape) for key, value in model.state_dict().items()}
+    # Like transformers: the file of a model with a head serves its base model too.
+    prefix = f"{kind.base_model_prefix}."  # type: ignore[attr-defined]
+    shapes = {key if key in expected else key.removeprefix(prefix): shape for key, shape in shapes.items()}
     wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
     if wrong:
         key = wrong[0]

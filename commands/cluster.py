@@ -8,6 +8,7 @@ tasks of a dying worker look the same, and then counts as failed.
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -22,6 +23,36 @@ Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its erro
 
 WAIT_SECONDS = 60  # for the first worker: queues of clusters start workers after the command
 TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
+
+_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_LOCAL = {
+    "distributed.worker.multiprocessing-method": "forkserver" if sys.platform == "linux" else "spawn",
+    # Dask lets the C library give all memory back at once, which then costs half as much again as the computing.
+    "distributed.nanny.pre-spawn-environ": _THREADS,
+    "distributed.worker.profile.enabled": False,
+}
+
+
+def preload_workers(modules: Sequence[str]) -> None:
+    """Let a process import modules while this one goes on; on Linux, workers of this machine are copies of it.
+
+    Libraries read the number of threads when they are imported.
+    """
+    if sys.platform != "linux":
+        return
+    from multiprocessing import forkserver
+
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(_THREADS)
+    try:
+        forkserver.set_forkserver_preload([*modules, "distributed"])
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def run_tasks(
@@ -65,6 +96,7 @@ def run_tasks(
 def _client(workers: int, cluster: str | None) -> Iterator[Any]:
     """A client of the scheduler, or of one that is started here for `workers` processes."""
     try:
+        import dask
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise ImportError("`--workers` and `--cluster` need Dask. Install `scmmgpt[cluster]`.") from error
@@ -87,7 +119,11 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
         return
     # A limit on memory would pause workers whose model alone is larger; the system ends those that take too much.
     options = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", "memory_limit": 0}
-    with LocalCluster(n_workers=workers, **options) as local, Client(local) as client:
+    with (
+        dask.config.set(_LOCAL),
+        LocalCluster(n_workers=workers, **options) as local,
+        Client(local) as client,
+    ):
         yield client
 
 

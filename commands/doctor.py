@@ -39,5 +39,5 @@ def check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         why = " ".join(str(error).split())[:120]
-        why = "it is no device of PyTorch" if why.startswith("Expected one of") else why
+        why = "it is not a device of PyTorch" if why.startswith("Expected one of") else why
         raise ValueError(f"--device {name!r} cannot be used ({why}). Name cpu, cuda or mps.") from None

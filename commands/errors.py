@@ -160,7 +160,7 @@ def run_command(
         return STOPPED
     except SystemExit:
         raise
-    except BaseException as error:  # panics of Rust libraries are no `Exception`
+    except BaseException as error:  # panics of Rust libraries are not `Exception`
         if debug:
             raise
         said = as_options(explain(error, inputs, outputs, extra), can_force=not name.startswith("scmmgpt.train"))

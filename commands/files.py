@@ -80,7 +80,7 @@ def check_file(path: str | os.PathLike, n_bytes: int = 0) -> None:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise OSError(f"The output {str(path)!r} is {'a folder' if path.is_dir() else 'no file'}; name a file.")
+        raise OSError(f"The output {str(path)!r} is {'a folder' if path.is_dir() else 'not a file'}; name a file.")
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder of the output {str(path)!r} does not exist; create it first.")
@@ -264,8 +264,8 @@ def read_json(path: str | os.PathLike, kind: type | None = None) -> Any:
 def obey_umask(folder: str | os.PathLike) -> None:
     """Give the files of a folder the permissions that the umask leaves to new files.
 
-    Safetensors writes by way of temporary files, which only their owner may read: colleagues on a shared disk could
-    not load a checkpoint.
+    Safetensors writes temporary files that only their owner may read. Colleagues on a shared disk could not load such
+    a checkpoint.
     """
     umask = os.umask(0)
     os.umask(umask)

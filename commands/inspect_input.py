@@ -11,7 +11,7 @@ import numpy as np
 from scmmgpt.commands.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
 from scmmgpt.readers.cell_files import CellFile, DiskRows, read_file
-from scmmgpt.reading_scmmgpt import InputChoice, check_labels, choose_input, finish_report, inspect_matrices, matrix_of
+from scmmgpt.reading_scmmgpt import InputChoice, choose_input, finish_report, inspect_matrices, matrix_of
 
 
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "assay", "organism", "donor_id")
@@ -23,7 +23,7 @@ KIND_WORDS = {
     "log1p": "log(1 + x)",
     "log1p_log1p": "log(1 + x), taken twice",
     "scaled": "scaled values",
-    "invalid": "values that are no numbers",
+    "invalid": "values that are not numbers",
     "unknown": "values of unclear scale",
     "empty": "nothing",
 }
@@ -95,6 +95,8 @@ def _describe_file(path: Path, file: CellFile, matrix: Any) -> dict[str, Any]:
 
 def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
     """The columns of `obs` that describe the cells, and warnings about the labels."""
+    from scmmgpt.train.data.label_checks import check_labels
+
     columns, warnings = {}, []
     for name in LABEL_COLUMNS:
         if name in file.obs and file.n_obs:
@@ -103,7 +105,7 @@ def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
             columns[name] = {"values": len(counts), "most_common": str(counts.index[0]), "share": share}
     if "cell_type" in columns:
         try:
-            warnings = check_labels(file.obs["cell_type"].astype(str).tolist(), "cell_type")
+            warnings = check_labels(file.obs["cell_type"], "obs['cell_type']")
         except ValueError as error:
             warnings = [str(error)]
     return columns, warnings

@@ -1,8 +1,8 @@
 """The commands as tools of the Model Context Protocol, for agents, over the files of one folder.
 
 A tool runs a command with `--json` in this process and returns its summary, with the warnings as `messages`. Every
-path is in the folder that the user named, links included; no tool replaces a file. The checkpoint is the choice of the
-user, too: a tool names none. Calls run one after the other.
+path is in the folder that the user named, links and parts of HDF5 files included; no tool replaces a file. The
+checkpoint is the choice of the user, too: a tool names none. Calls run one after the other.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import h5py
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
@@ -25,12 +26,14 @@ from pydantic import Field
 from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OPTION_WORDS
 from scmmgpt.commands.options import READ_HELP
+from scmmgpt.readers.disk_checks import check_links
+from scmmgpt.readers.text_tables import FileError
 
 
 INSTRUCTIONS = (
-    "Annotate, describe, search, embed, generate and audit single cells (scRNA-seq) in files of one folder. Call "
-    "`inspect` before the first use of a file. Labels are predictions: report score and `Unknown` with them, and call "
-    "`audit` where the file has labels already."
+    "Annotate, describe, search, embed, generate and audit single cells (scRNA-seq) in files of one folder, and ask "
+    "about them. Call `inspect` before the first use of a file. Labels are predictions: report score and `Unknown` "
+    "with them, and call `audit` where the file has labels already."
 )
 NAMED_FILES = 20  # in the error about a missing file
 
@@ -71,6 +74,7 @@ class CellTools:
             list[str] | dict[str, str] | None,
             Field(description="candidate labels, or label -> description; by default those of the checkpoint"),
         ] = None,
+        tissue: Annotated[str | None, Field(description="take the checkpoint's labels of this tissue")] = None,
         cluster_key: Clusters = None,
         min_score: Annotated[float | None, Field(ge=0, le=1, description="below this, a cell is Unknown")] = None,
         table: Table = None,
@@ -78,7 +82,7 @@ class CellTools:
         reading: Reading = None,
     ) -> dict[str, Any]:
         """Name the type of every cell: obs['scmmgpt_cell_type'], with score, and Unknown where nothing fits."""
-        words = _options(cluster_key=cluster_key, min_score=min_score)
+        words = _options(tissue=tissue, cluster_key=cluster_key, min_score=min_score)
         words += self._outputs(output=output, table=table, evidence=evidence)
         with tempfile.TemporaryDirectory() as folder:
             if labels is not None:  # in a file, where a label is never taken for an option or a path
@@ -92,11 +96,27 @@ class CellTools:
         file: File,
         output: Output,
         table: Table = None,
+        proof: Annotated[str | None, Field(description="new .csv: describe by counts, and list the genes")] = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
-        """Describe every cell in words: obs['scmmgpt_description']. Slow: use it on hundreds of cells."""
-        words = self._outputs(output=output, table=table)
+        """Describe every cell in words: obs['scmmgpt_description']. Prefer `proof`: a model writes freely."""
+        words = self._outputs(output=output, table=table, proof=proof)
         return self._call("describe", self._existing(file), *words, *_reading(reading))
+
+    def ask(
+        self,
+        file: File,
+        questions: Annotated[list[str], Field(min_length=1, description="such as: Why not NK cells? And CD4?")],
+        column: Annotated[str | None, Field(description="column of obs that selects the cells")] = None,
+        value: Annotated[str | None, Field(description="value of `column` that the cells have")] = None,
+        reading: Reading = None,
+    ) -> dict[str, Any]:
+        """Ask about selected cells: types, genes, markers, evidence, donors. Answers are counted, not generated."""
+        if (column is None) != (value is None):
+            raise ToolError("Name a column of obs and a value together.")
+        words = [] if column is None else [f"--select=`{column}` in {_readings(value or '')}"]
+        asked = [f" {question}" for question in questions]  # none is an option
+        return self._call("chat", *words, *_reading(reading), self._existing(file), "--ask", *asked)
 
     def search(
         self,
@@ -185,6 +205,12 @@ class CellTools:
         links = (part for part in path.rglob("*") if part.is_symlink()) if path.is_dir() else ()
         for link in links:
             self._inside(str(link))
+        if path.is_file() and h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                try:
+                    check_links(file)
+                except FileError as error:
+                    raise ToolError(str(error)) from None
         return str(path)
 
     def _outputs(self, **names: str | None) -> list[str]:
@@ -202,7 +228,7 @@ class CellTools:
         try:
             path = Path(os.path.realpath(self.folder / name))
         except (OSError, ValueError):
-            raise ToolError(f"{name!r} is no path. Name a file of the folder.") from None
+            raise ToolError(f"{name!r} is not a path. Name a file of the folder.") from None
         if not path.is_relative_to(self.folder):
             raise ToolError(f"{name!r} lies outside of {self.folder}, the folder of this server. Name a file in it.")
         return path
@@ -224,14 +250,14 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
     """A server with the tools of [`CellTools`].
 
     Raises:
-        ValueError: If `folder` is no folder.
+        ValueError: If `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"--folder {str(folder)!r} is no folder; name the one that holds your files.")
+        raise ValueError(f"--folder {str(folder)!r} is not a folder; name the one that holds your files.")
     tools = CellTools(folder, run, model, settings)
     server = MCPServer("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
     local: Any = {"open_world_hint": False, "destructive_hint": False}
-    readers: list[Callable[..., Any]] = [tools.inspect, tools.verify]
+    readers: list[Callable[..., Any]] = [tools.inspect, tools.ask, tools.verify]
     writers: list[Callable[..., Any]] = [
         tools.annotate,
         tools.describe,
@@ -253,3 +279,11 @@ def serve(folder: Path, run: Command, model: str | None, settings: Mapping[str, 
     find_checkpoint(checkpoint)
     words = _options(**{"model": model, **settings})
     make_server(folder, run, checkpoint, words).run("stdio")
+
+
+def _readings(value: str) -> list[str | float]:
+    """A value of a column as text, and as the number that it may be."""
+    try:
+        return [value, float(value)]
+    except ValueError:
+        return [value]

@@ -23,6 +23,8 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     add_partitions(parser)
     text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
+    text = "choose from the checkpoint's labels of this tissue, for instance lung"
+    parser.add_argument("--tissue", metavar="NAME", help=text)
     parser.add_argument(
         "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
     )
@@ -56,6 +58,17 @@ def add_description(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-beams", type=number(int, 1), default=1, metavar="N", help="beams of the search (default: 1, greedy)"
     )
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Options of `chat`."""
+    add_input(parser)
+    text = "the cells, by columns of obs, e.g., 'leiden == \"3\"' (default: all); the others are compared with them"
+    parser.add_argument("--select", metavar="CONDITION", help=text)
+    text = "questions (default: a line of standard input each)"
+    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help=text)
+    text = "folder of an instruct model of Hugging Face, which words the answers; numbers and genes are checked"
+    parser.add_argument("--language-model", type=Path, metavar="FOLDER", help=text)
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What a worker does: one partition of a source -> one Parquet file, whole or not at all.
+"""The task of a worker: one partition of a source -> one Parquet file, whole or not at all.
 
 A partition is a range of rows with everything that was decided once for its source: how to read it, and the arrays of
 `decided.npz` in the folder of its partitions (names of all labels, profiles that a look at the whole file corrected).
@@ -61,7 +61,7 @@ class Job:
         return {**self.options, **self.reading}
 
     def request(self) -> dict[str, Any]:
-        """What determines the partitions, beside the sources; the rest is done when they are joined."""
+        """Settings that determine the partitions, beside the sources; others apply when partitions are joined."""
         joined = ("top_k",) if self.verb == "explain" else ("cluster_key", "top_k")
         options = {name: value for name, value in self.options.items() if name not in joined}
         files = sorted(Path(self.model).glob("*")) if Path(self.model).is_dir() else []
@@ -77,10 +77,11 @@ class Job:
 
 
 def default_options(verb: str) -> dict[str, Any]:
-    """The options of a verb that is given none."""
+    """The options of a verb where the command gives none."""
     if verb == "embed":
         return {"of": "cell-text"}
-    return dict.fromkeys(("labels", "cl_ids", "cluster_key", "min_score", "error_rate", "matching_weight"))
+    names = ("labels", "tissue", "cl_ids", "cluster_key", "min_score", "error_rate", "matching_weight")
+    return dict.fromkeys(names)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def compute_partition(task: Partition) -> int:
 def decide(
     pipeline: "ScMMGPTPipeline", cells: Any, choice: "InputChoice", job: Job, labels: np.ndarray | None = None
 ) -> Arrays:
-    """What needs all cells of a source, or the labels of all of them, before the first partition is computed."""
+    """Decisions that need all cells of a source, or all their labels, before the first partition is computed."""
     if job.verb == "audit":
         return {"sets": np.unique(words_of(cells.obs, job.options["label_key"]))}
     if job.verb == "explain" and labels is not None:
@@ -165,8 +166,9 @@ def compute_part(
 def labelling_of(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
-    """What `annotate` decides once, with the profiles that a look at the whole file corrected."""
-    settings = pipeline.annotation_settings(options["labels"], options["cl_ids"], options["matching_weight"])
+    """Decisions of `annotate` for all partitions, with the profiles that the whole file corrected."""
+    names = ("labels", "cl_ids", "matching_weight", "tissue")
+    settings = pipeline.annotation_settings(**{name: options.get(name) for name in names})
     decisions = options["min_score"], None, options.get("error_rate")
     labelling = pipeline.labelling(choice, settings, options["labels"] is None, *decisions)
     if "predicted" in decided and labelling.readout is not None:
@@ -233,7 +235,7 @@ def write_decided(folder: Path, decided: Arrays) -> None:
 
 
 def read_decided(folder: Path) -> Arrays:
-    """What was decided for the partitions of a folder."""
+    """Decisions for the partitions of a folder."""
     with np.load(folder / DECIDED, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -279,7 +281,7 @@ def _whole(read: Any) -> Any:
 
 @_whole
 def read_counts(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """What was counted in the cells of a partition, and the widths of its arrays."""
+    """Numbers counted in the cells of a partition, and the widths of its arrays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -86,7 +86,7 @@ def pictures(adata: Any, label_key: str | None, seed: int) -> dict[str, dict[str
 
 
 def warnings_of(adata: Any) -> list[str]:
-    """What a reader should know before the labels, as sentences."""
+    """Warnings to read before the labels, as sentences."""
     uns = adata.uns.get(KEY, {})
     done, read = uns.get("annotate", {}), uns.get("input", {})
     found = [str(text) for text in np.atleast_1d(read.get("warnings", []))]

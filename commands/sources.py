@@ -1,4 +1,4 @@
-"""What commands over cells are given: files, folders of files, Zarr stores and corpora, whole or a range of rows."""
+"""Inputs of commands over cells: files, folders of files, Zarr stores and corpora, whole or a range of rows."""
 
 import os
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Source:
         return _OPENED[0][1]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What changes if the source does."""
+        """A value that changes with the files of the source."""
         files = sorted(path for path in self.path.rglob("*") if path.is_file()) if self.path.is_dir() else [self.path]
         stats = [file.stat() for file in files]
         newest = max((stat.st_mtime_ns for stat in stats), default=0)

@@ -62,7 +62,7 @@ def read_receipts(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
     found = list(receipts(anndata.read_h5ad(path, backed="r").uns)) if can_copy(path) else []
     if not found:
         raise ValueError(
-            f"{path} has no receipt in uns: it is no result of this version of scmmgpt. Compute it again."
+            f"{path} has no receipt in uns: it is not a result of this version of scmmgpt. Compute it again."
         )
     return found
 

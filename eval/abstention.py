@@ -2,12 +2,15 @@
 
 ```
 python -m scmmgpt.eval abstention --model CHECKPOINT --known held_out.h5ad --new other_tissue.h5ad --output out.json
+python -m scmmgpt.eval abstention --data ../shared/data --output out.json
 ```
 
 Known cells: accuracy (a cell without a label is wrong), share without a label, accuracy of the others, and expected
 calibration error of the score. New cells: share without a label, and the area under the ROC curve of `novelty` and of
 `1 - score`, the baseline, for separating new cells from known ones. Of a checkpoint with held-out cells, the share of
 known cells whose set of labels has the true one, and the mean size of a set, by error rate.
+
+With `--data` nothing is loaded: `eval.left_out` leaves datasets and labels out of the annotation of `train release`.
 """
 
 import json
@@ -21,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 from scmmgpt.annotation_scmmgpt import UNKNOWN
 from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
+from scmmgpt.eval.left_out import evaluate_left_out
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
@@ -94,14 +98,22 @@ def coverage_of_sets(pipeline: ScMMGPTPipeline, known: Any, truth: np.ndarray) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = OneLineParser(prog="python -m scmmgpt.eval abstention", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="checkpoint of `finetune` or `calibrate`")
-    parser.add_argument("--known", required=True, help="file of held-out cells of known types")
-    parser.add_argument("--new", required=True, help="file of cells of other types")
+    parser.add_argument("--model", help="checkpoint of `finetune` or `calibrate`")
+    parser.add_argument("--known", help="file of held-out cells of known types")
+    parser.add_argument("--new", help="file of cells of other types")
     parser.add_argument("--label-key", default="cell_type", help="obs column of the known types (%(default)s)")
+    parser.add_argument("--data", help="in place of these: folder of the files of `train release`, which are left out")
+    parser.add_argument("--leave-out", choices=("datasets", "labels"), default="datasets", help="(%(default)s)")
+    parser.add_argument("--together", nargs="+", default=(), help="datasets to leave out together, such as a tissue's")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
-    pipeline = ScMMGPTPipeline.from_pretrained(args.model)
-    result = evaluate_abstention(pipeline, read_file(args.known), read_file(args.new), args.label_key)
+    if args.data:
+        result = evaluate_left_out(args.data, args.leave_out, args.together)
+    elif args.model and args.known and args.new:
+        pipeline = ScMMGPTPipeline.from_pretrained(args.model)
+        result = evaluate_abstention(pipeline, read_file(args.known), read_file(args.new), args.label_key)
+    else:
+        raise ValueError("Give --model, --known and --new, or --data.")
     if args.output:
         write_json(args.output, result)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The margins that the published method claims, and what a comparison reaches of them; tables in Markdown."""
+"""The margins that the published method claims, beside those that a comparison reaches; tables in Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

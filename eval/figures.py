@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
 
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.train.curves import figure_style
@@ -93,6 +94,14 @@ def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
         return reducer.fit_transform(np.asarray(points, dtype=np.float32))
 
 
+def tsne_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """t-SNE of points `(n, d)` to `(n, 2)`: for a map of one report, where UMAP compiles for longer than it runs."""
+    perplexity = min(30.0, max((len(points) - 1) / 3, 1.0))
+    init = "pca" if points.shape[1] >= 2 else "random"
+    reducer = TSNE(perplexity=perplexity, init=init, max_iter=500, random_state=seed, n_jobs=-1)
+    return reducer.fit_transform(np.asarray(points, dtype=np.float32))
+
+
 def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Figure:
     """Points `(n, 2)` coloured by columns `(n,)`, a panel each: numbers by shade, words by hue."""
     with figure_style():
@@ -145,7 +154,7 @@ def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str], n_gen
     return figure
 
 
-def umap_figures(
+def map_figures(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, prompts: np.ndarray, colors: Mapping
 ) -> tuple[Figure, Figure]:
     """Maps of real cells `(n_real, 2)` and generated cells `(n_generated, 2)`, coloured by type and by origin.
@@ -176,7 +185,7 @@ def umap_figures(
         axes.set_title("by type")
         other.set_title("by origin")
         for each, columns in ((axes, 1 if max(map(len, shown)) > 24 else 2), (other, 2)):
-            each.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+            each.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
             each.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=columns, frameon=False, fontsize=8)
     return by_type, by_origin
 

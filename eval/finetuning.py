@@ -76,7 +76,7 @@ def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: i
 
 
 def key_of(record: dict) -> tuple[str, int, str]:
-    """What tells a run from the others."""
+    """Fields that identify a run."""
     return record["setting"], record["seed"], record["system"]
 
 

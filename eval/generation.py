@@ -435,7 +435,7 @@ def _profile_correlation(
 def combine(draws: Sequence[Sequence[Scores]]) -> dict[str, results.Estimate]:
     """Estimate of each measure from its scores by draw and half: the mean, the spread over draws, and replicates.
 
-    A measure without replicates has no interval: a few draws of the same cells are no sample of cells.
+    A measure without replicates has no interval: a few draws of the same cells are not a sample of cells.
     """
     estimates = {}
     for name in MEASURES:

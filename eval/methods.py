@@ -1,4 +1,4 @@
-"""Methods of others, made anew from the parts of ours and trained on the same corpus; no code or weights of theirs.
+"""Methods of others, rebuilt from parts of this package, trained on the same corpus, without their code or weights.
 
 * *Cell2Sentence-style* (Levine et al. 2024): a cell is a sentence of its gene names by falling expression, and the
   same language model learns to describe sentences and to write the sentence of a description.
@@ -87,7 +87,7 @@ class CellSentences:
     def read(self, sentences: Sequence[str]) -> np.ndarray:
         """log1p(CP10k) by rank, float32 `(n_sentences, n_genes)`.
 
-        Words that are no gene are left out, a repeated gene has its mean rank, and genes without a word are 0.
+        Words that are not genes are left out, a repeated gene has its mean rank, and genes without a word are 0.
         """
         place = {gene: i for i, gene in enumerate(self.genes)}
         result = np.zeros((len(sentences), len(self.genes)), dtype=np.float32)

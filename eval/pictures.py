@@ -14,7 +14,7 @@ from scmmgpt.train.curves import training_figure
 
 logger = logging.getLogger(__name__)
 
-MAX_ON_MAP = 2000  # cells of each kind on the UMAP
+MAX_ON_MAP = 2000  # cells of each kind on the map
 
 
 def _picture(figure: Figure, alt: str, caption: str) -> dict[str, str]:
@@ -50,7 +50,7 @@ def annotation_pictures(result: dict) -> dict[str, dict]:
 def generation_pictures(
     generated_cells: generation.GeneratedCells, train: LabelledCells, test: LabelledCells, *, seed: int
 ) -> dict[str, dict]:
-    """Two UMAPs of held-out and generated cells in components of training cells, and the expression of marker genes.
+    """Two maps of held-out and generated cells in components of training cells, and the expression of marker genes.
 
     The seed draws the cells on the map.
     """
@@ -60,10 +60,10 @@ def generation_pictures(
     theirs = np.sort(rng.permutation(len(test))[:MAX_ON_MAP])
     space = fit_cell_space(train.expression, seed=seed)
     points = np.concatenate([space.transform(test.expression[theirs]), space.transform(matrix[mine])])
-    coordinates = figures.umap_coordinates(points, seed=seed)
+    coordinates = figures.tsne_coordinates(points, seed=seed)
     real, generated = coordinates[: len(theirs)], coordinates[len(theirs) :]
     colors = figures.type_colors([*test.labels, *prompts])
-    by_type, by_origin = figures.umap_figures(real, test.labels[theirs], generated, prompts[mine], colors)
+    by_type, by_origin = figures.map_figures(real, test.labels[theirs], generated, prompts[mine], colors)
     markers = figures.marker_genes(train)
     column = {gene: i for i, gene in enumerate(train.genes)}
     columns = [column[gene] for _, gene in markers]
@@ -72,15 +72,15 @@ def generation_pictures(
     generated_means = np.stack([matrix[prompts == t][:, columns].mean(0) for t in types])
     match = float(np.corrcoef(real_means.ravel(), generated_means.ravel())[0, 1])
     return {
-        "umap_type": _picture(
+        "map_type": _picture(
             by_type,
-            f"UMAP of {len(theirs)} real held-out cells and {len(mine)} generated cells, coloured by type.",
-            "Real held-out cells (circles) and generated cells (triangles) on one UMAP, by type.",
+            f"t-SNE of {len(theirs)} real held-out cells and {len(mine)} generated cells, coloured by type.",
+            "Real held-out cells (circles) and generated cells (triangles) on one map by t-SNE, by type.",
         ),
-        "umap_origin": _picture(
+        "map_origin": _picture(
             by_origin,
-            "The same UMAP coloured by origin: real cells grey, generated cells orange.",
-            "The same UMAP by origin. Areas of orange alone: generated cells unlike any real cell. "
+            "The same t-SNE coloured by origin: real cells grey, generated cells orange.",
+            "The same t-SNE by origin. Areas of orange alone: generated cells unlike any real cell. "
             "Areas of grey alone: real cells unlike any generated cell.",
         ),
         "markers": _picture(

@@ -32,7 +32,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.readers.disk_checks import attribute, check_indices, check_parts, check_stored, load, where
+from scmmgpt.readers.disk_checks import attribute, check_indices, check_links, check_parts, check_stored, load, where
 from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
 from scmmgpt.readers.soma import is_soma, open_soma
 from scmmgpt.readers.text_tables import Contents, FileError, read_table
@@ -251,8 +251,8 @@ def read_file(
 ) -> anndata.AnnData | CellFile:
     """Open a file or folder of cells of any known format.
 
-    What the reader decided (which matrix of a folder, which side of a table has the genes, which columns are no genes)
-    is logged as warnings.
+    Decisions of the reader are logged as warnings: which matrix of a folder it took, which side of a table has the
+    genes, and which columns are not genes.
 
     Args:
         path: File or folder.
@@ -280,7 +280,7 @@ def read_file(
                 adata = _modality(path, file) if kind == "h5mu" else file.to_memory()
         else:
             file.close()  # it was opened for its checks
-            adata = anndata.read_h5ad(path) if kind == "h5ad" else anndata.read_zarr(path)
+            adata = _read_h5ad(path) if kind == "h5ad" else anndata.read_zarr(path)
         raw = {} if adata.raw is None else {"raw": adata.raw.X}
         for name, matrix in {"X": adata.X, **adata.layers, **raw}.items():
             if sp.issparse(matrix):
@@ -400,7 +400,9 @@ def _open_hdf5(path: Path) -> h5py.File:
     if start.startswith(b"\x1f\x8b"):
         raise FileError(f"{path} is compressed by gzip as a whole: run `gunzip` on it first.")
     try:
-        return h5py.File(path, "r")
+        opened = h5py.File(path, "r")
+        check_links(opened)
+        return opened
     except OSError as error:
         found = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
         if found:
@@ -447,15 +449,20 @@ def _annotated(group: Any, handle: Any) -> CellFile:
     )
 
 
+def _read_h5ad(path: Path) -> anndata.AnnData:
+    """A file of any version; that its layout is of an older one is no concern of who has it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return anndata.read_h5ad(path)
+
+
 def _open_h5ad(path: Path) -> CellFile:
     file = _open_hdf5(path)
     if not isinstance(file["obs"], h5py.Dataset):
         return _annotated(file, file)
     # AnnData before version 0.7 stored tables as structured arrays; anndata converts them, in memory.
     file.close()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        adata = anndata.read_h5ad(path)
+    adata = _read_h5ad(path)
     raw = None if adata.raw is None else RawPart(adata.raw.X, adata.raw.var)
     return CellFile(adata.X, adata.obs, adata.var, layers=dict(adata.layers), raw=raw, uns=dict(adata.uns))
 
@@ -569,7 +576,7 @@ def _open_loom(path: Path) -> CellFile:
     file = _open_hdf5(path)
     lacking = [part for part in ("matrix", "row_attrs", "col_attrs") if part not in file]
     if lacking:
-        raise FileError(f"{path} is no complete loom file: it lacks {', '.join(lacking)}. Write or copy it again.")
+        raise FileError(f"{path} is not a complete loom file: it lacks {', '.join(lacking)}. Write or copy it again.")
     n_vars, n_cells = file["matrix"].shape
 
     def table(group: h5py.Group, n: int, names: tuple[str, ...]) -> pd.DataFrame:

@@ -26,6 +26,23 @@ ENCODINGS = frozenset(
 )
 
 
+def check_links(file: h5py.File) -> None:
+    """Refuse a file with parts in other files: someone else's file could name any file of this machine."""
+
+    def stop_at(name: str, link: Any) -> tuple[str, str] | None:  # an error raised here would be lost in HDF5
+        part = file[name] if isinstance(link, h5py.HardLink) else None
+        others = [link.filename] if isinstance(link, h5py.ExternalLink) else []
+        if isinstance(part, h5py.Dataset):
+            others += [name for name, *_ in part.external or ()]
+            others += [source.file_name for source in part.virtual_sources()] if part.is_virtual else []
+        outside = sorted(set(others) - {".", file.filename})
+        return (name, outside[0]) if outside else None
+
+    if found := file.visititems_links(stop_at):
+        name, other = found
+        raise FileError(f"{name} of {file.filename} is in another file, {other!r}. Copy all into one file.")
+
+
 def check_parts(group: Any) -> None:
     """Refuse parts that cannot be read whole, though only some are read here: the others are read with the cells."""
     for name, part in _walk(group, ""):
@@ -62,7 +79,7 @@ def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_stored(array: Any, *, zeros_mean: str = "the values are lost") -> Any:
-    """The array, if all of it is stored: HDF5 and Zarr read a missing chunk as zeros, whatever its size."""
+    """Return an array if all its chunks are stored, and refuse it otherwise: a missing chunk is read as zeros."""
     remedy = "Copy the data again, or write them again"
     if isinstance(array, h5py.Dataset):
         if not array.size or array.is_virtual:

@@ -13,7 +13,7 @@ from scmmgpt.commands.files import exists, read_json
 
 SUFFIXES = (".json", ".csv", ".tsv", ".txt")
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
-OTHERS = (".yaml", ".yml", ".xml", ".html", ".toml")  # text that is no list of lines
+OTHERS = (".yaml", ".yml", ".xml", ".html", ".toml")  # text that is not a list of lines
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -58,7 +58,7 @@ def read_label_list(path: str | Path) -> LabelList:
     if path.suffix.lower() in SPREADSHEETS and path.is_file():
         raise ValueError(f"{path} is a spreadsheet. Save it as CSV, with a column 'label', and name that file.")
     if path.suffix.lower() in OTHERS and path.is_file():
-        raise ValueError(f"{path} is no list of labels. Write one label a line in a .txt, or a table with 'label'.")
+        raise ValueError(f"{path} is not a list of labels. Write one label a line in a .txt, or a table with 'label'.")
     if path.suffix.lower() == ".json":
         return _from_json(path)
     lines = ["" if line.lstrip().startswith("#") else line for line in read_text(path).splitlines()]
@@ -87,7 +87,7 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
     if "\0" in text:
-        raise ValueError(f"{path} is no text file. Name a file of text.")
+        raise ValueError(f"{path} is not a text file. Name a file of text.")
     return text
 
 

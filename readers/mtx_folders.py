@@ -73,7 +73,7 @@ def find_matrices(folder: Path) -> list[Path]:
 
 
 def find_inside(folder: Path) -> list[Path]:
-    """What may be read below a folder: folders of one count, other matrices, stores and files of cells."""
+    """Readable data below a folder: folders of one matrix, other matrices, stores and files of cells."""
     found: list[Path] = []
     pending = [(folder, 0)]
     while pending:
@@ -103,7 +103,7 @@ def list_paths(paths: Iterable[Path | str]) -> str:
 
 
 def _one_count(matrices: list[Path]) -> list[Path]:
-    """The matrices that make the one count of a folder: one, or the parts of it; empty if there are several counts."""
+    """The matrix of a folder, or the parts that add up to it; empty if the folder holds several matrices."""
     if len(matrices) == 1:
         return matrices
     plain = [p for p in matrices if re.fullmatch(r"matrix\.mtx(\.gz|\.bz2)?", p.name, re.IGNORECASE)]
@@ -118,11 +118,11 @@ def _one_count(matrices: list[Path]) -> list[Path]:
 
 
 def read_mtx(path: Path) -> Contents:
-    """Read a Matrix Market file, or the one count of a folder.
+    """Read a Matrix Market file, or the matrix of a folder.
 
     Raises:
         FileNotFoundError: If a table is missing.
-        FileError: If several matrices or tables may be meant, do not belong together, or are damaged.
+        FileError: If matrices or tables are ambiguous, do not belong together, or are damaged.
     """
     if path.is_file():
         return _read_one(path)
@@ -143,7 +143,7 @@ def read_mtx(path: Path) -> Contents:
 
 
 def _read_parts(paths: list[Path]) -> Contents:
-    """The count of a velocity pipeline: spliced and ambiguous reads, as other tools count; the parts become layers."""
+    """The counts of a velocity pipeline: spliced + ambiguous reads, as other tools count; the parts become layers."""
     read = {_part(path): _read_one(path) for path in paths}
     first = next(iter(read.values()))
     if not all(c.obs.index.equals(first.obs.index) and c.var.index.equals(first.var.index) for c in read.values()):
@@ -186,12 +186,12 @@ def _words(path: Path) -> list[str]:
 
 
 def _sample(path: Path) -> tuple[str, ...]:
-    """The words of a file's name that say whose it is."""
+    """The words of a file's name that name the sample."""
     return tuple(word for word in _words(path) if word not in GENERIC)
 
 
 def _part(path: Path) -> str:
-    """Which reads of a count a matrix holds; empty if it does not say."""
+    """Kind of the reads in a matrix (spliced, ...), by the file's name; empty where the name states none."""
     return next((word for word in _words(path) if word in PARTS), "")
 
 

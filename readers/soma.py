@@ -1,4 +1,4 @@
-"""Cells in a SOMA experiment (TileDB): all of them, or those that a query of the CELLxGENE Census, say, finds.
+"""Cells in a SOMA experiment (TileDB): all of them, or those of a query, for example of the CELLxGENE Census.
 
 An experiment is a folder. A query is a file whose name ends in `.soma.json`:
 
@@ -84,7 +84,7 @@ def _read_query(path: Path) -> dict[str, str]:
     try:
         query = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileError(f"{path} is no JSON ({error}).") from error
+        raise FileError(f"{path} is not JSON ({error}).") from error
     if not isinstance(query, dict) or "uri" not in query or set(query) - set(FIELDS):
         raise FileError(f"{path} must have the field uri, and may have {', '.join(FIELDS[1:])}; it has {query}.")
     uri = str(query["uri"])

@@ -1,8 +1,8 @@
-"""Text tables of cells: `read_table` finds out which side has the genes, and what is neither a cell nor a gene.
+"""Text tables of cells: `read_table` finds which side has the genes, and what is neither a cell nor a gene.
 
 A table is wide (cells x genes, or genes x cells) or long (a row for each gene of each cell). The side of the genes is
-the one with more names that the vocabulary has. Columns and rows that are no gene become annotations: of the cells in
-`obs`, of the genes in `var`. `Contents.notes` says so.
+the one with more names of the vocabulary. Columns and rows that are not genes become annotations: of the cells in
+`obs`, of the genes in `var`. `Contents.notes` lists them.
 """
 
 import bz2
@@ -82,7 +82,7 @@ class FileError(ValueError):
 
 
 class Contents(NamedTuple):
-    """What a text file holds, in memory."""
+    """The contents of a text file, in memory."""
 
     X: sp.csr_matrix  # cells x variables
     obs: pd.DataFrame
@@ -116,7 +116,7 @@ def read_table(path: Path, gene_index: GeneIndex | None = None) -> Contents:
 
 
 class Layout(NamedTuple):
-    """How the lines of a text table are written."""
+    """The format of the lines of a text table."""
 
     separator: str
     encoding: str
@@ -163,7 +163,7 @@ def find_layout(path: Path, encoding: str = "") -> Layout:
 
 
 def compression(path: Path) -> tuple[Callable[..., IO], str | None]:
-    """How a file is opened and what pandas calls its compression, by its first bytes: names may be wrong."""
+    """The function that opens a file, and pandas' name of its compression, by its first bytes: names may be wrong."""
     with open(path, "rb") as file:
         start = file.read(6)
     return next((how for first, how in COMPRESSIONS.items() if start.startswith(first)), (open, None))
@@ -285,7 +285,7 @@ def _frames(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
 
 
 class _Recogniser:
-    """Which names are genes: those of a model, those of GENCODE if installed, and Ensembl ids of any species."""
+    """Recognises names of genes: those of a model, those of GENCODE if installed, and Ensembl ids of any species."""
 
     def __init__(self, gene_index: GeneIndex | None) -> None:
         self.indexes = [] if gene_index is None else [gene_index]
@@ -342,7 +342,7 @@ def _annotates_cells(names: Sequence[str], kinds: np.ndarray, odd: np.ndarray) -
 
 
 class _Roles(NamedTuple):
-    """What the columns of a wide table are, by their positions."""
+    """The roles of the columns of a wide table, by position."""
 
     names: list[int]  # of the rows; of two columns, joined
     values: list[int]  # expression
@@ -425,7 +425,7 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
     in_rows, in_columns = max(genes.share(side) for side in named if side), genes.share(columns)
     if min(in_rows, in_columns) > 0.5 and set(labels) == set(columns):
         raise FileError(
-            f"{path} names genes in its rows and in its columns: it is no table of cells. Pass another file."
+            f"{path} names genes in its rows and in its columns: it is not a table of cells. Pass another file."
         )
     if min(in_rows, in_columns) > 0.5:  # a few columns called CD4, CD8, ... beside thousands of genes
         in_rows, in_columns = in_rows * len(labels), in_columns * len(columns)
@@ -442,7 +442,7 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
         moved = _annotates_cells(columns, genes.kinds(columns), odd)
         aside = [i for i, is_moved in zip(numeric, moved, strict=True) if is_moved]
     mixed = [i for i in expected if np.mean([_not_a_number(value) for value in first[i].dropna()] or [True]) < 0.5]
-    if mixed:  # a gene or a cell in which a few values are no numbers
+    if mixed:  # a gene or a cell in which a few values are not numbers
         _refuse_words(path, header, first[mixed])
     values = [i for i in numeric if i not in set(aside)]
     if not values:

@@ -39,7 +39,7 @@ def shared_data():
     """Folder of the development data sets, which are not part of the repository."""
     shared = Path(os.environ.get("SCMMGPT_SHARED", Path(__file__).parents[1].parent / "shared")) / "data"
     if not shared.is_dir():
-        pytest.skip(f"the development data are absent: {shared} is no folder (set SCMMGPT_SHARED)")
+        pytest.skip(f"the development data are absent: {shared} is not a folder (set SCMMGPT_SHARED)")
     return shared
 
 

@@ -1,5 +1,7 @@
 """Labels in other words, room for "none of these", broader answers, and cells that are like no known type."""
 
+import json
+
 import anndata
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from scmmgpt.annotation_scmmgpt import (
     candidate_columns,
     choose_labels,
     fit_novelty,
+    labels_of_tissue,
+    labels_with_texts,
     novelty_of,
     trained_labels_of,
 )
@@ -68,6 +72,73 @@ def test_an_id_decides_before_the_words(terms):
 
 def test_spellings_are_understood_without_an_ontology():
     assert trained_labels_of("t-CELLS", None, ["T cell", "B cell"], []) == ["T cell"]
+
+
+def test_labels_that_differ_in_case_alone_are_one_in_the_spelling_of_the_checkpoint():
+    stored = {"B cell": "A lymphocyte.", "T cell": "Another."}
+    assert labels_with_texts(["b cell", "B cell", "x", "X"], stored) == {"B cell": "A lymphocyte.", "x": "x"}
+    assert labels_with_texts(["b cell"], stored) == {"b cell": "b cell"}  # words of the user alone
+    assert labels_with_texts({"NK": "A killer.", "nk": "nk"}, {}) == {"NK": "A killer."}
+    with pytest.raises(ValueError, match="differ in case alone"):
+        labels_with_texts({"NK": "A killer.", "nk": "Another."}, {})
+
+
+# -- tissues ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tissue_has_the_labels_of_its_parts_and_those_of_blood():
+    pairs = [
+        ("PBMC", "B cell"),
+        ("UBERON:0009834", "neuron"),
+        ("my organoid", "stem cell"),
+        ("nan", "x"),
+        ("lung", ""),
+    ]
+    tissues = {term["name"]: term for term in ontology.tissue_terms(pairs)}
+    assert {name: term["labels"] for name, term in tissues.items()} == {
+        "blood": ["B cell"],
+        "brain": ["B cell", "neuron"],
+        "dorsolateral prefrontal cortex": ["B cell", "neuron"],
+        "my organoid": ["B cell", "stem cell"],
+    }
+    stored = {"labels": dict.fromkeys(["neuron", "stem cell", "B cell"], "A text."), "tissues": list(tissues.values())}
+    for words in ("Brain", "brains", "UBERON:0000955"):
+        assert list(labels_of_tissue(words, stored)) == ["neuron", "B cell"]
+    assert list(labels_of_tissue("peripheral blood", stored)) == ["B cell"]
+
+
+@pytest.fixture
+def with_tissues(tiny_pipeline, adata):
+    labels = {str(name): str(name) for name in adata.obs["cell_type"].cat.categories}
+    tissues = ontology.tissue_terms([("lung", "B cell"), ("lung", "monocyte"), ("blood", "monocyte")])
+    tiny_pipeline.model.config.annotation = {"labels": labels, "tissues": tissues, "temperature": 0.1}
+    return tiny_pipeline
+
+
+def test_annotate_chooses_from_the_labels_of_a_tissue_and_the_others_compete(with_tissues, adata):
+    every = with_tissues.annotate(adata.copy()).obsm["scmmgpt_probabilities"]
+    few = with_tissues.annotate(adata.copy(), tissue="lung")
+    names = list(with_tissues.model.config.annotation["labels"])
+    assert few.uns["scmmgpt"]["annotate"]["labels"].tolist() == ["B cell", "monocyte"]
+    assert set(few.obs["scmmgpt_cell_type"]) <= {"B cell", "monocyte"}
+    expected = every[:, [names.index("B cell"), names.index("monocyte")]]
+    np.testing.assert_allclose(few.obsm["scmmgpt_probabilities"], expected, atol=1e-6)
+    assert json.loads(few.uns["scmmgpt"]["annotate"]["receipt"]["options"])["tissue"] == "lung"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tissue": "kidney"}, "saw no cells of the tissue 'kidney'; it knows blood, lung"),
+        ({"tissue": "lung", "labels": ["B cell"]}, "either labels or those of a tissue"),
+    ],
+)
+def test_a_tissue_that_says_nothing_is_refused(with_tissues, adata, options, message):
+    with pytest.raises(ValueError, match=message):
+        with_tissues.annotate(adata, **options)
+    with_tissues.model.config.annotation.pop("tissues")
+    with pytest.raises(ValueError, match="which labels a tissue has|either labels"):
+        with_tissues.annotate(adata, **options)
 
 
 def candidates_of(labels, terms):
@@ -148,8 +219,8 @@ def test_below_the_least_score_the_answer_is_the_narrowest_type_that_reaches_it(
     probabilities = np.array(
         [
             [0.9, 0, 0, 0, 0, 0.1],  # certain
-            [0, 0, 0.1, 0.45, 0.4, 0.05],  # CD4 of some kind
-            [0, 0, 0.1, 0.3, 0.3, 0.3],  # T of some kind
+            [0, 0, 0.05, 0.5, 0.4, 0.05],  # CD4 of some kind
+            [0, 0, 0.04, 0.32, 0.32, 0.32],  # T of some kind
             [0.3, 0.3, 0, 0.3, 0.1, 0],  # a lymphocyte
             [0.3, 0.1, 0.35, 0.05, 0.1, 0.1],  # anything
         ]
@@ -158,7 +229,7 @@ def test_below_the_least_score_the_answer_is_the_narrowest_type_that_reaches_it(
     expected = ["B cell", "CD4-positive, alpha-beta T cell", "T cell", "lymphocyte", "Unknown"]
     assert columns["cell_type"].tolist() == expected
     assert columns["cl_id"].tolist() == ["CL:0000236", "CL:0000624", "CL:0000084", "CL:0000542", ""]
-    np.testing.assert_allclose(columns["score"], [0.9, 0.85, 0.9, 1.0, 0.35])
+    np.testing.assert_allclose(columns["score"], [0.9, 0.9, 0.96, 1.0, 0.35])
 
 
 # -- novelty ----------------------------------------------------------------------------------------------------------

@@ -58,9 +58,9 @@ def test_a_label_may_have_a_comma(tasks, session):
 def test_a_loop_selects_cells_that_are_then_described_and_explained(tasks, session):
     session.color = "cell_type"
     _, said, _ = tasks["select"](session, SimpleNamespace(rows=[3, 1, 3, -1, 10**9, True, "2", None]))
-    assert session.rows.tolist() == [1, 3]  # what is no row of the file is left out
+    assert session.rows.tolist() == [1, 3]  # what is not a row of the file is left out
     assert said.startswith("2 cells selected: ")
-    assert tasks["describe"](session, "")[0]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
+    assert tasks["describe"](session)[0]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
     _, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
     assert said == app.NO_SELECTION
 
@@ -163,3 +163,18 @@ def test_without_gradio_one_line_says_what_to_install():
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith("install it with `pip install scmmgpt[app]`.")
+
+
+def test_questions_are_about_the_selected_cells_until_others_are_selected():
+    pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
+    tasks = {function.api_name: function.fn for function in build(synthetic.fitted_pipeline()).fns.values()}
+    cells = opened(synthetic.synthetic_adata(80), "cells.h5ad")
+    tasks["select"](cells, SimpleNamespace(rows=[0, 4, 8]))
+    _, turns, _, _ = tasks["ask"](cells, "What are they?")
+    assert turns[-1]["content"] == "Labels of the 3 selected cells: B cell (100 %)."
+    assert [turn["role"] for turn in tasks["ask"](cells, "Do they express CD19?")[1]] == ["user", "assistant"] * 2
+    tasks["select"](cells, SimpleNamespace(rows=[1, 5]))
+    _, turns, _, _ = tasks["ask"](cells, "What are they?")
+    assert [turn["content"] for turn in turns[1:]] == ["Labels of the 2 selected cells: T cell (100 %)."]
+    with pytest.raises(Exception, match="The question is empty"):
+        tasks["ask"](cells, " ")

@@ -11,6 +11,7 @@ from scmmgpt import app, synthetic
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TIMEOUT = 120_000  # milliseconds, on a busy machine
+MOST_BYTES = 2**20  # of a file, on this page
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,11 @@ def address():
     gradio = pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
     page = app.build(synthetic.fitted_pipeline())
     _, url, _ = page.launch(
-        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, theme=gradio.themes.Default(**app.FONTS)
+        server_name="127.0.0.1",
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=gradio.themes.Default(**app.FONTS),
+        max_file_size=MOST_BYTES,
     )
     yield url
     page.close()
@@ -35,30 +40,44 @@ def browser():
         yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
 
-@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["wide", "narrow"])
-def page(request, browser, address):
-    width, height = request.param
-    page = browser.new_page(viewport={"width": width, "height": height})
+def open_page(browser, address, width=1280, height=900):
+    """A page in a context of its own, as of another user."""
+    page = browser.new_context(viewport={"width": width, "height": height}).new_page()
     page.set_default_timeout(TIMEOUT)
-    page.errors = []
+    page.errors, page.asked = [], []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.asked = []
     page.on("request", lambda asked: page.asked.append(asked.url))
     page.goto(address)
-    yield page
+    return page
+
+
+def close_page(page, address):
     assert page.errors == []
     assert all(url.startswith((address, "data:", "blob:")) for url in page.asked), page.asked  # nothing calls home
-    page.close()
+    page.context.close()
 
 
-def test_cells_are_opened_annotated_selected_explained_and_saved(page, tmp_path):
-    cells = synthetic.synthetic_adata()
-    cells.write_h5ad(tmp_path / "cells.h5ad")
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "cells.h5ad")
-    page.get_by_text(f"{cells.n_obs} cells").first.wait_for()
-    page.get_by_role("button", name="Annotate").click()
-    page.get_by_text("Colour: scmmgpt_cell_type").wait_for()
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["wide", "narrow"])
+def page(request, browser, address):
+    page = open_page(browser, address, *request.param)
+    yield page
+    close_page(page, address)
 
+
+def upload(page, path):
+    page.locator("input[type=file]").first.set_input_files(path)
+
+
+def show_tab(page, name):
+    tab = page.get_by_role("tab", name=name)
+    if not tab.is_visible():  # a narrow screen has no room for all tabs
+        page.locator(".overflow-menu > button").click()
+        tab = page.locator(".overflow-dropdown button", has_text=name)
+    tab.click()
+
+
+def select_all(page):
+    """Draw a loop around the whole map."""
     page.locator("canvas").scroll_into_view_if_needed()
     box = page.locator("canvas").bounding_box()
     left, top, right, bottom = box["x"] + 1, box["y"] + 1, box["x"] + box["width"] - 1, box["y"] + box["height"] - 1
@@ -67,26 +86,80 @@ def test_cells_are_opened_annotated_selected_explained_and_saved(page, tmp_path)
     for x, y in ((right, top), (right, bottom), (left, bottom)):
         page.mouse.move(x, y, steps=3)
     page.mouse.up()
+
+
+def test_cells_are_opened_annotated_found_selected_explained_asked_about_generated_and_saved(page, tmp_path):
+    cells = synthetic.synthetic_adata()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_text(f"{cells.n_obs} cells").first.wait_for()
+    page.get_by_role("button", name="Annotate").click()
+    page.get_by_text("Colour: scmmgpt_cell_type").wait_for()
+    select_all(page)
     page.get_by_text(f"{cells.n_obs} cells selected: ").wait_for()
 
-    tab = page.get_by_role("tab", name="Selected")
-    if not tab.is_visible():  # a narrow screen has no room for all tabs
-        page.locator(".overflow-menu > button").click()
-        tab = page.locator(".overflow-dropdown button", has_text="Selected")
-    tab.click()
+    show_tab(page, "Selected")
     page.get_by_role("button", name="Show the evidence").click()
     page.get_by_text("CD19").locator("visible=true").first.wait_for()
+    page.get_by_role("button", name="Describe them").click()
+    page.get_by_text("A B cell from blood, shown by").locator("visible=true").first.wait_for()
+
+    show_tab(page, "Ask")
+    page.get_by_label("Question").locator("visible=true").fill("Which types are here?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text(f"Labels of the {cells.n_obs} cells: ").wait_for()
+
+    show_tab(page, "Search")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.locator(".toast-body", has_text="The text to search for is empty").wait_for()
+    page.get_by_label("Description of the wanted cells").fill("a B cell")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.get_by_text("Colour: scmmgpt_search").wait_for()
+
+    show_tab(page, "Generate")
+    page.get_by_label("Description", exact=True).fill("A B cell from blood.")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.locator("a[href*=generated]").first.wait_for()
 
     page.get_by_role("button", name="Save the cells").click()
     with page.expect_download() as download:
         page.locator("a[href*=cells_scmmgpt]").first.click()
     saved = anndata.read_h5ad(download.value.path())
     assert saved.obs_names.tolist() == cells.obs_names.tolist()
-    assert "scmmgpt_cell_type" in saved.obs
+    assert {"scmmgpt_cell_type", "scmmgpt_search", "scmmgpt_description"} <= set(saved.obs)
 
 
-def test_a_file_without_cells_is_refused_in_words(page, tmp_path):
-    (tmp_path / "cells.csv").write_text("nothing")
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "cells.csv")
-    page.locator(".toast-body").first.wait_for()
-    assert "cells.csv" in page.locator(".toast-body").first.inner_text()
+def test_files_without_cells_or_too_large_are_refused_in_words(page, tmp_path, monkeypatch):
+    (tmp_path / "nothing.csv").write_text("nothing")
+    (tmp_path / "text.h5ad").write_text("no HDF5")
+    (tmp_path / "large.h5ad").write_bytes(bytes(MOST_BYTES + 1))
+    synthetic.synthetic_adata(40).write_h5ad(tmp_path / "many.h5ad")
+    monkeypatch.setattr(app, "MAX_CELLS", 30)
+    for name, words in (
+        ("nothing.csv", "nothing.csv"),
+        ("text.h5ad", "is not an HDF5 file"),
+        ("large.h5ad", "exceeds the maximum allowed file size"),
+        ("many.h5ad", "many.h5ad has 40 cells, and the page takes at most 30"),
+    ):
+        upload(page, tmp_path / name)
+        page.get_by_text(words).locator("visible=true").first.wait_for()
+        page.reload()
+    page.get_by_role("button", name="Annotate").click()  # without cells
+    page.locator(".toast-body", has_text=app.NO_CELLS).wait_for()
+
+
+def test_two_users_at_once_have_their_own_cells(browser, address, tmp_path):
+    pages = [open_page(browser, address) for _ in range(2)]
+    for n, page in zip((24, 36), pages, strict=True):
+        synthetic.synthetic_adata(n).write_h5ad(tmp_path / f"of-{n}.h5ad")
+        upload(page, tmp_path / f"of-{n}.h5ad")
+    for n, page in zip((24, 36), pages, strict=True):
+        page.get_by_text(f"of-{n}.h5ad: {n} cells").wait_for()
+        page.get_by_role("button", name="Annotate").click()
+    for page in pages:
+        page.get_by_text("Colour: scmmgpt_cell_type").wait_for()
+        select_all(page)
+    for n, page in zip((24, 36), pages, strict=True):
+        page.get_by_text(f"{n} cells selected: ").wait_for()
+        assert not page.get_by_text(f"of-{60 - n}.h5ad").count()
+        close_page(page, address)

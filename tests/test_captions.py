@@ -111,14 +111,9 @@ def test_the_donor_is_said_in_words():
 
 
 def test_ids_name_the_term_where_the_label_is_absent_or_old():
-    sampler = CaptionSampler("paper", ontology=True)
+    sampler = CaptionSampler("paper")
     obs = {"cell_type": [None, "B lymphocyte"], "cell_type_ontology_term_id": ["CL:0000236", None]}
     assert [text.split(".")[0] for text in sampler.caption(obs, cell_ids=[1, 2])] == ["cell type: B cell"] * 2
-
-
-def test_without_ontology_labels_stand_alone():
-    sampler = CaptionSampler("paper", ontology=False)
-    assert sampler.caption({"cell_type": ["B lymphocyte"]}, cell_ids=[1]) == ["cell type: B lymphocyte."]
 
 
 def test_markers_are_the_genes_far_above_their_mean():

@@ -77,6 +77,21 @@ def test_labels_alone_are_read_without_the_transformer(monkeypatch):
     assert len(described.obs["scmmgpt_description"]) == 2
 
 
+def test_cells_of_one_label_are_described_once_where_labels_alone_are_read(monkeypatch):
+    pipeline, adata = pipeline_reading("labels"), synthetic_adata(40)
+    labels = pipeline.model.model.label_readout.for_genes()(pipeline.processor.read_cells(adata)[0]).argmax(axis=1)
+    generate, asked = pipeline.model.generate, []
+    monkeypatch.setattr(pipeline.model, "generate", lambda **kw: asked.append(len(kw["input_ids"])) or generate(**kw))
+    texts = pipeline.describe(adata, max_new_tokens=4, batch_size=7).obs["scmmgpt_description"].to_numpy()
+    assert sum(asked) == len(set(labels)) > 1
+    for row in range(5):
+        alone = pipeline.describe(adata[[row]].copy(), max_new_tokens=4).obs["scmmgpt_description"]
+        assert alone.item() == texts[row]
+    asked.clear()
+    pipeline.describe(adata, max_new_tokens=4, do_sample=True)
+    assert sum(asked) == 40
+
+
 def test_a_cell_is_read_alike_alone_and_in_a_batch(pipeline):
     adata = synthetic_adata(4)
     together = pipeline.model(**inputs_of(pipeline, adata))

@@ -284,9 +284,7 @@ def in_the_order_of_the_commands(corpus):
 def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, monkeypatch):
     monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
     common = {name: ALIGN[name] for name in list(ALIGN)[3:]} | {"max_steps": 3, "corpus": corpus}
-    roads = {"corpus": None, "map-style": load(corpus), "streamed": in_the_order_of_the_commands(corpus)}
-    for road, rows in roads.items():
-        cells = None if rows is None else {"train": rows}
+    for road, cells in {"corpus": None, "streamed": {"train": in_the_order_of_the_commands(corpus)}}.items():
         values = {**common, "output_dir": tmp_path / f"pretrain {road}", "cell_config": ALIGN["cell_config"]}
         pretrain.main(*pretrain.make_parser().parse_args_and_config(words_of(values)), cells=cells)
         projector = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidden_layers": 1}}
@@ -296,8 +294,7 @@ def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, mo
         values["language_model_config"] |= {"num_key_value_heads": 2}
         tune.main(*tune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
     for command in ("pretrain", "tune"):
-        for road in ("map-style", "streamed"):
-            assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} {road}")
+        assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} streamed")
 
 
 def finetune_on(adata, bert, output_dir, cells=None, **options):
@@ -333,7 +330,6 @@ def split_by_rows(corpus, streaming=False):
 
 FINETUNE_ROADS = {
     "corpus": lambda corpus: None,
-    "map-style": split_by_rows,
     "streamed": lambda corpus: split_by_rows(corpus, streaming=True),
     "own": lambda corpus: {split: own_rows(corpus, split) for split in ("train", "validation")},
 }
@@ -490,7 +486,7 @@ def test_a_streamed_dataset_trains_like_the_corpus_by_our_trainer_and_by_a_plain
 
 
 def plain_arguments(output_dir, **options):
-    """Arguments of a plain trainer: batches of 8, every loss logged, a checkpoint after step 14."""
+    """Arguments of a plain trainer: batches of 8, every loss logged, by default a checkpoint after step 14."""
     return TrainingArguments(
         output_dir,
         per_device_train_batch_size=8,
@@ -499,9 +495,8 @@ def plain_arguments(output_dir, **options):
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
-        save_steps=14,
         remove_unused_columns=False,
-        **options,
+        **{"save_steps": 14, **options},
     )
 
 
@@ -545,17 +540,17 @@ def plain_on_a_stream(corpus, aligned, collate, output_dir, checkpoint=None, *, 
 def test_a_plain_trainer_resumes_exactly_on_a_shuffled_stream_whose_length_is_known(
     corpus, aligned, collate, tmp_path
 ):
-    options = {"sized": True, "num_train_epochs": 5}
+    options = {"sized": True, "num_train_epochs": 3, "save_steps": 10}
     whole, cells = plain_on_a_stream(corpus, aligned, collate, tmp_path, **options)
-    cut, cells_after = plain_on_a_stream(corpus, aligned, collate, tmp_path, tmp_path / "checkpoint-14", **options)
+    cut, cells_after = plain_on_a_stream(corpus, aligned, collate, tmp_path, tmp_path / "checkpoint-10", **options)
     assert cells[0] != cells[4]
-    assert cells_after == cells[14:]  # in the fourth epoch of four steps
+    assert cells_after == cells[10:]  # in the third epoch of four steps
     assert cut == whole
     # Without the length a run is the same, but transformers resumes it in the wrong epoch.
-    options = {"sized": False, "max_steps": 20}
+    options = {"sized": False, "max_steps": 12, "save_steps": 10}
     assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", **options) == (whole, cells)
-    checkpoint = tmp_path / "un" / "checkpoint-14"
-    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", checkpoint, **options)[1] != cells[14:]
+    checkpoint = tmp_path / "un" / "checkpoint-10"
+    assert plain_on_a_stream(corpus, aligned, collate, tmp_path / "un", checkpoint, **options)[1] != cells[10:]
 
 
 def test_the_collator_makes_the_batches_of_stage_1_from_rows_with_captions(corpus, collate):

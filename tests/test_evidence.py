@@ -130,7 +130,7 @@ def test_any_labels_can_be_explained_broader_ones_and_unknown_ones_too(pipeline)
     adata.obs["mine"] = adata.obs["cell_type"].astype(str).replace({"B cell": "Lymphocytes", "monocyte": "martian"})
     evidence = pipeline.explain(adata, "mine")
     of = adata.obs.groupby("mine", observed=True)["scmmgpt_rival"].unique().map(list).to_dict()
-    assert of["Lymphocytes"] == ["monocyte"], "the only type that is no lymphocyte"
+    assert of["Lymphocytes"] == ["monocyte"], "the only type that is not a lymphocyte"
     assert of["martian"] == [""]
     assert not {"martian"} & {row["name"] for row in evidence.group_rows()}
     assert (adata.obs["scmmgpt_evidence"][adata.obs["mine"] == "martian"] == "").all()

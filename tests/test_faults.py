@@ -278,7 +278,7 @@ SPOILT = {
         "1000000000000",
     ),
     "a vocabulary that is a list": (lambda c: (c / "vocab.json").write_text("[]"), "holds a list"),
-    "splits that are no JSON": (lambda c: (c / "splits.json").write_text("{"), "splits.json"),
+    "splits that are not JSON": (lambda c: (c / "splits.json").write_text("{"), "splits.json"),
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
 
 from scmmgpt.cells_scmmgpt import Cells, hellinger_profile
@@ -312,6 +313,8 @@ def test_a_checkpoint_with_a_language_model_can_be_fine_tuned(tiny_pipeline, tmp
     assert not hasattr(model, "language_model")
     assert {f"cell_model.{name}" for name, _ in model.cell_model.named_parameters()} <= pretrained
     assert "CD3D" in vocabulary
+    model.save_pretrained(tmp_path / "fine-tuned")
+    assert load_file(tmp_path / "fine-tuned" / "model.safetensors").keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(

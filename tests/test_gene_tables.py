@@ -3,7 +3,7 @@
 import pytest
 
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.train.data.gene_tables import GeneRecord, build_gene_aliases, load_hgnc, load_orthologs, resolve_names
+from scmmgpt.train.data.gene_tables import GeneRecord, build_gene_aliases, load_orthologs, resolve_names
 
 
 RECORDS = [
@@ -31,21 +31,6 @@ def test_a_name_that_two_genes_share_leads_to_neither():
 
 def test_a_name_of_the_vocabulary_is_never_redirected():
     assert "IL8" not in resolve_names(["CXCL8", "IL8"], RECORDS)
-
-
-def test_hgncs_own_file_is_read(tmp_path):
-    path = tmp_path / "hgnc_complete_set.txt"
-    path.write_text(
-        "hgnc_id\tsymbol\tstatus\talias_symbol\tprev_symbol\tensembl_gene_id\n"
-        'HGNC:4399\tRACK1\tApproved\t"Gnb2-rs1|H12.3"\tGNB2L1\tENSG00000204628\n'
-        "HGNC:1\tGONE\tEntry Withdrawn\t\t\t\n"
-    )
-    assert load_hgnc(path) == [GeneRecord("RACK1", ("GNB2L1",), ("Gnb2-rs1", "H12.3"), "ENSG00000204628")]
-
-
-def test_a_missing_hgnc_table_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.txt.*genenames"):
-        load_hgnc(tmp_path / "nothing.txt")
 
 
 def test_ensembl_ids_and_orthologs_lead_to_the_vocabulary():

@@ -17,7 +17,8 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
 from scmmgpt.pipeline_scmmgpt import storable
-from scmmgpt.reading_scmmgpt import check_labels, choose_input, read_cells
+from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.train.data.label_checks import check_labels
 
 
 N_CELLS, N_GENES = 40, 300
@@ -774,9 +775,10 @@ def test_words_in_the_matrix_are_refused(gene_index):
 
 def test_labels_are_looked_at_before_they_are_learned():
     assert not check_labels(["B", "T", "B", "T"], "cell_type")
-    assert "one label for all cells ('B')" in check_labels(["B", "B"], "cell_type")[0]
+    assert "cell_type has one label for all cells ('B')" in check_labels(["B", "B"], "cell_type")[0]
     assert "1 of 5 cells have no label" in check_labels(["B", "T", "B", "T", np.nan], "cell_type")[0]
-    with pytest.raises(ValueError, match="None of the 2 cells has a label in 'cell_type'"):
+    assert "codes, not names" in check_labels(["0", "1", "0", "1"], "cell_type")[0]
+    with pytest.raises(ValueError, match="None of the 2 cells has a label in cell_type"):
         check_labels([None, ""], "cell_type")
 
 

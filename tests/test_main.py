@@ -311,7 +311,7 @@ def test_an_output_that_could_not_be_written_is_refused_first(checkpoint, cells,
         (["-o", "out.h5ad", "--labels", "labels.csv", "B"], "Name either one file or labels"),
         (["-o", "out.h5ad", "--organism", "mice"], "choose one of human"),
         (["-o", "out.h5ad", "--layer", "counts"], "counts"),
-        (["-o", "out.h5ad", "--device", "gpu"], "(it is no device of PyTorch). Name cpu, cuda or mps"),
+        (["-o", "out.h5ad", "--device", "gpu"], "(it is not a device of PyTorch). Name cpu, cuda or mps"),
         (["-o", "out.h5ad", "--gene-column", "symbol"], "is not in var; it has no columns"),
     ],
 )

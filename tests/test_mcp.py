@@ -1,11 +1,14 @@
 """Agents reach the commands over the Model Context Protocol, and files of one folder alone."""
 
+import shutil
 import sys
 
 import anndata
+import h5py
 import pytest
 
 from scmmgpt.__main__ import run_words
+from scmmgpt.readers.cell_files import read_file
 
 
 anyio = pytest.importorskip("anyio", reason="the server needs mcp, which the extra `mcp` installs")
@@ -54,7 +57,17 @@ def test_the_client_of_the_sdk_sees_every_tool_over_stdio(folder):
             return {tool.name: tool for tool in (await client.list_tools()).tools}
 
     found = anyio.run(tools)
-    assert sorted(found) == ["annotate", "audit", "describe", "embed", "generate", "inspect", "search", "verify"]
+    assert sorted(found) == [
+        "annotate",
+        "ask",
+        "audit",
+        "describe",
+        "embed",
+        "generate",
+        "inspect",
+        "search",
+        "verify",
+    ]
     assert found["annotate"].input_schema["required"] == ["file", "output"]
     assert found["inspect"].annotations.read_only_hint
     assert not found["annotate"].annotations.destructive_hint
@@ -88,10 +101,30 @@ def test_no_path_leads_out_of_the_folder(call, folder, name):
     (folder / "folder" / "matrix.mtx").symlink_to(folder.parent / "secret.h5ad")
     name = name.format(parent=folder.parent)
     said = call("inspect", file=name)
-    assert "lies outside of" in said or "is no path" in said
+    assert "lies outside of" in said or "is not a path" in said
     said = call("embed", file="cells.h5ad", output=f"{name}/new.h5ad" if name == "linked" else f"../{name}")
-    assert "lies outside of" in said or "is no path" in said
+    assert "lies outside of" in said or "is not a path" in said
     assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint", "mine", "secret.h5ad"]
+
+
+@pytest.mark.parametrize("kind", ["link", "external", "virtual"])
+def test_no_part_of_a_file_leads_out_of_the_folder(call, folder, kind):
+    secret, path = folder.parent / "secret.h5ad", folder / "new.h5ad"
+    shutil.copy(folder / "cells.h5ad", path)
+    with h5py.File(path, "r+") as file:
+        del file["X/data"]
+        if kind == "link":
+            file["X/data"] = h5py.ExternalLink(str(secret), "X/data")
+        elif kind == "external":
+            file.create_dataset("X/data", (10,), "u1", external=[(str(secret), 0, 10)])
+        else:
+            layout = h5py.VirtualLayout((10,), "f4")
+            layout[:] = h5py.VirtualSource(str(secret), "X/data", (10,))
+            file.create_virtual_dataset("X/data", layout)
+    for tool, arguments in (("inspect", {}), ("verify", {}), ("embed", {"output": "out.h5ad"})):
+        assert f"is in another file, {str(secret)!r}" in call(tool, file="new.h5ad", **arguments)
+    with pytest.raises(ValueError, match="X/data of .*new.h5ad is in another file"):
+        read_file(path)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +136,12 @@ def test_no_path_leads_out_of_the_folder(call, folder, name):
         ("audit", {"file": "cells.h5ad", "output": "new.h5ad", "label_key": "type"}, "type"),
         ("embed", {"file": "cells.h5ad", "output": "new.h5ad", "reading": {"model": "x"}}, "reading has ['model']"),
         ("search", {"file": "cells.h5ad", "text": " "}, "The text to search for is empty"),
+        (
+            "ask",
+            {"file": "cells.h5ad", "questions": ["?"], "column": "given` or `given", "value": "B"},
+            "is no condition on columns of obs",
+        ),
+        ("ask", {"file": "cells.h5ad", "questions": ["?"], "column": "given", "value": "C"}, "No cell is selected by"),
     ],
 )
 def test_a_mistake_is_one_clear_error_and_writes_nothing(call, folder, tool, arguments, message):
@@ -115,4 +154,20 @@ def test_a_mistake_is_one_clear_error_and_writes_nothing(call, folder, tool, arg
 
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
     assert run_words(["mcp", "--folder", str(tmp_path / "none")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_an_agent_asks_about_cells_that_a_column_selects(folder):
+    from scmmgpt import synthetic
+    from scmmgpt.commands.mcp_server import CellTools
+
+    pipeline = synthetic.fitted_pipeline()
+    pipeline.save_pretrained(folder.parent / "fitted")
+    cells = synthetic.synthetic_adata()
+    cells.obs["group of 4"] = [i % 4 for i in range(cells.n_obs)]
+    cells.write_h5ad(folder / "blood.h5ad")
+    tools = CellTools(folder, run_words, "", [f"--model={folder.parent / 'fitted'}"])
+    asked = ["Which types are here?", "--language-model=/", "--help"]
+    found = tools.ask("blood.h5ad", asked, column="group of 4", value="1")["found"]
+    assert [row["question"] for row in found] == asked
+    assert found[0]["text"] == "Labels of the 15 selected cells: T cell (100 %)."

@@ -323,9 +323,9 @@ def test_a_plain_trainer_evaluates_the_loss(alignment_model, tmp_path):
 
 def test_a_misspelled_input_is_refused_by_name(alignment_model):
     inputs = {**make_cells([9, 4]), **make_texts([6, 3])}
-    with pytest.raises(TypeError, match=r"'text_id' is no input of ScMMGPTForCellTextAlignment.* text_ids, "):
+    with pytest.raises(TypeError, match=r"'text_id' is not an input of ScMMGPTForCellTextAlignment.* text_ids, "):
         alignment_model(**inputs, text_id=torch.arange(2))
-    with pytest.raises(TypeError, match="'output_hidden_states' is no input"):
+    with pytest.raises(TypeError, match="'output_hidden_states' is not an input"):
         alignment_model(**inputs, output_hidden_states=True)
     with pytest.raises(TypeError, match="'profiles'"):
         alignment_model.match(**inputs, profiles=torch.ones(2, 9))

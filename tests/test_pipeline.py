@@ -138,7 +138,7 @@ def test_below_the_least_score_a_cell_is_unknown(tiny_pipeline, adata):
 
 def test_a_path_in_place_of_cells_is_refused_with_the_way_out(tiny_pipeline):
     for verb in (tiny_pipeline.embed, tiny_pipeline.describe):
-        with pytest.raises(TypeError, match=r"'cells\.h5ad' is no AnnData; read a file first"):
+        with pytest.raises(TypeError, match=r"'cells\.h5ad' is not an AnnData; read a file first"):
             verb("cells.h5ad")
 
 

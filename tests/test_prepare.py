@@ -430,7 +430,7 @@ def test_wrong_arguments_are_refused(build, arguments, message):
 
 
 def test_unknown_columns_are_refused(build, folder):
-    with pytest.raises(ValueError, match="'colour' is no column"):
+    with pytest.raises(ValueError, match="'colour' is not a column"):
         build(folder, "--column", "colour=hue")
 
 

@@ -81,7 +81,7 @@ def test_a_type_without_a_term_is_right_by_its_name_alone():
         ("A CD14-positive monocyte with LYZ.", {4}, 1),
         ("High MT-ND1.", {7}, 0),
         ("This cell is a B cell.", {3, 4}, 0),
-        ("lyz and Lyz are no symbols", {4}, 0),
+        ("lyz and Lyz are not symbols", {4}, 0),
     ],
 )
 def test_genes_count_by_the_share_of_mentions_that_are_true_and_new(text, expressed, score):

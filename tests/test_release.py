@@ -85,6 +85,17 @@ def test_it_annotates_describes_finds_and_generates(built):
     assert len(pipeline.search(cells, "a B cell", 3)) == 3
     assert pipeline.generate(["a B cell"], 2).shape == (2, 40)
     assert pipeline.annotate(cells, ["B cell", "mast cell"]).obs["scmmgpt_score"].between(0, 1).all()
+    assert set(pipeline.annotate(cells, tissue="blood").uns["scmmgpt"]["annotate"]["labels"]) == set(TYPES)
+
+
+def test_what_it_promises_comes_from_datasets_that_were_left_out(built):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    stored = pipeline.model.config.annotation
+    assert stored["label_sets"]["n_cells"] >= 100
+    assert 0 < stored["min_score"] < 1
+    assert stored["temperature"] == 1  # the readout's own has been fitted
+    sets = pipeline.annotate(synthetic_adata(40, seed=5), error_rate=0.1).obs["scmmgpt_label_set"]
+    assert sets.str.split(" | ", regex=False).map(len).ge(1).all()
 
 
 def test_a_cell_counts_for_its_type_or_for_the_types_below_a_broad_term():

@@ -79,7 +79,7 @@ def test_the_folder_of_a_corpus_loads_by_its_path(shared_corpus, tmp_path):
 
 
 def test_a_corpus_that_is_nowhere_says_so():
-    with pytest.raises(FileNotFoundError, match="me/cells is no folder, and no corpus of the Hub"):
+    with pytest.raises(FileNotFoundError, match="me/cells is neither a folder nor a corpus of the Hub"):
         open_corpus("me/cells")
 
 

@@ -240,6 +240,11 @@ def test_a_number_of_components_below_one_is_an_error():
         ScMMGPTConfig(num_state_components=0)
 
 
+def test_without_stored_labels_calibrate_is_named_as_the_way_out(pipeline):
+    with pytest.raises(ValueError, match="scmmgpt calibrate CELLS"):
+        pipeline.label_prompts()
+
+
 def test_stored_labels_ask_by_the_kind_of_text_that_was_trained(pipeline, tiny_pipeline):
     text = "cell type: B cell. A lymphocyte of B lineage. It has a role."
     for each in (pipeline, tiny_pipeline):

@@ -32,7 +32,7 @@ TYPES = ["T cell"] * 16 + ["B cell"] * 3 + ["dendritic cell"]
 
 
 def make_cells(n_cells, seed=0, dtype=np.uint16, first_id=0):
-    """Random cells of 0 to 59 genes; the counts of a float32 cell are no integers."""
+    """Random cells of 0 to 59 genes; the counts of a float32 cell are not integers."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 60, n_cells)
     gene_ids = [np.sort(rng.choice(np.arange(3, N_GENES), n, replace=False)) for n in lengths]

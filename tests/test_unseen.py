@@ -221,6 +221,12 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
     found = pipeline.search(cells, "NK cells", 3, by="genes", key_added="by_genes")
     assert {names[types[hit["index"]]] for hit in found} <= set(names)
     assert cells.uns["scmmgpt"]["search"]["by"] == "genes"
+    # By similarity, far beyond the sign of a place between labels: probabilities weigh the texts of the labels.
+    hits = pipeline.search(cells, stored["B cell"], len(cells))
+    assert {names[types[hit["index"]]] for hit in hits[:50]} == {"B cell"}
+    assert all(abs(hit["score"]) <= 1 for hit in hits)
+    alone = pipeline.search(cells[[hits[0]["index"]]].copy(), stored["B cell"])
+    assert alone[0]["score"] == hits[0]["score"]
     # Row i alone is row i of a batch, but where the batch is read by request, which is recorded.
     alone = pipeline.annotate(cells[3:4].copy(), labels=asked)
     together = pipeline.annotate(cells.copy(), labels=asked)

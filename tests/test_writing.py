@@ -56,7 +56,7 @@ def test_every_column_can_be_written_and_keeps_its_values(adata, tmp_path, caplo
     said = " ".join(changes)
     assert "'_index' is now 'index'" in said
     assert "mixed" in said
-    assert "plain" not in said, "text that stays text is no change"
+    assert "plain" not in said, "text that stays text is not a change"
     assert caplog.messages == changes
 
 
@@ -138,7 +138,7 @@ def test_an_output_is_no_folder_no_device_and_in_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is a folder"):
         check_file(tmp_path / "folder.h5ad")
-    with pytest.raises(OSError, match="is no file"):
+    with pytest.raises(OSError, match="is not a file"):
         check_file("/dev/null")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         check_file(tmp_path / "none" / "out.h5ad")

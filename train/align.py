@@ -29,12 +29,11 @@ from scmmgpt.train.card import write_card
 from scmmgpt.train.convert import make_gene_tokenizer, qformer_from_bert
 from scmmgpt.train.corpus_readout import choose_places, fit_corpus_readout, place_labels
 from scmmgpt.train.curves import save_curves
-from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import AlignmentCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.sharing import push_folder
-from scmmgpt.train.initialize import PROJECTION_CELLS, TrainingCells, embed_genes_by_coexpression, standardize
+from scmmgpt.train.initialize import TrainingCells, embed_genes_by_coexpression, standardize_projections
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 from scmmgpt.train.unseen import add_gene_texts
@@ -203,25 +202,6 @@ def load_cell_model(corpus: TrainingCells, model_args: AlignModelArguments) -> t
             f"{len(vocabulary)}. Prepare the corpus with `--vocabulary {model_args.cell_model}/vocab.json`."
         )
     return cell_model, cell_model.config
-
-
-@torch.no_grad()
-def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> None:
-    """Start both projections into the shared space from the principal axes of their inputs; see [`standardize`]."""
-    model.eval()
-    query_pieces, text_states = [], []
-    for batch in dataset:
-        gene_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
-        query_pieces.append(model.query_cells(gene_states, batch["cell_attention_mask"]))
-        text_embeds = model.qformer_embeddings(input_ids=batch["qformer_input_ids"])
-        text_states.append(model.encode_texts(text_embeds, batch["qformer_attention_mask"]))
-        if sum(map(len, text_states)) >= PROJECTION_CELLS:
-            break
-    query_states = torch.cat(query_pieces)
-    model.query_means.copy_(query_states.mean(dim=0, keepdim=True))
-    standardize(model.cell_projection, (query_states - model.query_means).flatten(0, 1))
-    standardize(model.text_projection, torch.cat(text_states))
-    model.train()
 
 
 def make_captions(corpus: Corpus, data_args: DataArguments, training_args: TrainingArguments) -> CaptionSampler:

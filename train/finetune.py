@@ -118,10 +118,16 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
         raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from `align` or `tune`.")
     config.profile_readout, config.label_readout = True, None  # of these labels, made anew
     config.release = None  # another model from here on
-    loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(
-        path, config=config, dtype=torch.float32, key_mapping={r"^model\.": ""}, output_loading_info=True
-    )
+    reporter = logging.getLogger("transformers.modeling_utils")
+    reporter.disabled = True  # the keys that it reports are judged below
+    try:
+        loaded: Any = ScMMGPTForCellTextAlignment.from_pretrained(
+            path, config=config, dtype=torch.float32, key_mapping={r"^model\.": ""}, output_loading_info=True
+        )
+    finally:
+        reporter.disabled = False
     model, info = loaded
+    model._weight_conversions = None  # else `save_pretrained` gives the keys the prefix of the former class again
     missing = [key for key in info["missing_keys"] if not key.startswith("profile_readout.")]
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(LEFT_OUT))
     if missing or unexpected:
@@ -485,6 +491,7 @@ class FineTuning:
             "similarity_weight": self.record["similarity_weight"],
             "unseen_gate": None if self.unseen_gate is None else vars(self.unseen_gate),
             "terms": ontology.label_terms({name: self.labels.cl_ids.get(name) for name in self.labels.names}),
+            "tissues": self.labels.tissues,
         }
         if self.label_sets is not None:
             self.model.config.annotation["label_sets"] = self.label_sets

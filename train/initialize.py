@@ -9,18 +9,20 @@ import torch
 
 from scmmgpt.cells_scmmgpt import Cells, normalize_log1p
 from scmmgpt.modeling_scgpt import ScGPTModel
-from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.train.data.batches import BatchDataset
 
 
 logger = logging.getLogger(__name__)
 
 SVD_CELLS = 50_000  # at most, for the co-expression of genes
 PROJECTION_CELLS = 512  # at most, for the start of a projection
+PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
 
 
 class TrainingCells(Protocol):
-    """What a new model starts from: a [`Corpus`], or cells in memory."""
+    """The cells that a new model starts from: a [`Corpus`], or cells in memory."""
 
     vocabulary: dict[str, int]
     gene_aliases: dict[str, Any]
@@ -49,6 +51,25 @@ def standardize(linear: torch.nn.Linear, inputs: torch.Tensor, *, unit: bool = F
     size = (linear.out_features if unit else 1) ** 0.5
     linear.weight[:rank] = axes[:rank] * (size * len(inputs) ** 0.5 / scale.norm().clamp(min=1e-6))
     linear.bias.copy_(-linear.weight @ mean)
+
+
+@torch.no_grad()
+def standardize_projections(model: ScMMGPTForCellTextAlignment, dataset: BatchDataset) -> None:
+    """Start both projections into the shared space from the principal axes of their inputs; see [`standardize`]."""
+    model.eval()
+    query_pieces, text_states = [], []
+    for batch in dataset:
+        gene_states = model.encode_cells(batch["gene_ids"], batch["expression"], batch["cell_attention_mask"])
+        query_pieces.append(model.query_cells(gene_states, batch["cell_attention_mask"]))
+        text_embeds = model.qformer_embeddings(input_ids=batch["qformer_input_ids"])
+        text_states.append(model.encode_texts(text_embeds, batch["qformer_attention_mask"]))
+        if sum(map(len, text_states)) >= PROJECTION_CELLS:
+            break
+    query_states = torch.cat(query_pieces)
+    model.query_means.copy_(query_states.mean(dim=0, keepdim=True))
+    standardize(model.cell_projection, (query_states - model.query_means).flatten(0, 1))
+    standardize(model.text_projection, torch.cat(text_states))
+    model.train()
 
 
 @torch.no_grad()
@@ -84,6 +105,28 @@ def embed_genes_by_coexpression(cell_model: ScGPTModel, corpus: TrainingCells) -
 
 
 @torch.no_grad()
+def standardize_language_projection(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
+    """Start the projection into the language model from the axes of its inputs, at the norm of token embeddings."""
+    model.eval()
+    pieces: list[torch.Tensor] = []
+    for cells, *_ in dataset.source.batches():
+        inputs = dataset.collate.processor(cells=cells).to(model.device)
+        mask = inputs["cell_attention_mask"]
+        gene_states = model.model.encode_cells(inputs["gene_ids"], inputs["expression"], mask)
+        pieces.append(model.model.query_cells(gene_states, mask))
+        if sum(map(len, pieces)) >= PROJECTION_CELLS:
+            break
+    projection: Any = model.model.language_projection
+    first, last = projection[0], projection[2]
+    states = (torch.cat(pieces) - model.model.query_means).flatten(0, 1)
+    standardize(first, states)
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.float().norm(dim=1).mean()
+    last.weight.mul_(size / projection(states).norm(dim=1).mean())
+    model.train()
+
+
+@torch.no_grad()
 def start_label_projection(model: ScMMGPTForConditionalGeneration, processor: ScMMGPTProcessor) -> None:
     """Start the directions of the labels at the mean input embeddings of their words, at the norm of token embeddings.
 
@@ -101,6 +144,35 @@ def start_label_projection(model: ScMMGPTForConditionalGeneration, processor: Sc
     directions = torch.nn.functional.normalize(left @ right)  # of length 1 already, unless labels outnumber dimensions
     size = embeddings.weight.float().norm(dim=1).mean()
     model.model.label_projection.weight.copy_((directions * size).t())
+
+
+@torch.no_grad()
+def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
+    """Start the projection onto condition tokens from the differences between prompts."""
+    model.eval()
+    parts = model.model
+    prompts: dict[tuple[int, ...], None] = {}
+    n_cells = 0
+    for batch in dataset:
+        if n_cells >= PROMPT_CELLS:  # cells, so that the start does not depend on the batch size
+            break
+        generates = batch["target_attention_mask"].any(dim=1)
+        n_cells += int((~generates).sum()) + len(batch["target_rows"])
+        for ids, mask in zip(batch["input_ids"][generates], batch["attention_mask"][generates], strict=True):
+            prompts.setdefault(tuple(ids[mask.bool()].tolist()))
+    if prompts:
+        inputs = dataset.collate.processor.tokenizer.pad(
+            {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        states = parts.language_model(**inputs, use_cache=False).last_hidden_state.float()
+        mask = inputs["attention_mask"]
+        summaries = parts.text_to_cell.summarize(states, mask)
+        standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
+        queries = parts.text_to_cell.query_texts(states, mask)
+        parts.text_to_cell.query_means.copy_(queries.mean(dim=0, keepdim=True))
+        # A variance of one per condition token and channel, like that of gene tokens.
+        standardize(parts.text_to_cell.projection, (queries - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
+    model.train()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ class Labels:
     names: list[str]  # sorted
     texts: list[str]  # the description of each label
     cl_ids: dict[str, str]  # label -> Cell Ontology id, where known
+    tissues: list[dict[str, Any]]  # `ontology.tissue_terms` of the column "tissue", if there is one
 
 
 def column_of(obs: Any, name: str) -> np.ndarray:
@@ -72,7 +73,7 @@ def read_labels(obs: Any, data_args: FinetuneDataArguments) -> Labels:
     texts = [given.get(name) or captions.label_text(name, ids.get(name)) for name in labels]
     # Labels with the same term, and so the same text, are told apart by their names.
     texts = [f"{name}: {text}" if texts.count(text) > 1 else text for name, text in zip(labels, texts, strict=True)]
-    return Labels(rows, targets, labels, texts, ids)
+    return Labels(rows, targets, labels, texts, ids, ontology.tissues_of(obs.iloc[rows], values[rows]))
 
 
 def hold_out(

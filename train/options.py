@@ -30,22 +30,6 @@ Fields: TypeAlias = type | Sequence[str]  # a configuration class, or the names 
 PARENTS = (SFTConfig, GRPOConfig, TrainingArguments)  # whose options a command of ours accepts too
 INHERITED = {item.name: item for cls in reversed(PARENTS) for item in dataclasses.fields(cls)}
 OLDER_FIELDS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype"}  # of config.json files, still understood
-# Former option -> its new place, or why it is gone. Where it became a field of the same name, `check_name` finds it.
-MOVED = {
-    "bert_layers": "is now num_hidden_layers of qformer_config",
-    "qformer_dropout": "is now hidden_dropout_prob of qformer_config",
-    "text_to_cell_layers": "is now num_hidden_layers of model_config's text_to_cell_config",
-    "lora_rank": "is now r of lora_config",
-    **{f"train_{part}": f"is now {part} of train_parts" for part in ("language_model", "cell_model", "qformer")},
-    "max_genes": "is that of the aligned checkpoint",
-    "ontology_temperature": "is gone, since soft targets brought nothing (train/LOG.md)",
-    "gene_embeddings": "is gone: co-expression was the best start (train/LOG.md)",
-    "bert_weights": "is gone: pretrained weights were the best start (train/LOG.md)",
-    "unlabelled": "is gone: cells of other experiments brought nothing (train/LOG.md)",
-    "balance_temperature": "is always 2",
-    "mask_ratio": "is always 0.4",
-    "patience": "is always 2",
-}
 PAGE = """# Options of the training commands
 
 `python -m scmmgpt.train options` makes this page. Values come from `--config FILE.yaml` and from the command line,
@@ -111,7 +95,7 @@ def parse_fields(name: str, value: Any) -> dict[str, Any]:
         is_pair = equals and not key.lstrip().startswith("{")
         fields = {key: parse_value(text)} if is_pair else parse_value(str(word))
         if not isinstance(fields, Mapping):
-            raise ValueError(f"{name} is no JSON object and no FIELD=VALUE: {word!r}.")
+            raise ValueError(f"{name} is neither a JSON object nor FIELD=VALUE: {word!r}.")
         result |= fields
     return result
 
@@ -130,7 +114,7 @@ def field_names(fields: Fields) -> list[str]:
 
 
 def check_fields(name: str, value: Mapping[str, Any], fields: Fields) -> None:
-    """Refuse a key that is no field: configuration classes of transformers keep such a key in silence."""
+    """Refuse a key that is not a field: configuration classes of transformers keep such a key in silence."""
     known = field_names(fields)
     accepted = {*OLDER_FIELDS, *(getattr(fields, "attribute_map", None) or {})} if isinstance(fields, type) else ()
     for key in value:
@@ -167,7 +151,7 @@ class MergeFields(argparse.Action):
 
 
 class OptionFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """One spelling of an option, and its default where it has one."""
+    """Help with one spelling of each option, and its default."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=34, width=119)
@@ -243,14 +227,13 @@ class OptionParser(TrlParser):
         return super().set_defaults_with_config(**kwargs)
 
     def check_name(self, name: str, place: str) -> None:
-        """Refuse a name that is no option, with its new place or the nearest name."""
+        """Refuse a name that is not an option, with the option that has such a field, or the nearest name."""
         known = [action.dest for action in self._actions]
         if name in known:
             return
         options = [item for cls in self.dataclass_types for item in own_options(cls)]
         holders = [item.name for item in options if name in field_names(item.metadata.get("fields", ()))]
-        place_now = f"is a field of {holders[0]}" if holders else MOVED.get(name)
-        hint = f"it {place_now}." if place_now else suggest(name, known)
+        hint = f"it is a field of {holders[0]}." if holders else suggest(name, known)
         raise ValueError(f"{place} has an unknown option {name!r}: {hint}")
 
 

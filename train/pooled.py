@@ -96,6 +96,7 @@ def fit_pooled_readout(
     meanings: np.ndarray | None = None,
     penalty: float = PENALTY,
     n_factors: int = N_FACTORS,
+    temperature: float = TEMPERATURE,
 ) -> ScMMGPTLabelReadout:
     """Ridge regression of the labels on the cells of all datasets, stored so that it is solved for any genes.
 
@@ -106,6 +107,7 @@ def fit_pooled_readout(
             ("T cell") counts for each narrow label a part. By default each target is a label.
         penalty: Of the ridge, in mean variances of a gene.
         n_factors: Factors of the variance within groups.
+        temperature: Of the scores.
 
     Raises:
         ValueError: If a label has no cell.
@@ -150,7 +152,7 @@ def fit_pooled_readout(
         "factors": factors,
         "noise": noise + penalty * variance.mean(),
         "shares": shares[genes],
-        "temperature": np.array(TEMPERATURE),
+        "temperature": np.array(temperature),
         "groups": groups,
         "group_mean": mean,
         "group_labels": mentions / weights[:, None],

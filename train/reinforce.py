@@ -129,7 +129,7 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, which passes the rows in pieces; each piece gets its cells."""
+        """TRL's method, which divides the rows into pieces; each piece gets its cells."""
         done = 0
 
         def add_cells(module: torch.nn.Module, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -9,6 +9,7 @@ make release
    the genes that at least `MIN_SOURCES` of them measure.
 2. `align` trains a small cell model and Q-Former.
 3. The readout of cell types is fitted over all datasets, with novelty and the gate of labels that were never trained.
+   Its temperature, sets of labels and least score come from each dataset, scored by a readout of the others.
 4. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
 5. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
    else; it must not take more than `MAX_BYTES`.
@@ -36,13 +37,13 @@ from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.scoring_scmmgpt import text_states
-from scmmgpt.train import align, tune
+from scmmgpt.train import align, left_out, tune
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus, open_corpus
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.sources import FileSource, SourceSpec, resolve_labels
-from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
+from scmmgpt.train.pooled import TEMPERATURE, Dataset, fit_pooled_novelty, fit_pooled_readout
 from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
@@ -59,7 +60,7 @@ CONFIGS = Path(__file__).parent / "configs"
 LIMITS = (
     "Types that rest on one dataset are known from one laboratory only. Malignant cells are none of the types, and "
     "are mostly called epithelial. Descriptions and generated cells come from a language model of a few million "
-    "parameters that has read captions alone. The model is no medical device."
+    "parameters that has read captions alone. The model is not a medical device."
 )
 TRAINED_CODE = ("*.py", "README.md", "runs", "adapter", "training_args.bin", "*.png", "trainer_state.json")
 
@@ -72,6 +73,7 @@ class LabelledSource:
     cells: Cells
     measured: np.ndarray  # vocabulary ids of the genes that the file measures, ascending
     terms: np.ndarray  # (n_cells,) of str; "" for none
+    tissues: np.ndarray  # (n_cells,) of str, likewise
 
 
 def make_parser(prog: str = "python -m scmmgpt.train release") -> argparse.ArgumentParser:
@@ -128,14 +130,15 @@ def read_labelled(spec: SourceSpec, index: GeneIndex, seed: int = 0) -> Labelled
     """Cells of a source with a cell type, at most `MAX_CELLS` of each of its own labels."""
     source = FileSource(spec)
     choice, obs = source.choose(index), source.obs()
-    terms = resolve_labels(obs)["cell_type_ontology_term_id"].fillna("").to_numpy(dtype=str)
+    labels = resolve_labels(obs).fillna("")
+    terms, tissues = (labels[f"{name}_ontology_term_id"].to_numpy(dtype=str) for name in ("cell_type", "tissue"))
     own = obs["cell_type"].fillna("").to_numpy(dtype=str)
     rng = np.random.default_rng(seed)
-    labels = sorted(set(own[terms != ""]))
-    drawn = [rng.permutation(np.flatnonzero((own == label) & (terms != "")))[:MAX_CELLS] for label in labels]
+    names = sorted(set(own[terms != ""]))
+    drawn = [rng.permutation(np.flatnonzero((own == name) & (terms != "")))[:MAX_CELLS] for name in names]
     rows = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *drawn]))
     cells = source.cells(0, source.n_cells, choice)[rows]
-    return LabelledSource(spec.name, cells, choice.match.measured, terms[rows])
+    return LabelledSource(spec.name, cells, choice.match.measured, terms[rows], tissues[rows])
 
 
 def place_terms(terms: Sequence[str], types: Sequence[str], broad: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -174,6 +177,15 @@ def pool(
     return datasets, types, meanings / meanings.sum(axis=1, keepdims=True)
 
 
+def tissues_of(sources: Sequence[LabelledSource], table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tissues of the cells, with the types that each has, as `annotation["tissues"]` of a checkpoint."""
+    pairs = {pair for source in sources for pair in zip(source.tissues, source.terms, strict=True)}
+    placed = place_terms(sorted({term for _, term in pairs if term}), table["types"], table.get("broad", ()))
+    return ontology.tissue_terms(
+        (tissue, str(ontology.term_name(name))) for tissue, term in pairs for name in placed.get(term, ())
+    )
+
+
 def add_readout(
     aligned: Path, output: Path, specs: Sequence[SourceSpec], table: Mapping[str, Any], summaries: Path
 ) -> None:
@@ -185,7 +197,9 @@ def add_readout(
     datasets, types, meanings = pool(sources, table, n_genes)
     names, sampler = [str(ontology.term_name(term)) for term in types], CaptionSampler()
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
-    model.label_readout = fit_pooled_readout(datasets, len(types), meanings=meanings)
+    fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings))
+    temperature = fitted.pop("temperature", TEMPERATURE)
+    model.label_readout = fit_pooled_readout(datasets, len(types), meanings=meanings, temperature=temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
     add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
     gate = fit_pooled_gate(model, processor, datasets, meanings)
@@ -200,7 +214,9 @@ def add_readout(
         "similarity_weight": 0.0,
         "unseen_gate": None if gate is None else vars(gate),
         "terms": ontology.label_terms(ids),
+        "tissues": tissues_of(sources, table),
         "novelty": fit_pooled_novelty(datasets, n_genes),
+        **fitted,
     }
     with filled_folder(output) as folder:
         model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What can be verified of a description of a cell: the type that it names, and the genes that it names.
+"""The verifiable parts of a description of a cell: the type and the genes that the text names.
 
 [`score_type`] and [`score_genes`] score one text. [`reward_functions`] makes functions of them for TRL's
 `GRPOTrainer`.

@@ -25,7 +25,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scmmgpt.cells_scmmgpt import COUNTS_PER_10K, Cells, log1p_cp10k
+from scmmgpt.cells_scmmgpt import COUNTS_PER_10K, log1p_cp10k
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.states_scmmgpt import ScMMGPTCellStates
@@ -357,23 +357,21 @@ def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) 
 
 @torch.no_grad()
 def read_texted_cells(
-    corpus: Corpus, captions: CaptionSampler, model: ScMMGPTForConditionalGeneration, processor: ScMMGPTProcessor
+    corpus: Corpus,
+    captions: CaptionSampler,
+    model: ScMMGPTForConditionalGeneration,
+    processor: ScMMGPTProcessor,
+    seed: int = 0,
 ) -> TextedCells:
-    """Training cells of the corpus, and the features of captions about them.
+    """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
     The texts are captions of the training and short ones, which name little but the type, so that both kinds of prompt
     are known. No text names genes of its cell, which would give the target away.
     """
     columns = [column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")]
-    pieces, tables = [], []
-    for piece, table in corpus.row_groups("train", columns):
-        pieces.append(piece)
-        tables.append(table.to_pandas())
-        if sum(map(len, pieces)) >= MAX_CELLS:
-            break
-    cells = Cells.concatenate(pieces)[:MAX_CELLS]
-    obs = {name: np.concatenate([np.asarray(t[name], dtype=object) for t in tables])[:MAX_CELLS] for name in columns}
-    samplers = (captions, CaptionSampler("short", seed=captions.seed, ontology=captions.ontology))
+    cells, table = corpus.sample("train", MAX_CELLS, columns, seed=seed)
+    obs = {name: np.asarray(values, dtype=object) for name, values in table.to_pandas().items()}
+    samplers = (captions, CaptionSampler("short", seed=captions.seed))
     draws = [
         sampler.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
         for sampler in samplers
@@ -400,5 +398,5 @@ def fit_cell_states(
     """Fit the states of the model to the training cells of the corpus, and to the texts as the model encodes them."""
     was_training = model.training
     model.eval()
-    fit_states(model.model.cell_states, read_texted_cells(corpus, captions, model, processor), seed=seed)
+    fit_states(model.model.cell_states, read_texted_cells(corpus, captions, model, processor, seed), seed=seed)
     model.train(was_training)

@@ -24,16 +24,14 @@ from trl import SFTTrainer
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train import adapter
+from scmmgpt.train import adapter, initialize
 from scmmgpt.train.align import CELL_DECODERS, finish, make_captions
 from scmmgpt.train.arguments import TrainedParts, TuneConfig, TuneDataArguments, TuneModelArguments
 from scmmgpt.train.card import write_card
-from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler, read_gene_means
 from scmmgpt.train.data.collate import TuningCollator
 from scmmgpt.train.data.corpus import Corpus, open_corpus
 from scmmgpt.train.data.instructions import InstructionBatches, read_instructions
-from scmmgpt.train.initialize import PROJECTION_CELLS, standardize, start_from_mean_profile, start_label_projection
 from scmmgpt.train.language_model import add_lora, build_language_model, skip_other_parts
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.states import fit_cell_states
@@ -42,7 +40,6 @@ from scmmgpt.train.trainer import StreamTrainer, data_seed, freeze, make_dataset
 
 logger = logging.getLogger(__name__)
 
-PROMPT_CELLS = 128  # at most, for the start of the text-to-cell projection
 PROJECTOR = {"num_hidden_layers": 2, "cross_attention_frequency": 1}  # other fields are those of the Q-Former
 NEW_PARTS = ("language_projection", "label_projection", "text_to_cell", "expression_head")
 
@@ -184,57 +181,6 @@ def join_processor(aligned: str, tokenizer: PreTrainedTokenizerBase, corpus: Cor
     return processor
 
 
-@torch.no_grad()
-def standardize_text_to_cell(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
-    """Start the projection onto condition tokens from the differences between prompts."""
-    model.eval()
-    parts = model.model
-    prompts: dict[tuple[int, ...], None] = {}
-    n_cells = 0
-    for batch in dataset:
-        if n_cells >= PROMPT_CELLS:  # cells, so that the start does not depend on the batch size
-            break
-        generates = batch["target_attention_mask"].any(dim=1)
-        n_cells += int((~generates).sum()) + len(batch["target_rows"])
-        for ids, mask in zip(batch["input_ids"][generates], batch["attention_mask"][generates], strict=True):
-            prompts.setdefault(tuple(ids[mask.bool()].tolist()))
-    if prompts:
-        inputs = dataset.collate.processor.tokenizer.pad(
-            {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        states = parts.language_model(**inputs, use_cache=False).last_hidden_state.float()
-        mask = inputs["attention_mask"]
-        summaries = parts.text_to_cell.summarize(states, mask)
-        standardize(parts.text_to_cell.summary_projection, summaries, unit=True)
-        queries = parts.text_to_cell.query_texts(states, mask)
-        parts.text_to_cell.query_means.copy_(queries.mean(dim=0, keepdim=True))
-        # A variance of one per condition token and channel, like that of gene tokens.
-        standardize(parts.text_to_cell.projection, (queries - parts.text_to_cell.query_means).flatten(0, 1), unit=True)
-    model.train()
-
-
-@torch.no_grad()
-def standardize_language_projection(model: ScMMGPTForConditionalGeneration, dataset: BatchDataset) -> None:
-    """Start the projection into the language model from the axes of its inputs, at the norm of token embeddings."""
-    model.eval()
-    pieces: list[torch.Tensor] = []
-    for cells, *_ in dataset.source.batches():
-        inputs = dataset.collate.processor(cells=cells).to(model.device)
-        mask = inputs["cell_attention_mask"]
-        gene_states = model.model.encode_cells(inputs["gene_ids"], inputs["expression"], mask)
-        pieces.append(model.model.query_cells(gene_states, mask))
-        if sum(map(len, pieces)) >= PROJECTION_CELLS:
-            break
-    projection: Any = model.model.language_projection
-    first, last = projection[0], projection[2]
-    states = (torch.cat(pieces) - model.model.query_means).flatten(0, 1)
-    standardize(first, states)
-    embeddings: Any = model.get_input_embeddings()
-    size = embeddings.weight.float().norm(dim=1).mean()
-    last.weight.mul_(size / projection(states).norm(dim=1).mean())
-    model.train()
-
-
 def saved_parts(trained: TrainedParts, cell_tokens: str = "queries") -> list[str]:
     """Parts that are trained in full beside the language model's LoRA, and saved with it.
 
@@ -266,7 +212,7 @@ def is_frozen(name: str, trained: TrainedParts, expression_head: str) -> bool:
 
 
 def unused_parts(text_to_cell_ratio: float, has_instructions: bool, cell_tokens: str) -> tuple[str, ...]:
-    """Parts that no loss reaches: if no cell is generated, and if no cell, or no query of it, is read."""
+    """Parts that no loss reaches: those of generation, or those of description, where no cell needs them."""
     if text_to_cell_ratio == 1 and not has_instructions:
         return (".language_projection.", ".label_projection.")
     unused = (".language_projection.",) if cell_tokens == "labels" else ()
@@ -325,13 +271,13 @@ def main(
         limit = getattr(model.config.text_config, "max_position_embeddings", None)
         instructions = read_instructions(data_args.instructions, corpus, processor, max_tokens=limit)
     # Every rank computes the start from the same cells, so all have the same weights; FSDP broadcasts none.
-    start_from_mean_profile(model, read_gene_means(corpus.path))
+    initialize.start_from_mean_profile(model, read_gene_means(corpus.path))
     if model.config.cell_tokens != "labels":
-        standardize_language_projection(model, train_dataset.of_all_ranks())
+        initialize.standardize_language_projection(model, train_dataset.of_all_ranks())
     if model.config.cell_tokens != "queries":
-        start_label_projection(model, processor)
+        initialize.start_label_projection(model, processor)
     if training_args.text_to_cell_ratio > 0:
-        standardize_text_to_cell(model, train_dataset.of_all_ranks())
+        initialize.standardize_text_to_cell(model, train_dataset.of_all_ranks())
     if model.config.num_state_components is not None:
         fit_cell_states(model, corpus, captions, processor, seed=data_seed(training_args))
     if instructions is not None:

@@ -1,4 +1,4 @@
-"""What labels that were never trained (`unseen_scmmgpt`) need: a gate, and directions of genes from texts about them.
+"""The parts for labels without training cells (`unseen_scmmgpt`): a gate, and directions from texts about genes.
 
 The gate is fitted on episodes that leave one trained label out.
 """

@@ -44,7 +44,7 @@ class Case:
     cells: slice = field(default_factory=lambda: slice(None))
     obs: tuple[str, ...] = ()  # columns that the cells have
     var: tuple[str, ...] = ()
-    aside: int = 0  # variables that are no genes
+    aside: int = 0  # variables that are not genes
 
 
 # -- Matrix Market ----------------------------------------------------------------------------------------------------

@@ -193,8 +193,8 @@ def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
     return np.where(n_genes[last] - n_genes[first] >= MIN_COPIED_GENES, sums[last] - sums[first], np.uint64(0))
 
 
-def find_copies(parts: list[Path]) -> int:
-    """Mark the cells that have the counts of another cell, whatever their names; return the number of marked cells.
+def find_copies(parts: list[Path]) -> None:
+    """Mark the cells that have the counts of another cell, whatever their names.
 
     One cell of each content stays unmarked, that of the smallest key, so that no cell is in two splits.
     """
@@ -214,7 +214,6 @@ def find_copies(parts: list[Path]) -> int:
         with whole_file(copies_path(path)) as temporary:
             np.save(temporary, copies[start : start + len(own)])
         start += len(own)
-    return int(copies.sum())
 
 
 def copies_path(path: Path) -> Path:
@@ -317,7 +316,7 @@ def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
     """Among neighbours of one identity, find exact copies and rename the other cells, in place.
 
     Returns:
-        Positions of the cells that are no copies, and the number of renamed cells.
+        Positions of the cells that are not copies, and the number of renamed cells.
     """
     ids = cells.cell_ids.copy()
     kept, renamed = np.ones(len(cells), dtype=bool), 0

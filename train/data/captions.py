@@ -180,7 +180,6 @@ class CaptionSampler:
         templates: Name of a set in `train/data/templates` ("default", or "paper" for the published model's single
             template), or path of a JSON file of the same form.
         seed: Seed of the draws.
-        ontology: Whether to use names, definitions and synonyms of the ontologies; otherwise, captions use obs alone.
         gene_means: Mean share of each gene in a cell's counts, float `(vocab_size,)`, from `read_gene_means`. Captions
             have no marker genes without them.
     """
@@ -190,7 +189,6 @@ class CaptionSampler:
         templates: str | Path = "default",
         *,
         seed: int = 0,
-        ontology: bool = True,
         gene_means: np.ndarray | None = None,
     ) -> None:
         path = Path(templates)
@@ -200,7 +198,7 @@ class CaptionSampler:
             sets = sorted(p.stem for p in TEMPLATES.glob("*.json") if p.stem != "labels")
             raise FileNotFoundError(f"There is no {path}. Give the path of a template file, or one of {sets}.")
         data = read_json(path)
-        self.name, self.seed, self.ontology, self.gene_means = data["name"], seed, ontology, gene_means
+        self.name, self.seed, self.gene_means = data["name"], seed, gene_means
         self._captions = [_Template(t["text"], t.get("weight", 1), path) for t in data["captions"]]
         self._answers = [_Template(t["text"], t.get("weight", 1), path) for t in data["answers"]]
         self._label = _Template(data["label"], 1, path)
@@ -314,12 +312,9 @@ class CaptionSampler:
         names: dict[str, str | None] = {}
         type_id = None
         for column, label, term_id in zip(CAPTION_COLUMNS, combination[::2], combination[1::2], strict=True):
-            if self.ontology:
-                term = terms.resolve(column, label, term_id)
-                names[column] = term.name
-                type_id = term.term_id if column == "cell_type" else type_id
-            else:
-                names[column] = None if terms.is_missing(label) else str(label)
+            term = terms.resolve(column, label, term_id)
+            names[column] = term.name
+            type_id = term.term_id if column == "cell_type" else type_id
         cell_type = names["cell_type"]
         definition = terms.definition(type_id) if type_id else None
         first = _first_sentence(definition) if definition else None

@@ -245,41 +245,39 @@ class Corpus:
         ]
         return pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).unify_dictionaries()
 
-    def row_groups(self, split: str, columns: Sequence[str] | None = None) -> Iterator[tuple[Cells, pa.Table]]:
-        """Yield raw counts and annotations (default: `OBS_COLUMNS`) of one row group at a time, in stored order."""
+    def row_groups(
+        self, split: str, columns: Sequence[str] | None = None, *, rng: np.random.Generator | None = None
+    ) -> Iterator[tuple[Cells, pa.Table]]:
+        """Yield raw counts and annotations (default: `OBS_COLUMNS`) of one row group at a time.
+
+        The order is that of the files; with `rng`, shards and row groups within a shard are in random order.
+        """
         columns = list(OBS_COLUMNS) if columns is None else list(columns)
-        for shard in self.shards(split):
-            with self.open_shard(shard) as file:
-                for group in range(file.num_row_groups):
+        shards = self.shards(split)
+        for number in range(len(shards)) if rng is None else rng.permutation(len(shards)):
+            with self.open_shard(shards[number]) as file:
+                n_groups = file.num_row_groups
+                for group in range(n_groups) if rng is None else rng.permutation(n_groups).tolist():
                     table = file.read_row_group(group, columns=[*CELL_COLUMNS, *columns])
                     yield table_to_cells(table), table.select(columns)
 
     def load(self, split: str, columns: Sequence[str] | None = None) -> tuple[Cells, pa.Table]:
         """Read a whole split into memory; see `row_groups`."""
-        groups = list(self.row_groups(split, columns))
-        return Cells.concatenate([cells for cells, _ in groups]), pa.concat_tables([table for _, table in groups])
+        return _join(list(self.row_groups(split, columns)))
 
     def sample(
         self, split: str, max_cells: int, columns: Sequence[str] | None = None, *, seed: int = 0
     ) -> tuple[Cells, pa.Table]:
         """Read row groups of a split, drawn at random, until there are `max_cells`; see `row_groups`."""
-        columns = list(OBS_COLUMNS) if columns is None else list(columns)
-        shards = self.shards(split)
-        rng = np.random.default_rng(seed)
         pieces: list[tuple[Cells, pa.Table]] = []
         n_cells = 0
-        for shard in (shards[i] for i in rng.permutation(len(shards))):
-            with self.open_shard(shard) as file:
-                for group in rng.permutation(file.num_row_groups):
-                    if n_cells >= max_cells:
-                        break
-                    table = file.read_row_group(int(group), columns=[*CELL_COLUMNS, *columns])
-                    pieces.append((table_to_cells(table), table.select(columns)))
-                    n_cells += len(table)
+        for cells, table in self.row_groups(split, columns, rng=np.random.default_rng(seed)):
+            pieces.append((cells, table))
+            n_cells += len(cells)
             if n_cells >= max_cells:
                 break
-        cells, tables = Cells.concatenate([cells for cells, _ in pieces]), [table for _, table in pieces]
-        return cells[:max_cells], pa.concat_tables(tables)[:max_cells]
+        cells, table = _join(pieces)
+        return cells[:max_cells], table[:max_cells]
 
     def to_adata(self, split: str, start: int = 0, stop: int | None = None) -> "anndata.AnnData":
         """Return a split as an AnnData: counts over the whole vocabulary in CSR, barcodes as `obs_names`.
@@ -314,7 +312,7 @@ class Corpus:
                             pieces.append((table_to_cells(table)[rows], table.select(OBS_COLUMNS)[rows]))
                         begin = end
             first += shard.n_cells
-        return Cells.concatenate([cells for cells, _ in pieces]), pa.concat_tables([table for _, table in pieces])
+        return _join(pieces)
 
     def open_shard(self, shard: Shard) -> pq.ParquetFile:
         """Open a shard for reading, with page checksums verified."""
@@ -340,6 +338,10 @@ class Corpus:
         `load_dataset` and [`open_corpus`] read it from there. `options` are those of [`push_folder`].
         """
         return push_folder(self.path, repo_id, repo_type="dataset", **options)
+
+
+def _join(pieces: list[tuple[Cells, pa.Table]]) -> tuple[Cells, pa.Table]:
+    return Cells.concatenate([cells for cells, _ in pieces]), pa.concat_tables([table for _, table in pieces])
 
 
 def features_of(manifest: Manifest) -> "datasets.Features":
@@ -371,7 +373,6 @@ def open_corpus(
     *,
     vocabulary: Mapping[str, int] | None = None,
     verify: bool | None = None,
-    revision: str | None = None,
 ) -> Corpus:
     """Open a corpus; refuse one that is unfinished, damaged, or written with another gene vocabulary.
 
@@ -385,7 +386,7 @@ def open_corpus(
     repo_id = None
     if not Path(path).exists() and HUB_ID.fullmatch(str(path)):
         repo_id, _, pinned = str(path).partition("@")
-        path = download(repo_id, revision or pinned or None)
+        path = _download(repo_id, pinned or None)
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"There is no corpus at {path}. `python -m scmmgpt.train prepare` makes one.")
@@ -409,15 +410,15 @@ def open_corpus(
     return Corpus(path, manifest, own_vocabulary, aliases, read_json(path / "splits.json", dict), repo_id)
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
+def _download(repo_id: str, revision: str | None) -> Path:
     """Folder with a corpus of the Hub, in the Hub's cache."""
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{repo_id} is no folder, and no corpus of the Hub that can be read from here: {first_line} `python -m "
-            "scmmgpt.train prepare` makes a corpus."
+            f"{repo_id} is neither a folder nor a corpus of the Hub that can be read from here: {first_line} "
+            "`python -m scmmgpt.train prepare` makes a corpus."
         ) from None
 
 

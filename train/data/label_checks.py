@@ -1,4 +1,4 @@
-"""Labels as people write them: cleaned of what has no meaning, with warnings of those that are no names."""
+"""Labels as people write them: cleaned of what has no meaning, with warnings of those that are not names."""
 
 import re
 from collections import Counter, defaultdict
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from scmmgpt.commands.writing import text_of
+from scmmgpt.train.data.ontology import is_missing
 
 
 SHOWN = 5  # most labels that a warning lists
@@ -18,6 +19,24 @@ def clean_label(value: Any) -> str:
     ('B cell', '2')
     """
     return " ".join(text_of(value).split())
+
+
+def check_labels(labels: Iterable[Any], where: str) -> list[str]:
+    """Warnings about a column of labels: one label for all cells, missing labels, and those of [`label_warnings`].
+
+    Raises:
+        ValueError: If no cell has a label.
+    """
+    values = [None if is_missing(label) else clean_label(label) for label in labels]
+    counts = count_labels(values)
+    if not counts:
+        raise ValueError(f"None of the {len(values)} cells has a label in {where}. Name another column of `obs`.")
+    warnings = []
+    if len(counts) == 1:
+        warnings.append(f"{where} has one label for all cells ({next(iter(counts))!r}): there is nothing to learn.")
+    if counts.total() < len(values):
+        warnings.append(f"{len(values) - counts.total()} of {len(values)} cells have no label in {where}.")
+    return warnings + label_warnings(counts, where)
 
 
 def label_warnings(counts: Mapping[str, int], where: str) -> list[str]:
@@ -78,5 +97,5 @@ def listed(labels: Iterable[str]) -> str:
 
 
 def count_labels(values: Iterable[Any]) -> Counter[str]:
-    """Number of cells of each label; `None` is no label."""
+    """Number of cells of each label; `None` is not a label."""
     return Counter(value for value in values if value is not None)

@@ -8,7 +8,7 @@ use (the Cell Ontology in 15 ms, MONDO in 150 ms). NCBITaxon is never loaded, be
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ ONTOLOGIES = {
 MISSING = frozenset({"", "na", "nan", "none", "unknown", "unassigned", "<na>"})
 
 ROOT_TYPE = "CL:0000000"  # cell
+BLOOD = "UBERON:0000178"
 LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
 
 
@@ -62,7 +63,7 @@ def _parser() -> Any:
     except ImportError as error:
         raise ImportError(
             "Definitions and synonyms of cell types come with `cellxgene-ontology-guide`, which is not installed. "
-            "Install `scmmgpt[train]`, or pass `ontology=False` to write captions from the labels alone."
+            "Install `scmmgpt[train]`."
         ) from error
     return OntologyParser()
 
@@ -283,9 +284,53 @@ def label_terms(labels: Mapping[str, str | None]) -> list[dict[str, Any]]:
     terms = []
     # Ancestors come nearest first, and sorting keeps their order.
     for term_id, names in sorted(below.items(), key=lambda item: (len(item[1]), item[0] not in curated)):
-        words = [str(term_name(term_id)), *all_synonyms(term_id)]
-        reviewed = [word for word, known in _reviewed_labels().get("cell_type", {}).items() if known == term_id]
-        keys = dict.fromkeys([normalize_label(words[0]), *map(normalize_label, words[1:]), *reviewed])
-        own = [key for key in keys if key and match_label("cell_type", key)[0] == term_id]
-        terms.append({"id": term_id, "name": words[0], "names": own, "labels": names})
+        terms.append(_described("cell_type", term_id, names))
     return terms
+
+
+def tissue_terms(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The tissues of some labelled cells, for `annotate` to choose from the labels of one of them.
+
+    A tissue has the labels of its cells, an organ those of its parts too, and each the labels of blood, which runs
+    through all.
+
+    Args:
+        pairs: Tissue, in words or an UBERON id, and label, of cells; a pair with a missing one counts for nothing.
+
+    Returns:
+        As [`label_terms`]: `id` ("" of words that UBERON does not know), `name`, `names` and `labels`, by name.
+    """
+    from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
+    from cellxgene_ontology_guide.entities import CuratedOntologyTermList
+
+    organs = set(get_curated_ontology_term_list(CuratedOntologyTermList.ORGAN))
+    found: dict[str, set[str]] = {}
+    for tissue, label in set(pairs):
+        own = resolve("tissue", tissue, tissue)
+        above = [] if own.term_id is None else [term for term in ancestors(own.term_id) if term in organs]
+        for place in [] if own.name is None or is_missing(label) else [own.term_id or own.name, *above]:
+            found.setdefault(place, set()).add(label)
+    of_blood = found.get(BLOOD, set())
+    terms = []
+    for place, labels in found.items():
+        own, names = resolve("tissue", place, place), sorted({*labels, *of_blood})
+        if own.term_id is not None:
+            terms.append(_described("tissue", own.term_id, names))
+        else:
+            terms.append({"id": "", "name": place, "names": [normalize_label(place)], "labels": names})
+    return sorted(terms, key=lambda term: term["name"])
+
+
+def tissues_of(obs: Any, labels: Iterable[Any]) -> list[dict[str, Any]]:
+    """[`tissue_terms`] of labelled cells, by their column "tissue", or that of its ids; empty without one."""
+    key = next((name for name in ("tissue_ontology_term_id", "tissue") if name in obs), None)
+    return [] if key is None else tissue_terms(zip(obs[key], labels, strict=True))
+
+
+def _described(column: str, term_id: str, labels: Sequence[str]) -> dict[str, Any]:
+    """A term for a checkpoint: its id, its name, all names that mean it and no other, and labels."""
+    words = [str(term_name(term_id)), *all_synonyms(term_id)]
+    reviewed = [word for word, known in _reviewed_labels().get(column, {}).items() if known == term_id]
+    keys = dict.fromkeys([*map(normalize_label, words), *reviewed])
+    own = [key for key in keys if key and match_label(column, key)[0] == term_id]
+    return {"id": term_id, "name": words[0], "names": own, "labels": list(labels)}

@@ -125,7 +125,7 @@ def list_sources(args: argparse.Namespace) -> list[SourceSpec]:
     columns, constants = (_pairs(getattr(args, name), name) for name in ("column", "constant"))
     for name in [*columns, *constants]:
         if name not in OBS_COLUMNS:
-            raise ValueError(f"{name!r} is no column of a corpus; choose one of {', '.join(OBS_COLUMNS)}.")
+            raise ValueError(f"{name!r} is not a column of a corpus; choose one of {', '.join(OBS_COLUMNS)}.")
     if args.demo:
         demo = DEMOS[args.demo]
         path = package_file(*demo["path"])

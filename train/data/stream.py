@@ -94,7 +94,7 @@ class CellStream:
             self.reader = MemoryReader(reader)
 
     def __len__(self) -> int:
-        """Batches of every rank in every epoch: as many as the order has in its first; see `batches.py`."""
+        """Batches of a rank in an epoch, always as many as epoch 0 of the order has; see `batches.py`."""
         return self.order.n_steps(0)
 
     @property

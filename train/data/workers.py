@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from typing import Any
 
+from tqdm import tqdm
+
 from scmmgpt.commands.progress import SECONDS
 
 
@@ -38,19 +40,25 @@ def start_workers(workers: int, cluster: str | None = None) -> Iterator[RunTasks
             stack.callback(executor.shutdown, cancel_futures=True)
 
         def run(function: Callable[[Any], Any], tasks: Sequence[Any], what: str) -> list[Any]:
+            began = time.monotonic()
+
+            def tell(n: int) -> None:
+                left = (time.monotonic() - began) * (len(tasks) - n) / n
+                logger.info("%d of %d %s, %s left", n, len(tasks), what, tqdm.format_interval(left))
+
             if executor is None:
-                results, told = [], time.monotonic()
+                results, told = [], began
                 for n, task in enumerate(tasks, 1):
                     results.append(function(task))
                     if time.monotonic() - told > SECONDS:
-                        logger.info("%d of %d %s", n, len(tasks), what)
+                        tell(n)
                         told = time.monotonic()
                 return results
             futures = [executor.submit(function, task) for task in tasks]
             try:
                 for n, future in enumerate(as_completed(futures), 1):
                     future.result()
-                    logger.info("%d of %d %s", n, len(tasks), what)
+                    tell(n)
             except BrokenExecutor as error:
                 raise ValueError(
                     "The system ended a worker process, most likely for want of memory. Give the command again with "

@@ -1,6 +1,6 @@
 """Cell type annotation: accuracy, macro and weighted F1, balanced accuracy and calibration, from scikit-learn.
 
-Averages run over the types that are present in the truth. A predicted type that never occurs is no class of its own:
+Averages run over the types that are present in the truth. A predicted type that never occurs is not a class:
 it lowers the recall of the true types.
 
 >>> import evaluate
@@ -95,7 +95,7 @@ class CellTypeAnnotation(evaluate.Metric):
         self, *, predictions: Any = None, references: Any = None, confidences: Any = None, **options: Any
     ) -> None:
         """Add a batch; `confidences`, if any, are given with every batch."""
-        # They are no column of the module's table, since `evaluate` has no columns that may be left out.
+        # They are not columns of the module's table, since `evaluate` has no columns that may be left out.
         self.confidences = getattr(self, "confidences", [])
         self.confidences.extend([] if confidences is None else np.asarray(confidences, dtype=np.float64).tolist())
         lists = {"predictions": np.asarray(predictions).tolist(), "references": np.asarray(references).tolist()}

@@ -52,8 +52,8 @@ MIN_CELLS = 3  # of a type on each side; with fewer, the distance between two sa
 def median_distance(points: np.ndarray, *, seed: int = 0) -> float:
     """Median Euclidean distance between points `(n, d)`, the usual bandwidth of a Gaussian kernel.
 
-    The cost is quadratic, so larger samples are cut to 2,000 points. The mean replaces a median of 0, 1 a mean of 0.
-    Compute the bandwidth once, on real data: distances under different bandwidths cannot be compared.
+    The cost is quadratic, so larger samples are cut to 2,000 points. A median of 0 is replaced by the mean, and a mean
+    of 0 by 1. Compute the bandwidth once, on real data: distances under different bandwidths cannot be compared.
     """
     points = np.asarray(points, dtype=np.float64)
     if len(points) > 2000:
@@ -82,7 +82,7 @@ def discrepancy(
         k_yy: Kernel matrix of y with itself, shape `(m, m)`.
         k_xy: Kernel matrix of x with y, shape `(n, m)`.
         wx: Weights of the points of x, shape `(n_replicates, n)`. The weights of a bootstrap replicate are the counts
-            of each point in a draw with replacement; two copies of one point are no pair.
+            of each point in a draw with replacement; two copies of one point are not a pair.
         wy: Weights of the points of y, shape `(n_replicates, m)`.
 
     Returns:

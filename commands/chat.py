@@ -1,0 +1,317 @@
+"""Questions about a selection of cells, answered by numbers that are counted for them.
+
+    > Do they express CD4?
+    CD4: counts in 13 % of the 90 selected cells, in 2 % of the 610 other cells.
+
+The words of a question choose a topic, and the genes, types and columns of `obs` that it names choose what is counted
+(`questions`). Nothing is generated. "And CD8?" asks the last question again, "of the B cells" about other cells.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scmmgpt.commands.conditions import rows_where
+from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader, simple
+from scmmgpt.evidence_scmmgpt import NONE
+from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, PROGRAMMES, TYPE_FOLD, TYPE_SHARE, Expression, join
+
+
+STATES = ("cycl|divid|prolif", "interferon", "inflam", "stress|dissoc", "cytotox", "activat", "exhaust|inhib")
+COLUMNS = ("tissue", "donor_id", "donor", "sample", "batch", "condition", "disease", "assay", "leiden", "louvain")
+N_NAMED, N_PARTS, MAX_KINDS, SILENT = 5, 6, 60, 0.1  # genes and values of an answer; kinds of a column; as in reports
+
+
+@dataclass
+class Answer:
+    """An answer, the topic that was understood ("" for none), and the same by a language model, if it keeps to it."""
+
+    text: str
+    topic: str = ""
+    worded: str = ""
+
+
+def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
+    """Which cells are selected, bool `(n_obs,)`: by a condition as for [`rows_where`], names or rows; None: all.
+
+    Raises:
+        ValueError: If it selects no cell, or is no condition on columns of `obs`.
+    """
+    mask = np.zeros(len(obs), dtype=bool)
+    if isinstance(select, str):
+        mask = rows_where(obs, select)
+    else:
+        rows = slice(None) if select is None else np.asarray(select)
+        mask[obs.index.get_indexer(rows) if getattr(rows, "dtype", mask.dtype).kind in "OU" else rows] = True
+    if not mask.any():
+        raise ValueError(f"No cell is selected by {select!r}.")
+    return mask
+
+
+class Chat:
+    """Questions about cells of one file, turn by turn.
+
+    Labels and descriptions with proof are added to `adata` where they are missing.
+
+    Args:
+        pipeline: With a label readout.
+        adata: All cells: those that are not selected are what the selection is compared with.
+        select: See [`rows_of`].
+        read_kwargs: How to read the cells, as for `ScMMGPTPipeline.annotate`.
+    """
+
+    def __init__(self, pipeline: Any, adata: Any, select: Any = None, **read_kwargs: Any) -> None:
+        self.selected = rows_of(adata.obs, select)
+        if "scmmgpt_cell_type" not in adata.obs:
+            pipeline.annotate(adata, **read_kwargs)
+        if "clauses" not in adata.uns.get("scmmgpt", {}).get("describe", {}):
+            pipeline.describe(adata, proof=True, **read_kwargs)
+        choice = pipeline.processor.choose_input(adata, **read_kwargs)
+        self.cells, self.obs, gene_index = choice.convert(adata), adata.obs, pipeline.processor.gene_index
+        genes = np.unique(choice.match.measured)
+        self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
+        self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
+        self.labels = np.asarray(self.obs["scmmgpt_cell_type"], dtype=str)
+        settings = pipeline.model.config.annotation
+        terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
+        sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
+        evidence = pipeline.evidence_of(choice, self.labels, sets)
+        self.explainer, self.set_names, self.panel_genes = evidence.explainer, evidence.names, evidence.genes
+        types = {simple(word): term["name"] for term in terms for word in term["names"] if len(word) > 1}
+        types |= {simple(name): name for name in sets.tolist()}
+        clauses = pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"], columns=["cell", "text"])
+        shows = {p.phrase: clauses["cell"][clauses["text"].str.startswith(p.phrase)] for p in PROGRAMMES}
+        self.programmes = {name: np.isin(adata.obs_names, cells) for name, cells in shows.items()}
+        own = [name for name in self.obs if not name.startswith("scmmgpt_") and not name.endswith("ontology_term_id")]
+        self.columns = {c: self.obs[c].astype(str).to_numpy() for c in own if self.obs[c].nunique() <= MAX_KINDS}
+        self.read = QuestionReader(types, {name: set(values) for name, values in self.columns.items()}, gene_index)
+        self.asked = Question("")
+
+    def ask(self, text: str) -> Answer:
+        """Answer a question."""
+        asked = self.read(text, self.asked)
+        if not asked.topic:
+            return Answer(f"The counts do not answer that. You can ask: {EXAMPLES}")
+        self.asked = asked
+        if not self.subject[0].any():
+            return Answer(f"The file has none of {self.subject[1]}.", asked.topic)
+        return Answer(getattr(self, f"_{asked.topic}")(), asked.topic)
+
+    # -- cells --------------------------------------------------------------------------------------------------------
+
+    def mask(self, group: Group) -> np.ndarray:
+        """The cells of a group, bool `(n_cells,)`."""
+        column, value = group
+        if column != "type":
+            return self.columns[column] == value
+        return np.isin(self.labels, [label for label in set(self.labels) if self.is_kind(label, value)])
+
+    def is_kind(self, label: str, of: str) -> bool:
+        """Whether a label is a type or a kind of it."""
+        mine, theirs = (self.explainer.members[self.number(name)] for name in (label, of))
+        return label == of or bool(mine.any() and not (mine & ~theirs).any())
+
+    def number(self, name: str) -> int:
+        """The number of the set of a type."""
+        return int(np.flatnonzero(self.set_names == name)[0])
+
+    @property
+    def subject(self) -> tuple[np.ndarray, str]:
+        """The cells that are asked about, and what to call them."""
+        group = self.asked.roles.get("subject")
+        mask = self.selected if group is None else self.mask(group)
+        return mask, _named(mask, "" if mask.all() else "selected " if group is None else group)
+
+    @property
+    def others(self) -> tuple[np.ndarray, str]:
+        """The cells that those are compared with, and what to call them."""
+        group = self.asked.roles.get("reference")
+        mask = ~self.subject[0] if group is None else self.mask(group)
+        return mask, _named(mask, "other " if group is None else group)
+
+    def shares(self, genes: Sequence[str], mask: np.ndarray, other: np.ndarray) -> str:
+        """Genes with the shares of cells that have counts of them, here and elsewhere, in words."""
+        columns = [self.expression.column_of[gene] for gene in genes]
+        here = [share(value) for value in self.expressing(mask)[columns]]
+        there = [f" against {share(value)}" if other.any() else "" for value in self.expressing(other)[columns]]
+        return join([f"{gene} ({a}{b})" for gene, a, b in zip(genes, here, there, strict=True)])
+
+    def expressing(self, mask: np.ndarray) -> np.ndarray:
+        """The share of cells that have counts of each gene, `(n_genes,)`."""
+        return np.bincount(self.expressed[mask].indices, minlength=len(self.expression.symbols)) / max(mask.sum(), 1)
+
+    def commonest(self) -> tuple[str, np.ndarray]:
+        """The commonest label of the cells that are asked about, and those of them that have it."""
+        mask, _ = self.subject
+        label = str(pd.Series(self.labels[mask]).value_counts().index[0])
+        return label, mask & (self.labels == label)
+
+    def evidence(self, rival: str = "") -> tuple[str, str]:
+        """A type, by default the runner-up of the commonest label, and the genes that speak against it."""
+        label, mask = self.commonest()
+        own, panel = self.number(label), self.explainer.panel
+        _, positions, values = panel.profiles(self.cells[np.flatnonzero(mask)])
+        mean = np.bincount(positions, values, minlength=len(panel.gene_ids)) / mask.sum()
+        scores = (mean @ panel.weights + panel.bias)[None]
+        other = self.number(rival) if rival else self.explainer.find_rivals(scores, np.array([own]))[0]
+        if other == NONE or not self.explainer.members[own].any():
+            return "", ""
+        rival = str(self.set_names[other])
+        terms, speaks = self.explainer.terms(slice(None), mean, own, other)
+        best = [gene for gene in np.argsort(-terms * speaks, kind="stable")[:N_NAMED] if (terms * speaks)[gene] > 0]
+        there = self.mask(("type", rival)) & ~mask
+        genes = self.shares(self.panel_genes[best].tolist(), mask, there) if best else "none"
+        of = f" (shares of these {mask.sum():,} cells and of {_named(there, ('type', rival))})" if there.any() else ""
+        return rival, f"Genes that speak for {label} and against {rival}: {genes}{of}."
+
+    def markers(self, name: str) -> tuple[str, str]:
+        """Markers of a type that the cells express, and those that fewer than a tenth of them do, in words."""
+        (mask, _), (other, _) = self.subject, self.others
+        symbols = self.panel_genes[[gene for gene in self.explainer.markers[self.number(name)] if gene != NONE]]
+        here = self.expressing(mask)[[self.expression.column_of[gene] for gene in symbols]]
+        lists = symbols[here >= SILENT].tolist(), symbols[here < SILENT].tolist()
+        return tuple(self.shares(genes, mask, other) if genes else "none" for genes in lists)  # type: ignore[return-value]
+
+    def parts(self, values: np.ndarray, mask: np.ndarray) -> str:
+        """The commonest values of cells with their shares, in words."""
+        counts = pd.Series(values[mask]).value_counts()
+        parts = [f"{name} ({share(n / mask.sum())})" for name, n in counts.head(N_PARTS).items()]
+        return join([*parts, f"{len(counts) - N_PARTS} more"] if len(counts) > N_PARTS else parts)
+
+    def called(self, group: Group) -> str:
+        """How many of the cells are of a group, in words."""
+        (mask, who), n = self.subject, int((self.mask(group) & self.subject[0]).sum())
+        what = f"called {group[1]} or a kind of it" if group[0] == "type" else f"of {group[0]} {group[1]}"
+        return f"{n:,} of {who} ({share(n / mask.sum())}) are {what}."
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def _types(self) -> str:
+        if "target" in self.asked.roles:
+            return self.called(self.asked.roles["target"])
+        mask, who = self.subject
+        return f"Labels of {who}: {self.parts(self.labels, mask)}."
+
+    def _gene(self) -> str:
+        (mask, who), (other, rest), said = self.subject, self.others, []
+        for gene in self.asked.genes:
+            if gene not in self.expression.column_of:
+                said.append(f"The file does not measure {gene}.")
+                continue
+            rates = self.expression.rates[:, [self.expression.column_of[gene]]].toarray().ravel()
+            words = f"{gene}: counts in {share((rates[mask] > 0).mean())} of {who}"
+            words += f" ({rates[mask].mean():.2g} per 10,000 counts on average)"
+            if other.any():
+                words += f", in {share((rates[other] > 0).mean())} of {rest} ({rates[other].mean():.2g})"
+                if middle := np.median(rates[mask]):
+                    words += (
+                        f"; {share((rates[other] < middle).mean())} of those have less than the middle one of these"
+                    )
+            said.append(f"{words}.")
+        return " ".join(said) or "The question names no gene of the model."
+
+    def _genes(self) -> str:
+        (mask, who), (other, rest), said = self.subject, self.others, []
+        if not other.any():
+            return f"There are no cells to compare {who} with: select some, or name a type."
+        here, there = self.expressing(mask), self.expressing(other)
+        means = [np.asarray(self.expression.rates[part].mean(axis=0)).ravel() for part in (mask, other)]
+        for word, (one, two), gap in (("higher", means, here - there), ("lower", means[::-1], there - here)):
+            tells = (one >= TYPE_FOLD * two) & (gap >= TYPE_SHARE) & self.expression.usable
+            if best := [gene for gene in np.argsort(-gap, kind="stable")[:100] if tells[gene]][:N_NAMED]:
+                said.append(f"{word} in {self.shares(self.expression.symbols[best].tolist(), mask, other)}")
+        if not said:
+            return f"No gene tells {who} from {rest}: twofold, and in {share(TYPE_SHARE)} more of the cells."
+        return f"Against {rest}, {who} are {', and '.join(said)}."
+
+    def _why(self) -> str:
+        (label, _), target, (rival, genes) = self.commonest(), self.asked.roles.get("target"), self.evidence()
+        if target is not None and not self.is_kind(label, target[1]):
+            return self._whynot()
+        if not rival:
+            return f"The model has no evidence for the label {label}."
+        return f"{self.called(('type', label))} {genes}"
+
+    def _whynot(self) -> str:
+        target, (label, _) = self.asked.roles["target"], self.commonest()
+        if self.is_kind(label, target[1]):
+            return self.called(target)
+        (_, genes), (_, missing) = self.evidence(target[1]), self.markers(target[1])
+        lacking = f"Markers of {target[1]} that few of them express: {missing}." if missing != "none" else ""
+        return " ".join(filter(None, [self.called(target), genes, lacking]))
+
+    def _markers(self) -> str:
+        name = self.asked.roles.get("target", ("type", self.commonest()[0]))[1]
+        expressed, missing = self.markers(name)
+        return f"Markers of {name} in {self.subject[1]}: {expressed}. In fewer than {share(SILENT)}: {missing}."
+
+    def _alternatives(self) -> str:
+        rival, _ = self.evidence()
+        if not rival:
+            return f"There is no runner-up to the label {self.commonest()[0]}."
+        self.asked.roles["target"] = ("type", rival)
+        return f"The runner-up is {rival}. {self._whynot()}"
+
+    def _sure(self) -> str:
+        mask, who = self.subject
+        score = self.obs["scmmgpt_score"].to_numpy()[mask]
+        low, unknown = share((score < MIN_SCORE).mean()), share((self.labels[mask] == "Unknown").mean())
+        words = f"The mean probability of the labels of {who} is {score.mean():.2f}"
+        return f"{words}; for {low} it is below {MIN_SCORE}, and {unknown} are Unknown."
+
+    def _state(self) -> str:
+        (mask, who), (other, _), said = self.subject, self.others, []
+        words = dict(zip(PROGRAMMES, STATES, strict=True))
+        asked = [programme for programme in words if re.search(words[programme], self.asked.text, re.IGNORECASE)]
+        for programme in asked or words:
+            genes = [self.expression.column_of[gene] for gene in programme.genes if gene in self.expression.column_of]
+            several = self.expressed[:, genes].sum(axis=1).A1 >= MIN_PROGRAMME_GENES
+            usual = self.programmes[programme.phrase]
+            shares = [(share(several[part].mean()), share(usual[part].mean())) for part in (mask, other) if part.any()]
+            against = f" (against {shares[1][0]} and {shares[1][1]})" if other.any() else ""
+            if asked or usual[mask].any():
+                said.append(f"{programme.phrase}: {shares[0][0]}, {shares[0][1]}{against}")
+        start = f"Share of {who} with counts of {MIN_PROGRAMME_GENES} or more genes of a programme, and of those with "
+        return f"{start}more of it than is usual for their type: {'; '.join(said) or 'none of the latter'}."
+
+    def _column(self) -> str:
+        (mask, who), target = self.subject, self.asked.roles.get("target")
+        if target is not None and target[0] != "type":
+            return self.called(target)
+        columns = self.asked.columns or [name for name in COLUMNS if name in self.columns]
+        parts = [f"{name}: {self.parts(self.columns[name], mask)}" for name in dict.fromkeys(columns)]
+        start = "" if self.asked.columns else "The question names no column of obs. "
+        return f"{start}Of {who}: {'; '.join(parts)}." if parts else f"{start}It has {join(list(self.columns))}."
+
+    def _quality(self) -> str:
+        mask, who = self.subject
+        handling = np.char.startswith(self.expression.symbols.astype(str), "MT-")
+        counts, genes = self.cells.library_sizes()[mask], np.diff(self.cells.indptr)[mask]
+        part = share(self.expression.counts[mask][:, handling].sum() / max(counts.sum(), 1))
+        words = f"The median of {who} is {np.median(counts):,.0f} counts and {np.median(genes):,.0f} genes"
+        return f"{words}; {part} of the counts are mitochondrial."
+
+    def _describe(self) -> str:
+        return " ".join([self._types(), self._why(), self._state()])
+
+
+def share(value: float) -> str:
+    """A share in words; what is not none or not all is not called so.
+
+    >>> share(0.0004), share(0.254), share(0.999), share(1.0)
+    ('0.1 %', '25 %', '99.9 %', '100 %')
+    """
+    percent = 100 * float(value)
+    is_edge = 0 < percent < 1 or 99 < percent < 100
+    return f"{min(max(percent, 0.1), 99.9):.1f} %" if is_edge else f"{percent:.0f} %"
+
+
+def _named(mask: np.ndarray, group: str | Group) -> str:
+    """Cells in words: "the 70 selected cells", "the 15 cells called B cell"."""
+    n, before = int(mask.sum()), group if isinstance(group, str) else ""
+    after = "" if isinstance(group, str) else f" called {group[1]}" if group[0] == "type" else f" of {' '.join(group)}"
+    return f"the {n:,} {before}cell{'s' if n != 1 else ''}{after}"

@@ -1,0 +1,157 @@
+"""What a question about cells asks: its topic, and the genes, types, columns and values that it names.
+
+Words decide the topic. The text encoder of a checkpoint, which knows captions, chooses worse (`train/LOG.md`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from scmmgpt.annotation_scmmgpt import normalize_label
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
+
+
+# Topic -> patterns of the words that ask for it; a dot is a space. The first topic with a match wins.
+TOPICS = {
+    topic: re.compile("|".join(words.split()), re.IGNORECASE)
+    for topic, words in {
+        "state": r"""\bcycl divid prolif activat interferon \bifn exhaust inhibitory cytotox stress programme
+            inflam \bstates?\b""",
+        "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin differ compar
+            regulated \bthan\b \bdegs?\b relative.to separate signature enriched versus \bvs\b""",
+        "markers": r"""\bmarkers?\b hallmark""",
+        "whynot": r"""\bwhy\b.*(\bnot\b|n't) against rul\w+.(\w+.)*out exclud instead \bcould \bmight (are|is)n't
+            (sure|convince)\b.*\bnot\b""",
+        "alternatives": r"""\belse\b alternativ compet runner second next.(best|most) other.(type|label)""",
+        "sure": r"""\bsure\b certain confiden \bscores?\b probab unknown correct \bright\b wrong doubt trust \breli
+            how.good""",
+        "why": r"""\bwhy\b evidence \bhow.(do|did|was|were|can)\b.*(know|tell|call|label|decide) what.makes convinc
+            reason grounds justif explain support behind \bspeaks?.for""",
+        "quality": r"""\b(how.(many|few)|number.of).(\w+.)?(cells|counts|genes|umis)\b \bumis?\b how.(big|large) depth
+            quality healthy doublet \bdead \bdying empty mitoch""",
+        "describe": r"""descri summar characteri sentence \babout.(them|these|this|it) notab interesting overview
+            caption legend one.line""",
+        "column": r"""donor patient tissue condition batch sample cluster disease \bsex\b assay
+            (come|are.they).from""",
+        "types": r"""\btypes?\b \bkinds?\b compos population mixture
+            \bwhat.(are|is|have).(they|these|those|this|here|in|i)\b \bwho('s|.is|.are)\b consist identit
+            made.of \bpure\b break.*down labels \bname\b""",
+    }.items()
+}
+EXAMPLES = (
+    "Which types are here? Describe them. Why this label? Why not NK cells? What else could they be? How sure is it? "
+    "Which markers are missing? Do they express CD4? Which genes set them apart from monocytes? Are they dividing? "
+    "Which donors are they from? How many counts do they have?"
+)
+TARGETS = ("types", "whynot", "why", "markers", "column")  # topics that are asked about a type or value itself
+FOLLOWS = re.compile(r"\s*(and|or|also|then|what about|how about|same)\b", re.IGNORECASE)
+REFERENCE = re.compile(
+    r"\b(against|from|than|versus|vs\.?|with|to|unlike)\s+((the|all|other|an?)\s+)*$", re.IGNORECASE
+)
+SUBJECT = re.compile(r"\b(of|in|among|for|within|from)\s+((the|all)\s+)*$", re.IGNORECASE)
+WORD = re.compile(r"[A-Za-z0-9][\w.-]*\w|\w")
+CLUSTERS = ("leiden", "louvain", "seurat_clusters", "clusters")  # columns that are called clusters
+NO_COLUMN = ("cell", "cells", "label", "labels", "type", "types", "score", "name")  # words of prose
+LONGEST = 7  # words of a name
+Group = tuple[str, str]  # "type" or a column of obs, and a value
+
+
+@dataclass
+class Question:
+    """What a question asks.
+
+    Args:
+        text: The question.
+        topic: A key of `TOPICS`, or "gene"; "" for none.
+        genes, columns: Symbols, and columns of `obs`, that it names.
+        roles: The groups that it names: the cells that it asks about ("subject"), those that it compares them with
+            ("reference"), and what it asks whether they are ("target").
+    """
+
+    text: str
+    topic: str = ""
+    genes: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    roles: dict[str, Group] = field(default_factory=dict)
+
+
+class QuestionReader:
+    """Reads questions about the cells of one file.
+
+    Args:
+        types: Name of a type in any words, as [`simple`] -> the type.
+        columns: Columns of `obs` -> their values.
+        gene_index: Genes of the model.
+    """
+
+    def __init__(self, types: Mapping[str, str], columns: Mapping[str, set[str]], gene_index: GeneIndex) -> None:
+        self.columns, self.gene_index = columns, gene_index
+        self.symbols = {number: name for name, number in gene_index.vocabulary.items()}
+        self.groups: dict[str, Group] = {}
+        for column, values in columns.items():
+            shown = "cluster" if column in CLUSTERS else simple(column.removesuffix("_id"))
+            self.groups |= {f"{shown} {simple(value)}": (column, value) for value in values}
+            self.groups |= {
+                simple(value): (column, value) for value in values if len(value) > 3 and not value.isdigit()
+            }
+        self.groups |= {name: ("type", kind) for name, kind in types.items()}
+
+    def __call__(self, text: str, last: Question) -> Question:
+        """Read a question; what it leaves out is taken from the last one if it follows it ("and ...?")."""
+        asked, follows = Question(text), bool(FOLLOWS.match(text))
+        groups = self.find_names(asked)
+        topics = [topic for topic, words in TOPICS.items() if words.search(text)]
+        has_type = any(column == "type" for column, _ in groups)
+        if not has_type and "whynot" in topics:  # "could they be doublets" names no type
+            topics.remove("whynot")
+        if follows and groups and topics == ["column"]:  # "and in donor 2?"
+            topics = []
+        if asked.genes and not {"markers", "genes"} & set(topics):
+            topics = ["gene"]
+        guess = last.topic if follows else ""
+        guess = guess or ("types" if has_type else "column" if groups or asked.columns else "")
+        asked.topic = (topics or [guess])[0]
+        for group, before in groups.items():
+            is_target = asked.topic in TARGETS and (group[0] == "type") == (asked.topic != "column")
+            if asked.topic == "genes" and REFERENCE.search(before):
+                asked.roles["reference"] = group
+            else:
+                asked.roles["target" if is_target and not (follows and SUBJECT.search(before)) else "subject"] = group
+        if follows:
+            asked.genes, asked.columns = asked.genes or last.genes, asked.columns or last.columns
+            asked.roles = last.roles | asked.roles
+        return asked
+
+    def find_names(self, asked: Question) -> dict[Group, str]:
+        """Groups that a question names -> the words before; the longest name first. Adds genes and columns."""
+        words, found = list(WORD.finditer(asked.text)), {}
+        taken = np.zeros(len(words), dtype=bool)
+        for length in range(min(LONGEST, len(words)), 0, -1):
+            for i in range(len(words) - length + 1):
+                group = self.groups.get(" ".join(simple(word.group()) for word in words[i : i + length]))
+                if group is not None and not taken[i : i + length].any():
+                    taken[i : i + length] = True
+                    found[group] = asked.text[: words[i].start()]
+        for word in (word.group() for word, is_taken in zip(words, taken, strict=True) if not is_taken):
+            asked.genes += self.genes_of(word)
+            asked.columns += [c for c in self.columns if simple(word) in simple(c).split() and word not in NO_COLUMN]
+            asked.columns += [name for name in self.columns if name in CLUSTERS and simple(word) == "cluster"]
+        return found
+
+    def genes_of(self, word: str) -> list[str]:
+        """Symbols of the genes that a word names; a word that looks like one is kept."""
+        if word.upper() in ANTIGENS:
+            return list(ANTIGENS[word.upper()])
+        if len(word) < 3 or word.isdigit() or not (word.isupper() or re.search(r"\d", word)):
+            return []
+        ids = [self.gene_index.lookup(spelling)[0] for spelling in (word, word.upper(), word.upper().replace("-", ""))]
+        found = [self.symbols[number] for number in ids if number in self.symbols][:1]
+        return found or ([word] if GENE_WORD.fullmatch(word) and re.search(r"\d", word) else [])
+
+
+def simple(words: str) -> str:
+    """Words in lower case and the singular, so that spellings compare equal."""
+    return " ".join(word.removesuffix("s") for word in normalize_label(words).split())

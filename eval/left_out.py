@@ -1,0 +1,261 @@
+"""The annotation of `train release` on cells of datasets, and of cell types, that were left out of it.
+
+```
+python -m scmmgpt.eval abstention --data ../shared/data --output out.json
+python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --output labels.json
+```
+
+* A dataset left out: readout, novelty, temperature, sets of labels and the least score come from the other datasets.
+  Its cells are known if another dataset has their type, else new.
+* A label left out: all cells of a type, and of broader terms of it, are left out of all datasets, and are new.
+
+Of known cells: accuracy with every cell named (`forced`) and as `annotate` names them, calibration error of the score,
+area under the risk-coverage curve, coverage of the sets of labels. Of new ones: the share that is `Unknown` or gets a
+broader term that is right. The few numbers that `train.left_out.calibrate` fits to the other datasets come from
+readouts that had seen the dataset.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scmmgpt.annotation_scmmgpt import UNKNOWN, Novelty, choose_labels, label_sets, set_threshold
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
+from scmmgpt.train import left_out, release
+from scmmgpt.train.data import ontology, prepare
+from scmmgpt.train.data.gene_tables import reference_gene_index
+from scmmgpt.train.left_out import ABSENT, LeftOut
+from scmmgpt.train.pooled import Dataset, fit_pooled_novelty
+
+
+logger = logging.getLogger(__name__)
+
+ERROR_RATES = (0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The labelled cells of `train release`."""
+
+    names: list[str]  # of the datasets
+    datasets: list[Dataset]
+    types: list[str]  # Cell Ontology ids of the labels
+    meanings: np.ndarray  # as for `fit_pooled_readout`
+
+    @property
+    def n_genes(self) -> int:
+        """Size of the gene vocabulary."""
+        return self.datasets[0].counts.shape[1]
+
+
+def read_sources(folder: str | Path, labels: str = "human") -> Sources:
+    """The datasets that the reviewed table names, over the genes of GENCODE."""
+    table, files = prepare.read_label_table(labels), prepare._expand([str(folder)])
+    specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
+    index = reference_gene_index()
+    sources = [release.read_labelled(spec, index) for spec in specs]
+    datasets, types, meanings = release.pool(sources, table, max(index.vocabulary.values()) + 1)
+    placed = release.place_terms(
+        sorted({term for source in sources for term in source.terms if term}), table["types"], table.get("broad", ())
+    )
+    names = [source.name for source in sources if any(term in placed for term in source.terms)]
+    return Sources(names, datasets, types, meanings)
+
+
+def calibrated(cells: LeftOut) -> dict[str, Any]:
+    """As `train.left_out.calibrate`, which must have enough cells."""
+    settings = left_out.calibrate(cells)
+    if not settings:
+        raise ValueError(f"{int(cells.known.sum())} cells of known types are too few to calibrate on.")
+    return settings
+
+
+def annotate(
+    sources: Sources, cells: LeftOut, settings: dict[str, Any], novelty: dict[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
+    data = sources.datasets[cells.datasets[0]]
+    labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
+    ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
+    own = Cells.from_csr(data.counts[cells.rows], np.arange(sources.n_genes))
+    measure = Novelty.of(novelty, data.measured, sources.n_genes)
+    probabilities = left_out.probabilities_of(cells, settings["temperature"])
+    columns = choose_labels(
+        probabilities[:, labels],
+        list(ids),
+        ids,
+        settings["min_score"],
+        novelty=None if measure is None else measure(own),
+        terms=ontology.label_terms(ids),
+    )
+    return columns | {"probabilities": probabilities}
+
+
+def known_scores(columns: dict[str, np.ndarray], targets: np.ndarray, types: Sequence[str]) -> dict[str, float]:
+    """Sums over the known cells of what the report has means of, and their number."""
+    best = columns["probabilities"].argmax(axis=1)
+    answered = columns["cell_type"] != UNKNOWN
+    right = columns["cl_id"] == np.asarray(types)[targets]
+    return {
+        "n_cells": len(targets),
+        "forced_accuracy": float((best == targets).mean()),
+        "accuracy": float(right.mean()),
+        "unknown": float((~answered).mean()),
+        "broader_and_right": float((is_broader(columns, targets, types) & answered).mean()),
+    }
+
+
+def is_broader(columns: dict[str, np.ndarray], targets: np.ndarray, types: Sequence[str]) -> np.ndarray:
+    """Whether each cell is `Unknown`, or has a term above its type, bool `(n_cells,)`."""
+    above = [set(ontology.ancestors(types[target])) for target in targets]
+    unknown = columns["cell_type"] == UNKNOWN
+    return np.array([no or term in terms for no, term, terms in zip(unknown, columns["cl_id"], above, strict=True)])
+
+
+def risk_area(score: np.ndarray, right: np.ndarray) -> float:
+    """Area under the risk-coverage curve: the error rate of the k cells of the highest scores, mean over k."""
+    order = np.argsort(-score, kind="stable")
+    return float((np.cumsum(~right[order]) / np.arange(1, len(order) + 1)).mean())
+
+
+def summarise_known(
+    sources: Sources, cells: LeftOut, probabilities: np.ndarray, sets: dict[float, np.ndarray]
+) -> dict[str, Any]:
+    """Calibration, risk and coverage of all known cells together; `sets` are bool `(n_cells, n_labels)` by rate."""
+    score, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == cells.targets
+    of_set = [score[cells.datasets == i] for i in np.unique(cells.datasets)]
+    hits = [right[cells.datasets == i] for i in np.unique(cells.datasets)]
+    rows = np.arange(len(score))
+    return {
+        "calibration_error": expected_calibration_error(score, right),
+        "calibration_error_mean_of_datasets": float(
+            np.mean([expected_calibration_error(*pair) for pair in zip(of_set, hits, strict=True)])
+        ),
+        "risk_area": risk_area(score, right),
+        "label_sets": {
+            str(rate): {
+                "coverage": float(members[rows, cells.targets].mean()),
+                "coverage_by_dataset": {
+                    sources.names[i]: round(float(members[rows, cells.targets][cells.datasets == i].mean()), 3)
+                    for i in np.unique(cells.datasets)
+                },
+                "mean_size": float(members.sum(axis=1).mean()),
+            }
+            for rate, members in sets.items()
+        },
+    }
+
+
+def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Known and new cells of each group of datasets, left out together. `cells` are of `leave_each_out`."""
+    known_rows, new_rows, kept, parts = {}, [], [], []
+    sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
+    for group in groups:
+        others = [data for i, data in enumerate(sources.datasets) if i not in group]
+        settings = calibrated(cells.take(~np.isin(cells.datasets, group)))
+        novelty = fit_pooled_novelty(others, sources.n_genes)
+        for number in group:
+            mine = cells.take(cells.datasets == number)
+            if len(group) > 1:
+                own = left_out.leave_each_out([*others, sources.datasets[number]], sources.meanings, only=len(others))
+                mine = LeftOut(own.scores, own.targets, np.full(len(own.targets), number), own.rows)
+            if not len(mine.targets):
+                continue
+            columns, known = annotate(sources, mine, settings, novelty), mine.known
+            if known.any():
+                some = {name: values[known] for name, values in columns.items()}
+                known_rows[sources.names[number]] = known_scores(some, mine.targets[known], sources.types)
+                kept.append(mine.take(known))
+                parts.append(some["probabilities"])
+                for rate in ERROR_RATES:
+                    sets[rate].append(members(some["probabilities"], settings, rate))
+            new_rows += new_cells(sources, mine, columns, ~known, sources.names[number])
+            logger.info("%s left out", sources.names[number])
+    of_known = [np.concatenate([getattr(c, f.name) for c in kept]) for f in fields(LeftOut)]
+    of_all = summarise_known(
+        sources,
+        LeftOut(*of_known),
+        np.concatenate(parts),
+        {rate: np.concatenate(found) for rate, found in sets.items()},
+    )
+    return {"known": known_rows, "known_together": weighted(known_rows.values()) | of_all, "new": new_rows}
+
+
+def members(probabilities: np.ndarray, settings: dict[str, Any], rate: float) -> np.ndarray:
+    """Whether each label is in the set of each cell, as `label_sets` writes it."""
+    names = [str(label) for label in range(probabilities.shape[1])]
+    sets = label_sets(probabilities, names, set_threshold(settings["label_sets"], rate))
+    return np.array([np.isin(names, found.split(" | ")) for found in sets])
+
+
+def new_cells(
+    sources: Sources, cells: LeftOut, columns: dict[str, np.ndarray], new: np.ndarray, dataset: str
+) -> list[dict[str, Any]]:
+    """For each type of the cells that are new: how many are `Unknown`, and how many that or a right broader term."""
+    rows = []
+    fine = is_broader(columns, cells.targets, sources.types)
+    for target in np.unique(cells.targets[new]):
+        mine = new & (cells.targets == target)
+        row = {"dataset": dataset, "type": str(ontology.term_name(sources.types[target])), "n_cells": int(mine.sum())}
+        unknown = float((columns["cell_type"][mine] == UNKNOWN).mean())
+        rows.append(row | {"unknown": unknown, "unknown_or_broader": float(fine[mine].mean())})
+    return rows
+
+
+def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
+    """Cells of each label that is left out of all datasets."""
+    rows = []
+    for label in range(len(sources.types)):
+        mentions = sources.meanings[:, label] > 0
+        train = []
+        for data in sources.datasets:
+            others = np.flatnonzero(~mentions[data.targets])
+            if len(others):
+                train.append(Dataset(data.counts[others], data.measured, data.targets[others]))
+        own = cells.targets == label
+        scores = np.where(np.arange(len(sources.types)) == label, ABSENT, cells.scores)
+        settings = calibrated(LeftOut(scores, cells.targets, cells.datasets, cells.rows).take(~own))
+        fitted = left_out.fit_known(train, sources.meanings)
+        novelty = fit_pooled_novelty(train, sources.n_genes)
+        for number in np.unique(cells.datasets[own]):
+            mine = cells.take(own & (cells.datasets == number))
+            data = sources.datasets[number]
+            test = Dataset(data.counts[mine.rows], data.measured, data.targets[mine.rows])
+            mine = LeftOut(left_out.score(fitted, test, len(sources.types)), mine.targets, mine.datasets, mine.rows)
+            columns = annotate(sources, mine, settings, novelty)
+            rows += new_cells(sources, mine, columns, np.ones(len(mine.targets), bool), sources.names[number])
+        logger.info("%s left out", ontology.term_name(sources.types[label]))
+    return rows
+
+
+def weighted(rows: Any) -> dict[str, float]:
+    """Means over cells of the numbers of some rows."""
+    rows = list(rows)
+    sizes = [row["n_cells"] for row in rows]
+    names = [name for name, value in rows[0].items() if isinstance(value, float)] if rows else []
+    return {"n_cells": sum(sizes)} | {n: float(np.average([row[n] for row in rows], weights=sizes)) for n in names}
+
+
+def evaluate_left_out(folder: str | Path, what: str = "datasets", together: Sequence[str] = ()) -> dict[str, Any]:
+    """Leave each dataset out, or those of `together` at once; or each label.
+
+    Returns:
+        JSON-able dict: `new`, cells of types that are left out, and their mean `new_together`; of datasets also
+        `known` (by dataset) and `known_together`.
+    """
+    sources = read_sources(folder)
+    missing = set(together) - set(sources.names)
+    if missing:
+        raise ValueError(f"There are no datasets {sorted(missing)}; there are {sources.names}.")
+    cells = left_out.leave_each_out(sources.datasets, sources.meanings)
+    if what == "labels":
+        result: dict[str, Any] = {"new": leave_labels_out(sources, cells)}
+    else:
+        group = [sources.names.index(name) for name in together]
+        result = leave_datasets_out(sources, cells, [group] if group else [[i] for i in range(len(sources.names))])
+    return result | {"new_together": weighted(result["new"])}

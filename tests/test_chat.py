@@ -1,0 +1,162 @@
+"""Questions about a selection: the topic is understood, and every number is what an independent count gives."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaForCausalLM
+
+import scmmgpt as sm
+from scmmgpt import synthetic
+from scmmgpt.__main__ import main
+from scmmgpt.commands.chat import Chat, share
+from scmmgpt.commands.questions import EXAMPLES, Question
+from scmmgpt.commands.wording import Wording
+from scmmgpt.synthetic import MARKERS, synthetic_adata
+
+
+@pytest.fixture(scope="module")
+def adata():
+    adata = synthetic_adata(120)
+    adata.obs["leiden"] = [str(i % 4) for i in range(120)]  # the types alternate
+    return adata
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return synthetic.fitted_pipeline()
+
+
+@pytest.fixture
+def chat(pipeline, adata):
+    """About the 30 B cells of 120."""
+    return Chat(pipeline, adata, 'leiden == "0"')
+
+
+def check_shares(text, adata, mask, other):
+    """Count each "GENE (a % against b %)" again."""
+    found = re.findall(r"([A-Z0-9-]+) \(([\d.]+ %)(?: against ([\d.]+ %))?\)", text)
+    for gene, here, there in found:
+        counts = adata[:, gene].X.toarray().ravel()
+        assert here == share((counts[mask] > 0).mean()), gene
+        assert not there or there == share((counts[other] > 0).mean()), gene
+    return [gene for gene, _, _ in found]
+
+
+def test_every_number_of_an_answer_is_counted(chat, adata):
+    mine = (adata.obs["leiden"] == "0").to_numpy()
+    asked = chat.ask("Which genes set them apart?")
+    assert len(set(check_shares(asked.text, adata, mine, ~mine)) & set(MARKERS["B cell"][1])) >= 3
+    asked = chat.ask("Which genes set them apart from monocytes?")
+    monocytes = (adata.obs["cell_type"] == "monocyte").to_numpy()
+    assert {"CD14", "CD19"} <= set(check_shares(asked.text, adata, mine, monocytes))
+    asked = chat.ask("Why this label?")
+    rival = re.search(r"against ([\w ]+):", asked.text).group(1)
+    assert check_shares(asked.text, adata, mine, (adata.obs["cell_type"] == rival).to_numpy())
+    asked = chat.ask("Which markers of T cells do they have?")
+    assert check_shares(asked.text, adata, mine, ~mine)
+
+    counts = adata[:, "CD19"].X.toarray().ravel()
+    text = chat.ask("Do they express CD19?").text
+    here, there = share((counts[mine] > 0).mean()), share((counts[~mine] > 0).mean())
+    assert text.startswith(f"CD19: counts in {here} of the 30 selected cells (")
+    assert f", in {there} of the 90 other cells (" in text
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ("Which types are here?", "Labels of the 30 selected cells: B cell (100 %)."),
+        ("How many are T cells?", "0 of the 30 selected cells (0 %) are called T cell or a kind of it."),
+        ("Are they lymphocytes?", "30 of the 30 selected cells (100 %) are called lymphocyte or a kind of it."),
+        ("Why not monocytes?", "0 of the 30 selected cells (0 %) are called monocyte or a kind of it. Genes"),
+        ("Which donors are they from?", "Of the 30 selected cells: donor_id: donor-1 (50 %) and donor-2 (50 %)."),
+        ("How many are from donor-1?", "15 of the 30 selected cells (50 %) are of donor_id donor-1."),
+        ("Is FOXP3 there?", "The file does not measure FOXP3."),
+        ("What is the weather?", f"The counts do not answer that. You can ask: {EXAMPLES}"),
+    ],
+)
+def test_a_question_is_answered_in_words(chat, question, words):
+    assert chat.ask(question).text.startswith(words)
+
+
+def test_turns_keep_the_topic_and_the_subject(chat):
+    chat.ask("Do they express CD19?")
+    assert chat.ask("And CD3E?").text.startswith("CD3E: counts in ")
+    assert "of the 30 cells called T cell (" in chat.ask("and of the T cells?").text
+    answer = chat.ask("and MS4A1?").text
+    assert answer.startswith("MS4A1: ")
+    assert "of the 30 cells called T cell (" in answer
+    assert "of the 60 cells of donor_id donor-1 (" in chat.ask("And in donor-1?").text
+    assert "of the 30 selected cells (" in chat.ask("Do they express CD19?").text
+
+
+def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipeline, adata):
+    chat = Chat(pipeline, adata)
+    assert chat.ask("Which types?").text.startswith("Labels of the 120 cells: ")
+    assert chat.ask("Which genes set them apart?").text.startswith("There are no cells to compare the 120 cells with")
+    assert "of the 30 cells called B cell" in chat.ask("Do the B cells express CD19?").text
+    with pytest.raises(ValueError, match="No cell is selected by 'leiden == \"9\"'"):
+        Chat(pipeline, adata, 'leiden == "9"')
+    with pytest.raises(ValueError, match="is no condition on columns of obs"):
+        Chat(pipeline, adata, "cluster = 3")
+
+
+def test_the_questions_of_the_list_are_understood(chat):
+    rows = list(csv.DictReader((Path(__file__).parent / "cases" / "questions.tsv").open(), delimiter="\t"))
+    chat.read.groups |= {name: ("type", name) for name in ("dendritic cell", "plasma cell", "macrophage", "nk cell")}
+    right = np.array([(chat.read(row["question"], Question("")).topic or "none") == row["topic"] for row in rows])
+    assert len(right) == 147
+    assert right.mean() >= 0.97, [rows[i] for i in np.flatnonzero(~right)]
+
+
+def test_the_tool_answers(pipeline, adata):
+    chat = sm.tl.chat(adata, 'leiden == "1"', model=pipeline)
+    assert chat.ask("What are they?").text == "Labels of the 30 selected cells: T cell (100 %)."
+
+
+@pytest.mark.parametrize(
+    ("words", "is_kept"),
+    [
+        ("CD19 is expressed in 97 % of the 30 selected cells.", True),
+        ("Of the 90 other cells, 12 % express CD19.", True),
+        ("CD19 is expressed in 98 % of them.", False),  # another number
+        ("MS4A1 is expressed in 97 % of them.", False),  # another gene
+        ("The T cells express CD19 in 97 %.", False),  # another type
+        ("They express it.", False),  # no number
+        ("CD19 (12 %).", False),  # a number of MS4A1
+        ("", False),
+    ],
+)
+def test_what_a_language_model_adds_is_refused(chat, words, is_kept):
+    facts = "CD19: counts in 97 % of the 30 selected cells. MS4A1: in 12 % of the 90 other cells."
+    if "90" in words:
+        facts = "CD19: counts in 97 % of the 30 selected cells, in 12 % of the 90 other cells."
+    wording = object.__new__(Wording)
+    wording.read = chat.read
+    assert wording.keeps_to(words, facts) == is_kept
+
+
+def test_an_answer_is_plain_where_the_language_model_says_something_else(adata, pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    LlamaForCausalLM(synthetic.tiny_llama_config()).save_pretrained(tmp_path / "words")
+    synthetic.tiny_text_tokenizer().save_pretrained(tmp_path / "words")
+    words = [
+        "chat",
+        str(tmp_path / "cells.h5ad"),
+        "--model",
+        str(tmp_path / "checkpoint"),
+        "--select",
+        "leiden == '0'",
+    ]
+    asked = ["--select", "leiden == '0'", "--ask", "What are they?", "--language-model"]
+    assert main([*words, *asked, str(tmp_path / "words"), "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["text"] == "Labels of the 30 selected cells: B cell (100 %)."
+    assert (answer["topic"], answer["worded"]) == ("types", "")
+    assert main([*words, *asked, str(tmp_path)]) == 2
+    assert "no folder of a language model" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""Datasets that a readout has not seen: what is scored, what is fitted to the scores, and the report of it."""
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels
+from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
+
+
+pytest.importorskip("cellxgene_ontology_guide")
+
+from scmmgpt.eval import left_out as evaluation
+from scmmgpt.train import left_out
+from scmmgpt.train.left_out import ABSENT, LeftOut
+from scmmgpt.train.pooled import Dataset
+
+
+B, CD4, CD8, MAST = "CL:0000236", "CL:0000624", "CL:0000625", "CL:0000097"
+TYPES = [B, CD4, CD8, MAST]
+T_CELL = 4  # a target that may be either T cell
+MEANINGS = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0.5, 0.5, 0]])
+MARKERS = np.array([[8, 0, 0, 0], [0, 6, 0, 0], [0, 0, 6, 0], [0, 0, 0, 8], [0, 3, 3, 0]])  # of each target
+N_OTHERS = 20
+
+
+def dataset(targets, seed, n_each=30):
+    """Cells whose first genes are two markers of each type, and twenty genes of all types."""
+    rng = np.random.default_rng(seed)
+    targets = np.repeat(targets, n_each)
+    rates = np.hstack([np.repeat(MARKERS[targets], 2, axis=1), np.full((len(targets), N_OTHERS), 5.0)])
+    rates = (rates + 0.1) * rng.uniform(0.5, 2, rates.shape[1])  # every laboratory has its own scale of a gene
+    return Dataset(csr_matrix(rng.poisson(rates).astype(np.float32)), np.arange(rates.shape[1]), targets)
+
+
+@pytest.fixture(scope="module")
+def datasets():
+    return [dataset([0, 1, 2], 0), dataset([0, 1, 2, T_CELL], 1), dataset([0, 3], 2)]
+
+
+@pytest.fixture(scope="module")
+def cells(datasets):
+    return left_out.leave_each_out(datasets, MEANINGS)
+
+
+def test_a_dataset_is_scored_by_the_labels_of_the_others_alone(datasets, cells):
+    assert np.bincount(cells.datasets).tolist() == [90, 90, 60]  # the T cells of unknown kind have no label
+    mast = cells.targets == TYPES.index(MAST)
+    assert cells.known.tolist() == (~mast).tolist()  # no other dataset has them
+    assert (cells.scores[cells.datasets == 2, TYPES.index(MAST)] == ABSENT).all()
+    named = cells.scores.argmax(axis=1) == cells.targets
+    assert named[~mast].mean() > 0.9
+    alone = left_out.leave_each_out(datasets, MEANINGS, only=2)
+    assert set(alone.datasets) == {2}
+    np.testing.assert_array_equal(alone.scores, cells.scores[cells.datasets == 2])
+
+
+def test_one_dataset_leaves_nothing_to_calibrate_on(datasets):
+    nothing = left_out.leave_each_out(datasets[:1], MEANINGS)
+    assert len(nothing.targets) == 0
+    assert left_out.calibrate(nothing) == {}
+
+
+def test_temperature_and_least_score_are_those_of_the_cells():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 5))
+    truth = (logits + 0.2 * rng.gumbel(size=logits.shape)).argmax(axis=1)  # of the softmax at a temperature of 0.2
+    cells = LeftOut(logits.astype(np.float32), truth, np.zeros(4000, int), np.arange(4000))
+    fitted = left_out.calibrate(cells)
+    assert fitted["temperature"] == pytest.approx(0.2, rel=0.1)
+    probabilities = left_out.probabilities_of(cells, fitted["temperature"])
+    right = probabilities.argmax(axis=1) == truth
+    lost = (probabilities.max(axis=1) < fitted["min_score"]) & right
+    assert lost.sum() / right.sum() == pytest.approx(left_out.LOST, abs=0.002)
+    sure = probabilities[np.arange(4000), truth] >= fitted["label_sets"]["thresholds"][9]
+    assert sure.mean() == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_term_of_half_of_the_labels_is_no_answer_for_a_cell_that_is_like_none():
+    names = [f"kind {number} of leukocyte" for number in range(4)] + [f"neuron {number}" for number in range(4)]
+    terms = [{"id": "CL:0000738", "name": "leukocyte", "labels": names[:4]}]
+    like_none = np.full(8, 0.125) + np.array([0.02, 0, 0, 0, -0.02, 0, 0, 0])
+    torn = np.array([0.24, 0.24, 0.24, 0.2, 0.02, 0.02, 0.02, 0.02])
+    columns = choose_labels(np.stack([like_none, torn]), names, {}, min_score=0.5, terms=terms)
+    assert columns["cell_type"].tolist() == [UNKNOWN, "leukocyte"]
+
+
+def test_the_least_score_of_a_checkpoint_holds_for_its_own_labels_until_another_is_given():
+    pipeline, cells = fitted_pipeline(), synthetic_adata(20)
+    pipeline.model.config.annotation["min_score"] = 1.1
+    own = list(pipeline.model.config.annotation["labels"])
+    unknown = {
+        name: (pipeline.annotate(cells, **options).obs["scmmgpt_cell_type"] == UNKNOWN).mean()
+        for name, options in {"default": {}, "never": {"min_score": 0}, "given": {"labels": own}}.items()
+    }
+    assert unknown["default"] == 1
+    assert unknown["never"] == unknown["given"] == 0
+
+
+def test_known_cells_keep_their_names_and_a_label_that_is_left_out_is_reported(datasets, monkeypatch):
+    sources = evaluation.Sources(["one", "two", "three"], datasets, TYPES, MEANINGS)
+    monkeypatch.setattr(evaluation, "read_sources", lambda folder: sources)
+    report = evaluation.evaluate_left_out("folder")
+    assert report["known_together"]["n_cells"] == 210
+    assert report["known_together"]["accuracy"] > 0.85
+    assert report["known_together"]["label_sets"]["0.1"]["coverage"] > 0.8
+    (mast,) = report["new"]
+    assert (mast["type"], mast["n_cells"]) == ("mast cell", 30)
+    labels = evaluation.evaluate_left_out("folder", "labels")["new"]
+    assert {row["type"] for row in labels} >= {"B cell", "mast cell"}
+    with pytest.raises(ValueError, match="too few to calibrate"):
+        evaluation.evaluate_left_out("folder", together=["one", "two"])
+    monkeypatch.setattr(left_out, "MIN_CELLS", 20)
+    both = evaluation.evaluate_left_out("folder", together=["one", "two"])
+    assert set(both["known"]) == {"one", "two"}  # by the third
+    with pytest.raises(ValueError, match="no datasets"):
+        evaluation.evaluate_left_out("folder", together=["four"])

@@ -1,0 +1,122 @@
+"""What a readout of several datasets says of a dataset that it has not seen: [`leave_each_out`] and [`calibrate`].
+
+Cells of the next file come from another laboratory than those of training, and a readout is less sure of them than of
+held-out cells of its own datasets. Temperature, thresholds of sets of labels and the least score of an answer are
+therefore fitted to the cells of each dataset by a readout of all the others.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from scmmgpt.annotation_scmmgpt import fit_label_sets, label_probabilities
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
+from scmmgpt.train import readout
+from scmmgpt.train.pooled import Dataset, fit_pooled_readout
+
+
+logger = logging.getLogger(__name__)
+
+TEMPERATURES = np.geomspace(0.05, 0.5, 41)  # around `pooled.TEMPERATURE`
+LOST = 0.03  # share of the rightly named cells that may score below the least score of an answer
+MIN_CELLS = 100  # to calibrate on
+ABSENT = np.float32(-1e9)  # log probability of a label that no other dataset has
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Cells of one type each, and their scores by a readout of the other datasets."""
+
+    scores: np.ndarray  # float32 (n_cells, n_labels): log probabilities at a temperature of 1; `ABSENT`
+    targets: np.ndarray  # int64 (n_cells,): the label
+    datasets: np.ndarray  # int64 (n_cells,): position of the dataset
+    rows: np.ndarray  # int64 (n_cells,): row in the dataset
+
+    @property
+    def known(self) -> np.ndarray:
+        """Whether another dataset has a cell of the label, bool `(n_cells,)`."""
+        return self.scores[np.arange(len(self.targets)), self.targets] > ABSENT
+
+    def take(self, kept: np.ndarray) -> "LeftOut":
+        """Some of the cells."""
+        return LeftOut(self.scores[kept], self.targets[kept], self.datasets[kept], self.rows[kept])
+
+
+def with_cells(datasets: Sequence[Dataset], meanings: np.ndarray) -> tuple[list[Dataset], np.ndarray, np.ndarray]:
+    """What is left of datasets and `meanings` over the labels that have a cell of their own; and these labels.
+
+    Cells of a broad target count for those of its labels that are left, if any.
+    """
+    used = np.unique(np.concatenate([data.targets for data in datasets]))
+    own = used[(meanings[used] > 0).sum(axis=1) == 1]
+    labels = np.flatnonzero((meanings[own] > 0).any(axis=0))
+    kept = used[(meanings[used][:, labels] > 0).any(axis=1)]
+    left = []
+    for data in datasets:
+        rows = np.flatnonzero(np.isin(data.targets, kept))
+        if len(rows):
+            targets = np.searchsorted(kept, data.targets[rows])
+            left.append(replace(data, counts=data.counts[rows], targets=targets))
+    shares = meanings[np.ix_(kept, labels)]
+    return left, shares / shares.sum(axis=1, keepdims=True), labels
+
+
+def fit_known(datasets: Sequence[Dataset], meanings: np.ndarray) -> tuple[ScMMGPTLabelReadout, np.ndarray]:
+    """The readout of the labels that have a cell of their own, and their positions."""
+    parts, shares, labels = with_cells(datasets, meanings)
+    return fit_pooled_readout(parts, len(labels), meanings=shares), labels
+
+
+def score(fitted: tuple[ScMMGPTLabelReadout, np.ndarray], test: Dataset, n_labels: int) -> np.ndarray:
+    """Log probabilities of the cells of `test` by the result of [`fit_known`], as [`LeftOut`] has them."""
+    panel = replace(fitted[0].for_genes(test.measured), temperature=1.0)
+    scores = np.full((len(test.targets), n_labels), ABSENT, dtype=np.float32)
+    scores[:, fitted[1]] = panel(Cells.from_csr(test.counts, np.arange(test.counts.shape[1])))
+    return scores
+
+
+def leave_each_out(datasets: Sequence[Dataset], meanings: np.ndarray, only: int | None = None) -> LeftOut:
+    """Each dataset in turn by a readout of the others; arguments as for `fit_pooled_readout`.
+
+    Nothing is left out of one dataset. Cells of a broad target have no label, and are not scored. `only` is the
+    position of the one dataset to leave out.
+    """
+    parts = [(np.zeros((0, len(meanings[0])), np.float32), *np.zeros((3, 0), dtype=np.int64))]
+    for number, data in enumerate(datasets):
+        rows = np.flatnonzero((meanings[data.targets] > 0).sum(axis=1) == 1)
+        others = [other for place, other in enumerate(datasets) if place != number]
+        if len(rows) and others and only in (None, number):
+            test = replace(data, counts=data.counts[rows], targets=data.targets[rows])
+            scores = score(fit_known(others, meanings), test, meanings.shape[1])
+            parts.append((scores, meanings[test.targets].argmax(axis=1), np.full(len(rows), number), rows))
+            logger.info("%d of %d datasets left out", number + 1, len(datasets))
+    return LeftOut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def probabilities_of(cells: LeftOut, temperature: float) -> np.ndarray:
+    """Probabilities of the labels, float32 `(n_cells, n_labels)`."""
+    return label_probabilities(cells.scores, logit_scale=1 / temperature)
+
+
+def calibrate(cells: LeftOut) -> dict[str, Any]:
+    """`temperature`, `min_score` and `label_sets` from the cells whose labels were known; empty for too few.
+
+    `min_score` is below the scores of all but `LOST` of the cells that are named rightly.
+    """
+    cells = cells.take(cells.known)
+    if len(cells.targets) < MIN_CELLS:
+        return {}
+    losses = {t: readout.negative_log_likelihood(cells.scores / t, cells.targets) for t in TEMPERATURES}
+    temperature = float(min(losses, key=losses.__getitem__))
+    probabilities = probabilities_of(cells, temperature)
+    right = probabilities.argmax(axis=1) == cells.targets
+    least = float(np.quantile(probabilities.max(axis=1)[right], LOST)) if right.any() else 0.0
+    return {
+        "temperature": round(temperature, 4),
+        "min_score": round(least, 4),
+        "label_sets": fit_label_sets(probabilities, cells.targets),
+    }
