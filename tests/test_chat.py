@@ -131,6 +131,8 @@ def test_the_tool_answers(pipeline, adata):
         ("The T cells express CD19 in 97 %.", False),  # another type
         ("They express it.", False),  # no number
         ("CD19 (12 %).", False),  # a number of MS4A1
+        ("97 % of them do.", False),  # no gene
+        ("CD19 is in 97 of the 30 cells.", False),  # no share
         ("", False),
     ],
 )
