@@ -13,7 +13,9 @@ from scmmgpt.commands.questions import Question, QuestionReader
 INSTRUCTION = (
     "You answer questions about single cells from the facts alone, in one or two sentences. Copy numbers and names."
 )
-TOKEN = re.compile(r"[A-Za-z][\w-]*|\d+(?:[.,]\d+)*(?: ?%)?|\.\s")  # a word, a number with its unit, or an end
+TOKEN = re.compile(
+    r"[A-Za-z][\w-]*|\d+(?:[.,]\d+)*(?: ?%| (?:cells|counts|genes)\b)?|\.\s"
+)  # a word, a number with its unit, or an end
 MAX_TOKENS = 120  # of an answer
 
 

@@ -133,6 +133,7 @@ def test_the_tool_answers(pipeline, adata):
         ("CD19 (12 %).", False),  # a number of MS4A1
         ("97 % of them do.", False),  # no gene
         ("CD19 is in 97 of the 30 cells.", False),  # no share
+        ("CD19 has 30 counts.", False),  # they are cells
         ("", False),
     ],
 )
