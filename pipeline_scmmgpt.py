@@ -1085,7 +1085,8 @@ class ScMMGPTPipeline:
         Args:
             text: Description of the wanted cells, one text or several. What follows "without", "lacking", "but not"
                 or ", not", and what "-negative" follows, counts against a cell: a gene by its expression, other words
-                by their similarity.
+                by their similarity. Genes and programmes after "high", "low" or in "more CD8A than CD4" count by their
+                expression (`query_scmmgpt`).
             top_k: Cells to return per text.
             by: `"similarity"` of cell and text in the shared space; where fine-tuning chose the readout alone, of the
                 text and the texts of the labels, weighted by the cell's probabilities. Or `"genes"`: the expression of
@@ -1097,7 +1098,7 @@ class ScMMGPTPipeline:
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
             1, which has no zero that means "no match"; by genes, in standard deviations of training cells; where the
-            text denies something, in standard deviations of these cells) and `z`
+            text denies or compares something, in standard deviations of these cells) and `z`
             (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
         """
         if top_k < 1:
@@ -1161,6 +1162,8 @@ class ScMMGPTPipeline:
             genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
             return lambda cells: (torch.from_numpy(genes(cells)),)
         plan, bridge = self._search_plan(texts, choice), self._bridge()
+        if not plan.texts:  # counts alone decide
+            return lambda cells: (torch.from_numpy(plan.expression(cells)),)
         stored = self.model.config.annotation or {}
         if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
             panel = bridge.label_readout.for_genes(choice.match.measured)

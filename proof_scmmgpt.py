@@ -44,12 +44,14 @@ class Programme:
         phrase: What a cell shows that expresses them; begins the clause.
         genes: Symbols; no gene is in two lists.
         source: Where the list, or the longer list that these are of, was published.
+        words: Other names of it, for searches.
         within: Cell Ontology ids of the types for which it has a meaning; none stands for all.
     """
 
     phrase: str
     genes: tuple[str, ...]
     source: str
+    words: tuple[str, ...]
     within: tuple[str, ...] = ()
 
 
@@ -62,6 +64,7 @@ PROGRAMMES = (
             "NUSAP1 CENPF CCNB2 AURKB BUB1 KIF11 CDC20 CENPE HMMR".split()
         ),
         "Tirosh et al. 2016, Science 352:189",
+        ("cell cycle", "proliferation", "cycling"),
     ),
     Programme(
         "Interferon response",
@@ -70,33 +73,39 @@ PROGRAMMES = (
             "CMPK2 USP18 DDX60 EPSTI1".split()
         ),
         "Hallmark interferon alpha response, Liberzon et al. 2015, Cell Systems 1:417",
+        ("interferon", "ifn", "interferon-stimulated"),
     ),
     Programme(
         "NF-kB response",
         tuple("IL1B IL1A IL6 TNF CXCL1 CXCL2 CXCL3 CCL20 NFKBIA TNFAIP3 PTGS2 SOD2 BIRC3 ICAM1 CD83".split()),
         "Hallmark TNF signalling by NF-kB, Liberzon et al. 2015, Cell Systems 1:417",
+        ("nf-kb", "nf-κb", "nfkb"),
     ),
     Programme(
         "Immediate-early response (often of dissociation)",
         tuple("FOS FOSB JUN JUNB EGR1 ATF3 IER2 DUSP1 ZFP36 SOCS3 HSPA1A HSPA1B DNAJB1".split()),
         "van den Brink et al. 2017, Nature Methods 14:935",
+        ("immediate-early", "dissociation"),
     ),
     Programme(
         "Cytotoxicity",
         tuple("GNLY GZMB GZMK IFNG NKG7 GZMA PRF1".split()),
         "Smillie et al. 2019, Cell 178:714; GZMA and PRF1: Rooney et al. 2015, Cell 160:48",
+        ("cytotoxicity", "cytotoxic"),
         T_AND_NK,
     ),
     Programme(
         "Activation-induced markers",
         tuple("CD69 CD40LG TNFRSF4 TNFRSF9 IL2RA CD274".split()),
         "Reiss et al. 2017, PLoS One 12:e0186998",
+        ("activation", "activation markers"),
         T_AND_NK[:1] + T_AND_NK[2:],
     ),
     Programme(
         "Inhibitory receptors",
         tuple("CTLA4 PDCD1 TIGIT HAVCR2 LAG3".split()),
         "Smillie et al. 2019, Cell 178:714",
+        ("inhibitory receptors", "exhaustion"),
         T_AND_NK[:1] + T_AND_NK[2:],
     ),
 )
@@ -104,6 +113,7 @@ PROGRAMMES = (
 MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
 MIN_KIND = 20  # cells, to say what is usual
 TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
+APART, PSEUDORATE = 1.25, 0.05  # fold of the genes of a type together over any other; counts per 10,000
 N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
 MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
@@ -277,8 +287,30 @@ class Proof:
         self.n = np.bincount(self.group[self.group >= 0], minlength=len(self.names))
         self.sums = self.expression.totals(self.group, len(self.names), self.expression.rates.data)
         self.shares = self.expression.totals(self.group, len(self.names)) / self.n[:, None].clip(min=1)
+        self.logs = np.log(self.sums / self.n[:, None].clip(min=1) + PSEUDORATE)
+        self.rivals = [
+            np.array([i for i in range(len(self.names)) if self.n[i] >= MIN_KIND and self.excludes(i, own)], dtype=int)
+            for own in range(len(self.names))
+        ]
         self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
         self.expression.sorted.clear()
+
+    def excludes(self, one: int, other: int) -> bool:
+        """Whether a cell of one group is none of the other: neither is above the other."""
+        above, below = (self.within.get(self.names[group], frozenset({self.names[group]})) for group in (one, other))
+        return not above <= below and not below <= above
+
+    def sets_apart(self, group: int, genes: Sequence[int]) -> list[int]:
+        """The first of the genes that together are higher in a group than in any other; none if none are."""
+        ratios = self.logs[group, genes] - self.logs[self.rivals[group]][:, genes]
+        if not len(ratios):
+            return list(genes[:N_TYPE_GENES])
+        best = np.argsort(-ratios.min(axis=0), kind="stable")
+        for chosen in (np.arange(len(genes)), best):
+            chosen = chosen[:N_TYPE_GENES]
+            if len(chosen) and ratios[:, chosen].sum(axis=1).min() >= np.log(APART):
+                return [genes[i] for i in chosen]
+        return []
 
     def mean(self, group: int) -> np.ndarray:
         """Mean rates of a group, `(n_genes,)`."""
@@ -296,7 +328,7 @@ class Proof:
         alike = (self.sums[group][genes] - rates) / (self.n[group] - 1) if self.n[group] > 1 else rates
         others = (self.total - self.sums[group])[genes] / max(len(self.kinds) - self.n[group], 1)
         shows = (alike >= TYPE_FOLD * others) & (alike > 0) & (self.shares[group][genes] >= TYPE_SHARE)
-        genes = [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown][:N_TYPE_GENES]
+        genes = self.sets_apart(group, [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown])
         if not genes or (len(genes) == 1 and genes[0] not in candidates[:N_MARKERS]):
             return None
         noun = article(self.names[group]) + (f" from {self.tissues[cell]}" if self.tissues[cell] else "")

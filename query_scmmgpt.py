@@ -1,12 +1,20 @@
-"""A text to search for, in what cells should be and what they should lack: "T cells without CD8".
+"""A text to search for, in what cells should be, what they should lack, and what should be high or low in them.
 
-An embedding of such a text is near the very cells that it excludes. The denied words are therefore scored apart: genes
-by their expression, anything else by its similarity. All terms are in standard deviations over the searched cells.
+An embedding of "T cells without CD8" is near the very cells that it excludes, and that of "T cells with high
+interferon" near all T cells. Such words are therefore scored apart: genes and programmes by their expression, anything
+else by its similarity. All terms are in standard deviations over the searched cells.
+
+| words | score |
+| --- | --- |
+| without, lacking, but not, `, not`, `-negative` | less of a gene or programme; or of a text, where it fits better |
+| high, higher, more, strong; low, lower, less, fewer X | more or less of a gene or a programme |
+| more X than Y | the difference of two; with "than" of other words ("than usual"), X alone |
+| more like X than Y | the difference of two similarities |
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,10 +22,12 @@ import numpy as np
 try:
     from .cells_scmmgpt import Cells
     from .genes_scmmgpt import GeneIndex
+    from .proof_scmmgpt import PROGRAMMES
     from .unseen_scmmgpt import named_genes
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
     from genes_scmmgpt import GeneIndex
+    from proof_scmmgpt import PROGRAMMES
     from unseen_scmmgpt import named_genes
 
 
@@ -28,7 +38,32 @@ DENIAL = re.compile(
     re.IGNORECASE,
 )
 EITHER = re.compile(r"\s+(?:and|or|nor)\s+(?:an?\s+)?|\s*/\s*")
+LEVELS = dict.fromkeys(("high", "higher", "more", "strong", "stronger"), 1)
+LEVELS |= dict.fromkeys(("low", "lower", "less", "fewer"), -1)
+ANY_LEVEL = "|".join(LEVELS)
+ANY_CELL = re.compile(r"(?:an?|any|all|the)?\s*cells?", re.IGNORECASE)
+LEVEL = re.compile(
+    r"(?:,?\s*\b(?:and|with|showing|expressing|(?:which|that) (?:is|are|has|have|show|shows|express|expresses)))*"
+    rf",?\s*(?:\ban?\s+)?\b(?P<level>{ANY_LEVEL})\s+(?P<like>like\s+)?(?:(?:expression|levels?)\s+of\s+)?(?:an?\s+)?"
+    rf"(?P<what>[^,;.]+?)(?:\s+than\s+(?:an?\s+)?(?P<than>[^,;.]+?))?(?=\s*(?:$|[,;.]|\band\s+(?:{ANY_LEVEL})\b))",
+    re.IGNORECASE,
+)
+# What may surround the name of a programme: "a type I interferon response".
+AROUND = re.compile(r"^type i |[ -](?:response|signature|programme|program|signall?ing|genes|activity|expression)$")
 COUNTS_PER_10K = 1e4
+
+
+@dataclass(frozen=True)
+class Level:
+    """What should be high, and what should be low against it; "" for nothing.
+
+    Args:
+        high, low: Genes, programmes, or with `is_text` other words.
+    """
+
+    high: str
+    low: str
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,32 +71,76 @@ class Query:
     """What a text asks for.
 
     Args:
-        wanted: The text without its denials.
+        wanted: The text without its denials and levels.
         denied: Terms that the cells should lack.
+        levels: Terms that should be high or low.
     """
 
     wanted: str
     denied: tuple[str, ...] = ()
+    levels: tuple[Level, ...] = ()
 
 
-def read_query(text: str) -> Query:
-    """Split a text into what is wanted and what is denied.
+def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: False) -> Query:
+    """Split a text into what is wanted, what is denied, and what should be high or low.
+
+    Args:
+        is_expressed: Whether a term names genes or a programme that cells can be compared by. Other words after "high"
+            stay in the text.
 
     >>> read_query("T cells without CD8 or CD25, high interferon")
-    Query(wanted='T cells, high interferon', denied=('CD8', 'CD25'))
-    >>> read_query("CD8-negative lymphocytes, not a B cell")
-    Query(wanted='lymphocytes', denied=('CD8', 'B cell'))
+    Query(wanted='T cells, high interferon', denied=('CD8', 'CD25'), levels=())
+    >>> read_query("T cells with more CD8A than CD4", lambda term: term in ("CD8A", "CD4"))
+    Query(wanted='T cells', denied=(), levels=(Level(high='CD8A', low='CD4', is_text=False),))
 
     Raises:
         ValueError: If nothing is wanted.
     """
-    denied = []
+    denied, levels = [], []
     for match in DENIAL.finditer(text):
         denied += [term.strip() for term in EITHER.split(match["after"] or match["before"])]
-    wanted = " ".join(DENIAL.sub("", text).split()).strip(" ,;.") if denied else text
-    if not wanted:
+    rest = DENIAL.sub("", text)
+
+    def take(match: re.Match) -> str:
+        what, than = match["what"].strip(), (match["than"] or "").strip()
+        is_text = bool(match["like"] and than)
+        if not (is_text or is_expressed(what)):
+            return match.group()
+        than = than if is_text or is_expressed(than) else ""
+        high, low = (what, than) if LEVELS[match["level"].casefold()] > 0 else (than, what)
+        levels.append(Level(high, low, is_text))
+        return ""
+
+    rest = LEVEL.sub(take, rest)
+    wanted = " ".join(rest.split()).strip(" ,;.") if denied or levels else text
+    wanted = "" if levels and ANY_CELL.fullmatch(wanted) else wanted
+    if not wanted and not levels:
         raise ValueError(f"{text!r} says what cells lack, and not which cells are wanted: write 'cells without ...'.")
-    return Query(wanted, tuple(denied))
+    return Query(wanted, tuple(denied), tuple(levels))
+
+
+@dataclass
+class Part:
+    """The terms of a text, as positions among the texts and the groups of genes of a [`Search`]."""
+
+    wanted: int | None = None
+    denied_texts: list[int] = field(default_factory=list)
+    denied_genes: list[int] = field(default_factory=list)
+    similar: list[tuple[int | None, int | None]] = field(default_factory=list)  # more like, less like
+    expressed: list[tuple[int | None, int | None]] = field(default_factory=list)  # high, low
+
+    def score(self, similarity: np.ndarray, expressed: np.ndarray) -> np.ndarray:
+        """Scores of cells from similarities `(n_cells, n_texts)` and expression `(n_cells, n_groups)`."""
+        if self == Part(self.wanted) and self.wanted is not None:
+            return similarity[:, self.wanted]
+        nothing = np.zeros(len(similarity))
+        wanted = nothing if self.wanted is None else similarity[:, self.wanted]
+        score = combine(wanted, list(similarity[:, self.denied_texts].T), list(expressed[:, self.denied_genes].T))
+        for values, pairs in ((similarity, self.similar), (expressed, self.expressed)):
+            for more, less in pairs:
+                high, low = (nothing if i is None else values[:, i] for i in (more, less))
+                score = score + standardised(high - low)
+        return score.astype(np.float32)
 
 
 class Search:
@@ -70,25 +149,41 @@ class Search:
     Args:
         texts: What is searched for.
         gene_index: Genes of the model.
-        measured: Vocabulary ids of the genes that the file measures.
+        measured: Vocabulary ids of the genes that the file measures; by default all.
     """
 
-    def __init__(self, texts: Sequence[str], gene_index: GeneIndex, measured: np.ndarray) -> None:
+    def __init__(self, texts: Sequence[str], gene_index: GeneIndex, measured: np.ndarray | None = None) -> None:
         self.texts: list[str] = []  # to embed
         self.genes: list[np.ndarray] = []  # to look at together, a group for each term that names some
-        self._parts: list[tuple[int, list[int], list[int]]] = []  # of a text: wanted, texts denied, groups denied
-        for text in texts:
-            query = read_query(text)
-            similar, expressed = [], []
-            wanted = self._add(self.texts, query.wanted)
+        self.gene_index, self.measured = gene_index, measured
+        self.queries = [read_query(text, lambda term: len(self.genes_of(term)) > 0) for text in texts]
+        self._parts: list[Part] = []
+        for query in self.queries:
+            part = Part()
+            if query.wanted:
+                part.wanted = self._add(self.texts, query.wanted)
             for term in query.denied:
-                named = np.array(list(named_genes(term, gene_index)), dtype=np.int64)
-                genes = np.intersect1d(named, measured)
-                if len(genes):
-                    expressed.append(self._add(self.genes, genes))
+                if len(genes := self.genes_of(term)):
+                    part.denied_genes.append(self._add(self.genes, genes))
                 else:
-                    similar.append(self._add(self.texts, term))
-            self._parts.append((wanted, similar, expressed))
+                    part.denied_texts.append(self._add(self.texts, term))
+            for level in query.levels:
+                items: list = self.texts if level.is_text else self.genes
+                terms = [term if level.is_text else self.genes_of(term) for term in (level.high, level.low)]
+                pair = [self._add(items, term) if len(term) else None for term in terms]
+                (part.similar if level.is_text else part.expressed).append((pair[0], pair[1]))
+            self._parts.append(part)
+
+    def genes_of(self, term: str) -> np.ndarray:
+        """Measured genes, vocabulary ids, that a term names: those of a programme, or genes in capitals."""
+        words = AROUND.sub("", AROUND.sub("", term.casefold().strip()))
+        symbols = next((programme.genes for programme in PROGRAMMES if words in programme.words), ())
+        ids = [self.gene_index.lookup(symbol)[0] for symbol in symbols]
+        for word in [] if symbols else EITHER.split(term):
+            named = list(named_genes(word, self.gene_index))
+            ids += named or [self.gene_index.vocabulary.get(word.strip(), -1)]
+        genes = np.unique(np.array([i for i in ids if i >= 0], dtype=np.int64))
+        return genes if self.measured is None else np.intersect1d(genes, self.measured)
 
     @staticmethod
     def _add(items: list, item: object) -> int:
@@ -104,19 +199,13 @@ class Search:
         return np.stack(columns, axis=1).astype(np.float32) if columns else np.zeros((len(cells), 0), np.float32)
 
     def scores(self, columns: np.ndarray) -> np.ndarray:
-        """Scores, float32 `(n_cells, n_texts)`: a similarity where nothing is denied, else those of [`combine`].
+        """Scores, float32 `(n_cells, n_texts)`: a similarity where a text asks for nothing else.
 
         Args:
             columns: Similarities with `texts`, then results of [`expression`], of all cells.
         """
         similarity, expressed = np.split(columns, [len(self.texts)], axis=1)
-        scored = [
-            combine(similarity[:, wanted], list(similarity[:, texts].T), list(expressed[:, genes].T))
-            if texts or genes
-            else similarity[:, wanted]
-            for wanted, texts, genes in self._parts
-        ]
-        return np.stack(scored, axis=1)
+        return np.stack([part.score(similarity, expressed) for part in self._parts], axis=1)
 
 
 def combine(wanted: np.ndarray, similar: Sequence[np.ndarray], expressed: Sequence[np.ndarray]) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scmmgpt.commands.conditions import rows_where
 from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader, simple
 from scmmgpt.evidence_scmmgpt import NONE
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, PROGRAMMES, TYPE_FOLD, TYPE_SHARE, Expression, join
@@ -35,21 +36,17 @@ class Answer:
 
 
 def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
-    """Which cells are selected, bool `(n_obs,)`: by a condition as for `DataFrame.query`, names or rows; None: all.
+    """Which cells are selected, bool `(n_obs,)`: by a condition as for [`rows_where`], names or rows; None: all.
 
     Raises:
         ValueError: If it selects no cell, or is no condition on columns of `obs`.
     """
     mask = np.zeros(len(obs), dtype=bool)
-    try:
-        if isinstance(select, str):
-            mask[obs.assign(_row=np.arange(len(obs))).query(select)["_row"]] = True
-        else:
-            rows = slice(None) if select is None else np.asarray(select)
-            mask[obs.index.get_indexer(rows) if getattr(rows, "dtype", mask.dtype).kind in "OU" else rows] = True
-    except Exception as error:  # pandas has many
-        text = f"{select!r} is no condition on columns of obs ({error}); it has {list(obs.columns)}."
-        raise ValueError(text) from None
+    if isinstance(select, str):
+        mask = rows_where(obs, select)
+    else:
+        rows = slice(None) if select is None else np.asarray(select)
+        mask[obs.index.get_indexer(rows) if getattr(rows, "dtype", mask.dtype).kind in "OU" else rows] = True
     if not mask.any():
         raise ValueError(f"No cell is selected by {select!r}.")
     return mask

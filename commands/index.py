@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands.cluster import run_tasks
+from scmmgpt.commands.conditions import columns_of, rows_where
 from scmmgpt.commands.files import read_json, whole_folder, write_json
-from scmmgpt.query_scmmgpt import read_query
+from scmmgpt.query_scmmgpt import Search, read_query
 
 
 logger = logging.getLogger(__name__)
@@ -191,10 +192,12 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
         top_k, where: As for [`search_index`].
 
     Raises:
-        ValueError: If the text denies something, or the index is of another checkpoint.
+        ValueError: If the text denies or compares something, or the index is of another checkpoint.
     """
     if denied := read_query(text).denied:
         raise ValueError(f"An index finds what is similar, and cannot leave out {denied[0]!r}; search FILE for that.")
+    for level in Search([text], pipeline.processor.gene_index).queries[0].levels:
+        raise ValueError(f"An index has no counts for {level.high or level.low!r}; search FILE for that.")
     about, query = read_manifest(folder), pipeline.embed_texts([text])[0]
     if len(query) != about["dimensions"]:
         raise ValueError(
@@ -209,7 +212,7 @@ def search_index(folder: Path, query: np.ndarray, top_k: int, where: str | None 
 
     Args:
         query: Vector of unit length, of as many dimensions as the embeddings.
-        where: A condition on columns of `obs`, as for `DataFrame.query`: `tissue == 'lung' and n_genes > 500`.
+        where: A condition on columns of `obs`, as for [`rows_where`]: `tissue == 'lung' and n_genes > 500`.
 
     Raises:
         ValueError: If the condition cannot be evaluated, or no cell fulfils it.
@@ -248,14 +251,9 @@ def _rows_where(path: Path, where: str) -> np.ndarray:
     import pyarrow.parquet as pq
 
     file = path / "cells.parquet"
-    columns = [name for name in pq.read_schema(file).names if name in where]
-    try:
-        kept = pd.read_parquet(file, columns=columns).reset_index(drop=True).query(where)
-    except Exception as error:  # pandas raises many types for what it cannot parse or compare
-        known = ", ".join(pq.read_schema(file).names)
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"--where {where!r} cannot be evaluated ({why}); the columns are {known}.") from None
-    return kept.index.to_numpy().astype(np.int64)
+    names = pq.read_schema(file).names
+    table = pd.read_parquet(file, columns=columns_of(where, names))
+    return np.flatnonzero(rows_where(table.reset_index(drop=True), where, names)).astype(np.int64)
 
 
 def _rows_of(hits: list[tuple[float, Path, int]]) -> dict[tuple[Path, int], tuple[str, str, int]]:

@@ -112,10 +112,9 @@ class CellTools:
         reading: Reading = None,
     ) -> dict[str, Any]:
         """Ask about selected cells: types, genes, markers, evidence, donors. Answers are counted, not generated."""
-        if (column is None) != (value is None) or "`" in (column or ""):
-            raise ToolError("Name a column of obs and a value together, the column without a backtick.")
-        # A condition may run code, so it is written here and not by the agent.
-        words = [] if column is None else [f"--select=`{column}`.astype('str') == {value!r}"]
+        if (column is None) != (value is None):
+            raise ToolError("Name a column of obs and a value together.")
+        words = [] if column is None else [f"--select=`{column}` in {_readings(value or '')}"]
         asked = [f" {question}" for question in questions]  # none is an option
         return self._call("chat", *words, *_reading(reading), self._existing(file), "--ask", *asked)
 
@@ -280,3 +279,11 @@ def serve(folder: Path, run: Command, model: str | None, settings: Mapping[str, 
     find_checkpoint(checkpoint)
     words = _options(**{"model": model, **settings})
     make_server(folder, run, checkpoint, words).run("stdio")
+
+
+def _readings(value: str) -> list[str | float]:
+    """A value of a column as text, and as the number that it may be."""
+    try:
+        return [value, float(value)]
+    except ValueError:
+        return [value]

@@ -32,8 +32,9 @@ from scmmgpt.commands.cluster import run_tasks
 from scmmgpt.commands.errors import explain, full_disk
 from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns, words_of
-from scmmgpt.commands.results import RowBlocks, rehearse, write_cells, write_table
+from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
+from scmmgpt.readers.soma import is_soma
 
 
 if TYPE_CHECKING:
@@ -286,7 +287,11 @@ def compute_outputs(
     summaries: dict[str, Any] = {}
     done: list[Results] = []
     failures: list[str] = []
-    with partitions_beside(output) as folder, _folder_of_results(output, len(outputs) > 1):
+    with (
+        partitions_beside(output) as folder,
+        _folder_of_results(output, len(outputs) > 1),
+        _copies(outputs, folder) as copies,
+    ):
         runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
         runs[0].compute(workers, cluster)
         if with_evidence:
@@ -305,7 +310,7 @@ def compute_outputs(
             if failed:
                 texts = [f"{start}-{stop}: {error}" for (start, stop), error in sorted(failed.items())]
                 cells.uns["scmmgpt"] = {**cells.uns["scmmgpt"], "failed": np.array(texts, dtype=object)}
-            write_cells(cells, source.path, path)
+            write_cells(cells, source.path, path, copies)
             n_failed = sum(stop - start for start, stop in failed)
             counts = {"cells": cells.n_obs, **({"failed": n_failed} if n_failed else {})}
             done.append(results[-1])
@@ -441,6 +446,17 @@ class Joined:
         for (start, stop), path in self.paths.items():
             yield first, CellEvidence.of_arrays(read_columns(path, list(self.widths)))
             first += stop - start
+
+
+@contextlib.contextmanager
+def _copies(sources: Iterable[Source], folder: Path) -> Iterator[CopiesAhead]:
+    """The copies that become outputs, made from now on; what is not used is removed."""
+    files = [source.path for source in sources if source.path.is_file() and not is_soma(source.path)]
+    copies = CopiesAhead({file: folder / f"{i}.h5ad" for i, file in enumerate(files) if can_copy(file)})
+    try:
+        yield copies
+    finally:
+        copies.remove()
 
 
 @contextlib.contextmanager

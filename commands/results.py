@@ -6,8 +6,11 @@ new `obs`, `obsm` and `uns`, and its memory does not grow with the matrices. Cel
 
 import itertools
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -87,10 +90,49 @@ def rehearse(cells: Cells, source: Path, output: Path) -> None:
         check_file(output, size_in_memory(cells))
 
 
-def write_cells(cells: Cells, source: Path, output: Path) -> None:
+class CopiesAhead:
+    """Copies of `.h5ad` files, to which results are added later; a thread makes them while the results are computed.
+
+    Args:
+        copies: File -> its copy.
+    """
+
+    def __init__(self, copies: Mapping[Path, Path]) -> None:
+        self.copies = copies
+        self._made: dict[Path, Future[None]] = {source: Future() for source in copies}
+        self._stopped = threading.Event()
+        for copy in copies.values():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._copy, daemon=True).start()  # a command that fails does not wait for it
+
+    def _copy(self) -> None:
+        for source, copy in self.copies.items():
+            if self._stopped.is_set():
+                return
+            try:
+                shutil.copyfile(source, copy)
+                self._made[source].set_result(None)
+            except OSError as error:
+                self._made[source].set_exception(error)
+
+    def take(self, source: Path) -> Path | None:
+        """The copy of a file, whole; None for a source that has none."""
+        if source not in self.copies:
+            return None
+        self._made[source].result()
+        return self.copies[source]
+
+    def remove(self) -> None:
+        """Remove what was not taken."""
+        self._stopped.set()
+        for copy in self.copies.values():
+            copy.unlink(missing_ok=True)
+
+
+def write_cells(cells: Cells, source: Path, output: Path, copies: CopiesAhead | None = None) -> None:
     """Write cells with their results, and everything of their source, to an `.h5ad` file, whole."""
     with log_if_slow(f"Writing {output}"), whole_file(output) as temporary:
-        write_result(cells, source, temporary)
+        write_result(cells, source, temporary, None if copies is None else copies.take(source))
 
 
 def table_of(cells: Cells, columns: Sequence[str] = (), *, short: bool = False) -> pd.DataFrame:
@@ -125,15 +167,20 @@ def write_table(path: Path, rows: Any, index_label: str | None = None) -> None:
             n += max(len(part), 1)
 
 
-def write_result(cells: Cells, source: Path, target: Path) -> None:
-    """Write cells with their results to the `.h5ad` file `target`; a [`CellFile`] is a view of `source`."""
+def write_result(cells: Cells, source: Path, target: Path, copy: Path | None = None) -> None:
+    """Write cells with their results to the `.h5ad` file `target`; a [`CellFile`] is a view of `source`.
+
+    `copy` is one of `source` on the disk of `target`, and becomes `target`.
+    """
     if not isinstance(cells, CellFile):
         for name in list(cells.obsm):
             if isinstance(cells.obsm[name], RowBlocks):
                 cells.obsm[name] = cells.obsm[name].to_memory()
         cells.write_h5ad(target)
         return
-    if is_soma(source):
+    if copy is not None:
+        os.replace(copy, target)
+    elif is_soma(source):
         _copy_rows(cells, target)
     elif source.is_dir():
         _copy_store(cells.handle, target)

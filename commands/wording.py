@@ -44,11 +44,11 @@ class Wording:
         """The answer in other words, or "" where the model adds to it or says nothing of it."""
         text = f"{INSTRUCTION}\n\nFacts: {answer.text}\n\nQuestion: {question}"  # not every template has a system
         turns = [{"role": "user", "content": text}]
-        inputs = self.tokenizer.apply_chat_template(
+        inputs: Any = self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         ids = self.model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
-        words = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        words = str(self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
         return words if self.keeps_to(words, answer.text) else ""
 
     def keeps_to(self, words: str, facts: str) -> bool:

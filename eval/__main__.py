@@ -13,6 +13,7 @@ from scmmgpt.commands.progress import log_if_slow
 
 
 COMMANDS = (
+    "ablation",
     "abstention",
     "all",
     "annotation",

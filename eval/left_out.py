@@ -2,6 +2,7 @@
 
 ```
 python -m scmmgpt.eval abstention --data ../shared/data --output out.json
+python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --output labels.json
 ```
 
 * A dataset left out: readout, novelty, temperature, sets of labels and the least score come from the other datasets.
@@ -152,7 +153,8 @@ def summarise_known(
 
 def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Known and new cells of each group of datasets, left out together. `cells` are of `leave_each_out`."""
-    known_rows, new_rows, kept, parts, sets = {}, [], [], [], {rate: [] for rate in ERROR_RATES}
+    known_rows, new_rows, kept, parts = {}, [], [], []
+    sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
     for group in groups:
         others = [data for i, data in enumerate(sources.datasets) if i not in group]
         settings = calibrated(cells.take(~np.isin(cells.datasets, group)))
@@ -174,10 +176,10 @@ def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequen
                     sets[rate].append(members(some["probabilities"], settings, rate))
             new_rows += new_cells(sources, mine, columns, ~known, sources.names[number])
             logger.info("%s left out", sources.names[number])
-    columns = [np.concatenate([getattr(c, f.name) for c in kept]) for f in fields(LeftOut)]
+    of_known = [np.concatenate([getattr(c, f.name) for c in kept]) for f in fields(LeftOut)]
     of_all = summarise_known(
         sources,
-        LeftOut(*columns),
+        LeftOut(*of_known),
         np.concatenate(parts),
         {rate: np.concatenate(found) for rate, found in sets.items()},
     )
@@ -239,22 +241,21 @@ def weighted(rows: Any) -> dict[str, float]:
     return {"n_cells": sum(sizes)} | {n: float(np.average([row[n] for row in rows], weights=sizes)) for n in names}
 
 
-def evaluate_left_out(folder: str | Path, together: Sequence[str] = ()) -> dict[str, Any]:
-    """Leave each dataset out, or those of `together` at once, and each label.
+def evaluate_left_out(folder: str | Path, what: str = "datasets", together: Sequence[str] = ()) -> dict[str, Any]:
+    """Leave each dataset out, or those of `together` at once; or each label.
 
     Returns:
-        JSON-able dict: `known` (by dataset), `known_together`, `new`, `new_together`, and without `together` also
-        `labels` and `labels_together`.
+        JSON-able dict: `new`, cells of types that are left out, and their mean `new_together`; of datasets also
+        `known` (by dataset) and `known_together`.
     """
     sources = read_sources(folder)
     missing = set(together) - set(sources.names)
     if missing:
         raise ValueError(f"There are no datasets {sorted(missing)}; there are {sources.names}.")
     cells = left_out.leave_each_out(sources.datasets, sources.meanings)
-    group = [sources.names.index(name) for name in together]
-    result = leave_datasets_out(sources, cells, [group] if group else [[i] for i in range(len(sources.names))])
-    result["new_together"] = weighted(result["new"])
-    if not group:
-        result["labels"] = leave_labels_out(sources, cells)
-        result["labels_together"] = weighted(result["labels"])
-    return result
+    if what == "labels":
+        result: dict[str, Any] = {"new": leave_labels_out(sources, cells)}
+    else:
+        group = [sources.names.index(name) for name in together]
+        result = leave_datasets_out(sources, cells, [group] if group else [[i] for i in range(len(sources.names))])
+    return result | {"new_together": weighted(result["new"])}

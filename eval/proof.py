@@ -10,7 +10,8 @@ the file whose texts name the same type are the kind of a cell.
 
 | sentence | supported if |
 | --- | --- |
-| type | each gene is higher in the kind than in all other cells |
+| type | each gene is higher in the kind than in all other cells, and all together are more probable in it than in \
+any other kind, by naive Bayes over the counts of all kinds |
 | programme | it names three genes of the list; the cell is above the stated share of its kind, and above half of \
 it, and has twice the counts of its lower quarter, by more than chance |
 | unusual | each gene is at twice the mean of the kind, and above nine in ten of it |
@@ -19,6 +20,7 @@ it, and has twice the counts of its lower quarter, by more than chance |
 Lies are planted one at a time among true texts: see `LIES`.
 """
 
+import functools
 import json
 import re
 import sys
@@ -28,12 +30,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.stats import poisson
+from sklearn.naive_bayes import MultinomialNB
 
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.proof_scmmgpt import PROGRAMMES
 from scmmgpt.readers.cell_files import read_file
+from scmmgpt.train.data import ontology
 
 
 GENE = r"([^\s(),]+) \(([\d.e+-]+)(?: counts?)?\)"
@@ -52,6 +56,7 @@ SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
 LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
 ROUNDING = 1e-3  # of a count in words
 HIGH = 95  # share of its kind that a lie claims for a programme
+MIN_KIND, SMOOTHING = 20, 0.1  # cells of a kind that others are compared with; counts added to each gene
 FEW, CHANCE = 0.4, 1e-3  # counts of a programme that are expected at least; probability of so many
 Lie: TypeAlias = Callable[["Checker", int, np.random.Generator], str | None]
 
@@ -65,6 +70,18 @@ def kind_of(text: str) -> str:
     """The type that a text names; "" for none."""
     match = SENTENCES["type"].fullmatch(sentences(text)[0])
     return match["kind"] if match else ""
+
+
+@functools.cache
+def lineage(name: str) -> frozenset[str]:
+    """The Cell Ontology ids of a type and of all types above it; the name itself if it has none."""
+    term = ontology.match_label("cell_type", name)[0]
+    return frozenset([name] if term is None else [term, *ontology.ancestors(term)])
+
+
+def excludes(one: str, other: str) -> bool:
+    """Whether a cell of one type is none of the other: neither type is above the other."""
+    return not lineage(one) <= lineage(other) and not lineage(other) <= lineage(one)
 
 
 class Checker:
@@ -85,6 +102,17 @@ class Checker:
         kinds = np.array([kind_of(text) for text in texts], dtype=object)
         self.kinds = {name: kinds == name for name in sorted(set(kinds.tolist()) - {""})}
         self.known: dict[str, np.ndarray] = {}
+        self.log_shares: dict[str, np.ndarray] = {}
+        if self.kinds:
+            bayes = MultinomialNB(alpha=SMOOTHING).fit(self.by_cell[kinds != ""], kinds[kinds != ""].astype(str))
+            self.log_shares = dict(zip(bayes.classes_.tolist(), bayes.feature_log_prob_, strict=True))
+
+    def better_kinds(self, kind: str, genes: Sequence[str]) -> list[str]:
+        """Kinds in which genes are together more probable than in one that excludes them."""
+        columns = [self.column[gene] for gene in genes]
+        rivals = [name for name, cells in self.kinds.items() if cells.sum() >= MIN_KIND and excludes(name, kind)]
+        own = self.log_shares[kind][columns].sum() if kind in self.log_shares else -np.inf
+        return [name for name in rivals if self.log_shares[name][columns].sum() > own]
 
     def rates(self, name: str) -> np.ndarray:
         """Share of a gene, or of the genes of a programme, in every cell."""
@@ -114,6 +142,7 @@ class Checker:
             names = [gene for gene, _ in genes]
             if form == "type":
                 found += [f"{g} is not of {kind}" for g in names if not self.is_higher(g, others, ~others, cell)]
+                found += [f"{names} speak for {name}" for name in self.better_kinds(kind, names)]
             elif form == "programme":
                 found += self.programme_faults(cell, parts, names, others)
             elif form == "unusual":
@@ -175,8 +204,8 @@ def other_type(checker: Checker, cell: int, rng: np.random.Generator) -> str | N
     """The name of another type, with the genes of the cell."""
     text = checker.texts[cell]
     kind = kind_of(text)
-    names = [name for name in checker.kinds if name != kind]
-    if not kind or not names:
+    names = [name for name in checker.kinds if kind and excludes(name, kind)]
+    if not names:
         return None
     lie = text.replace(f" {kind}", f" {rng.choice(names)}", 1)
     return re.sub(r"^An? (?=[aeiou])", "An ", re.sub(r"^An? ", "A ", lie))

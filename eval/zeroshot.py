@@ -23,8 +23,12 @@ Systems:
 * `text centroids`: nearest centroid; ridge regression from text embeddings to the centroids of seen labels predicts
   the centroid of the left-out label;
 * `nearest text`: the seen label whose text is most similar to the left-out text, the best `steps` of texts alone.
+
+With `--generate N`, N cells are generated from the text of each left-out label in place of predictions: see
+`zeroshot_cells`.
 """
 
+import argparse
 import functools
 import itertools
 import json
@@ -46,7 +50,9 @@ from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
+from scmmgpt.eval.results import format_table
 from scmmgpt.eval.task import read_runs, split_rows, training_parser
+from scmmgpt.eval.zeroshot_cells import evaluate_cells, labelled
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.captions import CaptionSampler
@@ -257,6 +263,19 @@ def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
     return LabelTexts(list(names), texts, [term for term in terms if term is not None])
 
 
+def generate_left_out(args: argparse.Namespace, adata: AnnData, truth: np.ndarray, labels: LabelTexts) -> int:
+    """Generate and measure cells of left-out labels, of each split."""
+    texts, names = embed_texts(labels.texts), np.asarray(labels.names)
+    every = []
+    for seed in range(args.seeds):
+        rows = split_rows(truth, test_share=args.test_share, seed=seed)
+        train, test = (labelled(adata[part], names[truth[part]]) for part in rows)
+        every.append(evaluate_cells(train, test, labels.names, texts, args.generate, seed))
+        sys.stdout.write(format_table(every[-1]))
+        write_json(Path(args.output, "generation.json"), {"task": "zeroshot", "splits": every})
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Runs in `results.json` of the output folder are not repeated."""
     parser = training_parser("zeroshot", "Predict labels without training cells from their texts.")
@@ -266,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--gene-texts", help="table of what genes do, for `finetune`; columns symbol and summary")
     parser.add_argument("--classes", help="label_classes.json of `crossdata`: labels are pooled to its fine classes")
+    parser.add_argument("--generate", type=number(int, 2), help="generate so many cells of each label instead")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
     args = parser.parse_args(argv)
     quieten()
@@ -279,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ontology_key:
         ids = [column_of(adata.obs, args.ontology_key)[truth == label][0] for label in range(len(names))]
     labels = describe([str(name) for name in names], ids)
+    if args.generate:
+        return generate_left_out(args, adata, truth, labels)
     steps = ontology_steps(labels.ids)
     about: dict[str, Any] = {"task": "zeroshot", "adata": Path(args.adata).name, "label_key": args.label_key}
     about |= {"texts": dict(zip(labels.names, labels.texts, strict=True)), "test_share": args.test_share}

@@ -29,17 +29,18 @@ ENCODINGS = frozenset(
 def check_links(file: h5py.File) -> None:
     """Refuse a file with parts in other files: someone else's file could name any file of this machine."""
 
-    def others(name: str, link: Any) -> tuple[str, str] | None:  # h5py stops at the first that is not None
+    def stop_at(name: str, link: Any) -> tuple[str, str] | None:  # an error raised here would be lost in HDF5
         part = file[name] if isinstance(link, h5py.HardLink) else None
-        found = [link.filename] if isinstance(link, h5py.ExternalLink) else []
+        others = [link.filename] if isinstance(link, h5py.ExternalLink) else []
         if isinstance(part, h5py.Dataset):
-            found += [name for name, *_ in part.external or ()]
-            found += [source.file_name for source in part.virtual_sources()] if part.is_virtual else []
-        outside = sorted(set(found) - {".", file.filename})
+            others += [name for name, *_ in part.external or ()]
+            others += [source.file_name for source in part.virtual_sources()] if part.is_virtual else []
+        outside = sorted(set(others) - {".", file.filename})
         return (name, outside[0]) if outside else None
 
-    if found := file.visititems_links(others):
-        raise FileError(f"{found[0]} of {file.filename} is in another file, {found[1]!r}. Copy all into one file.")
+    if found := file.visititems_links(stop_at):
+        name, other = found
+        raise FileError(f"{name} of {file.filename} is in another file, {other!r}. Copy all into one file.")
 
 
 def check_parts(group: Any) -> None:

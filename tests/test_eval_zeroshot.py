@@ -122,3 +122,34 @@ def test_a_pipeline_is_asked_for_all_labels_by_their_texts(tiny_pipeline):
     scores = zeroshot.scores_of_pipeline(tiny_pipeline, case)
     assert scores.shape == (6, 2)
     np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1, rtol=1e-5)
+
+
+def test_cells_are_generated_for_labels_that_no_generator_has_seen(tmp_path, monkeypatch, capsys):
+    from scmmgpt.eval import realism, zeroshot_cells
+    from scmmgpt.train import states
+
+    rng, seen = np.random.default_rng(0), []
+    types = np.array(list(IDS))[np.arange(120) % 3]
+    counts = rng.poisson(2.0, (120, 30))
+    for row, name in enumerate(types):
+        counts[row, list(IDS).index(name) * 10 : list(IDS).index(name) * 10 + 10] += rng.poisson(9, 10)
+    obs = pd.DataFrame({"label": types}, index=[f"c{i}" for i in range(120)])
+    genes = pd.DataFrame(index=[f"g{i}" for i in range(30)])
+    cells = anndata.AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=genes)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+
+    def spy(prompt, n, seed):
+        seen.append((prompt.left_out, prompt.seen.tolist(), len(prompt.train)))
+        return zeroshot_cells.from_states(prompt, n, seed)
+
+    monkeypatch.setitem(zeroshot_cells.SYSTEMS, "scMMGPT", spy)
+    monkeypatch.setattr(zeroshot, "embed_texts", lambda texts: np.eye(len(texts)))
+    for module, name in ((states, "MAX_FACTOR_STEPS"), (states, "MAX_FLOW_STEPS"), (realism, "N_TREES")):
+        monkeypatch.setattr(module, name, 20)  # for speed
+    words = ["--adata", str(tmp_path / "cells.h5ad"), "--label-key", "label", "--output", str(tmp_path / "out")]
+    assert zeroshot.main([*words, "--generate", "20", "--test-share", "0.5"]) == 0
+    assert seen == [(0, [1, 2], 40), (1, [0, 2], 40), (2, [0, 1], 40)]
+    (split,) = json.loads((tmp_path / "out" / "generation.json").read_text())["splits"]
+    distances = {row["system"]: row["value"] for row in split["rows"] if row["metric"] == "energy_distance"}
+    assert distances["mean profile + Poisson"] < distances["ridge + Poisson"]
+    assert "cells of the nearest text" in capsys.readouterr().out

@@ -136,7 +136,11 @@ def test_no_part_of_a_file_leads_out_of_the_folder(call, folder, kind):
         ("audit", {"file": "cells.h5ad", "output": "new.h5ad", "label_key": "type"}, "type"),
         ("embed", {"file": "cells.h5ad", "output": "new.h5ad", "reading": {"model": "x"}}, "reading has ['model']"),
         ("search", {"file": "cells.h5ad", "text": " "}, "The text to search for is empty"),
-        ("ask", {"file": "cells.h5ad", "questions": ["?"], "column": "given` or `given", "value": "B"}, "backtick"),
+        (
+            "ask",
+            {"file": "cells.h5ad", "questions": ["?"], "column": "given` or `given", "value": "B"},
+            "is no condition on columns of obs",
+        ),
         ("ask", {"file": "cells.h5ad", "questions": ["?"], "column": "given", "value": "C"}, "No cell is selected by"),
     ],
 )

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from scmmgpt import query_scmmgpt
-from scmmgpt.query_scmmgpt import Query, combine, read_query
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.query_scmmgpt import Query, Search, combine, read_query
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -24,6 +25,36 @@ from scmmgpt.synthetic import synthetic_adata
 )
 def test_a_text_is_split_into_what_is_wanted_and_what_is_denied(text, wanted, denied):
     assert read_query(text) == Query(wanted, denied)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "levels"),
+    [
+        ("T cells with higher interferon than other T cells", "T cells", [("interferon", "")]),
+        ("T cells without CD8, high interferon", "T cells", [("interferon", "")]),
+        ("monocytes with low HLA-DRA and high S100A8", "monocytes", [("", "HLA-DRA"), ("S100A8", "")]),
+        ("less CD4 than CD8A", "", [("CD8A", "CD4")]),
+        ("cells with a strong type I interferon response", "", [("type I interferon response", "")]),
+        ("NK cells that express high levels of GZMB", "NK cells", [("GZMB", "")]),
+        ("lymphocyte, more like a B cell than a T cell", "lymphocyte", [("B cell", "T cell")]),
+        ("high endothelial venule cell", "high endothelial venule cell", []),
+        ("a cell with more cytoplasm than a lymphocyte", "a cell with more cytoplasm than a lymphocyte", []),
+    ],
+)
+def test_what_should_be_high_or_low_is_read_where_genes_or_programmes_are_named(text, wanted, levels):
+    symbols = ["CD4", "CD8A", "CD8B", "HLA-DRA", "S100A8", "GZMB", "ISG15", "MX1"]
+    (query,) = Search([text], GeneIndex({symbol: i for i, symbol in enumerate(symbols)})).queries
+    assert query.wanted == wanted
+    assert [(level.high, level.low) for level in query.levels] == levels
+
+
+def test_cells_are_ordered_by_the_difference_of_two_genes(tiny_pipeline):
+    adata = synthetic_adata(60)
+    logs = np.log1p(1e4 * adata.X.toarray() / adata.X.toarray().sum(axis=1, keepdims=True))
+    one, other = (logs[:, adata.var_names.get_loc(gene)] for gene in ("CD19", "CD14"))
+    hits = tiny_pipeline.search(adata, "more CD19 than CD14", top_k=adata.n_obs)
+    expected = (one - other - (one - other).mean()) / (one - other).std()
+    assert [hit["score"] for hit in hits] == pytest.approx(np.sort(expected)[::-1], abs=1e-4)
 
 
 def test_a_text_of_denials_alone_is_refused():

@@ -55,7 +55,7 @@ def watch(process: subprocess.Popen, parts: Path) -> dict[str, float]:
             pass
         if (n := len(list(parts.glob("*/*.parquet")))) > seen[-1][1]:
             seen.append((now, n))
-        time.sleep(0.2)
+        time.sleep(0.4)
     seconds = time.perf_counter() - start
     first, last = seen[min(1, len(seen) - 1)][0], seen[-1][0]
     memory = {f"{kind}_mb": round(max(rss for _, rss in found) / 2**20) for kind, found in peaks.items()}

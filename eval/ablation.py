@@ -1,0 +1,182 @@
+"""What the parts of a checkpoint bring: its linear parts alone (wide), its network alone (deep), and both.
+
+```
+python -m scmmgpt.eval ablation --model CHECKPOINT [CHECKPOINT ...] --corpus corpus --output ablation.json
+```
+
+Wide are the readout of labels, its token in the language model, and the states of cells with their flow; deep are the
+cell model, the Q-Former, its tokens in the language model and the expression head. A part is switched off in one
+trained checkpoint, so that what is left may miss what it was trained with. The rows, on the test split:
+
+* `annotation`: accuracy, after `calibrate` on the validation split for each choice of parts;
+* `search`: AUROC of the cells of a type for its text, mean over types; both parts are added in standard deviations;
+* `descriptions`: share that name the true type;
+* `generation`: E-distance; nothing mixes states and expression head.
+
+Several checkpoints, of several seeds, give mean and spread.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from scmmgpt.commands.errors import number
+from scmmgpt.commands.files import write_json
+from scmmgpt.eval import baselines, generation, results
+from scmmgpt.eval.cells import LabelledCells, read_splits
+from scmmgpt.eval.description import ontology_ids
+from scmmgpt.eval.task import task_parser
+from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.query_scmmgpt import standardised
+from scmmgpt.scoring_scmmgpt import mean_similarity
+from scmmgpt.train.data.captions import parse_cell_type
+from scmmgpt.train.data.corpus import Corpus, open_corpus
+
+
+PARTS = ("wide", "deep", "both")
+MAX_NEW_TOKENS = 32
+
+
+@contextmanager
+def switched_off(module: torch.nn.Module, name: str) -> Iterator[None]:
+    """Without one of the modules of a module, which then is None."""
+    part = module._modules[name]
+    module._modules[name] = None
+    try:
+        yield
+    finally:
+        module._modules[name] = part
+
+
+@contextmanager
+def silent(layer: torch.nn.Module) -> Iterator[None]:
+    """With a layer whose outputs are 0."""
+    handle = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: str) -> float:
+    """Accuracy on the test split."""
+    bridge, adata = pipeline._bridge(), corpus.to_adata("test")
+    with ExitStack() as stack:
+        if parts == "deep":
+            stack.enter_context(switched_off(bridge, "label_readout"))
+        stored = dict(pipeline.model.config.annotation or {})
+        pipeline.calibrate(corpus.to_adata("validation"), label_key)
+        weight = 0.0 if parts == "wide" else None
+        found = pipeline.annotate(adata, matching_weight=weight, min_score=0).obs["scmmgpt_cell_type"]
+        pipeline.model.config.annotation = stored
+    return float((found.astype(str).to_numpy() == adata.obs[label_key].astype(str).to_numpy()).mean())
+
+
+def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[str, float]:
+    """AUROC of the cells of a type for its text, mean over types, by parts."""
+    adata, config = corpus.to_adata("test"), pipeline.model.config
+    truth = adata.obs[label_key].astype(str).to_numpy()
+    texts = {label: text for label, text in config.annotation["labels"].items() if label in truth}
+    choice, words = pipeline.processor.choose_input(adata), list(texts.values())
+    bridge = pipeline._bridge()
+    panel = bridge.label_readout.for_genes(choice.match.measured)
+    of_labels = mean_similarity(bridge, pipeline.processor, words, config.label_readout["texts"], panel)
+    scores = {
+        "wide": np.concatenate([of_labels(cells) for cells in choice.iter_cells(adata)]),
+        "deep": pipeline.search_cells(adata, choice, words)[:, : len(words)],
+    }
+    scores["both"] = np.sum([[standardised(column) for column in of.T] for of in scores.values()], axis=0).T
+    return {
+        part: float(np.mean([roc_auc_score(truth == label, of[:, i]) for i, label in enumerate(texts)]))
+        for part, of in scores.items()
+    }
+
+
+def describe(pipeline: ScMMGPTPipeline, corpus: Corpus, train: LabelledCells, label_key: str, parts: str) -> float:
+    """Share of the descriptions of the test split that name the true type."""
+    model, adata = pipeline.model.model, corpus.to_adata("test")
+    with ExitStack() as stack:
+        if parts != "both":
+            stack.enter_context(silent(model.label_projection if parts == "deep" else model.language_projection))
+        pipeline.describe(adata, max_new_tokens=MAX_NEW_TOKENS)
+    ids = ontology_ids(train)
+    candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
+    named = [parse_cell_type(text, candidates) for text in adata.obs["scmmgpt_description"]]
+    return float(np.mean(np.array(named, dtype=object) == adata.obs[label_key].astype(str).to_numpy()))
+
+
+def generate(
+    pipeline: ScMMGPTPipeline, train: LabelledCells, test: LabelledCells, n_cells: int, parts: str, seed: int
+) -> dict[str, float]:
+    """E-distance of generated cells, and of the baselines."""
+    prompts = pipeline.label_prompts()
+    with ExitStack() as stack:
+        if parts == "deep":
+            stack.enter_context(switched_off(pipeline.model.model, "cell_states"))
+        adata = pipeline.generate(prompts, n_cells, seed=seed, do_sample=True)
+    sizes, genes = adata.obs["library_size"].to_numpy(), adata.var_names.to_numpy().astype(str)
+    cells = generation.GeneratedCells(adata.X.toarray(), np.repeat(list(prompts), n_cells), genes, sizes)
+    rows = generation.evaluate_generation(cells, train, test, n_resamples=6, seed=seed)["rows"]
+    return {row["system"]: row["value"] for row in rows if row["metric"] == "energy_distance"}
+
+
+def evaluate(checkpoint: str, corpus: Corpus, label_key: str, n_cells: int, seed: int) -> dict[str, dict[str, float]]:
+    """The measures of one checkpoint: row -> part or baseline -> value."""
+    pipeline = ScMMGPTPipeline.from_pretrained(checkpoint)
+    if getattr(pipeline._bridge(), "label_readout", None) is None:
+        raise ValueError(f"{checkpoint} has no label readout; `align` and `tune` give it one.")
+    train, test = read_splits(corpus, label_key=label_key)
+    regression = baselines.regression_on_shared_genes(train, test, seed=seed)
+    accuracy = float((regression.labels == test.labels).mean())
+    rows: dict[str, dict[str, float]] = {
+        "annotation": {part: annotate(pipeline, corpus, label_key, part) for part in PARTS},
+        "search": search(pipeline, corpus, label_key),
+    }
+    rows["annotation"]["logistic regression"] = accuracy
+    if hasattr(pipeline.model, "generate_cells"):
+        if pipeline.model.config.cell_tokens == "both":
+            rows["descriptions"] = {part: describe(pipeline, corpus, train, label_key, part) for part in PARTS}
+            rows["descriptions"]["logistic regression"] = accuracy
+        if pipeline.model.config.num_state_components is not None:
+            of = {part: generate(pipeline, train, test, n_cells, part, seed) for part in ("wide", "deep")}
+            rows["generation"] = {part: values[results.MODEL_NAME] for part, values in of.items()}
+            rows["generation"] |= {
+                name: of["wide"][name] for name in ("mean profile + Poisson", "real training cells")
+            }
+    return rows
+
+
+def summarise(runs: Sequence[dict[str, dict[str, float]]]) -> str:
+    """A Markdown table: mean and, of several checkpoints, standard deviation."""
+    columns = list(dict.fromkeys(name for run in runs for row in run.values() for name in row))
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    for row in runs[0]:
+        cells = []
+        for name in columns:
+            values = [run[row][name] for run in runs if name in run.get(row, {})]
+            spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = task_parser("ablation", "Evaluate the linear parts of a checkpoint, its network, and both.")
+    parser.add_argument("--model", nargs="+", required=True, help="checkpoints of `tune`, one for each seed")
+    parser.add_argument(
+        "--cells-per-label", type=number(int, 2), default=100, help="generated cells of each type (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    corpus = open_corpus(args.corpus)
+    runs = [evaluate(path, corpus, args.label_key, args.cells_per_label, args.seed) for path in args.model]
+    about: dict[str, Any] = {"task": "ablation", "corpus": str(args.corpus), "models": list(args.model)}
+    write_json(args.output, json.loads(json.dumps({**about, "runs": runs})))
+    sys.stdout.write(summarise(runs))
+    return 0
