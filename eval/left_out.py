@@ -74,8 +74,9 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = left_out.probabilities_of(cells, settings["temperature"])
     least = least_scores(settings["min_score"], cells.novelty)
-    options = {"novelty": cells.novelty, "terms": ontology.label_terms(ids)}
-    return choose_labels(probabilities[:, labels], list(ids), ids, least, **options) | {"probabilities": probabilities}
+    names, terms = list(ids), ontology.label_terms(ids)
+    columns = choose_labels(probabilities[:, labels], names, ids, least, novelty=cells.novelty, terms=terms)
+    return columns | {"probabilities": probabilities}
 
 
 def known_scores(columns: dict[str, np.ndarray], targets: np.ndarray, types: Sequence[str]) -> dict[str, float]:
