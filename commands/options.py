@@ -29,7 +29,10 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
         "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
     )
     parser.add_argument(
-        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
+        "--min-score",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="cells of a lower probability get a broader type or Unknown (default: of the checkpoint; 0: never)",
     )
     text = "add the set of labels that holds the true one but for this share of cells (0.01 to 0.5)"
     parser.add_argument("--error-rate", type=number(float, 0, 1), metavar="P", help=text)
