@@ -27,7 +27,10 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tissue", metavar="NAME", help=text)
     parser.add_argument("--cluster-key", metavar="COLUMN", help="column of clusters: adds their majority labels")
     parser.add_argument(
-        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
+        "--min-score",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="cells of a lower probability get a broader type or Unknown (default: of the checkpoint; 0: never)",
     )
     text = "add the set of labels that holds the true one but for this share of cells (0.01 to 0.5)"
     parser.add_argument("--error-rate", type=number(float, 0, 1), metavar="P", help=text)
