@@ -150,6 +150,7 @@ def run_command(
         outputs: Files and folders that it writes, to recognise a full disk by.
         extra: Extra of this package that installs a missing module.
     """
+    OPTION_WORDS.said.clear()
     for handler in (*logging.getLogger().handlers, logging.lastResort):
         if handler is not None:
             handler.addFilter(OPTION_WORDS)
@@ -193,11 +194,19 @@ def reworded(text: str) -> str:
 
 
 class _OptionWords(logging.Filter):
-    """Puts log messages of this package into the words of the command line."""
+    """Puts log messages of this package into the words of the command line; a command gives each warning once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("scmmgpt"):
             record.msg, record.args = reworded(as_options(record.getMessage())), None
+            if "is_repeated" not in vars(record):  # a record comes here once for each handler
+                vars(record)["is_repeated"] = record.levelno == logging.WARNING and record.msg in self.said
+                self.said.add(record.msg)
+            return not vars(record)["is_repeated"]
         return True
 
 

@@ -13,7 +13,9 @@ from scmmgpt.commands.questions import Question, QuestionReader
 INSTRUCTION = (
     "You answer questions about single cells from the facts alone, in one or two sentences. Copy numbers and names."
 )
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+TOKEN = re.compile(
+    r"[A-Za-z][\w-]*|\d+(?:[.,]\d+)*(?: ?%| (?:cells|counts|genes)\b)?|\.\s"
+)  # a word, a number with its unit, or an end
 MAX_TOKENS = 120  # of an answer
 
 
@@ -52,37 +54,26 @@ class Wording:
     def keeps_to(self, words: str, facts: str) -> bool:
         """Whether all numbers, genes and types of a text are in the facts, and a number follows the gene that it did.
 
-        It must have one of the numbers, if there are some.
+        It must have one of the numbers and genes, if there are some.
         """
-        numbers, theirs = set(NUMBER.findall(words)), set(NUMBER.findall(self.without_genes(facts)))
-        return (
-            bool(words)
-            and set(NUMBER.findall(self.without_genes(words))) <= theirs
-            and bool(numbers & theirs or not theirs)
-            and self.names(words) <= self.names(facts)
-            and self.of_genes(words) <= self.of_genes(facts)
-        )
+        (mine, my_genes), (numbers, genes) = (self.numbers(text) for text in (words, facts))
+        names, known = (set(self.read.find_names(Question(text))) for text in (words, facts))
+        is_of_them = mine <= numbers and my_genes <= genes and names <= known
+        return bool(words) and is_of_them and bool(mine or not numbers) and bool(my_genes or not genes)
 
-    def names(self, text: str) -> set[Any]:
-        """Genes and groups that a text names."""
-        asked = Question(text)
-        return {*self.read.find_names(asked), *asked.genes}
-
-    def without_genes(self, text: str) -> str:
-        """A text whose numbers are none of a name."""
-        return re.sub(r"[A-Za-z][\w.-]*", "", text)
-
-    def of_genes(self, text: str) -> set[tuple[str, str]]:
-        """Genes with the numbers up to the next gene or the end of the sentence."""
-        found, gene = set(), ""
-        for word in re.findall(r"[A-Za-z][\w-]*|\d+(?:[.,]\d+)*|\.\s", text):
+    def numbers(self, text: str) -> tuple[set[str], set[tuple[str, str]]]:
+        """Numbers of a text, with their unit; and each gene with the numbers up to the next or the sentence's end."""
+        numbers, of_genes, gene = set(), set(), ""
+        for word in TOKEN.findall(text):
             if word[0].isalpha():
                 gene = next(iter(self.read.genes_of(word)), gene)
+                of_genes |= {(gene, "")} if gene else set()
             elif word[0] == ".":
                 gene = ""
-            elif gene:
-                found.add((gene, word))
-        return found
+            else:
+                numbers.add(word.replace(" ", ""))
+                of_genes |= {(gene, word.replace(" ", ""))} if gene else set()
+        return numbers, of_genes
 
 
 def answers(

@@ -105,8 +105,11 @@ def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipelin
         Chat(pipeline, adata, "cluster = 3")
 
 
+QUESTIONS = Path(__file__).parent / "cases" / "questions.tsv"  # three sets, written one after the other
+
+
 def test_the_questions_of_the_list_are_understood(chat):
-    rows = list(csv.DictReader((Path(__file__).parent / "cases" / "questions.tsv").open(), delimiter="\t"))
+    rows = list(csv.DictReader(QUESTIONS.open(), delimiter="\t"))
     chat.read.groups |= {name: ("type", name) for name in ("dendritic cell", "plasma cell", "macrophage", "nk cell")}
     right = np.array([(chat.read(row["question"], Question("")).topic or "none") == row["topic"] for row in rows])
     assert len(right) == 147
@@ -128,6 +131,9 @@ def test_the_tool_answers(pipeline, adata):
         ("The T cells express CD19 in 97 %.", False),  # another type
         ("They express it.", False),  # no number
         ("CD19 (12 %).", False),  # a number of MS4A1
+        ("97 % of them do.", False),  # no gene
+        ("CD19 is in 97 of the 30 cells.", False),  # no share
+        ("CD19 has 30 counts.", False),  # they are cells
         ("", False),
     ],
 )
@@ -160,3 +166,21 @@ def test_an_answer_is_plain_where_the_language_model_says_something_else(adata, 
     assert (answer["topic"], answer["worded"]) == ("types", "")
     assert main([*words, *asked, str(tmp_path)]) == 2
     assert "no folder of a language model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_nearest_known_question_is_a_worse_guide_than_words():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    rows = list(csv.DictReader(QUESTIONS.open(), delimiter="\t"))
+    known, new = ([row for row in rows if (row["set"] == "3") == is_new] for is_new in (False, True))
+    texts = [row["question"] for row in [*known, *new]]
+    embedded = sm.tl.load().embed_texts(texts)
+    embedded -= embedded[: len(known)].mean(axis=0)
+    counted = TfidfVectorizer().fit(texts[: len(known)]).transform(texts).toarray()
+    right = []
+    for vectors in (embedded, counted):
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-9)
+        nearest = (vectors[len(known) :] @ vectors[: len(known)].T).argmax(axis=1)
+        right.append(sum(known[i]["topic"] == row["topic"] for i, row in zip(nearest, new, strict=True)))
+    assert right == pytest.approx([26, 20], abs=2)  # of 55; words read 37, before some were added for these

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -259,3 +260,16 @@ def test_flipped_bytes_give_cells_or_one_line(tmp_path, capsys):
             assert errors.count("\n") == 1, errors
             n_refused += 1
     assert n_refused
+
+
+def test_a_command_gives_each_warning_once(caplog):
+    logger = logging.getLogger("scmmgpt.test")
+
+    def work():
+        for _ in range(2):
+            logger.warning("The file lacks CD4.")
+
+    for _ in range(2):
+        assert run_command("scmmgpt test", work) == 0
+        assert caplog.text.count("lacks CD4") == 1
+        caplog.clear()
