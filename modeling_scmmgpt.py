@@ -523,7 +523,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
     ) -> Tensor:
         """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
 
-        A label readout with places of its labels adds the place of the cell among them to every query's feature.
+        A label readout with places of its labels adds their mean, by probability, to every query's feature.
         """
         features = self.cell_projection(query_states - self.query_means)  # (C, Q, P)
         if self.config.profile_readout:

@@ -205,12 +205,12 @@ class ScMMGPTLabelReadout(nn.Module):
         self.register_buffer("features", features.detach().to(self.mean.device, torch.float32))
 
     def place(self, scores: torch.Tensor) -> torch.Tensor:
-        """Places of cells in the space shared with texts, `(num_cells, feature_width)`: linear in their scores.
+        """Places of cells in the space shared with texts, `(num_cells, feature_width)`: means of the labels' places.
 
-        The scores, log probabilities of the labels `(num_cells, num_labels)`, are centred, not exponentiated: cells of
-        no known type differ in all their scores, and would lie together at the few labels that are probable.
+        `scores` are log probabilities of the labels, `(num_cells, num_labels)`. Cells of no known type lie together at
+        the labels that are probable for them: for such cells, embed with the cell model alone.
         """
-        return (scores - scores.mean(dim=-1, keepdim=True)).to(self.features.dtype) @ self.features
+        return scores.exp().to(self.features.dtype) @ self.features
 
     def forward(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
         """Log probabilities of the labels for cells in which all genes of training were measured.

@@ -64,11 +64,23 @@ def silent(layer: torch.nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def without_places(bridge: Any) -> Iterator[None]:
+    """With cells that the network alone places in the shared space."""
+    stored = bridge.config.label_readout
+    bridge.config.label_readout = {name: value for name, value in stored.items() if name != "feature_width"}
+    try:
+        yield
+    finally:
+        bridge.config.label_readout = stored
+
+
 def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: str) -> float:
     """Accuracy on the test split."""
     bridge, adata = pipeline._bridge(), corpus.to_adata("test")
     with ExitStack() as stack:
         if parts == "deep":
+            stack.enter_context(without_places(bridge))
             stack.enter_context(switched_off(bridge, "label_readout"))
         stored = dict(pipeline.model.config.annotation or {})
         pipeline.calibrate(corpus.to_adata("validation"), label_key)
@@ -87,11 +99,14 @@ def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[st
     bridge = pipeline._bridge()
     panel = bridge.label_readout.for_genes(choice.match.measured)
     of_labels = mean_similarity(bridge, pipeline.processor, words, config.label_readout["texts"], panel)
-    scores = {
-        "wide": np.concatenate([of_labels(cells) for cells in choice.iter_cells(adata)]),
-        "deep": pipeline.search_cells(adata, choice, words)[:, : len(words)],
-    }
-    scores["both"] = np.sum([[standardised(column) for column in of.T] for of in scores.values()], axis=0).T
+    wide = np.concatenate([of_labels(cells) for cells in choice.iter_cells(adata)])
+    with without_places(bridge):
+        deep = pipeline.search_cells(adata, choice, words)[:, : len(words)]
+    if "feature_width" in config.label_readout:
+        both = pipeline.search_cells(adata, choice, words)[:, : len(words)]
+    else:
+        both = np.sum([[standardised(column) for column in of.T] for of in (wide, deep)], axis=0).T
+    scores = {"wide": wide, "deep": deep, "both": both}
     return {
         part: float(np.mean([roc_auc_score(truth == label, of[:, i]) for i, label in enumerate(texts)]))
         for part, of in scores.items()

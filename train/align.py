@@ -248,8 +248,6 @@ def main(
     unused: tuple[str, ...] = () if config.cell_pretraining_weight else CELL_DECODERS
     unused = unused if config.matching_weight else (*unused, "matching_head.")
     keep = training_args.pretrained_learning_rate == 0
-    if keep and model_args.standardize_projections:  # the places of texts stay, of those that no cell has shown too
-        pretrained = pretrained | {"text_projection.weight", "text_projection.bias"}
     freeze(model, lambda name: name.startswith(unused) or (keep and name in pretrained))
     bases: dict[str, Any] = {"cell_model": model_args.cell_model, "text_branch": model_args.bert}
     trainer = AlignTrainer(

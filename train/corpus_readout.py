@@ -3,7 +3,7 @@
 A regression on the profiles of training cells takes seconds, while contrast and matching learn from noise on a few
 hundred cells. `annotate` and `calibrate` use the scores of the readout for the cell types of training, mixed with
 those of matching. The labels also have places in the space of cells and texts, those of their texts: a cell is the
-sum of the labels' places, by its scores, plus what the network adds. Search and embeddings start there.
+mean of its labels' places, by probability, plus what the network adds. Search and embeddings start there.
 """
 
 import logging

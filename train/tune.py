@@ -142,7 +142,8 @@ def build_model(
     processor = join_processor(model_args.aligned, tokenizer, corpus)
     model = join(alignment, language_model, processor, model_args)
     processor.num_cell_tokens = model.config.num_cell_tokens
-    processor.feature_extractor.return_profile = model.config.cell_tokens != "queries"
+    if model.config.cell_tokens != "queries":
+        processor.feature_extractor.return_profile = True  # also where the readout places cells for search
     if model_args.language_model_precision == "4bit":  # intermediate checkpoints hold the frozen weights in 4 bits
         skip_other_parts(model)
     return model, processor
