@@ -9,7 +9,8 @@ cell model, the Q-Former, its tokens in the language model and the expression he
 trained checkpoint, so that what is left may miss what it was trained with. The rows, on the test split:
 
 * `annotation`: accuracy, after `calibrate` on the validation split for each choice of parts;
-* `search`: AUROC of the cells of a type for its text, mean over types; both parts are added in standard deviations;
+* `search`: AUROC of the cells of a type for its text, mean over types; where the readout places no cells among texts,
+  both parts are added in standard deviations;
 * `descriptions`: share that name the true type;
 * `generation`: E-distance; nothing mixes states and expression head.
 
@@ -32,6 +33,7 @@ from scmmgpt.eval import baselines, generation, results
 from scmmgpt.eval.cells import LabelledCells, read_splits
 from scmmgpt.eval.description import ontology_ids
 from scmmgpt.eval.task import task_parser
+from scmmgpt.modeling_scmmgpt import ScMMGPTBridgeModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.query_scmmgpt import standardised
 from scmmgpt.scoring_scmmgpt import mean_similarity
@@ -55,6 +57,17 @@ def switched_off(module: torch.nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
+def without_places(bridge: ScMMGPTBridgeModel) -> Iterator[None]:
+    """Without the places of labels among texts, which the readout adds to the queries where a checkpoint has them."""
+    stored = bridge.config.label_readout
+    bridge.config.label_readout = {name: value for name, value in stored.items() if name != "feature_width"}
+    try:
+        yield
+    finally:
+        bridge.config.label_readout = stored
+
+
+@contextmanager
 def silent(layer: torch.nn.Module) -> Iterator[None]:
     """With a layer whose outputs are 0."""
     handle = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
@@ -62,17 +75,6 @@ def silent(layer: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def without_places(bridge: Any) -> Iterator[None]:
-    """With cells that the network alone places in the shared space."""
-    stored = bridge.config.label_readout
-    bridge.config.label_readout = {name: value for name, value in stored.items() if name != "feature_width"}
-    try:
-        yield
-    finally:
-        bridge.config.label_readout = stored
 
 
 def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: str) -> float:
@@ -97,19 +99,20 @@ def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[st
     texts = {label: text for label, text in config.annotation["labels"].items() if label in truth}
     choice, words = pipeline.processor.choose_input(adata), list(texts.values())
     bridge = pipeline._bridge()
-    panel = bridge.label_readout.for_genes(choice.match.measured)
-    of_labels = mean_similarity(bridge, pipeline.processor, words, config.label_readout["texts"], panel)
-    wide = np.concatenate([of_labels(cells) for cells in choice.iter_cells(adata)])
     with without_places(bridge):
-        deep = pipeline.search_cells(adata, choice, words)[:, : len(words)]
+        scores = {"deep": pipeline.search_cells(adata, choice, words)[:, : len(words)]}
     if "feature_width" in config.label_readout:
-        both = pipeline.search_cells(adata, choice, words)[:, : len(words)]
+        with silent(bridge.cell_projection):
+            scores["wide"] = pipeline.search_cells(adata, choice, words)[:, : len(words)]
+        scores["both"] = pipeline.search_cells(adata, choice, words)[:, : len(words)]
     else:
-        both = np.sum([[standardised(column) for column in of.T] for of in (wide, deep)], axis=0).T
-    scores = {"wide": wide, "deep": deep, "both": both}
+        panel = bridge.label_readout.for_genes(choice.match.measured)
+        of_labels = mean_similarity(bridge, pipeline.processor, words, config.label_readout["texts"], panel)
+        scores["wide"] = np.concatenate([of_labels(cells) for cells in choice.iter_cells(adata)])
+        scores["both"] = np.sum([[standardised(column) for column in of.T] for of in scores.values()], axis=0).T
     return {
         part: float(np.mean([roc_auc_score(truth == label, of[:, i]) for i, label in enumerate(texts)]))
-        for part, of in scores.items()
+        for part, of in ((part, scores[part]) for part in PARTS)
     }
 
 

@@ -42,7 +42,7 @@ def test_a_checkpoint_without_a_readout_is_refused(monkeypatch, tiny_pipeline):
         ablation.evaluate("old", None, "cell_type", 2, 0)
 
 
-def test_search_is_measured_by_each_part_and_by_both(monkeypatch):
+def test_search_is_measured_by_each_part_and_by_both():
     pipeline = pipeline_reading("both")
     adata = synthetic_adata(30)
     pipeline.model.config.annotation = {"labels": {"B cell": "a B cell", "monocyte": "a monocyte"}}
@@ -55,3 +55,10 @@ def test_search_is_measured_by_each_part_and_by_both(monkeypatch):
     found = ablation.search(pipeline, Corpus(), "cell_type")
     assert list(found) == ["wide", "deep", "both"]
     assert all(0 <= value <= 1 for value in found.values())
+    # Where the readout places cells among texts, both is the search of the checkpoint itself.
+    width = pipeline.model.config.projection_dim
+    pipeline.model.model.label_readout.set_features(torch.randn(3, width))
+    pipeline.model.config.label_readout["feature_width"] = width
+    placed = ablation.search(pipeline, Corpus(), "cell_type")
+    assert placed["deep"] == found["deep"]
+    assert "feature_width" in pipeline.model.config.label_readout
