@@ -18,15 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import OneLineParser, PrintCompletion, explain, reworded, run_command
-from scmmgpt.commands.files import (
-    TABLES,
-    check_file,
-    check_folder,
-    check_paths,
-    exists,
-    table_suffix,
-    whole_file,
-)
+from scmmgpt.commands.files import TABLES, check_file, check_folder, check_paths, exists, table_suffix, whole_file
 from scmmgpt.commands.options import (
     READ_HELP,
     add_annotation,

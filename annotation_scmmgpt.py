@@ -288,11 +288,22 @@ def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
     return np.abs(-(probabilities * logs).sum(axis=1) / math.log(probabilities.shape[1])).astype(np.float32)
 
 
+def least_scores(min_score: float, novelty: np.ndarray | None) -> float | np.ndarray:
+    """The least score of an answer that a checkpoint stores, for each cell: twice as much at a novelty of 1.
+
+    Cells of new types have low scores or express genes that no known type does, and many have a little of both.
+
+    >>> least_scores(0.2, np.array([0.0, 0.5, np.nan])).round(2)
+    array([0.2, 0.3, 0.2])
+    """
+    return min_score if novelty is None else min_score * (1 + np.nan_to_num(novelty.astype(np.float64)))
+
+
 def choose_labels(
     probabilities: np.ndarray,
     names: Sequence[str],
     cl_ids: dict[str, str],
-    min_score: float | None = None,
+    min_score: float | np.ndarray | None = None,
     clusters: np.ndarray | None = None,
     novelty: np.ndarray | None = None,
     terms: Sequence[Mapping[str, Any]] = (),
@@ -306,7 +317,7 @@ def choose_labels(
         names: The labels.
         cl_ids: Label -> Cell Ontology id, of the labels that have one.
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
-            every cell gets a label.
+            every cell gets a label. An array has one for each cell, see [`least_scores`].
         clusters: `(n_cells,)` of str: cluster of each cell.
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
@@ -332,11 +343,12 @@ def choose_labels(
             if not 1 < len(members) < len(names):  # a term of all labels excludes none
                 continue
             total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
-            broader = low & np.isin(best, members) & (total >= chance + (1 - chance) * min_score)
+            reached = total >= chance + (1 - chance) * np.asarray(min_score)
+            broader = low & np.isin(best, members) & reached
             cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
             low &= ~broader
         cell_type[low], cl_id[low] = UNKNOWN, ""
-    if novelty is not None and min_score != 0:
+    if novelty is not None and (min_score is None or np.any(min_score)):
         cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
     cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
     margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]

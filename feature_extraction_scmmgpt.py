@@ -42,36 +42,17 @@ VALUE_MODES = ("binned", "log1p", "raw")
 SELECTIONS = ("random", "top")
 
 
-def bin_counts(cells: Cells, n_bins: int = 51, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    """Bin each cell's non-zero counts by their quantiles, as scGPT does.
+def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, n_bins: int) -> np.ndarray:
+    """Bin each cell's counts by their quantiles, as scGPT does: `int64 (nnz,)` in `1 .. n_bins - 1`.
 
     The edges are the quantiles of the cell's counts at `n_bins - 1` equally spaced levels. A count with `a` edges
     below or equal and `b` edges below gets bin `ceil(a + u * (b - a))`, with `u` uniform in [0, 1), the low half of
-    the gene's hash: counts that equal several edges spread evenly over the bins of these edges.
-
-    Args:
-        cells: Raw counts. Any increasing transform of a cell's counts gives the same bins.
-        n_bins: Bins including bin 0, which means "not expressed" and is never returned.
-        seed, epoch: Other values give other draws.
-
-    Returns:
-        `int64 (nnz,)` in `1 .. n_bins - 1`, aligned with `cells.counts`.
+    the gene's hash: counts that equal several edges spread evenly over the bins of these edges. Any increasing
+    transform of a cell's counts gives the same bins. Bin 0 means "not expressed".
     """
-    _check_bins(n_bins)
-    keys_of_cells = cell_keys(cells.cell_ids, seed=seed, epoch=epoch, stream=RandomStream.TOKEN)
-    hashes = gene_hashes(np.repeat(keys_of_cells, np.diff(cells.indptr)), cells.gene_ids)
-    return _draw_bins(cells.indptr, _as_keys(cells.counts), hashes, n_bins)
-
-
-def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, n_bins: int) -> np.ndarray:
     lower, upper = _edge_counts(indptr, counts, n_bins)
     # ceil(a + u * (b - a)) = a - floor(u * (a - b)), exactly, with u in units of 2^-32
     return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
-
-
-def _check_bins(n_bins: int) -> None:
-    if n_bins < 2:
-        raise ValueError(f"n_bins is {n_bins}; it must be at least 2: bin 0 is for genes that are not expressed.")
 
 
 def _as_keys(counts: np.ndarray) -> np.ndarray:
@@ -186,7 +167,8 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         self.return_profile = return_profile
         if value_mode not in VALUE_MODES:
             raise ValueError(f"value_mode is {value_mode!r}; choose one of {VALUE_MODES}.")
-        _check_bins(n_bins)
+        if n_bins < 2:
+            raise ValueError(f"n_bins is {n_bins}; it must be at least 2: bin 0 is for genes that are not expressed.")
         self._check_selection(max_genes, selection)
 
     @staticmethod

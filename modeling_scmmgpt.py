@@ -523,7 +523,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
     ) -> Tensor:
         """Query states -> shared space, `(num_cells, num_query_tokens, projection_dim)`, L2-normalised.
 
-        A label readout with places of its labels adds their mean, by probability, to every query's feature.
+        A label readout with places of its labels adds the place of the cell among them to every query's feature.
         """
         features = self.cell_projection(query_states - self.query_means)  # (C, Q, P)
         if self.config.profile_readout:
@@ -535,7 +535,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
             features = features + self.profile_readout(profile_gene_ids, profile)[:, None]
         if "feature_width" in (self.config.label_readout or {}):
             scores = self.read_labels(profile_gene_ids, profile, readout_scores)
-            features = features + (scores.exp() @ self.label_readout.features).to(features.dtype)[:, None]
+            features = features + self.label_readout.place(scores).to(features.dtype)[:, None]
         return F.normalize(features, dim=-1)
 
     def read_labels(

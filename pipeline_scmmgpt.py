@@ -40,6 +40,7 @@ try:  # as a package or as remote code
         label_sets,
         labels_of_tissue,
         labels_with_texts,
+        least_scores,
         majority_vote,
         set_threshold,
         summarize_annotation,
@@ -73,6 +74,7 @@ try:  # as a package or as remote code
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
+    from .votes_scmmgpt import cluster_answers
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
@@ -87,6 +89,7 @@ except ImportError:  # as a flat module in a clone
         label_sets,
         labels_of_tissue,
         labels_with_texts,
+        least_scores,
         majority_vote,
         set_threshold,
         summarize_annotation,
@@ -120,6 +123,7 @@ except ImportError:  # as a flat module in a clone
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
+    from votes_scmmgpt import cluster_answers
 
 
 logger = logging.get_logger(__name__)
@@ -143,6 +147,7 @@ class Labelling:
     broader: Sequence[Mapping[str, Any]]  # terms for cells below `min_score`
     error_rate: float | None = None
     batch_read: bool = False
+    fitted_score: float | None = None  # in place of `min_score`, for cells that are not novel: see `least_scores`
 
 
 class ScMMGPTPipeline:
@@ -282,10 +287,12 @@ class ScMMGPTPipeline:
             tissue: Choose from the checkpoint's labels that its training cells of this tissue had, or those of blood.
                 The others compete all the same, so that a cell of another tissue has a low score.
             cl_ids: Label -> Cell Ontology id, beside those stored with the checkpoint.
-            cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster.
+            cluster_key: Column of `obs` with clusters; adds the commonest label of each cell's cluster, and to `uns`
+                the narrowest type of each cluster with the votes of its cells.
             min_score: Cells whose best label is less probable get the narrowest broader type that is probable enough,
                 if the labels are those of the checkpoint, else `"Unknown"`. With 0 every cell gets a label. By
-                default the value stored with the checkpoint, for its labels, if there is one.
+                default the value stored with the checkpoint, for its labels, if there is one; it then grows with
+                novelty.
             error_rate: Add the set of labels that holds the true one but for this share of cells, if the cells are
                 like those that `finetune` or [`calibrate`] held out. Only with the labels of the checkpoint.
             matching_weight: Weight of matching against similarity, 0 to 1.
@@ -344,10 +351,10 @@ class ScMMGPTPipeline:
                 settings[name] != stored.get(name) for name in ("temperature", "matching_weight")
             ):
                 raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
-        if min_score is None and is_default:
-            min_score = stored.get("min_score")
+        fitted_score = stored.get("min_score") if min_score is None and is_default else None
         broader = terms if is_default else []
-        return Labelling(choice, settings, candidates, readout, unseen_bonus, min_score, broader, error_rate)
+        decided = choice, settings, candidates, readout, unseen_bonus, min_score, broader, error_rate
+        return Labelling(*decided, fitted_score=fitted_score)
 
     def read_batch(self, adata: Any, labelling: "Labelling") -> "Labelling":
         """The same after a look at up to `READ_CELLS` cells from all over the data, if it has labels to correct."""
@@ -377,9 +384,10 @@ class ScMMGPTPipeline:
         probabilities, novelty = self._probabilities(adata, *options, batch_size)
         names, others = candidates.names, bool((candidates.owners < 0).any())
         ids = ids_of_labels(names, labelling.settings["cl_ids"], terms)
-        columns = choose_labels(
-            probabilities, names, ids, labelling.min_score, None, novelty, labelling.broader, others
-        )
+        least: Any = labelling.min_score
+        if labelling.fitted_score is not None:
+            least = least_scores(labelling.fitted_score, novelty)
+        columns = choose_labels(probabilities, names, ids, least, None, novelty, labelling.broader, others)
         if labelling.error_rate is not None:
             stored = (self.model.config.annotation or {})["label_sets"]
             columns["label_set"] = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
@@ -409,6 +417,12 @@ class ScMMGPTPipeline:
             "read_batch": labelling.batch_read,
             **summary,
         }
+        if clusters is not None:
+            ids = ids_of_labels(
+                candidates.names, settings["cl_ids"], (self.model.config.annotation or {}).get("terms", [])
+            )
+            names = columns["cell_type"], clusters, candidates.names, ids, labelling.broader
+            done["clusters"] = _table(cluster_answers(*names))
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
     def _warn_of_labels(

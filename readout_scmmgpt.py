@@ -204,6 +204,14 @@ class ScMMGPTLabelReadout(nn.Module):
         """Keep the places of the labels in the space shared with texts, `(num_labels, feature_width)`."""
         self.register_buffer("features", features.detach().to(self.mean.device, torch.float32))
 
+    def place(self, scores: torch.Tensor) -> torch.Tensor:
+        """Places of cells in the space shared with texts, `(num_cells, feature_width)`: linear in their scores.
+
+        The scores, log probabilities of the labels `(num_cells, num_labels)`, are centred, not exponentiated: cells of
+        no known type differ in all their scores, and would lie together at the few labels that are probable.
+        """
+        return (scores - scores.mean(dim=-1, keepdim=True)).to(self.features.dtype) @ self.features
+
     def forward(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
         """Log probabilities of the labels for cells in which all genes of training were measured.
 

@@ -29,7 +29,7 @@ except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
 
 
-FLOW_STEPS = 20  # of Euler's method
+FLOW_STEPS = 20  # of the midpoint method; Euler's loses some of the variance
 NUM_FLOW_LAYERS = 3
 TIME_FREQUENCIES = 4
 MEAN_STATES = 256  # states whose rates are averaged for the mean profile of a text
@@ -78,10 +78,11 @@ class ScMMGPTCellStates(nn.Module):
 
     def transport(self, noise: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """Carry noise `(N, K + 1)` to states `(N, K)` and log library sizes `(N,)` of cells of the texts `(N, E)`."""
-        residual = noise
+        residual, half = noise, 0.5 / FLOW_STEPS
         for step in range(FLOW_STEPS):
             time = torch.full_like(residual[:, 0], step / FLOW_STEPS)
-            residual = residual + self.velocity(residual, time, text_features) / FLOW_STEPS
+            middle = residual + half * self.velocity(residual, time, text_features)
+            residual = residual + 2 * half * self.velocity(middle, time + half, text_features)
         place = self.text_mean(text_features) + residual * self.residual_scale
         return place[:, :-1], place[:, -1]
 

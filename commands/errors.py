@@ -203,10 +203,10 @@ class _OptionWords(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("scmmgpt"):
             record.msg, record.args = reworded(as_options(record.getMessage())), None
-            if not hasattr(record, "is_repeated"):  # a record comes here once for each handler
-                record.is_repeated = record.levelno == logging.WARNING and record.msg in self.said
+            if "is_repeated" not in vars(record):  # a record comes here once for each handler
+                vars(record)["is_repeated"] = record.levelno == logging.WARNING and record.msg in self.said
                 self.said.add(record.msg)
-            return not record.is_repeated
+            return not vars(record)["is_repeated"]
         return True
 
 

@@ -2,7 +2,7 @@
 
 A sample of the cells of a file is computed as a worker computes a partition: by one thread of a CPU, or by one GPU.
 Everything that grows with the cells is divided by the cells of the sample. What is one process's work whatever the
-number of workers, the joining of results, bounds the use of more of them.
+number of workers, copying the input (while results are computed) and joining the results, bounds the use of more.
 """
 
 import os
@@ -100,9 +100,10 @@ def plan(costs: Costs, n_cells: int, workers: int) -> dict[str, Any]:
     """What a number of cells takes with a number of workers.
 
     Times take workers that do not disturb each other, and a store that keeps up with all of them: `read_rate` says
-    how fast it must be. `useful_workers` is the number at which computing takes as long as joining.
+    how fast it must be. `useful_workers` is the number at which computing takes as long as copying or joining.
     """
-    joined = n_cells * (costs.input_bytes + 2 * costs.result_bytes) / costs.disk_rate  # read and written once more
+    copied = n_cells * costs.input_bytes / costs.disk_rate  # while results are computed
+    joined = n_cells * 2 * costs.result_bytes / costs.disk_rate  # read and written once more
     computed = costs.load_seconds + n_cells * costs.seconds / workers
     stored = {
         "input_gb": n_cells * costs.input_bytes,
@@ -114,10 +115,11 @@ def plan(costs: Costs, n_cells: int, workers: int) -> dict[str, Any]:
         "cells": n_cells,
         "workers": workers,
         "compute_hours": round(computed / 3600, 3),
+        "copy_hours": round(copied / 3600, 3),
         "join_hours": round(joined / 3600, 3),
-        "hours": round((computed + joined) / 3600, 3),
+        "hours": round((max(computed, copied) + joined) / 3600, 3),
         "worker_hours": round(workers * computed / 3600, 2),
-        "useful_workers": max(1, int(n_cells * costs.seconds / max(joined, 1e-9))),
+        "useful_workers": max(1, int(n_cells * costs.seconds / max(copied, joined, 1e-9))),
         "memory_gb": round(workers * costs.worker_bytes / 1e9, 1),
         "read_rate_mb_s": round(workers * costs.input_bytes / costs.seconds / 1e6, 1),
         **{name: round(size / 1e9, 2) for name, size in stored.items()},

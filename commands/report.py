@@ -3,7 +3,6 @@
 The page needs no network and no file beside it. Needs the extra `eval`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,20 +148,9 @@ def evidence_rows(explained: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def cluster_rows(adata: Any) -> list[dict[str, Any]]:
-    """A row for each cluster that `annotate` was given: its commonest label, and the share of cells that have it."""
-    options = [json.loads(receipt["options"]) for _, verb, receipt in receipts(adata.uns) if verb == "annotate"]
-    key = next((option["cluster_key"] for option in options if option.get("cluster_key") in adata.obs), None)
-    if key is None:
-        return []
-    rows = []
-    for name, labels in adata.obs.groupby(key, observed=True)[f"{KEY}_cell_type"]:
-        counts = labels.astype(str).value_counts()
-        share = float(counts.iloc[0] / len(labels))
-        second = str(counts.index[1]) if len(counts) > 1 else ""
-        rows.append(
-            {"cluster": str(name), "cells": len(labels), "label": counts.index[0], "share": share, "second": second}
-        )
-    return rows
+    """A row for each cluster that `annotate` was given: its type, and the votes of its cells."""
+    table = adata.uns.get(KEY, {}).get("annotate", {}).get("clusters", {})
+    return pd.DataFrame({name: np.asarray(values) for name, values in table.items()}).to_dict("records")
 
 
 def audit_rows(adata: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ the accuracy of annotation, and the 5-NN accuracy of generated cells.
 """
 
 import argparse
+import importlib.util
 import logging
 import sys
 import time
@@ -63,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 CONFIGS = Path(align.__file__).parent / "configs"
 SENTENCES, CONTRAST, GENES = "Cell2Sentence-style", "LangCell-style", "GenePT-style"
+AUTOENCODER = "scVI-style"
 MAX_NEW_TOKENS = 48  # of a description
 BATCH_KEYS = ("dataset_id", "donor_id")  # the first with several values tells batches apart
 
@@ -248,6 +250,14 @@ def evaluate_generation(study: Study, trained: Trained) -> dict:
             GeneratedCells(sentences.read(real), train.labels, train.genes),
         ),
     }
+    if importlib.util.find_spec("scvi") is None:
+        logger.warning("The row of scVI is left out: scvi-tools, of the extra `integration`, is not installed.")
+    else:
+        limit = trained.seconds[results.MODEL_NAME]
+        folder, seconds = study.once("scvi", lambda path: methods.train_scvi(train, path, seconds=limit, seed=seed))
+        trained.seconds[AUTOENCODER] = seconds
+        drawn = methods.scvi_cells(known, train, folder, seed=seed)
+        others[AUTOENCODER] = (results.BASELINE, GeneratedCells(drawn, known, train.genes))
     return generation.evaluate_generation(generated, train, study.test, others=others, seed=seed)
 
 

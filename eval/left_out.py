@@ -17,20 +17,19 @@ readouts that had seen the dataset.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN, Novelty, choose_labels, label_sets, set_threshold
-from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, label_sets, least_scores, set_threshold
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.left_out import ABSENT, LeftOut
-from scmmgpt.train.pooled import Dataset, fit_pooled_novelty
+from scmmgpt.train.pooled import Dataset
 
 
 logger = logging.getLogger(__name__)
@@ -46,11 +45,6 @@ class Sources:
     datasets: list[Dataset]
     types: list[str]  # Cell Ontology ids of the labels
     meanings: np.ndarray  # as for `fit_pooled_readout`
-
-    @property
-    def n_genes(self) -> int:
-        """Size of the gene vocabulary."""
-        return self.datasets[0].counts.shape[1]
 
 
 def read_sources(folder: str | Path, labels: str = "human") -> Sources:
@@ -69,30 +63,19 @@ def read_sources(folder: str | Path, labels: str = "human") -> Sources:
 
 def calibrated(cells: LeftOut) -> dict[str, Any]:
     """As `train.left_out.calibrate`, which must have enough cells."""
-    settings = left_out.calibrate(cells)
-    if not settings:
+    if not (settings := left_out.calibrate(cells)):
         raise ValueError(f"{int(cells.known.sum())} cells of known types are too few to calibrate on.")
     return settings
 
 
-def annotate(
-    sources: Sources, cells: LeftOut, settings: dict[str, Any], novelty: dict[str, Any] | None
-) -> dict[str, np.ndarray]:
+def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
-    data = sources.datasets[cells.datasets[0]]
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
-    own = Cells.from_csr(data.counts[cells.rows], np.arange(sources.n_genes))
-    measure = Novelty.of(novelty, data.measured, sources.n_genes)
     probabilities = left_out.probabilities_of(cells, settings["temperature"])
-    columns = choose_labels(
-        probabilities[:, labels],
-        list(ids),
-        ids,
-        settings["min_score"],
-        novelty=None if measure is None else measure(own),
-        terms=ontology.label_terms(ids),
-    )
+    least = least_scores(settings["min_score"], cells.novelty)
+    names, terms = list(ids), ontology.label_terms(ids)
+    columns = choose_labels(probabilities[:, labels], names, ids, least, novelty=cells.novelty, terms=terms)
     return columns | {"probabilities": probabilities}
 
 
@@ -156,17 +139,13 @@ def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequen
     known_rows, new_rows, kept, parts = {}, [], [], []
     sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
     for group in groups:
-        others = [data for i, data in enumerate(sources.datasets) if i not in group]
         settings = calibrated(cells.take(~np.isin(cells.datasets, group)))
-        novelty = fit_pooled_novelty(others, sources.n_genes)
+        own = cells if len(group) == 1 else left_out.leave_out(sources.datasets, sources.meanings, group)
         for number in group:
-            mine = cells.take(cells.datasets == number)
-            if len(group) > 1:
-                own = left_out.leave_each_out([*others, sources.datasets[number]], sources.meanings, only=len(others))
-                mine = LeftOut(own.scores, own.targets, np.full(len(own.targets), number), own.rows)
+            mine = own.take(own.datasets == number)
             if not len(mine.targets):
                 continue
-            columns, known = annotate(sources, mine, settings, novelty), mine.known
+            columns, known = annotate(sources, mine, settings), mine.known
             if known.any():
                 some = {name: values[known] for name, values in columns.items()}
                 known_rows[sources.names[number]] = known_scores(some, mine.targets[known], sources.types)
@@ -218,16 +197,16 @@ def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
             if len(others):
                 train.append(Dataset(data.counts[others], data.measured, data.targets[others]))
         own = cells.targets == label
-        scores = np.where(np.arange(len(sources.types)) == label, ABSENT, cells.scores)
-        settings = calibrated(LeftOut(scores, cells.targets, cells.datasets, cells.rows).take(~own))
-        fitted = left_out.fit_known(train, sources.meanings)
-        novelty = fit_pooled_novelty(train, sources.n_genes)
+        without = np.where(np.arange(len(sources.types)) == label, ABSENT, cells.scores)
+        settings = calibrated(replace(cells, scores=without).take(~own))
+        of_label = {}
         for number in np.unique(cells.datasets[own]):
-            mine = cells.take(own & (cells.datasets == number))
-            data = sources.datasets[number]
-            test = Dataset(data.counts[mine.rows], data.measured, data.targets[mine.rows])
-            mine = LeftOut(left_out.score(fitted, test, len(sources.types)), mine.targets, mine.datasets, mine.rows)
-            columns = annotate(sources, mine, settings, novelty)
+            data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
+            of_label[int(number)] = Dataset(data.counts[kept], data.measured, data.targets[kept])
+        found = left_out.judge(train, sources.meanings, of_label)
+        for number in of_label:
+            mine = found.take(found.datasets == number)
+            columns = annotate(sources, mine, settings)
             rows += new_cells(sources, mine, columns, np.ones(len(mine.targets), bool), sources.names[number])
         logger.info("%s left out", ontology.term_name(sources.types[label]))
     return rows
@@ -253,6 +232,8 @@ def evaluate_left_out(folder: str | Path, what: str = "datasets", together: Sequ
     if missing:
         raise ValueError(f"There are no datasets {sorted(missing)}; there are {sources.names}.")
     cells = left_out.leave_each_out(sources.datasets, sources.meanings)
+    if cells is None:
+        raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":
         result: dict[str, Any] = {"new": leave_labels_out(sources, cells)}
     else:

@@ -6,6 +6,8 @@
   gets the class whose name fits best; no readout, no generation. `eval/all.py` trains it by `align`.
 * *GenePT-style* (Chen & Zou 2024): a cell is the mean of the embeddings of texts about its genes, weighted by
   expression, with a linear head. Nothing but the head is trained.
+* *scVI-style* (Lopez et al. 2018): a variational autoencoder of counts with the type as covariate, by scvi-tools where
+  it is installed; cells of a type are drawn from the prior.
 """
 
 import json
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from anndata import AnnData
 from datasets import Dataset
 from peft import LoraConfig
 from scipy import sparse
@@ -27,7 +31,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from scmmgpt.cells_scmmgpt import hash_names
+from scmmgpt.cells_scmmgpt import hash_names, log1p_cp10k
 from scmmgpt.eval import baselines
 from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells
@@ -260,6 +264,58 @@ def load_cell2sentence(folder: Path, train: LabelledCells) -> CellSentenceModel:
     """The model that [`train_cell2sentence`] saved, trained on the cells of `train`."""
     model, tokenizer = load_causal_lm(str(folder), dtype=torch.float32)
     return CellSentenceModel(model, tokenizer, CellSentences.fit(train))
+
+
+def setup_scvi(train: LabelledCells) -> AnnData:
+    """Training cells as scVI reads them, with the type in place of the batch."""
+    import scvi
+
+    adata = AnnData(train.counts, obs=pd.DataFrame({"type": train.labels}, index=train.names))
+    scvi.model.SCVI.setup_anndata(adata, batch_key="type")
+    return adata
+
+
+def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int = 0) -> None:
+    """Train scVI for a number of processor seconds, and save it."""
+    import lightning
+    import scvi
+
+    class Until(lightning.pytorch.Callback):
+        """Ends the training when its time is up."""
+
+        def __init__(self) -> None:
+            self.end = time.process_time() + seconds
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            """Look at the clock after each step."""
+            trainer.should_stop = trainer.should_stop or time.process_time() >= self.end
+
+    scvi.settings.seed = seed
+    model = scvi.model.SCVI(setup_scvi(train), gene_likelihood="nb")
+    quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
+    model.train(max_epochs=10_000, accelerator="cpu", train_size=1.0, callbacks=[Until()], **quiet)
+    model.save(str(folder), overwrite=True)
+
+
+@torch.inference_mode()
+def scvi_cells(prompts: np.ndarray, train: LabelledCells, folder: Path, *, seed: int = 0) -> np.ndarray:
+    """log1p(CP10k) of a cell for each prompted type, float32 `(n_cells, n_genes)`.
+
+    The library size is that of a random training cell of the type.
+    """
+    import scvi
+
+    model = scvi.model.SCVI.load(str(folder), adata=setup_scvi(train), accelerator="cpu")
+    names = model.adata_manager.get_state_registry("batch").categorical_mapping.astype(str)
+    totals = train.total_counts[baselines.sample_rows(prompts, train.labels, seed=seed)]
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(len(prompts), model.module.n_latent, generator=generator)
+    codes = torch.from_numpy(np.array([list(names).index(name) for name in prompts]))[:, None]
+    library = torch.from_numpy(np.log(totals)).float()[:, None]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        counts = model.module.eval().generative(z=points, library=library, batch_index=codes)["px"].sample()
+    return log1p_cp10k(counts.numpy(), totals)
 
 
 def embed_by_genes(cells: Sequence[LabelledCells], gene_texts: str | Path | None) -> list[np.ndarray]:

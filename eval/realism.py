@@ -27,7 +27,7 @@ def two_sample_auc(generated: np.ndarray, real: np.ndarray, *, seed: int = 0) ->
     sides = [side[rng.permutation(len(side))[:MAX_CLASSIFIED]] for side in (generated, real)]
     points, is_generated = np.concatenate(sides), np.repeat([1, 0], [len(side) for side in sides])
     forest = RandomForestClassifier(
-        N_TREES, min_samples_leaf=MIN_LEAF, class_weight="balanced", oob_score=True, random_state=seed
+        N_TREES, min_samples_leaf=MIN_LEAF, class_weight="balanced", oob_score=True, random_state=seed, n_jobs=-1
     ).fit(points, is_generated)
     scores = forest.oob_decision_function_[:, 1]
     known = np.isfinite(scores)  # a point in every bag has no score

@@ -52,7 +52,7 @@ def test_texts_about_genes_are_kept_with_the_readout(corpus, monkeypatch, tmp_pa
     assert len(loaded.label_readout.gene_texts) == model.config.label_readout["num_genes"]
 
 
-def test_a_cell_is_placed_at_the_texts_of_its_labels_by_their_probability(corpus, monkeypatch, tmp_path):
+def test_a_cell_is_placed_at_the_texts_of_its_labels_by_its_scores(corpus, monkeypatch, tmp_path):
     corpus, processor = open_corpus(corpus), tiny_pipeline().processor
     monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
     model = model_for(corpus).eval()
@@ -61,16 +61,15 @@ def test_a_cell_is_placed_at_the_texts_of_its_labels_by_their_probability(corpus
     cells, _ = corpus.load("train", ["cell_type"])
     inputs = processor(cells=cells)
     texts = encode_texts(model, processor, model.config.label_readout["texts"])
-    places = torch.nn.functional.normalize(
-        model.label_readout(inputs["profile_gene_ids"], inputs["profile"]).exp() @ texts
-    )
+    scores = model.label_readout(inputs["profile_gene_ids"], inputs["profile"])
+    places = torch.nn.functional.normalize((scores - scores.mean(dim=1, keepdim=True)) @ texts)
     with torch.no_grad():
         features = model.get_cell_features(**inputs)
-        torch.testing.assert_close(features, places[:, None].expand_as(features), atol=5e-3, rtol=0)
-        sure = torch.full((len(cells), len(texts)), -1e9)
-        sure[:, 0] = 0.0
+        torch.testing.assert_close(features, places[:, None].expand_as(features), atol=0.02, rtol=0)
+        sure = 30 * torch.eye(len(texts))[:1].expand(len(cells), -1)
         of_first = model.get_cell_features(**inputs, readout_scores=sure)
-    torch.testing.assert_close(of_first, texts[0].expand_as(of_first), atol=5e-3, rtol=0)
+    expected = torch.nn.functional.normalize(texts[0] - texts.mean(dim=0), dim=0)
+    torch.testing.assert_close(of_first, expected.expand_as(of_first), atol=0.02, rtol=0)
     model.save_pretrained(tmp_path)
     loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded.get_cell_features(**inputs), features)

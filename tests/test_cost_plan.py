@@ -26,12 +26,19 @@ HOUR = Costs(
 def test_the_arithmetic_of_a_plan():
     found = plan(HOUR, 10_000_000, 10)
     assert found["compute_hours"] == pytest.approx((36 + 10_000_000 * 0.01 / 10) / 3600, abs=1e-3)
-    assert found["join_hours"] == pytest.approx(10_000_000 * 4000 / 1e8 / 3600, abs=1e-3)
+    assert found["copy_hours"] == pytest.approx(10_000_000 * 2000 / 1e8 / 3600, abs=1e-3)
+    assert found["join_hours"] == pytest.approx(10_000_000 * 2 * 1000 / 1e8 / 3600, abs=1e-3)
     assert found["hours"] == pytest.approx(found["compute_hours"] + found["join_hours"], abs=2e-3)
-    assert found["useful_workers"] == 250  # 100,000 seconds of computing, 400 of joining
+    assert found["useful_workers"] == 500  # 100,000 seconds of computing, 200 of copying
     assert found["memory_gb"] == 20.0
     assert found["read_rate_mb_s"] == 2.0
     assert [found[f"{name}_gb"] for name in ("input", "partitions", "output", "index")] == [20.0, 5.0, 30.0, 2.68]
+
+
+def test_more_workers_than_are_useful_wait_for_the_copy_of_the_input():
+    found = plan(HOUR, 10_000_000, 1000)
+    assert found["compute_hours"] < found["copy_hours"]
+    assert found["hours"] == pytest.approx(found["copy_hours"] + found["join_hours"], abs=2e-3)
 
 
 def test_twice_the_cells_take_twice_the_time_and_storage_after_the_start():

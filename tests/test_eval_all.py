@@ -186,3 +186,14 @@ def test_one_command_trains_all_methods_once_and_puts_them_side_by_side(study, m
     monkeypatch.setattr(comparison, "train_ours", lambda study: pytest.fail("trained again"))
     with pytest.raises(ValueError, match="another corpus or other options"):
         comparison.main([*words, "--seed", "1"])
+
+
+def test_scvi_draws_cells_of_a_type_from_its_prior(tmp_path):
+    pytest.importorskip("scvi")
+    train = cells_of([list(TYPES)[i % 3] for i in range(60)])
+    labels = train.labels
+    methods.train_scvi(train, tmp_path, seconds=5.0)
+    drawn = methods.scvi_cells(labels, train, tmp_path)
+    np.testing.assert_array_equal(drawn, methods.scvi_cells(labels, train, tmp_path))
+    means = [(drawn[labels == name].mean(0), train.expression[labels == name].mean(0)) for name in TYPES]
+    assert all(np.corrcoef(made, np.asarray(real).ravel())[0, 1] > 0.5 for made, real in means)

@@ -25,7 +25,7 @@ from scmmgpt.cells_scmmgpt import (
     normalize_log1p,
     permutation,
 )
-from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, bin_counts, mask_genes
+from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
 from scmmgpt.matrices_scmmgpt import read_rows
 
 
@@ -730,10 +730,3 @@ def test_cells_draw_among_several_mask_ratios():
 def test_mask_ratios_outside_0_and_1_are_refused(mask_ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
         mask_genes(np.ones((1, 2)), np.ones((1, 2)), np.zeros(1, dtype=np.uint64), mask_ratio)
-
-
-def test_bin_counts_are_the_bins_of_the_extractor():
-    cells = make_cells(kind="ambient-corrected")
-    batch = ScMMGPTFeatureExtractor(max_genes=401, n_bins=21, seed=2)(cells, epoch=5, return_tensors="np")
-    flat = batch["expression"][:, 1:][batch["cell_attention_mask"][:, 1:] == 1]
-    np.testing.assert_array_equal(flat, bin_counts(cells, 21, seed=2, epoch=5))

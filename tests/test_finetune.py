@@ -163,6 +163,17 @@ def test_queries_are_as_long_as_the_cell_projection_makes_them_without_their_mea
     assert finetune.projected_length(model, [inputs]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_similarities_are_those_of_the_network_also_where_it_says_nothing_and_does_not_run(cells, tuned, monkeypatch):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tuned[1]), device="cpu")
+    some, _ = pipeline.processor.read_cells(cells[:9].copy())
+    batches = finetune.LabelledBatches(pipeline.processor, some, np.zeros(9, dtype=int), ["a", "b"], batch_size=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.model, "encode_cells", Mock(side_effect=AssertionError("the network ran")))
+        alone = finetune.similarities(pipeline.model, batches)
+    monkeypatch.setattr(finetune, "queries_contribute", lambda _: True)
+    np.testing.assert_array_equal(alone, finetune.similarities(pipeline.model, batches))
+
+
 def test_a_checkpoint_is_fine_tuned_further_by_gradient_steps(cells, tuned, bert, tmp_path):
     noisy = cells.copy()
     noisy.obs["label"] = np.where(np.arange(90) % 5, noisy.obs["label"], "monocyte")

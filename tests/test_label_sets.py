@@ -7,6 +7,7 @@ import pytest
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.annotation_scmmgpt import fit_label_sets, label_sets, set_threshold
+from scmmgpt.commands.verify import verify_file
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.synthetic import synthetic_adata
 
@@ -72,7 +73,7 @@ def test_a_checkpoint_without_held_out_cells_is_refused():
         synthetic.fitted_pipeline().annotate(synthetic_adata(8), error_rate=0.1)
 
 
-def test_the_command_and_its_partitions_give_the_same_sets(pipeline, tmp_path):
+def test_the_command_and_its_partitions_give_the_same_sets(pipeline, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path / "model")
     synthetic_adata(40, mean_total=3).write_h5ad(tmp_path / "cells.h5ad")
     words = ["annotate", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "model"), "--quiet"]
@@ -81,3 +82,11 @@ def test_the_command_and_its_partitions_give_the_same_sets(pipeline, tmp_path):
     whole = anndata.read_h5ad(tmp_path / "whole.h5ad").obs["scmmgpt_label_set"].tolist()
     direct = pipeline.annotate(read_file(tmp_path / "cells.h5ad"), error_rate=0.05).obs["scmmgpt_label_set"].tolist()
     assert whole == direct
+    for name in ("pipeline_scmmgpt.SORTED_CELLS", "reading_scmmgpt.CHUNK_ROWS", "reading_scmmgpt.CACHED_ROWS"):
+        monkeypatch.setattr(f"scmmgpt.{name}", 16)
+    parts = ["--workers", "1", "--cells-per-partition", "16", "--cluster-key", "donor_id"]
+    assert main([*words, str(tmp_path / "parts.h5ad"), *parts]) == 0
+    joined = anndata.read_h5ad(tmp_path / "parts.h5ad")
+    assert joined.obs["scmmgpt_label_set"].tolist() == direct
+    assert joined.uns["scmmgpt"]["annotate"]["clusters"]["cells"].tolist() == [20, 20]
+    assert verify_file(tmp_path / "parts.h5ad", pipeline)["results"][0]["changed_cells"] == []

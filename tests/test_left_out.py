@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels
+from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, least_scores
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
 
 
@@ -50,14 +50,14 @@ def test_a_dataset_is_scored_by_the_labels_of_the_others_alone(datasets, cells):
     assert (cells.scores[cells.datasets == 2, TYPES.index(MAST)] == ABSENT).all()
     named = cells.scores.argmax(axis=1) == cells.targets
     assert named[~mast].mean() > 0.9
-    alone = left_out.leave_each_out(datasets, MEANINGS, only=2)
+    alone = left_out.leave_out(datasets, MEANINGS, [2])
     assert set(alone.datasets) == {2}
     np.testing.assert_array_equal(alone.scores, cells.scores[cells.datasets == 2])
 
 
 def test_one_dataset_leaves_nothing_to_calibrate_on(datasets):
     nothing = left_out.leave_each_out(datasets[:1], MEANINGS)
-    assert len(nothing.targets) == 0
+    assert nothing is None
     assert left_out.calibrate(nothing) == {}
 
 
@@ -65,12 +65,13 @@ def test_temperature_and_least_score_are_those_of_the_cells():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4000, 5))
     truth = (logits + 0.2 * rng.gumbel(size=logits.shape)).argmax(axis=1)  # of the softmax at a temperature of 0.2
-    cells = LeftOut(logits.astype(np.float32), truth, np.zeros(4000, int), np.arange(4000))
+    novelty = np.where(np.arange(4000) < 1000, np.nan, 0.5)
+    cells = LeftOut(logits.astype(np.float32), truth, np.zeros(4000, int), np.arange(4000), novelty)
     fitted = left_out.calibrate(cells)
     assert fitted["temperature"] == pytest.approx(0.2, rel=0.1)
     probabilities = left_out.probabilities_of(cells, fitted["temperature"])
     right = probabilities.argmax(axis=1) == truth
-    lost = (probabilities.max(axis=1) < fitted["min_score"]) & right
+    lost = (probabilities.max(axis=1) < least_scores(fitted["min_score"], novelty)) & right
     assert lost.sum() / right.sum() == pytest.approx(left_out.LOST, abs=0.002)
     sure = probabilities[np.arange(4000), truth] >= fitted["label_sets"]["thresholds"][9]
     assert sure.mean() == pytest.approx(0.9, abs=0.01)

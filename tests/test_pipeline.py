@@ -147,6 +147,10 @@ def test_clusters_get_their_commonest_label(tiny_pipeline, adata):
     tiny_pipeline.annotate(adata, LABELS, cluster_key="cluster")
     voted = adata.obs.groupby("cluster", observed=True)["scmmgpt_cell_type_majority"].nunique()
     assert (voted == 1).all()
+    table = adata.uns["scmmgpt"]["annotate"]["clusters"]
+    assert table["cluster"].tolist() == ["0", "1"]
+    assert table["cells"].tolist() == [30, 30]
+    assert all(votes.endswith(" %") for votes in table["votes"])
 
 
 def test_one_label_for_nearly_all_cells_is_reported_as_collapse(tiny_pipeline, adata, monkeypatch):

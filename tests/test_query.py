@@ -1,4 +1,4 @@
-"""A search says what cells should be, and what they should lack."""
+"""A search says what cells should be, what they should lack, and what should be high or low in them."""
 
 import numpy as np
 import pytest
@@ -91,12 +91,23 @@ DENIALS = [  # file, column, text, how the labels of the wanted cells begin, AUR
     ("lymphoid_ref", "cell_type", "lymphocyte, not a B cell", ["T_", "NK", "ILC"], 0.64, 0.70),
     ("lymphoid_ref", "cell_type", "lymphocyte, not a T cell", ["B", "NK", "ILC"], 0.80, 0.79),
     ("lymphoid_ref", "cell_type", "myeloid cell, not a monocyte", ["Macrophages", "DC"], 0.89, 0.62),
+    ("kang_pbmc_unlabelled", "condition", "cells with high interferon", ["interferon"], 0.55, 0.99),
+    ("pbmc_facs", "facs_label", "T cell with more CD8A than CD4", ["CD8+"], 0.88, 0.91),
+    ("pbmc_facs", "facs_label", "T cell with low CD8", ["CD4+"], 0.90, 0.94),
+    ("pbmc_facs", "facs_label", "lymphocyte, more like a B cell than a T cell", ["CD19+"], 0.69, 0.97),
+    ("pbmc_facs", "facs_label", "T cells with high cytotoxicity", ["CD8+ Cytotoxic"], 0.90, 0.86),
+    ("lymphoid_ref", "cell_type", "T cell with more CD8A than CD4", ["T_CD8"], 0.93, 0.95),
+    ("lymphoid_ref", "cell_type", "T cell with low CD8", ["T_CD4"], 0.92, 0.89),
+    ("lymphoid_ref", "cell_type", "lymphocyte, more like a B cell than a T cell", ["B"], 0.87, 0.87),
+    ("lymphoid_ref", "cell_type", "lymphocyte with high cytotoxicity", ["NK"], 0.68, 0.98),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "column", "text", "wanted", "as_one", "apart"), DENIALS)
-def test_cells_are_found_by_what_they_lack(name, column, text, wanted, as_one, apart, shared_data, monkeypatch):
+def test_cells_are_found_by_what_they_lack_or_show(
+    name, column, text, wanted, as_one, apart, shared_data, monkeypatch
+):
     from sklearn.metrics import roc_auc_score
 
     import scmmgpt as sm
@@ -111,5 +122,5 @@ def test_cells_are_found_by_what_they_lack(name, column, text, wanted, as_one, a
         return roc_auc_score(is_wanted, scores)
 
     found = auroc()
-    monkeypatch.setattr(query_scmmgpt, "read_query", Query)
+    monkeypatch.setattr(query_scmmgpt, "read_query", lambda text, is_expressed: Query(text))
     assert (found, auroc()) == pytest.approx((apart, as_one), abs=0.02)

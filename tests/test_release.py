@@ -66,6 +66,17 @@ def built(bert, tmp_path_factory):
     return release.main(release.make_parser().parse_args([str(word) for word in words]))
 
 
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bytes(built, tmp_path):
+    inputs = built.parents[1]
+    words = ["--data", inputs / "data", "--output", tmp_path, "--labels", inputs / "table.json"]
+    words += ["--align-config", inputs / "align.yaml", "--tune-config", inputs / "tune.yaml"]
+    again = release.main(release.make_parser().parse_args([str(word) for word in words]))
+    files = {path.relative_to(built) for path in built.rglob("*") if path.is_file()}
+    assert {path.relative_to(again) for path in again.rglob("*") if path.is_file()} == files
+    assert [str(name) for name in files if (again / name).read_bytes() != (built / name).read_bytes()] == []
+
+
 def test_the_checkpoint_has_files_of_a_model_and_no_others(built):
     names = {path.name for path in built.iterdir()}
     assert {"config.json", "model.safetensors", "generation_config.json", "gene_tokenizer", "checkpoint.md"} <= names

@@ -147,6 +147,15 @@ def test_a_cell_depends_on_its_text_its_id_and_the_seed_alone(fitted):
     assert (given.sum(axis=1) > together.sum(axis=1)).all()
 
 
+def test_the_flow_is_followed_to_second_order(monkeypatch):
+    states = new_states()
+    monkeypatch.setattr(states, "velocity", lambda residual, time, text: residual * (1 + time[:, None]))
+    with torch.no_grad():
+        carried, _ = states.transport(torch.ones(1, 4), TEXTS[:1])
+    expected = states.text_mean(TEXTS[:1])[:, :-1] + np.exp(1.5)
+    torch.testing.assert_close(carried, expected, rtol=0, atol=2e-2)
+
+
 def test_the_mean_profile_of_a_text_is_that_of_its_cells(fitted):
     states = fitted[0]
     mean = np.expm1(states.mean_expression(TEXTS))
@@ -185,7 +194,7 @@ def test_states_are_fitted_to_a_corpus_and_its_captions(corpus, pipeline, tiny_p
     states = pipeline.model.model.cell_states
     cells = read_texted_cells(open_corpus(corpus), CaptionSampler(), pipeline.model, tiny_processor)
     assert cells.counts.shape == (32, pipeline.model.config.cell_config.vocab_size)
-    assert cells.texts.shape == (32, 8)  # four captions of the set, and four short ones
+    assert cells.texts.shape == (32, 10)  # four captions of the set, four short ones, and the name twice
     assert torch.linalg.vector_norm(cells.features, dim=1).tolist() == pytest.approx([1] * len(cells.features))
     before = states.gene_bias.weight.clone()
     fit_cell_states(pipeline.model, open_corpus(corpus), CaptionSampler(), tiny_processor)

@@ -3,7 +3,7 @@
 A regression on the profiles of training cells takes seconds, while contrast and matching learn from noise on a few
 hundred cells. `annotate` and `calibrate` use the scores of the readout for the cell types of training, mixed with
 those of matching. The labels also have places in the space of cells and texts, those of their texts: a cell is the
-mean of its labels' places, by probability, plus what the network adds. Search and embeddings start there.
+sum of the labels' places, by its scores, plus what the network adds. Search and embeddings start there.
 """
 
 import logging
@@ -110,12 +110,12 @@ def choose_places(
         inputs = processor(cells=cells[start : start + CELLS_AT_ONCE]).to(model.device)
         states = model.encode_cells(*(inputs[name] for name in CELL_INPUTS))
         queries = model.query_cells(states, inputs["cell_attention_mask"]) - model.query_means
-        shares = model.label_readout(inputs["profile_gene_ids"], inputs["profile"]).exp()
-        pieces.append((model.cell_projection(queries), shares @ model.label_readout.features))
+        scores = model.label_readout(inputs["profile_gene_ids"], inputs["profile"])
+        pieces.append((model.cell_projection(queries), model.label_readout.place(scores)))
     added, places = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    losses = {}
+    unit, losses = (added.norm(dim=-1).mean() / places.norm(dim=-1).mean()).item(), {}
     for share in PLACE_SHARES:
-        weight = share * added.norm(dim=-1).mean().item()
+        weight = share * unit
         features = F.normalize(added + weight * places[:, None], dim=-1)
         losses[weight] = readout.calibrated_loss(cell_text_similarity(features, text_features).cpu().numpy(), own)
     model.label_readout.features.mul_(min(losses, key=lambda weight: losses[weight]))

@@ -66,7 +66,7 @@ from scmmgpt.train.labels import column_of, hold_out, hold_out_rest, read_labels
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.router import comparison, timed, verdict
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, save_run
-from scmmgpt.train.unseen import add_gene_texts, fit_gate
+from scmmgpt.train.unseen import add_gene_texts, embed_once, fit_gate
 from scmmgpt.unseen_scmmgpt import named_genes
 
 
@@ -169,11 +169,14 @@ def start_from_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProce
     captions = CaptionSampler()
     names = ontology.names_of("cell_type")
     references = [captions.label_text(name) for name in names[:: max(1, len(names) // REFERENCE_TEXTS)]]
-    pieces = [references[start : start + 64] for start in range(0, len(references), 64)]
-    batches = [processor(qformer_text=piece) for piece in [*pieces, texts]]
-    embeds: list[Any] = [model.qformer_embeddings(input_ids=batch["qformer_input_ids"]) for batch in batches]
-    masks = [batch["qformer_attention_mask"] for batch in batches]
-    states = torch.cat([model.encode_texts(*pair) for pair in zip(embeds, masks, strict=True)])
+
+    def encode(texts: list[str]) -> np.ndarray:
+        batches = [processor(qformer_text=texts[start : start + 64]) for start in range(0, len(texts), 64)]
+        embeds: list[Any] = [model.qformer_embeddings(input_ids=batch["qformer_input_ids"]) for batch in batches]
+        masks = [batch["qformer_attention_mask"] for batch in batches]
+        return torch.cat([model.encode_texts(*pair) for pair in zip(embeds, masks, strict=True)]).numpy()
+
+    states = torch.from_numpy(np.concatenate([embed_once(encode, references), encode(texts)]))
     mean = states.mean(dim=0)
     axes = torch.linalg.svd(states - mean, full_matrices=False)[2][: model.text_projection.out_features]
     model.text_projection.weight.zero_()
@@ -232,14 +235,23 @@ class KeepBest(TrainerCallback):
 
 @torch.no_grad()
 def similarities(model: ScMMGPTForCellTextAlignment, batches: LabelledBatches) -> np.ndarray:
-    """Cosine similarity of every cell with every label's text, `(n_cells, n_labels)`."""
+    """Cosine similarity of every cell with every label's text, `(n_cells, n_labels)`.
+
+    The network does not run where its queries contribute nothing.
+    """
     model.eval()
     device = model.logit_scale.device
     text_features = model.get_text_features(**{name: value.to(device) for name, value in batches.text_inputs.items()})
+    contributes = queries_contribute(model)
     rows = []
     for batch in batches:
         inputs = {k: v.to(device) for k, v in batch.items() if k != "labels" and not k.startswith("qformer_")}
-        rows.append(cell_text_similarity(model.get_cell_features(**inputs), text_features))
+        if contributes:
+            features = model.get_cell_features(**inputs)
+        else:
+            queries = model.query_means.expand(len(inputs["profile"]), -1, -1)
+            features = model.project_cells(queries, inputs["profile_gene_ids"], inputs["profile"])
+        rows.append(cell_text_similarity(features, text_features))
     return torch.cat(rows).float().cpu().numpy()
 
 

@@ -6,24 +6,24 @@ therefore fitted to the cells of each dataset by a readout of all the others.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from scmmgpt.annotation_scmmgpt import fit_label_sets, label_probabilities
+from scmmgpt.annotation_scmmgpt import Novelty, fit_label_sets, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.train import readout
-from scmmgpt.train.pooled import Dataset, fit_pooled_readout
+from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
 
 
 logger = logging.getLogger(__name__)
 
 TEMPERATURES = np.geomspace(0.05, 0.5, 41)  # around `pooled.TEMPERATURE`
 LOST = 0.03  # share of the rightly named cells that may score below the least score of an answer
-MIN_CELLS = 100  # to calibrate on
+MIN_CELLS = 100  # of known types, to calibrate on
 ABSENT = np.float32(-1e9)  # log probability of a label that no other dataset has
 
 
@@ -35,6 +35,7 @@ class LeftOut:
     targets: np.ndarray  # int64 (n_cells,): the label
     datasets: np.ndarray  # int64 (n_cells,): position of the dataset
     rows: np.ndarray  # int64 (n_cells,): row in the dataset
+    novelty: np.ndarray  # float32 (n_cells,), by what the other datasets lack; NaN where it is not judged
 
     @property
     def known(self) -> np.ndarray:
@@ -43,7 +44,7 @@ class LeftOut:
 
     def take(self, kept: np.ndarray) -> "LeftOut":
         """Some of the cells."""
-        return LeftOut(self.scores[kept], self.targets[kept], self.datasets[kept], self.rows[kept])
+        return LeftOut(*(getattr(self, part.name)[kept] for part in fields(self)))
 
 
 def with_cells(datasets: Sequence[Dataset], meanings: np.ndarray) -> tuple[list[Dataset], np.ndarray, np.ndarray]:
@@ -79,22 +80,40 @@ def score(fitted: tuple[ScMMGPTLabelReadout, np.ndarray], test: Dataset, n_label
     return scores
 
 
-def leave_each_out(datasets: Sequence[Dataset], meanings: np.ndarray, only: int | None = None) -> LeftOut:
-    """Each dataset in turn by a readout of the others; arguments as for `fit_pooled_readout`.
+def leave_out(datasets: Sequence[Dataset], meanings: np.ndarray, group: Sequence[int]) -> LeftOut:
+    """The datasets of `group` by readout and novelty of the others; arguments as for `fit_pooled_readout`.
 
-    Nothing is left out of one dataset. Cells of a broad target have no label, and are not scored. `only` is the
-    position of the one dataset to leave out.
+    Cells of a broad target have no label, and are not scored.
     """
-    parts = [(np.zeros((0, len(meanings[0])), np.float32), *np.zeros((3, 0), dtype=np.int64))]
-    for number, data in enumerate(datasets):
+    others = [data for place, data in enumerate(datasets) if place not in group]
+    return judge(others, meanings, {number: datasets[number] for number in group})
+
+
+def judge(train: Sequence[Dataset], meanings: np.ndarray, tests: Mapping[int, Dataset]) -> LeftOut:
+    """Cells of `tests`, of one label each, by readout and novelty of `train`; the keys are the datasets' positions."""
+    n_labels, parts = meanings.shape[1], []
+    fitted, novelty = fit_known(train, meanings), fit_pooled_novelty(train, train[0].counts.shape[1])
+    for number, data in tests.items():
         rows = np.flatnonzero((meanings[data.targets] > 0).sum(axis=1) == 1)
-        others = [other for place, other in enumerate(datasets) if place != number]
-        if len(rows) and others and only in (None, number):
-            test = replace(data, counts=data.counts[rows], targets=data.targets[rows])
-            scores = score(fit_known(others, meanings), test, meanings.shape[1])
-            parts.append((scores, meanings[test.targets].argmax(axis=1), np.full(len(rows), number), rows))
-            logger.info("%d of %d datasets left out", number + 1, len(datasets))
+        test = Dataset(data.counts[rows], data.measured, data.targets[rows])
+        measure = Novelty.of(novelty, test.measured, test.counts.shape[1])
+        novel = np.full(len(rows), np.nan, np.float32)
+        if measure is not None:
+            novel = measure(Cells.from_csr(test.counts, np.arange(test.counts.shape[1])))
+        labels = meanings[test.targets].argmax(axis=1)
+        parts.append((score(fitted, test, n_labels), labels, np.full(len(rows), number), rows, novel))
     return LeftOut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def leave_each_out(datasets: Sequence[Dataset], meanings: np.ndarray) -> LeftOut | None:
+    """Each dataset in turn, see [`leave_out`]; None for one dataset alone."""
+    if len(datasets) < 2:
+        return None
+    parts = []
+    for number in range(len(datasets)):
+        parts.append(leave_out(datasets, meanings, [number]))
+        logger.info("%d of %d datasets left out", number + 1, len(datasets))
+    return LeftOut(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LeftOut)))
 
 
 def probabilities_of(cells: LeftOut, temperature: float) -> np.ndarray:
@@ -102,19 +121,22 @@ def probabilities_of(cells: LeftOut, temperature: float) -> np.ndarray:
     return label_probabilities(cells.scores, logit_scale=1 / temperature)
 
 
-def calibrate(cells: LeftOut) -> dict[str, Any]:
+def calibrate(cells: LeftOut | None) -> dict[str, Any]:
     """`temperature`, `min_score` and `label_sets` from the cells whose labels were known; empty for too few.
 
-    `min_score` is below the scores of all but `LOST` of the cells that are named rightly.
+    With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly get no
+    name.
     """
-    cells = cells.take(cells.known)
-    if len(cells.targets) < MIN_CELLS:
+    if cells is None or cells.known.sum() < MIN_CELLS:
         return {}
+    cells = cells.take(cells.known)
     losses = {t: readout.negative_log_likelihood(cells.scores / t, cells.targets) for t in TEMPERATURES}
     temperature = float(min(losses, key=losses.__getitem__))
     probabilities = probabilities_of(cells, temperature)
     right = probabilities.argmax(axis=1) == cells.targets
-    least = float(np.quantile(probabilities.max(axis=1)[right], LOST)) if right.any() else 0.0
+    novelty = np.nan_to_num(cells.novelty)
+    sure = np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty))[right]
+    least = float(np.quantile(sure, LOST)) if right.any() else 0.0
     return {
         "temperature": round(temperature, 4),
         "min_score": round(least, 4),

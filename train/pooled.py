@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags
 from sklearn.utils.extmath import randomized_svd
 
-from scmmgpt.annotation_scmmgpt import HELD_OUT_QUANTILE, MIN_UNIT, _pack, absent_genes, novelty_of
+from scmmgpt.annotation_scmmgpt import HELD_OUT_QUANTILE, MIN_MEASURED, MIN_UNIT, _pack, absent_genes, novelty_of
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout, solve_groups
 
@@ -194,24 +194,27 @@ def fit_pooled_novelty(datasets: Sequence[Dataset], n_genes: int) -> dict[str, A
     """As `annotation_scmmgpt.fit_novelty`, of several datasets; None for fewer than two.
 
     A gene is absent if no type of any dataset that measures it expresses it. The unit comes from cells of each dataset
-    whose types other datasets have, with the genes that are absent from these.
+    whose types other datasets have, with the genes that are absent from these. Panels whose novelty is not judged
+    (`annotation_scmmgpt.MIN_MEASURED`) have no say in the unit.
     """
     cells = [Cells.from_csr(data.counts, np.arange(n_genes)) for data in datasets]
     measured = np.stack([np.isin(np.arange(n_genes), data.measured) for data in datasets])
     silent = np.stack([absent_genes(own, d.targets, n_genes) for own, d in zip(cells, datasets, strict=True)])
     silent |= ~measured
+    absent = np.asarray(silent.all(axis=0) & (measured.sum(axis=0) >= MIN_DATASETS))
+    expressed = np.asarray(measured.any(axis=0) & ~silent.all(axis=0))
     shares = []
     for number, data in enumerate(datasets):
+        if expressed[data.measured].sum() < MIN_MEASURED * expressed.sum():
+            continue
         others = np.arange(len(datasets)) != number
         if not others.any():
             return None
         known = np.concatenate([other.targets for i, other in enumerate(datasets) if i != number])
         rows = np.flatnonzero(np.isin(data.targets, known))
         if len(rows):
-            absent = silent[others].all(axis=0) & (measured[others].sum(axis=0) >= min(MIN_DATASETS, others.sum()))
-            shares.append(novelty_of(cells[number][rows], absent))
-    absent = np.asarray(silent.all(axis=0) & (measured.sum(axis=0) >= MIN_DATASETS))
-    expressed = np.asarray(measured.any(axis=0) & ~silent.all(axis=0))
+            of_others = silent[others].all(axis=0) & (measured[others].sum(axis=0) >= min(MIN_DATASETS, others.sum()))
+            shares.append(novelty_of(cells[number][rows], of_others))
     if not shares or not absent.any():
         return None
     unit = max(float(np.quantile(np.concatenate(shares), HELD_OUT_QUANTILE)), MIN_UNIT)

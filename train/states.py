@@ -29,7 +29,7 @@ from scmmgpt.cells_scmmgpt import COUNTS_PER_10K, log1p_cp10k
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.states_scmmgpt import ScMMGPTCellStates
-from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler
+from scmmgpt.train.data.captions import CAPTION_COLUMNS, CaptionSampler, with_article
 from scmmgpt.train.data.corpus import Corpus
 
 
@@ -365,8 +365,9 @@ def read_texted_cells(
 ) -> TextedCells:
     """At most `MAX_CELLS` training cells from all of the corpus, and the features of captions about them.
 
-    The texts are captions of the training and short ones, which name little but the type, so that both kinds of prompt
-    are known. No text names genes of its cell, which would give the target away.
+    The texts are captions of the training, short ones, which name little but the type, and the bare name with and
+    without an article, so that all kinds of prompt are known. No text names genes of its cell, which would give the
+    target away.
     """
     columns = [column + suffix for column in CAPTION_COLUMNS for suffix in ("", "_ontology_term_id")]
     cells, table = corpus.sample("train", MAX_CELLS, columns, seed=seed)
@@ -377,6 +378,9 @@ def read_texted_cells(
         for sampler in samplers
         for epoch in range(CAPTION_EPOCHS)
     ]
+    names = [str(name) if isinstance(name, str) else None for name in obs["cell_type"]]
+    for word in (str, with_article):
+        draws.append([word(name) if name else caption for name, caption in zip(names, draws[-1], strict=True)])
     texts, rows = np.unique(np.array(draws, dtype=object).astype(str), return_inverse=True)
     features = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):

@@ -5,13 +5,14 @@ The gate is fitted on episodes that leave one trained label out.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.modeling_scgpt import cpu_dtype
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles
@@ -174,6 +175,13 @@ def add_gene_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcess
         return
     lookup = processor.gene_index.lookup
     tables = [{lookup(symbol)[0]: text for symbol, text in table.items()} for table in load_gene_texts(path)]
-    directions = embed_gene_texts(model.label_readout, tables, partial(text_states, model, processor))
+    device = model.logit_scale.device.type
+    half = device == "cpu" and cpu_dtype(torch.bfloat16) == torch.bfloat16  # thousands of texts take minutes
+
+    def embed(texts: list[str]) -> np.ndarray:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            return text_states(model, processor, texts)
+
+    directions = embed_gene_texts(model.label_readout, tables, embed)
     model.label_readout.set_gene_texts(directions)
     model.config.label_readout = {**(model.config.label_readout or {}), "text_width": directions.shape[1]}

@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--cells-per-partition", default="8192")
     parser.add_argument("--model")
     parser.add_argument("--verb", choices=("embed", "annotate"), default="embed")
     args = parser.parse_args()
@@ -91,7 +92,7 @@ def main() -> None:
             for workers in args.workers:
                 out = str(path.with_suffix(".out.h5ad"))
                 words = [args.verb, str(path), "--model", args.model, "-o", out, "--quiet"]
-                words += ["--workers", str(workers), "--cells-per-partition", "8192", "--force"]
+                words += ["--workers", str(workers), "--cells-per-partition", args.cells_per_partition, "--force"]
                 command = [sys.executable, "-m", "scmmgpt", *words]
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 found = watch(process, Path(f"{out}.parts"))

@@ -32,7 +32,7 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
-from scmmgpt import cells_scmmgpt, feature_extraction_scmmgpt, kernels_scmmgpt, reading_scmmgpt
+from scmmgpt import cells_scmmgpt, kernels_scmmgpt, reading_scmmgpt
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex
@@ -215,7 +215,8 @@ def test_a_dense_cell_of_all_genes_takes_microseconds(rounds):
 def test_bins_are_those_of_the_original_under_our_draws(scgpt, monkeypatch):
     """The original's own binning, given our uniform draws in place of its random ones: not one bin may differ."""
     cells = Cells.from_csr(synthetic_matrix(512, seed=2), np.arange(N_GENES))
-    ours = feature_extraction_scmmgpt.bin_counts(cells, N_BINS)
+    batch = ScMMGPTFeatureExtractor(N_GENES, N_BINS)(cells, return_tensors="np")
+    ours = batch["expression"][:, 1:][batch["cell_attention_mask"][:, 1:] == 1]
     keys = cells_scmmgpt.cell_keys(cells.cell_ids, seed=0, epoch=0, stream=cells_scmmgpt.RandomStream.TOKEN)
     differing = 0
     for i in range(len(cells)):
