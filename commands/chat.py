@@ -65,6 +65,8 @@ class Chat:
     """
 
     def __init__(self, pipeline: Any, adata: Any, select: Any = None, **read_kwargs: Any) -> None:
+        if not pipeline.can_explain:
+            raise ValueError("This checkpoint has no label readout, whose markers and evidence the answers are about.")
         self.selected = rows_of(adata.obs, select)
         if "scmmgpt_cell_type" not in adata.obs:
             pipeline.annotate(adata, **read_kwargs)
@@ -76,7 +78,7 @@ class Chat:
         self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
         self.labels = np.asarray(self.obs["scmmgpt_cell_type"], dtype=str)
-        settings = pipeline.model.config.annotation
+        settings = pipeline.model.config.annotation or {"labels": {}}
         terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
         evidence = pipeline.evidence_of(choice, self.labels, sets)
