@@ -213,7 +213,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                 if pipeline.can_explain:
                     with gr.Tab("Ask"):
                         gr.Markdown(f"Ask about the selected cells, or all. {EXAMPLES}")
-                        turns = gr.Chatbot(label="Answers are counted", height=320)
+                        turns = gr.Chatbot(label="Answers are counted", height=320, buttons=["copy"])  # none shares
                         question = gr.Textbox(label="Question", placeholder="Why not NK cells?")
                         button = gr.Button("Ask", variant="primary")
                         for event in (button.click, question.submit):

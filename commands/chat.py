@@ -65,6 +65,8 @@ class Chat:
     """
 
     def __init__(self, pipeline: Any, adata: Any, select: Any = None, **read_kwargs: Any) -> None:
+        if not pipeline.can_explain:
+            raise ValueError("This checkpoint has no label readout, whose markers and evidence the answers are about.")
         self.selected = rows_of(adata.obs, select)
         if "scmmgpt_cell_type" not in adata.obs:
             pipeline.annotate(adata, **read_kwargs)
@@ -76,7 +78,7 @@ class Chat:
         self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
         self.labels = np.asarray(self.obs["scmmgpt_cell_type"], dtype=str)
-        settings = pipeline.model.config.annotation
+        settings = pipeline.model.config.annotation or {"labels": {}}
         terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
         evidence = pipeline.evidence_of(choice, self.labels, sets)
@@ -204,9 +206,9 @@ class Chat:
                 continue
             rates = self.expression.rates[:, [self.expression.column_of[gene]]].toarray().ravel()
             words = f"{gene}: counts in {share((rates[mask] > 0).mean())} of {who}"
-            words += f" ({rates[mask].mean():.2g} per 10,000 counts on average)"
+            words += f" ({_rate(rates[mask])} per 10,000 counts on average)"
             if other.any():
-                words += f", in {share((rates[other] > 0).mean())} of {rest} ({rates[other].mean():.2g})"
+                words += f", in {share((rates[other] > 0).mean())} of {rest} ({_rate(rates[other])})"
                 if middle := np.median(rates[mask]):
                     words += (
                         f"; {share((rates[other] < middle).mean())} of those have less than the middle one of these"
@@ -308,6 +310,12 @@ def share(value: float) -> str:
     percent = 100 * float(value)
     is_edge = 0 < percent < 1 or 99 < percent < 100
     return f"{min(max(percent, 0.1), 99.9):.1f} %" if is_edge else f"{percent:.0f} %"
+
+
+def _rate(rates: np.ndarray) -> str:
+    """The mean of rates in words."""
+    mean = float(rates.mean())
+    return f"{mean:,.0f}" if mean >= 10 else f"{mean:.2g}"
 
 
 def _named(mask: np.ndarray, group: str | Group) -> str:

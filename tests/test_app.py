@@ -167,7 +167,10 @@ def test_without_gradio_one_line_says_what_to_install():
 
 def test_questions_are_about_the_selected_cells_until_others_are_selected():
     pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
-    tasks = {function.api_name: function.fn for function in build(synthetic.fitted_pipeline()).fns.values()}
+    page = build(synthetic.fitted_pipeline())
+    chats = [block for block in page.blocks.values() if block.get_block_name() == "chatbot"]
+    assert [block.buttons for block in chats] == [["copy"]]  # "share" would send the turns away
+    tasks = {function.api_name: function.fn for function in page.fns.values()}
     cells = opened(synthetic.synthetic_adata(80), "cells.h5ad")
     tasks["select"](cells, SimpleNamespace(rows=[0, 4, 8]))
     _, turns, _, _ = tasks["ask"](cells, "What are they?")

@@ -116,6 +116,11 @@ def test_the_questions_of_the_list_are_understood(chat):
     assert right.mean() >= 0.97, [rows[i] for i in np.flatnonzero(~right)]
 
 
+def test_a_checkpoint_without_a_readout_is_refused_at_once(adata):
+    with pytest.raises(ValueError, match="This checkpoint has no label readout"):
+        Chat(synthetic.tiny_pipeline(), adata)
+
+
 def test_the_tool_answers(pipeline, adata):
     chat = sm.tl.chat(adata, 'leiden == "1"', model=pipeline)
     assert chat.ask("What are they?").text == "Labels of the 30 selected cells: T cell (100 %)."
