@@ -23,13 +23,14 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     add_partitions(parser)
     text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
-    text = "choose from the checkpoint's labels of this tissue, for instance lung"
+    text = "choose from the labels of this tissue, such as lung"
     parser.add_argument("--tissue", metavar="NAME", help=text)
+    parser.add_argument("--cluster-key", metavar="COLUMN", help="column of clusters: adds their majority labels")
     parser.add_argument(
-        "--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds their majority labels"
-    )
-    parser.add_argument(
-        "--min-score", type=number(float, 0, 1), metavar="P", help="cells of a lower probability are Unknown"
+        "--min-score",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="cells of a lower probability get a broader type or Unknown (default: of the checkpoint; 0: never)",
     )
     text = "add the set of labels that holds the true one but for this share of cells (0.01 to 0.5)"
     parser.add_argument("--error-rate", type=number(float, 0, 1), metavar="P", help=text)

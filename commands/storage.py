@@ -9,8 +9,10 @@ of the user; workers of a cluster must see it under the same path.
 Credentials come from the environment, as the libraries of each store read them, and are never part of an address.
 """
 
+import atexit
 import contextlib
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -42,6 +44,7 @@ def run_staged(name: str, words: Sequence[str], command: Callable[[list[str]], i
         name: Of the command, for errors of transfers.
         command: Takes the words and returns the exit status; with 0 or 3 its outputs are uploaded.
     """
+    atexit.register(gc.freeze)  # else a process looks for garbage among a million objects of libraries when it ends
     if not any(ADDRESS.fullmatch(word.partition("=")[2] if word.startswith("-") else word) for word in words):
         return command(list(words))
 

@@ -56,9 +56,9 @@ def test_letters_beyond_ascii_survive_the_encoding_of_windows(tmp_path):
         ("labels.json", b'{"B": 3}', "write {label: text} or a list"),
         ("labels.json", b"[1, 2]", "write each label as a text"),
         ("labels.json", b"[", "not JSON"),
-        ("labels.txt", b"\x89PNG\0\0", "no text file"),
+        ("labels.txt", b"\x89PNG\0\0", "not a text file"),
         ("labels.xlsx", b"PK", "Save it as CSV"),
-        ("labels.yaml", b"- B cell\n- T cell\n", "no list of labels"),
+        ("labels.yaml", b"- B cell\n- T cell\n", "not a list of labels"),
         ("labels.txt", b"# only\n", "has no labels"),
     ],
 )

@@ -295,7 +295,7 @@ def test_names_of_loomR_are_those_of_cells_and_genes(tmp_path):
     assert list(adata.var_names) == ["CD3E", "CD19", "LYZ"]
     with h5py.File(tmp_path / "cells.loom", "r+") as file:
         del file["col_attrs"]
-    with pytest.raises(ValueError, match="no complete loom file: it lacks col_attrs"):
+    with pytest.raises(ValueError, match="not a complete loom file: it lacks col_attrs"):
         read_file(tmp_path / "cells.loom")
 
 

@@ -19,7 +19,6 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.tests.corpora import write_corpus
 from scmmgpt.train.data.batches import BatchDataset
-from scmmgpt.train.data.blocks import BlockReader
 from scmmgpt.train.data.cache import write_cache
 from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.data.order import CellOrder
@@ -75,10 +74,11 @@ def stream_of(corpus, *, pool_size=200, in_memory=False, **settings):
     if settings.get("token_budget"):
         settings["batch_size"] = None
         settings.setdefault("max_genes", 50)
-    stream = CellStream(corpus, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if not in_memory:
+            patch.setattr("scmmgpt.train.data.stream.IN_MEMORY_BYTES", -1)
+        stream = CellStream(corpus, **settings)
     stream.order = dataclasses.replace(stream.order, pool_size=pool_size)
-    if not in_memory:
-        stream.reader = BlockReader(corpus, stream.split, stream.columns)
     return stream
 
 
@@ -389,7 +389,7 @@ def collate(cells, obs, *, epoch):
 
 
 def dataset_of(corpus, **settings):
-    return BatchDataset(stream_of(corpus, **settings), collate)
+    return BatchDataset(stream_of(corpus, in_memory=True, **settings), collate)
 
 
 def seen_in(dataset):
