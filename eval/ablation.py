@@ -59,8 +59,8 @@ def switched_off(module: torch.nn.Module, name: str) -> Iterator[None]:
 @contextmanager
 def without_places(bridge: ScMMGPTBridgeModel) -> Iterator[None]:
     """Without the places of labels among texts, which the readout adds to the queries where a checkpoint has them."""
-    stored = bridge.config.label_readout or {}
-    bridge.config.label_readout = {name: value for name, value in stored.items() if name != "feature_width"}
+    stored = bridge.config.label_readout
+    bridge.config.label_readout = {name: value for name, value in (stored or {}).items() if name != "feature_width"}
     try:
         yield
     finally:
