@@ -40,6 +40,7 @@ MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a p
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
 COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
 SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
+MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
 NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
 DOUBTFUL_SHARE = 0.5  # an annotation with at least this share of low scores, where not all labels are candidates
 
@@ -340,7 +341,7 @@ def choose_labels(
         low = score < min_score
         for term in terms:
             members = [number for number, name in enumerate(names) if name in term["labels"]]
-            if not 1 < len(members) < len(names):  # a term of all labels excludes none
+            if not 1 < len(members) <= MOST_LABELS * len(names):
                 continue
             total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
             reached = total >= chance + (1 - chance) * np.asarray(min_score)

@@ -232,6 +232,19 @@ def test_below_the_least_score_the_answer_is_the_narrowest_type_that_reaches_it(
     np.testing.assert_allclose(columns["score"], [0.9, 0.9, 0.96, 1.0, 0.35])
 
 
+def test_a_type_of_nearly_all_labels_is_not_an_answer():
+    names = [f"type {i}" for i in range(20)]
+    probabilities = np.full((1, 20), 1 / 19)
+    probabilities[0, -1] = 0
+    terms = [{"name": "eukaryotic cell", "id": "CL:0000255", "labels": names[:-1], "names": ["eukaryotic cell"]}]
+    assert choose_labels(probabilities, names, {}, min_score=0.5, terms=terms)["cell_type"].tolist() == ["Unknown"]
+    terms[0]["labels"] = names[:10]
+    probabilities = np.repeat([[0.1, 0.0]], 10, axis=1)
+    assert choose_labels(probabilities, names, {}, min_score=0.5, terms=terms)["cell_type"].tolist() == [
+        terms[0]["name"]
+    ]
+
+
 # -- novelty ----------------------------------------------------------------------------------------------------------
 
 
