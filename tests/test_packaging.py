@@ -168,7 +168,8 @@ def test_every_configuration_is_understood_by_its_command(path, tmp_path):
 def documented_commands(path):
     """Every command of a page: the lines of its bash blocks, and the code that begins a row of a table."""
     text = path.read_text()
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     lines += re.findall(r"^\| `([^`]*)` \|", text, flags=re.MULTILINE)
     lines = [line.removeprefix(".venv/bin/") for line in lines]
     return [line for line in lines if re.match(r"(scmmgpt|python -m scmmgpt\.train) \w", line)]
