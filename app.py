@@ -45,6 +45,7 @@ with suppress(ModuleNotFoundError):
 
 NO_GRADIO = "The page needs gradio; install it with `pip install scmmgpt[app]`."
 NO_CELLS = "Choose a file of cells, or open the example, first."
+ANY_TISSUE = "any tissue"
 NO_SELECTION = "No cells selected: draw a loop around some."
 DESCRIBED = 20  # selected cells that are described; each takes a second
 MAX_CELLS = 50_000  # of a file, on the page
@@ -164,7 +165,8 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
 def build(pipeline: ScMMGPTPipeline) -> Any:
     """The page for one checkpoint, a `gradio.Blocks`."""
     tasks = Tasks(pipeline)
-    known = list((pipeline.model.config.annotation or {}).get("labels", {}))
+    stored = pipeline.model.config.annotation or {}
+    known, tissues = list(stored.get("labels", {})), [str(term["name"]) for term in stored.get("tissues") or []]
     examples = f" It knows {', '.join(known[:3])}{', ...' if len(known) > 3 else ''}" if known else ""
     with gr.Blocks(title="scMMGPT", analytics_enabled=False) as page:
         gr.Markdown("# scMMGPT\nSingle cells to text and back. Files stay on the machine that runs this page.")
@@ -186,13 +188,13 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                 with gr.Tab("Annotate"):
                     text = f"Candidate cell types, one a line; those of the checkpoint if empty.{examples}"
                     labels = gr.Textbox(label=text, lines=4)
-                    min_score = gr.Slider(
-                        0, 1, value=0, step=0.05, label="Least score; cells below get a broader type or none"
-                    )
+                    tissue = gr.Dropdown([ANY_TISSUE, *tissues], label="Labels of the tissue", visible=bool(tissues))
+                    text = "Least score; cells below get a broader type or none. 0: as the checkpoint has it"
+                    min_score = gr.Slider(0, 1, value=0, step=0.05, label=text)
                     button = gr.Button("Annotate", variant="primary")
                     counts = gr.Dataframe(label="Cells per type", headers=["cell type", "cells"])
                     outputs = [*shown, counts]
-                    tasks.on(button.click, tasks.annotate, [session, labels, min_score], outputs)
+                    tasks.on(button.click, tasks.annotate, [session, labels, tissue, min_score], outputs)
                 with gr.Tab("Search"):
                     text = gr.Textbox(label="Description of the wanted cells", placeholder="a cytotoxic lymphocyte")
                     top_k = gr.Slider(1, 100, value=10, step=1, label="Cells in the table")
@@ -277,11 +279,12 @@ class Tasks:
         kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
         return session, f"{len(session.rows):,} cells selected: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
 
-    def annotate(self, session: Session | None, labels: str, min_score: float) -> tuple[Any, ...]:
+    def annotate(self, session: Session | None, labels: str, tissue: str, min_score: float) -> tuple[Any, ...]:
         """Annotate all cells."""
         session = _with_cells(session)
         names = [label.strip() for label in labels.splitlines() if label.strip()]
-        self.pipeline.annotate(session.adata, names or None, min_score=min_score or None)
+        options = {"min_score": min_score or None, "tissue": None if tissue == ANY_TISSUE else tissue}
+        self.pipeline.annotate(session.adata, names or None, **options)
         session.color = "scmmgpt_cell_type"
         counts = session.adata.obs[session.color].value_counts().rename_axis("cell type").reset_index(name="cells")
         return *_shown(session), counts[counts["cells"] > 0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scmmgpt import app, synthetic
-from scmmgpt.app import build, opened
+from scmmgpt.app import ANY_TISSUE, build, opened
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def session(tasks, path):
 
 
 def test_annotating_colours_the_map_and_counts_the_types(tasks, session, adata):
-    _, drawn, _, _, counts, _ = tasks["annotate"](session, "B cell\nT cell\n\n", 0)
+    _, drawn, _, _, counts, _ = tasks["annotate"](session, "B cell\nT cell\n\n", ANY_TISSUE, 0)
     assert counts["cells"].sum() == adata.n_obs
     assert set(counts["cell type"]) <= {"B cell", "T cell"}
     assert len(drawn["x"]) == len(drawn["y"]) == len(drawn["color"]) == adata.n_obs
@@ -42,15 +42,27 @@ def test_annotating_colours_the_map_and_counts_the_types(tasks, session, adata):
 
 
 def test_saved_cells_have_all_that_was_read_and_found(tasks, session, adata):
-    tasks["annotate"](session, "B cell\nT cell", 0)
+    tasks["annotate"](session, "B cell\nT cell", ANY_TISSUE, 0)
     saved = anndata.read_h5ad(tasks["save"](session)[0]["value"])
     assert saved.obs_names.tolist() == adata.obs_names.tolist()
     assert set(adata.obs) | {"scmmgpt_cell_type"} <= set(saved.obs)
     assert "X_umap" in saved.obsm
 
 
+def test_the_labels_of_a_tissue_are_the_candidates(tiny_pipeline, path):
+    pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
+    labels = {name: f"A {name}." for name in ("B cell", "T cell", "neuron")}
+    blood = {"id": "UBERON:0000178", "name": "blood", "names": ["blood"], "labels": ["B cell", "T cell"]}
+    tiny_pipeline.model.config.annotation = {"labels": labels, "tissues": [blood]}
+    tasks = {function.api_name: function.fn for function in build(tiny_pipeline).fns.values()}
+    session = tasks["open"](path)[0]
+    tasks["annotate"](session, "", "blood", 0)
+    assert set(session.adata.obs["scmmgpt_cell_type"]) <= {"B cell", "T cell"}
+    assert session.adata.uns["scmmgpt"]["annotate"]["labels"].tolist() == ["B cell", "T cell"]
+
+
 def test_a_label_may_have_a_comma(tasks, session):
-    tasks["annotate"](session, "naive thymus-derived CD4-positive, alpha-beta T cell\nB cell", 0)
+    tasks["annotate"](session, "naive thymus-derived CD4-positive, alpha-beta T cell\nB cell", ANY_TISSUE, 0)
     labels = session.adata.uns["scmmgpt"]["annotate"]["labels"].tolist()
     assert labels == ["naive thymus-derived CD4-positive, alpha-beta T cell", "B cell"]
 
@@ -97,7 +109,7 @@ def test_a_table_can_be_searched_too(tasks, adata, tmp_path):
 
 
 def test_warnings_are_shown_beside_the_result(tasks, session):
-    assert "one label, 'B cell'" in tasks["annotate"](session, "B cell", 0)[-1]
+    assert "one label, 'B cell'" in tasks["annotate"](session, "B cell", ANY_TISSUE, 0)[-1]
 
 
 def test_a_user_sees_no_warning_of_another():
@@ -109,7 +121,7 @@ def test_a_user_sees_no_warning_of_another():
 
 def test_two_users_have_their_own_cells(tasks, path):
     one, two = tasks["open"](path)[0], tasks["open"](path)[0]
-    tasks["annotate"](one, "B cell\nT cell", 0)
+    tasks["annotate"](one, "B cell\nT cell", ANY_TISSUE, 0)
     assert "scmmgpt_cell_type" not in two.adata.obs
 
 
@@ -130,7 +142,7 @@ def test_a_file_that_is_too_large_for_a_page_names_the_command(adata, monkeypatc
     ("name", "arguments", "match"),
     [
         ("open", (None,), "Choose a file"),
-        ("annotate", (None, "", 0), "Choose a file"),
+        ("annotate", (None, "", ANY_TISSUE, 0), "Choose a file"),
         ("generate", (None, "  ", 2), "needs some text"),
     ],
 )
