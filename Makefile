@@ -52,7 +52,7 @@ demo-train: STEM := demo
 demo-train: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.
 demo-tiny: STEM := tiny
 demo-tiny: NOTE := A smoke test: a language model from scratch that has seen minutes of training. Its numbers mean nothing.
-demo-train: setup ## train and evaluate a model from nothing on 700 cells of blood, about four minutes; ends with results/demo-train/report.html
+demo-train: setup ## train and evaluate a model from nothing on 700 cells of blood, four to six minutes; ends with results/demo-train/report.html
 demo-tiny: setup ## the same in two minutes, with a tiny language model from scratch
 
 demo-train demo-tiny:

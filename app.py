@@ -283,8 +283,8 @@ class Tasks:
         """Annotate all cells."""
         session = _with_cells(session)
         names = [label.strip() for label in labels.splitlines() if label.strip()]
-        options = {"min_score": min_score or None, "tissue": None if tissue == ANY_TISSUE else tissue}
-        self.pipeline.annotate(session.adata, names or None, **options)
+        of = None if tissue == ANY_TISSUE else tissue
+        self.pipeline.annotate(session.adata, names or None, min_score=min_score or None, tissue=of)
         session.color = "scmmgpt_cell_type"
         counts = session.adata.obs[session.color].value_counts().rename_axis("cell type").reset_index(name="cells")
         return *_shown(session), counts[counts["cells"] > 0]

@@ -347,9 +347,8 @@ class ScMMGPTPipeline:
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         if error_rate is not None:
             set_threshold(stored.get("label_sets"), error_rate)
-            if not is_default or any(
-                settings[name] != stored.get(name) for name in ("temperature", "matching_weight")
-            ):
+            same = all(settings[name] == stored.get(name) for name in ("temperature", "matching_weight"))
+            if not is_default or not same or settings["labels"].keys() != stored["labels"].keys():
                 raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
         fitted_score = stored.get("min_score") if min_score is None and is_default else None
         broader = terms if is_default else []

@@ -44,10 +44,12 @@ ANY_LEVEL = "|".join(LEVELS)
 ANY_CELL = re.compile(r"(?:an?|any|all|the)?\s*cells?", re.IGNORECASE)
 LEVEL = re.compile(
     r"(?:,?\s*\b(?:and|with|showing|expressing|(?:which|that) (?:is|are|has|have|show|shows|express|expresses)))*"
-    rf",?\s*(?:\ban?\s+)?\b(?P<level>{ANY_LEVEL})\s+(?P<like>like\s+)?(?:(?:expression|levels?)\s+of\s+)?(?:an?\s+)?"
+    rf",?\s*(?:\b(?P<not>not|no|never)\s+(?:(?:expressing|showing|having|with)\s+)?)?"
+    rf"(?:\ban?\s+)?\b(?P<level>{ANY_LEVEL})\s+(?P<like>like\s+)?(?:(?:expression|levels?)\s+of\s+)?(?:an?\s+)?"
     rf"(?P<what>[^,;.]+?)(?:\s+than\s+(?:an?\s+)?(?P<than>[^,;.]+?))?(?=\s*(?:$|[,;.]|\band\s+(?:{ANY_LEVEL})\b))",
     re.IGNORECASE,
 )
+DENIED_LEVEL = re.compile(rf"(?P<level>{ANY_LEVEL})\s+(?:(?:expression|levels?)\s+of\s+)?(?P<what>.+)", re.IGNORECASE)
 # What may surround the name of a programme: "a type I interferon response".
 AROUND = re.compile(r"^type i |[ -](?:response|signature|programme|program|signall?ing|genes|activity|expression)$")
 COUNTS_PER_10K = 1e4
@@ -81,6 +83,11 @@ class Query:
     levels: tuple[Level, ...] = ()
 
 
+def _ordered(level: str, what: str, than: str, *, denied: bool) -> tuple[str, str]:
+    """What should be high and what low: "more A than B", or the other way round if it is denied."""
+    return (what, than) if (LEVELS[level.casefold()] > 0) != denied else (than, what)
+
+
 def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: False) -> Query:
     """Split a text into what is wanted, what is denied, and what should be high or low.
 
@@ -98,7 +105,12 @@ def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: Fal
     """
     denied, levels = [], []
     for match in DENIAL.finditer(text):
-        denied += [term.strip() for term in EITHER.split(match["after"] or match["before"])]
+        for term in map(str.strip, EITHER.split(match["after"] or match["before"])):
+            level = DENIED_LEVEL.fullmatch(term)
+            if level and is_expressed(level["what"]):  # "without low CD4"
+                levels.append(Level(*_ordered(level["level"], level["what"], "", denied=True)))
+            else:
+                denied.append(term)
     rest = DENIAL.sub("", text)
 
     def take(match: re.Match) -> str:
@@ -107,8 +119,7 @@ def read_query(text: str, is_expressed: Callable[[str], bool] = lambda term: Fal
         if not (is_text or is_expressed(what)):
             return match.group()
         than = than if is_text or is_expressed(than) else ""
-        high, low = (what, than) if LEVELS[match["level"].casefold()] > 0 else (than, what)
-        levels.append(Level(high, low, is_text))
+        levels.append(Level(*_ordered(match["level"], what, than, denied=bool(match["not"])), is_text))
         return ""
 
     rest = LEVEL.sub(take, rest)

@@ -7,9 +7,9 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import UNKNOWN
+    from .annotation_scmmgpt import MOST_LABELS, UNKNOWN
 except ImportError:  # beside the other files of a checkpoint
-    from annotation_scmmgpt import UNKNOWN
+    from annotation_scmmgpt import MOST_LABELS, UNKNOWN
 
 CLUSTER_SHARE = 0.8  # of the cells of a cluster, for its type
 N_VOTES = 4  # labels that are shown
@@ -45,7 +45,9 @@ def cluster_answers(
     kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in names}
     types = [(name, cl_ids.get(name, ""), {name}) for name in names]
     types += [
-        (t["name"], t["id"], set(t["labels"])) for t in terms if 1 < len(set(t["labels"]) & set(names)) < len(names)
+        (t["name"], t["id"], set(t["labels"]))
+        for t in terms
+        if 1 < len(set(t["labels"]) & set(names)) <= MOST_LABELS * len(names)
     ]
     rows = []
     for cluster in np.unique(clusters):

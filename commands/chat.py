@@ -45,8 +45,14 @@ def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
     if isinstance(select, str):
         mask = rows_where(obs, select)
     else:
-        rows = slice(None) if select is None else np.asarray(select)
-        mask[obs.index.get_indexer(rows) if getattr(rows, "dtype", mask.dtype).kind in "OU" else rows] = True
+        rows: Any = slice(None) if select is None else np.asarray(select)
+        if select is not None and rows.dtype.kind in "OU":
+            if len(absent := sorted(set(rows.tolist()) - set(obs.index))):
+                raise ValueError(f"There are no cells named {absent[:3]}.")
+            rows = obs.index.isin(rows)
+        elif select is not None and not rows.size:
+            raise ValueError("No cell is selected.")
+        mask[rows] = True
     if not mask.any():
         raise ValueError(f"No cell is selected by {select!r}.")
     return mask
@@ -68,7 +74,7 @@ class Chat:
         if not pipeline.can_explain:
             raise ValueError("This checkpoint has no label readout, whose markers and evidence the answers are about.")
         self.selected = rows_of(adata.obs, select)
-        if "scmmgpt_cell_type" not in adata.obs:
+        if not {"scmmgpt_cell_type", "scmmgpt_score"} <= set(adata.obs):
             pipeline.annotate(adata, **read_kwargs)
         if "clauses" not in adata.uns.get("scmmgpt", {}).get("describe", {}):
             pipeline.describe(adata, proof=True, **read_kwargs)

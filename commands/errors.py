@@ -151,9 +151,9 @@ def run_command(
         extra: Extra of this package that installs a missing module.
     """
     OPTION_WORDS.said.clear()
-    for handler in (*logging.getLogger().handlers, logging.lastResort):
-        if handler is not None:
-            handler.addFilter(OPTION_WORDS)
+    handlers = [handler for handler in (*logging.getLogger().handlers, logging.lastResort) if handler is not None]
+    for handler in handlers:
+        handler.addFilter(OPTION_WORDS)
     try:
         return work() or 0
     except KeyboardInterrupt:
@@ -167,6 +167,9 @@ def run_command(
         said = as_options(explain(error, inputs, outputs, extra), can_force=not name.startswith("scmmgpt.train"))
         sys.stderr.write(reworded(f"{name}: {said}\n"))
         return FAILED
+    finally:
+        for handler in handlers:
+            handler.removeFilter(OPTION_WORDS)
 
 
 def as_options(text: str, *, can_force: bool = True) -> str:

@@ -197,7 +197,8 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
     if denied := read_query(text).denied:
         raise ValueError(f"An index finds what is similar, and cannot leave out {denied[0]!r}; search FILE for that.")
     for level in Search([text], pipeline.processor.gene_index).queries[0].levels:
-        raise ValueError(f"An index has no counts for {level.high or level.low!r}; search FILE for that.")
+        lacks = "cannot compare texts" if level.is_text else "has no counts"
+        raise ValueError(f"An index {lacks} for {level.high or level.low!r}; search FILE for that.")
     about, query = read_manifest(folder), pipeline.embed_texts([text])[0]
     if len(query) != about["dimensions"]:
         raise ValueError(

@@ -34,7 +34,7 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     )
     text = "add the set of labels that holds the true one but for this share of cells (0.01 to 0.5)"
     parser.add_argument("--error-rate", type=number(float, 0, 1), metavar="P", help=text)
-    text = "table of the genes that drove each label (checkpoints with a label readout)"
+    text = "table of the genes that drove each label"
     parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
     parser.add_argument(
         "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"

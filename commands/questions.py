@@ -94,9 +94,7 @@ class QuestionReader:
         for column, values in columns.items():
             shown = "cluster" if column in CLUSTERS else simple(column.removesuffix("_id"))
             self.groups |= {f"{shown} {simple(value)}": (column, value) for value in values}
-            self.groups |= {
-                simple(value): (column, value) for value in values if len(value) > 3 and not value.isdigit()
-            }
+            self.groups |= {simple(value): (column, value) for value in values if len(values) > 1 and _tells(value)}
         self.groups |= {name: ("type", kind) for name, kind in types.items()}
 
     def __call__(self, text: str, last: Question) -> Question:
@@ -123,6 +121,14 @@ class QuestionReader:
         if follows:
             asked.genes, asked.columns = asked.genes or last.genes, asked.columns or last.columns
             asked.roles = last.roles | asked.roles
+        target = asked.roles.get("target")
+        if target is not None and (target[0] == "type") == (asked.topic == "column"):  # of another topic
+            del asked.roles["target"]
+        if asked.topic == "whynot" and "target" not in asked.roles:  # "and why not in B cells?"
+            if asked.roles.get("subject", ("",))[0] == "type":
+                asked.roles["target"] = asked.roles.pop("subject")
+            else:
+                asked.topic = "why"
         return asked
 
     def find_names(self, asked: Question) -> dict[Group, str]:
@@ -150,6 +156,12 @@ class QuestionReader:
         ids = [self.gene_index.lookup(spelling)[0] for spelling in (word, word.upper(), word.upper().replace("-", ""))]
         found = [self.symbols[number] for number in ids if number in self.symbols][:1]
         return found or ([word] if GENE_WORD.fullmatch(word) and re.search(r"\d", word) else [])
+
+
+def _tells(value: str) -> bool:
+    """Whether a value of a column is a name by itself: neither a number nor a word of questions ("cell", "tissue")."""
+    asks = any(words.fullmatch(value) for words in TOPICS.values())
+    return len(value) > 3 and not value.isdigit() and not asks and simple(value) not in NO_COLUMN
 
 
 def simple(words: str) -> str:

@@ -95,6 +95,8 @@ def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: s
 def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[str, float]:
     """AUROC of the cells of a type for its text, mean over types, by parts."""
     adata, config = corpus.to_adata("test"), pipeline.model.config
+    if "labels" not in (config.annotation or {}):
+        raise ValueError("The checkpoint stores no labels; run `scmmgpt calibrate` on the validation split before.")
     truth = adata.obs[label_key].astype(str).to_numpy()
     texts = {label: text for label, text in config.annotation["labels"].items() if label in truth}
     choice, words = pipeline.processor.choose_input(adata), list(texts.values())

@@ -155,6 +155,8 @@ def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequen
                     sets[rate].append(members(some["probabilities"], settings, rate))
             new_rows += new_cells(sources, mine, columns, ~known, sources.names[number])
             logger.info("%s left out", sources.names[number])
+    if not kept:
+        return {"known": {}, "known_together": {}, "new": new_rows}
     of_known = [np.concatenate([getattr(c, f.name) for c in kept]) for f in fields(LeftOut)]
     of_all = summarise_known(
         sources,

@@ -276,7 +276,7 @@ def setup_scvi(train: LabelledCells) -> AnnData:
 
 
 def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int = 0) -> None:
-    """Train scVI for a number of processor seconds, and save it."""
+    """Train scVI for its own default number of epochs, or until a number of processor seconds is over, and save it."""
     import lightning
     import scvi
 
@@ -293,7 +293,7 @@ def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int 
     scvi.settings.seed = seed
     model = scvi.model.SCVI(setup_scvi(train), gene_likelihood="nb")
     quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
-    model.train(max_epochs=10_000, accelerator="cpu", train_size=1.0, callbacks=[Until()], **quiet)
+    model.train(accelerator="cpu", train_size=1.0, callbacks=[Until()], **quiet)
     model.save(str(folder), overwrite=True)
 
 

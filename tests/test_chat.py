@@ -101,7 +101,7 @@ def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipelin
     assert "of the 30 cells called B cell" in chat.ask("Do the B cells express CD19?").text
     with pytest.raises(ValueError, match="No cell is selected by 'leiden == \"9\"'"):
         Chat(pipeline, adata, 'leiden == "9"')
-    with pytest.raises(ValueError, match="is no condition on columns of obs"):
+    with pytest.raises(ValueError, match="is not a condition on columns of obs"):
         Chat(pipeline, adata, "cluster = 3")
 
 

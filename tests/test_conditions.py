@@ -12,6 +12,7 @@ OBS = pd.DataFrame(
         "tissue": pd.Categorical(["lung", "blood", "lung", "liver"]),
         "n genes": [100, 900, 900, 500],
         "leiden": pd.Categorical(["0", "1", "10", "1"]),
+        "is_control": [False, True, True, False],
     },
     index=["a", "a", "b", "c"],  # names may be there twice
 )
@@ -22,9 +23,13 @@ OBS = pd.DataFrame(
     [
         ("tissue == 'lung'", [0, 2]),
         ("tissue == 'lung' and `n genes` > 500", [2]),
-        ("not (tissue in ['lung', 'liver']) | leiden == '10'", [1, 2]),
+        ("not (tissue in ['lung', 'liver']) or leiden == '10'", [1, 2]),
         ("leiden in ['1', 1.0]", [1, 3]),
         ("`n genes` in ['900', 900.0]", [1, 2]),
+        ("100 <= `n genes` < 900 and tissue != 'liver'", [0]),
+        ("(tissue == 'lung') & ~(leiden == '0')", [2]),
+        ("is_control and `n genes` > -1", [1, 2]),
+        ("tissue == '`lung`' or leiden not in ('0', '1')", [2]),
     ],
 )
 def test_a_condition_selects_its_rows(condition, rows):
@@ -35,6 +40,15 @@ def test_a_condition_selects_its_rows(condition, rows):
     "condition",
     [
         "tissue.str.len() > 2",
+        "leiden == '`' or @pd.io.common.os.getcwd() == '' or leiden == '`'",
+        "leiden == 'a' or tissue.str.len() == 4 or `n genes` == 1",
+        "tissue == 'lung' & `n genes` > 500",
+        "1 == 1",
+        "'lung' in tissue",
+        "f'{tissue}' == 'lung'",
+        "(lambda: 1)() == 1",
+        "[x for x in tissue] == 1",
+        "tissue",
         "@OBS.shape[0] == 4",
         "tissue.__class__ == 1",
         "__import__('os').getcwd() == ''",
@@ -46,5 +60,5 @@ def test_a_condition_selects_its_rows(condition, rows):
     ],
 )
 def test_what_is_no_condition_is_refused_with_the_columns(condition):
-    with pytest.raises(ValueError, match="is no condition on columns of obs.*tissue, n genes, leiden"):
+    with pytest.raises(ValueError, match="is not a condition on columns of obs.*tissue, n genes, leiden"):
         rows_where(OBS, condition)

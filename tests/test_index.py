@@ -81,7 +81,7 @@ def test_a_condition_on_obs_keeps_the_best_cells_that_fulfil_it(folder, vectors)
     assert [hit.cell for hit in hits] == [f"lung-{i - 200}" for i in exact]
     with pytest.raises(ValueError, match="No cell of"):
         index.search_index(folder, vectors[0], 3, "tissue == 'liver'")
-    with pytest.raises(ValueError, match="'organ == 1' is no condition on columns of obs"):
+    with pytest.raises(ValueError, match="'organ == 1' is not a condition on columns of obs"):
         index.search_index(folder, vectors[0], 3, "organ == 1")
 
 

@@ -139,9 +139,13 @@ def test_no_part_of_a_file_leads_out_of_the_folder(call, folder, kind):
         (
             "ask",
             {"file": "cells.h5ad", "questions": ["?"], "column": "given` or `given", "value": "B"},
-            "is no condition on columns of obs",
+            "This checkpoint has no label readout",
         ),
-        ("ask", {"file": "cells.h5ad", "questions": ["?"], "column": "given", "value": "C"}, "No cell is selected by"),
+        (
+            "ask",
+            {"file": "cells.h5ad", "questions": ["?"], "column": "given"},
+            "Name a column of obs and a value together",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_error_and_writes_nothing(call, folder, tool, arguments, message):

@@ -10,6 +10,23 @@ from scmmgpt.synthetic import synthetic_adata
 
 
 @pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ("T cells that are not high CD4", [("", "CD4")]),
+        ("T cells with no high CD4", [("", "CD4")]),
+        ("T cells not expressing high CD4", [("", "CD4")]),
+        ("T cells without low CD4", [("CD4", "")]),
+        ("T cells, not high CD4", [("", "CD4")]),
+        ("T cells not low CD4", [("CD4", "")]),
+    ],
+)
+def test_a_denied_level_is_the_other_level(text, levels):
+    query = read_query(text, lambda term: term == "CD4")
+    assert [(level.high, level.low) for level in query.levels] == levels
+    assert (query.wanted, query.denied) == ("T cells", ())
+
+
+@pytest.mark.parametrize(
     ("text", "wanted", "denied"),
     [
         ("a cell that makes antibodies", "a cell that makes antibodies", ()),

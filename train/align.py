@@ -10,6 +10,7 @@ The checkpoint in `--output_dir` embeds, finds and annotates cells, and `tune` s
 
 import copy
 import functools
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +38,9 @@ from scmmgpt.train.initialize import TrainingCells, embed_genes_by_coexpression,
 from scmmgpt.train.options import OptionParser
 from scmmgpt.train.trainer import ModelLossTrainer, data_seed, freeze, make_datasets, save_run
 from scmmgpt.train.unseen import add_gene_texts
+
+
+logger = logging.getLogger(__name__)
 
 
 MAX_VALIDATION_CELLS = 2_000  # for annotation and retrieval in an evaluation
@@ -261,7 +265,10 @@ def main(
         write_card=functools.partial(write_card, command="align", corpus=corpus, **bases),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    choose_places(model.eval(), processor, corpus, captions)
+    if trainer.is_fsdp_enabled:  # it calls parts of the model, whose shards only a whole pass gathers
+        logger.warning("The weight of the places of labels stays as it is: it is not chosen under FSDP.")
+    else:
+        choose_places(model.eval(), processor, corpus, captions)
     if eval_dataset is not None:
         trainer.evaluate()
     add_gene_texts(model.eval(), processor, model_args.gene_texts)  # by the trained encoder of texts

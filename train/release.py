@@ -94,6 +94,10 @@ def main(args: argparse.Namespace) -> Path:
     files = prepare._expand([args.data])
     specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
     output.mkdir(parents=True, exist_ok=True)
+    version = output / "version"
+    if (output / "corpus").exists() and (not version.is_file() or version.read_text() != VERSION):
+        raise ValueError(f"{output} holds steps of another version than {VERSION}; delete it, or name another folder.")
+    version.write_text(VERSION)
     corpus = build_corpus(args, specs, output)
     aligned, annotating, tuned = (output / name for name in ("aligned", "annotating", "tuned"))
     if not (aligned / "config.json").is_file():
