@@ -65,8 +65,9 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     """
     if isinstance(labels, str):
         raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
-    if labels is None:
+    if labels is None and stored:
         return dict(stored)
+    labels = {} if labels is None else labels
     if not isinstance(labels, dict):
         labels = {label: stored.get(label, label) for label in labels}
     labels = {str(label): str(text) for label, text in labels.items()}
