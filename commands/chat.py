@@ -54,7 +54,7 @@ def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
             raise ValueError("No cell is selected.")
         mask[rows] = True
     if not mask.any():
-        raise ValueError(f"No cell is selected by {select!r}.")
+        raise ValueError("The data hold no cells." if select is None else f"No cell is selected by {select!r}.")
     return mask
 
 

@@ -40,8 +40,9 @@ def rows_where(obs: pd.DataFrame, condition: str, names: Sequence[str] | None = 
     """Which rows fulfil a condition, bool `(len(obs),)`.
 
     Args:
-        condition: Comparisons of columns with values, joined by `and`, `or` and `not`. A column whose name is not an
-            identifier stands in backticks. Nothing else is understood, so that a condition can run no code.
+        condition: Comparisons of columns with values, or columns of truth values, joined by `and`, `or` and `not`. A
+            column whose name is not an identifier stands in backticks. A missing value fulfils no comparison but `!=`.
+            Nothing else is understood, so that a condition can run no code.
         names: Columns to name in the error; by default those of `obs`.
 
     Raises:
@@ -56,17 +57,11 @@ def rows_where(obs: pd.DataFrame, condition: str, names: Sequence[str] | None = 
         return next(reversed(quoted))
 
     try:
-        found = _value(ast.parse(QUOTED.sub(stand_in, condition).strip(), mode="eval").body, obs, quoted)
-        if not isinstance(found, np.ndarray):
-            raise TypeError("nothing is compared")
+        return _rows(_value(ast.parse(QUOTED.sub(stand_in, condition).strip(), mode="eval").body, obs, quoted))
     except (SyntaxError, TypeError, ValueError, KeyError, RecursionError, MemoryError) as error:
-        why, known = (
-            str(error.args[0] if error.args else error)[:200],
-            ", ".join(obs.columns if names is None else names),
-        )
-        message = f"{condition!r} is not a condition on columns of obs ({why}); the columns are {known}."
+        known = ", ".join(obs.columns if names is None else names)
+        message = f"{condition!r} is not a condition on columns of obs ({error.args[0]}); the columns are {known}."
         raise ValueError(message) from None
-    return found
 
 
 def _value(node: ast.AST, obs: pd.DataFrame, quoted: Mapping[str, str]) -> Any:
@@ -76,8 +71,6 @@ def _value(node: ast.AST, obs: pd.DataFrame, quoted: Mapping[str, str]) -> Any:
         return node.value
     if isinstance(node, ast.List | ast.Tuple):
         return [value(item) for item in node.elts]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        return -node.operand.value  # type: ignore[operator]
     if isinstance(node, ast.Name):
         column = quoted.get(node.id, node.id)
         if column not in obs:
@@ -85,15 +78,20 @@ def _value(node: ast.AST, obs: pd.DataFrame, quoted: Mapping[str, str]) -> Any:
         return obs[column]
     if isinstance(node, ast.Compare):
         sides = [value(side) for side in (node.left, *node.comparators)]
-        pairs = zip(node.ops, sides, sides[1:], strict=False)
-        parts = [COMPARISONS[type(operation)](left, right) for operation, left, right in pairs]
-        return functools.reduce(operator.and_, [np.asarray(_rows(part), dtype=bool) for part in parts])
+        pairs = zip(node.ops, sides[:-1], sides[1:], strict=True)
+        if unknown := [by for by in node.ops if type(by) not in COMPARISONS]:
+            raise TypeError(f"{type(unknown[0]).__name__.lower()} is not understood")
+        return functools.reduce(operator.and_, [_rows(COMPARISONS[type(by)](*pair)) for by, *pair in pairs])
     if isinstance(node, ast.BoolOp):
         return functools.reduce(JOINS[type(node.op)], [_rows(value(part)) for part in node.values])
     if isinstance(node, ast.BinOp) and type(node.op) in JOINS:
         return JOINS[type(node.op)](_rows(value(node.left)), _rows(value(node.right)))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.Invert):
-        return ~_rows(value(node.operand))
+    if isinstance(node, ast.UnaryOp):
+        operand = value(node.operand)
+        if isinstance(node.op, ast.USub) and isinstance(operand, int | float):
+            return -operand
+        if isinstance(node.op, ast.Not | ast.Invert):
+            return ~_rows(operand)
     raise TypeError(f"{type(node).__name__.lower()} is not understood")
 
 
@@ -103,10 +101,10 @@ def _is_in(column: Any, values: Any) -> np.ndarray:
     return column.isin(values).to_numpy()
 
 
-def _rows(part: Any) -> Any:
-    """Rows that fulfil a part; a column of truth values is one, too."""
-    if isinstance(part, pd.Series) and part.dtype == bool:
-        return part.to_numpy()
-    if not isinstance(part, np.ndarray):
-        raise TypeError("compare a column with a value; join comparisons by 'and', or put each in brackets")
-    return part
+def _rows(part: Any) -> np.ndarray:
+    """Rows that fulfil a part; a column of truth values is one, too, of which missing ones count as false."""
+    if isinstance(part, np.ndarray):
+        return part
+    if isinstance(part, pd.Series) and pd.api.types.is_bool_dtype(part.dtype):
+        return part.astype("boolean").to_numpy(dtype=bool, na_value=False)
+    raise TypeError("compare a column with a value; join comparisons by 'and', or put each in brackets")

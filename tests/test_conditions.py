@@ -13,6 +13,8 @@ OBS = pd.DataFrame(
         "n genes": [100, 900, 900, 500],
         "leiden": pd.Categorical(["0", "1", "10", "1"]),
         "is_control": [False, True, True, False],
+        "donor": pd.array([1, None, 2, 3], dtype="Int64"),
+        "doublet": pd.array([True, None, False, True], dtype="boolean"),
     },
     index=["a", "a", "b", "c"],  # names may be there twice
 )
@@ -28,6 +30,9 @@ OBS = pd.DataFrame(
         ("`n genes` in ['900', 900.0]", [1, 2]),
         ("100 <= `n genes` < 900 and tissue != 'liver'", [0]),
         ("(tissue == 'lung') & ~(leiden == '0')", [2]),
+        ("is_control", [1, 2]),
+        ("doublet and donor > 0", [0, 3]),
+        ("donor in [2, 3] or tissue == 'blood'", [1, 2, 3]),
         ("is_control and `n genes` > -1", [1, 2]),
         ("tissue == '`lung`' or leiden not in ('0', '1')", [2]),
     ],
@@ -49,6 +54,8 @@ def test_a_condition_selects_its_rows(condition, rows):
         "(lambda: 1)() == 1",
         "[x for x in tissue] == 1",
         "tissue",
+        "tissue is 'lung'",
+        "tissue == -'lung'",
         "@OBS.shape[0] == 4",
         "tissue.__class__ == 1",
         "__import__('os').getcwd() == ''",
