@@ -41,12 +41,13 @@ test-newest: ## model, processor, pipeline, PEFT and TRL with the newest release
 demo demo-train demo-tiny: OUT = results/$@
 demo: setup ## the checkpoint of this repository on real cells of blood, then fine-tuned on their labels; two minutes; ends with results/demo/report.html
 	$(BIN)/python -m scmmgpt.train prepare --demo pbmc68k --output $(OUT)/corpus
-	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --output $(OUT)/annotated.h5ad
+	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --evidence $(OUT)/evidence.csv --output $(OUT)/annotated.h5ad
+	$(BIN)/scmmgpt describe $(OUT)/annotated.h5ad --proof $(OUT)/clauses.csv --output $(OUT)/described.h5ad
 	$(BIN)/python -m scmmgpt.eval annotation --corpus $(OUT)/corpus --annotated $(OUT)/annotated.h5ad --output $(OUT)/annotation.json
 	$(BIN)/python -m scmmgpt.train finetune --adata $(OUT)/corpus --label_key cell_type --checkpoint . --output_dir $(OUT)/finetuned
 	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --model $(OUT)/finetuned --output $(OUT)/finetuned.h5ad
 	$(BIN)/python -m scmmgpt.eval annotation --corpus $(OUT)/corpus --annotated $(OUT)/finetuned.h5ad --output $(OUT)/finetuned.json
-	$(BIN)/scmmgpt report $(OUT)/annotated.h5ad --output $(OUT)/report.html
+	$(BIN)/scmmgpt report $(OUT)/described.h5ad --output $(OUT)/report.html
 
 demo-train: STEM := demo
 demo-train: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.
