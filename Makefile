@@ -39,21 +39,21 @@ test-newest: ## model, processor, pipeline, PEFT and TRL with the newest release
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n auto tests/test_modeling.py tests/test_modeling_scgpt.py tests/test_transformers.py tests/test_remote_code.py tests/test_processing.py tests/test_pipeline.py tests/test_cell_tokens.py tests/test_by_hand.py tests/test_adapter.py tests/test_reinforce.py
 
 demo demo-train demo-tiny: OUT = results/$@
-demo: setup ## the checkpoint of this repository on real cells of blood, then fine-tuned on their labels; two minutes; ends with results/demo/report.html
+demo: setup ## the checkpoint of this repository on real cells of blood: results/demo/report.html after a minute, then fine-tuned on their labels; three minutes
 	$(BIN)/python -m scmmgpt.train prepare --demo pbmc68k --output $(OUT)/corpus
 	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --evidence $(OUT)/evidence.csv --output $(OUT)/annotated.h5ad
 	$(BIN)/scmmgpt describe $(OUT)/annotated.h5ad --proof $(OUT)/clauses.csv --output $(OUT)/described.h5ad
+	$(BIN)/scmmgpt report $(OUT)/described.h5ad --output $(OUT)/report.html
 	$(BIN)/python -m scmmgpt.eval annotation --corpus $(OUT)/corpus --annotated $(OUT)/annotated.h5ad --output $(OUT)/annotation.json
 	$(BIN)/python -m scmmgpt.train finetune --adata $(OUT)/corpus --label_key cell_type --checkpoint . --output_dir $(OUT)/finetuned
 	$(BIN)/scmmgpt annotate $(OUT)/corpus --split test --model $(OUT)/finetuned --output $(OUT)/finetuned.h5ad
 	$(BIN)/python -m scmmgpt.eval annotation --corpus $(OUT)/corpus --annotated $(OUT)/finetuned.h5ad --output $(OUT)/finetuned.json
-	$(BIN)/scmmgpt report $(OUT)/described.h5ad --output $(OUT)/report.html
 
 demo-train: STEM := demo
 demo-train: NOTE := A demonstration: SmolLM2-135M-Instruct tuned on a few hundred cells of one tissue of one donor.
 demo-tiny: STEM := tiny
 demo-tiny: NOTE := A smoke test: a language model from scratch that has seen minutes of training. Its numbers mean nothing.
-demo-train: setup ## train and evaluate a model from nothing on 700 cells of blood, four to six minutes; ends with results/demo-train/report.html
+demo-train: setup ## train and evaluate a model from nothing on 700 cells of blood, four minutes; ends with results/demo-train/report.html
 demo-tiny: setup ## the same in two minutes, with a tiny language model from scratch
 
 demo-train demo-tiny:
