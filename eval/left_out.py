@@ -25,9 +25,10 @@ import numpy as np
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, label_sets, least_scores, set_threshold
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
+from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
-from scmmgpt.train.data.gene_tables import reference_gene_index
+from scmmgpt.train.data.gene_tables import build_gene_aliases
 from scmmgpt.train.left_out import ABSENT, LeftOut
 from scmmgpt.train.pooled import Dataset
 
@@ -48,12 +49,13 @@ class Sources:
 
 
 def read_sources(folder: str | Path, labels: str = "human") -> Sources:
-    """The datasets that the reviewed table names, over the genes of GENCODE."""
+    """The datasets that the reviewed table names, over the genes of the release."""
     table, files = prepare.read_label_table(labels), prepare._expand([str(folder)])
     specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
-    index = reference_gene_index()
+    vocabulary = release.shared_vocabulary(specs)
+    index = GeneIndex(vocabulary, build_gene_aliases(vocabulary))
     sources = [release.read_labelled(spec, index) for spec in specs]
-    datasets, types, meanings = release.pool(sources, table, max(index.vocabulary.values()) + 1)
+    datasets, types, meanings = release.pool(sources, table, len(vocabulary))
     placed = release.place_terms(
         sorted({term for source in sources for term in source.terms if term}), table["types"], table.get("broad", ())
     )
@@ -80,7 +82,7 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict
 
 
 def known_scores(columns: dict[str, np.ndarray], targets: np.ndarray, types: Sequence[str]) -> dict[str, float]:
-    """Sums over the known cells of what the report has means of, and their number."""
+    """Means over the known cells of a dataset, and their number."""
     best = columns["probabilities"].argmax(axis=1)
     answered = columns["cell_type"] != UNKNOWN
     right = columns["cl_id"] == np.asarray(types)[targets]
@@ -111,13 +113,12 @@ def summarise_known(
 ) -> dict[str, Any]:
     """Calibration, risk and coverage of all known cells together; `sets` are bool `(n_cells, n_labels)` by rate."""
     score, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == cells.targets
-    of_set = [score[cells.datasets == i] for i in np.unique(cells.datasets)]
-    hits = [right[cells.datasets == i] for i in np.unique(cells.datasets)]
     rows = np.arange(len(score))
+    rows_of_set = [rows[cells.datasets == i] for i in np.unique(cells.datasets)]
     return {
         "calibration_error": expected_calibration_error(score, right),
         "calibration_error_mean_of_datasets": float(
-            np.mean([expected_calibration_error(*pair) for pair in zip(of_set, hits, strict=True)])
+            np.mean([expected_calibration_error(score[i], right[i]) for i in rows_of_set])
         ),
         "risk_area": risk_area(score, right),
         "label_sets": {
@@ -127,6 +128,9 @@ def summarise_known(
                     sources.names[i]: round(float(members[rows, cells.targets][cells.datasets == i].mean()), 3)
                     for i in np.unique(cells.datasets)
                 },
+                "coverage_mean_of_datasets": float(
+                    np.mean([members[i, cells.targets[i]].mean() for i in rows_of_set])
+                ),
                 "mean_size": float(members.sum(axis=1).mean()),
             }
             for rate, members in sets.items()

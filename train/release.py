@@ -115,19 +115,21 @@ def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: 
     """The corpus over the genes that several sources measure."""
     vocabulary = output / "vocab.json"
     if not vocabulary.is_file():
-        index = reference_gene_index()
-        seen: dict[int, int] = {}
-        for spec in specs:
-            for gene in np.unique(FileSource(spec).choose(index).match.measured).tolist():
-                seen[gene] = seen.get(gene, 0) + 1
-        symbols = {i: symbol for symbol, i in index.vocabulary.items()}
-        least = min(MIN_SOURCES, len(specs))
-        kept = sorted(symbols[gene] for gene, n in seen.items() if n >= least)
-        write_json(vocabulary, {name: i for i, name in enumerate([*SPECIAL_TOKENS, *kept])})
+        write_json(vocabulary, shared_vocabulary(specs))
     words = [args.data, "--labels", args.labels, "--vocabulary", str(vocabulary), "--output", str(output / "corpus")]
     words += ["--split-by", "cell"]  # every cell type has training cells; `eval crossdata` leaves datasets out
     prepare.main(prepare.make_parser().parse_args(words))
     return open_corpus(output / "corpus")
+
+
+def shared_vocabulary(specs: Sequence[SourceSpec]) -> dict[str, int]:
+    """Special tokens, and the genes that at least `MIN_SOURCES` sources measure, with their ids."""
+    index = reference_gene_index()
+    measured = [np.unique(FileSource(spec).choose(index).match.measured) for spec in specs]
+    genes, n_sources = np.unique(np.concatenate(measured), return_counts=True)
+    symbols = {i: symbol for symbol, i in index.vocabulary.items()}
+    kept = sorted(symbols[gene] for gene in genes[n_sources >= min(MIN_SOURCES, len(specs))].tolist())
+    return {name: i for i, name in enumerate([*SPECIAL_TOKENS, *kept])}
 
 
 def read_labelled(spec: SourceSpec, index: GeneIndex, seed: int = 0) -> LabelledSource:
