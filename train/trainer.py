@@ -23,6 +23,7 @@ from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.streamed import open_cells
 
 
+SHOWN = 5  # most names that an error lists
 UNFINISHED = ".checkpoint-unfinished"  # where a checkpoint is while it is being written
 
 
@@ -157,6 +158,16 @@ class CheckpointTrainer(Trainer):
         elif self.is_world_process_zero():
             repo_id = None if self.hub is None else self.hub["repo_id"]
             self.write_card(self.args.output_dir, log_history=self.state.log_history, repo_id=repo_id)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint of other weights, such as of another release: half of it would go on from the start."""
+        own = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        if own or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint to resume lacks the weights {sorted(own)[:SHOWN]} of the model and has the weights "
+                f"{sorted(load_result.unexpected_keys)[:SHOWN]}, which the model has not. Resume with the release and "
+                "the options that wrote it, or start anew in another --output_dir."
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
