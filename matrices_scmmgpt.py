@@ -193,7 +193,7 @@ def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows 
 
 
 def _room(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays for the entries of a dense matrix, if some of its rows are like the others: fresh memory takes time."""
+    """Arrays for the entries of a dense matrix, sized by a sample of the rows, because fresh memory takes time."""
     some = block[:: 1 + len(block) // 128]
     # Counting booleans is eight times faster than counting numbers.
     size = block.shape[1] + int(1.1 * len(block) * np.count_nonzero(some != 0) / max(1, len(some)))

@@ -600,7 +600,7 @@ class ScGPTModel(ScGPTPreTrainedModel):
     """scGPT: gene tokens with expression values -> a state per gene, an embedding per cell, and predicted expression.
 
     For embeddings alone, pass `cls_only=True`. On a CPU that computes in bfloat16, `model.to(torch.bfloat16)` is twice
-    as fast again, at a cosine of 0.9999 to float32; on other CPUs it is many times slower, which [`cpu_dtype`] knows.
+    as fast, with a cosine of 0.9999 to float32. On other CPUs bfloat16 is many times slower; [`cpu_dtype`] chooses.
 
     Args:
         config: Sizes and settings.

@@ -176,7 +176,7 @@ def run_command(
 def as_options(text: str, *, can_force: bool = True) -> str:
     """A message of the library in the words of the command line: `gene_column=` is `--gene-column` there.
 
-    Without `can_force`, the way out of a command without that option is left out.
+    Without `can_force`, for commands without `--force`, the sentence about this option is left out.
 
     >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
     'Pass `--layer`, `--assume normalized` or `--force`.'

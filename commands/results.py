@@ -123,7 +123,7 @@ class CopiesAhead:
         return self.copies[source]
 
     def remove(self) -> None:
-        """Remove what was not taken."""
+        """Remove the copies that were not taken."""
         self._stopped.set()
         for copy in self.copies.values():
             copy.unlink(missing_ok=True)

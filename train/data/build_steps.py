@@ -197,7 +197,7 @@ def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
 def find_copies(parts: list[Path]) -> None:
     """Mark the cells that have the counts of another cell, whatever their names.
 
-    One cell of each content stays unmarked, that of the smallest key, so that no cell is in two splits.
+    Of cells with equal counts, the cell of the smallest key stays unmarked. No cell is then in two splits.
     """
     files = [folder / f"{kind}.arrow" for folder in parts for kind in COUNT_KINDS]
     files = [path for path in files if path.exists()]
