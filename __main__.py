@@ -475,7 +475,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
 
 
 def several_outputs(args: Args) -> dict[Source, Path]:
-    """Sources and their outputs, of a command that computes in partitions; none for one file without such options.
+    """Sources and outputs of a command that computes in partitions; empty for one file without `--workers`.
 
     A single file then takes the place of the list in `args`.
     """

@@ -553,7 +553,7 @@ class ScGPTMVCDecoder(nn.Module):
 def follow_umask(folder: str | os.PathLike) -> None:
     """Give saved weights the permissions of other new files.
 
-    Safetensors writes by way of a temporary file, which its owner alone may read.
+    Safetensors writes through a temporary file that only the owner may read.
     """
     umask = os.umask(0)
     os.umask(umask)
