@@ -131,11 +131,7 @@ class Layout(NamedTuple):
 def find_layout(path: Path, encoding: str = "") -> Layout:
     """Separator, encoding, decimal mark and header of a text table, from its first lines."""
     encoding = encoding or _encoding(path)
-    try:
-        with compression(path)[0](path, "rt", encoding=encoding, errors="replace") as file:
-            lines = [line.rstrip("\r\n") for line in itertools.islice(file, SAMPLED_LINES)]
-    except (OSError, EOFError, lzma.LZMAError, UnicodeError) as error:
-        raise FileError(f"{path} is damaged ({error}). Copy it again.") from error
+    lines = first_lines(path, encoding)
     start, given = _preamble(lines)
     if start >= len(lines):
         raise FileError(f"{path} is empty or has only comments; copy the file again.")
@@ -160,6 +156,15 @@ def find_layout(path: Path, encoding: str = "") -> Layout:
     named = {i for i, name in enumerate(header) if HEADER_OF_LONG["cell"].fullmatch(name)}
     words = sorted({0, *padded, *named})
     return Layout(separator, encoding, decimal, thousands, header, rows[:labels], words, n_skipped)
+
+
+def first_lines(path: Path, encoding: str) -> list[str]:
+    """The first lines of a text file, compressed or not, without their ends."""
+    try:
+        with compression(path)[0](path, "rt", encoding=encoding, errors="replace") as file:
+            return [line.rstrip("\r\n") for line in itertools.islice(file, SAMPLED_LINES)]
+    except (OSError, EOFError, lzma.LZMAError, UnicodeError) as error:
+        raise FileError(f"{path} is damaged ({error}). Copy it again.") from error
 
 
 def compression(path: Path) -> tuple[Callable[..., IO], str | None]:
