@@ -107,7 +107,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_output(sub, table=False)
     add_partitions(sub)
     spaces = ("cell-text", "cell")
-    sub.add_argument("--of", choices=spaces, default=spaces[0], help="shared space (default), or the cell model's")
+    sub.add_argument(
+        "--of", choices=spaces, default=spaces[0], help="space shared with text (default), or of the cell model"
+    )
 
     add_index(command(index))
     add_search(command(search))
