@@ -514,7 +514,8 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
             name, base = "2", 2.0
             totals = rows.row_sums(np.expm1(values * np.log(base)))
         target_sum = next((total for total in LIKELY_TOTALS if totals.max() <= total * 1.001), None)
-        evidence |= {"log_from": "uns['log1p']" if says_log1p else "range of values", "target_sum_from": "assumed"}
+        evidence |= {"log_from": "uns['log1p']" if says_log1p else "range of values"}
+        evidence |= {"target_sum_from": "unknown" if target_sum is None else "assumed"}
         conversion = f"{name}**x - 1, then as they are: normalised values"
         return MatrixVerdict(
             "log1p", conversion, evidence, logs=1, base=base, target_sum=target_sum, precision=precision

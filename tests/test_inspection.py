@@ -253,6 +253,15 @@ def test_every_kind_of_gene_name_gives_the_same_cells(counts, gene_index, names)
     assert_same_cells(cells, raw)
 
 
+def test_names_in_lower_case_are_read_with_a_warning(counts, gene_index, caplog):
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    cells, report = read_cells(make_adata(counts, [name.lower() for name in SYMBOLS]), gene_index)
+    assert_same_cells(cells, raw)
+    assert f"in another case than the model's ({N_GENES} of {N_GENES})" in caplog.text
+    lower = make_adata(counts, [name.lower() for name in MOUSE])
+    assert_same_cells(read_cells(lower, gene_index, organism="mouse")[0], raw)  # by orthologs
+
+
 def test_shuffled_genes_give_the_same_cells(counts, gene_index):
     order = np.random.default_rng(2).permutation(N_GENES)
     raw, _ = read_cells(make_adata(counts), gene_index)
@@ -625,7 +634,9 @@ def test_features_are_known_by_their_names_too():
         "SampleTag01_hs",
     ]
     assert set(classify_features(tags)) == {"antibody"}
-    assert set(classify_features(["__no_feature", "__ambiguous", "N_multimapping"])) == {"control"}
+    controls = ["__no_feature", "__ambiguous", "N_multimapping", "BLANK_0122", "NegControlProbe_00042", "Blank-12"]
+    controls += ["FalseCode105", "Negative17", "antisense_PROKR2", "Intergenic_Region_1067", "UnassignedCodeword_0007"]
+    assert set(classify_features(controls)) == {"control"}
     genes = ["ABCA1", "HTOP", "PROTAC1", "ADTRP", "CD3D", "TOTAL1", "RP11-34P13.7", "GATA3-AS1", "AB019441.29"]
     assert set(classify_features(genes)) == {"gene"}
 
