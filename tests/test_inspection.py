@@ -257,7 +257,7 @@ def test_names_in_lower_case_are_read_with_a_warning(counts, gene_index, caplog)
     raw, _ = read_cells(make_adata(counts), gene_index)
     cells, report = read_cells(make_adata(counts, [name.lower() for name in SYMBOLS]), gene_index)
     assert_same_cells(cells, raw)
-    assert f"in another case than the model's ({N_GENES} of {N_GENES})" in caplog.text
+    assert f"{N_GENES} of {N_GENES} genes are written in another case" in caplog.text
     lower = make_adata(counts, [name.lower() for name in MOUSE])
     assert_same_cells(read_cells(lower, gene_index, organism="mouse")[0], raw)  # by orthologs
 
