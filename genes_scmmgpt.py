@@ -400,8 +400,8 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
     if species == "unknown" and r["how"].get("case", 0) > r["matched"] / 2:
         messages.append(
-            f"{r['how']['case']} of {r['matched']} genes are written in another case than the model's: they were read as "
-            f"{gene_index.species} genes of the same letters. If the cells are of another species, name it with "
+            f"{r['how']['case']} of {r['matched']} genes are written in another case than the model's: they were read "
+            f"as {gene_index.species} genes of the same letters. If the cells are of another species, name it with "
             "`organism=`."
         )
     if foreign:

@@ -147,6 +147,22 @@ def test_matrices_that_hold_no_counts_are_recognised(matrix, kind):
     assert inspect_matrix(matrix).kind == kind
 
 
+@pytest.mark.parametrize("digits", [2, 4])
+def test_decimals_of_tpm_are_not_taken_for_counts(digits):
+    rng = np.random.default_rng(3)
+    tpm = rng.lognormal(3, 2, (40, 300)) * (rng.random((40, 300)) < 0.5)
+    tpm = (tpm / tpm.sum(axis=1, keepdims=True) * rng.uniform(6e5, 9e5, (40, 1))).round(digits)
+    verdict = inspect_matrix(np.log2(1 + tpm))
+    assert verdict.kind == "log1p"
+    assert not verdict.exact
+
+
+def test_small_values_of_a_logarithm_are_not_near_an_integer():
+    rng = np.random.default_rng(4)
+    values = np.where(rng.random((40, 300)) < 0.6, rng.exponential(0.02, (40, 300)), rng.exponential(1.5, (40, 300)))
+    assert inspect_matrix(np.round(values.clip(max=7), 6)).kind != "raw_float"
+
+
 def test_base_and_total_of_a_logarithm_are_found(counts):
     verdict = inspect_matrix(np.log2(1 + scaled_to(counts, 1e6)))
     assert (verdict.base, verdict.target_sum, verdict.exact) == (2.0, 1e6, True)
