@@ -35,6 +35,7 @@ from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_column
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
+from scmmgpt.reading_scmmgpt import need_columns
 
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ class PartitionedRun:
             with naming(source.path if len(self.outputs) > 1 else None):
                 cells = self._open(source)
                 choice = self.pipeline.processor.choose_input(cells, **self.job.reading)
-            if missing := [name for name in self.needed if name not in cells.obs]:
-                raise ValueError(f"obs has no columns {missing}; it has {list(cells.obs.columns)}.")
+            need_columns(cells.obs, *self.needed)
             labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
             decided = tasks.decide(self.pipeline, cells, choice, self.job, labels)
         except Exception as error:  # whatever a damaged file makes of the libraries
