@@ -507,7 +507,7 @@ def run_in_partitions(
     from scmmgpt.commands.cluster import preload_workers
 
     if (args.workers or 1) > 1 and args.cluster is None:
-        preload_workers(["scmmgpt.pipeline_scmmgpt", "scmmgpt.commands.partitions"])
+        preload_workers()
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 
