@@ -76,10 +76,14 @@ class Job:
         return json.loads(json.dumps(fields))  # as a file has it
 
 
-def default_options(verb: str) -> dict[str, Any]:
-    """The options of a verb where the command gives none."""
+def default_options(verb: str, label_key: str = "cell_type", text: str = "") -> dict[str, Any]:
+    """The options of a verb where the command gives none but the column of an audit, and the text of a search."""
     if verb == "embed":
         return {"of": "cell-text"}
+    if verb == "audit":
+        return {"label_key": label_key, "cluster_key": None}
+    if verb == "search":
+        return {"text": text, "top_k": 10, "by": "similarity", "key_added": "scmmgpt_search"}
     names = ("labels", "tissue", "cl_ids", "cluster_key", "min_score", "error_rate", "matching_weight")
     return dict.fromkeys(names)
 
