@@ -104,11 +104,12 @@ class LabelScorer:
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
     ) -> None:
         self.bridge, self.processor, self.readout, self.novelty_of = bridge, processor, readout, novelty_of
-        self.text_inputs = processor(qformer_text=texts).to(bridge.device)
-        self.text_features = encode_texts(bridge, processor, texts)
         self.readout_temperature, self.similarity_weight = settings["readout_temperature"], similarity_weight
         self.num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
         self.readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
+        if not self.readout_alone:
+            self.text_inputs = processor(qformer_text=texts).to(bridge.device)
+            self.text_features = encode_texts(bridge, processor, texts)
 
     def __call__(self, cells: Cells) -> tuple[Tensor, ...]:
         """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are not candidates; novelty."""

@@ -409,11 +409,12 @@ class Joined:
                 continue
             try:
                 counted, joined.widths = tasks.read_counts(path)
-                table = read_columns(path, None, joined.widths)
+                table = read_columns(path, None, ["barcode", *joined.widths])
+                is_same = tasks.has_barcodes(path, names[slice(*rows)])
             except ValueError as error:
                 joined.damaged[rows] = str(error)
                 continue
-            if table.pop("barcode").tolist() != [str(name) for name in names[slice(*rows)]]:
+            if not is_same:
                 raise ValueError(f"{path} has other cells than rows {rows[0]} to {rows[1]} of the source. Remove it.")
             joined.paths[rows] = path
             tables.append(table)
