@@ -47,7 +47,7 @@ from scmmgpt.eval import (
     retrieval,
 )
 from scmmgpt.eval.baselines import TypePrediction
-from scmmgpt.eval.cells import LabelledCells, match_names, read_splits
+from scmmgpt.eval.cells import LabelledCells, match_names, ontology_ids, read_splits
 from scmmgpt.eval.claims import find_claims, markdown_claims, markdown_table
 from scmmgpt.eval.generation import GeneratedCells
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
@@ -184,7 +184,7 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
     train, test, seed = study.train, study.test, study.args.seed
     regression = baselines.regression_on_shared_genes(train, test, seed=seed)
     told = trained.sentences.describe(test, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
-    ids = description.ontology_ids(train)
+    ids = ontology_ids(train)
     candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
     named = [parse_cell_type(text, candidates) or annotation.UNKNOWN for text in told]
     others = {SENTENCES: TypePrediction(np.array(named)), CONTRAST: annotate(study, trained.contrast)}
@@ -316,7 +316,8 @@ def report(tasks: Mapping[str, dict], about: Mapping[str, Any]) -> str:
     parts = [
         "# Ours and the methods of others",
         f"Corpus `{about['corpus']['path']}`, splits sha256 `{(about['corpus']['splits sha256'] or 'none')[:16]}`, "
-        f"seed {about['seed']}. Processor seconds of training: {seconds}.",
+        f"seed {about['seed']}. Processor seconds of training: {seconds}. Candidates of annotation: all "
+        f"{about['n_candidates']} labels of the training cells.",
         markdown_claims(find_claims(tasks, SENTENCES), SENTENCES),
     ]
     for task, result in tasks.items():
@@ -363,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks["generation"] = evaluate_generation(study, trained)
     logger.info("Searching and clustering")
     tasks |= evaluate_spaces(study, trained)
-    about["seconds"] = trained.seconds
+    about |= {"seconds": trained.seconds, "n_candidates": len(set(study.train.labels))}
     write_json(output / "results.json", {"task": "all", **about, "claims": find_claims(tasks, SENTENCES), **tasks})
     text = report(tasks, about)
     (output / "report.md").write_text(text, encoding="utf-8")
