@@ -132,9 +132,10 @@ def set_apart(
 def choose_places(
     model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, corpus: Corpus, captions: CaptionSampler
 ) -> dict[float, float]:
-    """Place the labels anew, by the trained text branch, at the weight that finds captions of validation cells best.
+    """Place the labels anew, by the trained text branch, and turn them apart (see [`set_apart`]).
 
-    The places are turned apart before (see [`set_apart`]).
+    Their weight is the smallest that finds captions of validation cells as well as the best one, within a standard
+    error: what the network adds is all that there is of a cell of no known type.
 
     Returns:
         Weight -> mean loss of a cell's own caption among all captions of these cells, at the best temperature; empty
@@ -157,12 +158,17 @@ def choose_places(
         scores = model.label_readout(inputs["profile_gene_ids"], inputs["profile"])
         pieces.append((model.cell_projection(queries), model.label_readout.place(scores)))
     added, places = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    unit, losses = (added.norm(dim=-1).mean() / places.norm(dim=-1).mean()).item(), {}
+    unit, of_cells = (added.norm(dim=-1).mean() / places.norm(dim=-1).mean()).item(), {}
     for share in PLACE_SHARES:
         weight = share * unit
         features = F.normalize(added + weight * places[:, None], dim=-1)
-        losses[weight] = readout.calibrated_loss(cell_text_similarity(features, text_features).cpu().numpy(), own)
-    model.label_readout.features.mul_(min(losses, key=lambda weight: losses[weight]))
+        logits = readout.at_best_temperature(cell_text_similarity(features, text_features).cpu().numpy(), own)
+        of_cells[weight] = readout.losses_of_cells(logits, own)
+    losses = {weight: float(of_weight.mean()) for weight, of_weight in of_cells.items()}
+    best = of_cells[min(losses, key=lambda weight: losses[weight])]
+    worse = {weight: of_weight - best for weight, of_weight in of_cells.items()}
+    as_good = [weight for weight, of_each in worse.items() if of_each.mean() <= of_each.std() / np.sqrt(len(best))]
+    model.label_readout.features.mul_(min(as_good))
     logger.info("Loss of captions of validation cells by the weight of the labels' places: %s", losses)
     return losses
 
