@@ -25,13 +25,16 @@ except ImportError:  # as a flat module in a clone
 TEXTS_AT_ONCE = 256
 
 
-def encode_texts(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str]) -> Tensor:
-    """Texts in the shared space, `(n_texts, projection_dim)`, L2-normalised."""
+def encode_texts(
+    bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str], *, projected: bool = True
+) -> Tensor:
+    """Texts in the shared space, `(n_texts, projection_dim)`, L2-normalised; else their states, `(n_texts, width)`."""
     inputs = processor(qformer_text=list(texts)).to(bridge.device)
     with torch.inference_mode():
         ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
         batches = zip(ids.split(TEXTS_AT_ONCE), mask.split(TEXTS_AT_ONCE), strict=True)
-        return torch.cat([bridge.get_text_features(*batch) for batch in batches])
+        outputs = [bridge.get_text_features(*batch, return_dict=True) for batch in batches]
+        return torch.cat([of.pooler_output if projected else of.last_hidden_state for of in outputs])
 
 
 def text_states(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str]) -> np.ndarray:

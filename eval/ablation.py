@@ -30,8 +30,7 @@ from sklearn.metrics import roc_auc_score
 from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines, generation, results
-from scmmgpt.eval.cells import LabelledCells, read_splits
-from scmmgpt.eval.description import ontology_ids
+from scmmgpt.eval.cells import LabelledCells, ontology_ids, read_splits
 from scmmgpt.eval.task import task_parser
 from scmmgpt.modeling_scmmgpt import ScMMGPTBridgeModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
