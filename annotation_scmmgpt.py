@@ -173,10 +173,17 @@ def _spellings(label: str) -> set[str]:
     return {words, words.removesuffix("s")}
 
 
-def _broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of the narrowest term that a label's words end with: "monocyte" of "classical monocyte"."""
+def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The trained labels of the narrowest term that a label's words end with.
+
+    >>> [broader_labels(name, ["monocyte", "B"], []) for name in ("CD14+ Monocytes", "non-monocyte", "hepatitis B")]
+    [['monocyte'], [], []]
+    """
     spellings = tuple(f" {words}" for words in _spellings(label))
     named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
+    if "non" in normalize_label(label).split():
+        return []
+    named = [([name for name in names if len(name) > 3], labels) for names, labels in named]  # no "B", "NK"
     found = [labels for names, labels in named if any(s.endswith(f" {n}") for n in names for s in spellings)]
     found = [labels for labels in found if len(labels) < len(trained)]  # "cell" is broader than all
     return min(found, key=len, default=[])
@@ -222,7 +229,7 @@ def candidate_columns(
     names = list(labels)
     meant = {name: trained_labels_of(name, cl_ids.get(name), list(trained), terms) for name in names}
     widths = {label: [len(meant[name]) if label in meant[name] else math.inf for name in names] for label in trained}
-    broader = {label for name in names if not meant[name] for label in _broader_labels(name, trained, terms)}
+    broader = {label for name in names if not meant[name] for label in broader_labels(name, trained, terms)}
     owner_of: dict[str, tuple[int, bool]] = {}
     for label, text in trained.items():
         width = min(widths[label])

@@ -154,7 +154,7 @@ class GeneIndex:
         date = EXCEL_DATE.match(name)
         if date:
             return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
-        found = self._folded.get(name.upper()) if species in (None, self.species, "unknown") else None
+        found = self._folded.get(name.upper()) if species in (None, self.species) else None
         return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
@@ -398,12 +398,6 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         )
     if r["species_declared"] and species != r["species_declared"]:
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
-    if species == "unknown" and r["how"].get("case", 0) > r["matched"] / 2:
-        messages.append(
-            f"{r['how']['case']} of {r['matched']} genes are written in another case than the model's: they were read "
-            f"as {gene_index.species} genes of the same letters. If the cells are of another species, name it with "
-            "`organism=`."
-        )
     if foreign:
         by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
         messages.append(
