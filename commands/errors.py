@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,8 @@ LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is w
 # Messages of libraries other than Python's own where memory is short. Their exceptions are `RuntimeError`s.
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
-OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of reading, as messages of the library name them
+# Arguments that messages of the library name, and that are options of a command.
+OPTIONS = ("layer", "assume", "gene_column", "organism", "force", "min_score", "error_rate", "labels", "tissue")
 REWORDINGS: list[Callable[[str], str]] = []  # of everything that is said, such as addresses in place of their copies
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
 # Modules whose distribution has another name, where an error names what to install.
@@ -109,6 +111,15 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
+class PrintVersion(argparse.Action):
+    """Print the version of this package."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print it and exit."""
+        sys.stdout.write(f"{parser.prog} {version('scmmgpt')}\n")
+        parser.exit()
+
+
 def first_paragraphs(text: str) -> str:
     """The first paragraph of a description, and the examples after it; the rest has reasons and details."""
     return "\n\n".join(text.split("\n\n")[:2])
@@ -180,14 +191,18 @@ def as_options(text: str, *, can_force: bool = True) -> str:
 
     >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
     'Pass `--layer`, `--assume normalized` or `--force`.'
+    >>> as_options("layer='counts' is not in the data.")
+    '--layer counts is not in the data.'
     """
+    names = "|".join(OPTIONS)
 
     def option(found: re.Match) -> str:
         value = "" if found[2] == "True" else found[2].strip("'\"")
         return f"`--{found[1].replace('_', '-')}{' ' if value else ''}{value}`"
 
     text = text if can_force else re.sub(r" Or pass `force=True`[^.]*\.", "", text)
-    return re.sub(rf"`({'|'.join(OPTIONS)})=([^`]*)`", option, text)
+    text = re.sub(rf"`({names})=([^`]*)`", option, text)
+    return re.sub(rf"(?<![\w.])({names})=('[^']*'|[\d.]*\d)", lambda found: option(found).strip("`"), text)
 
 
 def reworded(text: str) -> str:

@@ -35,6 +35,7 @@ from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_column
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
+from scmmgpt.reading_scmmgpt import need_columns
 
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ class PartitionedRun:
             with naming(source.path if len(self.outputs) > 1 else None):
                 cells = self._open(source)
                 choice = self.pipeline.processor.choose_input(cells, **self.job.reading)
-            if missing := [name for name in self.needed if name not in cells.obs]:
-                raise ValueError(f"obs has no columns {missing}; it has {list(cells.obs.columns)}.")
+            need_columns(cells.obs, *self.needed)
             labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
             decided = tasks.decide(self.pipeline, cells, choice, self.job, labels)
         except Exception as error:  # whatever a damaged file makes of the libraries
@@ -409,11 +409,12 @@ class Joined:
                 continue
             try:
                 counted, joined.widths = tasks.read_counts(path)
-                table = read_columns(path, None, joined.widths)
+                table = read_columns(path, None, ["barcode", *joined.widths])
+                is_same = tasks.has_barcodes(path, names[slice(*rows)])
             except ValueError as error:
                 joined.damaged[rows] = str(error)
                 continue
-            if table.pop("barcode").tolist() != [str(name) for name in names[slice(*rows)]]:
+            if not is_same:
                 raise ValueError(f"{path} has other cells than rows {rows[0]} to {rows[1]} of the source. Remove it.")
             joined.paths[rows] = path
             tables.append(table)

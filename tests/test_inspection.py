@@ -17,7 +17,7 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
 from scmmgpt.pipeline_scmmgpt import storable
-from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.reading_scmmgpt import choose_input, need_columns, read_cells
 from scmmgpt.train.data.label_checks import check_labels
 
 
@@ -555,6 +555,39 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
     assert read_cells(named(9), gene_index, force=True)[1]["genes"]["matched"] == 9
     with pytest.raises(ValueError, match="Only 0 of 300"):
         read_cells(named(0), gene_index, force=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a.T, r"The genes are in the rows: 200 of the first 200 names of cells are genes.*adata\.T"),
+        (
+            lambda a: renamed(a, [name.lower() for name in SYMBOLS]),
+            r"They match in capitals \(GENE\d+\): .*str\.upper",
+        ),
+        (
+            lambda a: renamed(a, [f"wb-{i}" for i in range(N_GENES)], organism="C. elegans"),
+            r"The data say C\. elegans",
+        ),
+    ],
+)
+def test_names_that_match_nothing_are_understood(counts, gene_index, change, words):
+    adata = change(ad.AnnData(counts, var=pd.DataFrame(index=SYMBOLS)))
+    with pytest.raises(ValueError, match=words):
+        choose_input(adata, gene_index)
+
+
+def renamed(adata, names, **obs):
+    """Cells with other names of genes."""
+    return ad.AnnData(adata.X, obs=adata.obs.assign(**obs), var=pd.DataFrame(index=names))
+
+
+def test_a_column_that_is_not_there_is_answered_by_those_that_are():
+    obs = pd.DataFrame({"cell_type": ["a"]})
+    with pytest.raises(ValueError, match=r"no column 'celltype'; it has \['cell_type'\]. Do you mean 'cell_type'\?"):
+        need_columns(obs, "cell_type", "celltype")
+    with pytest.raises(ValueError, match=r"obs has no columns \['a', 'b'\]; it has no columns\.$"):
+        need_columns(obs[[]], "a", "b")
 
 
 def test_a_poor_match_says_which_number_is_small(counts, gene_index):
