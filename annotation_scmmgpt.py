@@ -174,18 +174,11 @@ def _spellings(label: str) -> set[str]:
 
 
 def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of the narrowest term that a label's words end with.
-
-    >>> [broader_labels(name, ["monocyte", "B"], []) for name in ("CD14+ Monocytes", "non-monocyte", "hepatitis B")]
-    [['monocyte'], [], []]
-    """
+    """The trained labels of the narrowest term that a label's words end with: "monocyte" of "classical monocyte"."""
     spellings = tuple(f" {words}" for words in _spellings(label))
     named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
-    if "non" in normalize_label(label).split():
-        return []
-    named = [([name for name in names if len(name) > 3], labels) for names, labels in named]  # no "B", "NK"
-    found = [labels for names, labels in named if any(s.endswith(f" {n}") for n in names for s in spellings)]
-    found = [labels for labels in found if len(labels) < len(trained)]  # "cell" is broader than all
+    found = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
+    found = [labels for labels in found if len(labels) < len(trained) and "non" not in spellings[0].split()]
     return min(found, key=len, default=[])
 
 

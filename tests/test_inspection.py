@@ -569,6 +569,8 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
             lambda a: renamed(a, [f"wb-{i}" for i in range(N_GENES)], organism="C. elegans"),
             r"The data say C\. elegans",
         ),
+        (lambda a: renamed(a, [f"WBGene{i:08d}" for i in range(N_GENES)]), r"They are genes of C\. elegans: map them"),
+        (lambda a: renamed(a, [str(100 + i) for i in range(N_GENES)]), "They are NCBI gene ids: map them"),
     ],
 )
 def test_names_that_match_nothing_are_understood(counts, gene_index, change, words):
