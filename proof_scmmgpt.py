@@ -290,15 +290,18 @@ class Proof:
         self.n = np.bincount(self.group[self.group >= 0], minlength=len(self.names))
         self.sums = self.expression.totals(self.group, len(self.names), self.expression.rates.data)
         self.shares = self.expression.totals(self.group, len(self.names)) / self.n[:, None].clip(min=1)
+        self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
+        # A mean cell of the file is added to each kind, so that what few cells share weighs less.
         counts = self.expression.totals(self.group, len(self.names), self.expression.counts.data)
         sizes = np.bincount(self.group[self.group >= 0], self.expression.sizes[self.group >= 0], len(self.names))
-        pooled = COUNTS_PER_10K * counts / sizes[:, None].clip(min=1e-9)
-        self.logs = np.log(np.stack([self.sums / self.n[:, None].clip(min=1), pooled]) + PSEUDORATE)
+        means = (self.sums + self.total / len(kinds)) / (self.n[:, None] + 1)
+        counts += np.asarray(self.expression.counts.sum(axis=0)).ravel() / len(kinds)
+        pooled = COUNTS_PER_10K * counts / (sizes[:, None] + self.expression.sizes.mean())
+        self.logs = np.log(np.stack([means, pooled]) + PSEUDORATE)
         self.rivals = [
             np.array([i for i in range(len(self.names)) if self.n[i] >= MIN_KIND and self.excludes(i, own)], dtype=int)
             for own in range(len(self.names))
         ]
-        self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
         self.expression.sorted.clear()
 
     def excludes(self, one: int, other: int) -> bool:

@@ -19,6 +19,7 @@ from scmmgpt.evidence_scmmgpt import (
     Explainer,
     find_markers,
     label_members,
+    labels_in_short,
     largest_entries,
     level_of,
     percentiles,
@@ -141,6 +142,23 @@ def test_members_are_found_in_any_words():
     terms = [{"id": "CL:1", "name": "t cell", "names": ["t cell"], "labels": ["CD4 T", "CD8 T"]}]
     members = label_members(["T cells", "CD8-T", UNKNOWN], {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms)
     assert members.tolist() == [[True, False, True], [False, False, True], [False] * 3]
+
+
+def test_a_type_may_be_named_without_the_word_cell_or_the_organ():
+    names = {
+        "A": ["pancreatic alpha cell"],
+        "B": ["beta cell of pancreatic islet"],
+        "NK": ["nk cell"],
+        "D1": ["x d cell"],
+    }
+    terms = [{"names": words, "labels": [label]} for label, words in names.items()]
+    terms += [{"names": ["mature alpha beta t cell"], "labels": ["T"]}, {"names": ["y d cell"], "labels": ["D2"]}]
+    found = {label: labels_in_short(label, terms) for label in ("Alpha", "beta", "NK", "d", "alpha beta", "0")}
+    assert found == {"Alpha": ["A"], "beta": ["B"], "NK": ["NK"], "d": [], "alpha beta": [], "0": []}
+    terms += [{"names": ["nk cell", "z cell"], "labels": ["NK", "A"]}, {"names": ["x dd cell"], "labels": ["D1"]}]
+    terms += [{"names": ["y dd cell"], "labels": ["D2"]}]
+    assert labels_in_short("NK", terms) == ["NK"]  # the narrowest
+    assert labels_in_short("dd", terms) == []  # of two types, of which neither is above the other
 
 
 def test_a_checkpoint_without_a_readout_says_so(adata, tiny_pipeline):
