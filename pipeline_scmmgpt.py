@@ -906,8 +906,7 @@ class ScMMGPTPipeline:
         expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
         typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
         within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
-        broad = kinds[members.sum(axis=1) > 1].tolist()
-        proved = Proof(expression, typed, *proposed, within, broad, tissues_of(adata.obs))
+        proved = Proof(expression, typed, *proposed, within, tissues_of(adata.obs))
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:
