@@ -396,7 +396,8 @@ def plan(args: Args) -> None:
     began = time.perf_counter()
     pipeline = load_pipeline(args)
     loaded = time.perf_counter() - began
-    job = Job(args.verb, args.model, args.device, args.batch_size, default_options(args.verb), read_options(args))
+    options = default_options(args.verb, args.label_key, args.text)
+    job = Job(args.verb, args.model, args.device, args.batch_size, options, read_options(args))
     costs = measure(job, pipeline, Source(args.file, args.split, args.model), loaded, args.seconds)
     workers = args.workers or sorted({1, os.cpu_count() or 1})
     found, lines = describe_plan(costs, args.cells, workers)
@@ -482,7 +483,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
 
 
 def several_outputs(args: Args) -> dict[Source, Path]:
-    """Sources and their outputs, of a command that computes in partitions; none for one file without such options.
+    """Sources and outputs of a command that computes in partitions; empty for one file without `--workers`.
 
     A single file then takes the place of the list in `args`.
     """
@@ -513,7 +514,7 @@ def run_in_partitions(
     from scmmgpt.commands.cluster import preload_workers
 
     if (args.workers or 1) > 1 and args.cluster is None:
-        preload_workers(["scmmgpt.pipeline_scmmgpt", "scmmgpt.commands.partitions"])
+        preload_workers()
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 

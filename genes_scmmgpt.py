@@ -33,7 +33,8 @@ ANTIBODY = re.compile(
 )
 # Spike-ins, control probes and codewords, and what htseq-count and STAR count beside the genes.
 CONTROL = re.compile(
-    r"^(ERCC-\d{5}|Blank-?\d+|(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword).*|"
+    r"^(ERCC-\d{5}|(Blank|BLANK)[-_]?\d+|FalseCode\d+|Negative\d+|"
+    r"(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword|antisense_|Intergenic_Region_).*|"
     r"__(no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)|"
     r"N_(unmapped|multimapping|noFeature|ambiguous))$"
 )
@@ -125,7 +126,12 @@ class GeneIndex:
         key = ensembl.group(1).upper() if ensembl else name
         if species is not None and self.translates(species):
             table = self.orthologs[species]
-            names = (key, _embedded(name), EMBEDDED_ENSEMBL.sub("", name))
+            names = (
+                key,
+                _embedded(name),
+                EMBEDDED_ENSEMBL.sub("", name),
+                name.capitalize() if name.islower() else key,
+            )
             found = next(
                 (self.vocabulary[table[n]] for n in names if n in table and table[n] in self.vocabulary), None
             )
@@ -148,7 +154,7 @@ class GeneIndex:
         date = EXCEL_DATE.match(name)
         if date:
             return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
-        found = self._folded.get(name.upper()) if species in (None, self.species) else None
+        found = self._folded.get(name.upper()) if species in (None, self.species, "unknown") else None
         return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
@@ -408,6 +414,12 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         )
     if r["species_declared"] and species not in ("unknown", r["species_declared"]):
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
+    if species == "unknown" and r["how"].get("case", 0) > r["matched"] / 2:
+        messages.append(
+            f"{r['how']['case']} of {r['matched']} genes are written in another case than the model's: they were read "
+            f"as {gene_index.species} genes of the same letters. If the cells are of another species, name it with "
+            "`organism=`."
+        )
     if foreign:
         by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
         messages.append(

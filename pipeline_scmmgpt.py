@@ -432,8 +432,10 @@ class ScMMGPTPipeline:
         summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), labelling.min_score)
         label_of = {text: label for label, text in stored.items()}
         if labelling.readout is not None:
-            totals: Mapping[str, float] = Counter(np.asarray(columns["cell_type"]).tolist())
-            if probabilities is not None:
+            totals: Mapping[str, float]
+            if probabilities is None:
+                totals = Counter(np.asarray(columns["cell_type"]).tolist())
+            else:
                 totals = dict(zip(labelling.candidates.names, _sum_of_rows(probabilities).tolist(), strict=True))
             counts: Counter[str] = Counter()
             for label, total in totals.items():

@@ -113,7 +113,7 @@ class InputChoice:
         return _join(self.iter_cells(adata, n_named=adata.shape[0]), adata.shape[0])
 
     def iter_cells(self, adata: Any, *, n_named: int = NAMED_ROWS) -> Iterator[Cells]:
-        """Cells of `adata`, a chunk at a time, of `n_named` at most. The size of the chunks changes no cell."""
+        """Cells of `adata` in chunks of at most `n_named` cells. The size of the chunks changes no cell."""
         adata = _modality(adata)
         matrix = row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -160,7 +160,7 @@ class InputChoice:
 
 
 def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
-    """`Cells.concatenate` in half the memory: each part is copied and freed before the next, a single one not."""
+    """`Cells.concatenate` in half the memory: a part is copied and freed before the next; a single part stays."""
     gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
     lengths, cell_ids, totals, n = [], [], [], 0
     for part in parts:

@@ -6,13 +6,14 @@ the line names its type, and the files that the command was given. `--debug` sho
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -186,7 +187,7 @@ def run_command(
 def as_options(text: str, *, can_force: bool = True) -> str:
     """A message of the library in the words of the command line: `gene_column=` is `--gene-column` there.
 
-    Without `can_force`, the way out of a command without that option is left out.
+    Without `can_force`, for commands without `--force`, the sentence about this option is left out.
 
     >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
     'Pass `--layer`, `--assume normalized` or `--force`.'
@@ -212,16 +213,22 @@ def reworded(text: str) -> str:
 
 
 class _OptionWords(logging.Filter):
-    """Puts log messages of this package into the words of the command line; a command gives each warning once."""
+    """Puts log messages of this package into the words of the command line; a command gives each warning once.
+
+    A warning within [`naming`] begins with the path, so that two files have the same warning each.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
+        self.path: Any = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("scmmgpt"):
             record.msg, record.args = reworded(as_options(record.getMessage())), None
             if "is_repeated" not in vars(record):  # a record comes here once for each handler
+                if self.path is not None and record.levelno == logging.WARNING:
+                    record.msg = f"{self.path}: {record.msg}"
                 vars(record)["is_repeated"] = record.levelno == logging.WARNING and record.msg in self.said
                 self.said.add(record.msg)
             return not vars(record)["is_repeated"]
@@ -229,6 +236,16 @@ class _OptionWords(logging.Filter):
 
 
 OPTION_WORDS = _OptionWords()
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Put the path of one file of several before the warnings of a command; `None` puts nothing there."""
+    OPTION_WORDS.path = path
+    try:
+        yield
+    finally:
+        OPTION_WORDS.path = None
 
 
 def explain(

@@ -102,6 +102,8 @@ def warnings_of(adata: Any) -> list[str]:
     low = float((adata.obs[f"{KEY}_score"] < LOW_SCORE).mean())
     if low > 0:
         found.append(f"{low:.0%} of the cells have a score below {LOW_SCORE}.")
+    if f"{KEY}_cell_type_majority" in adata.obs and "clusters" not in done:
+        found.append("The file has no votes of clusters, which older versions did not keep: annotate it again.")
     if "explain" not in uns:
         found.append("There is no evidence for the labels: run `scmmgpt annotate` with --evidence.")
     return found
