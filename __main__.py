@@ -393,8 +393,7 @@ def plan(args: Args) -> None:
 
     find_checkpoint(args.model)
     began = time.perf_counter()
-    pipeline = load_pipeline(args)
-    loaded = time.perf_counter() - began
+    pipeline, loaded = load_pipeline(args), time.perf_counter() - began
     options = default_options(args.verb, args.label_key, args.text)
     job = Job(args.verb, args.model, args.device, args.batch_size, options, read_options(args))
     costs = measure(job, pipeline, Source(args.file, args.split, args.model), loaded, args.seconds)
@@ -450,8 +449,8 @@ def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
 
 def columns_of(args: Args) -> list[str]:
     """Columns of `obs` that options name."""
-    named = [getattr(args, name, None) for name in ("label_key", "cluster_key")]
-    return [*filter(None, named), *getattr(args, "columns", ())]
+    keys = (getattr(args, key, None) for key in ("label_key", "cluster_key"))
+    return [*filter(None, keys), *getattr(args, "columns", ())]
 
 
 def choose_model(args: Args) -> None:

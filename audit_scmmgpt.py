@@ -60,6 +60,7 @@ class Audit:
         marker_odds: Log odds of the markers; NaN without a readout.
         genes: Genes that speak for the other label and against the given one.
         novel: bool: cells that are like nothing that the checkpoint knows.
+        called: Labels of `annotate`, str.
         clusters: Clusters, or None.
     """
 
@@ -69,6 +70,7 @@ class Audit:
     marker_odds: np.ndarray
     genes: np.ndarray
     novel: np.ndarray
+    called: np.ndarray
     clusters: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +91,8 @@ class Audit:
         """A row for each given label and each cluster, the share of contradicted cells falling.
 
         `level` ("label" or "cluster"), `name`, `cells`, shares of `contradicted`, `doubtful` and `not_judged` cells,
-        `suggested` (the label that contradicted cells most often get) and `genes` (those most often named for it).
+        `suggested` (the label that contradicted cells most often get; where no cell is judged, what most are called)
+        and `genes` (those most often named for it).
         """
         rows = []
         for level, names in (("label", self.given), ("cluster", self.clusters)):
@@ -97,7 +100,8 @@ class Audit:
             for name in np.unique(names) if names is not None else ():
                 mine = names == name
                 bad = mine & (self.verdict == CONTRADICTED)
-                (suggested,) = [label for label, _ in Counter(self.suggested[bad].tolist()).most_common(1)] or [""]
+                labels = self.suggested[bad] if (self.verdict[mine] != NOT_JUDGED).any() else self.called[mine]
+                suggested = str(Counter(labels.tolist()).most_common(1)[0][0]) if len(labels) else ""
                 told = self.genes[bad & (self.suggested == suggested)]
                 genes = Counter(gene for words in told.tolist() for gene in words.split(", ") if gene)
                 verdicts = (CONTRADICTED, DOUBTFUL, NOT_JUDGED)

@@ -15,6 +15,7 @@ The **markers** of a label are the genes that tell its mean training cell from t
 difference. A label with strong terms and silent markers is doubtful.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,11 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import broader_labels, trained_labels_of
+    from .annotation_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 except ImportError:  # beside the other files of a checkpoint
-    from annotation_scmmgpt import broader_labels, trained_labels_of
+    from annotation_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 
@@ -251,9 +252,33 @@ def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequen
     """
     members = np.zeros((len(labels), len(known)), dtype=bool)
     for row, label in enumerate(labels):
-        meant = trained_labels_of(label, None, list(known), terms) or broader_labels(label, list(known), terms)
+        meant = (
+            trained_labels_of(label, None, list(known), terms)
+            or broader_labels(label, list(known), terms)
+            or labels_in_short(label, terms)
+        )
         members[row, [known[name] for name in meant if name in known]] = True
     return members
+
+
+def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The trained labels of a type that a file names without the word cell, or the organ: "NK", "alpha", "ductal".
+
+    None if types that are not one above the other have such a name.
+
+    >>> labels_in_short("Alpha", [{"names": ["pancreatic alpha cell"], "labels": ["A"]}])
+    ['A']
+    """
+    words = normalize_label(label)
+    name = f"{words} cell"
+    is_whole = re.compile(re.escape(name)).fullmatch
+    is_part = re.compile(rf"{re.escape(name)} of .*|.* {re.escape(name)}").fullmatch
+    for fits in (is_whole, is_part) if len(words) > 1 else ():
+        found = [set(term["labels"]) for term in terms if any(map(fits, term["names"]))]
+        narrowest = min(found, key=len, default=set())
+        if found:
+            return sorted(narrowest) if all(narrowest <= other for other in found) else []
+    return []
 
 
 def percentiles(histogram: np.ndarray, n_cells: int, genes: np.ndarray, levels: np.ndarray) -> np.ndarray:

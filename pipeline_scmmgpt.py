@@ -631,15 +631,18 @@ class ScMMGPTPipeline:
         self._warn_of_labels(labelling, columns)
         names, terms = labelling.candidates.names, (self.model.config.annotation or {}).get("terms", [])
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        called = np.asarray(columns["cell_type"])
         if strange := sets[~members.any(axis=1)].tolist():
+            found, n_called = np.unique(called[given == strange[0]], return_counts=True)
             logger.warning(
                 f"{len(strange)} of {len(sets)} labels of obs[{label_key!r}] mean no type that the checkpoint knows "
                 f"({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, ...): their cells "
-                "are not judged. Rename them to a type, a synonym or an id of the Cell Ontology."
+                f"are not judged. Rename them to a type, a synonym or an id of the Cell Ontology; of {strange[0]!r} "
+                f"{n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
             )
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
         judged = {name: columns[name] for name in ("suggested", "odds", "marker_odds", "genes")}
-        audit = Audit(given=given, novel=novel, clusters=clusters, **judged)
+        audit = Audit(given=given, novel=novel, called=called, clusters=clusters, **judged)
         columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
         for name, values in {**columns_of, "audit_genes": audit.genes}.items():
             _add_obs(adata, f"{key_added}_{name}", values)
@@ -905,8 +908,7 @@ class ScMMGPTPipeline:
         expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
         typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
         within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
-        broad = kinds[members.sum(axis=1) > 1].tolist()
-        proved = Proof(expression, typed, *proposed, within, broad, tissues_of(adata.obs))
+        proved = Proof(expression, typed, *proposed, within, tissues_of(adata.obs))
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:
@@ -1161,7 +1163,10 @@ class ScMMGPTPipeline:
     ) -> list[list[dict[str, Any]]]:
         """The hits of each text, from what [`search_cells`] gives for all cells; scores are added as `key_added`."""
         texts = [text] if isinstance(text, str) else list(text)
-        scores = columns if by == "genes" else self._search_plan(texts, choice).scores(columns)
+        plan = self._search_plan(texts, choice)
+        if plan.absent:
+            logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search cannot look at it.")
+        scores = columns if by == "genes" else plan.scores(columns)
         if key_added is not None:
             adata.obs[key_added] = scores[:, 0]
             done = {"text": texts[0], "by": by, "key": key_added}

@@ -20,7 +20,7 @@ that express less, in counts per 10,000.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,7 +243,6 @@ class Proof:
             it expresses, then the evidence.
         others: Two rows of [`Other`]: of the runner-up, and of a second one where the type is broad.
         within: Type -> Cell Ontology ids of it and of the terms above it.
-        broad: Types of several labels. Whether one of these is above another is not known.
         tissues: str `(n_cells,)`: as the file says; "" for unknown.
     """
 
@@ -254,11 +253,9 @@ class Proof:
         candidates: np.ndarray,
         others: Sequence["Other"],
         within: Mapping[str, frozenset[str]],
-        broad: Collection[str],
         tissues: np.ndarray,
     ) -> None:
-        self.expression, self.others, self.tissues = expression, others, tissues
-        self.within, self.broad = within, frozenset(broad)
+        self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
         n_cells = len(kinds)
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
         while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
@@ -290,23 +287,23 @@ class Proof:
         self.n = np.bincount(self.group[self.group >= 0], minlength=len(self.names))
         self.sums = self.expression.totals(self.group, len(self.names), self.expression.rates.data)
         self.shares = self.expression.totals(self.group, len(self.names)) / self.n[:, None].clip(min=1)
+        self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
+        # A mean cell of the file is added to each kind, so that what few cells share weighs less.
         counts = self.expression.totals(self.group, len(self.names), self.expression.counts.data)
         sizes = np.bincount(self.group[self.group >= 0], self.expression.sizes[self.group >= 0], len(self.names))
-        pooled = COUNTS_PER_10K * counts / sizes[:, None].clip(min=1e-9)
-        self.logs = np.log(np.stack([self.sums / self.n[:, None].clip(min=1), pooled]) + PSEUDORATE)
+        means = (self.sums + self.total / len(kinds)) / (self.n[:, None] + 1)
+        counts += np.asarray(self.expression.counts.sum(axis=0)).ravel() / len(kinds)
+        pooled = COUNTS_PER_10K * counts / (sizes[:, None] + self.expression.sizes.mean())
+        self.logs = np.log(np.stack([means, pooled]) + PSEUDORATE)
         self.rivals = [
             np.array([i for i in range(len(self.names)) if self.n[i] >= MIN_KIND and self.excludes(i, own)], dtype=int)
             for own in range(len(self.names))
         ]
-        self.total = np.asarray(self.expression.rates.sum(axis=0), dtype=np.float64).ravel()
         self.expression.sorted.clear()
 
     def excludes(self, one: int, other: int) -> bool:
-        """Whether a cell of one group may be none of the other: neither is known to be above the other."""
-        names = self.names[one], self.names[other]
-        if names[0] != names[1] and self.broad.issuperset(names):
-            return True
-        above, below = (self.within.get(name, frozenset({name})) for name in names)
+        """Whether a cell of one group is none of the other: neither is above the other."""
+        above, below = (self.within.get(self.names[group], frozenset({self.names[group]})) for group in (one, other))
         return not above <= below and not below <= above
 
     def sets_apart(self, group: int, genes: Sequence[int]) -> list[int]:

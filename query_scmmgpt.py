@@ -168,6 +168,7 @@ class Search:
         self.genes: list[np.ndarray] = []  # to look at together, a group for each term that names some
         self.gene_index, self.measured = gene_index, measured
         self.queries = [read_query(text, lambda term: len(self.genes_of(term)) > 0) for text in texts]
+        self.absent = sorted({word.strip(",.;") for word in " ".join(texts).split() if self._is_absent(word)})
         self._parts: list[Part] = []
         for query in self.queries:
             part = Part()
@@ -195,6 +196,11 @@ class Search:
             ids += named or [self.gene_index.vocabulary.get(word.strip(), -1)]
         genes = np.unique(np.array([i for i in ids if i >= 0], dtype=np.int64))
         return genes if self.measured is None else np.intersect1d(genes, self.measured)
+
+    def _is_absent(self, word: str) -> bool:
+        """Whether a word names genes of the model of which the file measures none."""
+        genes = list(named_genes(word, self.gene_index))
+        return self.measured is not None and bool(genes) and not np.isin(genes, self.measured).any()
 
     @staticmethod
     def _add(items: list, item: object) -> int:

@@ -2,23 +2,28 @@
 
 A tool runs a command with `--json` in this process and returns its summary, with the warnings as `messages`. Every
 path is in the folder that the user named, links and parts of HDF5 files included; no tool replaces a file. The
-checkpoint is the choice of the user, too: a tool names none. Calls run one after the other.
+checkpoint is the choice of the user, too: a tool names none. Calls run one after the other; a client that asks for it
+is told how far a call is, and a call that it cancels stops at the next batch and writes nothing.
 """
 
 import contextlib
+import inspect
 import io
 import json
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
+import anyio
 import h5py
-from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 from pydantic import Field
@@ -36,6 +41,8 @@ INSTRUCTIONS = (
     "with them, and call `audit` where the file has labels already."
 )
 NAMED_FILES = 20  # in the error about a missing file
+SECONDS = 0.5  # between two notifications of progress
+CONTEXT: ContextVar[Context | None] = ContextVar("CONTEXT", default=None)  # of the call that runs
 
 File: TypeAlias = Annotated[str, Field(description="file of cells in the folder: .h5ad, .zarr, 10x .h5, .loom, .csv")]
 Output: TypeAlias = Annotated[str, Field(description="name of a new .h5ad file in the folder")]
@@ -45,6 +52,59 @@ Reading: TypeAlias = Annotated[
     dict[str, str] | None, Field(description=f"how to read the file, only if `inspect` is wrong: {READ_HELP}")
 ]
 Command: TypeAlias = Callable[[list[str]], int]
+
+
+class Steps:
+    """What the progress bars of a call count, told to the client; in the manner of tqdm.
+
+    Args:
+        context: Of the call.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.done, self.all, self.told = context, 0.0, 0.0, -SECONDS
+
+    def bar(self, _: Any, args: Sequence[Any], options: Mapping[str, Any]) -> "Steps.Bar":
+        """The hook of transformers: a bar in place of one of tqdm."""
+        items = args[0] if args else options.get("iterable", ())
+        total = options.get("total") or (len(items) if hasattr(items, "__len__") else 0)
+        self.all = self.done + total
+        return self.Bar(self, items, str(options.get("desc") or ""))
+
+    def tell(self, n: float, what: str) -> None:
+        """Count steps and tell the client, unless it was told just now.
+
+        Raises:
+            KeyboardInterrupt: If the client has cancelled the call.
+        """
+        self.done += n
+        try:
+            anyio.from_thread.check_cancelled()
+        except BaseException as error:  # that of the loop, which this thread has no name for
+            raise KeyboardInterrupt from error
+        if time.monotonic() >= self.told + SECONDS:
+            self.told = time.monotonic()
+            anyio.from_thread.run(self.context.report_progress, self.done, max(self.all, self.done) or None, what)
+
+    class Bar(contextlib.AbstractContextManager):
+        """A bar of tqdm, as far as commands use it."""
+
+        def __init__(self, steps: "Steps", items: Iterable[Any], what: str) -> None:
+            self.steps, self.items, self.what = steps, items, what
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.items:
+                yield item
+                self.update()
+
+        def update(self, n: float = 1) -> None:
+            """Count steps."""
+            self.steps.tell(n, self.what)
+
+        def close(self, *_: object) -> None:
+            """Nothing is left open."""
+
+        __exit__ = set_postfix = set_description = refresh = close
 
 
 class CellTools:
@@ -178,7 +238,7 @@ class CellTools:
         warnings.setLevel(logging.WARNING)
         warnings.addFilter(OPTION_WORDS)
         package = logging.getLogger("scmmgpt")
-        with self._lock, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        with self._lock, _told(command), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
             package.addHandler(warnings)
             try:
                 self._run([command, "--json", *own, *rest])
@@ -234,6 +294,38 @@ class CellTools:
         return path
 
 
+@contextlib.contextmanager
+def _told(command: str) -> Iterator[None]:
+    """Tell the client of the call that runs, if there is one, how far a command is."""
+    from transformers.utils import logging as progress_logging
+
+    if (context := CONTEXT.get()) is None:
+        yield
+        return
+    steps = Steps(context)
+    before = progress_logging.set_tqdm_hook(steps.bar)
+    try:
+        steps.tell(0, command)
+        yield
+    finally:
+        progress_logging.set_tqdm_hook(before)
+
+
+def _with_context(tool: Callable[..., Any]) -> Callable[..., Any]:
+    """A tool that the server gives the context of a call, which no client sees among its arguments."""
+
+    def run(context: Context, **arguments: Any) -> Any:
+        CONTEXT.set(context)  # of this thread's copy of the variables
+        return tool(**arguments)
+
+    own = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
+    signature = inspect.signature(tool)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
+    run.__annotations__ = {**get_type_hints(tool, include_extras=True), "context": Context}
+    run.__name__, run.__doc__ = tool.__name__, tool.__doc__
+    return run
+
+
 def _options(**values: Any) -> list[str]:
     """Words of options, each with its value: `--name=value`."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
@@ -267,9 +359,9 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
         tools.audit,
     ]
     for tool in readers:
-        server.add_tool(tool, annotations=ToolAnnotations(read_only_hint=True, **local))
+        server.add_tool(_with_context(tool), annotations=ToolAnnotations(read_only_hint=True, **local))
     for tool in writers:
-        server.add_tool(tool, annotations=ToolAnnotations(read_only_hint=False, **local))
+        server.add_tool(_with_context(tool), annotations=ToolAnnotations(read_only_hint=False, **local))
     return server
 
 

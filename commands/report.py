@@ -119,6 +119,9 @@ def label_rows(adata: Any) -> list[dict[str, Any]]:
         means = {column: float(values.mean()) if values.notna().any() else None for column, values in columns.items()}
         ids = mine[f"{KEY}_cl_id"].astype(str).unique() if f"{KEY}_cl_id" in obs else [""]
         about = {"label": str(name), "cl_id": str(ids[0]), "cells": len(mine), "share": len(mine) / len(obs)}
+        sets = mine[f"{KEY}_label_set"].astype(str) if f"{KEY}_label_set" in obs else None
+        size = None if sets is None else float(sets.str.count(r" \| ").add(1).mean())
+        about |= {"set_size": size, "set": "" if sets is None else sets.value_counts().index[0].replace(" | ", ", ")}
         rows.append({**about, "score": means["score"], "support": means.get("marker_support")})
     return sorted(rows, key=lambda row: -row["cells"])
 

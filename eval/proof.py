@@ -79,11 +79,6 @@ def lineage(name: str) -> frozenset[str]:
     return frozenset([name] if term is None else [term, *ontology.ancestors(term)])
 
 
-def excludes(one: str, other: str) -> bool:
-    """Whether a cell of one type is none of the other: neither type is above the other."""
-    return not lineage(one) <= lineage(other) and not lineage(other) <= lineage(one)
-
-
 class Checker:
     """Texts and counts of the cells of a file.
 
@@ -107,10 +102,18 @@ class Checker:
             bayes = MultinomialNB(alpha=SMOOTHING).fit(self.by_cell[kinds != ""], kinds[kinds != ""].astype(str))
             self.log_shares = dict(zip(bayes.classes_.tolist(), bayes.feature_log_prob_, strict=True))
 
+    def excludes(self, one: str, other: str) -> bool:
+        """Whether a cell of one type is none of the other: no type of the file is both.
+
+        A type and one above it don't exclude each other, nor do phagocytes and myeloid cells beside macrophages.
+        """
+        both = lineage(one) | lineage(other)
+        return not any(both <= lineage(name) for name in (one, other, *self.kinds))
+
     def better_kinds(self, kind: str, genes: Sequence[str]) -> list[str]:
         """Kinds in which genes are together more probable than in one that excludes them."""
         columns = [self.column[gene] for gene in genes]
-        rivals = [name for name, cells in self.kinds.items() if cells.sum() >= MIN_KIND and excludes(name, kind)]
+        rivals = [name for name, cells in self.kinds.items() if cells.sum() >= MIN_KIND and self.excludes(name, kind)]
         own = self.log_shares[kind][columns].sum() if kind in self.log_shares else -np.inf
         return [name for name in rivals if self.log_shares[name][columns].sum() > own]
 
@@ -204,7 +207,7 @@ def other_type(checker: Checker, cell: int, rng: np.random.Generator) -> str | N
     """The name of another type, with the genes of the cell."""
     text = checker.texts[cell]
     kind = kind_of(text)
-    names = [name for name in checker.kinds if kind and excludes(name, kind)]
+    names = [name for name in checker.kinds if kind and checker.excludes(name, kind)]
     if not names:
         return None
     lie = text.replace(f" {kind}", f" {rng.choice(names)}", 1)

@@ -6,7 +6,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmmgpt import synthetic
@@ -39,9 +39,12 @@ def audit_of(odds, marker_odds, novel=(), clusters=None):
     n = len(odds)
     is_novel = np.isin(np.arange(n), novel)
     words = np.full(n, "B"), np.full(n, "T"), np.full(n, "CD3E, CD3D", dtype=object)
-    return Audit(words[0], words[1], np.array(odds), np.array(marker_odds, float), words[2], is_novel, clusters)
+    return Audit(
+        words[0], words[1], np.array(odds), np.array(marker_odds, float), words[2], is_novel, words[1], clusters
+    )
 
 
+@settings(deadline=None)  # the first example compiles
 @given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3), st.integers(0, 2))
 def test_the_best_other_label_never_means_the_given_one(weights, own):
     p = np.array([weights]) / sum(weights)
@@ -93,7 +96,9 @@ def test_planted_labels_come_first_with_the_right_suggestion_and_its_genes(pipel
 def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swapped, caplog):
     words = {"B cell": "B-cells", "T cell": "Lymphocyte", "natural killer cell": "NK weird"}
     swapped.obs["mine"] = swapped.obs["cell_type"].astype(str).replace(words)
-    pipeline.audit(swapped, "mine")
+    rows = {row["name"]: row for row in pipeline.audit(swapped, "mine").group_rows()}
+    assert rows["NK weird"]["suggested"] == "natural killer cell"
+    assert "100% are called 'natural killer cell'" in caplog.text.replace("of 'NK weird' ", "")
     verdicts = swapped.obs.groupby("mine", observed=True)["scmmgpt_audit"].unique().map(list)
     assert verdicts.to_dict() == {
         "B-cells": ["supported"],

@@ -19,6 +19,7 @@ from scmmgpt.evidence_scmmgpt import (
     Explainer,
     find_markers,
     label_members,
+    labels_in_short,
     largest_entries,
     level_of,
     percentiles,
@@ -144,6 +145,23 @@ def test_members_are_found_in_any_words():
     kinds = ["gamma-delta T cells", "Naive CD4 T", "Non-T cell", "vitamin B"]  # kinds of trained labels mean these
     found = label_members(kinds, {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms)
     assert found.tolist() == [[True, False, True], [True, False, False], [False] * 3, [False] * 3]
+
+
+def test_a_type_may_be_named_without_the_word_cell_or_the_organ():
+    names = {
+        "A": ["pancreatic alpha cell"],
+        "B": ["beta cell of pancreatic islet"],
+        "NK": ["nk cell"],
+        "D1": ["x d cell"],
+    }
+    terms = [{"names": words, "labels": [label]} for label, words in names.items()]
+    terms += [{"names": ["mature alpha beta t cell"], "labels": ["T"]}, {"names": ["y d cell"], "labels": ["D2"]}]
+    found = {label: labels_in_short(label, terms) for label in ("Alpha", "beta", "NK", "d", "alpha beta", "0")}
+    assert found == {"Alpha": ["A"], "beta": ["B"], "NK": ["NK"], "d": [], "alpha beta": [], "0": []}
+    terms += [{"names": ["nk cell", "z cell"], "labels": ["NK", "A"]}, {"names": ["x dd cell"], "labels": ["D1"]}]
+    terms += [{"names": ["y dd cell"], "labels": ["D2"]}]
+    assert labels_in_short("NK", terms) == ["NK"]  # the narrowest
+    assert labels_in_short("dd", terms) == []  # of two types, of which neither is above the other
 
 
 def test_a_checkpoint_without_a_readout_says_so(adata, tiny_pipeline):

@@ -156,6 +156,45 @@ def test_a_mistake_is_one_clear_error_and_writes_nothing(call, folder, tool, arg
     assert [path.name for path in folder.iterdir()] == ["cells.h5ad"]
 
 
+def test_a_client_is_told_how_far_a_call_is_and_can_cancel_it(folder, tiny_pipeline, tmp_path, monkeypatch):
+    from scmmgpt.commands import mcp_server
+
+    monkeypatch.setattr(mcp_server, "SECONDS", 0)
+    tiny_pipeline.save_pretrained(tmp_path / "checkpoint")
+    model = str(tmp_path / "checkpoint")
+    server = mcp_server.make_server(folder, run_words, model, [f"--model={model}", "--batch-size=1"])
+    told = []
+
+    async def run():
+        async with mcp.Client(server) as client:
+            result = None
+            with anyio.CancelScope() as scope:
+
+                async def cancel(done, total, message):
+                    told.append((done, total, message))
+                    if done >= 2 and "stopped.h5ad" in asked["output"]:
+                        scope.cancel()
+
+                asked = {"file": "cells.h5ad", "output": "whole.h5ad"}
+                assert not (await client.call_tool("embed", asked, progress_callback=cancel)).is_error
+                whole = list(told)
+                asked = {"file": "cells.h5ad", "output": "stopped.h5ad"}
+                result = await client.call_tool("embed", asked, progress_callback=cancel)
+            assert scope.cancel_called
+            assert result is None or "stopped" in result.content[0].text
+            found = await client.call_tool("inspect", {"file": "cells.h5ad"})  # the next call does not wait for long
+            return whole, found.structured_content["usable"]
+
+    whole, usable = anyio.run(run)
+    assert usable
+    assert whole[0] == (0, None, "embed")
+    assert whole[-1][0] == whole[-1][1]
+    assert whole[-1][2].startswith("Embedding")
+    assert [done for done, _, _ in whole] == sorted(done for done, _, _ in whole)
+    assert len(told) < len(whole) + 20
+    assert [path.name for path in folder.iterdir() if path.name != "cells.h5ad"] == ["whole.h5ad"]
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
     assert run_words(["mcp", "--folder", str(tmp_path / "none")]) == 2
     assert "is not a folder" in capsys.readouterr().err

@@ -93,6 +93,12 @@ def test_a_page_needs_nothing_from_elsewhere_and_shows_names_as_text(pipeline, c
 def test_a_page_without_evidence_says_so(pipeline, cells):
     pipeline.annotate(cells)
     words, pictures = words_of(report_page(cells, "cells"))
+    assert "labels in its set" not in words
+    kinds = cells.obs["scmmgpt_cell_type"].astype(str)
+    cells.obs["scmmgpt_label_set"] = kinds.where(kinds != "B cell", "B cell | plasma cell")
+    shown, _ = words_of(report_page(cells, "cells"))
+    assert "labels in its set commonest set" in shown
+    assert "2.0 B cell, plasma cell" in shown
     assert "There is no evidence for the labels" in words
     assert len(pictures) == 1
     with pytest.raises(ValueError, match="no column 'nothing'"):

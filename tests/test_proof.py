@@ -4,6 +4,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
@@ -95,6 +96,20 @@ def test_the_check_names_what_is_wrong(described, text, fault):
     words = {"gene": row.gene, "count": f"{row['count']:g}"}
     found = checker.faults(0, text.format(**words))
     assert found == [] if fault is None else found[0].startswith(fault.format(**words))
+
+
+def test_types_exclude_each_other_unless_a_type_of_the_file_is_both():
+    kinds = ["T cell", "lymphocyte", "phagocyte", "myeloid cell", "B cell"]
+    texts = [f"A {kind}, shown by CD19 (1 count)." for kind in kinds]
+
+    def checker(texts):
+        return Checker(texts, csr_matrix(np.ones((len(texts), 1))), ["CD19"], np.ones(len(texts)))
+
+    alone, beside = checker(texts), checker([*texts, "A macrophage, shown by CD19 (1 count)."])
+    assert alone.excludes("T cell", "B cell")
+    assert not alone.excludes("T cell", "lymphocyte")
+    assert alone.excludes("phagocyte", "myeloid cell")
+    assert not beside.excludes("phagocyte", "myeloid cell")
 
 
 def test_no_gene_is_in_two_programmes_and_each_has_a_source():

@@ -74,6 +74,13 @@ def test_cells_are_ordered_by_the_difference_of_two_genes(tiny_pipeline):
     assert [hit["score"] for hit in hits] == pytest.approx(np.sort(expected)[::-1], abs=1e-4)
 
 
+def test_genes_that_the_file_does_not_measure_are_named():
+    index = GeneIndex({symbol: i for i, symbol in enumerate(["CD4", "CD8A", "CD8B", "CD19"])})
+    measured = np.array([0, 2])
+    assert Search(["high CD4, no CD19.", "T cells without CD8"], index, measured).absent == ["CD19"]
+    assert Search(["high CD4, no CD19"], index).absent == []
+
+
 def test_a_text_of_denials_alone_is_refused():
     with pytest.raises(ValueError, match="says what cells lack, and not which cells are wanted"):
         read_query("without CD8")
