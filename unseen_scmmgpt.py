@@ -38,7 +38,7 @@ except ImportError:  # beside the other files of a checkpoint
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
 
 
-SEARCH_GENES = 50  # whose texts are nearest to a text that is searched for
+SEARCH_GENES = 20  # whose texts are nearest to a text that is searched for
 LEAST_SHARE = 0.01  # of the cells, for a label to be a candidate in a warning
 WEAK_LABELS = 2  # that warnings name, those with the least evidence; `uns` has all
 # Of a batch: the share of the most similar cells, their weight against the text, rounds, and fewest cells to read.
@@ -352,8 +352,9 @@ class GeneSearch:
         for row, values in enumerate(similarity):
             best = np.argsort(-values, kind="stable")[:SEARCH_GENES]
             weights[row, known[best]] = values[best].clip(min=0)
+        # In standard deviations: else a few genes that vary among all cells decide.
         deviation = np.sqrt((arrays["factors"][:, here] ** 2).sum(axis=0) + arrays["noise"][here])
-        weights /= np.linalg.norm(weights * deviation, axis=1, keepdims=True).clip(min=1e-9)
+        weights /= np.linalg.norm(weights, axis=1, keepdims=True).clip(min=1e-9) * deviation
         share = float(arrays["shares"][here].sum())
         return cls(arrays["gene_ids"][here], share, weights, weights @ arrays["mean"][here])
 

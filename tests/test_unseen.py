@@ -197,6 +197,22 @@ def test_a_search_by_genes_finds_cells_that_express_genes_whose_texts_are_neares
         GeneSearch.of(readout, np.array([99]), np.eye(2))
 
 
+def test_of_two_genes_with_equal_texts_the_one_that_varies_less_counts_more_in_a_search():
+    cells, types = typed_cells()
+    profiles = profile_matrix(cells, 24)
+    data = LabelledProfiles(profiles, types, 5, np.arange(len(types)), np.arange(0), profiles[:0])
+    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    directions = np.zeros((24, 2))
+    directions[:, 0] = -1 / 11
+    directions[[10, 23]] = [1.0, 0.0]  # a marker of a type, and a gene that hardly varies
+    readout.set_gene_texts(directions)
+    weights = GeneSearch.of(readout, np.arange(24), np.array([[1.0, 0.0]])).weights[0]
+    variance = (readout.factors.double() ** 2).sum(dim=0).numpy() + readout.noise.double().numpy()
+    assert weights[23] > weights[10] > 0
+    np.testing.assert_allclose(weights[23] / weights[10], np.sqrt(variance[10] / variance[23]))
+    np.testing.assert_allclose((weights**2 * variance).sum(), 1)
+
+
 def test_texts_of_genes_are_read_from_a_table_with_symbol_and_summary(tmp_path):
     path = tmp_path / "genes.csv.gz"
     pd.DataFrame({"symbol": ["CD19", None], "summary": ["A receptor of B cells.", "?"]}).to_csv(path, index=False)
