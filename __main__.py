@@ -70,7 +70,6 @@ def run_words(argv: list[str]) -> int:
     outputs = [
         path for name in ("output", "table", "evidence", "proof") if (path := getattr(args, name, None)) is not None
     ]
-    name = f"scmmgpt {args.command}"
 
     def work() -> int | None:
         if getattr(args, "has_own_model", False):
@@ -78,7 +77,7 @@ def run_words(argv: list[str]) -> int:
         return args.run(args)
 
     extra = {"report": "eval", "mcp": "mcp"}.get(args.command, "train")
-    return run_command(name, work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
+    return run_command(f"scmmgpt {args.command}", work, debug=args.debug, inputs=inputs, outputs=outputs, extra=extra)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -108,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_output(sub, table=False)
     add_partitions(sub)
     spaces = ("cell-text", "cell")
-    sub.add_argument("--of", choices=spaces, default=spaces[0], help="shared space (default), or the cell model's")
+    sub.add_argument("--of", choices=spaces, default=spaces[0], help="space shared with text, or of the cell model")
 
     add_index(command(index))
     add_search(command(search))

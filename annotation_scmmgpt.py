@@ -173,12 +173,12 @@ def _spellings(label: str) -> set[str]:
     return {words, words.removesuffix("s")}
 
 
-def _broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
+def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
     """The trained labels of the narrowest term that a label's words end with: "monocyte" of "classical monocyte"."""
     spellings = tuple(f" {words}" for words in _spellings(label))
     named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
-    found = [labels for names, labels in named if any(s.endswith(f" {n}") for n in names for s in spellings)]
-    found = [labels for labels in found if len(labels) < len(trained)]  # "cell" is broader than all
+    found = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
+    found = [labels for labels in found if len(labels) < len(trained) and "non" not in spellings[0].split()]
     return min(found, key=len, default=[])
 
 
@@ -222,7 +222,7 @@ def candidate_columns(
     names = list(labels)
     meant = {name: trained_labels_of(name, cl_ids.get(name), list(trained), terms) for name in names}
     widths = {label: [len(meant[name]) if label in meant[name] else math.inf for name in names] for label in trained}
-    broader = {label for name in names if not meant[name] for label in _broader_labels(name, trained, terms)}
+    broader = {label for name in names if not meant[name] for label in broader_labels(name, trained, terms)}
     owner_of: dict[str, tuple[int, bool]] = {}
     for label, text in trained.items():
         width = min(widths[label])

@@ -23,11 +23,11 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import trained_labels_of
+    from .annotation_scmmgpt import broader_labels, trained_labels_of
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 except ImportError:  # beside the other files of a checkpoint
-    from annotation_scmmgpt import trained_labels_of
+    from annotation_scmmgpt import broader_labels, trained_labels_of
     from cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 
@@ -242,6 +242,8 @@ class Explainer:
 def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """The trained labels that each label means, in any words, bool `(len(labels), len(known))`.
 
+    A label of a file that is a kind of trained ones means them: "CD14+ Monocytes" are monocytes.
+
     Args:
         labels: Labels of a file.
         known: Trained label -> its column.
@@ -249,7 +251,8 @@ def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequen
     """
     members = np.zeros((len(labels), len(known)), dtype=bool)
     for row, label in enumerate(labels):
-        members[row, [known[name] for name in trained_labels_of(label, None, list(known), terms) if name in known]] = 1
+        meant = trained_labels_of(label, None, list(known), terms) or broader_labels(label, list(known), terms)
+        members[row, [known[name] for name in meant if name in known]] = True
     return members
 
 

@@ -64,6 +64,11 @@ SPECIES = (
     Species("zebrafish", "danio rerio", "ncbitaxon:7955", "ENSDARG", None),
     Species("chicken", "gallus gallus", "ncbitaxon:9031", "ENSGALG", "human"),
 )
+OTHER_IDS = {
+    "NCBI gene ids": re.compile(r"\d+"),
+    "genes of C. elegans": re.compile(r"WBGene\d+"),
+    "genes of the fruit fly": re.compile(r"FBgn\d+"),
+}
 # Words of a column of feature types. Biotypes (`protein_coding`, `lncRNA`) are none.
 GENE_FEATURE_TYPES = frozenset({"gene expression", "gene", "genes", "rna", "gex", "mrna", "", "nan"})
 FEATURE_TYPES = {
@@ -154,7 +159,7 @@ class GeneIndex:
         date = EXCEL_DATE.match(name)
         if date:
             return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
-        found = self._folded.get(name.upper()) if species in (None, self.species, "unknown") else None
+        found = self._folded.get(name.upper()) if species in (None, self.species) else None
         return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
@@ -380,9 +385,11 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         )
     elif species == "unknown" and 2 * len(in_lower_case) > len(examples):
         way_out = (
-            f"They match in capitals ({in_lower_case[0].upper()}): if the cells are {gene_index.species}, write "
-            "`adata.var_names = adata.var_names.str.upper()`."
+            f"They match in capitals ({in_lower_case[0].upper()}): name the species with `organism=`, or, if the "
+            f"cells are {gene_index.species}, write `adata.var_names = adata.var_names.str.upper()`."
         )
+    elif kinds := [kind for kind, ids in OTHER_IDS.items() if examples and all(map(ids.fullmatch, examples))]:
+        way_out = f"They are {kinds[0]}: map them to symbols or Ensembl ids of {gene_index.species} first."
     elif foreign and not gene_index.translates(species):
         way_out = (
             f"They are {species} genes ({r['species_evidence']}), and the model has no ortholog table for {species} "
@@ -414,12 +421,6 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         )
     if r["species_declared"] and species not in ("unknown", r["species_declared"]):
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
-    if species == "unknown" and r["how"].get("case", 0) > r["matched"] / 2:
-        messages.append(
-            f"{r['how']['case']} of {r['matched']} genes are written in another case than the model's: they were read "
-            f"as {gene_index.species} genes of the same letters. If the cells are of another species, name it with "
-            "`organism=`."
-        )
     if foreign:
         by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
         messages.append(

@@ -1217,9 +1217,10 @@ class ScMMGPTPipeline:
     def _language_model(self, verb: str) -> ScMMGPTForConditionalGeneration:
         """The model, which must have a language model for `verb`."""
         if not hasattr(self.model, "generate_cells"):
+            by_counts = "; `proof=True` (`--proof`) describes by counts" if verb == "describe" else ""
             raise ValueError(
-                f"This checkpoint has no language model (it is of stage 1), so it cannot {verb}; it can annotate, "
-                "embed and search. Train stage 2 with `python -m scmmgpt.train tune`."
+                f"This checkpoint has no language model (it is of `align` or `finetune`), so it cannot {verb}"
+                f"{by_counts}. Train stage 2 with `python -m scmmgpt.train tune`."
             )
         return cast(ScMMGPTForConditionalGeneration, self.model)
 

@@ -275,10 +275,10 @@ def choose_input(
     try:
         messages = check_match(match, gene_index, force=force)
     except ValueError:
-        names = [str(name) for name in adata.obs_names[:N_TURNED]]
-        if (found := sum(gene_index.lookup(name)[0] >= 0 for name in names)) > len(names) / 2:
+        first = [str(name) for name in adata.obs_names[:N_TURNED]]
+        if (n_genes := sum(gene_index.lookup(name)[0] >= 0 for name in first)) > len(first) / 2:
             raise ValueError(
-                f"The genes are in the rows: {found} of the first {len(names)} names of cells are genes. Turn the "
+                f"The genes are in the rows: {n_genes} of the first {len(first)} names of cells are genes. Turn the "
                 "data: `adata = adata.T`."
             ) from None
         raise

@@ -25,14 +25,14 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
     text = "choose from the labels of this tissue, such as lung"
     parser.add_argument("--tissue", metavar="NAME", help=text)
-    parser.add_argument("--cluster-key", metavar="COLUMN", help="column of clusters: adds their majority labels")
+    parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds majority labels")
     parser.add_argument(
         "--min-score",
         type=number(float, 0, 1),
         metavar="P",
         help="cells of a lower probability get a broader type or Unknown (default: of the checkpoint; 0: never)",
     )
-    text = "add the set of labels that holds the true one but for this share of cells (0.01 to 0.5)"
+    text = "add the labels that together hold the true one, except in this share of cells (0.01 to 0.5)"
     parser.add_argument("--error-rate", type=number(float, 0, 1), metavar="P", help=text)
     text = "table of the genes that drove each label"
     parser.add_argument("--evidence", type=Path, metavar="OUT.csv", help=text)
@@ -54,7 +54,7 @@ def add_description(parser: argparse.ArgumentParser) -> None:
     text = "describe by counts, in place of the language model, and write the genes and counts of every clause"
     parser.add_argument("--proof", type=Path, metavar="OUT.csv", help=text)
     parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters to describe (--proof)")
-    parser.add_argument("--reference", action="store_true", help="add a caption written from obs, to compare")
+    parser.add_argument("--reference", action="store_true", help="also write a caption from obs, to compare")
     parser.add_argument("--templates", default="default", metavar="NAME", help="caption templates (default: default)")
     parser.add_argument(
         "--num-beams", type=number(int, 1), default=1, metavar="N", help="beams of the search (default: 1, greedy)"
@@ -77,7 +77,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add_input(parser, count="?")
     add_partitions(parser)
     parser.add_argument("--text", required=True, help="description of the wanted cells")
-    how = "similarity in the shared space, or genes: expression of the genes whose own texts are nearest"
+    how = "score by similarity in the shared space, or by expression of the genes whose texts are nearest"
     parser.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
     text = "search an index of `scmmgpt index` in place of FILE"
     parser.add_argument("--index", type=Path, metavar="FOLDER", help=text)
@@ -169,14 +169,20 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: bool = True) -> None:
     """Files of the result."""
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="result")
+    parser.add_argument(
+        "--output", "-o", type=Path, required=True, metavar="OUT.h5ad", help="file to write: cells with results"
+    )
     if table:
         text = (
-            "table of the added columns of obs" if columns else "table of labels, clusters and doubtful cells, ranked"
+            "also write the added columns of obs as a table"
+            if columns
+            else "table of labels, clusters and doubtful cells, ranked"
         )
         parser.add_argument("--table", type=Path, metavar="OUT.csv", help=text)
     if table and columns:
-        parser.add_argument("--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to it")
+        parser.add_argument(
+            "--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to --table"
+        )
 
 
 def add_partitions(parser: argparse.ArgumentParser) -> None:

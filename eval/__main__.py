@@ -12,31 +12,12 @@ from scmmgpt.commands.files import check_folder, check_paths, exists
 from scmmgpt.commands.progress import log_if_slow
 
 
-COMMANDS = (
-    "ablation",
-    "abstention",
-    "all",
-    "annotation",
-    "audit",
-    "clustering",
-    "condition",
-    "crossdata",
-    "description",
-    "evidence",
-    "finetuning",
-    "generation",
-    "proof",
-    "report",
-    "zeroshot",
-)  # modules of scmmgpt.eval
-WITH_FOLDERS = (
-    "all",
-    "audit",
-    "crossdata",
-    "finetuning",
-    "report",
-    "zeroshot",
-)  # with a folder as output, others with a JSON file
+# Modules of scmmgpt.eval, and those with a folder as output; others write a JSON file.
+COMMANDS = tuple(
+    "ablation abstention all annotation audit clustering condition crossdata description evidence finetuning "
+    "generation proof report zeroshot".split()
+)
+WITH_FOLDERS = ("all", "audit", "crossdata", "finetuning", "report", "zeroshot")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ A folder of several samples or matrices is refused with a list, except where its
 (spliced, unspliced and ambiguous reads) or variants beside a `matrix.mtx`.
 """
 
-import itertools
 import lzma
 import re
 import zlib
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scmmgpt.readers.text_tables import Contents, FileError, compression
+from scmmgpt.readers.text_tables import Contents, FileError, compression, first_lines
 
 
 MAX_DEPTH = 6  # folders below the one that was passed in which files of cells are looked for
@@ -303,11 +302,7 @@ def _read_entries(path: Path, shape: tuple[int, int], n_entries: int, values: st
 
 def _read_names(path: Path, shape: tuple[int, int]) -> _Table:
     """A table of names, without a header and a column of row numbers, if it has them."""
-    try:
-        with compression(path)[0](path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            lines = [line.rstrip("\r\n") for line in itertools.islice(file, 20) if line.strip()]
-    except (OSError, EOFError) as error:
-        raise FileError(f"{path} is damaged ({error}). Copy it again.") from error
+    lines = [line for line in first_lines(path, "utf-8-sig") if line.strip()]
     usual = lines[-1] if lines else ""
     separator = "\t" if "\t" in usual else "," if "," in usual else " " if re.match(r'"[^"]*" ', usual) else "\t"
     width = max((line.count(separator) + 1 for line in lines), default=1)

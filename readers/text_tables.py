@@ -6,6 +6,7 @@ the one with more names of the vocabulary. Columns and rows that are not genes b
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
 import itertools
@@ -131,11 +132,7 @@ class Layout(NamedTuple):
 def find_layout(path: Path, encoding: str = "") -> Layout:
     """Separator, encoding, decimal mark and header of a text table, from its first lines."""
     encoding = encoding or _encoding(path)
-    try:
-        with compression(path)[0](path, "rt", encoding=encoding, errors="replace") as file:
-            lines = [line.rstrip("\r\n") for line in itertools.islice(file, SAMPLED_LINES)]
-    except (OSError, EOFError, lzma.LZMAError, UnicodeError) as error:
-        raise FileError(f"{path} is damaged ({error}). Copy it again.") from error
+    lines = first_lines(path, encoding)
     start, given = _preamble(lines)
     if start >= len(lines):
         raise FileError(f"{path} is empty or has only comments; copy the file again.")
@@ -162,6 +159,20 @@ def find_layout(path: Path, encoding: str = "") -> Layout:
     return Layout(separator, encoding, decimal, thousands, header, rows[:labels], words, n_skipped)
 
 
+def first_lines(path: Path, encoding: str) -> list[str]:
+    """The first lines of a text file, compressed or not, without their ends."""
+    with _refusing_damage(path), compression(path)[0](path, "rt", encoding=encoding, errors="replace") as file:
+        return [line.rstrip("\r\n") for line in itertools.islice(file, SAMPLED_LINES)]
+
+
+@contextlib.contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError, UnicodeError) as error:
+        raise FileError(f"{path} is damaged ({error}). Copy it again.") from error
+
+
 def compression(path: Path) -> tuple[Callable[..., IO], str | None]:
     """The function that opens a file, and pandas' name of the compression. The first bytes decide, not the name."""
     with open(path, "rb") as file:
@@ -170,11 +181,8 @@ def compression(path: Path) -> tuple[Callable[..., IO], str | None]:
 
 
 def _encoding(path: Path) -> str:
-    with compression(path)[0](path, "rb") as file:
-        try:
-            first = file.read(4)
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise FileError(f"{path} is damaged ({error}). Copy it again.") from error
+    with compression(path)[0](path, "rb") as file, _refusing_damage(path):
+        first = file.read(4)
     return "utf-16" if first[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
@@ -232,7 +240,7 @@ def _count_label_rows(rows: list[list[str]]) -> int:
 
 def _number_marks(path: Path, fields: list[str]) -> tuple[str, str | None]:
     """The decimal mark of a table and the mark between thousands, if there is one."""
-    points, commas = ([f for f in fields if mark in f and _is_number(f, mark)] for mark in ".,")
+    points, commas = ([f for f in fields if FRACTION[mark].match(f) or GROUPED[mark].match(f)] for mark in ".,")
     if commas and (points or any(f.count(",") > 1 for f in commas)):
         return ".", ","
     for found, mark, other in ((commas, ",", "."), (points, ".", None)):
@@ -244,10 +252,6 @@ def _number_marks(path: Path, fields: list[str]) -> tuple[str, str | None]:
                 "the numbers with a decimal point and without marks between thousands."
             )
     return ("," if commas else "."), None
-
-
-def _is_number(field: str, mark: str) -> bool:
-    return bool(FRACTION[mark].match(field) or GROUPED[mark].match(field))
 
 
 def _not_a_number(value: Any) -> bool:
@@ -432,7 +436,8 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
     barcodes = [np.mean([bool(BARCODE.search(name)) for name in side]) for side in (labels, columns)]
     genes_in_rows = in_rows > in_columns or (in_rows == in_columns and barcodes[1] > barcodes[0])
     if genes_in_rows:
-        block = _leading_block(text)
+        words = sorted({0, *text})  # the block of annotations at the left, of which at least a third are words
+        block = max((i for n, i in enumerate(words) if n + 1 >= (i + 1) / 3 and i < 20), default=0)
         expected = [i for i in text if i >= block and not GENE_ANNOTATION.fullmatch(header[i])]
         aside = [i for i in numeric if i < block or GENE_ANNOTATION.fullmatch(header[i])]
     else:
@@ -455,12 +460,6 @@ def _find_roles(path: Path, first: pd.DataFrame, layout: Layout, genes: _Recogni
 
 def _row_names(frame: pd.DataFrame, columns: list[int]) -> list[str]:
     return ["_".join(parts) for parts in zip(*(frame[i].astype(str).tolist() for i in columns), strict=True)]
-
-
-def _leading_block(text: list[int]) -> int:
-    """Length of the block of annotations at the left of a table, of which at least a third are words."""
-    words = sorted({0, *text})
-    return max((i for n, i in enumerate(words) if n + 1 >= (i + 1) / 3 and i < 20), default=0)
 
 
 def _check_names(path: Path, labels: list[str], columns: list[str], header: list[str], genes: _Recogniser) -> None:

@@ -141,6 +141,9 @@ def test_members_are_found_in_any_words():
     terms = [{"id": "CL:1", "name": "t cell", "names": ["t cell"], "labels": ["CD4 T", "CD8 T"]}]
     members = label_members(["T cells", "CD8-T", UNKNOWN], {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms)
     assert members.tolist() == [[True, False, True], [False, False, True], [False] * 3]
+    kinds = ["gamma-delta T cells", "Naive CD4 T", "Non-T cell", "vitamin B"]  # kinds of trained labels mean these
+    found = label_members(kinds, {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms)
+    assert found.tolist() == [[True, False, True], [True, False, False], [False] * 3, [False] * 3]
 
 
 def test_a_checkpoint_without_a_readout_says_so(adata, tiny_pipeline):

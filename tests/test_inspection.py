@@ -269,13 +269,11 @@ def test_every_kind_of_gene_name_gives_the_same_cells(counts, gene_index, names)
     assert_same_cells(cells, raw)
 
 
-def test_names_in_lower_case_are_read_with_a_warning(counts, gene_index, caplog):
+def test_names_in_lower_case_are_read_if_the_species_is_named(counts, gene_index):
     raw, _ = read_cells(make_adata(counts), gene_index)
-    cells, report = read_cells(make_adata(counts, [name.lower() for name in SYMBOLS]), gene_index)
-    assert_same_cells(cells, raw)
-    assert f"{N_GENES} of {N_GENES} genes are written in another case" in caplog.text
     lower = make_adata(counts, [name.lower() for name in MOUSE])
     assert_same_cells(read_cells(lower, gene_index, organism="mouse")[0], raw)  # by orthologs
+    assert_same_cells(read_cells(lower, gene_index, organism="human")[0], raw)  # zebrafish writes lower case too
 
 
 def test_shuffled_genes_give_the_same_cells(counts, gene_index):
@@ -571,6 +569,8 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
             lambda a: renamed(a, [f"wb-{i}" for i in range(N_GENES)], organism="C. elegans"),
             r"The data say C\. elegans",
         ),
+        (lambda a: renamed(a, [f"WBGene{i:08d}" for i in range(N_GENES)]), r"They are genes of C\. elegans: map them"),
+        (lambda a: renamed(a, [str(100 + i) for i in range(N_GENES)]), "They are NCBI gene ids: map them"),
     ],
 )
 def test_names_that_match_nothing_are_understood(counts, gene_index, change, words):

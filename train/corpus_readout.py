@@ -98,8 +98,8 @@ def set_apart(
 ) -> None:
     """Turn the places of the labels apart, and the projection of texts with them.
 
-    Contrast draws together the texts of labels whose cells are alike, such as kinds of T cells, until a caption is as
-    near to the other label as to its own. Captions of training cells and the texts of the labels show in closed form
+    After contrast, texts of labels whose cells are alike, such as kinds of T cells, lie together, and a caption may be
+    as near to another label as to its own. Captions of training cells and the texts of the labels show in closed form
     (ridge regression of what is left to the places) which directions of a text tell its label.
     """
     labels, cells, table = model.config.label_readout["labels"], *corpus.sample("train", PLACE_CELLS)

@@ -20,12 +20,13 @@ Three steps:
    fits the held-out cells best before the refit. The held-out cells also set how many labels `annotate --error-rate`
    names.
 
-The checkpoint also keeps the regression's own scores of the labels, with statistics from which `annotate` solves them
-again for the genes of a file (`readout_scmmgpt`): a gene that a file lacks is absent, not zero. Similarities to texts
-are added to these scores if that fits the held-out cells better by more than a standard error. If not, `annotate` does
-not run the transformer. A table of readout, transformer and both on held-out cells, with the time that each takes, is
-printed and kept in `finetune.json`. For labels that were not trained a gate is fitted, by leaving out each label in
-turn: see `unseen_scmmgpt`.
+A language model of `--checkpoint` is left out, since it knows the labels of its own training: `describe --proof`
+describes by counts. The checkpoint keeps the regression's own scores of the labels, with statistics from which
+`annotate` solves them again for the genes of a file (`readout_scmmgpt`): a gene that a file lacks is absent, not zero.
+Similarities to texts are added to these scores if that fits the held-out cells better by more than a standard error.
+If not, `annotate` does not run the transformer. A table of readout, transformer and both on held-out cells, with the
+time that each takes, is printed and kept in `finetune.json`. For labels that were not trained a gate is fitted, by
+leaving out each label in turn: see `unseen_scmmgpt`.
 
 The cell projection of a new model starts at zero. Queries then contribute nothing, and the readout alone places the
 cells; no gradient step is taken by default. With a converted scGPT as `cell_model` of `--new_model`, the file is read

@@ -25,7 +25,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 
 from scmmgpt.configuration_scmmgpt import ScGPTConfig, ScMMGPTConfig
-from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from scmmgpt.modeling_scmmgpt import LORA_LAYERS, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from scmmgpt.train.align import UNTRAINED_PARTS
 from scmmgpt.train.arguments import ALIGN_FIELDS, TUNE_FIELDS, TrainedParts, TuneModelArguments
 from scmmgpt.train.options import CheckedFields, OptionParser, check_fields, described, option, shared
@@ -39,7 +39,6 @@ GIB = 2**30
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 Storages: TypeAlias = dict[int, torch.UntypedStorage]
 Kept: TypeAlias = tuple[str, int, int, Storages]  # part, its layers, bytes of a layer's input, what it keeps
-LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @described
@@ -120,7 +119,8 @@ def count_parameters(model: PreTrainedModel, args: PlanArguments) -> dict[str, d
         parts[part]["frozen" if frozen else "trained"] += parameter.numel()
     if args.stage == 2 and trained.language_model == "lora":
         for name, module in model.named_modules():
-            if "language_model." in name and name.rsplit(".", 1)[-1] in LORA_LAYERS:
+            is_adapted = isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in LORA_LAYERS
+            if "language_model." in name and is_adapted:
                 parts["lora"]["trained"] += args.lora_config["r"] * (module.in_features + module.out_features)
         for name in saved_parts(trained):  # PEFT trains a copy and keeps the original
             parts["originals"]["frozen"] += sum(p.numel() for p in model.model.get_submodule(name).parameters())
