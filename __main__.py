@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, PrintCompletion, explain, reworded, run_command
+from scmmgpt.commands.errors import OneLineParser, PrintCompletion, PrintVersion, explain, reworded, run_command
 from scmmgpt.commands.files import TABLES, check_file, check_folder, check_paths, exists, table_suffix, whole_file
 from scmmgpt.commands.options import (
     READ_HELP,
@@ -86,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="scmmgpt", description="One language model for single cells and text.")
     text = "print the completion of a shell, for its start-up file"
     parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=PrintCompletion, help=text)
+    parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(run: Callable[[Args], int | None]) -> argparse.ArgumentParser:
@@ -159,10 +160,10 @@ def annotate(args: Args) -> int:
 
 
 def labels_found(adata: Any) -> dict[str, Any]:
-    """The summary of an annotation."""
+    """The summary of an annotation, the commonest label first."""
     done = adata.uns["scmmgpt"]["annotate"]
-    found = {str(name): int(n) for name, n in zip(done["found"], done["found_cells"], strict=True)}
-    summary = {"labels": found, "collapsed": bool(done["collapsed"])}
+    found = sorted(zip(done["found"], done["found_cells"], strict=True), key=lambda pair: -pair[1])
+    summary = {"labels": {str(name): int(n) for name, n in found}, "collapsed": bool(done["collapsed"])}
     return summary | ({"read_batch": True} if done["read_batch"] else {})
 
 
@@ -173,8 +174,7 @@ def audit(args: Args) -> int:
     options = {"label_key": args.label_key, "cluster_key": args.cluster_key}
     if outputs := several_outputs(args):
         tables = {} if args.table is None else {args.table: lambda results: audit_rows(results.found, results.cells)}
-        needed = [args.label_key]
-        return run_in_partitions(args, outputs, options, lambda results: audit_summary(results.found), tables, needed)
+        return run_in_partitions(args, outputs, options, lambda results: audit_summary(results.found), tables)
     pipeline, adata = load(args)
     judged = pipeline.audit(adata, **options, **read_options(args))
     finish(args, adata, {"cells": adata.n_obs, **audit_summary(judged)}, audit_rows(judged, adata))
@@ -362,12 +362,14 @@ def verify(args: Args) -> int:
 def report(args: Args) -> None:
     """Write a page about the results of a file: map, labels, evidence, descriptions, warnings, receipt."""
     from scmmgpt.commands.report import KEY, report_page
+    from scmmgpt.reading_scmmgpt import need_columns
 
     if args.output.suffix not in (".html", ".htm"):
         raise ValueError(f"--output is {str(args.output)!r}; its name must end in .html.")
     check_paths({"FILE": args.file, "--model": args.model}, {"--output": args.output})
     check_file(args.output)
     adata = read_adata(args.file, args.split, args.model)
+    need_columns(adata.obs, *columns_of(args))
     if f"{KEY}_cell_type" not in adata.obs:
         choose_model(args)
         pipeline = load_pipeline(args)
@@ -394,7 +396,8 @@ def plan(args: Args) -> None:
     began = time.perf_counter()
     pipeline = load_pipeline(args)
     loaded = time.perf_counter() - began
-    job = Job(args.verb, args.model, args.device, args.batch_size, default_options(args.verb), read_options(args))
+    options = default_options(args.verb, args.label_key, args.text)
+    job = Job(args.verb, args.model, args.device, args.batch_size, options, read_options(args))
     costs = measure(job, pipeline, Source(args.file, args.split, args.model), loaded, args.seconds)
     workers = args.workers or sorted({1, os.cpu_count() or 1})
     found, lines = describe_plan(costs, args.cells, workers)
@@ -432,19 +435,24 @@ def mcp(args: Args) -> None:
 def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     """The pipeline and the AnnData of a command, once all that it names is checked; the file fails sooner."""
     from scmmgpt.commands.checkpoints import find_checkpoint
+    from scmmgpt.reading_scmmgpt import need_columns
 
     check_outputs(args)
     find_checkpoint(args.model)
     adata = read_adata(args.file, args.split, args.model, backed=True)
-    missing = [name for name in getattr(args, "columns", ()) if name not in adata.obs]
-    if missing:
-        raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
+    need_columns(adata.obs, *columns_of(args))
     if getattr(args, "output", None) is not None:
         from scmmgpt.commands.results import rehearse
 
         with log_if_slow("Rehearsing the writing of the result"):
             rehearse(adata, args.file, args.output)
     return load_pipeline(args), adata
+
+
+def columns_of(args: Args) -> list[str]:
+    """Columns of `obs` that options name."""
+    named = [getattr(args, name, None) for name in ("label_key", "cluster_key")]
+    return [*filter(None, named), *getattr(args, "columns", ())]
 
 
 def choose_model(args: Args) -> None:
@@ -475,7 +483,7 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
 
 
 def several_outputs(args: Args) -> dict[Source, Path]:
-    """Sources and their outputs, of a command that computes in partitions; none for one file without such options.
+    """Sources and outputs of a command that computes in partitions; empty for one file without `--workers`.
 
     A single file then takes the place of the list in `args`.
     """
@@ -496,18 +504,17 @@ def run_in_partitions(
     options: dict[str, Any],
     found: Callable[[Any], dict[str, Any]],
     tables: dict[Path, Callable[[Any], Any]] | None = None,
-    needed: Iterable[str] = (),
     lines: Callable[[Any], list[str]] | None = None,
 ) -> int:
     """Compute a command in partitions, and write the results; the exit status says whether all cells have one.
 
-    `found`, `tables` and `needed` are those of `compute_outputs`; `lines` prints the hits of a search.
+    `found` and `tables` are those of `compute_outputs`; `lines` prints the hits of a search.
     """
     from scmmgpt.commands.checkpoints import find_checkpoint
     from scmmgpt.commands.cluster import preload_workers
 
     if (args.workers or 1) > 1 and args.cluster is None:
-        preload_workers(["scmmgpt.pipeline_scmmgpt", "scmmgpt.commands.partitions"])
+        preload_workers()
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 
@@ -515,8 +522,7 @@ def run_in_partitions(
     pipeline, identity = load_pipeline(args), getattr(args, "identity", None)
     job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args), identity)
     where = (args.workers or 1, args.cluster, args.cells_per_partition)
-    needed = [*needed, *getattr(args, "columns", []), *filter(None, [options.get("cluster_key")])]
-    rest = (tables or {}, found, needed, getattr(args, "evidence", None) is not None)
+    rest = (tables or {}, found, columns_of(args), getattr(args, "evidence", None) is not None)
     summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, *rest)
     for line in failures:
         sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))

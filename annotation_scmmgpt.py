@@ -400,7 +400,7 @@ def summarize_annotation(
         if low >= DOUBTFUL_SHARE * n_cells:
             warnings.append(
                 f"{low} of {n_cells} cells have a score below 0.5: known labels that are no candidates fit them "
-                "better, or several candidates fit alike. Set min_score, or add candidates."
+                "better, or several candidates fit alike. Pass `min_score=`, or more `labels=`."
             )
     elif collapsed:
         warnings.append(
@@ -488,7 +488,7 @@ def set_threshold(stored: Mapping[str, Any] | None, error_rate: float) -> float:
     step = int(error_rate * SET_STEPS + 1e-9)
     if not 1 <= step <= len(stored["thresholds"]):
         least, most = 1 / SET_STEPS, len(stored["thresholds"]) / SET_STEPS
-        raise ValueError(f"error_rate is {error_rate}; choose one from {least} to {most}.")
+        raise ValueError(f"error_rate={error_rate} is not served; choose one from {least} to {most}.")
     return stored["thresholds"][step - 1]
 
 

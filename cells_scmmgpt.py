@@ -59,7 +59,7 @@ def permutation(n: int, *key: int) -> np.ndarray:
 
 
 def hash_seed(seed: int, cell_id: int) -> int:
-    """A 63-bit seed from two integers; those of neighbouring ids have nothing in common."""
+    """A 63-bit seed from two integers; neighbouring ids give unrelated seeds."""
     state = np.array([(int(seed) * int(GOLDEN_GAMMA) + int(cell_id)) % 2**64], dtype=np.uint64)
     return int(mix64(state)[0]) >> 1
 
@@ -189,7 +189,7 @@ class Cells:
 
     @classmethod
     def concatenate(cls, batches: Iterable["Cells"]) -> "Cells":
-        """Joins batches of cells, in order. Library sizes are written out if any batch has its own."""
+        """Joins batches of cells, in order; the result has `total_counts` if a batch has some."""
         batches = list(batches)
         if not batches:
             raise ValueError("There is no batch to concatenate.")

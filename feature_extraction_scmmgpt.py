@@ -42,16 +42,21 @@ VALUE_MODES = ("binned", "log1p", "raw")
 SELECTIONS = ("random", "top")
 
 
-def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, n_bins: int) -> np.ndarray:
-    """Bin each cell's counts by their quantiles, as scGPT does: `int64 (nnz,)` in `1 .. n_bins - 1`.
+def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Bin each cell's counts by their quantiles, as scGPT does: `int64 (nnz,)`, from 1 to the number of levels.
 
-    The edges are the quantiles of the cell's counts at `n_bins - 1` equally spaced levels. A count with `a` edges
-    below or equal and `b` edges below gets bin `ceil(a + u * (b - a))`, with `u` uniform in [0, 1), the low half of
-    the gene's hash: counts that equal several edges spread evenly over the bins of these edges. Any increasing
-    transform of a cell's counts gives the same bins. Bin 0 means "not expressed".
+    The edges are the quantiles of the cell's counts at the levels, of which a count has `upper` at or below it and
+    `lower` below it. Its bin is `ceil(upper + u * (lower - upper))`, with `u` uniform in [0, 1), the low half of the
+    gene's hash: counts that equal several edges spread evenly over the bins of these edges. Any increasing transform
+    of a cell's counts gives the same bins. Bin 0 means "not expressed".
     """
-    lower, upper = _edge_counts(indptr, counts, n_bins)
-    # ceil(a + u * (b - a)) = a - floor(u * (a - b)), exactly, with u in units of 2^-32
+    lower, upper = np.empty((2, len(counts)), dtype=np.int64)
+    for start, stop in itertools.pairwise(indptr):
+        if stop > start:
+            edges = np.quantile(counts[start:stop], levels)
+            lower[start:stop] = np.searchsorted(edges, counts[start:stop], side="left")
+            upper[start:stop] = np.searchsorted(edges, counts[start:stop], side="right")
+    # ceil(upper + u * (lower - upper)) = upper - floor(u * (upper - lower)), exactly, with u in units of 2^-32
     return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
 
 
@@ -60,18 +65,6 @@ def _as_keys(counts: np.ndarray) -> np.ndarray:
     if counts.dtype.kind == "f":
         return counts
     return counts.astype(np.uint64 if counts.max(initial=0) >= 2**32 else np.uint32, copy=False)
-
-
-def _edge_counts(indptr: np.ndarray, counts: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number of quantile edges of the cell below each entry, and below or equal: two arrays `int64 (nnz,)`."""
-    lower, upper = np.empty((2, len(counts)), dtype=np.int64)
-    for start, stop in itertools.pairwise(indptr):
-        if stop > start:
-            cell_counts = counts[start:stop]
-            edges = np.quantile(cell_counts, np.linspace(0, 1, n_bins - 1))
-            lower[start:stop] = np.searchsorted(edges, cell_counts, side="left")
-            upper[start:stop] = np.searchsorted(edges, cell_counts, side="right")
-    return lower, upper
 
 
 def mask_genes(
@@ -286,7 +279,7 @@ def _fill_rows_numpy(
     """[`fill_rows`] in NumPy."""
     hashes = gene_hashes(np.repeat(cell_keys, np.diff(indptr)), gene_ids)
     if len(levels):
-        values = _draw_bins(indptr, counts, hashes, len(levels) + 1)
+        values = _draw_bins(indptr, counts, hashes, levels)
     for row, (start, stop) in enumerate(itertools.pairwise(indptr)):
         genes, cell_values = gene_ids[start:stop], values[start:stop]
         if len(genes) > n_kept:

@@ -33,7 +33,8 @@ ANTIBODY = re.compile(
 )
 # Spike-ins, control probes and codewords, and what htseq-count and STAR count beside the genes.
 CONTROL = re.compile(
-    r"^(ERCC-\d{5}|Blank-?\d+|(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword).*|"
+    r"^(ERCC-\d{5}|(Blank|BLANK)[-_]?\d+|FalseCode\d+|Negative\d+|"
+    r"(NegControl|NegPrb|SystemControl|(Unassigned|Deprecated)Codeword|antisense_|Intergenic_Region_).*|"
     r"__(no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)|"
     r"N_(unmapped|multimapping|noFeature|ambiguous))$"
 )
@@ -125,7 +126,12 @@ class GeneIndex:
         key = ensembl.group(1).upper() if ensembl else name
         if species is not None and self.translates(species):
             table = self.orthologs[species]
-            names = (key, _embedded(name), EMBEDDED_ENSEMBL.sub("", name))
+            names = (
+                key,
+                _embedded(name),
+                EMBEDDED_ENSEMBL.sub("", name),
+                name.capitalize() if name.islower() else key,
+            )
             found = next(
                 (self.vocabulary[table[n]] for n in names if n in table and table[n] in self.vocabulary), None
             )
@@ -148,7 +154,7 @@ class GeneIndex:
         date = EXCEL_DATE.match(name)
         if date:
             return self._from_date(date.group(1) or date.group(4), date.group(2) or date.group(3))
-        found = self._folded.get(name.upper()) if species in (None, self.species) else None
+        found = self._folded.get(name.upper()) if species in (None, self.species, "unknown") else None
         return (-1, "unmatched") if found is None else (found, "case")
 
     def _from_date(self, number: str, month: str) -> tuple[int, str]:
@@ -208,13 +214,15 @@ def find_species(word: Any) -> Species | None:
     return next((known for known in SPECIES if word in (known.name, known.latin, known.taxon)), None)
 
 
-def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str | None, str]:
-    """Species of the genes, species that the file declares, and the evidence for the former."""
+def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str, str]:
+    """Species of the genes, species that the file declares ("": none), and the evidence for the former."""
     found = find_species(organism)
-    declared = None if found is None else found.name
+    word = str(organism or "").strip()
+    declared = "" if word.casefold() in ("unknown", "na", "nan", "none") else found.name if found else word
     guesses = [guess for guess in (detect_species(names) for names in columns.values()) if guess[0] != "unknown"]
     if not guesses:
-        return declared or "unknown", declared, f"the data say {declared}" if declared else "the names do not tell"
+        why = f"the data say {declared}" if declared else "the names do not tell"
+        return found.name if found else "unknown", declared, why
     # Ids prove a species; spelling does not, so a declared species of equal spelling wins over it.
     species, why = next((guess for guess in guesses if "start with" in guess[1]), guesses[0])
     if found is not None and "start with" not in why and species == found.spelt_as:
@@ -305,7 +313,7 @@ def match_genes(
             if by in ("symbol", "ortholog"):
                 ids[v], how[v] = found, "made unique"
 
-    report = {"columns": used, "species": species, "species_evidence": why, "species_declared": declared or ""}
+    report = {"columns": used, "species": species, "species_evidence": why, "species_declared": declared}
     match = GeneMatch(ids, how, is_gene, report)
     report |= _count_matches(match, best, len(gene_index), weights)
     return match
@@ -362,7 +370,20 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
     of_them = f"{share:.1%}; {largest}" if r["largest_unmatched"] else f"{share:.1%}"
     finding = f"Only {measured} of {possible} genes match the model's vocabulary ({of_them}). "
     way_out = "Name the column of `var` that has gene symbols or Ensembl ids with `gene_column=`."
-    if foreign and not gene_index.translates(species):
+    examples = r["largest_unmatched"]
+    in_lower_case = [name for name in examples if name.islower() and gene_index.lookup(name.upper())[0] >= 0]
+    is_strange = species == "unknown" and r["species_declared"] and share < REFUSE_SHARE
+    if is_strange:
+        way_out = (
+            f"The data say {r['species_declared']}, a species without a table of orthologs here (there is one of "
+            f"{', '.join(sorted(gene_index.orthologs)) or 'none'}): map the genes to {gene_index.species} first."
+        )
+    elif species == "unknown" and 2 * len(in_lower_case) > len(examples):
+        way_out = (
+            f"They match in capitals ({in_lower_case[0].upper()}): if the cells are {gene_index.species}, write "
+            "`adata.var_names = adata.var_names.str.upper()`."
+        )
+    elif foreign and not gene_index.translates(species):
         way_out = (
             f"They are {species} genes ({r['species_evidence']}), and the model has no ortholog table for {species} "
             f"(it has: {', '.join(sorted(gene_index.orthologs)) or 'none'}): map them to {gene_index.species} first."
@@ -383,15 +404,22 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
         )
     finding += way_out
     if measured == 0 or ((share < REFUSE_SHARE or few) and not force):
-        raise ValueError(finding + (" Or pass `force=True` to read the matching genes." if measured else ""))
+        by_force = " Or pass `force=True` to read the matching genes." if measured and not is_strange else ""
+        raise ValueError(finding + by_force)
     messages = [finding] if share < WARN_SHARE or few else []
     if not messages and r.get("share_expression_matched", 1.0) < WARN_SHARE:
         messages.append(
             f"The genes that match the model's vocabulary hold only {r['share_expression_matched']:.1%} of the "
             f"expression; {largest}."
         )
-    if r["species_declared"] and species != r["species_declared"]:
+    if r["species_declared"] and species not in ("unknown", r["species_declared"]):
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
+    if species == "unknown" and r["how"].get("case", 0) > r["matched"] / 2:
+        messages.append(
+            f"{r['how']['case']} of {r['matched']} genes are written in another case than the model's: they were read "
+            f"as {gene_index.species} genes of the same letters. If the cells are of another species, name it with "
+            "`organism=`."
+        )
     if foreign:
         by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"
         messages.append(

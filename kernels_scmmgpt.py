@@ -2,7 +2,7 @@
 
 [`find_entries`] and [`name_genes`] read the rows of a dense and of a sparse matrix as genes of the vocabulary;
 [`fill_rows`] bins, selects and pads. Each has a twin in NumPy that gives the same bits, in `matrices_scmmgpt`,
-`cells_scmmgpt` and `feature_extraction_scmmgpt`, for where numba is not installed or compiling does not pay yet.
+`cells_scmmgpt` and `feature_extraction_scmmgpt`, for machines without numba and for few cells.
 
 In shapes, C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the
 tokens of a cell. `indptr` is `int64 (C + 1,)`: cell `i` owns the entries `indptr[i]:indptr[i + 1]`.
@@ -28,7 +28,8 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 ZERO, ONE, BITS_27, BITS_30, BITS_31, BITS_32 = map(np.uint64, (0, 1, 27, 30, 31, 32))
 LOW_32, LAST_HASH = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
 
-# Compiling takes seconds, once a machine, and loading what was compiled some tenths: in NumPy so many cells take less.
+# Loading the compiled loops takes some tenths of a second, and compiling takes seconds, once on a machine; in NumPy,
+# this number of cells takes less.
 WARM_UP_CELLS = 5_000
 LARGEST_VALUE = 1e10  # larger values are not plausible expression
 LARGEST_TALLIED = 2**16  # whole counts up to here are sorted by tallying them
@@ -45,7 +46,7 @@ def kernels_pay(n_cells: int) -> bool:
 
 
 def _compiled(function: Callable) -> Callable:
-    """Compiles at the first call, once a machine; without numba the function stays as it is and is never called."""
+    """Compiles a function at its first call, once on a machine; without numba, nothing calls the function."""
     if njit is None:
         return function
     try:
@@ -68,9 +69,10 @@ _mix64 = _compiled(mix64)
 def _name_row(
     columns: np.ndarray, values: np.ndarray, ids: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray
 ) -> tuple[np.uint64, float, bool, bool]:
-    """Keeps the entries of a cell that have a gene: how many, the sum of all, whether columns and values are sound.
+    """Copies the entries of a cell that have a gene to the front of `gene_ids` and `counts`.
 
-    Columns have to ascend, values to lie between 0 and `LARGEST_VALUE`.
+    Returns the number of these entries, the sum of all values, whether the columns ascend, and whether all values lie
+    between 0 and `LARGEST_VALUE`.
     """
     n, total, last, n_ascending, n_sound = ZERO, 0.0, np.int32(-1), 0, 0
     for i in range(len(columns)):  # without a branch: the next entry overwrites one that does not stay
@@ -89,9 +91,9 @@ def _name_row(
 def find_entries(
     matrix: np.ndarray, ids: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
-    """[`name_genes`] of a row-major matrix `(C, V)` whose columns have different genes or none.
+    """[`name_genes`] of a row-major matrix `(C, V)`, in which no two columns have the same gene.
 
-    Where the arrays for `gene_ids` and `counts` are too short, longer ones are made.
+    If the arrays `gene_ids` and `counts` are too short, longer arrays take their place.
     """
     (n_rows, n_columns), n, are_sound = matrix.shape, ZERO, True
     indptr, totals, whole = np.zeros(n_rows + 1, np.int64), np.empty(n_rows), n_columns - n_columns % BLOCK
@@ -137,9 +139,9 @@ def name_genes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool]:
     """Turns columns `int32 (E,)` into genes of the vocabulary; counts of one gene add up at its first place.
 
-    `ids` is `int32 (V,)`: the gene of each column, below `n_ids`, or -1; no gene twice unless `has_repeats`. Returns
-    `indptr`, `gene_ids` (`int32`) and `counts` of the entries with a gene, without stored zeros, sums of all entries,
-    `float64 (C,)`, and whether all of them lie between 0 and `LARGEST_VALUE`.
+    `ids` is `int32 (V,)`: the gene of each column, below `n_ids`, or -1. Several columns may have one gene if
+    `has_repeats`. Returns `indptr`, `gene_ids` (`int32`) and `counts` of the entries with a gene, without stored
+    zeros; sums of all entries of a cell, `float64 (C,)`; and whether all entries lie between 0 and `LARGEST_VALUE`.
     """
     kept_indptr, totals, n = np.zeros(len(indptr), np.int64), np.empty(len(indptr) - 1), ZERO
     place_of, are_sound = np.full(n_ids, -1, np.int32), True
@@ -205,9 +207,9 @@ def _count_edges(values: np.ndarray, ends: np.ndarray, levels: np.ndarray) -> tu
 
 @_compiled
 def _find_cutoff(hashes: np.ndarray, ranks: np.ndarray, ends: np.ndarray, n_kept: int, by_count: bool) -> np.uint64:
-    """A number that exactly `n_kept` of the hashes do not exceed, by interpolation: hashes are spread evenly.
+    """A number that exactly `n_kept` of the hashes do not exceed, found by interpolation, as hashes are even.
 
-    If `by_count`, only counts that tie for the last places keep their hashes; larger ones get 0, others the last hash.
+    If `by_count`, counts that tie for the last places keep their hashes; larger counts get 0, smaller the last hash.
     """
     low, high, n_low, n_high, n_passes = ZERO, LAST_HASH, 0, len(hashes), 0
     if by_count:

@@ -31,6 +31,7 @@ N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
 ROUNDED = "rounded to the nearest integer"
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
+MAX_LIBRARY = 1e7  # counts of a cell: more in half of the cells are decimals that were taken for counts
 LOG_BASES = (("e", np.e), ("2", 2.0), ("10", 10.0))
 LIKELY_TOTALS = (1e4, 1e6, 1e5, 1e3)
 TOTALS_COLUMN = "obs column of totals"
@@ -193,7 +194,7 @@ def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows 
 
 
 def _room(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays for the entries of a dense matrix, if some of its rows are like the others: fresh memory takes time."""
+    """Arrays for the entries of a dense matrix, sized by a sample of the rows, because fresh memory takes time."""
     some = block[:: 1 + len(block) // 128]
     # Counting booleans is eight times faster than counting numbers.
     size = block.shape[1] + int(1.1 * len(block) * np.count_nonzero(some != 0) / max(1, len(some)))
@@ -424,6 +425,8 @@ def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
         integral = float(found[np.diff(rows.indptr) > 0].mean())
         if integral < 0.9 or units.evidence[found].sum() < 6:  # a fit by chance in one data set of a million
             integral = 0.0
+        if integral and _is_decimal(units.unit[found], totals[found]):
+            integral = 0.0
         n_totals = int((totals > 0).sum())
         constant = n_totals > 1 and _spread(totals) < max(2e-3, 20 * precision.relative)
         # The totals of two or three cells may agree by chance.
@@ -438,6 +441,13 @@ def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
         if best_score[0] == 2:
             break
     return best
+
+
+def _is_decimal(unit: np.ndarray, totals: np.ndarray) -> bool:
+    """Whether the one unit of all cells is the last decimal of the values, such as 0.01 TPM, and no count."""
+    place = np.log10(np.median(unit))
+    a_decimal = place < -0.5 and abs(place - np.rint(place)) < 1e-3 and _spread(unit) < 1e-4
+    return bool(a_decimal and np.median(totals / unit) > MAX_LIBRARY)
 
 
 def _exact_verdict(
@@ -500,7 +510,8 @@ def _target_sum(
 def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *, says_log1p: bool) -> MatrixVerdict:
     """A matrix without proof of its scale: judged by closeness to integers and by range."""
     values = rows.data.astype(np.float64)
-    near = float((np.abs(values - np.rint(values)) <= 0.15).mean())  # 0.30 by chance
+    ones = values[values >= 0.5]  # a value below is as near to 0 as any small value
+    near = float((np.abs(ones - np.rint(ones)) <= 0.15).mean()) if len(ones) else 0.0  # 0.30 by chance
     largest, median = float(values.max()), float(np.median(values))
     evidence |= {"share_near_integer": _number(near), "max_over_median": _number(largest / median)}
     if near >= 0.5 and largest > 2 and not says_log1p:
@@ -514,7 +525,8 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
             name, base = "2", 2.0
             totals = rows.row_sums(np.expm1(values * np.log(base)))
         target_sum = next((total for total in LIKELY_TOTALS if totals.max() <= total * 1.001), None)
-        evidence |= {"log_from": "uns['log1p']" if says_log1p else "range of values", "target_sum_from": "assumed"}
+        evidence |= {"log_from": "uns['log1p']" if says_log1p else "range of values"}
+        evidence |= {"target_sum_from": "unknown" if target_sum is None else "assumed"}
         conversion = f"{name}**x - 1, then as they are: normalised values"
         return MatrixVerdict(
             "log1p", conversion, evidence, logs=1, base=base, target_sum=target_sum, precision=precision

@@ -199,7 +199,7 @@ def sample_hard_negatives(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tens
     """Draw one negative column per row, with the softmax of the logits as probabilities.
 
     `logits` are scaled similarities, `(rows, columns)`; `allowed` is true where the column is a negative of the row.
-    Returns the column drawn for each row, and whether the row has a negative; one without draws any column.
+    Returns the column drawn for each row, and whether the row has a negative; a row without one draws any column.
     """
     has_negative = allowed.any(dim=1)
     barred = ~allowed & has_negative[:, None]
@@ -367,9 +367,9 @@ class ScMMGPTTextEmbeddings(nn.Module):
 
 
 def with_own_weights(method: Callable) -> Callable:
-    """Let a method of an offloaded module run as accelerate lets `forward` run: with the module's own weights loaded.
+    """Load the weights of an offloaded module for one of its methods, as accelerate does for `forward`.
 
-    The weights of its submodules are loaded when these run.
+    A submodule loads its weights when it runs.
     """
 
     @functools.wraps(method)
@@ -386,8 +386,8 @@ def with_own_weights(method: Callable) -> Callable:
 class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
     """The Q-Former's cross-attention, which computes the keys and values of a cell once for several passes.
 
-    Keys and values depend on the cell alone, and with a thousand genes to 32 queries they are most of the work. The
-    contrast needs every cell once, and matching needs it again with several texts.
+    Keys and values depend on the cell alone, and are most of the work: a cell has a thousand genes for 32 queries. The
+    contrast computes both once for each cell, and matching uses them again with several texts.
     """
 
     def forward(
@@ -422,11 +422,7 @@ class ScMMGPTCellAttention(Blip2QFormerMultiHeadAttention):
             if encoder_attention_mask is not None:
                 encoder_attention_mask = encoder_attention_mask.index_select(0, cell_rows)
         queries = by_head(self.query(hidden_states))
-        # On a CPU in bfloat16, plain matrix products are 2.5 times as fast as PyTorch's fused attention.
-        implementation = self.config._attn_implementation
-        if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-            implementation = "eager"
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, queries, *states, encoder_attention_mask, dropout=dropout, scaling=self.scaling, **kwargs

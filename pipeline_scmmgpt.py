@@ -70,7 +70,7 @@ try:  # as a package or as remote code
     from .processing_scmmgpt import ScMMGPTProcessor
     from .proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from .query_scmmgpt import Search
-    from .reading_scmmgpt import InputChoice, finish_report
+    from .reading_scmmgpt import InputChoice, finish_report, need_columns
     from .receipt_scmmgpt import CellsHash, Signer, with_receipt
     from .scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from .unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
@@ -119,7 +119,7 @@ except ImportError:  # as a flat module in a clone
     from processing_scmmgpt import ScMMGPTProcessor
     from proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from query_scmmgpt import Search
-    from reading_scmmgpt import InputChoice, finish_report
+    from reading_scmmgpt import InputChoice, finish_report, need_columns
     from receipt_scmmgpt import CellsHash, Signer, with_receipt
     from scoring_scmmgpt import LabelScorer, encode_texts, mean_similarity, text_states
     from unseen_scmmgpt import MIN_BATCH, GeneSearch, TextScores
@@ -433,8 +433,10 @@ class ScMMGPTPipeline:
         summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), least)
         label_of = {text: label for label, text in stored.items()}
         if labelling.readout is not None:
-            totals: Mapping[str, float] = Counter(np.asarray(columns["cell_type"]).tolist())
-            if probabilities is not None:
+            totals: Mapping[str, float]
+            if probabilities is None:
+                totals = Counter(np.asarray(columns["cell_type"]).tolist())
+            else:
                 totals = dict(zip(labelling.candidates.names, _sum_of_rows(probabilities).tolist(), strict=True))
             counts: Counter[str] = Counter()
             for label, total in totals.items():
@@ -905,7 +907,8 @@ class ScMMGPTPipeline:
         expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
         typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
         within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
-        proved = Proof(expression, typed, *proposed, within, tissues_of(adata.obs))
+        broad = kinds[members.sum(axis=1) > 1].tolist()
+        proved = Proof(expression, typed, *proposed, within, broad, tissues_of(adata.obs))
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:
@@ -1335,8 +1338,7 @@ def _uncounted(choice: InputChoice) -> InputChoice:
 
 def _words(adata: Any, key: str) -> np.ndarray:
     """A column of `obs`, as str `(n_obs,)`."""
-    if key not in adata.obs:
-        raise ValueError(f"obs has no column {key!r}; it has {list(adata.obs.columns)}.")
+    need_columns(adata.obs, key)
     return np.asarray(adata.obs[key], dtype=str)
 
 

@@ -60,11 +60,10 @@ def _components(matrix: Any, seed: int) -> np.ndarray:
 def umap(adata: Any, color: str | Sequence[str] = "scmmgpt_cell_type", *, seed: int = 0) -> "Figure":
     """Cells on a plane, coloured by columns of `obs`, a panel each; see [`coordinates`]."""
     from scmmgpt.eval.figures import scatter_figure
+    from scmmgpt.reading_scmmgpt import need_columns
 
     columns = [color] if isinstance(color, str) else list(color)
-    missing = [name for name in columns if name not in adata.obs]
-    if missing:
-        raise ValueError(f"obs has no columns {missing}; it has {list(adata.obs.columns)}.")
+    need_columns(adata.obs, *columns)
     places, rows, _ = coordinates(adata, seed)
     return scatter_figure(places, {name: adata.obs[name].iloc[rows].to_numpy() for name in columns})
 
@@ -95,10 +94,9 @@ def _explained(adata: Any, key: str) -> Mapping[str, np.ndarray]:
 def confusion(adata: Any, label_key: str, predicted: str = "scmmgpt_cell_type") -> "Figure":
     """Counts of given labels (down) by predicted ones (across), shaded by the share of the given label."""
     from scmmgpt.eval.figures import confusion_figure
+    from scmmgpt.reading_scmmgpt import need_columns
 
-    for name in (label_key, predicted):
-        if name not in adata.obs:
-            raise ValueError(f"obs has no column {name!r}; it has {list(adata.obs.columns)}.")
+    need_columns(adata.obs, label_key, predicted)
     given, found = (np.asarray(adata.obs[name], dtype=str) for name in (label_key, predicted))
     rows, columns = np.unique(given), np.unique(found)
     columns = np.asarray([*(name for name in rows if name in columns), *(c for c in columns if c not in rows)])

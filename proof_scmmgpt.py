@@ -20,7 +20,7 @@ that express less, in counts per 10,000.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,6 +243,7 @@ class Proof:
             it expresses, then the evidence.
         others: Two rows of [`Other`]: of the runner-up, and of a second one where the type is broad.
         within: Type -> Cell Ontology ids of it and of the terms above it.
+        broad: Types of several labels. Whether one of these is above another is not known.
         tissues: str `(n_cells,)`: as the file says; "" for unknown.
     """
 
@@ -253,9 +254,11 @@ class Proof:
         candidates: np.ndarray,
         others: Sequence["Other"],
         within: Mapping[str, frozenset[str]],
+        broad: Collection[str],
         tissues: np.ndarray,
     ) -> None:
-        self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
+        self.expression, self.others, self.tissues = expression, others, tissues
+        self.within, self.broad = within, frozenset(broad)
         n_cells = len(kinds)
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
         while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
@@ -287,7 +290,10 @@ class Proof:
         self.n = np.bincount(self.group[self.group >= 0], minlength=len(self.names))
         self.sums = self.expression.totals(self.group, len(self.names), self.expression.rates.data)
         self.shares = self.expression.totals(self.group, len(self.names)) / self.n[:, None].clip(min=1)
-        self.logs = np.log(self.sums / self.n[:, None].clip(min=1) + PSEUDORATE)
+        counts = self.expression.totals(self.group, len(self.names), self.expression.counts.data)
+        sizes = np.bincount(self.group[self.group >= 0], self.expression.sizes[self.group >= 0], len(self.names))
+        pooled = COUNTS_PER_10K * counts / sizes[:, None].clip(min=1e-9)
+        self.logs = np.log(np.stack([self.sums / self.n[:, None].clip(min=1), pooled]) + PSEUDORATE)
         self.rivals = [
             np.array([i for i in range(len(self.names)) if self.n[i] >= MIN_KIND and self.excludes(i, own)], dtype=int)
             for own in range(len(self.names))
@@ -296,15 +302,22 @@ class Proof:
         self.expression.sorted.clear()
 
     def excludes(self, one: int, other: int) -> bool:
-        """Whether a cell of one group is none of the other: neither is above the other."""
-        above, below = (self.within.get(self.names[group], frozenset({self.names[group]})) for group in (one, other))
+        """Whether a cell of one group may be none of the other: neither is known to be above the other."""
+        names = self.names[one], self.names[other]
+        if names[0] != names[1] and self.broad.issuperset(names):
+            return True
+        above, below = (self.within.get(name, frozenset({name})) for name in names)
         return not above <= below and not below <= above
 
     def sets_apart(self, group: int, genes: Sequence[int]) -> list[int]:
-        """The first of the genes that together are higher in a group than in any other; none if none are."""
-        ratios = self.logs[group, genes] - self.logs[self.rivals[group]][:, genes]
-        if not len(ratios):
+        """The first of the genes that together are higher in a group than in any other; none if none are.
+
+        They must be so by the mean of the cells and by their pooled counts, in which large cells weigh more.
+        """
+        rivals = self.rivals[group]
+        if not len(rivals):
             return list(genes[:N_TYPE_GENES])
+        ratios = np.concatenate([logs[group, genes] - logs[np.ix_(rivals, genes)] for logs in self.logs])
         best = np.argsort(-ratios.min(axis=0), kind="stable")
         for chosen in (np.arange(len(genes)), best):
             chosen = chosen[:N_TYPE_GENES]

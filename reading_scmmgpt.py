@@ -6,6 +6,7 @@ applies the decision to any chunk of the same data; `read_cells` does both. The 
 This file travels with the weights, so it imports neither AnnData nor SciPy.
 """
 
+import difflib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,6 +79,7 @@ except ImportError:  # beside the other files of a checkpoint
 
 logger = logging.getLogger(__name__)
 
+N_TURNED = 200  # names of cells that are looked at for genes
 CHUNK_ROWS = 512  # rows read from a file at a time; conversion takes a dozen arrays of their values
 NAMED_ROWS = 4096  # of counts in memory, which are read in one pass
 CACHED_ROWS = 128  # of a matrix in memory: their values stay in the processor's cache until they are converted
@@ -111,7 +113,7 @@ class InputChoice:
         return _join(self.iter_cells(adata, n_named=adata.shape[0]), adata.shape[0])
 
     def iter_cells(self, adata: Any, *, n_named: int = NAMED_ROWS) -> Iterator[Cells]:
-        """Cells of `adata`, a chunk at a time, of `n_named` at most. The size of the chunks changes no cell."""
+        """Cells of `adata` in chunks of at most `n_named` cells. The size of the chunks changes no cell."""
         adata = _modality(adata)
         matrix = row_major(matrix_of(adata, self.source))
         n_cells, n_vars = matrix.shape
@@ -158,7 +160,7 @@ class InputChoice:
 
 
 def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
-    """`Cells.concatenate` in half the memory: each part is copied and freed before the next, a single one not."""
+    """`Cells.concatenate` in half the memory: a part is copied and freed before the next; a single part stays."""
     gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
     lengths, cell_ids, totals, n = [], [], [], 0
     for part in parts:
@@ -270,7 +272,16 @@ def choose_input(
         organism=organism or _declared_organism(adata),
         weights=np.bincount(chosen.rows.indices, weights=linear, minlength=len(chosen.types)),
     )
-    messages = check_match(match, gene_index, force=force)
+    try:
+        messages = check_match(match, gene_index, force=force)
+    except ValueError:
+        names = [str(name) for name in adata.obs_names[:N_TURNED]]
+        if (found := sum(gene_index.lookup(name)[0] >= 0 for name in names)) > len(names) / 2:
+            raise ValueError(
+                f"The genes are in the rows: {found} of the first {len(names)} names of cells are genes. Turn the "
+                "data: `adata = adata.T`."
+            ) from None
+        raise
 
     # step 3: what else is odd
     messages += _matrix_messages(source, verdict) + _droplet_messages(chosen.rows, match)
@@ -441,6 +452,22 @@ def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
             if str(name).lower() in GENE_COLUMNS or len(set(values)) > 0.5 * len(values):
                 columns[str(name)] = values
     return columns
+
+
+def need_columns(obs: Any, *names: str) -> None:
+    """Refuse `obs`, or another table, without some columns.
+
+    Raises:
+        ValueError: That names them, those that there are, and the one that may be meant.
+    """
+    missing = [name for name in names if name not in obs]
+    if not missing:
+        return
+    known = [str(name) for name in obs.columns]
+    near = difflib.get_close_matches(missing[0], known, n=1)
+    there = f"it has {known}" if known else "it has no columns"
+    which = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {missing}"
+    raise ValueError(f"obs has no {which}; {there}." + (f" Do you mean {near[0]!r}?" if near else ""))
 
 
 def _declared_organism(adata: Any) -> str | None:

@@ -410,9 +410,10 @@ def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np
     Returns:
         `indptr` int64 `(n_cells + 1,)`, positions in `gene_ids` int64 `(nnz,)`, values float32 `(nnz,)`.
     """
-    ids = cells.gene_ids.astype(np.int64)
-    places = np.searchsorted(gene_ids, ids).clip(max=len(gene_ids) - 1)
-    known = gene_ids[places] == ids
+    table = np.full(1 + max(gene_ids.max(initial=0), cells.gene_ids.max(initial=0)), -1, dtype=np.int64)
+    table[gene_ids] = np.arange(len(gene_ids))
+    places = table[cells.gene_ids]  # a search in sorted ids takes ten times as long
+    known = places >= 0
     rows = cells.rows()[known]
     counts = cells.counts[known].astype(np.float64)
     totals = np.bincount(rows, weights=counts, minlength=len(cells))

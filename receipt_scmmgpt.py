@@ -195,7 +195,7 @@ def is_language(name: str) -> bool:
 
 
 def with_receipt(verb: Callable[P, R]) -> Callable[P, R]:
-    """Let a verb of the pipeline, which records its settings in `uns[key][verb]`, add the receipt there.
+    """Decorate a verb of the pipeline that records its settings in `uns[key][verb]`: the receipt is added there.
 
     A verb that records nothing (a search without `key_added`) gets none.
     """

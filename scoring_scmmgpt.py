@@ -25,13 +25,16 @@ except ImportError:  # as a flat module in a clone
 TEXTS_AT_ONCE = 256
 
 
-def encode_texts(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str]) -> Tensor:
-    """Texts in the shared space, `(n_texts, projection_dim)`, L2-normalised."""
+def encode_texts(
+    bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str], *, projected: bool = True
+) -> Tensor:
+    """Texts in the shared space, `(n_texts, projection_dim)`, L2-normalised; else their states, `(n_texts, width)`."""
     inputs = processor(qformer_text=list(texts)).to(bridge.device)
     with torch.inference_mode():
         ids, mask = inputs["qformer_input_ids"], inputs["qformer_attention_mask"]
         batches = zip(ids.split(TEXTS_AT_ONCE), mask.split(TEXTS_AT_ONCE), strict=True)
-        return torch.cat([bridge.get_text_features(*batch) for batch in batches])
+        outputs = [bridge.get_text_features(*batch, return_dict=True) for batch in batches]
+        return torch.cat([of.pooler_output if projected else of.last_hidden_state for of in outputs])
 
 
 def text_states(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: Sequence[str]) -> np.ndarray:
@@ -104,11 +107,12 @@ class LabelScorer:
         novelty_of: Callable[[Cells], np.ndarray] | None = None,
     ) -> None:
         self.bridge, self.processor, self.readout, self.novelty_of = bridge, processor, readout, novelty_of
-        self.text_inputs = processor(qformer_text=texts).to(bridge.device)
-        self.text_features = encode_texts(bridge, processor, texts)
         self.readout_temperature, self.similarity_weight = settings["readout_temperature"], similarity_weight
         self.num_candidates = min(settings["matching_candidates"], len(texts)) if settings["matching_weight"] else 0
         self.readout_alone = readout is not None and not similarity_weight and not settings["matching_weight"]
+        if not self.readout_alone:
+            self.text_inputs = processor(qformer_text=texts).to(bridge.device)
+            self.text_features = encode_texts(bridge, processor, texts)
 
     def __call__(self, cells: Cells) -> tuple[Tensor, ...]:
         """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are not candidates; novelty."""

@@ -1,6 +1,6 @@
 """Labels that were never trained: how their texts place cells among the trained labels.
 
-A label that is given by a text alone has no cells. Four kinds of evidence replace them:
+A label that is given by a text alone has no cells. Six kinds of evidence replace them:
 
 * **place**: ridge regression from the texts of the trained labels to their mean profiles predicts its mean profile.
   The margin of a cell is its distance from the plane halfway between that profile and the nearest trained one;
@@ -8,7 +8,9 @@ A label that is given by a text alone has no cells. Four kinds of evidence repla
 * **named genes**: how strongly the cell expresses genes that the text names ("lacks CD25" and "CD25-negative" count
   against the cell);
 * **similar genes**: how strongly the cell expresses genes whose own texts, such as NCBI's summaries, are more like the
-  text than like those of the trained labels, if the checkpoint was made with texts of genes.
+  text than like those of the trained labels, if the checkpoint was made with texts of genes;
+* **pairs**: the same against each trained label alone, from its mean profile; the least of them counts;
+* **relatives**: the rank, among the trained labels, of the nearest ones by the likeness of their texts with the text.
 
 A logistic **gate** decides between the label and all trained ones. It is fitted in `finetune` on episodes that leave
 one trained label out. Among the trained labels, the readout decides (`readout_scmmgpt`): one softmax over both would
@@ -41,6 +43,8 @@ LEAST_SHARE = 0.01  # of the cells, for a label to be a candidate in a warning
 WEAK_LABELS = 2  # that warnings name, those with the least evidence; `uns` has all
 # Of a batch: the share of the most similar cells, their weight against the text, rounds, and fewest cells to read.
 BATCH_SHARE, BATCH_WEIGHT, BATCH_ROUNDS, MIN_BATCH = 0.1, 0.7, 2, 60
+NEARNESS = 0.05  # of the variance between labels: half a squared distance at which a label counts 1/e of the nearest
+EQUAL_TEXTS = 1e-6  # of the greatest length: a shorter difference of two texts is rounding
 NEVER = -100.0  # log probability of a text of no label
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:-[0-9A-Z]+)*")
 GENE_WORD = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z][A-Z0-9-]{3,}")  # CD19, FOXP3, GNLY; no word of prose
@@ -127,7 +131,7 @@ class Gate:
         return replace(self, weights=self.batch_weights, offset=self.batch_offset)
 
     def __call__(self, evidence: np.ndarray) -> np.ndarray:
-        """Log odds `(...,)` of evidence `(..., 4)`, not yet scaled; older gates know the first three."""
+        """Log odds `(...,)` of evidence `(..., 6)`, not yet scaled; older gates know the first ones."""
         return evidence[..., : len(self.scale)] / np.asarray(self.scale) @ np.asarray(self.weights) + self.offset
 
 
@@ -138,16 +142,22 @@ class LabelSpace:
     Args:
         centroids: float64 `(n_trained, n_genes)`.
         predicted: float64 `(n_new, n_genes)`: the profiles that the texts of untrained labels predict.
-        directions: float64 `(n_new, 2, n_genes)`, for profiles around `mean`, of unit variance if genes were
-            independent: genes that a text names, negative where the cell should lack them; and genes in proportion to
-            the similarity of their texts with the label's.
         mean: float64 `(n_genes,)`: the mean profile.
+        named: float64 `(n_new, n_genes)`: genes that a text names, negative where the cell should lack them.
+        similar: float64 `(n_new + n_trained, n_genes)`: similarity of each gene's text with the text of each label.
+        contrasts: float64 `(n_new, 1 + n_trained, n_new + n_trained)`: differences of the rows of `similar` between a
+            label and all trained ones together, and between it and each. The products of profiles with `named` and
+            with contrasts have unit variance if genes are independent.
+        ranks: float64 `(n_new, n_trained)`: of the likeness of the labels' texts, from 0 to 1, the most alike.
     """
 
     centroids: np.ndarray
     predicted: np.ndarray
-    directions: np.ndarray
     mean: np.ndarray
+    named: np.ndarray
+    similar: np.ndarray
+    contrasts: np.ndarray
+    ranks: np.ndarray
 
     @classmethod
     def of(
@@ -169,43 +179,60 @@ class LabelSpace:
         centroids, mean = arrays["centroids"][:, here], arrays["mean"][here]
         genes = arrays["gene_ids"][here]
         deviation = np.sqrt((arrays["factors"][:, here] ** 2).sum(axis=0) + arrays["noise"][here])
-        directions = np.zeros((len(new_texts), 2, len(genes)))
+        by_name = np.zeros((len(new_texts), len(genes)))
         for row, found in enumerate(named):
             ids = np.array([gene for gene in found if gene in set(genes.tolist())], dtype=np.int64)
             if len(ids):
                 places = np.searchsorted(genes, ids)
-                directions[row, 0, places] = [found[int(gene)] for gene in ids] / deviation[places] / np.sqrt(len(ids))
+                by_name[row, places] = [found[int(gene)] for gene in ids] / deviation[places] / np.sqrt(len(ids))
+        n_new, n_texts = len(new_texts), len(new_texts) + len(texts)
+        similar = np.zeros((n_texts, len(genes)))
         if "gene_texts" in arrays:
             gene_texts = arrays["gene_texts"][here]
             known = gene_texts.any(axis=1)
-            similarity = (new_texts - texts.mean(axis=0)) @ gene_texts.T * known
-            similarity -= similarity.sum(axis=1, keepdims=True) / max(known.sum(), 1) * known
-            lengths = np.linalg.norm(similarity * deviation, axis=1, keepdims=True)
-            directions[:, 1] = similarity / lengths.clip(min=1e-9)
-        return cls(centroids, predict_centroids(centroids, texts, new_texts), directions, mean)
+            similar = np.concatenate([new_texts, texts]) @ gene_texts.T * known
+            similar -= similar.sum(axis=1, keepdims=True) / max(known.sum(), 1) * known
+        single = np.eye(n_texts)
+        trained = np.concatenate([single[n_new:].mean(axis=0, keepdims=True), single[n_new:]])
+        contrasts = single[:n_new, None] - trained
+        squares = np.einsum("ijk,kl,ijl->ij", contrasts, (similar * deviation**2) @ similar.T, contrasts)
+        lengths = np.sqrt(squares.clip(min=0))
+        unequal = lengths > EQUAL_TEXTS * np.linalg.norm(similar * deviation, axis=1).max()
+        contrasts *= np.divide(unequal, lengths, where=unequal, out=np.zeros_like(lengths))[..., None]
+        ranks = (new_texts @ texts.T).argsort(axis=1, kind="stable").argsort(axis=1) / max(len(texts) - 1, 1)
+        predicted = predict_centroids(centroids, texts, new_texts)
+        return cls(centroids, predicted, mean, by_name, similar, contrasts, ranks)
 
     def products(self, ragged: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Half squared distances to trained and to predicted profiles, less half the cell's length; and genes.
 
-        The former are `(n_cells, n)`, the products with `directions` `(n_cells, n_new, 2)`. `ragged` is the result of
-        [`panel_profiles`].
+        The former are `(n_cells, n)`, the evidence of genes `(n_cells, n_new, 3)`: named, similar, and in pairs.
+        `ragged` is the result of [`panel_profiles`].
         """
-        table = self.directions.reshape(-1, len(self.mean))
-        of_genes = (sum_products(ragged, table) - table @ self.mean).reshape(-1, *self.directions.shape[:2])
-        return half_distances(ragged, self.centroids), half_distances(ragged, self.predicted), of_genes
+        n_new, table = len(self.named), np.concatenate([self.named, self.similar])
+        of_genes = sum_products(ragged, table) - table @ self.mean
+        pairs = np.einsum("nt,ijt->nij", of_genes[:, n_new:], self.contrasts)
+        of_labels = (self.centroids - self.mean) @ self.similar.T
+        pairs[:, :, 1:] -= np.einsum("jt,ijt->ij", of_labels, self.contrasts[:, 1:])
+        evidence = np.stack([of_genes[:, :n_new], pairs[:, :, 0], pairs[:, :, 1:].min(axis=2)], axis=2)
+        return half_distances(ragged, self.centroids), half_distances(ragged, self.predicted), evidence
 
     def evidence(
         self, trained: np.ndarray, new: np.ndarray, of_genes: np.ndarray, expected: np.ndarray | float = 0.0
     ) -> np.ndarray:
-        """Margin, novelty, named and similar genes of every cell for every new label, `(n_cells, n_new, 4)`.
+        """Margin, novelty, genes named, similar and in pairs, and relatives, `(n_cells, n_new, 6)`.
 
         The first arguments are those of `products`; `expected` is the novelty that a cell's depth explains.
         """
         cross = ((self.predicted[:, None] - self.centroids[None]) ** 2).sum(axis=2)  # (n_new, n_trained)
         distances = np.sqrt(cross).clip(min=1e-6)
         margins = ((trained[:, None] - new[:, :, None]) / distances).min(axis=2)
-        novelty = np.broadcast_to((trained.min(axis=1) - expected)[:, None], margins.shape)
-        return np.concatenate([np.stack([margins, novelty], axis=2), of_genes], axis=2)
+        nearest = trained.min(axis=1, keepdims=True)
+        novelty = np.broadcast_to(nearest - np.reshape(expected, (-1, 1)), margins.shape)
+        between = ((self.centroids - self.centroids.mean(axis=0)) ** 2).sum(axis=1).mean()
+        closeness = np.exp((nearest - trained) / max(NEARNESS * between, 1e-9))
+        relatives = closeness @ self.ranks.T / closeness.sum(axis=1, keepdims=True)
+        return np.concatenate([np.stack([margins, novelty], axis=2), of_genes, relatives[:, :, None]], axis=2)
 
     def read_batch(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.files import check_file, read_json, whole_file
+from scmmgpt.reading_scmmgpt import need_columns
 
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def calibrate_checkpoint(
         from scmmgpt.train.data.corpus import open_corpus
 
         labelled = open_corpus(source).obs("train").to_pandas()
-    if label_key not in labelled:
-        raise ValueError(f"obs has no column {label_key!r}; it has {list(labelled.columns)}.")
+    need_columns(labelled, label_key)
     id_key = f"{label_key}_ontology_term_id"
     table = labelled.assign(**({} if id_key in labelled else {id_key: None}))[[label_key, id_key]]
     table = table.astype(object).where(table.notna(), None).drop_duplicates(label_key).sort_values(label_key)

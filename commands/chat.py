@@ -21,7 +21,15 @@ from scmmgpt.evidence_scmmgpt import NONE
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, PROGRAMMES, TYPE_FOLD, TYPE_SHARE, Expression, join
 
 
-STATES = ("cycl|divid|prolif", "interferon", "inflam", "stress|dissoc", "cytotox", "activat", "exhaust|inhib")
+STATES = (  # words that ask for each of PROGRAMMES
+    r"cycl|divid|prolif|mito|replic|phase|\bG[012]",
+    r"interferon|\bifn|vir(us|al)",
+    "inflam|cytokine",
+    "stress|dissoc|heat",
+    "cytotox|(?<!natural )kill|effector",
+    r"activat|\bresting|quiescen|naive",
+    "exhaust|inhib|dysfunc",
+)
 COLUMNS = ("tissue", "donor_id", "donor", "sample", "batch", "condition", "disease", "assay", "leiden", "louvain")
 N_NAMED, N_PARTS, MAX_KINDS, SILENT = 5, 6, 60, 0.1  # genes and values of an answer; kinds of a column; as in reports
 

@@ -30,11 +30,14 @@ _LOCAL = {
     # Dask lets the C library give all memory back at once, which then costs half as much again as the computing.
     "distributed.nanny.pre-spawn-environ": _THREADS,
     "distributed.worker.profile.enabled": False,
+    # Dask looks at the clock of each process 50 times a second, and samples the lock of the interpreter.
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.gil.enabled": False,
 }
 
 
-def preload_workers(modules: Sequence[str]) -> None:
-    """Let a process import modules while this one goes on; on Linux, workers of this machine are copies of it.
+def preload_workers() -> None:
+    """Let a process import libraries while this one goes on; on Linux, workers of this machine are copies of it.
 
     Libraries read the number of threads when they are imported.
     """
@@ -45,7 +48,7 @@ def preload_workers(modules: Sequence[str]) -> None:
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(_THREADS)
     try:
-        forkserver.set_forkserver_preload([*modules, "distributed"])
+        forkserver.set_forkserver_preload(["scmmgpt.commands.worker_start", "distributed"])
         forkserver.ensure_running()
     finally:
         for name, value in before.items():

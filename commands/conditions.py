@@ -60,7 +60,8 @@ def rows_where(obs: pd.DataFrame, condition: str, names: Sequence[str] | None = 
         return _rows(_value(ast.parse(QUOTED.sub(stand_in, condition).strip(), mode="eval").body, obs, quoted))
     except (SyntaxError, TypeError, ValueError, KeyError, RecursionError, MemoryError) as error:
         known = ", ".join(obs.columns if names is None else names)
-        message = f"{condition!r} is not a condition on columns of obs ({error.args[0]}); the columns are {known}."
+        there = f"the columns are {known}" if known else "there are no columns"
+        message = f"{condition!r} is not a condition on columns of obs ({error.args[0]}); {there}."
         raise ValueError(message) from None
 
 

@@ -6,13 +6,15 @@ the line names its type, and the files that the command was given. `--debug` sho
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +26,8 @@ LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is w
 # Messages of libraries other than Python's own where memory is short. Their exceptions are `RuntimeError`s.
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
-OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of reading, as messages of the library name them
+# Arguments that messages of the library name, and that are options of a command.
+OPTIONS = ("layer", "assume", "gene_column", "organism", "force", "min_score", "error_rate", "labels", "tissue")
 REWORDINGS: list[Callable[[str], str]] = []  # of everything that is said, such as addresses in place of their copies
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
 # Modules whose distribution has another name, where an error names what to install.
@@ -108,6 +111,15 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
+class PrintVersion(argparse.Action):
+    """Print the version of this package."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print it and exit."""
+        sys.stdout.write(f"{parser.prog} {version('scmmgpt')}\n")
+        parser.exit()
+
+
 def first_paragraphs(text: str) -> str:
     """The first paragraph of a description, and the examples after it; the rest has reasons and details."""
     return "\n\n".join(text.split("\n\n")[:2])
@@ -175,18 +187,22 @@ def run_command(
 def as_options(text: str, *, can_force: bool = True) -> str:
     """A message of the library in the words of the command line: `gene_column=` is `--gene-column` there.
 
-    Without `can_force`, the way out of a command without that option is left out.
+    Without `can_force`, for commands without `--force`, the sentence about this option is left out.
 
     >>> as_options("Pass `layer=`, `assume='normalized'` or `force=True`.")
     'Pass `--layer`, `--assume normalized` or `--force`.'
+    >>> as_options("layer='counts' is not in the data.")
+    '--layer counts is not in the data.'
     """
+    names = "|".join(OPTIONS)
 
     def option(found: re.Match) -> str:
         value = "" if found[2] == "True" else found[2].strip("'\"")
         return f"`--{found[1].replace('_', '-')}{' ' if value else ''}{value}`"
 
     text = text if can_force else re.sub(r" Or pass `force=True`[^.]*\.", "", text)
-    return re.sub(rf"`({'|'.join(OPTIONS)})=([^`]*)`", option, text)
+    text = re.sub(rf"`({names})=([^`]*)`", option, text)
+    return re.sub(rf"(?<![\w.])({names})=('[^']*'|[\d.]*\d)", lambda found: option(found).strip("`"), text)
 
 
 def reworded(text: str) -> str:
@@ -197,16 +213,22 @@ def reworded(text: str) -> str:
 
 
 class _OptionWords(logging.Filter):
-    """Puts log messages of this package into the words of the command line; a command gives each warning once."""
+    """Puts log messages of this package into the words of the command line; a command gives each warning once.
+
+    A warning within [`naming`] begins with the path, so that two files have the same warning each.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.said: set[str] = set()
+        self.path: Any = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("scmmgpt"):
             record.msg, record.args = reworded(as_options(record.getMessage())), None
             if "is_repeated" not in vars(record):  # a record comes here once for each handler
+                if self.path is not None and record.levelno == logging.WARNING:
+                    record.msg = f"{self.path}: {record.msg}"
                 vars(record)["is_repeated"] = record.levelno == logging.WARNING and record.msg in self.said
                 self.said.add(record.msg)
             return not vars(record)["is_repeated"]
@@ -214,6 +236,16 @@ class _OptionWords(logging.Filter):
 
 
 OPTION_WORDS = _OptionWords()
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Put the path of one file of several before the warnings of a command; `None` puts nothing there."""
+    OPTION_WORDS.path = path
+    try:
+        yield
+    finally:
+        OPTION_WORDS.path = None
 
 
 def explain(

@@ -10,7 +10,8 @@ import numpy as np
 
 from scmmgpt.commands.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
-from scmmgpt.readers.cell_files import CellFile, DiskRows, read_file
+from scmmgpt.readers.cell_files import CellFile, read_file
+from scmmgpt.readers.disk_parts import DiskRows
 from scmmgpt.reading_scmmgpt import InputChoice, choose_input, finish_report, inspect_matrices, matrix_of
 
 

@@ -231,9 +231,11 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Options of `plan`."""
     add_input(parser)
-    parser.add_argument(
-        "--verb", choices=("annotate", "embed"), default="annotate", help="command (default: annotate)"
-    )
+    verbs = ("annotate", "audit", "embed", "search")
+    parser.add_argument("--verb", choices=verbs, default="annotate", help="command (default: annotate)")
+    text = "given labels, for audit (default: cell_type)"
+    parser.add_argument("--label-key", default="cell_type", metavar="COLUMN", help=text)
+    parser.add_argument("--text", default="a T cell", help="description of the wanted cells, for search")
     parser.add_argument("--cells", type=number(int, 1), metavar="N", help="cells to plan for (default: those of FILE)")
     text = "processes or GPUs (default: 1, and the cores)"
     parser.add_argument("--workers", type=number(int, 1), nargs="+", metavar="N", help=text)

@@ -76,10 +76,14 @@ class Job:
         return json.loads(json.dumps(fields))  # as a file has it
 
 
-def default_options(verb: str) -> dict[str, Any]:
-    """The options of a verb where the command gives none."""
+def default_options(verb: str, label_key: str = "cell_type", text: str = "") -> dict[str, Any]:
+    """The options of a verb where the command gives none but the column of an audit, and the text of a search."""
     if verb == "embed":
         return {"of": "cell-text"}
+    if verb == "audit":
+        return {"label_key": label_key, "cluster_key": None}
+    if verb == "search":
+        return {"text": text, "top_k": 10, "by": "similarity", "key_added": "scmmgpt_search"}
     names = ("labels", "tissue", "cl_ids", "cluster_key", "min_score", "error_rate", "matching_weight")
     return dict.fromkeys(names)
 
@@ -159,7 +163,7 @@ def compute_part(
         clusters = None if key is None else words_of(part.obs, key)
         evidence = pipeline.explain_cells(part, choice, labels, decided["sets"], clusters)
         return Computed(evidence.columns(), evidence.of_cells.as_arrays(), evidence.sums())
-    columns, probabilities = pipeline.label_cells(part, labelling_of(pipeline, choice, options, decided))
+    columns, probabilities = pipeline.label_cells(part, _known_labelling(pipeline, choice, options, decided))
     return Computed(columns, {"probabilities": probabilities})
 
 
@@ -177,6 +181,16 @@ def labelling_of(
     return labelling
 
 
+def _known_labelling(
+    pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
+) -> "Labelling":
+    """The labelling of a source, which is solved for its genes once in a process."""
+    key = pipeline, options, choice.match.ids.tobytes(), {name: array.tobytes() for name, array in decided.items()}
+    if not _LABELLING or _LABELLING[0][0] != key:
+        _LABELLING[:] = [(key, labelling_of(pipeline, choice, options, decided))]
+    return replace(_LABELLING[0][1], choice=choice)
+
+
 def words_of(obs: Any, key: str) -> np.ndarray:
     """A column of `obs` as str."""
     return np.asarray(obs[key], dtype=str)
@@ -185,6 +199,7 @@ def words_of(obs: Any, key: str) -> np.ndarray:
 # -- the process ------------------------------------------------------------------------------------------------------
 
 _LOADED: "list[tuple[tuple[str, str | None, int | None], ScMMGPTPipeline]]" = []  # the checkpoint of this process
+_LABELLING: "list[tuple[Any, Labelling]]" = []  # the last in this process, and what it was made of
 
 
 @contextlib.contextmanager
@@ -195,6 +210,7 @@ def using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
         yield
     finally:
         _LOADED.clear()
+        _LABELLING.clear()
 
 
 def _load(model: str, device: str | None, batch_size: int | None) -> "ScMMGPTPipeline":
@@ -255,7 +271,9 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
             np.savez_compressed(temporary, **cast(dict[str, Any], computed.sums))
     with whole_file(path) as temporary:
         schema = {"cells": json.dumps(counted)}
-        pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, write_page_checksum=True)
+        words = [name for name, values in computed.columns.items() if values.dtype.kind in "UO"]
+        options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
+        pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, **options)
 
 
 def _whole(read: Any) -> Any:
@@ -302,10 +320,23 @@ def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterab
         column = table[name].combine_chunks()
         if pa.types.is_fixed_size_list(column.type):
             values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+        elif pa.types.is_string(column.type):
+            words = column.dictionary_encode()
+            values = np.array(words.dictionary.to_pylist(), dtype=str)[words.indices.to_numpy()]
         else:
             values = column.to_numpy(zero_copy_only=False)
-        found[name] = values.astype(str) if values.dtype == object else values
+        found[name] = values
     return found
+
+
+@_whole
+def has_barcodes(path: Path, names: Any) -> bool:
+    """Whether a partition is of the cells with these names, in order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(path, columns=["barcode"], partitioning=None, page_checksum_verification=True)["barcode"]
+    return found.combine_chunks().equals(pa.array([str(name) for name in names], pa.string()))
 
 
 def is_whole(path: Path) -> bool:

@@ -29,12 +29,13 @@ import pandas as pd
 
 from scmmgpt.commands import partition_tasks as tasks
 from scmmgpt.commands.cluster import run_tasks
-from scmmgpt.commands.errors import explain, full_disk
+from scmmgpt.commands.errors import explain, full_disk, naming
 from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns, words_of
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
+from scmmgpt.reading_scmmgpt import need_columns
 
 
 if TYPE_CHECKING:
@@ -137,10 +138,10 @@ class PartitionedRun:
     def _partitions(self, source: Source) -> list[Partition]:
         """The partitions of a source; none if it cannot be read."""
         try:
-            cells = self._open(source)
-            choice = self.pipeline.processor.choose_input(cells, **self.job.reading)
-            if missing := [name for name in self.needed if name not in cells.obs]:
-                raise ValueError(f"obs has no columns {missing}; it has {list(cells.obs.columns)}.")
+            with naming(source.path if len(self.outputs) > 1 else None):
+                cells = self._open(source)
+                choice = self.pipeline.processor.choose_input(cells, **self.job.reading)
+            need_columns(cells.obs, *self.needed)
             labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
             decided = tasks.decide(self.pipeline, cells, choice, self.job, labels)
         except Exception as error:  # whatever a damaged file makes of the libraries
@@ -300,9 +301,10 @@ def compute_outputs(
             runs.append(PartitionedRun(second, outputs, pipeline, folder / "evidence", size, (), runs[0]))
             runs[1].compute(workers, cluster)
         for source, path in outputs.items():
-            results = [runs[0].join(source)]
-            if with_evidence and results[0].cells is not None:
-                results.append(runs[1].join(source, results[0].cells))
+            with naming(source.path if len(outputs) > 1 else None):
+                results = [runs[0].join(source)]
+                if with_evidence and results[0].cells is not None:
+                    results.append(runs[1].join(source, results[0].cells))
             failures += [line for each in results for line in describe_failures(each)]
             cells, failed = results[-1].cells, {rows: why for each in results for rows, why in each.failed.items()}
             if cells is None:
@@ -407,11 +409,12 @@ class Joined:
                 continue
             try:
                 counted, joined.widths = tasks.read_counts(path)
-                table = read_columns(path, None, joined.widths)
+                table = read_columns(path, None, ["barcode", *joined.widths])
+                is_same = tasks.has_barcodes(path, names[slice(*rows)])
             except ValueError as error:
                 joined.damaged[rows] = str(error)
                 continue
-            if table.pop("barcode").tolist() != [str(name) for name in names[slice(*rows)]]:
+            if not is_same:
                 raise ValueError(f"{path} has other cells than rows {rows[0]} to {rows[1]} of the source. Remove it.")
             joined.paths[rows] = path
             tables.append(table)

@@ -1,4 +1,4 @@
-"""Time, memory and storage that `annotate` and `embed` take for many cells, from costs measured on this machine.
+"""Time, memory and storage that a command over cells takes for many of them, from costs measured on this machine.
 
 A sample of the cells of a file is computed as a worker computes a partition: by one thread of a CPU, or by one GPU.
 Everything that grows with the cells is divided by the cells of the sample. What is one process's work whatever the
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scmmgpt.commands.partition_tasks import Computed, Job, compute_part, one_thread, write_partition
+from scmmgpt.commands.partition_tasks import Computed, Job, compute_part, decide, one_thread, write_partition
 from scmmgpt.commands.sources import Source
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
@@ -45,7 +45,9 @@ def measure(job: Job, pipeline: ScMMGPTPipeline, source: Source, load_seconds: f
     """Compute cells from all over a source for some seconds; the first sample warms up, and is not timed."""
     cells = source.open()
     choice = pipeline.processor.choose_input(cells, **job.reading)
-    n_cells = cells.shape[0]
+    if job.verb == "audit" and job.options["label_key"] not in cells.obs:
+        raise ValueError(f"obs has no column {job.options['label_key']!r}; --label-key names one.")
+    n_cells, decided = cells.shape[0], decide(pipeline, cells, choice, job)
     starts = np.linspace(0, max(0, n_cells - SAMPLE), 64).astype(int)
     spent, n_sampled, n_written = 0.0, 0, 0
     computed = Computed()
@@ -53,7 +55,7 @@ def measure(job: Job, pipeline: ScMMGPTPipeline, source: Source, load_seconds: f
         for i, start in enumerate(starts):
             began = time.perf_counter()
             part = source.open_rows(int(start), min(int(start) + SAMPLE, n_cells))
-            computed = compute_part(pipeline, part, choice, job, {})
+            computed = compute_part(pipeline, part, choice, job, decided)
             path = Path(folder) / f"{i}.parquet"
             write_partition(path, part.obs_names, computed, {})
             n_written, rows = path.stat().st_size, part.shape[0]

@@ -18,29 +18,42 @@ from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 TOPICS = {
     topic: re.compile("|".join(words.split()), re.IGNORECASE)
     for topic, words in {
-        "state": r"""\bcycl divid prolif activat interferon \bifn exhaust inhibitory cytotox stress programme
-            inflam \bstates?\b""",
-        "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin differ compar
-            regulated \bthan\b \bdegs?\b relative.to separate signature enriched versus \bvs\b""",
+        "state": r"""\bcycl divid prolif mito[st]i replicat \b[SM].phase \bG[012] activat \bresting quiescen naive
+            interferon \bifn vir(us|al) exhaust dysfunc inhibitory cytotox (?<!natural.)kill effector stress
+            heat.?shock programme inflam cytokine \bstates?\b \bdoing\b""",
+        "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin discrimin
+            differ(?!ent[.?!]*$) compar regulated \bthan\b \bdegs?\b relative.to separate signature enriched versus
+            \bvs\b \bwhat.do\b.*express \bonly\b.*express exclusiv \buniqu (top|best|strongest).(\w+.)?(genes|hits)""",
         "markers": r"""\bmarkers?\b hallmark""",
-        "whynot": r"""\bwhy\b.*(\bnot\b|n't) against rul\w+.(\w+.)*out exclud instead \bcould \bmight (are|is)n't
-            (sure|convince)\b.*\bnot\b""",
-        "alternatives": r"""\belse\b alternativ compet runner second next.(best|most) other.(type|label)""",
+        "whynot": r"""\bwhy\b.*(\bnot\b|n't) against rul\w+.(\w+.)*out \bout.of.the exclud dismiss contradict instead
+            \bcould \bmight (are|is)n't (sure|certain|convinced?|know)\b.*(\bnot?\b|n't)""",
+        "alternatives": r"""\belse\b alternativ compet rival runner second next.(best|most|closest) (closest|nearest)
+            (an)?other.(type|label|name|one) plausib confus mistak if.not\b otherwise \bbe.something""",
         "sure": r"""\bsure\b certain confiden \bscores?\b probab unknown correct \bright\b wrong doubt trust \breli
-            how.good""",
-        "why": r"""\bwhy\b evidence \bhow.(do|did|was|were|can)\b.*(know|tell|call|label|decide) what.makes convinc
-            reason grounds justif explain support behind \bspeaks?.for""",
-        "quality": r"""\b(how.(many|few)|number.of).(\w+.)?(cells|counts|genes|umis)\b \bumis?\b how.(big|large) depth
-            quality healthy doublet \bdead \bdying empty mitoch""",
-        "describe": r"""descri summar characteri sentence \babout.(them|these|this|it) notab interesting overview
-            caption legend one.line""",
-        "column": r"""donor patient tissue condition batch sample cluster disease \bsex\b assay
-            (come|are.they).from""",
-        "types": r"""\btypes?\b \bkinds?\b compos population mixture
-            \bwhat.(are|is|have).(they|these|those|this|here|in|i)\b \bwho('s|.is|.are)\b consist identit
-            made.of \bpure\b break.*down labels \bname\b""",
+            how.(good|close) \bbet\b shak[ey] ambig borderline clear.cut safe solid robust believe (poor|bad)ly
+            mis(class|label)""",
+        "why": r"""\bwhy\b evidence \bhow.(do|did|was|were|can)\b.*(know|tell|call|label|decide|arriv|conclu)
+            what.makes convinc \bbas(ed|is)\b ground reason rationale justif explain support behind
+            \b(speak|argue|case|account)s?.for points?.to \bled\b (ma[dk]es?|let).(you|the|it) \bch(o|oo)se""",
+        "quality": r"""\b(how.(many|few)|number.of|few).(\w+.)?(cells|counts|genes|umis) \bumis?\b \breads\b
+            how.(big|large|deep) depth library (mean|median|total).counts? quality healthy viab doublet \bdead \bdying
+            damag debris broken ambient empty mitoch""",
+        "describe": r"""descri summar sum.(\w+.)?up characteri sentence paragraph \babout.(them|these|this|it) notab
+            interesting special overview caption legend one.line walk.me in.(\w+.)?words (should|must).i.know
+            \bgist\b""",
+        "column": r"""donor patient tissue condition batch sample (?<!this.)(?<!the.)(?<!my.)cluster disease \bsex\b
+            assay (come|are.they).from""",
+        "types": r"""\btypes?\b \bkinds?\b compos population lineage subset mixture (homo|hetero)gen \bdivers
+            \bwhat.(are|is|have|did).(they|these|those|this|here|in|i)\b \bwho('s|.is|.are)\b consist identit made.of
+            \bpure\b break.*down labels \blabel.is \bname\b""",
     }.items()
 }
+# What no count of a file answers, however many types it names: the literature, medicine and work for other programs.
+REFUSED = re.compile(
+    r"\b(papers?|reviews?|literature|publications?|cite|drugs?|dos(e|age)|therap\w+|inhibitors?|surviv\w+|prognos\w+|"
+    r"cures?|buy|plot|draw|heatmap|umap|translate|install|save|export|trajector\w+)\b",
+    re.IGNORECASE,
+)
 EXAMPLES = (
     "Which types are here? Describe them. Why this label? Why not NK cells? What else could they be? How sure is it? "
     "Which markers are missing? Do they express CD4? Which genes set them apart from monocytes? Are they dividing? "
@@ -52,6 +65,9 @@ REFERENCE = re.compile(
     r"\b(against|from|than|versus|vs\.?|with|to|unlike)\s+((the|all|other|an?)\s+)*$", re.IGNORECASE
 )
 SUBJECT = re.compile(r"\b(of|in|among|for|within|from)\s+((the|all)\s+)*$", re.IGNORECASE)
+MANY_GENES = re.compile(r"\bgenes\b", re.IGNORECASE)
+HOW_MANY = re.compile(r"\s*(and.)?how.(many|much|few)\b", re.IGNORECASE)
+SELECTION = re.compile(r"\b(this|the|my|that)\s+$", re.IGNORECASE)  # "this cluster" is the selection
 WORD = re.compile(r"[A-Za-z0-9][\w.-]*\w|\w")
 CLUSTERS = ("leiden", "louvain", "seurat_clusters", "clusters")  # columns that are called clusters
 NO_COLUMN = ("cell", "cells", "label", "labels", "type", "types", "score", "name")  # words of prose
@@ -105,13 +121,18 @@ class QuestionReader:
         has_type = any(column == "type" for column, _ in groups)
         if not has_type and "whynot" in topics:  # "could they be doublets" names no type
             topics.remove("whynot")
+        if has_type and topics == ["quality"]:  # "how large a share are B cells?"
+            topics = ["types"]
         if follows and groups and topics == ["column"]:  # "and in donor 2?"
             topics = []
-        if asked.genes and not {"markers", "genes"} & set(topics):
+        if asked.genes and "markers" not in topics and not MANY_GENES.search(text):
             topics = ["gene"]
         guess = last.topic if follows else ""
         guess = guess or ("types" if has_type else "column" if groups or asked.columns else "")
+        guess = guess or ("genes" if MANY_GENES.search(text) else "quality" if HOW_MANY.match(text) else "")
         asked.topic = (topics or [guess])[0]
+        if REFUSED.search(text) and asked.topic in ("types", "column") and not asked.columns:
+            asked.topic = ""
         for group, before in groups.items():
             is_target = asked.topic in TARGETS and (group[0] == "type") == (asked.topic != "column")
             if asked.topic == "genes" and REFERENCE.search(before):
@@ -141,10 +162,12 @@ class QuestionReader:
                 if group is not None and not taken[i : i + length].any():
                     taken[i : i + length] = True
                     found[group] = asked.text[: words[i].start()]
-        for word in (word.group() for word, is_taken in zip(words, taken, strict=True) if not is_taken):
+        for match in (word for word, is_taken in zip(words, taken, strict=True) if not is_taken):
+            word, before = match.group(), asked.text[: match.start()]
             asked.genes += self.genes_of(word)
             asked.columns += [c for c in self.columns if simple(word) in simple(c).split() and word not in NO_COLUMN]
-            asked.columns += [name for name in self.columns if name in CLUSTERS and simple(word) == "cluster"]
+            if simple(word) == "cluster" and not (word == "cluster" and SELECTION.search(before)):
+                asked.columns += [name for name in self.columns if name in CLUSTERS]
         return found
 
     def genes_of(self, word: str) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands.verify import receipts
+from scmmgpt.reading_scmmgpt import need_columns
 
 
 SHOWN = 10  # rows of a table of cells
@@ -35,8 +36,7 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
 
     if f"{KEY}_cell_type" not in adata.obs:
         raise ValueError("The cells have no labels of `scmmgpt annotate`: annotate them first, or name a --model.")
-    if label_key is not None and label_key not in adata.obs:
-        raise ValueError(f"obs has no column {label_key!r}; it has {list(adata.obs.columns)}.")
+    need_columns(adata.obs, *filter(None, [label_key]))
     uns = adata.uns.get(KEY, {})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "eval" / "templates"),
@@ -102,6 +102,8 @@ def warnings_of(adata: Any) -> list[str]:
     low = float((adata.obs[f"{KEY}_score"] < LOW_SCORE).mean())
     if low > 0:
         found.append(f"{low:.0%} of the cells have a score below {LOW_SCORE}.")
+    if f"{KEY}_cell_type_majority" in adata.obs and "clusters" not in done:
+        found.append("The file has no votes of clusters, which older versions did not keep: annotate it again.")
     if "explain" not in uns:
         found.append("There is no evidence for the labels: run `scmmgpt annotate` with --evidence.")
     return found

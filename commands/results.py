@@ -4,8 +4,10 @@ A command reads matrices in chunks and changes none. From an `.h5ad` or a Zarr s
 new `obs`, `obsm` and `uns`, and its memory does not grow with the matrices. Cells of other formats are in memory.
 """
 
+import contextlib
 import itertools
 import logging
+import mmap
 import os
 import shutil
 import threading
@@ -36,6 +38,7 @@ Cells: TypeAlias = anndata.AnnData | CellFile
 ENTRIES_AT_ONCE = 2**22  # of an array of a Zarr store
 ROWS_AT_ONCE = 50_000  # of a table
 ROWS_COPIED = 4096  # of a matrix
+BYTES_COPIED = 2**24  # of a file at a time
 
 
 @dataclass
@@ -110,7 +113,7 @@ class CopiesAhead:
             if self._stopped.is_set():
                 return
             try:
-                shutil.copyfile(source, copy)
+                _copy_file(source, copy)
                 self._made[source].set_result(None)
             except OSError as error:
                 self._made[source].set_exception(error)
@@ -123,10 +126,32 @@ class CopiesAhead:
         return self.copies[source]
 
     def remove(self) -> None:
-        """Remove what was not taken."""
+        """Remove the copies that were not taken."""
         self._stopped.set()
         for copy in self.copies.values():
             copy.unlink(missing_ok=True)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file past the cache of the system, where that is possible: for less CPU time, and nothing is evicted."""
+    direct = getattr(os, "O_DIRECT", None)
+    if direct is not None:
+        with (
+            contextlib.suppress(OSError),
+            source.open("rb") as given,
+            mmap.mmap(-1, BYTES_COPIED) as buffer,
+        ):
+            copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
+            try:
+                while n := given.readinto(buffer):
+                    n_written = -(-n // mmap.PAGESIZE) * mmap.PAGESIZE  # the system takes whole pages
+                    if os.write(copy, memoryview(buffer)[:n_written]) < n_written:
+                        raise OSError("The disk is full.")
+                os.ftruncate(copy, given.tell())
+                return
+            finally:
+                os.close(copy)
+    shutil.copyfile(source, target)  # another system or file system; a full disk fails once more
 
 
 def write_cells(cells: Cells, source: Path, output: Path, copies: CopiesAhead | None = None) -> None:
@@ -185,7 +210,7 @@ def write_result(cells: Cells, source: Path, target: Path, copy: Path | None = N
     elif source.is_dir():
         _copy_store(cells.handle, target)
     else:
-        shutil.copyfile(source, target)
+        _copy_file(source, target)
     with h5py.File(target, "r+") as file:
         _replace(file, "obs", cells.obs)
         for part, added in (("obsm", cells.obsm), ("uns", {"scmmgpt": cells.uns["scmmgpt"]})):

@@ -43,13 +43,14 @@ class Source:
         return self._opened()[start:stop]
 
     def _opened(self) -> Any:
-        """The file, which stays open in this process for the next partition: its tables are read once."""
+        """The file, which stays open in this process for the next partition; only `var` is in memory."""
         from scmmgpt.readers.cell_files import read_file
 
         key = (self, *self.fingerprint().values())
         if not _OPENED or _OPENED[0][0] != key:
             _OPENED.clear()
-            _OPENED.append((key, read_file(self.path, backed=True, gene_index=_gene_index(self.path, self.model))))
+            genes = _gene_index(self.path, self.model)
+            _OPENED.append((key, read_file(self.path, backed=True, gene_index=genes, obs_on_disk=True)))
         return _OPENED[0][1]
 
     def fingerprint(self) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from anndata import AnnData
 from sklearn.metrics import roc_auc_score
 
 from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines, generation, results
-from scmmgpt.eval.cells import LabelledCells, read_splits
-from scmmgpt.eval.description import ontology_ids
+from scmmgpt.eval.cells import LabelledCells, ontology_ids, read_splits
 from scmmgpt.eval.task import task_parser
 from scmmgpt.modeling_scmmgpt import ScMMGPTBridgeModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -39,6 +39,7 @@ from scmmgpt.query_scmmgpt import standardised
 from scmmgpt.scoring_scmmgpt import mean_similarity
 from scmmgpt.train.data.captions import parse_cell_type
 from scmmgpt.train.data.corpus import Corpus, open_corpus
+from scmmgpt.train.labels import column_of
 
 
 PARTS = ("wide", "deep", "both")
@@ -77,9 +78,17 @@ def silent(layer: torch.nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def labelled_test_cells(corpus: Corpus, label_key: str) -> tuple[AnnData, np.ndarray]:
+    """The labelled cells of the test split, and their labels."""
+    adata = corpus.to_adata("test")
+    labels = column_of(adata.obs, label_key)
+    known = labels != None  # noqa: E711 (elementwise)
+    return adata[known].copy(), labels[known].astype(str)
+
+
 def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: str) -> float:
     """Accuracy on the test split."""
-    bridge, adata = pipeline._bridge(), corpus.to_adata("test")
+    bridge, (adata, truth) = pipeline._bridge(), labelled_test_cells(corpus, label_key)
     with ExitStack() as stack:
         if parts == "deep":
             stack.enter_context(without_places(bridge))
@@ -89,15 +98,14 @@ def annotate(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str, parts: s
         weight = 0.0 if parts == "wide" else None
         found = pipeline.annotate(adata, matching_weight=weight, min_score=0).obs["scmmgpt_cell_type"]
         pipeline.model.config.annotation = stored
-    return float((found.astype(str).to_numpy() == adata.obs[label_key].astype(str).to_numpy()).mean())
+    return float((found.astype(str).to_numpy() == truth).mean())
 
 
 def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[str, float]:
     """AUROC of the cells of a type for its text, mean over types, by parts."""
-    adata, config = corpus.to_adata("test"), pipeline.model.config
+    (adata, truth), config = labelled_test_cells(corpus, label_key), pipeline.model.config
     if "labels" not in (config.annotation or {}):
         raise ValueError("The checkpoint stores no labels; run `scmmgpt calibrate` on the validation split before.")
-    truth = adata.obs[label_key].astype(str).to_numpy()
     texts = {label: text for label, text in config.annotation["labels"].items() if label in truth}
     choice, words = pipeline.processor.choose_input(adata), list(texts.values())
     bridge = pipeline._bridge()
@@ -120,7 +128,7 @@ def search(pipeline: ScMMGPTPipeline, corpus: Corpus, label_key: str) -> dict[st
 
 def describe(pipeline: ScMMGPTPipeline, corpus: Corpus, train: LabelledCells, label_key: str, parts: str) -> float:
     """Share of the descriptions of the test split that name the true type."""
-    model, adata = pipeline.model.model, corpus.to_adata("test")
+    model, (adata, truth) = pipeline.model.model, labelled_test_cells(corpus, label_key)
     with ExitStack() as stack:
         if parts != "both":
             stack.enter_context(silent(model.label_projection if parts == "deep" else model.language_projection))
@@ -128,7 +136,7 @@ def describe(pipeline: ScMMGPTPipeline, corpus: Corpus, train: LabelledCells, la
     ids = ontology_ids(train)
     candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
     named = [parse_cell_type(text, candidates) for text in adata.obs["scmmgpt_description"]]
-    return float(np.mean(np.array(named, dtype=object) == adata.obs[label_key].astype(str).to_numpy()))
+    return float(np.mean(np.array(named, dtype=object) == truth))
 
 
 def generate(
@@ -180,7 +188,7 @@ def summarise(runs: Sequence[dict[str, dict[str, float]]]) -> str:
         cells = []
         for name in columns:
             values = [run[row][name] for run in runs if name in run.get(row, {})]
-            spread = f" ± {np.std(values):.3f}" if len(values) > 1 else ""
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ the accuracy of annotation, and the 5-NN accuracy of generated cells.
 """
 
 import argparse
+import functools
 import importlib.util
 import logging
 import sys
@@ -47,7 +48,7 @@ from scmmgpt.eval import (
     retrieval,
 )
 from scmmgpt.eval.baselines import TypePrediction
-from scmmgpt.eval.cells import LabelledCells, match_names, read_splits
+from scmmgpt.eval.cells import LabelledCells, match_names, ontology_ids, read_splits
 from scmmgpt.eval.claims import find_claims, markdown_claims, markdown_table
 from scmmgpt.eval.generation import GeneratedCells
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
@@ -82,6 +83,12 @@ class Study:
     def adata(self, split: str) -> AnnData:
         """The cells of a split, as our commands read them."""
         return self.corpus.to_adata(split)
+
+    @functools.cached_property
+    def by_genes(self) -> tuple[np.ndarray, np.ndarray]:
+        """GenePT's embeddings of training and test cells; embedding the texts of thousands of genes takes minutes."""
+        train, test = methods.embed_by_genes([self.train, self.test], self.args.gene_texts)
+        return train, test
 
     def words(self, config: str, folder: Path) -> list[str]:
         """Words of a training command."""
@@ -184,7 +191,7 @@ def evaluate_texts(study: Study, trained: Trained) -> dict[str, dict]:
     train, test, seed = study.train, study.test, study.args.seed
     regression = baselines.regression_on_shared_genes(train, test, seed=seed)
     told = trained.sentences.describe(test, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
-    ids = description.ontology_ids(train)
+    ids = ontology_ids(train)
     candidates = {label: ids.get(label) for label in sorted(set(train.labels))}
     named = [parse_cell_type(text, candidates) or annotation.UNKNOWN for text in told]
     others = {SENTENCES: TypePrediction(np.array(named)), CONTRAST: annotate(study, trained.contrast)}
@@ -217,7 +224,7 @@ def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nda
 def linear_annotation(study: Study) -> dict[str, TypePrediction]:
     """GenePT's embedding with a linear head, ridge, and CellTypist."""
     train, test, seed = study.train, study.test, study.args.seed
-    x, y = standardize(*methods.embed_by_genes([train, test], study.args.gene_texts))
+    x, y = standardize(*study.by_genes)
     predictions = {GENES: baselines.logistic_regression(x, train.labels, y, seed=seed)}
     genes = np.intersect1d(train.genes, test.genes)
     both = [cells.select_genes(genes) for cells in (train, test)]
@@ -270,7 +277,6 @@ def evaluate_spaces(study: Study, trained: Trained) -> dict[str, dict]:
     texts, types = [text for text, _ in pairs], np.array([label for _, label in pairs])
     genes = np.intersect1d(train.genes, test.genes)
     x, y = (cells.select_genes(genes).expression.toarray() for cells in (train, test))
-    of_genes = methods.embed_by_genes([train, test], study.args.gene_texts)[1]
     embedded = embed_texts(texts)
     learned = embed_texts(sampler.caption(train.obs, cell_ids=hash_names(train.names)))
     mapped = RidgeCV(alphas=np.logspace(0, 5, 11)).fit(x, learned).predict(y)
@@ -278,10 +284,10 @@ def evaluate_spaces(study: Study, trained: Trained) -> dict[str, dict]:
     similarities = {
         results.MODEL_NAME: ours[0],
         CONTRAST: theirs[0],
-        GENES: of_genes @ embedded.T,
+        GENES: study.by_genes[1] @ embedded.T,
         "ridge to embeddings of captions": normalize(mapped) @ embedded.T,
     }
-    spaces = {results.MODEL_NAME: ours[1], CONTRAST: theirs[1], GENES: of_genes}
+    spaces = {results.MODEL_NAME: ours[1], CONTRAST: theirs[1], GENES: study.by_genes[1]}
     spaces["principal components"] = clustering.components(x, y, seed=seed)
     batches = next((test.obs[key] for key in BATCH_KEYS if len(set(test.obs.get(key, ()))) > 1), None)
     return {
@@ -316,7 +322,8 @@ def report(tasks: Mapping[str, dict], about: Mapping[str, Any]) -> str:
     parts = [
         "# Ours and the methods of others",
         f"Corpus `{about['corpus']['path']}`, splits sha256 `{(about['corpus']['splits sha256'] or 'none')[:16]}`, "
-        f"seed {about['seed']}. Processor seconds of training: {seconds}.",
+        f"seed {about['seed']}. Processor seconds of training: {seconds}. Candidates of annotation: all "
+        f"{about['n_candidates']} labels of the training cells.",
         markdown_claims(find_claims(tasks, SENTENCES), SENTENCES),
     ]
     for task, result in tasks.items():
@@ -363,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks["generation"] = evaluate_generation(study, trained)
     logger.info("Searching and clustering")
     tasks |= evaluate_spaces(study, trained)
-    about["seconds"] = trained.seconds
+    about |= {"seconds": trained.seconds, "n_candidates": len(set(study.train.labels))}
     write_json(output / "results.json", {"task": "all", **about, "claims": find_claims(tasks, SENTENCES), **tasks})
     text = report(tasks, about)
     (output / "report.md").write_text(text, encoding="utf-8")

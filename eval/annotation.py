@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.baselines import TypePrediction
-from scmmgpt.eval.cells import LabelledCells, match_names
+from scmmgpt.eval.cells import LabelledCells, match_names, ontology_ids
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import N_BINS, annotation_scores
 from scmmgpt.eval.task import run_task
 
@@ -27,6 +27,12 @@ MEASURES = {
         "weighted F1", True, "Mean F1 of the true types, weighted by their numbers of cells."
     ),
     "balanced_accuracy": results.Measure("balanced accuracy", True, "Unweighted mean recall of the true types."),
+    "hierarchical_f1": results.Measure(
+        "hierarchical F1",
+        True,
+        "F1 of the terms of the Cell Ontology above the named and the true type, these included, over all cells: a "
+        "near relative is half right. A label without a term counts as one term.",
+    ),
     "ece": results.Measure(
         "calibration error",
         False,
@@ -80,6 +86,8 @@ def evaluate_annotation(
     }
     draws = results.bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
     estimates = {name: _estimates(labels, truth, conf, draws) for name, (_, labels, conf) in candidates.items()}
+    for name, (_, labels, _) in candidates.items():
+        estimates[name]["hierarchical_f1"] = _hierarchical_f1(labels, truth, ontology_ids(train), draws)
     roles = {name: role for name, (role, _, _) in candidates.items()}
     result = {"task": "annotation"} | results.tabulate(MEASURES, roles, estimates)
     result |= {"n_test": len(truth), "n_train": len(train), "n_genes": len(genes)}
@@ -115,6 +123,23 @@ def _estimates(
         replicates["ece"] = _calibration_errors(np.asarray(confidences), predictions == truth, draws)
         replicates["ece"] = results.recentre(scores["ece"], replicates["ece"]).clip(min=0)
     return {name: results.Estimate(value, len(truth), replicates[name]) for name, value in scores.items()}
+
+
+def _hierarchical_f1(
+    predictions: np.ndarray, truth: np.ndarray, term_ids: Mapping[str, str | None], draws: np.ndarray
+) -> results.Estimate:
+    from scmmgpt.train.data import ontology
+
+    def lineage(label: str) -> set[str]:
+        term = term_ids.get(label) or ontology.match_label("cell_type", label)[0]
+        if label.lower() == UNKNOWN:
+            return set()
+        return {label} if term is None else {term, *ontology.ancestors(term)} - {ontology.ROOT_TYPE}
+
+    lineages = {label: lineage(label) for label in {*predictions, *truth}}
+    pairs = [(lineages[named], lineages[true]) for named, true in zip(predictions, truth, strict=True)]
+    shared, sizes = (np.array(n, float) for n in zip(*((len(a & b), len(a) + len(b)) for a, b in pairs), strict=True))
+    return results.Estimate(2 * shared.sum() / sizes.sum(), len(truth), 2 * (draws @ shared) / (draws @ sizes))
 
 
 def _scores_of_confusions(confusion: np.ndarray) -> dict[str, np.ndarray]:

@@ -157,3 +157,11 @@ def match_names(names: ArrayLike, test: LabelledCells, source: str) -> tuple[np.
     if len(kept) < len(test):
         logger.warning("%d of %d test cells are not in %s.", len(test) - len(kept), len(test), source)
     return rows[kept], kept
+
+
+def ontology_ids(cells: LabelledCells) -> dict[str, str | None]:
+    """Cell type -> its Cell Ontology id."""
+    ids = cells.obs.get("cell_type_ontology_term_id")
+    if ids is None:
+        return {}
+    return {label: None if term != term else term for label, term in zip(cells.labels, ids, strict=True)}

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scmmgpt.cells_scmmgpt import Cells, hash_names
 from scmmgpt.eval import baselines, results
 from scmmgpt.eval.baselines import TypePrediction
-from scmmgpt.eval.cells import LabelledCells, match_names
+from scmmgpt.eval.cells import LabelledCells, match_names, ontology_ids
 from scmmgpt.eval.metrics.generated_cell_knn.generated_cell_knn import discrepancy, gaussian_kernel, median_distance
 from scmmgpt.eval.metrics.text_discrepancy import text_discrepancy as metric
 from scmmgpt.eval.task import run_task
@@ -353,14 +353,6 @@ def _checks(
         "genes_expressed": of_genes,
         "grounded": lambda text, row: float(of_genes(text, row) == 1),
     }
-
-
-def ontology_ids(cells: LabelledCells) -> dict[str, str | None]:
-    """Cell type -> its Cell Ontology id."""
-    ids = cells.obs.get("cell_type_ontology_term_id")
-    if ids is None:
-        return {}
-    return {label: None if term != term else term for label, term in zip(cells.labels, ids, strict=True)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,6 +54,12 @@ MEASURES = {
         "AUROC of a random forest that tells generated from real held-out cells, with equal numbers of cells of each "
         "type on both sides: 0.5 means that it cannot.",
     ),
+    "gromov_wasserstein": results.Measure(
+        "Gromov-Wasserstein",
+        False,
+        "Difference between the distances among generated and among real held-out cells, with equal numbers of cells "
+        "of each type, at the best matching of cells, in mean distances of real cells.",
+    ),
     "diversity": results.Measure(
         "diversity",
         None,
@@ -366,6 +372,8 @@ def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int,
     if len(mine) >= knn.MIN_CELLS:
         auc = realism.two_sample_auc(points[mine], truth.points[theirs], seed=seed)
         scores["two_sample_auc"] = Score(auc, len(mine))
+        matched = realism.gromov_wasserstein(points[mine], truth.points[theirs])
+        scores["gromov_wasserstein"] = Score(matched, len(mine))
     ks = [k for k in knn.KS if k <= len(truth.points)]
     hits = knn.knn_accuracy(points, labels, truth.points, truth.labels, ks=ks) if ks else {}
     _, types, sizes = np.unique(labels, return_inverse=True, return_counts=True)

@@ -1,7 +1,6 @@
 """The sources of the numbers of a report: corpus, checkpoint, training runs, settings, files and versions."""
 
 import datetime
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scmmgpt.receipt_scmmgpt import installed_versions
+from scmmgpt.train.data.corpus import hash_file
 
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def describe_evaluation(
         "command": command,
         "corpus": describe_corpus(corpus),
         "checkpoint": None if checkpoint is None else describe_checkpoint(checkpoint),
-        "files": {path: sha256(path) for path in files},
+        "files": {path: hash_file(path) for path in files},
         "settings": recorded_settings(files),
         "training": [{"name": run["name"], "steps": run["steps"]} for run in runs],
         "versions": installed_versions(tuple(PACKAGES)),
@@ -37,12 +37,6 @@ def describe_evaluation(
     }
     warning = None if checkpoint is None else trained_elsewhere(checkpoint, corpus)
     return provenance if warning is None else provenance | {"warning": warning}
-
-
-def sha256(path: str | Path) -> str:
-    """sha256 of the bytes of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_checkpoint(path: str | Path) -> dict:
@@ -67,7 +61,7 @@ def describe_checkpoint(path: str | Path) -> dict:
         "language model": _size(text, text.get("_name_or_path") or text.get("model_type")),
         "query tokens": config.get("num_query_tokens"),
         "expression head": config.get("expression_head"),
-        "config sha256": sha256(folder / "config.json"),
+        "config sha256": hash_file(folder / "config.json"),
     }
 
 
@@ -81,7 +75,7 @@ def trained_elsewhere(checkpoint: str | Path, corpus: "Corpus") -> str | None:
         return None
     trained_on = Path(json.loads(log.read_text(encoding="utf-8")).get("data", {}).get("corpus") or "")
     manifest = trained_on / "manifest.json"
-    if not manifest.is_file() or sha256(manifest) == sha256(corpus.path / "manifest.json"):
+    if not manifest.is_file() or hash_file(manifest) == hash_file(corpus.path / "manifest.json"):
         return None
     return (
         f"The checkpoint was trained on {trained_on}, not on {corpus.path}: "
@@ -115,7 +109,7 @@ def describe_corpus(corpus: "Corpus") -> dict:
     manifest = corpus.manifest
     return {
         "path": str(corpus.path),
-        "manifest sha256": sha256(corpus.path / "manifest.json"),
+        "manifest sha256": hash_file(corpus.path / "manifest.json"),
         "splits sha256": manifest.splits_hash,
         "gene vocabulary sha256": manifest.vocabulary_hash,
         "split by": manifest.split_by,

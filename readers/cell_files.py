@@ -32,7 +32,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.readers.disk_checks import attribute, check_indices, check_links, check_parts, check_stored, load, where
+from scmmgpt.readers.disk_checks import attribute, check_indices, check_links, check_parts, check_stored
+from scmmgpt.readers.disk_parts import DiskColumns, DiskDense, DiskRows, DiskTable, DiskTransposed, RowSlice, bounds
 from scmmgpt.readers.mtx_folders import find_inside, find_matrices, is_zarr, list_paths, read_mtx
 from scmmgpt.readers.soma import is_soma, open_soma
 from scmmgpt.readers.text_tables import Contents, FileError, read_table
@@ -40,8 +41,6 @@ from scmmgpt.readers.text_tables import Contents, FileError, read_table
 
 logger = logging.getLogger(__name__)
 
-COLUMN_BLOCK_BYTES = 2**27  # of a matrix stored by column: size of the block of rows that is kept in memory
-COLUMN_ENTRIES = 2**23  # of a matrix stored by column: entries loaded at a time
 KNOWN = ".h5ad, .zarr, SOMA, .h5mu, 10x .h5, a folder with matrix.mtx, .loom, .csv, .tsv, .txt"
 # Names of files that are not read -> the way out.
 UNREAD = {
@@ -56,122 +55,6 @@ UNREAD = {
 }
 
 
-class DiskRows:
-    """A sparse matrix on disk (HDF5 or Zarr), compressed by row (CSR); a slice of rows is a matrix in memory.
-
-    `anndata.io.sparse_dataset` is as fast for slices of 1,024 rows, but five times slower for the slices of 64 rows
-    that samples consist of. It requires attributes that 10x files lack. `shape` is cells x variables.
-    """
-
-    layout = "sparse, by row"
-    compressed_axis = 0
-
-    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> None:
-        self.data, self.indices, self.shape, self.dtype = data, indices, shape, data.dtype
-        self.n_bytes = data.shape[0] * (data.dtype.itemsize + indices.dtype.itemsize)
-        size, n_pointers = shape[self.compressed_axis], indptr.shape[0]
-        for array in (data, indices, indptr):
-            check_stored(array)
-        # The lengths are compared before the pointers are loaded: a damaged length may be larger than memory.
-        self.indptr = np.asarray(load(indptr, slice(n_pointers if n_pointers == size + 1 else 0)), dtype=np.int64)
-        last = int(self.indptr[-1]) if len(self.indptr) else 0
-        sound = len(self.indptr) and last == data.shape[0] == indices.shape[0] and not self.indptr[0]
-        if not sound or (np.diff(self.indptr) < 0).any():
-            raise FileError(
-                f"{where(data)}: a sparse matrix of {size} {('rows', 'columns')[self.compressed_axis]} has "
-                f"{n_pointers} pointers up to {last}, {data.shape[0]} values and {indices.shape[0]} positions: the "
-                "file is damaged. Write or copy it again."
-            )
-
-    def __getitem__(self, rows: slice) -> sp.csr_matrix:
-        start, stop = _bounds(rows, self.shape[0])
-        return sp.csr_matrix(self._entries(start, stop), shape=(stop - start, self.shape[1]))
-
-    def _entries(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Data, indices and indptr of some compressed rows (of `DiskColumns`, of some columns)."""
-        first, last = int(self.indptr[start]), int(self.indptr[stop])
-        indices = load(self.indices, slice(first, last))
-        check_indices(indices, self.shape[1 - self.compressed_axis], where(self.indices))
-        return load(self.data, slice(first, last)), indices, self.indptr[start : stop + 1] - first
-
-
-class DiskColumns(DiskRows):
-    """A sparse matrix on disk, compressed by column (CSC); a slice of rows is a matrix in memory.
-
-    A block of rows takes a pass over the whole matrix, and only the last block is kept: load rows in order.
-    `anndata.io.sparse_dataset` loads the whole matrix for every slice of rows.
-    """
-
-    layout = "sparse, by column"
-    compressed_axis = 1
-
-    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> None:
-        super().__init__(data, indices, indptr, shape)
-        self._block_rows = max(1, min(shape[0], shape[0] * COLUMN_BLOCK_BYTES // max(1, self.n_bytes)))
-        self._block, self._rows = -1, sp.csr_matrix((0, shape[1]))
-
-    def __getitem__(self, rows: slice) -> sp.csr_matrix:
-        start, stop = _bounds(rows, self.shape[0])
-        parts = []
-        for block in range(start // self._block_rows, max(stop - 1, start) // self._block_rows + 1):
-            first = block * self._block_rows
-            if block != self._block:
-                self._block, self._rows = -1, self._rows[:0]  # free the last block before the next is gathered
-                self._rows = self._gather(first, min(first + self._block_rows, self.shape[0]))
-                self._block = block
-            parts.append(self._rows[max(start - first, 0) : stop - first])
-        return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
-
-    def _gather(self, start: int, stop: int) -> sp.csr_matrix:
-        """Rows of the matrix, gathered from one run of columns after another."""
-        parts, first = [], 0
-        while first < self.shape[1]:
-            last = int(np.searchsorted(self.indptr, self.indptr[first] + COLUMN_ENTRIES, side="right")) - 1
-            last = min(max(last, first + 1), self.shape[1])
-            columns = sp.csc_matrix(self._entries(first, last), shape=(self.shape[0], last - first))
-            parts.append(columns[start:stop])
-            first = last
-        return sp.hstack(parts, format="csr")
-
-
-class DiskDense:
-    """A dense cells x genes array on disk."""
-
-    def __init__(self, array: Any) -> None:
-        self.array, self.dtype, self.shape = check_stored(array), array.dtype, tuple(array.shape)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return load(self.array, rows)
-
-
-class DiskTransposed(DiskDense):
-    """A dense genes x cells array on disk, as cells x genes."""
-
-    def __init__(self, array: Any) -> None:
-        super().__init__(array)
-        self.shape = self.shape[::-1]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return load(self.array, (slice(None), rows)).T
-
-
-class RowSlice:
-    """Some consecutive rows of a matrix on disk, still on disk."""
-
-    def __init__(self, matrix: Any, start: int, stop: int) -> None:
-        self.matrix, self.start, self.dtype = matrix, start, matrix.dtype
-        self.shape = (stop - start, matrix.shape[1])
-
-    def __getitem__(self, rows: slice) -> Any:
-        start, stop = _bounds(rows, self.shape[0])
-        return self.matrix[self.start + start : self.start + stop]
-
-
-def _bounds(rows: slice, n_rows: int) -> tuple[int, int]:
-    start, stop, _ = rows.indices(n_rows)
-    return start, max(start, stop)
-
-
 class RawPart(NamedTuple):
     """The `raw` part of a file: a matrix with variables of its own."""
 
@@ -181,13 +64,13 @@ class RawPart(NamedTuple):
 
 @dataclass
 class CellFile:
-    """A file of cells with the parts of an AnnData, tables in memory, matrices on disk.
+    """A file of cells with the parts of an AnnData, tables in memory (or `obs` a `DiskTable`), matrices on disk.
 
     `scmmgpt.reading_scmmgpt` takes it in place of an AnnData. A slice of cells is a `CellFile` again, still on disk.
     """
 
     X: Any
-    obs: pd.DataFrame
+    obs: Any
     var: pd.DataFrame
     layers: dict[str, Any] = field(default_factory=dict)
     raw: RawPart | None = None
@@ -198,7 +81,7 @@ class CellFile:
 
     def __post_init__(self) -> None:
         self.shape = self.n_obs, self.n_vars = len(self.obs), len(self.var)
-        self.obs_names, self.var_names = self.obs.index, self.var.index
+        self.var_names = self.var.index
         found = {name: (matrix, self.n_vars) for name, matrix in {"X": self.X, **self.layers}.items()}
         found |= {} if self.raw is None else {"raw": (self.raw.X, len(self.raw.var))}
         for name, (matrix, n_vars) in found.items():
@@ -208,8 +91,13 @@ class CellFile:
                     "variables: the file is damaged. Write it again."
                 )
 
+    @property
+    def obs_names(self) -> pd.Index:
+        """Names of the cells."""
+        return self.obs.index
+
     def __getitem__(self, rows: slice) -> "CellFile":
-        start, stop = _bounds(rows, self.n_obs)
+        start, stop = bounds(rows, self.n_obs)
         return replace(
             self,
             X=None if self.X is None else RowSlice(self.X, start, stop),
@@ -247,7 +135,7 @@ class CellFile:
 
 
 def read_file(
-    path: str | Path, *, backed: bool = False, gene_index: GeneIndex | None = None
+    path: str | Path, *, backed: bool = False, gene_index: GeneIndex | None = None, obs_on_disk: bool = False
 ) -> anndata.AnnData | CellFile:
     """Open a file or folder of cells of any known format.
 
@@ -258,6 +146,7 @@ def read_file(
         path: File or folder.
         backed: Leave the matrices on disk, for files larger than memory.
         gene_index: The genes of a model, by which the sides of a text table are judged, besides those of GENCODE.
+        obs_on_disk: With `backed`, leave `obs` of an `.h5ad` or a Zarr store on disk, too, as a `DiskTable`.
 
     Returns:
         An AnnData, or with `backed` a `CellFile`, which has the same parts.
@@ -269,7 +158,7 @@ def read_file(
     path = Path(path)
     kind, opener, path, notes = _format(path, gene_index)
     with _one_line(path, kind):
-        file = opener(path)
+        file = opener(path, obs_on_disk=True) if obs_on_disk and kind in ("h5ad", "zarr") else opener(path)
         file.notes[:0] = notes
         for note in file.notes:
             logger.warning("%s: %s", path.name, note)
@@ -309,7 +198,7 @@ def _one_line(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-Opener = Callable[[Path], CellFile]
+Opener = Callable[..., CellFile]
 
 
 def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path, list[str]]:
@@ -433,14 +322,14 @@ def _disk_matrix(element: Any) -> Any:
     return matrix(element["data"], element["indices"], element["indptr"], (n_cells, n_vars))
 
 
-def _annotated(group: Any, handle: Any) -> CellFile:
+def _annotated(group: Any, handle: Any, obs_on_disk: bool = False) -> CellFile:
     """The AnnData in an HDF5 or Zarr group; its matrices stay on disk."""
     read = anndata.io.read_elem
     check_parts(group)
     raw = group["raw"] if "raw" in group and hasattr(group["raw"], "keys") and "X" in group["raw"] else None
     return CellFile(
         _disk_matrix(group["X"]) if "X" in group else None,
-        read(group["obs"]),
+        DiskTable(group["obs"]) if obs_on_disk and DiskTable.can_read(group["obs"]) else read(group["obs"]),
         read(group["var"]),
         layers={name: _disk_matrix(group["layers"][name]) for name in group.get("layers", {})},
         raw=None if raw is None else RawPart(_disk_matrix(raw["X"]), read(raw["var"])),
@@ -456,10 +345,10 @@ def _read_h5ad(path: Path) -> anndata.AnnData:
         return anndata.read_h5ad(path)
 
 
-def _open_h5ad(path: Path) -> CellFile:
+def _open_h5ad(path: Path, obs_on_disk: bool = False) -> CellFile:
     file = _open_hdf5(path)
     if not isinstance(file["obs"], h5py.Dataset):
-        return _annotated(file, file)
+        return _annotated(file, file, obs_on_disk)
     # AnnData before version 0.7 stored tables as structured arrays; anndata converts them, in memory.
     file.close()
     adata = _read_h5ad(path)
@@ -509,14 +398,14 @@ def _find_anndata(store: Path) -> Path:
     raise FileError(f"{store} holds {len(found)} tables of cells; pass one of them: {list_paths(found)}.")
 
 
-def _open_zarr(path: Path) -> CellFile:
+def _open_zarr(path: Path, obs_on_disk: bool = False) -> CellFile:
     import zarr
 
     group = zarr.open_group(str(path), mode="r")
     if "obs" not in group or "var" not in group:
         inside = ", ".join(list(group.keys())[:8])
         raise FileError(f"{path} is a Zarr store, but no AnnData (it holds {inside}); write one with `write_zarr`.")
-    return _annotated(group, group)
+    return _annotated(group, group, obs_on_disk)
 
 
 def _text(array: Any) -> list[str]:

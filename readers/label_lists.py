@@ -36,7 +36,7 @@ def read_words(words: list[str]) -> LabelList:
     if len(words) == 1 and (paths or named):
         return read_label_list(words[0])
     if paths or named:
-        raise ValueError(f"The labels name a file, {(paths or named)[0]!r}. Name either one file or labels.")
+        raise ValueError(f"{(paths or named)[0]!r} among the labels is a file. Name either one file, or labels alone.")
     if any(not word.strip() for word in words):
         raise ValueError(f"A label is empty: {words}. Leave it out.")
     if len(words) == 1 and re.search(r"\S[,;]\S", words[0]):  # names of the Cell Ontology have a space after a comma
@@ -77,7 +77,7 @@ def read_text(path: str | Path) -> str:
     """Text of a file in UTF-8, in UTF-16 with a byte-order mark, or in the encoding of Windows."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder. Name a file of text.")
+        raise ValueError(f"{path} is a folder. Name a text file.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     content = path.read_bytes()
@@ -87,7 +87,7 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
     if "\0" in text:
-        raise ValueError(f"{path} is not a text file. Name a file of text.")
+        raise ValueError(f"{path} is not a text file. Name a text file.")
     return text
 
 

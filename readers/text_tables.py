@@ -163,7 +163,7 @@ def find_layout(path: Path, encoding: str = "") -> Layout:
 
 
 def compression(path: Path) -> tuple[Callable[..., IO], str | None]:
-    """The function that opens a file, and pandas' name of its compression, by its first bytes: names may be wrong."""
+    """The function that opens a file, and pandas' name of the compression. The first bytes decide, not the name."""
     with open(path, "rb") as file:
         start = file.read(6)
     return next((how for first, how in COMPRESSIONS.items() if start.startswith(first)), (open, None))

@@ -215,6 +215,16 @@ def test_bootstrap_of_annotation_scores_is_centred_on_sklearns(train, test):
         assert low <= row["value"] <= high
 
 
+def test_a_relative_in_the_ontology_is_partly_right(train, test):
+    named = {
+        name: baselines.TypePrediction(np.array([name])) for name in ("B cell", "lymphocyte", "neuron", "Unknown")
+    }
+    result = evaluate_annotation(["B cell"], ["B cell"], train, test.take([0]), others=named, n_resamples=9)
+    shares = rows(result, "hierarchical_f1")
+    assert shares["B cell"] == 1
+    assert 1 > shares["lymphocyte"] > 0.5 > shares["neuron"] >= shares["Unknown"] == 0
+
+
 def test_missing_predictions_are_wrong_not_dropped(train, test):
     guess = test.labels.astype(object)
     guess[:15] = None
@@ -377,6 +387,10 @@ def test_a_classifier_tells_other_cells_apart_but_not_equal_ones():
     assert realism.two_sample_auc(x, same) == pytest.approx(0.5, abs=0.08)
     assert realism.two_sample_auc(x, other) > 0.8
     assert realism.two_sample_auc(x, wider) > 0.8
+    at_home = realism.gromov_wasserstein(x, same)
+    assert realism.gromov_wasserstein(x + 9, same) == pytest.approx(at_home)  # absolute places do not count
+    assert realism.gromov_wasserstein(x, x) == pytest.approx(0, abs=1e-6)
+    assert realism.gromov_wasserstein(x / 2, same) > 2 * at_home
 
 
 def test_genes_that_follow_one_state_have_one_large_eigenvalue():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.commands.plan import Costs, plan
 
@@ -63,6 +64,19 @@ def test_a_sample_of_a_file_is_measured(verb, adata, tiny_pipeline, tmp_path, ca
     assert measured["result_bytes"] == (48 if verb == "embed" else 28)
     assert [entry["workers"] for entry in found["plans"]] == [1, 4]
     assert found["plans"][1]["compute_hours"] < found["plans"][0]["compute_hours"]
+
+
+@pytest.mark.parametrize("words", [["audit", "--label-key", "cell_type"], ["search", "--text", "a B cell"]])
+def test_an_audit_and_a_search_are_planned_too(words, tmp_path, capsys):
+    synthetic.fitted_pipeline().save_pretrained(tmp_path / "checkpoint")
+    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    given = ["plan", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "checkpoint"), "--seconds", "0.01"]
+    assert main([*given, "--verb", *words, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["seconds"] > 0
+    assert measured["result_bytes"] > 0
+    assert main([*given, "--verb", "audit", "--label-key", "type"]) == 2
+    assert "obs has no column 'type'" in capsys.readouterr().err
 
 
 def test_the_lines_of_a_plan_have_a_column_for_each_number_of_workers(adata, tiny_pipeline, tmp_path, capsys):

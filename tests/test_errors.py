@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from scmmgpt.__main__ import main
 from scmmgpt.commands.checkpoints import check_checkpoint, find_checkpoint
-from scmmgpt.commands.errors import explain, run_command, take_debug
+from scmmgpt.commands.errors import explain, naming, run_command, take_debug
 from scmmgpt.synthetic import synthetic_adata, tiny_pipeline
 
 
@@ -273,3 +273,16 @@ def test_a_command_gives_each_warning_once(caplog):
         assert run_command("scmmgpt test", work) == 0
         assert caplog.text.count("lacks CD4") == 1
         caplog.clear()
+
+
+def test_two_files_have_the_same_warning_each(caplog):
+    def work():
+        for path in ("a.h5ad", "b.h5ad", "b.h5ad"):
+            with naming(path):
+                logging.getLogger("scmmgpt.test").warning("The file lacks CD4.")
+
+    assert run_command("scmmgpt test", work) == 0
+    assert [record.message for record in caplog.records if record.is_repeated is False] == [
+        "a.h5ad: The file lacks CD4.",
+        "b.h5ad: The file lacks CD4.",
+    ]

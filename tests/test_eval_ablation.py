@@ -31,7 +31,7 @@ def test_a_part_that_is_off_says_nothing_and_comes_back():
 def test_the_table_has_means_and_spreads_of_checkpoints():
     runs = [{"search": {"wide": 0.5, "deep": 0.25}, "annotation": {"both": 1.0}}, {"search": {"wide": 0.7}}]
     assert ablation.summarise(runs).splitlines()[2:] == [
-        "| search | 0.600 ± 0.100 | 0.250 |  |",
+        "| search | 0.600 ± 0.141 | 0.250 |  |",
         "| annotation |  |  | 1.000 |",
     ]
 
@@ -62,3 +62,20 @@ def test_search_is_measured_by_each_part_and_by_both():
     placed = ablation.search(pipeline, Corpus(), "cell_type")
     assert placed["deep"] == found["deep"]
     assert "feature_width" in pipeline.model.config.label_readout
+
+
+def test_cells_without_a_label_are_not_counted(monkeypatch):
+    pipeline, adata = pipeline_reading("both"), synthetic_adata(6)
+    adata.obs["cell_type"] = ["B cell", None, "monocyte", np.nan, "B cell", None]
+
+    class Corpus:
+        def to_adata(self, split):
+            return adata
+
+    def name_all(cells, **_):
+        cells.obs["scmmgpt_cell_type"] = "B cell"
+        return cells
+
+    monkeypatch.setattr(pipeline, "calibrate", lambda *_: None)
+    monkeypatch.setattr(pipeline, "annotate", name_all)
+    assert ablation.annotate(pipeline, Corpus(), "cell_type", "both") == pytest.approx(2 / 3)

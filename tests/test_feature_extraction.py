@@ -166,10 +166,14 @@ def recorded():
 
 
 def test_bins_are_those_of_the_original_for_the_same_draws(recorded):
-    lower, upper = feature_extraction_scmmgpt._edge_counts(recorded["indptr"].astype(int), recorded["counts"], 51)
-    np.testing.assert_array_equal(upper, recorded["highest"])
-    np.testing.assert_array_equal(np.minimum(lower + 1, upper), recorded["lowest"])
-    np.testing.assert_array_equal(upper - (recorded["draws"].astype(int) * (upper - lower) >> 32), recorded["bins"])
+    def draw(draws):
+        cells = recorded["indptr"].astype(int), recorded["counts"]
+        return feature_extraction_scmmgpt._draw_bins(*cells, draws, np.linspace(0, 1, 50))
+
+    draws = recorded["draws"].astype(np.uint64)
+    np.testing.assert_array_equal(draw(np.zeros_like(draws)), recorded["highest"])
+    np.testing.assert_array_equal(draw(np.full_like(draws, 2**32 - 1)), recorded["lowest"])
+    np.testing.assert_array_equal(draw(draws), recorded["bins"])
 
 
 def test_bins_lie_where_those_of_the_original_can_lie(path, recorded):

@@ -49,6 +49,13 @@ def test_a_good_file_is_described_and_can_be_used(counts, tmp_path):
     assert "=> can be used: scmmgpt annotate" in text
 
 
+def test_logarithms_of_any_total_are_described(counts, tmp_path):
+    values = np.random.default_rng(1).uniform(0, 14, counts.shape) * (counts > 1)  # log2 of more than any usual total
+    text = render(inspect_file(write(values, tmp_path / "cells.h5ad")))
+    assert "on the scale of the values" in text
+    assert "=> can be used" in text
+
+
 def test_a_report_is_json_with_an_exit_status(counts, tmp_path, capsys):
     path = write(np.log1p(counts), tmp_path / "cells.h5ad")
     assert main(["inspect", str(path), "--json"]) == 0
@@ -70,7 +77,7 @@ def test_a_file_that_cannot_be_used_says_why_and_what_it_holds(counts, tmp_path,
 def test_an_assumption_that_is_none_names_the_choices(counts, tmp_path, capsys):
     path = write(counts, tmp_path / "cells.h5ad")
     assert main(["inspect", str(path), "--assume", "nonsense"]) == 2
-    assert "assume='nonsense' is not a kind" in capsys.readouterr().out
+    assert "--assume nonsense is not a kind" in capsys.readouterr().out
 
 
 def test_foreign_genes_are_reported_with_their_species(counts, tmp_path):

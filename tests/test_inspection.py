@@ -17,7 +17,7 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
 from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
 from scmmgpt.pipeline_scmmgpt import storable
-from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.reading_scmmgpt import choose_input, need_columns, read_cells
 from scmmgpt.train.data.label_checks import check_labels
 
 
@@ -147,6 +147,22 @@ def test_matrices_that_hold_no_counts_are_recognised(matrix, kind):
     assert inspect_matrix(matrix).kind == kind
 
 
+@pytest.mark.parametrize("digits", [2, 4])
+def test_decimals_of_tpm_are_not_taken_for_counts(digits):
+    rng = np.random.default_rng(3)
+    tpm = rng.lognormal(3, 2, (40, 300)) * (rng.random((40, 300)) < 0.5)
+    tpm = (tpm / tpm.sum(axis=1, keepdims=True) * rng.uniform(6e5, 9e5, (40, 1))).round(digits)
+    verdict = inspect_matrix(np.log2(1 + tpm))
+    assert verdict.kind == "log1p"
+    assert not verdict.exact
+
+
+def test_small_values_of_a_logarithm_are_not_near_an_integer():
+    rng = np.random.default_rng(4)
+    values = np.where(rng.random((40, 300)) < 0.6, rng.exponential(0.02, (40, 300)), rng.exponential(1.5, (40, 300)))
+    assert inspect_matrix(np.round(values.clip(max=7), 6)).kind != "raw_float"
+
+
 def test_base_and_total_of_a_logarithm_are_found(counts):
     verdict = inspect_matrix(np.log2(1 + scaled_to(counts, 1e6)))
     assert (verdict.base, verdict.target_sum, verdict.exact) == (2.0, 1e6, True)
@@ -251,6 +267,15 @@ def test_every_kind_of_gene_name_gives_the_same_cells(counts, gene_index, names)
     raw, _ = read_cells(make_adata(counts), gene_index)
     cells, _ = read_cells(make_adata(counts, names), gene_index)
     assert_same_cells(cells, raw)
+
+
+def test_names_in_lower_case_are_read_with_a_warning(counts, gene_index, caplog):
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    cells, report = read_cells(make_adata(counts, [name.lower() for name in SYMBOLS]), gene_index)
+    assert_same_cells(cells, raw)
+    assert f"{N_GENES} of {N_GENES} genes are written in another case" in caplog.text
+    lower = make_adata(counts, [name.lower() for name in MOUSE])
+    assert_same_cells(read_cells(lower, gene_index, organism="mouse")[0], raw)  # by orthologs
 
 
 def test_shuffled_genes_give_the_same_cells(counts, gene_index):
@@ -534,6 +559,39 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
         read_cells(named(0), gene_index, force=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a.T, r"The genes are in the rows: 200 of the first 200 names of cells are genes.*adata\.T"),
+        (
+            lambda a: renamed(a, [name.lower() for name in SYMBOLS]),
+            r"They match in capitals \(GENE\d+\): .*str\.upper",
+        ),
+        (
+            lambda a: renamed(a, [f"wb-{i}" for i in range(N_GENES)], organism="C. elegans"),
+            r"The data say C\. elegans",
+        ),
+    ],
+)
+def test_names_that_match_nothing_are_understood(counts, gene_index, change, words):
+    adata = change(ad.AnnData(counts, var=pd.DataFrame(index=SYMBOLS)))
+    with pytest.raises(ValueError, match=words):
+        choose_input(adata, gene_index)
+
+
+def renamed(adata, names, **obs):
+    """Cells with other names of genes."""
+    return ad.AnnData(adata.X, obs=adata.obs.assign(**obs), var=pd.DataFrame(index=names))
+
+
+def test_a_column_that_is_not_there_is_answered_by_those_that_are():
+    obs = pd.DataFrame({"cell_type": ["a"]})
+    with pytest.raises(ValueError, match=r"no column 'celltype'; it has \['cell_type'\]. Do you mean 'cell_type'\?"):
+        need_columns(obs, "cell_type", "celltype")
+    with pytest.raises(ValueError, match=r"obs has no columns \['a', 'b'\]; it has no columns\.$"):
+        need_columns(obs[[]], "a", "b")
+
+
 def test_a_poor_match_says_which_number_is_small(counts, gene_index):
     with pytest.raises(ValueError, match=r"Only 7 of 7 genes match .*\(100\.0%\)\. The names are right.*few genes"):
         read_cells(make_adata(counts[:, :7], SYMBOLS[:7]), gene_index)
@@ -625,7 +683,9 @@ def test_features_are_known_by_their_names_too():
         "SampleTag01_hs",
     ]
     assert set(classify_features(tags)) == {"antibody"}
-    assert set(classify_features(["__no_feature", "__ambiguous", "N_multimapping"])) == {"control"}
+    controls = ["__no_feature", "__ambiguous", "N_multimapping", "BLANK_0122", "NegControlProbe_00042", "Blank-12"]
+    controls += ["FalseCode105", "Negative17", "antisense_PROKR2", "Intergenic_Region_1067", "UnassignedCodeword_0007"]
+    assert set(classify_features(controls)) == {"control"}
     genes = ["ABCA1", "HTOP", "PROTAC1", "ADTRP", "CD3D", "TOTAL1", "RP11-34P13.7", "GATA3-AS1", "AB019441.29"]
     assert set(classify_features(genes)) == {"gene"}
 

@@ -81,9 +81,9 @@ def test_packed_attention_equals_eager_attention(model, batch, cls_only):
 
 def test_cutting_the_packed_row_into_pieces_changes_nothing(model, batch, monkeypatch):
     expected = model(**batch).last_hidden_state
-    monkeypatch.setattr(modeling_scgpt, "CPU_PIECE_TOKENS", 8)
+    monkeypatch.setattr(modeling_scgpt, "CPU_PIECE_BYTES", 8 * 16 * 4)
     with torch.no_grad():
-        packing = Packing.of(torch.zeros(6, 9, 1), batch["cell_attention_mask"])
+        packing = Packing.of(torch.zeros(6, 9, 16), batch["cell_attention_mask"])
         assert [segments.lengths for segments in packing.pieces] == [[1, 4], [4], [7], [9]]
         torch.testing.assert_close(model(**batch).last_hidden_state, expected)
         torch.testing.assert_close(model(**batch, cls_only=True).pooler_output, expected[:, 0])
@@ -120,7 +120,7 @@ def test_the_cell_embedding_alone_equals_that_of_the_whole(model, batch):
 
 @pytest.mark.parametrize("cls_only", [False, True])
 def test_hidden_states_are_the_embeddings_and_every_layer(model, batch, cls_only, monkeypatch):
-    monkeypatch.setattr(modeling_scgpt, "CPU_PIECE_TOKENS", 8)
+    monkeypatch.setattr(modeling_scgpt, "CPU_PIECE_BYTES", 8 * 16 * 4)
     mask = batch["cell_attention_mask"][..., None]
     with torch.no_grad():
         packed = model(**batch, cls_only=cls_only, output_hidden_states=True)

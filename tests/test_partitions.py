@@ -10,11 +10,13 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
+from scmmgpt.annotation_scmmgpt import fit_label_sets
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands import partition_tasks, partitions
 from scmmgpt.commands.results import RowBlocks
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.tests.corpora import write_corpus
+from scmmgpt.train.data import ontology
 
 
 LABELS = {"B": "a B cell", "T": "a T cell", "NK": "killer lymphocyte"}
@@ -42,6 +44,10 @@ def fitted(tmp_path_factory):
     pipeline, folder = synthetic.fitted_pipeline(), tmp_path_factory.mktemp("fitted") / "checkpoint"
     gate = {"weights": [1, 1, 1], "offset": 0, "scale": [999, 999, 99], "depth": [0, 0, 0]}
     pipeline.model.config.annotation["unseen_gate"] = {**gate, "batch_weights": [1, 1, 1], "batch_offset": 0.5}
+    names = list(pipeline.model.config.annotation["labels"])
+    pipeline.model.config.annotation["tissues"] = ontology.tissue_terms([("lung", name) for name in names[:2]])
+    sure = np.random.default_rng(0).dirichlet(np.ones(len(names)), size=200)
+    pipeline.model.config.annotation["label_sets"] = fit_label_sets(sure, sure.argmax(axis=1))
     pipeline.save_pretrained(folder)
     return str(folder)
 
@@ -145,13 +151,35 @@ def test_the_model_of_the_package_is_named_in_each_result(adata, checkpoint, tmp
     assert anndata.read_h5ad(tmp_path / "parts.h5ad").uns["scmmgpt"]["model"] == identity
 
 
+COMMANDS = [
+    ["annotate", "--error-rate", "0.1"],
+    ["annotate", "--tissue", "lung", "--evidence"],
+    ["audit", "--cluster-key", "donor_id", "--table"],
+    ["search", "--text", "a T cell without CD19"],
+    ["embed"],
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS[:2])
+def test_sets_of_labels_and_labels_of_a_tissue_are_those_of_the_whole(fitted, tmp_path, small, words):
+    synthetic.synthetic_adata().write_h5ad(tmp_path / "cells.h5ad")
+    words = [*words, tmp_path / "evidence.csv"] if words[-1] == "--evidence" else words
+    words = [words[0], tmp_path / "cells.h5ad", *words[1:]]
+    run(*words, "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
+    run(*words, "-o", tmp_path / "parts.h5ad", "--workers", 1, "--cells-per-partition", 14, checkpoint=fitted)
+    assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_bits_of_one(checkpoint, tmp_path):
+@pytest.mark.parametrize("words", COMMANDS)
+def test_two_processes_give_the_bits_of_one(fitted, tmp_path, words):
     synthetic.synthetic_adata(4200).write_h5ad(tmp_path / "cells.h5ad")
-    words = ["embed", tmp_path / "cells.h5ad", "--cells-per-partition", 1]
-    run(*words, "-o", tmp_path / "one.h5ad", "--workers", 1, checkpoint=checkpoint)
-    run(*words, "-o", tmp_path / "two.h5ad", "--workers", 2, checkpoint=checkpoint)
-    assert_same(tmp_path / "two.h5ad", tmp_path / "one.h5ad")
+    for workers in (1, 2):
+        table = [tmp_path / f"{workers}.csv"] if words[-1] in ("--evidence", "--table") else []
+        where = ["-o", tmp_path / f"{workers}.h5ad", "--workers", workers, "--cells-per-partition", 1]
+        run(words[0], tmp_path / "cells.h5ad", *words[1:], *table, *where, checkpoint=fitted)
+    assert_same(tmp_path / "2.h5ad", tmp_path / "1.h5ad")
+    assert not table or same_tables(tmp_path / "2.csv", tmp_path / "1.csv")
 
 
 def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path, small, monkeypatch, capsys):

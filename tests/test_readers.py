@@ -10,7 +10,8 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from scmmgpt.readers.cell_files import CellFile, DiskRows, read_file
+from scmmgpt.readers.cell_files import CellFile, read_file
+from scmmgpt.readers.disk_parts import DiskRows
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2")
@@ -171,8 +172,8 @@ def test_a_backed_file_reads_only_the_rows_asked_for(cells, tmp_path):
 
 
 def test_a_matrix_stored_by_column_is_gathered_in_blocks_of_rows(cells, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr("scmmgpt.readers.cell_files.COLUMN_BLOCK_BYTES", cells.X.nnz * 8 // 3)
-    monkeypatch.setattr("scmmgpt.readers.cell_files.COLUMN_ENTRIES", 10)
+    monkeypatch.setattr("scmmgpt.readers.disk_parts.COLUMN_BLOCK_BYTES", cells.X.nnz * 8 // 3)
+    monkeypatch.setattr("scmmgpt.readers.disk_parts.COLUMN_ENTRIES", 10)
     chunks = list(iter_chunks(write_h5ad_by_column(cells, tmp_path), 5))
     np.testing.assert_array_equal(np.concatenate([dense(chunk.X) for chunk in chunks]), counts)
 
@@ -322,3 +323,28 @@ def test_descriptions_of_a_gct_that_are_all_na_are_no_cell(cells, tmp_path):
     adata = read_file(tmp_path / "cells.gct")
     assert list(adata.obs_names) == CELLS
     np.testing.assert_array_equal(adata.to_df()[GENES], cells.to_df())
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_a_slice_of_a_table_on_disk_has_the_values_of_the_table_in_memory(tmp_path, suffix):
+    obs = pd.DataFrame(
+        {
+            "type": pd.Categorical(["B", "T", "B", "NK"], categories=["T", "NK", "B"], ordered=True),
+            "text": ["a", "b", "ä", "d"],
+            "number": [1.5, 2.5, np.nan, 4.5],
+            "flag": [True, False, True, True],
+            "masked": pd.array([1, None, 3, 4], dtype="Int64"),
+        },
+        index=["cell 1", "cell 2", "cell 3", "cell 4"],
+    )
+    adata, path = ad.AnnData(np.eye(4, dtype=np.float32), obs=obs), tmp_path / f"cells{suffix}"
+    getattr(adata, f"write_{suffix[1:]}")(path)
+    with read_file(path, backed=True, obs_on_disk=True) as file:
+        part = file[1:4][:2]
+        assert part.shape == (2, 4)
+        assert list(part.obs_names) == ["cell 2", "cell 3"]
+        assert list(part.obs.columns) == list(obs.columns)
+        assert "type" in part.obs
+        assert "names" not in part.obs
+        for name in obs:
+            pd.testing.assert_series_equal(part.obs[name], obs[name].iloc[1:3], check_names=True, check_dtype=False)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -495,6 +495,17 @@ def check_cut(run, tmp_path, cut, steps, **options):
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_checkpoint_of_other_weights_is_not_resumed(corpus, bert, tmp_path):
+    options = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    align_only(corpus, bert, str(tmp_path), **options)
+    path = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(path)
+    del weights["text_projection.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights \['text_projection.weight'\]"):
+        align_only(corpus, bert, str(tmp_path), resume_from_checkpoint=tmp_path / "checkpoint-1", **options)
 
 
 # An epoch is four batches of eight cells: the cuts are in epochs 0, 1 and 3.

@@ -117,10 +117,10 @@ def test_a_gene_that_a_text_names_speaks_for_cells_that_express_it():
         "noise": np.full(3, 4.0),
     }
     space = LabelSpace.of(arrays, np.ones(3, bool), np.eye(2), np.eye(2)[:1], [{2: 1, 0: -1, 9: 1}])
-    np.testing.assert_allclose(space.directions[0, 0], [-0.5 / 2**0.5, 0, 0.5 / 2**0.5])  # gene 9 is not measured
+    np.testing.assert_allclose(space.named[0], [-0.5 / 2**0.5, 0, 0.5 / 2**0.5])  # gene 9 is not measured
     ragged = np.array([0, 1, 2]), np.array([2, 0]), np.array([8.0, 8.0], dtype=np.float32)
     of_genes = space.products(ragged)[2][:, 0]
-    np.testing.assert_allclose(of_genes, [[4 / 2**0.5, 0], [-4 / 2**0.5, 0]], rtol=1e-6)
+    np.testing.assert_allclose(of_genes, [[4 / 2**0.5, 0, 0], [-4 / 2**0.5, 0, 0]], rtol=1e-6)
 
 
 def test_a_gene_whose_text_is_like_that_of_a_label_speaks_for_cells_that_express_it():
@@ -132,9 +132,37 @@ def test_a_gene_whose_text_is_like_that_of_a_label_speaks_for_cells_that_express
         "noise": np.full(4, 4.0),
         "gene_texts": np.array([[0, 3.0], [0, 1.0], [0, -1.0], [0, 0.0]]),  # the last gene has no text
     }
-    space = LabelSpace.of(arrays, np.ones(4, bool), np.array([[1.0, 0], [1, 0]]), np.array([[1.0, 1]]), [{}])
-    # Similarities 3, 1 and -1 around their mean 1, and a length of one in standard deviations of 2.
-    np.testing.assert_allclose(space.directions[0, 1], np.array([2, 0, -2, 0]) / (2 * 8**0.5))
+    space = LabelSpace.of(arrays, np.ones(4, bool), np.array([[1.0, 0], [1, 1]]), np.array([[1.0, 1]]), [{}])
+    # Similarities 3, 1 and -1 around their mean 1, and a length of one in standard deviations of 2. The second trained
+    # label has the same text, which tells nothing.
+    direction = np.array([2, 0, -2, 0]) / (2 * 8**0.5)
+    np.testing.assert_allclose(space.contrasts[0] @ space.similar, [direction, direction, np.zeros(4)], atol=1e-12)
+
+
+def test_genes_in_pairs_count_from_the_mean_of_each_trained_label_and_relatives_by_their_texts():
+    arrays = {
+        "gene_ids": np.arange(3),
+        "centroids": np.array([[8.0, 0, 0], [0, 8.0, 0]]),
+        "mean": np.zeros(3),
+        "factors": np.zeros((1, 3)),
+        "noise": np.ones(3),
+        "gene_texts": np.eye(3),
+    }
+    texts = np.array([[1.0, 0, 0], [0, 1, 0]])
+    space = LabelSpace.of(arrays, np.ones(3, bool), texts, np.array([[0.6, 0, 0.8]]), [{}])
+    ragged = np.array([0, 1, 2]), np.array([0, 2]), np.array([8.0, 8.0], dtype=np.float32)
+    trained, new, of_genes = space.products(ragged)
+    # Against the first label the third gene speaks for the new one, against the second the first and third.
+    against = np.array([[-0.4, 0, 0.8], [0.6, -1, 0.8]])
+    against -= against.mean(axis=1, keepdims=True)
+    against /= np.linalg.norm(against, axis=1, keepdims=True)
+    cells = np.array([[8.0, 0, 0], [0, 0, 8.0]])
+    expected = [
+        [(cell - mean) @ way for mean, way in zip(arrays["centroids"], against, strict=True)] for cell in cells
+    ]
+    np.testing.assert_allclose(of_genes[:, 0, 2], np.min(expected, axis=1), rtol=1e-6, atol=1e-6)
+    relatives = space.evidence(trained, new, of_genes)[:, 0, 5]
+    np.testing.assert_allclose(relatives, [1, 0.5], atol=1e-6)  # at the likest label; as far from both
 
 
 def test_directions_of_genes_are_embeddings_of_their_texts_around_the_mean():
@@ -211,7 +239,7 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
     pipeline = run_finetune(
         cells[types != 3].copy(), tmp_path, label_key="label", options=["--bert", bert, "--new_model", sizes]
     )
-    assert len(pipeline.model.config.annotation["unseen_gate"]["weights"]) == 4
+    assert len(pipeline.model.config.annotation["unseen_gate"]["weights"]) == 6
     assert pipeline.model.label_readout.gene_texts.any(dim=1).sum() >= 2
     stored = pipeline.model.config.annotation["labels"]
     asked = {**stored, "NK cell": "a lymphocyte that expresses NKG7, GNLY, PRF1 and GZMB"}

@@ -117,7 +117,7 @@ def scgpt_key_table(num_layers: int, *, use_flag_embedding: bool = False) -> dic
 def convert_scgpt_weights(
     state_dict: dict[str, torch.Tensor], num_layers: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Rename scGPT's weights to those of [`ScGPTModel`], cut stacked ones, and list the surplus keys, left out.
+    """Rename scGPT's weights to those of [`ScGPTModel`], split stacked weights, and list the keys that are left out.
 
     Raises:
         ValueError: If a key is unknown, missing, or present in two attention layouts.
@@ -157,7 +157,9 @@ def scgpt_config(arguments: dict[str, Any], vocabulary: dict[str, int], *, use_f
     """The configuration that scGPT's `args.json` and `vocab.json` describe."""
     required = ("embsize", "nheads", "d_hid", "nlayers", "dropout", "n_bins", "pad_value", "mask_value")
     if missing := [name for name in required if name not in arguments]:
-        raise ValueError(f"args.json has no {', '.join(missing)}, but {', '.join(sorted(arguments))}; is it scGPT's?")
+        raise ValueError(
+            f"args.json lacks {', '.join(missing)}; it has {', '.join(sorted(arguments))}. Name a folder of scGPT."
+        )
     style = arguments.get("input_emb_style", "continuous")
     if style != "continuous":
         raise ValueError(f"args.json has input_emb_style={style!r}; only 'continuous' values can be converted.")

@@ -2,11 +2,13 @@
 
 A regression on the profiles of training cells takes seconds, while contrast and matching learn from noise on a few
 hundred cells. `annotate` and `calibrate` use the scores of the readout for the cell types of training, mixed with
-those of matching. The labels also have places in the space of cells and texts, those of their texts: a cell is the
-mean of its labels' places, by probability, plus what the network adds. Search and embeddings start there.
+those of matching. The labels also have places in the space of cells and texts: a cell is the mean of its labels'
+places, by probability, plus what the network adds, and a text lies near the place of the label that it is about.
+Search and embeddings start there.
 """
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from scmmgpt.train.data.corpus import Corpus
 logger = logging.getLogger(__name__)
 
 PLACE_CELLS = 1_000  # of the validation split, by whose captions the weight of places is chosen
+PLACE_EPOCHS = 4  # of captions of training cells, by which texts come to the places of their labels
+SPREAD = 0.5  # power of the singular values of the labels' places: 1 leaves them, 0 makes them orthogonal
+TEXT_PENALTY = 0.01  # of the regression to places, in mean squares of the states of texts
 PLACE_SHARES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # weights, in lengths of what the network adds
 CELLS_AT_ONCE = 64
 MAX_CELLS = 20_000  # of a split: the regression takes a minute or two
@@ -88,10 +93,49 @@ def place_labels(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor
 
 
 @torch.no_grad()
+def set_apart(
+    model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, corpus: Corpus, captions: CaptionSampler
+) -> None:
+    """Turn the places of the labels apart, and the projection of texts with them.
+
+    Contrast draws together the texts of labels whose cells are alike, such as kinds of T cells, until a caption is as
+    near to the other label as to its own. Captions of training cells and the texts of the labels show in closed form
+    (ridge regression of what is left to the places) which directions of a text tell its label.
+    """
+    labels, cells, table = model.config.label_readout["labels"], *corpus.sample("train", PLACE_CELLS)
+    obs = {name: np.array(values, dtype=object) for name, values in table.to_pydict().items()}
+    pairs = set(zip(model.config.label_readout["texts"], range(len(labels)), strict=True))
+    for epoch in range(PLACE_EPOCHS):
+        texts = captions.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
+        pairs |= {
+            pair for pair in zip(texts, codes_of(obs["cell_type"], labels).tolist(), strict=True) if pair[1] >= 0
+        }
+    ordered = sorted(pairs)
+    codes = torch.tensor([code for _, code in ordered], device=model.device)
+    states = encode_texts(model, processor, [text for text, _ in ordered], projected=False).float()
+    projection = model.text_projection
+    projected = projection(states).float()
+    left, spread, right = torch.linalg.svd(model.label_readout.features.float(), full_matrices=False)
+    places = F.normalize(left * (spread / spread[0]) ** SPREAD @ right, dim=-1)
+    residuals = places[codes] * projected.norm(dim=-1, keepdim=True) - projected
+    rows = F.pad(states, (0, 1), value=1.0)
+    weighted = rows / torch.bincount(codes)[codes, None]  # every label counts alike
+    squares = weighted.T @ rows
+    squares.diagonal().add_(TEXT_PENALTY * squares.diagonal().mean())
+    turn = torch.linalg.solve(squares, weighted.T @ residuals)
+    projection.weight += turn[:-1].T.to(projection.weight.dtype)
+    projection.bias += turn[-1].to(projection.bias.dtype)
+    model.label_readout.set_features(places)
+
+
+@torch.no_grad()
 def choose_places(
     model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, corpus: Corpus, captions: CaptionSampler
 ) -> dict[float, float]:
-    """Place the labels anew, by the trained text branch, at the weight that finds captions of validation cells best.
+    """Place the labels anew, by the trained text branch, and turn them apart (see [`set_apart`]).
+
+    Their weight is the smallest that finds captions of validation cells as well as the best one, within a standard
+    error: what the network adds is all that there is of a cell of no known type.
 
     Returns:
         Weight -> mean loss of a cell's own caption among all captions of these cells, at the best temperature; empty
@@ -100,6 +144,7 @@ def choose_places(
     if model.config.label_readout is None:
         return {}
     place_labels(model, processor)
+    set_apart(model, processor, corpus, captions)
     if "validation" not in corpus.split_names:
         return {}
     cells, table = corpus.sample("validation", PLACE_CELLS)
@@ -113,17 +158,22 @@ def choose_places(
         scores = model.label_readout(inputs["profile_gene_ids"], inputs["profile"])
         pieces.append((model.cell_projection(queries), model.label_readout.place(scores)))
     added, places = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    unit, losses = (added.norm(dim=-1).mean() / places.norm(dim=-1).mean()).item(), {}
+    unit, of_cells = (added.norm(dim=-1).mean() / places.norm(dim=-1).mean()).item(), {}
     for share in PLACE_SHARES:
         weight = share * unit
         features = F.normalize(added + weight * places[:, None], dim=-1)
-        losses[weight] = readout.calibrated_loss(cell_text_similarity(features, text_features).cpu().numpy(), own)
-    model.label_readout.features.mul_(min(losses, key=lambda weight: losses[weight]))
+        logits = readout.at_best_temperature(cell_text_similarity(features, text_features).cpu().numpy(), own)
+        of_cells[weight] = readout.losses_of_cells(logits, own)
+    losses = {weight: float(of_weight.mean()) for weight, of_weight in of_cells.items()}
+    best = of_cells[min(losses, key=lambda weight: losses[weight])]
+    worse = {weight: of_weight - best for weight, of_weight in of_cells.items()}
+    as_good = [weight for weight, of_each in worse.items() if of_each.mean() <= of_each.std() / np.sqrt(len(best))]
+    model.label_readout.features.mul_(min(as_good))
     logger.info("Loss of captions of validation cells by the weight of the labels' places: %s", losses)
     return losses
 
 
-def codes_of(names: list[str | None], labels: list[str]) -> np.ndarray:
+def codes_of(names: Sequence[str | None] | np.ndarray, labels: list[str]) -> np.ndarray:
     """Positions of names among the labels, int64; -1 for other names and none."""
     position = {label: code for code, label in enumerate(labels)}
     return np.array([-1 if name is None else position.get(name, -1) for name in names], dtype=np.int64)

@@ -161,10 +161,10 @@ def new_model(table: CellTable, rows: np.ndarray, texts: list[str], model_args: 
 
 @torch.no_grad()
 def start_from_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor, texts: list[str]) -> None:
-    """Make the shared space of a new model that of the BERT's texts, and set the cell projection to zero.
+    """Start the shared space of a new model from the BERT's texts, and the cell projection from zero.
 
-    The text projection is centred on cell types of the ontology and turned to their principal axes, without stretching
-    any: texts that are similar to the BERT stay similar. Queries contribute nothing; the readout places the cells.
+    The text projection centres texts on the cell types of the ontology and rotates them to the principal axes of these
+    types: texts that are similar for the BERT stay similar. Queries contribute nothing; the readout places the cells.
     """
     captions = CaptionSampler()
     names = ontology.names_of("cell_type")

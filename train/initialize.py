@@ -1,4 +1,4 @@
-"""Starts of training that are computed from the corpus, so that gradient descent need not find them."""
+"""Initial weights that are computed from the corpus, so that gradient descent need not find them."""
 
 import logging
 from collections.abc import Iterator

@@ -64,7 +64,7 @@ def new_language_model(
 
 
 def caption_texts(corpus: Corpus, captions: CaptionSampler) -> list[str]:
-    """Captions and answers of the first training cells, about `SCRATCH_TEXTS`."""
+    """About `SCRATCH_TEXTS` captions and answers of the first training cells."""
     texts: list[str] = []
     for cells, table in corpus.row_groups("train"):
         obs = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}

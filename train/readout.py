@@ -277,10 +277,21 @@ def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> float:
     return F.cross_entropy(torch.from_numpy(np.asarray(logits, dtype=np.float64)), torch.from_numpy(targets)).item()
 
 
+def losses_of_cells(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[target] of each cell."""
+    cells = torch.from_numpy(np.asarray(logits, dtype=np.float64)), torch.from_numpy(targets)
+    return F.cross_entropy(*cells, reduction="none").numpy()
+
+
+def at_best_temperature(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Logits of scores of any scale."""
+    scores = scores / max(np.abs(scores).max(), 1e-9)  # in the range of cosines, as `TEMPERATURES` expects
+    return scores / fit_temperature(scores, targets)
+
+
 def calibrated_loss(scores: np.ndarray, targets: np.ndarray) -> float:
     """Negative log-likelihood of scores of any scale, at the temperature that fits them best."""
-    scores = scores / max(np.abs(scores).max(), 1e-9)  # in the range of cosines, as `TEMPERATURES` expects
-    return negative_log_likelihood(scores / fit_temperature(scores, targets), targets)
+    return negative_log_likelihood(at_best_temperature(scores, targets), targets)
 
 
 def fit_temperature(similarity: np.ndarray, targets: np.ndarray) -> float:
@@ -303,14 +314,9 @@ def fit_similarity_weight(logits: np.ndarray, similarity: np.ndarray, targets: n
 
     The weight is 0 unless the log-likelihood of the labels gains more than the standard error of its gain.
     """
-
-    def losses(values: np.ndarray) -> np.ndarray:
-        cells = torch.from_numpy(np.asarray(values, dtype=np.float64)), torch.from_numpy(targets)
-        return F.cross_entropy(*cells, reduction="none").numpy()
-
     sums = {weight: logits + weight * similarity for weight in 1 / TEMPERATURES}
-    best = min(sums, key=lambda weight: losses(sums[weight]).mean())
-    gains = losses(logits) - losses(sums[best])
+    best = min(sums, key=lambda weight: negative_log_likelihood(sums[weight], targets))
+    gains = losses_of_cells(logits, targets) - losses_of_cells(sums[best], targets)
     earned = gains.mean() > gains.std() / np.sqrt(len(gains))
     return float(best) if earned else 0.0, sums[best]
 

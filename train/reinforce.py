@@ -92,7 +92,7 @@ class CellGRPOTrainer(CheckpointTrainer, GRPOTrainer):
         return EpochSampler(sampler.data_source, **{name: getattr(sampler, name) for name in settings})
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        self.still_frozen_parts()  # before generation, and before the loss
+        self.turn_off_frozen_dropout()  # before generation, and before the loss
         return super()._prepare_inputs(generation_batch)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from scmmgpt.train.data.corpus import Corpus
 from scmmgpt.train.data.streamed import open_cells
 
 
+SHOWN = 5  # most names that an error lists
 UNFINISHED = ".checkpoint-unfinished"  # where a checkpoint is while it is being written
 
 
@@ -59,7 +60,7 @@ def make_datasets(
         order["drop_last"] = training_args.dataloader_drop_last
     splits: Mapping[str, Any] = dict.fromkeys(corpus.split_names, corpus) if cells is None else cells
     if "train" not in splits:
-        raise ValueError(f"The cells to train on are missing: there are {list(splits)}, but no 'train'.")
+        raise ValueError(f"There is no split 'train' to train on; the splits are {list(splits)}. Add it.")
     # With `balance`, a label of n cells is drawn in proportion to n ** (1 / temperature).
     stream = open_cells(splits["train"], seed=data_seed(training_args), temperature=2.0, **order, **shared)
     train = BatchDataset(stream, collate)
@@ -143,8 +144,8 @@ class CheckpointTrainer(Trainer):
         if self.is_fsdp_enabled:
             flatten_scalars(self.model)
 
-    def still_frozen_parts(self) -> None:
-        """Turn off dropout in frozen parts: `Trainer` puts the whole model in training mode before every step."""
+    def turn_off_frozen_dropout(self) -> None:
+        """Turn off dropout in frozen parts; `Trainer` sets the whole model to training mode before every step."""
         if self._frozen_modules is None:
             self._frozen_modules = frozen_modules(self.model)
         for module in self._frozen_modules:
@@ -157,6 +158,16 @@ class CheckpointTrainer(Trainer):
         elif self.is_world_process_zero():
             repo_id = None if self.hub is None else self.hub["repo_id"]
             self.write_card(self.args.output_dir, log_history=self.state.log_history, repo_id=repo_id)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint of other weights, such as of another release: half of it would go on from the start."""
+        own = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        if own or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint to resume lacks the weights {sorted(own)[:SHOWN]} of the model and has the weights "
+                f"{sorted(load_result.unexpected_keys)[:SHOWN]}, which the model has not. Resume with the release and "
+                "the options that wrote it, or start anew in another --output_dir."
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
@@ -274,7 +285,7 @@ class StreamTrainer(CheckpointTrainer):
         return BatchLoader(self.eval_dataset)
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        """Number of cells, which is what speed and epochs are counted in."""
+        """Number of cells: the unit of epochs and of speed."""
         assert isinstance(dataloader.dataset, BatchDataset)
         return dataloader.dataset.n_cells
 
@@ -343,7 +354,7 @@ class ModelLossTrainer(StreamTrainer):
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the model's own loss, and keep the components for the log."""
-        self.still_frozen_parts()
+        self.turn_off_frozen_dropout()
         outputs = model(**inputs)
         self.record_losses(**{name: value for name, value in outputs.items() if name.endswith("_loss")})
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -359,18 +370,18 @@ def flatten_scalars(model: torch.nn.Module) -> None:
 
 
 def freeze(model: torch.nn.Module, should_freeze: Callable[[str], bool]) -> None:
-    """Turn off the gradient of every parameter for whose name `should_freeze` holds."""
+    """Turn off the gradients of the parameters whose names `should_freeze` accepts."""
     for name, parameter in model.named_parameters():
         if should_freeze(name):
             parameter.requires_grad_(False)
 
 
 def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules to take out of training mode: those of parts without trained parameters, where dropout has no use.
+    """Modules of parts without trained parameters, which leave training mode because dropout has no use there.
 
     Dropout is a module, or a function that a module (attention, for example) calls in training mode. Modules with
-    `gradient_checkpointing` are left out, because they checkpoint in training mode only, and the gradient passes
-    through frozen layers too.
+    `gradient_checkpointing` stay in training mode: they checkpoint in this mode alone, and gradients pass through
+    frozen layers too.
     """
     parameters = list(model.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):

@@ -67,7 +67,7 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """`language_weight` x TRL's loss + `expression_weight` x the mean loss of a target gene."""
-        self.still_frozen_parts()
+        self.turn_off_frozen_dropout()
         unwrapped: Any = self.accelerator.unwrap_model(model)
         backbone: Any = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         outputs: list = []

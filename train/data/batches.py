@@ -141,8 +141,8 @@ class BatchDataset(datasets.IterableDataset, torch.utils.data.IterableDataset):
         for name, value in self.source.identity().items():
             if state_dict.get(name, value) != value:
                 raise ValueError(
-                    f"The state was saved with {name}={state_dict[name]!r}, but this stream has {value!r}, where the "
-                    "position has other cells. Use the same setting, or start an epoch with `set_epoch`."
+                    f"The state was saved with {name}={state_dict[name]!r}, but this stream has {value!r}: the saved "
+                    "position stands for other cells. Use the same setting, or start an epoch with `set_epoch`."
                 )
         self.set_epoch(int(state_dict["epoch"]))
         self._step, self._goes_on = int(state_dict["step"]), True

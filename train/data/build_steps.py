@@ -32,6 +32,7 @@ import pandas as pd
 import pyarrow as pa
 
 from scmmgpt.cells_scmmgpt import Cells, RandomStream, cell_keys
+from scmmgpt.commands.errors import naming
 from scmmgpt.commands.files import read_json, whole_file, whole_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.kernels_scmmgpt import mix64
@@ -196,7 +197,7 @@ def content_hashes(cells: Cells, common: np.ndarray) -> np.ndarray:
 def find_copies(parts: list[Path]) -> None:
     """Mark the cells that have the counts of another cell, whatever their names.
 
-    One cell of each content stays unmarked, that of the smallest key, so that no cell is in two splits.
+    Of cells with equal counts, the cell of the smallest key stays unmarked. No cell is then in two splits.
     """
     files = [folder / f"{kind}.arrow" for folder in parts for kind in COUNT_KINDS]
     files = [path for path in files if path.exists()]
@@ -371,8 +372,9 @@ def open_writer(scratch: Path, output: Path) -> CorpusWriter:
 
 @contextlib.contextmanager
 def _naming(spec: SourceSpec) -> Iterator[None]:
-    """Put the source's path before the text of an error."""
+    """Put the source's path before the text of an error or a warning."""
     try:
-        yield
+        with naming(spec.path):
+            yield
     except (ValueError, TypeError) as error:
         raise type(error)(f"{spec.path}: {error}") from error

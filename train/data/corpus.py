@@ -333,7 +333,7 @@ class Corpus:
         return features_of(self.manifest)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the corpus to the Hub as a dataset, without locks and the fast copy; returns its full name.
+        """Upload the corpus to the Hub as a dataset, without lock files and `cache/`; returns the name of the dataset.
 
         `load_dataset` and [`open_corpus`] read it from there. `options` are those of [`push_folder`].
         """

@@ -42,7 +42,7 @@ class GeneRecord:
 
 
 def package_file(package: str, path: str) -> Path | None:
-    """Find a data file of an installed package, or None, without importing the package, which could take seconds."""
+    """Find a data file of an installed package, or `None`, without an import of the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None

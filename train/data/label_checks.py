@@ -1,4 +1,4 @@
-"""Labels as people write them: cleaned of what has no meaning, with warnings of those that are not names."""
+"""Labels as people write them: how they are cleaned, and warnings of labels that are no names."""
 
 import re
 from collections import Counter, defaultdict
@@ -83,7 +83,7 @@ def is_code(label: str) -> bool:
 
 
 def spelling_key(label: str) -> str:
-    """Equal for labels that differ in case, or in spaces, hyphens and underscores between words.
+    """A key that labels share if they differ only in case, or in spaces, hyphens and underscores between words.
 
     Signs of markers stay: CD4+ and CD4- differ.
     """

@@ -72,7 +72,7 @@ def open_table(source: str, options: Mapping[str, Any], cells: Mapping[str, Any]
     if cells is None:
         cells = dict.fromkeys(corpus.split_names, corpus)
     if "train" not in cells:
-        raise ValueError(f"The cells to train on are missing: there are {list(cells)}, but no 'train'.")
+        raise ValueError(f"There is no split 'train' to train on; the splits are {list(cells)}. Add it.")
     parts = [_read_split(cells[split], split) for split in ("train", "validation") if cells.get(split) is not None]
     both = Cells.concatenate([part for part, _ in parts])
     obs = pd.concat([table for _, table in parts], ignore_index=True)
