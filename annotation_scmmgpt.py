@@ -607,7 +607,7 @@ class Novelty:
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type."""
-        share = 0.0 if self.absent is None else novelty_of(cells, self.absent) / np.float32(self.unit)
+        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent) / np.float32(self.unit)
         if self.panel is None:
             return np.asarray(share)
         novelty = self.panel.novelty(cells) + np.float32(ABSENT_WEIGHT) * share

@@ -81,25 +81,24 @@ def read_reference(
     if not path.is_file():
         logger.info("There are no reference profiles, %s: novelty comes from the cells alone.", path)
         return None
-    kinds = {name: ("label", term) for term, names in table["types"].items() for name in names}
-    kinds |= {name: ("other", kind) for kind, names in table["others"].items() for name in names}
+    kinds = {name: kind for part in ("types", "others") for kind, names in table[part].items() for name in names}
     profiles = pd.read_csv(path, index_col=0)
-    names = pd.Series(profiles.columns).map(lambda name: kinds.get(type_name(name)))
-    names[profiles.columns.str.contains("|".join(table["left_out"]))] = None
+    names = np.array([kinds.get(type_name(column), "") for column in profiles.columns])
+    names[profiles.columns.str.contains("|".join(table["left_out"]))] = ""
     values = np.log1p(COUNTS_PER_10K * (profiles / profiles.sum()).to_numpy().T)
     ids = np.array([index.lookup(str(gene))[0] for gene in profiles.index])
     measured, placed = np.unique(ids[ids >= 0]), place(list(table["types"]))
-    found, rows, meanings = sorted(set(names.dropna())), [], []
-    others = [name for role, name in found if role == "other"]
-    for role, name in found:
+    found, rows, meanings = sorted({*names} - {""}), [], []
+    others = [kind for kind in found if kind in table["others"]]
+    for kind in found:
         share = np.zeros(len(types) + len(others))
-        if role == "other":
-            share[len(types) + others.index(name)] = 1
-        elif name in placed:
-            share[[list(types).index(term) for term in placed[name]]] = 1 / len(placed[name])
+        if kind in others:
+            share[len(types) + others.index(kind)] = 1
+        elif kind in placed:
+            share[[list(types).index(term) for term in placed[kind]]] = 1 / len(placed[kind])
         else:
             continue
-        mean = np.expm1(values[(names == (role, name)).to_numpy()].mean(axis=0))
+        mean = np.expm1(values[names == kind].mean(axis=0))
         rows.append(np.bincount(ids[ids >= 0], mean[ids >= 0], minlength=n_genes))
         meanings.append(share)
     counts = csr_matrix(np.stack(rows).astype(np.float32))
