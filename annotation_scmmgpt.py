@@ -368,15 +368,11 @@ def summarize_annotation(
 ) -> tuple[dict[str, Any], list[str]]:
     """Summary of an annotation, and warnings about an unlikely one.
 
-    Args:
-        columns: The result of [`choose_labels`].
-        candidates: The labels to choose from.
-        known: The labels that the checkpoint knows.
-        min_score: That of [`choose_labels`], None for one of 0 that was fitted.
+    `columns` is the result of [`choose_labels`], `known` the labels of the checkpoint, and `min_score` that of
+    [`choose_labels`], None for one of 0 that was fitted.
 
     Returns:
-        `found` and `found_cells` (labels and their numbers of cells), `mean_entropy`, `collapsed` (nearly all cells
-        have one label) and, with novelty, `novel_cells`; and the warnings.
+        `found`, `found_cells`, `mean_entropy`, `collapsed`, with novelty `novel_cells`; and the warnings.
     """
     found, found_cells = np.unique(columns["cell_type"], return_counts=True)
     n_cells, n_novel = len(columns["cell_type"]), int((columns.get("novelty", np.empty(0)) > 1).sum())
@@ -460,17 +456,13 @@ def fit_mixture(
 
 
 def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    """Fit the thresholds of [`label_sets`] on held-out cells of known labels, by split-conformal prediction.
+    """The thresholds of [`label_sets`] from held-out cells of known labels, by split-conformal prediction.
 
     The probability of the true label of a new cell is below the k-th smallest of n held-out ones with a chance of
     k / (n + 1) at most, if the cell is like these (least ambiguous sets: Sadinle et al. 2019, JASA 114:223).
 
-    Args:
-        probabilities: `(n_cells, n_labels)`.
-        target: Int `(n_cells,)`: the true labels.
-
-    Returns:
-        `n_cells`, and `thresholds` by error rate, in steps of 1 / `SET_STEPS` to a half.
+    `probabilities` are `(n_cells, n_labels)`, `target` the true labels, int `(n_cells,)`. Returns `n_cells`, and
+    `thresholds` by error rate, in steps of 1 / `SET_STEPS` to a half.
     """
     own = np.sort(probabilities[np.arange(len(target)), target].astype(np.float64))
     smallest = np.arange(1, SET_STEPS // 2 + 1) * (len(own) + 1) // SET_STEPS
@@ -540,11 +532,7 @@ def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
 def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
     """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
 
-    Args:
-        cells: Labelled cells, of all known types.
-        targets: Int `(n_cells,)`: their labels.
-        measured: Vocabulary ids of the genes that were measured in these cells.
-        n_genes: Size of the gene vocabulary.
+    `targets` are the labels of the cells, int `(n_cells,)`, and `measured` vocabulary ids of their genes.
 
     Returns:
         `absent_genes` and `expressed_genes` (a bit a gene, packed, in base64), and `unit`: the share of absent genes
