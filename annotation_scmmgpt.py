@@ -126,8 +126,8 @@ def trained_labels_of(
 
     The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
 
-    `cl_id` is the Cell Ontology id of a label, if known; `terms` are those of the trained labels and all ancestors: `id`,
-    `names` (normalised) and `labels` (trained ones, at or below it).
+    `cl_id` is the Cell Ontology id of a label, if known; `terms` are those of the trained labels and all ancestors:
+    `id`, `names` (normalised) and `labels` (trained ones, at or below it).
 
     >>> terms = [{"id": "CL:0000084", "names": ["t cell", "t lymphocyte"], "labels": ["CD4 T", "CD8 T"]}]
     >>> trained_labels_of("T-lymphocytes", None, ["CD4 T", "CD8 T", "B"], terms)
