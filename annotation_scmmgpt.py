@@ -35,6 +35,7 @@ HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than hel
 MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
 NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
+ABSENT_WEIGHT = 0.2  # of the share of absent genes, in its unit, beside the missing lead over other cells
 MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
 
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
@@ -125,10 +126,8 @@ def trained_labels_of(
 
     The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
 
-    Args:
-        label, cl_id: A label, or an id in its place, and its Cell Ontology id if known.
-        trained: The trained labels.
-        terms: Their terms and all ancestors: `id`, `names` (normalised) and `labels` (trained ones, at or below it).
+    `cl_id` is the Cell Ontology id of a label, if known; `terms` are those of the trained labels and all ancestors:
+    `id`, `names` (normalised) and `labels` (trained ones, at or below it).
 
     >>> terms = [{"id": "CL:0000084", "names": ["t cell", "t lymphocyte"], "labels": ["CD4 T", "CD8 T"]}]
     >>> trained_labels_of("T-lymphocytes", None, ["CD4 T", "CD8 T", "B"], terms)
@@ -350,7 +349,7 @@ def choose_labels(
             cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
             low &= ~broader
         cell_type[low], cl_id[low] = UNKNOWN, ""
-    if novelty is not None and (min_score is None or np.any(min_score)):
+    if novelty is not None and (np.ndim(min_score) or min_score != 0):  # 0 of the user, not one that was fitted
         cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
     cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
     margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]
@@ -367,15 +366,11 @@ def summarize_annotation(
 ) -> tuple[dict[str, Any], list[str]]:
     """Summary of an annotation, and warnings about an unlikely one.
 
-    Args:
-        columns: The result of [`choose_labels`].
-        candidates: The labels to choose from.
-        known: The labels that the checkpoint knows.
-        min_score: That of [`choose_labels`].
+    `columns` is the result of [`choose_labels`], `known` the labels of the checkpoint, and `min_score` that of
+    [`choose_labels`], None for one of 0 that was fitted.
 
     Returns:
-        `found` and `found_cells` (labels and their numbers of cells), `mean_entropy`, `collapsed` (nearly all cells
-        have one label) and, with novelty, `novel_cells`; and the warnings.
+        `found`, `found_cells`, `mean_entropy`, `collapsed`, with novelty `novel_cells`; and the warnings.
     """
     found, found_cells = np.unique(columns["cell_type"], return_counts=True)
     n_cells, n_novel = len(columns["cell_type"]), int((columns.get("novelty", np.empty(0)) > 1).sum())
@@ -392,8 +387,8 @@ def summarize_annotation(
         given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
         warnings.append(
             f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
-            f"such as {', '.join(map(repr, known[:3]))}): {given}. They express genes that none of these types "
-            "does; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
+            f"such as {', '.join(map(repr, known[:3]))}): {given}. They are more like other cells, or express "
+            "other genes; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
         )
     elif not min_score and (candidates.owners < 0).any() and (low := int((columns["score"] < 0.5).sum())):
         if low >= DOUBTFUL_SHARE * n_cells:
@@ -459,17 +454,13 @@ def fit_mixture(
 
 
 def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    """Fit the thresholds of [`label_sets`] on held-out cells of known labels, by split-conformal prediction.
+    """The thresholds of [`label_sets`] from held-out cells of known labels, by split-conformal prediction.
 
     The probability of the true label of a new cell is below the k-th smallest of n held-out ones with a chance of
     k / (n + 1) at most, if the cell is like these (least ambiguous sets: Sadinle et al. 2019, JASA 114:223).
 
-    Args:
-        probabilities: `(n_cells, n_labels)`.
-        target: Int `(n_cells,)`: the true labels.
-
-    Returns:
-        `n_cells`, and `thresholds` by error rate, in steps of 1 / `SET_STEPS` to a half.
+    `probabilities` are `(n_cells, n_labels)`, `target` the true labels, int `(n_cells,)`. Returns `n_cells`, and
+    `thresholds` by error rate, in steps of 1 / `SET_STEPS` to a half.
     """
     own = np.sort(probabilities[np.arange(len(target)), target].astype(np.float64))
     smallest = np.arange(1, SET_STEPS // 2 + 1) * (len(own) + 1) // SET_STEPS
@@ -539,11 +530,7 @@ def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
 def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
     """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
 
-    Args:
-        cells: Labelled cells, of all known types.
-        targets: Int `(n_cells,)`: their labels.
-        measured: Vocabulary ids of the genes that were measured in these cells.
-        n_genes: Size of the gene vocabulary.
+    `targets` are the labels of the cells, int `(n_cells,)`, and `measured` vocabulary ids of their genes.
 
     Returns:
         `absent_genes` and `expressed_genes` (a bit a gene, packed, in base64), and `unit`: the share of absent genes
@@ -578,21 +565,36 @@ def _unpack(text: str, n_genes: int) -> np.ndarray:
 
 @dataclass
 class Novelty:
-    """The stored result of [`fit_novelty`], for the genes at hand."""
+    """The stored result of [`fit_novelty`] and the unit of novelty by other cells, if any, for the genes at hand."""
 
-    absent: np.ndarray  # bool (n_genes,)
+    absent: np.ndarray | None  # bool (n_genes,); None where too few genes are measured
     unit: float
+    panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
+    others_unit: float = 1.0
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any] | None, measured: np.ndarray, n_genes: int) -> "Novelty | None":
-        """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes."""
+    def of(
+        cls, stored: Mapping[str, Any] | None, measured: np.ndarray, n_genes: int, panel: Any = None
+    ) -> "Novelty | None":
+        """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes.
+
+        With other cells in the readout, whose `panel` for `measured` is given, no genes are too few.
+        """
         if not stored:
             return None
-        expressed = _unpack(stored["expressed_genes"], n_genes)
-        if expressed[measured].sum() < MIN_MEASURED * expressed.sum():
-            return None
-        return cls(_unpack(stored["absent_genes"], n_genes), stored["unit"])
+        absent, unit = None, stored.get("unit", 1.0)
+        if "expressed_genes" in stored:
+            expressed = _unpack(stored["expressed_genes"], n_genes)
+            if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
+                absent = _unpack(stored["absent_genes"], n_genes)
+        if panel is not None and "others_unit" in stored:
+            return cls(absent, unit, panel, stored["others_unit"])
+        return None if absent is None else cls(absent, unit)
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type."""
-        return novelty_of(cells, self.absent) / np.float32(self.unit)
+        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent) / np.float32(self.unit)
+        if self.panel is None:
+            return np.asarray(share)
+        novelty = self.panel.novelty(cells) + np.float32(ABSENT_WEIGHT) * share
+        return (novelty / np.float32(self.others_unit)).clip(min=0)

@@ -429,7 +429,8 @@ class ScMMGPTPipeline:
     ) -> dict[str, Any]:
         """Warn of an unlikely annotation, and of labels whose decisive genes the file lacks; returns its numbers."""
         stored, texts = (self.model.config.annotation or {}).get("labels", {}), labelling.candidates.texts
-        summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), labelling.min_score)
+        least = labelling.min_score if labelling.fitted_score is None else labelling.fitted_score or None
+        summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), least)
         label_of = {text: label for label, text in stored.items()}
         if labelling.readout is not None:
             totals: Mapping[str, float]
@@ -761,7 +762,8 @@ class ScMMGPTPipeline:
         The novelty is NaN where the file measures too few genes.
         """
         stored = (self.model.config.annotation or {}).get("novelty")
-        novelty_of = Novelty.of(stored, choice.match.measured, self.model.config.cell_config.vocab_size)
+        panel = None if readout is None else readout.panel
+        novelty_of = Novelty.of(stored, choice.match.measured, self.model.config.cell_config.vocab_size, panel)
         chunks, n_cells = self._chunks(adata, choice), adata.shape[0]
         similarity, match, novelty = self._label_scores(
             chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout

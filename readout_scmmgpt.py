@@ -14,7 +14,9 @@ absent loses confidence.
 
 A readout of several datasets stores groups, the mean profile of each label in each dataset, in place of fixed weights.
 [`solve_groups`] is the ridge regression of the labels on the groups, for the genes at hand alone, with factors and
-noise as the variance within a group. The profiles are then log1p(CP10k).
+noise as the variance within a group. The profiles are then log1p(CP10k). Beside the groups of its labels it may have
+groups of other cells, reference profiles of organs that no dataset has. They compete in the regression, and the lead
+of a cell's label over them says whether the cell is one of the labels at all: [`PanelReadout.novelty`].
 
 Else a profile is `PROFILE_SCALE * sqrt(share of the counts)`. In a file with a part of the genes, shares are of the
 genes at hand times the share of expression that these genes are expected to have, so that a panel of 200 genes and a
@@ -38,6 +40,7 @@ except ImportError:  # beside the other files of a checkpoint
 
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
 N_DRAWS, DRAW_SEED = 64, 0x6E05  # of the scores' uncertainty: equal for all cells of a file, and for all files
+LEAST_LEAD = 0.1  # over other cells, of the mean cell of a label
 LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
 N_EXAMPLES = 3  # absent genes that a warning names
 
@@ -58,6 +61,8 @@ class PanelReadout:
             cells, the part that remains; NaN on the diagonal.
         decisive: Absent genes, vocabulary ids, that separate two labels, the most important first, by label pair.
         log: Whether the weights are for log1p(CP10k), the logarithm of one plus a squared profile.
+        others: float32 `(n_genes, n_others)`, weights of kinds of other cells, and `others_bias` `(n_others,)`.
+        leads: float64 `(n_labels,)`: the score of each label in its mean cell less the best one of other cells.
     """
 
     gene_ids: np.ndarray
@@ -69,6 +74,9 @@ class PanelReadout:
     evidence: np.ndarray
     decisive: dict[tuple[int, int], list[int]]
     log: bool = False
+    others: np.ndarray | None = None
+    others_bias: np.ndarray | None = None
+    leads: np.ndarray | None = None
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ragged profiles over the genes at hand: first entry of each cell, positions in `gene_ids`, values."""
@@ -86,6 +94,21 @@ class PanelReadout:
         pieces = [(piece[:, None] + draws).log_softmax(dim=2).logsumexp(dim=1) for piece in logits.split(1024)]
         return (torch.cat(pieces) - np.log(len(draws))).numpy() if pieces else logits.numpy()
 
+    def novelty(self, cells: Cells) -> np.ndarray:
+        """How far each cell is from its best label towards other cells, float32 `(n_cells,)`.
+
+        0 where the label leads over other cells by as much as in its mean cell; 1 where it does not lead.
+        In a panel both leads are smaller, so that no panel is too small to be judged.
+        """
+        if self.others is None or self.leads is None:
+            raise ValueError("This readout has no other cells; novelty needs a checkpoint of `release`.")
+        profiles = self.profiles(cells)
+        scores = sum_weights(*profiles, self.weights) + self.bias
+        others = sum_weights(*profiles, self.others) + self.others_bias
+        best = scores.argmax(axis=1)
+        lead = scores[np.arange(len(best)), best] - others.max(axis=1, initial=-np.inf)
+        return (1 - lead / self.leads[best]).astype(np.float32)
+
     def select(self, labels: Sequence[int]) -> "PanelReadout":
         """The readout of some of the labels, in the given order."""
         place = {label: number for number, label in enumerate(labels)}
@@ -102,6 +125,7 @@ class PanelReadout:
             spread=self.spread[:, columns],
             evidence=self.evidence[np.ix_(columns, columns)],
             decisive=decisive,
+            leads=None if self.leads is None else self.leads[columns],
         )
 
     def weak_labels(self, likely: np.ndarray) -> dict[int, tuple[int, float, list[int]]]:
@@ -129,6 +153,7 @@ class ScMMGPTLabelReadout(nn.Module):
     Args:
         num_labels, num_genes, num_factors: Sizes; the genes are those that the training cells express.
         num_groups: Groups of cells of one label and dataset, if the readout is of several datasets.
+        num_others: Kinds of other cells that groups may be of.
         text_width: Width of the embeddings of texts about genes; 0 if there are none.
         feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
     """
@@ -155,11 +180,12 @@ class ScMMGPTLabelReadout(nn.Module):
         num_genes: int,
         num_factors: int,
         num_groups: int = 0,
+        num_others: int = 0,
         text_width: int = 0,
         feature_width: int = 0,
     ) -> None:
         super().__init__()
-        self.num_groups = num_groups
+        self.num_groups, self.num_others = num_groups, num_others
         half = torch.float16
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
         self.register_buffer("weights", torch.zeros(num_labels, num_genes, dtype=half))
@@ -177,14 +203,16 @@ class ScMMGPTLabelReadout(nn.Module):
         if num_groups:
             self.register_buffer("groups", torch.zeros(num_groups, num_genes, dtype=half))  # mean log1p(CP10k)
             self.register_buffer("group_mean", torch.zeros(num_genes))  # of groups that do not measure a gene
-            self.register_buffer("group_labels", torch.zeros(num_groups, num_labels))  # shares of labels, of sum 1
+            self.register_buffer("group_labels", torch.zeros(num_groups, num_labels + num_others))  # shares, of sum 1
             self.register_buffer("group_weights", torch.zeros(num_groups))  # of sum 1
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
         """A readout with these buffers."""
         num_labels, num_genes = tensors["weights"].shape
-        readout = cls(num_labels, num_genes, len(tensors["factors"]), len(tensors.get("groups", ())))
+        num_groups = len(tensors.get("groups", ()))
+        num_others = tensors["group_labels"].shape[1] - num_labels if num_groups else 0
+        readout = cls(num_labels, num_genes, len(tensors["factors"]), num_groups, num_others)
         for name, value in tensors.items():
             buffer = getattr(readout, name)
             buffer.copy_(torch.as_tensor(np.asarray(value)).to(buffer.dtype))
@@ -194,7 +222,7 @@ class ScMMGPTLabelReadout(nn.Module):
         """The sizes beside the number of labels, as `config.label_readout` has them."""
         num_factors, num_genes = self.factors.shape
         sizes = {"num_genes": num_genes, "num_factors": num_factors}
-        return sizes | ({"num_groups": self.num_groups} if self.num_groups else {})
+        return sizes | {n: v for n in ("num_groups", "num_others") if (v := getattr(self, n))}
 
     def set_gene_texts(self, directions: np.ndarray) -> None:
         """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
@@ -251,8 +279,12 @@ class ScMMGPTLabelReadout(nn.Module):
         if not here.any():
             raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
         spread = np.zeros((0, len(a["bias"])))
+        others: dict[str, np.ndarray] = {}
         if self.num_groups:
             weights, bias = solve_groups(a, here)
+            if self.num_others:
+                others = self._others(a, here, weights, bias)
+            weights, bias = weights[: len(a["bias"])], bias[: len(a["bias"])]
         else:
             weights, bias, covariance = condition(a, here)
         if not self.num_groups and not here.all():
@@ -270,7 +302,23 @@ class ScMMGPTLabelReadout(nn.Module):
             evidence=evidence,
             decisive=decisive,
             log=self.num_groups > 0,
+            **others,
         )
+
+    def _others(
+        self, a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """`others`, `others_bias` and `leads` of a [`PanelReadout`], from the result of [`solve_groups`]."""
+        n_labels = len(a["bias"])
+        shares = a["group_labels"][:, :n_labels].T * a["group_weights"] * (a["group_labels"].max(axis=1) > 0.5)
+        shares /= shares.sum(axis=1, keepdims=True).clip(min=1e-12)
+        scores = shares @ (a["groups"][:, here] @ weights.T + bias)  # of the labels' mean cells
+        leads = np.diag(scores) - scores[:, n_labels:].max(axis=1)
+        return {
+            "others": np.ascontiguousarray(weights[n_labels:].T, dtype=np.float32),
+            "others_bias": bias[n_labels:].astype(np.float32),
+            "leads": leads.clip(min=LEAST_LEAD),
+        }
 
 
 def solve_groups(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -284,7 +332,7 @@ def solve_groups(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray
         here: bool `(num_genes,)`.
 
     Returns:
-        Weights `(num_labels, n_here)` and bias `(num_labels,)`.
+        Weights `(num_labels + num_others, n_here)` and bias, those of other cells last.
     """
     mean, noise = a["group_mean"][here], a["noise"][here]
     roots = np.sqrt(a["group_weights"])[:, None]
@@ -336,7 +384,7 @@ def compare_labels(
 
     centroids = a["centroids"]
     if "groups" in a:  # in the space of their weights
-        of_labels = a["group_labels"].T * a["group_weights"]
+        of_labels = a["group_labels"][:, : len(centroids)].T * a["group_weights"]
         centroids = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
     whole = differences(centroids @ a["weights"].T)
     left = differences(centroids[:, here] @ weights.T)

@@ -31,6 +31,7 @@ from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 from scmmgpt.train.left_out import ABSENT, LeftOut
 from scmmgpt.train.pooled import Dataset
+from scmmgpt.train.references import Reference
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Sources:
     datasets: list[Dataset]
     types: list[str]  # Cell Ontology ids of the labels
     meanings: np.ndarray  # as for `fit_pooled_readout`
+    reference: Reference | None = None
 
 
 def read_sources(folder: str | Path, labels: str = "human") -> Sources:
@@ -60,12 +62,13 @@ def read_sources(folder: str | Path, labels: str = "human") -> Sources:
         sorted({term for source in sources for term in source.terms if term}), table["types"], table.get("broad", ())
     )
     names = [source.name for source in sources if any(term in placed for term in source.terms)]
-    return Sources(names, datasets, types, meanings)
+    reference = release.read_profiles(folder, types, table, index, len(vocabulary))
+    return Sources(names, datasets, types, meanings, reference)
 
 
-def calibrated(cells: LeftOut) -> dict[str, Any]:
+def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
     """As `train.left_out.calibrate`, which must have enough cells."""
-    if not (settings := left_out.calibrate(cells)):
+    if not (settings := left_out.calibrate(cells, sources.reference is not None)):
         raise ValueError(f"{int(cells.known.sum())} cells of known types are too few to calibrate on.")
     return settings
 
@@ -75,9 +78,10 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = left_out.probabilities_of(cells, settings["temperature"])
-    least = least_scores(settings["min_score"], cells.novelty)
+    novelty = cells.novelty / np.float32(settings["others_unit"])
+    least = least_scores(settings["min_score"], novelty)
     names, terms = list(ids), ontology.label_terms(ids)
-    columns = choose_labels(probabilities[:, labels], names, ids, least, novelty=cells.novelty, terms=terms)
+    columns = choose_labels(probabilities[:, labels], names, ids, least, novelty=novelty, terms=terms)
     return columns | {"probabilities": probabilities}
 
 
@@ -143,8 +147,12 @@ def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequen
     known_rows, new_rows, kept, parts = {}, [], [], []
     sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
     for group in groups:
-        settings = calibrated(cells.take(~np.isin(cells.datasets, group)))
-        own = cells if len(group) == 1 else left_out.leave_out(sources.datasets, sources.meanings, group)
+        settings = calibrated(sources, cells.take(~np.isin(cells.datasets, group)))
+        own = (
+            cells
+            if len(group) == 1
+            else left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference)
+        )
         for number in group:
             mine = own.take(own.datasets == number)
             if not len(mine.targets):
@@ -204,12 +212,13 @@ def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
                 train.append(Dataset(data.counts[others], data.measured, data.targets[others]))
         own = cells.targets == label
         without = np.where(np.arange(len(sources.types)) == label, ABSENT, cells.scores)
-        settings = calibrated(replace(cells, scores=without).take(~own))
+        settings = calibrated(sources, replace(cells, scores=without).take(~own))
         of_label = {}
         for number in np.unique(cells.datasets[own]):
             data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
             of_label[int(number)] = Dataset(data.counts[kept], data.measured, data.targets[kept])
-        found = left_out.judge(train, sources.meanings, of_label)
+        profiles = sources.reference and sources.reference.without(label)
+        found = left_out.judge(train, sources.meanings, of_label, profiles)
         for number in of_label:
             mine = found.take(found.datasets == number)
             columns = annotate(sources, mine, settings)
@@ -237,7 +246,7 @@ def evaluate_left_out(folder: str | Path, what: str = "datasets", together: Sequ
     missing = set(together) - set(sources.names)
     if missing:
         raise ValueError(f"There are no datasets {sorted(missing)}; there are {sources.names}.")
-    cells = left_out.leave_each_out(sources.datasets, sources.meanings)
+    cells = left_out.leave_each_out(sources.datasets, sources.meanings, sources.reference)
     if cells is None:
         raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":

@@ -5,6 +5,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, least_scores
+from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
 
 
@@ -14,6 +15,7 @@ from scmmgpt.eval import left_out as evaluation
 from scmmgpt.train import left_out
 from scmmgpt.train.left_out import ABSENT, LeftOut
 from scmmgpt.train.pooled import Dataset
+from scmmgpt.train.references import Reference, type_name
 
 
 B, CD4, CD8, MAST = "CL:0000236", "CL:0000624", "CL:0000625", "CL:0000097"
@@ -61,6 +63,56 @@ def test_one_dataset_leaves_nothing_to_calibrate_on(datasets):
     assert left_out.calibrate(nothing) == {}
 
 
+LIVER = 5  # a row of `MARKERS_AND_LIVER`: no label, but a profile of the reference
+MARKERS_AND_LIVER = np.pad(MARKERS, ((0, 1), (0, 1)))
+MARKERS_AND_LIVER[LIVER, -1] = 8
+
+
+def wide_dataset(targets, seed):
+    """As [`dataset`], with two genes of the liver."""
+    rng = np.random.default_rng(seed)
+    targets = np.repeat(targets, 30)
+    rates = np.hstack([np.repeat(MARKERS_AND_LIVER[targets], 2, axis=1), np.full((len(targets), N_OTHERS), 5.0)])
+    rates = (rates + 0.1) * rng.uniform(0.7, 1.4, rates.shape[1])
+    return Dataset(csr_matrix(rng.poisson(rates).astype(np.float32)), np.arange(rates.shape[1]), targets)
+
+
+def test_cells_of_a_reference_profile_that_is_no_label_are_novel_in_a_panel_too():
+    profiles = np.hstack([np.repeat(MARKERS_AND_LIVER[[0, LIVER]], 2, axis=1), np.full((2, N_OTHERS), 5.0)]) + 0.1
+    meanings = np.array([[1, 0, 0, 0, 0], [0, 0, 0, 0, 1.0]])
+    reference = Reference(csr_matrix(profiles.astype(np.float32)), np.arange(profiles.shape[1]), meanings, 4)
+    train = [wide_dataset([0, 1, 2, 3], 0), wide_dataset([0, 1, 2, 3], 1)]
+    readout, labels = left_out.fit_known(train, MEANINGS, reference)
+    assert (labels.tolist(), readout.num_others, readout.bias.shape) == ([0, 1, 2, 3], 1, (4,))
+    known, liver = wide_dataset([0, 1, 2, 3], 2), wide_dataset([LIVER], 3)
+    for genes in (np.arange(30), np.arange(16)):  # a panel without half of the common genes
+        panel = readout.for_genes(genes)
+        novelty = [panel.novelty(Cells.from_csr(data.counts, np.arange(30))) for data in (known, liver)]
+        assert np.median(novelty[0]) < 0.5
+        assert np.quantile(novelty[0], 0.95) < 1 < np.quantile(novelty[1], 0.05)
+    with pytest.raises(ValueError, match="no other cells"):
+        left_out.fit_known(train, MEANINGS)[0].for_genes().novelty(Cells.from_csr(known.counts, np.arange(30)))
+    assert reference.without(0).meanings.tolist() == [[0, 0, 0, 0, 1]]
+
+
+def test_the_name_of_a_profile_is_the_type_without_gene_and_tissue():
+    assert type_name("B cell (Plasmocyte)_IGHG3 high_AdultColon1") == "b cell (plasmocyte)"
+    assert type_name("Loop of henle _SPP1 high_AdultKidney2") == "loop of henle"
+
+
+def test_numbers_come_from_datasets_that_are_not_judged_by_them(datasets, cells, monkeypatch):
+    sources = evaluation.Sources(["one", "two", "three"], datasets, TYPES, MEANINGS)
+    seen, real = [], left_out.calibrate
+
+    def calibrate(cells, with_others=False):
+        seen.append(set(cells.datasets))
+        return real(cells, with_others)
+
+    monkeypatch.setattr(left_out, "calibrate", calibrate)
+    evaluation.leave_datasets_out(sources, cells, [[0], [1], [2]])
+    assert seen == [{1, 2}, {0, 2}, {0, 1}]
+
+
 def test_temperature_and_least_score_are_those_of_the_cells():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4000, 5))
@@ -84,6 +136,13 @@ def test_a_term_of_half_of_the_labels_is_no_answer_for_a_cell_that_is_like_none(
     torn = np.array([0.24, 0.24, 0.24, 0.2, 0.02, 0.02, 0.02, 0.02])
     columns = choose_labels(np.stack([like_none, torn]), names, {}, min_score=0.5, terms=terms)
     assert columns["cell_type"].tolist() == [UNKNOWN, "leukocyte"]
+
+
+def test_a_least_score_of_0_names_novel_cells_if_the_user_gives_it_and_not_if_it_was_fitted():
+    sure, novelty = np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([2.0, 0.0])
+    for least, first in ((least_scores(0.0, novelty), UNKNOWN), (None, UNKNOWN), (0, "B"), (0.0, "B")):
+        columns = choose_labels(sure, ["B", "T"], {}, least, novelty=novelty)
+        assert columns["cell_type"].tolist() == [first, "B"]
 
 
 def test_the_least_score_of_a_checkpoint_holds_for_its_own_labels_until_another_is_given():

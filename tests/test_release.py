@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -48,6 +49,11 @@ def built(bert, tmp_path_factory):
             adata.obs["label"] = adata.obs["cell_type"].astype(str).str.replace("T cell", "T & NK")
             adata.obs = adata.obs.drop(columns=["cell_type", "cell_type_ontology_term_id"])
         adata.write_h5ad(path / "data" / f"{name}.h5ad")
+    genes = sorted({gene for _, markers in MARKERS.values() for gene in markers} | {"ACTB", "RPL10", "FTL"})
+    liver, b_cell = [[50.0 if gene in own else 1.0 for gene in genes] for own in ({"FTL"}, MARKERS["B cell"][1])]
+    profiles = pd.DataFrame({"Hepatocyte_AdultLiver1": liver, "B cell_CordBlood1": b_cell}, index=genes)
+    (path / "data" / "tables").mkdir()
+    profiles.to_csv(path / "data" / "tables" / "hcl_pseudobulk_ref.csv.gz")
     labels = {name.replace("T cell", "T & NK"): term for name, term in TYPES.items()} | {"T & NK": "CL:0000542"}
     sets = {"one": {"paper": "Nobody 2026"}, "two": {"label_key": "label", "labels": labels}}
     table = {"types": list(TYPES.values()), "broad": ["CL:0000542"], "sets": sets}
@@ -103,7 +109,10 @@ def test_what_it_promises_comes_from_datasets_that_were_left_out(built):
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
     stored = pipeline.model.config.annotation
     assert stored["label_sets"]["n_cells"] >= 100
-    assert 0 < stored["min_score"] < 1
+    assert 0 <= stored["min_score"] < 1
+    assert stored["novelty"]["others_unit"] > 0
+    assert pipeline.model.config.label_readout["num_others"] == 1  # the liver cells of the reference
+    assert "Human Cell Landscape" in (built / "checkpoint.md").read_text()
     assert stored["temperature"] == 1  # the readout's own has been fitted
     sets = pipeline.annotate(synthetic_adata(40, seed=5), error_rate=0.1).obs["scmmgpt_label_set"]
     assert sets.str.split(" | ", regex=False).map(len).ge(1).all()

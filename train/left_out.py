@@ -17,12 +17,14 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.train import readout
 from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
+from scmmgpt.train.references import Reference
 
 
 logger = logging.getLogger(__name__)
 
 TEMPERATURES = np.geomspace(0.05, 0.5, 41)  # around `pooled.TEMPERATURE`
-LOST = 0.03  # share of the rightly named cells that may score below the least score of an answer
+LOST = 0.03  # share of the rightly named cells that may get no name
+LEAST_UNIT = 0.25  # of novelty by other cells: a cell with three quarters of the lead of its label is never novel
 MIN_CELLS = 100  # of known types, to calibrate on
 ABSENT = np.float32(-1e9)  # log probability of a label that no other dataset has
 
@@ -35,7 +37,7 @@ class LeftOut:
     targets: np.ndarray  # int64 (n_cells,): the label
     datasets: np.ndarray  # int64 (n_cells,): position of the dataset
     rows: np.ndarray  # int64 (n_cells,): row in the dataset
-    novelty: np.ndarray  # float32 (n_cells,), by what the other datasets lack; NaN where it is not judged
+    novelty: np.ndarray  # float32 (n_cells,), by the other datasets, and not yet over the unit; NaN where not judged
 
     @property
     def known(self) -> np.ndarray:
@@ -66,52 +68,59 @@ def with_cells(datasets: Sequence[Dataset], meanings: np.ndarray) -> tuple[list[
     return left, shares / shares.sum(axis=1, keepdims=True), labels
 
 
-def fit_known(datasets: Sequence[Dataset], meanings: np.ndarray) -> tuple[ScMMGPTLabelReadout, np.ndarray]:
+def fit_known(
+    datasets: Sequence[Dataset], meanings: np.ndarray, reference: Reference | None = None
+) -> tuple[ScMMGPTLabelReadout, np.ndarray]:
     """The readout of the labels that have a cell of their own, and their positions."""
     parts, shares, labels = with_cells(datasets, meanings)
+    if reference is not None:
+        parts, shares = reference.join(parts, shares, labels)
     return fit_pooled_readout(parts, len(labels), meanings=shares), labels
 
 
-def score(fitted: tuple[ScMMGPTLabelReadout, np.ndarray], test: Dataset, n_labels: int) -> np.ndarray:
-    """Log probabilities of the cells of `test` by the result of [`fit_known`], as [`LeftOut`] has them."""
-    panel = replace(fitted[0].for_genes(test.measured), temperature=1.0)
-    scores = np.full((len(test.targets), n_labels), ABSENT, dtype=np.float32)
-    scores[:, fitted[1]] = panel(Cells.from_csr(test.counts, np.arange(test.counts.shape[1])))
-    return scores
-
-
-def leave_out(datasets: Sequence[Dataset], meanings: np.ndarray, group: Sequence[int]) -> LeftOut:
+def leave_out(
+    datasets: Sequence[Dataset], meanings: np.ndarray, group: Sequence[int], reference: Reference | None = None
+) -> LeftOut:
     """The datasets of `group` by readout and novelty of the others; arguments as for `fit_pooled_readout`.
 
     Cells of a broad target have no label, and are not scored.
     """
     others = [data for place, data in enumerate(datasets) if place not in group]
-    return judge(others, meanings, {number: datasets[number] for number in group})
+    return judge(others, meanings, {number: datasets[number] for number in group}, reference)
 
 
-def judge(train: Sequence[Dataset], meanings: np.ndarray, tests: Mapping[int, Dataset]) -> LeftOut:
+def judge(
+    train: Sequence[Dataset],
+    meanings: np.ndarray,
+    tests: Mapping[int, Dataset],
+    reference: Reference | None = None,
+) -> LeftOut:
     """Cells of `tests`, of one label each, by readout and novelty of `train`; the keys are the datasets' positions."""
-    n_labels, parts = meanings.shape[1], []
-    fitted, novelty = fit_known(train, meanings), fit_pooled_novelty(train, train[0].counts.shape[1])
+    n_genes, parts = train[0].counts.shape[1], []
+    fitted, own = fit_known(train, meanings, reference)
+    stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"others_unit": 1.0})
     for number, data in tests.items():
         rows = np.flatnonzero((meanings[data.targets] > 0).sum(axis=1) == 1)
-        test = Dataset(data.counts[rows], data.measured, data.targets[rows])
-        measure = Novelty.of(novelty, test.measured, test.counts.shape[1])
-        novel = np.full(len(rows), np.nan, np.float32)
-        if measure is not None:
-            novel = measure(Cells.from_csr(test.counts, np.arange(test.counts.shape[1])))
-        labels = meanings[test.targets].argmax(axis=1)
-        parts.append((score(fitted, test, n_labels), labels, np.full(len(rows), number), rows, novel))
+        cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
+        panel = replace(fitted.for_genes(data.measured), temperature=1.0)
+        scores = np.full((len(rows), meanings.shape[1]), ABSENT, dtype=np.float32)
+        scores[:, own] = panel(cells)
+        measure = Novelty.of(stored, data.measured, n_genes, panel)
+        novelty = np.full(len(rows), np.nan, np.float32) if measure is None else measure(cells)
+        labels = meanings[data.targets[rows]].argmax(axis=1)
+        parts.append((scores, labels, np.full(len(rows), number), rows, novelty))
     return LeftOut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def leave_each_out(datasets: Sequence[Dataset], meanings: np.ndarray) -> LeftOut | None:
+def leave_each_out(
+    datasets: Sequence[Dataset], meanings: np.ndarray, reference: Reference | None = None
+) -> LeftOut | None:
     """Each dataset in turn, see [`leave_out`]; None for one dataset alone."""
     if len(datasets) < 2:
         return None
     parts = []
     for number in range(len(datasets)):
-        parts.append(leave_out(datasets, meanings, [number]))
+        parts.append(leave_out(datasets, meanings, [number], reference))
         logger.info("%d of %d datasets left out", number + 1, len(datasets))
     return LeftOut(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LeftOut)))
 
@@ -121,11 +130,12 @@ def probabilities_of(cells: LeftOut, temperature: float) -> np.ndarray:
     return label_probabilities(cells.scores, logit_scale=1 / temperature)
 
 
-def calibrate(cells: LeftOut | None) -> dict[str, Any]:
-    """`temperature`, `min_score` and `label_sets` from the cells whose labels were known; empty for too few.
+def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any]:
+    """`temperature`, `min_score`, `others_unit` and `label_sets` from the cells whose labels were known.
 
     With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly get no
-    name.
+    name. Nearly all of these are novel where there are other cells, since novelty finds more new cells than a low
+    score. Empty for too few cells.
     """
     if cells is None or cells.known.sum() < MIN_CELLS:
         return {}
@@ -134,11 +144,15 @@ def calibrate(cells: LeftOut | None) -> dict[str, Any]:
     temperature = float(min(losses, key=losses.__getitem__))
     probabilities = probabilities_of(cells, temperature)
     right = probabilities.argmax(axis=1) == cells.targets
-    novelty = np.nan_to_num(cells.novelty)
+    unit = 1.0
+    if with_others and right.any():
+        unit = round(max(float(np.quantile(cells.novelty[right], 1 - LOST)), LEAST_UNIT), 4)
+    novelty = np.nan_to_num(cells.novelty / unit)
     sure = np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty))[right]
     least = float(np.quantile(sure, LOST)) if right.any() else 0.0
     return {
         "temperature": round(temperature, 4),
         "min_score": round(least, 4),
+        "others_unit": unit,
         "label_sets": fit_label_sets(probabilities, cells.targets),
     }

@@ -104,13 +104,14 @@ def fit_pooled_readout(
         datasets: Labelled cells.
         n_labels: Number of labels.
         meanings: Shares of the labels in each target, `(n_targets, n_labels)`, rows of sum 1: a cell of a broad target
-            ("T cell") counts for each narrow label a part. By default each target is a label.
+            ("T cell") counts for each narrow label a part. By default each target is a label. Further columns are of
+            kinds of other cells, which are no labels.
         penalty: Of the ridge, in mean variances of a gene.
         n_factors: Factors of the variance within groups.
         temperature: Of the scores.
 
     Raises:
-        ValueError: If a label has no cell.
+        ValueError: If a label, or a kind of other cells, has no cell.
     """
     meanings = np.eye(n_labels) if meanings is None else meanings
     n_targets = len(meanings)
@@ -119,8 +120,9 @@ def fit_pooled_readout(
     mentions = meanings[of_target]
     missing = np.flatnonzero(mentions.sum(axis=0) == 0).tolist()
     if missing:
-        raise ValueError(f"{len(missing)} of {n_labels} labels have no cell: {missing[:5]}; leave them out.")
-    mentions = mentions / mentions.sum(axis=0) / n_labels  # a label's weight, divided among its groups
+        n_all = meanings.shape[1]
+        raise ValueError(f"{len(missing)} of {n_all} labels have no cell: {missing[:5]}; leave them out.")
+    mentions = mentions / mentions.sum(axis=0) / meanings.shape[1]  # a label's weight, divided among its groups
     weights = mentions.sum(axis=1)
     shares = expected_shares(datasets, n_targets)
     genes = variable_genes(datasets, np.flatnonzero(shares), shares)
@@ -140,9 +142,10 @@ def fit_pooled_readout(
     _, scales, axes = randomized_svd(within, min(n_factors, *within.shape), random_state=0)
     factors = scales[:, None] * axes
     noise = (variance - (factors**2).sum(axis=0)).clip(min=0)
-    centroids = two_way_means(*spread_out(roots, measured, mentions, of_dataset))
+    of_labels = mentions[:, :n_labels]
+    centroids = two_way_means(*spread_out(roots, measured, of_labels, of_dataset))
     typical = np.nanmean(centroids, axis=0)
-    mean = np.nanmean(two_way_means(*spread_out(groups, measured, mentions, of_dataset)), axis=0)
+    mean = np.nanmean(two_way_means(*spread_out(groups, measured, of_labels, of_dataset)), axis=0)
     groups = np.where(measured, groups, mean)
     variance += weights @ (groups - mean) ** 2
     arrays = {
@@ -158,7 +161,8 @@ def fit_pooled_readout(
         "group_labels": mentions / weights[:, None],
         "group_weights": weights,
     }
-    arrays["weights"], arrays["bias"] = solve_groups(arrays, np.ones(len(genes), bool))
+    weights, bias = solve_groups(arrays, np.ones(len(genes), bool))
+    arrays["weights"], arrays["bias"] = weights[:n_labels], bias[:n_labels]
     return ScMMGPTLabelReadout.from_statistics(**arrays)
 
 

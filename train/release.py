@@ -8,8 +8,9 @@ make release
 1. `prepare` reads the files that the reviewed table names (`train/data/tables/human_sets.json`) into one corpus, over
    the genes that at least `MIN_SOURCES` of them measure.
 2. `align` trains a small cell model and Q-Former.
-3. The readout of cell types is fitted over all datasets, with novelty and the gate of labels that were never trained.
-   Its temperature, sets of labels and least score come from each dataset, scored by a readout of the others.
+3. The readout of cell types is fitted over all datasets and reference profiles, with novelty and the gate of labels
+   that were never trained. Its temperature, sets of labels, least score and unit of novelty come from each dataset,
+   scored by a readout of the others.
 4. `tune` trains a small language model from nothing on captions, and fits the states that cells are generated from.
 5. OUTPUT/checkpoint gets everything in bfloat16, `checkpoint.md` (what it was trained on, and its limits) and nothing
    else; it must not take more than `MAX_BYTES`.
@@ -43,7 +44,8 @@ from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus, open_corpus
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.sources import FileSource, SourceSpec, resolve_labels
-from scmmgpt.train.pooled import TEMPERATURE, Dataset, fit_pooled_novelty, fit_pooled_readout
+from scmmgpt.train.pooled import TEMPERATURE, Dataset, fit_pooled_novelty
+from scmmgpt.train.references import Reference, read_reference, reference_table
 from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
@@ -104,7 +106,7 @@ def main(args: argparse.Namespace) -> Path:
         words = ["--config", args.align_config, "--corpus", str(corpus.path), "--output_dir", str(aligned)]
         align.main(*align.make_parser().parse_args_and_config(words), fit_readout=lambda *_, **__: None)
     if not (annotating / "config.json").is_file():
-        add_readout(aligned, annotating, specs, table, Path(args.data, SUMMARIES))
+        add_readout(aligned, annotating, specs, table, Path(args.data))
     if not (tuned / "config.json").is_file():
         words = ["--config", args.tune_config, "--corpus", str(corpus.path), "--aligned", str(annotating)]
         tune.main(*tune.make_parser().parse_args_and_config([*words, "--output_dir", str(tuned)]))
@@ -183,6 +185,17 @@ def pool(
     return datasets, types, meanings / meanings.sum(axis=1, keepdims=True)
 
 
+def read_profiles(
+    folder: str | Path, types: Sequence[str], table: Mapping[str, Any], index: GeneIndex, n_genes: int
+) -> Reference | None:
+    """Reference profiles of the types and of other cells, if the folder has them."""
+
+    def place(terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return place_terms([*types, *terms], types, table.get("broad", ()))
+
+    return read_reference(folder, types, place, index, n_genes)
+
+
 def tissues_of(sources: Sequence[LabelledSource], table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tissues of the cells, with the types that each has, as `annotation["tissues"]` of a checkpoint."""
     pairs = {pair for source in sources for pair in zip(source.tissues, source.terms, strict=True)}
@@ -193,7 +206,7 @@ def tissues_of(sources: Sequence[LabelledSource], table: Mapping[str, Any]) -> l
 
 
 def add_readout(
-    aligned: Path, output: Path, specs: Sequence[SourceSpec], table: Mapping[str, Any], summaries: Path
+    aligned: Path, output: Path, specs: Sequence[SourceSpec], table: Mapping[str, Any], data: Path
 ) -> None:
     """Write the aligned checkpoint with the readout of types over all sources, and what `annotate` needs beside it."""
     model = ScMMGPTForCellTextAlignment.from_pretrained(str(aligned.absolute())).eval()
@@ -203,10 +216,14 @@ def add_readout(
     datasets, types, meanings = pool(sources, table, n_genes)
     names, sampler = [str(ontology.term_name(term)) for term in types], CaptionSampler()
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
-    fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings))
-    temperature = fitted.pop("temperature", TEMPERATURE)
-    model.label_readout = fit_pooled_readout(datasets, len(types), meanings=meanings, temperature=temperature)
+    reference = read_profiles(data, types, table, processor.gene_index, n_genes)
+    fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings, reference), reference is not None)
+    temperature, unit = fitted.pop("temperature", TEMPERATURE), fitted.pop("others_unit", 1.0)
+    others = {} if reference is None else {"others_unit": unit}
+    model.label_readout, _ = left_out.fit_known(datasets, meanings, reference)
+    model.label_readout.temperature.fill_(temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
+    summaries = Path(data, SUMMARIES)
     add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
     gate = fit_pooled_gate(model, processor, datasets, meanings)
     ids = dict(zip(names, types, strict=True))
@@ -221,7 +238,7 @@ def add_readout(
         "unseen_gate": None if gate is None else vars(gate),
         "terms": ontology.label_terms(ids),
         "tissues": tissues_of(sources, table),
-        "novelty": fit_pooled_novelty(datasets, n_genes),
+        "novelty": (fit_pooled_novelty(datasets, n_genes) or {}) | others,
         **fitted,
     }
     with filled_folder(output) as folder:
@@ -289,6 +306,9 @@ def describe(corpus: Corpus, table: Mapping[str, Any], model: Any) -> str:
         paper = table["sets"].get(source["name"], {}).get("paper", "")
         row = source["name"], f"{source['n_kept']:,}", f"{source['genes']['matched']:,}", paper, source["licence"]
         lines.append(f"| {' | '.join(row)} |")
+    if (model.config.label_readout or {}).get("num_others"):
+        profiles = reference_table()
+        lines.append(f"| {profiles['name']} | | | {profiles['paper']} | {profiles['licence']} |")
     lines += [
         "",
         "Cell types: " + ", ".join(sorted(model.config.annotation["labels"])) + ".",

@@ -1,0 +1,114 @@
+"""Reference profiles: mean expression of the cell types of many organs, beside cells of the datasets.
+
+Profiles of known types are one more laboratory of these types. The others are no labels: with them a readout learns
+what the cells of its labels are not, so that a cell of an organ that no dataset has is not given the least unlike
+label (`readout_scmmgpt.PanelReadout.novelty`). `data/tables/reference_profiles.json` says what each profile is.
+"""
+
+import html
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+
+from scmmgpt.cells_scmmgpt import COUNTS_PER_10K
+from scmmgpt.commands.files import read_json
+from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.train.data.prepare import TABLES
+from scmmgpt.train.pooled import Dataset
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Mean profiles, one of each type or kind of other cells."""
+
+    counts: csr_matrix  # (n_profiles, vocabulary size), counts per 10,000 of the genes of the file
+    measured: np.ndarray  # int64: vocabulary ids, ascending
+    meanings: np.ndarray  # (n_profiles, n_labels + n_others): shares of labels, or one kind of other cells
+    n_labels: int
+
+    def without(self, label: int) -> "Reference":
+        """What is left if no profile is of a label."""
+        kept = self.meanings[:, label] == 0
+        return replace(self, counts=self.counts[kept], meanings=self.meanings[kept])
+
+    def join(
+        self, datasets: Sequence[Dataset], meanings: np.ndarray, labels: np.ndarray
+    ) -> tuple[list[Dataset], np.ndarray]:
+        """Datasets and `meanings` over some labels, for `fit_pooled_readout`, with the profiles as one more dataset.
+
+        Profiles of labels that are not among `labels` are left out.
+        """
+        shares = self.meanings[:, [*labels, *range(self.n_labels, self.meanings.shape[1])]]
+        kept = shares.sum(axis=1) > 0
+        shares = shares[kept] / shares[kept].sum(axis=1, keepdims=True)
+        of_cells = np.pad(meanings, ((0, 0), (0, shares.shape[1] - len(labels))))
+        profiles = Dataset(self.counts[kept], self.measured, len(meanings) + np.arange(len(shares)))
+        return [*datasets, profiles], np.concatenate([of_cells, shares])
+
+
+def reference_table() -> dict[str, Any]:
+    """The reviewed table of what each profile is."""
+    return read_json(TABLES / "reference_profiles.json", dict)
+
+
+def read_reference(
+    folder: str | Path,
+    types: Sequence[str],
+    place: Callable[[Sequence[str]], Mapping[str, Any]],
+    index: GeneIndex,
+    n_genes: int,
+) -> Reference | None:
+    """The profiles, over the genes of a vocabulary; None if the folder has no such file.
+
+    Args:
+        folder: Of the data.
+        types: Cell Ontology ids of the labels.
+        place: Terms -> the types that each counts for.
+        index: The genes.
+        n_genes: Size of the vocabulary.
+    """
+    table = reference_table()
+    path = Path(folder, table["file"])
+    if not path.is_file():
+        logger.info("There are no reference profiles, %s: novelty comes from the cells alone.", path)
+        return None
+    kinds = {name: kind for part in ("types", "others") for kind, names in table[part].items() for name in names}
+    profiles = pd.read_csv(path, index_col=0)
+    names = np.array([kinds.get(type_name(column), "") for column in profiles.columns])
+    names[profiles.columns.str.contains("|".join(table["left_out"]))] = ""
+    values = np.log1p(COUNTS_PER_10K * (profiles / profiles.sum()).to_numpy().T)
+    ids = np.array([index.lookup(str(gene))[0] for gene in profiles.index])
+    measured, placed = np.unique(ids[ids >= 0]), place(list(table["types"]))
+    found, rows, meanings = sorted({*names} - {""}), [], []
+    others = [kind for kind in found if kind in table["others"]]
+    for kind in found:
+        share = np.zeros(len(types) + len(others))
+        if kind in others:
+            share[len(types) + others.index(kind)] = 1
+        elif kind in placed:
+            share[[list(types).index(term) for term in placed[kind]]] = 1 / len(placed[kind])
+        else:
+            continue
+        mean = np.expm1(values[names == kind].mean(axis=0))
+        rows.append(np.bincount(ids[ids >= 0], mean[ids >= 0], minlength=n_genes))
+        meanings.append(share)
+    counts = csr_matrix(np.stack(rows).astype(np.float32))
+    return Reference(counts, measured, np.stack(meanings), len(types))
+
+
+def type_name(column: str) -> str:
+    """The type of a profile, as the table spells it, from the name of a column.
+
+    >>> type_name("Loop of henle _SPP1 high_AdultKidney2")
+    'loop of henle'
+    """
+    return " ".join(html.unescape(column).split("_")[0].strip("; \n").lower().split())
