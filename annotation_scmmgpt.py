@@ -349,7 +349,9 @@ def choose_labels(
             cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
             low &= ~broader
         cell_type[low], cl_id[low] = UNKNOWN, ""
-    if novelty is not None and (np.ndim(min_score) or min_score != 0):  # 0 of the user, not one that was fitted
+    if novelty is not None and not (
+        np.isscalar(min_score) and min_score == 0
+    ):  # 0 of the user, not one that was fitted
         cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
     cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
     margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]

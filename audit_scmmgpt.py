@@ -94,9 +94,9 @@ class Audit:
         `suggested` (the label that contradicted cells most often get; where no cell is judged, what most are called)
         and `genes` (those most often named for it).
         """
-        rows = []
+        rows: list[dict[str, Any]] = []
         for level, names in (("label", self.given), ("cluster", self.clusters)):
-            found = []
+            found: list[dict[str, Any]] = []
             for name in np.unique(names) if names is not None else ():
                 mine = names == name
                 bad = mine & (self.verdict == CONTRADICTED)

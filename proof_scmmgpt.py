@@ -314,7 +314,7 @@ class Proof:
         rivals = self.rivals[group]
         if not len(rivals):
             return list(genes[:N_TYPE_GENES])
-        ratios = np.concatenate([logs[group, genes] - logs[np.ix_(rivals, genes)] for logs in self.logs])
+        ratios = np.concatenate([logs[group, genes] - logs[rivals][:, genes] for logs in self.logs])
         best = np.argsort(-ratios.min(axis=0), kind="stable")
         for chosen in (np.arange(len(genes)), best):
             chosen = chosen[:N_TYPE_GENES]

@@ -84,11 +84,11 @@ def place_labels(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcessor
 
     The processor then gives whole profiles, which the readout reads.
     """
-    if model.config.label_readout is None:
+    if (readout := model.config.label_readout) is None:
         return
-    features = encode_texts(model, processor, model.config.label_readout["texts"])
+    features = encode_texts(model, processor, readout["texts"])
     model.label_readout.set_features(weight * features)
-    model.config.label_readout = {**model.config.label_readout, "feature_width": features.shape[1]}
+    model.config.label_readout = {**readout, "feature_width": features.shape[1]}
     processor.feature_extractor.return_profile = True
 
 
@@ -102,9 +102,11 @@ def set_apart(
     as near to another label as to its own. Captions of training cells and the texts of the labels show in closed form
     (ridge regression of what is left to the places) which directions of a text tell its label.
     """
-    labels, cells, table = model.config.label_readout["labels"], *corpus.sample("train", PLACE_CELLS)
+    if (readout := model.config.label_readout) is None:
+        return
+    labels, cells, table = readout["labels"], *corpus.sample("train", PLACE_CELLS)
     obs = {name: np.array(values, dtype=object) for name, values in table.to_pydict().items()}
-    pairs = set(zip(model.config.label_readout["texts"], range(len(labels)), strict=True))
+    pairs = set(zip(readout["texts"], range(len(labels)), strict=True))
     for epoch in range(PLACE_EPOCHS):
         texts = captions.caption(obs, cell_ids=cells.cell_ids, epoch=epoch)
         pairs |= {
@@ -123,8 +125,8 @@ def set_apart(
     squares = weighted.T @ rows
     squares.diagonal().add_(TEXT_PENALTY * squares.diagonal().mean())
     turn = torch.linalg.solve(squares, weighted.T @ residuals)
-    projection.weight += turn[:-1].T.to(projection.weight.dtype)
-    projection.bias += turn[-1].to(projection.bias.dtype)
+    projection.weight.add_(turn[:-1].T)
+    projection.bias.add_(turn[-1])
     model.label_readout.set_features(places)
 
 
