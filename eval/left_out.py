@@ -54,7 +54,7 @@ def read_sources(folder: str | Path, labels: str = "human") -> Sources:
     """The datasets that the reviewed table names, over the genes of the release."""
     table, files = prepare.read_label_table(labels), prepare._expand([str(folder)])
     specs = prepare.reviewed_sources(dict(zip(prepare.name_sources(files), files, strict=True)), table)
-    vocabulary = release.shared_vocabulary(specs)
+    vocabulary = release.shared_vocabulary(specs, folder)
     index = GeneIndex(vocabulary, build_gene_aliases(vocabulary))
     sources = [release.read_labelled(spec, index) for spec in specs]
     datasets, types, meanings = release.pool(sources, table, len(vocabulary))

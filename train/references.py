@@ -60,6 +60,14 @@ def reference_table() -> dict[str, Any]:
     return read_json(TABLES / "reference_profiles.json", dict)
 
 
+def reference_genes(folder: str | Path, index: GeneIndex) -> np.ndarray:
+    """Vocabulary ids of the genes that the profiles have, int64, ascending; none if the folder has no such file."""
+    path = Path(folder, reference_table()["file"])
+    names = pd.read_csv(path, usecols=[0]).iloc[:, 0] if path.is_file() else ()
+    ids = np.array([index.lookup(str(gene))[0] for gene in names], dtype=np.int64)
+    return np.unique(ids[ids >= 0])
+
+
 def read_reference(
     folder: str | Path,
     types: Sequence[str],

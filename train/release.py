@@ -6,7 +6,7 @@ make release
 ```
 
 1. `prepare` reads the files that the reviewed table names (`train/data/tables/human_sets.json`) into one corpus, over
-   the genes that at least `MIN_SOURCES` of them measure.
+   the genes that at least `MIN_SOURCES` of them measure, or one of them and the reference profiles.
 2. `align` trains a small cell model and Q-Former.
 3. The readout of cell types is fitted over all datasets and reference profiles, with novelty and the gate of labels
    that were never trained. Its temperature, sets of labels, least score and unit of novelty come from each dataset,
@@ -45,14 +45,14 @@ from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus, open_corpus
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.sources import FileSource, SourceSpec, resolve_labels
 from scmmgpt.train.pooled import TEMPERATURE, Dataset, fit_pooled_novelty
-from scmmgpt.train.references import Reference, read_reference, reference_table
+from scmmgpt.train.references import Reference, read_reference, reference_genes, reference_table
 from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
 
 logger = logging.getLogger(__name__)
 
-NAME, VERSION = "scmmgpt-human", "0.2.0"
+NAME, VERSION = "scmmgpt-human", "0.3.0"
 MIN_SOURCES = 3  # that measure a gene of the vocabulary
 MAX_CELLS = 100  # of a label of a dataset, for the readout
 MAX_BYTES = 64_000_000
@@ -114,23 +114,29 @@ def main(args: argparse.Namespace) -> Path:
 
 
 def build_corpus(args: argparse.Namespace, specs: Sequence[SourceSpec], output: Path) -> Corpus:
-    """The corpus over the genes that several sources measure."""
+    """The corpus over the shared genes."""
     vocabulary = output / "vocab.json"
     if not vocabulary.is_file():
-        write_json(vocabulary, shared_vocabulary(specs))
+        write_json(vocabulary, shared_vocabulary(specs, args.data))
     words = [args.data, "--labels", args.labels, "--vocabulary", str(vocabulary), "--output", str(output / "corpus")]
     words += ["--split-by", "cell"]  # every cell type has training cells; `eval crossdata` leaves datasets out
     prepare.main(prepare.make_parser().parse_args(words))
     return open_corpus(output / "corpus")
 
 
-def shared_vocabulary(specs: Sequence[SourceSpec]) -> dict[str, int]:
-    """Special tokens, and the genes that at least `MIN_SOURCES` sources measure, with their ids."""
+def shared_vocabulary(specs: Sequence[SourceSpec], folder: str | Path) -> dict[str, int]:
+    """Special tokens, and the genes of several sources, with their ids.
+
+    A gene of the reference profiles needs one source: what marks the cells of one organ, such as INS, few sources of
+    other organs measure.
+    """
     index = reference_gene_index()
     measured = [np.unique(FileSource(spec).choose(index).match.measured) for spec in specs]
     genes, n_sources = np.unique(np.concatenate(measured), return_counts=True)
+    shared = n_sources >= min(MIN_SOURCES, len(specs))
+    shared |= np.isin(genes, reference_genes(folder, index))
     symbols = {i: symbol for symbol, i in index.vocabulary.items()}
-    kept = sorted(symbols[gene] for gene in genes[n_sources >= min(MIN_SOURCES, len(specs))].tolist())
+    kept = sorted(symbols[gene] for gene in genes[shared].tolist())
     return {name: i for i, name in enumerate([*SPECIAL_TOKENS, *kept])}
 
 
