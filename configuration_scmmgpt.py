@@ -139,6 +139,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         num_state_components: Components of a cell's state, from which cells are generated (see [`ScMMGPTCellStates`]);
             `None` generates from the expression head alone. `tune` sets it.
         state_flow_width: Width of the flow that draws the states of a text.
+        num_training_states: States of training cells that the model keeps, to compare generated cells with; training
+            sets it.
         logit_scale_init: Initial log inverse temperature; the default is ln(1/0.07), as in CLIP.
         matching_batch_size: Cells of a stage-1 batch that enter the matching loss; by default all. Matching costs
             three passes a cell (with its text, a wrong text, a wrong cell), contrast a third of one.
@@ -192,6 +194,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     expression_head: str = "mse"
     num_state_components: int | None = None
     state_flow_width: int = 256
+    num_training_states: int = 0
     logit_scale_init: float | int = 2.6593
     matching_batch_size: int | None = None
     contrastive_group_size: int | None = None

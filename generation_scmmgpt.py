@@ -125,8 +125,7 @@ def draw_cells(
         Counts of the genes, int32 `(n, n_genes)`, and library sizes, float32 `(n,)`, of the next cells. The cells of a
         prompt are consecutive.
     """
-    rows = np.repeat(np.arange(len(prompts)), n_cells)
-    ids = np.array([cell_id(prompt, number) for prompt in prompts for number in range(n_cells)], dtype=np.uint64)
+    rows, ids = np.repeat(np.arange(len(prompts)), n_cells), cell_ids_of(prompts, n_cells)
     given = None if sizes is None else np.tile(sizes, len(prompts))
     starts = range(0, len(rows), DRAWN_AT_ONCE)
     for start in logging.tqdm(starts, desc="Generating", unit="batch", disable=len(starts) < 2):
@@ -134,6 +133,26 @@ def draw_cells(
         size = None if given is None else given[part]
         counts, size = states.sample(text_features[rows[part]], ids[part], seed=seed, library_size=size)
         yield counts[:, gene_ids].astype(np.int32), size.astype(np.float32)
+
+
+def compare_cells(
+    states: ScMMGPTCellStates, text_features: torch.Tensor, prompts: list[str], n_cells: int, seed: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Compare the cells that [`draw_cells`] draws with training cells, if the checkpoint keeps states of these.
+
+    Returns:
+        The distance of each cell to the nearest training cell (see [`ScMMGPTCellStates.compare`]), `(n,)`, and the
+        variance of the states of each prompt, over that of training cells around the means of their texts,
+        `(len(prompts),)`; NaN for one cell.
+    """
+    rows = np.repeat(np.arange(len(prompts)), n_cells)
+    compared = states.compare(text_features[rows], cell_ids_of(prompts, n_cells), seed=seed)
+    if compared is None:
+        return None
+    distances, places = compared
+    places = places.reshape(len(prompts), n_cells, -1)
+    enough = n_cells > 1
+    return distances, places.var(axis=1, ddof=1).sum(axis=1) if enough else np.full(len(prompts), np.nan)
 
 
 def decode_cells(
@@ -191,6 +210,11 @@ def decode_cells(
             decoded = output["counts"] if do_sample else output["expression"].float()
             values[:, columns] = decoded.cpu().numpy()
         yield values, library_size
+
+
+def cell_ids_of(prompts: Sequence[str], n_cells: int) -> np.ndarray:
+    """Identities of the cells of all prompts, uint64 `(n,)`; those of a prompt are consecutive."""
+    return np.array([cell_id(prompt, number) for prompt in prompts for number in range(n_cells)], dtype=np.uint64)
 
 
 def cell_id(prompt: str, number: int) -> int:

@@ -50,6 +50,7 @@ try:  # as a package or as remote code
     from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from .evidence_scmmgpt import Evidence, Explainer, label_members
     from .generation_scmmgpt import (
+        compare_cells,
         decide_sampling,
         decode_cells,
         draw_cells,
@@ -99,6 +100,7 @@ except ImportError:  # as a flat module in a clone
     from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
     from evidence_scmmgpt import Evidence, Explainer, label_members
     from generation_scmmgpt import (
+        compare_cells,
         decide_sampling,
         decode_cells,
         draw_cells,
@@ -978,7 +980,11 @@ class ScMMGPTPipeline:
 
         Returns:
             A new `AnnData` `(len(prompts) * n_cells, n_genes)`: `X` is log1p of counts per 10,000; with sampling,
-            `layers["counts"]` has the counts; `obs["prompt"]`; `var_names` are the model's gene symbols.
+            `layers["counts"]` has the counts; `obs["prompt"]`; `var_names` are the model's gene symbols. Where the
+            checkpoint keeps states of training cells, `obs["training_distance"]` is the distance to the nearest one,
+            over the median distance of a training cell to its nearest (0 is a copy), and
+            `uns[key_added]["generate"]["diversity"]` the variance of the states of each prompt, over that of
+            training cells around the means of their texts (about 1; NaN for one cell).
         """
         try:
             from anndata import AnnData
@@ -1023,6 +1029,8 @@ class ScMMGPTPipeline:
             generated.layers["counts"] = values
             generated.obs["library_size"] = sizes
         done = {"prompts": np.asarray(prompts, dtype=object), "n_cells": n_cells, "seed": seed}
+        if states is not None and do_sample and (compared := compare_cells(states, features, prompts, n_cells, seed)):
+            generated.obs["training_distance"], done["diversity"] = compared
         return self._record(generated, key_added, None, generate={**done, "sampled": do_sample, "turns": len(turns)})
 
     # -- embed and search ---------------------------------------------------------------------------------------------

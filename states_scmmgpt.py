@@ -54,6 +54,7 @@ class ScMMGPTCellStates(nn.Module):
         widths = [place + 2 * TIME_FREQUENCIES + config.projection_dim, *[config.state_flow_width] * NUM_FLOW_LAYERS]
         self.flow_layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
         self.flow_output = nn.Linear(widths[-1], place)
+        self.register_buffer("training_states", torch.zeros(config.num_training_states, config.num_state_components))
 
     def log_rate(self, states: Tensor) -> Tensor:
         """Log of the expected counts per 10,000, `(N, G)` over the whole vocabulary, of states `(N, K)`."""
@@ -104,15 +105,35 @@ class ScMMGPTCellStates(nn.Module):
             Counts, int64 `(N, G)` over the whole vocabulary, and library sizes, float64 `(N,)`.
         """
         exact = self._exact()
-        keys = cell_keys(np.asarray(cell_ids), seed=seed, epoch=0, stream=RandomStream.STATE)
-        draws = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys]
-        noise = np.stack([rng.standard_normal(self.num_components + 1) for rng in draws])
-        states, log_size = exact.transport(torch.from_numpy(noise), text_features.double().cpu())
+        draws, states, log_size = exact._draw_states(text_features, cell_ids, seed)
         sizes = log_size.exp().numpy() if library_size is None else np.asarray(library_size, dtype=np.float64)
         means = exact.log_rate(states).exp().numpy() * (sizes[:, None] / COUNTS_PER_10K)
         theta = exact.dispersion().numpy()
         rows = zip(draws, means, strict=True)
         return np.stack([rng.poisson(rng.standard_gamma(theta) / theta * mean) for rng, mean in rows]), sizes
+
+    @torch.no_grad()
+    def compare(
+        self, text_features: Tensor, cell_ids: np.ndarray, *, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Compare the states of the cells that [`sample`] draws with those of training cells.
+
+        Args:
+            text_features, cell_ids, seed: As for [`sample`].
+
+        Returns:
+            The distance of each state to the nearest one of a training cell, float64 `(N,)`, where 1 is the median
+            distance of a training cell to its nearest; and the states, float64 `(N, K)`, in units in which training
+            cells have a total variance of 1 around the means of their texts. None if the model keeps no states.
+        """
+        exact = self._exact()
+        if len(exact.training_states) < 2:
+            return None
+        _, states, _ = exact._draw_states(text_features, cell_ids, seed)
+        among = torch.cdist(exact.training_states, exact.training_states).fill_diagonal_(math.inf)
+        unit = among.min(dim=1).values.median()
+        nearest = torch.cdist(states, exact.training_states).min(dim=1).values / unit
+        return nearest.numpy(), (states / exact.residual_scale[:-1].norm()).numpy()
 
     @torch.no_grad()
     def mean_expression(self, text_features: Tensor) -> np.ndarray:
@@ -124,6 +145,15 @@ class ScMMGPTCellStates(nn.Module):
             states, _ = exact.transport(noise, text.expand(MEAN_STATES, -1))
             means.append(exact.log_rate(states).exp().mean(dim=0))
         return torch.stack(means).log1p().float().numpy()
+
+    def _draw_states(
+        self, text_features: Tensor, cell_ids: np.ndarray, seed: int
+    ) -> tuple[list[np.random.Generator], Tensor, Tensor]:
+        """Generators of the cells, and their states `(N, K)` and log library sizes `(N,)`; of a float64 copy."""
+        keys = cell_keys(np.asarray(cell_ids), seed=seed, epoch=0, stream=RandomStream.STATE)
+        draws = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys]
+        noise = np.stack([rng.standard_normal(self.num_components + 1) for rng in draws])
+        return draws, *self.transport(torch.from_numpy(noise), text_features.double().cpu())
 
     def _exact(self) -> "ScMMGPTCellStates":
         """A copy in float64 on the CPU."""

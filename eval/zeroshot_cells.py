@@ -47,8 +47,9 @@ def from_states(prompt: Prompt, n: int, seed: int) -> Cells:
     """Cells of states that were fitted to the training cells and their texts."""
     train, width = prompt.train, prompt.texts.shape[1]
     sizes = {"num_state_components": NUM_COMPONENTS, "projection_dim": width, "state_flow_width": FLOW_WIDTH}
+    genes = SimpleNamespace(vocab_size=len(train.genes))
     torch.manual_seed(seed)
-    states = ScMMGPTCellStates(SimpleNamespace(cell_config=SimpleNamespace(vocab_size=len(train.genes)), **sizes))
+    states = ScMMGPTCellStates(SimpleNamespace(cell_config=genes, num_training_states=0, **sizes))
     features = torch.from_numpy(prompt.texts.astype(np.float32))
     fit_states(states, TextedCells(train.counts, train.total_counts, features, prompt.of_cell[:, None]), seed=seed)
     return states.sample(features[[prompt.left_out]].expand(n, -1), np.arange(n), seed=seed)

@@ -1,5 +1,6 @@
 """States of cells: the fit recovers how cells vary, and what is drawn depends on text, id and seed alone."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +35,7 @@ def new_states(n_genes=N_GENES, width=4):
         SimpleNamespace(
             cell_config=SimpleNamespace(vocab_size=n_genes),
             num_state_components=3,
+            num_training_states=0,
             projection_dim=width,
             state_flow_width=32,
         )
@@ -260,3 +262,32 @@ def test_stored_labels_ask_by_the_kind_of_text_that_was_trained(pipeline, tiny_p
         each.model.config.annotation = {"labels": {"B": text, "mine": "the cell that I sorted"}}
     assert pipeline.label_prompts() == {"B": "cell type: B cell.", "mine": "the cell that I sorted."}
     assert tiny_pipeline.label_prompts() == {"B": text, "mine": "the cell that I sorted"}
+
+
+def test_generated_cells_are_compared_with_training_cells(fitted):
+    states, _, _ = fitted
+    distances, places = states.compare(TEXTS[[0] * 300], np.arange(300))
+    assert states.training_states.shape == (500, 3)
+    assert 0.3 < np.median(distances) < 3  # as near as training cells are to each other, and no copies
+    assert 0.5 < places.var(axis=0, ddof=1).sum() < 1.5
+    copied = copy.deepcopy(states)
+    _, drawn, _ = copied._exact()._draw_states(TEXTS[[0] * 300], np.arange(300), 0)
+    copied.training_states = drawn.detach()
+    assert (copied.compare(TEXTS[[0] * 300], np.arange(300))[0] < 1e-6).all()
+    alone = states.compare(TEXTS[[0]], np.array([7]))
+    assert np.allclose(alone[0], distances[7])
+    assert np.allclose(alone[1], places[7])
+
+
+def test_generate_writes_distance_and_diversity_where_training_states_are_kept(pipeline, tmp_path):
+    assert "training_distance" not in pipeline.generate(["a B cell"], n_cells=3).obs
+    states = pipeline.model.model.cell_states
+    states.training_states = torch.randn(20, 3)
+    pipeline.model.config.num_training_states = 20
+    pipeline.save_pretrained(tmp_path)
+    loaded = type(pipeline).from_pretrained(str(tmp_path))
+    generated = loaded.generate(["a B cell", "a T cell"], n_cells=3)
+    assert generated.obs["training_distance"].shape == (6,)
+    assert (generated.obs["training_distance"] > 0).all()
+    assert generated.uns["scmmgpt"]["generate"]["diversity"].shape == (2,)
+    assert np.isnan(loaded.generate("a B cell").uns["scmmgpt"]["generate"]["diversity"]).all()

@@ -36,6 +36,7 @@ from scmmgpt.train.data.corpus import Corpus
 logger = logging.getLogger(__name__)
 
 MAX_CELLS = 10_000  # of the training split: some minutes of one core
+MAX_KEPT = 2000  # states of training cells that generated cells are compared with
 CAPTION_EPOCHS = 4  # captions of a cell from each set of templates
 TEXTS_AT_ONCE = 128
 NUM_GENES = 3000  # the most expressed genes, which determine the states
@@ -353,6 +354,8 @@ def fit_states(states: ScMMGPTCellStates, cells: TextedCells, *, seed: int = 0) 
     fit_prior_mean(states, posterior, cells)
     steps = min(MAX_FLOW_STEPS, -(-FLOW_EPOCHS * len(cells) // FLOW_BATCH))
     fit_flow(states, posterior, cells, steps=steps, seed=seed)
+    kept = np.sort(np.random.default_rng(seed).permutation(len(cells))[:MAX_KEPT])
+    states.training_states = posterior.draw(kept, generator).to(states.residual_scale)
 
 
 @torch.no_grad()
@@ -403,4 +406,5 @@ def fit_cell_states(
     was_training = model.training
     model.eval()
     fit_states(model.model.cell_states, read_texted_cells(corpus, captions, model, processor, seed), seed=seed)
+    model.config.num_training_states = len(model.model.cell_states.training_states)
     model.train(was_training)
