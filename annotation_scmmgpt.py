@@ -3,7 +3,7 @@
 1. `candidate_columns`: labels in any words -> the texts to score, those of trained labels included.
 2. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
 3. `novelty_of`: how much of a cell lies in genes that no known cell type expresses.
-4. `choose_labels`: the most probable label of each cell, its certainty, and the majority vote of clusters.
+4. `choose_labels`: the most probable label of each cell, and its certainty.
 5. `summarize_annotation`: numbers of the whole, and warnings of an unlikely one.
 
 `fit_mixture` fits temperature and matching weight, `fit_novelty` the genes and the unit of novelty, and
@@ -305,7 +305,6 @@ def choose_labels(
     names: Sequence[str],
     cl_ids: dict[str, str],
     min_score: float | np.ndarray | None = None,
-    clusters: np.ndarray | None = None,
     novelty: np.ndarray | None = None,
     terms: Sequence[Mapping[str, Any]] = (),
     others_compete: bool = False,
@@ -319,7 +318,6 @@ def choose_labels(
         cl_ids: Label -> Cell Ontology id, of the labels that have one.
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
             every cell gets a label. An array has one for each cell, see [`least_scores`].
-        clusters: `(n_cells,)` of str: cluster of each cell.
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
             first one above its best label whose labels together go that share of the way from chance to certainty:
@@ -330,7 +328,7 @@ def choose_labels(
     Returns:
         Arrays of shape `(n_cells,)`: `cell_type` and `cl_id` (str), `score` (probability of the label), `margin` (of
         the best candidate over the runner-up) and `entropy` ([`normalized_entropy`]), float32; with `novelty`,
-        `novelty`; with `clusters`, `cell_type_majority`.
+        `novelty`.
     """
     best = probabilities.argmax(axis=1)
     ranked = np.sort(probabilities, axis=1)
@@ -360,7 +358,7 @@ def choose_labels(
     columns = {"cell_type": cell_type, "cl_id": cl_id, "score": score, "margin": margin, "entropy": entropy}
     if novelty is not None:
         columns["novelty"] = novelty
-    return columns if clusters is None else {**columns, "cell_type_majority": majority_vote(cell_type, clusters)}
+    return columns
 
 
 def summarize_annotation(
@@ -589,7 +587,7 @@ class Novelty:
             expressed = _unpack(stored["expressed_genes"], n_genes)
             if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
                 absent = _unpack(stored["absent_genes"], n_genes)
-        if panel is not None and "others_unit" in stored:
+        if panel is not None and panel.others is not None and "others_unit" in stored:
             return cls(absent, unit, panel, stored["others_unit"])
         return None if absent is None else cls(absent, unit)
 

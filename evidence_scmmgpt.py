@@ -37,6 +37,8 @@ N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label
 EXACT = 2.0**20  # values are rounded to multiples of its inverse, so that sums of 10**9 cells are exact in any order
 LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # levels of counts per 10,000, in equal steps of the logarithm
 NONE = -1  # no set of labels, no gene
+# A label of several types, of none, or of cells that are no good.
+OF_NO_ONE_TYPE = re.compile(r"[/&|]|\b(and|or|not|no|mixed|doublets?|multiplets?|low.quality)\b", re.IGNORECASE)
 
 
 @dataclass
@@ -243,7 +245,8 @@ class Explainer:
 def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """The trained labels that each label means, in any words, bool `(len(labels), len(known))`.
 
-    A label of a file that is a kind of trained ones means them: "CD14+ Monocytes" are monocytes.
+    A label of a file that is a kind of trained ones means them: "CD14+ Monocytes" are monocytes. But a label of
+    several types, of none or of a fault ("NK/T cell", "not T cell") means what the ontology says of it, or nothing.
 
     Args:
         labels: Labels of a file.
@@ -252,11 +255,9 @@ def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequen
     """
     members = np.zeros((len(labels), len(known)), dtype=bool)
     for row, label in enumerate(labels):
-        meant = (
-            trained_labels_of(label, None, list(known), terms)
-            or broader_labels(label, list(known), terms)
-            or labels_in_short(label, terms)
-        )
+        meant = trained_labels_of(label, None, list(known), terms)
+        if not meant and not OF_NO_ONE_TYPE.search(label.replace("_", " ")):
+            meant = broader_labels(label, list(known), terms) or labels_in_short(label, terms)
         members[row, [known[name] for name in meant if name in known]] = True
     return members
 

@@ -216,7 +216,7 @@ def find_species(word: Any) -> Species | None:
     word = str(word).strip().lower().replace("_", " ")
     taxon = re.fullmatch(r"(?:ncbitaxon[: ])?(\d+)", word)
     word = f"ncbitaxon:{taxon[1]}" if taxon else word
-    return next((known for known in SPECIES if word in (known.name, known.latin, known.taxon)), None)
+    return next((s for s in SPECIES if word in (s.name, s.latin, s.taxon) or s.latin in word), None)
 
 
 def _species(columns: Mapping[str, Sequence[str]], organism: str | None) -> tuple[str, str, str]:
@@ -419,7 +419,8 @@ def check_match(match: GeneMatch, gene_index: GeneIndex, *, force: bool) -> list
             f"The genes that match the model's vocabulary hold only {r['share_expression_matched']:.1%} of the "
             f"expression; {largest}."
         )
-    if r["species_declared"] and species not in ("unknown", r["species_declared"]):
+    is_species = find_species(r["species_declared"]) or re.fullmatch("[A-Z][a-z]+ [a-z]+", r["species_declared"])
+    if is_species and species not in ("unknown", r["species_declared"]):
         messages.append(f"The data say {r['species_declared']}, but {r['species_evidence']}: read as {species}.")
     if foreign:
         by = "one-to-one orthologs" if gene_index.translates(species) else "symbols that are spelt alike"

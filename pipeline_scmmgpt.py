@@ -388,7 +388,7 @@ class ScMMGPTPipeline:
         least: Any = labelling.min_score
         if labelling.fitted_score is not None:
             least = least_scores(labelling.fitted_score, novelty)
-        columns = choose_labels(probabilities, names, ids, least, None, novelty, labelling.broader, others)
+        columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others)
         if labelling.error_rate is not None:
             stored = (self.model.config.annotation or {})["label_sets"]
             columns["label_set"] = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
@@ -738,7 +738,8 @@ class ScMMGPTPipeline:
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
-            fitted |= {} if novelty is None else {"novelty": novelty}
+            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k == "others_unit"}  # the readout's own
+            fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
         fitted["label_sets"] = fit_label_sets(
             label_probabilities(
                 similarity, match, logit_scale=1 / best["temperature"], matching_weight=best["matching_weight"]
@@ -764,7 +765,8 @@ class ScMMGPTPipeline:
         The novelty is NaN where the file measures too few genes.
         """
         stored = (self.model.config.annotation or {}).get("novelty")
-        panel = None if readout is None else readout.panel
+        # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
+        panel = None if readout is None or readout.has_new_labels else readout.panel
         novelty_of = Novelty.of(stored, choice.match.measured, self.model.config.cell_config.vocab_size, panel)
         chunks, n_cells = self._chunks(adata, choice), adata.shape[0]
         similarity, match, novelty = self._label_scores(
@@ -973,18 +975,15 @@ class ScMMGPTPipeline:
             do_sample: Draw counts, by default wherever the checkpoint predicts a distribution (it has states of cells,
                 or `expression_head` is `nb` or `zinb`). Without sampling every cell is the mean of its prompt.
             seed: Seed of the draws, together with the prompt and the cell's number.
-            max_genes: Genes that are decoded together, by default as many as in training; more are decoded in turns.
-                The prediction of a gene depends a little on the other genes of its turn, and so on `genes` too. A
-                checkpoint with states of cells needs no turns.
+            max_genes: Genes that are decoded in one turn, by default as many as in training, by a checkpoint without
+                states. The prediction of a gene depends a little on the other genes of its turn, and so on `genes`.
             key_added, batch_size: As for [`annotate`]; 32 cells a batch by default.
 
         Returns:
             A new `AnnData` `(len(prompts) * n_cells, n_genes)`: `X` is log1p of counts per 10,000; with sampling,
             `layers["counts"]` has the counts; `obs["prompt"]`; `var_names` are the model's gene symbols. Where the
-            checkpoint keeps states of training cells, `obs["training_distance"]` is the distance to the nearest one,
-            over the median distance of a training cell to its nearest (0 is a copy), and
-            `uns[key_added]["generate"]["diversity"]` the variance of the states of each prompt, over that of
-            training cells around the means of their texts (about 1; NaN for one cell).
+            checkpoint keeps states of training cells, `obs["training_distance"]` and the `diversity` of each prompt in
+            `uns[key_added]["generate"]` compare the cells with these (see [`compare_cells`]).
         """
         try:
             from anndata import AnnData

@@ -42,6 +42,8 @@ class ScMMGPTCellStates(nn.Module):
     Cells are drawn in float64 on the CPU, so that a row of a batch equals the row alone.
     """
 
+    training_states: Tensor  # (num_training_states, K)
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         vocab_size, place = config.cell_config.vocab_size, config.num_state_components + 1

@@ -22,7 +22,7 @@ from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, PROGRAMMES, TY
 
 
 STATES = (  # words that ask for each of PROGRAMMES
-    r"cycl|divid|prolif|mito|replic|phase|\bG[012]",
+    r"cycl|divid|prolif|mito|replicating|phase|\bG[012]",
     r"interferon|\bifn|vir(us|al)",
     "inflam|cytokine",
     "stress|dissoc|heat",

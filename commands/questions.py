@@ -18,7 +18,7 @@ from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 TOPICS = {
     topic: re.compile("|".join(words.split()), re.IGNORECASE)
     for topic, words in {
-        "state": r"""\bcycl divid prolif mito[st]i replicat \b[SM].phase \bG[012] activat \bresting quiescen naive
+        "state": r"""\bcycl divid prolif mito[st]i replicating \b[SM].phase \bG[012] activat \bresting quiescen naive
             interferon \bifn vir(us|al) exhaust dysfunc inhibitory cytotox (?<!natural.)kill effector stress
             heat.?shock programme inflam cytokine \bstates?\b \bdoing\b""",
         "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin discrimin
@@ -52,6 +52,12 @@ TOPICS = {
 REFUSED = re.compile(
     r"\b(papers?|reviews?|literature|publications?|cite|drugs?|dos(e|age)|therap\w+|inhibitors?|surviv\w+|prognos\w+|"
     r"cures?|buy|plot|draw|heatmap|umap|translate|install|save|export|trajector\w+)\b",
+    re.IGNORECASE,
+)
+# Of a type, too: "How many counts do monocytes have?".
+ABOUT_COUNTS = re.compile(
+    r"counts?\b|genes?\b|\bumis?\b|\breads\b|depth|librar|qualit|health|viab|doublet|\bdead|\bdying|damag|debris|broken|"
+    r"ambient|empty|mitoch",
     re.IGNORECASE,
 )
 EXAMPLES = (
@@ -121,8 +127,10 @@ class QuestionReader:
         has_type = any(column == "type" for column, _ in groups)
         if not has_type and "whynot" in topics:  # "could they be doublets" names no type
             topics.remove("whynot")
-        if has_type and topics == ["quality"]:  # "how large a share are B cells?"
+        if has_type and topics == ["quality"] and not ABOUT_COUNTS.search(text):  # "how large a share are B cells?"
             topics = ["types"]
+        if asked.columns and topics[:1] == ["state"] and "column" in topics:  # "which replicates are they from?"
+            topics.remove("state")
         if follows and groups and topics == ["column"]:  # "and in donor 2?"
             topics = []
         if asked.genes and "markers" not in topics and not MANY_GENES.search(text):

@@ -131,7 +131,9 @@ def _hierarchical_f1(
     from scmmgpt.train.data import ontology
 
     def lineage(label: str) -> set[str]:
-        term = term_ids.get(label) or ontology.match_label("cell_type", label)[0]
+        term = term_ids.get(label)
+        if not term or not ontology.ancestors(term):  # such as the id "unknown"
+            term = ontology.match_label("cell_type", label)[0]
         if label.lower() == UNKNOWN:
             return set()
         return {label} if term is None else {term, *ontology.ancestors(term)} - {ontology.ROOT_TYPE}

@@ -160,7 +160,14 @@ class DiskTable:
         return name in self.columns
 
     def __getitem__(self, name: str) -> pd.Series:
-        return pd.Series(self._read(self.group[name]), index=self.index, name=name)
+        column = self.group.get(name)
+        if column is not None and hasattr(column, "keys"):
+            stored = column.get("codes", column.get("values"))
+        else:
+            stored = column
+        if stored is None or stored.shape[0] != self._names.shape[0]:
+            raise FileError(f"Column {name!r} is missing or too short: the file is damaged. Write or copy it again.")
+        return pd.Series(self._read(column), index=self.index, name=name)
 
     @property
     def index(self) -> pd.Index:

@@ -145,6 +145,8 @@ def test_members_are_found_in_any_words():
     kinds = ["gamma-delta T cells", "Naive CD4 T", "Non-T cell", "vitamin B"]  # kinds of trained labels mean these
     found = label_members(kinds, {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms)
     assert found.tolist() == [[True, False, True], [True, False, False], [False] * 3, [False] * 3]
+    of_no_one_type = ["NK/T cells", "B and T cells", "not T cells", "Doublet T cells", "Low_quality T cells"]
+    assert not label_members(of_no_one_type, {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms).any()
 
 
 def test_a_type_may_be_named_without_the_word_cell_or_the_organ():

@@ -731,6 +731,15 @@ def test_mouse_given_as_human_is_said(counts, gene_index):
     assert any("one-to-one orthologs" in warning for warning in report["warnings"])
 
 
+@pytest.mark.parametrize("organism", ["Human (Homo sapiens)", "H. sapiens", "hg38", "n/a"])
+def test_human_in_other_words_is_no_contradiction(counts, gene_index, organism):
+    adata = make_adata(counts, [f"GENE{i}" for i in range(N_GENES)])
+    adata.obs["organism"] = organism
+    _, report = read_cells(adata, gene_index)
+    assert report["genes"]["species"] == "human"
+    assert not any("The data say" in warning for warning in report["warnings"])
+
+
 def test_mouse_without_orthologs_is_refused_by_name(counts, gene_index):
     with pytest.raises(ValueError, match=r"They are mouse genes .*no ortholog table for mouse \(it has: none\)"):
         read_cells(make_adata(counts, MOUSE), GeneIndex(gene_index.vocabulary))

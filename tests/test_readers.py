@@ -11,7 +11,8 @@ import scipy.io
 import scipy.sparse as sp
 
 from scmmgpt.readers.cell_files import CellFile, read_file
-from scmmgpt.readers.disk_parts import DiskRows
+from scmmgpt.readers.disk_parts import DiskRows, DiskTable
+from scmmgpt.readers.text_tables import FileError
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Writing zarr v2")
@@ -176,6 +177,17 @@ def test_a_matrix_stored_by_column_is_gathered_in_blocks_of_rows(cells, counts, 
     monkeypatch.setattr("scmmgpt.readers.disk_parts.COLUMN_ENTRIES", 10)
     chunks = list(iter_chunks(write_h5ad_by_column(cells, tmp_path), 5))
     np.testing.assert_array_equal(np.concatenate([dense(chunk.X) for chunk in chunks]), counts)
+
+
+def test_a_damaged_column_of_a_table_on_disk_is_refused(cells, tmp_path):
+    path = write_h5ad(cells, tmp_path)
+    with h5py.File(path, "r+") as file:
+        assert list(DiskTable(file["obs"])["cell_type"]) == list(cells.obs["cell_type"])
+        file["obs"].create_dataset("short", data=np.arange(4))
+        file["obs"].attrs["column-order"] = ["cell_type", "short", "gone"]
+        for name in ("short", "gone"):
+            with pytest.raises(FileError, match=f"'{name}' is missing or too short"):
+                DiskTable(file["obs"], 0, 3)[name]
 
 
 def test_text_columns_of_a_table_become_annotations(cells, tmp_path):

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from scmmgpt import __main__ as command_line
+from scmmgpt import annotation_scmmgpt
 from scmmgpt.commands import checkpoints
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.synthetic import MARKERS, synthetic_adata
@@ -116,6 +117,28 @@ def test_what_it_promises_comes_from_datasets_that_were_left_out(built):
     assert stored["temperature"] == 1  # the readout's own has been fitted
     sets = pipeline.annotate(synthetic_adata(40, seed=5), error_rate=0.1).obs["scmmgpt_label_set"]
     assert sets.str.split(" | ", regex=False).map(len).ge(1).all()
+
+
+def test_the_gate_not_the_reference_profiles_judges_cells_of_labels_that_were_never_trained(built, monkeypatch):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    cells, panels = synthetic_adata(40, seed=5), []
+    real = annotation_scmmgpt.Novelty.of
+
+    def spy(stored, measured, n_genes, panel):
+        panels.append(panel)
+        return real(stored, measured, n_genes, panel)
+
+    monkeypatch.setattr(annotation_scmmgpt.Novelty, "of", spy)
+    pipeline.annotate(cells.copy())
+    pipeline.annotate(cells.copy(), ["B cell", "hepatocyte"])
+    assert [panel is None for panel in panels] == [False, True]
+
+
+def test_a_calibrated_checkpoint_still_knows_cells_of_no_label(built):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    before = pipeline.model.config.annotation["novelty"]["others_unit"]
+    pipeline.calibrate(synthetic_adata(200, seed=5), "cell_type", labels=list(TYPES))
+    assert pipeline.model.config.annotation["novelty"]["others_unit"] == before
 
 
 def test_a_cell_counts_for_its_type_or_for_the_types_below_a_broad_term():

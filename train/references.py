@@ -7,6 +7,7 @@ label (`readout_scmmgpt.PanelReadout.novelty`). `data/tables/reference_profiles.
 
 import html
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,7 +93,7 @@ def read_reference(
     kinds = {name: kind for part in ("types", "others") for kind, names in table[part].items() for name in names}
     profiles = pd.read_csv(path, index_col=0)
     names = np.array([kinds.get(type_name(column), "") for column in profiles.columns])
-    names[profiles.columns.str.contains("|".join(table["left_out"]))] = ""
+    names[[any(re.search(part, column) for part in table["left_out"]) for column in profiles.columns]] = ""
     values = np.log1p(COUNTS_PER_10K * (profiles / profiles.sum()).to_numpy().T)
     ids = np.array([index.lookup(str(gene))[0] for gene in profiles.index])
     measured, placed = np.unique(ids[ids >= 0]), place(list(table["types"]))

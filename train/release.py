@@ -271,10 +271,11 @@ def write_checkpoint(tuned: Path, output: Path, corpus: Corpus, table: Mapping[s
     pipeline = ScMMGPTPipeline.from_pretrained(str(tuned.absolute()), device="cpu", dtype=torch.float32)
     model: Any = pipeline.model
     model.config.release = {"name": NAME, "version": VERSION}
-    for (
-        parameter
-    ) in model.parameters():  # buffers keep their types: those of the readout are float16 where they may be
+    # Other buffers keep their types: those of the readout are float16 where they may be.
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
+    if (states := model.model.cell_states) is not None:
+        states.training_states = states.training_states.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     if output.exists():
         shutil.rmtree(output)
