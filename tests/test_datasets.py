@@ -392,7 +392,7 @@ def test_fine_tuning_reads_its_own_cells_from_a_checkpoint_too(corpus, aligned, 
 def test_what_divides_cells_is_refused_where_they_come_divided(named_corpus, bert, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         finetune_on(named_corpus, bert, tmp_path, split_by_rows(named_corpus), **options)
-    with pytest.raises(ValueError, match="but no 'train'"):
+    with pytest.raises(ValueError, match="no split 'train'"):
         finetune_on(named_corpus, bert, tmp_path, {"validation": load(named_corpus, "validation")})
 
 

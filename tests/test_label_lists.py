@@ -73,7 +73,7 @@ def test_labels_stand_alone_or_in_one_file(tmp_path):
     path.write_text("B cell\n")
     assert read_words(["B cell", " T  cell ", "B cell"]).labels == ["B cell", "T cell"]
     assert read_words([str(path)]).labels == ["B cell"]
-    with pytest.raises(ValueError, match="Name either one file or labels"):
+    with pytest.raises(ValueError, match="Name either one file, or labels"):
         read_words(["T cell", str(path)])
     with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
         read_words([str(tmp_path / "missing.txt")])

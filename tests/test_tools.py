@@ -111,7 +111,7 @@ def test_umap_draws_words_and_numbers_and_keeps_the_places(annotated, monkeypatc
     found, rows, what = sm.pl.coordinates(annotated)
     np.testing.assert_array_equal(found, places + 1)
     assert (len(rows), what) == (60, "UMAP of the file")
-    with pytest.raises(ValueError, match="no columns"):
+    with pytest.raises(ValueError, match="no column"):
         sm.pl.umap(annotated, "nothing")
 
 

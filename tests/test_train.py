@@ -582,8 +582,8 @@ def test_the_best_checkpoint_is_known_by_its_place_and_old_ones_go(corpus, bert,
     assert Path(state["best_model_checkpoint"]).name in kept
     best = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
-    del best["label_readout.features"]  # how much they count is chosen after training
-    assert all(torch.equal(value, saved[name]) for name, value in best.items())
+    later = ("label_readout.features", "text_projection.weight", "text_projection.bias")  # turned apart after training
+    assert all(torch.equal(value, saved[name]) for name, value in best.items() if name not in later)
 
 
 def test_tuning_on_conversations_that_is_cut_in_two_ends_like_one_that_is_not(corpus, aligned, tmp_path):
