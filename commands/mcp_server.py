@@ -318,12 +318,13 @@ def _with_context(tool: Callable[..., Any]) -> Callable[..., Any]:
         CONTEXT.set(context)  # of this thread's copy of the variables
         return tool(**arguments)
 
+    served: Any = run  # the server reads the arguments of a tool off its signature
     own = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
     signature = inspect.signature(tool)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
-    run.__annotations__ = {**get_type_hints(tool, include_extras=True), "context": Context}
-    run.__name__, run.__doc__ = tool.__name__, tool.__doc__
-    return run
+    served.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])
+    served.__annotations__ = {**get_type_hints(tool, include_extras=True), "context": Context}
+    served.__name__, served.__doc__ = tool.__name__, tool.__doc__
+    return served
 
 
 def _options(**values: Any) -> list[str]:

@@ -49,6 +49,15 @@ def typed_cells(seed=0, n_cells=300):
     return Cells.from_csr(csr_matrix(counts.astype(np.float32)), np.arange(24)), types
 
 
+def typed_readout():
+    """Cells of five types, their types, and a readout of them."""
+    cells, types = typed_cells()
+    profiles = profile_matrix(cells, 24)
+    data = LabelledProfiles(profiles, types, 5, np.arange(len(types)), np.arange(0), profiles[:0])
+    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    return cells, types, readout
+
+
 @pytest.fixture
 def embeddings():
     """Texts in a row, as the cells are."""
@@ -181,10 +190,7 @@ def test_directions_of_genes_are_embeddings_of_their_texts_around_the_mean():
 
 
 def test_a_search_by_genes_finds_cells_that_express_genes_whose_texts_are_nearest():
-    cells, types = typed_cells()
-    profiles = profile_matrix(cells, 24)
-    data = LabelledProfiles(profiles, types, 5, np.arange(len(types)), np.arange(0), profiles[:0])
-    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    cells, types, readout = typed_readout()
     directions = np.zeros((24, 2))
     directions[:, 0] = -1 / 5
     directions[4:8] = [1.0, 0.0]  # what type 1 expresses
@@ -198,10 +204,7 @@ def test_a_search_by_genes_finds_cells_that_express_genes_whose_texts_are_neares
 
 
 def test_of_two_genes_with_equal_texts_the_one_that_varies_less_counts_more_in_a_search():
-    cells, types = typed_cells()
-    profiles = profile_matrix(cells, 24)
-    data = LabelledProfiles(profiles, types, 5, np.arange(len(types)), np.arange(0), profiles[:0])
-    readout = fit_label_readout(data, fit_regression(profiles, types, 5, 0.01), 1.0)
+    cells, types, readout = typed_readout()
     directions = np.zeros((24, 2))
     directions[:, 0] = -1 / 11
     directions[[10, 23]] = [1.0, 0.0]  # a marker of a type, and a gene that hardly varies
