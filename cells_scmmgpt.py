@@ -428,3 +428,20 @@ def hellinger_profile(cells: Cells) -> np.ndarray:
 def is_cells(value: Any) -> bool:
     """Whether a value is [`Cells`], of whichever copy of the class: a checkpoint has one beside the package's."""
     return hasattr(value, "indptr") and hasattr(value, "cell_ids")
+
+
+def cells_of(value: Any, processor: Any = None) -> Cells:
+    """Cells in any form: [`Cells`], an AnnData, which the processor reads, a row, a list of these, or None.
+
+    A row is a mapping with the columns of a cell, as in a corpus; see `Cells.from_rows`.
+    """
+    if is_cells(value):
+        return value
+    if isinstance(value, Mapping):
+        return Cells.from_rows([value])
+    if value is None or isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
+        several = () if value is None else value
+        return Cells.concatenate([Cells.from_rows([]), *(cells_of(one, processor) for one in several)])
+    if processor is None:
+        raise TypeError(f"A row's cells are {type(value).__name__}; give Cells, a row of a cell, or a list of these.")
+    return processor.read_cells(value)[0]
