@@ -42,13 +42,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
+    from .cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
     from .readout_scmmgpt import ScMMGPTLabelReadout
     from .states_scmmgpt import ScMMGPTCellStates
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, hash_seed
+    from cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
     from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
     from readout_scmmgpt import ScMMGPTLabelReadout
@@ -1532,6 +1532,7 @@ def _has_known_logits(language_model: PreTrainedModel) -> bool:
     return torch.allclose(logits, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+show_module(__name__)
 ScMMGPTForCellTextAlignment.register_for_auto_class("AutoModel")
 ScMMGPTCellEncoder.register_for_auto_class("AutoModel")
 ScMMGPTForConditionalGeneration.register_for_auto_class("AutoModel")
