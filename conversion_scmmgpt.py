@@ -1,6 +1,6 @@
 """The decision how to read a file, applied to its cells: rows of an AnnData -> `Cells`, chunk by chunk."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,33 +11,35 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import Cells, has_repeats, hash_names
     from .genes_scmmgpt import GeneMatch
     from .kernels_scmmgpt import kernels_pay
-    from .matrices_scmmgpt import (
+    from .matrices_scmmgpt import TOTALS_COLUMN, MatrixVerdict, convert_rows
+    from .rows_scmmgpt import (
         LARGEST_VALUE,
-        TOTALS_COLUMN,
         CountRows,
-        MatrixVerdict,
-        convert_rows,
         is_expression,
         is_in_memory,
+        matrix_of,
+        modality_of,
         name_rows,
         read_rows,
         row_major,
+        totals_of,
     )
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells, has_repeats, hash_names
     from genes_scmmgpt import GeneMatch
     from kernels_scmmgpt import kernels_pay
-    from matrices_scmmgpt import (
+    from matrices_scmmgpt import TOTALS_COLUMN, MatrixVerdict, convert_rows
+    from rows_scmmgpt import (
         LARGEST_VALUE,
-        TOTALS_COLUMN,
         CountRows,
-        MatrixVerdict,
-        convert_rows,
         is_expression,
         is_in_memory,
+        matrix_of,
+        modality_of,
         name_rows,
         read_rows,
         row_major,
+        totals_of,
     )
 
 
@@ -134,13 +136,6 @@ def _grown(array: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
     return grown
 
 
-def matrix_of(adata: Any, source: str) -> Any:
-    """The matrix called `source`: `X`, `raw` or a layer."""
-    if source == "X":
-        return adata.X
-    return adata.raw.X if source == "raw" else adata.layers[source]
-
-
 def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> None:
     """Refuse NaN, negative and too large values; the error names cell and gene of the first."""
     if is_expression(rows.data):
@@ -151,22 +146,4 @@ def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> N
         f"{source} holds {rows.data[bad][0]} at cell {str(names[cell])!r}, gene {str(var_names[column])!r} "
         f"({bad.sum()} such values in these {rows.shape[0]} cells): expression is finite and not negative. "
         "Drop those cells or genes, or pass another `layer=`."
-    )
-
-
-def totals_of(adata: Any, column: str | None) -> np.ndarray | None:
-    """The counts per cell over all genes that a column of `obs` states, float64 `(n_cells,)`."""
-    return None if column is None else np.asarray(adata.obs[column]).astype(np.float64)
-
-
-def modality_of(adata: Any) -> Any:
-    """The AnnData itself, or the RNA of a MuData."""
-    modalities = getattr(adata, "mod", None)
-    if not isinstance(modalities, Mapping):
-        return adata
-    for name in ("rna", "gex", "RNA", "GEX"):
-        if name in modalities:
-            return modalities[name]
-    raise ValueError(
-        f"The MuData has no `rna` modality (it has {', '.join(modalities)}). Pass the AnnData of the RNA."
     )

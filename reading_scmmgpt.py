@@ -17,7 +17,7 @@ import numpy as np
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
-    from .conversion_scmmgpt import InputChoice, matrix_of, modality_of, totals_of
+    from .conversion_scmmgpt import InputChoice
     from .genes_scmmgpt import (
         SPECIES,
         GeneIndex,
@@ -29,20 +29,12 @@ try:  # as a package or as remote code
         find_species,
         match_genes,
     )
-    from .matrices_scmmgpt import (
-        LARGEST_VALUE,
-        ROUNDED,
-        CountRows,
-        MatrixVerdict,
-        inspect_rows,
-        linearize,
-        row_major,
-        sample_rows,
-    )
+    from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows, linearize
     from .records_scmmgpt import finish_report
+    from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
-    from conversion_scmmgpt import InputChoice, matrix_of, modality_of, totals_of
+    from conversion_scmmgpt import InputChoice
     from genes_scmmgpt import (
         SPECIES,
         GeneIndex,
@@ -54,17 +46,9 @@ except ImportError:  # beside the other files of a checkpoint
         find_species,
         match_genes,
     )
-    from matrices_scmmgpt import (
-        LARGEST_VALUE,
-        ROUNDED,
-        CountRows,
-        MatrixVerdict,
-        inspect_rows,
-        linearize,
-        row_major,
-        sample_rows,
-    )
+    from matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows, linearize
     from records_scmmgpt import finish_report
+    from rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 
 logger = logging.getLogger(__name__)
 

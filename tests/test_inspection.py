@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
-from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
+from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix
 from scmmgpt.reading_scmmgpt import choose_input, read_cells
 from scmmgpt.records_scmmgpt import need_columns, storable
+from scmmgpt.rows_scmmgpt import read_rows
 from scmmgpt.train.data.label_checks import check_labels
 
 
