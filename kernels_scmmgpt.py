@@ -1,7 +1,7 @@
 """Compiled loops over the counts of cells, one cell at a time, in memory that fits the cache.
 
 [`find_entries`] and [`name_genes`] read the rows of a dense and of a sparse matrix as genes of the vocabulary;
-[`fill_rows`] bins, selects and pads. Each has a twin in NumPy that gives the same bits, in `matrices_scmmgpt`,
+[`fill_rows`] bins, selects and pads. Each has a twin in NumPy that gives the same bits, in `rows_scmmgpt`,
 `cells_scmmgpt` and `feature_extraction_scmmgpt`, for machines without numba and for few cells.
 
 In shapes, C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the

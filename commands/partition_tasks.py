@@ -25,7 +25,8 @@ from scmmgpt.commands.sources import Source
 
 
 if TYPE_CHECKING:
-    from scmmgpt.pipeline_scmmgpt import Labelling, ScMMGPTPipeline
+    from scmmgpt.labelling_scmmgpt import Labelling
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.reading_scmmgpt import InputChoice
 
 Arrays = dict[str, np.ndarray]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.cells_scmmgpt import Cells, CellsHash
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.receipt_scmmgpt import CellsHash, hash_tensors
+from scmmgpt.receipt_scmmgpt import hash_tensors
 
 
 LABELS = {"B": "a B cell", "T": "a T cell"}
