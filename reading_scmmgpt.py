@@ -123,7 +123,8 @@ class InputChoice:
                 "chunks of one dataset have the same variables. Call `choose_input` for other data."
             )
         var = adata.raw.var if self.source == "raw" else adata.var
-        cell_ids = hash_names(adata.obs_names)
+        names = adata.obs_names
+        cell_ids = hash_names(names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = _totals(adata, self.totals_column) if from_column else None
         ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
@@ -140,7 +141,7 @@ class InputChoice:
             else:
                 here = slice(start, min(start + n_rows, n_cells))
                 rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-                _check_values(rows, adata.obs_names[here], var.index, self.source)
+                _check_values(rows, names[here], var.index, self.source)
                 known = None if known_totals is None else known_totals[here]
                 counts, totals, failed = convert_rows(rows, self.verdict, known)
                 cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)
@@ -285,12 +286,13 @@ def choose_input(
 
     # step 3: what else is odd
     messages += _matrix_messages(source, verdict) + _droplet_messages(chosen.rows, match)
-    names = Counter(str(n) for n in adata.obs_names)
-    n_repeated = n_cells - len(names)
-    if n_repeated:
+    n_repeated = 0
+    if not (names := adata.obs_names.astype(str)).is_unique:
+        counted = Counter(names)
+        n_repeated = n_cells - len(counted)
         messages.append(
-            f"{n_repeated} of {n_cells} barcodes are repeated (such as {names.most_common(1)[0][0]!r}): cells of one "
-            "barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
+            f"{n_repeated} of {n_cells} barcodes are repeated (such as {counted.most_common(1)[0][0]!r}): cells of "
+            "one barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
         )
     for message in messages:
         logger.warning(message)
