@@ -25,6 +25,8 @@ from scmmgpt.commands.sources import Source
 
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from scmmgpt.pipeline_scmmgpt import Labelling, ScMMGPTPipeline
     from scmmgpt.reading_scmmgpt import InputChoice
 
@@ -340,13 +342,13 @@ def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterab
 
 
 @_whole
-def has_barcodes(path: Path, names: Any) -> bool:
+def has_barcodes(path: Path, names: "pd.Index") -> bool:
     """Whether a partition is of the cells with these names, in order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     found = pq.read_table(path, columns=["barcode"], partitioning=None, page_checksum_verification=True)["barcode"]
-    return found.combine_chunks().equals(pa.array([str(name) for name in names], pa.string()))
+    return found.combine_chunks().equals(pa.array(names.astype(str), pa.string()))
 
 
 def is_whole(path: Path) -> bool:
