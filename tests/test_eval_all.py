@@ -1,6 +1,7 @@
 """Ours beside the methods of others: sentences of genes, retrieval, clusters, and the whole command in small."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -237,5 +238,8 @@ def test_scvi_draws_cells_of_a_type_from_its_prior(tmp_path):
     methods.train_scvi(train, tmp_path, seconds=5.0)
     drawn = methods.scvi_cells(labels, train, tmp_path)
     np.testing.assert_array_equal(drawn, methods.scvi_cells(labels, train, tmp_path))
+    # The corpus has a tenth of a cell's counts: so many are drawn, and normalised by all.
+    deep = replace(train, total_counts=train.total_counts * 10)
+    np.testing.assert_allclose(np.expm1(methods.scvi_cells(labels, deep, tmp_path)), np.expm1(drawn) / 10, rtol=1e-4)
     means = [(drawn[labels == name].mean(0), train.expression[labels == name].mean(0)) for name in TYPES]
     assert all(np.corrcoef(made, np.asarray(real).ravel())[0, 1] > 0.5 for made, real in means)
