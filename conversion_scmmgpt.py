@@ -73,7 +73,8 @@ class InputChoice:
                 "chunks of one dataset have the same variables. Call `choose_input` for other data."
             )
         var = adata.raw.var if self.source == "raw" else adata.var
-        cell_ids = hash_names(adata.obs_names)
+        names = adata.obs_names
+        cell_ids = hash_names(names)
         from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
         known_totals = totals_of(adata, self.totals_column) if from_column else None
         ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
@@ -90,7 +91,7 @@ class InputChoice:
             else:
                 here = slice(start, min(start + n_rows, n_cells))
                 rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-                _check_values(rows, adata.obs_names[here], var.index, self.source)
+                _check_values(rows, names[here], var.index, self.source)
                 known = None if known_totals is None else known_totals[here]
                 counts, totals, failed = convert_rows(rows, self.verdict, known)
                 cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)

@@ -143,12 +143,13 @@ def choose_input(
 
     # step 3: what else is odd
     messages += _matrix_messages(source, verdict) + _droplet_messages(chosen.rows, match)
-    names = Counter(str(n) for n in adata.obs_names)
-    n_repeated = n_cells - len(names)
-    if n_repeated:
+    n_repeated = 0
+    if not (names := adata.obs_names.astype(str)).is_unique:
+        counted = Counter(names)
+        n_repeated = n_cells - len(counted)
         messages.append(
-            f"{n_repeated} of {n_cells} barcodes are repeated (such as {names.most_common(1)[0][0]!r}): cells of one "
-            "barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
+            f"{n_repeated} of {n_cells} barcodes are repeated (such as {counted.most_common(1)[0][0]!r}): cells of "
+            "one barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
         )
     for message in messages:
         logger.warning(message)

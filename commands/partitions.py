@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands import partition_tasks as tasks
-from scmmgpt.commands.cluster import run_tasks
+from scmmgpt.commands.cluster import Workers
 from scmmgpt.commands.errors import explain, full_disk, naming
 from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns, words_of
@@ -111,7 +111,7 @@ class PartitionedRun:
         else:
             write_json(path, request)
 
-    def compute(self, workers: int = 1, cluster: str | None = None) -> None:
+    def compute(self, workers: Workers) -> None:
         """Compute the partitions that are missing; a disk that is full stops the run."""
         wanted = [task for source in self.outputs for task in self._partitions(source)]
         missing = [task for task in wanted if not tasks.is_whole(task.path)]
@@ -126,9 +126,9 @@ class PartitionedRun:
             progress_logging.tqdm(
                 desc=f"{self.job.verb} in partitions", unit="cell", total=total, delay=3
             ) as progress,
-            tasks.using(self.pipeline, self.job) if cluster is None and workers == 1 else contextlib.nullcontext(),
+            tasks.using(self.pipeline, self.job) if workers.is_this_process else contextlib.nullcontext(),
         ):
-            for task, _, error in run_tasks(tasks.compute_partition, missing, workers, cluster):
+            for task, _, error in workers.run(tasks.compute_partition, missing):
                 if error is not None:
                     if full_disk(error, str(error), [self.folder]):
                         raise error
@@ -282,7 +282,7 @@ def compute_outputs(
     Raises:
         ValueError: If nothing could be computed.
     """
-    workers, cluster, size = where
+    n_workers, cluster, size = where
     summaries: dict[str, Any] = {}
     done: list[Results] = []
     failures: list[str] = []
@@ -292,12 +292,13 @@ def compute_outputs(
         _copies(outputs, folder) as copies,
     ):
         runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
-        runs[0].compute(workers, cluster)
-        if with_evidence:
-            options = {"label_key": "scmmgpt_cell_type", "cluster_key": job.options.get("cluster_key")}
-            second = replace(job, verb="explain", options=options)
-            runs.append(PartitionedRun(second, outputs, pipeline, folder / "evidence", size, (), runs[0]))
-            runs[1].compute(workers, cluster)
+        with Workers(n_workers, cluster, (tasks.prepare, (job, next(iter(outputs))))) as workers:
+            runs[0].compute(workers)
+            if with_evidence:
+                options = {"label_key": "scmmgpt_cell_type", "cluster_key": job.options.get("cluster_key")}
+                second = replace(job, verb="explain", options=options)
+                runs.append(PartitionedRun(second, outputs, pipeline, folder / "evidence", size, (), runs[0]))
+                runs[1].compute(workers)
         for source, path in outputs.items():
             with naming(source.path if len(outputs) > 1 else None):
                 results = [runs[0].join(source)]
