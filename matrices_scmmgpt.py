@@ -63,6 +63,7 @@ class MatrixVerdict:
     target_sum: float | None = None  # total per cell before the logarithm, over all genes of the original data
     complete: bool = False  # whether the genes of the matrix are those that the target sum was taken over
     precision: Precision = Precision()
+    floor: float = 0.0  # the value that zeros have, such as log(0 + pseudo-count); it is subtracted first
 
     @property
     def usable(self) -> bool:
@@ -73,6 +74,8 @@ class MatrixVerdict:
         """The verdict as the report holds it."""
         report: dict[str, Any] = {"kind": self.kind, "conversion": self.conversion or "none"}
         report["evidence"] = dict(self.evidence)
+        if self.floor:
+            report["floor"] = _number(self.floor)
         if self.logs:
             report["log_base"] = "e" if self.base == np.e else f"{self.base:g}"
         if self.target_sum is not None:
@@ -211,6 +214,8 @@ def inspect_rows(
         known_totals: Counts per cell over all genes, `(n_cells,)`: evidence of the target sum where genes are missing.
         says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
     """
+    if floor := rows.floor():
+        return replace(inspect_rows(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
     values = rows.data
     evidence: dict[str, Any] = {"cells_sampled": int(rows.shape[0]), "dtype": str(values.dtype)}
     if not len(values):
@@ -377,6 +382,7 @@ def convert_rows(
 ) -> tuple[CountRows, np.ndarray | None, int]:
     """Convert values to counts, by the rule of their kind (see the list at the top of this file).
 
+    `rows` are those above the floor of the verdict ([`CountRows.above`]).
     `known_totals` are the counts per cell over all genes of the original data, `(n_cells,)`. Returns counts, or
     normalised values where counts cannot be recovered; library sizes, float64 `(n_cells,)`, or `None` if they are the
     sums of the counts; and the number of cells whose counts were not recovered.
