@@ -69,7 +69,7 @@ def test_the_compiled_hash_of_cells_is_that_of_numpy(kind, monkeypatch):
     cells = Cells([0, 2, 2, 5], [7, 9, 1, 2, 60_000], np.array([1, 5, 2, 3, 900]).astype(kind), np.zeros(3, np.uint64))
     found = []
     for is_compiled in (False, True):
-        monkeypatch.setattr(receipt_scmmgpt, "kernels_pay", lambda n_cells: is_compiled)
+        monkeypatch.setattr(receipt_scmmgpt, "kernels_pay", {0: is_compiled}.get)
         found.append(receipt_scmmgpt.fingerprints(cells).tolist())
     assert found[0] == found[1]
     assert found[0][1] == 0
