@@ -2,8 +2,7 @@
 
 [`find_entries`] and [`name_genes`] read the rows of a dense and of a sparse matrix as genes of the vocabulary;
 [`fill_rows`] bins, selects and pads; [`hash_rows`] is for receipts. Each has a twin in NumPy that gives the same bits,
-in `matrices_scmmgpt`, `cells_scmmgpt`, `feature_extraction_scmmgpt` and `receipt_scmmgpt`, for machines without numba
-and for few cells.
+in `rows_scmmgpt`, `cells_scmmgpt` and `feature_extraction_scmmgpt`, for machines without numba and for few cells.
 
 In shapes, C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the
 tokens of a cell. `indptr` is `int64 (C + 1,)`: cell `i` owns the entries `indptr[i]:indptr[i + 1]`.

@@ -28,7 +28,8 @@ from scmmgpt.receipt_scmmgpt import digest
 if TYPE_CHECKING:
     import pandas as pd
 
-    from scmmgpt.pipeline_scmmgpt import Labelling, ScMMGPTPipeline
+    from scmmgpt.labelling_scmmgpt import Labelling
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.reading_scmmgpt import InputChoice
 
 Arrays = dict[str, np.ndarray]

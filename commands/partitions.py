@@ -35,7 +35,7 @@ from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_column
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
-from scmmgpt.reading_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class PartitionedRun:
         needed: Sequence[str] = (),
         annotated: "PartitionedRun | None" = None,
     ) -> None:
-        from scmmgpt.pipeline_scmmgpt import SORTED_CELLS
+        from scmmgpt.passes_scmmgpt import SORTED_CELLS
 
         self.job, self.outputs, self.pipeline, self.folder = job, outputs, pipeline, folder
         self.step = max(1, cells_per_partition // SORTED_CELLS) * SORTED_CELLS
@@ -196,7 +196,6 @@ class PartitionedRun:
         `cells` are those with the results of another run.
         """
         from scmmgpt.readers.cell_files import CellFile
-        from scmmgpt.reading_scmmgpt import finish_report
 
         if source in self._failures:
             return Results(source, cells, why=self._failures[source])
@@ -208,7 +207,6 @@ class PartitionedRun:
         if not joined.paths:
             return Results(source, cells if self.annotated else None, failed, next(iter(failed.values()), "no labels"))
         choice.report["cells"] |= joined.counted
-        finish_report(choice.report)
         rows = joined.rows()
         is_whole = len(rows) == len(cells.obs)
         given = [key for name in ("label_key", "cluster_key") if (key := self.job.options.get(name)) is not None]
