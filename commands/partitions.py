@@ -99,14 +99,14 @@ class PartitionedRun:
         self._check_request()
 
     def _check_request(self) -> None:
-        path, request = self.folder / "request.json", self.job.request()
+        path, request = self.folder / "request.json", self.job.request(self.pipeline)
         if path.is_file():
             found = read_json(path, dict)
-            changed = sorted(name for name in request if found.get(name) != request[name])
+            changed = sorted(name for name in {*request, *found} if found.get(name) != request.get(name))
             if changed:
                 raise ValueError(
-                    f"{self.folder} has partitions of a command with other options ({', '.join(changed)} differ). "
-                    "Give that command again to finish it, or remove the folder."
+                    f"{self.folder} has partitions of another command: {', '.join(changed)} differ. Give that command "
+                    "again, with the same model and versions, to finish it, or remove the folder."
                 )
         else:
             write_json(path, request)
@@ -291,8 +291,8 @@ def compute_outputs(
         _folder_of_results(output, len(outputs) > 1),
         _copies(outputs, folder) as copies,
     ):
-        runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
         with Workers(n_workers, cluster, (tasks.prepare, (job, next(iter(outputs))))) as workers:
+            runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
             runs[0].compute(workers)
             if with_evidence:
                 options = {"label_key": "scmmgpt_cell_type", "cluster_key": job.options.get("cluster_key")}

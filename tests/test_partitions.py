@@ -204,13 +204,26 @@ def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path,
     assert_same(out, tmp_path / "whole.h5ad")
 
 
-def test_partitions_of_other_options_are_refused(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+def test_partitions_of_other_options_or_weights_are_refused_but_not_of_an_edited_folder(
+    adata, checkpoint, tmp_path, small, monkeypatch, capsys
+):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     words = ["embed", tmp_path / "cells.h5ad", "-o", tmp_path / "out.h5ad", "--workers", 1]
-    monkeypatch.setattr(partitions.PartitionedRun, "join", lambda *_: 1 / 0)
-    run(*words, checkpoint=checkpoint, status=2)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(partitions.PartitionedRun, "join", lambda *_: 1 / 0)
+        run(*words, checkpoint=checkpoint, status=2)
     run(*words, "--of", "cell", checkpoint=checkpoint, status=2)
-    assert "partitions of a command with other options (options differ)" in capsys.readouterr().err
+    assert "partitions of another command: of differ" in capsys.readouterr().err
+    config = tmp_path / "checkpoint" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace("killer lymphocyte", "a killer"))
+    run(*words, checkpoint=checkpoint, status=2)
+    assert "partitions of another command: config, settings differ" in capsys.readouterr().err
+    config.write_text(before)
+    (tmp_path / "checkpoint" / "README.md").write_text("More about this model.")
+    (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(partition_tasks, "compute_partition", lambda task: pytest.fail("a partition was done twice"))
+    run(*words, checkpoint=str(tmp_path / "elsewhere"))
 
 
 def test_a_partition_that_fails_is_reported_and_left_out(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
