@@ -35,7 +35,8 @@ HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than hel
 MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
 NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
-ABSENT_WEIGHT = 0.2  # of the share of absent genes, in its unit, beside the missing lead over other cells
+ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the missing lead over other cells
+BROADER_NOVELTY = 0.5  # at most, of a broader term that a novel cell gets
 MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
 
 # An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
@@ -241,7 +242,12 @@ def candidate_columns(
 
 
 def label_probabilities(
-    similarity: np.ndarray, match: np.ndarray | None = None, *, logit_scale: float, matching_weight: float = 0.0
+    similarity: np.ndarray,
+    match: np.ndarray | None = None,
+    *,
+    logit_scale: float,
+    matching_weight: float = 0.0,
+    doubt: float = 0.0,
 ) -> np.ndarray:
     """Probability of each label for each cell: a softmax over similarities, mixed with matching.
 
@@ -254,6 +260,7 @@ def label_probabilities(
             no candidates.
         logit_scale: Inverse temperature of the softmax over labels.
         matching_weight: 0 = similarity alone, 1 = matching alone decides among the candidates.
+        doubt: Share of cells whose scores say nothing, so that no probability is quite 1.
 
     Returns:
         float32 `(n_cells, n_labels)`; each row sums to 1.
@@ -274,7 +281,7 @@ def label_probabilities(
         matched = candidates & (total > 0)
         redistributed = np.where(matched, share * match / np.where(total > 0, total, 1), probabilities)
         probabilities = (1 - matching_weight) * probabilities + matching_weight * redistributed
-    return probabilities.astype(np.float32)
+    return ((1 - doubt) * probabilities + doubt / probabilities.shape[1]).astype(np.float32)
 
 
 def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -308,6 +315,7 @@ def choose_labels(
     novelty: np.ndarray | None = None,
     terms: Sequence[Mapping[str, Any]] = (),
     others_compete: bool = False,
+    broader: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Choose the most probable label of each cell, and measure its certainty.
 
@@ -319,6 +327,7 @@ def choose_labels(
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
             every cell gets a label. An array has one for each cell, see [`least_scores`].
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
+        broader: Position in `terms` of the answer for a cell of a novelty above 1, float `(n_cells,)`; -1 for none.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
             first one above its best label whose labels together go that share of the way from chance to certainty:
             half of the labels have half of the probability of a cell that is like none.
@@ -337,20 +346,23 @@ def choose_labels(
     cl_id = np.asarray([cl_ids.get(name, "") for name in names], dtype=object)[best]
     if min_score is not None:
         low = score < min_score
-        for term in terms:
-            members = [number for number, name in enumerate(names) if name in term["labels"]]
-            if not 1 < len(members) <= MOST_LABELS * len(names):
+        for term, members in zip(terms, members_of_terms(terms, names), strict=True):
+            if not members:
                 continue
             total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
             reached = total >= chance + (1 - chance) * np.asarray(min_score)
-            broader = low & np.isin(best, members) & reached
-            cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
-            low &= ~broader
+            found = low & np.isin(best, members) & reached
+            cell_type[found], cl_id[found], score[found] = term["name"], term["id"], total[found]
+            low &= ~found
         cell_type[low], cl_id[low] = UNKNOWN, ""
     if novelty is not None and not (
         np.isscalar(min_score) and min_score == 0
     ):  # 0 of the user, not one that was fitted
         cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
+        for number in np.unique(broader[broader >= 0]).astype(int) if broader is not None else ():
+            term, novel = terms[number], (broader == number) & (novelty > 1)
+            cell_type[novel], cl_id[novel] = term["name"], term["id"]
+            score[novel] = probabilities[novel][:, np.isin(names, term["labels"])].sum(axis=1)
     cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
     margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]
     others = np.maximum(1 - probabilities.sum(axis=1, keepdims=True), 0)
@@ -359,6 +371,12 @@ def choose_labels(
     if novelty is not None:
         columns["novelty"] = novelty
     return columns
+
+
+def members_of_terms(terms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
+    """Positions of each term's labels in `names`; none for a term that is no answer, of one label or of nearly all."""
+    found = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
+    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in found]
 
 
 def summarize_annotation(
@@ -571,10 +589,16 @@ class Novelty:
     unit: float
     panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
     others_unit: float = 1.0
+    terms: Sequence[Sequence[int]] = ()  # labels of the panel in broader terms, the preferred terms first
 
     @classmethod
     def of(
-        cls, stored: Mapping[str, Any] | None, measured: np.ndarray, n_genes: int, panel: Any = None
+        cls,
+        stored: Mapping[str, Any] | None,
+        measured: np.ndarray,
+        n_genes: int,
+        panel: Any = None,
+        terms: Sequence[Sequence[int]] = (),
     ) -> "Novelty | None":
         """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes.
 
@@ -588,13 +612,36 @@ class Novelty:
             if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
                 absent = _unpack(stored["absent_genes"], n_genes)
         if panel is not None and panel.others is not None and "others_unit" in stored:
-            return cls(absent, unit, panel, stored["others_unit"])
+            return cls(absent, unit, panel, stored["others_unit"], terms)
         return None if absent is None else cls(absent, unit)
 
     def __call__(self, cells: Cells) -> np.ndarray:
-        """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type."""
-        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent) / np.float32(self.unit)
+        """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type.
+
+        With `terms`, `(n_cells, 2)`: beside the novelty the first term above the best label that is no more novel than
+        `BROADER_NOVELTY`, of a cell above 1; else -1.
+        """
         if self.panel is None:
-            return np.asarray(share)
-        novelty = self.panel.novelty(cells) + np.float32(ABSENT_WEIGHT) * share
-        return (novelty / np.float32(self.others_unit)).clip(min=0)
+            return novelty_of(cells, self.absent) / np.float32(self.unit)
+        novelty = self.raw(cells)[:, 0] / np.float32(self.others_unit)
+        if not self.terms:
+            return novelty.clip(min=0)
+        broader, rows = np.full(len(cells), -1, dtype=np.float32), np.flatnonzero(novelty > 1)
+        if len(rows):
+            broader[rows] = first_term(self.raw(cells[rows], self.terms)[:, 1:], self.others_unit)
+        return np.stack([novelty.clip(min=0), broader], axis=1)
+
+    def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
+        """Novelty for labels and for `terms`, `(n_cells, 1 + n_terms)`, not yet over the unit."""
+        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent)[:, None] / np.float32(self.unit)
+        novelty = share if self.panel is None else self.panel.novelty(cells, terms) + np.float32(ABSENT_WEIGHT) * share
+        return np.asarray(novelty)
+
+
+def first_term(novelty: np.ndarray, unit: float) -> np.ndarray:
+    """The first term that is no more novel than `BROADER_NOVELTY`, int `(n_cells,)`; -1 for none.
+
+    `novelty` is `(n_cells, n_terms)`, not yet over the unit.
+    """
+    fits = novelty <= BROADER_NOVELTY * unit
+    return np.where(fits.any(axis=1), fits.argmax(axis=1), -1) if fits.shape[1] else np.full(len(fits), -1)

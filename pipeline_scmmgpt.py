@@ -42,6 +42,7 @@ try:  # as a package or as remote code
         labels_with_texts,
         least_scores,
         majority_vote,
+        members_of_terms,
         set_threshold,
         summarize_annotation,
     )
@@ -92,6 +93,7 @@ except ImportError:  # as a flat module in a clone
         labels_with_texts,
         least_scores,
         majority_vote,
+        members_of_terms,
         set_threshold,
         summarize_annotation,
     )
@@ -382,13 +384,16 @@ class ScMMGPTPipeline:
         """Columns of `obs` and probabilities `(n_obs, n_labels)` of cells: all of the data of a choice, or a part."""
         candidates, terms = labelling.candidates, (self.model.config.annotation or {}).get("terms", [])
         options = (labelling.choice, candidates, labelling.settings, labelling.readout, labelling.unseen_bonus)
-        probabilities, novelty = self._probabilities(adata, *options, batch_size)
+        probabilities, novelty = self._probabilities(adata, *options, batch_size, labelling.broader)
+        broader = None
+        if novelty is not None and novelty.ndim > 1:
+            novelty, broader = novelty.T
         names, others = candidates.names, bool((candidates.owners < 0).any())
         ids = ids_of_labels(names, labelling.settings["cl_ids"], terms)
         least: Any = labelling.min_score
         if labelling.fitted_score is not None:
             least = least_scores(labelling.fitted_score, novelty)
-        columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others)
+        columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others, broader)
         if labelling.error_rate is not None:
             stored = (self.model.config.annotation or {})["label_sets"]
             columns["label_set"] = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
@@ -735,6 +740,7 @@ class ScMMGPTPipeline:
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
         before = dict(self.model.config.annotation or {})
         before.pop("min_score", None)  # of another temperature
+        before.pop("doubt", None)
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
@@ -759,15 +765,19 @@ class ScMMGPTPipeline:
         readout: TextScores | None,
         unseen_bonus: float,
         batch_size: int | None,
+        terms: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Probabilities of the labels, `(n_cells, n_labels)`, and the novelty of each cell, None without a threshold.
 
-        The novelty is NaN where the file measures too few genes.
+        The novelty is NaN where the file measures too few genes. With other cells in the readout, it has a second
+        column: the position of a novel cell's answer in `terms`, see [`Novelty`].
         """
         stored = (self.model.config.annotation or {}).get("novelty")
         # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
         panel = None if readout is None or readout.has_new_labels else readout.panel
-        novelty_of = Novelty.of(stored, choice.match.measured, self.model.config.cell_config.vocab_size, panel)
+        members = [] if panel is None else members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+        size = self.model.config.cell_config.vocab_size
+        novelty_of = Novelty.of(stored, choice.match.measured, size, panel, members)
         chunks, n_cells = self._chunks(adata, choice), adata.shape[0]
         similarity, match, novelty = self._label_scores(
             chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
@@ -776,7 +786,8 @@ class ScMMGPTPipeline:
             novelty = np.full(len(similarity), np.nan, dtype=np.float32)
         scale, weight = 1 / settings["temperature"], settings["matching_weight"]
         similarity = similarity + unseen_bonus * candidates.unseen
-        of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)
+        doubt = (self.model.config.annotation or {}).get("doubt", 0.0)
+        of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight, doubt=doubt)
         return candidates.pool(of_texts), novelty
 
     def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
