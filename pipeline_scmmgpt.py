@@ -29,12 +29,10 @@ from transformers.utils import logging
 try:  # as a package or as remote code
     from .annotation_scmmgpt import (
         Candidates,
-        Novelty,
         candidate_columns,
         choose_labels,
         fit_label_sets,
         fit_mixture,
-        fit_novelty,
         ids_of_labels,
         label_probabilities,
         label_sets,
@@ -69,6 +67,7 @@ try:  # as a package or as remote code
         ScMMGPTForConditionalGeneration,
         cell_text_similarity,
     )
+    from .novelty_scmmgpt import Novelty, fit_novelty
     from .processing_scmmgpt import ScMMGPTProcessor
     from .proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from .query_scmmgpt import Search
@@ -80,12 +79,10 @@ try:  # as a package or as remote code
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
         Candidates,
-        Novelty,
         candidate_columns,
         choose_labels,
         fit_label_sets,
         fit_mixture,
-        fit_novelty,
         ids_of_labels,
         label_probabilities,
         label_sets,
@@ -120,6 +117,7 @@ except ImportError:  # as a flat module in a clone
         ScMMGPTForConditionalGeneration,
         cell_text_similarity,
     )
+    from novelty_scmmgpt import Novelty, fit_novelty
     from processing_scmmgpt import ScMMGPTProcessor
     from proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
     from query_scmmgpt import Search

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, first_term, label_sets, least_scores, set_threshold
+from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, label_sets, least_scores, set_threshold
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.novelty_scmmgpt import first_term
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases

@@ -8,18 +8,15 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from scmmgpt.annotation_scmmgpt import (
-    Novelty,
-    absent_genes,
     candidate_columns,
     choose_labels,
-    fit_novelty,
     labels_of_tissue,
     labels_with_texts,
-    novelty_of,
     trained_labels_of,
 )
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
+from scmmgpt.novelty_scmmgpt import Novelty, absent_genes, fit_novelty, novelty_of
 from scmmgpt.train.data import ontology
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, first_term, least_scores
+from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, least_scores
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.novelty_scmmgpt import first_term
 from scmmgpt.readout_scmmgpt import scale_groups
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
 
