@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, hash_names, is_cells
+    from .cells_scmmgpt import Cells, cells_of, hash_names
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells, hash_names, is_cells
+    from cells_scmmgpt import Cells, cells_of, hash_names
 
 
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # of a row that is one cell
@@ -119,7 +119,7 @@ class ScMMGPTDataCollator(TrainerCallback):
     def _targets(self, columns: Columns, epoch: int) -> dict[str, torch.Tensor]:
         if "target" not in columns:
             return {}
-        targets = [_cells_of(value, self.processor) for value in columns["target"]]
+        targets = [cells_of(value, self.processor) for value in columns["target"]]
         rows = [row for row, cells in enumerate(targets) for _ in range(len(cells))]
         if not rows:
             return {}
@@ -188,27 +188,12 @@ def read_rows(rows: Sequence[Mapping[str, Any]], processor: Any = None) -> tuple
         columns[name] = np.empty(len(rows), dtype=object)
         columns[name][:] = [row[name] for row in rows]
     if len(rows) and "cells" in rows[0]:
-        pieces = [_cells_of(row["cells"], processor) for row in rows]
+        pieces = [cells_of(row["cells"], processor) for row in rows]
         columns["cells_per_row"] = np.array([len(piece) for piece in pieces])
         return Cells.concatenate(pieces), columns
     if len(rows) and ("gene_ids" in rows[0] or "counts" in rows[0]):
         return Cells.from_rows(rows), columns
     return None, columns
-
-
-def _cells_of(value: Any, processor: Any) -> Cells:
-    """The cells of one row: none, [`Cells`], an AnnData, a mapping with a cell's columns, or a list of these."""
-    if value is None:
-        return Cells.from_rows([])
-    if is_cells(value):
-        return value
-    if hasattr(value, "obs_names"):
-        return processor.read_cells(value)[0]
-    if isinstance(value, Mapping):
-        return Cells.from_rows([value])
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        return Cells.concatenate([Cells.from_rows([]), *(_cells_of(one, processor) for one in value)])
-    raise TypeError(f"A row's cells are {type(value).__name__}; give Cells, an AnnData, a row of a corpus, or a list.")
 
 
 def type_ids(columns: Columns, captions: Sequence[str]) -> torch.Tensor:

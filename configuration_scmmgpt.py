@@ -17,6 +17,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
     "AutoProcessor": "processing_scmmgpt.ScMMGPTProcessor",
 }
 # A stage-1 checkpoint holds no language model: `AutoModel` loads the alignment model, and no other class is mapped.

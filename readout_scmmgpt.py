@@ -24,7 +24,8 @@ whole transcriptome have profiles of one scale.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,16 +81,24 @@ class PanelReadout:
     others: np.ndarray | None = None
     others_bias: np.ndarray | None = None
     typical: np.ndarray | None = None
+    _last: Any = field(default=None, init=False, repr=False)  # the last cells, with profiles and scores
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ragged profiles over the genes at hand: first entry of each cell, positions in `gene_ids`, values."""
         starts, positions, values = panel_profiles(cells, self.gene_ids, self.share)
         return starts, positions, np.log1p(values**2) if self.log else values
 
+    def _scores(self, cells: Cells) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """Profiles and scores of the labels; kept for the next call, since probabilities and novelty are of both."""
+        last = self._last
+        if last is None or last[0] is not cells:
+            profiles = self.profiles(cells)
+            last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
+        return last[1], last[2]
+
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
-        starts, positions, values = self.profiles(cells)
-        scores = sum_weights(starts, positions, values, self.weights) + self.bias
+        _, scores = self._scores(cells)
         logits = torch.from_numpy(scores / np.float32(self.temperature))
         if not len(self.spread):
             return logits.log_softmax(dim=1).numpy()
@@ -111,8 +120,7 @@ class PanelReadout:
         """
         if self.others is None or self.others_bias is None or self.typical is None:
             raise ValueError("This readout has no other cells; novelty needs a checkpoint of `release`.")
-        profiles = self.profiles(cells)
-        scores = sum_weights(*profiles, self.weights) + self.bias
+        profiles, scores = self._scores(cells)
         others = (sum_weights(*profiles, self.others) + self.others_bias).max(axis=1, initial=-np.inf)
         best, n_labels = scores.argmax(axis=1), scores.shape[1]
         of_others = self.typical[:, n_labels:].max(axis=1, initial=-np.inf)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands.verify import receipts
-from scmmgpt.reading_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns
 
 
 SHOWN = 10  # rows of a table of cells

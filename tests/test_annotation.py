@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import (
-    candidate_columns,
-    choose_labels,
-    labels_of_tissue,
-    labels_with_texts,
-    trained_labels_of,
-)
+from scmmgpt.annotation_scmmgpt import choose_labels
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
+from scmmgpt.labels_scmmgpt import candidate_columns, labels_of_tissue, labels_with_texts, trained_labels_of
 from scmmgpt.novelty_scmmgpt import Novelty, absent_genes, fit_novelty, novelty_of
 from scmmgpt.train.data import ontology
 
@@ -326,7 +321,7 @@ def calibrated(tiny_pipeline, adata):
 def test_calibration_tells_new_cells_on_one_line(calibrated, monkeypatch):
     pipeline, known, new = calibrated
     said = []
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.logger.warning", said.append)
     pipeline.annotate(known)
     assert not (known.obs["scmmgpt_cell_type"] == "Unknown").any()
     pipeline.annotate(new, force=True)

@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
-from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
-from scmmgpt.pipeline_scmmgpt import storable
-from scmmgpt.reading_scmmgpt import choose_input, need_columns, read_cells
+from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix
+from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.records_scmmgpt import need_columns, storable
+from scmmgpt.rows_scmmgpt import read_rows
 from scmmgpt.train.data.label_checks import check_labels
 
 
@@ -317,7 +318,7 @@ def test_a_backed_file_gives_the_cells_of_memory(counts, gene_index, layout, tmp
 def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_rows, monkeypatch):
     adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts)).astype(np.float32)))
     cells, _ = read_cells(adata, gene_index)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CHUNK_ROWS", chunk_rows)
     chunks = list(choose_input(adata, gene_index).iter_cells(adata))
     assert len(chunks) == -(-len(cells) // chunk_rows)
     assert_same_cells(Cells.concatenate(chunks), cells)
@@ -390,7 +391,7 @@ def test_a_logarithm_without_a_unit_changes_no_bin(gene_index):
 @pytest.mark.parametrize("layout", ["dense", "CSR"])
 def test_duplicated_genes_are_summed(counts, gene_index, layout, chunk_rows, warm_up, monkeypatch):
     monkeypatch.setattr("scmmgpt.kernels_scmmgpt.WARM_UP_CELLS", warm_up)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CHUNK_ROWS", chunk_rows)
     names = [*SYMBOLS[:298], "GENE5", "GENE6-1"]
     with pytest.warns(UserWarning, match="not unique"):
         adata = make_adata(LAYOUTS[layout](counts), names)

@@ -33,9 +33,9 @@ def checkpoint(tiny_pipeline, tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Partitions of this process with seven cells or a multiple, and batches within them."""
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.SORTED_CELLS", 7)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", 7)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CACHED_ROWS", 7)
+    monkeypatch.setattr("scmmgpt.passes_scmmgpt.SORTED_CELLS", 7)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CHUNK_ROWS", 7)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CACHED_ROWS", 7)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_evidence_in_partitions_is_a_second_pass_with_the_sums_of_the_whole(fitt
 
 @pytest.mark.parametrize("read_cells", [60, 10_000])
 def test_a_look_at_the_whole_file_corrects_labels_in_all_partitions(fitted, tmp_path, small, monkeypatch, read_cells):
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.READ_CELLS", read_cells)
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.READ_CELLS", read_cells)
     synthetic.synthetic_adata(91).write_h5ad(tmp_path / "cells.h5ad")
     words = [tmp_path / "cells.h5ad", "--labels", "B cell", "T cell", "a cell that expresses LYZ and CD14"]
     run("annotate", *words, "-o", tmp_path / "plain.h5ad", checkpoint=fitted)

@@ -138,6 +138,7 @@ def test_a_checkpoint_holds_every_file_that_it_needs(checkpoint):
         "cells_scmmgpt.py",
         "kernels_scmmgpt.py",
         "matrices_scmmgpt.py",
+        "rows_scmmgpt.py",
         "reading_scmmgpt.py",
         "readout_scmmgpt.py",
         "query_scmmgpt.py",
