@@ -22,6 +22,7 @@ import numpy as np
 from scmmgpt.commands.cluster import device_of_worker
 from scmmgpt.commands.files import whole_file
 from scmmgpt.commands.sources import Source
+from scmmgpt.receipt_scmmgpt import digest
 
 
 if TYPE_CHECKING:
@@ -63,19 +64,16 @@ class Job:
         """The arguments of the pipeline's verb."""
         return {**self.options, **self.reading}
 
-    def request(self) -> dict[str, Any]:
-        """Settings that determine the partitions, beside the sources; others apply when partitions are joined."""
+    def request(self, pipeline: "ScMMGPTPipeline") -> dict[str, Any]:
+        """What determines the partitions, beside the sources: options, weights, settings, code and versions.
+
+        Options that apply when partitions are joined are left out, and so is where the checkpoint lies.
+        """
         joined = ("top_k",) if self.verb == "explain" else ("cluster_key", "top_k")
-        options = {name: value for name, value in self.options.items() if name not in joined}
-        files = sorted(Path(self.model).glob("*")) if Path(self.model).is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        fields: dict[str, Any] = {
-            "verb": self.verb,
-            "model": [str(self.model), stats],
-            "device": self.device,
-            "options": options,
-        }
-        fields |= {"batch_size": self.batch_size, "reading": dict(self.reading)}
+        options = {name: value for name, value in self.arguments().items() if name not in joined}
+        signed = {k: v for k, v in pipeline.signer.sign(self.verb).items() if k not in ("checkpoint", "device")}
+        fields = {"verb": self.verb, "device": self.device, "batch_size": self.batch_size, **options, **signed}
+        fields["config"] = digest([pipeline.model.config.to_json_string()])
         return json.loads(json.dumps(fields))  # as a file has it
 
 

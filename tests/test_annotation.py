@@ -355,3 +355,15 @@ def test_abstention_is_evaluated_on_known_and_new_cells(calibrated, monkeypatch)
     assert spelled["accuracy"] == pytest.approx(result["known"]["accuracy"], abs=1 / len(known))
     with pytest.raises(ValueError, match="no column 'type'"):
         evaluate_abstention(pipeline, known, new, "type")
+
+
+def test_a_cell_without_a_gene_is_unknown_unless_every_cell_gets_a_label(tiny_pipeline, adata):
+    full = adata.copy()
+    adata.X = csr_matrix(np.where(np.arange(60)[:, None] == 3, 0, adata.X.toarray()))
+    labels = ["B cell", "T cell"]
+    found = tiny_pipeline.annotate(adata, labels).obs["scmmgpt_cell_type"]
+    assert found.iloc[3] == "Unknown"
+    others = np.arange(60) != 3
+    expected = tiny_pipeline.annotate(full, labels).obs["scmmgpt_cell_type"]
+    assert found[others].tolist() == expected[others].tolist()
+    assert tiny_pipeline.annotate(adata, labels, min_score=0).obs["scmmgpt_cell_type"].iloc[3] in labels
