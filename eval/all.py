@@ -385,7 +385,7 @@ def average_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The document of several seeds: means of all tables, and the margins that they reach."""
     tasks = {task: results.average([document[task] for document in documents]) for task in TASKS}
     seconds = [document["seconds"] for document in documents]
-    about = {"seed": ", ".join(str(document["seed"]) for document in documents)}
+    about: dict[str, Any] = {"seed": ", ".join(str(document["seed"]) for document in documents)}
     about["seconds"] = {name: np.mean([of[name] for of in seconds]) for name in seconds[0]}
     claims = find_claims(tasks, SENTENCES)
     for row in claims:
