@@ -18,6 +18,7 @@ readouts that had seen the dataset.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, label_sets, least_scores, set_threshold
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.novelty_scmmgpt import first_term
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases
@@ -48,6 +50,17 @@ class Sources:
     types: list[str]  # Cell Ontology ids of the labels
     meanings: np.ndarray  # as for `fit_pooled_readout`
     reference: Reference | None = None
+
+    @cached_property
+    def terms(self) -> list[dict[str, Any]]:
+        """Broader terms of the labels, as a checkpoint has them."""
+        return ontology.label_terms({str(ontology.term_name(term)): term for term in self.types})
+
+    @cached_property
+    def in_terms(self) -> list[list[int]]:
+        """The labels of each term."""
+        names = [str(ontology.term_name(term)) for term in self.types]
+        return [[place for place, name in enumerate(names) if name in term["labels"]] for term in self.terms]
 
 
 def read_sources(folder: str | Path, labels: str = "human") -> Sources:
@@ -77,11 +90,11 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict
     """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
-    probabilities = left_out.probabilities_of(cells, settings["temperature"])
+    probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
     novelty = cells.novelty / np.float32(settings["others_unit"])
     least = least_scores(settings["min_score"], novelty)
-    names, terms = list(ids), ontology.label_terms(ids)
-    columns = choose_labels(probabilities[:, labels], names, ids, least, novelty=novelty, terms=terms)
+    broader = first_term(cells.of_terms, settings["others_unit"])
+    columns = choose_labels(probabilities[:, labels], list(ids), ids, least, novelty, sources.terms, broader=broader)
     return columns | {"probabilities": probabilities}
 
 
@@ -151,7 +164,7 @@ def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequen
         own = (
             cells
             if len(group) == 1
-            else left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference)
+            else left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference, sources.in_terms)
         )
         for number in group:
             mine = own.take(own.datasets == number)
@@ -218,7 +231,7 @@ def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
             data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
             of_label[int(number)] = Dataset(data.counts[kept], data.measured, data.targets[kept])
         profiles = sources.reference and sources.reference.without(label)
-        found = left_out.judge(train, sources.meanings, of_label, profiles)
+        found = left_out.judge(train, sources.meanings, of_label, profiles, sources.in_terms)
         for number in of_label:
             mine = found.take(found.datasets == number)
             columns = annotate(sources, mine, settings)
@@ -246,7 +259,7 @@ def evaluate_left_out(folder: str | Path, what: str = "datasets", together: Sequ
     missing = set(together) - set(sources.names)
     if missing:
         raise ValueError(f"There are no datasets {sorted(missing)}; there are {sources.names}.")
-    cells = left_out.leave_each_out(sources.datasets, sources.meanings, sources.reference)
+    cells = left_out.leave_each_out(sources.datasets, sources.meanings, sources.reference, sources.in_terms)
     if cells is None:
         raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":

@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import (
-    Novelty,
-    absent_genes,
-    candidate_columns,
-    choose_labels,
-    fit_novelty,
-    labels_of_tissue,
-    labels_with_texts,
-    novelty_of,
-    trained_labels_of,
-)
+from scmmgpt.annotation_scmmgpt import choose_labels
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
+from scmmgpt.labels_scmmgpt import candidate_columns, labels_of_tissue, labels_with_texts, trained_labels_of
+from scmmgpt.novelty_scmmgpt import Novelty, absent_genes, fit_novelty, novelty_of
 from scmmgpt.train.data import ontology
 
 
@@ -329,7 +321,7 @@ def calibrated(tiny_pipeline, adata):
 def test_calibration_tells_new_cells_on_one_line(calibrated, monkeypatch):
     pipeline, known, new = calibrated
     said = []
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.logger.warning", said.append)
     pipeline.annotate(known)
     assert not (known.obs["scmmgpt_cell_type"] == "Unknown").any()
     pipeline.annotate(new, force=True)
@@ -363,3 +355,15 @@ def test_abstention_is_evaluated_on_known_and_new_cells(calibrated, monkeypatch)
     assert spelled["accuracy"] == pytest.approx(result["known"]["accuracy"], abs=1 / len(known))
     with pytest.raises(ValueError, match="no column 'type'"):
         evaluate_abstention(pipeline, known, new, "type")
+
+
+def test_a_cell_without_a_gene_is_unknown_unless_every_cell_gets_a_label(tiny_pipeline, adata):
+    full = adata.copy()
+    adata.X = csr_matrix(np.where(np.arange(60)[:, None] == 3, 0, adata.X.toarray()))
+    labels = ["B cell", "T cell"]
+    found = tiny_pipeline.annotate(adata, labels).obs["scmmgpt_cell_type"]
+    assert found.iloc[3] == "Unknown"
+    others = np.arange(60) != 3
+    expected = tiny_pipeline.annotate(full, labels).obs["scmmgpt_cell_type"]
+    assert found[others].tolist() == expected[others].tolist()
+    assert tiny_pipeline.annotate(adata, labels, min_score=0).obs["scmmgpt_cell_type"].iloc[3] in labels

@@ -82,7 +82,7 @@ def test_the_command_and_its_partitions_give_the_same_sets(pipeline, tmp_path, m
     whole = anndata.read_h5ad(tmp_path / "whole.h5ad").obs["scmmgpt_label_set"].tolist()
     direct = pipeline.annotate(read_file(tmp_path / "cells.h5ad"), error_rate=0.05).obs["scmmgpt_label_set"].tolist()
     assert whole == direct
-    for name in ("pipeline_scmmgpt.SORTED_CELLS", "reading_scmmgpt.CHUNK_ROWS", "reading_scmmgpt.CACHED_ROWS"):
+    for name in ("passes_scmmgpt.SORTED_CELLS", "conversion_scmmgpt.CHUNK_ROWS", "conversion_scmmgpt.CACHED_ROWS"):
         monkeypatch.setattr(f"scmmgpt.{name}", 16)
     parts = ["--workers", "1", "--cells-per-partition", "16", "--cluster-key", "donor_id"]
     assert main([*words, str(tmp_path / "parts.h5ad"), *parts]) == 0
