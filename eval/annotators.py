@@ -210,6 +210,9 @@ def make_systems(label_key: str, options: Sequence[str], checkpoint: str | None 
         scored = functools.partial(component_regression, scores=functools.partial(label_scores, checkpoint=checkpoint))
         pretrained = {
             PRETRAINED: System(started, random=True),
+            f"{PRETRAINED}, unlabelled": System(
+                functools.partial(started, unlabelled=True), random=True, semi_supervised=True
+            ),
             "regression with its scores": System(scored, random=True),
         }
     return pretrained | {

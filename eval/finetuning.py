@@ -9,8 +9,8 @@ training cells:
 
 * `finetune`: `python -m scmmgpt.train finetune`, then `annotate`, as a user runs them;
 * `finetune, unlabelled`: the same, with all other training cells in the file as unlabelled cells;
-* with `--checkpoint`, what pre-training brings: `finetune from the checkpoint`, and `regression with its scores`,
-  which has the log probabilities of the checkpoint's labels beside the components;
+* with `--checkpoint`, what pre-training brings: `finetune from the checkpoint`, also with unlabelled cells, and
+  `regression with its scores`, which has the log probabilities of the checkpoint's labels beside the components;
 * `logistic regression`: log1p(CP10k) of all genes, C by cross-validation (with one cell of each label: C = 1);
 * `regression on components`: logistic regression on 50 principal components of all training cells, labelled or not;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k);

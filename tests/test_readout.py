@@ -42,7 +42,7 @@ def test_labels_spread_to_neighbours_without_one():
     profiles = csr_matrix(profiles / np.linalg.norm(profiles, axis=1, keepdims=True))
     shown, hidden = np.arange(2), np.arange(2, 120)
     data = readout.LabelledProfiles(profiles[shown], types[shown], 2, shown, shown[:0], profiles[hidden])
-    spread = readout.fit_spread_regression(data, shown)
+    spread = readout.FileComponents.of(data, shown, readout.SPREAD_COMPONENTS).fit_spread()
     alone = readout.fit_regression(profiles[shown], types[shown], 2, readout.DEFAULT_STRENGTH)
 
     def accuracy(model):
@@ -115,3 +115,37 @@ def test_few_cells_choose_a_strength_by_their_number():
     assert one.strength == readout.ONE_SHOT_STRENGTH
     many = divided(profiles, targets, rows[:3], rows[:0], unlabelled=profiles[3:])
     assert readout.fit_regressions(many, shots=1).strength == readout.SPREAD
+
+
+def few_labels(activity):
+    """Forty labelled and 200 unlabelled cells of two types, with 30 programs of genes that vary within both types."""
+    rng = np.random.default_rng(0)
+    targets = np.arange(240) % 2
+    programs = rng.gamma(0.5, activity, (240, 30))
+    markers = np.where(np.arange(2) == targets[:, None], 4, 1)
+    rates = 1 + np.concatenate([np.repeat(programs, 5, axis=1), np.repeat(markers, 15, axis=1)], axis=1)
+    profiles = np.sqrt(rng.poisson(rates))
+    profiles = csr_matrix(profiles / np.linalg.norm(profiles, axis=1, keepdims=True))
+    rows = np.arange(40)
+    data = readout.LabelledProfiles(profiles[:40], targets[:40], 2, rows, rows[:0], profiles[40:])
+    return data, profiles[40:], targets[40:]
+
+
+def test_labels_do_not_spread_where_cross_validation_says_that_neighbours_do_not_share_them():
+    data, cells, targets = few_labels(activity=20)
+    found = readout.fit_regressions(data, shots=20)
+    assert set(found.losses) == {readout.DEFAULT_STRENGTH, readout.COMPONENTS, readout.SPREAD}
+    assert found.strength == min(found.losses, key=found.losses.get)
+    spread = readout.FileComponents.of(data, data.train, readout.SPREAD_COMPONENTS).fit_spread()
+    chosen, of_spread = (np.mean(m.scores(cells).argmax(axis=1) == targets) for m in (found.train, spread))
+    assert chosen > of_spread + 0.1
+
+
+def test_the_only_cell_of_a_label_is_never_held_out():
+    data, cells, targets = few_labels(activity=0)
+    data.targets[0], data.n_labels = 2, 4  # and one without a cell
+    found = readout.fit_regressions(data, shots=20)
+    assert np.isfinite(list(found.losses.values())).all()
+    scores = found.train.scores(cells)
+    assert scores.shape == (200, 4)
+    assert np.mean(scores[:, :2].argmax(axis=1) == targets) > 0.9

@@ -32,8 +32,10 @@ The cell projection of a new model starts at zero. Queries then contribute nothi
 cells; no gradient step is taken by default. With a converted scGPT as `cell_model` of `--new_model`, the file is read
 in the vocabulary of that model, and gradient steps let the queries grow beside the readout. From a checkpoint the
 readout is added to the projected queries, in the proportion that fits the held-out cells best. With `--shots` nothing
-is held out, and the strength is the default. Cells without a label help where labels are few: see
-`readout.fit_spread_regression`.
+is held out, and the readout alone gives the scores of the labels. Where the file also has cells without a label,
+four-fold cross-validation over the labelled cells chooses among the regression on all genes, one on principal
+components of all cells, and one on labels that spread to their neighbours (`readout.cross_validate`; `finetune.json`
+has the losses).
 """
 
 import logging

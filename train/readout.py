@@ -1,7 +1,8 @@
 """The mathematics of the profile readout: a linear map from a cell's profile into the space of cells and texts.
 
 1. The **profile** of a cell is the square root of every gene's share of its counts (Hellinger coordinates, length 1).
-2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`, `fit_spread_regression`).
+2. A multinomial logistic **regression** on profiles scores the labels (`fit_regressions`). If labels are few, it may
+   be one on the principal components of all cells of the file (`FileComponents`).
 3. The **readout** maps the regression's weights into the shared space (`readout_of`): the product of a cell's readout
    with the text of a label is the label's score.
 4. The **label readout** keeps the regression's own scores, with the statistics of the cells from which
@@ -11,6 +12,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,6 +24,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import kneighbors_graph
 from sklearn.semi_supervised import LabelSpreading
 from torch.nn import functional as F
@@ -32,7 +35,7 @@ from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout
 
 logger = logging.getLogger(__name__)
 
-Strength: TypeAlias = float | str  # an inverse L2 penalty, or `SPREAD`
+Strength: TypeAlias = float | str  # an inverse L2 penalty, `COMPONENTS` or `SPREAD`
 Profiles: TypeAlias = csr_matrix | np.ndarray  # (n_cells, n_genes), or coordinates along other axes
 
 # The regression sees profiles of length `PROFILE_SCALE`; elsewhere in this file a profile has length 1.
@@ -40,8 +43,9 @@ STRENGTHS = (0.001, 0.003, 0.01, 0.03)  # inverse L2 penalties to try, on that s
 MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 DEFAULT_STRENGTH = 0.01  # where nothing is held out
 ONE_SHOT_STRENGTH = 0.0001  # with one cell of each label, since single cells differ mostly by noise
-SPREAD = "spread"  # in place of a strength: `fit_spread_regression`
-SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 20, 15, 0.5
+COMPONENTS, SPREAD = "components", "spread"  # in place of a strength: regressions of `FileComponents`
+N_COMPONENTS, SPREAD_COMPONENTS, SPREAD_NEIGHBOURS, SPREAD_SHARE = 50, 20, 15, 0.5
+FOLDS = 4  # of the labelled cells, where no others are held out
 # Of the factor model. More factors than 64 restore no more labels where genes are absent, and a noise of one mean
 # variance of a gene beside its own keeps rare genes from being predicted by chance: see `train/LOG.md`.
 N_FACTORS, NOISE_FLOOR = 64, 1.0
@@ -113,13 +117,16 @@ def fit_regression(profiles: Profiles, targets: np.ndarray, n_labels: int, stren
 def fit_regressions(data: LabelledProfiles, shots: int | None = None) -> Regressions:
     """Choose the strength, on held-out cells where there are some, and fit.
 
-    If nothing is held out, labels spread where most cells have none. `shots` is the number of cells of each label, if
-    it was given.
+    If nothing is held out, cross-validation chooses whether cells without a label take part. With fewer cells
+    of each label than `FOLDS`, labels spread where most cells have none. `shots` is the number of cells of each label,
+    if it was given.
     """
     if len(data.validation):
         return choose_regression(data)
+    if data.unlabelled.shape[0] and np.bincount(data.targets[data.train]).max() >= FOLDS:
+        return cross_validate(data)
     if data.unlabelled.shape[0] > len(data.train):
-        model = fit_spread_regression(data, data.train)
+        model = FileComponents.of(data, data.train, SPREAD_COMPONENTS).fit_spread()
         return Regressions(SPREAD, model, model)
     strength = ONE_SHOT_STRENGTH if shots == 1 else DEFAULT_STRENGTH
     model = fit_regression(data.profiles[data.train], data.targets[data.train], data.n_labels, strength)
@@ -156,31 +163,87 @@ def choose_regression(data: LabelledProfiles) -> Regressions:
     everything = linear_model(search.coef_, search.intercept_, search.classes_, data.n_labels)
     chosen = Regressions(STRENGTHS[best], train, everything, losses)
     if data.unlabelled.shape[0]:
-        train = fit_spread_regression(data, data.train)
+        train = FileComponents.of(data, data.train, SPREAD_COMPONENTS).fit_spread()
         loss = calibrated_loss(train.scores(data.profiles[data.validation]), data.targets[data.validation])
         losses[SPREAD] = round(loss, 4)
         if loss < validation_losses[best]:
-            everything = fit_spread_regression(data, np.arange(len(data.targets)))
+            rows = np.arange(len(data.targets))
+            everything = FileComponents.of(data, rows, SPREAD_COMPONENTS).fit_spread()
             chosen = Regressions(SPREAD, train, everything, losses)
     logger.info("Validation loss by strength of the readout: %s", losses)
     return chosen
 
 
-def fit_spread_regression(data: LabelledProfiles, rows: np.ndarray) -> LinearModel:
-    """A regression that also learns from cells without a label.
+def cross_validate(data: LabelledProfiles) -> Regressions:
+    """Of the regressions on all genes, on components and on spread labels, that of the lowest cross-validated loss.
 
-    The labelled `rows` and all unlabelled cells give principal components and a graph of neighbours, along which the
-    known labels spread. The regression is fitted to the components of every cell that a label reached. It gains where
-    labels are few, and loses where all cells have one: see `train/LOG.md`.
+    The only cell of a label is never held out. Cells of the fold that is held out count as unlabelled.
     """
-    profiles = vstack([data.profiles[rows], data.unlabelled], format="csr").astype(np.float64)
-    pca = PCA(min(SPREAD_COMPONENTS, min(profiles.shape) - 1), svd_solver="arpack", random_state=0)
-    points = pca.fit_transform(profiles)
-    spread = spread_labels(points, np.concatenate([data.targets[rows], np.full(data.unlabelled.shape[0], -1)]))
-    reached = spread >= 0
-    model = fit_regression(points[reached], spread[reached], data.n_labels, DEFAULT_STRENGTH)
-    weights = model.weights @ pca.components_
-    return LinearModel(weights, model.bias - weights @ pca.mean_)
+    profiles, targets = data.profiles[data.train], data.targets[data.train]
+    components = FileComponents.of(data, data.train, N_COMPONENTS)
+    fits: Mapping[Strength, Callable[[np.ndarray], LinearModel]] = {
+        DEFAULT_STRENGTH: lambda rows: fit_regression(profiles[rows], targets[rows], data.n_labels, DEFAULT_STRENGTH),
+        COMPONENTS: components.fit,
+        SPREAD: components.fit_spread,
+    }
+    everything, counts = np.arange(len(targets)), np.bincount(targets)
+    common = everything[counts[targets] > 1]
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    scores = {name: np.zeros((len(targets), data.n_labels)) for name in fits}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of labels with fewer cells than folds
+        parts = [common[held_out] for _, held_out in folds.split(common, targets[common])]
+    for held_out in parts:
+        for name, fit in fits.items():
+            scores[name][held_out] = fit(np.setdiff1d(everything, held_out)).scores(profiles[held_out])
+    losses = {name: round(calibrated_loss(values[common], targets[common]), 4) for name, values in scores.items()}
+    logger.info("Cross-validated loss by kind of readout: %s", losses)
+    best = min(losses, key=lambda name: losses[name])
+    model = fits[best](everything)
+    return Regressions(best, model, model, losses)
+
+
+@dataclass
+class FileComponents:
+    """Principal components of the labelled and the unlabelled cells of a file, and regressions on them.
+
+    They gain where labels are few, and lose where all cells have one: see `train/LOG.md`.
+    """
+
+    pca: PCA
+    points: np.ndarray  # float64 (n_cells, n_axes), labelled cells first
+    targets: np.ndarray  # int64 (n_labelled,)
+    n_labels: int
+
+    @classmethod
+    def of(cls, data: LabelledProfiles, rows: np.ndarray, n_axes: int) -> "FileComponents":
+        """Components of the labelled `rows` and of all unlabelled cells."""
+        profiles = vstack([data.profiles[rows], data.unlabelled], format="csr").astype(np.float64)
+        pca = PCA(min(n_axes, min(profiles.shape) - 1), svd_solver="arpack", random_state=0)
+        return cls(pca, pca.fit_transform(profiles), data.targets[rows], data.n_labels)
+
+    def fit(self, rows: np.ndarray) -> LinearModel:
+        """The regression on the labelled cells `rows`."""
+        return self._regression(self.points[rows], self.targets[rows])
+
+    def fit_spread(self, rows: np.ndarray | None = None) -> LinearModel:
+        """The regression on all cells that a label reaches from the labelled cells `rows`, by default all of them.
+
+        The labels spread along a graph of neighbours.
+        """
+        known = np.full(len(self.points), -1)
+        rows = np.arange(len(self.targets)) if rows is None else rows
+        known[rows] = self.targets[rows]
+        points = self.points[:, :SPREAD_COMPONENTS]
+        spread = spread_labels(points, known)
+        reached = spread >= 0
+        return self._regression(points[reached], spread[reached])
+
+    def _regression(self, points: np.ndarray, targets: np.ndarray) -> LinearModel:
+        """A regression on the first components, as a model of profiles."""
+        model = fit_regression(points, targets, self.n_labels, DEFAULT_STRENGTH)
+        axes = self.pca.components_[: points.shape[1]]
+        weights = model.weights @ axes
+        return LinearModel(weights, model.bias - weights @ self.pca.mean_)
 
 
 def spread_labels(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
