@@ -111,9 +111,11 @@ class PartitionedRun:
         else:
             write_json(path, request)
 
-    def compute(self, workers: Workers) -> None:
-        """Compute the partitions that are missing; a disk that is full stops the run."""
+    def compute(self, workers: Workers, copies: CopiesAhead | None = None) -> None:
+        """Compute the partitions that are missing, and begin the copies; a disk that is full stops the run."""
         wanted = [task for source in self.outputs for task in self._partitions(source)]
+        if copies is not None:
+            copies.start()
         missing = [task for task in wanted if not tasks.is_whole(task.path)]
         if len(missing) < len(wanted):
             logger.warning("%d of %d partitions are done; the others follow.", len(wanted) - len(missing), len(wanted))
@@ -293,7 +295,7 @@ def compute_outputs(
     ):
         with Workers(n_workers, cluster, (tasks.prepare, (job, next(iter(outputs))))) as workers:
             runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
-            runs[0].compute(workers)
+            runs[0].compute(workers, copies)
             if with_evidence:
                 options = {"label_key": "scmmgpt_cell_type", "cluster_key": job.options.get("cluster_key")}
                 second = replace(job, verb="explain", options=options)
@@ -452,7 +454,7 @@ class Joined:
 
 @contextlib.contextmanager
 def _copies(sources: Iterable[Source], folder: Path) -> Iterator[CopiesAhead]:
-    """The copies that become outputs, made from now on; what is not used is removed."""
+    """The copies that become outputs; what is not used is removed."""
     files = [source.path for source in sources if source.path.is_file() and not is_soma(source.path)]
     copies = CopiesAhead({file: folder / f"{i}.h5ad" for i, file in enumerate(files) if can_copy(file)})
     try:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import Novelty, absent_genes, choose_labels, fit_novelty, novelty_of
+from scmmgpt.annotation_scmmgpt import choose_labels
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
 from scmmgpt.labels_scmmgpt import candidate_columns, labels_of_tissue, labels_with_texts, trained_labels_of
+from scmmgpt.novelty_scmmgpt import Novelty, absent_genes, fit_novelty, novelty_of
 from scmmgpt.train.data import ontology
 
 

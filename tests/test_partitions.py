@@ -2,6 +2,7 @@
 
 import errno
 import json
+import subprocess
 
 import anndata
 import numpy as np
@@ -295,6 +296,47 @@ def test_a_disk_that_fills_while_results_are_joined_loses_nothing(adata, checkpo
         run(*words, tmp_path / "out.h5ad", checkpoint=checkpoint)
     run(*words, tmp_path / "again.h5ad", checkpoint=checkpoint)
     assert_same(tmp_path / "out.h5ad", tmp_path / "again.h5ad")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of some kilobytes, or changes its size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(kilobytes):
+        how = "remount," if disk.is_mount() else ""
+        words = ["mount", "-t", "tmpfs", "-o", f"{how}size={kilobytes}k", "tmpfs", str(disk)]
+        if subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("this user cannot mount a file system")
+        return disk
+
+    yield resize
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_moment_loses_nothing_and_leaves_no_half_result(
+    fitted, tmp_path, small, small_disk, capsys
+):
+    synthetic.synthetic_adata(200).write_h5ad(tmp_path / "cells.h5ad")
+    words = ["annotate", tmp_path / "cells.h5ad"]
+    run(*words, "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
+    kilobytes = (tmp_path / "cells.h5ad").stat().st_size // 1024 + 24
+    out, done, statuses = small_disk(kilobytes) / "out.h5ad", 0, []
+    words += ["-o", out, "--workers", 1, "--cells-per-partition", 28, "--model", fitted, "--quiet"]
+    while not statuses or statuses[-1] == 2:
+        statuses.append(main([*map(str, words)]))
+        parts = len(list(out.parent.glob("out.h5ad.parts/*/0*.parquet")))
+        said = capsys.readouterr().err
+        assert statuses[-1] == 0 or (parts >= done and ("No space left on device" in said or "are free" in said))
+        assert out.exists() == (statuses[-1] == 0)
+        assert not list(out.parent.glob(".*.tmp*"))
+        done, kilobytes = parts, kilobytes + 24
+        small_disk(kilobytes)
+    assert len(statuses) > 4
+    assert_same(out, tmp_path / "whole.h5ad")
 
 
 def test_damaged_partitions_are_named_and_computed_again(fitted, tmp_path, small, monkeypatch, caplog):
