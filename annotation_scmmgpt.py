@@ -1,41 +1,20 @@
 """From the scores of labels to an annotation: pure functions of arrays, independent of any model.
 
-1. `candidate_columns`: labels in any words -> the texts to score, those of trained labels included.
-2. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
-3. `novelty_of`: how much of a cell lies in genes that no known cell type expresses.
-4. `choose_labels`: the most probable label of each cell, and its certainty.
-5. `summarize_annotation`: numbers of the whole, and warnings of an unlikely one.
+1. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
+2. `choose_labels`: the most probable label of each cell or a broader term, and its certainty.
 
-`fit_mixture` fits temperature and matching weight, `fit_novelty` the genes and the unit of novelty, and
-`fit_label_sets` the thresholds of sets of labels, to cells of known labels. A checkpoint keeps them,
-and the terms of its labels, in `config.annotation`.
+`fit_mixture` fits temperature and matching weight, and `fit_label_sets` the thresholds of sets of labels, to cells of
+known labels. A checkpoint keeps them, and the terms of its labels, in `config.annotation`.
 """
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
-
 UNKNOWN = "Unknown"  # the label of a cell that gets none
-
-# Novelty. The values are those that told apart known and new cell types best on cells of other laboratories, over six
-# training sets (`train/LOG.md`).
-ABSENT_BELOW = 0.3  # counts per 10,000: a gene below it in every known cell type is absent from them
-HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than held-out cells of the same one
-MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
-NOVELTY_FOLDS = 5
-MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
-ABSENT_WEIGHT = 0.2  # of the share of absent genes, in its unit, beside the missing lead over other cells
-MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
 
 SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
 MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
@@ -45,7 +24,12 @@ MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes nex
 
 
 def label_probabilities(
-    similarity: np.ndarray, match: np.ndarray | None = None, *, logit_scale: float, matching_weight: float = 0.0
+    similarity: np.ndarray,
+    match: np.ndarray | None = None,
+    *,
+    logit_scale: float,
+    matching_weight: float = 0.0,
+    doubt: float = 0.0,
 ) -> np.ndarray:
     """Probability of each label for each cell: a softmax over similarities, mixed with matching.
 
@@ -58,6 +42,7 @@ def label_probabilities(
             no candidates.
         logit_scale: Inverse temperature of the softmax over labels.
         matching_weight: 0 = similarity alone, 1 = matching alone decides among the candidates.
+        doubt: Share of cells whose scores say nothing, so that no probability is quite 1.
 
     Returns:
         float32 `(n_cells, n_labels)`; each row sums to 1.
@@ -78,7 +63,7 @@ def label_probabilities(
         matched = candidates & (total > 0)
         redistributed = np.where(matched, share * match / np.where(total > 0, total, 1), probabilities)
         probabilities = (1 - matching_weight) * probabilities + matching_weight * redistributed
-    return probabilities.astype(np.float32)
+    return ((1 - doubt) * probabilities + doubt / probabilities.shape[1]).astype(np.float32)
 
 
 def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -112,6 +97,7 @@ def choose_labels(
     novelty: np.ndarray | None = None,
     terms: Sequence[Mapping[str, Any]] = (),
     others_compete: bool = False,
+    broader: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Choose the most probable label of each cell, and measure its certainty.
 
@@ -123,6 +109,7 @@ def choose_labels(
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
             every cell gets a label. An array has one for each cell, see [`least_scores`].
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
+        broader: Position in `terms` of the answer for a cell of a novelty above 1, float `(n_cells,)`; -1 for none.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
             first one above its best label whose labels together go that share of the way from chance to certainty:
             half of the labels have half of the probability of a cell that is like none.
@@ -141,20 +128,23 @@ def choose_labels(
     cl_id = np.asarray([cl_ids.get(name, "") for name in names], dtype=object)[best]
     if min_score is not None:
         low = score < min_score
-        for term in terms:
-            members = [number for number, name in enumerate(names) if name in term["labels"]]
-            if not 1 < len(members) <= MOST_LABELS * len(names):
+        for term, members in zip(terms, members_of_terms(terms, names), strict=True):
+            if not members:
                 continue
             total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
             reached = total >= chance + (1 - chance) * np.asarray(min_score)
-            broader = low & np.isin(best, members) & reached
-            cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
-            low &= ~broader
+            found = low & np.isin(best, members) & reached
+            cell_type[found], cl_id[found], score[found] = term["name"], term["id"], total[found]
+            low &= ~found
         cell_type[low], cl_id[low] = UNKNOWN, ""
     if novelty is not None and not (
         np.isscalar(min_score) and min_score == 0
     ):  # 0 of the user, not one that was fitted
         cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
+        for number in np.unique(broader[broader >= 0]).astype(int) if broader is not None else ():
+            term, novel = terms[number], (broader == number) & (novelty > 1)
+            cell_type[novel], cl_id[novel] = term["name"], term["id"]
+            score[novel] = probabilities[novel][:, np.isin(names, term["labels"])].sum(axis=1)
     cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
     margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]
     others = np.maximum(1 - probabilities.sum(axis=1, keepdims=True), 0)
@@ -163,6 +153,12 @@ def choose_labels(
     if novelty is not None:
         columns["novelty"] = novelty
     return columns
+
+
+def members_of_terms(terms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
+    """Positions of each term's labels in `names`; none for a term that is no answer, of one label or of nearly all."""
+    found = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
+    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in found]
 
 
 def fit_mixture(
@@ -231,110 +227,3 @@ def label_sets(probabilities: np.ndarray, names: Sequence[str], threshold: float
     order = np.argsort(-probabilities, axis=1, kind="stable")
     n = np.maximum((probabilities >= threshold).sum(axis=1), 1)
     return np.array([" | ".join(names[i] for i in row[:k]) for row, k in zip(order, n, strict=True)], dtype=str)
-
-
-# -- novelty ----------------------------------------------------------------------------------------------------------
-
-
-def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
-    """Share of each cell in absent genes, float32 `(n_cells,)`, 0 to 1; each gene counts by the root of its count.
-
-    A cell of a type that was never seen expresses genes that no known type does, and a type keeps its silent genes
-    from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
-    `(n_genes,)`, by vocabulary id.
-    """
-    roots = np.sqrt(cells.counts.astype(np.float64))
-    rows = cells.rows()
-    total = np.bincount(rows, weights=roots, minlength=len(cells))
-    novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
-    return (novel / np.maximum(total, 1e-9)).astype(np.float32)
-
-
-def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
-    """Genes below `ABSENT_BELOW` counts per 10,000 in the mean of every label, bool `(n_genes,)`.
-
-    `targets` are the labels of the cells, int `(n_cells,)`.
-    """
-    rows = cells.rows()
-    sizes = np.maximum(np.bincount(rows, weights=cells.counts, minlength=len(cells)), 1e-9)
-    of_label = targets[rows]
-    absent = np.ones(n_genes, dtype=bool)
-    for label in np.unique(targets):
-        mine = of_label == label
-        shares = cells.counts[mine] / sizes[rows[mine]]
-        means = np.bincount(cells.gene_ids[mine], weights=shares, minlength=n_genes) / (targets == label).sum()
-        absent &= means * COUNTS_PER_10K < ABSENT_BELOW
-    return absent
-
-
-def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
-    """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
-
-    `targets` are the labels of the cells, int `(n_cells,)`, and `measured` vocabulary ids of their genes.
-
-    Returns:
-        `absent_genes` and `expressed_genes` (a bit a gene, packed, in base64), and `unit`: the share of absent genes
-        above which a cell is novel, from cells that were left out when the absent genes were found.
-    """
-    if len(cells) < MIN_NOVELTY_CELLS:
-        return None
-    fold = permutation(len(cells), NOVELTY_FOLDS) % NOVELTY_FOLDS
-    known = np.zeros(n_genes, dtype=bool)
-    known[measured] = True
-    shares = np.empty(len(cells), dtype=np.float32)
-    for part in range(NOVELTY_FOLDS):
-        absent = absent_genes(cells[fold != part], targets[fold != part], n_genes)
-        shares[fold == part] = novelty_of(cells[fold == part], absent & known)
-    unit = max(float(np.quantile(shares, HELD_OUT_QUANTILE)) * MARGIN, MIN_UNIT)
-    absent = absent_genes(cells, targets, n_genes) & known
-    expressed = known & ~absent
-    if not absent.any() or not expressed.any():
-        return None
-    return {"absent_genes": _pack(absent), "expressed_genes": _pack(expressed), "unit": round(unit, 6)}
-
-
-def _pack(mask: np.ndarray) -> str:
-    """A bool array as text: a bit each, in base64."""
-    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
-
-
-def _unpack(text: str, n_genes: int) -> np.ndarray:
-    """The bool array `(n_genes,)` of [`_pack`]."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n_genes).astype(bool)
-
-
-@dataclass
-class Novelty:
-    """The stored result of [`fit_novelty`] and the unit of novelty by other cells, if any, for the genes at hand."""
-
-    absent: np.ndarray | None  # bool (n_genes,); None where too few genes are measured
-    unit: float
-    panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
-    others_unit: float = 1.0
-
-    @classmethod
-    def of(
-        cls, stored: Mapping[str, Any] | None, measured: np.ndarray, n_genes: int, panel: Any = None
-    ) -> "Novelty | None":
-        """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes.
-
-        With other cells in the readout, whose `panel` for `measured` is given, no genes are too few.
-        """
-        if not stored:
-            return None
-        absent, unit = None, stored.get("unit", 1.0)
-        if "expressed_genes" in stored:
-            expressed = _unpack(stored["expressed_genes"], n_genes)
-            if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
-                absent = _unpack(stored["absent_genes"], n_genes)
-        if panel is not None and panel.others is not None and "others_unit" in stored:
-            return cls(absent, unit, panel, stored["others_unit"])
-        return None if absent is None else cls(absent, unit)
-
-    def __call__(self, cells: Cells) -> np.ndarray:
-        """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type."""
-        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent) / np.float32(self.unit)
-        if self.panel is None:
-            return np.asarray(share)
-        novelty = self.panel.novelty(cells) + np.float32(ABSENT_WEIGHT) * share
-        return (novelty / np.float32(self.others_unit)).clip(min=0)

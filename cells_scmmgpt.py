@@ -6,6 +6,7 @@ In shapes, `nnz` is the number of entries of all cells: expressed genes with the
 import enum
 import functools
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -445,6 +446,24 @@ def cells_of(value: Any, processor: Any = None) -> Cells:
     if processor is None:
         raise TypeError(f"A row's cells are {type(value).__name__}; give Cells, a row of a cell, or a list of these.")
     return processor.read_cells(value)[0]
+
+
+def cells_in(messages: Any) -> list[Any]:
+    """What the parts `{"type": "cell", "cell": ...}` of the messages of a conversation hold, in order."""
+    contents = [] if messages is None or isinstance(messages, str) else [message["content"] for message in messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    return [part["cell"] for part in parts if part.get("cell") is not None]
+
+
+def show_module(name: str) -> None:
+    """Make a module an attribute of its package, where `dill` looks for classes.
+
+    transformers loads the files of a checkpoint without it. `datasets` then takes 20 seconds to find that it
+    cannot hash what they define, and `Dataset.map` repeats its work in every run.
+    """
+    package, _, module = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], module, sys.modules[name])
 
 
 def fingerprints(cells: Cells) -> np.ndarray:

@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, cells_of, hash_names
+    from .cells_scmmgpt import Cells, cells_in, cells_of, hash_names
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells, cells_of, hash_names
+    from cells_scmmgpt import Cells, cells_in, cells_of, hash_names
 
 
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # of a row that is one cell
@@ -31,7 +31,7 @@ class ScMMGPTDataCollator(TrainerCallback):
     | --- | --- | --- |
     | `cell_id`, `gene_ids`, `counts`, `total_counts` | a cell, as in a corpus and by `Cells.to_rows` | inputs |
     | `cells` | in their place one or several: [`Cells`], an AnnData, such a row, or a list of these | inputs |
-    | `messages` | a conversation, with a `<cell>` for each cell of the row | `labels`: the assistant's turns |
+    | `messages` | a conversation, with a `<cell>` or a part that holds a cell | `labels`: the assistant's turns |
     | `target` | the cell that the messages, which end with the user's turn, ask for | the expression loss |
     | `prompt`, `chosen`, `rejected` | messages, the better answer, the worse one | what TRL's `DPOTrainer` takes |
     | `caption` | a text that fits the cell | contrast and matching; rows of one `cell_type` have one meaning |
@@ -182,6 +182,10 @@ def read_rows(rows: Sequence[Mapping[str, Any]], processor: Any = None) -> tuple
     Raises:
         ValueError: If a row lacks a part of its cell.
     """
+    if len(rows) and "cells" not in rows[0]:
+        held = [cells_in(row["messages"] if "messages" in row else row.get("prompt")) for row in rows]
+        if any(held):
+            rows = [{**row, "cells": cells} for row, cells in zip(rows, held, strict=True)]
     names = [name for name in rows[0] if name not in CELL_COLUMNS and name != "cells"] if len(rows) else []
     columns: dict[str, Any] = {}
     for name in names:

@@ -154,8 +154,9 @@ class ScMMGPTConfig(PreTrainedConfig):
             `matching_candidates` and `temperature` fixed on validation data; `readout_temperature` and
             `similarity_weight`, the temperature of the label readout and the weight of similarities beside it;
             `terms`, by which other words for the labels are understood; `tissues`, terms likewise, with the labels of
-            their cells; `unseen_gate` (or `unseen_bonus`), by which labels without training cells are chosen; and
-            `novelty`, by which cells of no known type are found.
+            their cells; `unseen_gate` (or `unseen_bonus`), by which labels without training cells are chosen;
+            `doubt`, the share of cells whose scores say nothing; and `novelty`, by which cells of no known type are
+            found.
         release: `name` and `version` of a checkpoint that `release` built.
         adapter_bases: Names of the base whose LoRA adapter is merged into these weights. An adapter of that base is
             refused here, since it would count twice.

@@ -79,7 +79,12 @@ class InputChoice:
         known_totals = totals_of(adata, self.totals_column) if from_column else None
         ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
         n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
-        are_named = self.verdict.kind == "raw_integer" and self.match.is_gene.all() and not sums_columns
+        are_named = (
+            self.verdict.kind == "raw_integer"
+            and not self.verdict.floor
+            and self.match.is_gene.all()
+            and not sums_columns
+        )
         are_named = are_named and is_in_memory(matrix) and kernels_pay(n_cells)
         start = 0
         while True:
@@ -90,7 +95,7 @@ class InputChoice:
                 cells = Cells(named.indptr, named.indices, named.data, cell_ids[here], named.sums)
             else:
                 here = slice(start, min(start + n_rows, n_cells))
-                rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
+                rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene).above(self.verdict.floor)
                 _check_values(rows, names[here], var.index, self.source)
                 known = None if known_totals is None else known_totals[here]
                 counts, totals, failed = convert_rows(rows, self.verdict, known)

@@ -1,7 +1,7 @@
 """Labels of cells: what `annotate` decides once for a file, computes for each cell and adds to the AnnData."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,19 +11,20 @@ from transformers.utils import logging
 
 try:  # as a package or as remote code
     from .annotation_scmmgpt import (
-        Novelty,
+        UNKNOWN,
         choose_labels,
         fit_label_sets,
         fit_mixture,
-        fit_novelty,
         label_probabilities,
         label_sets,
         least_scores,
+        members_of_terms,
         set_threshold,
     )
     from .cells_scmmgpt import Cells
     from .conversion_scmmgpt import InputChoice
     from .labels_scmmgpt import Candidates, candidate_columns, ids_of_labels, labels_of_tissue, labels_with_texts
+    from .novelty_scmmgpt import Novelty, fit_novelty
     from .passes_scmmgpt import CellPasses, uncounted
     from .records_scmmgpt import add_column, finish_report, table_of
     from .scoring_scmmgpt import LabelScorer, text_states
@@ -31,19 +32,20 @@ try:  # as a package or as remote code
     from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
-        Novelty,
+        UNKNOWN,
         choose_labels,
         fit_label_sets,
         fit_mixture,
-        fit_novelty,
         label_probabilities,
         label_sets,
         least_scores,
+        members_of_terms,
         set_threshold,
     )
     from cells_scmmgpt import Cells
     from conversion_scmmgpt import InputChoice
     from labels_scmmgpt import Candidates, candidate_columns, ids_of_labels, labels_of_tissue, labels_with_texts
+    from novelty_scmmgpt import Novelty, fit_novelty
     from passes_scmmgpt import CellPasses, uncounted
     from records_scmmgpt import add_column, finish_report, table_of
     from scoring_scmmgpt import LabelScorer, text_states
@@ -170,12 +172,18 @@ class LabellingSteps(CellPasses):
         """Columns of `obs` and probabilities `(n_obs, n_labels)` of cells: all of the data of a choice, or a part."""
         candidates, ids = labelling.candidates, labelling.cl_ids
         options = (labelling.choice, candidates, labelling.settings, labelling.readout, labelling.unseen_bonus)
-        probabilities, novelty = self._probabilities(adata, *options, batch_size)
+        probabilities, novelty, is_empty = self._probabilities(adata, *options, batch_size, labelling.broader)
+        broader = None
+        if novelty is not None and novelty.ndim > 1:
+            novelty, broader = novelty.T
         names, others = candidates.names, bool((candidates.owners < 0).any())
         least: Any = labelling.min_score
         if labelling.fitted_score is not None:
             least = least_scores(labelling.fitted_score, novelty)
-        columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others)
+        columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others, broader)
+        if labelling.min_score != 0:  # nothing speaks for a label of a cell without a single gene
+            for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
+                columns[name] = np.where(is_empty, word, columns[name])
         if labelling.error_rate is not None:
             stored = (self.model.config.annotation or {})["label_sets"]
             columns["label_set"] = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
@@ -254,6 +262,7 @@ class LabellingSteps(CellPasses):
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
         before = dict(self.model.config.annotation or {})
         before.pop("min_score", None)  # of another temperature
+        before.pop("doubt", None)
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
@@ -274,16 +283,27 @@ class LabellingSteps(CellPasses):
         readout: TextScores | None,
         unseen_bonus: float,
         batch_size: int | None,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Probabilities of the labels, `(n_cells, n_labels)`, and the novelty of each cell, None without a threshold.
+        terms: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Probabilities of the labels, `(n_cells, n_labels)`; the novelty of each cell; whether it expresses no gene.
 
-        The novelty is NaN where the file measures too few genes.
+        The novelty is None without a threshold, and NaN where the file measures too few genes. With other cells in the
+        readout, it has a second column: the position of a novel cell's answer in `terms`, see [`Novelty`].
         """
         stored = (self.model.config.annotation or {}).get("novelty")
         # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
         panel = None if readout is None or readout.has_new_labels else readout.panel
-        novelty_of = Novelty.of(stored, choice.match.measured, self.model.config.cell_config.vocab_size, panel)
-        chunks, n_cells = self._chunks(adata, choice), adata.shape[0]
+        members = [] if panel is None else members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+        size = self.model.config.cell_config.vocab_size
+        novelty_of = Novelty.of(stored, choice.match.measured, size, panel, members)
+        lengths: list[np.ndarray] = []
+
+        def measured(chunks: Iterable[Cells]) -> Iterator[Cells]:
+            for cells in chunks:
+                lengths.append(np.diff(cells.indptr))
+                yield cells
+
+        chunks, n_cells = measured(self._chunks(adata, choice)), adata.shape[0]
         similarity, match, novelty = self._label_scores(
             chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
         )
@@ -291,8 +311,9 @@ class LabellingSteps(CellPasses):
             novelty = np.full(len(similarity), np.nan, dtype=np.float32)
         scale, weight = 1 / settings["temperature"], settings["matching_weight"]
         similarity = similarity + unseen_bonus * candidates.unseen
-        of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)
-        return candidates.pool(of_texts), novelty
+        doubt = (self.model.config.annotation or {}).get("doubt", 0.0)
+        of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight, doubt=doubt)
+        return candidates.pool(of_texts), novelty, np.concatenate(lengths) == 0
 
     def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
         """The label readout's scores of texts for the genes of a file, or None if it cannot score them."""

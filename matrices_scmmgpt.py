@@ -63,6 +63,7 @@ class MatrixVerdict:
     target_sum: float | None = None  # total per cell before the logarithm, over all genes of the original data
     complete: bool = False  # whether the genes of the matrix are those that the target sum was taken over
     precision: Precision = Precision()
+    floor: float = 0.0  # the value that zeros have, such as log(0 + pseudo-count); it is subtracted first
 
     @property
     def usable(self) -> bool:
@@ -73,6 +74,8 @@ class MatrixVerdict:
         """The verdict as the report holds it."""
         report: dict[str, Any] = {"kind": self.kind, "conversion": self.conversion or "none"}
         report["evidence"] = dict(self.evidence)
+        if self.floor:
+            report["floor"] = _number(self.floor)
         if self.logs:
             report["log_base"] = "e" if self.base == np.e else f"{self.base:g}"
         if self.target_sum is not None:
@@ -190,27 +193,35 @@ def _nice_total(total: float) -> float:
     return next((likely for likely in LIKELY_TOTALS if abs(total / likely - 1) < 0.002), _number(total))
 
 
-def inspect_matrix(
-    matrix: Any, *, totals: np.ndarray | None = None, is_gene: np.ndarray | None = None, says_log1p: bool = False
-) -> MatrixVerdict:
+def inspect_matrix(matrix: Any) -> MatrixVerdict:
     """The verdict on a matrix of expression values, from a sample of its rows; nothing is converted.
 
-    Args:
-        matrix: `(n_cells, n_vars)`; NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix.
-        totals: Counts per cell over all genes, `(n_cells,)`: evidence of the target sum where genes are missing.
-        is_gene: bool `(n_vars,)`: the variables to inspect; proteins are often normalised in another way.
-        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
+    `matrix` is `(n_cells, n_vars)`: a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix, of genes alone.
 
     >>> inspect_matrix(np.array([[1, 0, 3], [0, 2, 5]])).kind
     'raw_integer'
     """
-    rows = sample_rows(row_major(matrix))
-    rows = rows if is_gene is None else rows.columns(is_gene)
-    return inspect_rows(rows, None if totals is None else totals[rows.positions], says_log1p=says_log1p)
+    return inspect_rows(sample_rows(row_major(matrix)))
 
 
-def inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
-    """The verdict on sampled rows; see [`inspect_matrix`]."""
+def inspect_rows(
+    rows: CountRows, known_totals: np.ndarray | None = None, *, says_log1p: bool = False
+) -> MatrixVerdict:
+    """The verdict on sampled rows; see [`inspect_matrix`].
+
+    Args:
+        rows: Sampled rows, of genes only: proteins are often normalised in another way.
+        known_totals: Counts per cell over all genes, `(n_cells,)`: evidence of the target sum where genes are missing.
+        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
+    """
+    verdict = _inspect_above_zero(rows, known_totals, says_log1p=says_log1p)
+    if verdict.exact or not (floor := rows.floor()):
+        return verdict
+    return replace(_inspect_above_zero(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
+
+
+def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
+    """The verdict on rows where zero is the absence of expression."""
     values = rows.data
     evidence: dict[str, Any] = {"cells_sampled": int(rows.shape[0]), "dtype": str(values.dtype)}
     if not len(values):
@@ -377,6 +388,7 @@ def convert_rows(
 ) -> tuple[CountRows, np.ndarray | None, int]:
     """Convert values to counts, by the rule of their kind (see the list at the top of this file).
 
+    `rows` are those above the floor of the verdict ([`CountRows.above`]).
     `known_totals` are the counts per cell over all genes of the original data, `(n_cells,)`. Returns counts, or
     normalised values where counts cannot be recovered; library sizes, float64 `(n_cells,)`, or `None` if they are the
     sums of the counts; and the number of cells whose counts were not recovered.

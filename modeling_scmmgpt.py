@@ -15,7 +15,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,15 +42,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
+    from .cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, check_attentions, eager_attention_forward, follow_umask
     from .readout_scmmgpt import ScMMGPTLabelReadout
     from .states_scmmgpt import ScMMGPTCellStates
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, hash_seed
+    from cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, check_attentions, eager_attention_forward, follow_umask
     from readout_scmmgpt import ScMMGPTLabelReadout
     from states_scmmgpt import ScMMGPTCellStates
 
@@ -142,6 +142,14 @@ class CellGenerationOutput(ModelOutput):
 
     expression: Tensor | None = None
     counts: Tensor | None = None
+
+
+def check_keywords(model: nn.Module, kwargs: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse keywords of a model's `forward` that are not among the `known` ones, unless they are None or False."""
+    for name, value in kwargs.items():
+        if name not in known and value is not None and value is not False:
+            *inputs, _ = inspect.signature(model.forward).parameters
+            raise TypeError(f"{name!r} is not an input of {type(model).__name__}; it takes {', '.join(inputs)}.")
 
 
 # -- Losses: pure functions of features, logits and targets -----------------------------------------------------------
@@ -730,13 +738,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             kwargs: `expression_labels`, and `num_items_in_batch`, which `Trainer` may pass and which is not used. Any
                 other keyword is a TypeError unless its value is None or False.
         """
-        for name, value in kwargs.items():
-            if name not in ("expression_labels", "num_items_in_batch") and value is not None and value is not False:
-                *known, _ = inspect.signature(self.forward).parameters
-                raise TypeError(
-                    f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}, "
-                    "expression_labels."
-                )
+        check_keywords(self, kwargs, ("expression_labels", "num_items_in_batch"))
         if cell_attention_mask is None:
             cell_attention_mask = torch.ones_like(gene_ids)
         if qformer_attention_mask is None:
@@ -1061,7 +1063,8 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         """See [`ScMMGPTForConditionalGeneration.forward`]. `kwargs`, such as the cache, go to the language model."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass one of input_ids and inputs_embeds.")
-        self.check_keywords(kwargs)
+        check_keywords(self, kwargs, self.language_inputs)
+        check_attentions(kwargs.get("output_attentions"), self.config.text_config)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, L)
 
@@ -1097,19 +1100,6 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
             expression_loss = self.expression_head.loss(parameters, mask, *targets)
         fields = {name: value for name, value in outputs.items() if name in ScMMGPTModelOutput.__dataclass_fields__}
         return ScMMGPTModelOutput(**fields, cell_hidden_states=cell_tokens, expression_loss=expression_loss)
-
-    def check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Refuse keywords of `forward` that the language model does not know, and attentions that it cannot return."""
-        for name, value in kwargs.items():
-            if name not in self.language_inputs and value is not None and value is not False:
-                *known, _ = inspect.signature(self.forward).parameters
-                raise TypeError(f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}.")
-        implementation = self.config.text_config._attn_implementation
-        if kwargs.get("output_attentions") and implementation != "eager":
-            raise ValueError(
-                f"output_attentions is True, but attn_implementation={implementation!r} runs fused kernels, which "
-                "return no attention weights; call model.set_attn_implementation('eager') first."
-            )
 
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_cells: int) -> Tensor:
         """`(batch_size, sequence_length)` bool: the `<cell>` tokens, which must be as many as the cells' tokens."""
@@ -1532,6 +1522,7 @@ def _has_known_logits(language_model: PreTrainedModel) -> bool:
     return torch.allclose(logits, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+show_module(__name__)
 ScMMGPTForCellTextAlignment.register_for_auto_class("AutoModel")
 ScMMGPTCellEncoder.register_for_auto_class("AutoModel")
 ScMMGPTForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -15,12 +15,12 @@ from transformers.utils import cached_file
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_of, log1p_cp10k
+    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_in, cells_of, log1p_cp10k, show_module
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
     from .reading_scmmgpt import InputChoice, choose_input, read_cells
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_of, log1p_cp10k
+    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_in, cells_of, log1p_cp10k, show_module
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
     from reading_scmmgpt import InputChoice, choose_input, read_cells
@@ -534,9 +534,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
             raise ValueError("sanitize_control_tokens would turn <cell> into plain text; remove it from the texts.")
         single = bool(conversation) and isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
-        contents = [message["content"] for messages in conversations for message in messages]
-        parts = [part for content in contents if not isinstance(content, str) for part in content]
-        cells = [part["cell"] for part in parts if part.get("cell") is not None]
+        cells = [cell for messages in conversations for cell in cells_in(messages)]
         if cells and kwargs.get("tokenize"):
             options = kwargs.get("processor_kwargs") or {}
             if options.get("cells") is not None:
@@ -592,5 +590,6 @@ def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: 
     return rows
 
 
+show_module(__name__)
 ScGPTProcessor.register_for_auto_class("AutoProcessor")
 ScMMGPTProcessor.register_for_auto_class("AutoProcessor")

@@ -142,6 +142,11 @@ def choose_input(
         raise
 
     # step 3: what else is odd
+    if verdict.floor:
+        messages.append(
+            f"{source} has no zeros, but {verdict.floor:g} in many genes of every cell (a logarithm with a "
+            "pseudo-count other than 1?): this value is taken as zero."
+        )
     messages += _matrix_messages(source, verdict) + _droplet_messages(chosen.rows, match)
     n_repeated = 0
     if not (names := adata.obs_names.astype(str)).is_unique:
@@ -185,7 +190,7 @@ def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
     conversion = ROUNDED if kind == "raw_float" else "taken as they are"
     if logs:
         conversion = "logarithm undone, then as they are: normalised values"
-    return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision)
+    return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision, floor=found.floor)
 
 
 @dataclass
@@ -221,7 +226,7 @@ def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str |
         rows = sample_rows(row_major(matrix_of(adata, name))).columns(types == "gene")
         known = None if totals is None else totals[rows.positions]
         verdict = inspect_rows(rows, known, says_log1p=says_log1p and name in ("X", "raw"))
-        candidates.append(Candidate(name, verdict, types, columns, rows))
+        candidates.append(Candidate(name, verdict, types, columns, rows.above(verdict.floor)))
     return candidates
 
 

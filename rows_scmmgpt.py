@@ -18,6 +18,9 @@ except ImportError:  # beside the other files of a checkpoint
 
 N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
 N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
+# A value in the place of zeros: the matrix has at most this share of zeros, and each of its rows, of which there are
+# enough, has the value in this share of the genes.
+MOST_ZEROS, FLOOR_SHARE, MIN_FLOOR_ROWS = 0.001, 0.2, 10
 
 
 def modality_of(adata: Any) -> Any:
@@ -70,6 +73,28 @@ class CountRows:
         entry = int(np.flatnonzero(wanted)[0])
         row = int(np.searchsorted(self.indptr, entry, side="right")) - 1
         return [row if self.positions is None else int(self.positions[row]), int(self.indices[entry])]
+
+    def floor(self) -> float:
+        """The value that zeros have, such as log(0 + pseudo-count); 0 where zeros are zero.
+
+        Most counts of a cell are zero: a matrix without zeros has another value in their place if the least value is
+        the same in every row, and frequent. Counts without zeros have no such value: their genes were filtered.
+        """
+        n_rows, n_vars = self.shape
+        if n_rows < MIN_FLOOR_ROWS or len(self.data) < n_rows * n_vars * (1 - MOST_ZEROS):
+            return 0.0
+        least = self.data.min()
+        if (self.data == np.rint(self.data)).all():
+            return 0.0
+        rows = np.repeat(np.arange(n_rows), np.diff(self.indptr))
+        at_floor = np.bincount(rows[self.data == least], minlength=n_rows)
+        return float(least) if (at_floor >= FLOOR_SHARE * n_vars).all() else 0.0
+
+    def above(self, floor: float) -> "CountRows":
+        """The same rows with `floor` as zero."""
+        if not floor:
+            return self
+        return replace(self, data=self.data - self.data.dtype.type(floor)).entries(self.data != floor)
 
     def row_sums(self, values: np.ndarray | None = None) -> np.ndarray:
         """Sum of each row's data, or of `values` in their place; float64 `(n_cells,)`."""

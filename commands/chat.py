@@ -27,10 +27,12 @@ STATES = (  # words that ask for each of PROGRAMMES
     "inflam|cytokine",
     "stress|dissoc|heat",
     "cytotox|(?<!natural )kill|effector",
-    r"activat|\bresting|quiescen|naive",
+    r"activat|\bresting|quiescen",
     "exhaust|inhib|dysfunc",
 )
 COLUMNS = ("tissue", "donor_id", "donor", "sample", "batch", "condition", "disease", "assay", "leiden", "louvain")
+RAREST = re.compile(r"\b(rare\w*|least|fewest|smallest|scarcest)\b", re.IGNORECASE)
+LOWEST = re.compile(r"\b(lowest|least|weakest)\b", re.IGNORECASE)
 N_NAMED, N_PARTS, MAX_KINDS, SILENT = 5, 6, 60, 0.1  # genes and values of an answer; kinds of a column; as in reports
 
 
@@ -110,12 +112,16 @@ class Chat:
     def ask(self, text: str) -> Answer:
         """Answer a question."""
         asked = self.read(text, self.asked)
-        if not asked.topic:
-            return Answer(f"The counts do not answer that. You can ask: {EXAMPLES}")
+        if asked.unread or not asked.topic:
+            self.asked = self.asked if not asked.unread else Question("")  # "and NK cells?" follows no such question
+            words = ", ".join(f'"{word}"' for word in dict.fromkeys(asked.unread))
+            known = f" ({words}: no gene, label, column or subject of these answers)" if words else ""
+            return Answer(f"The counts do not answer that{known}. You can ask: {EXAMPLES}")
         self.asked = asked
+        start = f'Read as "{asked.text}": ' if asked.text != text else ""
         if not self.subject[0].any():
-            return Answer(f"The file has none of {self.subject[1]}.", asked.topic)
-        return Answer(getattr(self, f"_{asked.topic}")(), asked.topic)
+            return Answer(f"{start}The file has none of {self.subject[1]}.", asked.topic)
+        return Answer(start + getattr(self, f"_{asked.topic}")(), asked.topic)
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -192,9 +198,9 @@ class Chat:
         lists = symbols[here >= SILENT].tolist(), symbols[here < SILENT].tolist()
         return tuple(self.shares(genes, mask, other) if genes else "none" for genes in lists)  # type: ignore[return-value]
 
-    def parts(self, values: np.ndarray, mask: np.ndarray) -> str:
-        """The commonest values of cells with their shares, in words."""
-        counts = pd.Series(values[mask]).value_counts()
+    def parts(self, values: np.ndarray, mask: np.ndarray, rarest: bool = False) -> str:
+        """The commonest values of cells with their shares, or the rarest, in words."""
+        counts = pd.Series(values[mask]).value_counts(ascending=rarest)
         parts = [f"{name} ({share(n / mask.sum())})" for name, n in counts.head(N_PARTS).items()]
         return join([*parts, f"{len(counts) - N_PARTS} more"] if len(counts) > N_PARTS else parts)
 
@@ -207,28 +213,72 @@ class Chat:
     # -- answers ------------------------------------------------------------------------------------------------------
 
     def _types(self) -> str:
-        if "target" in self.asked.roles:
-            return self.called(self.asked.roles["target"])
-        mask, who = self.subject
-        return f"Labels of {who}: {self.parts(self.labels, mask)}."
+        (mask, who), target = self.subject, self.asked.roles.get("target")
+        if target is not None:
+            several = [group for group in self.asked.groups if (group[0] == "type") == (target[0] == "type")]
+            return " ".join(self.called(group) for group in ([target] if len(several) < 2 else several))
+        if RAREST.search(self.asked.text):
+            return f"Labels of {who}, the rarest first: {self.parts(self.labels, mask, rarest=True)}."
+        n = len(set(self.labels[mask]) - {"Unknown"})
+        return f"Labels of {who}{f', {n} types' if n > N_PARTS else ''}: {self.parts(self.labels, mask)}."
 
     def _gene(self) -> str:
-        (mask, who), (other, rest), said = self.subject, self.others, []
-        for gene in self.asked.genes:
-            if gene not in self.expression.column_of:
-                said.append(f"The file does not measure {gene}.")
-                continue
-            rates = self.expression.rates[:, [self.expression.column_of[gene]]].toarray().ravel()
-            words = f"{gene}: counts in {share((rates[mask] > 0).mean())} of {who}"
-            words += f" ({_rate(rates[mask])} per 10,000 counts on average)"
-            if other.any():
-                words += f", in {share((rates[other] > 0).mean())} of {rest} ({_rate(rates[other])})"
-                if middle := np.median(rates[mask]):
-                    words += (
-                        f"; {share((rates[other] < middle).mean())} of those have less than the middle one of these"
-                    )
-            said.append(f"{words}.")
-        return " ".join(said) or "The question names no gene of the model."
+        if absent := [gene for gene in self.asked.genes if gene not in self.expression.column_of]:
+            return " ".join(f"The file does not measure {gene}." for gene in absent)
+        if self.asked.each or len(self.asked.groups) > 1:
+            return " ".join(self._gene_of_each(gene) for gene in self.asked.genes)
+        return " ".join([*map(self._gene_here, self.asked.genes), *self._together()])
+
+    def _gene_here(self, gene: str) -> str:
+        """A gene in the cells that are asked about, and in the others."""
+        (mask, who), (other, rest) = self.subject, self.others
+        rates = self.rates(gene)
+        words = f"{gene}: counts in {share((rates[mask] > 0).mean())} of {who}"
+        words += f" ({_rate(rates[mask])} per 10,000 counts on average)"
+        if other.any():
+            words += f", in {share((rates[other] > 0).mean())} of {rest} ({_rate(rates[other])})"
+            if middle := np.median(rates[mask]):
+                words += f"; {share((rates[other] < middle).mean())} of those have less than the middle one of these"
+        return f"{words}."
+
+    def _gene_of_each(self, gene: str) -> str:
+        """A gene in each group that a question names, or in each type or value of a column, the highest mean first."""
+        rates, mask = self.rates(gene), self.subject[0]
+        groups = [(_named(part, group), part) for group in self.asked.groups if (part := self.mask(group)).any()]
+        if self.asked.each:
+            groups = self.groups_of(mask if len(self.asked.groups) < 2 else self.selected)
+        groups.sort(key=lambda group: float(rates[group[1]].mean()), reverse=not LOWEST.search(self.asked.text))
+        parts = [f"{name} ({share((rates[m] > 0).mean())}, {_rate(rates[m])})" for name, m in groups[:N_PARTS]]
+        more = [f"{len(groups) - N_PARTS} more"] if len(groups) > N_PARTS else []
+        start = f"{gene}, share of cells with counts and mean per 10,000 counts"
+        return f"{start}: {join([*parts, *more])}."
+
+    def _together(self) -> list[str]:
+        """How many of the cells express all genes of a question, or any, but none of those that it denies."""
+        (mask, who), genes, without = self.subject, self.asked.genes, self.asked.without
+        if len(genes) < 2 and not without:
+            return []
+        on = {gene: self.rates(gene)[mask] > 0 for gene in dict.fromkeys(genes)}
+        wanted = [gene for gene in on if gene not in without]
+        either = " or " if re.search(r"\bor\b", self.asked.text, re.IGNORECASE) else " and "
+        join_all = np.logical_or if either == " or " else np.logical_and
+        found = join_all.reduce([on[gene] for gene in wanted]) if wanted else np.ones(mask.sum(), dtype=bool)
+        for gene in without & set(on):
+            found &= ~on[gene]
+        words = (
+            either.join(wanted) + (" without " if wanted else "No counts of ") * bool(without) + " and ".join(without)
+        )
+        return [f"{words}: {found.sum():,} of {who} ({share(found.mean())})."]
+
+    def rates(self, gene: str) -> np.ndarray:
+        """A gene's counts per 10,000, `(n_cells,)`."""
+        return self.expression.rates[:, [self.expression.column_of[gene]]].toarray().ravel()
+
+    def groups_of(self, mask: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """The labels of cells, or the values of the column that is asked for, each with its cells."""
+        values = self.labels if self.asked.each == "type" else self.columns[self.asked.each]
+        column = "" if self.asked.each == "type" else f"{self.asked.each} "
+        return [(f"{column}{value}", mask & (values == value)) for value in np.unique(values[mask])]
 
     def _genes(self) -> str:
         (mask, who), (other, rest), said = self.subject, self.others, []
@@ -244,7 +294,24 @@ class Chat:
             return f"No gene tells {who} from {rest}: twofold, and in {share(TYPE_SHARE)} more of the cells."
         return f"Against {rest}, {who} are {', and '.join(said)}."
 
+    def _why_unknown(self) -> str:
+        """What made cells Unknown: novelty, or a probability that is too low."""
+        mask, who = self.subject
+        novelty = self.obs.get("scmmgpt_novelty", pd.Series(np.nan, index=self.obs.index)).to_numpy()[mask]
+        n, score = int((novelty > 1).sum()), self.obs["scmmgpt_score"].to_numpy()[mask]
+        words = f"{n:,} of {who} are unlike every type of the checkpoint (novelty above 1)"
+        return (
+            f"{words}; the mean probability of the others is {score[~(novelty > 1)].mean():.2f}."
+            if n < len(score)
+            else f"{words}."
+        )
+
     def _why(self) -> str:
+        target = self.asked.roles.get("target")
+        if target is not None and target[1] == "Unknown":
+            self.asked.roles["subject"] = self.asked.roles.pop("target")
+        if self.commonest()[0] == "Unknown":
+            return self._why_unknown()
         (label, _), target, (rival, genes) = self.commonest(), self.asked.roles.get("target"), self.evidence()
         if target is not None and not self.is_kind(label, target[1]):
             return self._whynot()
@@ -306,10 +373,25 @@ class Chat:
     def _quality(self) -> str:
         mask, who = self.subject
         handling = np.char.startswith(self.expression.symbols.astype(str), "MT-")
-        counts, genes = self.cells.library_sizes()[mask], np.diff(self.cells.indptr)[mask]
-        part = share(self.expression.counts[mask][:, handling].sum() / max(counts.sum(), 1))
-        words = f"The median of {who} is {np.median(counts):,.0f} counts and {np.median(genes):,.0f} genes"
-        return f"{words}; {part} of the counts are mitochondrial."
+        counts, genes = self.cells.library_sizes(), np.diff(self.cells.indptr)
+        in_mitochondria = self.expression.counts[:, handling].sum(axis=1).A1
+
+        def words(part: np.ndarray) -> str:
+            mito = share(in_mitochondria[part].sum() / max(counts[part].sum(), 1))
+            middle = f"{np.median(counts[part]):,.0f} counts and {np.median(genes[part]):,.0f} genes"
+            return f"{middle}; {mito} of the counts are mitochondrial"
+
+        if self.asked.each:
+            by = (
+                in_mitochondria / np.maximum(counts, 1)
+                if re.search("mito", self.asked.text, re.IGNORECASE)
+                else counts
+            )
+            groups = sorted(self.groups_of(mask), key=lambda group: -float(np.median(by[group[1]])))
+            parts = [f"{name}: {words(part)}" for name, part in groups[:N_PARTS]]
+            return f"Medians of {who}, the highest first. {'. '.join(parts)}."
+        measured = f" The file measures {len(self.expression.symbols):,} genes of the model."
+        return f"The median of {who} is {words(mask)}.{measured}"
 
     def _describe(self) -> str:
         return " ".join([self._types(), self._why(), self._state()])

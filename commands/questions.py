@@ -1,8 +1,10 @@
 """What a question about cells asks: its topic, and the genes, types, columns and values that it names.
 
 Words decide the topic. The text encoder of a checkpoint, which knows captions, chooses worse (`train/LOG.md`).
+A question with a word that neither is a name nor belongs to the topic has no answer: it asks for something else.
 """
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +20,11 @@ from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 TOPICS = {
     topic: re.compile("|".join(words.split()), re.IGNORECASE)
     for topic, words in {
-        "state": r"""\bcycl divid prolif mito[st]i replicating \b[SM].phase \bG[012] activat \bresting quiescen naive
+        "state": r"""\bcycl divid prolif mito[st]i replicating \b[SM].phase \bG[012] activat \bresting quiescen
             interferon \bifn vir(us|al) exhaust dysfunc inhibitory cytotox (?<!natural.)kill effector stress
             heat.?shock programme inflam cytokine \bstates?\b \bdoing\b""",
         "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin discrimin
+            typical \bmarks?\b.*\bout\b
             differ(?!ent[.?!]*$) compar regulated \bthan\b \bdegs?\b relative.to separate signature enriched versus
             \bvs\b \bwhat.do\b.*express \bonly\b.*express exclusiv \buniqu (top|best|strongest).(\w+.)?(genes|hits)""",
         "markers": r"""\bmarkers?\b hallmark""",
@@ -36,8 +39,8 @@ TOPICS = {
             what.makes convinc \bbas(ed|is)\b ground reason rationale justif explain support behind
             \b(speak|argue|case|account)s?.for points?.to \bled\b (ma[dk]es?|let).(you|the|it) \bch(o|oo)se""",
         "quality": r"""\b(how.(many|few)|number.of|few).(\w+.)?(cells|counts|genes|umis) \bumis?\b \breads\b
-            how.(big|large|deep) depth library (mean|median|total).counts? quality healthy viab doublet \bdead \bdying
-            damag debris broken ambient empty mitoch""",
+            how.(big|large|deep) depth library (mean|median|total).counts? quality healthy viab \bdead \bdying
+            damag debris broken ambient empty mito(ch|\b) deep(ly)?.sequenced measured""",
         "describe": r"""descri summar sum.(\w+.)?up characteri sentence paragraph \babout.(them|these|this|it) notab
             interesting special overview caption legend one.line walk.me in.(\w+.)?words (should|must).i.know
             \bgist\b""",
@@ -51,33 +54,104 @@ TOPICS = {
 # What no count of a file answers, however many types it names: the literature, medicine and work for other programs.
 REFUSED = re.compile(
     r"\b(papers?|reviews?|literature|publications?|cite|drugs?|dos(e|age)|therap\w+|inhibitors?|surviv\w+|prognos\w+|"
-    r"cures?|buy|plot|draw|heatmap|umap|translate|install|save|export|trajector\w+)\b",
+    r"cures?|buy|plot|draw|heatmap|umap|translate|install|save|export|trajector\w+|correlat\w+|what do(es)?\b.*\bdo|"
+    r"genes.*\bshare|in common)\b",
     re.IGNORECASE,
 )
 # Of a type, too: "How many counts do monocytes have?".
 ABOUT_COUNTS = re.compile(
-    r"counts?\b|genes?\b|\bumis?\b|\breads\b|depth|librar|qualit|health|viab|doublet|\bdead|\bdying|damag|debris|broken|"
-    r"ambient|empty|mitoch",
+    r"counts?\b|genes?\b|\bumis?\b|\breads\b|depth|librar|qualit|health|viab|\bdead|\bdying|damag|debris|broken|"
+    r"ambient|empty|mito(ch|\b)|sequenc",
     re.IGNORECASE,
 )
 EXAMPLES = (
-    "Which types are here? Describe them. Why this label? Why not NK cells? What else could they be? How sure is it? "
-    "Which markers are missing? Do they express CD4? Which genes set them apart from monocytes? Are they dividing? "
-    "Which donors are they from? How many counts do they have?"
+    "Which types are here? How many are T cells? Describe them. Why this label? Why not NK cells? What else could "
+    "they be? How sure is it? Which markers are missing? Do they express CD4? Which type expresses most CD14? Which "
+    "genes set them apart from monocytes? Are they dividing? Which donors are they from? How many counts do they have?"
 )
+# Words of prose, and of questions of any topic: none of them asks for something that is not counted.
+PLAIN = frozenset(
+    """a about left  actually again against all also among amount an and any anybody anyone anything apparently
+    approximately
+    are aren around as at available be been being between both but by call called came can case cell cells check
+    compare compared could couldn count counts data dataset did didn different do does doesn doing dominate done
+    each either else elsewhere even every everybody everyone everything exactly fewer file find for found
+    fraction frequency from general get give got group had has hasn have haven having here hi higher how i
+    identified if in inside instead into is it its itself just know less let like list look looking looks lower
+    make many may me mean might mine more most mostly much my name named need negative no none not now number
+    observed of off ok on one only or other others our out over overall own part per percent percentage picked
+    please portion positive possible present proportion question quick quite rather really roughly same sample
+    say see seem seems seen selected selection set several share should shouldn show shown sign simply so some
+    somehow something sort speak still such tell than that the their them then there these they thing things
+    this those through to today together too total typical under up us very want was wasn we well were weren
+    what when where whether which while who whole whose why will with within would wouldn write yes yet you
+    your""".split()
+)
+# Words that belong to a topic beside those that ask for it.
+ALSO = {
+    topic: re.compile(rf"\b({'|'.join(words.split())})\b", re.IGNORECASE)
+    for topic, words in {
+        "types": r"""abundan\w+ common\w* rare\w* frequent\w* big\w* large\w* small\w* least major\w* minor\w*
+            ratio top
+            few\w* dominat\w+ left left.over remain\w* subtypes? belong named main share annotat\w+
+            pick\w* lasso blob circle\w* represented more.than.one.type""",
+        "gene": r"""express\w* co-?express\w* level\w* average\w* median detect\w* measur\w+ transcripts?
+            signal lack\w*
+            without high\w* low\w* strong\w* weak\w* types? labels? populations? clusters? rank
+            marker good absent missing anywhere counts? genes? double surface protein rna mrna
+            exist\w* contain\w* half least best simultaneous\w*""",
+        "genes": r"""strongly cluster group express\w* most top best ten five strong\w* genes? hits
+            transcripts? level\w*
+            rest markers? high\w* low\w*""",
+        "markers": r"""express\w* top best genes? missing lack\w* canonical classical\w* usual expected key
+            absent complete
+            pass carry support\w* panel""",
+        "quality": r"""pick sequencing median average\w* mean typical high\w* low\w* normal big size large
+            types? labels?
+            clusters? populations? content deep sequenced have most least contain\w* (?:how.)?much
+            rna detected""",
+        "sure": r"""classified label\w* annotat\w* prediction\w* call\w* model mean low\w* high\w* few too name""",
+        "why": r"""label\w* annotat\w* call\w* model gene\w* markers? decision name\w*""",
+        "whynot": r"""label\w* annotat\w* call\w* model exclu\w+ argu\w+ just""",
+        "alternatives": r"""label\w* annotat\w* likely possib\w+ next guess choice types? label""",
+        "column": r"""come many per distribut\w+ overlap contribut\w+ represent\w+ lie spread""",
+        "describe": r"""paper slides? cluster\w* groups? short figure""",
+        "state": r"""dissociation sign\w* activ\w+ response respond\w* (?:any.)?express\w* programme phase
+            genes fraction""",
+    }.items()
+}
 TARGETS = ("types", "whynot", "why", "markers", "column")  # topics that are asked about a type or value itself
 FOLLOWS = re.compile(r"\s*(and|or|also|then|what about|how about|same)\b", re.IGNORECASE)
 REFERENCE = re.compile(
-    r"\b(against|from|than|versus|vs\.?|with|to|unlike)\s+((the|all|other|an?)\s+)*$", re.IGNORECASE
+    r"\b(against|from|than|versus|vs\.?|with|to|unlike)\s+((the|all|other|an?)\s+)*(in\s+)?$", re.IGNORECASE
 )
 SUBJECT = re.compile(r"\b(of|in|among|for|within|from)\s+((the|all)\s+)*$", re.IGNORECASE)
 MANY_GENES = re.compile(r"\bgenes\b", re.IGNORECASE)
 HOW_MANY = re.compile(r"\s*(and.)?how.(many|much|few)\b", re.IGNORECASE)
+COUNTED = re.compile(
+    r"\b(how (many|common|frequent|abundant)|number|fraction|per ?cent(age)?|proportion|portion|share|ratio|any)\b|%|"
+    r"\b(more|fewer|less|rarer|bigger|larger)\b.*\b(or|than)\b|\b(frequent|abundant|common)\b",
+    re.IGNORECASE,
+)
+EACH = re.compile(  # asks for each type, or for each value of a column
+    r"\b(per|by|across|each|every|over|among|between|in|which|what|rank|compare)\s+(?:(?:the|of|cell|different|all)\s+)*"
+    r"(types?|labels?|populations?|subsets?|lineages?|kinds?|cells|clusters?|donors?|patients?|samples?|conditions?)\b",
+    re.IGNORECASE,
+)
+WITHOUT = re.compile(
+    r"\b(without|not?|lack\w*|negative for|n't|absence of)\s+((express\w*|any|of|for)\s+)*$", re.IGNORECASE
+)
+OFF = re.compile(r"(\s*-\s*|\s+(is|are)?\s*)(negative|absent|missing|off)\b|-(?!\w)", re.IGNORECASE)
+ONLY_GENES = re.compile(r"\b(express\w*|regulated|distin\w+|separat\w+|differ\w*)\b", re.IGNORECASE)
+LISTED = re.compile(
+    r"\b(\d+|three|five|ten)\s+(\w+\s+)?(genes|markers|hits|types|labels|populations)\b", re.IGNORECASE
+)
 SELECTION = re.compile(r"\b(this|the|my|that)\s+$", re.IGNORECASE)  # "this cluster" is the selection
 WORD = re.compile(r"[A-Za-z0-9][\w.-]*\w|\w")
 CLUSTERS = ("leiden", "louvain", "seurat_clusters", "clusters")  # columns that are called clusters
+CAPITALS = {"RNA", "MRNA", "DNA", "UMI", "UMIS", "DEG", "DEGS", "UMAP", "PCA", "PBMC", "IFN", "QC", "G2M"}  # no genes
 NO_COLUMN = ("cell", "cells", "label", "labels", "type", "types", "score", "name")  # words of prose
-LONGEST = 7  # words of a name
+LONGEST, SHORTEST, LIKE = 7, 4, 0.84  # words of a name; letters of a word that is checked; likeness of a misspelt word
 Group = tuple[str, str]  # "type" or a column of obs, and a value
 
 
@@ -89,15 +163,24 @@ class Question:
         text: The question.
         topic: A key of `TOPICS`, or "gene"; "" for none.
         genes, columns: Symbols, and columns of `obs`, that it names.
+        without: Those genes that the cells shall not express.
         roles: The groups that it names: the cells that it asks about ("subject"), those that it compares them with
             ("reference"), and what it asks whether they are ("target").
+        groups: The types and values in the order of the question.
+        each: "type" or a column, if it asks for each of them.
+        unread: Words that nothing here explains: the question asks for something else.
     """
 
     text: str
     topic: str = ""
     genes: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
+    without: set[str] = field(default_factory=set)
     roles: dict[str, Group] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
+    each: str = ""
+    unread: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # words that name something
 
 
 class QuestionReader:
@@ -120,45 +203,120 @@ class QuestionReader:
         self.groups |= {name: ("type", kind) for name, kind in types.items()}
 
     def __call__(self, text: str, last: Question) -> Question:
-        """Read a question; what it leaves out is taken from the last one if it follows it ("and ...?")."""
+        """Read a question; what it leaves out is taken from the last one if it follows it ("and ...?").
+
+        A misspelt word is read as the most similar known word, if the question has an answer then.
+        """
+        asked = self.read(text, last)
+        if asked.unread:
+            known = sorted({*PLAIN, *(word for name in self.groups for word in name.split())})
+            known = [word for word in known if len(word) >= SHORTEST]
+            for word in asked.unread:
+                text = text.replace(word, next(iter(difflib.get_close_matches(word.lower(), known, 1, LIKE)), word))
+            again = self.read(text, last)
+            asked = asked if again.unread or not again.topic else again
+        return asked
+
+    def read(self, text: str, last: Question) -> Question:
+        """What a question asks, word by word as it is spelt."""
         asked, follows = Question(text), bool(FOLLOWS.match(text))
         groups = self.find_names(asked)
-        topics = [topic for topic, words in TOPICS.items() if words.search(text)]
-        has_type = any(column == "type" for column, _ in groups)
-        if not has_type and "whynot" in topics:  # "could they be doublets" names no type
-            topics.remove("whynot")
-        if has_type and topics == ["quality"] and not ABOUT_COUNTS.search(text):  # "how large a share are B cells?"
-            topics = ["types"]
-        if asked.columns and topics[:1] == ["state"] and "column" in topics:  # "which replicates are they from?"
-            topics.remove("state")
-        if follows and groups and topics == ["column"]:  # "and in donor 2?"
-            topics = []
-        if asked.genes and "markers" not in topics and not MANY_GENES.search(text):
-            topics = ["gene"]
-        guess = last.topic if follows else ""
-        guess = guess or ("types" if has_type else "column" if groups or asked.columns else "")
-        guess = guess or ("genes" if MANY_GENES.search(text) else "quality" if HOW_MANY.match(text) else "")
-        asked.topic = (topics or [guess])[0]
-        if REFUSED.search(text) and asked.topic in ("types", "column") and not asked.columns:
-            asked.topic = ""
-        for group, before in groups.items():
-            is_target = asked.topic in TARGETS and (group[0] == "type") == (asked.topic != "column")
-            if asked.topic == "genes" and REFERENCE.search(before):
-                asked.roles["reference"] = group
-            else:
-                asked.roles["target" if is_target and not (follows and SUBJECT.search(before)) else "subject"] = group
+        asked.groups = list(groups)
+        if asked.genes and (each := EACH.search(text)):
+            asked.each = self.column_called(each.group(2))
+        asked.topic = self.find_topic(asked, last.topic if follows else "")
+        if asked.topic == "quality" and (each := EACH.search(text)) and not groups:
+            asked.each = self.column_called(each.group(2)) * (each.group(2).lower() != "cells")
+        self.assign_roles(asked, groups, follows)
         if follows:
+            if not asked.genes and re.search(r"\bwithout (it|them)\b", text, re.IGNORECASE):
+                asked.without = set(last.genes)
             asked.genes, asked.columns = asked.genes or last.genes, asked.columns or last.columns
             asked.roles = last.roles | asked.roles
         target = asked.roles.get("target")
-        if target is not None and (target[0] == "type") == (asked.topic == "column"):  # of another topic
-            del asked.roles["target"]
+        if target is not None and asked.topic != "types" and (target[0] == "type") == (asked.topic == "column"):
+            del asked.roles["target"]  # of another topic
         if asked.topic == "whynot" and "target" not in asked.roles:  # "and why not in B cells?"
             if asked.roles.get("subject", ("",))[0] == "type":
                 asked.roles["target"] = asked.roles.pop("subject")
             else:
                 asked.topic = "why"
+        asked.unread = self.find_unread(asked)
         return asked
+
+    def find_topic(self, asked: Question, before: str) -> str:
+        """The topic of a question whose names are found; without words of its own, that `before` it."""
+        text, kinds = asked.text, {column for column, _ in asked.groups}
+        topics = [topic for topic, words in TOPICS.items() if words.search(text)]
+        has_type, counted = "type" in kinds, COUNTED.search(text) and not MANY_GENES.search(text)
+        if REFUSED.search(text) and (set(topics) <= {"types", "column"} or not {"describe", "genes"} & set(topics)):
+            return ""
+        if asked.genes and not MANY_GENES.search(text):
+            return "gene"
+        if topics[:1] == ["types"] and re.search("who.(are|is).you", text, re.IGNORECASE):
+            return ""
+        if has_type and counted and not kinds - {"type"} and topics[:1] == ["genes"] and ONLY_GENES.search(text):
+            return "genes"
+        if has_type and counted and not ABOUT_COUNTS.search(text) and not {"state", "sure"} & set(topics):
+            return "types"  # "how large a share are B cells?"
+        if EACH.search(text) and ABOUT_COUNTS.search(text) and set(topics) <= {"types", "quality", "column"}:
+            return "quality"  # "which type has the most counts?"
+        if not has_type and "whynot" in topics:  # "could they be something else" names no type
+            topics.remove("whynot")
+        if has_type and topics == ["quality"] and not ABOUT_COUNTS.search(text):
+            return "types"
+        if asked.columns and topics[:1] == ["state"] and "column" in topics:  # "which replicates are they from?"
+            topics.remove("state")
+        if before and kinds and topics == ["column"]:  # "and in donor 2?"
+            topics = []
+        guess = before or ("types" if has_type else "column" if kinds or asked.columns else "")
+        guess = guess or ("genes" if MANY_GENES.search(text) else "quality" if HOW_MANY.match(text) else "")
+        return (topics or [guess])[0]
+
+    def assign_roles(self, asked: Question, groups: Mapping[Group, str], follows: bool) -> None:
+        """Which of the groups of a question, with the words before each, are asked about, compared or asked for."""
+        are_mixed = len({group[0] == "type" for group in groups}) == 2
+        if asked.topic in ("types", "column") and are_mixed:  # "what share of cluster 4 is macrophages?"
+            places = [i for i, before in enumerate(groups.values()) if SUBJECT.search(before)] or [len(groups) - 1]
+            subject = list(groups)[places[-1]]
+            asked.roles = {
+                "subject": subject,
+                "target": next(g for g in groups if (g[0] == "type") != (subject[0] == "type")),
+            }
+            asked.topic = "types"
+            return
+        for group, before in groups.items():
+            is_target = asked.topic in TARGETS and (group[0] == "type") == (asked.topic != "column")
+            if asked.topic == "genes" and (REFERENCE.search(before) or "subject" in asked.roles):
+                asked.roles["reference"] = group
+            else:
+                asked.roles["target" if is_target and not (follows and SUBJECT.search(before)) else "subject"] = group
+
+    def find_unread(self, asked: Question) -> list[str]:
+        """Words that are no prose, no name, and not of the topic; of a refused request, those that ask for it."""
+        if not asked.topic and (refused := REFUSED.search(asked.text)):
+            return [refused.group()]
+        patterns = [LISTED, *(words for words in (TOPICS.get(asked.topic), ALSO.get(asked.topic)) if words)]
+        if asked.each or asked.topic in ("types", "gene"):
+            patterns += [EACH, TOPICS["types"]] if asked.topic == "types" else [EACH]
+        read = [match.span() for words in patterns for match in words.finditer(asked.text)]
+        unread = []
+        for match in WORD.finditer(asked.text):
+            word, (start, stop) = match.group().lower(), match.span()
+            is_short = len(word) < SHORTEST and not word.isdigit()
+            is_read = is_short or word in PLAIN or any(a < stop and start < b for a, b in read)
+            if not is_read and match.group() not in asked.names:
+                unread.append(match.group())
+        return unread
+
+    def column_called(self, word: str) -> str:
+        """The column of `obs` that a noun means; "type" for labels, "" for none."""
+        if re.fullmatch("clusters?", word, re.IGNORECASE):
+            return next((name for name in self.columns if name in CLUSTERS), "")
+        if re.match("donor|patient|sample|condition", word, re.IGNORECASE):
+            stem = simple(word)
+            return next((name for name in self.columns if stem in simple(name).split()), "")
+        return "type"
 
     def find_names(self, asked: Question) -> dict[Group, str]:
         """Groups that a question names -> the words before; the longest name first. Adds genes and columns."""
@@ -170,13 +328,20 @@ class QuestionReader:
                 if group is not None and not taken[i : i + length].any():
                     taken[i : i + length] = True
                     found[group] = asked.text[: words[i].start()]
+        asked.names += [word.group() for word, is_taken in zip(words, taken, strict=True) if is_taken]
         for match in (word for word, is_taken in zip(words, taken, strict=True) if not is_taken):
-            word, before = match.group(), asked.text[: match.start()]
-            asked.genes += self.genes_of(word)
-            asked.columns += [c for c in self.columns if simple(word) in simple(c).split() and word not in NO_COLUMN]
+            word, before, after = match.group(), asked.text[: match.start()], asked.text[match.end() :]
+            genes = self.genes_of(word) or self.genes_of(
+                re.sub("-(negative|positive)$", "", word, flags=re.IGNORECASE)
+            )
+            columns = [c for c in self.columns if simple(word) in simple(c).split() and word not in NO_COLUMN]
             if simple(word) == "cluster" and not (word == "cluster" and SELECTION.search(before)):
-                asked.columns += [name for name in self.columns if name in CLUSTERS]
-        return found
+                columns += [name for name in self.columns if name in CLUSTERS]
+            if WITHOUT.search(before) or OFF.match(after) or word.lower().endswith("-negative"):
+                asked.without |= set(genes)
+            asked.genes, asked.columns = asked.genes + genes, asked.columns + columns
+            asked.names += [word] if genes or columns else []
+        return dict(sorted(found.items(), key=lambda item: len(item[1])))
 
     def genes_of(self, word: str) -> list[str]:
         """Symbols of the genes that a word names; a word that looks like one is kept."""
@@ -186,7 +351,8 @@ class QuestionReader:
             return []
         ids = [self.gene_index.lookup(spelling)[0] for spelling in (word, word.upper(), word.upper().replace("-", ""))]
         found = [self.symbols[number] for number in ids if number in self.symbols][:1]
-        return found or ([word] if GENE_WORD.fullmatch(word) and re.search(r"\d", word) else [])
+        is_like_one = GENE_WORD.fullmatch(word) and word.upper() not in CAPITALS
+        return found or ([word] if is_like_one else [])
 
 
 def _tells(value: str) -> bool:
