@@ -214,8 +214,14 @@ def inspect_rows(
         known_totals: Counts per cell over all genes, `(n_cells,)`: evidence of the target sum where genes are missing.
         says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
     """
-    if floor := rows.floor():
-        return replace(inspect_rows(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
+    verdict = _inspect_above_zero(rows, known_totals, says_log1p=says_log1p)
+    if verdict.exact or not (floor := rows.floor()):
+        return verdict
+    return replace(_inspect_above_zero(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
+
+
+def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
+    """The verdict on rows where zero is the absence of expression."""
     values = rows.data
     evidence: dict[str, Any] = {"cells_sampled": int(rows.shape[0]), "dtype": str(values.dtype)}
     if not len(values):

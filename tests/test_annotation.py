@@ -194,7 +194,8 @@ def test_the_certainty_of_a_cell_does_not_depend_on_the_other_cells_of_the_file(
     labels = {label: f"a {label}" for label in TRAINED}
     tiny_pipeline.model.config.annotation = {"labels": labels, "cl_ids": TRAINED}
     probabilities = np.array([[0.5, 0.5], [0.3, 0.3]])  # of the first cell, nothing is left to other labels
-    monkeypatch.setattr(tiny_pipeline, "_probabilities", lambda cells, *_: (probabilities[: cells.n_obs], None))
+    scores = lambda cells, *_: (probabilities[: cells.n_obs], None, np.zeros(cells.n_obs, bool))  # noqa: E731
+    monkeypatch.setattr(tiny_pipeline, "_probabilities", scores)
     names = list(TRAINED)[:2]
     together = tiny_pipeline.annotate(adata[:2].copy(), names).obs["scmmgpt_entropy"]
     alone = tiny_pipeline.annotate(adata[:1].copy(), names).obs["scmmgpt_entropy"]

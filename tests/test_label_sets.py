@@ -49,7 +49,8 @@ def test_annotate_adds_sets_that_hold_the_label_and_more_at_a_smaller_rate(pipel
     for rate in (0.02, 0.1, 0.4):
         pipeline.annotate(adata, error_rate=rate)
         sets = [text.split(" | ") for text in adata.obs["scmmgpt_label_set"]]
-        assert [labels[0] for labels in sets] == adata.obs["scmmgpt_cell_type"].tolist()
+        called = adata.obs["scmmgpt_cell_type"].tolist()  # of a cell without a single count, "Unknown"
+        assert all(name in (labels[0], "Unknown") for labels, name in zip(sets, called, strict=True))
         sizes.append(np.mean([len(labels) for labels in sets]))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 1

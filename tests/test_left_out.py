@@ -193,6 +193,13 @@ def test_the_least_score_of_a_checkpoint_holds_for_its_own_labels_until_another_
     assert unknown["never"] == unknown["given"] == 0
 
 
+def test_a_dataset_is_judged_by_its_most_variable_genes_alone():
+    counts = csr_matrix(np.array([[0.0, 5, 4, 1], [10, 5, 6, 1], [0, 5, 5, 1], [10, 5, 4, 1]]))
+    narrow = evaluation.most_variable(Dataset(counts, np.array([0, 1, 2]), np.zeros(4, int)), 1)
+    assert narrow.measured.tolist() == [0]  # of genes 0 to 2; gene 3 is not measured
+    assert narrow.counts.toarray().tolist() == [[0, 0, 0, 0], [10, 0, 0, 0], [0, 0, 0, 0], [10, 0, 0, 0]]
+
+
 def test_known_cells_keep_their_names_and_a_label_that_is_left_out_is_reported(datasets, monkeypatch):
     sources = evaluation.Sources(["one", "two", "three"], datasets, TYPES, MEANINGS)
     monkeypatch.setattr(evaluation, "read_sources", lambda folder: sources)
@@ -202,6 +209,9 @@ def test_known_cells_keep_their_names_and_a_label_that_is_left_out_is_reported(d
     assert report["known_together"]["label_sets"]["0.1"]["coverage"] > 0.8
     (mast,) = report["new"]
     assert (mast["type"], mast["n_cells"]) == ("mast cell", 30)
+    assert report["known"]["three"]["auroc_novelty"] == 0.5  # too few cells for a measure
+    narrow = evaluation.evaluate_left_out("folder", n_genes=8)["known_together"]  # the markers
+    assert narrow["forced_accuracy"] > 0.85
     labels = evaluation.evaluate_left_out("folder", "labels")["new"]
     assert {row["type"] for row in labels} >= {"B cell", "mast cell"}
     with pytest.raises(ValueError, match="too few to calibrate"):

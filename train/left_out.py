@@ -131,13 +131,18 @@ def leave_each_out(
     meanings: np.ndarray,
     reference: Reference | None = None,
     terms: Sequence[Sequence[int]] = (),
+    tests: Sequence[Dataset] | None = None,
 ) -> LeftOut | None:
-    """Each dataset in turn, see [`leave_out`]; None for one dataset alone."""
+    """Each dataset in turn, see [`leave_out`]; None for one dataset alone.
+
+    `tests`, by default the datasets, are what is judged in their place, such as fewer genes of them.
+    """
     if len(datasets) < 2:
         return None
     parts = []
     for number in range(len(datasets)):
-        parts.append(leave_out(datasets, meanings, [number], reference, terms))
+        others = [data for place, data in enumerate(datasets) if place != number]
+        parts.append(judge(others, meanings, {number: (tests or datasets)[number]}, reference, terms))
         logger.info("%d of %d datasets left out", number + 1, len(datasets))
     return LeftOut(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LeftOut)))
 
@@ -184,7 +189,7 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
     unit, least = 1.0, 0.0
     if with_others and right.any():
         unit = round(max(quantile(cells.novelty[right], 1 - LOST), LEAST_UNIT), 4)
-    novelty = np.nan_to_num(cells.novelty / unit)
+    novelty = np.nan_to_num(cells.novelty / unit).clip(min=0)
     if right.any():
         sure = np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty))[right]
         least = quantile(sure, LOST)
