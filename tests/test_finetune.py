@@ -184,6 +184,14 @@ def test_a_checkpoint_is_fine_tuned_further_by_gradient_steps(cells, tuned, bert
     assert record["after"]["loss"] <= best + 1e-3  # the best weights stay, at the temperature that fits them
 
 
+def test_a_network_that_no_held_out_cell_has_judged_has_no_say_in_the_labels(cells, tuned, bert, tmp_path):
+    record = run(cells[:9].copy(), bert, tmp_path, checkpoint=tuned[1], shots=3, learning_rate=1e-2)
+    pipeline = ScMMGPTPipeline.from_pretrained(str(tmp_path / "out"), device="cpu")
+    assert finetune.queries_contribute(pipeline.model)
+    assert (record["similarity_weight"], record["used"]) == (0, "readout")
+    assert pipeline.model.config.annotation["similarity_weight"] == 0
+
+
 def test_unlabelled_cells_are_left_out_and_a_single_label_is_refused(cells):
     obs = cells.obs.copy()
     obs["label"] = obs["label"].replace({"monocyte": "unknown"})

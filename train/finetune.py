@@ -440,8 +440,6 @@ class FineTuning:
             weights, bias = readout.readout_of(self.regressions.everything, self.text_features)
             # What gradient steps changed stays.
             add_to_readout(self.model, (weights - self.weights) * self.share, (bias - self.bias) * self.share)
-        elif queries_contribute(self.model):
-            self.similarity_weight = 1 / DEFAULT_TEMPERATURE
         set_temperature(self.model, temperature)
         self.record["temperature"] = temperature
         self.record["similarity_weight"] = self.similarity_weight
