@@ -44,6 +44,7 @@ try:  # as a package or as remote code
         majority_vote,
         set_threshold,
         summarize_annotation,
+        term_of,
     )
     from .audit_scmmgpt import Audit, judge
     from .cells_scmmgpt import Cells, log1p_cp10k
@@ -94,6 +95,7 @@ except ImportError:  # as a flat module in a clone
         majority_vote,
         set_threshold,
         summarize_annotation,
+        term_of,
     )
     from audit_scmmgpt import Audit, judge
     from cells_scmmgpt import Cells, log1p_cp10k
@@ -133,6 +135,7 @@ logger = logging.get_logger(__name__)
 READ_OPTIONS = ("layer", "assume", "gene_column", "organism", "force")  # of `read_cells`, taken by every verb
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
 READ_CELLS = 10_000  # of a file, at most, that correct the place of labels that were never trained
+STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that make `annotate` advise to name one
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
 
 
@@ -411,6 +414,12 @@ class ScMMGPTPipeline:
             _add_obs(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
         summary = self._warn_of_labels(labelling, columns, probabilities)
+        stored = self.model.config.annotation or {}
+        if settings["labels"].keys() == stored.get("labels", {}).keys():
+            for advice in _advice_on_tissues(
+                adata.obs, dict(zip(*_counted(columns["cell_type"]), strict=True)), stored
+            ):
+                logger.warning(advice)
         done = {
             "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
@@ -1347,6 +1356,43 @@ def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str,
 def _uncounted(choice: InputChoice) -> InputChoice:
     """A copy of a choice with a report of its own, for a second pass over the cells."""
     return replace(choice, report=copy.deepcopy(choice.report))
+
+
+def _counted(labels: np.ndarray) -> tuple[list[str], list[int]]:
+    """Labels, and how many cells have each."""
+    names, counts = np.unique(labels, return_counts=True)
+    return names.tolist(), counts.tolist()
+
+
+def _advice_on_tissues(obs: Any, counts: Mapping[str, int], stored: Mapping[str, Any]) -> list[str]:
+    """Advice to name a tissue, where cells of one tissue have labels that no cell of it had in training.
+
+    Args:
+        obs: Of the data; its column "tissue", if any, says where the cells are from.
+        counts: Label -> cells.
+        stored: `labels` and `tissues`, terms, of the checkpoint.
+    """
+    tissues = stored.get("tissues") or []
+    named = [str(word) for word in np.unique(tissues_of(obs).astype(str)) if word]
+    terms = [term for name in named if (term := term_of(name, tissues)) is not None]
+    if not tissues or len(named) > 1 or (named and not terms):
+        return []
+
+    def strange(term: Mapping[str, Any]) -> dict[str, int]:
+        return {label: n for label, n in counts.items() if label in stored["labels"] and label not in term["labels"]}
+
+    term = min(terms or tissues, key=lambda term: sum(strange(term).values()))
+    others, n_cells = strange(term), sum(counts.values())
+    if sum(others.values()) < STRANGE_SHARE * n_cells or (not named and len(others) < MIN_STRANGE):
+        return []
+    shown = ", ".join(sorted(others, key=lambda label: -others[label])[:3])
+    if named:
+        start = f"The file says that the tissue is {named[0]!r}; {sum(others.values())} of {n_cells} cells have labels"
+        said = f"{start} that the checkpoint's cells of this tissue did not have ({shown})."
+        return [f"{said} `tissue='{term['name']}'` chooses among the others."]
+    known = ", ".join(str(term["name"]) for term in tissues)
+    said = f"The {len(counts)} labels are of several tissues (beside {term['name']}: {shown})."
+    return [f"{said} If the cells are of one, name it by `tissue=`: {known}."]
 
 
 def _words(adata: Any, key: str) -> np.ndarray:
