@@ -361,7 +361,7 @@ def verify(args: Args) -> int:
 def report(args: Args) -> None:
     """Write a page about the results of a file: map, labels, evidence, descriptions, warnings, receipt."""
     from scmmgpt.commands.report import KEY, report_page
-    from scmmgpt.reading_scmmgpt import need_columns
+    from scmmgpt.records_scmmgpt import need_columns
 
     if args.output.suffix not in (".html", ".htm"):
         raise ValueError(f"--output is {str(args.output)!r}; its name must end in .html.")
@@ -433,7 +433,7 @@ def mcp(args: Args) -> None:
 def load(args: Args) -> "tuple[ScMMGPTPipeline, anndata.AnnData]":
     """The pipeline and the AnnData of a command, once all that it names is checked; the file fails sooner."""
     from scmmgpt.commands.checkpoints import find_checkpoint
-    from scmmgpt.reading_scmmgpt import need_columns
+    from scmmgpt.records_scmmgpt import need_columns
 
     check_outputs(args)
     find_checkpoint(args.model)

@@ -1,247 +1,35 @@
 """From the scores of labels to an annotation: pure functions of arrays, independent of any model.
 
-1. `candidate_columns`: labels in any words -> the texts to score, those of trained labels included.
-2. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
-3. `novelty_of`: how much of a cell lies in genes that no known cell type expresses.
-4. `choose_labels`: the most probable label of each cell, and its certainty.
-5. `summarize_annotation`: numbers of the whole, and warnings of an unlikely one.
+1. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
+2. `choose_labels`: the most probable label of each cell or a broader term, and its certainty.
 
-`fit_mixture` fits temperature and matching weight, `fit_novelty` the genes and the unit of novelty, and
-`fit_label_sets` the thresholds of sets of labels, to cells of known labels. A checkpoint keeps them,
-and the terms of its labels, in `config.annotation`.
+`fit_mixture` fits temperature and matching weight, and `fit_label_sets` the thresholds of sets of labels, to cells of
+known labels. A checkpoint keeps them, and the terms of its labels, in `config.annotation`.
 """
 
-import base64
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
-
 UNKNOWN = "Unknown"  # the label of a cell that gets none
 
-# Novelty. The values are those that told apart known and new cell types best on cells of other laboratories, over six
-# training sets (`train/LOG.md`).
-ABSENT_BELOW = 0.3  # counts per 10,000: a gene below it in every known cell type is absent from them
-HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than held-out cells of the same one
-MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
-NOVELTY_FOLDS = 5
-MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
-ABSENT_WEIGHT = 0.2  # of the share of absent genes, in its unit, beside the missing lead over other cells
-MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
-
-# An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
-COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
 SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
 MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
-NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
-DOUBTFUL_SHARE = 0.5  # an annotation with at least this share of low scores, where not all labels are candidates
-
-
-# -- labels in other words --------------------------------------------------------------------------------------------
-
-
-def normalize_label(label: str) -> str:
-    """Reduce a label to lower-case words, so that spelling variants compare equal.
-
-    >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
-    True
-    """
-    label = re.sub(r"(?<=\w)\+", " positive ", label.casefold())
-    return " ".join(re.findall(r"[^\W_]+", label))
-
-
-def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
-    """Label -> text that describes it: the given text, else the stored one, else the label itself.
-
-    Given labels that differ in case alone are one, in the stored spelling or else the first.
-    """
-    if isinstance(labels, str):
-        raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
-    if labels is None and stored:
-        return dict(stored)
-    labels = {} if labels is None else labels
-    if not isinstance(labels, dict):
-        labels = {label: stored.get(label, label) for label in labels}
-    labels = {str(label): str(text) for label, text in labels.items()}
-    if not labels:
-        raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
-    empty = [label for label, text in labels.items() if not text.strip()]
-    if empty:
-        raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
-    spellings: dict[str, list[str]] = {}
-    for label in labels:
-        spellings.setdefault(label.casefold(), []).append(label)
-    merged = {}
-    for same in spellings.values():
-        name = next((label for label in same if label in stored), same[0])
-        if len({labels[label] for label in same if labels[label] != label}) > 1:
-            raise ValueError(f"{same} differ in case alone and have texts that differ; leave out all but one.")
-        merged[name] = next((labels[label] for label in [name, *same] if labels[label] != label), name)
-    return merged
-
-
-def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
-    """Label -> text of the stored labels that the training cells of a tissue had.
-
-    Args:
-        tissue: In any spelling, a synonym, or an id of UBERON.
-        stored: `labels` (label -> text) and `tissues`, terms as for [`trained_labels_of`].
-
-    >>> liver = {"id": "UBERON:0002107", "name": "liver", "names": ["liver"], "labels": ["hepatocyte"]}
-    >>> labels_of_tissue("Liver", {"labels": {"hepatocyte": "A cell.", "neuron": "A cell."}, "tissues": [liver]})
-    {'hepatocyte': 'A cell.'}
-    """
-    tissues = stored.get("tissues") or []
-    if not tissues:
-        raise ValueError(
-            "This checkpoint does not know which labels a tissue has: name the labels, or use a checkpoint of "
-            "`release`, `finetune` or `calibrate` whose cells had a column 'tissue' in obs."
-        )
-    found = term_of(tissue, tissues)
-    if found is None:
-        known = ", ".join(str(term["name"]) for term in tissues)
-        raise ValueError(f"The checkpoint saw no cells of the tissue {tissue!r}; it knows {known}.")
-    return {label: text for label, text in stored["labels"].items() if label in found["labels"]}
-
-
-def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Label -> Cell Ontology id: the given one, else that of the stored term that the label means."""
-    found = {name: term_of(name, terms) for name in names}
-    return {name: term["id"] for name, term in found.items() if term is not None} | given
-
-
-def trained_labels_of(
-    label: str, cl_id: str | None, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Trained labels that a label stands for: the label that it spells otherwise, or all its subtypes.
-
-    The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
-
-    `cl_id` is the Cell Ontology id of a label, if known; `terms` are those of the trained labels and all ancestors:
-    `id`, `names` (normalised) and `labels` (trained ones, at or below it).
-
-    >>> terms = [{"id": "CL:0000084", "names": ["t cell", "t lymphocyte"], "labels": ["CD4 T", "CD8 T"]}]
-    >>> trained_labels_of("T-lymphocytes", None, ["CD4 T", "CD8 T", "B"], terms)
-    ['CD4 T', 'CD8 T']
-    """
-    if label in trained:
-        return [label]
-    spellings = _spellings(label)
-    same = [name for name in trained if spellings & _spellings(name)]
-    if same:
-        return same
-    term = term_of(label, terms, cl_id)
-    return [] if term is None else list(term["labels"])
-
-
-def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = None) -> Mapping[str, Any] | None:
-    """The term of an id, or that a label names, in any spelling; None if there is none."""
-    wanted = cl_id or label.strip().upper()
-    by_id = (term for term in terms if term["id"] == wanted)
-    by_name = (term for term in terms if _spellings(label) & set(term["names"]))
-    return next(by_id, None) or next(by_name, None)
-
-
-def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a sentence names a trained label, or a term above one that is not above all.
-
-    >>> names_known_type("Two NK cells from blood.", ["natural killer cell"], [])
-    False
-    >>> names_known_type("Natural killer cells from blood.", ["natural killer cell"], [])
-    True
-    """
-    words = " ".join(word.removesuffix("s") for word in normalize_label(text).split())
-    names = [normalize_label(label) for label in trained]
-    names += [name for term in terms if len(term["labels"]) < len(trained) for name in term["names"]]
-    singular = (" ".join(word.removesuffix("s") for word in name.split()) for name in names)
-    return any(f" {name} " in f" {words} " for name in singular)
-
-
-def _spellings(label: str) -> set[str]:
-    """A label's words, and the same in the singular."""
-    words = normalize_label(label)
-    return {words, words.removesuffix("s")}
-
-
-def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of the narrowest term that a label's words end with: "monocyte" of "classical monocyte"."""
-    spellings = tuple(f" {words}" for words in _spellings(label))
-    named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
-    found = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
-    found = [labels for labels in found if len(labels) < len(trained) and "non" not in spellings[0].split()]
-    return min(found, key=len, default=[])
-
-
-@dataclass
-class Candidates:
-    """The texts that each cell is compared with, and the label that each text stands for."""
-
-    names: list[str]  # the labels to choose from
-    texts: list[str]  # (n_texts,) what is scored; every trained text is among them
-    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is not a candidate
-    unseen: np.ndarray  # bool (n_texts,): the label means no trained one
-    meant: dict[str, list[str]]  # label -> the trained labels that it means
-
-    def pool(self, probabilities: np.ndarray) -> np.ndarray:
-        """`(n_cells, n_texts)` probabilities -> those of the labels, `(n_cells, n_names)`, which sum to 1 or less."""
-        pooled = np.zeros((len(probabilities), len(self.names)), dtype=probabilities.dtype)
-        for text, owner in enumerate(self.owners):
-            if owner >= 0:
-                pooled[:, owner] += probabilities[:, text]
-        return pooled
-
-
-def candidate_columns(
-    labels: Mapping[str, str],
-    trained: Mapping[str, str],
-    cl_ids: Mapping[str, str],
-    terms: Sequence[Mapping[str, Any]],
-) -> Candidates:
-    """The texts to score for some labels: theirs, and those of all trained labels.
-
-    A label that means trained ones gets their texts' probability. Where two labels mean one trained label, it belongs
-    to the narrower. A trained label that no candidate means competes too, so that a cell may be none of the labels,
-    unless it is broader than an untrained label ("T cell" beside "gamma-delta T cell").
-
-    Args:
-        labels: Label -> text; the text of a label alone is the label itself, or that of training.
-        trained: Label -> text of the trained labels.
-        cl_ids: Label -> Cell Ontology id, where known.
-        terms: As for [`trained_labels_of`].
-    """
-    names = list(labels)
-    meant = {name: trained_labels_of(name, cl_ids.get(name), list(trained), terms) for name in names}
-    widths = {label: [len(meant[name]) if label in meant[name] else math.inf for name in names] for label in trained}
-    broader = {label for name in names if not meant[name] for label in broader_labels(name, trained, terms)}
-    owner_of: dict[str, tuple[int, bool]] = {}
-    for label, text in trained.items():
-        width = min(widths[label])
-        if not math.isinf(width):
-            owner_of.setdefault(text, (widths[label].index(width), False))
-        elif label not in broader:
-            owner_of.setdefault(text, (-1, False))
-    for number, (name, text) in enumerate(labels.items()):
-        # The words of a label that means a trained one add nothing; a description of it, given by the user, may.
-        if text not in owner_of and not (meant[name] and text == name):
-            owner_of[text] = number, not meant[name]
-    owners, unseen = zip(*owner_of.values(), strict=True)
-    return Candidates(names, list(owner_of), np.asarray(owners), np.asarray(unseen), meant)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
 def label_probabilities(
-    similarity: np.ndarray, match: np.ndarray | None = None, *, logit_scale: float, matching_weight: float = 0.0
+    similarity: np.ndarray,
+    match: np.ndarray | None = None,
+    *,
+    logit_scale: float,
+    matching_weight: float = 0.0,
+    doubt: float = 0.0,
 ) -> np.ndarray:
     """Probability of each label for each cell: a softmax over similarities, mixed with matching.
 
@@ -254,6 +42,7 @@ def label_probabilities(
             no candidates.
         logit_scale: Inverse temperature of the softmax over labels.
         matching_weight: 0 = similarity alone, 1 = matching alone decides among the candidates.
+        doubt: Share of cells whose scores say nothing, so that no probability is quite 1.
 
     Returns:
         float32 `(n_cells, n_labels)`; each row sums to 1.
@@ -274,7 +63,7 @@ def label_probabilities(
         matched = candidates & (total > 0)
         redistributed = np.where(matched, share * match / np.where(total > 0, total, 1), probabilities)
         probabilities = (1 - matching_weight) * probabilities + matching_weight * redistributed
-    return probabilities.astype(np.float32)
+    return ((1 - doubt) * probabilities + doubt / probabilities.shape[1]).astype(np.float32)
 
 
 def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -308,6 +97,7 @@ def choose_labels(
     novelty: np.ndarray | None = None,
     terms: Sequence[Mapping[str, Any]] = (),
     others_compete: bool = False,
+    broader: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Choose the most probable label of each cell, and measure its certainty.
 
@@ -319,6 +109,7 @@ def choose_labels(
         min_score: Cells whose best label is less probable get a broader term of `terms`, else `"Unknown"`. With 0
             every cell gets a label. An array has one for each cell, see [`least_scores`].
         novelty: Float `(n_cells,)`: cells above 1 are `"Unknown"`; NaN where too few genes are measured.
+        broader: Position in `terms` of the answer for a cell of a novelty above 1, float `(n_cells,)`; -1 for none.
         terms: Broader terms, as for [`trained_labels_of`], the preferred ones first: a cell below `min_score` gets the
             first one above its best label whose labels together go that share of the way from chance to certainty:
             half of the labels have half of the probability of a cell that is like none.
@@ -337,20 +128,23 @@ def choose_labels(
     cl_id = np.asarray([cl_ids.get(name, "") for name in names], dtype=object)[best]
     if min_score is not None:
         low = score < min_score
-        for term in terms:
-            members = [number for number, name in enumerate(names) if name in term["labels"]]
-            if not 1 < len(members) <= MOST_LABELS * len(names):
+        for term, members in zip(terms, members_of_terms(terms, names), strict=True):
+            if not members:
                 continue
             total, chance = probabilities[:, members].sum(axis=1), len(members) / len(names)
             reached = total >= chance + (1 - chance) * np.asarray(min_score)
-            broader = low & np.isin(best, members) & reached
-            cell_type[broader], cl_id[broader], score[broader] = term["name"], term["id"], total[broader]
-            low &= ~broader
+            found = low & np.isin(best, members) & reached
+            cell_type[found], cl_id[found], score[found] = term["name"], term["id"], total[found]
+            low &= ~found
         cell_type[low], cl_id[low] = UNKNOWN, ""
     if novelty is not None and not (
         np.isscalar(min_score) and min_score == 0
     ):  # 0 of the user, not one that was fitted
         cell_type[novelty > 1], cl_id[novelty > 1] = UNKNOWN, ""
+        for number in np.unique(broader[broader >= 0]).astype(int) if broader is not None else ():
+            term, novel = terms[number], (broader == number) & (novelty > 1)
+            cell_type[novel], cl_id[novel] = term["name"], term["id"]
+            score[novel] = probabilities[novel][:, np.isin(names, term["labels"])].sum(axis=1)
     cell_type, cl_id = cell_type.astype(str), cl_id.astype(str)
     margin = ranked[:, -1] - ranked[:, -2] if len(names) > 1 else ranked[:, -1]
     others = np.maximum(1 - probabilities.sum(axis=1, keepdims=True), 0)
@@ -361,68 +155,10 @@ def choose_labels(
     return columns
 
 
-def summarize_annotation(
-    columns: Mapping[str, np.ndarray], candidates: Candidates, known: Sequence[str], min_score: float | None
-) -> tuple[dict[str, Any], list[str]]:
-    """Summary of an annotation, and warnings about an unlikely one.
-
-    `columns` is the result of [`choose_labels`], `known` the labels of the checkpoint, and `min_score` that of
-    [`choose_labels`], None for one of 0 that was fitted.
-
-    Returns:
-        `found`, `found_cells`, `mean_entropy`, `collapsed`, with novelty `novel_cells`; and the warnings.
-    """
-    found, found_cells = np.unique(columns["cell_type"], return_counts=True)
-    n_cells, n_novel = len(columns["cell_type"]), int((columns.get("novelty", np.empty(0)) > 1).sum())
-    share = found_cells.max() / n_cells
-    several = len(candidates.names) > 1
-    collapsed = several and n_cells >= COLLAPSE_MIN_CELLS and bool(share >= COLLAPSE_SHARE)
-    warnings = []
-    if len(candidates.texts) == 1:
-        warnings.append(
-            f"There is one label, {candidates.names[0]!r}, and no other that the checkpoint knows: every cell gets "
-            "it, with score 1. Give two labels or more."
-        )
-    if n_novel >= NOVEL_SHARE * n_cells:
-        given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
-        warnings.append(
-            f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
-            f"such as {', '.join(map(repr, known[:3]))}): {given}. They are more like other cells, or express "
-            "other genes; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
-        )
-    elif not min_score and (candidates.owners < 0).any() and (low := int((columns["score"] < 0.5).sum())):
-        if low >= DOUBTFUL_SHARE * n_cells:
-            warnings.append(
-                f"{low} of {n_cells} cells have a score below 0.5: known labels that are no candidates fit them "
-                "better, or several candidates fit alike. Pass `min_score=`, or more `labels=`."
-            )
-    elif collapsed:
-        warnings.append(
-            f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "
-            f"{len(candidates.names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the "
-            "matrix or the genes may be the wrong ones, or the texts of the labels too alike."
-        )
-    numbers = {
-        "found": np.asarray(found, dtype=object),
-        "found_cells": found_cells,
-        "mean_entropy": float(columns["entropy"].mean()),
-        "collapsed": collapsed,
-    }
-    return numbers | ({"novel_cells": n_novel} if "novelty" in columns else {}), warnings
-
-
-def majority_vote(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The commonest label of each cell's cluster; ties go to the label that sorts first.
-
-    >>> majority_vote(np.array(["B", "B", "T", "T"]), np.array(["0", "0", "0", "1"]))
-    array(['B', 'B', 'B', 'T'], dtype='<U1')
-    """
-    voted = np.empty_like(labels)
-    for cluster in np.unique(clusters):
-        members = clusters == cluster
-        names, counts = np.unique(labels[members], return_counts=True)
-        voted[members] = names[counts.argmax()]
-    return voted
+def members_of_terms(terms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
+    """Positions of each term's labels in `names`; none for a term that is no answer, of one label or of nearly all."""
+    found = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
+    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in found]
 
 
 def fit_mixture(
@@ -491,110 +227,3 @@ def label_sets(probabilities: np.ndarray, names: Sequence[str], threshold: float
     order = np.argsort(-probabilities, axis=1, kind="stable")
     n = np.maximum((probabilities >= threshold).sum(axis=1), 1)
     return np.array([" | ".join(names[i] for i in row[:k]) for row, k in zip(order, n, strict=True)], dtype=str)
-
-
-# -- novelty ----------------------------------------------------------------------------------------------------------
-
-
-def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
-    """Share of each cell in absent genes, float32 `(n_cells,)`, 0 to 1; each gene counts by the root of its count.
-
-    A cell of a type that was never seen expresses genes that no known type does, and a type keeps its silent genes
-    from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
-    `(n_genes,)`, by vocabulary id.
-    """
-    roots = np.sqrt(cells.counts.astype(np.float64))
-    rows = cells.rows()
-    total = np.bincount(rows, weights=roots, minlength=len(cells))
-    novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
-    return (novel / np.maximum(total, 1e-9)).astype(np.float32)
-
-
-def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
-    """Genes below `ABSENT_BELOW` counts per 10,000 in the mean of every label, bool `(n_genes,)`.
-
-    `targets` are the labels of the cells, int `(n_cells,)`.
-    """
-    rows = cells.rows()
-    sizes = np.maximum(np.bincount(rows, weights=cells.counts, minlength=len(cells)), 1e-9)
-    of_label = targets[rows]
-    absent = np.ones(n_genes, dtype=bool)
-    for label in np.unique(targets):
-        mine = of_label == label
-        shares = cells.counts[mine] / sizes[rows[mine]]
-        means = np.bincount(cells.gene_ids[mine], weights=shares, minlength=n_genes) / (targets == label).sum()
-        absent &= means * COUNTS_PER_10K < ABSENT_BELOW
-    return absent
-
-
-def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
-    """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
-
-    `targets` are the labels of the cells, int `(n_cells,)`, and `measured` vocabulary ids of their genes.
-
-    Returns:
-        `absent_genes` and `expressed_genes` (a bit a gene, packed, in base64), and `unit`: the share of absent genes
-        above which a cell is novel, from cells that were left out when the absent genes were found.
-    """
-    if len(cells) < MIN_NOVELTY_CELLS:
-        return None
-    fold = permutation(len(cells), NOVELTY_FOLDS) % NOVELTY_FOLDS
-    known = np.zeros(n_genes, dtype=bool)
-    known[measured] = True
-    shares = np.empty(len(cells), dtype=np.float32)
-    for part in range(NOVELTY_FOLDS):
-        absent = absent_genes(cells[fold != part], targets[fold != part], n_genes)
-        shares[fold == part] = novelty_of(cells[fold == part], absent & known)
-    unit = max(float(np.quantile(shares, HELD_OUT_QUANTILE)) * MARGIN, MIN_UNIT)
-    absent = absent_genes(cells, targets, n_genes) & known
-    expressed = known & ~absent
-    if not absent.any() or not expressed.any():
-        return None
-    return {"absent_genes": _pack(absent), "expressed_genes": _pack(expressed), "unit": round(unit, 6)}
-
-
-def _pack(mask: np.ndarray) -> str:
-    """A bool array as text: a bit each, in base64."""
-    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
-
-
-def _unpack(text: str, n_genes: int) -> np.ndarray:
-    """The bool array `(n_genes,)` of [`_pack`]."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n_genes).astype(bool)
-
-
-@dataclass
-class Novelty:
-    """The stored result of [`fit_novelty`] and the unit of novelty by other cells, if any, for the genes at hand."""
-
-    absent: np.ndarray | None  # bool (n_genes,); None where too few genes are measured
-    unit: float
-    panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
-    others_unit: float = 1.0
-
-    @classmethod
-    def of(
-        cls, stored: Mapping[str, Any] | None, measured: np.ndarray, n_genes: int, panel: Any = None
-    ) -> "Novelty | None":
-        """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes.
-
-        With other cells in the readout, whose `panel` for `measured` is given, no genes are too few.
-        """
-        if not stored:
-            return None
-        absent, unit = None, stored.get("unit", 1.0)
-        if "expressed_genes" in stored:
-            expressed = _unpack(stored["expressed_genes"], n_genes)
-            if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
-                absent = _unpack(stored["absent_genes"], n_genes)
-        if panel is not None and panel.others is not None and "others_unit" in stored:
-            return cls(absent, unit, panel, stored["others_unit"])
-        return None if absent is None else cls(absent, unit)
-
-    def __call__(self, cells: Cells) -> np.ndarray:
-        """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type."""
-        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent) / np.float32(self.unit)
-        if self.panel is None:
-            return np.asarray(share)
-        novelty = self.panel.novelty(cells) + np.float32(ABSENT_WEIGHT) * share
-        return (novelty / np.float32(self.others_unit)).clip(min=0)

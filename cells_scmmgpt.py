@@ -6,6 +6,7 @@ In shapes, `nnz` is the number of entries of all cells: expressed genes with the
 import enum
 import functools
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -14,9 +15,9 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, kernels_pay, mix64, name_genes
+    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, hash_rows, kernels_pay, mix64, name_genes
 except ImportError:  # beside the other files of a checkpoint
-    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, kernels_pay, mix64, name_genes
+    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, hash_rows, kernels_pay, mix64, name_genes
 
 
 class RandomStream(enum.IntEnum):
@@ -428,3 +429,71 @@ def hellinger_profile(cells: Cells) -> np.ndarray:
 def is_cells(value: Any) -> bool:
     """Whether a value is [`Cells`], of whichever copy of the class: a checkpoint has one beside the package's."""
     return hasattr(value, "indptr") and hasattr(value, "cell_ids")
+
+
+def cells_of(value: Any, processor: Any = None) -> Cells:
+    """Cells in any form: [`Cells`], an AnnData, which the processor reads, a row, a list of these, or None.
+
+    A row is a mapping with the columns of a cell, as in a corpus; see `Cells.from_rows`.
+    """
+    if is_cells(value):
+        return value
+    if isinstance(value, Mapping):
+        return Cells.from_rows([value])
+    if value is None or isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
+        several = () if value is None else value
+        return Cells.concatenate([Cells.from_rows([]), *(cells_of(one, processor) for one in several)])
+    if processor is None:
+        raise TypeError(f"A row's cells are {type(value).__name__}; give Cells, a row of a cell, or a list of these.")
+    return processor.read_cells(value)[0]
+
+
+def cells_in(messages: Any) -> list[Any]:
+    """What the parts `{"type": "cell", "cell": ...}` of the messages of a conversation hold, in order."""
+    contents = [] if messages is None or isinstance(messages, str) else [message["content"] for message in messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    return [part["cell"] for part in parts if part.get("cell") is not None]
+
+
+def show_module(name: str) -> None:
+    """Make a module an attribute of its package, where `dill` looks for classes.
+
+    transformers loads the files of a checkpoint without it. `datasets` then takes 20 seconds to find that it
+    cannot hash what they define, and `Dataset.map` repeats its work in every run.
+    """
+    package, _, module = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], module, sys.modules[name])
+
+
+def fingerprints(cells: Cells) -> np.ndarray:
+    """A number for the genes and counts of each cell, uint64 `(n_cells,)`, whatever the order of the genes.
+
+    >>> a = Cells([0, 2], [7, 9], [1, 5], np.zeros(1, np.uint64))
+    >>> b = Cells([0, 2], [9, 7], np.array([5.0, 1.0]), np.zeros(1, np.uint64))
+    >>> bool(fingerprints(a) == fingerprints(b))
+    True
+    """
+    counts = cells.counts.astype(np.float32).view(np.uint32)
+    if kernels_pay(0):
+        return hash_rows(cells.indptr, cells.gene_ids, counts)
+    genes = mix64((cells.gene_ids.astype(np.uint64) + ONE) * GOLDEN_GAMMA)
+    entries = mix64(genes ^ counts.astype(np.uint64))
+    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(entries, dtype=np.uint64)])
+    return sums[cells.indptr[1:]] - sums[cells.indptr[:-1]]  # modulo 2**64, as the sums are
+
+
+class CellsHash:
+    """Hash of cells that arrive in chunks: a sum, whatever the order of the cells and the size of the chunks."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def update(self, cells: Cells) -> None:
+        """Add the next cells."""
+        of_cells = mix64(fingerprints(cells) ^ mix64(cells.cell_ids + GOLDEN_GAMMA))
+        self.total = (self.total + int(of_cells.sum(dtype=np.uint64))) % 2**64
+
+    def hexdigest(self) -> str:
+        """The hash of all cells so far."""
+        return f"{self.total:016x}"

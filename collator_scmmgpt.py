@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, hash_names, is_cells
+    from .cells_scmmgpt import Cells, cells_in, cells_of, hash_names
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells, hash_names, is_cells
+    from cells_scmmgpt import Cells, cells_in, cells_of, hash_names
 
 
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # of a row that is one cell
@@ -31,7 +31,7 @@ class ScMMGPTDataCollator(TrainerCallback):
     | --- | --- | --- |
     | `cell_id`, `gene_ids`, `counts`, `total_counts` | a cell, as in a corpus and by `Cells.to_rows` | inputs |
     | `cells` | in their place one or several: [`Cells`], an AnnData, such a row, or a list of these | inputs |
-    | `messages` | a conversation, with a `<cell>` for each cell of the row | `labels`: the assistant's turns |
+    | `messages` | a conversation, with a `<cell>` or a part that holds a cell | `labels`: the assistant's turns |
     | `target` | the cell that the messages, which end with the user's turn, ask for | the expression loss |
     | `prompt`, `chosen`, `rejected` | messages, the better answer, the worse one | what TRL's `DPOTrainer` takes |
     | `caption` | a text that fits the cell | contrast and matching; rows of one `cell_type` have one meaning |
@@ -119,7 +119,7 @@ class ScMMGPTDataCollator(TrainerCallback):
     def _targets(self, columns: Columns, epoch: int) -> dict[str, torch.Tensor]:
         if "target" not in columns:
             return {}
-        targets = [_cells_of(value, self.processor) for value in columns["target"]]
+        targets = [cells_of(value, self.processor) for value in columns["target"]]
         rows = [row for row, cells in enumerate(targets) for _ in range(len(cells))]
         if not rows:
             return {}
@@ -182,33 +182,22 @@ def read_rows(rows: Sequence[Mapping[str, Any]], processor: Any = None) -> tuple
     Raises:
         ValueError: If a row lacks a part of its cell.
     """
+    if len(rows) and "cells" not in rows[0]:
+        held = [cells_in(row["messages"] if "messages" in row else row.get("prompt")) for row in rows]
+        if any(held):
+            rows = [{**row, "cells": cells} for row, cells in zip(rows, held, strict=True)]
     names = [name for name in rows[0] if name not in CELL_COLUMNS and name != "cells"] if len(rows) else []
     columns: dict[str, Any] = {}
     for name in names:
         columns[name] = np.empty(len(rows), dtype=object)
         columns[name][:] = [row[name] for row in rows]
     if len(rows) and "cells" in rows[0]:
-        pieces = [_cells_of(row["cells"], processor) for row in rows]
+        pieces = [cells_of(row["cells"], processor) for row in rows]
         columns["cells_per_row"] = np.array([len(piece) for piece in pieces])
         return Cells.concatenate(pieces), columns
     if len(rows) and ("gene_ids" in rows[0] or "counts" in rows[0]):
         return Cells.from_rows(rows), columns
     return None, columns
-
-
-def _cells_of(value: Any, processor: Any) -> Cells:
-    """The cells of one row: none, [`Cells`], an AnnData, a mapping with a cell's columns, or a list of these."""
-    if value is None:
-        return Cells.from_rows([])
-    if is_cells(value):
-        return value
-    if hasattr(value, "obs_names"):
-        return processor.read_cells(value)[0]
-    if isinstance(value, Mapping):
-        return Cells.from_rows([value])
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        return Cells.concatenate([Cells.from_rows([]), *(_cells_of(one, processor) for one in value)])
-    raise TypeError(f"A row's cells are {type(value).__name__}; give Cells, an AnnData, a row of a corpus, or a list.")
 
 
 def type_ids(columns: Columns, captions: Sequence[str]) -> torch.Tensor:

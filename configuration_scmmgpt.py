@@ -17,6 +17,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_scmmgpt.ScMMGPTForConditionalGeneration",
     "AutoProcessor": "processing_scmmgpt.ScMMGPTProcessor",
 }
 # A stage-1 checkpoint holds no language model: `AutoModel` loads the alignment model, and no other class is mapped.
@@ -153,8 +154,9 @@ class ScMMGPTConfig(PreTrainedConfig):
             `matching_candidates` and `temperature` fixed on validation data; `readout_temperature` and
             `similarity_weight`, the temperature of the label readout and the weight of similarities beside it;
             `terms`, by which other words for the labels are understood; `tissues`, terms likewise, with the labels of
-            their cells; `unseen_gate` (or `unseen_bonus`), by which labels without training cells are chosen; and
-            `novelty`, by which cells of no known type are found.
+            their cells; `unseen_gate` (or `unseen_bonus`), by which labels without training cells are chosen;
+            `doubt`, the share of cells whose scores say nothing; and `novelty`, by which cells of no known type are
+            found.
         release: `name` and `version` of a checkpoint that `release` built.
         adapter_bases: Names of the base whose LoRA adapter is merged into these weights. An adapter of that base is
             refused here, since it would count twice.

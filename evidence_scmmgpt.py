@@ -24,12 +24,12 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
+    from .labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 except ImportError:  # beside the other files of a checkpoint
-    from annotation_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
+    from labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 
 

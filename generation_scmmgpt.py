@@ -18,14 +18,14 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import names_known_type
     from .configuration_scmmgpt import ScMMGPTConfig
+    from .labels_scmmgpt import names_known_type
     from .modeling_scmmgpt import ScMMGPTForConditionalGeneration
     from .processing_scmmgpt import ScMMGPTProcessor
     from .states_scmmgpt import ScMMGPTCellStates
 except ImportError:  # as a flat module in a clone
-    from annotation_scmmgpt import names_known_type
     from configuration_scmmgpt import ScMMGPTConfig
+    from labels_scmmgpt import names_known_type
     from modeling_scmmgpt import ScMMGPTForConditionalGeneration
     from processing_scmmgpt import ScMMGPTProcessor
     from states_scmmgpt import ScMMGPTCellStates

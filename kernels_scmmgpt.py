@@ -1,8 +1,8 @@
 """Compiled loops over the counts of cells, one cell at a time, in memory that fits the cache.
 
 [`find_entries`] and [`name_genes`] read the rows of a dense and of a sparse matrix as genes of the vocabulary;
-[`fill_rows`] bins, selects and pads. Each has a twin in NumPy that gives the same bits, in `matrices_scmmgpt`,
-`cells_scmmgpt` and `feature_extraction_scmmgpt`, for machines without numba and for few cells.
+[`fill_rows`] bins, selects and pads; [`hash_rows`] is for receipts. Each has a twin in NumPy that gives the same bits,
+in `rows_scmmgpt`, `cells_scmmgpt` and `feature_extraction_scmmgpt`, for machines without numba and for few cells.
 
 In shapes, C is cells, V the variables (columns) of a file, E the entries (non-zero counts) of all cells and T the
 tokens of a cell. `indptr` is `int64 (C + 1,)`: cell `i` owns the entries `indptr[i]:indptr[i + 1]`.
@@ -63,6 +63,17 @@ def mix64(state: Any) -> Any:
 
 
 _mix64 = _compiled(mix64)
+
+
+@_compiled
+def hash_rows(indptr: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums over each cell, uint64 (C,), of hashes of a gene and its count, uint32 (the bits of a float)."""
+    sums = np.zeros(len(indptr) - 1, dtype=np.uint64)
+    for cell in range(len(sums)):
+        for i in range(indptr[cell], indptr[cell + 1]):
+            gene = _mix64((np.uint64(gene_ids[i]) + ONE) * GOLDEN_GAMMA)
+            sums[cell] += _mix64(gene ^ np.uint64(counts[i]))
+    return sums
 
 
 @_compiled

@@ -21,13 +21,11 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
+    from .rows_scmmgpt import LARGEST_VALUE, CountRows, is_expression, row_major, sample_rows, segment
 except ImportError:  # beside the other files of a checkpoint
-    from kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
+    from rows_scmmgpt import LARGEST_VALUE, CountRows, is_expression, row_major, sample_rows, segment
 
 
-N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
-N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
 ROUNDED = "rounded to the nearest integer"
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
@@ -65,6 +63,7 @@ class MatrixVerdict:
     target_sum: float | None = None  # total per cell before the logarithm, over all genes of the original data
     complete: bool = False  # whether the genes of the matrix are those that the target sum was taken over
     precision: Precision = Precision()
+    floor: float = 0.0  # the value that zeros have, such as log(0 + pseudo-count); it is subtracted first
 
     @property
     def usable(self) -> bool:
@@ -75,172 +74,13 @@ class MatrixVerdict:
         """The verdict as the report holds it."""
         report: dict[str, Any] = {"kind": self.kind, "conversion": self.conversion or "none"}
         report["evidence"] = dict(self.evidence)
+        if self.floor:
+            report["floor"] = _number(self.floor)
         if self.logs:
             report["log_base"] = "e" if self.base == np.e else f"{self.base:g}"
         if self.target_sum is not None:
             report["target_sum"] = float(self.target_sum)
         return report
-
-
-@dataclass
-class CountRows:
-    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape."""
-
-    indptr: np.ndarray
-    indices: np.ndarray
-    data: np.ndarray
-    shape: tuple[int, int]
-    positions: np.ndarray | None = None  # int64 (n_rows,): row of the sampled matrix that each one was
-    sums: np.ndarray | None = None  # float64 (n_rows,), of all columns, if `indices` are the ids of genes
-
-    def entries(self, chosen: np.ndarray) -> "CountRows":
-        """The same rows with the entries where `chosen` (bool, `(nnz,)`) holds."""
-        kept = np.concatenate(([0], np.cumsum(chosen)))
-        return replace(self, indptr=kept[self.indptr], indices=self.indices[chosen], data=self.data[chosen])
-
-    def columns(self, keep: np.ndarray) -> "CountRows":
-        """The same rows with the entries of the columns where `keep` (bool, `(n_vars,)`) holds; the shape stays."""
-        return self if keep.all() else self.entries(keep[self.indices])
-
-    def locate(self, wanted: np.ndarray) -> list[int]:
-        """Row (in the matrix that was sampled) and column of the first entry where `wanted` (bool `(nnz,)`) holds."""
-        entry = int(np.flatnonzero(wanted)[0])
-        row = int(np.searchsorted(self.indptr, entry, side="right")) - 1
-        return [row if self.positions is None else int(self.positions[row]), int(self.indices[entry])]
-
-    def row_sums(self, values: np.ndarray | None = None) -> np.ndarray:
-        """Sum of each row's data, or of `values` in their place; float64 `(n_cells,)`."""
-        values = self.data if values is None else values
-        return _segment(np.add, values.astype(np.float64, copy=False), self.indptr)
-
-
-def _segment(ufunc: np.ufunc, values: np.ndarray, indptr: np.ndarray, empty: float = 0.0) -> np.ndarray:
-    """Reduce `values` within each row; `empty` for rows without values."""
-    filled = np.flatnonzero(np.diff(indptr))
-    result = np.full(len(indptr) - 1, empty, dtype=values.dtype)
-    if len(filled):
-        result[filled] = ufunc.reduceat(values, indptr[filled])
-    return result
-
-
-def row_major(matrix: Any) -> Any:
-    """The matrix in a form whose rows can be sliced; a new object if it had to be converted."""
-    if getattr(matrix, "format", "csr") != "csr":
-        if hasattr(matrix, "to_memory"):  # AnnData's view of a column-major matrix on disk
-            matrix = matrix.to_memory()
-        matrix = matrix.tocsr()
-    return matrix
-
-
-def is_in_memory(matrix: Any) -> bool:
-    """Whether the matrix is a NumPy array, or a SciPy matrix of such."""
-    return isinstance(matrix, np.ndarray) or isinstance(getattr(matrix, "data", None), np.ndarray)
-
-
-def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
-    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept."""
-    if getattr(matrix, "format", None) == "csr" and is_in_memory(matrix):  # where SciPy would copy the entries
-        entries = slice(matrix.indptr[start], matrix.indptr[stop])
-        indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
-        rows = CountRows(indptr, matrix.indices[entries], matrix.data[entries], (stop - start, matrix.shape[1]))
-        is_filled = rows.data != 0
-        return _checked(rows if is_filled.all() else rows.entries(is_filled))
-    block = matrix[start:stop]
-    for method in ("to_memory", "compute"):
-        if hasattr(block, method):
-            block = getattr(block, method)()
-    if hasattr(block, "tocsr"):
-        return read_rows(block.tocsr(), 0, block.shape[0])
-    block = np.asarray(block)
-    if block.ndim != 2:
-        raise ValueError(f"The matrix has shape {block.shape}; expected two dimensions, (n_cells, n_genes).")
-    # Numba takes no half floats, no foreign byte order and no text.
-    is_known = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
-    block = np.ascontiguousarray(block)
-    if not (is_known and kernels_pay(len(block))):
-        return _checked(CountRows(*_find_entries_numpy(block), block.shape))
-    indptr, columns, data, *_ = find_entries(block, np.arange(block.shape[1], dtype=np.int32), *_room(block))
-    return _checked(CountRows(indptr, columns, data, block.shape))
-
-
-def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows | None:
-    """Rows `start:stop` of a matrix of counts in memory, named in one pass; else [`read_rows`] and `Cells.from_csr`.
-
-    Args:
-        ids: int32 `(n_vars,)`: the gene of each column, none twice, or -1.
-
-    Returns:
-        Rows with `sums` and with ids of genes for `indices`; entries without a gene are left out. `None` for a matrix
-        that takes more than one pass, such as short integers, and for values that cannot be counts.
-    """
-    data, is_sparse = getattr(matrix, "data", None), getattr(matrix, "format", None) == "csr"
-    values = data if is_sparse else matrix
-    if not (isinstance(values, np.ndarray) and values.dtype.isnative):
-        return None
-    if not (values.dtype in (np.float32, np.float64) or values.dtype.kind in "iu" and values.dtype.itemsize >= 4):
-        return None
-    if not is_sparse:
-        block = np.ascontiguousarray(matrix[start:stop])
-        indptr, gene_ids, data, sums, are_sound = find_entries(block, ids, *_room(block))
-    elif matrix.indices.dtype == np.int32:
-        entries = slice(matrix.indptr[start], matrix.indptr[stop])
-        indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
-        columns, values, n_ids = matrix.indices[entries], matrix.data[entries], int(ids.max(initial=-1)) + 1
-        room = np.empty(len(columns), np.int32), np.empty_like(values)
-        indptr, gene_ids, data, sums, are_sound = name_genes(indptr, columns, values, ids, n_ids, False, *room)
-    else:
-        return None
-    return CountRows(indptr, gene_ids, data, (stop - start, len(ids)), sums=sums) if are_sound else None
-
-
-def _room(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays for the entries of a dense matrix, sized by a sample of the rows, because fresh memory takes time."""
-    some = block[:: 1 + len(block) // 128]
-    # Counting booleans is eight times faster than counting numbers.
-    size = block.shape[1] + int(1.1 * len(block) * np.count_nonzero(some != 0) / max(1, len(some)))
-    return np.empty(size, np.int32), np.empty(size, block.dtype)
-
-
-def _checked(rows: CountRows) -> CountRows:
-    """The rows, if they hold numbers."""
-    if rows.data.dtype == bool:
-        rows.data = rows.data.astype(np.int8)
-    if not np.issubdtype(rows.data.dtype, np.number) or np.issubdtype(rows.data.dtype, np.complexfloating):
-        raise TypeError(
-            f"The matrix holds values of type {rows.data.dtype}; expected numbers. "
-            "Convert it with `adata.X = adata.X.astype('float32')`, or pass another `layer=`."
-        )
-    return rows
-
-
-def _find_entries_numpy(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[`find_entries`] in NumPy."""
-    places = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
-    rows, columns = np.divmod(places, max(matrix.shape[1], 1))
-    return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns.astype(np.int32), matrix.ravel()[places]
-
-
-def sample_rows(matrix: Any) -> CountRows:
-    """About `N_SAMPLED_ROWS` rows, fewer if they are rich, in contiguous blocks spread evenly over the matrix."""
-    n_cells, n_vars = matrix.shape
-    if n_cells <= N_SAMPLED_ROWS:
-        starts, size = [0], n_cells
-    else:
-        size = N_SAMPLED_ROWS // N_BLOCKS
-        starts = np.linspace(0, n_cells - size, N_BLOCKS).astype(int).tolist()
-    parts = [read_rows(matrix, start, start + size) for start in starts]
-    positions = np.concatenate([np.arange(start, start + size) for start in starts])
-    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
-    kept = np.zeros(len(lengths), dtype=bool)
-    kept[:: 1 + int(lengths.sum()) // N_SAMPLED_VALUES] = True
-    entries = np.repeat(kept, lengths)
-    return CountRows(
-        np.concatenate(([0], np.cumsum(lengths[kept]))),
-        np.concatenate([part.indices for part in parts])[entries],
-        np.concatenate([part.data for part in parts])[entries],
-        (int(kept.sum()), n_vars),
-        positions[kept],
-    )
 
 
 def _storage_precision(values: np.ndarray) -> Precision:
@@ -293,7 +133,7 @@ def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, we
     """
     n_cells = len(indptr) - 1
     lengths = np.diff(indptr)
-    smallest = _segment(np.minimum, linear, indptr, np.nan)
+    smallest = segment(np.minimum, linear, indptr, np.nan)
     found = np.full(n_cells, np.nan)
     evidence = np.zeros(n_cells)
     counts = np.zeros(len(linear))
@@ -312,17 +152,17 @@ def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, we
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ratio = values * (multiple / first)
             # The unit is a stored value too, with the rounding of the smallest one.
-            smallest_error = np.repeat(_segment(np.minimum, errors, pointer), row_lengths)
+            smallest_error = np.repeat(segment(np.minimum, errors, pointer), row_lengths)
             tolerance = 1.5 * (multiple * errors + ratio * smallest_error) / first + 1e-7
             nearest = np.rint(ratio)
             telling = (tolerance < 0.1) & (ratio > multiple * (1 + 1e-4))
             off = telling & ~(np.abs(ratio - nearest) <= tolerance)
-        wrong = _segment(np.add, off.astype(np.int64), pointer)
+        wrong = segment(np.add, off.astype(np.int64), pointer)
         support = np.zeros(len(pending))
         if weigh or multiple > 1:
             chance = np.where(telling, -np.log10(np.minimum(2 * tolerance, 1.0) + 1e-12), 0.0)
-            support = _segment(np.add, chance, pointer)
-        fits = (wrong <= 0.002 * row_lengths) & np.isfinite(_segment(np.maximum, ratio, pointer))
+            support = segment(np.add, chance, pointer)
+        fits = (wrong <= 0.002 * row_lengths) & np.isfinite(segment(np.maximum, ratio, pointer))
         if multiple > 1:
             fits &= support > 3  # each further multiple is another chance to fit by accident
         rows = pending[fits]
@@ -330,8 +170,8 @@ def _find_units(linear: np.ndarray, error: np.ndarray, indptr: np.ndarray, *, we
             # Averaged over all small counts, the unit is far more precise than its one smallest value.
             chosen = np.repeat(fits, row_lengths)
             small = chosen & (tolerance < 0.1)
-            total_value = _segment(np.add, np.where(small, values, 0.0), pointer)[fits]
-            total_count = _segment(np.add, np.where(small, nearest, 0.0), pointer)[fits]
+            total_value = segment(np.add, np.where(small, values, 0.0), pointer)[fits]
+            total_count = segment(np.add, np.where(small, nearest, 0.0), pointer)[fits]
             with np.errstate(divide="ignore", invalid="ignore"):
                 unit = np.where(total_count > 0, total_value / total_count, smallest[rows] / multiple)
             found[rows] = unit
@@ -353,27 +193,35 @@ def _nice_total(total: float) -> float:
     return next((likely for likely in LIKELY_TOTALS if abs(total / likely - 1) < 0.002), _number(total))
 
 
-def inspect_matrix(
-    matrix: Any, *, totals: np.ndarray | None = None, is_gene: np.ndarray | None = None, says_log1p: bool = False
-) -> MatrixVerdict:
+def inspect_matrix(matrix: Any) -> MatrixVerdict:
     """The verdict on a matrix of expression values, from a sample of its rows; nothing is converted.
 
-    Args:
-        matrix: `(n_cells, n_vars)`; NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix.
-        totals: Counts per cell over all genes, `(n_cells,)`: evidence of the target sum where genes are missing.
-        is_gene: bool `(n_vars,)`: the variables to inspect; proteins are often normalised in another way.
-        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
+    `matrix` is `(n_cells, n_vars)`: a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix, of genes alone.
 
     >>> inspect_matrix(np.array([[1, 0, 3], [0, 2, 5]])).kind
     'raw_integer'
     """
-    rows = sample_rows(row_major(matrix))
-    rows = rows if is_gene is None else rows.columns(is_gene)
-    return inspect_rows(rows, None if totals is None else totals[rows.positions], says_log1p=says_log1p)
+    return inspect_rows(sample_rows(row_major(matrix)))
 
 
-def inspect_rows(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
-    """The verdict on sampled rows; see [`inspect_matrix`]."""
+def inspect_rows(
+    rows: CountRows, known_totals: np.ndarray | None = None, *, says_log1p: bool = False
+) -> MatrixVerdict:
+    """The verdict on sampled rows; see [`inspect_matrix`].
+
+    Args:
+        rows: Sampled rows, of genes only: proteins are often normalised in another way.
+        known_totals: Counts per cell over all genes, `(n_cells,)`: evidence of the target sum where genes are missing.
+        says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
+    """
+    verdict = _inspect_above_zero(rows, known_totals, says_log1p=says_log1p)
+    if verdict.exact or not (floor := rows.floor()):
+        return verdict
+    return replace(_inspect_above_zero(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
+
+
+def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
+    """The verdict on rows where zero is the absence of expression."""
     values = rows.data
     evidence: dict[str, Any] = {"cells_sampled": int(rows.shape[0]), "dtype": str(values.dtype)}
     if not len(values):
@@ -540,6 +388,7 @@ def convert_rows(
 ) -> tuple[CountRows, np.ndarray | None, int]:
     """Convert values to counts, by the rule of their kind (see the list at the top of this file).
 
+    `rows` are those above the floor of the verdict ([`CountRows.above`]).
     `known_totals` are the counts per cell over all genes of the original data, `(n_cells,)`. Returns counts, or
     normalised values where counts cannot be recovered; library sizes, float64 `(n_cells,)`, or `None` if they are the
     sums of the counts; and the number of cells whose counts were not recovered.
@@ -580,11 +429,3 @@ def convert_rows(
 def _number(value: Any) -> float:
     """A Python float with the digits that a report needs."""
     return float(f"{float(value):.5g}")
-
-
-def is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
-    """Whether all values are finite, at most `LARGEST_VALUE` and, unless `signed`, not negative."""
-    if not len(values):
-        return True
-    # A NaN makes both comparisons false.
-    return float(values.max()) <= LARGEST_VALUE and float(values.min()) >= (-LARGEST_VALUE if signed else 0)

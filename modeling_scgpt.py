@@ -158,13 +158,15 @@ class Packing:
         """Plan the packing of `inputs_embeds` (batch_size, length, hidden_size) under a 0/1 mask of its tokens."""
         batch_size, length = inputs_embeds.shape[:2]
         device = inputs_embeds.device
-        if attention_mask is None or bool(attention_mask.all()):
-            index, rows, lengths = None, torch.arange(batch_size, device=device), [length] * batch_size
-        else:
+        index, rows, lengths = None, torch.arange(batch_size, device=device), [length] * batch_size
+        if attention_mask is not None:
             sizes, rows = attention_mask.bool().sum(dim=1).sort(stable=True)
-            rows, lengths = rows[sizes > 0], sizes[sizes > 0].tolist()
-            cells, positions = attention_mask[rows].nonzero(as_tuple=True)
-            index = rows[cells] * length + positions
+            lengths = sizes.tolist()  # here and for the index, the host waits for the device
+            if lengths and lengths[0] < length:
+                n_empty = lengths.count(0)
+                rows, lengths = rows[n_empty:], lengths[n_empty:]
+                cells, positions = attention_mask[rows].nonzero(as_tuple=True)
+                index = rows[cells] * length + positions
         cut = device.type == "cpu" and not torch.is_grad_enabled()
         most = CPU_PIECE_BYTES // (inputs_embeds.shape[2] * inputs_embeds.element_size())  # tokens
         pieces: list[list[int]] = []
@@ -287,6 +289,16 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def check_attentions(output_attentions: bool | None, config: Any) -> None:
+    """Refuse to return attention weights where the kernels of `config._attn_implementation` have none."""
+    implementation = config._attn_implementation
+    if output_attentions and implementation != "eager":
+        raise ValueError(
+            f"output_attentions is True, but attn_implementation={implementation!r} runs fused kernels, which "
+            "return no attention weights; call model.set_attn_implementation('eager') first."
+        )
 
 
 class ScGPTValueLinear(nn.Linear):
@@ -656,7 +668,9 @@ class ScGPTModel(ScGPTPreTrainedModel):
             raise ValueError("expression is None; pass the genes' values, or condition_embeds to generate them from.")
         if cls_only and expression_labels is not None:
             raise ValueError("cls_only=True computes no gene states, but expression_labels need them; pass one only.")
-        self._check_attentions(output_attentions)
+        check_attentions(
+            self.config.output_attentions if output_attentions is None else output_attentions, self.config
+        )
         inputs_embeds = self.embeddings(gene_ids, expression, generation_mask)  # (B, G, D)
         num_conditions = 0
         if condition_embeds is not None:
@@ -685,15 +699,6 @@ class ScGPTModel(ScGPTPreTrainedModel):
             fields |= {"expression_loss": expression_loss, "mvc_loss": mvc_loss}
             fields["loss"] = expression_loss + mvc_loss
         return ScGPTModelOutput(**fields)  # all at once: a compiled graph loses fields that are set later
-
-    def _check_attentions(self, output_attentions: bool | None) -> None:
-        implementation = self.config._attn_implementation
-        wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        if wanted and implementation != "eager":
-            raise ValueError(
-                f"output_attentions is True, but attn_implementation={implementation!r} runs fused kernels, which "
-                "return no attention weights; call model.set_attn_implementation('eager') first."
-            )
 
     def decode_expression(self, hidden_states: Tensor) -> Tensor:
         """Expression from gene states: (batch_size, num_genes, hidden_size) -> (batch_size, num_genes)."""

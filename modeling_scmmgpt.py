@@ -15,7 +15,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,15 +42,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, hash_seed
+    from .cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
     from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, check_attentions, eager_attention_forward, follow_umask
     from .readout_scmmgpt import ScMMGPTLabelReadout
     from .states_scmmgpt import ScMMGPTCellStates
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, hash_seed
+    from cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
     from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, eager_attention_forward, follow_umask
+    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, check_attentions, eager_attention_forward, follow_umask
     from readout_scmmgpt import ScMMGPTLabelReadout
     from states_scmmgpt import ScMMGPTCellStates
 
@@ -142,6 +142,14 @@ class CellGenerationOutput(ModelOutput):
 
     expression: Tensor | None = None
     counts: Tensor | None = None
+
+
+def check_keywords(model: nn.Module, kwargs: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse keywords of a model's `forward` that are not among the `known` ones, unless they are None or False."""
+    for name, value in kwargs.items():
+        if name not in known and value is not None and value is not False:
+            *inputs, _ = inspect.signature(model.forward).parameters
+            raise TypeError(f"{name!r} is not an input of {type(model).__name__}; it takes {', '.join(inputs)}.")
 
 
 # -- Losses: pure functions of features, logits and targets -----------------------------------------------------------
@@ -436,6 +444,8 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
     A checkpoint of the alignment model loads into the generative model by these key names.
     """
 
+    main_input_name = "gene_ids"
+
     def __init__(self, config: ScMMGPTConfig) -> None:
         super().__init__(config)
         parts: dict[str, str | None] = {
@@ -469,6 +479,24 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         outputs = self.cell_model(gene_ids=gene_ids, expression=expression, cell_attention_mask=cell_attention_mask)
         return self.cell_norm(outputs.last_hidden_state)  # (C, G, D)
 
+    def resize_gene_embeddings(self, vocab_size: int) -> None:
+        """Add genes to the vocabulary: a new gene starts with the mean of each table that has a row for every gene.
+
+        Labels that a readout gives do not depend on a new gene. The processor adds the names by `add_genes`.
+
+        Raises:
+            ValueError: If the vocabulary has more genes already.
+        """
+        if vocab_size < self.config.cell_config.vocab_size:
+            raise ValueError(f"The vocabulary has {self.config.cell_config.vocab_size} genes, more than {vocab_size}.")
+        for name, table in self.named_modules():
+            if isinstance(table, nn.Embedding | nn.EmbeddingBag) and name.rpartition(".")[2].startswith("gene_"):
+                weight = table.weight.data
+                new = weight.mean(dim=0, keepdim=True).expand(vocab_size - len(weight), -1)
+                table.weight = nn.Parameter(torch.cat([weight, new]), requires_grad=table.weight.requires_grad)
+                table.num_embeddings = vocab_size
+        self.config.cell_config.vocab_size = vocab_size
+
     @with_own_weights
     def query_cells(
         self,
@@ -491,7 +519,7 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
                 `(num_rows, 1, num_query_tokens + text_length, num_query_tokens + text_length)`.
             cell_rows, projected: See [`ScMMGPTCellAttention`].
         """
-        num_rows = len(gene_states if cell_rows is None else cell_rows)
+        num_rows = (gene_states if cell_rows is None else cell_rows).shape[0]  # `len` would fix it in an export
         queries = self.query_tokens.expand(num_rows, -1, -1)  # (rows, Q, W)
         if text_embeds is not None:
             queries = torch.cat([queries, text_embeds.to(queries.dtype)], dim=1)  # (rows, Q + T, W)
@@ -710,13 +738,7 @@ class ScMMGPTForCellTextAlignment(ScMMGPTBridgeModel):
             kwargs: `expression_labels`, and `num_items_in_batch`, which `Trainer` may pass and which is not used. Any
                 other keyword is a TypeError unless its value is None or False.
         """
-        for name, value in kwargs.items():
-            if name not in ("expression_labels", "num_items_in_batch") and value is not None and value is not False:
-                *known, _ = inspect.signature(self.forward).parameters
-                raise TypeError(
-                    f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}, "
-                    "expression_labels."
-                )
+        check_keywords(self, kwargs, ("expression_labels", "num_items_in_batch"))
         if cell_attention_mask is None:
             cell_attention_mask = torch.ones_like(gene_ids)
         if qformer_attention_mask is None:
@@ -1004,6 +1026,7 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
     `language_model`, the headless language model, is not copied; by default it is a new one of `config.text_config`.
     """
 
+    main_input_name = "input_ids"
     language_model: Any  # of transformers, of any kind
 
     def __init__(self, config: ScMMGPTConfig, language_model: nn.Module | None = None) -> None:
@@ -1040,7 +1063,8 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
         """See [`ScMMGPTForConditionalGeneration.forward`]. `kwargs`, such as the cache, go to the language model."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass one of input_ids and inputs_embeds.")
-        self.check_keywords(kwargs)
+        check_keywords(self, kwargs, self.language_inputs)
+        check_attentions(kwargs.get("output_attentions"), self.config.text_config)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, L)
 
@@ -1050,7 +1074,7 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
             others = cell_attention_mask, profile_gene_ids, profile, readout_scores
             cell_tokens = self.get_cell_tokens(gene_ids, expression, *others)  # (C, tokens of a cell, L)
             cell_tokens = cell_tokens.to(inputs_embeds)
-            placeholders = self.find_placeholders(input_ids, inputs_embeds, len(gene_ids))  # (B, T)
+            placeholders = self.find_placeholders(input_ids, inputs_embeds, gene_ids.shape[0])  # (B, T)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], cell_tokens)
         elif input_ids is not None and input_ids.shape[1] > 1:  # a prompt; generation goes on token by token
             self.find_placeholders(input_ids, inputs_embeds, 0)
@@ -1076,19 +1100,6 @@ class ScMMGPTModel(ScMMGPTCellEncoder):
             expression_loss = self.expression_head.loss(parameters, mask, *targets)
         fields = {name: value for name, value in outputs.items() if name in ScMMGPTModelOutput.__dataclass_fields__}
         return ScMMGPTModelOutput(**fields, cell_hidden_states=cell_tokens, expression_loss=expression_loss)
-
-    def check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Refuse keywords of `forward` that the language model does not know, and attentions that it cannot return."""
-        for name, value in kwargs.items():
-            if name not in self.language_inputs and value is not None and value is not False:
-                *known, _ = inspect.signature(self.forward).parameters
-                raise TypeError(f"{name!r} is not an input of {type(self).__name__}; it takes {', '.join(known)}.")
-        implementation = self.config.text_config._attn_implementation
-        if kwargs.get("output_attentions") and implementation != "eager":
-            raise ValueError(
-                f"output_attentions is True, but attn_implementation={implementation!r} runs fused kernels, which "
-                "return no attention weights; call model.set_attn_implementation('eager') first."
-            )
 
     def find_placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_cells: int) -> Tensor:
         """`(batch_size, sequence_length)` bool: the `<cell>` tokens, which must be as many as the cells' tokens."""
@@ -1285,7 +1296,7 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         return model
 
     def get_cell_features(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`ScMMGPTBridgeModel`], also for `get_text_features` and `match`."""
+        """See [`ScMMGPTBridgeModel`], also for `get_text_features`, `match` and `resize_gene_embeddings`."""
         return self.model.get_cell_features(*args, **kwargs)
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -1293,6 +1304,9 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
 
     def match(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.model.match(*args, **kwargs)
+
+    def resize_gene_embeddings(self, vocab_size: int) -> None:
+        self.model.resize_gene_embeddings(vocab_size)
 
     @can_return_tuple
     def forward(
@@ -1431,14 +1445,32 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         return CellGenerationOutput(expression=parameters["expression"].clamp(min=0), counts=counts)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, is_first_iteration: Any = False, **kwargs: Any
+        self,
+        input_ids: Any,
+        next_sequence_length: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: Any = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Pass the cells with the prompt only: afterwards the cache holds them."""
         cells = {name: kwargs.pop(name, None) for name in PROMPT_CELL_INPUTS}
-        kwargs.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
+        for name in ("tokenizer", "assistant_tokenizer"):  # of `stop_strings`; transformers leaves it to the model
+            kwargs.pop(name, None)
+        # A model that assists another one gets the prompt in what counts as a later iteration.
+        whole = next_sequence_length is None or (inputs_embeds is None and next_sequence_length >= input_ids.shape[1])
         parent: Any = super()
-        inputs = parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        return {**inputs, **cells} if is_first_iteration or not kwargs.get("use_cache", True) else inputs
+        inputs = parent.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
+        )
+        return {**inputs, **cells} if is_first_iteration or whole else inputs
 
     def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, which splits the prompt for `prefill_chunk_size`, but not the cells."""
@@ -1498,6 +1530,7 @@ def _has_known_logits(language_model: PreTrainedModel) -> bool:
     return torch.allclose(logits, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+show_module(__name__)
 ScMMGPTForCellTextAlignment.register_for_auto_class("AutoModel")
 ScMMGPTCellEncoder.register_for_auto_class("AutoModel")
 ScMMGPTForConditionalGeneration.register_for_auto_class("AutoModel")

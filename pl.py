@@ -60,7 +60,7 @@ def _components(matrix: Any, seed: int) -> np.ndarray:
 def umap(adata: Any, color: str | Sequence[str] = "scmmgpt_cell_type", *, seed: int = 0) -> "Figure":
     """Cells on a plane, coloured by columns of `obs`, a panel each; see [`coordinates`]."""
     from scmmgpt.eval.figures import scatter_figure
-    from scmmgpt.reading_scmmgpt import need_columns
+    from scmmgpt.records_scmmgpt import need_columns
 
     columns = [color] if isinstance(color, str) else list(color)
     need_columns(adata.obs, *columns)
@@ -94,7 +94,7 @@ def _explained(adata: Any, key: str) -> Mapping[str, np.ndarray]:
 def confusion(adata: Any, label_key: str, predicted: str = "scmmgpt_cell_type") -> "Figure":
     """Counts of given labels (down) by predicted ones (across), shaded by the share of the given label."""
     from scmmgpt.eval.figures import confusion_figure
-    from scmmgpt.reading_scmmgpt import need_columns
+    from scmmgpt.records_scmmgpt import need_columns
 
     need_columns(adata.obs, label_key, predicted)
     given, found = (np.asarray(adata.obs[name], dtype=str) for name in (label_key, predicted))

@@ -15,12 +15,12 @@ from transformers.utils import cached_file
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, is_cells, log1p_cp10k
+    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_in, cells_of, log1p_cp10k, show_module
     from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from .genes_scmmgpt import GeneIndex
     from .reading_scmmgpt import InputChoice, choose_input, read_cells
 except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, is_cells, log1p_cp10k
+    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_in, cells_of, log1p_cp10k, show_module
     from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
     from genes_scmmgpt import GeneIndex
     from reading_scmmgpt import InputChoice, choose_input, read_cells
@@ -41,9 +41,9 @@ DEFAULT_PROMPTS = {
 }
 # For language models without a chat template (Llama-2 base, for instance).
 PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% for message in messages %}{{ message['role'] | capitalize }}: "
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
 
@@ -82,6 +82,12 @@ class ScGPTProcessor(ProcessorMixin):
         """Which matrix and genes of an AnnData to read; see `reading_scmmgpt.choose_input`."""
         return choose_input(adata, self.gene_index, **kwargs)
 
+    def add_genes(self, symbols: list[str]) -> int:
+        """Add genes to the vocabulary; the model needs `resize_gene_embeddings` of the size that is returned."""
+        self.gene_tokenizer.add_tokens(symbols)
+        self.__dict__.pop("gene_index", None)
+        return len(self.gene_tokenizer)
+
     def gene_ids_of(self, genes: list[str]) -> np.ndarray:
         """Vocabulary ids, int64 `(len(genes),)`, of gene symbols, aliases or Ensembl ids.
 
@@ -116,7 +122,7 @@ class ScGPTProcessor(ProcessorMixin):
         """Make model inputs, each `(n_cells, n_tokens)`.
 
         Args:
-            cells: [`Cells`], or an AnnData for `read_cells`.
+            cells: [`Cells`], an AnnData, or rows; see [`cells_of`].
             labels: One per cell, for [`ScGPTForSequenceClassification`]: class numbers, numbers to predict, or rows of
                 0 and 1.
             mask_ratio: Share of each cell's genes to hide, for [`ScGPTForPreTraining`]; `labels` are then the values
@@ -131,7 +137,7 @@ class ScGPTProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', PyTorch.")
-        cells = cells if is_cells(cells) else self.read_cells(cells)[0]
+        cells = cells_of(cells, self)
         batch = self.feature_extractor(cells, epoch=epoch, max_genes=max_genes, selection=selection)
         if mask_ratio is not None:
             if labels is not None:
@@ -234,7 +240,8 @@ class ScMMGPTProcessor(ScGPTProcessor):
             tokenizer.add_special_tokens({"extra_special_tokens": [cell_token]}, replace_extra_special_tokens=False)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "left"  # generation continues at the right end
+        # Generation continues at the right end; also for who loads the saved tokenizer alone.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         chat_template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         parts = (feature_extractor, tokenizer, qformer_tokenizer, gene_tokenizer)
         ProcessorMixin.__init__(self, *parts, chat_template=chat_template)
@@ -278,7 +285,7 @@ class ScMMGPTProcessor(ScGPTProcessor):
         Args:
             text: Texts for the language model, with one `<cell>` for every cell they mention; each `<cell>` becomes
                 `num_cell_tokens` tokens.
-            cells: [`Cells`], or an AnnData for `read_cells`, in the order in which the texts mention them.
+            cells: [`Cells`], an AnnData, or rows, in the order in which the texts mention them; see [`cells_of`].
             answers: One per text, appended to it; `labels` is -100 for all other tokens. An empty answer has no loss.
             qformer_text: Texts for the Q-Former's text branch (captions, labels, search texts).
             target_cells: The cells that the texts should generate.
@@ -306,9 +313,8 @@ class ScMMGPTProcessor(ScGPTProcessor):
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', PyTorch.")
         data: dict[str, torch.Tensor] = {}
-        if cells is not None and not is_cells(cells):
-            cells, _ = self.read_cells(cells)
         if cells is not None:
+            cells = cells_of(cells, self)
             options = {name: kwargs[name] for name in CELL_KWARGS if kwargs.get(name) is not None}
             data.update(self.feature_extractor(cells, epoch=epoch, return_tensors="pt", **options))
         if qformer_text is not None:
@@ -515,26 +521,37 @@ class ScMMGPTProcessor(ScGPTProcessor):
         return self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
     def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; parts `{"type": "cell"}` stand for cells, given as `processor_kwargs={"cells": ...}`.
+        """As in transformers; parts `{"type": "cell"}` stand for cells.
+
+        The cells are the `cell` of each part, [`Cells`], an AnnData or a row, or are given for all conversations in
+        order as `processor_kwargs={"cells": ...}`.
 
         Raises:
-            ValueError: If `sanitize_control_tokens` is set, which would turn the `<cell>` of a cell into plain text.
+            ValueError: If cells are given in both ways, if a part is of another type than "cell" or "text", or if
+                `sanitize_control_tokens` is set, which would turn the `<cell>` of a cell into plain text.
         """
         if kwargs.get("sanitize_control_tokens"):
             raise ValueError("sanitize_control_tokens would turn <cell> into plain text; remove it from the texts.")
-        if conversation and isinstance(conversation[0], dict):
-            conversation = self.flatten_messages(conversation)
-        else:
-            conversation = [self.flatten_messages(messages) for messages in conversation]
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        single = bool(conversation) and isinstance(conversation[0], dict)
+        conversations = [conversation] if single else conversation
+        cells = [cell for messages in conversations for cell in cells_in(messages)]
+        if cells and kwargs.get("tokenize"):
+            options = kwargs.get("processor_kwargs") or {}
+            if options.get("cells") is not None:
+                raise ValueError("Cells are given twice, in the messages and in processor_kwargs; leave one out.")
+            kwargs["processor_kwargs"] = {**options, "cells": cells}
+        flat = [self.flatten_messages(messages) for messages in conversations]
+        return super().apply_chat_template(flat[0] if single else flat, *args, **kwargs)
 
     def flatten_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages whose contents are strings, since the chat templates of most language models take no parts."""
         return [{**message, "content": self._flatten_content(message["content"])} for message in messages]
 
-    def _flatten_content(self, content: str | list[dict[str, str]]) -> str:
+    def _flatten_content(self, content: str | list[dict[str, Any]]) -> str:
         if isinstance(content, str):
             return content
+        if other := [part.get("type") for part in content if part.get("type") not in ("cell", "text")]:
+            raise ValueError(f"A part of a message has the type {other[0]!r}; scMMGPT reads 'cell' and 'text'.")
         return "\n".join(self.cell_token if part["type"] == "cell" else part["text"] for part in content)
 
     def data_collator(self, *args: Any, **kwargs: Any) -> Any:
@@ -573,5 +590,6 @@ def _check_target_rows(target_rows: np.ndarray | None, n_texts: int, n_targets: 
     return rows
 
 
+show_module(__name__)
 ScGPTProcessor.register_for_auto_class("AutoProcessor")
 ScMMGPTProcessor.register_for_auto_class("AutoProcessor")

@@ -6,10 +6,9 @@ applies the decision to any chunk of the same data; `read_cells` does both. The 
 This file travels with the weights, so it imports neither AnnData nor SciPy.
 """
 
-import difflib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,8 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, has_repeats, hash_names
+    from .cells_scmmgpt import Cells
+    from .conversion_scmmgpt import InputChoice
     from .genes_scmmgpt import (
         SPECIES,
         GeneIndex,
@@ -29,25 +29,12 @@ try:  # as a package or as remote code
         find_species,
         match_genes,
     )
-    from .kernels_scmmgpt import kernels_pay
-    from .matrices_scmmgpt import (
-        LARGEST_VALUE,
-        ROUNDED,
-        TOTALS_COLUMN,
-        CountRows,
-        MatrixVerdict,
-        convert_rows,
-        inspect_rows,
-        is_expression,
-        is_in_memory,
-        linearize,
-        name_rows,
-        read_rows,
-        row_major,
-        sample_rows,
-    )
+    from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows, linearize
+    from .records_scmmgpt import finish_report
+    from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells, has_repeats, hash_names
+    from cells_scmmgpt import Cells
+    from conversion_scmmgpt import InputChoice
     from genes_scmmgpt import (
         SPECIES,
         GeneIndex,
@@ -59,30 +46,13 @@ except ImportError:  # beside the other files of a checkpoint
         find_species,
         match_genes,
     )
-    from kernels_scmmgpt import kernels_pay
-    from matrices_scmmgpt import (
-        LARGEST_VALUE,
-        ROUNDED,
-        TOTALS_COLUMN,
-        CountRows,
-        MatrixVerdict,
-        convert_rows,
-        inspect_rows,
-        is_expression,
-        is_in_memory,
-        linearize,
-        name_rows,
-        read_rows,
-        row_major,
-        sample_rows,
-    )
+    from matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows, linearize
+    from records_scmmgpt import finish_report
+    from rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 
 logger = logging.getLogger(__name__)
 
 N_TURNED = 200  # names of cells that are looked at for genes
-CHUNK_ROWS = 512  # rows read from a file at a time; conversion takes a dozen arrays of their values
-NAMED_ROWS = 4096  # of counts in memory, which are read in one pass
-CACHED_ROWS = 128  # of a matrix in memory: their values stay in the processor's cache until they are converted
 # Layers of velocity pipelines, each with a part of the reads: used only if `layer=` names one.
 PARTIAL_LAYERS = frozenset(
     {"spliced", "unspliced", "ambiguous", "mature", "nascent", "ms", "mu", "velocity", "variance_velocity"}
@@ -98,114 +68,6 @@ EMPTY_SHARE, MAX_EMPTY_GENES, MAX_EMPTY_SHARE, MIN_CELL_GENES, MIN_DROPLET_GENES
 ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
 
 
-@dataclass
-class InputChoice:
-    """Decision on how to load a dataset, for all its chunks."""
-
-    source: str  # `X`, `raw` or a layer's name
-    verdict: MatrixVerdict
-    match: GeneMatch
-    report: dict[str, Any]  # grows while chunks are converted
-    totals_column: str | None = None  # of `obs`, with the counts per cell over all genes
-
-    def convert(self, adata: Any) -> Cells:
-        """Cells of `adata`: the data of this choice, or a chunk of them with the same variables."""
-        return _join(self.iter_cells(adata, n_named=adata.shape[0]), adata.shape[0])
-
-    def iter_cells(self, adata: Any, *, n_named: int = NAMED_ROWS) -> Iterator[Cells]:
-        """Cells of `adata` in chunks of at most `n_named` cells. The size of the chunks changes no cell."""
-        adata = _modality(adata)
-        matrix = row_major(matrix_of(adata, self.source))
-        n_cells, n_vars = matrix.shape
-        if n_vars != len(self.match.ids):
-            raise ValueError(
-                f"{self.source} has {n_vars} variables, but the choice was made for {len(self.match.ids)}: "
-                "chunks of one dataset have the same variables. Call `choose_input` for other data."
-            )
-        var = adata.raw.var if self.source == "raw" else adata.var
-        cell_ids = hash_names(adata.obs_names)
-        from_column = self.verdict.evidence.get("target_sum_from") == TOTALS_COLUMN
-        known_totals = _totals(adata, self.totals_column) if from_column else None
-        ids, sums_columns = self.match.ids.astype(np.int32), has_repeats(self.match.ids)
-        n_rows = min(CHUNK_ROWS, CACHED_ROWS) if is_in_memory(matrix) else CHUNK_ROWS
-        are_named = self.verdict.kind == "raw_integer" and self.match.is_gene.all() and not sums_columns
-        are_named = are_named and is_in_memory(matrix) and kernels_pay(n_cells)
-        start = 0
-        while True:
-            named = name_rows(matrix, start, min(start + n_named, n_cells), ids) if are_named else None
-            are_named, failed = named is not None, 0
-            if named is not None:
-                here = slice(start, start + named.shape[0])
-                cells = Cells(named.indptr, named.indices, named.data, cell_ids[here], named.sums)
-            else:
-                here = slice(start, min(start + n_rows, n_cells))
-                rows = read_rows(matrix, here.start, here.stop).columns(self.match.is_gene)
-                _check_values(rows, adata.obs_names[here], var.index, self.source)
-                known = None if known_totals is None else known_totals[here]
-                counts, totals, failed = convert_rows(rows, self.verdict, known)
-                cells = Cells.from_csr(counts, ids, cell_ids[here], totals, sums_columns)
-            self._count(cells, failed)
-            yield cells
-            start = here.stop
-            if start >= n_cells:
-                return
-
-    def _count(self, cells: Cells, failed: int) -> None:
-        lengths = np.diff(cells.indptr)
-        report = self.report["cells"]
-        report["converted"] = report.get("converted", 0) + len(cells)
-        report["without_genes"] = report.get("without_genes", 0) + int((lengths == 0).sum())
-        if self.verdict.exact:
-            report["counts_not_recovered"] = report.get("counts_not_recovered", 0) + failed
-
-
-def _join(parts: Iterator[Cells], n_cells: int) -> Cells:
-    """`Cells.concatenate` in half the memory: a part is copied and freed before the next; a single part stays."""
-    gene_ids, counts = np.empty(0, np.int32), np.empty(0, np.float32)
-    lengths, cell_ids, totals, n = [], [], [], 0
-    for part in parts:
-        if len(part) == n_cells:
-            return part
-        lengths.append(np.diff(part.indptr))
-        cell_ids.append(part.cell_ids)
-        totals.append(part.library_sizes())
-        start, n = n, n + len(part.counts)
-        if n > len(counts):  # room for all cells, if the other cells have as many genes
-            size = max(n, int(1.1 * n * n_cells / sum(map(len, lengths))))
-            gene_ids = _grown(gene_ids[:start], size, part.gene_ids.dtype)
-            counts = _grown(counts[:start], size, part.counts.dtype)
-        gene_ids[start:n], counts[start:n] = part.gene_ids, part.counts
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return Cells(indptr, gene_ids[:n], counts[:n], np.concatenate(cell_ids), np.concatenate(totals))
-
-
-def _grown(array: np.ndarray, size: int, dtype: np.dtype) -> np.ndarray:
-    """`array` at the front of a larger array, whose rest is not initialised."""
-    grown = np.empty(size, dtype)
-    grown[: len(array)] = array
-    return grown
-
-
-def matrix_of(adata: Any, source: str) -> Any:
-    """The matrix called `source`: `X`, `raw` or a layer."""
-    if source == "X":
-        return adata.X
-    return adata.raw.X if source == "raw" else adata.layers[source]
-
-
-def _check_values(rows: CountRows, names: Any, var_names: Any, source: str) -> None:
-    """Refuse NaN, negative and too large values; the error names cell and gene of the first."""
-    if is_expression(rows.data):
-        return
-    bad = ~((rows.data >= 0) & (rows.data.astype(np.float64) <= LARGEST_VALUE))
-    cell, column = rows.locate(bad)
-    raise ValueError(
-        f"{source} holds {rows.data[bad][0]} at cell {str(names[cell])!r}, gene {str(var_names[column])!r} "
-        f"({bad.sum()} such values in these {rows.shape[0]} cells): expression is finite and not negative. "
-        "Drop those cells or genes, or pass another `layer=`."
-    )
-
-
 def _find_totals_column(adata: Any) -> str | None:
     """The column of `obs` with the counts per cell over all genes, if there is one.
 
@@ -217,10 +79,6 @@ def _find_totals_column(adata: Any) -> str | None:
             if np.issubdtype(totals.dtype, np.number) and np.isfinite(totals).all() and (totals > 0).any():
                 return column
     return None
-
-
-def _totals(adata: Any, column: str | None) -> np.ndarray | None:
-    return None if column is None else np.asarray(adata.obs[column]).astype(np.float64)
 
 
 def choose_input(
@@ -248,7 +106,7 @@ def choose_input(
         TypeError: if `adata` is not an AnnData, such as a path.
         ValueError: if there are no cells, no usable matrix or (almost) no matching genes.
     """
-    adata = _modality(adata)
+    adata = modality_of(adata)
     if not hasattr(adata, "n_obs"):
         raise TypeError(f"{adata!r:.80} is not an AnnData; read a file first, such as with `anndata.read_h5ad`.")
     n_cells, n_vars = adata.shape
@@ -285,12 +143,13 @@ def choose_input(
 
     # step 3: what else is odd
     messages += _matrix_messages(source, verdict) + _droplet_messages(chosen.rows, match)
-    names = Counter(str(n) for n in adata.obs_names)
-    n_repeated = n_cells - len(names)
-    if n_repeated:
+    n_repeated = 0
+    if not (names := adata.obs_names.astype(str)).is_unique:
+        counted = Counter(names)
+        n_repeated = n_cells - len(counted)
         messages.append(
-            f"{n_repeated} of {n_cells} barcodes are repeated (such as {names.most_common(1)[0][0]!r}): cells of one "
-            "barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
+            f"{n_repeated} of {n_cells} barcodes are repeated (such as {counted.most_common(1)[0][0]!r}): cells of "
+            "one barcode get equal random draws. Make them unique with `adata.obs_names_make_unique()`."
         )
     for message in messages:
         logger.warning(message)
@@ -326,7 +185,7 @@ def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
     conversion = ROUNDED if kind == "raw_float" else "taken as they are"
     if logs:
         conversion = "logarithm undone, then as they are: normalised values"
-    return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision)
+    return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision, floor=found.floor)
 
 
 @dataclass
@@ -351,7 +210,7 @@ def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str |
         if layer not in names:
             raise ValueError(f"layer={layer!r} is not in the data; it has {', '.join(names) or 'no matrix at all'}.")
         names = [layer]
-    totals, says_log1p = _totals(adata, _find_totals_column(adata)), "log1p" in getattr(adata, "uns", ())
+    totals, says_log1p = totals_of(adata, _find_totals_column(adata)), "log1p" in getattr(adata, "uns", ())
     candidates, variables = [], {}
     for name in names:
         part, var = ("raw", adata.raw.var) if name == "raw" else ("var", adata.var)
@@ -362,7 +221,7 @@ def inspect_matrices(adata: Any, *, layer: str | None = None, gene_column: str |
         rows = sample_rows(row_major(matrix_of(adata, name))).columns(types == "gene")
         known = None if totals is None else totals[rows.positions]
         verdict = inspect_rows(rows, known, says_log1p=says_log1p and name in ("X", "raw"))
-        candidates.append(Candidate(name, verdict, types, columns, rows))
+        candidates.append(Candidate(name, verdict, types, columns, rows.above(verdict.floor)))
     return candidates
 
 
@@ -422,18 +281,6 @@ def _rank(verdict: MatrixVerdict) -> int:
     return order[verdict.kind]
 
 
-def _modality(adata: Any) -> Any:
-    modalities = getattr(adata, "mod", None)
-    if not isinstance(modalities, Mapping):
-        return adata
-    for name in ("rna", "gex", "RNA", "GEX"):
-        if name in modalities:
-            return modalities[name]
-    raise ValueError(
-        f"The MuData has no `rna` modality (it has {', '.join(modalities)}). Pass the AnnData of the RNA."
-    )
-
-
 def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
     if gene_column is not None:
         if gene_column in ("index", "var_names"):
@@ -452,22 +299,6 @@ def _gene_columns(var: Any, gene_column: str | None) -> dict[str, list[str]]:
             if str(name).lower() in GENE_COLUMNS or len(set(values)) > 0.5 * len(values):
                 columns[str(name)] = values
     return columns
-
-
-def need_columns(obs: Any, *names: str) -> None:
-    """Refuse `obs`, or another table, without some columns.
-
-    Raises:
-        ValueError: That names them, those that there are, and the one that may be meant.
-    """
-    missing = [name for name in names if name not in obs]
-    if not missing:
-        return
-    known = [str(name) for name in obs.columns]
-    near = difflib.get_close_matches(missing[0], known, n=1)
-    there = f"it has {known}" if known else "it has no columns"
-    which = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {missing}"
-    raise ValueError(f"obs has no {which}; {there}." + (f" Do you mean {near[0]!r}?" if near else ""))
 
 
 def _declared_organism(adata: Any) -> str | None:
@@ -496,6 +327,18 @@ def _feature_types(var: Any, columns: Mapping[str, Sequence[str]]) -> np.ndarray
 
 
 def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
+    """Warnings about the values of the chosen matrix."""
+    messages = _kind_messages(source, verdict)
+    if verdict.floor:
+        messages.insert(
+            0,
+            f"{source} has no zeros, but {verdict.floor:g} in many genes of every cell (a logarithm with a "
+            "pseudo-count other than 1?): this value is taken as zero.",
+        )
+    return messages
+
+
+def _kind_messages(source: str, verdict: MatrixVerdict) -> list[str]:
     e = verdict.evidence
     if e.get("binary"):
         return [f"{source} holds only 0 and 1: it was binarised, and levels of expression are lost."]
@@ -557,29 +400,6 @@ def read_cells(adata: Any, gene_index: GeneIndex, **options: Any) -> tuple[Cells
     `options` are `layer`, `assume`, `gene_column`, `organism` and `force`, as for [`choose_input`].
     """
     choice = choose_input(adata, gene_index, **options)
-    cells = choice.convert(_modality(adata))
+    cells = choice.convert(modality_of(adata))
     finish_report(choice.report)
     return cells, choice.report
-
-
-def finish_report(report: dict[str, Any]) -> None:
-    """Add the warnings about the converted cells."""
-    cells, messages = report["cells"], []
-    converted = cells.get("converted", 0)
-    if cells.get("without_genes"):
-        if cells["without_genes"] == converted:
-            raise ValueError(
-                f"None of the {converted} cells expresses a gene of the vocabulary: every value of the matched genes "
-                "is zero. Pass another `layer=`."
-            )
-        messages.append(
-            f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary; they stay, empty."
-        )
-    if cells.get("counts_not_recovered"):
-        messages.append(
-            f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: these "
-            "cells keep their normalised values."
-        )
-    for message in messages:
-        logger.warning(message)
-    report["warnings"] += messages

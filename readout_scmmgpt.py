@@ -24,7 +24,8 @@ whole transcriptome have profiles of one scale.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ except ImportError:  # beside the other files of a checkpoint
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
 N_DRAWS, DRAW_SEED = 64, 0x6E05  # of the scores' uncertainty: equal for all cells of a file, and for all files
 LEAST_LEAD = 0.1  # over other cells, of the mean cell of a label
+# Values that told apart known and new cells best, over datasets left out and panels of them (`train/LOG.md`).
+LEAST_SPREAD = 0.2  # of leads over other cells
+SCORE_WEIGHT = 0.15  # of a low score of the label, beside the missing lead
 LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
 N_EXAMPLES = 3  # absent genes that a warning names
 
@@ -62,7 +66,7 @@ class PanelReadout:
         decisive: Absent genes, vocabulary ids, that separate two labels, the most important first, by label pair.
         log: Whether the weights are for log1p(CP10k), the logarithm of one plus a squared profile.
         others: float32 `(n_genes, n_others)`, weights of kinds of other cells, and `others_bias` `(n_others,)`.
-        leads: float64 `(n_labels,)`: the score of each label in its mean cell less the best one of other cells.
+        typical: float64 `(n_labels, n_labels + n_others)`: the scores of each label's mean cell, other cells' last.
     """
 
     gene_ids: np.ndarray
@@ -76,17 +80,25 @@ class PanelReadout:
     log: bool = False
     others: np.ndarray | None = None
     others_bias: np.ndarray | None = None
-    leads: np.ndarray | None = None
+    typical: np.ndarray | None = None
+    _last: Any = field(default=None, init=False, repr=False)  # the last cells, with profiles and scores
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ragged profiles over the genes at hand: first entry of each cell, positions in `gene_ids`, values."""
         starts, positions, values = panel_profiles(cells, self.gene_ids, self.share)
         return starts, positions, np.log1p(values**2) if self.log else values
 
+    def _scores(self, cells: Cells) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """Profiles and scores of the labels; kept for the next call, since probabilities and novelty are of both."""
+        last = self._last
+        if last is None or last[0] is not cells:
+            profiles = self.profiles(cells)
+            last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
+        return last[1], last[2]
+
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
-        starts, positions, values = self.profiles(cells)
-        scores = sum_weights(starts, positions, values, self.weights) + self.bias
+        _, scores = self._scores(cells)
         logits = torch.from_numpy(scores / np.float32(self.temperature))
         if not len(self.spread):
             return logits.log_softmax(dim=1).numpy()
@@ -94,20 +106,37 @@ class PanelReadout:
         pieces = [(piece[:, None] + draws).log_softmax(dim=2).logsumexp(dim=1) for piece in logits.split(1024)]
         return (torch.cat(pieces) - np.log(len(draws))).numpy() if pieces else logits.numpy()
 
-    def novelty(self, cells: Cells) -> np.ndarray:
-        """How far each cell is from its best label towards other cells, float32 `(n_cells,)`.
+    def novelty(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
+        """How far each cell is from its best label towards other cells, float32 `(n_cells, 1 + n_terms)`.
 
-        0 where the label leads over other cells by as much as in its mean cell; 1 where it does not lead.
-        In a panel both leads are smaller, so that no panel is too small to be judged.
+        0 where the label leads over other cells by as much as in its mean cell, and has the score of its mean cell.
+        The missing lead is divided by the lead of the mean cell and what does not shrink with it: differences between
+        laboratories, and chance where a cell expresses few of the genes. A panel, whose leads are small, needs both.
+
+        Args:
+            cells: Counts.
+            terms: Labels of broader terms: their scores add up, as the regression of the term would have it. Infinite
+                for a cell whose best label is not among them.
         """
-        if self.others is None or self.leads is None:
+        if self.others is None or self.others_bias is None or self.typical is None:
             raise ValueError("This readout has no other cells; novelty needs a checkpoint of `release`.")
-        profiles = self.profiles(cells)
-        scores = sum_weights(*profiles, self.weights) + self.bias
-        others = sum_weights(*profiles, self.others) + self.others_bias
-        best = scores.argmax(axis=1)
-        lead = scores[np.arange(len(best)), best] - others.max(axis=1, initial=-np.inf)
-        return (1 - lead / self.leads[best]).astype(np.float32)
+        profiles, scores = self._scores(cells)
+        others = (sum_weights(*profiles, self.others) + self.others_bias).max(axis=1, initial=-np.inf)
+        best, n_labels = scores.argmax(axis=1), scores.shape[1]
+        of_others = self.typical[:, n_labels:].max(axis=1, initial=-np.inf)
+        slack = LEAST_SPREAD + 1 / np.sqrt(np.diff(profiles[0]).clip(min=1))
+
+        def missing(score: np.ndarray, expected: np.ndarray) -> np.ndarray:
+            """From the score of a set of labels, and that of each label's mean cell for the set."""
+            lead = (expected - of_others).clip(min=LEAST_LEAD)[best]
+            weak = 1 - score / expected.clip(min=LEAST_LEAD)[best]
+            return (lead - (score - others)) / (lead + slack) + SCORE_WEIGHT * weak
+
+        found = [missing(scores[np.arange(len(best)), best], np.diag(self.typical))]
+        for term in map(list, terms):
+            own = missing(scores[:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
+            found.append(np.where(np.isin(best, term), own, np.inf))
+        return np.stack(found, axis=1).astype(np.float32)
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
         """The readout of some of the labels, in the given order."""
@@ -118,6 +147,7 @@ class PanelReadout:
             if i in place and j in place
         }
         columns = list(labels)
+        others = range(len(self.bias), len(self.bias) if self.typical is None else self.typical.shape[1])
         return replace(
             self,
             weights=np.ascontiguousarray(self.weights[:, columns]),
@@ -125,7 +155,7 @@ class PanelReadout:
             spread=self.spread[:, columns],
             evidence=self.evidence[np.ix_(columns, columns)],
             decisive=decisive,
-            leads=None if self.leads is None else self.leads[columns],
+            typical=None if self.typical is None else self.typical[np.ix_(columns, [*columns, *others])],
         )
 
     def weak_labels(self, likely: np.ndarray) -> dict[int, tuple[int, float, list[int]]]:
@@ -281,9 +311,10 @@ class ScMMGPTLabelReadout(nn.Module):
         spread = np.zeros((0, len(a["bias"])))
         others: dict[str, np.ndarray] = {}
         if self.num_groups:
-            weights, bias = solve_groups(a, here)
+            scaled = a if here.all() else scale_groups(a, here)
+            weights, bias = solve_groups(scaled, here)
             if self.num_others:
-                others = self._others(a, here, weights, bias)
+                others = self._others(scaled, here, weights, bias)
             weights, bias = weights[: len(a["bias"])], bias[: len(a["bias"])]
         else:
             weights, bias, covariance = condition(a, here)
@@ -308,17 +339,31 @@ class ScMMGPTLabelReadout(nn.Module):
     def _others(
         self, a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """`others`, `others_bias` and `leads` of a [`PanelReadout`], from the result of [`solve_groups`]."""
+        """`others`, `others_bias` and `typical` of a [`PanelReadout`], from the result of [`solve_groups`]."""
         n_labels = len(a["bias"])
         shares = a["group_labels"][:, :n_labels].T * a["group_weights"] * (a["group_labels"].max(axis=1) > 0.5)
         shares /= shares.sum(axis=1, keepdims=True).clip(min=1e-12)
         scores = shares @ (a["groups"][:, here] @ weights.T + bias)  # of the labels' mean cells
-        leads = np.diag(scores) - scores[:, n_labels:].max(axis=1)
         return {
             "others": np.ascontiguousarray(weights[n_labels:].T, dtype=np.float32),
             "others_bias": bias[n_labels:].astype(np.float32),
-            "leads": leads.clip(min=LEAST_LEAD),
+            "typical": scores,
         }
+
+
+def scale_groups(a: dict[str, np.ndarray], here: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays with each group on the scale that its cells have in a file of the genes that are `here`.
+
+    A cell's counts are of the genes at hand, so that what these genes take of its type's expression is lost: a cell of
+    a type that expresses many of a panel's genes has lower values in each. The mean over the labels stays.
+    """
+    linear = np.expm1(a["groups"])
+    shares = linear[:, here].sum(axis=1) / linear.sum(axis=1).clip(min=1e-12)
+    of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
+    usual = (of_labels @ shares / of_labels.sum(axis=1).clip(min=1e-12)).mean()
+    groups = np.log1p(linear * (usual / shares.clip(min=0.01 * usual))[:, None])
+    mean = a["group_mean"] + a["group_weights"] @ (groups - a["groups"])
+    return {**a, "groups": groups, "group_mean": mean}
 
 
 def solve_groups(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

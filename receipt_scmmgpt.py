@@ -28,16 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
-
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, mix64
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, mix64
 
 
 P = ParamSpec("P")
@@ -60,36 +51,6 @@ def digest(parts: Iterable[bytes | str]) -> str:
         total.update(part.encode() if isinstance(part, str) else part)
         total.update(b"\0")
     return total.hexdigest()[:DIGITS]
-
-
-def fingerprints(cells: Cells) -> np.ndarray:
-    """A number for the genes and counts of each cell, uint64 `(n_cells,)`, whatever the order of the genes.
-
-    >>> a = Cells([0, 2], [7, 9], [1, 5], np.zeros(1, np.uint64))
-    >>> b = Cells([0, 2], [9, 7], np.array([5.0, 1.0]), np.zeros(1, np.uint64))
-    >>> bool(fingerprints(a) == fingerprints(b))
-    True
-    """
-    genes = mix64((cells.gene_ids.astype(np.uint64) + ONE) * GOLDEN_GAMMA)
-    entries = mix64(genes ^ cells.counts.astype(np.float32).view(np.uint32).astype(np.uint64))
-    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(entries, dtype=np.uint64)])
-    return sums[cells.indptr[1:]] - sums[cells.indptr[:-1]]  # modulo 2**64, as the sums are
-
-
-class CellsHash:
-    """Hash of cells that arrive in chunks: a sum, whatever the order of the cells and the size of the chunks."""
-
-    def __init__(self) -> None:
-        self.total = 0
-
-    def update(self, cells: Cells) -> None:
-        """Add the next cells."""
-        of_cells = mix64(fingerprints(cells) ^ mix64(cells.cell_ids + GOLDEN_GAMMA))
-        self.total = (self.total + int(of_cells.sum(dtype=np.uint64))) % 2**64
-
-    def hexdigest(self) -> str:
-        """The hash of all cells so far."""
-        return f"{self.total:016x}"
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:

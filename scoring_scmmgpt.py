@@ -50,7 +50,7 @@ def text_states(bridge: ScMMGPTBridgeModel, processor: ScMMGPTProcessor, texts: 
         inputs = processor(qformer_text=[texts[row] for row in rows]).to(bridge.device)
         with torch.inference_mode():
             features = bridge.get_text_features(**inputs, return_dict=True).last_hidden_state
-        states[rows] = torch.nn.functional.normalize(features.double(), dim=-1).cpu().numpy()
+        states[rows] = torch.nn.functional.normalize(features.cpu().double(), dim=-1).numpy()
     return states
 
 

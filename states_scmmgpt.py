@@ -143,7 +143,7 @@ class ScMMGPTCellStates(nn.Module):
         exact, means = self._exact(), []
         rng = np.random.default_rng(0)
         noise = torch.from_numpy(rng.standard_normal((MEAN_STATES, self.num_components + 1)))
-        for text in text_features.double().cpu():
+        for text in text_features.cpu().double():
             states, _ = exact.transport(noise, text.expand(MEAN_STATES, -1))
             means.append(exact.log_rate(states).exp().mean(dim=0))
         return torch.stack(means).log1p().float().numpy()
@@ -155,8 +155,8 @@ class ScMMGPTCellStates(nn.Module):
         keys = cell_keys(np.asarray(cell_ids), seed=seed, epoch=0, stream=RandomStream.STATE)
         draws = [np.random.Generator(np.random.Philox(key=int(key))) for key in keys]
         noise = np.stack([rng.standard_normal(self.num_components + 1) for rng in draws])
-        return draws, *self.transport(torch.from_numpy(noise), text_features.double().cpu())
+        return draws, *self.transport(torch.from_numpy(noise), text_features.cpu().double())
 
     def _exact(self) -> "ScMMGPTCellStates":
         """A copy in float64 on the CPU."""
-        return copy.deepcopy(self).to("cpu", torch.float64)
+        return copy.deepcopy(self).cpu().double()

@@ -1,6 +1,6 @@
 """Labels that were never trained: how their texts place cells among the trained labels.
 
-A label that is given by a text alone has no cells. Six kinds of evidence replace them:
+A label that is given by a text alone has no cells. Seven kinds of evidence replace them:
 
 * **place**: ridge regression from the texts of the trained labels to their mean profiles predicts its mean profile.
   The margin of a cell is its distance from the plane halfway between that profile and the nearest trained one;
@@ -10,7 +10,8 @@ A label that is given by a text alone has no cells. Six kinds of evidence replac
 * **similar genes**: how strongly the cell expresses genes whose own texts, such as NCBI's summaries, are more like the
   text than like those of the trained labels, if the checkpoint was made with texts of genes;
 * **pairs**: the same against each trained label alone, from its mean profile; the least of them counts;
-* **relatives**: the rank, among the trained labels, of the nearest ones by the likeness of their texts with the text.
+* **relatives**: the rank, among the trained labels, of the nearest ones by the likeness of their texts with the text;
+* **doubt**: how evenly the nearest trained labels share the cell, as the entropy of their closeness.
 
 A logistic **gate** decides between the label and all trained ones. It is fitted in `finetune` on episodes that leave
 one trained label out. Among the trained labels, the readout decides (`readout_scmmgpt`): one softmax over both would
@@ -131,7 +132,7 @@ class Gate:
         return replace(self, weights=self.batch_weights, offset=self.batch_offset)
 
     def __call__(self, evidence: np.ndarray) -> np.ndarray:
-        """Log odds `(...,)` of evidence `(..., 6)`, not yet scaled; older gates know the first ones."""
+        """Log odds `(...,)` of evidence `(..., 7)`, not yet scaled; older gates know the first ones."""
         return evidence[..., : len(self.scale)] / np.asarray(self.scale) @ np.asarray(self.weights) + self.offset
 
 
@@ -220,7 +221,7 @@ class LabelSpace:
     def evidence(
         self, trained: np.ndarray, new: np.ndarray, of_genes: np.ndarray, expected: np.ndarray | float = 0.0
     ) -> np.ndarray:
-        """Margin, novelty, genes named, similar and in pairs, and relatives, `(n_cells, n_new, 6)`.
+        """Margin, novelty, genes named, similar and in pairs, relatives and doubt, `(n_cells, n_new, 7)`.
 
         The first arguments are those of `products`; `expected` is the novelty that a cell's depth explains.
         """
@@ -231,8 +232,10 @@ class LabelSpace:
         novelty = np.broadcast_to(nearest - np.reshape(expected, (-1, 1)), margins.shape)
         between = ((self.centroids - self.centroids.mean(axis=0)) ** 2).sum(axis=1).mean()
         closeness = np.exp((nearest - trained) / max(NEARNESS * between, 1e-9))
-        relatives = closeness @ self.ranks.T / closeness.sum(axis=1, keepdims=True)
-        return np.concatenate([np.stack([margins, novelty], axis=2), of_genes, relatives[:, :, None]], axis=2)
+        closeness /= closeness.sum(axis=1, keepdims=True)
+        doubt = -(closeness * np.log(closeness.clip(min=1e-12))).sum(axis=1, keepdims=True)
+        last = np.stack([closeness @ self.ranks.T, np.broadcast_to(doubt, margins.shape)], axis=2)
+        return np.concatenate([np.stack([margins, novelty], axis=2), of_genes, last], axis=2)
 
     def read_batch(
         self,

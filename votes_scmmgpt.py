@@ -1,5 +1,6 @@
-"""From the labels of cells to an answer for each cluster, which agrees with the ontology and shows its votes."""
+"""From the labels of cells to answers for clusters, which agree with the ontology, and to numbers of the whole."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,11 +9,18 @@ import numpy as np
 
 try:  # as a package or as remote code
     from .annotation_scmmgpt import MOST_LABELS, UNKNOWN
+    from .labels_scmmgpt import Candidates
 except ImportError:  # beside the other files of a checkpoint
     from annotation_scmmgpt import MOST_LABELS, UNKNOWN
+    from labels_scmmgpt import Candidates
 
 CLUSTER_SHARE = 0.8  # of the cells of a cluster, for its type
 N_VOTES = 4  # labels that are shown
+
+# An annotation of at least this many cells is reported as collapsed if one label has at least this share of them.
+COLLAPSE_MIN_CELLS, COLLAPSE_SHARE = 50, 0.98
+NOVEL_SHARE = 0.2  # an annotation with at least this share of novel cells gets a warning
+DOUBTFUL_SHARE = 0.5  # an annotation with at least this share of low scores, where not all labels are candidates
 
 
 def cluster_answers(
@@ -62,3 +70,69 @@ def cluster_answers(
         shares = [f"{found[i]} {counts[i] / total:.0%}".replace("%", " %") for i in order[:N_VOTES]]
         rows.append({**row, "votes": ", ".join(shares)})
     return rows
+
+
+def majority_vote(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """The commonest label of each cell's cluster; ties go to the label that sorts first.
+
+    >>> majority_vote(np.array(["B", "B", "T", "T"]), np.array(["0", "0", "0", "1"]))
+    array(['B', 'B', 'B', 'T'], dtype='<U1')
+    """
+    voted = np.empty_like(labels)
+    for cluster in np.unique(clusters):
+        members = clusters == cluster
+        names, counts = np.unique(labels[members], return_counts=True)
+        voted[members] = names[counts.argmax()]
+    return voted
+
+
+def summarize_annotation(
+    columns: Mapping[str, np.ndarray], candidates: Candidates, known: Sequence[str], min_score: float | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Summary of an annotation, and warnings about an unlikely one.
+
+    `columns` is the result of [`choose_labels`], `known` the labels of the checkpoint, and `min_score` that of
+    [`choose_labels`], None for one of 0 that was fitted.
+
+    Returns:
+        `found`, `found_cells`, `mean_entropy`, `collapsed`, with novelty `novel_cells`; and the warnings.
+    """
+    counted = Counter(np.asarray(columns["cell_type"]).tolist())  # faster than a sort of words
+    found = sorted(counted)
+    found_cells = np.array([counted[name] for name in found])
+    n_cells, n_novel = len(columns["cell_type"]), int((columns.get("novelty", np.empty(0)) > 1).sum())
+    share = found_cells.max() / n_cells
+    several = len(candidates.names) > 1
+    collapsed = several and n_cells >= COLLAPSE_MIN_CELLS and bool(share >= COLLAPSE_SHARE)
+    warnings = []
+    if len(candidates.texts) == 1:
+        warnings.append(
+            f"There is one label, {candidates.names[0]!r}, and no other that the checkpoint knows: every cell gets "
+            "it, with score 1. Give two labels or more."
+        )
+    if n_novel >= NOVEL_SHARE * n_cells:
+        given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
+        warnings.append(
+            f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
+            f"such as {', '.join(map(repr, known[:3]))}): {given}. They are more like other cells, or express "
+            "other genes; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
+        )
+    elif not min_score and (candidates.owners < 0).any() and (low := int((columns["score"] < 0.5).sum())):
+        if low >= DOUBTFUL_SHARE * n_cells:
+            warnings.append(
+                f"{low} of {n_cells} cells have a score below 0.5: known labels that are no candidates fit them "
+                "better, or several candidates fit alike. Pass `min_score=`, or more `labels=`."
+            )
+    elif collapsed:
+        warnings.append(
+            f"{share:.0%} of {n_cells} cells were labelled {str(found[found_cells.argmax()])!r}, of "
+            f"{len(candidates.names)} labels. If you don't expect that, look at uns['scmmgpt']['input']: the "
+            "matrix or the genes may be the wrong ones, or the texts of the labels too alike."
+        )
+    numbers = {
+        "found": np.asarray(found, dtype=object),
+        "found_cells": found_cells,
+        "mean_entropy": float(columns["entropy"].mean()),
+        "collapsed": collapsed,
+    }
+    return numbers | ({"novel_cells": n_novel} if "novelty" in columns else {}), warnings

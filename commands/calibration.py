@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.files import check_file, read_json, whole_file
-from scmmgpt.reading_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns
 
 
 if TYPE_CHECKING:

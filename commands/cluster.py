@@ -6,12 +6,13 @@ tasks of a dying worker look the same, and then counts as failed.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -58,32 +59,68 @@ def preload_workers() -> None:
                 os.environ[name] = value
 
 
-def run_tasks(
-    function: Callable[[Task], Any], tasks: Sequence[Task], workers: int = 1, cluster: str | None = None
-) -> Iterator[Outcome]:
-    """Yield each task with the result of `function(task)`, or with the `Exception` that it raised, as they finish.
+class Workers:
+    """Where tasks run: this process, processes of this machine, or a Dask cluster; for all runs of a context.
+
+    Processes of this machine start while this one goes on.
 
     Args:
-        function: A function of a module, which workers import.
-        tasks: Arguments of the function, as plain data.
         workers: Processes of this machine; 1 is this process.
         cluster: Address of a Dask scheduler, whose workers take the place of `workers`.
-
-    Raises:
-        ImportError: If Dask is needed and not installed.
-        OSError: If the scheduler cannot be reached, or is lost.
+        prepare: A function of a module, which workers import, and its arguments: what each calls first.
     """
-    if cluster is None and workers == 1:
-        for task in tasks:
-            result, failure = None, None
-            try:
-                result = function(task)
-            except Exception as error:  # whatever a part of a file raises
-                failure = error
-            yield task, result, failure
-        return
-    began = time.time()
-    with _client(workers, cluster) as client:
+
+    def __init__(
+        self, workers: int = 1, cluster: str | None = None, prepare: tuple[Callable[..., Any], Any] | None = None
+    ) -> None:
+        self.workers, self.cluster, self.prepare = workers, cluster, prepare
+        self.is_this_process = cluster is None and workers == 1
+        self._stack = contextlib.ExitStack()
+        self._client: Callable[[], Any] = functools.cache(self._start)
+
+    def __enter__(self) -> "Workers":
+        if self.cluster is None and not self.is_this_process:
+            self._client = ThreadPoolExecutor(1).submit(self._start).result
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.cluster is None and not self.is_this_process:
+            with contextlib.suppress(Exception):
+                self._client()  # what is starting cannot be stopped
+        self._stack.close()
+
+    def _start(self) -> Any:
+        client = self._stack.enter_context(_client(self.workers, self.cluster))
+        if self.prepare is not None:
+            from distributed import fire_and_forget
+
+            function, arguments = self.prepare
+            for worker in client.nthreads():
+                where = {"workers": [worker], "allow_other_workers": True, "pure": False}
+                fire_and_forget(client.submit(function, *arguments, **where))
+        return client
+
+    def run(self, function: Callable[[Task], Any], tasks: Sequence[Task]) -> Iterator[Outcome]:
+        """Yield each task with the result of `function(task)`, or with the `Exception` that it raised, as they finish.
+
+        Args:
+            function: A function of a module, which workers import.
+            tasks: Arguments of the function, as plain data.
+
+        Raises:
+            ImportError: If Dask is needed and not installed.
+            OSError: If the scheduler cannot be reached, or is lost.
+        """
+        if self.is_this_process:
+            for task in tasks:
+                result, failure = None, None
+                try:
+                    result = function(task)
+                except Exception as error:  # whatever a part of a file raises
+                    failure = error
+                yield task, result, failure
+            return
+        began, client = time.time(), self._client()
         suspects: list[Task] = []
         for task, result, failure in _run_on(client, function, tasks):
             if _is_lost_worker(failure):
@@ -111,7 +148,7 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
             raise OSError(
                 f"No Dask scheduler answers at {cluster!r} ({why}). Start one, or correct --cluster."
             ) from None
-        with client:
+        with contextlib.closing(client):  # not `with client`, which is for a single thread
             try:
                 client.wait_for_workers(1, timeout=WAIT_SECONDS)
             except TimeoutError:
@@ -125,7 +162,7 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
     with (
         dask.config.set(_LOCAL),
         LocalCluster(n_workers=workers, **options) as local,
-        Client(local) as client,
+        contextlib.closing(Client(local)) as client,
     ):
         yield client
 

@@ -129,11 +129,14 @@ def table_suffix(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike, *, keep_existing: bool = False) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, *, keep_existing: bool = False, synced: bool = True) -> Iterator[Path]:
     """Yield the path of a temporary file, beside `path` and of its suffix, that becomes `path` if the block succeeds.
 
-    The file is synced to disk before it is renamed. If the block fails, `path` stays as it was. The folder of `path`
-    must exist. With `keep_existing`, a `path` that exists at the end of the block is not replaced. A link is followed.
+    If the block fails, `path` stays as it was. The folder of `path` must exist. With `keep_existing`, a `path` that
+    exists at the end of the block is not replaced. A link is followed.
+
+    The file is synced to disk before it is renamed. Without `synced` that is left to the system: a loss of power may
+    damage the file, a process that is killed does not.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "answer.txt"
@@ -148,14 +151,16 @@ def whole_file(path: str | os.PathLike, *, keep_existing: bool = False) -> Itera
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         yield temporary
-        _sync_file(temporary)
+        if synced:
+            _sync_file(temporary)
         if keep_existing:
             _link(temporary, path)
         else:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    if synced:
+        _sync_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from scmmgpt.commands.cluster import run_tasks
+from scmmgpt.commands.cluster import Workers
 from scmmgpt.commands.conditions import columns_of, rows_where
 from scmmgpt.commands.files import read_json, whole_folder, write_json
 from scmmgpt.query_scmmgpt import Search, read_query
@@ -64,7 +64,7 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
     Args:
         folder: The index.
         paths: Results of `embed`.
-        workers, cluster: As for `run_tasks`: each builds a segment at a time.
+        workers, cluster: As for `Workers`: each builds a segment at a time.
 
     Returns:
         The numbers of added cells, of all cells, and of files that were left out.
@@ -96,9 +96,10 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
                 missing.append(Segment(path, start, stop, source, new))
     from transformers.utils import logging as progress_logging
 
-    outcomes = run_tasks(build_segment, missing, workers, cluster)
-    progress = progress_logging.tqdm(outcomes, desc="Indexing", unit="segment", total=len(missing), delay=3)
-    failures = [error for _, _, error in progress if error is not None]
+    with Workers(workers, cluster) as running:
+        outcomes = running.run(build_segment, missing)
+        progress = progress_logging.tqdm(outcomes, desc="Indexing", unit="segment", total=len(missing), delay=3)
+        failures = [error for _, _, error in progress if error is not None]
     if failures:
         raise failures[0]
     n_cells = sum(entry["cells"] for entry in read_segments(folder))

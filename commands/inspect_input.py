@@ -12,7 +12,8 @@ from scmmgpt.commands.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
 from scmmgpt.readers.cell_files import CellFile, read_file
 from scmmgpt.readers.disk_parts import DiskRows
-from scmmgpt.reading_scmmgpt import InputChoice, choose_input, finish_report, inspect_matrices, matrix_of
+from scmmgpt.reading_scmmgpt import InputChoice, choose_input, finish_report, inspect_matrices
+from scmmgpt.rows_scmmgpt import matrix_of
 
 
 LABEL_COLUMNS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "assay", "organism", "donor_id")

@@ -22,10 +22,14 @@ import numpy as np
 from scmmgpt.commands.cluster import device_of_worker
 from scmmgpt.commands.files import whole_file
 from scmmgpt.commands.sources import Source
+from scmmgpt.receipt_scmmgpt import digest
 
 
 if TYPE_CHECKING:
-    from scmmgpt.pipeline_scmmgpt import Labelling, ScMMGPTPipeline
+    import pandas as pd
+
+    from scmmgpt.labelling_scmmgpt import Labelling
+    from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
     from scmmgpt.reading_scmmgpt import InputChoice
 
 Arrays = dict[str, np.ndarray]
@@ -60,19 +64,16 @@ class Job:
         """The arguments of the pipeline's verb."""
         return {**self.options, **self.reading}
 
-    def request(self) -> dict[str, Any]:
-        """Settings that determine the partitions, beside the sources; others apply when partitions are joined."""
+    def request(self, pipeline: "ScMMGPTPipeline") -> dict[str, Any]:
+        """What determines the partitions, beside the sources: options, weights, settings, code and versions.
+
+        Options that apply when partitions are joined are left out, and so is where the checkpoint lies.
+        """
         joined = ("top_k",) if self.verb == "explain" else ("cluster_key", "top_k")
-        options = {name: value for name, value in self.options.items() if name not in joined}
-        files = sorted(Path(self.model).glob("*")) if Path(self.model).is_dir() else []
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        fields: dict[str, Any] = {
-            "verb": self.verb,
-            "model": [str(self.model), stats],
-            "device": self.device,
-            "options": options,
-        }
-        fields |= {"batch_size": self.batch_size, "reading": dict(self.reading)}
+        options = {name: value for name, value in self.arguments().items() if name not in joined}
+        signed = {k: v for k, v in pipeline.signer.sign(self.verb).items() if k not in ("checkpoint", "device")}
+        fields = {"verb": self.verb, "device": self.device, "batch_size": self.batch_size, **options, **signed}
+        fields["config"] = digest([pipeline.model.config.to_json_string()])
         return json.loads(json.dumps(fields))  # as a file has it
 
 
@@ -113,11 +114,18 @@ class Computed:
     sums: Arrays = field(default_factory=dict)
 
 
+def prepare(job: Job, source: Source) -> None:
+    """Load what partitions of a source need, before the first is there; they tell what is wrong, if it fails."""
+    with contextlib.suppress(Exception), _COMPUTING:
+        _load(job.model, job.device, job.batch_size)
+        source.open_rows(0, 1)
+
+
 def compute_partition(task: Partition) -> int:
     """Compute the results of a partition and write them, whole; returns the number of cells."""
     with _COMPUTING, one_thread():
         pipeline = _load(task.job.model, task.job.device, task.job.batch_size)
-        choice = copy.deepcopy(task.choice)
+        choice = replace(task.choice, report=copy.deepcopy(task.choice.report))  # which grows
         part = task.source.open_rows(task.start, task.stop)
         labels = None if task.labels is None else read_columns(task.labels, ["cell_type"])["cell_type"]
         computed = compute_part(pipeline, part, choice, task.job, read_decided(task.path.parent), labels)
@@ -257,7 +265,10 @@ def read_decided(folder: Path) -> Arrays:
 
 
 def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping[str, Any]) -> None:
-    """Write the results of a partition as Parquet: `barcode`, a column each, and lists of a fixed size for arrays."""
+    """Write the results of a partition as Parquet: `barcode`, a column each, and lists of a fixed size for arrays.
+
+    Checksums tell whether the disk has all of it, so that no worker waits for the disk.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -267,9 +278,9 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
         flat = pa.array(np.ascontiguousarray(values).ravel())
         table[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     if computed.sums:
-        with whole_file(path.with_suffix(".npz")) as temporary:
+        with whole_file(path.with_suffix(".npz"), synced=False) as temporary:
             np.savez_compressed(temporary, **cast(dict[str, Any], computed.sums))
-    with whole_file(path) as temporary:
+    with whole_file(path, synced=False) as temporary:
         schema = {"cells": json.dumps(counted)}
         words = [name for name, values in computed.columns.items() if values.dtype.kind in "UO"]
         options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
@@ -330,13 +341,13 @@ def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterab
 
 
 @_whole
-def has_barcodes(path: Path, names: Any) -> bool:
+def has_barcodes(path: Path, names: "pd.Index") -> bool:
     """Whether a partition is of the cells with these names, in order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     found = pq.read_table(path, columns=["barcode"], partitioning=None, page_checksum_verification=True)["barcode"]
-    return found.combine_chunks().equals(pa.array([str(name) for name in names], pa.string()))
+    return found.combine_chunks().equals(pa.array(names.astype(str), pa.string()))
 
 
 def is_whole(path: Path) -> bool:

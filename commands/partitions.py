@@ -28,14 +28,14 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands import partition_tasks as tasks
-from scmmgpt.commands.cluster import run_tasks
+from scmmgpt.commands.cluster import Workers
 from scmmgpt.commands.errors import explain, full_disk, naming
 from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns, words_of
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
-from scmmgpt.reading_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns
 
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class PartitionedRun:
         needed: Sequence[str] = (),
         annotated: "PartitionedRun | None" = None,
     ) -> None:
-        from scmmgpt.pipeline_scmmgpt import SORTED_CELLS
+        from scmmgpt.passes_scmmgpt import SORTED_CELLS
 
         self.job, self.outputs, self.pipeline, self.folder = job, outputs, pipeline, folder
         self.step = max(1, cells_per_partition // SORTED_CELLS) * SORTED_CELLS
@@ -99,21 +99,23 @@ class PartitionedRun:
         self._check_request()
 
     def _check_request(self) -> None:
-        path, request = self.folder / "request.json", self.job.request()
+        path, request = self.folder / "request.json", self.job.request(self.pipeline)
         if path.is_file():
             found = read_json(path, dict)
-            changed = sorted(name for name in request if found.get(name) != request[name])
+            changed = sorted(name for name in {*request, *found} if found.get(name) != request.get(name))
             if changed:
                 raise ValueError(
-                    f"{self.folder} has partitions of a command with other options ({', '.join(changed)} differ). "
-                    "Give that command again to finish it, or remove the folder."
+                    f"{self.folder} has partitions of another command: {', '.join(changed)} differ. Give that command "
+                    "again, with the same model and versions, to finish it, or remove the folder."
                 )
         else:
             write_json(path, request)
 
-    def compute(self, workers: int = 1, cluster: str | None = None) -> None:
-        """Compute the partitions that are missing; a disk that is full stops the run."""
+    def compute(self, workers: Workers, copies: CopiesAhead | None = None) -> None:
+        """Compute the partitions that are missing, and begin the copies; a disk that is full stops the run."""
         wanted = [task for source in self.outputs for task in self._partitions(source)]
+        if copies is not None:
+            copies.start()
         missing = [task for task in wanted if not tasks.is_whole(task.path)]
         if len(missing) < len(wanted):
             logger.warning("%d of %d partitions are done; the others follow.", len(wanted) - len(missing), len(wanted))
@@ -126,9 +128,9 @@ class PartitionedRun:
             progress_logging.tqdm(
                 desc=f"{self.job.verb} in partitions", unit="cell", total=total, delay=3
             ) as progress,
-            tasks.using(self.pipeline, self.job) if cluster is None and workers == 1 else contextlib.nullcontext(),
+            tasks.using(self.pipeline, self.job) if workers.is_this_process else contextlib.nullcontext(),
         ):
-            for task, _, error in run_tasks(tasks.compute_partition, missing, workers, cluster):
+            for task, _, error in workers.run(tasks.compute_partition, missing):
                 if error is not None:
                     if full_disk(error, str(error), [self.folder]):
                         raise error
@@ -196,7 +198,6 @@ class PartitionedRun:
         `cells` are those with the results of another run.
         """
         from scmmgpt.readers.cell_files import CellFile
-        from scmmgpt.reading_scmmgpt import finish_report
 
         if source in self._failures:
             return Results(source, cells, why=self._failures[source])
@@ -208,7 +209,6 @@ class PartitionedRun:
         if not joined.paths:
             return Results(source, cells if self.annotated else None, failed, next(iter(failed.values()), "no labels"))
         choice.report["cells"] |= joined.counted
-        finish_report(choice.report)
         rows = joined.rows()
         is_whole = len(rows) == len(cells.obs)
         given = [key for name in ("label_key", "cluster_key") if (key := self.job.options.get(name)) is not None]
@@ -284,7 +284,7 @@ def compute_outputs(
     Raises:
         ValueError: If nothing could be computed.
     """
-    workers, cluster, size = where
+    n_workers, cluster, size = where
     summaries: dict[str, Any] = {}
     done: list[Results] = []
     failures: list[str] = []
@@ -293,13 +293,14 @@ def compute_outputs(
         _folder_of_results(output, len(outputs) > 1),
         _copies(outputs, folder) as copies,
     ):
-        runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
-        runs[0].compute(workers, cluster)
-        if with_evidence:
-            options = {"label_key": "scmmgpt_cell_type", "cluster_key": job.options.get("cluster_key")}
-            second = replace(job, verb="explain", options=options)
-            runs.append(PartitionedRun(second, outputs, pipeline, folder / "evidence", size, (), runs[0]))
-            runs[1].compute(workers, cluster)
+        with Workers(n_workers, cluster, (tasks.prepare, (job, next(iter(outputs))))) as workers:
+            runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
+            runs[0].compute(workers, copies)
+            if with_evidence:
+                options = {"label_key": "scmmgpt_cell_type", "cluster_key": job.options.get("cluster_key")}
+                second = replace(job, verb="explain", options=options)
+                runs.append(PartitionedRun(second, outputs, pipeline, folder / "evidence", size, (), runs[0]))
+                runs[1].compute(workers)
         for source, path in outputs.items():
             with naming(source.path if len(outputs) > 1 else None):
                 results = [runs[0].join(source)]
@@ -453,7 +454,7 @@ class Joined:
 
 @contextlib.contextmanager
 def _copies(sources: Iterable[Source], folder: Path) -> Iterator[CopiesAhead]:
-    """The copies that become outputs, made from now on; what is not used is removed."""
+    """The copies that become outputs; what is not used is removed."""
     files = [source.path for source in sources if source.path.is_file() and not is_soma(source.path)]
     copies = CopiesAhead({file: folder / f"{i}.h5ad" for i, file in enumerate(files) if can_copy(file)})
     try:

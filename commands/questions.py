@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from scmmgpt.annotation_scmmgpt import normalize_label
 from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.labels_scmmgpt import normalize_label
 from scmmgpt.unseen_scmmgpt import ANTIGENS, GENE_WORD
 
 

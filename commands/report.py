@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.commands.verify import receipts
-from scmmgpt.reading_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns
 
 
 SHOWN = 10  # rows of a table of cells
@@ -96,12 +96,12 @@ def warnings_of(adata: Any) -> list[str]:
         found.append("Nearly all cells have one label. Check the matrix and the candidate labels.")
     novel = int(done.get("novel_cells", 0))
     if novel:
-        found.append(f"{novel:,} cells ({novel / adata.n_obs:.0%}) are like nothing that the checkpoint knows.")
+        found.append(f"Like nothing that the checkpoint knows: {novel:,} of {adata.n_obs:,} cells.")
     for label in np.atleast_1d(done.get("weak_labels", [])):
         found.append(f"The file lacks genes that tell {str(label)!r} from another label.")
-    low = float((adata.obs[f"{KEY}_score"] < LOW_SCORE).mean())
-    if low > 0:
-        found.append(f"{low:.0%} of the cells have a score below {LOW_SCORE}.")
+    low = int((adata.obs[f"{KEY}_score"] < LOW_SCORE).sum())
+    if low:
+        found.append(f"With a score below {LOW_SCORE}: {low:,} of {adata.n_obs:,} cells.")
     if f"{KEY}_cell_type_majority" in adata.obs and "clusters" not in done:
         found.append("The file has no votes of clusters, which older versions did not keep: annotate it again.")
     if "explain" not in uns:

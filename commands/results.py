@@ -94,7 +94,7 @@ def rehearse(cells: Cells, source: Path, output: Path) -> None:
 
 
 class CopiesAhead:
-    """Copies of `.h5ad` files, to which results are added later; a thread makes them while the results are computed.
+    """Copies of `.h5ad` files, to which results are added later; from `start` on, a thread makes them.
 
     Args:
         copies: File -> its copy.
@@ -106,6 +106,9 @@ class CopiesAhead:
         self._stopped = threading.Event()
         for copy in copies.values():
             copy.parent.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        """Begin to copy: once it is known that the outputs have room, which the copies take."""
         threading.Thread(target=self._copy, daemon=True).start()  # a command that fails does not wait for it
 
     def _copy(self) -> None:

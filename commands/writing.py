@@ -82,7 +82,7 @@ def writable_frame(frame: pd.DataFrame, name: str, changes: list[str]) -> pd.Dat
     """The frame itself, or a copy with columns, names and index that `.h5ad` can hold."""
     columns = writable_names(frame.columns, name, changes)
     index = frame.index
-    if not (isinstance(index, pd.Index) and index.dtype == object and all(isinstance(v, str) for v in index)):
+    if index.dtype != object or pd.api.types.infer_dtype(index, skipna=False) not in ("string", "empty"):
         index = pd.Index([str(value) for value in index], dtype=object, name=index.name)
     if index.name is not None and (not isinstance(index.name, str) or index.name in (RESERVED, *columns)):
         index = index.rename(None)

@@ -12,7 +12,7 @@ trained checkpoint, so that what is left may miss what it was trained with. The 
 * `search`: AUROC of the cells of a type for its text, mean over types; where the readout places no cells among texts,
   both parts are added in standard deviations;
 * `descriptions`: share that name the true type;
-* `generation`: E-distance; nothing mixes states and expression head.
+* `generation`: E-distance and two-sample AUC; nothing mixes states and expression head.
 
 Several checkpoints, of several seeds, give mean and spread.
 """
@@ -44,6 +44,8 @@ from scmmgpt.train.labels import column_of
 
 PARTS = ("wide", "deep", "both")
 MAX_NEW_TOKENS = 32
+GENERATED = {"energy_distance": "generation, E-distance", "two_sample_auc": "generation, two-sample AUC"}
+BESIDE = ("mean profile + Poisson", "real training cells")
 
 
 @contextmanager
@@ -141,8 +143,8 @@ def describe(pipeline: ScMMGPTPipeline, corpus: Corpus, train: LabelledCells, la
 
 def generate(
     pipeline: ScMMGPTPipeline, train: LabelledCells, test: LabelledCells, n_cells: int, parts: str, seed: int
-) -> dict[str, float]:
-    """E-distance of generated cells, and of the baselines."""
+) -> dict[str, dict[str, float]]:
+    """Measures of generated cells, and of the baselines: measure -> system -> value."""
     prompts = pipeline.label_prompts()
     with ExitStack() as stack:
         if parts == "deep":
@@ -151,7 +153,7 @@ def generate(
     sizes, genes = adata.obs["library_size"].to_numpy(), adata.var_names.to_numpy().astype(str)
     cells = generation.GeneratedCells(adata.X.toarray(), np.repeat(list(prompts), n_cells), genes, sizes)
     rows = generation.evaluate_generation(cells, train, test, n_resamples=6, seed=seed)["rows"]
-    return {row["system"]: row["value"] for row in rows if row["metric"] == "energy_distance"}
+    return {of: {row["system"]: row["value"] for row in rows if row["metric"] == of} for of in GENERATED}
 
 
 def evaluate(checkpoint: str, corpus: Corpus, label_key: str, n_cells: int, seed: int) -> dict[str, dict[str, float]]:
@@ -173,10 +175,9 @@ def evaluate(checkpoint: str, corpus: Corpus, label_key: str, n_cells: int, seed
             rows["descriptions"]["logistic regression"] = accuracy
         if pipeline.model.config.num_state_components is not None:
             of = {part: generate(pipeline, train, test, n_cells, part, seed) for part in ("wide", "deep")}
-            rows["generation"] = {part: values[results.MODEL_NAME] for part, values in of.items()}
-            rows["generation"] |= {
-                name: of["wide"][name] for name in ("mean profile + Poisson", "real training cells")
-            }
+            for measure, name in GENERATED.items():
+                rows[name] = {part: values[measure][results.MODEL_NAME] for part, values in of.items()}
+                rows[name] |= {system: of["wide"][measure][system] for system in BESIDE}
     return rows
 
 

@@ -4,7 +4,8 @@
 python -m scmmgpt.eval all --corpus results/demo/corpus --gene-texts gene_summary_human.csv.gz --output DIR
 ```
 
-DIR gets what is trained (a method that is complete is not trained again), `results.json` and `report.md`.
+DIR gets what is trained, `results.json` and `report.md`; what is complete there is not done again. With `--seeds 3`
+these are in `DIR/seed-0` and so on, and DIR gets the means over seeds with their spread.
 
 * ours: `align`, `tune` and `calibrate` with the two configurations, then `annotate`, `describe` and `generate`;
 * the methods of `eval/methods.py`, which train for as many processor seconds as ours; `--time-factor` gives
@@ -67,6 +68,7 @@ CONFIGS = Path(align.__file__).parent / "configs"
 SENTENCES, CONTRAST, GENES = "Cell2Sentence-style", "LangCell-style", "GenePT-style"
 AUTOENCODER = "scVI-style"
 MAX_NEW_TOKENS = 48  # of a description
+TASKS = ("annotation", "description", "generation", "retrieval", "clustering")
 BATCH_KEYS = ("dataset_id", "donor_id")  # the first with several values tells batches apart
 
 
@@ -316,18 +318,19 @@ def place(study: Study, pipeline: ScMMGPTPipeline, texts: list[str]) -> tuple[np
     return similarity.numpy()[order], normalize(features.mean(dim=1).numpy())[order]
 
 
-def report(tasks: Mapping[str, dict], about: Mapping[str, Any]) -> str:
+def report(document: Mapping[str, Any]) -> str:
     """All tables in Markdown."""
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in about["seconds"].items())
+    corpus = document["corpus"]
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in document["seconds"].items())
     parts = [
         "# Ours and the methods of others",
-        f"Corpus `{about['corpus']['path']}`, splits sha256 `{(about['corpus']['splits sha256'] or 'none')[:16]}`, "
-        f"seed {about['seed']}. Processor seconds of training: {seconds}. Candidates of annotation: all "
-        f"{about['n_candidates']} labels of the training cells.",
-        markdown_claims(find_claims(tasks, SENTENCES), SENTENCES),
+        f"Corpus `{corpus['path']}`, splits sha256 `{(corpus['splits sha256'] or 'none')[:16]}`, "
+        f"seed {document['seed']}. Processor seconds of training: {seconds}. Candidates of annotation: all "
+        f"{document['n_candidates']} labels of the training cells.",
+        markdown_claims(document["claims"], SENTENCES),
     ]
-    for task, result in tasks.items():
-        parts += [f"## {task.capitalize()}", markdown_table(result)]
+    for task in TASKS:
+        parts += [f"## {task.capitalize()}", markdown_table(document[task])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -341,6 +344,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--cells-per-label", type=number(int, 2), default=100, help="cells to generate of each type (%(default)s)"
     )
     parser.add_argument(
+        "--seeds", type=number(int, 1), default=1, help="seeds to run, from --seed on, and to average (%(default)s)"
+    )
+    parser.add_argument(
         "--time-factor",
         type=number(float, 0, above=True),
         default=1.0,
@@ -349,19 +355,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    args = make_parser().parse_args(argv)
-    annotators.quieten()
+def compare_methods(args: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """All tasks with one seed; also written to `output`, and read from there if they are."""
     corpus = open_corpus(args.corpus)
-    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     study = Study(corpus, *read_splits(corpus, label_key=args.label_key), output, args)
-    options = {name: value for name, value in vars(args).items() if name not in ("corpus", "output")}
+    options = {name: value for name, value in vars(args).items() if name not in ("corpus", "output", "seeds")}
     about = {"corpus": describe_corpus(corpus), **options}
-    stamp = output / "study.json"
+    stamp, path = output / "study.json", output / "results.json"
     if stamp.is_file() and read_json(stamp) != about:
         raise ValueError(f"{output} holds methods of another corpus or other options. Give another --output.")
+    if path.is_file():
+        return read_json(path)
     write_json(stamp, about)
     trained = train_all(study)
     logger.info("Annotating and describing %d test cells", len(study.test))
@@ -371,8 +376,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("Searching and clustering")
     tasks |= evaluate_spaces(study, trained)
     about |= {"seconds": trained.seconds, "n_candidates": len(set(study.train.labels))}
-    write_json(output / "results.json", {"task": "all", **about, "claims": find_claims(tasks, SENTENCES), **tasks})
-    text = report(tasks, about)
+    document = {"task": "all", **about, "claims": find_claims(tasks, SENTENCES), **tasks}
+    write_json(path, document)
+    return document
+
+
+def average_seeds(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The document of several seeds: means of all tables, and the margins that they reach."""
+    tasks = {task: results.average([document[task] for document in documents]) for task in TASKS}
+    seconds = [document["seconds"] for document in documents]
+    about: dict[str, Any] = {"seed": ", ".join(str(document["seed"]) for document in documents)}
+    about["seconds"] = {name: np.mean([of[name] for of in seconds]) for name in seconds[0]}
+    claims = find_claims(tasks, SENTENCES)
+    for row in claims:
+        found = [next(own for own in document["claims"] if own["claim"] == row["claim"]) for document in documents]
+        row["by_seed"] = [own["reached"] for own in found]
+    return {**documents[0], **about, **tasks, "claims": claims}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    args = make_parser().parse_args(argv)
+    annotators.quieten()
+    output = Path(args.output)
+    if args.seeds == 1:
+        document = compare_methods(args, output)
+    else:
+        seeds = range(args.seed, args.seed + args.seeds)
+        runs = [compare_methods(argparse.Namespace(**{**vars(args), "seed": n}), output / f"seed-{n}") for n in seeds]
+        document = average_seeds(runs)
+        write_json(output / "results.json", document)
+    text = report(document)
     (output / "report.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     return 0

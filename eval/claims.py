@@ -61,6 +61,8 @@ def markdown_claims(rows: Sequence[dict], system: str) -> str:
             reached, verdict = "", "missed: theirs is 0 within the interval"
         else:
             reached = f"{100 * row['reached']:+.1f}{ends}"
+            if "by_seed" in row:
+                reached += "; by seed " + ", ".join("none" if x is None else f"{100 * x:+.1f}" for x in row["by_seed"])
             verdict = f"missed by {100 * row['missed_by']:.1f}" if row["missed_by"] else "reached"
         if row["possible"] is not None and row["possible"] < row["margin"]:
             verdict += f" (at most {100 * row['possible']:.1f} is possible)"
@@ -72,7 +74,7 @@ def markdown_claims(rows: Sequence[dict], system: str) -> str:
 
 
 def markdown_table(result: dict) -> str:
-    """Systems by metrics, with intervals."""
+    """Systems by metrics, with spreads and intervals."""
     metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
     cells = {(row["system"], row["metric"]): row for row in result["rows"]}
     titles = [result["measures"][metric]["title"] for metric in metrics]
@@ -81,7 +83,8 @@ def markdown_table(result: dict) -> str:
         words = []
         for metric in metrics:
             row = cells.get((system, metric))
-            words.append("" if row is None else f"{row['value']:.3f}")
+            spread = "" if row is None or row.get("spread") is None else f" ± {row['spread']:.3f}"
+            words.append("" if row is None else f"{row['value']:.3f}{spread}")
             if row is not None and row["ci"] is not None:
                 words[-1] += " [{:.3f}, {:.3f}]".format(*row["ci"])
         lines.append(f"| {system} | {' | '.join(words)} |")

@@ -6,8 +6,15 @@ python -m scmmgpt.eval condition --adata cells.h5ad --condition-key condition --
 ```
 
 Clusters stand for cell types: of principal components, after the mean of each condition was subtracted. The measure is
-the area under the ROC curve of the text's score, for cells of the condition among all cells: within clusters (mean and
-smallest) and over all cells (pooled).
+the area under the ROC curve of the text's score, for cells of the condition among all cells, with intervals of
+resampled cells:
+
+* `auroc`: the mean over clusters, in which a cluster of 80 cells weighs as much as one of 800;
+* `auroc_by_pairs`: the share of pairs of cells of one cluster that are in the right order, so that clusters weigh by
+  what they say;
+* `auroc_pooled`: of all cells, also of pairs of different clusters.
+
+The systems:
 
 * `label, learned in other clusters` and `search, learned in other clusters`: each cluster in turn is left out;
   `finetune` learns the conditions as labels from the other clusters; the log odds of the label by `annotate`, and
@@ -31,16 +38,17 @@ import numpy as np
 from anndata import AnnData
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from sklearn.metrics import roc_auc_score
 
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
+from scmmgpt.eval.results import Estimate, bootstrap_draws
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
 
 COMPONENTS = 20
+N_DRAWS = 500  # of an interval
 
 
 def find_clusters(adata: AnnData, conditions: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
@@ -84,20 +92,44 @@ def log_odds(pipeline: ScMMGPTPipeline, cells: AnnData, label: str) -> np.ndarra
     return np.log(probabilities[:, of_label].sum(axis=1) / probabilities[:, ~of_label].sum(axis=1))
 
 
-def areas(scores: np.ndarray, truth: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """Area under the ROC curve: the mean over clusters with cells of both kinds, the smallest, and of all cells."""
-    within = [
-        float(roc_auc_score(truth[clusters == cluster], scores[clusters == cluster]))
-        for cluster in np.unique(clusters)
+def area(yes: np.ndarray, no: np.ndarray, seed: int) -> Estimate:
+    """Area under the ROC curve of scores of cells with the condition `(n_yes,)` and without it `(n_no,)`."""
+    no = np.sort(no)
+    places = [np.searchsorted(no, yes, side) for side in ("left", "right")]
+    drawn_yes, drawn_no = (bootstrap_draws(len(of), n_resamples=N_DRAWS, seed=seed) for of in (yes, no[::-1]))
+    below = np.pad(drawn_no.cumsum(axis=1), ((0, 0), (1, 0)))
+    ordered = (drawn_yes * (below[:, places[0]] + below[:, places[1]]) / 2).sum(axis=1)
+    n_pairs = len(yes) * len(no)
+    return Estimate(float(sum(place.sum() for place in places) / 2 / n_pairs), n_pairs, ordered / n_pairs)
+
+
+def areas(scores: np.ndarray, truth: np.ndarray, clusters: np.ndarray) -> dict[str, Any]:
+    """The measures of scores `(n_obs,)` (see the top of this file), with intervals of resampled cells."""
+    within = {
+        str(cluster): area(scores[(clusters == cluster) & truth], scores[(clusters == cluster) & ~truth], seed)
+        for seed, cluster in enumerate(np.unique(clusters))
         if 0 < truth[clusters == cluster].mean() < 1
-    ]
-    pooled = float(roc_auc_score(truth, scores))
-    return {"auroc": float(np.mean(within)), "auroc_worst_cluster": min(within), "auroc_pooled": pooled}
+    }
+    values = np.array([of.value for of in within.values()])
+    replicates, n_pairs = np.array([of.replicates for of in within.values()]), [of.n for of in within.values()]
+    found = {"auroc_pooled": area(scores[truth], scores[~truth], 0)}
+    for name, weights in {"auroc": None, "auroc_by_pairs": n_pairs}.items():
+        mean, drawn = (np.average(of, axis=0, weights=weights) for of in (values, replicates))
+        found[name] = Estimate(float(mean), sum(n_pairs), drawn)
+    sizes = {str(cluster): int((clusters == cluster).sum()) for cluster in np.unique(clusters)}
+    return {
+        **{name: of.value for name, of in found.items()},
+        "auroc_worst_cluster": float(values.min()),
+        "intervals": {name: of.interval for name, of in found.items()},
+        "clusters": {
+            name: {"cells": sizes[name], "auroc": of.value, "interval": of.interval} for name, of in within.items()
+        },
+    }
 
 
 def evaluate(
     adata: AnnData, conditions: np.ndarray, condition: str, text: str, n_clusters: int, gene_texts: str | None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """The measures of every system."""
     truth, clusters = conditions == condition, find_clusters(adata, conditions, n_clusters)
     values = expression(adata)

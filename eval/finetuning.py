@@ -69,7 +69,7 @@ def draw_runs(labels: np.ndarray, *, shots: Sequence[int], seeds: int, splits: i
         draws = [(OTHER_SPLITS, split, everything)]
         if split == 0:
             draws = [(str(n), seed, draw_shots(labels[train], n, seed)) for n in shots for seed in range(seeds)]
-            draws += [(ALL, seed, everything) for seed in range(seeds)]
+            draws += [(ALL, seed, everything) for seed in range(seeds if splits else 0)]
         rows = {"train": train, "test": test}
         runs += [{"setting": setting, "seed": seed, "shown": shown, **rows} for setting, seed, shown in draws]
     return runs
@@ -237,7 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=number(int, 1), default=5, help="repetitions of every setting (%(default)s)")
     parser.add_argument(
-        "--splits", type=number(int, 1), default=3, help="number of splits for the setting `all` (%(default)s)"
+        "--splits",
+        type=number(int, 0),
+        default=3,
+        help="number of splits for the setting `all`; 0 leaves it out (%(default)s)",
     )
     parser.add_argument("--systems", nargs="*", help="names of the systems to run; by default all")
     parser.add_argument("--checkpoint", help="trained checkpoint of other cells, to start from and to compare")

@@ -9,23 +9,31 @@ python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --out
   Its cells are known if another dataset has their type, else new.
 * A label left out: all cells of a type, and of broader terms of it, are left out of all datasets, and are new.
 
+With `--genes N` each dataset is judged by its N most variable genes, as many files are shared; what is fitted stays.
+
 Of known cells: accuracy with every cell named (`forced`) and as `annotate` names them, calibration error of the score,
 area under the risk-coverage curve, coverage of the sets of labels. Of new ones: the share that is `Unknown` or gets a
-broader term that is right. The few numbers that `train.left_out.calibrate` fits to the other datasets come from
+broader term that is right, and, for the area under the ROC curve of the novelty, how the novelty tells them from known
+cells of the same dataset. The few numbers that `train.left_out.calibrate` fits to the other datasets come from
 readouts that had seen the dataset.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix, diags
+from sklearn.metrics import roc_auc_score
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, label_sets, least_scores, set_threshold
+from scmmgpt.cells_scmmgpt import COUNTS_PER_10K
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.novelty_scmmgpt import first_term
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases
@@ -48,6 +56,17 @@ class Sources:
     types: list[str]  # Cell Ontology ids of the labels
     meanings: np.ndarray  # as for `fit_pooled_readout`
     reference: Reference | None = None
+
+    @cached_property
+    def terms(self) -> list[dict[str, Any]]:
+        """Broader terms of the labels, as a checkpoint has them."""
+        return ontology.label_terms({str(ontology.term_name(term)): term for term in self.types})
+
+    @cached_property
+    def in_terms(self) -> list[list[int]]:
+        """The labels of each term."""
+        names = [str(ontology.term_name(term)) for term in self.types]
+        return [[place for place, name in enumerate(names) if name in term["labels"]] for term in self.terms]
 
 
 def read_sources(folder: str | Path, labels: str = "human") -> Sources:
@@ -77,11 +96,11 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict
     """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
-    probabilities = left_out.probabilities_of(cells, settings["temperature"])
-    novelty = cells.novelty / np.float32(settings["others_unit"])
+    probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
+    novelty = (cells.novelty / np.float32(settings["others_unit"])).clip(min=0)
     least = least_scores(settings["min_score"], novelty)
-    names, terms = list(ids), ontology.label_terms(ids)
-    columns = choose_labels(probabilities[:, labels], names, ids, least, novelty=novelty, terms=terms)
+    broader = first_term(cells.of_terms, settings["others_unit"])
+    columns = choose_labels(probabilities[:, labels], list(ids), ids, least, novelty, sources.terms, broader=broader)
     return columns | {"probabilities": probabilities}
 
 
@@ -142,16 +161,33 @@ def summarise_known(
     }
 
 
-def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Known and new cells of each group of datasets, left out together. `cells` are of `leave_each_out`."""
+def most_variable(data: Dataset, n_genes: int) -> Dataset:
+    """The dataset with its `n_genes` most variable genes (of log1p(CP10k)) alone."""
+    logs = (diags(COUNTS_PER_10K / np.asarray(data.counts.sum(axis=1)).ravel().clip(min=1e-9)) @ data.counts).log1p()
+    mean = np.asarray(logs.mean(axis=0)).ravel()
+    variance = np.asarray(logs.power(2).mean(axis=0)).ravel() - mean**2
+    kept = np.sort(data.measured[np.argsort(-variance[data.measured], kind="stable")[:n_genes]])
+    here = np.isin(np.arange(data.counts.shape[1]), kept)
+    counts = csr_matrix(data.counts @ diags(here.astype(np.float32)))
+    counts.eliminate_zeros()
+    return replace(data, counts=counts, measured=kept)
+
+
+def leave_datasets_out(
+    sources: Sources, cells: LeftOut, groups: Sequence[Sequence[int]], judged: LeftOut | None = None
+) -> dict[str, Any]:
+    """Known and new cells of each group of datasets, left out together. `cells` are of `leave_each_out`.
+
+    `judged`, by default the same, are what is named, by settings that are fitted to `cells`.
+    """
     known_rows, new_rows, kept, parts = {}, [], [], []
     sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
     for group in groups:
         settings = calibrated(sources, cells.take(~np.isin(cells.datasets, group)))
         own = (
-            cells
+            judged or cells
             if len(group) == 1
-            else left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference)
+            else left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference, sources.in_terms)
         )
         for number in group:
             mine = own.take(own.datasets == number)
@@ -161,6 +197,9 @@ def leave_datasets_out(sources: Sources, cells: LeftOut, groups: Sequence[Sequen
             if known.any():
                 some = {name: values[known] for name, values in columns.items()}
                 known_rows[sources.names[number]] = known_scores(some, mine.targets[known], sources.types)
+                if not known.all():
+                    area = roc_auc_score(~known, np.nan_to_num(mine.novelty))
+                    known_rows[sources.names[number]]["auroc_novelty"] = float(area)
                 kept.append(mine.take(known))
                 parts.append(some["probabilities"])
                 for rate in ERROR_RATES:
@@ -218,7 +257,7 @@ def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
             data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
             of_label[int(number)] = Dataset(data.counts[kept], data.measured, data.targets[kept])
         profiles = sources.reference and sources.reference.without(label)
-        found = left_out.judge(train, sources.meanings, of_label, profiles)
+        found = left_out.judge(train, sources.meanings, of_label, profiles, sources.in_terms)
         for number in of_label:
             mine = found.take(found.datasets == number)
             columns = annotate(sources, mine, settings)
@@ -231,12 +270,16 @@ def weighted(rows: Any) -> dict[str, float]:
     """Means over cells of the numbers of some rows."""
     rows = list(rows)
     sizes = [row["n_cells"] for row in rows]
-    names = [name for name, value in rows[0].items() if isinstance(value, float)] if rows else []
+    names = [n for n in rows[0] if all(isinstance(row.get(n), float) for row in rows)] if rows else []
     return {"n_cells": sum(sizes)} | {n: float(np.average([row[n] for row in rows], weights=sizes)) for n in names}
 
 
-def evaluate_left_out(folder: str | Path, what: str = "datasets", together: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate_left_out(
+    folder: str | Path, what: str = "datasets", together: Sequence[str] = (), n_genes: int | None = None
+) -> dict[str, Any]:
     """Leave each dataset out, or those of `together` at once; or each label.
+
+    With `n_genes` each dataset is judged by its most variable genes alone.
 
     Returns:
         JSON-able dict: `new`, cells of types that are left out, and their mean `new_together`; of datasets also
@@ -246,12 +289,19 @@ def evaluate_left_out(folder: str | Path, what: str = "datasets", together: Sequ
     missing = set(together) - set(sources.names)
     if missing:
         raise ValueError(f"There are no datasets {sorted(missing)}; there are {sources.names}.")
-    cells = left_out.leave_each_out(sources.datasets, sources.meanings, sources.reference)
+    cells = left_out.leave_each_out(sources.datasets, sources.meanings, sources.reference, sources.in_terms)
     if cells is None:
         raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":
         result: dict[str, Any] = {"new": leave_labels_out(sources, cells)}
+    elif together:
+        result = leave_datasets_out(sources, cells, [[sources.names.index(name) for name in together]])
     else:
-        group = [sources.names.index(name) for name in together]
-        result = leave_datasets_out(sources, cells, [group] if group else [[i] for i in range(len(sources.names))])
+        judged = None
+        if n_genes:
+            narrow = [most_variable(data, n_genes) for data in sources.datasets]
+            judged = left_out.leave_each_out(
+                sources.datasets, sources.meanings, sources.reference, sources.in_terms, narrow
+            )
+        result = leave_datasets_out(sources, cells, [[i] for i in range(len(sources.names))], judged)
     return result | {"new_together": weighted(result["new"])}

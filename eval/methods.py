@@ -301,21 +301,23 @@ def train_scvi(train: LabelledCells, folder: Path, *, seconds: float, seed: int 
 def scvi_cells(prompts: np.ndarray, train: LabelledCells, folder: Path, *, seed: int = 0) -> np.ndarray:
     """log1p(CP10k) of a cell for each prompted type, float32 `(n_cells, n_genes)`.
 
-    The library size is that of a random training cell of the type.
+    The library size is that of a random training cell of the type: over the genes that scVI knows, while a cell is
+    normalised by the total of all its genes.
     """
     import scvi
 
     model = scvi.model.SCVI.load(str(folder), adata=setup_scvi(train), accelerator="cpu")
     names = model.adata_manager.get_state_registry("batch").categorical_mapping.astype(str)
-    totals = train.total_counts[baselines.sample_rows(prompts, train.labels, seed=seed)]
+    rows = baselines.sample_rows(prompts, train.labels, seed=seed)
+    sizes = np.asarray(train.counts[rows].sum(axis=1)).ravel()
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(len(prompts), model.module.n_latent, generator=generator)
     codes = torch.from_numpy(np.array([list(names).index(name) for name in prompts]))[:, None]
-    library = torch.from_numpy(np.log(totals)).float()[:, None]
+    library = torch.from_numpy(np.log(sizes)).float()[:, None]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         counts = model.module.eval().generative(z=points, library=library, batch_index=codes)["px"].sample()
-    return log1p_cp10k(counts.numpy(), totals)
+    return log1p_cp10k(counts.numpy(), train.total_counts[rows])
 
 
 def embed_by_genes(cells: Sequence[LabelledCells], gene_texts: str | Path | None) -> list[np.ndarray]:

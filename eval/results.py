@@ -1,7 +1,8 @@
 """Result tables: every number with its interval beside the baselines, and a verdict for each comparison."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,13 +125,43 @@ def _compare(ours: Estimate, theirs: Estimate, sign: int) -> dict:
             differences, theirs.replicates, out=np.full(len(differences), np.nan), where=theirs.replicates > 0
         )
         relative = percentile_interval(shares)
-    verdict = "unclear"
-    if interval is not None and interval[0] > 0:
-        verdict = "better"
-    elif interval is not None and interval[1] < 0:
-        verdict = "worse"
-    result = {"difference": difference, "ci": interval, "verdict": verdict}
+    result = {"difference": difference, "ci": interval, "verdict": judge(interval)}
     return result | {"relative": difference / theirs.value if theirs.value > 0 else None, "relative_ci": relative}
+
+
+def average(tables: Sequence[dict]) -> dict:
+    """One table of the tables of several seeds, as [`tabulate`] writes them: rows and comparisons that all have.
+
+    A value is the mean of the seeds and its spread their standard deviation. The interval, over resampled cells, has
+    the means of the ends of the seeds' intervals. A relative difference is that of the means.
+    """
+
+    def shared(part: str) -> list[list[dict]]:
+        found = [{(row["metric"], row["system"]): row for row in table[part]} for table in tables]
+        return [[rows[key] for rows in found] for key in found[0] if all(key in rows for rows in found)]
+
+    def mean(values: Sequence[list[float] | float | None]) -> Any:
+        return None if any(value is None for value in values) else np.mean(np.array(values), axis=0).tolist()
+
+    rows, comparisons = [], []
+    for group in shared("rows"):
+        values = [row["value"] for row in group]
+        measured = {"value": mean(values), "ci": mean([row["ci"] for row in group])}
+        rows.append({**group[0], **measured, "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None})
+    means = {(row["metric"], row["system"]): row["value"] for row in rows}
+    for group in shared("comparisons"):
+        measured = {name: mean([row[name] for row in group]) for name in ("difference", "ci", "relative_ci")}
+        theirs = means[group[0]["metric"], group[0]["system"]]
+        measured["relative"] = measured["difference"] / theirs if theirs > 0 else None
+        comparisons.append({**group[0], **measured, "verdict": judge(measured["ci"])})
+    return {**tables[0], "rows": rows, "comparisons": comparisons}
+
+
+def judge(interval: Sequence[float] | None) -> str:
+    """The verdict of a difference."""
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return "unclear"
+    return "better" if interval[0] > 0 else "worse"
 
 
 def format_table(result: dict) -> str:

@@ -17,6 +17,7 @@
 """
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ UNREAD = {
     r"\.(tar|tgz|zip|7z|rar|zst)$|\.tar\.(gz|bz2|xz)$": "is an archive: unpack it first, and pass the file or folder "
     "of cells in it.",
     r"\.(xls|xlsx|xlsm|ods)$": "is a spreadsheet. Save it as .csv, and check that no gene became a date (SEPT2).",
+    r"\.(parquet|feather|arrow)$": "is a table in a format that is not read. Save it as .csv "
+    "(`pandas.read_parquet(file).to_csv('cells.csv')`, for instance).",
 }
 
 
@@ -204,6 +207,8 @@ Opener = Callable[..., CellFile]
 def _format(path: Path, gene_index: GeneIndex | None) -> tuple[str, Opener, Path, list[str]]:
     """Name and opener of a file's format, by its name, else by its contents; the path to open, and notes on it."""
     if not path.exists():
+        if path.is_symlink():
+            raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist.")
         if re.match(r"(https?|ftp|s3|gs):/", str(path)):
             raise FileError(f"{path} is an address, not a file: download it, and pass the file.")
         similar = sorted(p.name for p in path.parent.glob("*") if p.name.startswith(path.name.split(".")[0]))[:3]

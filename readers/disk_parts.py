@@ -1,5 +1,6 @@
 """Matrices and tables on disk (HDF5 or Zarr), of which a slice of rows is loaded."""
 
+from functools import cached_property
 from typing import Any
 
 import anndata
@@ -169,9 +170,9 @@ class DiskTable:
             raise FileError(f"Column {name!r} is missing or too short: the file is damaged. Write or copy it again.")
         return pd.Series(self._read(column), index=self.index, name=name)
 
-    @property
+    @cached_property
     def index(self) -> pd.Index:
-        """Names of the rows."""
+        """Names of the rows, loaded once."""
         return pd.Index(self._read(self._names))
 
     @property

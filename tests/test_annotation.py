@@ -7,20 +7,17 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import (
-    Novelty,
-    absent_genes,
-    candidate_columns,
-    choose_labels,
-    fit_novelty,
-    labels_of_tissue,
-    labels_with_texts,
-    novelty_of,
-    trained_labels_of,
-)
+from scmmgpt.annotation_scmmgpt import choose_labels
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
-from scmmgpt.pipeline_scmmgpt import _advice_on_tissues
+from scmmgpt.labels_scmmgpt import (
+    advice_on_tissues,
+    candidate_columns,
+    labels_of_tissue,
+    labels_with_texts,
+    trained_labels_of,
+)
+from scmmgpt.novelty_scmmgpt import Novelty, absent_genes, fit_novelty, novelty_of
 from scmmgpt.train.data import ontology
 
 
@@ -145,11 +142,11 @@ def test_labels_of_other_tissues_bring_the_advice_to_name_the_tissue(with_tissue
     assert "tissue" not in caplog.text
 
 
-def test_labels_of_several_tissues_bring_the_advice_where_the_file_names_none(adata):
+def test_labels_of_several_tissues_bring_the_advice_where_the_file_names_none():
     counts = dict.fromkeys(["B cell", "T cell", "monocyte", "neuron", "leukocyte"], 10)
     for n_others in (2, 3):  # a few labels of others are no sign
         tissues = [{"name": "blood", "labels": list(counts)[n_others:]}, {"name": "lung", "labels": []}]
-        advice = _advice_on_tissues(adata.obs[[]], counts, {"labels": counts, "tissues": tissues})
+        advice = advice_on_tissues([], counts, {"labels": counts, "tissues": tissues})
         assert advice == [] if n_others == 2 else "beside blood: B cell, T cell, monocyte" in advice[0]
 
 
@@ -229,7 +226,8 @@ def test_the_certainty_of_a_cell_does_not_depend_on_the_other_cells_of_the_file(
     labels = {label: f"a {label}" for label in TRAINED}
     tiny_pipeline.model.config.annotation = {"labels": labels, "cl_ids": TRAINED}
     probabilities = np.array([[0.5, 0.5], [0.3, 0.3]])  # of the first cell, nothing is left to other labels
-    monkeypatch.setattr(tiny_pipeline, "_probabilities", lambda cells, *_: (probabilities[: cells.n_obs], None))
+    scores = lambda cells, *_: (probabilities[: cells.n_obs], None, np.zeros(cells.n_obs, bool))  # noqa: E731
+    monkeypatch.setattr(tiny_pipeline, "_probabilities", scores)
     names = list(TRAINED)[:2]
     together = tiny_pipeline.annotate(adata[:2].copy(), names).obs["scmmgpt_entropy"]
     alone = tiny_pipeline.annotate(adata[:1].copy(), names).obs["scmmgpt_entropy"]
@@ -356,7 +354,7 @@ def calibrated(tiny_pipeline, adata):
 def test_calibration_tells_new_cells_on_one_line(calibrated, monkeypatch):
     pipeline, known, new = calibrated
     said = []
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.logger.warning", said.append)
     pipeline.annotate(known)
     assert not (known.obs["scmmgpt_cell_type"] == "Unknown").any()
     pipeline.annotate(new, force=True)
@@ -390,3 +388,15 @@ def test_abstention_is_evaluated_on_known_and_new_cells(calibrated, monkeypatch)
     assert spelled["accuracy"] == pytest.approx(result["known"]["accuracy"], abs=1 / len(known))
     with pytest.raises(ValueError, match="no column 'type'"):
         evaluate_abstention(pipeline, known, new, "type")
+
+
+def test_a_cell_without_a_gene_is_unknown_unless_every_cell_gets_a_label(tiny_pipeline, adata):
+    full = adata.copy()
+    adata.X = csr_matrix(np.where(np.arange(60)[:, None] == 3, 0, adata.X.toarray()))
+    labels = ["B cell", "T cell"]
+    found = tiny_pipeline.annotate(adata, labels).obs["scmmgpt_cell_type"]
+    assert found.iloc[3] == "Unknown"
+    others = np.arange(60) != 3
+    expected = tiny_pipeline.annotate(full, labels).obs["scmmgpt_cell_type"]
+    assert found[others].tolist() == expected[others].tolist()
+    assert tiny_pipeline.annotate(adata, labels, min_score=0).obs["scmmgpt_cell_type"].iloc[3] in labels

@@ -68,7 +68,11 @@ def test_rows_in_every_form_give_the_same_batch(tiny_processor, rows, adata):
     as_rows = [{**row, "cells": row["cells"].to_rows()} for row in rows]
     as_row = [{"messages": row["messages"], **row["cells"].to_rows()[0]} for row in rows]
     as_adata = [{**row, "cells": adata[i : i + 1].copy()} for i, row in enumerate(rows)]
-    for theirs in (collator(as_rows), collator(as_row), collator(as_adata)):
+    as_parts = []
+    for row in rows:
+        parts = [{"type": "cell", "cell": row["cells"].to_rows()[0]}, {"type": "text", "text": "a"}]
+        as_parts.append({"messages": [{"role": "user", "content": parts}, row["messages"][1]]})
+    for theirs in (collator(as_rows), collator(as_row), collator(as_adata), collator(as_parts)):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert torch.equal(value, theirs[name]), name

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from scmmgpt import synthetic
-from scmmgpt.commands.cluster import run_tasks
+from scmmgpt.commands.cluster import Workers
 from scmmgpt.tests.cluster_tasks import die, nap
 from scmmgpt.tests.test_partitions import assert_same, run
 
@@ -20,7 +20,8 @@ from scmmgpt.tests.test_partitions import assert_same, run
 def test_the_task_of_a_lost_worker_is_done_again_and_a_poisonous_one_is_reported(tmp_path):
     (tmp_path / "error").touch()
     tasks = [tmp_path / name for name in ("once", "poison", "error")]
-    outcomes = {task.name: (result, error) for task, result, error in run_tasks(die, tasks, workers=2)}
+    with Workers(2) as workers:
+        outcomes = {task.name: (result, error) for task, result, error in workers.run(die, tasks)}
     assert outcomes["once"] == ("once", None)
     assert type(outcomes["poison"][1]).__name__ == "KilledWorker"
     assert str(outcomes["error"][1]) == "no such cell"
@@ -66,9 +67,9 @@ def kill_a_worker(nanny):
 @pytest.mark.slow
 def test_workers_that_are_killed_every_few_seconds_lose_nothing_and_are_reported(tmp_path, caplog):
     tasks = [tmp_path / f"{i:02d}.txt" for i in range(40)]
-    with dask_cluster(tmp_path) as ((_, nanny), address):
+    with dask_cluster(tmp_path) as ((_, nanny), address), Workers(cluster=address) as workers:
         found, killed, last = [], 0, time.monotonic()
-        for outcome in run_tasks(nap, tasks, cluster=address):
+        for outcome in workers.run(nap, tasks):
             found.append(outcome)
             if time.monotonic() - last > 2 and killed < 4:
                 killed, last = killed + kill_a_worker(nanny), time.monotonic()
@@ -115,6 +116,9 @@ def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
     # Imported first: where `set` makes the key "distributed", its end takes away all settings below that key.
     pytest.importorskip("distributed", reason="Dask is not installed (extra `cluster`)")
 
-    with dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}):
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}),
+        Workers(cluster="tcp://127.0.0.1:9") as workers,
+    ):
         with pytest.raises(OSError, match="No Dask scheduler answers at 'tcp://127.0.0.1:9'"):
-            list(run_tasks(die, [], cluster="tcp://127.0.0.1:9"))
+            list(workers.run(die, []))

@@ -11,6 +11,7 @@ from scmmgpt.commands.plan import Costs, plan
 
 HOUR = Costs(
     seconds=0.01,
+    clock_seconds=0.01,
     load_seconds=36.0,
     input_bytes=2000.0,
     result_bytes=1000.0,

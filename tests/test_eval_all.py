@@ -1,6 +1,7 @@
 """Ours beside the methods of others: sentences of genes, retrieval, clusters, and the whole command in small."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -136,6 +137,48 @@ def test_a_method_that_is_no_better_than_the_majority_has_not_learned():
     assert judged == [False, True]
 
 
+def document_of(seed, accuracies):
+    """What one seed of the command has found: accuracies of ours and of sentences, and four empty tables."""
+    values = dict(zip((results.MODEL_NAME, comparison.SENTENCES), accuracies, strict=True))
+    draws = results.bootstrap_draws(10)
+    right = {name: {"accuracy": results.mean_estimate(np.arange(10) < 10 * x, draws)} for name, x in values.items()}
+    roles = {results.MODEL_NAME: results.MODEL, comparison.SENTENCES: results.BASELINE}
+    table = results.tabulate({"accuracy": results.Measure("accuracy", True, "")}, roles, right)
+    empty = {"measures": {}, "model": results.MODEL_NAME, "rows": [], "comparisons": []}
+    tasks = dict.fromkeys(comparison.TASKS, empty) | {"annotation": table}
+    about = {
+        "seed": seed,
+        "seconds": {"scMMGPT": 1.0},
+        "n_candidates": 2,
+        "corpus": {"path": "c", "splits sha256": ""},
+    }
+    return {**about, **tasks, "claims": claims.find_claims(tasks, comparison.SENTENCES)}
+
+
+def test_seeds_are_averaged_with_their_spread_and_each_margin_says_what_each_seed_reached(
+    tmp_path, monkeypatch, capsys
+):
+    accuracies = {3: (0.8, 0.5), 4: (0.6, 0.5)}
+    monkeypatch.setattr(comparison, "compare_methods", lambda args, _: document_of(args.seed, accuracies[args.seed]))
+    words = ["--corpus", "c", "--output", str(tmp_path), "--seed", "3", "--seeds", "2"]
+    assert comparison.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "seed 3, 4." in shown
+    assert "| scMMGPT | 0.700 ± 0.141 [" in shown
+    assert "| 0.7000 | 0.5000 | +20.5 | +40.0 [" in shown
+    assert "; by seed +60.0, +20.0 | reached |" in shown
+    (row,) = json.loads((tmp_path / "results.json").read_text())["annotation"]["comparisons"]
+    assert row["difference"] == pytest.approx(0.2)
+
+
+def test_what_one_seed_lacks_is_in_no_mean():
+    both, one = (document_of(0, (0.8, 0.5))["annotation"] for _ in range(2))
+    one["rows"], one["comparisons"] = one["rows"][:1], []
+    found = results.average([both, one])
+    assert [row["system"] for row in found["rows"]] == [results.MODEL_NAME]
+    assert found["comparisons"] == []
+
+
 @pytest.fixture
 def study(tmp_path, bert):
     """A corpus of ninety cells, and configurations of two steps."""
@@ -195,5 +238,8 @@ def test_scvi_draws_cells_of_a_type_from_its_prior(tmp_path):
     methods.train_scvi(train, tmp_path, seconds=5.0)
     drawn = methods.scvi_cells(labels, train, tmp_path)
     np.testing.assert_array_equal(drawn, methods.scvi_cells(labels, train, tmp_path))
+    # The corpus has a tenth of a cell's counts: so many are drawn, and normalised by all.
+    deep = replace(train, total_counts=train.total_counts * 10)
+    np.testing.assert_allclose(np.expm1(methods.scvi_cells(labels, deep, tmp_path)), np.expm1(drawn) / 10, rtol=1e-4)
     means = [(drawn[labels == name].mean(0), train.expression[labels == name].mean(0)) for name in TYPES]
     assert all(np.corrcoef(made, np.asarray(real).ravel())[0, 1] > 0.5 for made, real in means)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
+from sklearn.metrics import roc_auc_score
 
 from scmmgpt.eval import condition
 
@@ -34,9 +35,26 @@ def test_clusters_are_of_types_and_not_of_conditions(adata):
 def test_areas_are_within_clusters_and_pooled():
     truth, clusters = np.array([0, 1, 0, 1, 1]), np.array([0, 0, 1, 1, 2])
     scores = np.array([1.0, 2.0, 4.0, 3.0, 0.0])  # right in cluster 0, wrong in cluster 1; cluster 2 has one kind
-    assert condition.areas(scores, truth, clusters) == {
+    found = condition.areas(scores, truth == 1, clusters)
+    assert {name: found[name] for name in ("auroc", "auroc_worst_cluster", "auroc_pooled")} == {
         "auroc": 0.5, "auroc_worst_cluster": 0, "auroc_pooled": pytest.approx(1 / 3),
     }  # fmt: skip
+    assert {name: of["cells"] for name, of in found["clusters"].items()} == {"0": 2, "1": 2}
+
+
+def test_a_small_cluster_weighs_by_its_pairs_and_widens_the_interval():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat([0, 1], [200, 10])
+    truth = np.arange(210) % 2 == 1
+    scores = np.where(clusters == 0, truth * 5.0, 0) + rng.normal(size=210)  # the small cluster is a guess
+    found = condition.areas(scores, truth, clusters)
+    large, small = (found["clusters"][name] for name in "01")
+    expected = [roc_auc_score(truth[clusters == of], scores[clusters == of]) for of in (0, 1)]
+    assert [large["auroc"], small["auroc"]] == pytest.approx(expected)
+    assert found["auroc"] == pytest.approx(np.mean(expected))
+    assert found["auroc_by_pairs"] == pytest.approx(np.average(expected, weights=[10_000, 25]))
+    assert np.diff(large["interval"])[0] < 0.01 < 0.3 < np.diff(small["interval"])[0]
+    assert np.diff(found["intervals"]["auroc_by_pairs"])[0] < 0.02 < np.diff(found["intervals"]["auroc"])[0]
 
 
 def test_every_system_scores_cells_of_clusters_that_it_has_not_seen(adata, tmp_path, monkeypatch, capsys):

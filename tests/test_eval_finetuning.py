@@ -49,6 +49,7 @@ def test_no_test_cell_is_in_training_and_few_labels_are_shown():
         assert sorted(shown) == ["a", "a", "b", "b"]
     assert len({tuple(run["shown"]) for run in runs[:3]}) == 3
     assert len({tuple(run["test"]) for run in runs}) == 2
+    assert [run["setting"] for run in draw(labels, splits=0)] == ["2"] * 3
 
 
 @pytest.mark.parametrize("system", [annotators.regression, annotators.component_regression, annotators.centroid])

@@ -26,7 +26,7 @@ from scmmgpt.cells_scmmgpt import (
     permutation,
 )
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
-from scmmgpt.matrices_scmmgpt import read_rows
+from scmmgpt.rows_scmmgpt import read_rows
 
 
 WORD = 2**64

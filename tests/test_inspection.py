@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.genes_scmmgpt import GeneIndex, classify_features, detect_species, find_species, match_genes
-from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix, read_rows
-from scmmgpt.pipeline_scmmgpt import storable
-from scmmgpt.reading_scmmgpt import choose_input, need_columns, read_cells
+from scmmgpt.matrices_scmmgpt import convert_rows, inspect_matrix
+from scmmgpt.reading_scmmgpt import choose_input, read_cells
+from scmmgpt.records_scmmgpt import need_columns, storable
+from scmmgpt.rows_scmmgpt import read_rows
 from scmmgpt.train.data.label_checks import check_labels
 
 
@@ -55,7 +56,8 @@ def make_adata(matrix, names=SYMBOLS):
 
 def to_counts(matrix):
     """The rows of a matrix as counts, whatever its values are."""
-    return convert_rows(read_rows(matrix, 0, matrix.shape[0]), inspect_matrix(matrix))[0]
+    verdict = inspect_matrix(matrix)
+    return convert_rows(read_rows(matrix, 0, matrix.shape[0]).above(verdict.floor), verdict)[0]
 
 
 def scaled_to(counts, total=1e4):
@@ -166,6 +168,26 @@ def test_small_values_of_a_logarithm_are_not_near_an_integer():
 def test_base_and_total_of_a_logarithm_are_found(counts):
     verdict = inspect_matrix(np.log2(1 + scaled_to(counts, 1e6)))
     assert (verdict.base, verdict.target_sum, verdict.exact) == (2.0, 1e6, True)
+
+
+@pytest.mark.parametrize("pseudo_count", [0.1, 0.5, 2, 10])
+@pytest.mark.parametrize("log", [np.log, np.log2, np.log10])
+def test_counts_are_recovered_from_logarithms_with_any_pseudo_count(counts, gene_index, log, pseudo_count):
+    adata = make_adata(log(scaled_to(counts) + pseudo_count).astype(np.float32))
+    cells, report = read_cells(adata, gene_index)
+    expected, _ = read_cells(make_adata(counts), gene_index)
+    np.testing.assert_array_equal(cells.counts, expected.counts)
+    np.testing.assert_array_equal(cells.gene_ids, expected.gene_ids)
+    assert report["matrix"]["floor"] == pytest.approx(log(pseudo_count), abs=1e-4)
+    assert "this value is taken as zero" in report["warnings"][0]
+
+
+def test_counts_without_zeros_keep_their_least_value(counts, gene_index):
+    full = np.maximum(counts, 1)
+    assert inspect_matrix(full).floor == 0
+    assert inspect_matrix(np.log1p(full)).floor == 0  # of filtered genes: the least value of a cell is one count
+    cells, _ = read_cells(make_adata(full), gene_index)
+    assert cells.counts.min() == 1
 
 
 def test_zeros_and_ones_are_called_binary(counts):
@@ -317,7 +339,7 @@ def test_a_backed_file_gives_the_cells_of_memory(counts, gene_index, layout, tmp
 def test_any_chunk_size_gives_the_same_cells(counts, gene_index, chunk_rows, monkeypatch):
     adata = make_adata(sp.csr_matrix(np.log1p(scaled_to(counts)).astype(np.float32)))
     cells, _ = read_cells(adata, gene_index)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CHUNK_ROWS", chunk_rows)
     chunks = list(choose_input(adata, gene_index).iter_cells(adata))
     assert len(chunks) == -(-len(cells) // chunk_rows)
     assert_same_cells(Cells.concatenate(chunks), cells)
@@ -390,7 +412,7 @@ def test_a_logarithm_without_a_unit_changes_no_bin(gene_index):
 @pytest.mark.parametrize("layout", ["dense", "CSR"])
 def test_duplicated_genes_are_summed(counts, gene_index, layout, chunk_rows, warm_up, monkeypatch):
     monkeypatch.setattr("scmmgpt.kernels_scmmgpt.WARM_UP_CELLS", warm_up)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CHUNK_ROWS", chunk_rows)
     names = [*SYMBOLS[:298], "GENE5", "GENE6-1"]
     with pytest.warns(UserWarning, match="not unique"):
         adata = make_adata(LAYOUTS[layout](counts), names)
@@ -494,7 +516,7 @@ def test_the_users_layer_and_assumption_win(counts, gene_index):
 def test_an_assumption_speaks_of_the_matrix_that_is_read(counts, gene_index):
     adata = make_adata(ambient_corrected(counts))
     adata.raw = adata
-    adata.layers["counts"] = counts - 1.5
+    adata.layers["counts"] = counts - counts.mean(axis=0)
     adata.X = np.log1p(tpm_like(np.random.default_rng(0)))
     _, report = read_cells(adata, gene_index, assume="normalized")
     assert (report["matrix"]["chosen"], report["matrix"]["kind"]) == ("raw", "normalized")

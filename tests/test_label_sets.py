@@ -49,7 +49,8 @@ def test_annotate_adds_sets_that_hold_the_label_and_more_at_a_smaller_rate(pipel
     for rate in (0.02, 0.1, 0.4):
         pipeline.annotate(adata, error_rate=rate)
         sets = [text.split(" | ") for text in adata.obs["scmmgpt_label_set"]]
-        assert [labels[0] for labels in sets] == adata.obs["scmmgpt_cell_type"].tolist()
+        called = adata.obs["scmmgpt_cell_type"].tolist()  # of a cell without a single count, "Unknown"
+        assert all(name in (labels[0], "Unknown") for labels, name in zip(sets, called, strict=True))
         sizes.append(np.mean([len(labels) for labels in sets]))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 1
@@ -82,7 +83,7 @@ def test_the_command_and_its_partitions_give_the_same_sets(pipeline, tmp_path, m
     whole = anndata.read_h5ad(tmp_path / "whole.h5ad").obs["scmmgpt_label_set"].tolist()
     direct = pipeline.annotate(read_file(tmp_path / "cells.h5ad"), error_rate=0.05).obs["scmmgpt_label_set"].tolist()
     assert whole == direct
-    for name in ("pipeline_scmmgpt.SORTED_CELLS", "reading_scmmgpt.CHUNK_ROWS", "reading_scmmgpt.CACHED_ROWS"):
+    for name in ("passes_scmmgpt.SORTED_CELLS", "conversion_scmmgpt.CHUNK_ROWS", "conversion_scmmgpt.CACHED_ROWS"):
         monkeypatch.setattr(f"scmmgpt.{name}", 16)
     parts = ["--workers", "1", "--cells-per-partition", "16", "--cluster-key", "donor_id"]
     assert main([*words, str(tmp_path / "parts.h5ad"), *parts]) == 0

@@ -6,6 +6,8 @@ from scipy.sparse import csr_matrix
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, least_scores
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.novelty_scmmgpt import first_term
+from scmmgpt.readout_scmmgpt import scale_groups
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
 
 
@@ -87,12 +89,44 @@ def test_cells_of_a_reference_profile_that_is_no_label_are_novel_in_a_panel_too(
     known, liver = wide_dataset([0, 1, 2, 3], 2), wide_dataset([LIVER], 3)
     for genes in (np.arange(30), np.arange(16)):  # a panel without half of the common genes
         panel = readout.for_genes(genes)
-        novelty = [panel.novelty(Cells.from_csr(data.counts, np.arange(30))) for data in (known, liver)]
-        assert np.median(novelty[0]) < 0.5
-        assert np.quantile(novelty[0], 0.95) < 1 < np.quantile(novelty[1], 0.05)
+        novelty = [panel.novelty(Cells.from_csr(data.counts, np.arange(30)), [[1, 2]]) for data in (known, liver)]
+        of_label, of_term = np.concatenate(novelty).T
+        assert np.median(of_label[:120]) < 0.2
+        assert np.quantile(of_label[:120], 0.95) < 0.7 < np.quantile(of_label[120:], 0.05)
+        assert np.isinf(of_term[:30]).all()  # B cells, which are no T cells
+        assert np.median(of_term[30:90]) < 0.2
     with pytest.raises(ValueError, match="no other cells"):
         left_out.fit_known(train, MEANINGS)[0].for_genes().novelty(Cells.from_csr(known.counts, np.arange(30)))
     assert reference.without(0).meanings.tolist() == [[0, 0, 0, 0, 1]]
+
+
+def test_a_type_that_expresses_more_of_a_panel_has_lower_values_in_each_gene_of_it():
+    cells = np.array([[9.0, 1, 10], [1, 1, 18]])  # ten and two of twenty counts are of the first two genes
+    arrays = {
+        "groups": np.log1p(cells),
+        "group_labels": np.eye(2),
+        "group_weights": np.full(2, 0.5),
+        "group_mean": np.log1p(cells).mean(axis=0),
+        "bias": np.zeros(2),
+    }
+    scaled = scale_groups(arrays, np.array([True, True, False]))
+    panel = np.expm1(scaled["groups"])[:, :2]
+    np.testing.assert_allclose(panel, [[5.4, 0.6], [3, 3]])  # six counts, the mean of ten and two, in each cell
+    np.testing.assert_allclose(scaled["group_mean"], scaled["groups"].mean(axis=0))
+
+
+def test_a_novel_cell_gets_a_broader_term_that_is_not_novel_and_else_none():
+    unit, novelty = 0.6, np.array([[0.1, 0.1], [0.5, 0.2], [np.inf, 0.9]])
+    broader = first_term(novelty, unit)
+    assert broader.tolist() == [0, 1, -1]
+    terms = [{"id": "CL:0000084", "name": "T cell", "labels": ["CD4", "CD8"]}]
+    terms += [{"id": "CL:0000542", "name": "lymphocyte", "labels": ["CD4", "CD8", "B"]}]
+    sure = np.tile([0.7, 0.2, 0.05, 0.05], (3, 1))
+    columns = choose_labels(
+        sure, ["CD4", "CD8", "B", "mast cell"], {}, novelty=np.full(3, 2.0), terms=terms, broader=broader
+    )
+    assert columns["cell_type"].tolist() == ["T cell", "lymphocyte", UNKNOWN]
+    np.testing.assert_allclose(columns["score"], [0.9, 0.95, 0.7])
 
 
 def test_the_name_of_a_profile_is_the_type_without_gene_and_tissue():
@@ -118,9 +152,11 @@ def test_temperature_and_least_score_are_those_of_the_cells():
     logits = rng.normal(size=(4000, 5))
     truth = (logits + 0.2 * rng.gumbel(size=logits.shape)).argmax(axis=1)  # of the softmax at a temperature of 0.2
     novelty = np.where(np.arange(4000) < 1000, np.nan, 0.5)
-    cells = LeftOut(logits.astype(np.float32), truth, np.zeros(4000, int), np.arange(4000), novelty)
+    none = np.zeros((4000, 0), dtype=np.float32)
+    cells = LeftOut(logits.astype(np.float32), truth, np.zeros(4000, int), np.arange(4000), novelty, none)
     fitted = left_out.calibrate(cells)
     assert fitted["temperature"] == pytest.approx(0.2, rel=0.1)
+    assert fitted["doubt"] == 0
     probabilities = left_out.probabilities_of(cells, fitted["temperature"])
     right = probabilities.argmax(axis=1) == truth
     lost = (probabilities.max(axis=1) < least_scores(fitted["min_score"], novelty)) & right
@@ -157,6 +193,13 @@ def test_the_least_score_of_a_checkpoint_holds_for_its_own_labels_until_another_
     assert unknown["never"] == unknown["given"] == 0
 
 
+def test_a_dataset_is_judged_by_its_most_variable_genes_alone():
+    counts = csr_matrix(np.array([[0.0, 5, 4, 1], [10, 5, 6, 1], [0, 5, 5, 1], [10, 5, 4, 1]]))
+    narrow = evaluation.most_variable(Dataset(counts, np.array([0, 1, 2]), np.zeros(4, int)), 1)
+    assert narrow.measured.tolist() == [0]  # of genes 0 to 2; gene 3 is not measured
+    assert narrow.counts.toarray().tolist() == [[0, 0, 0, 0], [10, 0, 0, 0], [0, 0, 0, 0], [10, 0, 0, 0]]
+
+
 def test_known_cells_keep_their_names_and_a_label_that_is_left_out_is_reported(datasets, monkeypatch):
     sources = evaluation.Sources(["one", "two", "three"], datasets, TYPES, MEANINGS)
     monkeypatch.setattr(evaluation, "read_sources", lambda folder: sources)
@@ -166,6 +209,9 @@ def test_known_cells_keep_their_names_and_a_label_that_is_left_out_is_reported(d
     assert report["known_together"]["label_sets"]["0.1"]["coverage"] > 0.8
     (mast,) = report["new"]
     assert (mast["type"], mast["n_cells"]) == ("mast cell", 30)
+    assert report["known"]["three"]["auroc_novelty"] == 0.5  # too few cells for a measure
+    narrow = evaluation.evaluate_left_out("folder", n_genes=8)["known_together"]  # the markers
+    assert narrow["forced_accuracy"] > 0.85
     labels = evaluation.evaluate_left_out("folder", "labels")["new"]
     assert {row["type"] for row in labels} >= {"B cell", "mast cell"}
     with pytest.raises(ValueError, match="too few to calibrate"):

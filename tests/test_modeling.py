@@ -1,5 +1,6 @@
 """The bridge and the generative model on tiny configurations."""
 
+import copy
 import math
 
 import numpy as np
@@ -224,6 +225,17 @@ def test_sdpa_equals_eager(alignment_model):
     torch.testing.assert_close(sdpa, eager, atol=1e-5, rtol=1e-4)
 
 
+def test_in_bfloat16_a_padded_cell_differs_from_the_cell_alone_by_rounding(alignment_model):
+    cells = make_cells([3, 9, 31])
+    alignment_model.to(torch.bfloat16)
+    with torch.no_grad():
+        padded = alignment_model.get_cell_features(**cells)
+        alone = torch.cat([alignment_model.get_cell_features(**row_of(cells, row)) for row in range(3)])
+    assert (
+        padded - alone
+    ).abs().max() <= 2**-7 * alone.abs().max()  # a rounding of the largest feature, as documented
+
+
 def test_bfloat16_on_the_cpu_stays_close_to_float32(alignment_model):
     inputs = {**make_cells([9, 4, 13]), **make_texts([6, 3, 8])}
     expected = alignment_model(**inputs, return_loss=False), alignment_model.match(**inputs)
@@ -424,6 +436,15 @@ def test_looking_words_up_in_the_prompt_changes_no_word(model):
     alone = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     looked_up = model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)
     assert looked_up.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("num_cells", [1, 2])
+def test_a_model_that_assists_reads_the_cells_too(model, num_cells):
+    inputs = {**make_prompts(model, [num_cells]), **make_cells([9, 4][:num_cells])}
+    alone = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assistant = copy.deepcopy(model)
+    assistant.generation_config.num_assistant_tokens = 2
+    assert model.generate(**inputs, max_new_tokens=6, do_sample=False, assistant_model=assistant).equal(alone)
 
 
 def test_a_prompt_can_be_continued_from_a_cache(model):

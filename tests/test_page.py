@@ -114,9 +114,9 @@ def test_warnings_come_from_the_results(pipeline, cells):
     text = " ".join(warnings_of(cells))
     for part in (
         "Nearly all cells have one label",
-        "6 cells (10%)",
+        "that the checkpoint knows: 6 of 60 cells",
         "'B cell'",
-        "100% of the cells have a score below",
+        "With a score below 0.5: 60 of 60 cells",
     ):
         assert part in text
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import subprocess
 
 import anndata
 import numpy as np
@@ -33,9 +34,9 @@ def checkpoint(tiny_pipeline, tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Partitions of this process with seven cells or a multiple, and batches within them."""
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.SORTED_CELLS", 7)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", 7)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CACHED_ROWS", 7)
+    monkeypatch.setattr("scmmgpt.passes_scmmgpt.SORTED_CELLS", 7)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CHUNK_ROWS", 7)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CACHED_ROWS", 7)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_evidence_in_partitions_is_a_second_pass_with_the_sums_of_the_whole(fitt
 
 @pytest.mark.parametrize("read_cells", [60, 10_000])
 def test_a_look_at_the_whole_file_corrects_labels_in_all_partitions(fitted, tmp_path, small, monkeypatch, read_cells):
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.READ_CELLS", read_cells)
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.READ_CELLS", read_cells)
     synthetic.synthetic_adata(91).write_h5ad(tmp_path / "cells.h5ad")
     words = [tmp_path / "cells.h5ad", "--labels", "B cell", "T cell", "a cell that expresses LYZ and CD14"]
     run("annotate", *words, "-o", tmp_path / "plain.h5ad", checkpoint=fitted)
@@ -157,7 +158,25 @@ COMMANDS = [
     ["audit", "--cluster-key", "donor_id", "--table"],
     ["search", "--text", "a T cell without CD19"],
     ["embed"],
+    ["annotate", "--labels", "B cell", "T cell", "a cell that expresses LYZ and CD14", "--read-batch"],
+    ["annotate", "--cluster-key", "donor_id", "--min-score", "0.34"],
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("words", COMMANDS)
+def test_partitions_of_a_zarr_store_give_the_results_of_an_h5ad(fitted, tmp_path, small, words):
+    adata = synthetic.synthetic_adata()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with anndata.settings.override(zarr_write_format=3):
+        adata.write_zarr(tmp_path / "cells.zarr", chunks=(8, 8))
+    for name, where in (("h5ad", []), ("zarr", ["--workers", 1, "--cells-per-partition", 14])):
+        table = [tmp_path / f"{name}.csv"] if words[-1] in ("--evidence", "--table") else []
+        where = ["-o", tmp_path / f"of_{name}.h5ad", *where]
+        run(words[0], tmp_path / f"cells.{name}", *words[1:], *table, *where, checkpoint=fitted)
+    assert_same(tmp_path / "of_zarr.h5ad", tmp_path / "of_h5ad.h5ad")
+    assert not table or same_tables(tmp_path / "zarr.csv", tmp_path / "h5ad.csv")
 
 
 @pytest.mark.parametrize("words", COMMANDS[:2])
@@ -204,13 +223,26 @@ def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path,
     assert_same(out, tmp_path / "whole.h5ad")
 
 
-def test_partitions_of_other_options_are_refused(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+def test_partitions_of_other_options_or_weights_are_refused_but_not_of_an_edited_folder(
+    adata, checkpoint, tmp_path, small, monkeypatch, capsys
+):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     words = ["embed", tmp_path / "cells.h5ad", "-o", tmp_path / "out.h5ad", "--workers", 1]
-    monkeypatch.setattr(partitions.PartitionedRun, "join", lambda *_: 1 / 0)
-    run(*words, checkpoint=checkpoint, status=2)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(partitions.PartitionedRun, "join", lambda *_: 1 / 0)
+        run(*words, checkpoint=checkpoint, status=2)
     run(*words, "--of", "cell", checkpoint=checkpoint, status=2)
-    assert "partitions of a command with other options (options differ)" in capsys.readouterr().err
+    assert "partitions of another command: of differ" in capsys.readouterr().err
+    config = tmp_path / "checkpoint" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace("killer lymphocyte", "a killer"))
+    run(*words, checkpoint=checkpoint, status=2)
+    assert "partitions of another command: config, settings differ" in capsys.readouterr().err
+    config.write_text(before)
+    (tmp_path / "checkpoint" / "README.md").write_text("More about this model.")
+    (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(partition_tasks, "compute_partition", lambda task: pytest.fail("a partition was done twice"))
+    run(*words, checkpoint=str(tmp_path / "elsewhere"))
 
 
 def test_a_partition_that_fails_is_reported_and_left_out(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
@@ -282,6 +314,47 @@ def test_a_disk_that_fills_while_results_are_joined_loses_nothing(adata, checkpo
         run(*words, tmp_path / "out.h5ad", checkpoint=checkpoint)
     run(*words, tmp_path / "again.h5ad", checkpoint=checkpoint)
     assert_same(tmp_path / "out.h5ad", tmp_path / "again.h5ad")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of some kilobytes, or changes its size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(kilobytes):
+        how = "remount," if disk.is_mount() else ""
+        words = ["mount", "-t", "tmpfs", "-o", f"{how}size={kilobytes}k", "tmpfs", str(disk)]
+        if subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("this user cannot mount a file system")
+        return disk
+
+    yield resize
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_moment_loses_nothing_and_leaves_no_half_result(
+    fitted, tmp_path, small, small_disk, capsys
+):
+    synthetic.synthetic_adata(200).write_h5ad(tmp_path / "cells.h5ad")
+    words = ["annotate", tmp_path / "cells.h5ad"]
+    run(*words, "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
+    kilobytes = (tmp_path / "cells.h5ad").stat().st_size // 1024 + 24
+    out, done, statuses = small_disk(kilobytes) / "out.h5ad", 0, []
+    words += ["-o", out, "--workers", 1, "--cells-per-partition", 28, "--model", fitted, "--quiet"]
+    while not statuses or statuses[-1] == 2:
+        statuses.append(main([*map(str, words)]))
+        parts = len(list(out.parent.glob("out.h5ad.parts/*/0*.parquet")))
+        said = capsys.readouterr().err
+        assert statuses[-1] == 0 or (parts >= done and ("No space left on device" in said or "are free" in said))
+        assert out.exists() == (statuses[-1] == 0)
+        assert not list(out.parent.glob(".*.tmp*"))
+        done, kilobytes = parts, kilobytes + 24
+        small_disk(kilobytes)
+    assert len(statuses) > 4
+    assert_same(out, tmp_path / "whole.h5ad")
 
 
 def test_damaged_partitions_are_named_and_computed_again(fitted, tmp_path, small, monkeypatch, caplog):

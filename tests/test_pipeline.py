@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from scmmgpt import synthetic
-from scmmgpt.annotation_scmmgpt import label_probabilities, majority_vote, normalized_entropy
+from scmmgpt.annotation_scmmgpt import label_probabilities, normalized_entropy
 from scmmgpt.configuration_scmmgpt import PIPELINE_TASKS
 from scmmgpt.generation_scmmgpt import gene_turns
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.votes_scmmgpt import majority_vote
 
 
 LABELS = {"B": "a B cell", "T": "a T cell", "NK": "natural killer cell", "Mono": "monocyte of blood"}
@@ -155,7 +156,7 @@ def test_clusters_get_their_commonest_label(tiny_pipeline, adata):
 
 def test_one_label_for_nearly_all_cells_is_reported_as_collapse(tiny_pipeline, adata, monkeypatch):
     said = []
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.logger.warning", said.append)
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.logger.warning", said.append)
     tiny_pipeline.annotate(adata, {"B": "a B cell", "T": "a T cell"}, min_score=1.1)
     assert bool(adata.uns["scmmgpt"]["annotate"]["collapsed"])
     assert "100% of 60 cells were labelled 'Unknown', of 2 labels" in said[-1]

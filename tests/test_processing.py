@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from scmmgpt import cells_scmmgpt
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
+from scmmgpt.processing_scmmgpt import PLAIN_CHAT_TEMPLATE, ScGPTProcessor, ScMMGPTProcessor
+from scmmgpt.train import language_model
 
 
 @pytest.fixture
@@ -197,6 +199,42 @@ def test_what_the_assistant_says_is_marked(processor, cells):
         processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0][said[0]].tolist()) == "a B cell </s>".split()
     )
     assert not said[1].any()
+
+
+@pytest.mark.parametrize("template", [PLAIN_CHAT_TEMPLATE, language_model.CHAT_TEMPLATE])
+def test_our_own_chat_templates_mark_it_too(processor, template):
+    processor.chat_template = template
+    messages = [{"role": "user", "content": "this is"}, {"role": "assistant", "content": "a B cell"}]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    batch = processor.apply_chat_template(messages, **options)
+    said = torch.as_tensor(batch["assistant_masks"]).bool()
+    assert processor.decode(batch["input_ids"][said]).split()[:3] == ["a", "B", "cell"]
+
+
+def test_a_message_may_hold_its_cell(processor, cells):
+    def asked(cell):
+        parts = [{"type": "cell", "cell": cell}, {"type": "text", "text": "what is this cell ?"}]
+        return [{"role": "user", "content": parts}]
+
+    options = {"tokenize": True, "return_dict": True}
+    bare = [question(), question()]
+    expected = processor.apply_chat_template(bare, **options, processor_kwargs={"cells": cells[:2]})
+    row = cells[1:2].to_rows()[0]
+    batch = processor.apply_chat_template([asked(cells[:1]), asked(row)], **options)
+    for name in ("gene_ids", "expression", "cell_attention_mask"):
+        assert torch.equal(batch[name], expected[name])
+    with pytest.raises(ValueError, match="given twice"):
+        processor.apply_chat_template(asked(row), **options, processor_kwargs={"cells": cells[:1]})
+
+
+def test_a_part_of_an_unknown_type_is_named(processor):
+    with pytest.raises(ValueError, match="type 'image'; scMMGPT reads 'cell' and 'text'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_the_saved_tokenizer_pads_as_the_processor_does(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == processor.tokenizer.padding_side == "left"
 
 
 def test_texts_are_truncated_and_padded_as_by_a_tokenizer(processor, cells):

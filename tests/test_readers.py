@@ -360,3 +360,15 @@ def test_a_slice_of_a_table_on_disk_has_the_values_of_the_table_in_memory(tmp_pa
         assert "names" not in part.obs
         for name in obs:
             pd.testing.assert_series_equal(part.obs[name], obs[name].iloc[1:3], check_names=True, check_dtype=False)
+
+
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
+    (tmp_path / "cells.h5ad").symlink_to(tmp_path / "moved.h5ad")
+    with pytest.raises(FileNotFoundError, match=r"cells.h5ad is a link to .*moved.h5ad, which does not exist"):
+        read_file(tmp_path / "cells.h5ad")
+
+
+def test_a_table_in_parquet_is_refused_with_the_way_out(tmp_path):
+    pd.DataFrame({"CD3E": [1, 2]}).to_parquet(tmp_path / "cells.parquet")
+    with pytest.raises(FileError, match="is a table in a format that is not read. Save it as .csv"):
+        read_file(tmp_path / "cells.parquet")

@@ -7,14 +7,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scmmgpt import synthetic
+from scmmgpt import cells_scmmgpt, synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.cells_scmmgpt import Cells, CellsHash
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.receipt_scmmgpt import CellsHash, hash_tensors
+from scmmgpt.receipt_scmmgpt import hash_tensors
 
 
 LABELS = {"B": "a B cell", "T": "a T cell"}
@@ -51,6 +51,7 @@ def hash_of(cells, size=100):
     return total.hexdigest()
 
 
+@settings(deadline=None)  # the first call may load the compiled loop
 @given(st.integers(1, 12), st.randoms(use_true_random=False))
 def test_the_hash_of_cells_is_that_of_names_genes_and_counts_alone(size, random):
     rows = [random.sample(range(50), random.randint(0, 6)) for _ in range(10)]
@@ -61,6 +62,17 @@ def test_the_hash_of_cells_is_that_of_names_genes_and_counts_alone(size, random)
         return Cells(np.cumsum([0, *map(len, rows)]), genes, (genes + 1).astype(kind), np.arange(10, dtype=np.uint64))
 
     assert hash_of(cells(rows, np.int32)) == hash_of(cells(shuffled, np.float32), size)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint16, np.float32])
+def test_the_compiled_hash_of_cells_is_that_of_numpy(kind, monkeypatch):
+    cells = Cells([0, 2, 2, 5], [7, 9, 1, 2, 60_000], np.array([1, 5, 2, 3, 900]).astype(kind), np.zeros(3, np.uint64))
+    found = []
+    for is_compiled in (False, True):
+        monkeypatch.setattr(cells_scmmgpt, "kernels_pay", lambda n_cells, pays=is_compiled: pays)
+        found.append(cells_scmmgpt.fingerprints(cells).tolist())
+    assert found[0] == found[1]
+    assert found[0][1] == 0
 
 
 @pytest.mark.parametrize("change", ["gene", "count", "name", "swap", "fewer"])

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from scmmgpt import __main__ as command_line
-from scmmgpt import annotation_scmmgpt
+from scmmgpt import novelty_scmmgpt
 from scmmgpt.commands import checkpoints
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.synthetic import MARKERS, synthetic_adata
@@ -122,13 +122,13 @@ def test_what_it_promises_comes_from_datasets_that_were_left_out(built):
 def test_the_gate_not_the_reference_profiles_judges_cells_of_labels_that_were_never_trained(built, monkeypatch):
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
     cells, panels = synthetic_adata(40, seed=5), []
-    real = annotation_scmmgpt.Novelty.of
+    real = novelty_scmmgpt.Novelty.of
 
-    def spy(stored, measured, n_genes, panel):
+    def spy(stored, measured, n_genes, panel, terms):
         panels.append(panel)
-        return real(stored, measured, n_genes, panel)
+        return real(stored, measured, n_genes, panel, terms)
 
-    monkeypatch.setattr(annotation_scmmgpt.Novelty, "of", spy)
+    monkeypatch.setattr(novelty_scmmgpt.Novelty, "of", spy)
     pipeline.annotate(cells.copy())
     pipeline.annotate(cells.copy(), ["B cell", "hepatocyte"])
     assert [panel is None for panel in panels] == [False, True]

@@ -18,17 +18,21 @@ from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
 PROGRAM = """
 import importlib.util, json, sys
 import anndata, torch
+from datasets.fingerprint import Hasher
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForMultimodalLM
 
 assert importlib.util.find_spec("scmmgpt") is None, "this process must not see the package"
 path, again, cells = sys.argv[1:]
 answers = {}
-for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     model, report = auto.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert type(model).__name__ == "ScMMGPTForConditionalGeneration", type(model)
 assert type(AutoConfig.from_pretrained(path, trust_remote_code=True)).__name__ == "ScMMGPTConfig"
-processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+processor, copy = (AutoProcessor.from_pretrained(path, trust_remote_code=True) for _ in range(2))
+assert Hasher.hash(processor) == Hasher.hash(copy)  # so `Dataset.map` finds what it has done before
+assert Hasher.hash(model)
 for place in (path, again):
     inputs = processor(
         text=[processor.render_prompt("describe")] * 3,
@@ -138,6 +142,7 @@ def test_a_checkpoint_holds_every_file_that_it_needs(checkpoint):
         "cells_scmmgpt.py",
         "kernels_scmmgpt.py",
         "matrices_scmmgpt.py",
+        "rows_scmmgpt.py",
         "reading_scmmgpt.py",
         "readout_scmmgpt.py",
         "query_scmmgpt.py",

@@ -67,8 +67,8 @@ def test_cells_on_disk_get_the_answers_of_cells_in_memory(tiny_pipeline, adata, 
 
 def test_chunks_change_no_answer(tiny_pipeline, adata, monkeypatch):
     whole = tiny_pipeline.embed(adata.copy()).obsm["X_scmmgpt"]
-    monkeypatch.setattr("scmmgpt.pipeline_scmmgpt.SORTED_CELLS", 14)
-    monkeypatch.setattr("scmmgpt.reading_scmmgpt.CHUNK_ROWS", 7)
+    monkeypatch.setattr("scmmgpt.passes_scmmgpt.SORTED_CELLS", 14)
+    monkeypatch.setattr("scmmgpt.conversion_scmmgpt.CHUNK_ROWS", 7)
     np.testing.assert_allclose(tiny_pipeline.embed(adata).obsm["X_scmmgpt"], whole, atol=1e-6)
 
 

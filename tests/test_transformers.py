@@ -35,6 +35,7 @@ from scmmgpt.modeling_scmmgpt import (
     quantize_language_model_only,
 )
 from scmmgpt.processing_scmmgpt import ScGPTProcessor
+from scmmgpt.train.language_model import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -445,6 +446,49 @@ def test_sampled_sequences_of_a_prompt_are_those_of_the_prompt_repeated(tiny_mod
     repeated = tiny_processor(text=[text[0], text[0], text[1], text[1]], cells=adata[[0, 1, 0, 1, 2, 2]])
     assert torch.equal(several.sequences, tiny_model.generate(**repeated, **options))
     assert not torch.equal(several.sequences[0], several.sequences[1])
+
+
+def test_generation_stops_at_a_string(tiny_model, inputs):
+    tokenizer = train_tokenizer(["a cell"])  # of bytes: that of the tests knows no prefixes of words
+    prompts = prompts_of(inputs)
+    length, options = prompts["input_ids"].shape[1], {"max_new_tokens": 6, "do_sample": False}
+    whole = tiny_model.generate(**prompts, **options)
+    words = [tokenizer.convert_ids_to_tokens(int(token)) for token in whole[:, length]]  # the first of each row
+    stopped = tiny_model.generate(**prompts, **options, stop_strings=words, tokenizer=tokenizer)
+    assert torch.equal(stopped, whole[:, : length + 1])
+
+
+def test_an_exported_graph_takes_batches_of_any_size(tiny_model, inputs):
+    tiny_model.config.text_config.use_cache = False
+    prompts = prompts_of(inputs)
+    shapes = {name: {0: torch.export.Dim("batch", min=2, max=64)} for name in prompts}
+    graph = torch.export.export(tiny_model, (), prompts, dynamic_shapes=shapes, strict=False)
+    three = {name: torch.cat([value, value[:1]]) for name, value in prompts.items()}
+    torch.testing.assert_close(graph.module()(**three).logits, tiny_model(**three).logits)
+
+
+def test_new_genes_reload_and_change_no_old_one(tiny_config, tiny_processor, inputs, tmp_path):
+    torch.manual_seed(0)
+    tiny_config.num_state_components = 3
+    model = ScMMGPTForConditionalGeneration(tiny_config).eval()
+    old = tiny_config.cell_config.vocab_size
+    batch = {**prompts_of(inputs), **targets_of(model)}
+    expected = model(**batch)
+    model.resize_gene_embeddings(tiny_processor.add_genes(["NEW1", "NEW2"]))
+    for part in (model, tiny_processor):
+        part.save_pretrained(tmp_path)
+    loaded, report = ScMMGPTForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    outputs = loaded.eval()(**batch)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    torch.testing.assert_close(outputs.expression_loss, expected.expression_loss)
+    processor = type(tiny_processor).from_pretrained(tmp_path)
+    new = processor.gene_ids_of(["NEW1", "NEW2"])
+    assert new.tolist() == [old, old + 1] == tiny_processor.gene_ids_of(["NEW1", "NEW2"]).tolist()
+    genes = loaded.generate_cells(**prompts_of(inputs), target_gene_ids=torch.from_numpy(new)).expression
+    assert genes.isfinite().all()
+    with pytest.raises(ValueError, match=f"has {old + 2} genes, more than 3"):
+        loaded.resize_gene_embeddings(3)
 
 
 def test_a_prompt_with_cells_is_not_split_into_chunks(tiny_model, inputs):

@@ -148,7 +148,7 @@ def test_a_gene_whose_text_is_like_that_of_a_label_speaks_for_cells_that_express
     np.testing.assert_allclose(space.contrasts[0] @ space.similar, [direction, direction, np.zeros(4)], atol=1e-12)
 
 
-def test_genes_in_pairs_count_from_the_mean_of_each_trained_label_and_relatives_by_their_texts():
+def test_genes_in_pairs_count_from_the_mean_of_each_trained_label_and_relatives_and_doubt_by_nearness():
     arrays = {
         "gene_ids": np.arange(3),
         "centroids": np.array([[8.0, 0, 0], [0, 8.0, 0]]),
@@ -170,8 +170,9 @@ def test_genes_in_pairs_count_from_the_mean_of_each_trained_label_and_relatives_
         [(cell - mean) @ way for mean, way in zip(arrays["centroids"], against, strict=True)] for cell in cells
     ]
     np.testing.assert_allclose(of_genes[:, 0, 2], np.min(expected, axis=1), rtol=1e-6, atol=1e-6)
-    relatives = space.evidence(trained, new, of_genes)[:, 0, 5]
+    relatives, doubt = space.evidence(trained, new, of_genes)[:, 0, 5:].T
     np.testing.assert_allclose(relatives, [1, 0.5], atol=1e-6)  # at the likest label; as far from both
+    np.testing.assert_allclose(doubt, [0, np.log(2)], atol=1e-6)
 
 
 def test_directions_of_genes_are_embeddings_of_their_texts_around_the_mean():
@@ -258,7 +259,7 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
     pipeline = run_finetune(
         cells[types != 3].copy(), tmp_path, label_key="label", options=["--bert", bert, "--new_model", sizes]
     )
-    assert len(pipeline.model.config.annotation["unseen_gate"]["weights"]) == 6
+    assert len(pipeline.model.config.annotation["unseen_gate"]["weights"]) == 7
     assert pipeline.model.label_readout.gene_texts.any(dim=1).sum() >= 2
     stored = pipeline.model.config.annotation["labels"]
     asked = {**stored, "NK cell": "a lymphocyte that expresses NKG7, GNLY, PRF1 and GZMB"}

@@ -47,11 +47,12 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from scmmgpt.annotation_scmmgpt import fit_label_sets, fit_novelty, label_probabilities
+from scmmgpt.annotation_scmmgpt import fit_label_sets, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands.files import filled_folder, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import CELL_INPUTS, MAX_LOGIT_SCALE, ScMMGPTForCellTextAlignment, cell_text_similarity
+from scmmgpt.novelty_scmmgpt import fit_novelty
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScGPTProcessor, ScMMGPTProcessor
 from scmmgpt.scoring_scmmgpt import text_states

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from scmmgpt.annotation_scmmgpt import Novelty, fit_label_sets, label_probabilities
+from scmmgpt.annotation_scmmgpt import MOST_LABELS, fit_label_sets, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.novelty_scmmgpt import Novelty
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
-from scmmgpt.train import readout
 from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
 from scmmgpt.train.references import Reference
 
@@ -23,8 +23,9 @@ from scmmgpt.train.references import Reference
 logger = logging.getLogger(__name__)
 
 TEMPERATURES = np.geomspace(0.05, 0.5, 41)  # around `pooled.TEMPERATURE`
+DOUBTS = np.linspace(0, 0.2, 5)  # shares of cells whose scores say nothing
 LOST = 0.03  # share of the rightly named cells that may get no name
-LEAST_UNIT = 0.25  # of novelty by other cells: a cell with three quarters of the lead of its label is never novel
+LEAST_UNIT = 0.25  # of novelty by other cells: a cell with most of the lead of its label is never novel
 MIN_CELLS = 100  # of known types, to calibrate on
 ABSENT = np.float32(-1e9)  # log probability of a label that no other dataset has
 
@@ -38,6 +39,7 @@ class LeftOut:
     datasets: np.ndarray  # int64 (n_cells,): position of the dataset
     rows: np.ndarray  # int64 (n_cells,): row in the dataset
     novelty: np.ndarray  # float32 (n_cells,), by the other datasets, and not yet over the unit; NaN where not judged
+    of_terms: np.ndarray  # float32 (n_cells, n_terms), likewise, of broader terms; inf where they are no answer
 
     @property
     def known(self) -> np.ndarray:
@@ -79,14 +81,18 @@ def fit_known(
 
 
 def leave_out(
-    datasets: Sequence[Dataset], meanings: np.ndarray, group: Sequence[int], reference: Reference | None = None
+    datasets: Sequence[Dataset],
+    meanings: np.ndarray,
+    group: Sequence[int],
+    reference: Reference | None = None,
+    terms: Sequence[Sequence[int]] = (),
 ) -> LeftOut:
     """The datasets of `group` by readout and novelty of the others; arguments as for `fit_pooled_readout`.
 
     Cells of a broad target have no label, and are not scored.
     """
     others = [data for place, data in enumerate(datasets) if place not in group]
-    return judge(others, meanings, {number: datasets[number] for number in group}, reference)
+    return judge(others, meanings, {number: datasets[number] for number in group}, reference, terms)
 
 
 def judge(
@@ -94,11 +100,17 @@ def judge(
     meanings: np.ndarray,
     tests: Mapping[int, Dataset],
     reference: Reference | None = None,
+    terms: Sequence[Sequence[int]] = (),
 ) -> LeftOut:
-    """Cells of `tests`, of one label each, by readout and novelty of `train`; the keys are the datasets' positions."""
+    """Cells of `tests`, of one label each, by readout and novelty of `train`; the keys are the datasets' positions.
+
+    `terms` are the labels of broader terms.
+    """
     n_genes, parts = train[0].counts.shape[1], []
     fitted, own = fit_known(train, meanings, reference)
     stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"others_unit": 1.0})
+    in_terms = [np.flatnonzero(np.isin(own, term)).tolist() for term in terms]
+    in_terms = [term if 1 < len(term) <= MOST_LABELS * len(own) else [] for term in in_terms]
     for number, data in tests.items():
         rows = np.flatnonzero((meanings[data.targets] > 0).sum(axis=1) == 1)
         cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
@@ -106,52 +118,84 @@ def judge(
         scores = np.full((len(rows), meanings.shape[1]), ABSENT, dtype=np.float32)
         scores[:, own] = panel(cells)
         measure = Novelty.of(stored, data.measured, n_genes, panel)
-        novelty = np.full(len(rows), np.nan, np.float32) if measure is None else measure(cells)
+        novelty = np.full((len(rows), 1 + len(terms)), np.inf, dtype=np.float32)
+        found = np.full((len(rows), 1), np.nan) if measure is None else measure.raw(cells, in_terms)
+        novelty[:, : found.shape[1]] = found
         labels = meanings[data.targets[rows]].argmax(axis=1)
-        parts.append((scores, labels, np.full(len(rows), number), rows, novelty))
+        parts.append((scores, labels, np.full(len(rows), number), rows, novelty[:, 0], novelty[:, 1:]))
     return LeftOut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def leave_each_out(
-    datasets: Sequence[Dataset], meanings: np.ndarray, reference: Reference | None = None
+    datasets: Sequence[Dataset],
+    meanings: np.ndarray,
+    reference: Reference | None = None,
+    terms: Sequence[Sequence[int]] = (),
+    tests: Sequence[Dataset] | None = None,
 ) -> LeftOut | None:
-    """Each dataset in turn, see [`leave_out`]; None for one dataset alone."""
+    """Each dataset in turn, see [`leave_out`]; None for one dataset alone.
+
+    `tests`, by default the datasets, are what is judged in their place, such as fewer genes of them.
+    """
     if len(datasets) < 2:
         return None
     parts = []
     for number in range(len(datasets)):
-        parts.append(leave_out(datasets, meanings, [number], reference))
+        others = [data for place, data in enumerate(datasets) if place != number]
+        parts.append(judge(others, meanings, {number: (tests or datasets)[number]}, reference, terms))
         logger.info("%d of %d datasets left out", number + 1, len(datasets))
     return LeftOut(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(LeftOut)))
 
 
-def probabilities_of(cells: LeftOut, temperature: float) -> np.ndarray:
-    """Probabilities of the labels, float32 `(n_cells, n_labels)`."""
-    return label_probabilities(cells.scores, logit_scale=1 / temperature)
+def probabilities_of(cells: LeftOut, temperature: float, doubt: float = 0.0) -> np.ndarray:
+    """Probabilities of the labels that any of the cells has a score of, float32 `(n_cells, n_labels)`."""
+    scored = (cells.scores > ABSENT).any(axis=0)
+    found = np.zeros(cells.scores.shape, dtype=np.float32)
+    found[:, scored] = label_probabilities(cells.scores[:, scored], logit_scale=1 / temperature, doubt=doubt)
+    return found
+
+
+def fit_probabilities(cells: LeftOut) -> tuple[float, float]:
+    """Temperature and doubt of the least negative log-likelihood of the labels."""
+    rows, n_labels = np.arange(len(cells.targets)), (cells.scores > ABSENT).sum(axis=1)
+    losses = {}
+    for temperature in TEMPERATURES:
+        own = probabilities_of(cells, temperature)[rows, cells.targets].astype(np.float64)
+        for doubt in DOUBTS:
+            likelihood = (1 - doubt) * own + doubt / n_labels
+            losses[temperature, doubt] = -np.log(likelihood.clip(min=1e-30)).mean()
+    temperature, doubt = min(losses, key=losses.__getitem__)
+    return round(float(temperature), 4), round(float(doubt), 4)
 
 
 def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any]:
-    """`temperature`, `min_score`, `others_unit` and `label_sets` from the cells whose labels were known.
+    """`temperature`, `doubt`, `min_score`, `others_unit` and `label_sets` from the cells whose labels were known.
 
-    With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly get no
-    name. Nearly all of these are novel where there are other cells, since novelty finds more new cells than a low
-    score. Empty for too few cells.
+    With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly lose
+    their name, each dataset counting alike. Nearly all of these are novel where there are other cells, since novelty
+    finds more new cells than a low score; they get a broader term where that is not novel.
     """
     if cells is None or cells.known.sum() < MIN_CELLS:
         return {}
     cells = cells.take(cells.known)
-    losses = {t: readout.negative_log_likelihood(cells.scores / t, cells.targets) for t in TEMPERATURES}
-    temperature = float(min(losses, key=losses.__getitem__))
-    probabilities = probabilities_of(cells, temperature)
+    temperature, doubt = fit_probabilities(cells)
+    probabilities = probabilities_of(cells, temperature, doubt)
     right = probabilities.argmax(axis=1) == cells.targets
-    unit = 1.0
+    weights = 1 / np.bincount(cells.datasets[right]).clip(min=1)[cells.datasets[right]]
+
+    def quantile(values: np.ndarray, share: float) -> float:
+        return float(np.quantile(values, share, weights=weights, method="inverted_cdf"))
+
+    unit, least = 1.0, 0.0
     if with_others and right.any():
-        unit = round(max(float(np.quantile(cells.novelty[right], 1 - LOST)), LEAST_UNIT), 4)
-    novelty = np.nan_to_num(cells.novelty / unit)
-    sure = np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty))[right]
-    least = float(np.quantile(sure, LOST)) if right.any() else 0.0
+        unit = round(max(quantile(cells.novelty[right], 1 - LOST), LEAST_UNIT), 4)
+    novelty = np.nan_to_num(cells.novelty / unit).clip(min=0)
+    if right.any():
+        sure = np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty))[right]
+        least = quantile(sure, LOST)
     return {
-        "temperature": round(temperature, 4),
+        "temperature": temperature,
+        "doubt": doubt,
         "min_score": round(least, 4),
         "others_unit": unit,
         "label_sets": fit_label_sets(probabilities, cells.targets),

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags
 from sklearn.utils.extmath import randomized_svd
 
-from scmmgpt.annotation_scmmgpt import HELD_OUT_QUANTILE, MIN_MEASURED, MIN_UNIT, _pack, absent_genes, novelty_of
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.novelty_scmmgpt import HELD_OUT_QUANTILE, MIN_MEASURED, MIN_UNIT, _pack, absent_genes, novelty_of
 from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout, solve_groups
 
 
@@ -195,11 +195,11 @@ def variable_genes(datasets: Sequence[Dataset], candidates: np.ndarray, shares: 
 
 
 def fit_pooled_novelty(datasets: Sequence[Dataset], n_genes: int) -> dict[str, Any] | None:
-    """As `annotation_scmmgpt.fit_novelty`, of several datasets; None for fewer than two.
+    """As `novelty_scmmgpt.fit_novelty`, of several datasets; None for fewer than two.
 
     A gene is absent if no type of any dataset that measures it expresses it. The unit comes from cells of each dataset
     whose types other datasets have, with the genes that are absent from these. Panels whose novelty is not judged
-    (`annotation_scmmgpt.MIN_MEASURED`) have no say in the unit.
+    (`novelty_scmmgpt.MIN_MEASURED`) have no say in the unit.
     """
     cells = [Cells.from_csr(data.counts, np.arange(n_genes)) for data in datasets]
     measured = np.stack([np.isin(np.arange(n_genes), data.measured) for data in datasets])

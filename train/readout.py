@@ -266,7 +266,7 @@ def readout_of(model: LinearModel, text_features: torch.Tensor) -> tuple[torch.T
     than dimensions the scores are met in the least-squares sense. `text_features` are `(n_labels, projection_dim)`, on
     any device; the results are float32, on the CPU.
     """
-    to_text_space = torch.linalg.pinv(text_features.double(), rcond=1e-4).t().cpu()  # (n_labels, projection_dim)
+    to_text_space = torch.linalg.pinv(text_features.cpu().double(), rcond=1e-4).t()  # (n_labels, projection_dim)
     weights = torch.from_numpy(model.weights).t() @ to_text_space
     bias = torch.from_numpy(model.bias) @ to_text_space
     return weights.float(), bias.float()

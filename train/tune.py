@@ -89,7 +89,7 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
             unwrapped.register_forward_hook(show_expression_loss),
         ]
         scored = {name: value for name, value in inputs.items() if name != "labels"}
-        scored["shift_labels"] = labels[labelled][None]  # already shifted, for TRL
+        scored["shift_labels"] = targets = labels[labelled][None]  # already shifted, for TRL
         try:
             language_loss = super().compute_loss(model, scored, num_items_in_batch=num_items_in_batch)
         finally:
@@ -105,11 +105,8 @@ class TuneTrainer(StreamTrainer, SFTTrainer):
                 # gradients over ranks, hence the factor.
                 scale = n_targets / self.num_targets_in_batch * self.accelerator.num_processes
             loss = loss + backbone.config.expression_weight * scale * expression_loss
-        has_labels = bool((inputs["labels"] != -100).any())
-        self.record_losses(
-            language_loss=self.mean_language_loss(language_loss, inputs, num_items_in_batch) if has_labels else None,
-            expression_loss=expression_loss if n_targets else None,
-        )
+        mean = self.mean_language_loss(language_loss, inputs, num_items_in_batch) if targets.numel() else None
+        self.record_losses(language_loss=mean, expression_loss=expression_loss if n_targets else None)
         return (loss, outputs[0]) if return_outputs else loss
 
     def mean_language_loss(self, loss: torch.Tensor, inputs: dict, num_items_in_batch: Any) -> torch.Tensor:

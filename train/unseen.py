@@ -80,7 +80,7 @@ def fit_gate(
         episodes.append((left, trained[:, others], left.products(ragged)[2]))
 
     def collect(read: Gate | None = None) -> np.ndarray:
-        """Evidence of all cells in all episodes, `(n_episodes * n_cells, 6)`; with `read`, after the batch."""
+        """Evidence of all cells in all episodes, `(n_episodes * n_cells, 7)`; with `read`, after the batch."""
         pieces = []
         for left, seen, of_genes in episodes:
             if read is not None:

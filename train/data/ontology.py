@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scmmgpt.annotation_scmmgpt import normalize_label
 from scmmgpt.commands.files import read_json
+from scmmgpt.labels_scmmgpt import normalize_label
 
 
 # The obs columns of labels, in the order of a corpus, and the ontologies of each (CELLxGENE schema, human cells).

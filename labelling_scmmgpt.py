@@ -1,0 +1,372 @@
+"""Labels of cells: what `annotate` decides once for a file, computes for each cell and adds to the AnnData."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+
+try:  # as a package or as remote code
+    from .annotation_scmmgpt import (
+        UNKNOWN,
+        choose_labels,
+        fit_label_sets,
+        fit_mixture,
+        label_probabilities,
+        label_sets,
+        least_scores,
+        members_of_terms,
+        set_threshold,
+    )
+    from .cells_scmmgpt import Cells
+    from .conversion_scmmgpt import InputChoice
+    from .labels_scmmgpt import (
+        Candidates,
+        advice_on_tissues,
+        candidate_columns,
+        ids_of_labels,
+        labels_of_tissue,
+        labels_with_texts,
+    )
+    from .novelty_scmmgpt import Novelty, fit_novelty
+    from .passes_scmmgpt import CellPasses, uncounted
+    from .proof_scmmgpt import tissues_of
+    from .records_scmmgpt import add_column, finish_report, table_of
+    from .scoring_scmmgpt import LabelScorer, text_states
+    from .unseen_scmmgpt import MIN_BATCH, TextScores
+    from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
+except ImportError:  # as a flat module in a clone
+    from annotation_scmmgpt import (
+        UNKNOWN,
+        choose_labels,
+        fit_label_sets,
+        fit_mixture,
+        label_probabilities,
+        label_sets,
+        least_scores,
+        members_of_terms,
+        set_threshold,
+    )
+    from cells_scmmgpt import Cells
+    from conversion_scmmgpt import InputChoice
+    from labels_scmmgpt import (
+        Candidates,
+        advice_on_tissues,
+        candidate_columns,
+        ids_of_labels,
+        labels_of_tissue,
+        labels_with_texts,
+    )
+    from novelty_scmmgpt import Novelty, fit_novelty
+    from passes_scmmgpt import CellPasses, uncounted
+    from proof_scmmgpt import tissues_of
+    from records_scmmgpt import add_column, finish_report, table_of
+    from scoring_scmmgpt import LabelScorer, text_states
+    from unseen_scmmgpt import MIN_BATCH, TextScores
+    from votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
+
+
+logger = logging.get_logger(__name__)
+
+READ_CELLS = 10_000  # of a file, at most, that correct the place of labels that were never trained
+
+
+@dataclass
+class Labelling:
+    """Decisions of [`ScMMGPTPipeline.annotate`] that hold for all cells of a file."""
+
+    choice: InputChoice
+    settings: dict[str, Any]
+    candidates: Candidates
+    cl_ids: dict[str, str]  # label -> Cell Ontology id
+    readout: TextScores | None
+    unseen_bonus: float
+    min_score: float | None
+    broader: Sequence[Mapping[str, Any]]  # terms for cells below `min_score`
+    error_rate: float | None = None
+    batch_read: bool = False
+    fitted_score: float | None = None  # in place of `min_score`, for cells that are not novel: see `least_scores`
+
+
+class LabellingSteps(CellPasses):
+    """The steps of [`ScMMGPTPipeline.annotate`] and of [`ScMMGPTPipeline.calibrate`]."""
+
+    def annotation_settings(
+        self,
+        labels: dict[str, str] | Sequence[str] | None = None,
+        cl_ids: dict[str, str] | None = None,
+        matching_weight: float | None = None,
+        matching_candidates: int | None = None,
+        temperature: float | None = None,
+        tissue: str | None = None,
+    ) -> dict[str, Any]:
+        """The settings of [`annotate`]: the arguments, else the values stored with the checkpoint, else defaults.
+
+        Returns:
+            `labels` (label -> text), `cl_ids` (label -> id), `matching_weight`, `matching_candidates`, `temperature`
+            and `readout_temperature`, at which probabilities are those of the label readout.
+        """
+        stored = self.model.config.annotation or {}
+        if tissue is not None and labels is not None:
+            raise ValueError("The candidates are either labels or those of a tissue; leave out one of both.")
+        if tissue is not None:
+            labels = labels_of_tissue(tissue, stored)
+        before = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())
+
+        def given(value: float | None, name: str, default: float) -> float:
+            return stored.get(name, default) if value is None else value
+
+        settings: dict[str, Any] = {
+            "labels": labels_with_texts(labels, stored.get("labels", {})),
+            "cl_ids": {**stored.get("cl_ids", {}), **(cl_ids or {})},
+            "matching_weight": float(given(matching_weight, "matching_weight", 0.5)),
+            "matching_candidates": int(given(matching_candidates, "matching_candidates", 4)),
+            "temperature": float(given(temperature, "temperature", before)),
+            "readout_temperature": float(stored.get("readout_temperature", before)),
+        }
+        if not 0 <= settings["matching_weight"] <= 1:
+            raise ValueError(f"matching_weight is {settings['matching_weight']}; it must be a share from 0 to 1.")
+        if settings["temperature"] <= 0:
+            raise ValueError(f"temperature is {settings['temperature']}; it must be positive.")
+        return settings
+
+    def labelling(
+        self,
+        choice: InputChoice,
+        settings: dict[str, Any],
+        is_default: bool = True,
+        min_score: float | None = None,
+        unseen_bonus: float | None = None,
+        error_rate: float | None = None,
+    ) -> "Labelling":
+        """What [`annotate`] decides once for all cells of the data that `choice` was made for.
+
+        `settings` are those of [`annotation_settings`], and `is_default` says whether the labels are the checkpoint's.
+        """
+        stored = self.model.config.annotation or {}
+        terms = stored.get("terms", [])
+        candidates = candidate_columns(settings["labels"], stored.get("labels", {}), settings["cl_ids"], terms)
+        ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
+        readout = self._text_scores(candidates.texts, candidates.unseen, choice)
+        if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
+            unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
+        if error_rate is not None:
+            set_threshold(stored.get("label_sets"), error_rate)
+            same = all(settings[name] == stored.get(name) for name in ("temperature", "matching_weight"))
+            if not is_default or not same or settings["labels"].keys() != stored["labels"].keys():
+                raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
+        fitted_score = stored.get("min_score") if min_score is None and is_default else None
+        broader = terms if is_default else []
+        decided = choice, settings, candidates, ids, readout, unseen_bonus, min_score, broader, error_rate
+        return Labelling(*decided, fitted_score=fitted_score)
+
+    def read_batch(self, adata: Any, labelling: "Labelling") -> "Labelling":
+        """The same after a look at up to `READ_CELLS` cells from all over the data, if it has labels to correct."""
+        readout, choice = labelling.readout, labelling.choice
+        if readout is None or not readout.has_new_labels:
+            return labelling
+        total = choice.report["cells"]["cells"]
+        if total < MIN_BATCH:
+            logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+            return labelling
+        chosen = np.linspace(0, total - 1, min(total, READ_CELLS)).astype(np.int64)
+        choice = uncounted(choice)
+        if total <= READ_CELLS:
+            parts = list(choice.iter_cells(adata))
+        else:  # without a pass over all
+            parts = [cells for row in chosen.tolist() for cells in choice.iter_cells(adata[row : row + 1])]
+        logger.info(f"Labels that were never trained were corrected by {len(chosen)} cells of the file (read_batch).")
+        readout = readout.read_batch(type(parts[0]).concatenate(parts))
+        return replace(labelling, readout=readout, batch_read=True)
+
+    def label_cells(
+        self, adata: Any, labelling: "Labelling", batch_size: int | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Columns of `obs` and probabilities `(n_obs, n_labels)` of cells: all of the data of a choice, or a part."""
+        candidates, ids = labelling.candidates, labelling.cl_ids
+        options = (labelling.choice, candidates, labelling.settings, labelling.readout, labelling.unseen_bonus)
+        probabilities, novelty, is_empty = self._probabilities(adata, *options, batch_size, labelling.broader)
+        broader = None
+        if novelty is not None and novelty.ndim > 1:
+            novelty, broader = novelty.T
+        names, others = candidates.names, bool((candidates.owners < 0).any())
+        least: Any = labelling.min_score
+        if labelling.fitted_score is not None:
+            least = least_scores(labelling.fitted_score, novelty)
+        columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others, broader)
+        if labelling.min_score != 0:  # nothing speaks for a label of a cell without a single gene
+            for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
+                columns[name] = np.where(is_empty, word, columns[name])
+        if labelling.error_rate is not None:
+            stored = (self.model.config.annotation or {})["label_sets"]
+            columns["label_set"] = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
+        return columns, probabilities
+
+    def add_labels(
+        self,
+        adata: Any,
+        labelling: "Labelling",
+        columns: dict[str, np.ndarray],
+        probabilities: Any,
+        clusters: np.ndarray | None = None,
+        key_added: str = "scmmgpt",
+    ) -> Any:
+        """Add the results of [`label_cells`] for all cells to `adata`, with the votes of clusters and the summary."""
+        settings, candidates = labelling.settings, labelling.candidates
+        if clusters is not None:
+            columns = {**columns, "cell_type_majority": majority_vote(columns["cell_type"], clusters)}
+        summary, warnings = self.summarize(labelling, columns, probabilities)
+        stored = self.model.config.annotation or {}
+        if settings["labels"].keys() == stored.get("labels", {}).keys():
+            where = np.unique(tissues_of(adata.obs).astype(str)).tolist()
+            warnings = [*warnings, *advice_on_tissues(where, Counter(columns["cell_type"].tolist()), stored)]
+        finish_report(labelling.choice.report)
+        for warning in warnings:
+            logger.warning(warning)
+        for name, values in columns.items():
+            add_column(adata, f"{key_added}_{name}", values)
+        adata.obsm[f"{key_added}_probabilities"] = probabilities
+        done = {
+            "labels": np.asarray(candidates.names, dtype=object),
+            "texts": np.asarray(list(settings["labels"].values()), dtype=object),
+            **{name: settings[name] for name in ("matching_weight", "temperature")},
+            "read_batch": labelling.batch_read,
+            **summary,
+        }
+        if clusters is not None:
+            names = columns["cell_type"], clusters, candidates.names, labelling.cl_ids, labelling.broader
+            done["clusters"] = table_of(cluster_answers(*names))
+        return self._record(adata, key_added, labelling.choice.report, annotate=done)
+
+    def summarize(
+        self, labelling: "Labelling", columns: dict[str, np.ndarray], probabilities: Any = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Numbers of an annotation; warnings of an unlikely one, and of labels whose decisive genes the file lacks."""
+        stored, texts = (self.model.config.annotation or {}).get("labels", {}), labelling.candidates.texts
+        least = labelling.min_score if labelling.fitted_score is None else labelling.fitted_score or None
+        summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), least)
+        label_of = {text: label for label, text in stored.items()}
+        if labelling.readout is not None:
+            totals: Mapping[str, float]
+            if probabilities is None:
+                totals = Counter(np.asarray(columns["cell_type"]).tolist())
+            else:
+                totals = dict(zip(labelling.candidates.names, _sum_of_rows(probabilities).tolist(), strict=True))
+            counts: Counter[str] = Counter()
+            for label, total in totals.items():
+                counts.update(dict.fromkeys(labelling.candidates.meant.get(label) or [label], total))
+            names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
+            weak, more = labelling.readout.weak_labels(names, counts, self.processor.gene_symbols)
+            summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
+        return summary, warnings
+
+    def fit_settings(
+        self,
+        cells: Cells,
+        truth: np.ndarray,
+        choice: InputChoice,
+        settings: dict[str, Any],
+        batch_size: int | None = None,
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """What [`calibrate`] stores, from labelled cells, and how well it fits them: `nll` and `accuracy`."""
+        texts = list(settings["labels"].values())
+        names = list(settings["labels"])
+        readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)
+        similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size, readout=readout)
+        target = np.asarray([names.index(label) for label in truth])
+        best = fit_mixture(similarity, match, target, settings["temperature"])
+        cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
+        fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
+        before = dict(self.model.config.annotation or {})
+        before.pop("min_score", None)  # of another temperature
+        before.pop("doubt", None)
+        if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
+            vocab_size = self.model.config.cell_config.vocab_size
+            novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
+            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k == "others_unit"}  # the readout's own
+            fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
+        scale, weight = 1 / best["temperature"], best["matching_weight"]
+        probabilities = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)
+        fitted["label_sets"] = fit_label_sets(probabilities, target)
+        # What other commands stored stays: terms and bonus of fine-tuning.
+        return {**before, **settings, "cl_ids": cl_ids, **fitted}, best
+
+    def _probabilities(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        candidates: Candidates,
+        settings: dict[str, Any],
+        readout: TextScores | None,
+        unseen_bonus: float,
+        batch_size: int | None,
+        terms: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Probabilities of the labels, `(n_cells, n_labels)`; the novelty of each cell; whether it expresses no gene.
+
+        The novelty is None without a threshold, and NaN where the file measures too few genes. With other cells in the
+        readout, it has a second column: the position of a novel cell's answer in `terms`, see [`Novelty`].
+        """
+        stored = (self.model.config.annotation or {}).get("novelty")
+        # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
+        panel = None if readout is None or readout.has_new_labels else readout.panel
+        members = [] if panel is None else members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+        size = self.model.config.cell_config.vocab_size
+        novelty_of = Novelty.of(stored, choice.match.measured, size, panel, members)
+        lengths: list[np.ndarray] = []
+
+        def measured(chunks: Iterable[Cells]) -> Iterator[Cells]:
+            for cells in chunks:
+                lengths.append(np.diff(cells.indptr))
+                yield cells
+
+        chunks, n_cells = measured(self._chunks(adata, choice)), adata.shape[0]
+        similarity, match, novelty = self._label_scores(
+            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
+        )
+        if stored and novelty is None:
+            novelty = np.full(len(similarity), np.nan, dtype=np.float32)
+        scale, weight = 1 / settings["temperature"], settings["matching_weight"]
+        similarity = similarity + unseen_bonus * candidates.unseen
+        doubt = (self.model.config.annotation or {}).get("doubt", 0.0)
+        of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight, doubt=doubt)
+        return candidates.pool(of_texts), novelty, np.concatenate(lengths) == 0
+
+    def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
+        """The label readout's scores of texts for the genes of a file, or None if it cannot score them."""
+        readout = getattr(self._bridge(), "label_readout", None)
+        if readout is None:
+            return None
+        trained = self.model.config.label_readout["texts"]
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            return text_states(self._bridge(), self.processor, texts)
+
+        gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
+        return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
+
+    def _label_scores(
+        self,
+        chunks: Iterable[Cells],
+        n_cells: int,
+        texts: list[str],
+        settings: dict[str, Any],
+        batch_size: int | None,
+        novelty_of: Callable[[Cells], np.ndarray] | None = None,
+        readout: TextScores | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Similarity, matching and novelty of all cells, or `None` in place of one; see [`LabelScorer`]."""
+        weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
+        scorer = LabelScorer(self._bridge(), self.processor, texts, settings, weight, readout, novelty_of)
+        # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
+        batch_size = max(self._batch_size(batch_size, 64) // max(scorer.num_candidates, 1), 1)
+        return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells))
+
+
+def _sum_of_rows(matrix: Any) -> np.ndarray:
+    """The sum over all rows that have numbers, of an array or of one that comes in blocks of rows."""
+    blocks = matrix.blocks() if hasattr(matrix, "blocks") else [(0, matrix)]
+    return np.sum([np.nansum(block, axis=0) for _, block in blocks], axis=0)

@@ -1,0 +1,235 @@
+"""Labels in any words: which labels of training they mean, and the texts that are scored for them.
+
+A checkpoint keeps its labels, and the terms above them, in `config.annotation`.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
+
+
+def normalize_label(label: str) -> str:
+    """Reduce a label to lower-case words, so that spelling variants compare equal.
+
+    >>> normalize_label("CD4+ T-cell, (naïve)") == normalize_label("CD4-positive T cell naïve")
+    True
+    """
+    label = re.sub(r"(?<=\w)\+", " positive ", label.casefold())
+    return " ".join(re.findall(r"[^\W_]+", label))
+
+
+def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dict[str, str]) -> dict[str, str]:
+    """Label -> text that describes it: the given text, else the stored one, else the label itself.
+
+    Given labels that differ in case alone are one, in the stored spelling or else the first.
+    """
+    if isinstance(labels, str):
+        raise TypeError(f"labels is the one string {labels!r}; pass a list of labels, or a dict label -> text.")
+    if labels is None and stored:
+        return dict(stored)
+    labels = {} if labels is None else labels
+    if not isinstance(labels, dict):
+        labels = {label: stored.get(label, label) for label in labels}
+    labels = {str(label): str(text) for label, text in labels.items()}
+    if not labels:
+        raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
+    empty = [label for label, text in labels.items() if not text.strip()]
+    if empty:
+        raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        spellings.setdefault(label.casefold(), []).append(label)
+    merged = {}
+    for same in spellings.values():
+        name = next((label for label in same if label in stored), same[0])
+        if len({labels[label] for label in same if labels[label] != label}) > 1:
+            raise ValueError(f"{same} differ in case alone and have texts that differ; leave out all but one.")
+        merged[name] = next((labels[label] for label in [name, *same] if labels[label] != label), name)
+    return merged
+
+
+def advice_on_tissues(where: Sequence[str], counts: Mapping[str, int], stored: Mapping[str, Any]) -> list[str]:
+    """Advice to name a tissue, where cells of one tissue have labels that no cell of it had in training.
+
+    Args:
+        where: The tissues that the file names, if any.
+        counts: Label -> cells.
+        stored: `labels` and `tissues`, terms, of the checkpoint.
+    """
+    tissues = stored.get("tissues") or []
+    named = [word for word in where if word]
+    terms = [term for name in named if (term := term_of(name, tissues)) is not None]
+    if not tissues or len(named) > 1:
+        return []
+    named = named if terms else []  # a tissue that the checkpoint does not know may be part of one: "lung tumour"
+
+    def strange(term: Mapping[str, Any]) -> dict[str, int]:
+        return {label: n for label, n in counts.items() if label in stored["labels"] and label not in term["labels"]}
+
+    term = min(terms or tissues, key=lambda term: sum(strange(term).values()))
+    others, n_cells = strange(term), sum(counts.values())
+    if sum(others.values()) < STRANGE_SHARE * n_cells or (not named and len(others) < MIN_STRANGE):
+        return []
+    shown = ", ".join(sorted(others, key=lambda label: -others[label])[:3])
+    if named:
+        start = f"The file says that the tissue is {named[0]!r}; {sum(others.values())} of {n_cells} cells have labels"
+        said = f"{start} that the checkpoint's cells of this tissue did not have ({shown})."
+        return [f"{said} `tissue='{term['name']}'` chooses among the others."]
+    known = ", ".join(str(term["name"]) for term in tissues)
+    said = f"The {len(counts)} labels are of several tissues (beside {term['name']}: {shown})."
+    return [f"{said} If the cells are of one, name it by `tissue=`: {known}."]
+
+
+def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
+    """Label -> text of the stored labels that the training cells of a tissue had.
+
+    Args:
+        tissue: In any spelling, a synonym, or an id of UBERON.
+        stored: `labels` (label -> text) and `tissues`, terms as for [`trained_labels_of`].
+
+    >>> liver = {"id": "UBERON:0002107", "name": "liver", "names": ["liver"], "labels": ["hepatocyte"]}
+    >>> labels_of_tissue("Liver", {"labels": {"hepatocyte": "A cell.", "neuron": "A cell."}, "tissues": [liver]})
+    {'hepatocyte': 'A cell.'}
+    """
+    tissues = stored.get("tissues") or []
+    if not tissues:
+        raise ValueError(
+            "This checkpoint does not know which labels a tissue has: name the labels, or use a checkpoint of "
+            "`release`, `finetune` or `calibrate` whose cells had a column 'tissue' in obs."
+        )
+    found = term_of(tissue, tissues)
+    if found is None:
+        known = ", ".join(str(term["name"]) for term in tissues)
+        raise ValueError(f"The checkpoint saw no cells of the tissue {tissue!r}; it knows {known}.")
+    return {label: text for label, text in stored["labels"].items() if label in found["labels"]}
+
+
+def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Label -> Cell Ontology id: the given one, else that of the stored term that the label means."""
+    found = {name: term_of(name, terms) for name in names}
+    return {name: term["id"] for name, term in found.items() if term is not None} | given
+
+
+def trained_labels_of(
+    label: str, cl_id: str | None, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Trained labels that a label stands for: the label that it spells otherwise, or all its subtypes.
+
+    The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
+
+    `cl_id` is the Cell Ontology id of a label, if known; `terms` are those of the trained labels and all ancestors:
+    `id`, `names` (normalised) and `labels` (trained ones, at or below it).
+
+    >>> terms = [{"id": "CL:0000084", "names": ["t cell", "t lymphocyte"], "labels": ["CD4 T", "CD8 T"]}]
+    >>> trained_labels_of("T-lymphocytes", None, ["CD4 T", "CD8 T", "B"], terms)
+    ['CD4 T', 'CD8 T']
+    """
+    if label in trained:
+        return [label]
+    spellings = _spellings(label)
+    same = [name for name in trained if spellings & _spellings(name)]
+    if same:
+        return same
+    term = term_of(label, terms, cl_id)
+    return [] if term is None else list(term["labels"])
+
+
+def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = None) -> Mapping[str, Any] | None:
+    """The term of an id, or that a label names, in any spelling; None if there is none."""
+    wanted = cl_id or label.strip().upper()
+    by_id = (term for term in terms if term["id"] == wanted)
+    by_name = (term for term in terms if _spellings(label) & set(term["names"]))
+    return next(by_id, None) or next(by_name, None)
+
+
+def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a sentence names a trained label, or a term above one that is not above all.
+
+    >>> names_known_type("Two NK cells from blood.", ["natural killer cell"], [])
+    False
+    >>> names_known_type("Natural killer cells from blood.", ["natural killer cell"], [])
+    True
+    """
+    words = " ".join(word.removesuffix("s") for word in normalize_label(text).split())
+    names = [normalize_label(label) for label in trained]
+    names += [name for term in terms if len(term["labels"]) < len(trained) for name in term["names"]]
+    singular = (" ".join(word.removesuffix("s") for word in name.split()) for name in names)
+    return any(f" {name} " in f" {words} " for name in singular)
+
+
+def _spellings(label: str) -> set[str]:
+    """A label's words, and the same in the singular."""
+    words = normalize_label(label)
+    return {words, words.removesuffix("s")}
+
+
+def broader_labels(label: str, trained: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The trained labels of the narrowest term that a label's words end with: "monocyte" of "classical monocyte"."""
+    spellings = tuple(f" {words}" for words in _spellings(label))
+    named = [({normalize_label(name)}, [name]) for name in trained] + [(t["names"], t["labels"]) for t in terms]
+    found = [v for names, v in named if any(s.endswith(f" {n}") for n in names if len(n) > 3 for s in spellings)]
+    found = [labels for labels in found if len(labels) < len(trained) and "non" not in spellings[0].split()]
+    return min(found, key=len, default=[])
+
+
+@dataclass
+class Candidates:
+    """The texts that each cell is compared with, and the label that each text stands for."""
+
+    names: list[str]  # the labels to choose from
+    texts: list[str]  # (n_texts,) what is scored; every trained text is among them
+    owners: np.ndarray  # int64 (n_texts,): position in `names`, or -1 for a trained label that is not a candidate
+    unseen: np.ndarray  # bool (n_texts,): the label means no trained one
+    meant: dict[str, list[str]]  # label -> the trained labels that it means
+
+    def pool(self, probabilities: np.ndarray) -> np.ndarray:
+        """`(n_cells, n_texts)` probabilities -> those of the labels, `(n_cells, n_names)`, which sum to 1 or less."""
+        pooled = np.zeros((len(probabilities), len(self.names)), dtype=probabilities.dtype)
+        for text, owner in enumerate(self.owners):
+            if owner >= 0:
+                pooled[:, owner] += probabilities[:, text]
+        return pooled
+
+
+def candidate_columns(
+    labels: Mapping[str, str],
+    trained: Mapping[str, str],
+    cl_ids: Mapping[str, str],
+    terms: Sequence[Mapping[str, Any]],
+) -> Candidates:
+    """The texts to score for some labels: theirs, and those of all trained labels.
+
+    A label that means trained ones gets their texts' probability. Where two labels mean one trained label, it belongs
+    to the narrower. A trained label that no candidate means competes too, so that a cell may be none of the labels,
+    unless it is broader than an untrained label ("T cell" beside "gamma-delta T cell").
+
+    Args:
+        labels: Label -> text; the text of a label alone is the label itself, or that of training.
+        trained: Label -> text of the trained labels.
+        cl_ids: Label -> Cell Ontology id, where known.
+        terms: As for [`trained_labels_of`].
+    """
+    names = list(labels)
+    meant = {name: trained_labels_of(name, cl_ids.get(name), list(trained), terms) for name in names}
+    widths = {label: [len(meant[name]) if label in meant[name] else math.inf for name in names] for label in trained}
+    broader = {label for name in names if not meant[name] for label in broader_labels(name, trained, terms)}
+    owner_of: dict[str, tuple[int, bool]] = {}
+    for label, text in trained.items():
+        width = min(widths[label])
+        if not math.isinf(width):
+            owner_of.setdefault(text, (widths[label].index(width), False))
+        elif label not in broader:
+            owner_of.setdefault(text, (-1, False))
+    for number, (name, text) in enumerate(labels.items()):
+        # The words of a label that means a trained one add nothing; a description of it, given by the user, may.
+        if text not in owner_of and not (meant[name] and text == name):
+            owner_of[text] = number, not meant[name]
+    owners, unseen = zip(*owner_of.values(), strict=True)
+    return Candidates(names, list(owner_of), np.asarray(owners), np.asarray(unseen), meant)

@@ -1,0 +1,163 @@
+"""How far a cell is from all that a checkpoint knows, and what a cell that is far may still be called.
+
+A cell of a type that was never seen expresses genes that no known type does ([`novelty_of`], fitted by
+[`fit_novelty`]), and its label does not lead over the reference profiles of other cells, where the readout has them
+(`readout_scmmgpt.PanelReadout.novelty`). [`Novelty`] is both for the genes of a file.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+except ImportError:  # beside the other files of a checkpoint
+    from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+
+# Novelty. The values are those that told apart known and new cell types best on cells of other laboratories, over six
+# training sets (`train/LOG.md`).
+ABSENT_BELOW = 0.3  # counts per 10,000: a gene below it in every known cell type is absent from them
+HELD_OUT_QUANTILE, MARGIN = 0.98, 1.6  # other laboratories differ more than held-out cells of the same one
+MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
+NOVELTY_FOLDS = 5
+MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
+ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the missing lead over other cells
+BROADER_NOVELTY = 0.5  # at most, of a broader term that a novel cell gets
+MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
+
+
+def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
+    """Share of each cell in absent genes, float32 `(n_cells,)`, 0 to 1; each gene counts by the root of its count.
+
+    A cell of a type that was never seen expresses genes that no known type does, and a type keeps its silent genes
+    from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
+    `(n_genes,)`, by vocabulary id.
+    """
+    roots = np.sqrt(cells.counts.astype(np.float64))
+    rows = cells.rows()
+    total = np.bincount(rows, weights=roots, minlength=len(cells))
+    novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
+    return (novel / np.maximum(total, 1e-9)).astype(np.float32)
+
+
+def absent_genes(cells: Cells, targets: np.ndarray, n_genes: int) -> np.ndarray:
+    """Genes below `ABSENT_BELOW` counts per 10,000 in the mean of every label, bool `(n_genes,)`.
+
+    `targets` are the labels of the cells, int `(n_cells,)`.
+    """
+    rows = cells.rows()
+    sizes = np.maximum(np.bincount(rows, weights=cells.counts, minlength=len(cells)), 1e-9)
+    of_label = targets[rows]
+    absent = np.ones(n_genes, dtype=bool)
+    for label in np.unique(targets):
+        mine = of_label == label
+        shares = cells.counts[mine] / sizes[rows[mine]]
+        means = np.bincount(cells.gene_ids[mine], weights=shares, minlength=n_genes) / (targets == label).sum()
+        absent &= means * COUNTS_PER_10K < ABSENT_BELOW
+    return absent
+
+
+def fit_novelty(cells: Cells, targets: np.ndarray, measured: np.ndarray, n_genes: int) -> dict[str, Any] | None:
+    """Values by which `annotate` recognises cells that resemble no known type; `None` for too few cells.
+
+    `targets` are the labels of the cells, int `(n_cells,)`, and `measured` vocabulary ids of their genes.
+
+    Returns:
+        `absent_genes` and `expressed_genes` (a bit a gene, packed, in base64), and `unit`: the share of absent genes
+        above which a cell is novel, from cells that were left out when the absent genes were found.
+    """
+    if len(cells) < MIN_NOVELTY_CELLS:
+        return None
+    fold = permutation(len(cells), NOVELTY_FOLDS) % NOVELTY_FOLDS
+    known = np.zeros(n_genes, dtype=bool)
+    known[measured] = True
+    shares = np.empty(len(cells), dtype=np.float32)
+    for part in range(NOVELTY_FOLDS):
+        absent = absent_genes(cells[fold != part], targets[fold != part], n_genes)
+        shares[fold == part] = novelty_of(cells[fold == part], absent & known)
+    unit = max(float(np.quantile(shares, HELD_OUT_QUANTILE)) * MARGIN, MIN_UNIT)
+    absent = absent_genes(cells, targets, n_genes) & known
+    expressed = known & ~absent
+    if not absent.any() or not expressed.any():
+        return None
+    return {"absent_genes": _pack(absent), "expressed_genes": _pack(expressed), "unit": round(unit, 6)}
+
+
+def _pack(mask: np.ndarray) -> str:
+    """A bool array as text: a bit each, in base64."""
+    return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
+
+
+def _unpack(text: str, n_genes: int) -> np.ndarray:
+    """The bool array `(n_genes,)` of [`_pack`]."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n_genes).astype(bool)
+
+
+@dataclass
+class Novelty:
+    """The stored result of [`fit_novelty`] and the unit of novelty by other cells, if any, for the genes at hand."""
+
+    absent: np.ndarray | None  # bool (n_genes,); None where too few genes are measured
+    unit: float
+    panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
+    others_unit: float = 1.0
+    terms: Sequence[Sequence[int]] = ()  # labels of the panel in broader terms, the preferred terms first
+
+    @classmethod
+    def of(
+        cls,
+        stored: Mapping[str, Any] | None,
+        measured: np.ndarray,
+        n_genes: int,
+        panel: Any = None,
+        terms: Sequence[Sequence[int]] = (),
+    ) -> "Novelty | None":
+        """None if the checkpoint has none, or if `measured`, vocabulary ids, are too few of the expressed genes.
+
+        With other cells in the readout, whose `panel` for `measured` is given, no genes are too few.
+        """
+        if not stored:
+            return None
+        absent, unit = None, stored.get("unit", 1.0)
+        if "expressed_genes" in stored:
+            expressed = _unpack(stored["expressed_genes"], n_genes)
+            if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
+                absent = _unpack(stored["absent_genes"], n_genes)
+        if panel is not None and panel.others is not None and "others_unit" in stored:
+            return cls(absent, unit, panel, stored["others_unit"], terms)
+        return None if absent is None else cls(absent, unit)
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Novelty of each cell, float32 `(n_cells,)`; a cell above 1 resembles no known type.
+
+        With `terms`, `(n_cells, 2)`: beside the novelty the first term above the best label that is no more novel than
+        `BROADER_NOVELTY`, of a cell above 1; else -1.
+        """
+        if self.panel is None and self.absent is not None:
+            return novelty_of(cells, self.absent) / np.float32(self.unit)
+        novelty = self.raw(cells)[:, 0] / np.float32(self.others_unit)
+        if not self.terms:
+            return novelty.clip(min=0)
+        broader, rows = np.full(len(cells), -1, dtype=np.float32), np.flatnonzero(novelty > 1)
+        if len(rows):
+            broader[rows] = first_term(self.raw(cells[rows], self.terms)[:, 1:], self.others_unit)
+        return np.stack([novelty.clip(min=0), broader], axis=1)
+
+    def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
+        """Novelty for labels and for `terms`, `(n_cells, 1 + n_terms)`, not yet over the unit."""
+        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent)[:, None] / np.float32(self.unit)
+        novelty = share if self.panel is None else self.panel.novelty(cells, terms) + np.float32(ABSENT_WEIGHT) * share
+        return np.asarray(novelty)
+
+
+def first_term(novelty: np.ndarray, unit: float) -> np.ndarray:
+    """The first term that is no more novel than `BROADER_NOVELTY`, int `(n_cells,)`; -1 for none.
+
+    `novelty` is `(n_cells, n_terms)`, not yet over the unit.
+    """
+    fits = novelty <= BROADER_NOVELTY * unit
+    return np.where(fits.any(axis=1), fits.argmax(axis=1), -1) if fits.shape[1] else np.full(len(fits), -1)

@@ -1,0 +1,133 @@
+"""A pass over the cells of an AnnData, batch by batch, with the checkpoint that reads them.
+
+The results of a cell are those of the cell alone: a batch takes cells of like length, whatever their place.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import Cells, CellsHash
+    from .conversion_scmmgpt import InputChoice
+    from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+    from .processing_scmmgpt import ScMMGPTProcessor
+    from .records_scmmgpt import record
+except ImportError:  # as a flat module in a clone
+    from cells_scmmgpt import Cells, CellsHash
+    from conversion_scmmgpt import InputChoice
+    from modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+    from processing_scmmgpt import ScMMGPTProcessor
+    from records_scmmgpt import record
+
+
+logger = logging.get_logger(__name__)
+
+
+CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
+SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
+
+
+class CellPasses:
+    """A checkpoint on a device, and passes of it over cells. [`ScMMGPTPipeline`] has the arguments."""
+
+    def __init__(
+        self,
+        model: ScMMGPTForConditionalGeneration | ScMMGPTForCellTextAlignment,
+        processor: ScMMGPTProcessor,
+        device: str | int | torch.device | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        if isinstance(device, int):
+            device = f"cuda:{device}" if device >= 0 else "cpu"
+        self.device = torch.device(device or best_device())
+        self.model = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.processor = processor
+        self.batch_size = batch_size
+
+    def _bridge(self) -> ScMMGPTBridgeModel:
+        """Cell model, Q-Former, contrast and matching, the part that both kinds of checkpoint have."""
+        return cast(ScMMGPTBridgeModel, getattr(self.model, "model", self.model))
+
+    def _language_model(self, verb: str) -> ScMMGPTForConditionalGeneration:
+        """The model, which must have a language model for `verb`."""
+        if not hasattr(self.model, "generate_cells"):
+            by_counts = "; `proof=True` (`--proof`) describes by counts" if verb == "describe" else ""
+            raise ValueError(
+                f"This checkpoint has no language model (it is of `align` or `finetune`), so it cannot {verb}"
+                f"{by_counts}. Train stage 2 with `python -m scmmgpt.train tune`."
+            )
+        return cast(ScMMGPTForConditionalGeneration, self.model)
+
+    def _batch_size(self, given: int | None, default: int) -> int:
+        batch_size = given or self.batch_size or default
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        return batch_size
+
+    def _inputs(self, cells: Cells) -> dict[str, Any]:
+        """Model inputs of a batch of cells, on the device."""
+        return dict(self.processor(cells=cells).to(self.device))
+
+    def _chunks(self, adata: Any, choice: InputChoice) -> Iterator[Cells]:
+        """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time."""
+        # The class is the processor's: a checkpoint may load each file twice.
+        parts: list[Cells] = []
+        cells_hash = CellsHash()
+        for part in choice.iter_cells(adata):
+            cells_hash.update(part)
+            parts.append(part)
+            if sum(map(len, parts)) + len(part) > SORTED_CELLS:
+                yield type(part).concatenate(parts)
+                parts = []
+        if parts:
+            yield type(part).concatenate(parts)
+        choice.report["cells"]["hash"] = cells_hash.hexdigest()
+
+    def _batches(
+        self, chunks: Iterable[Cells], batch_size: int, what: str, total: int
+    ) -> Iterator[tuple[np.ndarray, Cells]]:
+        """Row numbers and cells of each batch: of a chunk, cells alike in length, the longest first."""
+        first = 0
+        with logging.tqdm(desc=what, unit="cell", total=total, delay=3) as progress:
+            for chunk in chunks:
+                order = np.argsort(-np.diff(chunk.indptr), kind="stable")
+                for start in range(0, len(order), batch_size):
+                    rows = order[start : start + batch_size]
+                    yield first + rows, chunk[rows]
+                    progress.update(len(rows))
+                first += len(chunk)
+
+    def _map_cells(
+        self, function: CellFunction, chunks: Iterable[Cells], batch_size: int, what: str, total: int
+    ) -> list[np.ndarray]:
+        """Apply `function` to all cells, batch by batch; float32 arrays in the cells' order."""
+        rows, results = [], []
+        for numbers, cells in self._batches(chunks, batch_size, what, total):
+            with torch.inference_mode():
+                results.append([output.float().cpu().numpy() for output in function(cells)])
+            rows.append(numbers)
+        order = np.argsort(np.concatenate(rows))
+        return [np.concatenate(parts)[order] for parts in zip(*results, strict=True)]
+
+    def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
+        """Add the settings of a verb, the checkpoint and the report of what was read to `uns`."""
+        return record(adata, key, report, **done, checkpoint=str(self.model.config._name_or_path or ""))
+
+
+def best_device() -> str:
+    """`"cuda"`, `"mps"` or `"cpu"`: the fastest that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def uncounted(choice: InputChoice) -> InputChoice:
+    """A copy of a choice with a report of its own, for a second pass over the cells."""
+    return replace(choice, report=copy.deepcopy(choice.report))

@@ -1,0 +1,94 @@
+"""What a verb reads of `obs`, and what it adds to an AnnData: columns, tables, settings, and the report of the cells.
+
+This file travels with the weights, so it imports neither AnnData nor pandas.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+logger = logging.getLogger(__name__)
+
+
+def need_columns(obs: Any, *names: str) -> None:
+    """Refuse `obs`, or another table, without some columns.
+
+    Raises:
+        ValueError: That names them, those that there are, and the one that may be meant.
+    """
+    missing = [name for name in names if name not in obs]
+    if not missing:
+        return
+    known = [str(name) for name in obs.columns]
+    near = difflib.get_close_matches(missing[0], known, n=1)
+    there = f"it has {known}" if known else "it has no columns"
+    which = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {missing}"
+    raise ValueError(f"obs has no {which}; {there}." + (f" Do you mean {near[0]!r}?" if near else ""))
+
+
+def words_of(adata: Any, key: str) -> np.ndarray:
+    """A column of `obs`, as str `(n_obs,)`."""
+    need_columns(adata.obs, key)
+    return np.asarray(adata.obs[key], dtype=str)
+
+
+def add_column(adata: Any, name: str, values: np.ndarray) -> None:
+    """Add a column to `obs`; words as categories, as scanpy plots them."""
+    adata.obs[name] = values
+    if values.dtype.kind in "UO":
+        adata.obs[name] = adata.obs[name].astype("category")
+
+
+def table_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows as columns that `.h5ad` files hold."""
+    rows = list(rows)
+    table = {name: np.asarray([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in table.items()}
+
+
+def storable(value: Any) -> Any:
+    """A part of a report in types that `.h5ad` files hold."""
+    if isinstance(value, Mapping):
+        return {str(k).replace("/", "_"): storable(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return np.array(value, dtype=object if any(isinstance(v, str) for v in value) else None)
+    return value
+
+
+def finish_report(report: dict[str, Any]) -> None:
+    """Add the warnings about the converted cells."""
+    cells, messages = report["cells"], []
+    converted = cells.get("converted", 0)
+    if cells.get("without_genes"):
+        if cells["without_genes"] == converted:
+            raise ValueError(
+                f"None of the {converted} cells expresses a gene of the vocabulary: every value of the matched genes "
+                "is zero. Pass another `layer=`."
+            )
+        messages.append(
+            f"{cells['without_genes']} of {converted} cells express no gene of the vocabulary; they stay, empty."
+        )
+    if cells.get("counts_not_recovered"):
+        messages.append(
+            f"In {cells['counts_not_recovered']} of {converted} cells the values are not multiples of one unit: these "
+            "cells keep their normalised values."
+        )
+    for message in messages:
+        logger.warning(message)
+    report["warnings"] += messages
+
+
+def record(adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
+    """Add the settings of a verb, and the report of what was read, to `uns`; entries of other verbs stay."""
+    added = [(key, done)] if report is None else [("scmmgpt", {"input": storable(report)}), (key, done)]
+    for name, entries in added:
+        before = adata.uns.get(name, {})
+        if not isinstance(before, Mapping):
+            logger.warning(f"uns[{name!r}] was {str(before)[:60]!r}; the results are now there.")
+            before = {}
+        adata.uns[name] = {**before, **entries}
+    return adata

@@ -1,0 +1,239 @@
+"""Rows of the matrices of an AnnData, from any form of matrix: dense, sparse, on disk, lazy.
+
+This file travels with the weights, so it imports neither AnnData nor SciPy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+try:  # as a package or as remote code
+    from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
+except ImportError:  # beside the other files of a checkpoint
+    from kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
+
+
+N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
+N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
+# A value in the place of zeros: the matrix has at most this share of zeros, and each of its rows, of which there are
+# enough, has the value in this share of the genes.
+MOST_ZEROS, FLOOR_SHARE, MIN_FLOOR_ROWS = 0.001, 0.2, 10
+
+
+def modality_of(adata: Any) -> Any:
+    """The AnnData itself, or the RNA of a MuData."""
+    modalities = getattr(adata, "mod", None)
+    if not isinstance(modalities, Mapping):
+        return adata
+    for name in ("rna", "gex", "RNA", "GEX"):
+        if name in modalities:
+            return modalities[name]
+    raise ValueError(
+        f"The MuData has no `rna` modality (it has {', '.join(modalities)}). Pass the AnnData of the RNA."
+    )
+
+
+def matrix_of(adata: Any, source: str) -> Any:
+    """The matrix called `source`: `X`, `raw` or a layer."""
+    if source == "X":
+        return adata.X
+    return adata.raw.X if source == "raw" else adata.layers[source]
+
+
+def totals_of(adata: Any, column: str | None) -> np.ndarray | None:
+    """The counts per cell over all genes that a column of `obs` states, float64 `(n_cells,)`."""
+    return None if column is None else np.asarray(adata.obs[column]).astype(np.float64)
+
+
+@dataclass
+class CountRows:
+    """Rows of a sparse matrix without zeros: the three arrays of CSR and a shape."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    data: np.ndarray
+    shape: tuple[int, int]
+    positions: np.ndarray | None = None  # int64 (n_rows,): row of the sampled matrix that each one was
+    sums: np.ndarray | None = None  # float64 (n_rows,), of all columns, if `indices` are the ids of genes
+
+    def entries(self, chosen: np.ndarray) -> "CountRows":
+        """The same rows with the entries where `chosen` (bool, `(nnz,)`) holds."""
+        kept = np.concatenate(([0], np.cumsum(chosen)))
+        return replace(self, indptr=kept[self.indptr], indices=self.indices[chosen], data=self.data[chosen])
+
+    def columns(self, keep: np.ndarray) -> "CountRows":
+        """The same rows with the entries of the columns where `keep` (bool, `(n_vars,)`) holds; the shape stays."""
+        return self if keep.all() else self.entries(keep[self.indices])
+
+    def locate(self, wanted: np.ndarray) -> list[int]:
+        """Row (in the matrix that was sampled) and column of the first entry where `wanted` (bool `(nnz,)`) holds."""
+        entry = int(np.flatnonzero(wanted)[0])
+        row = int(np.searchsorted(self.indptr, entry, side="right")) - 1
+        return [row if self.positions is None else int(self.positions[row]), int(self.indices[entry])]
+
+    def floor(self) -> float:
+        """The value that zeros have, such as log(0 + pseudo-count); 0 where zeros are zero.
+
+        Most counts of a cell are zero: a matrix without zeros has another value in their place if the least value is
+        the same in every row, and frequent. Counts without zeros have no such value: their genes were filtered.
+        """
+        n_rows, n_vars = self.shape
+        if n_rows < MIN_FLOOR_ROWS or len(self.data) < n_rows * n_vars * (1 - MOST_ZEROS):
+            return 0.0
+        least = self.data.min()
+        if (self.data == np.rint(self.data)).all():
+            return 0.0
+        rows = np.repeat(np.arange(n_rows), np.diff(self.indptr))
+        at_floor = np.bincount(rows[self.data == least], minlength=n_rows)
+        return float(least) if (at_floor >= FLOOR_SHARE * n_vars).all() else 0.0
+
+    def above(self, floor: float) -> "CountRows":
+        """The same rows with `floor` as zero."""
+        if not floor:
+            return self
+        return replace(self, data=self.data - self.data.dtype.type(floor)).entries(self.data != floor)
+
+    def row_sums(self, values: np.ndarray | None = None) -> np.ndarray:
+        """Sum of each row's data, or of `values` in their place; float64 `(n_cells,)`."""
+        values = self.data if values is None else values
+        return segment(np.add, values.astype(np.float64, copy=False), self.indptr)
+
+
+def segment(ufunc: np.ufunc, values: np.ndarray, indptr: np.ndarray, empty: float = 0.0) -> np.ndarray:
+    """Reduce `values` within each row; `empty` for rows without values."""
+    filled = np.flatnonzero(np.diff(indptr))
+    result = np.full(len(indptr) - 1, empty, dtype=values.dtype)
+    if len(filled):
+        result[filled] = ufunc.reduceat(values, indptr[filled])
+    return result
+
+
+def row_major(matrix: Any) -> Any:
+    """The matrix in a form whose rows can be sliced; a new object if it had to be converted."""
+    if getattr(matrix, "format", "csr") != "csr":
+        if hasattr(matrix, "to_memory"):  # AnnData's view of a column-major matrix on disk
+            matrix = matrix.to_memory()
+        matrix = matrix.tocsr()
+    return matrix
+
+
+def is_in_memory(matrix: Any) -> bool:
+    """Whether the matrix is a NumPy array, or a SciPy matrix of such."""
+    return isinstance(matrix, np.ndarray) or isinstance(getattr(matrix, "data", None), np.ndarray)
+
+
+def is_expression(values: np.ndarray, *, signed: bool = False) -> bool:
+    """Whether all values are finite, at most `LARGEST_VALUE` and, unless `signed`, not negative."""
+    if not len(values):
+        return True
+    # A NaN makes both comparisons false.
+    return float(values.max()) <= LARGEST_VALUE and float(values.min()) >= (-LARGEST_VALUE if signed else 0)
+
+
+def read_rows(matrix: Any, start: int, stop: int) -> CountRows:
+    """Rows `start:stop` of a NumPy, SciPy, HDF5, Zarr, Dask or backed AnnData matrix: zeros dropped, type kept."""
+    if getattr(matrix, "format", None) == "csr" and is_in_memory(matrix):  # where SciPy would copy the entries
+        entries = slice(matrix.indptr[start], matrix.indptr[stop])
+        indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
+        rows = CountRows(indptr, matrix.indices[entries], matrix.data[entries], (stop - start, matrix.shape[1]))
+        is_filled = rows.data != 0
+        return _checked(rows if is_filled.all() else rows.entries(is_filled))
+    block = matrix[start:stop]
+    for method in ("to_memory", "compute"):
+        if hasattr(block, method):
+            block = getattr(block, method)()
+    if hasattr(block, "tocsr"):
+        return read_rows(block.tocsr(), 0, block.shape[0])
+    block = np.asarray(block)
+    if block.ndim != 2:
+        raise ValueError(f"The matrix has shape {block.shape}; expected two dimensions, (n_cells, n_genes).")
+    # Numba takes no half floats, no foreign byte order and no text.
+    is_known = block.dtype.isnative and (block.dtype.kind in "biu" or block.dtype in (np.float32, np.float64))
+    block = np.ascontiguousarray(block)
+    if not (is_known and kernels_pay(len(block))):
+        return _checked(CountRows(*_find_entries_numpy(block), block.shape))
+    indptr, columns, data, *_ = find_entries(block, np.arange(block.shape[1], dtype=np.int32), *_room(block))
+    return _checked(CountRows(indptr, columns, data, block.shape))
+
+
+def name_rows(matrix: Any, start: int, stop: int, ids: np.ndarray) -> CountRows | None:
+    """Rows `start:stop` of a matrix of counts in memory, named in one pass; else [`read_rows`] and `Cells.from_csr`.
+
+    Args:
+        ids: int32 `(n_vars,)`: the gene of each column, none twice, or -1.
+
+    Returns:
+        Rows with `sums` and with ids of genes for `indices`; entries without a gene are left out. `None` for a matrix
+        that takes more than one pass, such as short integers, and for values that cannot be counts.
+    """
+    data, is_sparse = getattr(matrix, "data", None), getattr(matrix, "format", None) == "csr"
+    values = data if is_sparse else matrix
+    if not (isinstance(values, np.ndarray) and values.dtype.isnative):
+        return None
+    if not (values.dtype in (np.float32, np.float64) or values.dtype.kind in "iu" and values.dtype.itemsize >= 4):
+        return None
+    if not is_sparse:
+        block = np.ascontiguousarray(matrix[start:stop])
+        indptr, gene_ids, data, sums, are_sound = find_entries(block, ids, *_room(block))
+    elif matrix.indices.dtype == np.int32:
+        entries = slice(matrix.indptr[start], matrix.indptr[stop])
+        indptr = matrix.indptr[start : stop + 1].astype(np.int64) - entries.start
+        columns, values, n_ids = matrix.indices[entries], matrix.data[entries], int(ids.max(initial=-1)) + 1
+        room = np.empty(len(columns), np.int32), np.empty_like(values)
+        indptr, gene_ids, data, sums, are_sound = name_genes(indptr, columns, values, ids, n_ids, False, *room)
+    else:
+        return None
+    return CountRows(indptr, gene_ids, data, (stop - start, len(ids)), sums=sums) if are_sound else None
+
+
+def _room(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays for the entries of a dense matrix, sized by a sample of the rows, because fresh memory takes time."""
+    some = block[:: 1 + len(block) // 128]
+    # Counting booleans is eight times faster than counting numbers.
+    size = block.shape[1] + int(1.1 * len(block) * np.count_nonzero(some != 0) / max(1, len(some)))
+    return np.empty(size, np.int32), np.empty(size, block.dtype)
+
+
+def _checked(rows: CountRows) -> CountRows:
+    """The rows, if they hold numbers."""
+    if rows.data.dtype == bool:
+        rows.data = rows.data.astype(np.int8)
+    if not np.issubdtype(rows.data.dtype, np.number) or np.issubdtype(rows.data.dtype, np.complexfloating):
+        raise TypeError(
+            f"The matrix holds values of type {rows.data.dtype}; expected numbers. "
+            "Convert it with `adata.X = adata.X.astype('float32')`, or pass another `layer=`."
+        )
+    return rows
+
+
+def _find_entries_numpy(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[`find_entries`] in NumPy."""
+    places = np.flatnonzero(matrix != 0)  # via booleans: several times faster than on numbers
+    rows, columns = np.divmod(places, max(matrix.shape[1], 1))
+    return np.searchsorted(rows, np.arange(len(matrix) + 1)), columns.astype(np.int32), matrix.ravel()[places]
+
+
+def sample_rows(matrix: Any) -> CountRows:
+    """About `N_SAMPLED_ROWS` rows, fewer if they are rich, in contiguous blocks spread evenly over the matrix."""
+    n_cells, n_vars = matrix.shape
+    if n_cells <= N_SAMPLED_ROWS:
+        starts, size = [0], n_cells
+    else:
+        size = N_SAMPLED_ROWS // N_BLOCKS
+        starts = np.linspace(0, n_cells - size, N_BLOCKS).astype(int).tolist()
+    parts = [read_rows(matrix, start, start + size) for start in starts]
+    positions = np.concatenate([np.arange(start, start + size) for start in starts])
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    kept = np.zeros(len(lengths), dtype=bool)
+    kept[:: 1 + int(lengths.sum()) // N_SAMPLED_VALUES] = True
+    entries = np.repeat(kept, lengths)
+    return CountRows(
+        np.concatenate(([0], np.cumsum(lengths[kept]))),
+        np.concatenate([part.indices for part in parts])[entries],
+        np.concatenate([part.data for part in parts])[entries],
+        (int(kept.sum()), n_vars),
+        positions[kept],
+    )

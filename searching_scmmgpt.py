@@ -1,0 +1,165 @@
+"""Places of cells in the space that they share with texts, and searches in it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+
+try:  # as a package or as remote code
+    from .cells_scmmgpt import Cells
+    from .conversion_scmmgpt import InputChoice
+    from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
+    from .passes_scmmgpt import CellFunction, CellPasses
+    from .query_scmmgpt import Search
+    from .records_scmmgpt import finish_report
+    from .scoring_scmmgpt import encode_texts, mean_similarity, text_states
+    from .unseen_scmmgpt import GeneSearch
+except ImportError:  # as a flat module in a clone
+    from cells_scmmgpt import Cells
+    from conversion_scmmgpt import InputChoice
+    from modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
+    from passes_scmmgpt import CellFunction, CellPasses
+    from query_scmmgpt import Search
+    from records_scmmgpt import finish_report
+    from scoring_scmmgpt import encode_texts, mean_similarity, text_states
+    from unseen_scmmgpt import GeneSearch
+
+
+logger = logging.get_logger(__name__)
+
+
+class SearchSteps(CellPasses):
+    """The steps of [`ScMMGPTPipeline.embed`] and of [`ScMMGPTPipeline.search`]."""
+
+    def embed_cells(
+        self, adata: Any, choice: InputChoice, of: str = "cell-text", batch_size: int | None = None
+    ) -> np.ndarray:
+        """Embeddings of cells, float32: of all of the data that `choice` was made for, or of a part."""
+        if of not in ("cell-text", "cell"):
+            raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
+
+        features_of = self.features_of(choice) if of == "cell-text" else None
+
+        def embedding(cells: Cells) -> tuple[torch.Tensor, ...]:
+            if features_of is None:
+                inputs = self._inputs(cells)
+                inputs = {name: inputs[name] for name in CELL_INPUTS}
+                embedded = self._bridge().cell_model(**inputs, cls_only=True).pooler_output
+            else:
+                embedded = features_of(cells).mean(dim=1)
+            return (torch.nn.functional.normalize(embedded.float(), dim=-1),)
+
+        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 64)
+        return self._map_cells(embedding, chunks, batch_size, "Embedding", adata.shape[0])[0]
+
+    def add_embedding(
+        self, adata: Any, choice: InputChoice, embedding: Any, of: str = "cell-text", key_added: str = "X_scmmgpt"
+    ) -> Any:
+        """Add the result of [`embed_cells`] for all cells to `adata`."""
+        finish_report(choice.report)
+        adata.obsm[key_added] = embedding
+        return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
+
+    def search_cells(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        text: str | Sequence[str],
+        by: str = "similarity",
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """What [`add_search`] scores cells by, float32 `(n_cells, n_columns)`: all the data of a choice, or a part."""
+        texts = [text] if isinstance(text, str) else [str(item) for item in text]
+        if not texts or not all(item.strip() for item in texts):
+            raise ValueError("The text to search for is empty; describe the wanted cells.")
+        if by not in ("similarity", "genes"):
+            raise ValueError(f"by is {by!r}; choose 'similarity' or 'genes'.")
+        if by == "genes" and "text_width" not in (self.model.config.label_readout or {}):
+            raise ValueError(
+                "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
+            )
+        score, batch_size = self._search_scores(texts, by, choice), self._batch_size(batch_size, 64)
+        columns = self._map_cells(score, self._chunks(adata, choice), batch_size, "Searching", adata.shape[0])
+        return np.concatenate(columns, axis=1)
+
+    def add_search(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        columns: np.ndarray,
+        text: str | Sequence[str],
+        top_k: int,
+        by: str = "similarity",
+        key_added: str | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """The hits of each text, from what [`search_cells`] gives for all cells; scores are added as `key_added`."""
+        finish_report(choice.report)
+        texts = [text] if isinstance(text, str) else list(text)
+        plan = self._search_plan(texts, choice)
+        if plan.absent:
+            logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search cannot look at it.")
+        scores = columns if by == "genes" else plan.scores(columns)
+        if key_added is not None:
+            adata.obs[key_added] = scores[:, 0]
+            done = {"text": texts[0], "by": by, "key": key_added}
+            self._record(adata, "scmmgpt", choice.report, search=done)
+        return [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+
+    def _search_plan(self, texts: list[str], choice: InputChoice) -> Search:
+        return Search(texts, self.processor.gene_index, choice.match.measured)
+
+    def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
+        """Scores of texts by genes; or similarities and expression, from which a search is scored."""
+        if by == "genes":
+            states = text_states(self._bridge(), self.processor, texts)
+            genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
+            return lambda cells: (torch.from_numpy(genes(cells)),)
+        plan, bridge = self._search_plan(texts, choice), self._bridge()
+        if not plan.texts:  # counts alone decide
+            return lambda cells: (torch.from_numpy(plan.expression(cells)),)
+        stored = self.model.config.annotation or {}
+        if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
+            panel = bridge.label_readout.for_genes(choice.match.measured)
+            trained = self.model.config.label_readout["texts"]
+            of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
+            return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
+        text_features = encode_texts(bridge, self.processor, plan.texts)
+        features_of = self.features_of(choice)
+
+        def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
+            return cell_text_similarity(features_of(cells), text_features), torch.from_numpy(plan.expression(cells))
+
+        return similarity
+
+    def features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
+        """Cells -> features in the shared space; where labels place them, by the readout for the genes of the data."""
+        bridge = self._bridge()
+        places = "feature_width" in (bridge.config.label_readout or {})
+        panel = bridge.label_readout.for_genes(choice.match.measured) if places else None
+
+        def features(cells: Cells) -> torch.Tensor:
+            inputs = self._inputs(cells)
+            if panel is not None:
+                inputs["readout_scores"] = torch.from_numpy(panel(cells)).to(self.device)
+            return bridge.get_cell_features(**inputs)
+
+        return features
+
+
+def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:
+    best = enumerate(np.argsort(-similarity, kind="stable")[:top_k].tolist(), start=1)
+    exact = similarity.astype(np.float64)
+    z = (exact - exact.mean()) / max(exact.std(), 1e-9)
+    return [
+        {
+            "rank": rank,
+            "cell": str(names[i]),
+            "index": i,
+            "score": round(float(similarity[i]), 6),
+            "z": round(float(z[i]), 3),
+        }
+        for rank, i in best
+    ]
