@@ -1462,7 +1462,13 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         whole = next_sequence_length is None or (inputs_embeds is None and next_sequence_length >= input_ids.shape[1])
         parent: Any = super()
         inputs = parent.prepare_inputs_for_generation(
-            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
         )
         return {**inputs, **cells} if is_first_iteration or whole else inputs
 
