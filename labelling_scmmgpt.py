@@ -313,7 +313,11 @@ class LabellingSteps(CellPasses):
         stored = (self.model.config.annotation or {}).get("novelty")
         # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
         panel = None if readout is None or readout.has_new_labels else readout.panel
-        members = [] if panel is None else members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+        members: list[list[int]] = []
+        if panel is not None:  # a term is an answer if candidates are below it
+            trained = members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+            chosen = members_of_terms(terms, candidates.names)
+            members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
         size = self.model.config.cell_config.vocab_size
         novelty_of = Novelty.of(stored, choice.match.measured, size, panel, members)
         lengths: list[np.ndarray] = []
