@@ -23,9 +23,17 @@ try:  # as a package or as remote code
     )
     from .cells_scmmgpt import Cells
     from .conversion_scmmgpt import InputChoice
-    from .labels_scmmgpt import Candidates, candidate_columns, ids_of_labels, labels_of_tissue, labels_with_texts
+    from .labels_scmmgpt import (
+        Candidates,
+        advice_on_tissues,
+        candidate_columns,
+        ids_of_labels,
+        labels_of_tissue,
+        labels_with_texts,
+    )
     from .novelty_scmmgpt import Novelty, fit_novelty
     from .passes_scmmgpt import CellPasses, uncounted
+    from .proof_scmmgpt import tissues_of
     from .records_scmmgpt import add_column, finish_report, table_of
     from .scoring_scmmgpt import LabelScorer, text_states
     from .unseen_scmmgpt import MIN_BATCH, TextScores
@@ -44,9 +52,17 @@ except ImportError:  # as a flat module in a clone
     )
     from cells_scmmgpt import Cells
     from conversion_scmmgpt import InputChoice
-    from labels_scmmgpt import Candidates, candidate_columns, ids_of_labels, labels_of_tissue, labels_with_texts
+    from labels_scmmgpt import (
+        Candidates,
+        advice_on_tissues,
+        candidate_columns,
+        ids_of_labels,
+        labels_of_tissue,
+        labels_with_texts,
+    )
     from novelty_scmmgpt import Novelty, fit_novelty
     from passes_scmmgpt import CellPasses, uncounted
+    from proof_scmmgpt import tissues_of
     from records_scmmgpt import add_column, finish_report, table_of
     from scoring_scmmgpt import LabelScorer, text_states
     from unseen_scmmgpt import MIN_BATCH, TextScores
@@ -203,6 +219,10 @@ class LabellingSteps(CellPasses):
         if clusters is not None:
             columns = {**columns, "cell_type_majority": majority_vote(columns["cell_type"], clusters)}
         summary, warnings = self.summarize(labelling, columns, probabilities)
+        stored = self.model.config.annotation or {}
+        if settings["labels"].keys() == stored.get("labels", {}).keys():
+            where = np.unique(tissues_of(adata.obs).astype(str)).tolist()
+            warnings = [*warnings, *advice_on_tissues(where, Counter(columns["cell_type"].tolist()), stored)]
         finish_report(labelling.choice.report)
         for warning in warnings:
             logger.warning(warning)
@@ -293,7 +313,11 @@ class LabellingSteps(CellPasses):
         stored = (self.model.config.annotation or {}).get("novelty")
         # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
         panel = None if readout is None or readout.has_new_labels else readout.panel
-        members = [] if panel is None else members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+        members: list[list[int]] = []
+        if panel is not None:  # a term is an answer if candidates are below it
+            trained = members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+            chosen = members_of_terms(terms, candidates.names)
+            members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
         size = self.model.config.cell_config.vocab_size
         novelty_of = Novelty.of(stored, choice.match.measured, size, panel, members)
         lengths: list[np.ndarray] = []

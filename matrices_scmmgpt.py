@@ -217,7 +217,8 @@ def inspect_rows(
     verdict = _inspect_above_zero(rows, known_totals, says_log1p=says_log1p)
     if verdict.exact or not (floor := rows.floor()):
         return verdict
-    return replace(_inspect_above_zero(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
+    above = replace(_inspect_above_zero(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
+    return above if floor > 0 or above.exact else verdict  # scaled values have a least value, too
 
 
 def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:

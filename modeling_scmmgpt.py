@@ -1448,7 +1448,8 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         self,
         input_ids: Any,
         next_sequence_length: Any = None,
-        *,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
         inputs_embeds: Any = None,
         is_first_iteration: Any = False,
         **kwargs: Any,
@@ -1459,9 +1460,16 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
             kwargs.pop(name, None)
         # A model that assists another one gets the prompt in what counts as a later iteration.
         whole = next_sequence_length is None or (inputs_embeds is None and next_sequence_length >= input_ids.shape[1])
-        kwargs.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
         parent: Any = super()
-        inputs = parent.prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        inputs = parent.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
+        )
         return {**inputs, **cells} if is_first_iteration or whole else inputs
 
     def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:

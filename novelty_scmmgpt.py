@@ -137,7 +137,7 @@ class Novelty:
         With `terms`, `(n_cells, 2)`: beside the novelty the first term above the best label that is no more novel than
         `BROADER_NOVELTY`, of a cell above 1; else -1.
         """
-        if self.panel is None:
+        if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
         novelty = self.raw(cells)[:, 0] / np.float32(self.others_unit)
         if not self.terms:

@@ -142,11 +142,6 @@ def choose_input(
         raise
 
     # step 3: what else is odd
-    if verdict.floor:
-        messages.append(
-            f"{source} has no zeros, but {verdict.floor:g} in many genes of every cell (a logarithm with a "
-            "pseudo-count other than 1?): this value is taken as zero."
-        )
     messages += _matrix_messages(source, verdict) + _droplet_messages(chosen.rows, match)
     n_repeated = 0
     if not (names := adata.obs_names.astype(str)).is_unique:
@@ -332,6 +327,18 @@ def _feature_types(var: Any, columns: Mapping[str, Sequence[str]]) -> np.ndarray
 
 
 def _matrix_messages(source: str, verdict: MatrixVerdict) -> list[str]:
+    """Warnings about the values of the chosen matrix."""
+    messages = _kind_messages(source, verdict)
+    if verdict.floor:
+        messages.insert(
+            0,
+            f"{source} has no zeros, but {verdict.floor:g} in many genes of every cell (a logarithm with a "
+            "pseudo-count other than 1?): this value is taken as zero.",
+        )
+    return messages
+
+
+def _kind_messages(source: str, verdict: MatrixVerdict) -> list[str]:
     e = verdict.evidence
     if e.get("binary"):
         return [f"{source} holds only 0 and 1: it was binarised, and levels of expression are lost."]

@@ -118,7 +118,7 @@ class Chat:
             known = f" ({words}: no gene, label, column or subject of these answers)" if words else ""
             return Answer(f"The counts do not answer that{known}. You can ask: {EXAMPLES}")
         self.asked = asked
-        start = f'Read as "{asked.text}": ' if asked.text != text else ""
+        start = f'Read as "{asked.text}": ' if asked.is_misspelt else ""
         if not self.subject[0].any():
             return Answer(f"{start}The file has none of {self.subject[1]}.", asked.topic)
         return Answer(start + getattr(self, f"_{asked.topic}")(), asked.topic)
@@ -310,6 +310,8 @@ class Chat:
         target = self.asked.roles.get("target")
         if target is not None and target[1] == "Unknown":
             self.asked.roles["subject"] = self.asked.roles.pop("target")
+        elif target is not None and self.selected.all() and self.mask(target).any():  # "why fibroblast?"
+            self.asked.roles["subject"] = target
         if self.commonest()[0] == "Unknown":
             return self._why_unknown()
         (label, _), target, (rival, genes) = self.commonest(), self.asked.roles.get("target"), self.evidence()
@@ -320,6 +322,11 @@ class Chat:
         return f"{self.called(('type', label))} {genes}"
 
     def _whynot(self) -> str:
+        several = [group for group in self.asked.groups if group[0] == "type"]
+        if len(several) == 2:  # "why B cells and not plasma cells?"
+            self.asked.roles |= {"subject": several[0], "target": several[1]}
+            if not self.subject[0].any():
+                return f"The file has none of {self.subject[1]}."
         target, (label, _) = self.asked.roles["target"], self.commonest()
         if self.is_kind(label, target[1]):
             return self.called(target)
@@ -328,6 +335,10 @@ class Chat:
         return " ".join(filter(None, [self.called(target), genes, lacking]))
 
     def _markers(self) -> str:
+        if self.selected.all() and "target" in self.asked.roles:  # of those cells, where none are selected
+            self.asked.roles.setdefault("subject", self.asked.roles["target"])
+            if not self.subject[0].any():
+                del self.asked.roles["subject"]
         name = self.asked.roles.get("target", ("type", self.commonest()[0]))[1]
         expressed, missing = self.markers(name)
         return f"Markers of {name} in {self.subject[1]}: {expressed}. In fewer than {share(SILENT)}: {missing}."
@@ -340,8 +351,12 @@ class Chat:
         return f"The runner-up is {rival}. {self._whynot()}"
 
     def _sure(self) -> str:
-        mask, who = self.subject
-        score = self.obs["scmmgpt_score"].to_numpy()[mask]
+        (mask, who), score = self.subject, self.obs["scmmgpt_score"].to_numpy()
+        if self.asked.each:
+            means = {name: score[part].mean() for name, part in self.groups_of(mask)}
+            names = sorted(means, key=lambda name: means[name], reverse=not LOWEST.search(self.asked.text))
+            return f"Mean probability: {join([f'{name} ({means[name]:.2f})' for name in names[:N_PARTS]])}."
+        score = score[mask]
         low, unknown = share((score < MIN_SCORE).mean()), share((self.labels[mask] == "Unknown").mean())
         words = f"The mean probability of the labels of {who} is {score.mean():.2f}"
         return f"{words}; for {low} it is below {MIN_SCORE}, and {unknown} are Unknown."
@@ -387,9 +402,11 @@ class Chat:
                 if re.search("mito", self.asked.text, re.IGNORECASE)
                 else counts
             )
-            groups = sorted(self.groups_of(mask), key=lambda group: -float(np.median(by[group[1]])))
+            is_lowest = bool(LOWEST.search(self.asked.text))
+            groups = self.groups_of(mask)
+            groups.sort(key=lambda group: float(np.median(by[group[1]])), reverse=not is_lowest)
             parts = [f"{name}: {words(part)}" for name, part in groups[:N_PARTS]]
-            return f"Medians of {who}, the highest first. {'. '.join(parts)}."
+            return f"Medians of {who}, the {'lowest' if is_lowest else 'highest'} first. {'. '.join(parts)}."
         measured = f" The file measures {len(self.expression.symbols):,} genes of the model."
         return f"The median of {who} is {words(mask)}.{measured}"
 

@@ -26,7 +26,8 @@ TOPICS = {
         "genes": r"""genes?\b.*\b(high|up|low|down|expressed|define|specific|enriched) apart distin discrimin
             typical \bmarks?\b.*\bout\b
             differ(?!ent[.?!]*$) compar regulated \bthan\b \bdegs?\b relative.to separate signature enriched versus
-            \bvs\b \bwhat.do\b.*express \bonly\b.*express exclusiv \buniqu (top|best|strongest).(\w+.)?(genes|hits)""",
+            \bvs\b \bwhat.do\b.*(express|have)
+            \bonly\b.*express exclusiv \buniqu (top|best|strongest).(\w+.)?(genes|hits)""",
         "markers": r"""\bmarkers?\b hallmark""",
         "whynot": r"""\bwhy\b.*(\bnot\b|n't) against rul\w+.(\w+.)*out \bout.of.the exclud dismiss contradict instead
             \bcould \bmight (are|is)n't (sure|certain|convinced?|know)\b.*(\bnot?\b|n't)""",
@@ -39,7 +40,8 @@ TOPICS = {
             what.makes convinc \bbas(ed|is)\b ground reason rationale justif explain support behind
             \b(speak|argue|case|account)s?.for points?.to \bled\b (ma[dk]es?|let).(you|the|it) \bch(o|oo)se""",
         "quality": r"""\b(how.(many|few)|number.of|few).(\w+.)?(cells|counts|genes|umis) \bumis?\b \breads\b
-            how.(big|large|deep) depth library (mean|median|total).counts? quality healthy viab \bdead \bdying
+            how.(big|large|deep) depth library (mean|median|total).(counts?|genes|umis) quality healthy viab
+            \bdead \bdying
             damag debris broken ambient empty mito(ch|\b) deep(ly)?.sequenced measured""",
         "describe": r"""descri summar sum.(\w+.)?up characteri sentence paragraph \babout.(them|these|this|it) notab
             interesting special overview caption legend one.line walk.me in.(\w+.)?words (should|must).i.know
@@ -48,13 +50,14 @@ TOPICS = {
             assay (come|are.they).from""",
         "types": r"""\btypes?\b \bkinds?\b compos population lineage subset mixture (homo|hetero)gen \bdivers
             \bwhat.(are|is|have|did).(they|these|those|this|here|in|i)\b \bwho('s|.is|.are)\b consist identit made.of
-            \bpure\b break.*down labels \blabel.is \bname\b""",
+            \bpure\b break.*down labels \blabel.is \bname\b frequent.labels? smallest biggest largest commonest""",
     }.items()
 }
 # What no count of a file answers, however many types it names: the literature, medicine and work for other programs.
 REFUSED = re.compile(
     r"\b(papers?|reviews?|literature|publications?|cite|drugs?|dos(e|age)|therap\w+|inhibitors?|surviv\w+|prognos\w+|"
-    r"cures?|buy|plot|draw|heatmap|umap|translate|install|save|export|trajector\w+|correlat\w+|what do(es)?\b.*\bdo|"
+    r"cures?|buy|plot|draw|heatmap|umap|translate|install|save|export|trajector\w+|correlat\w+|"
+    r"what do(es)?\b.*\bdo|how (do|can|should) i (?!know|tell)\w+|"
     r"genes.*\bshare|in common)\b",
     re.IGNORECASE,
 )
@@ -71,7 +74,8 @@ EXAMPLES = (
 )
 # Words of prose, and of questions of any topic: none of them asks for something that is not counted.
 PLAIN = frozenset(
-    """a about left  actually again against all also among amount an and any anybody anyone anything apparently
+    """neither nor groups a about left
+    actually again against all also among amount an and any anybody anyone anything apparently
     approximately
     are aren around as at available be been being between both but by call called came can case cell cells check
     compare compared could couldn count counts data dataset did didn different do does doesn doing dominate done
@@ -91,11 +95,13 @@ PLAIN = frozenset(
 ALSO = {
     topic: re.compile(rf"\b({'|'.join(words.split())})\b", re.IGNORECASE)
     for topic, words in {
-        "types": r"""abundan\w+ common\w* rare\w* frequent\w* big\w* large\w* small\w* least major\w* minor\w*
+        "types": r"""made.of come abundan\w+ common\w* rare\w* frequent\w* big\w* large\w*
+            small\w* least major\w* minor\w*
             ratio top
             few\w* dominat\w+ left left.over remain\w* subtypes? belong named main share annotat\w+
             pick\w* lasso blob circle\w* represented more.than.one.type""",
-        "gene": r"""express\w* co-?express\w* level\w* average\w* median detect\w* measur\w+ transcripts?
+        "gene": r"""restricted rich\w* distribut\w+ express\w* co-?express\w* level\w* average\w*
+            median detect\w* measur\w+ transcripts?
             signal lack\w*
             without high\w* low\w* strong\w* weak\w* types? labels? populations? clusters? rank
             marker good absent missing anywhere counts? genes? double surface protein rna mrna
@@ -111,11 +117,11 @@ ALSO = {
             clusters? populations? content deep sequenced have most least contain\w* (?:how.)?much
             rna detected""",
         "sure": r"""classified label\w* annotat\w* prediction\w* call\w* model mean low\w* high\w* few too name""",
-        "why": r"""label\w* annotat\w* call\w* model gene\w* markers? decision name\w*""",
+        "why": r"""think label\w* annotat\w* call\w* model gene\w* markers? decision name\w*""",
         "whynot": r"""label\w* annotat\w* call\w* model exclu\w+ argu\w+ just""",
         "alternatives": r"""label\w* annotat\w* likely possib\w+ next guess choice types? label""",
         "column": r"""come many per distribut\w+ overlap contribut\w+ represent\w+ lie spread""",
-        "describe": r"""paper slides? cluster\w* groups? short figure""",
+        "describe": r"""unusual paper slides? cluster\w* groups? short figure""",
         "state": r"""dissociation sign\w* activ\w+ response respond\w* (?:any.)?express\w* programme phase
             genes fraction""",
     }.items()
@@ -123,7 +129,9 @@ ALSO = {
 TARGETS = ("types", "whynot", "why", "markers", "column")  # topics that are asked about a type or value itself
 FOLLOWS = re.compile(r"\s*(and|or|also|then|what about|how about|same)\b", re.IGNORECASE)
 REFERENCE = re.compile(
-    r"\b(against|from|than|versus|vs\.?|with|to|unlike)\s+((the|all|other|an?)\s+)*(in\s+)?$", re.IGNORECASE
+    r"\b(against|from|than|versus|vs\.?|with|(compared|relative|opposed|contrast) to|"
+    r"unlike)\s+((the|all|other|an?)\s+)*(in\s+)?$",
+    re.IGNORECASE,
 )
 SUBJECT = re.compile(r"\b(of|in|among|for|within|from)\s+((the|all)\s+)*$", re.IGNORECASE)
 MANY_GENES = re.compile(r"\bgenes\b", re.IGNORECASE)
@@ -139,10 +147,11 @@ EACH = re.compile(  # asks for each type, or for each value of a column
     re.IGNORECASE,
 )
 WITHOUT = re.compile(
-    r"\b(without|not?|lack\w*|negative for|n't|absence of)\s+((express\w*|any|of|for)\s+)*$", re.IGNORECASE
+    r"\b(without|not?|neither|nor|lack\w*|negative for|n't|absence of)\s+((express\w*|any|of|for)\s+)*$", re.IGNORECASE
 )
 OFF = re.compile(r"(\s*-\s*|\s+(is|are)?\s*)(negative|absent|missing|off)\b|-(?!\w)", re.IGNORECASE)
 ONLY_GENES = re.compile(r"\b(express\w*|regulated|distin\w+|separat\w+|differ\w*)\b", re.IGNORECASE)
+T_CELLS = re.compile(r"\b(CD[48]\+?) (and|or|vs\.?|versus|to) (CD[48]\+? T cells?)\b", re.IGNORECASE)
 LISTED = re.compile(
     r"\b(\d+|three|five|ten)\s+(\w+\s+)?(genes|markers|hits|types|labels|populations)\b", re.IGNORECASE
 )
@@ -181,6 +190,7 @@ class Question:
     each: str = ""
     unread: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # words that name something
+    is_misspelt: bool = False
 
 
 class QuestionReader:
@@ -212,20 +222,24 @@ class QuestionReader:
             known = sorted({*PLAIN, *(word for name in self.groups for word in name.split())})
             known = [word for word in known if len(word) >= SHORTEST]
             for word in asked.unread:
-                text = text.replace(word, next(iter(difflib.get_close_matches(word.lower(), known, 1, LIKE)), word))
+                turned = [other for other in known if sorted(other) == sorted(word.lower())]  # "waht"
+                text = text.replace(word, [*turned, *difflib.get_close_matches(word.lower(), known, 1, LIKE), word][0])
             again = self.read(text, last)
-            asked = asked if again.unread or not again.topic else again
+            if again.topic and not again.unread:
+                again.is_misspelt = True
+                return again
         return asked
 
     def read(self, text: str, last: Question) -> Question:
         """What a question asks, word by word as it is spelt."""
+        text = T_CELLS.sub(r"\1 T cells \2 \3", text)
         asked, follows = Question(text), bool(FOLLOWS.match(text))
         groups = self.find_names(asked)
         asked.groups = list(groups)
         if asked.genes and (each := EACH.search(text)):
             asked.each = self.column_called(each.group(2))
         asked.topic = self.find_topic(asked, last.topic if follows else "")
-        if asked.topic == "quality" and (each := EACH.search(text)) and not groups:
+        if asked.topic in ("quality", "sure") and (each := EACH.search(text)) and not groups:
             asked.each = self.column_called(each.group(2)) * (each.group(2).lower() != "cells")
         self.assign_roles(asked, groups, follows)
         if follows:
@@ -261,6 +275,8 @@ class QuestionReader:
             return "types"  # "how large a share are B cells?"
         if EACH.search(text) and ABOUT_COUNTS.search(text) and set(topics) <= {"types", "quality", "column"}:
             return "quality"  # "which type has the most counts?"
+        if "sure" in topics and "quality" in topics and ABOUT_COUNTS.search(text):  # "how good is the quality?"
+            return "quality"
         if not has_type and "whynot" in topics:  # "could they be something else" names no type
             topics.remove("whynot")
         if has_type and topics == ["quality"] and not ABOUT_COUNTS.search(text):

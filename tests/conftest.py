@@ -1,5 +1,6 @@
 """Everything that the tests share is small and built here in code: nothing is downloaded, nothing is large."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -23,6 +24,12 @@ from scmmgpt.tests.corpora import write_corpus
 
 
 TYPES = {"B cell": "CL:0000236", "T cell": "CL:0000084", "monocyte": "CL:0000576"}
+
+
+def pytest_collection_finish():
+    """Leave the modules out of garbage collections, of which each training run orders one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

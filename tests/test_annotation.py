@@ -10,7 +10,13 @@ from scipy.sparse import csr_matrix
 from scmmgpt.annotation_scmmgpt import choose_labels
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
-from scmmgpt.labels_scmmgpt import candidate_columns, labels_of_tissue, labels_with_texts, trained_labels_of
+from scmmgpt.labels_scmmgpt import (
+    advice_on_tissues,
+    candidate_columns,
+    labels_of_tissue,
+    labels_with_texts,
+    trained_labels_of,
+)
 from scmmgpt.novelty_scmmgpt import Novelty, absent_genes, fit_novelty, novelty_of
 from scmmgpt.train.data import ontology
 
@@ -116,6 +122,32 @@ def test_annotate_chooses_from_the_labels_of_a_tissue_and_the_others_compete(wit
     expected = every[:, [names.index("B cell"), names.index("monocyte")]]
     np.testing.assert_allclose(few.obsm["scmmgpt_probabilities"], expected, atol=1e-6)
     assert json.loads(few.uns["scmmgpt"]["annotate"]["receipt"]["options"])["tissue"] == "lung"
+
+
+def test_labels_of_other_tissues_bring_the_advice_to_name_the_tissue(with_tissues, adata, caplog):
+    adata.obs["tissue"] = "lung"
+    common = with_tissues.annotate(adata.copy()).obs["scmmgpt_cell_type"].value_counts()
+    with_tissues.model.config.annotation["tissues"] = [
+        {"id": "UBERON:0002048", "name": "lung", "names": ["lung"], "labels": list(common.index[1:])}
+    ]
+    caplog.clear()
+    with_tissues.annotate(adata.copy())
+    assert (
+        f"the tissue is 'lung'; {common.iloc[0]} of {len(adata)} cells have labels that the checkpoint" in caplog.text
+    )
+    assert f"({common.index[0]}). `tissue='lung'` chooses among the others." in caplog.text
+    adata.obs["tissue"] = "kidney"  # which the checkpoint does not know
+    caplog.clear()
+    with_tissues.annotate(adata)
+    assert "tissue" not in caplog.text
+
+
+def test_labels_of_several_tissues_bring_the_advice_where_the_file_names_none():
+    counts = dict.fromkeys(["B cell", "T cell", "monocyte", "neuron", "leukocyte"], 10)
+    for n_others in (2, 3):  # a few labels of others are no sign
+        tissues = [{"name": "blood", "labels": list(counts)[n_others:]}, {"name": "lung", "labels": []}]
+        advice = advice_on_tissues([], counts, {"labels": counts, "tissues": tissues})
+        assert advice == [] if n_others == 2 else "beside blood: B cell, T cell, monocyte" in advice[0]
 
 
 @pytest.mark.parametrize(

@@ -81,30 +81,6 @@ def test_workers_that_are_killed_every_few_seconds_lose_nothing_and_are_reported
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_embeddings_have_the_bits_of_one_process_though_a_worker_is_killed_every_20_seconds(tmp_path):
-    cells, out, checkpoint = tmp_path / "cells.h5ad", tmp_path / "out.h5ad", str(tmp_path / "checkpoint")
-    synthetic.fitted_pipeline().save_pretrained(checkpoint)
-    synthetic.synthetic_adata(40_000).write_h5ad(cells)
-    words = [sys.executable, "-m", "scmmgpt", "embed", cells, "--model", checkpoint, "-o", out, "--quiet"]
-    words += ["--cells-per-partition", "1", "--cluster"]
-    with dask_cluster(tmp_path) as ((_, nanny), address):
-        command = subprocess.Popen([*map(str, words), address], stderr=subprocess.PIPE, text=True)
-        killed = 0
-        while command.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                command.wait(timeout=20)
-                break
-            killed += kill_a_worker(nanny)
-        said = command.stderr.read()
-    assert command.returncode == 0, said
-    assert killed >= 2
-    assert f"Workers were lost {killed} times" in said
-    run("embed", cells, "-o", tmp_path / "one.h5ad", "--workers", 1, checkpoint=checkpoint)
-    assert_same(out, tmp_path / "one.h5ad")
-
-
-@pytest.mark.slow
 def test_a_scheduler_that_is_killed_costs_only_what_was_being_computed(tmp_path):
     cells, out, checkpoint = tmp_path / "cells.h5ad", tmp_path / "out.h5ad", str(tmp_path / "checkpoint")
     synthetic.fitted_pipeline().save_pretrained(checkpoint)

@@ -182,6 +182,12 @@ def test_counts_are_recovered_from_logarithms_with_any_pseudo_count(counts, gene
     assert "this value is taken as zero" in report["warnings"][0]
 
 
+def test_scaled_values_are_no_logarithm_though_they_have_a_least_value(counts):
+    log = np.log1p(scaled_to(counts))
+    assert inspect_matrix((log - log.mean()) / log.std()).kind == "scaled"
+    assert inspect_matrix(1.5 * (log - log.min(0)) / (np.ptp(log, axis=0) + 1e-9) - 0.75).kind == "scaled"
+
+
 def test_counts_without_zeros_keep_their_least_value(counts, gene_index):
     full = np.maximum(counts, 1)
     assert inspect_matrix(full).floor == 0

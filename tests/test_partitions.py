@@ -158,7 +158,25 @@ COMMANDS = [
     ["audit", "--cluster-key", "donor_id", "--table"],
     ["search", "--text", "a T cell without CD19"],
     ["embed"],
+    ["annotate", "--labels", "B cell", "T cell", "a cell that expresses LYZ and CD14", "--read-batch"],
+    ["annotate", "--cluster-key", "donor_id", "--min-score", "0.34"],
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("words", COMMANDS)
+def test_partitions_of_a_zarr_store_give_the_results_of_an_h5ad(fitted, tmp_path, small, words):
+    adata = synthetic.synthetic_adata()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with anndata.settings.override(zarr_write_format=3):
+        adata.write_zarr(tmp_path / "cells.zarr", chunks=(8, 8))
+    for name, where in (("h5ad", []), ("zarr", ["--workers", 1, "--cells-per-partition", 14])):
+        table = [tmp_path / f"{name}.csv"] if words[-1] in ("--evidence", "--table") else []
+        where = ["-o", tmp_path / f"of_{name}.h5ad", *where]
+        run(words[0], tmp_path / f"cells.{name}", *words[1:], *table, *where, checkpoint=fitted)
+    assert_same(tmp_path / "of_zarr.h5ad", tmp_path / "of_h5ad.h5ad")
+    assert not table or same_tables(tmp_path / "zarr.csv", tmp_path / "h5ad.csv")
 
 
 @pytest.mark.parametrize("words", COMMANDS[:2])

@@ -124,9 +124,9 @@ def test_the_gate_not_the_reference_profiles_judges_cells_of_labels_that_were_ne
     cells, panels = synthetic_adata(40, seed=5), []
     real = novelty_scmmgpt.Novelty.of
 
-    def spy(stored, measured, n_genes, panel):
+    def spy(stored, measured, n_genes, panel, terms):
         panels.append(panel)
-        return real(stored, measured, n_genes, panel)
+        return real(stored, measured, n_genes, panel, terms)
 
     monkeypatch.setattr(novelty_scmmgpt.Novelty, "of", spy)
     pipeline.annotate(cells.copy())

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.train import align, tune
+from scmmgpt.train import align, states, tune
 from scmmgpt.train import language_model as language_models
 from scmmgpt.train.convert import load_causal_lm
 from scmmgpt.train.data.batches import BatchDataset
@@ -35,6 +35,13 @@ from scmmgpt.train.trainer import flatten_scalars, frozen_modules
 
 SMALL_PROJECTOR = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidden_layers": 1}}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def few_steps_of_states(monkeypatch):
+    """States of cells are fitted after each run of stage 2; `test_states.py` tests their fit."""
+    monkeypatch.setattr(states, "MAX_FACTOR_STEPS", 20)
+    monkeypatch.setattr(states, "MAX_FLOW_STEPS", 20)
 
 
 def words_of(values):
