@@ -1445,31 +1445,18 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         return CellGenerationOutput(expression=parameters["expression"].clamp(min=0), counts=counts)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Any,
-        next_sequence_length: Any = None,
-        past_key_values: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        is_first_iteration: Any = False,
-        **kwargs: Any,
+        self, input_ids: Any, *args: Any, inputs_embeds: Any = None, is_first_iteration: Any = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Pass the cells with the prompt only: afterwards the cache holds them."""
         cells = {name: kwargs.pop(name, None) for name in PROMPT_CELL_INPUTS}
         for name in ("tokenizer", "assistant_tokenizer"):  # of `stop_strings`; transformers leaves it to the model
             kwargs.pop(name, None)
         # A model that assists another one gets the prompt in what counts as a later iteration.
-        whole = next_sequence_length is None or (inputs_embeds is None and next_sequence_length >= input_ids.shape[1])
+        length = args[0] if args else kwargs.get("next_sequence_length")
+        whole = length is None or (inputs_embeds is None and length >= input_ids.shape[1])
+        kwargs.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
         parent: Any = super()
-        inputs = parent.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            past_key_values,
-            attention_mask,
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
-        )
+        inputs = parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return {**inputs, **cells} if is_first_iteration or whole else inputs
 
     def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
