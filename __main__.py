@@ -106,8 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_input(sub, count="+")
     add_output(sub, table=False)
     add_partitions(sub)
-    spaces = ("cell-text", "cell")
-    sub.add_argument("--of", choices=spaces, default=spaces[0], help="space shared with text, or of the cell model")
+    spaces = "place among known types, space shared with text, or of the cell model (default: as the checkpoint has it)"
+    sub.add_argument("--of", choices=("profile", "cell-text", "cell"), help=spaces)
 
     add_index(command(index))
     add_search(command(search))
@@ -230,7 +230,7 @@ def calibrate(args: Args) -> None:
 
 
 def embed(args: Args) -> int:
-    """Embed every cell into the space that cells share with text."""
+    """Embed every cell, for neighbours, maps and clusters, or for an index."""
 
     def found(adata: Any) -> dict[str, Any]:
         return {"dimensions": int(adata.obsm["X_scmmgpt"].shape[1])}

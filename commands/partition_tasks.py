@@ -80,7 +80,7 @@ class Job:
 def default_options(verb: str, label_key: str = "cell_type", text: str = "") -> dict[str, Any]:
     """The options of a verb where the command gives none but the column of an audit, and the text of a search."""
     if verb == "embed":
-        return {"of": "cell-text"}
+        return {"of": None}
     if verb == "audit":
         return {"label_key": label_key, "cluster_key": None}
     if verb == "search":
