@@ -1,8 +1,8 @@
 """Run tasks in this process, in processes of this machine, or on a Dask cluster; each ends in a result or an error.
 
 Few tasks are in flight at a time, so that the memory of the scheduler does not grow with their number. The task of a
-worker that was lost is done again by another. A task under which workers keep dying is cut into smaller ones, where that
-is possible, and tried once more, alone, as other tasks of a dying worker look the same; then it counts as failed.
+worker that was lost is done again by another. A task under which workers keep dying is cut into smaller ones, where
+that is possible, and tried once more, alone, as other tasks of a dying worker look the same; then it counts as failed.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ WAIT_SECONDS = 60  # for the first worker: queues of clusters start workers afte
 TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
 SHOWN = 5  # most tasks of lost workers that are named
 LOST = (
-    "Each of several workers was lost while it computed this, the last with nothing else to do: perhaps the system ended "
+    "Several workers were lost while they computed this, the last with nothing else to do: perhaps the system ended "
     "processes that took too much memory. Give the same command again, with fewer workers or on a larger machine."
 )
 

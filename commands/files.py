@@ -232,8 +232,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"Another command is at work on {folder} ({file.read().strip() or 'unknown'}). Wait for its end, or stop "
-                "it and give this command again to go on from there."
+                f"Another command is at work on {folder} ({file.read().strip() or 'unknown'}). Wait for its end, or "
+                "stop it and give this command again to go on from there."
             ) from None
         except (ImportError, OSError):
             pass

@@ -9,10 +9,10 @@
 The evidence for labels is a second pass of these steps, since it is against the labels of all cells.
 
 The files are in a folder beside the output until every result is whole. A partition whose file exists is not computed
-again, also if the run before had partitions of another size. A partition under which workers keep dying is cut into the
-smallest. A partition that fails is reported and left out. Partitions begin where batches do and each is computed by one
-thread, and sums over cells are exact, so the results have the same bits for any number of workers and any size of
-partitions.
+again, also if the run before had partitions of another size. A partition under which workers keep dying is cut into
+the smallest. A partition that fails is reported and left out. Partitions begin where batches do and each is computed
+by one thread, and sums over cells are exact, so the results have the same bits for any number of workers and any size
+of partitions.
 """
 
 import contextlib
