@@ -524,3 +524,26 @@ def test_a_query_of_a_soma_experiment_is_read_by_rows_and_written_without_a_matr
     assert (one.X != two.X).sum() == 0
     run("annotate", tmp_path / "experiment", "-o", tmp_path / "all.h5ad", checkpoint=checkpoint)
     assert anndata.read_h5ad(tmp_path / "all.h5ad").n_obs == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["annotate", "embed"])
+def test_two_workers_read_a_query_of_a_soma_experiment_and_give_the_bits_of_one_process_and_an_h5ad(
+    fitted, tmp_path, verb
+):
+    soma = pytest.importorskip("tiledbsoma.io", reason="TileDB-SOMA is not installed (extra `census`)")
+    adata = synthetic.synthetic_adata(9000)
+    adata.obs["sampled"] = pd.Categorical(np.where(np.arange(9000) % 10, "yes", "no"))
+    soma.from_anndata(str(tmp_path / "experiment"), adata, measurement_name="RNA", X_layer_name="raw")
+    (tmp_path / "some.soma.json").write_text(json.dumps({"uri": "experiment", "value_filter": "sampled == 'yes'"}))
+    adata[adata.obs["sampled"] == "yes"].copy().write_h5ad(tmp_path / "some.h5ad")
+    for workers, name in ((1, "some.h5ad"), (2, "some.soma.json")):
+        where = ["-o", tmp_path / f"{workers}.h5ad", "--workers", workers, "--cells-per-partition", 1]
+        run(verb, tmp_path / name, *where, checkpoint=fitted)
+    one, two = (anndata.read_h5ad(tmp_path / f"{workers}.h5ad") for workers in (1, 2))
+    added = [name for name in one.obs if name.startswith("scmmgpt")]
+    pd.testing.assert_frame_equal(one.obs[added].reset_index(drop=True), two.obs[added].reset_index(drop=True))
+    assert set(one.obsm) == set(two.obsm)
+    for name in one.obsm:
+        np.testing.assert_array_equal(one.obsm[name], two.obsm[name])
+    assert (one.X != two.X).nnz == 0
