@@ -42,7 +42,7 @@ from scmmgpt import synthetic
 from scmmgpt.tests.clusters import DaskCluster, dask_cluster
 
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 Series = dict[tuple[str, int], list[tuple[float, float, int]]]  # kind, process -> time, CPU seconds, bytes
 
 
