@@ -392,6 +392,7 @@ def plan(args: Args) -> None:
     from scmmgpt.commands.plan import describe_plan, measure
 
     find_checkpoint(args.model)
+    args.quiet = True  # a progress of samples says nothing
     began = time.perf_counter()
     pipeline, loaded = load_pipeline(args), time.perf_counter() - began
     options = default_options(args.verb, args.label_key, args.text)
