@@ -128,7 +128,7 @@ def _estimates(
 def hierarchical_f1(
     predictions: np.ndarray, truth: np.ndarray, term_ids: Mapping[str, str | None], draws: np.ndarray
 ) -> results.Estimate:
-    """F1 of the labels' Cell Ontology terms and all terms above them; `draws` `(n_draws, n_cells)` weight the cells."""
+    """F1 of the labels' Cell Ontology terms and all terms above; `draws` `(n_draws, n_cells)` weight the cells."""
     from scmmgpt.train.data import ontology
 
     def lineage(label: str) -> set[str]:
