@@ -128,8 +128,8 @@ def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
         model = LogisticRegression(
             C=INVERSE_PENALTY, class_weight="balanced", max_iter=baselines.MAX_ITERATIONS, tol=1e-3
         )
-        fitted = baselines.fit_quietly(model, train.astype(np.float32).toarray(), labels)
-        scores.append(fitted.predict_log_proba(test.astype(np.float32).toarray()))
+        fitted = baselines.fit_quietly(model, train, labels)
+        scores.append(fitted.predict_log_proba(test))
     lengths = np.cumsum([len(part.labels) for part in fold.known])[:-1]
     return [*np.split(scores[0], lengths), *scores[1:]]
 
@@ -217,8 +217,8 @@ def predict(model: MeanClassifier, *inputs: torch.Tensor) -> np.ndarray:
 
 SYSTEMS: dict[str, Callable[[Fold, int, int], Scores]] = {
     "linear": linear,
-    "logistic regression": logistic_regression,
     "network": network,
+    "logistic regression": logistic_regression,
 }
 
 
