@@ -12,14 +12,14 @@ try:  # as a package or as remote code
     from .evidence_scmmgpt import Explainer, label_members
     from .judging_scmmgpt import EvidenceSteps
     from .passes_scmmgpt import uncounted
-    from .proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
+    from .proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
     from .records_scmmgpt import finish_report, table_of, words_of
 except ImportError:  # as a flat module in a clone
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Explainer, label_members
     from judging_scmmgpt import EvidenceSteps
     from passes_scmmgpt import uncounted
-    from proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
+    from proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
     from records_scmmgpt import finish_report, table_of, words_of
 
 
@@ -88,7 +88,10 @@ class DescriptionSteps(EvidenceSteps):
         expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
         typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
         within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
-        proved = Proof(expression, typed, *proposed, within, tissues_of(adata.obs))
+        excluded = {
+            name: excluded_lineages(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)
+        }
+        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs))
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:

@@ -10,6 +10,7 @@ they do not support is left out.
 | clause | genes | when it is written |
 | --- | --- | --- |
 | type | expressed markers and evidence of the label | higher in the cells of the label than in the others |
+| against | those of another lineage (`LINEAGES`) | at least two, too many to be from other cells |
 | programme | those of a published list (`PROGRAMMES`) | several, and far more than in the lower quarter of its kind |
 | unusual | any | several times the mean of its kind, and above nearly all of it |
 | alternative | evidence for the runner-up | higher in the runner-up's cells than in those of the label |
@@ -110,6 +111,30 @@ PROGRAMMES = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class Lineage:
+    """Genes that hardly any cell outside of a lineage expresses.
+
+    Args:
+        name: Its cells, in words.
+        term: Its Cell Ontology id.
+        genes: Symbols. Those of T and B cells are chains of the receptor complexes that define these terms.
+    """
+
+    name: str
+    term: str
+    genes: tuple[str, ...]
+
+
+LINEAGES = (
+    Lineage("T cells", "CL:0000084", ("CD3D", "CD3E", "CD3G", "TRAC")),
+    Lineage("the B lineage", "CL:0000945", ("CD19", "MS4A1", "CD79A", "CD79B")),
+    Lineage("endothelial cells", "CL:0000115", ("CDH5", "VWF", "CLDN5")),
+)
+MIN_LINEAGE_GENES, LINEAGE_RATE = 2, 1.0  # genes that show a lineage; counts per 10,000 of each
+LINEAGE_FOLD = 0.5  # of the mean of the file, together: less may have come from the fluid around the cells
+
 MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
 MIN_KIND = 20  # cells, to say what is usual
 TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
@@ -132,7 +157,7 @@ class Clause:
     """A sentence about a cell, and the genes that it rests on.
 
     Args:
-        kind: "type", "programme", "unusual", "alternative" or "undecided".
+        kind: "type", "against", "programme", "unusual", "alternative" or "undecided".
         words: The sentence.
         genes: Columns of the counts.
     """
@@ -243,6 +268,7 @@ class Proof:
             it expresses, then the evidence.
         others: Two rows of [`Other`]: of the runner-up, and of a second one where the type is broad.
         within: Type -> Cell Ontology ids of it and of the terms above it.
+        excluded: Type -> lineages that no cell of it is of.
         tissues: str `(n_cells,)`: as the file says; "" for unknown.
     """
 
@@ -253,9 +279,11 @@ class Proof:
         candidates: np.ndarray,
         others: Sequence["Other"],
         within: Mapping[str, frozenset[str]],
+        excluded: Mapping[str, Sequence[Lineage]],
         tissues: np.ndarray,
     ) -> None:
         self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
+        self.excluded = excluded
         n_cells = len(kinds)
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
         while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
@@ -270,7 +298,7 @@ class Proof:
             if clause is None:
                 self.clauses[cell] = [Clause("type", "No type is shown by its counts.")]
                 continue
-            self.clauses[cell] = [clause, *programmes[cell]]
+            self.clauses[cell] = [clause, *self.against_clauses(cell), *programmes[cell]]
             said = {gene for part in self.clauses[cell] for gene in part.genes}
             if genes := [gene for gene in unusual[cell] if gene not in said][:N_GENES]:
                 words = f"Unusually high for its kind: {expression.named(genes, cell)}."
@@ -332,6 +360,8 @@ class Proof:
         if group == NONE:
             return None
         is_rare = self.n[group] < MIN_KIND  # what so few cells share may be an accident: known markers alone count
+        if is_rare and self.against_clauses(cell):
+            return None
         genes = list(dict.fromkeys(candidates[: N_MARKERS if is_rare else None].tolist()))
         genes = [gene for gene in genes if gene != NONE and self.expression.tells_types[gene]]
         rates = np.array([self.expression.rate(cell, gene) for gene in genes])
@@ -345,6 +375,19 @@ class Proof:
         alone = " alone" if len(genes) == 1 else ""
         words = f"{noun}, shown by {self.expression.named(genes, cell, unit=True)}{alone}."
         return Clause("type", words, tuple(genes))
+
+    def against_clauses(self, cell: int) -> list[Clause]:
+        """Lineages that the type of a cell excludes and its genes show."""
+        clauses, expression = [], self.expression
+        for lineage in self.excluded.get(self.names[self.group[cell]], ()):
+            columns = [expression.column_of[gene] for gene in lineage.genes if gene in expression.column_of]
+            genes = [gene for gene in columns if expression.rate(cell, gene) >= LINEAGE_RATE]
+            together = sum(expression.rate(cell, gene) for gene in columns)
+            is_foreign = together >= LINEAGE_FOLD * self.total[columns].sum() / len(self.kinds)
+            if is_foreign and len(genes) >= MIN_LINEAGE_GENES:
+                words = f"Against it speak {expression.named(genes, cell)}, genes of {lineage.name}."
+                clauses.append(Clause("against", words, tuple(genes)))
+        return clauses
 
     def programme_clauses(self) -> list[list[Clause]]:
         """Programmes that each cell expresses far more than the lower quarter of its kind."""
@@ -466,6 +509,13 @@ class Proof:
                 here, there = has[mine].mean(), has[~mine].mean() if others else 0.0
                 if here >= GROUP_SHARE and here >= GROUP_FOLD * there:
                     text += f" {phrase} in {here:.0%} of its cells, and in {there:.0%} of the others."
+            for lineage in LINEAGES:
+                against = sum(
+                    any(c.kind == "against" and c.words.endswith(f" {lineage.name}.") for c in self.clauses[cell])
+                    for cell in np.flatnonzero(mine)
+                )
+                if against >= GROUP_SHARE * n:
+                    text += f" In {against / n:.0%} of its cells, genes of {lineage.name} speak against the type."
             yield {"level": level, "name": str(name), "cells": n, "text": re.sub(r"(?<=\d)%", " %", text)}
 
     def phrases(self) -> list[set[str]]:
@@ -569,6 +619,20 @@ def terms_above(members: np.ndarray, known: Mapping[str, int], terms: Sequence[M
     """Ids of the terms whose labels include all of a type's, bool `(n_labels,)`."""
     mine = {name for name, column in known.items() if members[column]}
     return frozenset(term["id"] for term in terms if mine and mine <= set(term["labels"]))
+
+
+def excluded_lineages(
+    members: np.ndarray, known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]
+) -> tuple[Lineage, ...]:
+    """Lineages that the ontology's terms keep apart from a type with labels `members`, bool `(n_labels,)`.
+
+    None for a type of which no term knows all labels.
+    """
+    mine = {name for name, column in known.items() if members[column]}
+    if not terms_above(members, known, terms):
+        return ()
+    of_term = {term["id"]: set(term["labels"]) for term in terms}
+    return tuple(line for line in LINEAGES if line.term in of_term and not of_term[line.term] & mine)
 
 
 def tissues_of(obs: Any) -> np.ndarray:

@@ -11,11 +11,16 @@ the file whose texts name the same type are the kind of a cell.
 | sentence | supported if |
 | --- | --- |
 | type | each gene is higher in the kind than in all other cells, and all together are more probable in it than in \
-any other kind, by naive Bayes over the counts of all kinds |
+any other kind, by naive Bayes over the counts of all kinds; the text names the genes of a lineage that excludes it |
+| against | the genes are those of the lineage that the cell expresses, and the type excludes it |
 | programme | it names three genes of the list; the cell is above the stated share of its kind, and above half of \
 it, and has twice the counts of its lower quarter, by more than chance |
 | unusual | each gene is at twice the mean of the kind, and above nine in ten of it |
 | alternative, undecided | each gene is higher in the cells of its type than in those of the other type |
+
+Of a type with fewer than 20 cells, the counts of the file do not say what is usual. There, genes of one lineage
+decide (`LINEAGES`: CD3 and T cell receptor chains refute "natural killer cell"). Where they are silent, a text without
+a fault is not decidable, which is neither supported nor unsupported.
 
 Lies are planted one at a time among true texts: see `LIES`.
 """
@@ -35,7 +40,7 @@ from sklearn.naive_bayes import MultinomialNB
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.proof_scmmgpt import PROGRAMMES
+from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, LINEAGE_RATE, LINEAGES, MIN_LINEAGE_GENES, PROGRAMMES
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.train.data import ontology
 
@@ -45,6 +50,7 @@ LIST = rf"{GENE}(?:(?:, | and ){GENE})*"
 PATTERNS = {
     "type": rf"An? (?P<kind>.+?)(?: from (?P<tissue>.+?))?, shown by (?P<genes>{LIST})(?: alone)?\.",
     "none": r"No type is shown by its counts\.",
+    "against": rf"Against it speak (?P<genes>{LIST}), genes of (?P<lineage>.+)\.",
     "programme": rf"(?P<phrase>[^:]+): (?P<genes>{LIST}), more of these genes than (?P<share>\d+) % of the (?P<n>\d+) "
     r"other cells of its kind\.",
     "unusual": rf"Unusually high for its kind: (?P<genes>{LIST})\.",
@@ -52,6 +58,7 @@ PATTERNS = {
     "undecided": rf"It is undecided between (?P<one>.+), for which (?P<genes>{LIST}) speaks?, and (?P<other>.+), for "
     rf"which (?P<more>{LIST}) speaks?\.",
 }
+LINEAGE_TERMS = {lineage.name: lineage.term for lineage in LINEAGES}
 SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
 LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
 ROUNDING = 1e-3  # of a count in words
@@ -73,10 +80,16 @@ def kind_of(text: str) -> str:
 
 
 @functools.cache
+def term_of(name: str) -> str:
+    """The Cell Ontology id of a type; the name itself if it has none."""
+    return ontology.match_label("cell_type", name)[0] or name
+
+
+@functools.cache
 def lineage(name: str) -> frozenset[str]:
-    """The Cell Ontology ids of a type and of all types above it; the name itself if it has none."""
-    term = ontology.match_label("cell_type", name)[0]
-    return frozenset([name] if term is None else [term, *ontology.ancestors(term)])
+    """The Cell Ontology ids of a type, or of an id, and of all types above it; the name itself if it has none."""
+    term = name if name in LINEAGE_TERMS.values() else term_of(name)
+    return frozenset([term, *(ontology.ancestors(term) if term.startswith("CL:") else ())])
 
 
 class Checker:
@@ -124,8 +137,40 @@ class Checker:
             self.known[name] = np.asarray(self.counts[:, columns].sum(axis=1)).ravel() / self.sizes
         return self.known[name]
 
+    def lineages_against(self, cell: int, kind: str) -> dict[str, list[str]]:
+        """Lineages that a type excludes and a cell shows, with their genes."""
+        found = {}
+        for name, genes in self.lineages(cell).items():
+            term = LINEAGE_TERMS[name]
+            if term not in lineage(kind) and term_of(kind) not in lineage(term):
+                found[name] = genes
+        return found
+
+    def lineages(self, cell: int) -> dict[str, list[str]]:
+        """Lineages that a cell shows, with their genes."""
+        found = {}
+        for line in LINEAGES:
+            genes = [gene for gene in line.genes if gene in self.column]
+            shown = [gene for gene in genes if self.rates(gene)[cell] * 1e4 >= LINEAGE_RATE]
+            together = sum(self.rates(gene) for gene in genes)
+            if len(shown) >= MIN_LINEAGE_GENES and together[cell] >= LINEAGE_FOLD * together.mean():
+                found[line.name] = shown
+        return found
+
+    def is_rare(self, kind: str) -> bool:
+        """Whether the file has too few cells of a type to know what is usual of it."""
+        return kind not in self.kinds or self.kinds[kind].sum() < MIN_KIND
+
+    def verdict(self, cell: int, text: str) -> str:
+        """Of the counts on a text about a cell: "supported", "unsupported" or "not decidable"."""
+        if self.faults(cell, text):
+            return "unsupported"
+        kind = kind_of(text)
+        shown = {above for name in self.lineages(cell) for above in lineage(LINEAGE_TERMS[name])}
+        return "not decidable" if kind and self.is_rare(kind) and term_of(kind) not in shown else "supported"
+
     def faults(self, cell: int, text: str) -> list[str]:
-        """What the counts do not support in a text about a cell; nothing if they support all of it."""
+        """What the counts contradict in a text about a cell; nothing if they contradict none of it."""
         found: list[str] = []
         kind = kind_of(text)
         others = self.kinds.get(kind, np.zeros(len(self.sizes), bool)).copy()
@@ -146,6 +191,9 @@ class Checker:
             if form == "type":
                 found += [f"{g} is not of {kind}" for g in names if not self.is_higher(g, others, ~others, cell)]
                 found += [f"{names} speak for {name}" for name in self.better_kinds(kind, names)]
+                found += self.lineage_faults(cell, kind, text)
+            elif form == "against":
+                found += self.against_faults(cell, kind, names, parts["lineage"])
             elif form == "programme":
                 found += self.programme_faults(cell, parts, names, others)
             elif form == "unusual":
@@ -161,6 +209,16 @@ class Checker:
                     f"{gene} is not of {other}" for gene, _ in more if not self.is_higher(gene, *pair[::-1], cell)
                 ]
         return found
+
+    def lineage_faults(self, cell: int, kind: str, text: str) -> list[str]:
+        """Genes of lineages that a type excludes, if the text names them not, or the type has few cells."""
+        against = self.lineages_against(cell, kind)
+        said = text if not self.is_rare(kind) else ""
+        return [f"{genes} speak against {kind}" for name, genes in against.items() if f"genes of {name}." not in said]
+
+    def against_faults(self, cell: int, kind: str, names: list[str], line: str) -> list[str]:
+        """What is wrong with a sentence about another lineage."""
+        return [] if names == self.lineages_against(cell, kind).get(line) else [f"{names} do not speak against {kind}"]
 
     def has(self, cell: int, gene: str, count: float) -> bool:
         """Whether a gene has this count in a cell, and any."""
@@ -296,8 +354,8 @@ def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict
     """Describe cells, check every description, and plant each kind of lie in every cell where it can be told.
 
     Returns:
-        JSON-able dict: `n_cells`, `clauses` (a cell), `unsupported` (share of the descriptions), `faults` (some of
-        them) and, by lie, `told` and `caught` (share).
+        JSON-able dict: `n_cells`, `clauses` (a cell), `unsupported` and `not_decidable` (shares of the descriptions),
+        `faults` (some of them) and, by lie, `told`, `not_decidable` and `caught` (share of those that are decidable).
     """
     pipeline.describe(adata, proof=True)
     cells, _ = pipeline.processor.read_cells(adata)
@@ -309,13 +367,16 @@ def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict
     rng, lies = np.random.default_rng(seed), {}
     for name, lie in LIES.items():
         told = [(cell, text) for cell in range(len(texts)) if (text := lie(checker, cell, rng)) is not None]
-        caught = [bool(checker.faults(cell, text)) for cell, text in told]
-        lies[name] = {"told": len(told), "caught": float(np.mean(caught)) if told else None}
+        found = [checker.verdict(cell, text) for cell, text in told]
+        n, open_ = found.count("unsupported"), found.count("not decidable")
+        caught = n / (len(told) - open_) if len(told) > open_ else None
+        lies[name] = {"told": len(told), "not_decidable": open_, "caught": caught}
     return {
         "n_cells": len(texts),
         "clauses": float(np.mean([len(sentences(text)) for text in texts])),
         "no_type": float(np.mean([not kind_of(text) for text in texts])),
         "unsupported": len(faults) / len(texts),
+        "not_decidable": float(np.mean([checker.verdict(i, text) == "not decidable" for i, text in enumerate(texts)])),
         "faults": {texts[i]: found for i, found in list(faults.items())[:5]},
         "lies": lies,
     }
