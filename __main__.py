@@ -473,11 +473,14 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         from scmmgpt.commands.doctor import check_device
         from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
-        if args.quiet or args.json:
-            logging.disable_progress_bar()
         check_device(args.device)
         check_checkpoint(args.model)
-        return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+        logging.disable_progress_bar()  # that of the weights
+        try:
+            return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+        finally:
+            if not (args.quiet or args.json):
+                logging.enable_progress_bar()
 
 
 def several_outputs(args: Args) -> dict[Source, Path]:

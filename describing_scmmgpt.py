@@ -63,7 +63,7 @@ class DescriptionSteps(EvidenceSteps):
         """[`describe`] by counts. All cells are in memory."""
         if not self.can_explain:
             raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
         columns, scores = self.label_cells(adata, labelling)

@@ -148,7 +148,7 @@ def test_genes_of_another_lineage_speak_against_a_type(with_t_cells):
     assert set(kinds.cell) == {f"cell-{i}" for i in mine}
     hidden = [" ".join(s for s in sentences(texts[i]) if "Against" not in s) for i in mine]
     checker = checker_of(adata)
-    assert all("speak against natural killer cell" in checker.faults(i, text)[0] for i, text in zip(mine, hidden))
+    assert all("speak against natural killer cell" in checker.faults(i, text)[0] for i, text in zip(mine, hidden, strict=True))
     lie = "A T cell, shown by CD3D (30 counts). Against it speak CD3D (30 counts), genes of T cells."
     assert "['CD3D'] do not speak against T cell" in checker.faults(mine[0], lie)
 
