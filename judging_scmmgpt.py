@@ -84,15 +84,6 @@ class EvidenceSteps(LabellingSteps):
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
 
-    def _readout_columns(self) -> dict[str, int]:
-        """Trained label -> its column of the label readout, in the readout's order."""
-        texts, stored = (
-            self.model.config.label_readout["texts"],
-            (self.model.config.annotation or {}).get("labels", {}),
-        )
-        label_of = {text: label for label, text in stored.items()}
-        return {label_of.get(text, text): column for column, text in enumerate(texts)}
-
     def audit_cells(
         self, adata: Any, choice: InputChoice, given: np.ndarray, sets: np.ndarray, batch_size: int | None = None
     ) -> dict[str, np.ndarray]:

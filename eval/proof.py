@@ -40,7 +40,7 @@ from sklearn.naive_bayes import MultinomialNB
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, LINEAGE_RATE, LINEAGES, MIN_LINEAGE_GENES, PROGRAMMES
+from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, LINEAGES, MIN_LINEAGE_GENES, PROGRAMMES
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.train.data import ontology
 
@@ -49,10 +49,10 @@ GENE = r"([^\s(),]+) \(([\d.e+-]+)(?: counts?)?\)"
 LIST = rf"{GENE}(?:(?:, | and ){GENE})*"
 PATTERNS = {
     "type": rf"An? (?P<kind>.+?)(?: from (?P<tissue>.+?))?, shown by (?P<genes>{LIST})(?: alone)?\.",
-    "none": r"No type is shown by its counts\.",
+    "none": r"No type is shown by its counts(?:; the model proposes [^.]+)?\.",
     "against": rf"Against it speak (?P<genes>{LIST}), genes of (?P<lineage>.+)\.",
-    "programme": rf"(?P<phrase>[^:]+): (?P<genes>{LIST}), more of these genes than (?P<share>\d+) % of the (?P<n>\d+) "
-    r"other cells of its kind\.",
+    "programme": rf"(?P<phrase>[^:]+): (?P<genes>{LIST}), more of these genes than (?P<share>\d+ %|all) of the "
+    r"(?P<n>\d+) other cells of its kind\.",
     "unusual": rf"Unusually high for its kind: (?P<genes>{LIST})\.",
     "alternative": rf"The alternative is (?P<other>.+), for which (?P<genes>{LIST}) speaks?\.",
     "undecided": rf"It is undecided between (?P<one>.+), for which (?P<genes>{LIST}) speaks?, and (?P<other>.+), for "
@@ -151,9 +151,9 @@ class Checker:
         found = {}
         for line in LINEAGES:
             genes = [gene for gene in line.genes if gene in self.column]
-            shown = [gene for gene in genes if self.rates(gene)[cell] * 1e4 >= LINEAGE_RATE]
-            together = sum(self.rates(gene) for gene in genes)
-            if len(shown) >= MIN_LINEAGE_GENES and together[cell] >= LINEAGE_FOLD * together.mean():
+            here, usual = ({gene: of(self.rates(gene)) for gene in genes} for of in (lambda r: r[cell], np.mean))
+            shown = [gene for gene in genes if here[gene] > 0 and here[gene] >= LINEAGE_FOLD * usual[gene]]
+            if len(shown) >= MIN_LINEAGE_GENES and sum(here.values()) >= LINEAGE_FOLD * sum(usual.values()):
                 found[line.name] = shown
         return found
 
@@ -247,7 +247,7 @@ class Checker:
         if strange := [gene for gene in names if gene not in LISTS[parts["phrase"]]]:
             return [f"{strange} are not of the programme"]
         rates = self.rates(parts["phrase"])
-        usual, share = rates[others], int(parts["share"])
+        usual, share = rates[others], 100 if parts["share"] == "all" else int(parts["share"].removesuffix(" %"))
         if int(parts["n"]) != len(usual):
             return ["another number of cells"]
         below = (usual < rates[cell] * (1 + 1e-6)).mean() * 100 + 1e-6
