@@ -22,23 +22,27 @@ Of a type with fewer than 20 cells, the counts of the file do not say what is us
 decide (`LINEAGES`: CD3 and T cell receptor chains refute "natural killer cell"). Where they are silent, a text without
 a fault is not decidable, which is neither supported nor unsupported.
 
-Lies are planted one at a time among true texts: see `LIES`.
+Lies are planted one at a time among true texts: see `LIES`. With `--sample` the command draws descriptions of several
+files for a reader, beside the genes that stand out in each cell.
 """
 
 import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import csr_matrix
 from scipy.stats import poisson
 from sklearn.naive_bayes import MultinomialNB
 
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
+from scmmgpt.commands.results import write_table
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, LINEAGES, MIN_LINEAGE_GENES, PROGRAMMES
 from scmmgpt.readers.cell_files import read_file
@@ -226,6 +230,18 @@ class Checker:
             return False
         return abs(self.by_cell[cell, self.column[gene]] - count) <= ROUNDING * count
 
+    def standing_out(self, cell: int, n: int = 10) -> str:
+        """The genes of a cell that are furthest above the mean of the file, with counts and percentiles, in words."""
+        row = self.by_cell[cell]
+        shares = row.data / self.sizes[cell]
+        usual = np.asarray(self.counts.multiply(1 / self.sizes[:, None]).tocsc()[:, row.indices].mean(axis=0)).ravel()
+        best = np.argsort(-shares * np.log(shares / usual), kind="stable")[:n]
+        words = []
+        for gene, count in zip(row.indices[best], row.data[best], strict=True):
+            rates = self.rates(self.symbols[gene])
+            words.append(f"{self.symbols[gene]} {count:.4g} ({(rates < rates[cell]).mean():.0%})")
+        return ", ".join(words)
+
     def is_higher(self, gene: str, group: np.ndarray, rest: np.ndarray, cell: int) -> bool:
         """Whether the mean of a gene is higher in one group of cells than in another, both without a cell."""
         rates, means = self.rates(gene), []
@@ -350,6 +366,41 @@ LIES: dict[str, Lie] = {
 }
 
 
+def describe(pipeline: ScMMGPTPipeline, adata: Any) -> Checker:
+    """Describe cells with proof, for a check of the texts against their counts."""
+    pipeline.describe(adata, proof=True)
+    cells, _ = pipeline.processor.read_cells(adata)
+    ids = np.unique(cells.gene_ids)
+    matrix = cells.to_csr(int(ids.max()) + 1)[:, ids]
+    texts = adata.obs["scmmgpt_description"].tolist()
+    return Checker(texts, matrix, pipeline.processor.gene_symbols(ids.tolist()), cells.library_sizes())
+
+
+def sample_rows(
+    pipeline: ScMMGPTPipeline, paths: Sequence[str], n_cells: int, label_keys: Sequence[str], seed: int
+) -> Iterator[dict[str, str]]:
+    """Descriptions of cells drawn at random, as many of each file, beside what a reader needs to judge them.
+
+    `file`, `cell`, `given` (the first of the columns `label_keys` that the file has), `text`, `verdict` of the check,
+    and `genes`: those that stand out most against the mean of the file, with counts and percentiles among its cells.
+    """
+    rng = np.random.default_rng(seed)
+    for place, path in enumerate(paths):
+        adata = read_file(path)
+        checker = describe(pipeline, adata)
+        n = min(n_cells // len(paths) + (place < n_cells % len(paths)), adata.n_obs)
+        given = next((key for key in label_keys if key in adata.obs), None)
+        for cell in sorted(rng.choice(adata.n_obs, n, replace=False)):
+            yield {
+                "file": Path(path).stem,
+                "cell": str(adata.obs_names[cell]),
+                "given": "" if given is None else str(adata.obs[given].iloc[cell]),
+                "text": checker.texts[cell],
+                "verdict": checker.verdict(cell, checker.texts[cell]),
+                "genes": checker.standing_out(cell),
+            }
+
+
 def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict[str, Any]:
     """Describe cells, check every description, and plant each kind of lie in every cell where it can be told.
 
@@ -357,12 +408,8 @@ def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict
         JSON-able dict: `n_cells`, `clauses` (a cell), `unsupported` and `not_decidable` (shares of the descriptions),
         `faults` (some of them) and, by lie, `told`, `not_decidable` and `caught` (share of those that are decidable).
     """
-    pipeline.describe(adata, proof=True)
-    cells, _ = pipeline.processor.read_cells(adata)
-    ids = np.unique(cells.gene_ids)
-    matrix = cells.to_csr(int(ids.max()) + 1)[:, ids]
-    texts = adata.obs["scmmgpt_description"].tolist()
-    checker = Checker(texts, matrix, pipeline.processor.gene_symbols(ids.tolist()), cells.library_sizes())
+    checker = describe(pipeline, adata)
+    texts = checker.texts
     faults = {i: found for i, text in enumerate(texts) if (found := checker.faults(i, text))}
     rng, lies = np.random.default_rng(seed), {}
     for name, lie in LIES.items():
@@ -386,12 +433,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = OneLineParser(prog="python -m scmmgpt.eval proof", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
-    parser.add_argument("--cells", required=True, help="file of cells")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the lies (%(default)s)")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--cells", required=True, nargs="+", help="file of cells, or several")
+    text = "write so many descriptions to read, drawn from all files, in place of the check"
+    parser.add_argument("--sample", type=number(int, 1), metavar="N", help=text)
+    text = "columns of obs with labels to show beside them, the first that a file has (%(default)s)"
+    parser.add_argument("--label-keys", nargs="+", default=["cell_type"], metavar="COLUMN", help=text)
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--output", help="JSON file to write; with --sample a table")
     args = parser.parse_args(argv)
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)
-    result = evaluate_proof(pipeline, read_file(args.cells), args.seed)
+    if args.sample is not None:
+        table = pd.DataFrame(sample_rows(pipeline, args.cells, args.sample, args.label_keys, args.seed))
+        if args.output:
+            write_table(Path(args.output), table)
+        sys.stdout.write("\n\n".join("\n".join(map(str, row[1:])) for row in table.itertuples()) + "\n")
+        return 0
+    found = {Path(path).stem: evaluate_proof(pipeline, read_file(path), args.seed) for path in args.cells}
+    result = found if len(found) > 1 else next(iter(found.values()))
     if args.output:
         write_json(args.output, result)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
