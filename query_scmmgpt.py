@@ -170,7 +170,7 @@ class Search:
         self.gene_index, self.measured = gene_index, measured
         self.queries = [read_query(text, lambda term: len(self.genes_of(term)) > 0) for text in texts]
         self.absent = sorted({word.strip(",.;") for word in " ".join(texts).split() if self._is_absent(word)})
-        self.unknown = sorted({word.strip(",.;") for word in " ".join(texts).split() if self._is_unknown(word)})
+        self.unknown = sorted(set(map(self._unknown, " ".join(texts).split())) - {""})
         self._parts: list[Part] = []
         for query in self.queries:
             part = Part()
@@ -204,10 +204,10 @@ class Search:
         genes = list(named_genes(word, self.gene_index))
         return self.measured is not None and bool(genes) and not np.isin(genes, self.measured).any()
 
-    def _is_unknown(self, word: str) -> bool:
-        """Whether a word looks like a gene ("CD300X"), and is none of the model."""
+    def _unknown(self, word: str) -> str:
+        """What of a word looks like a gene ("CD300X") and is none of the model; "" for nothing."""
         stem = re.sub(r"-?(negative|positive|low|high|dim)\b.*", "", word.strip(",.;()"), flags=re.IGNORECASE)
-        return bool(SYMBOL.fullmatch(stem)) and not named_genes(stem, self.gene_index)
+        return stem if SYMBOL.fullmatch(stem) and not named_genes(stem, self.gene_index) else ""
 
     @staticmethod
     def _add(items: list, item: object) -> int:
