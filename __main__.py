@@ -162,7 +162,10 @@ def labels_found(adata: Any) -> dict[str, Any]:
     """The summary of an annotation, the commonest label first."""
     done = adata.uns["scmmgpt"]["annotate"]
     found = sorted(zip(done["found"], done["found_cells"], strict=True), key=lambda pair: -pair[1])
-    summary = {"labels": {str(name): int(n) for name, n in found}, "collapsed": bool(done["collapsed"])}
+    summary: dict[str, Any] = {"labels": {str(name): int(n) for name, n in found}}
+    if (clusters := done.get("clusters")) is not None:
+        summary["clusters"] = dict(zip(map(str, clusters["cluster"]), map(str, clusters["label"]), strict=True))
+    summary["collapsed"] = bool(done["collapsed"])
     return summary | ({"read_batch": True} if done["read_batch"] else {})
 
 
