@@ -13,14 +13,14 @@ try:  # as a package or as remote code
     from .judging_scmmgpt import EvidenceSteps
     from .passes_scmmgpt import uncounted
     from .proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
-    from .records_scmmgpt import finish_report, table_of, words_of
+    from .records_scmmgpt import MISSING, finish_report, table_of, words_of
 except ImportError:  # as a flat module in a clone
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Explainer, label_members
     from judging_scmmgpt import EvidenceSteps
     from passes_scmmgpt import uncounted
     from proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
-    from records_scmmgpt import finish_report, table_of, words_of
+    from records_scmmgpt import MISSING, finish_report, table_of, words_of
 
 
 logger = logging.get_logger(__name__)
@@ -95,7 +95,7 @@ class DescriptionSteps(EvidenceSteps):
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:
-            groups += proved.group_rows("cluster", clusters)
+            groups += (row for row in proved.group_rows("cluster", clusters) if row["name"] != MISSING)
         done = {"proof": True, "clauses": table_of(proved.rows(adata.obs_names)), "groups": table_of(groups)}
         return self._record(adata, key_added, choice.report, describe=done)
 

@@ -139,15 +139,15 @@ class EvidenceSteps(LabellingSteps):
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
             logger.warning(
-                f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: these are not judged."
+                f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: they are not judged."
             )
         if strange := sets[~members.any(axis=1) & (sets != MISSING)].tolist():
             found, n_called = np.unique(called[given == strange[0]], return_counts=True)
             logger.warning(
                 f"{len(strange)} of {(sets != MISSING).sum()} labels of obs[{label_key!r}] mean no type that the "
-                f"checkpoint knows ({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, ...): their cells "
-                f"are not judged. Rename them to a type, a synonym or an id of the Cell Ontology; of {strange[0]!r} "
-                f"{n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
+                f"checkpoint knows ({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, "
+                "...): their cells are not judged. Rename them to a type, a synonym or an id of the Cell Ontology; of "
+                f"{strange[0]!r} {n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
             )
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
         judged = {name: columns[name] for name in ("suggested", "odds", "marker_odds", "genes")}
