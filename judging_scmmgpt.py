@@ -139,7 +139,7 @@ class EvidenceSteps(LabellingSteps):
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
             logger.warning(
-                f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: they are not judged."
+                f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged."
             )
         if strange := sets[~members.any(axis=1) & (sets != MISSING)].tolist():
             found, n_called = np.unique(called[given == strange[0]], return_counts=True)
