@@ -138,9 +138,7 @@ class EvidenceSteps(LabellingSteps):
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
-            logger.warning(
-                f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged."
-            )
+            logger.warning(f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged.")
         if strange := sets[~members.any(axis=1) & (sets != MISSING)].tolist():
             found, n_called = np.unique(called[given == strange[0]], return_counts=True)
             logger.warning(

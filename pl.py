@@ -101,4 +101,5 @@ def confusion(adata: Any, label_key: str, predicted: str = "scmmgpt_cell_type") 
     rows, columns = np.unique(given), np.unique(found)
     columns = np.asarray([*(name for name in rows if name in columns), *(c for c in columns if c not in rows)])
     counts = [[int(((given == row) & (found == column)).sum()) for column in columns] for row in rows]
-    return confusion_figure({"labels": rows.tolist(), "columns": columns.tolist(), "counts": counts})
+    about = {"rows_are": "given label", "labels": rows.tolist(), "columns": columns.tolist(), "counts": counts}
+    return confusion_figure(about)
