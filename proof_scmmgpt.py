@@ -136,7 +136,7 @@ LINEAGES = (
 # from the fluid around the cells.
 MIN_LINEAGE_GENES, LINEAGE_FOLD = 2, 0.5
 
-NO_TYPE = "No type is shown by its counts{}."
+NO_TYPE = "No type is shown by its counts; the model proposes {}."
 MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
 MIN_KIND = 20  # cells, to say what is usual
 TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
@@ -316,7 +316,7 @@ class Proof:
         programmes, unusual = self.programme_clauses(), self.unusual_genes()
         for cell, (clause, word) in enumerate(zip(typed, proposed, strict=True)):
             if clause is None:
-                self.clauses[cell] = [Clause("type", NO_TYPE.format(f"; the model proposes {word}" if word else ""))]
+                self.clauses[cell] = [Clause("type", NO_TYPE.format(word or "none"))]
                 continue
             self.clauses[cell] = [clause, *self.against_clauses(cell), *programmes[cell]]
             said = {gene for part in self.clauses[cell] for gene in part.genes}
@@ -390,7 +390,7 @@ class Proof:
         shows = (alike >= TYPE_FOLD * others) & (alike > 0) & (self.shares[group][genes] >= TYPE_SHARE)
         shows &= rates >= OF_KIND * alike
         genes = self.sets_apart(group, [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown])
-        if not genes or (len(genes) == 1 and genes[0] not in candidates[:N_MARKERS]):
+        if not set(genes) & set(candidates[:N_MARKERS].tolist()):
             return None
         noun = article(self.names[group]) + (f" from {self.tissues[cell]}" if self.tissues[cell] else "")
         alone = " alone" if len(genes) == 1 else ""

@@ -53,7 +53,7 @@ GENE = r"([^\s(),]+) \(([\d.e+-]+)(?: counts?)?\)"
 LIST = rf"{GENE}(?:(?:, | and ){GENE})*"
 PATTERNS = {
     "type": rf"An? (?P<kind>.+?)(?: from (?P<tissue>.+?))?, shown by (?P<genes>{LIST})(?: alone)?\.",
-    "none": r"No type is shown by its counts(?:; the model proposes [^.]+)?\.",
+    "none": r"No type is shown by its counts; the model proposes [^.]+\.",
     "against": rf"Against it speak (?P<genes>{LIST}), genes of (?P<lineage>.+)\.",
     "programme": rf"(?P<phrase>[^:]+): (?P<genes>{LIST}), more of these genes than (?P<share>\d+ %|all) of the "
     r"(?P<n>\d+) other cells of its kind\.",
