@@ -106,8 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_input(sub, count="+")
     add_output(sub, table=False)
     add_partitions(sub)
-    spaces = ("cell-text", "cell")
-    sub.add_argument("--of", choices=spaces, default=spaces[0], help="space shared with text, or of the cell model")
+    spaces = "place among known types, space shared with text, or of the cell model (default: as the checkpoint has it)"
+    sub.add_argument("--of", choices=("profile", "cell-text", "cell"), help=spaces)
 
     add_index(command(index))
     add_search(command(search))
@@ -230,7 +230,7 @@ def calibrate(args: Args) -> None:
 
 
 def embed(args: Args) -> int:
-    """Embed every cell into the space that cells share with text."""
+    """Embed every cell, for neighbours, maps and clusters, or for an index."""
 
     def found(adata: Any) -> dict[str, Any]:
         return {"dimensions": int(adata.obsm["X_scmmgpt"].shape[1])}
@@ -392,6 +392,7 @@ def plan(args: Args) -> None:
     from scmmgpt.commands.plan import describe_plan, measure
 
     find_checkpoint(args.model)
+    args.quiet = True  # a progress of samples says nothing
     began = time.perf_counter()
     pipeline, loaded = load_pipeline(args), time.perf_counter() - began
     options = default_options(args.verb, args.label_key, args.text)

@@ -496,7 +496,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         self,
         adata: Any,
         *,
-        of: str = "cell-text",
+        of: str | None = None,
         key_added: str = "X_scmmgpt",
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -505,8 +505,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
 
         Args:
             of: `"cell-text"` is the mean of the cell's queries in the shared space, `projection_dim` wide; `"cell"` is
-                the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide. Both are
-                L2-normalised.
+                the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide; `"profile"` is the
+                cell's place among the groups of the label readout ([`ProfileEmbedding`], in a closed form without
+                the network), `num_groups` wide. All are L2-normalised. By default `config.cell_embedding`.
             key_added: Name in `obsm`.
             adata, batch_size, read_kwargs: As for [`annotate`].
 

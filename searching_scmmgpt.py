@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
+    from .configuration_scmmgpt import CELL_EMBEDDINGS
     from .conversion_scmmgpt import InputChoice
     from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from .passes_scmmgpt import CellFunction, CellPasses
@@ -19,6 +20,7 @@ try:  # as a package or as remote code
     from .unseen_scmmgpt import GeneSearch
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells
+    from configuration_scmmgpt import CELL_EMBEDDINGS
     from conversion_scmmgpt import InputChoice
     from modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from passes_scmmgpt import CellFunction, CellPasses
@@ -35,15 +37,16 @@ class SearchSteps(CellPasses):
     """The steps of [`ScMMGPTPipeline.embed`] and of [`ScMMGPTPipeline.search`]."""
 
     def embed_cells(
-        self, adata: Any, choice: InputChoice, of: str = "cell-text", batch_size: int | None = None
+        self, adata: Any, choice: InputChoice, of: str | None = None, batch_size: int | None = None
     ) -> np.ndarray:
         """Embeddings of cells, float32: of all of the data that `choice` was made for, or of a part."""
-        if of not in ("cell-text", "cell"):
-            raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
-
+        of = self.embedding_of(of)
+        profile = self._bridge().label_readout.embedding_for(choice.match.measured) if of == "profile" else None
         features_of = self.features_of(choice) if of == "cell-text" else None
 
         def embedding(cells: Cells) -> tuple[torch.Tensor, ...]:
+            if profile is not None:
+                return (torch.from_numpy(profile(cells)),)
             if features_of is None:
                 inputs = self._inputs(cells)
                 inputs = {name: inputs[name] for name in CELL_INPUTS}
@@ -55,13 +58,30 @@ class SearchSteps(CellPasses):
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 64)
         return self._map_cells(embedding, chunks, batch_size, "Embedding", adata.shape[0])[0]
 
+    def embedding_of(self, of: str | None = None) -> str:
+        """What is embedded, see [`ScMMGPTPipeline.embed`]: as given, else as the checkpoint has it."""
+        of = self.model.config.cell_embedding if of is None else of
+        if of not in CELL_EMBEDDINGS:
+            raise ValueError(f"of is {of!r}; choose one of {CELL_EMBEDDINGS}.")
+        if of == "profile" and not (self.model.config.label_readout or {}).get("num_groups"):
+            raise ValueError(
+                "This checkpoint has no groups of cells to embed profiles by, which `release` fits; "
+                "choose 'cell-text' or 'cell'."
+            )
+        return of
+
     def add_embedding(
-        self, adata: Any, choice: InputChoice, embedding: Any, of: str = "cell-text", key_added: str = "X_scmmgpt"
+        self,
+        adata: Any,
+        choice: InputChoice,
+        embedding: Any,
+        of: str | None = None,
+        key_added: str = "X_scmmgpt",
     ) -> Any:
         """Add the result of [`embed_cells`] for all cells to `adata`."""
         finish_report(choice.report)
         adata.obsm[key_added] = embedding
-        return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
+        return self._record(adata, "scmmgpt", choice.report, embed={"of": self.embedding_of(of), "key": key_added})
 
     def search_cells(
         self,

@@ -229,6 +229,7 @@ def add_readout(
     model.label_readout, _ = left_out.fit_known(datasets, meanings, reference)
     model.label_readout.temperature.fill_(temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
+    model.config.cell_embedding = "profile"
     summaries = Path(data, SUMMARIES)
     add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
     gate = fit_pooled_gate(model, processor, datasets, meanings)
