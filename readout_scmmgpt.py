@@ -128,17 +128,20 @@ class PanelReadout:
         of_others = self.typical[:, n_labels:].max(axis=1, initial=-np.inf)
         slack = LEAST_SPREAD + 1 / np.sqrt(np.diff(profiles[0]).clip(min=1))
 
-        def missing(score: np.ndarray, expected: np.ndarray) -> np.ndarray:
-            """From the score of a set of labels, and that of each label's mean cell for the set."""
-            lead = (expected - of_others).clip(min=LEAST_LEAD)[best]
-            weak = 1 - score / expected.clip(min=LEAST_LEAD)[best]
-            return (lead - (score - others)) / (lead + slack) + SCORE_WEIGHT * weak
+        def missing(rows: np.ndarray, score: np.ndarray, expected: np.ndarray) -> np.ndarray:
+            """Of some cells, from their score of a set of labels, and that of each label's mean cell for the set."""
+            lead = (expected - of_others).clip(min=LEAST_LEAD)[best[rows]]
+            weak = 1 - score / expected.clip(min=LEAST_LEAD)[best[rows]]
+            return (lead - (score - others[rows])) / (lead + slack[rows]) + SCORE_WEIGHT * weak
 
-        found = [missing(scores[np.arange(len(best)), best], np.diag(self.typical))]
-        for term in map(list, terms):
-            own = missing(scores[:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
-            found.append(np.where(np.isin(best, term), own, np.inf))
-        return np.stack(found, axis=1).astype(np.float32)
+        found, every = np.full((len(best), 1 + len(terms)), np.inf, dtype=np.float32), np.arange(len(best))
+        found[:, 0] = missing(every, scores[every, best], np.diag(self.typical))
+        for column, term in enumerate(map(list, terms), 1):
+            below = np.zeros(n_labels, dtype=bool)
+            below[term] = True
+            rows = np.flatnonzero(below[best])
+            found[rows, column] = missing(rows, scores[rows][:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
+        return found
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
         """The readout of some of the labels, in the given order."""
