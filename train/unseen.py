@@ -28,7 +28,7 @@ EMBEDDED: dict[bytes, dict[str, np.ndarray]] = {}  # by encoder and text
 # (`lymphoid_ref`, `liver_he`, `hnscc_puram`, `spatial_cosmx_lung_left` and `tonsil_pbmc_lr_panel`): the mean of their
 # gates, each of length 1. The share is that of this direction beside a gate's own; train/LOG.md has both.
 COMMON_WEIGHTS = np.array([0.571, 0.322, 0.200, 0.240, 0.231, 0.394, 0.112])
-COMMON_SHARE = 0.75
+COMMON_SHARE = 0.5
 GENE_TEXTS = 4000  # of the most variable genes: texts take minutes, and other genes hardly move a sum
 
 
