@@ -26,9 +26,9 @@ GATE_CELLS = 5000  # at most
 EMBEDDED: dict[bytes, dict[str, np.ndarray]] = {}  # by encoder and text
 # Seven weights are too many for the episodes of a few labels. The columns of the evidence weigh so in other datasets
 # (`lymphoid_ref`, `liver_he`, `hnscc_puram`, `spatial_cosmx_lung_left` and `tonsil_pbmc_lr_panel`): the mean of their
-# gates, each of length 1. The share is that of this direction beside a gate's own; train/LOG.md has both.
+# gates, each of length 1. They count as much as so many episodes of the file; train/LOG.md has both.
 COMMON_WEIGHTS = np.array([0.571, 0.322, 0.200, 0.240, 0.231, 0.394, 0.112])
-COMMON_SHARE = 0.5
+COMMON_EPISODES = 9
 GENE_TEXTS = 4000  # of the most variable genes: texts take minutes, and other genes hardly move a sum
 
 
@@ -106,7 +106,7 @@ def fit_gate(
     evidence = collect()
     scale = evidence.std(axis=0)
     scale[scale == 0] = 1
-    weights = towards_common(fit(evidence / scale)[0])
+    weights = towards_common(fit(evidence / scale)[0], len(labels))
     slope, offset = fit(evidence / scale @ weights[:, None])
     gate = Gate((weights * slope).tolist(), offset, scale.tolist(), curve.tolist())
     if len(cells) < MIN_BATCH:
@@ -115,9 +115,10 @@ def fit_gate(
     return replace(gate, batch_weights=batch_weights.tolist(), batch_offset=batch_offset)
 
 
-def towards_common(weights: np.ndarray) -> np.ndarray:
+def towards_common(weights: np.ndarray, n_episodes: int) -> np.ndarray:
     """The weights `(7,)` of a gate for evidence of unit variance, drawn towards those of other datasets."""
-    return (1 - COMMON_SHARE) * weights + COMMON_SHARE * np.linalg.norm(weights) * COMMON_WEIGHTS
+    common = np.linalg.norm(weights) * COMMON_WEIGHTS
+    return (n_episodes * weights + COMMON_EPISODES * common) / (n_episodes + COMMON_EPISODES)
 
 
 def _cells_of_gate(
