@@ -162,7 +162,10 @@ def labels_found(adata: Any) -> dict[str, Any]:
     """The summary of an annotation, the commonest label first."""
     done = adata.uns["scmmgpt"]["annotate"]
     found = sorted(zip(done["found"], done["found_cells"], strict=True), key=lambda pair: -pair[1])
-    summary = {"labels": {str(name): int(n) for name, n in found}, "collapsed": bool(done["collapsed"])}
+    summary: dict[str, Any] = {"labels": {str(name): int(n) for name, n in found}}
+    if (clusters := done.get("clusters")) is not None:
+        summary["clusters"] = dict(zip(map(str, clusters["cluster"]), map(str, clusters["label"]), strict=True))
+    summary["collapsed"] = bool(done["collapsed"])
     return summary | ({"read_batch": True} if done["read_batch"] else {})
 
 
@@ -474,11 +477,14 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         from scmmgpt.commands.doctor import check_device
         from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
-        if args.quiet or args.json:
-            logging.disable_progress_bar()
         check_device(args.device)
         check_checkpoint(args.model)
-        return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+        logging.disable_progress_bar()  # that of the weights
+        try:
+            return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+        finally:
+            if not (args.quiet or args.json):
+                logging.enable_progress_bar()
 
 
 def several_outputs(args: Args) -> dict[Source, Path]:

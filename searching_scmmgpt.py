@@ -1,5 +1,6 @@
 """Places of cells in the space that they share with texts, and searches in it."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .configuration_scmmgpt import CELL_EMBEDDINGS
     from .conversion_scmmgpt import InputChoice
+    from .evidence_scmmgpt import NONE, Explainer, label_members
     from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from .passes_scmmgpt import CellFunction, CellPasses
     from .query_scmmgpt import Search
@@ -22,6 +24,7 @@ except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells
     from configuration_scmmgpt import CELL_EMBEDDINGS
     from conversion_scmmgpt import InputChoice
+    from evidence_scmmgpt import NONE, Explainer, label_members
     from modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from passes_scmmgpt import CellFunction, CellPasses
     from query_scmmgpt import Search
@@ -30,6 +33,7 @@ except ImportError:  # as a flat module in a clone
     from unseen_scmmgpt import GeneSearch
 
 
+ARTICLE = re.compile(r"^(?:an?|the|any|all)\s+", re.IGNORECASE)
 logger = logging.get_logger(__name__)
 
 
@@ -121,12 +125,22 @@ class SearchSteps(CellPasses):
         plan = self._search_plan(texts, choice)
         if plan.absent:
             logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search cannot look at it.")
+        if plan.unknown:
+            logger.warning(f"No gene of the checkpoint is called {', '.join(plan.unknown)}: the search reads a word.")
         scores = columns if by == "genes" else plan.scores(columns)
         if key_added is not None:
             adata.obs[key_added] = scores[:, 0]
             done = {"text": texts[0], "by": by, "key": key_added}
             self._record(adata, "scmmgpt", choice.report, search=done)
         return [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+
+    def _markers_named(self, texts: list[str], measured: np.ndarray) -> list[np.ndarray]:
+        """Vocabulary ids of the markers of the type that each text names; none for a text that names no one type."""
+        known, terms = self._readout_columns(), (self.model.config.annotation or {}).get("terms", [])
+        members = label_members([ARTICLE.sub("", text.strip(" .")) for text in texts], known, terms)
+        explainer = Explainer.of(self._bridge().label_readout, measured, members)
+        found = explainer.markers[: len(texts)]
+        return [explainer.panel.gene_ids[row[row != NONE]] for row in found]
 
     def _search_plan(self, texts: list[str], choice: InputChoice) -> Search:
         return Search(texts, self.processor.gene_index, choice.match.measured)
@@ -135,7 +149,8 @@ class SearchSteps(CellPasses):
         """Scores of texts by genes; or similarities and expression, from which a search is scored."""
         if by == "genes":
             states = text_states(self._bridge(), self.processor, texts)
-            genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
+            readout, measured = self._bridge().label_readout, choice.match.measured
+            genes = GeneSearch.of(readout, measured, states, self._markers_named(texts, measured))
             return lambda cells: (torch.from_numpy(genes(cells)),)
         plan, bridge = self._search_plan(texts, choice), self._bridge()
         if not plan.texts:  # counts alone decide

@@ -23,6 +23,7 @@ from scmmgpt.commands.cluster import device_of_worker
 from scmmgpt.commands.files import whole_file
 from scmmgpt.commands.sources import Source
 from scmmgpt.receipt_scmmgpt import digest
+from scmmgpt.records_scmmgpt import words_of
 
 
 if TYPE_CHECKING:
@@ -230,11 +231,6 @@ def _known_labelling(
     if not _LABELLING or _LABELLING[0][0] != key:
         _LABELLING[:] = [(key, labelling_of(pipeline, choice, options, decided))]
     return replace(_LABELLING[0][1], choice=choice)
-
-
-def words_of(obs: Any, key: str) -> np.ndarray:
-    """A column of `obs` as str."""
-    return np.asarray(obs[key], dtype=str)
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ from scmmgpt.commands import partition_tasks as tasks
 from scmmgpt.commands.cluster import Workers
 from scmmgpt.commands.errors import explain, full_disk, naming
 from scmmgpt.commands.files import lock_folder, read_json, write_json
-from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns, words_of
+from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
-from scmmgpt.records_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns, words_of
 
 
 if TYPE_CHECKING:
