@@ -250,7 +250,8 @@ class LabellingSteps(CellPasses):
         }
         if clusters is not None:
             names = columns["cell_type"], clusters, candidates.names, labelling.cl_ids, labelling.broader
-            done["clusters"] = table_of(cluster_answers(*names))
+            alone = {known["name"]: known["id"] for known in stored.get("profiles", ()) if labelling.profiled}
+            done["clusters"] = table_of(cluster_answers(*names, alone))
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
     def summarize(

@@ -2,7 +2,7 @@
 
 A checkpoint of `release` keeps mean profiles of types that none of its datasets has, such as hepatocytes. Each is a
 group of one label in the regression of the readout ([`with_profiles`]), which the cells of the file are scored by. A
-cell that is not plainly one of the trained labels gets the name of such a type if the type leads over these and over all other types.
+cell that is not plainly of a trained label gets the name of such a type if it leads over all labels and other types.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,28 @@ import torch
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
-    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, scale_groups, solve_groups, sum_weights, with_profiles
+    from .readout_scmmgpt import (
+        PanelReadout,
+        ScMMGPTLabelReadout,
+        scale_groups,
+        solve_groups,
+        sum_weights,
+        with_profiles,
+    )
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
-    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, scale_groups, solve_groups, sum_weights, with_profiles
+    from readout_scmmgpt import (
+        PanelReadout,
+        ScMMGPTLabelReadout,
+        scale_groups,
+        solve_groups,
+        sum_weights,
+        with_profiles,
+    )
 
 
-# A type names a cell that it leads in by 3 over the root of the genes that the cell expresses, for chance grows as they
-# become few. With labels and datasets left out nine of ten of these cells are named rightly. At half the limit of
+# A type names a cell that it leads in by 3 over the root of the genes that the cell expresses: few genes, much chance.
+# With labels and datasets left out, more than nine of ten of these cells are named rightly. At half the limit of
 # novelty a quarter of the known cells are looked at (`train/LOG.md`).
 LEAST_LEAD = 3.0
 LEAST_NOVELTY = 0.5

@@ -29,6 +29,7 @@ def cluster_answers(
     names: Sequence[str],
     cl_ids: Mapping[str, str],
     terms: Sequence[Mapping[str, Any]] = (),
+    types_alone: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """The narrowest type that nearly all cells of each cluster have, and their votes.
 
@@ -39,6 +40,7 @@ def cluster_answers(
         names: Labels to choose from.
         cl_ids: Label -> Cell Ontology id.
         terms: Broader terms, as for [`choose_labels`].
+        types_alone: Name -> Cell Ontology id, of types that are below none of them.
 
     Returns:
         For each cluster `cluster`, `cells`, `label` (`"Unknown"` if no type has `CLUSTER_SHARE` of the cells),
@@ -50,8 +52,9 @@ def cluster_answers(
     >>> answer["label"], answer["share"], answer["votes"]
     ('T cell', 1.0, 'CD4 T 40 %, CD8 T 40 %, T cell 20 %')
     """
-    kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in names}
-    types = [(name, cl_ids.get(name, ""), {name}) for name in names]
+    alone = types_alone or {}
+    kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in [*names, *alone]}
+    types = [(name, {**cl_ids, **alone}.get(name, ""), {name}) for name in [*names, *alone]]
     types += [
         (t["name"], t["id"], set(t["labels"]))
         for t in terms
@@ -110,10 +113,11 @@ def summarize_annotation(
             f"There is one label, {candidates.names[0]!r}, and no other that the checkpoint knows: every cell gets "
             "it, with score 1. Give two labels or more."
         )
-    if n_novel >= NOVEL_SHARE * n_cells:
+    n_named = int(np.sum(columns.get("by_profile", 0)))
+    if n_novel - n_named >= NOVEL_SHARE * n_cells:
         given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
         warnings.append(
-            f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
+            f"{n_novel - n_named} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
             f"such as {', '.join(map(repr, known[:3]))}): {given}. They are more like other cells, or express "
             "other genes; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
         )

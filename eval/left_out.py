@@ -245,6 +245,7 @@ def new_cells(
 def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
     """Cells of each label that is left out of all datasets."""
     rows = []
+    whole, _ = left_out.fit_known(sources.datasets, sources.meanings, sources.reference)
     for label in range(len(sources.types)):
         mentions = sources.meanings[:, label] > 0
         train = []
@@ -259,9 +260,9 @@ def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
         for number in np.unique(cells.datasets[own]):
             data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
             of_label[int(number)] = Dataset(data.counts[kept], data.measured, data.targets[kept])
-        profiles = sources.reference and sources.reference.without(label)
-        fitted = left_out.fit_known(train, sources.meanings, profiles)
-        found = left_out.judge(train, sources.meanings, of_label, profiles, sources.in_terms, fitted)
+        others = np.flatnonzero(np.arange(len(sources.types)) != label)
+        fitted = untrained.without_label(whole, label), others
+        found = left_out.judge(train, sources.meanings, of_label, sources.reference, sources.in_terms, fitted)
         types = types_beside(sources, fitted)
         for number, data in of_label.items():
             mine = found.take(found.datasets == number)
