@@ -45,9 +45,9 @@ LEAST_LEAD = 0.1  # over other cells, of the mean cell of a label
 # Values that told apart known and new cells best, over datasets left out and panels of them (`train/LOG.md`).
 LEAST_SPREAD = 0.2  # of leads over other cells
 SCORE_WEIGHT = 0.15  # of a low score of the label, beside the missing lead
-# Added to the score of a type that has a profile and no cells, where it is a candidate: its one group has fewer
-# neighbours than a label of many, and 1 to 2 of a hundred known cells of a sibling are lost by it (`train/LOG.md`).
-PROFILE_BONUS = 0.2
+# Added to the score of a type that has a profile and no cells, where it is a candidate: its one group has less weight
+# in the regression than a label of many. Known cells lose 1.4 of a hundred by one such candidate (`train/LOG.md`).
+PROFILE_BONUS = 0.15
 LOG_STEPS = 28.0  # of log1p(CP10k) in a byte of a profile, which then reaches 9.1
 LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
 N_EXAMPLES = 3  # absent genes that a warning names

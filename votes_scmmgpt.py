@@ -103,7 +103,7 @@ def summarize_annotation(
     counted = Counter(np.asarray(columns["cell_type"]).tolist())  # faster than a sort of words
     found = sorted(counted)
     found_cells = np.array([counted[name] for name in found])
-    n_cells, n_novel = len(columns["cell_type"]), int((columns.get("novelty", np.empty(0)) > 1).sum())
+    n_cells = len(columns["cell_type"])
     share = found_cells.max() / n_cells
     several = len(candidates.names) > 1
     collapsed = several and n_cells >= COLLAPSE_MIN_CELLS and bool(share >= COLLAPSE_SHARE)
@@ -113,11 +113,12 @@ def summarize_annotation(
             f"There is one label, {candidates.names[0]!r}, and no other that the checkpoint knows: every cell gets "
             "it, with score 1. Give two labels or more."
         )
-    n_named = int(np.sum(columns.get("by_profile", 0)))
-    if n_novel - n_named >= NOVEL_SHARE * n_cells:
+    novel = np.asarray(columns.get("novelty", np.zeros(n_cells))) > 1
+    n_unnamed = int((novel & ~np.asarray(columns.get("by_profile", False), dtype=bool)).sum())
+    if n_unnamed >= NOVEL_SHARE * n_cells:
         given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
         warnings.append(
-            f"{n_novel - n_named} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
+            f"{n_unnamed} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
             f"such as {', '.join(map(repr, known[:3]))}): {given}. They are more like other cells, or express "
             "other genes; use a checkpoint of this tissue, or `finetune` with labelled cells of it."
         )
@@ -139,4 +140,4 @@ def summarize_annotation(
         "mean_entropy": float(columns["entropy"].mean()),
         "collapsed": collapsed,
     }
-    return numbers | ({"novel_cells": n_novel} if "novelty" in columns else {}), warnings
+    return numbers | ({"novel_cells": int(novel.sum())} if "novelty" in columns else {}), warnings
