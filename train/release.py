@@ -319,6 +319,7 @@ def describe(corpus: Corpus, table: Mapping[str, Any], model: Any) -> str:
     manifest = corpus.manifest
     splits = ", ".join(f"{split} {corpus.n_cells(split):,}" for split in corpus.split_names)
     n_cells = sum(corpus.n_cells(split) for split in corpus.split_names)
+    alone = [known["name"] for known in model.config.annotation.get("profiles", ())]
     lines = [
         f"# {NAME} {VERSION}",
         "",
@@ -341,6 +342,7 @@ def describe(corpus: Corpus, table: Mapping[str, Any], model: Any) -> str:
     lines += [
         "",
         "Cell types: " + ", ".join(sorted(model.config.annotation["labels"])) + ".",
+        *(["", "Named by a profile alone: " + ", ".join(sorted(alone)) + "."] if alone else []),
         "",
         "## Limits",
         "",
