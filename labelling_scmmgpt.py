@@ -303,7 +303,7 @@ class LabellingSteps(CellPasses):
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
-            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k == "others_unit"}  # the readout's own
+            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k == "lead_unit"}  # the readout's own
             fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
         scale, weight = 1 / best["temperature"], best["matching_weight"]
         probabilities = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)

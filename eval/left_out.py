@@ -100,9 +100,9 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
-    novelty = (cells.novelty / np.float32(settings["others_unit"])).clip(min=0)
+    novelty = (cells.novelty / np.float32(settings["lead_unit"])).clip(min=0)
     least = least_scores(settings["min_score"], novelty)
-    broader = first_term(cells.of_terms, settings["others_unit"])
+    broader = first_term(cells.of_terms, settings["lead_unit"])
     columns = choose_labels(probabilities[:, labels], list(ids), ids, least, novelty, sources.terms, broader=broader)
     return columns | {"probabilities": probabilities}
 

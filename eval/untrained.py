@@ -75,7 +75,7 @@ def as_candidate(
     cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
     panel = fitted.for_genes(data.measured, [number])
     called = panel(cells).argmax(axis=1) == len(fitted.bias)
-    measure = Novelty.of({"others_unit": settings["others_unit"]}, data.measured, n_genes, panel)
+    measure = Novelty.of({"lead_unit": settings["lead_unit"]}, data.measured, n_genes, panel)
     novel = np.zeros(len(rows), bool) if measure is None else measure(cells) > 1
     return called & ~novel, novel
 

@@ -109,7 +109,7 @@ def judge(
     """
     n_genes, parts = train[0].counts.shape[1], []
     readout, own = fitted or fit_known(train, meanings, reference)
-    stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"others_unit": 1.0})
+    stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"lead_unit": 1.0})
     in_terms = [np.flatnonzero(np.isin(own, term)).tolist() for term in terms]
     in_terms = [term if 1 < len(term) <= MOST_LABELS * len(own) else [] for term in in_terms]
     for number, data in tests.items():
@@ -170,7 +170,7 @@ def fit_probabilities(cells: LeftOut) -> tuple[float, float]:
 
 
 def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any]:
-    """`temperature`, `doubt`, `min_score`, `others_unit` and `label_sets` from the cells whose labels were known.
+    """`temperature`, `doubt`, `min_score`, `lead_unit` and `label_sets` from the cells whose labels were known.
 
     With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly lose
     their name, each dataset counting alike. Nearly all of these are novel where there are other cells, since novelty
@@ -198,6 +198,6 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
         "temperature": temperature,
         "doubt": doubt,
         "min_score": round(least, 4),
-        "others_unit": unit,
+        "lead_unit": unit,
         "label_sets": fit_label_sets(probabilities, cells.targets),
     }

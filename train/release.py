@@ -231,11 +231,12 @@ def add_readout(
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
     reference = read_profiles(data, types, table, processor.gene_index, n_genes)
     fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings, reference), reference is not None)
-    temperature, unit = fitted.pop("temperature", TEMPERATURE), fitted.pop("others_unit", 1.0)
-    others = {} if reference is None else {"others_unit": unit}
+    temperature, unit = fitted.pop("temperature", TEMPERATURE), fitted.pop("lead_unit", 1.0)
+    others = {} if reference is None else {"lead_unit": unit}
     model.label_readout, _ = left_out.fit_known(datasets, meanings, reference)
     model.label_readout.temperature.fill_(temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
+    model.config.cell_embedding = "profile"
     summaries = Path(data, SUMMARIES)
     add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
     gate = fit_pooled_gate(model, processor, datasets, meanings)
