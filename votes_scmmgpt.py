@@ -143,4 +143,4 @@ def summarize_annotation(
         "mean_entropy": float(columns["entropy"].mean()),
         "collapsed": collapsed,
     }
-    return numbers | ({"novel_cells": int(novel.sum())} if "novelty" in columns else {}), warnings
+    return numbers | ({"novel_cells": n_novel} if "novelty" in columns else {}), warnings
