@@ -134,9 +134,10 @@ class ScMMGPTConfig(PreTrainedConfig):
             [`ScMMGPTProfileReadout`]); `finetune` sets it.
         label_readout: `texts` of the labels of [`ScMMGPTLabelReadout`], a linear classifier of cells, and its
             `num_genes`, `num_factors`, of several datasets `num_groups` and `num_others`, with texts about genes
-            `text_width`; training sets it.
-        cell_embedding: What `embed` gives by default: `"cell-text"`, places in the space shared with texts; `"cell"`, the
-            cell model's own; or `"profile"`, from the groups of the label readout without the network (see
+            `text_width`, with types that have a profile alone `num_profiles` and `num_profile_genes`; training sets
+            it.
+        cell_embedding: What `embed` gives by default: `"cell-text"`, places in the space shared with texts; `"cell"`,
+            the cell model's own; or `"profile"`, from the groups of the label readout without the network (see
             [`ProfileEmbedding`]). `release` sets it.
         cell_token_id: Id of `<cell>` in the language model's tokenizer.
         expression_head: `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a (zero-inflated) negative binomial

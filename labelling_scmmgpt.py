@@ -160,8 +160,8 @@ class LabellingSteps(CellPasses):
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
         profiled = None
-        if types and is_default and min_score != 0 and stored.get("novelty"):
-            profiled = ProfiledTypes.of(self._bridge().label_readout, choice.match.measured)
+        if types and is_default and min_score != 0 and readout is not None:
+            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         if error_rate is not None:

@@ -102,6 +102,10 @@ class PanelReadout:
             last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
         return last[1], last[2]
 
+    def last_profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[`profiles`], not computed again for the last cells that were scored."""
+        return self._scores(cells)[0]
+
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
         _, scores = self._scores(cells)

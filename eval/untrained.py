@@ -62,7 +62,7 @@ def name_by_types(
 ) -> dict[str, np.ndarray]:
     """The columns of `eval.left_out.annotate` for `rows` of a dataset, as `annotate` names the cells by profiles."""
     cells = Cells.from_csr(data.counts[rows], np.arange(data.counts.shape[1]))
-    found = ProfiledTypes.of(fitted, data.measured).name(cells, columns["novelty"])
+    found = ProfiledTypes.of(fitted, fitted.for_genes(data.measured)).name(cells, columns["novelty"])
     terms = [{"name": str(ontology.term_name(term)), "id": term} for term in types.terms]
     return columns | name_by_profile(columns, terms, *found.T)
 

@@ -39,7 +39,7 @@ def cells_of(targets, seed):
 
 
 def test_a_profile_names_novel_cells_of_its_type_and_no_known_ones(readout):
-    types = ProfiledTypes.of(readout, np.arange(30))
+    types = ProfiledTypes.of(readout, readout.for_genes(np.arange(30)))
     liver, known = cells_of([LIVER], 3), cells_of([0, 1, 2, 3], 2)
     assert (types.name(liver, np.full(len(liver), 2.0))[:, 0] == 0).mean() > 0.4  # some 27 genes are few
     assert (types.name(known, np.full(len(known), 2.0))[:, 0] == -1).all()
@@ -73,7 +73,7 @@ def test_profiles_are_saved_and_load_again(readout):
     other = ScMMGPTLabelReadout(4, **sizes)
     other.load_state_dict(readout.state_dict())
     liver, novelty = cells_of([LIVER], 3), np.full(30, 2.0)
-    names = [ProfiledTypes.of(one, np.arange(30)).name(liver, novelty) for one in (readout, other)]
+    names = [ProfiledTypes.of(one, one.for_genes(np.arange(30))).name(liver, novelty) for one in (readout, other)]
     np.testing.assert_array_equal(*names)
 
 
