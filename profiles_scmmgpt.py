@@ -73,7 +73,7 @@ class ProfiledTypes:
 
         `novelty` float `(n_cells,)` is that of the cells' trained labels, 1 at the limit.
         """
-        found = np.tile(np.float32([-1, 0]), (len(cells), 1))
+        found = np.tile(np.array([-1, 0], dtype=np.float32), (len(cells), 1))
         rows = np.flatnonzero(novelty > NAMING_NOVELTY)
         if not len(rows):
             return found
