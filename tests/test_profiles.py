@@ -110,7 +110,6 @@ def test_the_report_of_a_label_left_out_counts_what_its_profile_names(monkeypatc
     report = evaluation.evaluate_left_out("folder", "labels")
     of_b = [row["profiles"] for row in report["new"] if row["type"] == "B cell"]
     assert all(row["as_candidate"]["called_it"] > 0.7 for row in of_b)
-    assert all(row["called_it"] + row["unknown_or_broader"] > 0.9 for row in of_b)
     assert all("as_candidate" not in row["profiles"] for row in report["new"] if row["type"] == "mast cell")
     assert report["by_profiles"]["with_a_profile"]["n_labels"] == 1
     lost = report["known_lost_mean_of_datasets"]
