@@ -3,6 +3,9 @@
 A cell of a type that was never seen expresses genes that no known type does ([`novelty_of`], fitted by
 [`fit_novelty`]), and its label does not lead over the reference profiles of other cells, where the readout has them
 (`readout_scmmgpt.PanelReadout.novelty`). [`Novelty`] is both for the genes of a file.
+
+One cell is noisy evidence, and cells of a new type come in numbers. With other cells of the file at hand, a cell is
+judged with the cells that have the most similar scores: [`Neighbours`].
 """
 
 import base64
@@ -27,6 +30,8 @@ NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
 ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the missing lead over other cells
 BROADER_NOVELTY = 0.5  # at most, of a broader term that a novel cell gets
+N_NEIGHBOURS, NEIGHBOUR_WEIGHT = 6, 0.8  # cells of similar scores, and the weight of the mean of their novelty
+SCORE_STEPS, MOST_STEPS = 256, 512  # whole steps of a score: sums of products of up to 64 labels are exact in float32
 MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
 
 
@@ -98,6 +103,40 @@ def _unpack(text: str, n_genes: int) -> np.ndarray:
 
 
 @dataclass
+class Neighbours:
+    """Cells of a file, by which [`Novelty`] judges its cells.
+
+    Args:
+        scores: int16 `(n_cells, n_labels)`, as [`of_scores`] makes them.
+        novelty: float32 `(n_cells,)`, of each cell alone and not yet over the unit.
+    """
+
+    scores: np.ndarray
+    novelty: np.ndarray
+
+    @staticmethod
+    def of_scores(scores: np.ndarray) -> np.ndarray:
+        """Scores of labels around their mean over the labels of a cell, in whole steps."""
+        around = scores - scores.mean(axis=1, keepdims=True, dtype=np.float64)
+        return np.rint(SCORE_STEPS * around).clip(-MOST_STEPS, MOST_STEPS).astype(np.int16)
+
+    def difference(self, scores: np.ndarray, novelty: np.ndarray) -> np.ndarray:
+        """What neighbours add to the novelty of cells, float32 `(n_cells,)`: the same for a cell in any batch.
+
+        Args:
+            scores: float32 `(n_cells, n_labels)`.
+            novelty: float32 `(n_cells,)`, of each cell alone.
+        """
+        steps, cells = self.scores.astype(np.float32), self.of_scores(scores).astype(np.float32)
+        gaps = (steps**2).sum(axis=1) - 2 * (cells @ steps.T)  # whole numbers, less the length of the cell
+        ranks = gaps.astype(np.float64) * len(steps) + np.arange(len(steps))  # of equals, the first
+        n = min(N_NEIGHBOURS, len(steps))
+        nearest = np.sort(np.argpartition(ranks, n - 1, axis=1)[:, :n], axis=1)
+        mean = self.novelty.astype(np.float64)[nearest].mean(axis=1)
+        return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
+
+
+@dataclass
 class Novelty:
     """The stored result of [`fit_novelty`] and the unit of novelty by other cells, if any, for the genes at hand."""
 
@@ -106,6 +145,8 @@ class Novelty:
     panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
     others_unit: float = 1.0
     terms: Sequence[Sequence[int]] = ()  # labels of the panel in broader terms, the preferred terms first
+    batch_unit: float | None = None  # in place of `others_unit`, with neighbours
+    neighbours: Neighbours | None = None
 
     @classmethod
     def of(
@@ -128,7 +169,7 @@ class Novelty:
             if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
                 absent = _unpack(stored["absent_genes"], n_genes)
         if panel is not None and panel.others is not None and "others_unit" in stored:
-            return cls(absent, unit, panel, stored["others_unit"], terms)
+            return cls(absent, unit, panel, stored["others_unit"], terms, stored.get("batch_unit"))
         return None if absent is None else cls(absent, unit)
 
     def __call__(self, cells: Cells) -> np.ndarray:
@@ -139,13 +180,23 @@ class Novelty:
         """
         if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
-        novelty = self.raw(cells)[:, 0] / np.float32(self.others_unit)
+        unit, novelty, added = self.others_unit, self.raw(cells)[:, 0], np.zeros(len(cells), dtype=np.float32)
+        if self.neighbours is not None and self.batch_unit is not None:
+            unit, added = self.batch_unit, self.neighbours.difference(self.panel.scores(cells), novelty)
+        novelty = (novelty + added) / np.float32(unit)
         if not self.terms:
             return novelty.clip(min=0)
         broader, rows = np.full(len(cells), -1, dtype=np.float32), np.flatnonzero(novelty > 1)
         if len(rows):
-            broader[rows] = first_term(self.raw(cells[rows], self.terms)[:, 1:], self.others_unit)
+            of_terms = self.raw(cells[rows], self.terms)[:, 1:] + added[rows, None]
+            broader[rows] = first_term(of_terms, unit)
         return np.stack([novelty.clip(min=0), broader], axis=1)
+
+    def with_neighbours(self, cells: Cells) -> "Neighbours | None":
+        """The cells as neighbours of others; None where novelty is not by other cells, or no unit is stored."""
+        if self.panel is None or self.batch_unit is None:
+            return None
+        return Neighbours(Neighbours.of_scores(self.panel.scores(cells)), self.raw(cells)[:, 0])
 
     def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
         """Novelty for labels and for `terms`, `(n_cells, 1 + n_terms)`, not yet over the unit."""

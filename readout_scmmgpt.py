@@ -96,6 +96,10 @@ class PanelReadout:
             last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
         return last[1], last[2]
 
+    def scores(self, cells: Cells) -> np.ndarray:
+        """Scores of the labels, float32 `(n_cells, n_labels)`: about 1 for the right one, 0 for the others."""
+        return self._scores(cells)[1]
+
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
         _, scores = self._scores(cells)
