@@ -132,8 +132,8 @@ class ScMMGPTConfig(PreTrainedConfig):
         profile_readout: Whether a stage-1 model adds a linear readout of the cell's whole profile to its features (see
             [`ScMMGPTProfileReadout`]); `finetune` sets it.
         label_readout: `texts` of the labels of [`ScMMGPTLabelReadout`], a linear classifier of cells, and its
-            `num_genes`, `num_factors`, of several datasets `num_groups` and `num_others`, with texts about genes
-            `text_width`; training sets it.
+            `num_genes`, `num_factors`, of several datasets `num_groups`, `num_others` and `mixes_panels`, with texts
+            about genes `text_width`; training sets it.
         cell_token_id: Id of `<cell>` in the language model's tokenizer.
         expression_head: `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a (zero-inflated) negative binomial
             of the counts, which can be sampled.

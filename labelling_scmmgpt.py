@@ -175,13 +175,13 @@ class LabellingSteps(CellPasses):
         readout, choice = labelling.readout, labelling.choice
         if readout is None or read_batch is False or (readout.has_new_labels and not read_batch):
             return labelling
-        novelty = None if readout.has_new_labels else self._novelty(labelling)
-        if not readout.has_new_labels and (novelty is None or novelty.batch_unit is None):
-            return labelling
         total = choice.report["cells"]["cells"]
         if total < MIN_BATCH:
             if readout.has_new_labels:
                 logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+            return labelling
+        novelty = None if readout.has_new_labels else self._novelty(labelling)
+        if not readout.has_new_labels and (novelty is None or novelty.batch_unit is None):
             return labelling
         most, at_once = (NEIGHBOUR_CELLS, CELLS_AT_ONCE) if novelty is not None else (READ_CELLS, 1)
         choice = uncounted(choice)

@@ -201,6 +201,7 @@ class ScMMGPTLabelReadout(nn.Module):
         num_others: Kinds of other cells that groups may be of.
         text_width: Width of the embeddings of texts about genes; 0 if there are none.
         feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
+        mixes_panels: Whether the labels' weights for a panel are the mean of two regressions, as newer checkpoints do.
     """
 
     gene_ids: torch.Tensor
@@ -228,9 +229,10 @@ class ScMMGPTLabelReadout(nn.Module):
         num_others: int = 0,
         text_width: int = 0,
         feature_width: int = 0,
+        mixes_panels: bool = False,
     ) -> None:
         super().__init__()
-        self.num_groups, self.num_others = num_groups, num_others
+        self.num_groups, self.num_others, self.mixes_panels = num_groups, num_others, mixes_panels
         half = torch.float16
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
         self.register_buffer("weights", torch.zeros(num_labels, num_genes, dtype=half))
@@ -257,17 +259,18 @@ class ScMMGPTLabelReadout(nn.Module):
         num_labels, num_genes = tensors["weights"].shape
         num_groups = len(tensors.get("groups", ()))
         num_others = tensors["group_labels"].shape[1] - num_labels if num_groups else 0
-        readout = cls(num_labels, num_genes, len(tensors["factors"]), num_groups, num_others)
+        sizes = num_labels, num_genes, len(tensors["factors"]), num_groups, num_others
+        readout = cls(*sizes, mixes_panels=num_groups > 0)
         for name, value in tensors.items():
             buffer = getattr(readout, name)
             buffer.copy_(torch.as_tensor(np.asarray(value)).to(buffer.dtype))
         return readout
 
     def sizes(self) -> dict[str, int]:
-        """The sizes beside the number of labels, as `config.label_readout` has them."""
+        """The sizes beside the number of labels, as `config.label_readout` has them, and `mixes_panels`."""
         num_factors, num_genes = self.factors.shape
         sizes = {"num_genes": num_genes, "num_factors": num_factors}
-        return sizes | {n: v for n in ("num_groups", "num_others") if (v := getattr(self, n))}
+        return sizes | {n: v for n in ("num_groups", "num_others", "mixes_panels") if (v := getattr(self, n))}
 
     def set_gene_texts(self, directions: np.ndarray) -> None:
         """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
@@ -328,7 +331,7 @@ class ScMMGPTLabelReadout(nn.Module):
         if self.num_groups:
             scaled = a if here.all() else scale_groups(a, here)
             weights, bias = solve_groups(scaled, here)
-            is_panel = a["shares"][here].sum() < PANEL_SHARE * a["shares"].sum()
+            is_panel = self.mixes_panels and a["shares"][here].sum() < PANEL_SHARE * a["shares"].sum()
             if self.num_others:
                 others = self._others(scaled, here, weights, bias, is_panel)
             if is_panel:
