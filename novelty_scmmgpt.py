@@ -129,10 +129,10 @@ class Neighbours:
         """
         steps, cells = self.scores.astype(np.float32), self.of_scores(scores).astype(np.float32)
         gaps = (steps**2).sum(axis=1) - 2 * (cells @ steps.T)  # whole numbers, less the length of the cell
-        ranks = gaps.astype(np.float64) * len(steps) + np.arange(len(steps))  # of equals, the first
-        n = min(N_NEIGHBOURS, len(steps))
-        nearest = np.sort(np.argpartition(ranks, n - 1, axis=1)[:, :n], axis=1)
-        mean = self.novelty.astype(np.float64)[nearest].mean(axis=1)
+        last = min(N_NEIGHBOURS, len(steps)) - 1
+        rows, near = np.nonzero(gaps <= np.partition(gaps, last, axis=1)[:, last:][:, :1])  # of equals, all
+        sums = np.bincount(rows, weights=self.novelty[near], minlength=len(cells))
+        mean = sums / np.bincount(rows, minlength=len(cells))
         return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
 
 
