@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+
+logger = logging.get_logger(__name__)
 
 # Novelty. The values are those that told apart known and new cell types best on cells of other laboratories, over six
 # training sets (`train/LOG.md`).
@@ -32,6 +35,12 @@ ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the mis
 BROADER_NOVELTY = 0.5  # at most, of a broader term that a novel cell gets
 N_NEIGHBOURS, NEIGHBOUR_WEIGHT = 6, 0.8  # cells of similar scores, and the weight of the mean of their novelty
 SCORE_STEPS, MOST_STEPS = 256, 512  # whole steps of a score: sums of products of up to 64 labels are exact in float32
+# `others_unit` was the unit of a lead that was neither brought to the scale of a panel nor divided by its spread.
+OLD_UNIT = (
+    "The checkpoint has `others_unit`, the unit of an earlier measure of novelty (scmmgpt-human 0.3.0), which this "
+    "code does not compute: novelty is judged by the genes that no known type expresses, and by nothing else. Use the "
+    "checkpoint of this repository, or build one with `python -m scmmgpt.train release`."
+)
 MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
 
 
@@ -130,7 +139,7 @@ class Neighbours:
         steps, cells = self.scores.astype(np.float32), self.of_scores(scores).astype(np.float32)
         gaps = (steps**2).sum(axis=1) - 2 * (cells @ steps.T)  # whole numbers, less the length of the cell
         last = min(N_NEIGHBOURS, len(steps)) - 1
-        rows, near = np.nonzero(gaps <= np.partition(gaps, last, axis=1)[:, last:][:, :1])  # of equals, all
+        rows, near = np.nonzero(gaps <= np.partition(gaps, last, axis=1)[:, last : last + 1])  # of equals, all
         sums = np.bincount(rows, weights=self.novelty[near], minlength=len(cells))
         mean = sums / np.bincount(rows, minlength=len(cells))
         return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
@@ -143,9 +152,9 @@ class Novelty:
     absent: np.ndarray | None  # bool (n_genes,); None where too few genes are measured
     unit: float
     panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
-    others_unit: float = 1.0
+    lead_unit: float = 1.0  # of the missing lead over other cells (`train.left_out` fits it)
     terms: Sequence[Sequence[int]] = ()  # labels of the panel in broader terms, the preferred terms first
-    batch_unit: float | None = None  # in place of `others_unit`, with neighbours
+    batch_unit: float | None = None  # in place of `lead_unit`, with neighbours
     neighbours: Neighbours | None = None
 
     @classmethod
@@ -168,8 +177,11 @@ class Novelty:
             expressed = _unpack(stored["expressed_genes"], n_genes)
             if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
                 absent = _unpack(stored["absent_genes"], n_genes)
-        if panel is not None and panel.others is not None and "others_unit" in stored:
-            return cls(absent, unit, panel, stored["others_unit"], terms, stored.get("batch_unit"))
+        if panel is not None and panel.others is not None:
+            if "lead_unit" in stored:
+                return cls(absent, unit, panel, stored["lead_unit"], terms, stored.get("batch_unit"))
+            if "others_unit" in stored:
+                logger.warning(OLD_UNIT)
         return None if absent is None else cls(absent, unit)
 
     def __call__(self, cells: Cells) -> np.ndarray:
@@ -180,16 +192,14 @@ class Novelty:
         """
         if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
-        unit, novelty, added = self.others_unit, self.raw(cells)[:, 0], np.zeros(len(cells), dtype=np.float32)
+        raw, unit, added = self.raw(cells, self.terms), self.lead_unit, np.zeros((len(cells), 1), dtype=np.float32)
         if self.neighbours is not None and self.batch_unit is not None:
-            unit, added = self.batch_unit, self.neighbours.difference(self.panel.scores(cells), novelty)
-        novelty = (novelty + added) / np.float32(unit)
+            unit, added = self.batch_unit, self.neighbours.difference(self.panel.scores(cells), raw[:, 0])[:, None]
+        raw = raw + added
+        novelty = raw[:, 0] / np.float32(unit)
         if not self.terms:
             return novelty.clip(min=0)
-        broader, rows = np.full(len(cells), -1, dtype=np.float32), np.flatnonzero(novelty > 1)
-        if len(rows):
-            of_terms = self.raw(cells[rows], self.terms)[:, 1:] + added[rows, None]
-            broader[rows] = first_term(of_terms, unit)
+        broader = np.where(novelty > 1, first_term(raw[:, 1:], unit), -1).astype(np.float32)
         return np.stack([novelty.clip(min=0), broader], axis=1)
 
     def with_neighbours(self, cells: Cells) -> "Neighbours | None":

@@ -238,7 +238,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature, tissue)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
@@ -276,9 +276,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Raises:
             ValueError: If the checkpoint has no label readout.
         """
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
-        labels = words_of(adata, label_key)
+        labels = words_of(adata.obs, label_key)
         evidence = self.explain_cells(adata, choice, labels, np.unique(labels), clusters, batch_size)
         return self.add_evidence(adata, choice, evidence, evidence.columns(), label_key, key_added)
 
@@ -308,8 +308,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             `{key}_audit_score` (log odds, the larger the more doubtful), `{key}_audit_suggested` (the best other
             label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
         """
-        given = words_of(adata, label_key)
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        given = words_of(adata.obs, label_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         columns = self.audit_cells(adata, choice, given, np.unique(given), batch_size)
         return self.add_audit(adata, choice, label_key, given, columns, clusters, key_added)
@@ -338,7 +338,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             The stored settings, `nll`, `accuracy`, `n_cells` and `n_left_out`.
         """
         settings = self.annotation_settings(labels, cl_ids, matching_weight=0.5)
-        truth = words_of(adata, label_key)
+        truth = words_of(adata.obs, label_key)
         usable = np.isin(truth, list(settings["labels"]))
         if not usable.any():
             raise ValueError(
@@ -496,7 +496,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         self,
         adata: Any,
         *,
-        of: str = "cell-text",
+        of: str | None = None,
         key_added: str = "X_scmmgpt",
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -505,8 +505,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
 
         Args:
             of: `"cell-text"` is the mean of the cell's queries in the shared space, `projection_dim` wide; `"cell"` is
-                the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide. Both are
-                L2-normalised.
+                the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide; `"profile"` is the
+                cell's place among the groups of the label readout ([`ProfileEmbedding`], in a closed form without
+                the network), `num_groups` wide. All are L2-normalised. By default `config.cell_embedding`.
             key_added: Name in `obsm`.
             adata, batch_size, read_kwargs: As for [`annotate`].
 

@@ -20,6 +20,8 @@ its labels it may have groups of other cells, reference profiles of organs that 
 regression, and the lead of a cell's label over them says whether the cell is one of the labels at all:
 [`PanelReadout.novelty`].
 
+The same groups, factors and noise place a cell among the types without naming one: [`ProfileEmbedding`].
+
 Else a profile is `PROFILE_SCALE * sqrt(share of the counts)`. In a file with a part of the genes, shares are of the
 genes at hand times the share of expression that these genes are expected to have, so that a panel of 200 genes and a
 whole transcriptome have profiles of one scale.
@@ -137,17 +139,20 @@ class PanelReadout:
         of_others = self.typical[:, n_labels:].max(axis=1, initial=-np.inf)
         slack = LEAST_SPREAD + 1 / np.sqrt(np.diff(profiles[0]).clip(min=1))
 
-        def missing(score: np.ndarray, expected: np.ndarray) -> np.ndarray:
-            """From the score of a set of labels, and that of each label's mean cell for the set."""
-            lead = (expected - of_others).clip(min=LEAST_LEAD)[best]
-            weak = 1 - score / expected.clip(min=LEAST_LEAD)[best]
-            return (lead - (score - others)) / (lead + slack) + SCORE_WEIGHT * weak
+        def missing(rows: np.ndarray, score: np.ndarray, expected: np.ndarray) -> np.ndarray:
+            """Of some cells, from their score of a set of labels, and that of each label's mean cell for the set."""
+            lead = (expected - of_others).clip(min=LEAST_LEAD)[best[rows]]
+            weak = 1 - score / expected.clip(min=LEAST_LEAD)[best[rows]]
+            return (lead - (score - others[rows])) / (lead + slack[rows]) + SCORE_WEIGHT * weak
 
-        found = [missing(scores[np.arange(len(best)), best], np.diag(self.typical))]
-        for term in map(list, terms):
-            own = missing(scores[:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
-            found.append(np.where(np.isin(best, term), own, np.inf))
-        return np.stack(found, axis=1).astype(np.float32)
+        found, every = np.full((len(best), 1 + len(terms)), np.inf, dtype=np.float32), np.arange(len(best))
+        found[:, 0] = missing(every, scores[every, best], np.diag(self.typical))
+        for column, term in enumerate(map(list, terms), 1):
+            below = np.zeros(n_labels, dtype=bool)
+            below[term] = True
+            rows = np.flatnonzero(below[best])
+            found[rows, column] = missing(rows, scores[rows][:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
+        return found
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
         """The readout of some of the labels, in the given order."""
@@ -188,6 +193,31 @@ class PanelReadout:
                     pair = min(label, other), max(label, other)
                     weak[label] = other, float(row[other]), self.decisive.get(pair, [])
         return weak
+
+
+@dataclass
+class ProfileEmbedding:
+    """Cells -> embeddings, for the genes of one file; see [`solve_embedding`]. That of a cell depends on it alone.
+
+    Files of other genes have the same space: a gene that is absent is less evidence for a place in it.
+
+    Args:
+        gene_ids: int64 `(n_genes,)`: vocabulary ids of the genes at hand, ascending.
+        weights: float32 `(n_genes, n_groups)`, for profiles of log1p(CP10k).
+        bias: float32 `(n_groups,)`.
+        share: Share of the expression that these genes are expected to have.
+    """
+
+    gene_ids: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+    share: float
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Embeddings of counts, float32 `(n_cells, n_groups)`, L2-normalised."""
+        starts, positions, values = panel_profiles(cells, self.gene_ids, self.share)
+        sums = sum_weights(starts, positions, np.log1p(values**2), self.weights) + self.bias
+        return F.normalize(torch.from_numpy(sums), dim=1).numpy()
 
 
 class ScMMGPTLabelReadout(nn.Module):
@@ -233,6 +263,7 @@ class ScMMGPTLabelReadout(nn.Module):
     ) -> None:
         super().__init__()
         self.num_groups, self.num_others, self.mixes_panels = num_groups, num_others, mixes_panels
+        self._solved: tuple[Any, ProfileEmbedding] | None = None  # for the genes of the last file
         half = torch.float16
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
         self.register_buffer("weights", torch.zeros(num_labels, num_genes, dtype=half))
@@ -299,14 +330,33 @@ class ScMMGPTLabelReadout(nn.Module):
             float32 `(num_cells, num_labels)`. Each cell depends on itself alone. [`PanelReadout`] has the same values
             for the same cells, and others where a file lacks genes.
         """
+        scores = self._sum_weights(profile_gene_ids, profile, self.weights.float().t().contiguous())
+        return ((scores + self.bias) / self.temperature).float().log_softmax(dim=1)
+
+    def embed(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
+        """Embeddings of cells in which all genes of training were measured, by [`ProfileEmbedding`].
+
+        Args:
+            profile_gene_ids, profile: As for `forward`.
+
+        Returns:
+            float32 `(num_cells, num_groups)`, L2-normalised. Each cell depends on itself alone.
+        """
+        solved = self.embedding_for()
+        weights, bias = (torch.from_numpy(part).to(profile.device) for part in (solved.weights, solved.bias))
+        return F.normalize(self._sum_weights(profile_gene_ids, profile, weights) + bias, dim=1)
+
+    def _sum_weights(
+        self, profile_gene_ids: torch.Tensor, profile: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The product of padded profiles with `weights` `(num_genes, width)`, float32 `(num_cells, width)`."""
         gene_ids = self.gene_ids.long()
         places = torch.searchsorted(gene_ids, profile_gene_ids.contiguous()).clamp(max=len(gene_ids) - 1)
         values = profile.float() * (gene_ids[places] == profile_gene_ids)
         length = values.norm(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
         values = values * (PROFILE_SCALE * self.shares.float().sum().sqrt() / length)
         values = (values**2).log1p() if self.num_groups else values
-        scores = F.embedding_bag(places, self.weights.float().t().contiguous(), mode="sum", per_sample_weights=values)
-        return ((scores + self.bias) / self.temperature).float().log_softmax(dim=1)
+        return F.embedding_bag(places, weights, mode="sum", per_sample_weights=values)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The buffers as float64 arrays, and `gene_ids` as int64."""
@@ -322,10 +372,7 @@ class ScMMGPTLabelReadout(nn.Module):
         Raises:
             ValueError: If the file measures no gene of the training cells.
         """
-        a = self.arrays()
-        here = np.ones(len(a["gene_ids"]), bool) if measured is None else np.isin(a["gene_ids"], measured)
-        if not here.any():
-            raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
+        a, here = self._measured(measured)
         spread = np.zeros((0, len(a["bias"])))
         others: dict[str, np.ndarray] = {}
         if self.num_groups:
@@ -357,6 +404,35 @@ class ScMMGPTLabelReadout(nn.Module):
             log=self.num_groups > 0,
             **others,
         )
+
+    def embedding_for(self, measured: np.ndarray | None = None) -> ProfileEmbedding:
+        """The embedding for a file, kept for the next call; arguments and errors as for [`for_genes`].
+
+        Raises:
+            ValueError: Also if this readout has no groups.
+        """
+        if not self.num_groups:
+            raise ValueError("This readout has no groups to embed cells by; they need a checkpoint of `release`.")
+        key = self.groups.data_ptr(), self.groups._version, None if measured is None else measured.tobytes()
+        if self._solved is None or self._solved[0] != key:
+            a, here = self._measured(measured)
+            weights, bias = solve_embedding(a, here)
+            solved = ProfileEmbedding(
+                gene_ids=a["gene_ids"][here],
+                weights=np.ascontiguousarray(weights.T, dtype=np.float32),
+                bias=bias.astype(np.float32),
+                share=float(a["shares"][here].sum()),
+            )
+            self._solved = key, solved
+        return self._solved[1]
+
+    def _measured(self, measured: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The arrays, and which of the genes are measured, bool `(num_genes,)`."""
+        a = self.arrays()
+        here = np.ones(len(a["gene_ids"]), bool) if measured is None else np.isin(a["gene_ids"], measured)
+        if not here.any():
+            raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
+        return a, here
 
     def _others(
         self, a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray, is_panel: bool
@@ -411,6 +487,34 @@ def solve_groups(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray
     inner = np.eye(len(parts)) + scaled @ parts.T
     weights = (alone - scaled.T @ np.linalg.solve(inner, parts @ alone)).T
     return weights, shares - weights @ mean
+
+
+def solve_embedding(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A place of cells among the groups, for the genes that are `here`.
+
+    A profile is taken for `mean + X^T z + F^T u + noise`, with X the groups around their mean, weighted, F the factors
+    of the variance within a group, and z, u ~ N(0, I). The expectation of z given the genes at hand is a ridge
+    regression; what the factors explain of the cell does not move it. The distance of two cells in z would count each
+    direction alike, also those in which groups hardly differ; that of X^T z, the expected profiles, would count what
+    sets apart few types of many genes alone. `(X X^T)^(1/4) z`, over all genes, is half way (`train/LOG.md`).
+
+    Args:
+        a: The arrays of [`ScMMGPTLabelReadout`].
+        here: bool `(num_genes,)`.
+
+    Returns:
+        Weights `(num_groups, n_here)` and bias.
+    """
+    roots = np.sqrt(a["group_weights"])[:, None]
+    scaled = a if here.all() else scale_groups(a, here)
+    mean = scaled["group_mean"][here]
+    x, whole = roots * (scaled["groups"][:, here] - mean), roots * (a["groups"] - a["group_mean"])
+    parts = np.concatenate([x, a["factors"][:, here]])
+    by_noise = parts / a["noise"][here]
+    expected = np.linalg.solve(np.eye(len(parts)) + by_noise @ parts.T, by_noise)[: len(x)]
+    values, axes = np.linalg.eigh(whole @ whole.T)
+    weights = (axes * values.clip(min=0) ** 0.25) @ (axes.T @ expected)  # symmetric: no sign of an axis matters
+    return weights, -weights @ mean
 
 
 def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

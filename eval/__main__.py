@@ -15,9 +15,9 @@ from scmmgpt.commands.progress import log_if_slow
 # Modules of scmmgpt.eval, and those with a folder as output; others write a JSON file.
 COMMANDS = tuple(
     "ablation abstention all annotation audit clustering condition crossdata description evidence finetuning "
-    "generation proof report zeroshot".split()
+    "generation learning_curve proof report zeroshot".split()
 )
-WITH_FOLDERS = ("all", "audit", "crossdata", "finetuning", "report", "zeroshot")
+WITH_FOLDERS = ("all", "audit", "crossdata", "finetuning", "learning_curve", "report", "zeroshot")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -87,7 +87,7 @@ def evaluate_annotation(
     draws = results.bootstrap_draws(len(truth), n_resamples=n_resamples, seed=seed)
     estimates = {name: _estimates(labels, truth, conf, draws) for name, (_, labels, conf) in candidates.items()}
     for name, (_, labels, _) in candidates.items():
-        estimates[name]["hierarchical_f1"] = _hierarchical_f1(labels, truth, ontology_ids(train), draws)
+        estimates[name]["hierarchical_f1"] = hierarchical_f1(labels, truth, ontology_ids(train), draws)
     roles = {name: role for name, (role, _, _) in candidates.items()}
     result = {"task": "annotation"} | results.tabulate(MEASURES, roles, estimates)
     result |= {"n_test": len(truth), "n_train": len(train), "n_genes": len(genes)}
@@ -125,9 +125,10 @@ def _estimates(
     return {name: results.Estimate(value, len(truth), replicates[name]) for name, value in scores.items()}
 
 
-def _hierarchical_f1(
+def hierarchical_f1(
     predictions: np.ndarray, truth: np.ndarray, term_ids: Mapping[str, str | None], draws: np.ndarray
 ) -> results.Estimate:
+    """F1 of the labels' Cell Ontology terms and all terms above; `draws` `(n_draws, n_cells)` weight the cells."""
     from scmmgpt.train.data import ontology
 
     def lineage(label: str) -> set[str]:

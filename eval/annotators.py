@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
@@ -156,8 +157,8 @@ class _OneVersusRest:
         return scores if len(self.classes_) > 2 else scores[:, 0]
 
 
-def celltypist(budget: LabelBudget) -> np.ndarray:
-    """CellTypist with its default training; each cell gets the label of its own prediction."""
+def celltypist_scores(budget: LabelBudget) -> pd.DataFrame:
+    """Scores of the labels by CellTypist with its default training, cells by labels; its own label is the highest."""
     import celltypist as package
 
     def normalised(adata: AnnData) -> AnnData:
@@ -175,7 +176,12 @@ def celltypist(budget: LabelBudget) -> np.ndarray:
             annotated = package.annotate(normalised(budget.test), model=model)
     finally:
         module.LogisticRegression = theirs
-    return annotated.predicted_labels["predicted_labels"].to_numpy().astype(str)
+    return annotated.decision_matrix
+
+
+def celltypist(budget: LabelBudget) -> np.ndarray:
+    """The label of each cell by [`celltypist_scores`]."""
+    return celltypist_scores(budget).idxmax(axis=1).to_numpy().astype(str)
 
 
 def centroid(budget: LabelBudget) -> np.ndarray:

@@ -7,8 +7,10 @@ python -m scmmgpt.eval crossdata --data ../shared/data --output DIR
 The folder `--data` holds `.h5ad` files and `tables/label_classes.json`: file -> column of labels, and label -> coarse
 class and Cell Ontology id (`fine`). Labels without a class are left out. All systems learn from the same cells, at
 most `--max-cells` of a label of a dataset, and choose among all classes of the training datasets, or with
-`--candidates present` among those that the left-out dataset has. No text is used. Classes that no other dataset has
-are not scored.
+`--candidates present` among those that the left-out dataset has. A second table has the same systems with the scores
+of a cell restricted to the classes of its tissue: by the rule of `annotate --tissue`, those that cells of this tissue
+or of blood have in any dataset, the left-out one too. No text is used. Classes that no other dataset has are not
+scored.
 
 * `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes as `annotate` does;
 * `pooled readout, absent genes at their mean`: weights of all genes, not solved again;
@@ -19,14 +21,15 @@ are not scored.
 
 The penalty of the pooled readout is chosen by leaving out each training dataset in turn (`--choose-penalty`), else it
 is `pooled.PENALTY`. DIR gets `results.json` and `table.md`: macro-F1 of each dataset and the mean with its 95 %
-interval over resampled cells. `eval_results.yaml` has the means of ours in the form of `.eval_results` on the Hub.
+interval over resampled cells, and of `--level fine` also F1 over the terms and all above them. `eval_results.yaml`
+has the means of ours in the form of `.eval_results` on the Hub.
 """
 
 import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +39,20 @@ import yaml
 from anndata import AnnData
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from sklearn.model_selection import GroupKFold
 
 from scmmgpt.cells_scmmgpt import Cells, log1p_cp10k
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import annotators, baselines
+from scmmgpt.eval.annotation import hierarchical_f1
 from scmmgpt.eval.results import percentile_interval
 from scmmgpt.eval.task import read_runs
+from scmmgpt.labels_scmmgpt import term_of
+from scmmgpt.train.data import ontology
+from scmmgpt.train.data.prepare import read_label_table
 from scmmgpt.train.pooled import PENALTY, Dataset, fit_pooled_readout
 
 
@@ -66,6 +75,12 @@ class LabelledSet:
     measured: np.ndarray  # int64: ids of the genes that the file measures
     labels: np.ndarray  # (n_cells,) of str
     types: np.ndarray  # (n_cells,) of str: types within a label, such as terms of the Cell Ontology; "" if unknown
+    tissues: np.ndarray  # (n_cells,) of str, in words; "" if unknown
+
+    def take(self, rows: np.ndarray) -> "LabelledSet":
+        """Some of the cells."""
+        kept = {name: getattr(self, name)[rows] for name in ("cells", "labels", "types", "tissues")}
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class LeftOutSet:
     test: LabelledSet
     classes: list[str]  # candidates, sorted; every class of `test` is among them
     n_genes: int  # size of the vocabulary
+    of_tissue: np.ndarray  # bool (n_cells, n_classes): the classes that the tissue of each cell has
 
     def datasets(self) -> list[Dataset]:
         """The training cells of the candidates' classes, by dataset."""
@@ -104,7 +120,7 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
     path = Path(folder, "tables", "label_classes.json")
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}; --data needs the table of the labels' classes.")
-    index = reference_gene_index()
+    index, reviewed = reference_gene_index(), read_label_table("human")["sets"]
     sets = []
     for name, table in json.loads(path.read_text(encoding="utf-8")).items():
         adata = read_file(Path(folder, f"{name}.h5ad"))
@@ -117,8 +133,12 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
         of_labels = [np.flatnonzero((own == label) & (classes != "")) for label in sorted(set(own[classes != ""]))]
         rows = np.sort(np.concatenate([rng.permutation(rows)[:max_cells] for rows in of_labels]))
         choice = choose_input(adata, index)
-        cells = choice.convert(adata)[rows]
-        sets.append(LabelledSet(name, cells, choice.match.measured, classes[rows], types[rows]))
+        tissue = reviewed.get(name, {}).get("constants", {}).get("tissue")
+        tissues = np.full(len(own), tissue or "", dtype=object)
+        if tissue is None and "tissue" in adata.obs:
+            tissues = adata.obs["tissue"].astype(object).fillna("").to_numpy()
+        part = LabelledSet(name, choice.convert(adata), choice.match.measured, classes, types, tissues.astype(str))
+        sets.append(part.take(rows))
     return sets, max(index.vocabulary.values()) + 1
 
 
@@ -127,18 +147,27 @@ def leave_out(sets: Sequence[LabelledSet], name: str, candidates: str, n_genes: 
     train = [part for part in sets if part.name != name]
     (test,) = (part for part in sets if part.name == name)
     known = sorted({label for part in train for label in part.labels})
-    rows = np.flatnonzero(np.isin(test.labels, known))
-    test = replace(test, cells=test.cells[rows], labels=test.labels[rows], types=test.types[rows])
+    test = test.take(np.flatnonzero(np.isin(test.labels, known)))
     classes = sorted(set(test.labels)) if candidates == "present" else known
-    return LeftOutSet(train, test, classes, n_genes)
+    return LeftOutSet(train, test, classes, n_genes, tissue_candidates(sets, test.tissues, classes))
 
 
-def thin(part: LabelledSet, share: float) -> LabelledSet:
+def tissue_candidates(sets: Sequence[LabelledSet], tissues: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """The classes of each cell's tissue, bool `(n_cells, n_classes)`; all for a tissue of which there are no cells."""
+    terms = ontology.tissue_terms(pair for part in sets for pair in zip(part.tissues, part.labels, strict=True))
+    rows = {}
+    for name in set(tissues):
+        own = term_of(name, terms)
+        rows[name] = np.isin(classes, classes if own is None else own["labels"])
+    return np.array([rows[name] for name in tissues]).reshape(-1, len(classes))
+
+
+def thin(part: LabelledSet, share: float, seed: int = 0) -> LabelledSet:
     """A random share of the cells of each label, at least one."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     of_labels = [rng.permutation(np.flatnonzero(part.labels == label)) for label in np.unique(part.labels)]
     rows = np.sort(np.concatenate([rows[: max(round(share * len(rows)), 1)] for rows in of_labels]))
-    return replace(part, cells=part.cells[rows], labels=part.labels[rows], types=part.types[rows])
+    return part.take(rows)
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -170,7 +199,7 @@ def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.
         here = np.isin(fixed.gene_ids, panel.gene_ids)
         absent = readout.group_mean.numpy()[~here]
         panel = replace(panel, weights=fixed.weights[here], bias=fixed.bias + absent @ fixed.weights[~here])
-    return np.asarray(case.classes)[panel(case.test.cells).argmax(axis=1)]
+    return panel(case.test.cells)
 
 
 def pooled_by_types(case: LeftOutSet) -> np.ndarray:
@@ -194,7 +223,7 @@ def pooled_by_types(case: LeftOutSet) -> np.ndarray:
     readout = fit_pooled_readout(datasets, len(types), meanings=shares)
     probabilities = np.exp(readout.for_genes(case.test.measured)(case.test.cells))
     of_class = np.array([[label == name for name in case.classes] for label, _ in types], dtype=float)
-    return np.asarray(case.classes)[(probabilities @ of_class).argmax(axis=1)]
+    return probabilities @ of_class
 
 
 def choose_penalty(case: LeftOutSet) -> float:
@@ -231,16 +260,22 @@ def shared_expression(case: LeftOutSet, n_genes: int) -> tuple[sparse.csr_matrix
 
 def logistic_regression(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
     """Balanced logistic regression."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, GroupKFold
-
     train, labels, test = shared_expression(case, n_genes)
     parts = case.datasets()
     groups = np.repeat(np.arange(len(parts)), [len(part.targets) for part in parts])
-    model = LogisticRegression(class_weight="balanced", max_iter=baselines.MAX_ITERATIONS)
-    folds = list(GroupKFold(min(N_FOLDS, len(parts))).split(train, labels, groups)) if len(parts) > 1 else 2
-    search = GridSearchCV(model, {"C": INVERSE_PENALTIES}, scoring=known_f1, cv=folds)
-    return baselines.fit_quietly(search, train, labels).predict(test)
+    scores = dict.fromkeys(INVERSE_PENALTIES, 0.0)
+    for fitting, rest in GroupKFold(min(N_FOLDS, len(parts))).split(train, labels, groups) if len(parts) > 1 else ():
+        model = new_regression()
+        for c in INVERSE_PENALTIES:
+            baselines.fit_quietly(model.set_params(C=c), train[fitting], labels[fitting])
+            scores[c] += known_f1(model, train[rest], labels[rest])
+    best = max(scores, key=scores.__getitem__)
+    return baselines.fit_quietly(new_regression().set_params(C=best), train, labels).predict_log_proba(test)
+
+
+def new_regression() -> LogisticRegression:
+    """Balanced, and starting from the coefficients of its last fit."""
+    return LogisticRegression(class_weight="balanced", warm_start=True, tol=1e-3, max_iter=baselines.MAX_ITERATIONS)
 
 
 def known_f1(model: Any, rows: sparse.csr_matrix, truth: np.ndarray) -> float:
@@ -253,9 +288,11 @@ def celltypist(case: LeftOutSet, *, n_genes: int) -> np.ndarray:
     """CellTypist with its default training."""
     train, labels, test = shared_expression(case, n_genes)
     both = [AnnData(sparse.csr_matrix(matrix.expm1())) for matrix in (train, test)]  # it is given counts, as elsewhere
-    return annotators.celltypist(annotators.LabelBudget(both[0], labels, np.arange(len(labels)), both[1], 0))
+    budget = annotators.LabelBudget(both[0], labels, np.arange(len(labels)), both[1], 0)
+    return annotators.celltypist_scores(budget)[case.classes].to_numpy()
 
 
+# Each gives scores of the classes, (n_cells, n_classes).
 SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
     MODEL: pooled,
     f"{MODEL}, absent genes at their mean": lambda case: pooled(case, refit=False),
@@ -266,11 +303,14 @@ SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
 }
 
 
-def summarise(records: Sequence[dict], truths: dict[str, np.ndarray]) -> list[dict]:
-    """For each system: macro-F1 by dataset, the mean, its interval, and that of the model's lead over it."""
+def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str = "predicted") -> list[dict]:
+    """For each system: macro-F1 by dataset, the mean, its interval, and that of the model's lead over it.
+
+    `key` of the records has the predictions. Where the classes are terms, `hierarchical` is the mean F1 over terms.
+    """
     of_system: dict[str, dict[str, np.ndarray]] = {}
     for record in records:
-        of_system.setdefault(record["system"], {})[record["set"]] = np.asarray(record["predicted"])
+        of_system.setdefault(record["system"], {})[record["set"]] = np.asarray(record[key])
     draws = {}
     for place, (name, truth) in enumerate(truths.items()):
         rng = np.random.default_rng([0, place])
@@ -289,8 +329,16 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray]) -> list[di
             lead = replicates(ours, names) - replicates(predicted, names)
             row["lead"] = float(np.mean([macro_f1(truths[n], ours[n]) - scores[n] for n in names]))
             row["lead_interval"] = percentile_interval(lead)
+        ids = {label: label for name in names for label in truths[name] if label.startswith("CL:")}
+        if ids:
+            row["hierarchical"] = {name: hierarchical(truths[name], predicted[name], ids) for name in names}
         rows.append(row)
     return rows
+
+
+def hierarchical(truth: np.ndarray, predicted: np.ndarray, ids: Mapping[str, str]) -> float:
+    """F1 over the terms of the cells' classes and all terms above them."""
+    return hierarchical_f1(predicted, truth, ids, np.ones((1, len(truth)))).value
 
 
 def markdown_table(rows: Sequence[dict]) -> str:
@@ -306,6 +354,11 @@ def markdown_table(rows: Sequence[dict]) -> str:
         values = [f"{100 * row['by_set'][name]:.0f}" if name in row["by_set"] else "" for name in names]
         mean = f"{100 * row['mean']:.1f} [{low:.1f}, {high:.1f}]"
         lines.append(f"| {row['system']} | {mean} | {lead} | {' | '.join(values)} |")
+        if "hierarchical" in row:
+            f1 = row["hierarchical"]
+            values = [f"{100 * f1[name]:.0f}" if name in f1 else "" for name in names]
+            mean = f"{100 * np.mean(list(f1.values())):.1f}"
+            lines.append(f"| {row['system']}, hierarchical F1 | {mean} | | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -372,13 +425,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (system, part.name) in done:
                 continue
             options = {"choose": True} if args.choose_penalty and system == MODEL else {}
-            predicted = SYSTEMS[system](case, **options)
-            records.append({"system": system, "set": part.name, "predicted": predicted.tolist()})
+            scores, names = SYSTEMS[system](case, **options), np.asarray(case.classes)
+            predicted, of_tissue = (
+                names[np.where(kept, scores, -np.inf).argmax(axis=1)] for kept in (True, case.of_tissue)
+            )
+            record = {"predicted": predicted.tolist(), "of_tissue": of_tissue.tolist()}
+            records.append({"system": system, "set": part.name, **record})
             logger.info("%s, %s: macro-F1 %.3f", part.name, system, macro_f1(case.test.labels, predicted))
             write_json(path, {**about, "runs": records})
-    rows = summarise([record for record in records if record["set"] in truths], truths)
-    table = markdown_table(rows)
-    write_json(path, {**about, "rows": rows, "runs": records})
+    kept = [record for record in records if record["set"] in truths]
+    rows, restricted = (summarise(kept, truths, key) for key in ("predicted", "of_tissue"))
+    table = f"{markdown_table(rows)}\nCandidates of each cell's tissue:\n\n{markdown_table(restricted)}"
+    write_json(path, {**about, "rows": rows, "rows_of_tissue": restricted, "runs": records})
     Path(args.output, "table.md").write_text(table, encoding="utf-8")
     results = eval_results(
         rows, f"{args.level} classes, {args.candidates} candidates, {len(truths)} sets left out in turn"

@@ -1,4 +1,4 @@
-"""Datasets left out in turn: who sees which cells, and a readout that is pooled over datasets of different genes."""
+"""Datasets left out: who sees which cells, a readout pooled over datasets of different genes, and learning curves."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 import yaml
 from scipy.sparse import csr_matrix
 
-from scmmgpt.eval import crossdata
+from scmmgpt.eval import crossdata, learning_curve
 from scmmgpt.readout_scmmgpt import solve_groups
 from scmmgpt.train import pooled
 from scmmgpt.train.pooled import Dataset, fit_pooled_readout
@@ -164,3 +164,87 @@ def test_a_cell_of_a_broad_type_counts_for_each_narrow_type_a_part():
     readout = fit_pooled_readout([data], 2, meanings=np.array([[1, 0], [0, 1], [0.5, 0.5]]))
     np.testing.assert_allclose(readout.group_labels, [[1, 0], [0, 1], [0.5, 0.5]])
     np.testing.assert_allclose(readout.group_weights, [1 / 3, 1 / 3, 1 / 3])
+
+
+def test_a_cell_may_have_the_classes_of_its_tissue_and_of_blood():
+    def part(name, labels, tissue):
+        n = len(labels)
+        return crossdata.LabelledSet(
+            name, None, np.arange(3), np.array(labels), np.array([""] * n), np.full(n, tissue)
+        )
+
+    sets = [part("a", ["B cell", "T cell"], "blood"), part("b", ["hepatocyte"], "liver"), part("c", ["neuron"], "")]
+    classes = ["B cell", "T cell", "hepatocyte", "neuron"]
+    found = crossdata.tissue_candidates(sets, np.array(["Liver", "blood", "", "kidney"]), classes)
+    assert found.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_a_neighbour_in_the_ontology_is_half_right():
+    t_cell, b_cell, neuron = "CL:0000084", "CL:0000236", "CL:0000540"
+    truth, ids = np.array([t_cell, t_cell]), {name: name for name in (t_cell, b_cell, neuron)}
+    scores = [crossdata.hierarchical(truth, np.array([t_cell, name]), ids) for name in (t_cell, b_cell, neuron)]
+    assert scores[0] == 1
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == 3
+
+
+@pytest.fixture
+def folds(folder):
+    sets, n_genes = crossdata.read_sets(folder, "coarse", max_cells=10)
+    return learning_curve.make_folds(sets, ["one", "two", "panel"], n_genes)
+
+
+def test_cells_to_annotate_are_never_trained_on(folds):
+    assert [[part.name for part in fold.new] for fold in folds] == [["one"], ["two"], ["panel"]]
+    for fold in folds:
+        for trained, held_out in zip(fold.train, fold.known, strict=True):
+            assert not set(trained.cells.cell_ids) & set(held_out.cells.cell_ids)
+            assert (len(trained.labels), len(held_out.labels)) == (24, 6)  # two of ten cells of each type
+        assert not {part.name for part in fold.new} & {part.name for part in fold.train}
+
+
+def test_tokens_are_the_most_expressed_genes_that_a_dataset_measures(folds):
+    fold = folds[2]
+    data, genes = fold.dataset(fold.new[0]), np.arange(fold.n_genes)
+    measured = [fold.dataset(part) for part in fold.train]
+    shares = learning_curve.expected_shares(measured, len(fold.classes))
+    genes = np.flatnonzero(shares)
+    ids, expression, mask = learning_curve.tokenise(data, genes, shares)
+    assert (ids[:, 0] == 1).all()
+    assert (mask[:, 0] == 1).all()
+    first = data.counts[0].toarray().ravel()[genes]
+    n_expressed = int((first > 0).sum())
+    assert mask[0].sum() == 1 + n_expressed
+    assert ids[0, 1] - learning_curve.N_SPECIAL == first.argmax()
+    assert (np.diff(expression[0, 1 : 1 + n_expressed]) <= 0).all()
+
+
+def test_the_other_folds_choose_whether_the_network_counts(folds):
+    truth = [
+        [np.searchsorted(fold.classes, part.labels)[:, None] == np.arange(3) for part in fold.parts] for fold in folds
+    ]
+    right = [[np.where(own, -0.1, -5.0) for own in of] for of in truth]
+    wrong = [[np.where(own, -5.0, -0.1) for own in of] for of in truth]
+    for wide, deep, alone in ((right, wrong, True), (wrong, right, False)):
+        chosen = list(learning_curve.stack(folds, wide, deep))
+        assert [multiple == 0 for multiple, _ in chosen] == [alone] * 3
+        for fold, (_, scores) in zip(folds, chosen, strict=True):
+            assert set(learning_curve.scores_of_parts(fold, scores)["new"].values()) == {1.0}
+
+
+def test_the_learning_curve_computes_no_scores_twice(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    words = ["--data", str(folder), "--sets", "one", "two", "panel", "--steps", "2", "--output", str(out)]
+    words += ["--shares", "0.1", "1", "--seeds", "2"]
+    assert learning_curve.main(words) == 0
+    assert "| datasets left out | 10 %" in capsys.readouterr().out
+    result = json.loads((out / "results.json").read_text())
+    (row,) = (row for row in result["rows"] if (row["system"], row["place"]) == ("linear", "new"))
+    assert row["means"]["1.0"][0] > 95
+    assert row["slope"][0] >= -1
+    monkeypatch.setattr(learning_curve, "SYSTEMS", dict.fromkeys(learning_curve.SYSTEMS))  # nothing is computed again
+    assert learning_curve.main(words) == 0
+    with pytest.raises(ValueError, match="other cells or options"):
+        learning_curve.main([*words, "--steps", "3"])
+    with pytest.raises(ValueError, match="three or more"):
+        learning_curve.main(["--data", str(folder), "--sets", "one", "two", "--output", str(tmp_path / "other")])

@@ -268,6 +268,9 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
     assert (np.asarray(found)[types != 3] == np.array(names)[types[types != 3]]).mean() > 0.8
     found = pipeline.search(cells, "NK cells", 3, by="genes", key_added="by_genes")
     assert {names[types[hit["index"]]] for hit in found} <= set(names)
+    for name in stored:  # by the markers of the type, whatever genes have letters of its name
+        found = pipeline.search(cells, f"a {name}", 10, by="genes")
+        assert {names[types[hit["index"]]] for hit in found} == {name}
     assert cells.uns["scmmgpt"]["search"]["by"] == "genes"
     # By similarity, far beyond the sign of a place between labels: probabilities weigh the texts of the labels.
     hits = pipeline.search(cells, stored["B cell"], len(cells))

@@ -121,7 +121,7 @@ def judge(
     """
     n_genes, parts = train[0].counts.shape[1], []
     fitted, own = fit_known(train, meanings, reference)
-    stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"others_unit": 1.0})
+    stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"lead_unit": 1.0})
     in_terms = [np.flatnonzero(np.isin(own, term)).tolist() for term in terms]
     in_terms = [term if 1 < len(term) <= MOST_LABELS * len(own) else [] for term in in_terms]
     for number, data in tests.items():
@@ -186,7 +186,7 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
 
     With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly lose
     their name, each dataset counting alike. Nearly all of these are novel where there are other cells, since novelty
-    finds more new cells than a low score; they get a broader term where that is not novel. `others_unit` is of cells
+    finds more new cells than a low score; they get a broader term where that is not novel. `lead_unit` is of cells
     alone, `batch_unit` of cells [`with_neighbours`].
     """
     if cells is None or cells.known.sum() < MIN_CELLS:
@@ -214,7 +214,7 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
         "temperature": temperature,
         "doubt": doubt,
         "min_score": round(least, 4),
-        "others_unit": unit,
+        "lead_unit": unit,
         "batch_unit": batch_unit,
         "label_sets": fit_label_sets(probabilities, cells.targets),
     }

@@ -180,8 +180,10 @@ def spread_out(
     return of_label @ means, (totals > 0) & has_gene
 
 
-def variable_genes(datasets: Sequence[Dataset], candidates: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The `N_GENES` of `candidates` of the highest mean variance of log1p(CP10k) over the datasets that measure them.
+def variable_genes(
+    datasets: Sequence[Dataset], candidates: np.ndarray, shares: np.ndarray, n_genes: int = N_GENES
+) -> np.ndarray:
+    """The `n_genes` of `candidates` of the highest mean variance of log1p(CP10k) over the datasets that measure them.
 
     Ascending ids.
     """
@@ -191,7 +193,7 @@ def variable_genes(datasets: Sequence[Dataset], candidates: np.ndarray, shares: 
         total[here] += np.log1p(dense_expression(data, candidates[here], shares)).var(axis=0)
         seen[here] += 1
     variance = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
-    return np.sort(candidates[np.argsort(-variance, kind="stable")[:N_GENES]])
+    return np.sort(candidates[np.argsort(-variance, kind="stable")[:n_genes]])
 
 
 def fit_pooled_novelty(datasets: Sequence[Dataset], n_genes: int) -> dict[str, Any] | None:

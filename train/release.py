@@ -225,11 +225,12 @@ def add_readout(
     reference = read_profiles(data, types, table, processor.gene_index, n_genes)
     fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings, reference), reference is not None)
     temperature = fitted.pop("temperature", TEMPERATURE)
-    units = {name: fitted.pop(name, 1.0) for name in ("others_unit", "batch_unit")}
+    units = {name: fitted.pop(name, 1.0) for name in ("lead_unit", "batch_unit")}
     others = {} if reference is None else units
     model.label_readout, _ = left_out.fit_known(datasets, meanings, reference)
     model.label_readout.temperature.fill_(temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
+    model.config.cell_embedding = "profile"
     summaries = Path(data, SUMMARIES)
     add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
     gate = fit_pooled_gate(model, processor, datasets, meanings)

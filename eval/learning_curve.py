@@ -1,0 +1,352 @@
+"""The learning curve: datasets left out, annotated by systems that learn from a share of the other datasets' cells.
+
+```
+python -m scmmgpt.eval learning_curve --data ../shared/data --sets liver_he lymphoid_ref ... --output DIR
+```
+
+Datasets and classes are those of `eval crossdata`. The datasets of `--sets` are left out in three groups (every
+third). Of the other datasets a fifth of the cells of each class is held out, and the systems learn from a share of the
+rest, at least one cell of each class of a dataset. All systems see the same cells:
+
+* `linear` (wide): the pooled readout, solved for the genes of a dataset;
+* `logistic regression`: log1p(CP10k) of the 2,000 most variable genes that the left-out dataset measures, balanced,
+  C = `INVERSE_PENALTY`; for held-out cells those of all genes;
+* `network` (deep): a new cell model, the mean of its states and a linear layer. It reads the most expressed of the
+  2,000 most variable genes, and takes the same number of steps at every share, on batches that are balanced over
+  classes and datasets;
+* `both`: log probabilities of `linear`, and a multiple of those of `network`. The multiple has the best mean
+  macro-F1 on the datasets that the other two groups leave out.
+
+The table has the mean macro-F1 over datasets left out, and over held-out cells of the datasets of training; `±` is the
+standard deviation over seeds, which draw the share of the cells and start the network. `slope` is the gain in points
+for ten times the cells, by least squares over the shares. DIR gets `results.json`, `table.md` and the scores.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from scipy.sparse import vstack
+from sklearn.linear_model import LogisticRegression
+from transformers import get_cosine_schedule_with_warmup
+
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.commands.errors import OneLineParser, number
+from scmmgpt.commands.files import write_json
+from scmmgpt.configuration_scmmgpt import ScGPTConfig
+from scmmgpt.eval import baselines
+from scmmgpt.eval.crossdata import LabelledSet, LeftOutSet, macro_f1, read_sets, shared_expression, thin
+from scmmgpt.modeling_scgpt import ScGPTModel
+from scmmgpt.train.finetune import CellsOfVocabulary
+from scmmgpt.train.initialize import embed_genes_by_coexpression
+from scmmgpt.train.pooled import Dataset, dense_expression, expected_shares, fit_pooled_readout, variable_genes
+
+
+logger = logging.getLogger(__name__)
+
+SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
+N_FOLDS = 3
+HELD_OUT = 0.2  # share of the cells of a class of a training dataset
+N_GENES = 2000  # of logistic regression and network
+INVERSE_PENALTY = 0.03  # of logistic regression, amid those of `eval crossdata`
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+MAX_TOKENS = 64  # genes of a cell
+TOKEN_DROPOUT = 0.2  # share of a cell's genes that a step does not see: datasets differ in the genes they detect
+BATCH_SIZE, WARMUP, LEARNING_RATE, WEIGHT_DECAY = 32, 20, 2e-3, 0.01
+N_SPECIAL = 2  # padding and `<cls>`
+MULTIPLES = (0.0, 0.1, 0.3, 1.0, 3.0)  # of the network's log probabilities beside those of the readout
+PLACES = {"new": "datasets left out", "known": "held-out cells"}
+
+Scores = list[np.ndarray]  # log probabilities (n_cells, n_classes) of each part to annotate
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Cells to learn from, held-out cells of the same datasets (`known`), and datasets left out (`new`)."""
+
+    train: list[LabelledSet]
+    known: list[LabelledSet]
+    new: list[LabelledSet]
+    classes: list[str]
+    n_genes: int  # size of the vocabulary
+
+    @property
+    def parts(self) -> list[LabelledSet]:
+        """All cells to annotate."""
+        return [*self.known, *self.new]
+
+    def dataset(self, part: LabelledSet) -> Dataset:
+        """Cells of one dataset as training takes them."""
+        targets = np.searchsorted(self.classes, part.labels)
+        return Dataset(part.cells.to_csr(self.n_genes), part.measured, targets)
+
+
+def make_folds(sets: Sequence[LabelledSet], names: Sequence[str], n_genes: int) -> list[Fold]:
+    """Leave out every third of the named datasets in turn; classes of one cell or dataset are not annotated there."""
+    folds = []
+    for number_ in range(N_FOLDS):
+        out, train, known = names[number_::N_FOLDS], [], []
+        for part in sets:
+            if part.name not in out:
+                rng = np.random.default_rng(0)
+                rows = [rng.permutation(np.flatnonzero(part.labels == label)) for label in np.unique(part.labels)]
+                cuts = [round(HELD_OUT * len(own)) for own in rows]
+                held_out = np.concatenate([own[:cut] for own, cut in zip(rows, cuts, strict=True)])
+                known.append(part.take(np.sort(held_out)))
+                train.append(part.take(np.setdiff1d(np.arange(len(part.labels)), held_out)))
+        classes = sorted({label for part in train for label in part.labels})
+        new = [part.take(np.flatnonzero(np.isin(part.labels, classes))) for part in sets if part.name in out]
+        folds.append(Fold(train, [part for part in known if len(set(part.labels)) > 1], new, classes, n_genes))
+    return folds
+
+
+def linear(fold: Fold, seed: int, steps: int) -> Scores:
+    """Our readout."""
+    readout = fit_pooled_readout([fold.dataset(part) for part in fold.train], len(fold.classes))
+    return [readout.for_genes(part.measured)(part.cells) for part in fold.parts]
+
+
+def logistic_regression(fold: Fold, seed: int, steps: int) -> Scores:
+    """A regression for each left-out dataset, and one for held-out cells."""
+    counts = vstack([part.cells.to_csr(fold.n_genes) for part in fold.known], format="csr")
+    everything = np.arange(fold.n_genes)
+    known = replace(fold.known[0], cells=Cells.from_csr(counts, everything), measured=everything)
+    scores: Scores = []
+    for part in (known, *fold.new):
+        kept = np.ones((0, len(fold.classes)), dtype=bool)
+        train, labels, test = shared_expression(
+            LeftOutSet(fold.train, part, fold.classes, fold.n_genes, kept), N_GENES
+        )
+        model = LogisticRegression(
+            C=INVERSE_PENALTY, class_weight="balanced", max_iter=baselines.MAX_ITERATIONS, tol=1e-3
+        )
+        fitted = baselines.fit_quietly(model, train, labels)
+        scores.append(fitted.predict_log_proba(test))
+    lengths = np.cumsum([len(part.labels) for part in fold.known])[:-1]
+    return [*np.split(scores[0], lengths), *scores[1:]]
+
+
+def tokenise(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, log1p(CP10k) on the scale of whole transcriptomes, and mask of `<cls>` and the most expressed `genes`."""
+    values = np.log1p(dense_expression(data, genes, shares))
+    top = np.argsort(-values, axis=1, kind="stable")[:, :MAX_TOKENS]
+    expression = np.take_along_axis(values, top, axis=1)
+    ids = np.pad(top + N_SPECIAL, ((0, 0), (1, 0)), constant_values=1)
+    mask = np.pad(expression > 0, ((0, 0), (1, 0)), constant_values=True)
+    expression = np.pad(expression, ((0, 0), (1, 0)), constant_values=-2)
+    return torch.from_numpy(ids * mask), torch.from_numpy(expression), torch.from_numpy(mask.astype(np.int64))
+
+
+class MeanClassifier(torch.nn.Module):
+    """A new cell model, and classes from the mean state of a cell's tokens: that of `<cls>` learns too slowly."""
+
+    def __init__(self, config: ScGPTConfig) -> None:
+        super().__init__()
+        self.cell_model = ScGPTModel(config, add_decoders=False)
+        self.head = torch.nn.Linear(config.hidden_size, cast(int, config.num_labels))
+
+    def forward(self, ids: torch.Tensor, expression: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_tokens)` each -> logits `(batch_size, n_classes)`."""
+        states = self.cell_model(ids, expression, mask, return_dict=True).last_hidden_state
+        return self.head(states.sum(dim=1) / mask.sum(dim=1, keepdim=True))
+
+
+def network(fold: Fold, seed: int, steps: int) -> Scores:
+    """A new cell model and head, trained on the labels."""
+    datasets = [fold.dataset(part) for part in fold.train]
+    shares = expected_shares(datasets, len(fold.classes))
+    genes = variable_genes(datasets, np.flatnonzero(shares), shares, N_GENES)
+    inputs = [torch.cat(of) for of in zip(*(tokenise(data, genes, shares) for data in datasets), strict=True)]
+    targets = np.concatenate([data.targets for data in datasets])
+    groups = np.concatenate([data.targets + len(fold.classes) * i for i, data in enumerate(datasets)])
+    _, where, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    n_datasets = np.bincount(np.unique(groups) % len(fold.classes))
+    chances = 1 / (len(fold.classes) * n_datasets[targets] * sizes[where])
+    cells = Cells.from_csr(vstack([data.counts[:, genes] for data in datasets], format="csr"), np.arange(len(genes)))
+    cells = replace(cells, gene_ids=cells.gene_ids + N_SPECIAL)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ids = {"vocab_size": N_SPECIAL + len(genes), "pad_token_id": 0, "cls_token_id": 1}
+        config = ScGPTConfig(**ids, **SIZES, hidden_dropout=0.1, num_labels=len(fold.classes))
+        model = MeanClassifier(config)
+        embed_genes_by_coexpression(model.cell_model, CellsOfVocabulary({}, {}, cells))
+        train(model, inputs, torch.from_numpy(targets), chances, seed, steps)
+        return [predict(model, *tokenise(fold.dataset(part), genes, shares)) for part in fold.parts]
+
+
+def train(
+    model: MeanClassifier,
+    inputs: Sequence[torch.Tensor],
+    targets: torch.Tensor,
+    chances: np.ndarray,
+    seed: int,
+    steps: int,
+) -> None:
+    """Take steps on batches of cells, which `chances` draw."""
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
+    model.train()
+    for _ in range(steps):
+        rows = torch.from_numpy(rng.choice(len(targets), BATCH_SIZE, p=chances))
+        ids, expression, mask = (of[rows] for of in inputs)
+        seen = torch.rand(mask.shape) >= TOKEN_DROPOUT
+        seen[:, 0] = True
+        torch.nn.functional.cross_entropy(model(ids, expression, mask * seen), targets[rows]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@torch.inference_mode()
+def predict(model: MeanClassifier, *inputs: torch.Tensor) -> np.ndarray:
+    """Log probabilities of the classes, float32 `(n_cells, n_classes)`."""
+    batches = zip(*(of.split(8 * BATCH_SIZE) for of in inputs), strict=True)
+    return torch.cat([model(*batch).log_softmax(dim=1) for batch in batches]).numpy()
+
+
+SYSTEMS: dict[str, Callable[[Fold, int, int], Scores]] = {
+    "linear": linear,
+    "network": network,
+    "logistic regression": logistic_regression,
+}
+
+
+def scores_of_parts(fold: Fold, scores: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
+    """Macro-F1 of each part: `new` or `known` -> dataset -> value."""
+    names = np.asarray(fold.classes)
+    f1 = [macro_f1(part.labels, names[of.argmax(axis=1)]) for part, of in zip(fold.parts, scores, strict=True)]
+    values = list(zip((part.name for part in fold.parts), f1, strict=True))
+    return {"known": dict(values[: len(fold.known)]), "new": dict(values[len(fold.known) :])}
+
+
+def stack(folds: Sequence[Fold], wide: Sequence[Scores], deep: Sequence[Scores]) -> Iterator[tuple[float, Scores]]:
+    """For each fold the multiple that the datasets left out of the other folds choose, and the sum of both parts."""
+    sums = [
+        [[w + m * d for w, d in zip(*pair, strict=True)] for pair in zip(wide, deep, strict=True)] for m in MULTIPLES
+    ]
+    found = [[scores_of_parts(fold, of)["new"].values() for fold, of in zip(folds, row, strict=True)] for row in sums]
+    for place in range(len(folds)):
+        means = [np.mean([value for other, of in enumerate(row) if other != place for value in of]) for row in found]
+        best = int(np.argmax(means))  # the least of equals
+        yield MULTIPLES[best], sums[best][place]
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each system and place: mean and standard deviation over seeds at each share, and the slope."""
+    rows = []
+    for system, place in dict.fromkeys((run["system"], place) for run in runs for place in PLACES):
+        own = [run for run in runs if run["system"] == system]
+        shares = sorted({run["share"] for run in own})
+        means: dict[float, list[float]] = {share: [] for share in shares}
+        for run in own:
+            means[run["share"]].append(100 * float(np.mean(list(run[place].values()))))
+        n_cells = [next(run["n_cells"] for run in own if run["share"] == share) for share in shares]
+        row: dict[str, Any] = {"system": system, "place": place, "n_cells": dict(zip(shares, n_cells, strict=True))}
+        row["means"] = {share: mean_and_spread(values) for share, values in means.items()}
+        if len(shares) > 1:
+            curves = zip(*(values[: min(map(len, means.values()))] for values in means.values()), strict=True)
+            row["slope"] = mean_and_spread([float(np.polyfit(np.log10(n_cells), curve, 1)[0]) for curve in curves])
+        rows.append(row)
+    return rows
+
+
+def mean_and_spread(values: Sequence[float]) -> list[float]:
+    """Mean, and standard deviation where there are several values."""
+    spread = [float(np.std(values, ddof=1))] if len(values) > 1 else []
+    return [float(np.mean(values)), *spread]
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Systems by shares for each place, macro-F1 x 100."""
+    lines = []
+    for place, title in PLACES.items():
+        own = [row for row in rows if row["place"] == place]
+        titles = [f"{100 * share:g} % ({n:,.0f} cells)" for share, n in own[0]["n_cells"].items()]
+        lines += [f"| {title} | {' | '.join(titles)} | slope |", "| --- |" + " --- |" * (len(titles) + 1)]
+        for row in own:
+            values = [" ± ".join(f"{value:.1f}" for value in pair) for pair in row["means"].values()]
+            values.append(" ± ".join(f"{value:.1f}" for value in row.get("slope", ())))
+            lines.append(f"| {row['system']} | {' | '.join(values)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def run_share(args: argparse.Namespace, folds: Sequence[Fold], share: float, seed: int) -> Iterator[dict[str, Any]]:
+    """The records of all systems at one share; scores that are in the output folder are not computed again."""
+    thinned = [replace(fold, train=[thin(part, share, seed) for part in fold.train]) for fold in folds]
+    found: dict[str, list[Scores]] = {}
+    for system, place in ((system, place) for system in SYSTEMS for place in range(len(folds))):
+        own_seed = seed if share < 1 or system == "network" else 0  # the others have no draw but that of the cells
+        path = Path(args.output, "scores", f"{system}-{share:g}-{own_seed}-{place}.npz")
+        if not path.is_file():
+            start = time.process_time()
+            scores = SYSTEMS[system](thinned[place], own_seed, args.steps)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path, *[of.astype(np.float32) for of in scores])
+            logger.info("%s: %.0f s", path.stem, time.process_time() - start)
+        with np.load(path) as stored:
+            found.setdefault(system, []).append([stored[f"arr_{i}"] for i in range(len(stored.files))])
+    multiples, both = zip(*stack(folds, found["linear"], found["network"]), strict=True)
+    found["both"] = list(both)
+    n_cells = float(np.mean([sum(len(part.labels) for part in fold.train) for fold in thinned]))
+    for system, scores in found.items():
+        by_fold = [scores_of_parts(fold, of) for fold, of in zip(folds, scores, strict=True)]
+        record: dict[str, Any] = {"system": system, "share": share, "seed": seed, "n_cells": n_cells}
+        record["new"] = {name: value for of in by_fold for name, value in of["new"].items()}
+        record["known"] = {
+            f"{name}, {i}": value for i, of in enumerate(by_fold) for name, value in of["known"].items()
+        }
+        yield record | ({"multiples": multiples} if system == "both" else {})
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="python -m scmmgpt.eval learning_curve", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", required=True, help="folder of .h5ad files with tables/label_classes.json")
+    parser.add_argument("--sets", nargs="+", required=True, help="datasets to leave out, three at least")
+    parser.add_argument("--output", required=True, help="folder for results.json and table.md")
+    parser.add_argument("--max-cells", type=number(int, 1), default=100, help="cells of each label (%(default)s)")
+    parser.add_argument("--steps", type=number(int, 1), default=300, help="of the network (%(default)s)")
+    parser.add_argument("--seeds", type=number(int, 1), default=2, help="repetitions (%(default)s)")
+    parser.add_argument(
+        "--shares",
+        type=number(float, 0, 1, above=True),
+        nargs="+",
+        default=list(SHARES),
+        help="of the training cells (%(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    args = make_parser().parse_args(argv)
+    sets, n_genes = read_sets(args.data, "coarse", args.max_cells)
+    unknown = sorted(set(args.sets) - {part.name for part in sets})
+    if unknown or len(set(args.sets)) < N_FOLDS:
+        raise ValueError(f"--sets is {args.sets}; name three or more of {[part.name for part in sets]}.")
+    about = {"sets": args.sets, "max_cells": args.max_cells, "steps": args.steps}
+    known, path = Path(args.output, "about.json"), Path(args.output, "results.json")
+    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != about:
+        raise ValueError(f"{args.output} has scores of other cells or options. Give another --output.")
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    write_json(known, about)
+    folds = make_folds(sets, args.sets, n_genes)
+    runs = [run for seed in range(args.seeds) for share in args.shares for run in run_share(args, folds, share, seed)]
+    rows = summarise(runs)
+    table = markdown_table(rows)
+    write_json(path, {"task": "learning_curve", **about, "rows": rows, "runs": runs})
+    Path(args.output, "table.md").write_text(table, encoding="utf-8")
+    sys.stdout.write(table)
+    return 0
