@@ -106,9 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_input(sub, count="+")
     add_output(sub, table=False)
     add_partitions(sub)
-    spaces = (
-        "place among known types, space shared with text, or of the cell model (default: as the checkpoint has it)"
-    )
+    spaces = "place among types, space shared with text, or of the cell model (default: as the checkpoint has it)"
     sub.add_argument("--of", choices=("profile", "cell-text", "cell"), help=spaces)
 
     add_index(command(index))

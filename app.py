@@ -345,7 +345,8 @@ class Tasks:
             return None, None, genes, save(generated, "generated.h5ad")
         if "X_scmmgpt" not in session.adata.obsm:
             self.pipeline.embed(session.adata)
-        self.pipeline.embed(generated)
+        of = session.adata.uns.get("scmmgpt", {}).get("embed", {}).get("of")  # of a file, not always the default
+        self.pipeline.embed(generated, of=of)
         spaces = session.adata.obsm["X_scmmgpt"], generated.obsm["X_scmmgpt"]
         session.marks = nearest_places(session.places, *spaces)
         return session, session.map(), genes, save(generated, "generated.h5ad")

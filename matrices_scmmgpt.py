@@ -218,7 +218,7 @@ def inspect_rows(
     verdict = _inspect_above_zero(rows, known_totals, says_log1p=says_log1p)
     if (verdict.exact and not verdict.logs) or not (floor := rows.floor()):
         return verdict
-    if floor > 0 and rows.shape[0] == 1:  # of two cells, normalised counts of one have two values
+    if floor > 0 and rows.shape[0] == 1:  # two cells tell: one normalised count has a value of its own in each
         return MatrixVerdict("one_cell", None, verdict.evidence | {"floor": _number(floor)})
     above = replace(_inspect_above_zero(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
     # Scaled values have a least value, too. log(counts + 2) is the logarithm of other integers plus 1.

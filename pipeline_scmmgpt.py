@@ -199,7 +199,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         A label may be in other words than those of training: a synonym, a spelling, a plural, an id of the Cell
         Ontology, or a broader type, whose probability is the sum over its kinds. The labels that the checkpoint knows
         compete even if they are not candidates, so a cell that is none of the candidates has a low score. A cell that
-        is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses.
+        is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses. A
+        checkpoint of `release` names such a cell by the reference profile of a type that no training cell had, if one
+        leads by far; in `labels` these types are candidates by their profiles, other types by their texts.
 
         Args:
             adata: AnnData with any matrix and gene names that [`read_cells`] understands.
@@ -233,8 +235,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Returns:
             The same `adata`, with `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the label),
             `{key}_margin` (of the best candidate over the runner-up), `{key}_entropy` (0 certain .. 1 uniform) and
-            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), with
-            `error_rate` `{key}_label_set` (joined by " | ", the most probable first);
+            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), by default
+            `{key}_by_profile` (whether the label rests on a reference profile and no training cell), with `error_rate`
+            `{key}_label_set` (joined by " | ", the most probable first);
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """

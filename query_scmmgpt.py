@@ -22,12 +22,12 @@ import numpy as np
 try:
     from .cells_scmmgpt import Cells
     from .genes_scmmgpt import GeneIndex
-    from .proof_scmmgpt import PROGRAMMES
+    from .programmes_scmmgpt import PROGRAMMES
     from .unseen_scmmgpt import named_genes
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
     from genes_scmmgpt import GeneIndex
-    from proof_scmmgpt import PROGRAMMES
+    from programmes_scmmgpt import PROGRAMMES
     from unseen_scmmgpt import named_genes
 
 

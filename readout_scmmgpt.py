@@ -50,6 +50,10 @@ LEAST_LEAD = 0.1  # over other cells, of the mean cell of a label
 # Values that told apart known and new cells best, over datasets left out and panels of them (`train/LOG.md`).
 LEAST_SPREAD = 0.2  # of leads over other cells
 SCORE_WEIGHT = 0.15  # of a low score of the label, beside the missing lead
+# Added to the score of a type that has a profile and no cells, where it is a candidate: its one group has less weight
+# in the regression than a label of many. Known cells lose 1.4 of a hundred by one such candidate (`train/LOG.md`).
+PROFILE_BONUS = 0.15
+LOG_STEPS = 28.0  # of log1p(CP10k) in a byte of a profile, which then reaches 9.1
 LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
 N_EXAMPLES = 3  # absent genes that a warning names
 
@@ -105,6 +109,10 @@ class PanelReadout:
     def scores(self, cells: Cells) -> np.ndarray:
         """Scores of the labels, float32 `(n_cells, n_labels)`: about 1 for the right one, 0 for the others."""
         return self._scores(cells)[1]
+
+    def last_profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[`profiles`], not computed again for the last cells that were scored."""
+        return self._scores(cells)[0]
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
@@ -232,6 +240,7 @@ class ScMMGPTLabelReadout(nn.Module):
         text_width: Width of the embeddings of texts about genes; 0 if there are none.
         feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
         mixes_panels: Whether the labels' weights for a panel are the mean of two regressions, as newer checkpoints do.
+        num_profiles, num_profile_genes: Types that have a profile and no cells, and the genes that profiles have.
     """
 
     gene_ids: torch.Tensor
@@ -249,6 +258,9 @@ class ScMMGPTLabelReadout(nn.Module):
     group_mean: torch.Tensor
     group_labels: torch.Tensor
     group_weights: torch.Tensor
+    profiles: torch.Tensor
+    profile_places: torch.Tensor
+    profile_others: torch.Tensor
 
     def __init__(
         self,
@@ -260,6 +272,8 @@ class ScMMGPTLabelReadout(nn.Module):
         text_width: int = 0,
         feature_width: int = 0,
         mixes_panels: bool = False,
+        num_profiles: int = 0,
+        num_profile_genes: int = 0,
     ) -> None:
         super().__init__()
         self.num_groups, self.num_others, self.mixes_panels = num_groups, num_others, mixes_panels
@@ -283,6 +297,8 @@ class ScMMGPTLabelReadout(nn.Module):
             self.register_buffer("group_mean", torch.zeros(num_genes))  # of groups that do not measure a gene
             self.register_buffer("group_labels", torch.zeros(num_groups, num_labels + num_others))  # shares, of sum 1
             self.register_buffer("group_weights", torch.zeros(num_groups))  # of sum 1
+        if num_profiles:
+            self.set_profiles(np.zeros((num_profiles, num_profile_genes)), np.arange(num_profile_genes), [0])
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
@@ -310,6 +326,19 @@ class ScMMGPTLabelReadout(nn.Module):
     def set_features(self, features: torch.Tensor) -> None:
         """Keep the places of the labels in the space shared with texts, `(num_labels, feature_width)`."""
         self.register_buffer("features", features.detach().to(self.mean.device, torch.float32))
+
+    def set_profiles(self, profiles: np.ndarray, places: np.ndarray, others: Sequence[int]) -> None:
+        """Keep profiles of types that no training cell has.
+
+        Args:
+            profiles: Log1p(CP10k), `(num_profiles, num_profile_genes)`, to 1 / 28; on the scale of the groups.
+            places: Positions of the genes in `gene_ids`.
+            others: The kind of other cells that each profile is part of, -1 for none.
+        """
+        values = (np.asarray(profiles) * LOG_STEPS).round().clip(0, 255).astype(np.uint8)
+        self.register_buffer("profiles", torch.from_numpy(values).to(self.mean.device))
+        for name, given in (("profile_places", places), ("profile_others", np.resize(others, len(values)))):
+            self.register_buffer(name, torch.as_tensor(np.asarray(given), dtype=torch.int32, device=self.mean.device))
 
     def place(self, scores: torch.Tensor) -> torch.Tensor:
         """Places of cells in the space shared with texts, `(num_cells, feature_width)`: means of the labels' places.
@@ -363,26 +392,33 @@ class ScMMGPTLabelReadout(nn.Module):
         arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers() if name != "gene_ids"}
         return {**arrays, "gene_ids": self.gene_ids.cpu().numpy().astype(np.int64)}
 
-    def for_genes(self, measured: np.ndarray | None = None) -> PanelReadout:
+    def for_genes(self, measured: np.ndarray | None = None, profiles: Sequence[int] = ()) -> PanelReadout:
         """The readout for a file.
 
         Args:
             measured: Vocabulary ids of the genes that the file measures, expressed or not; by default all genes.
+            profiles: Types that have a profile and no cells, which become labels after the others.
 
         Raises:
             ValueError: If the file measures no gene of the training cells.
         """
         a, here = self._measured(measured)
+        bonus = np.repeat([0, PROFILE_BONUS], [len(a["bias"]), len(profiles)])
+        if len(profiles):
+            a = with_profiles(a, profiles)
+            a["weights"], a["bias"] = (of[: len(bonus)] for of in solve_groups(a, np.ones(len(here), bool)))
         spread = np.zeros((0, len(a["bias"])))
         others: dict[str, np.ndarray] = {}
         if self.num_groups:
             scaled = a if here.all() else scale_groups(a, here)
             weights, bias = solve_groups(scaled, here)
+            bias[: len(bonus)] += bonus
             is_panel = self.mixes_panels and a["shares"][here].sum() < PANEL_SHARE * a["shares"].sum()
-            if self.num_others:
+            if len(bias) > len(bonus):
                 others = self._others(scaled, here, weights, bias, is_panel)
             if is_panel:
                 plain = solve_groups(a, here)
+                plain[1][: len(bonus)] += bonus
                 weights, bias = (weights + plain[0]) / 2, (bias + plain[1]) / 2
             weights, bias = weights[: len(a["bias"])], bias[: len(a["bias"])]
         else:
@@ -448,6 +484,33 @@ class ScMMGPTLabelReadout(nn.Module):
             "others_bias": bias[first:].astype(np.float32),
             "typical": scores,
         }
+
+
+def with_profiles(a: dict[str, np.ndarray], chosen: Sequence[int]) -> dict[str, np.ndarray]:
+    """The arrays with the profiles of some types as groups of further labels, which follow the others.
+
+    Kinds of other cells that these types are part of are left out: hepatocytes are the liver's other cells. `weights`
+    and `bias` have zeros for the new labels.
+    """
+    chosen, n_labels, n_others = list(chosen), len(a["bias"]), a["group_labels"].shape[1] - len(a["bias"])
+    kinds = n_labels + np.setdiff1d(np.arange(n_others), a["profile_others"][chosen])
+    rows = np.tile(a["group_mean"], (len(chosen), 1))
+    rows[:, a["profile_places"].astype(int)] = a["profiles"][chosen] / LOG_STEPS
+    old = a["group_labels"][:, [*range(n_labels), *kinds]]
+    kept = old.any(axis=1)
+    mentions = np.insert(old[kept], [n_labels] * len(chosen), 0, axis=1) * a["group_weights"][kept, None]
+    new = np.eye(len(chosen), mentions.shape[1], n_labels)
+    mentions = np.concatenate([mentions, new])
+    mentions /= mentions.sum(axis=0) * mentions.shape[1]  # every label and kind has the same weight
+    weights = mentions.sum(axis=1)
+    return {
+        **a,
+        "groups": np.concatenate([a["groups"][kept], rows]),
+        "group_labels": mentions / weights[:, None],
+        "group_weights": weights,
+        "weights": np.pad(a["weights"], ((0, len(chosen)), (0, 0))),
+        "bias": np.pad(a["bias"], (0, len(chosen))),
+    }
 
 
 def scale_groups(a: dict[str, np.ndarray], here: np.ndarray) -> dict[str, np.ndarray]:
@@ -556,7 +619,7 @@ def compare_labels(
 
     centroids = a["centroids"]
     if "groups" in a:  # in the space of their weights
-        of_labels = a["group_labels"][:, : len(centroids)].T * a["group_weights"]
+        of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
         centroids = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
     whole = differences(centroids @ a["weights"].T)
     left = differences(centroids[:, here] @ weights.T)

@@ -426,6 +426,7 @@ class TextScores:
         gate: dict[str, Any] | None,
         gene_index: GeneIndex,
         embed: Callable[[Sequence[str]], np.ndarray],
+        profiled: Mapping[str, int] | None = None,
     ) -> "TextScores | None":
         """From a checkpoint's readout.
 
@@ -438,16 +439,19 @@ class TextScores:
             gate: Fields of [`Gate`], if the checkpoint has one.
             gene_index: Names of genes.
             embed: Texts -> embeddings, float64 `(n_texts, width)`.
+            profiled: Text -> number of the profile, of labels that have a profile and no cells.
 
         Returns:
             None if there are new labels and no gate, or no trained label.
         """
-        known = [number for number, text in enumerate(trained) if text in texts]
+        profiled = profiled or {}
+        labels = [*trained, *profiled]
+        known = [number for number, text in enumerate(labels) if text in texts]
         new = [text for text, is_new in zip(texts, unseen, strict=True) if is_new]
         if not known or (new and gate is None):
             return None
-        panel = readout.for_genes(measured).select(known)
-        place = {text: column for column, text in enumerate([*(trained[number] for number in known), *new])}
+        panel = readout.for_genes(measured, list(profiled.values())).select(known)
+        place = {text: column for column, text in enumerate([*(labels[number] for number in known), *new])}
         columns = np.array([place.get(text, -1) for text in texts])
         if not new or gate is None:
             return cls(panel, panel, columns)

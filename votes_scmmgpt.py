@@ -31,6 +31,7 @@ def cluster_answers(
     names: Sequence[str],
     cl_ids: Mapping[str, str],
     terms: Sequence[Mapping[str, Any]] = (),
+    types_alone: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """The narrowest type that nearly all cells of each cluster have, and their votes.
 
@@ -41,6 +42,7 @@ def cluster_answers(
         names: Labels to choose from.
         cl_ids: Label -> Cell Ontology id.
         terms: Broader terms, as for [`choose_labels`].
+        types_alone: Name -> Cell Ontology id, of types that are below none of them.
 
     Returns:
         For each cluster `cluster`, `cells`, `label` (`"Unknown"` if no type has `CLUSTER_SHARE` of the cells),
@@ -52,8 +54,9 @@ def cluster_answers(
     >>> answer["label"], answer["share"], answer["votes"]
     ('T cell', 1.0, 'CD4 T 40 %, CD8 T 40 %, T cell 20 %')
     """
-    kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in names}
-    types = [(name, cl_ids.get(name, ""), {name}) for name in names]
+    alone = types_alone or {}
+    kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in [*names, *alone]}
+    types = [(name, {**cl_ids, **alone}.get(name, ""), {name}) for name in [*names, *alone]]
     types += [
         (t["name"], t["id"], set(t["labels"]))
         for t in terms
@@ -114,7 +117,7 @@ def summarize_annotation(
             "it, with score 1. Give two labels or more."
         )
     if n_novel >= NOVEL_SHARE * n_cells:
-        given = f"{n_unknown} of them are {UNKNOWN}, the others have a broader type"
+        given = f"{n_unknown} of them are {UNKNOWN}, the others have a broader type or that of a reference profile"
         given = f"they are {UNKNOWN}" if n_unknown == n_novel else given
         given = "they are labelled all the same" if min_score == 0 else given
         warnings.append(

@@ -18,7 +18,8 @@ import pandas as pd
 from scmmgpt.commands.conditions import rows_where
 from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader, simple
 from scmmgpt.evidence_scmmgpt import NONE
-from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, PROGRAMMES, TYPE_FOLD, TYPE_SHARE, Expression, join
+from scmmgpt.programmes_scmmgpt import PROGRAMMES
+from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Expression, join
 from scmmgpt.records_scmmgpt import words_of
 
 

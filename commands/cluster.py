@@ -9,7 +9,9 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -45,18 +47,22 @@ _LOCAL = {
 def preload_workers() -> None:
     """Let a process import libraries while this one goes on; on Linux, workers of this machine are copies of it.
 
-    Libraries read the number of threads when they are imported.
+    Libraries read the number of threads when they are imported. A terminal sends Ctrl-C to all processes of a command:
+    this one ends the others, which ignore it.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return
     from multiprocessing import forkserver
 
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(_THREADS)
+    settings = {**_THREADS, "DASK_LOGGING__DISTRIBUTED": "error"}  # of a task that fails, this process hears anyway
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.set_forkserver_preload(["scmmgpt.commands.worker_start", "distributed"])
         forkserver.ensure_running()
     finally:
+        signal.signal(signal.SIGINT, on_interrupt)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

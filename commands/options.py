@@ -191,8 +191,9 @@ def add_partitions(parser: argparse.ArgumentParser) -> None:
     """Where the work is done, for many cells, and in which parts."""
     group = add_workers(parser)
     text = f"most cells of a partition, in steps of 4,096; changes no result (default: {CELLS_PER_PARTITION})"
-    size = {"type": number(int, 1), "default": CELLS_PER_PARTITION, "metavar": "N", "help": text}
-    group.add_argument("--cells-per-partition", **size)
+    group.add_argument(
+        "--cells-per-partition", type=number(int, 1), default=CELLS_PER_PARTITION, metavar="N", help=text
+    )
     if isinstance(parser, OneLineParser):
         parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume", "gene_column"}
 

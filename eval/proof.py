@@ -44,7 +44,8 @@ from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.commands.results import write_table
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, LINEAGES, MIN_LINEAGE_GENES, PROGRAMMES
+from scmmgpt.programmes_scmmgpt import LINEAGES, PROGRAMMES
+from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, MIN_LINEAGE_GENES
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.train.data import ontology
 

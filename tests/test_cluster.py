@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 
 import h5py
+import psutil
 import pytest
 
 from scmmgpt import synthetic
@@ -131,6 +133,33 @@ def test_lost_workers_a_new_scheduler_and_a_damaged_part_lose_nothing_do_nothing
     assert f"{N_PARTITIONS - 1} of {N_PARTITIONS} partitions are done" in caplog.text
     run(verb, cells, "-o", tmp_path / "one.h5ad", "--workers", 1, checkpoint=checkpoint)
     assert_same(out, tmp_path / "one.h5ad")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_stops_a_command_and_its_workers_without_tracebacks_and_keeps_what_is_done(tmp_path, times):
+    cells, out, checkpoint = tmp_path / "cells.h5ad", tmp_path / "out.h5ad", str(tmp_path / "checkpoint")
+    synthetic.fitted_pipeline().save_pretrained(checkpoint)
+    synthetic.synthetic_adata(4096 * 20).write_h5ad(cells)
+    words = [sys.executable, "-m", "scmmgpt", "embed", cells, "--model", checkpoint, "-o", out, "--quiet"]
+    words += ["--workers", "2", "--cells-per-partition", "1"]
+    with (tmp_path / "said").open("w") as said:
+        command = subprocess.Popen([*map(str, words)], stderr=said, start_new_session=True)
+    while not written(out):
+        assert command.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    members = psutil.Process(command.pid).children(recursive=True)
+    for _ in range(times):  # as a terminal does it, to all
+        os.killpg(command.pid, signal.SIGINT)
+        time.sleep(0.5)
+    assert command.wait(timeout=300) == 130
+    psutil.wait_procs(members, timeout=60)
+    assert not [member for member in members if member.is_running()]
+    said = (tmp_path / "said").read_text()
+    assert "scmmgpt embed: stopped." in said
+    assert "Traceback" not in said
+    assert written(out)
+    assert not out.exists()
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):

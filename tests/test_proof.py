@@ -11,7 +11,8 @@ from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands.verify import verify_file
 from scmmgpt.eval.proof import LIES, Checker, evaluate_proof, sentences
-from scmmgpt.proof_scmmgpt import NO_TYPE, PROGRAMMES, Expression
+from scmmgpt.programmes_scmmgpt import PROGRAMMES
+from scmmgpt.proof_scmmgpt import NO_TYPE, Expression
 from scmmgpt.synthetic import synthetic_adata
 
 

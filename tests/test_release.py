@@ -133,7 +133,7 @@ def test_the_gate_not_the_reference_profiles_judges_cells_of_labels_that_were_ne
 
     monkeypatch.setattr(novelty_scmmgpt.Novelty, "of", spy)
     pipeline.annotate(cells.copy())
-    pipeline.annotate(cells.copy(), ["B cell", "hepatocyte"])
+    pipeline.annotate(cells.copy(), ["B cell", "astrocyte"])
     assert [panel is None for panel in panels] == [False, True]
 
 
@@ -161,6 +161,23 @@ def test_novelty_is_judged_with_cells_of_the_file_in_partitions_too_unless_it_is
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
     few = results["alone"][:40].copy()  # too few to look at: each is alone
     np.testing.assert_array_equal(pipeline.annotate(few).obs["scmmgpt_novelty"], novelty["alone"][:40])
+
+
+def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    assert [known["name"] for known in pipeline.model.config.annotation["profiles"]] == ["hepatocyte"]
+    liver = synthetic_adata(6, seed=5)
+    ferritin = liver.var_names.get_loc("FTL")
+    liver.X = liver.X.toarray() * 0 + 1
+    liver.X[:, ferritin] = 50
+    found = pipeline.annotate(liver.copy())
+    assert (found.obs["scmmgpt_cell_type"] == "hepatocyte").all()
+    assert (found.obs["scmmgpt_cl_id"] == "CL:0000182").all()
+    assert found.obs["scmmgpt_by_profile"].all()
+    assert not pipeline.annotate(synthetic_adata(40, seed=5)).obs["scmmgpt_by_profile"].any()
+    asked = pipeline.annotate(liver.copy(), ["B cell", "Hepatocytes"])
+    assert (asked.obs["scmmgpt_cell_type"] == "Hepatocytes").all()
+    assert "scmmgpt_by_profile" not in pipeline.annotate(liver.copy(), min_score=0).obs
 
 
 @pytest.fixture

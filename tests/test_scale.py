@@ -61,7 +61,9 @@ def test_gpu_hours_of_pretraining_follow_from_rates_and_operations():
     says(stage[2], 40, 160, 6.74, *(n * forward / 1e12 for n in (2, 3)))
 
 
-@pytest.mark.parametrize("name", ["label readout alone", "encoder of the root", "scGPT, 51 M", "the same on H100s"])
+@pytest.mark.parametrize(
+    "name", ["label readout alone", "places among types", "encoder of the root", "scGPT, 51 M", "the same on H100s"]
+)
 def test_hours_of_100_million_cells_follow_from_the_cost_of_a_cell(name):
     assert "2.1 kB a cell on disk, 620 MB/s to the disk" in PAGE
     rate, copied = 620e6, MANY * 2.1e3 / 620e6
