@@ -35,7 +35,7 @@ def pipeline():
         choice = pipeline.processor.choose_input(part)
         targets = np.array([list(synthetic.MARKERS).index(name) for name in adata.obs["cell_type"]])
         datasets.append(Dataset(choice.convert(part).to_csr(size), choice.match.measured, targets))
-    readout = fit_pooled_readout(datasets, len(synthetic.MARKERS), n_factors=5)
+    readout = fit_pooled_readout(datasets, len(synthetic.MARKERS))
     pipeline.model.model.label_readout = readout
     pipeline.model.config.label_readout = {**pipeline.model.config.label_readout, **readout.sizes()}
     pipeline.model.config.cell_embedding = "profile"
