@@ -362,7 +362,7 @@ class LabellingSteps(CellPasses):
 
         chunks, n_cells = measured(self._chunks(adata, labelling.choice)), adata.shape[0]
         similarity, match, novelty = self._label_scores(
-            chunks, n_cells, candidates.texts, settings, batch_size, self._novelty(labelling), labelling.readout
+            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, labelling.readout
         )
         if annotation.get("novelty") and novelty is None:
             novelty = np.full(len(similarity), np.nan, dtype=np.float32)
