@@ -23,6 +23,7 @@ for ten times the cells, by least squares over the shares. DIR gets `results.jso
 """
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -342,11 +343,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{args.output} has scores of other cells or options. Give another --output.")
     Path(args.output).mkdir(parents=True, exist_ok=True)
     write_json(known, about)
-    folds = make_folds(sets, args.sets, n_genes)
-    runs = [run for seed in range(args.seeds) for share in args.shares for run in run_share(args, folds, share, seed)]
-    rows = summarise(runs)
-    table = markdown_table(rows)
-    write_json(path, {"task": "learning_curve", **about, "rows": rows, "runs": runs})
-    Path(args.output, "table.md").write_text(table, encoding="utf-8")
+    folds, runs, table = make_folds(sets, args.sets, n_genes), [], ""
+    for seed, share in itertools.product(range(args.seeds), args.shares):
+        runs += run_share(args, folds, share, seed)
+        rows = summarise(runs)
+        table = markdown_table(rows)
+        write_json(path, {"task": "learning_curve", **about, "rows": rows, "runs": runs})
+        Path(args.output, "table.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)
     return 0
