@@ -106,8 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_input(sub, count="+")
     add_output(sub, table=False)
     add_partitions(sub)
-    spaces = ("cell-text", "cell")
-    sub.add_argument("--of", choices=spaces, default=spaces[0], help="space shared with text, or of the cell model")
+    spaces = "place among types, space shared with text, or of the cell model (default: as the checkpoint has it)"
+    sub.add_argument("--of", choices=("profile", "cell-text", "cell"), help=spaces)
 
     add_index(command(index))
     add_search(command(search))
@@ -162,7 +162,10 @@ def labels_found(adata: Any) -> dict[str, Any]:
     """The summary of an annotation, the commonest label first."""
     done = adata.uns["scmmgpt"]["annotate"]
     found = sorted(zip(done["found"], done["found_cells"], strict=True), key=lambda pair: -pair[1])
-    summary = {"labels": {str(name): int(n) for name, n in found}, "collapsed": bool(done["collapsed"])}
+    summary: dict[str, Any] = {"labels": {str(name): int(n) for name, n in found}}
+    if (clusters := done.get("clusters")) is not None:
+        summary["clusters"] = dict(zip(map(str, clusters["cluster"]), map(str, clusters["label"]), strict=True))
+    summary["collapsed"] = bool(done["collapsed"])
     return summary | ({"read_batch": True} if done["read_batch"] else {})
 
 
@@ -230,7 +233,7 @@ def calibrate(args: Args) -> None:
 
 
 def embed(args: Args) -> int:
-    """Embed every cell into the space that cells share with text."""
+    """Embed every cell, for neighbours, maps and clusters, or for an index."""
 
     def found(adata: Any) -> dict[str, Any]:
         return {"dimensions": int(adata.obsm["X_scmmgpt"].shape[1])}
@@ -392,6 +395,7 @@ def plan(args: Args) -> None:
     from scmmgpt.commands.plan import describe_plan, measure
 
     find_checkpoint(args.model)
+    args.quiet = True  # a progress of samples says nothing
     began = time.perf_counter()
     pipeline, loaded = load_pipeline(args), time.perf_counter() - began
     options = default_options(args.verb, args.label_key, args.text)
@@ -473,11 +477,14 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
         from scmmgpt.commands.doctor import check_device
         from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 
-        if args.quiet or args.json:
-            logging.disable_progress_bar()
         check_device(args.device)
         check_checkpoint(args.model)
-        return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+        logging.disable_progress_bar()  # that of the weights
+        try:
+            return ScMMGPTPipeline.from_pretrained(args.model, device=args.device, batch_size=args.batch_size)
+        finally:
+            if not (args.quiet or args.json):
+                logging.enable_progress_bar()
 
 
 def several_outputs(args: Args) -> dict[Source, Path]:

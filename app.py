@@ -210,7 +210,8 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                         tasks.on(button.click, tasks.explain, [session], [table])
                     if tasks.can_write or pipeline.can_explain:
                         button = gr.Button("Describe them", variant="primary")
-                        table = gr.Dataframe(label=f"Descriptions, of at most {DESCRIBED} cells", wrap=True)
+                        label, widths = f"Descriptions, of at most {DESCRIBED} cells", ["28%", "72%"]
+                        table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
                         tasks.on(button.click, tasks.describe, [session], [table])
                 if pipeline.can_explain:
                     with gr.Tab("Ask"):
@@ -331,8 +332,8 @@ class Tasks:
             if "clauses" not in session.adata.uns.get("scmmgpt", {}).get("describe", {}):
                 self.pipeline.describe(session.adata, proof=True)
             cells = session.chosen(DESCRIBED)
-        columns = [name for name in ("scmmgpt_cell_type", "scmmgpt_description") if name in cells.obs]
-        return (cells.obs[columns].rename_axis("cell").reset_index(),)
+        texts = cells.obs["scmmgpt_description"].rename("description")
+        return (texts.rename_axis("cell").reset_index(),)
 
     def generate(self, session: Session | None, prompt: str, n_cells: int) -> tuple[Any, ...]:
         """Generate cells, and show where they fall among the cells of the map, if there are any."""
@@ -344,7 +345,8 @@ class Tasks:
             return None, None, genes, save(generated, "generated.h5ad")
         if "X_scmmgpt" not in session.adata.obsm:
             self.pipeline.embed(session.adata)
-        self.pipeline.embed(generated)
+        of = session.adata.uns.get("scmmgpt", {}).get("embed", {}).get("of")  # of a file, not always the default
+        self.pipeline.embed(generated, of=of)
         spaces = session.adata.obsm["X_scmmgpt"], generated.obsm["X_scmmgpt"]
         session.marks = nearest_places(session.places, *spaces)
         return session, session.map(), genes, save(generated, "generated.h5ad")

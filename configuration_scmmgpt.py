@@ -36,6 +36,7 @@ PIPELINE_TASKS = {
     "cell-embedding": "embed",
     "cell-search": "search",
 }
+CELL_EMBEDDINGS = ("cell-text", "cell", "profile")  # what `embed` gives
 CELL_AUTO_MAP = {
     "AutoConfig": "configuration_scmmgpt.ScGPTConfig",
     "AutoModel": "modeling_scgpt.ScGPTModel",
@@ -133,7 +134,11 @@ class ScMMGPTConfig(PreTrainedConfig):
             [`ScMMGPTProfileReadout`]); `finetune` sets it.
         label_readout: `texts` of the labels of [`ScMMGPTLabelReadout`], a linear classifier of cells, and its
             `num_genes`, `num_factors`, of several datasets `num_groups` and `num_others`, with texts about genes
-            `text_width`; training sets it.
+            `text_width`, with types that have a profile alone `num_profiles` and `num_profile_genes`; training sets
+            it.
+        cell_embedding: What `embed` gives by default: `"cell-text"`, places in the space shared with texts; `"cell"`,
+            the cell model's own; or `"profile"`, from the groups of the label readout without the network (see
+            [`ProfileEmbedding`]). `release` sets it.
         cell_token_id: Id of `<cell>` in the language model's tokenizer.
         expression_head: `"mse"` predicts log1p(CP10k); `"nb"` and `"zinb"` predict a (zero-inflated) negative binomial
             of the counts, which can be sampled.
@@ -192,6 +197,7 @@ class ScMMGPTConfig(PreTrainedConfig):
     text_pooling: str = "mean"
     profile_readout: bool = False
     label_readout: dict | None = None
+    cell_embedding: str = "cell-text"
     cell_token_id: int = 32000
     expression_head: str = "mse"
     num_state_components: int | None = None
@@ -228,6 +234,7 @@ class ScMMGPTConfig(PreTrainedConfig):
         }
         choices_of = {"expression_head": ("mse", "nb", "zinb"), "text_pooling": ("mean", "cls")}
         choices_of["cell_tokens"] = ("queries", "labels", "both")
+        choices_of["cell_embedding"] = CELL_EMBEDDINGS
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {choices}.")
@@ -235,6 +242,11 @@ class ScMMGPTConfig(PreTrainedConfig):
         for name in counts if self.num_state_components is None else [*counts, "num_state_components"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.cell_embedding == "profile" and not (self.label_readout or {}).get("num_groups"):
+            raise ValueError(
+                "cell_embedding is 'profile', but the model has no label readout with groups, which `release` fits; "
+                "choose 'cell-text' or 'cell'."
+            )
         if self.cell_tokens != "queries" and self.label_readout is None:
             raise ValueError(
                 f"cell_tokens is {self.cell_tokens!r}, but the model has no label readout; choose 'queries', or start "

@@ -12,15 +12,15 @@ try:  # as a package or as remote code
     from .evidence_scmmgpt import Explainer, label_members
     from .judging_scmmgpt import EvidenceSteps
     from .passes_scmmgpt import uncounted
-    from .proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
-    from .records_scmmgpt import finish_report, table_of, words_of
+    from .proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
+    from .records_scmmgpt import MISSING, finish_report, table_of, words_of
 except ImportError:  # as a flat module in a clone
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Explainer, label_members
     from judging_scmmgpt import EvidenceSteps
     from passes_scmmgpt import uncounted
-    from proof_scmmgpt import MIN_SCORE, Expression, Proof, propose, terms_above, tissues_of
-    from records_scmmgpt import finish_report, table_of, words_of
+    from proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
+    from records_scmmgpt import MISSING, finish_report, table_of, words_of
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +63,7 @@ class DescriptionSteps(EvidenceSteps):
         """[`describe`] by counts. All cells are in memory."""
         if not self.can_explain:
             raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
         columns, scores = self.label_cells(adata, labelling)
@@ -88,11 +88,14 @@ class DescriptionSteps(EvidenceSteps):
         expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
         typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
         within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
-        proved = Proof(expression, typed, *proposed, within, tissues_of(adata.obs))
+        excluded = {
+            name: excluded_lineages(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)
+        }
+        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs))
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:
-            groups += proved.group_rows("cluster", clusters)
+            groups += (row for row in proved.group_rows("cluster", clusters) if row["name"] != MISSING)
         done = {"proof": True, "clauses": table_of(proved.rows(adata.obs_names)), "groups": table_of(groups)}
         return self._record(adata, key_added, choice.report, describe=done)
 

@@ -12,14 +12,14 @@ try:  # as a package or as remote code
     from .evidence_scmmgpt import Evidence, Explainer, label_members
     from .labelling_scmmgpt import LabellingSteps
     from .passes_scmmgpt import uncounted
-    from .records_scmmgpt import add_column, finish_report, table_of
+    from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 except ImportError:  # as a flat module in a clone
     from audit_scmmgpt import Audit, judge
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Evidence, Explainer, label_members
     from labelling_scmmgpt import LabellingSteps
     from passes_scmmgpt import uncounted
-    from records_scmmgpt import add_column, finish_report, table_of
+    from records_scmmgpt import MISSING, add_column, finish_report, table_of
 
 
 logger = logging.get_logger(__name__)
@@ -84,15 +84,6 @@ class EvidenceSteps(LabellingSteps):
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
 
-    def _readout_columns(self) -> dict[str, int]:
-        """Trained label -> its column of the label readout, in the readout's order."""
-        texts, stored = (
-            self.model.config.label_readout["texts"],
-            (self.model.config.annotation or {}).get("labels", {}),
-        )
-        label_of = {text: label for label, text in stored.items()}
-        return {label_of.get(text, text): column for column, text in enumerate(texts)}
-
     def audit_cells(
         self, adata: Any, choice: InputChoice, given: np.ndarray, sets: np.ndarray, batch_size: int | None = None
     ) -> dict[str, np.ndarray]:
@@ -146,13 +137,15 @@ class EvidenceSteps(LabellingSteps):
         names, terms = labelling.candidates.names, (self.model.config.annotation or {}).get("terms", [])
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
         called = np.asarray(columns["cell_type"])
-        if strange := sets[~members.any(axis=1)].tolist():
+        if n_missing := int((given == MISSING).sum()):
+            logger.warning(f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged.")
+        if strange := sets[~members.any(axis=1) & (sets != MISSING)].tolist():
             found, n_called = np.unique(called[given == strange[0]], return_counts=True)
             logger.warning(
-                f"{len(strange)} of {len(sets)} labels of obs[{label_key!r}] mean no type that the checkpoint knows "
-                f"({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, ...): their cells "
-                f"are not judged. Rename them to a type, a synonym or an id of the Cell Ontology; of {strange[0]!r} "
-                f"{n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
+                f"{len(strange)} of {(sets != MISSING).sum()} labels of obs[{label_key!r}] mean no type that the "
+                f"checkpoint knows ({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, "
+                "...): their cells are not judged. Rename them to a type, a synonym or an id of the Cell Ontology; of "
+                f"{strange[0]!r} {n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
             )
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
         judged = {name: columns[name] for name in ("suggested", "odds", "marker_odds", "genes")}

@@ -30,9 +30,11 @@ try:  # as a package or as remote code
         ids_of_labels,
         labels_of_tissue,
         labels_with_texts,
+        profiled_types,
     )
     from .novelty_scmmgpt import Novelty, fit_novelty
     from .passes_scmmgpt import CellPasses, uncounted
+    from .profiles_scmmgpt import ProfiledTypes
     from .proof_scmmgpt import tissues_of
     from .records_scmmgpt import add_column, finish_report, table_of
     from .scoring_scmmgpt import LabelScorer, text_states
@@ -59,9 +61,11 @@ except ImportError:  # as a flat module in a clone
         ids_of_labels,
         labels_of_tissue,
         labels_with_texts,
+        profiled_types,
     )
     from novelty_scmmgpt import Novelty, fit_novelty
     from passes_scmmgpt import CellPasses, uncounted
+    from profiles_scmmgpt import ProfiledTypes
     from proof_scmmgpt import tissues_of
     from records_scmmgpt import add_column, finish_report, table_of
     from scoring_scmmgpt import LabelScorer, text_states
@@ -89,6 +93,7 @@ class Labelling:
     error_rate: float | None = None
     batch_read: bool = False
     fitted_score: float | None = None  # in place of `min_score`, for cells that are not novel: see `least_scores`
+    profiled: ProfiledTypes | None = None  # types that no training cell has, for cells of no trained label
 
 
 class LabellingSteps(CellPasses):
@@ -147,10 +152,16 @@ class LabellingSteps(CellPasses):
         `settings` are those of [`annotation_settings`], and `is_default` says whether the labels are the checkpoint's.
         """
         stored = self.model.config.annotation or {}
-        terms = stored.get("terms", [])
-        candidates = candidate_columns(settings["labels"], stored.get("labels", {}), settings["cl_ids"], terms)
+        terms, trained, types = stored.get("terms", []), stored.get("labels", {}), stored.get("profiles", [])
+        asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, terms, types)
+        known = trained | {types[number]["name"]: text for text, number in asked.items()}
+        terms = [*terms, *(types[number] for number in asked.values())]
+        candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
-        readout = self._text_scores(candidates.texts, candidates.unseen, choice)
+        readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
+        profiled = None
+        if types and is_default and min_score != 0 and readout is not None:
+            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         if error_rate is not None:
@@ -161,7 +172,7 @@ class LabellingSteps(CellPasses):
         fitted_score = stored.get("min_score") if min_score is None and is_default else None
         broader = terms if is_default else []
         decided = choice, settings, candidates, ids, readout, unseen_bonus, min_score, broader, error_rate
-        return Labelling(*decided, fitted_score=fitted_score)
+        return Labelling(*decided, fitted_score=fitted_score, profiled=profiled)
 
     def read_batch(self, adata: Any, labelling: "Labelling") -> "Labelling":
         """The same after a look at up to `READ_CELLS` cells from all over the data, if it has labels to correct."""
@@ -187,16 +198,17 @@ class LabellingSteps(CellPasses):
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Columns of `obs` and probabilities `(n_obs, n_labels)` of cells: all of the data of a choice, or a part."""
         candidates, ids = labelling.candidates, labelling.cl_ids
-        options = (labelling.choice, candidates, labelling.settings, labelling.readout, labelling.unseen_bonus)
-        probabilities, novelty, is_empty = self._probabilities(adata, *options, batch_size, labelling.broader)
-        broader = None
+        probabilities, novelty, is_empty = self._probabilities(adata, labelling, batch_size)
+        broader, named = None, None
         if novelty is not None and novelty.ndim > 1:
-            novelty, broader = novelty.T
+            novelty, broader, *named = novelty.T
         names, others = candidates.names, bool((candidates.owners < 0).any())
         least: Any = labelling.min_score
         if labelling.fitted_score is not None:
             least = least_scores(labelling.fitted_score, novelty)
         columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others, broader)
+        if named:
+            columns |= name_by_profile(columns, (self.model.config.annotation or {})["profiles"], *named)
         if labelling.min_score != 0:  # nothing speaks for a label of a cell without a single gene
             for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
                 columns[name] = np.where(is_empty, word, columns[name])
@@ -238,17 +250,20 @@ class LabellingSteps(CellPasses):
         }
         if clusters is not None:
             names = columns["cell_type"], clusters, candidates.names, labelling.cl_ids, labelling.broader
-            done["clusters"] = table_of(cluster_answers(*names))
+            alone = {known["name"]: known["id"] for known in stored.get("profiles", ()) if labelling.profiled}
+            done["clusters"] = table_of(cluster_answers(*names, alone))
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
     def summarize(
         self, labelling: "Labelling", columns: dict[str, np.ndarray], probabilities: Any = None
     ) -> tuple[dict[str, Any], list[str]]:
         """Numbers of an annotation; warnings of an unlikely one, and of labels whose decisive genes the file lacks."""
-        stored, texts = (self.model.config.annotation or {}).get("labels", {}), labelling.candidates.texts
+        annotation = self.model.config.annotation or {}
+        stored, texts = annotation.get("labels", {}), labelling.candidates.texts
         least = labelling.min_score if labelling.fitted_score is None else labelling.fitted_score or None
         summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), least)
         label_of = {text: label for label, text in stored.items()}
+        label_of |= {t["text"]: t["name"] for t in annotation.get("profiles", []) if t["text"] in texts}
         if labelling.readout is not None:
             totals: Mapping[str, float]
             if probabilities is None:
@@ -258,7 +273,9 @@ class LabellingSteps(CellPasses):
             counts: Counter[str] = Counter()
             for label, total in totals.items():
                 counts.update(dict.fromkeys(labelling.candidates.meant.get(label) or [label], total))
-            names = [label_of.get(text, text) for text in self.model.config.label_readout["texts"] if text in texts]
+            asked = [text for text, label in label_of.items() if label not in stored]
+            trained = [*self.model.config.label_readout["texts"], *asked]
+            names = [label_of.get(text, text) for text in trained if text in texts]
             weak, more = labelling.readout.weak_labels(names, counts, self.processor.gene_symbols)
             summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
         return summary, warnings
@@ -286,7 +303,7 @@ class LabellingSteps(CellPasses):
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
-            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k == "others_unit"}  # the readout's own
+            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k == "lead_unit"}  # the readout's own
             fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
         scale, weight = 1 / best["temperature"], best["matching_weight"]
         probabilities = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)
@@ -297,19 +314,17 @@ class LabellingSteps(CellPasses):
     def _probabilities(
         self,
         adata: Any,
-        choice: InputChoice,
-        candidates: Candidates,
-        settings: dict[str, Any],
-        readout: TextScores | None,
-        unseen_bonus: float,
+        labelling: "Labelling",
         batch_size: int | None,
-        terms: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Probabilities of the labels, `(n_cells, n_labels)`; the novelty of each cell; whether it expresses no gene.
 
         The novelty is None without a threshold, and NaN where the file measures too few genes. With other cells in the
-        readout, it has a second column: the position of a novel cell's answer in `terms`, see [`Novelty`].
+        readout, it has a second column: the position of a novel cell's answer in the broader terms, see [`Novelty`];
+        with types that have a profile alone a third and fourth, see [`ProfiledTypes.name`].
         """
+        choice, candidates, settings = labelling.choice, labelling.candidates, labelling.settings
+        readout, terms = labelling.readout, labelling.broader
         stored = (self.model.config.annotation or {}).get("novelty")
         # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
         panel = None if readout is None or readout.has_new_labels else readout.panel
@@ -319,7 +334,9 @@ class LabellingSteps(CellPasses):
             chosen = members_of_terms(terms, candidates.names)
             members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
         size = self.model.config.cell_config.vocab_size
-        novelty_of = Novelty.of(stored, choice.match.measured, size, panel, members)
+        novelty_of: Any = Novelty.of(stored, choice.match.measured, size, panel, members)
+        if novelty_of is not None and novelty_of.terms and labelling.profiled is not None:
+            novelty_of = labelling.profiled.beside(novelty_of)
         lengths: list[np.ndarray] = []
 
         def measured(chunks: Iterable[Cells]) -> Iterator[Cells]:
@@ -334,13 +351,18 @@ class LabellingSteps(CellPasses):
         if stored and novelty is None:
             novelty = np.full(len(similarity), np.nan, dtype=np.float32)
         scale, weight = 1 / settings["temperature"], settings["matching_weight"]
-        similarity = similarity + unseen_bonus * candidates.unseen
+        similarity = similarity + labelling.unseen_bonus * candidates.unseen
         doubt = (self.model.config.annotation or {}).get("doubt", 0.0)
         of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight, doubt=doubt)
         return candidates.pool(of_texts), novelty, np.concatenate(lengths) == 0
 
-    def _text_scores(self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice) -> TextScores | None:
-        """The label readout's scores of texts for the genes of a file, or None if it cannot score them."""
+    def _text_scores(
+        self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice, profiled: Mapping[str, int] | None = None
+    ) -> TextScores | None:
+        """The label readout's scores of texts for the genes of a file, or None if it cannot score them.
+
+        `profiled` are the numbers of the profiles of texts that have one, see [`TextScores.of`].
+        """
         readout = getattr(self._bridge(), "label_readout", None)
         if readout is None:
             return None
@@ -350,7 +372,7 @@ class LabellingSteps(CellPasses):
             return text_states(self._bridge(), self.processor, texts)
 
         gate, index = (self.model.config.annotation or {}).get("unseen_gate"), self.processor.gene_index
-        return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed)
+        return TextScores.of(readout, trained, texts, unseen, choice.match.measured, gate, index, embed, profiled)
 
     def _label_scores(
         self,
@@ -368,6 +390,25 @@ class LabellingSteps(CellPasses):
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
         batch_size = max(self._batch_size(batch_size, 64) // max(scorer.num_candidates, 1), 1)
         return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells))
+
+
+def name_by_profile(
+    columns: Mapping[str, np.ndarray], types: Sequence[Mapping[str, Any]], numbers: np.ndarray, score: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Columns of cells whose type has a profile alone: name, id, score; and `by_profile`, whether a cell is one.
+
+    Args:
+        columns: Of [`choose_labels`].
+        types: `name` and `id` of each.
+        numbers: Position in `types` `(n_cells,)`, -1 for a cell of a trained label.
+        score: Probability of the type `(n_cells,)`.
+    """
+    by_profile, places = numbers >= 0, numbers.astype(np.int64)
+    found = {"score": np.where(by_profile, score, columns["score"]).astype(np.float32), "by_profile": by_profile}
+    for name, key in (("cell_type", "name"), ("cl_id", "id")):
+        of_types = np.array([str(known[key]) for known in types])
+        found[name] = np.where(by_profile, of_types[places], columns[name])
+    return found
 
 
 def _sum_of_rows(matrix: Any) -> np.ndarray:

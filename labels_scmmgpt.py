@@ -149,6 +149,31 @@ def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = 
     return next(by_id, None) or next(by_name, None)
 
 
+def profiled_types(
+    labels: Mapping[str, str],
+    cl_ids: Mapping[str, str],
+    trained: Mapping[str, str],
+    terms: Sequence[Mapping[str, Any]],
+    types: Sequence[Mapping[str, Any]],
+) -> dict[str, int]:
+    """Text -> position in `types`, of the types that labels mean which mean no trained label.
+
+    Args:
+        labels: Label -> text.
+        cl_ids, trained, terms: As for [`candidate_columns`].
+        types: Terms of types that have a reference profile and no cells, each with a `text`.
+
+    >>> liver = {"id": "CL:0000182", "name": "hepatocyte", "names": ["hepatocyte"], "text": "A liver cell."}
+    >>> profiled_types({"Hepatocytes": "Hepatocytes"}, {}, {}, [], [liver])
+    {'A liver cell.': 0}
+    """
+    numbers = {known["id"]: number for number, known in enumerate(types)}
+    new = (name for name in labels if not trained_labels_of(name, cl_ids.get(name), list(trained), terms))
+    found = (term_of(name, types, cl_ids.get(name)) for name in new)
+    asked = sorted(numbers[term["id"]] for term in found if term is not None)
+    return {types[number]["text"]: number for number in asked}
+
+
 def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a sentence names a trained label, or a term above one that is not above all.
 

@@ -12,6 +12,7 @@ What each kind of matrix gets:
 - `invalid`: NaN or infinite values. Refused, naming the first cell and gene.
 - `unknown`: none of these. Taken as they are, with a warning; ranks, and so scGPT's bins, are right on any scale.
 - `empty`: no value above zero. Refused.
+- `one_cell`: one cell without zeros, whose least value is frequent: zero with a pseudo-count or one count? Refused.
 """
 
 from dataclasses import dataclass, field, replace
@@ -215,10 +216,13 @@ def inspect_rows(
         says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
     """
     verdict = _inspect_above_zero(rows, known_totals, says_log1p=says_log1p)
-    if verdict.exact or not (floor := rows.floor()):
+    if (verdict.exact and not verdict.logs) or not (floor := rows.floor()):
         return verdict
+    if floor > 0 and rows.shape[0] == 1:  # two cells tell: one normalised count has a value of its own in each
+        return MatrixVerdict("one_cell", None, verdict.evidence | {"floor": _number(floor)})
     above = replace(_inspect_above_zero(rows.above(floor), known_totals, says_log1p=says_log1p), floor=floor)
-    return above if floor > 0 or above.exact else verdict  # scaled values have a least value, too
+    # Scaled values have a least value, too. log(counts + 2) is the logarithm of other integers plus 1.
+    return above if above.exact or (floor > 0 and not verdict.exact) else verdict
 
 
 def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, says_log1p: bool) -> MatrixVerdict:
@@ -254,10 +258,13 @@ def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, say
         evidence["decimals"] = round(-np.log10(2 * precision.absolute))
     if precision.digits is not None:
         evidence["digits"] = precision.digits
-    if evidence["share_integer"] < 0.5:  # else they are counts of which some were corrected
-        fit = _find_scale(rows, precision)
-        if fit is not None:
-            return _exact_verdict(fit, precision, evidence, known_totals)
+    fit = _find_scale(rows, precision)
+    if fit is not None and evidence["share_integer"] >= 0.5:
+        # Counts of which some were corrected, or binary logarithms of counts: log2(1 + 1) is 1.
+        is_log2 = fit["logs"] == 1 and fit["base"] == 2 and fit["integral"] > 0
+        fit = fit if is_log2 and np.nanmax(np.abs(fit["unit"] - 1)) < 1e-3 else None
+    if fit is not None:
+        return _exact_verdict(fit, precision, evidence, known_totals)
     return _plausible_verdict(rows, precision, evidence, says_log1p=says_log1p)
 
 

@@ -601,6 +601,14 @@ class ScMMGPTBridgeModel(ScMMGPTPreTrainedModel):
         features = self.project_cells(states, profile_gene_ids, profile, readout_scores)
         return BaseModelOutputWithPooling(states, features) if return_dict else features
 
+    def get_profile_embeddings(self, profile_gene_ids: Tensor, profile: Tensor) -> Tensor:
+        """Places of cells among the groups of the label readout, `(num_cells, num_groups)`, L2-normalised.
+
+        `profile_gene_ids` and `profile` are as for `get_cell_features`. Genes that are not in the profile count as
+        measured; `ScMMGPTPipeline.embed` knows which genes a file has.
+        """
+        return self.label_readout.embed(profile_gene_ids, profile)
+
     def get_text_features(
         self, qformer_input_ids: Tensor, qformer_attention_mask: Tensor | None = None, return_dict: bool = False
     ) -> Any:
@@ -1296,8 +1304,11 @@ class ScMMGPTForConditionalGeneration(ScMMGPTPreTrainedModel, GenerationMixin):
         return model
 
     def get_cell_features(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`ScMMGPTBridgeModel`], also for `get_text_features`, `match` and `resize_gene_embeddings`."""
+        """See [`ScMMGPTBridgeModel`], also for the next four."""
         return self.model.get_cell_features(*args, **kwargs)
+
+    def get_profile_embeddings(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.get_profile_embeddings(*args, **kwargs)
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.get_text_features(*args, **kwargs)

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+
+logger = logging.get_logger(__name__)
 
 # Novelty. The values are those that told apart known and new cell types best on cells of other laboratories, over six
 # training sets (`train/LOG.md`).
@@ -27,6 +30,12 @@ NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
 ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the missing lead over other cells
 BROADER_NOVELTY = 0.5  # at most, of a broader term that a novel cell gets
+# `others_unit` was the unit of a lead that was neither brought to the scale of a panel nor divided by its spread.
+OLD_UNIT = (
+    "The checkpoint has `others_unit`, the unit of an earlier measure of novelty (scmmgpt-human 0.3.0), which this "
+    "code does not compute: novelty is judged by the genes that no known type expresses, and by nothing else. Use the "
+    "checkpoint of this repository, or build one with `python -m scmmgpt.train release`."
+)
 MIN_MEASURED = 0.5  # share of the genes that known cells express: below it, a panel is no evidence of novelty
 
 
@@ -104,7 +113,7 @@ class Novelty:
     absent: np.ndarray | None  # bool (n_genes,); None where too few genes are measured
     unit: float
     panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
-    others_unit: float = 1.0
+    lead_unit: float = 1.0  # of the missing lead over other cells (`train.left_out` fits it)
     terms: Sequence[Sequence[int]] = ()  # labels of the panel in broader terms, the preferred terms first
 
     @classmethod
@@ -127,8 +136,11 @@ class Novelty:
             expressed = _unpack(stored["expressed_genes"], n_genes)
             if expressed[measured].sum() >= MIN_MEASURED * expressed.sum():
                 absent = _unpack(stored["absent_genes"], n_genes)
-        if panel is not None and panel.others is not None and "others_unit" in stored:
-            return cls(absent, unit, panel, stored["others_unit"], terms)
+        if panel is not None and panel.others is not None:
+            if "lead_unit" in stored:
+                return cls(absent, unit, panel, stored["lead_unit"], terms)
+            if "others_unit" in stored:
+                logger.warning(OLD_UNIT)
         return None if absent is None else cls(absent, unit)
 
     def __call__(self, cells: Cells) -> np.ndarray:
@@ -139,12 +151,11 @@ class Novelty:
         """
         if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
-        novelty = self.raw(cells)[:, 0] / np.float32(self.others_unit)
+        raw = self.raw(cells, self.terms)
+        novelty = raw[:, 0] / np.float32(self.lead_unit)
         if not self.terms:
             return novelty.clip(min=0)
-        broader, rows = np.full(len(cells), -1, dtype=np.float32), np.flatnonzero(novelty > 1)
-        if len(rows):
-            broader[rows] = first_term(self.raw(cells[rows], self.terms)[:, 1:], self.others_unit)
+        broader = np.where(novelty > 1, first_term(raw[:, 1:], self.lead_unit), -1).astype(np.float32)
         return np.stack([novelty.clip(min=0), broader], axis=1)
 
     def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:

@@ -116,6 +116,15 @@ class CellPasses:
         order = np.argsort(np.concatenate(rows))
         return [np.concatenate(parts)[order] for parts in zip(*results, strict=True)]
 
+    def _readout_columns(self) -> dict[str, int]:
+        """Trained label -> its column of the label readout, in the readout's order."""
+        texts, stored = (
+            self.model.config.label_readout["texts"],
+            (self.model.config.annotation or {}).get("labels", {}),
+        )
+        label_of = {text: label for label, text in stored.items()}
+        return {label_of.get(text, text): column for column, text in enumerate(texts)}
+
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
         """Add the settings of a verb, the checkpoint and the report of what was read to `uns`."""
         return record(adata, key, report, **done, checkpoint=str(self.model.config._name_or_path or ""))

@@ -199,7 +199,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         A label may be in other words than those of training: a synonym, a spelling, a plural, an id of the Cell
         Ontology, or a broader type, whose probability is the sum over its kinds. The labels that the checkpoint knows
         compete even if they are not candidates, so a cell that is none of the candidates has a low score. A cell that
-        is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses.
+        is like no known type is `"Unknown"`, if `finetune` or `calibrate` stored what no known type expresses. A
+        checkpoint of `release` names such a cell by the reference profile of a type that no training cell had, if one
+        leads by far; in `labels` these types are candidates by their profiles, other types by their texts.
 
         Args:
             adata: AnnData with any matrix and gene names that [`read_cells`] understands.
@@ -232,12 +234,13 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Returns:
             The same `adata`, with `obs`: `{key}_cell_type`, `{key}_cl_id`, `{key}_score` (probability of the label),
             `{key}_margin` (of the best candidate over the runner-up), `{key}_entropy` (0 certain .. 1 uniform) and
-            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), with
-            `error_rate` `{key}_label_set` (joined by " | ", the most probable first);
+            `{key}_novelty` (above 1 the cell is like no known type; NaN if too few genes are measured), by default
+            `{key}_by_profile` (whether the label rests on a reference profile and no training cell), with `error_rate`
+            `{key}_label_set` (joined by " | ", the most probable first);
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature, tissue)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
@@ -276,9 +279,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Raises:
             ValueError: If the checkpoint has no label readout.
         """
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
-        labels = words_of(adata, label_key)
+        labels = words_of(adata.obs, label_key)
         evidence = self.explain_cells(adata, choice, labels, np.unique(labels), clusters, batch_size)
         return self.add_evidence(adata, choice, evidence, evidence.columns(), label_key, key_added)
 
@@ -308,8 +311,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             `{key}_audit_score` (log odds, the larger the more doubtful), `{key}_audit_suggested` (the best other
             label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
         """
-        given = words_of(adata, label_key)
-        clusters = None if cluster_key is None else words_of(adata, cluster_key)
+        given = words_of(adata.obs, label_key)
+        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         columns = self.audit_cells(adata, choice, given, np.unique(given), batch_size)
         return self.add_audit(adata, choice, label_key, given, columns, clusters, key_added)
@@ -338,7 +341,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             The stored settings, `nll`, `accuracy`, `n_cells` and `n_left_out`.
         """
         settings = self.annotation_settings(labels, cl_ids, matching_weight=0.5)
-        truth = words_of(adata, label_key)
+        truth = words_of(adata.obs, label_key)
         usable = np.isin(truth, list(settings["labels"]))
         if not usable.any():
             raise ValueError(
@@ -496,7 +499,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         self,
         adata: Any,
         *,
-        of: str = "cell-text",
+        of: str | None = None,
         key_added: str = "X_scmmgpt",
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -505,8 +508,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
 
         Args:
             of: `"cell-text"` is the mean of the cell's queries in the shared space, `projection_dim` wide; `"cell"` is
-                the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide. Both are
-                L2-normalised.
+                the cell model's own embedding (the `<cls>` state, as scGPT's), `hidden_size` wide; `"profile"` is the
+                cell's place among the groups of the label readout ([`ProfileEmbedding`], in a closed form without
+                the network), `num_groups` wide. All are L2-normalised. By default `config.cell_embedding`.
             key_added: Name in `obsm`.
             adata, batch_size, read_kwargs: As for [`annotate`].
 

@@ -94,11 +94,12 @@ def _explained(adata: Any, key: str) -> Mapping[str, np.ndarray]:
 def confusion(adata: Any, label_key: str, predicted: str = "scmmgpt_cell_type") -> "Figure":
     """Counts of given labels (down) by predicted ones (across), shaded by the share of the given label."""
     from scmmgpt.eval.figures import confusion_figure
-    from scmmgpt.records_scmmgpt import need_columns
+    from scmmgpt.records_scmmgpt import need_columns, words_of
 
     need_columns(adata.obs, label_key, predicted)
-    given, found = (np.asarray(adata.obs[name], dtype=str) for name in (label_key, predicted))
+    given, found = (words_of(adata.obs, name) for name in (label_key, predicted))
     rows, columns = np.unique(given), np.unique(found)
     columns = np.asarray([*(name for name in rows if name in columns), *(c for c in columns if c not in rows)])
     counts = [[int(((given == row) & (found == column)).sum()) for column in columns] for row in rows]
-    return confusion_figure({"labels": rows.tolist(), "columns": columns.tolist(), "counts": counts})
+    about = {"rows_are": "given label", "labels": rows.tolist(), "columns": columns.tolist(), "counts": counts}
+    return confusion_figure(about)

@@ -10,6 +10,7 @@ they do not support is left out.
 | clause | genes | when it is written |
 | --- | --- | --- |
 | type | expressed markers and evidence of the label | higher in the cells of the label than in the others |
+| against | those of another lineage (`LINEAGES`) | at least two, too many to be from other cells |
 | programme | those of a published list (`PROGRAMMES`) | several, and far more than in the lower quarter of its kind |
 | unusual | any | several times the mean of its kind, and above nearly all of it |
 | alternative | evidence for the runner-up | higher in the runner-up's cells than in those of the label |
@@ -31,85 +32,18 @@ from transformers.utils import logging
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, Cells
     from .evidence_scmmgpt import N_MARKERS, NONE, Explainer
+    from .programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import COUNTS_PER_10K, Cells
     from evidence_scmmgpt import N_MARKERS, NONE, Explainer
+    from programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage
 
 
-@dataclass(frozen=True)
-class Programme:
-    """A short published list of genes.
+# Genes that show a lineage, and the fold of the mean of the file that each and all together need: less may have come
+# from the fluid around the cells.
+MIN_LINEAGE_GENES, LINEAGE_FOLD = 2, 0.5
 
-    Args:
-        phrase: What a cell shows that expresses them; begins the clause.
-        genes: Symbols; no gene is in two lists.
-        source: Where the list, or the longer list that these are of, was published.
-        words: Other names of it, for searches.
-        within: Cell Ontology ids of the types for which it has a meaning; none stands for all.
-    """
-
-    phrase: str
-    genes: tuple[str, ...]
-    source: str
-    words: tuple[str, ...]
-    within: tuple[str, ...] = ()
-
-
-T_AND_NK = ("CL:0000084", "CL:0000623", "CL:0000791")
-PROGRAMMES = (
-    Programme(
-        "Cell cycle",
-        tuple(
-            "PCNA TYMS MCM2 MCM6 RRM1 RRM2 UHRF1 GMNN CDC6 CDC45 GINS2 HELLS CLSPN MKI67 TOP2A CDK1 UBE2C BIRC5 TPX2 "
-            "NUSAP1 CENPF CCNB2 AURKB BUB1 KIF11 CDC20 CENPE HMMR".split()
-        ),
-        "Tirosh et al. 2016, Science 352:189",
-        ("cell cycle", "proliferation", "cycling"),
-    ),
-    Programme(
-        "Interferon response",
-        tuple(
-            "ISG15 IFI27 IFI35 IFI44 IFI44L IFIT2 IFIT3 IRF7 MX1 OAS1 OASL RSAD2 CXCL10 CXCL11 PLSCR1 SAMD9L HERC6 "
-            "CMPK2 USP18 DDX60 EPSTI1".split()
-        ),
-        "Hallmark interferon alpha response, Liberzon et al. 2015, Cell Systems 1:417",
-        ("interferon", "ifn", "interferon-stimulated"),
-    ),
-    Programme(
-        "NF-kB response",
-        tuple("IL1B IL1A IL6 TNF CXCL1 CXCL2 CXCL3 CCL20 NFKBIA TNFAIP3 PTGS2 SOD2 BIRC3 ICAM1 CD83".split()),
-        "Hallmark TNF signalling by NF-kB, Liberzon et al. 2015, Cell Systems 1:417",
-        ("nf-kb", "nf-κb", "nfkb"),
-    ),
-    Programme(
-        "Immediate-early response (often of dissociation)",
-        tuple("FOS FOSB JUN JUNB EGR1 ATF3 IER2 DUSP1 ZFP36 SOCS3 HSPA1A HSPA1B DNAJB1".split()),
-        "van den Brink et al. 2017, Nature Methods 14:935",
-        ("immediate-early", "dissociation"),
-    ),
-    Programme(
-        "Cytotoxicity",
-        tuple("GNLY GZMB GZMK IFNG NKG7 GZMA PRF1".split()),
-        "Smillie et al. 2019, Cell 178:714; GZMA and PRF1: Rooney et al. 2015, Cell 160:48",
-        ("cytotoxicity", "cytotoxic"),
-        T_AND_NK,
-    ),
-    Programme(
-        "Activation-induced markers",
-        tuple("CD69 CD40LG TNFRSF4 TNFRSF9 IL2RA CD274".split()),
-        "Reiss et al. 2017, PLoS One 12:e0186998",
-        ("activation", "activation markers"),
-        T_AND_NK[:1] + T_AND_NK[2:],
-    ),
-    Programme(
-        "Inhibitory receptors",
-        tuple("CTLA4 PDCD1 TIGIT HAVCR2 LAG3".split()),
-        "Smillie et al. 2019, Cell 178:714",
-        ("inhibitory receptors", "exhaustion"),
-        T_AND_NK[:1] + T_AND_NK[2:],
-    ),
-)
-
+NO_TYPE = "No type is shown by its counts; the model proposes {}."
 MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
 MIN_KIND = 20  # cells, to say what is usual
 TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
@@ -118,13 +52,22 @@ N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
 MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
 GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
+COUNTED = 0.95  # of the values are whole numbers, in counts
 RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
 MIN_ALTERNATIVE = 0.1  # probability
 SURPRISE = 15.0  # Poisson deviance of a count: one in 10,000
 FLOOR = 0.4  # counts that are expected at least
-# What these genes tell is how the cell was handled, more than what it is.
-HANDLING = ("MT-", "RPL", "RPS", "MTRNR")
-HANDLED = frozenset({"B2M", "MALAT1", "NEAT1", "RPSA", "RACK1", "EEF1A1", "TPT1"})
+OF_KIND = 0.25  # of the mean of its kind, for a gene to show the type of a cell
+# What these genes tell is how the cell was handled and how large it is, more than what it is.
+HANDLING = ("MT-", "RPL", "RPS", "MTRNR", "EEF1", "EEF2", "EIF1", "EIF4A", "PABPC", "HNRNP")
+HANDLED = frozenset(
+    "B2M MALAT1 NEAT1 RPSA RACK1 TPT1 ACTB ACTG1 GAPDH TMSB4X TMSB10 FAU UBA52 UBB UBC NACA BTF3 NPM1 PTMA PFN1 CFL1 "
+    "TUBA1B HSP90AB1 HSPA8 FTL FTH1 H3-3A H3-3B".split()
+)
+# Of the sex of the donor, and of red cells that broke (which are markers of their type): no news about a cell.
+DONOR = frozenset(
+    "XIST TSIX RPS4Y1 DDX3Y UTY EIF1AY KDM5D USP9Y ZFY TMSB4Y NLGN4Y HBA1 HBA2 HBB HBD HBG1 HBG2 HBM".split()
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +75,7 @@ class Clause:
     """A sentence about a cell, and the genes that it rests on.
 
     Args:
-        kind: "type", "programme", "unusual", "alternative" or "undecided".
+        kind: "type", "against", "programme", "unusual", "alternative" or "undecided".
         words: The sentence.
         genes: Columns of the counts.
     """
@@ -185,8 +128,12 @@ class Expression:
         self.usable = np.array([not name.startswith(HANDLING) and name not in HANDLED for name in symbols])
         states = {gene for programme in PROGRAMMES if not programme.within for gene in programme.genes}
         self.tells_types = self.usable & ~np.isin(self.symbols, list(states))  # a state is not a type
-        two = np.bincount(self.counts.indices[self.counts.data >= 2], minlength=len(symbols))
-        self.recurs = self.usable & (two > np.maximum(RECURRENT * len(cells), 1))
+        self.are_counts = bool((self.counts.data == np.rint(self.counts.data)).mean() >= COUNTED)
+        # Values that are no counts are judged as if each cell had 10,000.
+        self.scales = np.ones(len(cells)) if self.are_counts else COUNTS_PER_10K / self.sizes
+        judged = self.counts.data * np.repeat(self.scales, np.diff(self.counts.indptr))
+        two = np.bincount(self.counts.indices[judged >= 2], minlength=len(symbols))
+        self.recurs = self.usable & (two > np.maximum(RECURRENT * len(cells), 1)) & ~np.isin(self.symbols, list(DONOR))
         self.sorted: dict[tuple[int, int], np.ndarray] = {}
 
     def totals(self, groups: np.ndarray, n_groups: int, values: np.ndarray | None = None) -> np.ndarray:
@@ -210,6 +157,10 @@ class Expression:
         """The counts per 10,000 of a gene in a cell."""
         return np.float32(self.count(cell, gene)) * (np.float32(COUNTS_PER_10K) / self.sizes[cell])
 
+    def count_of(self, genes: Iterable[int], cell: int) -> list[float]:
+        """The counts of genes in a cell."""
+        return [self.count(cell, gene) for gene in genes]
+
     def row(self, cell: int) -> tuple[np.ndarray, np.ndarray]:
         """Expressed genes of a cell, ascending, and their counts."""
         entries = slice(self.counts.indptr[cell], self.counts.indptr[cell + 1])
@@ -217,9 +168,10 @@ class Expression:
 
     def named(self, genes: Iterable[int], cell: int, unit: bool = False) -> str:
         """Genes with their counts in a cell, in words."""
-        values = [f"{self.count(cell, gene):.4g}" for gene in genes]
+        values = [(f"{value:.0f}" if value >= 1000 else f"{value:.4g}") for value in self.count_of(genes, cell)]
         words = [f"{self.symbols[gene]} ({value})" for gene, value in zip(genes, values, strict=True)]
-        words[0] = words[0].replace(")", " count)" if values[0] == "1" else " counts)") if unit else words[0]
+        if unit and self.are_counts:
+            words[0] = words[0].replace(")", " count)" if values[0] == "1" else " counts)")
         return join(words)
 
     def percentile(self, cell: int, gene: int, group: int, members: np.ndarray) -> float:
@@ -243,6 +195,7 @@ class Proof:
             it expresses, then the evidence.
         others: Two rows of [`Other`]: of the runner-up, and of a second one where the type is broad.
         within: Type -> Cell Ontology ids of it and of the terms above it.
+        excluded: Type -> lineages that no cell of it is of.
         tissues: str `(n_cells,)`: as the file says; "" for unknown.
     """
 
@@ -253,10 +206,12 @@ class Proof:
         candidates: np.ndarray,
         others: Sequence["Other"],
         within: Mapping[str, frozenset[str]],
+        excluded: Mapping[str, Sequence[Lineage]],
         tissues: np.ndarray,
     ) -> None:
         self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
-        n_cells = len(kinds)
+        self.excluded = excluded
+        n_cells, proposed = len(kinds), kinds.tolist()
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
         while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
             self.group_by(kinds)
@@ -266,11 +221,11 @@ class Proof:
             if (kinds == before).all():
                 break
         programmes, unusual = self.programme_clauses(), self.unusual_genes()
-        for cell, clause in enumerate(typed):
+        for cell, (clause, word) in enumerate(zip(typed, proposed, strict=True)):
             if clause is None:
-                self.clauses[cell] = [Clause("type", "No type is shown by its counts.")]
+                self.clauses[cell] = [Clause("type", NO_TYPE.format(word or "none"))]
                 continue
-            self.clauses[cell] = [clause, *programmes[cell]]
+            self.clauses[cell] = [clause, *self.against_clauses(cell), *programmes[cell]]
             said = {gene for part in self.clauses[cell] for gene in part.genes}
             if genes := [gene for gene in unusual[cell] if gene not in said][:N_GENES]:
                 words = f"Unusually high for its kind: {expression.named(genes, cell)}."
@@ -332,19 +287,35 @@ class Proof:
         if group == NONE:
             return None
         is_rare = self.n[group] < MIN_KIND  # what so few cells share may be an accident: known markers alone count
+        if is_rare and self.against_clauses(cell):
+            return None
         genes = list(dict.fromkeys(candidates[: N_MARKERS if is_rare else None].tolist()))
         genes = [gene for gene in genes if gene != NONE and self.expression.tells_types[gene]]
         rates = np.array([self.expression.rate(cell, gene) for gene in genes])
         alike = (self.sums[group][genes] - rates) / (self.n[group] - 1) if self.n[group] > 1 else rates
         others = (self.total - self.sums[group])[genes] / max(len(self.kinds) - self.n[group], 1)
         shows = (alike >= TYPE_FOLD * others) & (alike > 0) & (self.shares[group][genes] >= TYPE_SHARE)
+        shows &= rates >= OF_KIND * alike
         genes = self.sets_apart(group, [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown])
-        if not genes or (len(genes) == 1 and genes[0] not in candidates[:N_MARKERS]):
+        if not set(genes) & set(candidates[:N_MARKERS].tolist()):
             return None
         noun = article(self.names[group]) + (f" from {self.tissues[cell]}" if self.tissues[cell] else "")
         alone = " alone" if len(genes) == 1 else ""
         words = f"{noun}, shown by {self.expression.named(genes, cell, unit=True)}{alone}."
         return Clause("type", words, tuple(genes))
+
+    def against_clauses(self, cell: int) -> list[Clause]:
+        """Lineages that the type of a cell excludes and its genes show."""
+        clauses, expression = [], self.expression
+        for lineage in self.excluded.get(self.names[self.group[cell]], ()):
+            columns = [expression.column_of[gene] for gene in lineage.genes if gene in expression.column_of]
+            rates = np.array([expression.rate(cell, gene) for gene in columns])
+            least = LINEAGE_FOLD * self.total[columns] / len(self.kinds)
+            genes = [columns[i] for i in np.flatnonzero((rates > 0) & (rates >= least))]
+            if rates.sum() >= least.sum() and len(genes) >= MIN_LINEAGE_GENES:
+                words = f"Against it speak {expression.named(genes, cell)}, genes of {lineage.name}."
+                clauses.append(Clause("against", words, tuple(genes)))
+        return clauses
 
     def programme_clauses(self) -> list[list[Clause]]:
         """Programmes that each cell expresses far more than the lower quarter of its kind."""
@@ -364,14 +335,17 @@ class Proof:
                 expected = np.quantile(mine, 0.25) * expression.sizes[members] / COUNTS_PER_10K
                 below = np.searchsorted(np.sort(mine), mine, side="left") * 100 // (len(members) - 1)
                 is_high = totals[members] >= PROGRAMME_FOLD * expected
-                is_high &= (surprise(totals[members], expected) >= SURPRISE) & (below >= PROGRAMME_PERCENTILE)
+                rare = surprise(totals[members], expected) >= SURPRISE
+                rare = rare if expression.are_counts else below >= UNUSUAL_PERCENTILE
+                is_high &= rare & (below >= PROGRAMME_PERCENTILE)
                 for place in np.flatnonzero(is_high & (distinct[members] >= MIN_PROGRAMME_GENES)):
                     cell = members[place]
                     counts = part[cell].toarray().ravel()
                     genes = [columns[i] for i in np.argsort(-counts, kind="stable")[:N_TYPE_GENES] if counts[i]]
+                    share = "all" if below[place] == 100 else f"{below[place]} %"
                     words = (
                         f"{programme.phrase}: {expression.named(genes, cell)}, more of these genes than "
-                        f"{below[place]} % of the {len(members) - 1} other cells of its kind."
+                        f"{share} of the {len(members) - 1} other cells of its kind."
                     )
                     found[cell].append(Clause("programme", words, tuple(genes)))
         return found
@@ -388,7 +362,8 @@ class Proof:
                 others = (self.sums[group][genes] - expression.rates[cell, genes].toarray().ravel()) / (
                     self.n[group] - 1
                 )
-                expected = np.maximum(others, 0) * expression.sizes[cell] / COUNTS_PER_10K
+                counts = counts * expression.scales[cell]
+                expected = np.maximum(others, 0) * expression.sizes[cell] * expression.scales[cell] / COUNTS_PER_10K
                 high = (counts >= UNUSUAL_COUNT) & (counts >= UNUSUAL_FOLD * expected) & expression.recurs[genes]
                 deviance = np.where(high, surprise(counts, expected), 0.0)
                 for entry in np.argsort(-deviance, kind="stable")[: 3 * N_GENES]:
@@ -466,6 +441,13 @@ class Proof:
                 here, there = has[mine].mean(), has[~mine].mean() if others else 0.0
                 if here >= GROUP_SHARE and here >= GROUP_FOLD * there:
                     text += f" {phrase} in {here:.0%} of its cells, and in {there:.0%} of the others."
+            for lineage in LINEAGES:
+                against = sum(
+                    any(c.kind == "against" and c.words.endswith(f" {lineage.name}.") for c in self.clauses[cell])
+                    for cell in np.flatnonzero(mine)
+                )
+                if against >= GROUP_SHARE * n:
+                    text += f" In {against / n:.0%} of its cells, genes of {lineage.name} speak against the type."
             yield {"level": level, "name": str(name), "cells": n, "text": re.sub(r"(?<=\d)%", " %", text)}
 
     def phrases(self) -> list[set[str]]:
@@ -569,6 +551,20 @@ def terms_above(members: np.ndarray, known: Mapping[str, int], terms: Sequence[M
     """Ids of the terms whose labels include all of a type's, bool `(n_labels,)`."""
     mine = {name for name, column in known.items() if members[column]}
     return frozenset(term["id"] for term in terms if mine and mine <= set(term["labels"]))
+
+
+def excluded_lineages(
+    members: np.ndarray, known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]
+) -> tuple[Lineage, ...]:
+    """Lineages that the ontology's terms keep apart from a type with labels `members`, bool `(n_labels,)`.
+
+    None for a type of which no term knows all labels.
+    """
+    mine = {name for name, column in known.items() if members[column]}
+    if not terms_above(members, known, terms):
+        return ()
+    of_term = {term["id"]: set(term["labels"]) for term in terms}
+    return tuple(line for line in LINEAGES if line.term in of_term and not of_term[line.term] & mine)
 
 
 def tissues_of(obs: Any) -> np.ndarray:

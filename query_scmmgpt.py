@@ -22,12 +22,12 @@ import numpy as np
 try:
     from .cells_scmmgpt import Cells
     from .genes_scmmgpt import GeneIndex
-    from .proof_scmmgpt import PROGRAMMES
+    from .programmes_scmmgpt import PROGRAMMES
     from .unseen_scmmgpt import named_genes
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
     from genes_scmmgpt import GeneIndex
-    from proof_scmmgpt import PROGRAMMES
+    from programmes_scmmgpt import PROGRAMMES
     from unseen_scmmgpt import named_genes
 
 
@@ -50,6 +50,7 @@ LEVEL = re.compile(
     re.IGNORECASE,
 )
 DENIED_LEVEL = re.compile(rf"(?P<level>{ANY_LEVEL})\s+(?:(?:expression|levels?)\s+of\s+)?(?P<what>.+)", re.IGNORECASE)
+SYMBOL = re.compile(r"(?=.*\d)[A-Z][A-Z0-9-]{2,}")
 # What may surround the name of a programme: "a type I interferon response".
 AROUND = re.compile(r"^type i |[ -](?:response|signature|programme|program|signall?ing|genes|activity|expression)$")
 COUNTS_PER_10K = 1e4
@@ -169,6 +170,7 @@ class Search:
         self.gene_index, self.measured = gene_index, measured
         self.queries = [read_query(text, lambda term: len(self.genes_of(term)) > 0) for text in texts]
         self.absent = sorted({word.strip(",.;") for word in " ".join(texts).split() if self._is_absent(word)})
+        self.unknown = sorted(set(map(self._unknown, " ".join(texts).split())) - {""})
         self._parts: list[Part] = []
         for query in self.queries:
             part = Part()
@@ -201,6 +203,11 @@ class Search:
         """Whether a word names genes of the model of which the file measures none."""
         genes = list(named_genes(word, self.gene_index))
         return self.measured is not None and bool(genes) and not np.isin(genes, self.measured).any()
+
+    def _unknown(self, word: str) -> str:
+        """What of a word looks like a gene ("CD300X") and is none of the model; "" for nothing."""
+        stem = re.sub(r"-?(negative|positive|low|high|dim)\b.*", "", word.strip(",.;()"), flags=re.IGNORECASE)
+        return stem if SYMBOL.fullmatch(stem) and not named_genes(stem, self.gene_index) else ""
 
     @staticmethod
     def _add(items: list, item: object) -> int:

@@ -118,6 +118,10 @@ def choose_input(
 
     # step 1: which matrix
     found = inspect_matrices(adata, layer=layer, gene_column=gene_column)
+    if assume is not None:
+        found = [
+            c if c.verdict.kind != "one_cell" else replace(c, verdict=_assume_kind(assume, c.verdict)) for c in found
+        ]
     chosen, why = _choose(found, adata, asked=layer is not None)
     source, verdict = chosen.name, chosen.verdict if assume is None else _assume_kind(assume, chosen.verdict)
 
@@ -255,6 +259,12 @@ def _describe_unusable(candidate: Candidate, adata: Any) -> str:
         return f"{name} holds a part of the reads only; name it with `layer=` to read it."
     if verdict.kind == "empty":
         return f"{name} has no value above zero in {e['cells_sampled']} cells; pass another `layer=`."
+    if verdict.kind == "one_cell":
+        return (
+            f"{name} has one cell, no zeros, and the value {e['floor']:g} in many genes: one cell does not show "
+            "whether this value is zero with a pseudo-count, or one count. Read the cell with others of its file; or "
+            "pass `assume='log1p'`, for which the value is expression."
+        )
     row, column = e["first_at"]
     gene = next(iter(candidate.columns.values()))[column]
     where = f" (first at cell {str(adata.obs_names[row])!r}, gene {gene!r})"

@@ -18,6 +18,8 @@ noise as the variance within a group. The profiles are then log1p(CP10k). Beside
 groups of other cells, reference profiles of organs that no dataset has. They compete in the regression, and the lead
 of a cell's label over them says whether the cell is one of the labels at all: [`PanelReadout.novelty`].
 
+The same groups, factors and noise place a cell among the types without naming one: [`ProfileEmbedding`].
+
 Else a profile is `PROFILE_SCALE * sqrt(share of the counts)`. In a file with a part of the genes, shares are of the
 genes at hand times the share of expression that these genes are expected to have, so that a panel of 200 genes and a
 whole transcriptome have profiles of one scale.
@@ -45,6 +47,10 @@ LEAST_LEAD = 0.1  # over other cells, of the mean cell of a label
 # Values that told apart known and new cells best, over datasets left out and panels of them (`train/LOG.md`).
 LEAST_SPREAD = 0.2  # of leads over other cells
 SCORE_WEIGHT = 0.15  # of a low score of the label, beside the missing lead
+# Added to the score of a type that has a profile and no cells, where it is a candidate: its one group has less weight
+# in the regression than a label of many. Known cells lose 1.4 of a hundred by one such candidate (`train/LOG.md`).
+PROFILE_BONUS = 0.15
+LOG_STEPS = 28.0  # of log1p(CP10k) in a byte of a profile, which then reaches 9.1
 LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
 N_EXAMPLES = 3  # absent genes that a warning names
 
@@ -96,6 +102,10 @@ class PanelReadout:
             last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
         return last[1], last[2]
 
+    def last_profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[`profiles`], not computed again for the last cells that were scored."""
+        return self._scores(cells)[0]
+
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
         _, scores = self._scores(cells)
@@ -126,17 +136,20 @@ class PanelReadout:
         of_others = self.typical[:, n_labels:].max(axis=1, initial=-np.inf)
         slack = LEAST_SPREAD + 1 / np.sqrt(np.diff(profiles[0]).clip(min=1))
 
-        def missing(score: np.ndarray, expected: np.ndarray) -> np.ndarray:
-            """From the score of a set of labels, and that of each label's mean cell for the set."""
-            lead = (expected - of_others).clip(min=LEAST_LEAD)[best]
-            weak = 1 - score / expected.clip(min=LEAST_LEAD)[best]
-            return (lead - (score - others)) / (lead + slack) + SCORE_WEIGHT * weak
+        def missing(rows: np.ndarray, score: np.ndarray, expected: np.ndarray) -> np.ndarray:
+            """Of some cells, from their score of a set of labels, and that of each label's mean cell for the set."""
+            lead = (expected - of_others).clip(min=LEAST_LEAD)[best[rows]]
+            weak = 1 - score / expected.clip(min=LEAST_LEAD)[best[rows]]
+            return (lead - (score - others[rows])) / (lead + slack[rows]) + SCORE_WEIGHT * weak
 
-        found = [missing(scores[np.arange(len(best)), best], np.diag(self.typical))]
-        for term in map(list, terms):
-            own = missing(scores[:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
-            found.append(np.where(np.isin(best, term), own, np.inf))
-        return np.stack(found, axis=1).astype(np.float32)
+        found, every = np.full((len(best), 1 + len(terms)), np.inf, dtype=np.float32), np.arange(len(best))
+        found[:, 0] = missing(every, scores[every, best], np.diag(self.typical))
+        for column, term in enumerate(map(list, terms), 1):
+            below = np.zeros(n_labels, dtype=bool)
+            below[term] = True
+            rows = np.flatnonzero(below[best])
+            found[rows, column] = missing(rows, scores[rows][:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
+        return found
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
         """The readout of some of the labels, in the given order."""
@@ -175,6 +188,31 @@ class PanelReadout:
         return weak
 
 
+@dataclass
+class ProfileEmbedding:
+    """Cells -> embeddings, for the genes of one file; see [`solve_embedding`]. That of a cell depends on it alone.
+
+    Files of other genes have the same space: a gene that is absent is less evidence for a place in it.
+
+    Args:
+        gene_ids: int64 `(n_genes,)`: vocabulary ids of the genes at hand, ascending.
+        weights: float32 `(n_genes, n_groups)`, for profiles of log1p(CP10k).
+        bias: float32 `(n_groups,)`.
+        share: Share of the expression that these genes are expected to have.
+    """
+
+    gene_ids: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+    share: float
+
+    def __call__(self, cells: Cells) -> np.ndarray:
+        """Embeddings of counts, float32 `(n_cells, n_groups)`, L2-normalised."""
+        starts, positions, values = panel_profiles(cells, self.gene_ids, self.share)
+        sums = sum_weights(starts, positions, np.log1p(values**2), self.weights) + self.bias
+        return F.normalize(torch.from_numpy(sums), dim=1).numpy()
+
+
 class ScMMGPTLabelReadout(nn.Module):
     """Weights of the labels, and the statistics of the training cells that [`PanelReadout`] is solved from.
 
@@ -186,6 +224,7 @@ class ScMMGPTLabelReadout(nn.Module):
         num_others: Kinds of other cells that groups may be of.
         text_width: Width of the embeddings of texts about genes; 0 if there are none.
         feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
+        num_profiles, num_profile_genes: Types that have a profile and no cells, and the genes that profiles have.
     """
 
     gene_ids: torch.Tensor
@@ -203,6 +242,9 @@ class ScMMGPTLabelReadout(nn.Module):
     group_mean: torch.Tensor
     group_labels: torch.Tensor
     group_weights: torch.Tensor
+    profiles: torch.Tensor
+    profile_places: torch.Tensor
+    profile_others: torch.Tensor
 
     def __init__(
         self,
@@ -213,9 +255,12 @@ class ScMMGPTLabelReadout(nn.Module):
         num_others: int = 0,
         text_width: int = 0,
         feature_width: int = 0,
+        num_profiles: int = 0,
+        num_profile_genes: int = 0,
     ) -> None:
         super().__init__()
         self.num_groups, self.num_others = num_groups, num_others
+        self._solved: tuple[Any, ProfileEmbedding] | None = None  # for the genes of the last file
         half = torch.float16
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
         self.register_buffer("weights", torch.zeros(num_labels, num_genes, dtype=half))
@@ -235,6 +280,8 @@ class ScMMGPTLabelReadout(nn.Module):
             self.register_buffer("group_mean", torch.zeros(num_genes))  # of groups that do not measure a gene
             self.register_buffer("group_labels", torch.zeros(num_groups, num_labels + num_others))  # shares, of sum 1
             self.register_buffer("group_weights", torch.zeros(num_groups))  # of sum 1
+        if num_profiles:
+            self.set_profiles(np.zeros((num_profiles, num_profile_genes)), np.arange(num_profile_genes), [0])
 
     @classmethod
     def from_statistics(cls, **tensors: np.ndarray) -> "ScMMGPTLabelReadout":
@@ -262,6 +309,19 @@ class ScMMGPTLabelReadout(nn.Module):
         """Keep the places of the labels in the space shared with texts, `(num_labels, feature_width)`."""
         self.register_buffer("features", features.detach().to(self.mean.device, torch.float32))
 
+    def set_profiles(self, profiles: np.ndarray, places: np.ndarray, others: Sequence[int]) -> None:
+        """Keep profiles of types that no training cell has.
+
+        Args:
+            profiles: Log1p(CP10k), `(num_profiles, num_profile_genes)`, to 1 / 28; on the scale of the groups.
+            places: Positions of the genes in `gene_ids`.
+            others: The kind of other cells that each profile is part of, -1 for none.
+        """
+        values = (np.asarray(profiles) * LOG_STEPS).round().clip(0, 255).astype(np.uint8)
+        self.register_buffer("profiles", torch.from_numpy(values).to(self.mean.device))
+        for name, given in (("profile_places", places), ("profile_others", np.resize(others, len(values)))):
+            self.register_buffer(name, torch.as_tensor(np.asarray(given), dtype=torch.int32, device=self.mean.device))
+
     def place(self, scores: torch.Tensor) -> torch.Tensor:
         """Places of cells in the space shared with texts, `(num_cells, feature_width)`: means of the labels' places.
 
@@ -281,39 +341,61 @@ class ScMMGPTLabelReadout(nn.Module):
             float32 `(num_cells, num_labels)`. Each cell depends on itself alone. [`PanelReadout`] has the same values
             for the same cells, and others where a file lacks genes.
         """
+        scores = self._sum_weights(profile_gene_ids, profile, self.weights.float().t().contiguous())
+        return ((scores + self.bias) / self.temperature).float().log_softmax(dim=1)
+
+    def embed(self, profile_gene_ids: torch.Tensor, profile: torch.Tensor) -> torch.Tensor:
+        """Embeddings of cells in which all genes of training were measured, by [`ProfileEmbedding`].
+
+        Args:
+            profile_gene_ids, profile: As for `forward`.
+
+        Returns:
+            float32 `(num_cells, num_groups)`, L2-normalised. Each cell depends on itself alone.
+        """
+        solved = self.embedding_for()
+        weights, bias = (torch.from_numpy(part).to(profile.device) for part in (solved.weights, solved.bias))
+        return F.normalize(self._sum_weights(profile_gene_ids, profile, weights) + bias, dim=1)
+
+    def _sum_weights(
+        self, profile_gene_ids: torch.Tensor, profile: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The product of padded profiles with `weights` `(num_genes, width)`, float32 `(num_cells, width)`."""
         gene_ids = self.gene_ids.long()
         places = torch.searchsorted(gene_ids, profile_gene_ids.contiguous()).clamp(max=len(gene_ids) - 1)
         values = profile.float() * (gene_ids[places] == profile_gene_ids)
         length = values.norm(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
         values = values * (PROFILE_SCALE * self.shares.float().sum().sqrt() / length)
         values = (values**2).log1p() if self.num_groups else values
-        scores = F.embedding_bag(places, self.weights.float().t().contiguous(), mode="sum", per_sample_weights=values)
-        return ((scores + self.bias) / self.temperature).float().log_softmax(dim=1)
+        return F.embedding_bag(places, weights, mode="sum", per_sample_weights=values)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The buffers as float64 arrays, and `gene_ids` as int64."""
         arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers() if name != "gene_ids"}
         return {**arrays, "gene_ids": self.gene_ids.cpu().numpy().astype(np.int64)}
 
-    def for_genes(self, measured: np.ndarray | None = None) -> PanelReadout:
+    def for_genes(self, measured: np.ndarray | None = None, profiles: Sequence[int] = ()) -> PanelReadout:
         """The readout for a file.
 
         Args:
             measured: Vocabulary ids of the genes that the file measures, expressed or not; by default all genes.
+            profiles: Types that have a profile and no cells, which become labels after the others.
 
         Raises:
             ValueError: If the file measures no gene of the training cells.
         """
-        a = self.arrays()
-        here = np.ones(len(a["gene_ids"]), bool) if measured is None else np.isin(a["gene_ids"], measured)
-        if not here.any():
-            raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
+        a, here = self._measured(measured)
+        bonus = np.repeat([0, PROFILE_BONUS], [len(a["bias"]), len(profiles)])
+        if len(profiles):
+            a = with_profiles(a, profiles)
+            a["weights"], a["bias"] = (of[: len(bonus)] for of in solve_groups(a, np.ones(len(here), bool)))
         spread = np.zeros((0, len(a["bias"])))
         others: dict[str, np.ndarray] = {}
         if self.num_groups:
             scaled = a if here.all() else scale_groups(a, here)
             weights, bias = solve_groups(scaled, here)
-            if self.num_others:
+            bias[: len(bonus)] += bonus
+            if len(bias) > len(bonus):
                 others = self._others(scaled, here, weights, bias)
             weights, bias = weights[: len(a["bias"])], bias[: len(a["bias"])]
         else:
@@ -336,6 +418,35 @@ class ScMMGPTLabelReadout(nn.Module):
             **others,
         )
 
+    def embedding_for(self, measured: np.ndarray | None = None) -> ProfileEmbedding:
+        """The embedding for a file, kept for the next call; arguments and errors as for [`for_genes`].
+
+        Raises:
+            ValueError: Also if this readout has no groups.
+        """
+        if not self.num_groups:
+            raise ValueError("This readout has no groups to embed cells by; they need a checkpoint of `release`.")
+        key = self.groups.data_ptr(), self.groups._version, None if measured is None else measured.tobytes()
+        if self._solved is None or self._solved[0] != key:
+            a, here = self._measured(measured)
+            weights, bias = solve_embedding(a, here)
+            solved = ProfileEmbedding(
+                gene_ids=a["gene_ids"][here],
+                weights=np.ascontiguousarray(weights.T, dtype=np.float32),
+                bias=bias.astype(np.float32),
+                share=float(a["shares"][here].sum()),
+            )
+            self._solved = key, solved
+        return self._solved[1]
+
+    def _measured(self, measured: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The arrays, and which of the genes are measured, bool `(num_genes,)`."""
+        a = self.arrays()
+        here = np.ones(len(a["gene_ids"]), bool) if measured is None else np.isin(a["gene_ids"], measured)
+        if not here.any():
+            raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
+        return a, here
+
     def _others(
         self, a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray
     ) -> dict[str, np.ndarray]:
@@ -349,6 +460,33 @@ class ScMMGPTLabelReadout(nn.Module):
             "others_bias": bias[n_labels:].astype(np.float32),
             "typical": scores,
         }
+
+
+def with_profiles(a: dict[str, np.ndarray], chosen: Sequence[int]) -> dict[str, np.ndarray]:
+    """The arrays with the profiles of some types as groups of further labels, which follow the others.
+
+    Kinds of other cells that these types are part of are left out: hepatocytes are the liver's other cells. `weights`
+    and `bias` have zeros for the new labels.
+    """
+    chosen, n_labels, n_others = list(chosen), len(a["bias"]), a["group_labels"].shape[1] - len(a["bias"])
+    kinds = n_labels + np.setdiff1d(np.arange(n_others), a["profile_others"][chosen])
+    rows = np.tile(a["group_mean"], (len(chosen), 1))
+    rows[:, a["profile_places"].astype(int)] = a["profiles"][chosen] / LOG_STEPS
+    old = a["group_labels"][:, [*range(n_labels), *kinds]]
+    kept = old.any(axis=1)
+    mentions = np.insert(old[kept], [n_labels] * len(chosen), 0, axis=1) * a["group_weights"][kept, None]
+    new = np.eye(len(chosen), mentions.shape[1], n_labels)
+    mentions = np.concatenate([mentions, new])
+    mentions /= mentions.sum(axis=0) * mentions.shape[1]  # every label and kind has the same weight
+    weights = mentions.sum(axis=1)
+    return {
+        **a,
+        "groups": np.concatenate([a["groups"][kept], rows]),
+        "group_labels": mentions / weights[:, None],
+        "group_weights": weights,
+        "weights": np.pad(a["weights"], ((0, len(chosen)), (0, 0))),
+        "bias": np.pad(a["bias"], (0, len(chosen))),
+    }
 
 
 def scale_groups(a: dict[str, np.ndarray], here: np.ndarray) -> dict[str, np.ndarray]:
@@ -390,6 +528,34 @@ def solve_groups(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray
     return weights, shares - weights @ mean
 
 
+def solve_embedding(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A place of cells among the groups, for the genes that are `here`.
+
+    A profile is taken for `mean + X^T z + F^T u + noise`, with X the groups around their mean, weighted, F the factors
+    of the variance within a group, and z, u ~ N(0, I). The expectation of z given the genes at hand is a ridge
+    regression; what the factors explain of the cell does not move it. The distance of two cells in z would count each
+    direction alike, also those in which groups hardly differ; that of X^T z, the expected profiles, would count what
+    sets apart few types of many genes alone. `(X X^T)^(1/4) z`, over all genes, is half way (`train/LOG.md`).
+
+    Args:
+        a: The arrays of [`ScMMGPTLabelReadout`].
+        here: bool `(num_genes,)`.
+
+    Returns:
+        Weights `(num_groups, n_here)` and bias.
+    """
+    roots = np.sqrt(a["group_weights"])[:, None]
+    scaled = a if here.all() else scale_groups(a, here)
+    mean = scaled["group_mean"][here]
+    x, whole = roots * (scaled["groups"][:, here] - mean), roots * (a["groups"] - a["group_mean"])
+    parts = np.concatenate([x, a["factors"][:, here]])
+    by_noise = parts / a["noise"][here]
+    expected = np.linalg.solve(np.eye(len(parts)) + by_noise @ parts.T, by_noise)[: len(x)]
+    values, axes = np.linalg.eigh(whole @ whole.T)
+    weights = (axes * values.clip(min=0) ** 0.25) @ (axes.T @ expected)  # symmetric: no sign of an axis matters
+    return weights, -weights @ mean
+
+
 def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The expectation of the scores given the genes that are `here`, and what it leaves open.
 
@@ -429,7 +595,7 @@ def compare_labels(
 
     centroids = a["centroids"]
     if "groups" in a:  # in the space of their weights
-        of_labels = a["group_labels"][:, : len(centroids)].T * a["group_weights"]
+        of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
         centroids = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
     whole = differences(centroids @ a["weights"].T)
     left = differences(centroids[:, here] @ weights.T)

@@ -139,7 +139,9 @@ class Signer:
         extractor, config = self.processor.feature_extractor, self.model.config
         names = sorted(inspect.signature(type(extractor).__init__).parameters)
         of_cells = {name: getattr(extractor, name) for name in names if hasattr(extractor, name)}
-        return hash_json([config.annotation, getattr(config, "label_readout", None), of_cells])
+        embedding = getattr(config, "cell_embedding", "cell-text")
+        changed = [] if embedding == "cell-text" else [embedding]  # so that receipts of before stay as they are
+        return hash_json([config.annotation, getattr(config, "label_readout", None), of_cells, *changed])
 
     def _vocabulary(self) -> str:
         if "vocabulary" not in self.known:

@@ -12,6 +12,7 @@ import numpy as np
 
 
 logger = logging.getLogger(__name__)
+MISSING = "(missing)"  # in place of a label or a cluster
 
 
 def need_columns(obs: Any, *names: str) -> None:
@@ -30,10 +31,16 @@ def need_columns(obs: Any, *names: str) -> None:
     raise ValueError(f"obs has no {which}; {there}." + (f" Do you mean {near[0]!r}?" if near else ""))
 
 
-def words_of(adata: Any, key: str) -> np.ndarray:
-    """A column of `obs`, as str `(n_obs,)`."""
-    need_columns(adata.obs, key)
-    return np.asarray(adata.obs[key], dtype=str)
+def words_of(obs: Any, key: str) -> np.ndarray:
+    """A column of `obs`, as str `(n_obs,)`: `MISSING` where it has no value, "3" for 3.0 among whole numbers."""
+    need_columns(obs, key)
+    values, absent = obs[key], np.asarray(obs[key].isna())
+    present = np.asarray(values[~absent])
+    if present.dtype.kind == "f" and (present == np.floor(present)).all():  # numbers beside missing ones
+        present = present.astype(np.int64)
+    words = np.full(len(values), MISSING, dtype=object)
+    words[~absent] = present.astype(str)
+    return words.astype(str)
 
 
 def add_column(adata: Any, name: str, values: np.ndarray) -> None:

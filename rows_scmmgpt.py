@@ -18,9 +18,9 @@ except ImportError:  # beside the other files of a checkpoint
 
 N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix
 N_SAMPLED_VALUES = 1_000_000  # of richer rows, fewer are sampled
-# A value in the place of zeros: the matrix has at most this share of zeros, and each of its rows, of which there are
-# enough, has the value in this share of the genes.
-MOST_ZEROS, FLOOR_SHARE, MIN_FLOOR_ROWS = 0.001, 0.2, 10
+# A value in the place of zeros: the matrix has at most this share of zeros, and each of its rows has the value in this
+# share of the genes.
+MOST_ZEROS, FLOOR_SHARE = 0.001, 0.2
 
 
 def modality_of(adata: Any) -> Any:
@@ -78,10 +78,10 @@ class CountRows:
         """The value that zeros have, such as log(0 + pseudo-count); 0 where zeros are zero.
 
         Most counts of a cell are zero: a matrix without zeros has another value in their place if the least value is
-        the same in every row, and frequent. Counts without zeros have no such value: their genes were filtered.
+        the same in every row, and frequent. Integers are counts of at least one: their genes were filtered.
         """
         n_rows, n_vars = self.shape
-        if n_rows < MIN_FLOOR_ROWS or len(self.data) < n_rows * n_vars * (1 - MOST_ZEROS):
+        if not len(self.data) or len(self.data) < n_rows * n_vars * (1 - MOST_ZEROS):
             return 0.0
         least = self.data.min()
         if (self.data == np.rint(self.data)).all():

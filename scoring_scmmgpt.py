@@ -116,13 +116,15 @@ class LabelScorer:
 
     def __call__(self, cells: Cells) -> tuple[Tensor, ...]:
         """Similarity `(n_cells, n_texts)`; matching, likewise, NaN for texts that are not candidates; novelty."""
+        # The readout keeps the scores of these cells, and the novelty of all starts from them: it comes second.
+        from_readout = None if self.readout is None else torch.from_numpy(self.readout(cells))
         novelty = () if self.novelty_of is None else (torch.from_numpy(self.novelty_of(cells)),)
-        if self.readout is not None and self.readout_alone:
-            return (self.readout_temperature * torch.from_numpy(self.readout(cells)), *novelty)
+        if from_readout is not None and self.readout_alone:
+            return (self.readout_temperature * from_readout, *novelty)
         inputs = self.processor(cells=cells).to(self.bridge.device)
         similarity = cell_text_similarity(self.bridge.get_cell_features(**inputs), self.text_features)
-        if self.readout is not None:
-            scores = torch.from_numpy(self.readout(cells)).to(similarity)
+        if from_readout is not None:
+            scores = from_readout.to(similarity)
             similarity = self.readout_temperature * (scores + self.similarity_weight * similarity)
         if not self.num_candidates:
             return (similarity, *novelty)

@@ -1,5 +1,6 @@
 """Places of cells in the space that they share with texts, and searches in it."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers.utils import logging
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
+    from .configuration_scmmgpt import CELL_EMBEDDINGS
     from .conversion_scmmgpt import InputChoice
+    from .evidence_scmmgpt import NONE, Explainer, label_members
     from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from .passes_scmmgpt import CellFunction, CellPasses
     from .query_scmmgpt import Search
@@ -19,7 +22,9 @@ try:  # as a package or as remote code
     from .unseen_scmmgpt import GeneSearch
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells
+    from configuration_scmmgpt import CELL_EMBEDDINGS
     from conversion_scmmgpt import InputChoice
+    from evidence_scmmgpt import NONE, Explainer, label_members
     from modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from passes_scmmgpt import CellFunction, CellPasses
     from query_scmmgpt import Search
@@ -28,6 +33,7 @@ except ImportError:  # as a flat module in a clone
     from unseen_scmmgpt import GeneSearch
 
 
+ARTICLE = re.compile(r"^(?:an?|the|any|all)\s+", re.IGNORECASE)
 logger = logging.get_logger(__name__)
 
 
@@ -35,15 +41,16 @@ class SearchSteps(CellPasses):
     """The steps of [`ScMMGPTPipeline.embed`] and of [`ScMMGPTPipeline.search`]."""
 
     def embed_cells(
-        self, adata: Any, choice: InputChoice, of: str = "cell-text", batch_size: int | None = None
+        self, adata: Any, choice: InputChoice, of: str | None = None, batch_size: int | None = None
     ) -> np.ndarray:
         """Embeddings of cells, float32: of all of the data that `choice` was made for, or of a part."""
-        if of not in ("cell-text", "cell"):
-            raise ValueError(f"of is {of!r}; choose 'cell-text' (shared with text) or 'cell' (the cell model's own).")
-
+        of = self.embedding_of(of)
+        profile = self._bridge().label_readout.embedding_for(choice.match.measured) if of == "profile" else None
         features_of = self.features_of(choice) if of == "cell-text" else None
 
         def embedding(cells: Cells) -> tuple[torch.Tensor, ...]:
+            if profile is not None:
+                return (torch.from_numpy(profile(cells)),)
             if features_of is None:
                 inputs = self._inputs(cells)
                 inputs = {name: inputs[name] for name in CELL_INPUTS}
@@ -55,13 +62,30 @@ class SearchSteps(CellPasses):
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 64)
         return self._map_cells(embedding, chunks, batch_size, "Embedding", adata.shape[0])[0]
 
+    def embedding_of(self, of: str | None = None) -> str:
+        """What is embedded, see [`ScMMGPTPipeline.embed`]: as given, else as the checkpoint has it."""
+        of = self.model.config.cell_embedding if of is None else of
+        if of not in CELL_EMBEDDINGS:
+            raise ValueError(f"of is {of!r}; choose one of {CELL_EMBEDDINGS}.")
+        if of == "profile" and not (self.model.config.label_readout or {}).get("num_groups"):
+            raise ValueError(
+                "This checkpoint has no groups of cells to embed profiles by, which `release` fits; "
+                "choose 'cell-text' or 'cell'."
+            )
+        return of
+
     def add_embedding(
-        self, adata: Any, choice: InputChoice, embedding: Any, of: str = "cell-text", key_added: str = "X_scmmgpt"
+        self,
+        adata: Any,
+        choice: InputChoice,
+        embedding: Any,
+        of: str | None = None,
+        key_added: str = "X_scmmgpt",
     ) -> Any:
         """Add the result of [`embed_cells`] for all cells to `adata`."""
         finish_report(choice.report)
         adata.obsm[key_added] = embedding
-        return self._record(adata, "scmmgpt", choice.report, embed={"of": of, "key": key_added})
+        return self._record(adata, "scmmgpt", choice.report, embed={"of": self.embedding_of(of), "key": key_added})
 
     def search_cells(
         self,
@@ -101,12 +125,22 @@ class SearchSteps(CellPasses):
         plan = self._search_plan(texts, choice)
         if plan.absent:
             logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search cannot look at it.")
+        if plan.unknown:
+            logger.warning(f"No gene of the checkpoint is called {', '.join(plan.unknown)}: the search reads a word.")
         scores = columns if by == "genes" else plan.scores(columns)
         if key_added is not None:
             adata.obs[key_added] = scores[:, 0]
             done = {"text": texts[0], "by": by, "key": key_added}
             self._record(adata, "scmmgpt", choice.report, search=done)
         return [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+
+    def _markers_named(self, texts: list[str], measured: np.ndarray) -> list[np.ndarray]:
+        """Vocabulary ids of the markers of the type that each text names; none for a text that names no one type."""
+        known, terms = self._readout_columns(), (self.model.config.annotation or {}).get("terms", [])
+        members = label_members([ARTICLE.sub("", text.strip(" .")) for text in texts], known, terms)
+        explainer = Explainer.of(self._bridge().label_readout, measured, members)
+        found = explainer.markers[: len(texts)]
+        return [explainer.panel.gene_ids[row[row != NONE]] for row in found]
 
     def _search_plan(self, texts: list[str], choice: InputChoice) -> Search:
         return Search(texts, self.processor.gene_index, choice.match.measured)
@@ -115,7 +149,8 @@ class SearchSteps(CellPasses):
         """Scores of texts by genes; or similarities and expression, from which a search is scored."""
         if by == "genes":
             states = text_states(self._bridge(), self.processor, texts)
-            genes = GeneSearch.of(self._bridge().label_readout, choice.match.measured, states)
+            readout, measured = self._bridge().label_readout, choice.match.measured
+            genes = GeneSearch.of(readout, measured, states, self._markers_named(texts, measured))
             return lambda cells: (torch.from_numpy(genes(cells)),)
         plan, bridge = self._search_plan(texts, choice), self._bridge()
         if not plan.texts:  # counts alone decide

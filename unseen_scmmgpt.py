@@ -319,7 +319,11 @@ def log_depth(cells: Cells, gene_ids: np.ndarray, share: float) -> np.ndarray:
 
 @dataclass
 class GeneSearch:
-    """Scores of texts by the genes whose own texts are nearest, for the genes of one file.
+    """Scores of texts by genes, for the genes of one file: the markers of a type that a text names, or else the genes
+    whose own texts are nearest.
+
+    The small encoder of texts finds genes by their words and letters ("B cell" is near CYB5B and NFIB), which serves
+    conditions and no types.
 
     A condition that no training cell shows, such as a stimulation, moves genes that texts know.
 
@@ -335,13 +339,20 @@ class GeneSearch:
     offset: np.ndarray
 
     @classmethod
-    def of(cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, texts: np.ndarray) -> "GeneSearch":
+    def of(
+        cls,
+        readout: ScMMGPTLabelReadout,
+        measured: np.ndarray,
+        texts: np.ndarray,
+        markers: Sequence[np.ndarray] | None = None,
+    ) -> "GeneSearch":
         """From a readout with texts about genes, for the genes that a file measures.
 
         Args:
             readout: The readout.
             measured: Vocabulary ids of the genes that the file measures.
             texts: Embeddings of the texts to search for, `(n_texts, width)`.
+            markers: For each text vocabulary ids of the markers of the type that it names; none for other texts.
         """
         arrays = readout.arrays()
         here = np.isin(arrays["gene_ids"], measured)
@@ -355,6 +366,8 @@ class GeneSearch:
         for row, values in enumerate(similarity):
             best = np.argsort(-values, kind="stable")[:SEARCH_GENES]
             weights[row, known[best]] = values[best].clip(min=0)
+            if markers is not None and len(markers[row]):
+                weights[row] = np.isin(arrays["gene_ids"][here], markers[row])
         # In standard deviations: else a few genes that vary among all cells decide.
         deviation = np.sqrt((arrays["factors"][:, here] ** 2).sum(axis=0) + arrays["noise"][here])
         weights /= np.linalg.norm(weights, axis=1, keepdims=True).clip(min=1e-9) * deviation
@@ -413,6 +426,7 @@ class TextScores:
         gate: dict[str, Any] | None,
         gene_index: GeneIndex,
         embed: Callable[[Sequence[str]], np.ndarray],
+        profiled: Mapping[str, int] | None = None,
     ) -> "TextScores | None":
         """From a checkpoint's readout.
 
@@ -425,16 +439,19 @@ class TextScores:
             gate: Fields of [`Gate`], if the checkpoint has one.
             gene_index: Names of genes.
             embed: Texts -> embeddings, float64 `(n_texts, width)`.
+            profiled: Text -> number of the profile, of labels that have a profile and no cells.
 
         Returns:
             None if there are new labels and no gate, or no trained label.
         """
-        known = [number for number, text in enumerate(trained) if text in texts]
+        profiled = profiled or {}
+        labels = [*trained, *profiled]
+        known = [number for number, text in enumerate(labels) if text in texts]
         new = [text for text, is_new in zip(texts, unseen, strict=True) if is_new]
         if not known or (new and gate is None):
             return None
-        panel = readout.for_genes(measured).select(known)
-        place = {text: column for column, text in enumerate([*(trained[number] for number in known), *new])}
+        panel = readout.for_genes(measured, list(profiled.values())).select(known)
+        place = {text: column for column, text in enumerate([*(labels[number] for number in known), *new])}
         columns = np.array([place.get(text, -1) for text in texts])
         if not new or gate is None:
             return cls(panel, panel, columns)

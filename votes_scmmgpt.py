@@ -10,9 +10,11 @@ import numpy as np
 try:  # as a package or as remote code
     from .annotation_scmmgpt import MOST_LABELS, UNKNOWN
     from .labels_scmmgpt import Candidates
+    from .records_scmmgpt import MISSING
 except ImportError:  # beside the other files of a checkpoint
     from annotation_scmmgpt import MOST_LABELS, UNKNOWN
     from labels_scmmgpt import Candidates
+    from records_scmmgpt import MISSING
 
 CLUSTER_SHARE = 0.8  # of the cells of a cluster, for its type
 N_VOTES = 4  # labels that are shown
@@ -29,6 +31,7 @@ def cluster_answers(
     names: Sequence[str],
     cl_ids: Mapping[str, str],
     terms: Sequence[Mapping[str, Any]] = (),
+    types_alone: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """The narrowest type that nearly all cells of each cluster have, and their votes.
 
@@ -39,6 +42,7 @@ def cluster_answers(
         names: Labels to choose from.
         cl_ids: Label -> Cell Ontology id.
         terms: Broader terms, as for [`choose_labels`].
+        types_alone: Name -> Cell Ontology id, of types that are below none of them.
 
     Returns:
         For each cluster `cluster`, `cells`, `label` (`"Unknown"` if no type has `CLUSTER_SHARE` of the cells),
@@ -50,15 +54,16 @@ def cluster_answers(
     >>> answer["label"], answer["share"], answer["votes"]
     ('T cell', 1.0, 'CD4 T 40 %, CD8 T 40 %, T cell 20 %')
     """
-    kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in names}
-    types = [(name, cl_ids.get(name, ""), {name}) for name in names]
+    alone = types_alone or {}
+    kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in [*names, *alone]}
+    types = [(name, {**cl_ids, **alone}.get(name, ""), {name}) for name in [*names, *alone]]
     types += [
         (t["name"], t["id"], set(t["labels"]))
         for t in terms
         if 1 < len(set(t["labels"]) & set(names)) <= MOST_LABELS * len(names)
     ]
     rows = []
-    for cluster in np.unique(clusters):
+    for cluster in np.unique(clusters[clusters != MISSING]):
         found, counts = np.unique(labels[clusters == cluster], return_counts=True)
         order, total = np.argsort(-counts, kind="stable"), int(counts.sum())
         row = {"cluster": str(cluster), "cells": total, "label": UNKNOWN, "cl_id": "", "share": 0.0}
@@ -73,13 +78,13 @@ def cluster_answers(
 
 
 def majority_vote(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The commonest label of each cell's cluster; ties go to the label that sorts first.
+    """The commonest label of each cell's cluster, its own without one; ties go to the label that sorts first.
 
     >>> majority_vote(np.array(["B", "B", "T", "T"]), np.array(["0", "0", "0", "1"]))
     array(['B', 'B', 'B', 'T'], dtype='<U1')
     """
-    voted = np.empty_like(labels)
-    for cluster in np.unique(clusters):
+    voted = labels.copy()
+    for cluster in np.unique(clusters[clusters != MISSING]):
         members = clusters == cluster
         names, counts = np.unique(labels[members], return_counts=True)
         voted[members] = names[counts.argmax()]
@@ -100,7 +105,8 @@ def summarize_annotation(
     counted = Counter(np.asarray(columns["cell_type"]).tolist())  # faster than a sort of words
     found = sorted(counted)
     found_cells = np.array([counted[name] for name in found])
-    n_cells, n_novel = len(columns["cell_type"]), int((columns.get("novelty", np.empty(0)) > 1).sum())
+    n_cells, is_novel = len(columns["cell_type"]), columns.get("novelty", np.zeros(1)) > 1
+    n_novel, n_unknown = int(is_novel.sum()), int((is_novel & (np.asarray(columns["cell_type"]) == UNKNOWN)).sum())
     share = found_cells.max() / n_cells
     several = len(candidates.names) > 1
     collapsed = several and n_cells >= COLLAPSE_MIN_CELLS and bool(share >= COLLAPSE_SHARE)
@@ -111,7 +117,9 @@ def summarize_annotation(
             "it, with score 1. Give two labels or more."
         )
     if n_novel >= NOVEL_SHARE * n_cells:
-        given = "they are labelled all the same" if min_score == 0 else f"they are {UNKNOWN}"
+        given = f"{n_unknown} of them are {UNKNOWN}, the others have a broader type or that of a reference profile"
+        given = f"they are {UNKNOWN}" if n_unknown == n_novel else given
+        given = "they are labelled all the same" if min_score == 0 else given
         warnings.append(
             f"{n_novel} of {n_cells} cells are like nothing that this checkpoint knows ({len(known)} cell types, "
             f"such as {', '.join(map(repr, known[:3]))}): {given}. They are more like other cells, or express "

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scmmgpt.records_scmmgpt import words_of
+
 
 HTML = "<p></p><canvas></canvas><ul></ul>"
 CSS = """
@@ -48,7 +50,7 @@ def draw(places: np.ndarray, title: str, values: pd.Series | None = None, marks:
         color[known] = 1 + np.minimum((share * STEPS).astype(int), STEPS - 1)
         legend = [(f"{low:.3g}", palette[1]), (f"{high:.3g}", palette[-1])]
     elif values is not None:
-        words = values.astype(str).to_numpy()
+        words = words_of(values.to_frame("values"), "values")
         names, counts = np.unique(words, return_counts=True)
         colors = type_colors(names.tolist())
         palette += [to_hex(colors[name]) for name in names]

@@ -9,7 +9,7 @@ The words of a question choose a topic, and the genes, types and columns of `obs
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ import pandas as pd
 from scmmgpt.commands.conditions import rows_where
 from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader, simple
 from scmmgpt.evidence_scmmgpt import NONE
-from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, PROGRAMMES, TYPE_FOLD, TYPE_SHARE, Expression, join
+from scmmgpt.programmes_scmmgpt import PROGRAMMES
+from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Expression, join
+from scmmgpt.records_scmmgpt import words_of
 
 
 STATES = (  # words that ask for each of PROGRAMMES
@@ -105,7 +107,7 @@ class Chat:
         shows = {p.phrase: clauses["cell"][clauses["text"].str.startswith(p.phrase)] for p in PROGRAMMES}
         self.programmes = {name: np.isin(adata.obs_names, cells) for name, cells in shows.items()}
         own = [name for name in self.obs if not name.startswith("scmmgpt_") and not name.endswith("ontology_term_id")]
-        self.columns = {c: self.obs[c].astype(str).to_numpy() for c in own if self.obs[c].nunique() <= MAX_KINDS}
+        self.columns = {c: words_of(self.obs, c) for c in own if self.obs[c].nunique() <= MAX_KINDS}
         self.read = QuestionReader(types, {name: set(values) for name, values in self.columns.items()}, gene_index)
         self.asked = Question("")
 
@@ -224,7 +226,12 @@ class Chat:
 
     def _gene(self) -> str:
         if absent := [gene for gene in self.asked.genes if gene not in self.expression.column_of]:
-            return " ".join(f"The file does not measure {gene}." for gene in absent)
+            said, asked = [f"The file does not measure {gene}." for gene in dict.fromkeys(absent)], self.asked
+            genes = [gene for gene in asked.genes if gene not in absent]
+            self.asked = replace(asked, genes=genes, without=asked.without - set(absent))
+            said += [self._gene()] if genes else []
+            self.asked = asked  # a question that follows is about all of them
+            return " ".join(said)
         if self.asked.each or len(self.asked.groups) > 1:
             return " ".join(self._gene_of_each(gene) for gene in self.asked.genes)
         return " ".join([*map(self._gene_here, self.asked.genes), *self._together()])

@@ -1,17 +1,19 @@
 """Run tasks in this process, in processes of this machine, or on a Dask cluster; each ends in a result or an error.
 
 Few tasks are in flight at a time, so that the memory of the scheduler does not grow with their number. The task of a
-worker that was lost is done again by another. A task under which workers keep dying is tried once more alone, as other
-tasks of a dying worker look the same, and then counts as failed.
+worker that was lost is done again by another. A task under which workers keep dying is cut into smaller ones, where
+that is possible, and tried once more, alone, as other tasks of a dying worker look the same; then it counts as failed.
 """
 
 import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -24,6 +26,11 @@ Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its erro
 
 WAIT_SECONDS = 60  # for the first worker: queues of clusters start workers after the command
 TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
+SHOWN = 5  # most tasks of lost workers that are named
+LOST = (
+    "Several workers were lost while they computed this, the last with nothing else to do: perhaps the system ended "
+    "processes that took too much memory. Give the same command again, with fewer workers or on a larger machine."
+)
 
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _LOCAL = {
@@ -40,18 +47,22 @@ _LOCAL = {
 def preload_workers() -> None:
     """Let a process import libraries while this one goes on; on Linux, workers of this machine are copies of it.
 
-    Libraries read the number of threads when they are imported.
+    Libraries read the number of threads when they are imported. A terminal sends Ctrl-C to all processes of a command:
+    this one ends the others, which ignore it.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return
     from multiprocessing import forkserver
 
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(_THREADS)
+    settings = {**_THREADS, "DASK_LOGGING__DISTRIBUTED": "error"}  # of a task that fails, this process hears anyway
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.set_forkserver_preload(["scmmgpt.commands.worker_start", "distributed"])
         forkserver.ensure_running()
     finally:
+        signal.signal(signal.SIGINT, on_interrupt)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -100,12 +111,19 @@ class Workers:
                 fire_and_forget(client.submit(function, *arguments, **where))
         return client
 
-    def run(self, function: Callable[[Task], Any], tasks: Sequence[Task]) -> Iterator[Outcome]:
+    def run(
+        self,
+        function: Callable[[Task], Any],
+        tasks: Sequence[Task],
+        split: Callable[[Task], Sequence[Task]] = lambda task: [task],
+    ) -> Iterator[Outcome]:
         """Yield each task with the result of `function(task)`, or with the `Exception` that it raised, as they finish.
 
         Args:
-            function: A function of a module, which workers import.
-            tasks: Arguments of the function, as plain data.
+            function: A function of a module, which workers import. A task may be given to it again, if the worker that
+                finished it is lost before the result is here.
+            tasks: Arguments of the function, as plain data; as text, what a person calls them.
+            split: A task -> smaller ones that take its place if workers keep dying.
 
         Raises:
             ImportError: If Dask is needed and not installed.
@@ -120,16 +138,17 @@ class Workers:
                     failure = error
                 yield task, result, failure
             return
-        began, client = time.time(), self._client()
+        began, client, submitted = time.time(), self._client(), dict[str, Task]()
         suspects: list[Task] = []
-        for task, result, failure in _run_on(client, function, tasks):
+        for task, result, failure in _run_on(client, function, tasks, submitted):
             if _is_lost_worker(failure):
                 suspects.append(task)
             else:
                 yield task, result, failure
-        for task in suspects:
-            yield from _run_on(client, function, [task])
-        _warn_of_lost_workers(client, began)
+        for task in [piece for suspect in suspects for piece in split(suspect)]:
+            for _, result, failure in _run_on(client, function, [task], submitted):
+                yield task, result, OSError(LOST) if _is_lost_worker(failure) else failure
+        _warn_of_lost_workers(client, began, submitted)
 
 
 @contextlib.contextmanager
@@ -167,11 +186,13 @@ def _client(workers: int, cluster: str | None) -> Iterator[Any]:
         yield client
 
 
-def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task]) -> Iterator[Outcome]:
+def _run_on(
+    client: Any, function: Callable[[Task], Any], tasks: Iterable[Task], submitted: dict[str, Task]
+) -> Iterator[Outcome]:
+    """Run tasks, a few at a time; `submitted` gets the name that Dask has for each."""
     from distributed import as_completed
 
     pending = iter(tasks)
-    submitted: dict[str, Task] = {}
 
     def submit(task: Task) -> Any:
         future = client.submit(function, task, pure=False)
@@ -181,7 +202,7 @@ def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task])
     n_threads = sum(client.nthreads().values())
     finished = as_completed([submit(task) for task in islice(pending, max(1, TASKS_PER_WORKER * n_threads))])
     for future in finished:
-        task = submitted.pop(future.key)
+        task = submitted[future.key]
         result, failure = None, None
         try:
             result = future.result()
@@ -196,11 +217,19 @@ def _run_on(client: Any, function: Callable[[Task], Any], tasks: Iterable[Task])
         yield task, result, failure
 
 
-def _warn_of_lost_workers(client: Any, since: float) -> None:
+def _warn_of_lost_workers(client: Any, since: float, submitted: Mapping[str, Any]) -> None:
+    """Say how many workers were lost since a time, and which tasks they had."""
     events = [event for when, event in client.get_events("all") if when >= since and isinstance(event, dict)]
-    n_lost = sum(event.get("action") == "remove-worker" and not event.get("expected") for event in events)
-    if n_lost:
-        logger.warning("Workers were lost %d times; what they had begun was computed again.", n_lost)
+    lost = [event for event in events if event.get("action") == "remove-worker" and not event.get("expected")]
+    if lost:
+        keys = {key for event in lost for name in ("processing-tasks", "lost-computed-tasks") for key in event[name]}
+        again = sorted({str(submitted[key]) for key in keys & submitted.keys()})
+        names = "; ".join(again[:SHOWN]) + (f"; and {len(again) - SHOWN} more" if len(again) > SHOWN else "")
+        logger.warning(
+            "Workers were lost %d times; what they had begun was computed again: %s.",
+            len(lost),
+            names or "nothing yet",
+        )
 
 
 def _is_lost_worker(error: Exception | None) -> bool:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -13,6 +14,8 @@ from typing import Any
 
 
 RESULTS = (".h5ad", ".csv", ".html")  # what commands write; another file within an input folder belongs to the input
+
+LOCK = ".lock"  # file of a folder that one process works on
 
 TABLES = (".csv", ".tsv", ".txt")  # also compressed
 COMPRESSED = (".gz", ".bz2", ".xz")
@@ -209,6 +212,35 @@ def filled_folder(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder, which may be new; the system releases the lock when the process ends, even if it is killed.
+
+    A system or file system without locks locks nothing.
+
+    Raises:
+        ValueError: If another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"Another command is at work on {folder} ({file.read().strip() or 'unknown'}). Wait for its end, or "
+                "stop it and give this command again to go on from there."
+            ) from None
+        except (ImportError, OSError):
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -119,7 +119,8 @@ def _embedded(path: Path) -> Iterator[tuple[h5py.Dataset, pd.DataFrame, dict[str
         done, vectors = anndata.io.read_elem(file["uns/scmmgpt"]), file[f"obsm/{KEY}"]
         if str(done["embed"]["of"]) != "cell-text":
             raise ValueError(
-                f"{path} has embeddings of {str(done['embed']['of'])!r}, which texts are not compared with."
+                f"{path} has embeddings of {str(done['embed']['of'])!r}, which texts are not compared with. Embed the "
+                "cells with `scmmgpt embed --of cell-text`."
             )
         about = {"checkpoint": str(done.get("checkpoint", "")), "dimensions": int(vectors.shape[1])}
         yield vectors, anndata.io.read_elem(file["obs"]), about

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from scmmgpt.commands.errors import as_options
 from scmmgpt.genes_scmmgpt import GeneIndex, detect_species
 from scmmgpt.readers.cell_files import CellFile, read_file
 from scmmgpt.readers.disk_parts import DiskRows
 from scmmgpt.reading_scmmgpt import InputChoice, choose_input, finish_report, inspect_matrices
+from scmmgpt.records_scmmgpt import words_of
 from scmmgpt.rows_scmmgpt import matrix_of
 
 
@@ -102,7 +104,7 @@ def _describe_obs(file: CellFile) -> tuple[dict[str, Any], list[str]]:
     columns, warnings = {}, []
     for name in LABEL_COLUMNS:
         if name in file.obs and file.n_obs:
-            counts = file.obs[name].astype(str).value_counts()
+            counts = pd.Series(words_of(file.obs, name)).value_counts()
             share = round(float(counts.iloc[0] / file.n_obs), 4)
             columns[name] = {"values": len(counts), "most_common": str(counts.index[0]), "share": share}
     if "cell_type" in columns:
@@ -170,7 +172,7 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"       {name}: {column['values']} values, {column['share']:.0%} {column['most_common']!r}")
     lines += [f"  ! {warning}" for warning in report.get("warnings", [])]
     if report["usable"]:
-        lines.append(f"  => can be used: scmmgpt annotate {file['path']} --model CHECKPOINT --output annotated.h5ad")
+        lines.append(f"  => can be used: scmmgpt annotate {file['path']} --output annotated.h5ad")
     else:
         lines.append(f"  => cannot be used: {report['error']}")
     return as_options("\n".join(lines))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import anyio
 import h5py
@@ -183,11 +183,15 @@ class CellTools:
         file: File,
         text: Annotated[str, Field(description="description of the wanted cells; may deny: T cell without CD8")],
         top_k: Annotated[int, Field(ge=1, le=1000)] = 10,
+        by: Annotated[
+            Literal["similarity", "genes"],
+            Field(description="'genes': the markers of a type that the text names, or genes near to its words"),
+        ] = "similarity",
         output: Annotated[str | None, Field(description="new .h5ad file with every cell's score")] = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
         """Find the cells that a text describes best; scores order cells and have no zero that means no match."""
-        words = [*_options(text=text, top_k=top_k), *self._outputs(output=output)]
+        words = [*_options(text=text, top_k=top_k, by=by), *self._outputs(output=output)]
         return self._call("search", self._existing(file), *words, *_reading(reading))
 
     def embed(self, file: File, output: Output, reading: Reading = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from scmmgpt.commands.errors import OneLineParser, number
 
 
 FORMATS = "cells: .h5ad, .zarr, 10x .h5 or folder, .loom, .csv"
+CELLS_PER_PARTITION = 16_384
 CHECKPOINT_HELP = "folder, or model id on the Hub (default: that of this package)"
 READ_HELP = {
     "layer": "matrix to read: a layer, 'X' or 'raw' (default: the best one found)",
@@ -188,8 +189,10 @@ def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: boo
 def add_partitions(parser: argparse.ArgumentParser) -> None:
     """Where the work is done, for many cells, and in which parts."""
     group = add_workers(parser)
-    text = "most cells of a partition, in steps of 4,096; changes no result (default: 16384)"
-    group.add_argument("--cells-per-partition", type=number(int, 1), default=16_384, metavar="N", help=text)
+    text = f"most cells of a partition, in steps of 4,096; changes no result (default: {CELLS_PER_PARTITION})"
+    group.add_argument(
+        "--cells-per-partition", type=number(int, 1), default=CELLS_PER_PARTITION, metavar="N", help=text
+    )
     if isinstance(parser, OneLineParser):
         parser.rare |= {"cluster", "cells_per_partition", "matching_weight", "read_batch", "assume", "gene_column"}
 

@@ -23,6 +23,7 @@ from scmmgpt.commands.cluster import device_of_worker
 from scmmgpt.commands.files import whole_file
 from scmmgpt.commands.sources import Source
 from scmmgpt.receipt_scmmgpt import digest
+from scmmgpt.records_scmmgpt import words_of
 
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Job:
 def default_options(verb: str, label_key: str = "cell_type", text: str = "") -> dict[str, Any]:
     """The options of a verb where the command gives none but the column of an audit, and the text of a search."""
     if verb == "embed":
-        return {"of": "cell-text"}
+        return {"of": None}
     if verb == "audit":
         return {"label_key": label_key, "cluster_key": None}
     if verb == "search":
@@ -104,6 +105,34 @@ class Partition:
     path: Path
     labels: Path | None = None
 
+    def __str__(self) -> str:
+        return f"{self.source.path}, cells {self.start:,} to {self.stop - 1:,}"
+
+    def pieces(self) -> list["Partition"]:
+        """The smallest partitions of the same rows; where the partitions of labels bound them, this one."""
+        from scmmgpt.passes_scmmgpt import SORTED_CELLS
+
+        if self.labels is not None:
+            return [self]
+        starts = range(self.start, self.stop, SORTED_CELLS)
+        bounds = [(start, min(start + SORTED_CELLS, self.stop)) for start in starts]
+        return [replace(self, start=a, stop=b, path=self.path.with_name(file_name(a, b))) for a, b in bounds]
+
+
+def file_name(start: int, stop: int) -> str:
+    """The name of the file of a partition.
+
+    >>> file_name(0, 4096), rows_of(Path(file_name(0, 4096)))
+    ('000000000000-000000004096.parquet', (0, 4096))
+    """
+    return f"{start:012d}-{stop:012d}.parquet"
+
+
+def rows_of(path: Path) -> tuple[int, int]:
+    """First row of a partition, and the row after the last, by the name of its file."""
+    start, _, stop = path.stem.partition("-")
+    return int(start), int(stop)
+
 
 @dataclass
 class Computed:
@@ -122,7 +151,12 @@ def prepare(job: Job, source: Source) -> None:
 
 
 def compute_partition(task: Partition) -> int:
-    """Compute the results of a partition and write them, whole; returns the number of cells."""
+    """Compute the results of a partition and write them, whole, unless they are there; returns the number of cells.
+
+    They are there if a worker was lost after it had written them, and before anybody knew.
+    """
+    if task.path.is_file():
+        return task.stop - task.start
     with _COMPUTING, one_thread():
         pipeline = _load(task.job.model, task.job.device, task.job.batch_size)
         choice = replace(task.choice, report=copy.deepcopy(task.choice.report))  # which grows
@@ -197,11 +231,6 @@ def _known_labelling(
     if not _LABELLING or _LABELLING[0][0] != key:
         _LABELLING[:] = [(key, labelling_of(pipeline, choice, options, decided))]
     return replace(_LABELLING[0][1], choice=choice)
-
-
-def words_of(obs: Any, key: str) -> np.ndarray:
-    """A column of `obs` as str."""
-    return np.asarray(obs[key], dtype=str)
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

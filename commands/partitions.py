@@ -9,9 +9,10 @@
 The evidence for labels is a second pass of these steps, since it is against the labels of all cells.
 
 The files are in a folder beside the output until every result is whole. A partition whose file exists is not computed
-again. A partition that fails is reported and left out. Partitions begin where batches do and each is computed by one
-thread, and sums over cells are exact, so the results have the same bits for any number of workers and any size of
-partitions.
+again, also if the run before had partitions of another size. A partition under which workers keep dying is cut into
+the smallest. A partition that fails is reported and left out. Partitions begin where batches do and each is computed
+by one thread, and sums over cells are exact, so the results have the same bits for any number of workers and any size
+of partitions.
 """
 
 import contextlib
@@ -30,12 +31,12 @@ import pandas as pd
 from scmmgpt.commands import partition_tasks as tasks
 from scmmgpt.commands.cluster import Workers
 from scmmgpt.commands.errors import explain, full_disk, naming
-from scmmgpt.commands.files import read_json, write_json
-from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns, words_of
+from scmmgpt.commands.files import lock_folder, read_json, write_json
+from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_columns
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
-from scmmgpt.records_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns, words_of
 
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class PartitionedRun:
         self._choices: dict[Source, InputChoice] = {}
         self._decided: dict[Source, Arrays] = {}
         self._failures: dict[Source, str] = {}  # of sources as a whole
-        self._errors: dict[Path, str] = {}
+        self._errors: dict[Path, dict[Rows, str]] = {}  # source -> rows -> error
         self._check_request()
 
     def _check_request(self) -> None:
@@ -130,11 +131,12 @@ class PartitionedRun:
             ) as progress,
             tasks.using(self.pipeline, self.job) if workers.is_this_process else contextlib.nullcontext(),
         ):
-            for task, _, error in workers.run(tasks.compute_partition, missing):
+            for task, _, error in workers.run(tasks.compute_partition, missing, Partition.pieces):
                 if error is not None:
                     if full_disk(error, str(error), [self.folder]):
                         raise error
-                    self._errors[task.path] = explain(error, [task.source.path])
+                    errors = self._errors.setdefault(task.source.path, {})
+                    errors[task.start, task.stop] = explain(error, [task.source.path])
                 progress.update(task.stop - task.start)
 
     def _partitions(self, source: Source) -> list[Partition]:
@@ -177,13 +179,27 @@ class PartitionedRun:
         return self.folder / f"{source.path.stem}-{hashlib.sha256(print_of).hexdigest()[:12]}"
 
     def paths(self, source: Source, n_cells: int) -> dict[Rows, Path]:
-        """Rows and file of each partition of a source; of labels that exist, if it explains labels."""
-        bounds = [(start, min(start + self.step, n_cells)) for start in range(0, n_cells, self.step)]
-        if self.annotated is not None:
-            labels = self.annotated.paths(source, n_cells)
-            bounds = [rows for rows in bounds if labels[rows].is_file()]
+        """Rows and file of each partition of a source; of labels that exist, if it explains labels.
+
+        Partitions that are there stay, whatever their size; the rows between them are cut.
+        """
         folder = self._folder_of(source)
-        return {rows: folder / f"{rows[0]:012d}-{rows[1]:012d}.parquet" for rows in bounds}
+        if self.annotated is not None:
+            bounds = [rows for rows, path in self.annotated.paths(source, n_cells).items() if path.is_file()]
+            return {rows: folder / tasks.file_name(*rows) for rows in bounds}
+        bounds, end = [], 0
+        for start, stop in [*sorted(map(tasks.rows_of, folder.glob("[0-9]*.parquet"))), (n_cells, n_cells)]:
+            if start >= end:
+                bounds += [(row, min(row + self.step, start)) for row in range(end, start, self.step)]
+                bounds += [(start, stop)] if start < stop else []
+                end = stop
+        return {rows: folder / tasks.file_name(*rows) for rows in bounds}
+
+    def _why(self, source: Source, rows: Rows) -> str:
+        """Why some rows have no result: the error of their partition, or of a smaller one within."""
+        errors = self._errors.get(source.path, {})
+        within = (why for (start, stop), why in errors.items() if rows[0] <= start and stop <= rows[1])
+        return errors.get(rows) or next(within, "not computed")
 
     def labels(self, source: Source, n_cells: int) -> np.ndarray:
         """The labels of the cells that have one, in order."""
@@ -204,8 +220,8 @@ class PartitionedRun:
         cells, choice = self._open(source) if cells is None else cells, self._choices[source]
         paths = self.paths(source, cells.shape[0])
         joined = Joined.of(paths, cells.obs.index, in_memory=not isinstance(cells, CellFile))
-        failed = {rows: self._errors.get(paths[rows], joined.damaged.get(rows, "not computed")) for rows in paths}
-        failed = {rows: why for rows, why in failed.items() if rows not in joined.paths}
+        lacking = [rows for rows in paths if rows not in joined.paths]
+        failed = {rows: joined.damaged.get(rows) or self._why(source, rows) for rows in lacking}
         if not joined.paths:
             return Results(source, cells if self.annotated else None, failed, next(iter(failed.values()), "no labels"))
         choice.report["cells"] |= joined.counted
@@ -477,13 +493,14 @@ def _folder_of_results(output: Path, is_folder: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def partitions_beside(output: Path) -> Iterator[Path]:
-    """The folder of the partitions of an output; removed if nothing was computed in it."""
+    """The folder of the partitions of an output, for one command at a time; removed if nothing was computed in it."""
     folder = output.with_name(f"{output.name}.parts")
-    try:
-        yield folder
-    finally:
-        if folder.is_dir() and not any(folder.rglob("*.parquet")):
-            shutil.rmtree(folder, ignore_errors=True)
+    with lock_folder(folder):
+        try:
+            yield folder
+        finally:
+            if folder.is_dir() and not any(folder.rglob("*.parquet")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe_failures(results: Results) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scmmgpt.commands.options import CELLS_PER_PARTITION
 from scmmgpt.commands.partition_tasks import Computed, Job, compute_part, decide, one_thread, write_partition
 from scmmgpt.commands.sources import Source
 from scmmgpt.kernels_scmmgpt import WARM_UP_CELLS, kernels_pay
@@ -22,6 +23,7 @@ from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 SAMPLE, LARGEST_SAMPLE = 256, 8192  # cells that are computed at a time: more where that is a moment
 SAMPLES = 64  # at most
 PATIENCE = 3  # times the seconds that are asked for, on a machine that others use
+GROWTH = 4  # of a sample, where that many times its seconds are at most those that are asked for
 BUSY = 1.25  # the time by the clock over that of the CPU, from which on it is said
 WRITTEN = 2**25  # bytes that are written to measure the disk
 INDEX_OVERHEAD = 12  # bytes a cell of an index, beside one for each dimension (tests/benchmarks/vector_indexes.py)
@@ -70,8 +72,8 @@ def measure(job: Job, pipeline: ScMMGPTPipeline, source: Source, load_seconds: f
                 spent, elapsed, n_sampled = spent + cost, elapsed + clock, n_sampled + rows
             if i and (spent > seconds or time.perf_counter() - began > PATIENCE * seconds):
                 break
-            if cost < seconds / 16 and size < min(LARGEST_SAMPLE, n_cells):
-                size, n_sampled, spent, elapsed = min(4 * size, LARGEST_SAMPLE, n_cells), 0, 0.0, 0.0
+            if GROWTH * cost <= seconds and size < min(LARGEST_SAMPLE, n_cells):  # a start costs the small ones most
+                size, n_sampled, spent, elapsed = min(GROWTH * size, LARGEST_SAMPLE, n_cells), 0, 0.0, 0.0
         rate = _disk_rate(Path(folder))
     columns, arrays = computed.columns, computed.arrays
     sizes = [values.nbytes for values in arrays.values()]
@@ -126,16 +128,35 @@ def plan(costs: Costs, n_cells: int, workers: int) -> dict[str, Any]:
     return {
         "cells": n_cells,
         "workers": workers,
-        "compute_hours": round(computed / 3600, 3),
-        "copy_hours": round(copied / 3600, 3),
-        "join_hours": round(joined / 3600, 3),
-        "hours": round((max(computed, copied) + joined) / 3600, 3),
+        "compute_hours": round(computed / 3600, 5),
+        "copy_hours": round(copied / 3600, 5),
+        "join_hours": round(joined / 3600, 5),
+        "partition_seconds": round(CELLS_PER_PARTITION * costs.seconds, 1),
+        "hours": round((max(computed, copied) + joined) / 3600, 5),
         "worker_hours": round(workers * computed / 3600, 2),
         "useful_workers": max(1, int(n_cells * costs.seconds / max(copied, joined, 1e-9))),
         "memory_gb": round(workers * costs.worker_bytes / 1e9, 1),
         "read_rate_mb_s": round(workers * costs.input_bytes / costs.seconds / 1e6, 1),
         **{name: round(size / 1e9, 2) for name, size in stored.items()},
     }
+
+
+# Entry of a plan -> its line, and the unit of its number.
+_LINES = {
+    "cells": ("cells", ""),
+    "workers": ("workers", ""),
+    "hours": ("time in all", "h"),
+    "compute_hours": ("  computing", "h"),
+    "copy_hours": ("  copying the input, meanwhile", "h"),
+    "join_hours": ("  joining the results, afterwards", "h"),
+    "worker_hours": ("time of all workers", "h"),
+    "memory_gb": ("memory of all workers", " GB"),
+    "read_rate_mb_s": ("read by all workers, a second", " MB"),
+    "input_gb": ("input on disk", " GB"),
+    "partitions_gb": ("partitions on disk, until the end", " GB"),
+    "output_gb": ("output on disk", " GB"),
+    "index_gb": ("index of the embeddings, if built", " GB"),
+}
 
 
 def describe_plan(costs: Costs, n_cells: int | None, workers: list[int]) -> tuple[dict[str, Any], list[str]]:
@@ -145,11 +166,33 @@ def describe_plan(costs: Costs, n_cells: int | None, workers: list[int]) -> tupl
         name: value if isinstance(value, int | str) else float(f"{value:.4g}") for name, value in asdict(costs).items()
     }
     busy = f"by the clock {1e3 * costs.clock_seconds:.3g} ms a cell: the machine was busy, or its disk slow"
+    one, device = plans[0], "GPU" if "cuda" in costs.device else "thread"
     lines = [
-        f"measured on {costs.n_sampled:,} cells by one {'GPU' if 'cuda' in costs.device else 'thread'}: "
+        f"measured on {costs.n_sampled:,} cells by one {device}: "
         f"{1e3 * costs.seconds:.3g} ms a cell; {costs.load_seconds:.1f} s to load the checkpoint; "
         f"{costs.worker_bytes / 1e9:.1f} GB of memory a worker; {costs.disk_rate / 1e6:,.0f} MB/s to disk",
         *([] if costs.clock_seconds < BUSY * costs.seconds else [busy]),
-        *(f"{name:<16}" + "".join(f"{entry[name]:>14,}" for entry in plans) for name in plans[0]),
+        *(
+            f"{line:<36}" + "".join(f"{_with_unit(entry[name], unit):>14}" for entry in plans)
+            for name, (line, unit) in _LINES.items()
+            if one[name]
+        ),
+        f"More than {one['useful_workers']:,} workers do not help: one process copies the input and joins results.",
+        f"A partition of {CELLS_PER_PARTITION:,} cells takes {_with_unit(one['partition_seconds'] / 3600, 'h')}: what "
+        "a stop or a lost worker costs each worker at most. `--cells-per-partition` makes it shorter.",
     ]
     return {"measured": measured, "plans": plans}, lines
+
+
+def _with_unit(number: float, unit: str) -> str:
+    """A number as a person reads it; hours as seconds or minutes, if they are few.
+
+    >>> _with_unit(0.072, "h"), _with_unit(12.7, "h"), _with_unit(1e7, ""), _with_unit(20.88, " GB")
+    ('4.3 min', '12.7 h', '10,000,000', '20.9 GB')
+    """
+    if unit != "h":
+        return f"{number:,.0f}{unit}" if number == int(number) else f"{number:,.1f}{unit}"
+    for size, name in ((1, "h"), (1 / 60, "min")):
+        if number >= size:
+            return f"{number / size:,.1f} {name}"
+    return f"{3600 * number:.0f} s"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from scmmgpt.annotation_scmmgpt import UNKNOWN
 from scmmgpt.commands.verify import receipts
 from scmmgpt.records_scmmgpt import need_columns
 
@@ -94,9 +95,8 @@ def warnings_of(adata: Any) -> list[str]:
         found.append(f"Only {matched:.0%} of the genes of the file are genes of the checkpoint.")
     if bool(done.get("collapsed", False)):
         found.append("Nearly all cells have one label. Check the matrix and the candidate labels.")
-    novel = int(done.get("novel_cells", 0))
-    if novel:
-        found.append(f"Like nothing that the checkpoint knows: {novel:,} of {adata.n_obs:,} cells.")
+    if f"{KEY}_novelty" in adata.obs:
+        found += novelty_warnings(adata.obs)
     for label in np.atleast_1d(done.get("weak_labels", [])):
         found.append(f"The file lacks genes that tell {str(label)!r} from another label.")
     low = int((adata.obs[f"{KEY}_score"] < LOW_SCORE).sum())
@@ -106,6 +106,17 @@ def warnings_of(adata: Any) -> list[str]:
         found.append("The file has no votes of clusters, which older versions did not keep: annotate it again.")
     if "explain" not in uns:
         found.append("There is no evidence for the labels: run `scmmgpt annotate` with --evidence.")
+    return found
+
+
+def novelty_warnings(obs: pd.DataFrame) -> list[str]:
+    """How many cells are like no label of the checkpoint, by what they are called."""
+    novel = obs[f"{KEY}_cell_type"].astype(str)[obs[f"{KEY}_novelty"] > 1]
+    unknown, found = int((novel == UNKNOWN).sum()), []
+    if unknown:
+        found.append(f"Like nothing that the checkpoint knows: {unknown:,} of {len(obs):,} cells, called {UNKNOWN}.")
+    if named := len(novel) - unknown:
+        found.append(f"Unlike the cells of every label, and named all the same: {named:,}, most by a broader type.")
     return found
 
 

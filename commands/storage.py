@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scmmgpt.commands.errors import REWORDINGS, explain, run_command
+from scmmgpt.commands.files import lock_folder
 
 
 SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "memory")
@@ -63,10 +64,16 @@ def run_staged(name: str, words: Sequence[str], command: Callable[[list[str]], i
 
 @contextlib.contextmanager
 def staged(words: Sequence[str]) -> Iterator[tuple[list[str], Callable[[], None]]]:
-    """Download the inputs of a command line; yields its words with paths, and a function that uploads its outputs."""
+    """Download the inputs of a command line; yields its words with paths, and a function that uploads its outputs.
+
+    Raises:
+        ValueError: If the same command line is at work.
+    """
     folder = root_folder() / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
     paths, outputs, before, is_output = [], {}, "", False
     rename = functools.partial(as_addresses, folder=folder)
+    lock = contextlib.ExitStack()
+    lock.enter_context(lock_folder(folder))
     REWORDINGS.append(rename)
     try:
         for word in words:
@@ -97,6 +104,7 @@ def staged(words: Sequence[str]) -> Iterator[tuple[list[str], Callable[[], None]
         REWORDINGS.remove(rename)
         if not any(True for pattern in UNFINISHED for _ in folder.rglob(pattern)):
             shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
 
 
 def as_addresses(text: str, folder: Path) -> str:

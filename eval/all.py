@@ -247,7 +247,7 @@ def evaluate_generation(study: Study, trained: Trained) -> dict:
     sentences = trained.sentences.sentences
     real = sentences.write(train, seed=seed)
     texts = np.repeat(list(prompts.values()), n).tolist()
-    longest = trained.sentences.count_tokens(real)
+    longest = 1 + max(len(trained.sentences.tokenizer(text)["input_ids"]) for text in real)  # and the end
     written = trained.sentences.generate(texts, max_new_tokens=longest, seed=seed)
     known = labels[np.isin(labels, train.labels)]
     noisy = baselines.negative_binomial_cells(known, train, seed=seed)

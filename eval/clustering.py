@@ -164,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = expression(adata).toarray()
     points = components(values, values, seed=args.seed)
     spaces = {results.MODEL_NAME: pipeline.embed(adata.copy()).obsm["X_scmmgpt"]}
-    spaces["cell model alone"] = pipeline.embed(adata.copy(), of="cell").obsm["X_scmmgpt"]
+    networks = {"cell-text": "network, space shared with texts", "cell": "cell model alone"}
+    for of in (name for name in networks if name != pipeline.embedding_of()):
+        spaces[networks[of]] = pipeline.embed(adata.copy(), of=of).obsm["X_scmmgpt"]
     spaces["principal components"] = points
     if batches is None or importlib.util.find_spec("harmonypy") is None:
         logger.warning("Harmony is left out: %s.", "no batches" if batches is None else "harmonypy is not installed")

@@ -51,13 +51,13 @@ COMPONENTS = 20
 N_DRAWS = 500  # of an interval
 
 
-def find_clusters(adata: AnnData, conditions: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
+def find_clusters(adata: AnnData, conditions: np.ndarray, n_clusters: int) -> np.ndarray:
     """Clusters of the cells, int `(n_obs,)`, after the mean of each condition was subtracted."""
     values = expression(adata).toarray()
     for condition in np.unique(conditions):
         values[conditions == condition] -= values[conditions == condition].mean(axis=0)
-    points = PCA(min(COMPONENTS, *(n - 1 for n in values.shape)), random_state=seed).fit_transform(values)
-    return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
+    points = PCA(min(COMPONENTS, *(n - 1 for n in values.shape)), random_state=0).fit_transform(values)
+    return KMeans(n_clusters, n_init=10, random_state=0).fit_predict(points)
 
 
 def learn_and_score(

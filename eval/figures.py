@@ -41,7 +41,10 @@ def type_colors(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def confusion_figure(confusion: Mapping) -> Figure:
-    """Counts of true (down) by predicted (across) types, shaded by the share of the true type."""
+    """Counts of true (down) by predicted (across) types, shaded by the share of the true type.
+
+    `rows_are`, "true type" by default, says what the rows are.
+    """
     counts = np.array(confusion["counts"])
     rows, columns = confusion["labels"], confusion["columns"]
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -57,13 +60,14 @@ def confusion_figure(confusion: Mapping) -> Figure:
         axes.set_xticks(range(len(columns)), map(_wrapped, columns), rotation=90, linespacing=0.9)
         axes.set_yticks(range(len(rows)), map(_wrapped, rows))
         axes.set_xlabel("predicted type")
-        axes.set_ylabel("true type")
+        rows_are = confusion.get("rows_are", "true type")
+        axes.set_ylabel(rows_are)
         axes.spines[:].set_visible(False)
         axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1.5)
         axes.tick_params(which="both", length=0)
-        bar = figure.colorbar(image, ax=axes, label="share of the true type", shrink=0.7, pad=0.02)
+        bar = figure.colorbar(image, ax=axes, label=f"share of the {rows_are}", shrink=0.7, pad=0.02)
         bar.outline.set_visible(False)
     return figure
 

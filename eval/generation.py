@@ -176,7 +176,9 @@ def evaluate_generation(
             if name != REAL_NAME:
                 of_cells |= score_all_genes(cells, test, seed + draw)
             in_space = [
-                score_real_cells(fold) if name == REAL_NAME else score_in_space(cells, fold, per_draw, seed + draw)
+                {"nearest_training_cell": nearest_score(fold.points, fold.labels, fold)}
+                if name == REAL_NAME
+                else score_in_space(cells, fold, per_draw, seed + draw)
                 for fold in folds
             ]
             parts[name].append([of_cells | of_fold for of_fold in in_space])
@@ -357,11 +359,6 @@ def nearest_score(points: np.ndarray, labels: np.ndarray, truth: HeldOutCells) -
     near = realism.nearest_distances(points, truth.training_points)
     by_type = {str(label): float(near[labels == label].mean()) for label in np.unique(labels)}
     return Score(float(np.mean([*by_type.values()])), len(points), None, by_type)
-
-
-def score_real_cells(truth: HeldOutCells) -> Scores:
-    """The measure in the space that the held-out cells themselves have."""
-    return {"nearest_training_cell": nearest_score(truth.points, truth.labels, truth)}
 
 
 def score_in_space(cells: GeneratedCells, truth: HeldOutCells, n_resamples: int, seed: int) -> Scores:

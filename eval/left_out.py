@@ -31,6 +31,7 @@ from sklearn.metrics import roc_auc_score
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, label_sets, least_scores, set_threshold
 from scmmgpt.cells_scmmgpt import COUNTS_PER_10K
+from scmmgpt.eval import untrained
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.novelty_scmmgpt import first_term
@@ -39,7 +40,7 @@ from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 from scmmgpt.train.left_out import ABSENT, LeftOut
 from scmmgpt.train.pooled import Dataset
-from scmmgpt.train.references import Reference
+from scmmgpt.train.references import Reference, TypeProfiles, read_types
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Sources:
     types: list[str]  # Cell Ontology ids of the labels
     meanings: np.ndarray  # as for `fit_pooled_readout`
     reference: Reference | None = None
+    profiles: TypeProfiles | None = None
 
     @cached_property
     def terms(self) -> list[dict[str, Any]]:
@@ -82,7 +84,8 @@ def read_sources(folder: str | Path, labels: str = "human") -> Sources:
     )
     names = [source.name for source in sources if any(term in placed for term in source.terms)]
     reference = release.read_profiles(folder, types, table, index, len(vocabulary))
-    return Sources(names, datasets, types, meanings, reference)
+    profiles = read_types(folder, index, len(vocabulary), table.get("broad", ()))
+    return Sources(names, datasets, types, meanings, reference, profiles)
 
 
 def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
@@ -97,9 +100,9 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
-    novelty = (cells.novelty / np.float32(settings["others_unit"])).clip(min=0)
+    novelty = (cells.novelty / np.float32(settings["lead_unit"])).clip(min=0)
     least = least_scores(settings["min_score"], novelty)
-    broader = first_term(cells.of_terms, settings["others_unit"])
+    broader = first_term(cells.of_terms, settings["lead_unit"])
     columns = choose_labels(probabilities[:, labels], list(ids), ids, least, novelty, sources.terms, broader=broader)
     return columns | {"probabilities": probabilities}
 
@@ -242,6 +245,7 @@ def new_cells(
 def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
     """Cells of each label that is left out of all datasets."""
     rows = []
+    whole, _ = left_out.fit_known(sources.datasets, sources.meanings, sources.reference)
     for label in range(len(sources.types)):
         mentions = sources.meanings[:, label] > 0
         train = []
@@ -256,14 +260,45 @@ def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
         for number in np.unique(cells.datasets[own]):
             data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
             of_label[int(number)] = Dataset(data.counts[kept], data.measured, data.targets[kept])
-        profiles = sources.reference and sources.reference.without(label)
-        found = left_out.judge(train, sources.meanings, of_label, profiles, sources.in_terms)
-        for number in of_label:
+        others = np.flatnonzero(np.arange(len(sources.types)) != label)
+        fitted = untrained.without_label(whole, label), others
+        found = left_out.judge(train, sources.meanings, of_label, sources.reference, sources.in_terms, fitted)
+        types = types_beside(sources, fitted)
+        for number, data in of_label.items():
             mine = found.take(found.datasets == number)
             columns = annotate(sources, mine, settings)
-            rows += new_cells(sources, mine, columns, np.ones(len(mine.targets), bool), sources.names[number])
+            row = new_cells(sources, mine, columns, np.ones(len(mine.targets), bool), sources.names[number])
+            if types is not None:
+                term = sources.types[label]
+                row[0]["profiles"] = untrained.rows_of_label(fitted[0], types, term, data, mine, columns, settings)
+            rows += row
         logger.info("%s left out", ontology.term_name(sources.types[label]))
     return rows
+
+
+def types_beside(sources: Sources, fitted: tuple[Any, np.ndarray]) -> TypeProfiles | None:
+    """Give a fitted readout the profiles of all types that are not its labels; None if there are no profiles."""
+    if sources.profiles is None:
+        return None
+    return untrained.with_types(fitted[0], {sources.types[label] for label in fitted[1]}, sources.profiles)
+
+
+def lost_by_types(sources: Sources, cells: LeftOut) -> dict[str, dict[str, float]]:
+    """What known cells of each dataset left out lose to types that have a profile alone."""
+    found = {}
+    for number, data in enumerate(sources.datasets):
+        mine = cells.take((cells.datasets == number) & cells.known)
+        if not len(mine.targets):
+            continue
+        settings = calibrated(sources, cells.take(cells.datasets != number))
+        columns = annotate(sources, mine, settings)
+        others = [other for place, other in enumerate(sources.datasets) if place != number]
+        fitted = left_out.fit_known(others, sources.meanings, sources.reference)
+        types = types_beside(sources, fitted)
+        if types is not None:
+            own = data, mine, columns, sources.types, settings
+            found[sources.names[number]] = untrained.lost_by_types(fitted[0], types, *own)
+    return found
 
 
 def weighted(rows: Any) -> dict[str, float]:
@@ -293,7 +328,8 @@ def evaluate_left_out(
     if cells is None:
         raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":
-        result: dict[str, Any] = {"new": leave_labels_out(sources, cells)}
+        result: dict[str, Any] = {"new": leave_labels_out(sources, cells), "known": lost_by_types(sources, cells)}
+        result |= untrained.summary(result["new"], result["known"])
     elif together:
         result = leave_datasets_out(sources, cells, [[sources.names.index(name) for name in together]])
     else:

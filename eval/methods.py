@@ -161,11 +161,11 @@ class CellSentenceModel:
             return self.sentences.read(self._complete(words, max_new_tokens=max_new_tokens, do_sample=True))
 
     @torch.inference_mode()
-    def _complete(self, prompts: Sequence[str], *, batch_size: int = 32, **options: Any) -> list[str]:
+    def _complete(self, prompts: Sequence[str], **options: Any) -> list[str]:
         model: Any = self.model.eval()
         self.tokenizer.padding_side, texts = "left", []
-        for start in range(0, len(prompts), batch_size):
-            talks = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
+        for start in range(0, len(prompts), 32):
+            talks = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + 32]]
             inputs: Any = self.tokenizer.apply_chat_template(
                 talks, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
             )
@@ -174,10 +174,6 @@ class CellSentenceModel:
             answers = ids[:, inputs["input_ids"].shape[1] :]
             texts += [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
         return texts
-
-    def count_tokens(self, texts: Sequence[str]) -> int:
-        """Tokens of the longest text, and its end."""
-        return max(len(self.tokenizer(text)["input_ids"]) for text in texts) + 1
 
 
 def alternate(

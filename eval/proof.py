@@ -11,31 +11,41 @@ the file whose texts name the same type are the kind of a cell.
 | sentence | supported if |
 | --- | --- |
 | type | each gene is higher in the kind than in all other cells, and all together are more probable in it than in \
-any other kind, by naive Bayes over the counts of all kinds |
+any other kind, by naive Bayes over the counts of all kinds; the text names the genes of a lineage that excludes it |
+| against | the genes are those of the lineage that the cell expresses, and the type excludes it |
 | programme | it names three genes of the list; the cell is above the stated share of its kind, and above half of \
 it, and has twice the counts of its lower quarter, by more than chance |
 | unusual | each gene is at twice the mean of the kind, and above nine in ten of it |
 | alternative, undecided | each gene is higher in the cells of its type than in those of the other type |
 
-Lies are planted one at a time among true texts: see `LIES`.
+Of a type with fewer than 20 cells, the counts of the file do not say what is usual. There, genes of one lineage
+decide (`LINEAGES`: CD3 and T cell receptor chains refute "natural killer cell"). Where they are silent, a text without
+a fault is not decidable, which is neither supported nor unsupported.
+
+Lies are planted one at a time among true texts: see `LIES`. With `--sample` the command draws descriptions of several
+files for a reader, beside the genes that stand out in each cell.
 """
 
 import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import csr_matrix
 from scipy.stats import poisson
 from sklearn.naive_bayes import MultinomialNB
 
 from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
+from scmmgpt.commands.results import write_table
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.proof_scmmgpt import PROGRAMMES
+from scmmgpt.programmes_scmmgpt import LINEAGES, PROGRAMMES
+from scmmgpt.proof_scmmgpt import LINEAGE_FOLD, MIN_LINEAGE_GENES
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.train.data import ontology
 
@@ -44,14 +54,16 @@ GENE = r"([^\s(),]+) \(([\d.e+-]+)(?: counts?)?\)"
 LIST = rf"{GENE}(?:(?:, | and ){GENE})*"
 PATTERNS = {
     "type": rf"An? (?P<kind>.+?)(?: from (?P<tissue>.+?))?, shown by (?P<genes>{LIST})(?: alone)?\.",
-    "none": r"No type is shown by its counts\.",
-    "programme": rf"(?P<phrase>[^:]+): (?P<genes>{LIST}), more of these genes than (?P<share>\d+) % of the (?P<n>\d+) "
-    r"other cells of its kind\.",
+    "none": r"No type is shown by its counts; the model proposes [^.]+\.",
+    "against": rf"Against it speak (?P<genes>{LIST}), genes of (?P<lineage>.+)\.",
+    "programme": rf"(?P<phrase>[^:]+): (?P<genes>{LIST}), more of these genes than (?P<share>\d+ %|all) of the "
+    r"(?P<n>\d+) other cells of its kind\.",
     "unusual": rf"Unusually high for its kind: (?P<genes>{LIST})\.",
     "alternative": rf"The alternative is (?P<other>.+), for which (?P<genes>{LIST}) speaks?\.",
     "undecided": rf"It is undecided between (?P<one>.+), for which (?P<genes>{LIST}) speaks?, and (?P<other>.+), for "
     rf"which (?P<more>{LIST}) speaks?\.",
 }
+LINEAGE_TERMS = {lineage.name: lineage.term for lineage in LINEAGES}
 SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
 LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
 ROUNDING = 1e-3  # of a count in words
@@ -73,10 +85,16 @@ def kind_of(text: str) -> str:
 
 
 @functools.cache
+def term_of(name: str) -> str:
+    """The Cell Ontology id of a type; the name itself if it has none."""
+    return ontology.match_label("cell_type", name)[0] or name
+
+
+@functools.cache
 def lineage(name: str) -> frozenset[str]:
-    """The Cell Ontology ids of a type and of all types above it; the name itself if it has none."""
-    term = ontology.match_label("cell_type", name)[0]
-    return frozenset([name] if term is None else [term, *ontology.ancestors(term)])
+    """The Cell Ontology ids of a type, or of an id, and of all types above it; the name itself if it has none."""
+    term = name if name in LINEAGE_TERMS.values() else term_of(name)
+    return frozenset([term, *(ontology.ancestors(term) if term.startswith("CL:") else ())])
 
 
 class Checker:
@@ -124,8 +142,40 @@ class Checker:
             self.known[name] = np.asarray(self.counts[:, columns].sum(axis=1)).ravel() / self.sizes
         return self.known[name]
 
+    def lineages_against(self, cell: int, kind: str) -> dict[str, list[str]]:
+        """Lineages that a type excludes and a cell shows, with their genes."""
+        found = {}
+        for name, genes in self.lineages(cell).items():
+            term = LINEAGE_TERMS[name]
+            if term not in lineage(kind) and term_of(kind) not in lineage(term):
+                found[name] = genes
+        return found
+
+    def lineages(self, cell: int) -> dict[str, list[str]]:
+        """Lineages that a cell shows, with their genes."""
+        found = {}
+        for line in LINEAGES:
+            genes = [gene for gene in line.genes if gene in self.column]
+            here, usual = ({gene: of(self.rates(gene)) for gene in genes} for of in (lambda r: r[cell], np.mean))
+            shown = [gene for gene in genes if here[gene] > 0 and here[gene] >= LINEAGE_FOLD * usual[gene]]
+            if len(shown) >= MIN_LINEAGE_GENES and sum(here.values()) >= LINEAGE_FOLD * sum(usual.values()):
+                found[line.name] = shown
+        return found
+
+    def is_rare(self, kind: str) -> bool:
+        """Whether the file has too few cells of a type to know what is usual of it."""
+        return kind not in self.kinds or self.kinds[kind].sum() < MIN_KIND
+
+    def verdict(self, cell: int, text: str) -> str:
+        """Of the counts on a text about a cell: "supported", "unsupported" or "not decidable"."""
+        if self.faults(cell, text):
+            return "unsupported"
+        kind = kind_of(text)
+        shown = {above for name in self.lineages(cell) for above in lineage(LINEAGE_TERMS[name])}
+        return "not decidable" if kind and self.is_rare(kind) and term_of(kind) not in shown else "supported"
+
     def faults(self, cell: int, text: str) -> list[str]:
-        """What the counts do not support in a text about a cell; nothing if they support all of it."""
+        """What the counts contradict in a text about a cell; nothing if they contradict none of it."""
         found: list[str] = []
         kind = kind_of(text)
         others = self.kinds.get(kind, np.zeros(len(self.sizes), bool)).copy()
@@ -146,6 +196,9 @@ class Checker:
             if form == "type":
                 found += [f"{g} is not of {kind}" for g in names if not self.is_higher(g, others, ~others, cell)]
                 found += [f"{names} speak for {name}" for name in self.better_kinds(kind, names)]
+                found += self.lineage_faults(cell, kind, text)
+            elif form == "against":
+                found += self.against_faults(cell, kind, names, parts["lineage"])
             elif form == "programme":
                 found += self.programme_faults(cell, parts, names, others)
             elif form == "unusual":
@@ -162,11 +215,33 @@ class Checker:
                 ]
         return found
 
+    def lineage_faults(self, cell: int, kind: str, text: str) -> list[str]:
+        """Genes of lineages that a type excludes, if the text names them not, or the type has few cells."""
+        against = self.lineages_against(cell, kind)
+        said = text if not self.is_rare(kind) else ""
+        return [f"{genes} speak against {kind}" for name, genes in against.items() if f"genes of {name}." not in said]
+
+    def against_faults(self, cell: int, kind: str, names: list[str], line: str) -> list[str]:
+        """What is wrong with a sentence about another lineage."""
+        return [] if names == self.lineages_against(cell, kind).get(line) else [f"{names} do not speak against {kind}"]
+
     def has(self, cell: int, gene: str, count: float) -> bool:
         """Whether a gene has this count in a cell, and any."""
         if gene not in self.column or not count > 0:
             return False
         return abs(self.by_cell[cell, self.column[gene]] - count) <= ROUNDING * count
+
+    def standing_out(self, cell: int, n: int = 10) -> str:
+        """The genes of a cell that are furthest above the mean of the file, with counts and percentiles, in words."""
+        row = self.by_cell[cell]
+        shares = row.data / self.sizes[cell]
+        usual = np.asarray(self.counts.multiply(1 / self.sizes[:, None]).tocsc()[:, row.indices].mean(axis=0)).ravel()
+        best = np.argsort(-shares * np.log(shares / usual), kind="stable")[:n]
+        words = []
+        for gene, count in zip(row.indices[best], row.data[best], strict=True):
+            rates = self.rates(self.symbols[gene])
+            words.append(f"{self.symbols[gene]} {count:.4g} ({(rates < rates[cell]).mean():.0%})")
+        return ", ".join(words)
 
     def is_higher(self, gene: str, group: np.ndarray, rest: np.ndarray, cell: int) -> bool:
         """Whether the mean of a gene is higher in one group of cells than in another, both without a cell."""
@@ -189,7 +264,7 @@ class Checker:
         if strange := [gene for gene in names if gene not in LISTS[parts["phrase"]]]:
             return [f"{strange} are not of the programme"]
         rates = self.rates(parts["phrase"])
-        usual, share = rates[others], int(parts["share"])
+        usual, share = rates[others], 100 if parts["share"] == "all" else int(parts["share"].removesuffix(" %"))
         if int(parts["n"]) != len(usual):
             return ["another number of cells"]
         below = (usual < rates[cell] * (1 + 1e-6)).mean() * 100 + 1e-6
@@ -292,30 +367,64 @@ LIES: dict[str, Lie] = {
 }
 
 
-def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict[str, Any]:
-    """Describe cells, check every description, and plant each kind of lie in every cell where it can be told.
-
-    Returns:
-        JSON-able dict: `n_cells`, `clauses` (a cell), `unsupported` (share of the descriptions), `faults` (some of
-        them) and, by lie, `told` and `caught` (share).
-    """
+def describe(pipeline: ScMMGPTPipeline, adata: Any) -> Checker:
+    """Describe cells with proof, for a check of the texts against their counts."""
     pipeline.describe(adata, proof=True)
     cells, _ = pipeline.processor.read_cells(adata)
     ids = np.unique(cells.gene_ids)
     matrix = cells.to_csr(int(ids.max()) + 1)[:, ids]
     texts = adata.obs["scmmgpt_description"].tolist()
-    checker = Checker(texts, matrix, pipeline.processor.gene_symbols(ids.tolist()), cells.library_sizes())
+    return Checker(texts, matrix, pipeline.processor.gene_symbols(ids.tolist()), cells.library_sizes())
+
+
+def sample_rows(
+    pipeline: ScMMGPTPipeline, paths: Sequence[str], n_cells: int, label_keys: Sequence[str], seed: int
+) -> Iterator[dict[str, str]]:
+    """Descriptions of cells drawn at random, as many of each file, beside what a reader needs to judge them.
+
+    `file`, `cell`, `given` (the first of the columns `label_keys` that the file has), `text`, `verdict` of the check,
+    and `genes`: those that stand out most against the mean of the file, with counts and percentiles among its cells.
+    """
+    rng = np.random.default_rng(seed)
+    for place, path in enumerate(paths):
+        adata = read_file(path)
+        checker = describe(pipeline, adata)
+        n = min(n_cells // len(paths) + (place < n_cells % len(paths)), adata.n_obs)
+        given = next((key for key in label_keys if key in adata.obs), None)
+        for cell in sorted(rng.choice(adata.n_obs, n, replace=False)):
+            yield {
+                "file": Path(path).stem,
+                "cell": str(adata.obs_names[cell]),
+                "given": "" if given is None else str(adata.obs[given].iloc[cell]),
+                "text": checker.texts[cell],
+                "verdict": checker.verdict(cell, checker.texts[cell]),
+                "genes": checker.standing_out(cell),
+            }
+
+
+def evaluate_proof(pipeline: ScMMGPTPipeline, adata: Any, seed: int = 0) -> dict[str, Any]:
+    """Describe cells, check every description, and plant each kind of lie in every cell where it can be told.
+
+    Returns:
+        JSON-able dict: `n_cells`, `clauses` (a cell), `unsupported` and `not_decidable` (shares of the descriptions),
+        `faults` (some of them) and, by lie, `told`, `not_decidable` and `caught` (share of those that are decidable).
+    """
+    checker = describe(pipeline, adata)
+    texts = checker.texts
     faults = {i: found for i, text in enumerate(texts) if (found := checker.faults(i, text))}
     rng, lies = np.random.default_rng(seed), {}
     for name, lie in LIES.items():
         told = [(cell, text) for cell in range(len(texts)) if (text := lie(checker, cell, rng)) is not None]
-        caught = [bool(checker.faults(cell, text)) for cell, text in told]
-        lies[name] = {"told": len(told), "caught": float(np.mean(caught)) if told else None}
+        found = [checker.verdict(cell, text) for cell, text in told]
+        n, open_ = found.count("unsupported"), found.count("not decidable")
+        caught = n / (len(told) - open_) if len(told) > open_ else None
+        lies[name] = {"told": len(told), "not_decidable": open_, "caught": caught}
     return {
         "n_cells": len(texts),
         "clauses": float(np.mean([len(sentences(text)) for text in texts])),
         "no_type": float(np.mean([not kind_of(text) for text in texts])),
         "unsupported": len(faults) / len(texts),
+        "not_decidable": float(np.mean([checker.verdict(i, text) == "not decidable" for i, text in enumerate(texts)])),
         "faults": {texts[i]: found for i, found in list(faults.items())[:5]},
         "lies": lies,
     }
@@ -325,12 +434,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = OneLineParser(prog="python -m scmmgpt.eval proof", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint with a label readout")
-    parser.add_argument("--cells", required=True, help="file of cells")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the lies (%(default)s)")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--cells", required=True, nargs="+", help="file of cells, or several")
+    text = "write so many descriptions to read, drawn from all files, in place of the check"
+    parser.add_argument("--sample", type=number(int, 1), metavar="N", help=text)
+    text = "columns of obs with labels to show beside them, the first that a file has (%(default)s)"
+    parser.add_argument("--label-keys", nargs="+", default=["cell_type"], metavar="COLUMN", help=text)
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--output", help="JSON file to write; with --sample a table")
     args = parser.parse_args(argv)
     pipeline = ScMMGPTPipeline.from_pretrained(args.model)
-    result = evaluate_proof(pipeline, read_file(args.cells), args.seed)
+    if args.sample is not None:
+        table = pd.DataFrame(sample_rows(pipeline, args.cells, args.sample, args.label_keys, args.seed))
+        if args.output:
+            write_table(Path(args.output), table)
+        sys.stdout.write("\n\n".join("\n".join(map(str, row[1:])) for row in table.itertuples()) + "\n")
+        return 0
+    found = {Path(path).stem: evaluate_proof(pipeline, read_file(path), args.seed) for path in args.cells}
+    result = found if len(found) > 1 else next(iter(found.values()))
     if args.output:
         write_json(args.output, result)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

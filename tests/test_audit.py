@@ -109,6 +109,16 @@ def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swa
     assert "1 of 4 labels of obs['mine'] mean no type that the checkpoint knows ('NK weird'" in caplog.text
 
 
+def test_cells_without_a_label_are_not_judged_and_no_label_is_called_nan(pipeline, swapped, caplog):
+    swapped.obs["mine"] = swapped.obs["cell_type"].astype(object)
+    swapped.obs.iloc[:6, swapped.obs.columns.get_loc("mine")] = np.nan
+    audit = pipeline.audit(swapped, "mine")
+    assert "obs['mine'] has no label of 6 of 60 cells: not judged." in caplog.text
+    assert "mean no type" not in caplog.text
+    assert set(audit.verdict[:6]) == {"not judged"}
+    assert "nan" not in {row["name"] for row in audit.group_rows()}
+
+
 def test_the_judgement_of_a_cell_does_not_depend_on_the_other_cells(pipeline, swapped):
     few = swapped[:7].copy()
     pipeline.audit(swapped, "given")

@@ -79,6 +79,8 @@ UNREAD = "no gene, label, column or subject of these answers"
         ("Which donors are they from?", "Of the 30 selected cells: donor_id: donor-1 (50 %) and donor-2 (50 %)."),
         ("How many are from donor-1?", "15 of the 30 selected cells (50 %) are of donor_id donor-1."),
         ("Is FOXP3 there?", "The file does not measure FOXP3."),
+        ("Do they express FOXP3 and CD19?", "The file does not measure FOXP3. CD19: counts in "),
+        ("How many express CD19 but not FOXP3?", "The file does not measure FOXP3. CD19: counts in "),
         ("How large a share are B cells?", "30 of the 30 selected cells (100 %) are called B cell or a kind of it."),
         ("Do you know a review on B cells?", 'The counts do not answer that ("review":'),
         ("Give me the best genes of this cluster", "Against the 90 other cells, the 30 selected cells are higher in"),

@@ -6,7 +6,7 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.commands.plan import Costs, plan
+from scmmgpt.commands.plan import Costs, describe_plan, plan
 
 
 HOUR = Costs(
@@ -88,3 +88,13 @@ def test_the_lines_of_a_plan_have_a_column_for_each_number_of_workers(adata, tin
     lines = capsys.readouterr().out.splitlines()
     assert "ms a cell" in lines[0]
     assert next(line.split() for line in lines if line.startswith("workers")) == ["workers", "1", "8"]
+
+
+def test_a_person_reads_hours_minutes_and_what_more_workers_bring():
+    lines = describe_plan(HOUR, 10_000_000, [10, 1000])[1]
+    words = [" ".join(line.split()) for line in lines]
+    assert "time in all 2.8 h 6.7 min" in words  # 10,036 or 136 s of computing, 200 s of copying, 200 s of joining
+    assert "copying the input, meanwhile 3.3 min 3.3 min" in words
+    assert "output on disk 30 GB 30 GB" in words
+    assert words[-2].startswith("More than 500 workers do not help")
+    assert words[-1].startswith("A partition of 16,384 cells takes 2.7 min")

@@ -143,7 +143,7 @@ def test_a_finished_shard_is_never_written_again(sources, whole, tmp_path, monke
 
 def test_two_builders_at_once_do_not_mix(sources, tmp_path):
     with build.lock_folder(tmp_path / "corpus"):
-        message = f"Another builder is at work on .*process {os.getpid()} on"
+        message = f"Another command is at work on .*process {os.getpid()} on"
         with pytest.raises(ValueError, match=message):
             prepare.main(arguments(sources, tmp_path / "corpus"))
     prepare.main(arguments(sources, tmp_path / "corpus"))

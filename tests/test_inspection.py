@@ -182,6 +182,31 @@ def test_counts_are_recovered_from_logarithms_with_any_pseudo_count(counts, gene
     assert "this value is taken as zero" in report["warnings"][0]
 
 
+@pytest.mark.parametrize("pseudo_count", [2, 3])
+@pytest.mark.parametrize("log", [np.log, np.log2])
+def test_a_pseudo_count_of_counts_is_not_counted(counts, log, pseudo_count):
+    np.testing.assert_array_equal(to_counts(log(counts + pseudo_count)).data, counts[counts > 0])
+
+
+@pytest.mark.parametrize("n_cells", [2, 5, 9])
+def test_few_cells_with_a_pseudo_count_are_read_as_many_are(counts, gene_index, n_cells):
+    normalised = np.log2(scaled_to(counts) + 0.5)
+    for matrix in (normalised, np.log(counts + 2)):
+        few, many = inspect_matrix(matrix[:n_cells]), inspect_matrix(matrix)
+        assert (few.kind, few.floor, few.exact) == (many.kind, many.floor, many.exact)
+    with pytest.raises(ValueError, match="one cell does not show .* pass `assume='log1p'`"):
+        read_cells(make_adata(np.log(counts[:1] + 2)), gene_index)
+    cells, _ = read_cells(make_adata(np.log(counts[:1] + 2)), gene_index, assume="log1p")
+    assert len(cells.counts) == N_GENES
+
+
+def test_binary_logarithms_of_counts_are_no_corrected_counts(counts):
+    sparse = np.minimum(counts, np.random.default_rng(6).poisson(0.4, counts.shape) + 1) * (counts > 0)
+    logs = np.log2(1 + sparse).astype(np.float32)
+    assert (logs[logs > 0] == np.rint(logs[logs > 0])).mean() > 0.5
+    np.testing.assert_array_equal(to_counts(logs).data, sparse[sparse > 0])
+
+
 def test_scaled_values_are_no_logarithm_though_they_have_a_least_value(counts):
     log = np.log1p(scaled_to(counts))
     assert inspect_matrix((log - log.mean()) / log.std()).kind == "scaled"
@@ -191,7 +216,8 @@ def test_scaled_values_are_no_logarithm_though_they_have_a_least_value(counts):
 def test_counts_without_zeros_keep_their_least_value(counts, gene_index):
     full = np.maximum(counts, 1)
     assert inspect_matrix(full).floor == 0
-    assert inspect_matrix(np.log1p(full)).floor == 0  # of filtered genes: the least value of a cell is one count
+    filtered = counts + np.random.default_rng(5).poisson(6, counts.shape)
+    assert inspect_matrix(np.log1p(filtered[:, filtered.min(axis=0) > 0])).floor == 0
     cells, _ = read_cells(make_adata(full), gene_index)
     assert cells.counts.min() == 1
 

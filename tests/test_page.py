@@ -109,12 +109,15 @@ def test_warnings_come_from_the_results(pipeline, cells):
     pipeline.annotate(cells)
     pipeline.explain(cells)
     assert warnings_of(cells) == []
-    cells.uns["scmmgpt"]["annotate"] |= {"collapsed": True, "novel_cells": 6, "weak_labels": np.array(["B cell"])}
+    cells.uns["scmmgpt"]["annotate"] |= {"collapsed": True, "weak_labels": np.array(["B cell"])}
+    cells.obs["scmmgpt_novelty"] = np.where(np.arange(60) < 8, 1.5, 0.5)
+    cells.obs["scmmgpt_cell_type"] = np.where(np.arange(60) < 6, "Unknown", cells.obs["scmmgpt_cell_type"].astype(str))
     cells.obs["scmmgpt_score"] = 0.4
     text = " ".join(warnings_of(cells))
     for part in (
         "Nearly all cells have one label",
-        "that the checkpoint knows: 6 of 60 cells",
+        "that the checkpoint knows: 6 of 60 cells, called Unknown",
+        "named all the same: 2, most by a broader type",
         "'B cell'",
         "With a score below 0.5: 60 of 60 cells",
     ):

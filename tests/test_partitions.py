@@ -201,10 +201,13 @@ def test_two_processes_give_the_bits_of_one(fitted, tmp_path, words):
     assert not table or same_tables(tmp_path / "2.csv", tmp_path / "1.csv")
 
 
-def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+@pytest.mark.parametrize(("size", "rest"), [(20, [28, 42, 56]), (7, [28, 35, 42, 49, 56]), (1000, [28])])
+def test_a_second_run_computes_only_what_is_missing_also_in_partitions_of_another_size(
+    adata, checkpoint, tmp_path, small, monkeypatch, size, rest
+):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     out, done = tmp_path / "out.h5ad", []
-    words = ["embed", tmp_path / "cells.h5ad", "-o", out, "--workers", 1, "--cells-per-partition", 20]
+    words = ["embed", tmp_path / "cells.h5ad", "-o", out, "--workers", 1, "--cells-per-partition"]
     compute = partition_tasks.compute_partition
 
     def stopped(task):
@@ -214,11 +217,11 @@ def test_a_second_run_computes_only_what_is_missing(adata, checkpoint, tmp_path,
         return compute(task)
 
     monkeypatch.setattr(partition_tasks, "compute_partition", stopped)
-    run(*words, checkpoint=checkpoint, status=130)
+    run(*words, 20, checkpoint=checkpoint, status=130)
     assert not out.exists()
     monkeypatch.setattr(partition_tasks, "compute_partition", lambda task: done.append(task.start) or compute(task))
-    run(*words, checkpoint=checkpoint)
-    assert done == [0, 14, 28, 42, 56]
+    run(*words, size, checkpoint=checkpoint)
+    assert done == [0, 14, *rest]
     run("embed", tmp_path / "cells.h5ad", "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
     assert_same(out, tmp_path / "whole.h5ad")
 
@@ -243,6 +246,57 @@ def test_partitions_of_other_options_or_weights_are_refused_but_not_of_an_edited
     (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
     monkeypatch.setattr(partition_tasks, "compute_partition", lambda task: pytest.fail("a partition was done twice"))
     run(*words, checkpoint=str(tmp_path / "elsewhere"))
+
+
+def test_a_partition_that_loses_its_workers_is_cut_and_only_the_piece_that_loses_them_fails(
+    adata, checkpoint, tmp_path, small, monkeypatch, capsys
+):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = [
+        "embed",
+        tmp_path / "cells.h5ad",
+        "-o",
+        tmp_path / "out.h5ad",
+        "--workers",
+        1,
+        "--cells-per-partition",
+        28,
+    ]
+
+    def run_pieces(self, function, tasks, split):
+        for piece in [piece for task in tasks for piece in split(task)]:
+            yield (piece, None, OSError("lost")) if piece.start in (35, 42) else (piece, function(piece), None)
+
+    with monkeypatch.context() as lossy:
+        lossy.setattr(partitions.Workers, "run", run_pieces)
+        run(*words, checkpoint=checkpoint, status=3)
+    assert capsys.readouterr().err.count("cells.h5ad, cells 35 to 48: lost") == 1
+    assert np.isnan(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_scmmgpt"]).any(axis=1).nonzero()[0].tolist() == [
+        *range(35, 49)
+    ]
+    run(*words, checkpoint=checkpoint)
+    run("embed", tmp_path / "cells.h5ad", "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    assert_same(tmp_path / "out.h5ad", tmp_path / "whole.h5ad")
+
+
+def test_two_commands_do_not_write_one_output_at_once(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["embed", tmp_path / "cells.h5ad", "-o", tmp_path / "out.h5ad", "--workers", 1]
+    compute, second = partition_tasks.compute_partition, []
+
+    def twice(task):
+        if not second:
+            second.append(main([*map(str, words), "--model", checkpoint, "--quiet"]))
+        return compute(task)
+
+    monkeypatch.setattr(partition_tasks, "compute_partition", twice)
+    run(*words, "--cells-per-partition", 20, checkpoint=checkpoint)
+    assert second == [2]
+    assert f"Another command is at work on {tmp_path / 'out.h5ad.parts'} (process " in capsys.readouterr().err
+    monkeypatch.undo()
+    run("embed", tmp_path / "cells.h5ad", "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
+    assert_same(tmp_path / "out.h5ad", tmp_path / "whole.h5ad")
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.h5ad"]
 
 
 def test_a_partition_that_fails_is_reported_and_left_out(adata, checkpoint, tmp_path, small, monkeypatch, capsys):
@@ -335,11 +389,12 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("verb", ["annotate", "embed", "audit"])
 def test_a_disk_that_is_full_at_any_moment_loses_nothing_and_leaves_no_half_result(
-    fitted, tmp_path, small, small_disk, capsys
+    fitted, tmp_path, small, small_disk, capsys, verb
 ):
     synthetic.synthetic_adata(200).write_h5ad(tmp_path / "cells.h5ad")
-    words = ["annotate", tmp_path / "cells.h5ad"]
+    words = [verb, tmp_path / "cells.h5ad"]
     run(*words, "-o", tmp_path / "whole.h5ad", checkpoint=fitted)
     kilobytes = (tmp_path / "cells.h5ad").stat().st_size // 1024 + 24
     out, done, statuses = small_disk(kilobytes) / "out.h5ad", 0, []
@@ -469,3 +524,26 @@ def test_a_query_of_a_soma_experiment_is_read_by_rows_and_written_without_a_matr
     assert (one.X != two.X).sum() == 0
     run("annotate", tmp_path / "experiment", "-o", tmp_path / "all.h5ad", checkpoint=checkpoint)
     assert anndata.read_h5ad(tmp_path / "all.h5ad").n_obs == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["annotate", "embed"])
+def test_two_workers_read_a_query_of_a_soma_experiment_and_give_the_bits_of_one_process_and_an_h5ad(
+    fitted, tmp_path, verb
+):
+    soma = pytest.importorskip("tiledbsoma.io", reason="TileDB-SOMA is not installed (extra `census`)")
+    adata = synthetic.synthetic_adata(9000)
+    adata.obs["sampled"] = pd.Categorical(np.where(np.arange(9000) % 10, "yes", "no"))
+    soma.from_anndata(str(tmp_path / "experiment"), adata, measurement_name="RNA", X_layer_name="raw")
+    (tmp_path / "some.soma.json").write_text(json.dumps({"uri": "experiment", "value_filter": "sampled == 'yes'"}))
+    adata[adata.obs["sampled"] == "yes"].copy().write_h5ad(tmp_path / "some.h5ad")
+    for workers, name in ((1, "some.h5ad"), (2, "some.soma.json")):
+        where = ["-o", tmp_path / f"{workers}.h5ad", "--workers", workers, "--cells-per-partition", 1]
+        run(verb, tmp_path / name, *where, checkpoint=fitted)
+    one, two = (anndata.read_h5ad(tmp_path / f"{workers}.h5ad") for workers in (1, 2))
+    added = [name for name in one.obs if name.startswith("scmmgpt")]
+    pd.testing.assert_frame_equal(one.obs[added].reset_index(drop=True), two.obs[added].reset_index(drop=True))
+    assert set(one.obsm) == set(two.obsm)
+    for name in one.obsm:
+        np.testing.assert_array_equal(one.obsm[name], two.obsm[name])
+    assert (one.X != two.X).nnz == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from scmmgpt.configuration_scmmgpt import PIPELINE_TASKS
 from scmmgpt.generation_scmmgpt import gene_turns
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.votes_scmmgpt import majority_vote
+from scmmgpt.records_scmmgpt import MISSING, words_of
+from scmmgpt.votes_scmmgpt import cluster_answers, majority_vote
 
 
 LABELS = {"B": "a B cell", "T": "a T cell", "NK": "natural killer cell", "Mono": "monocyte of blood"}
@@ -66,6 +68,9 @@ def test_entropy_is_between_certain_and_no_idea():
 
 def test_a_tie_goes_to_the_label_that_sorts_first():
     assert majority_vote(np.array(["T", "B"]), np.array(["0", "0"])).tolist() == ["B", "B"]
+    votes = np.array(["T", "T", "B"]), np.array(["0", "0", MISSING])
+    assert majority_vote(*votes).tolist() == ["T", "T", "B"]
+    assert [row["cluster"] for row in cluster_answers(*votes, ["T", "B"], {})] == ["0"]
 
 
 # -- annotate ---------------------------------------------------------------------------------------------------------
@@ -464,3 +469,9 @@ def test_a_checkpoint_in_bfloat16_runs_in_what_the_cpu_is_fast_in(
     asked = ScMMGPTPipeline.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype=torch.bfloat16)
     assert asked.model.dtype == torch.bfloat16
     assert len(said) == (0 if is_fast else 1)
+
+
+def test_a_missing_label_is_no_word_and_whole_numbers_beside_it_stay_whole():
+    obs = pd.DataFrame({"a": [1.0, np.nan], "b": ["x", None], "c": pd.Categorical(["y", None]), "d": [0.5, np.nan]})
+    found = {name: words_of(obs, name).tolist() for name in obs}
+    assert found == {"a": ["1", MISSING], "b": ["x", MISSING], "c": ["y", MISSING], "d": ["0.5", MISSING]}

@@ -8,9 +8,11 @@ from scipy.sparse import csr_matrix
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
+from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands.verify import verify_file
 from scmmgpt.eval.proof import LIES, Checker, evaluate_proof, sentences
-from scmmgpt.proof_scmmgpt import PROGRAMMES
+from scmmgpt.programmes_scmmgpt import PROGRAMMES
+from scmmgpt.proof_scmmgpt import NO_TYPE, Expression
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -46,9 +48,9 @@ def test_a_cell_is_described_by_markers_with_their_counts(described):
 def test_all_clauses_are_supported_and_lies_are_found(pipeline):
     result = evaluate_proof(pipeline, synthetic_adata(120))
     assert result["unsupported"] == 0
-    assert result["lies"]["another type and its markers"] == {"told": 120, "caught": 1}
+    assert result["lies"]["another type and its markers"] == {"told": 120, "not_decidable": 0, "caught": 1}
     assert result["lies"]["a gene without counts"]["caught"] == 1
-    assert result["lies"]["another cell of the type"] == {"told": 120, "caught": 1}
+    assert result["lies"]["another cell of the type"] == {"told": 120, "not_decidable": 0, "caught": 1}
     assert set(result["lies"]) == set(LIES)
 
 
@@ -72,7 +74,7 @@ def test_a_cell_whose_counts_show_no_type_is_called_none(pipeline):
     counts[0, adata.var_names.get_loc(synthetic.BACKGROUND[0])] = 50
     adata.X = counts.tocsr()
     texts = pipeline.describe(adata, proof=True).obs["scmmgpt_description"]
-    assert texts.iloc[0] == "No type is shown by its counts."
+    assert texts.iloc[0].startswith("No type is shown by its counts; the model proposes ")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,91 @@ def test_types_exclude_each_other_unless_a_type_of_the_file_is_both():
     assert not alone.excludes("T cell", "lymphocyte")
     assert alone.excludes("phagocyte", "myeloid cell")
     assert not beside.excludes("phagocyte", "myeloid cell")
+
+
+T_CELLS = {"id": "CL:0000084", "name": "T cell", "names": ["T cell"], "labels": ["T cell"]}
+
+
+@pytest.fixture
+def with_t_cells(pipeline):
+    """The pipeline whose checkpoint has the term of T cells, too."""
+    terms = pipeline.model.config.annotation["terms"]
+    terms.append(T_CELLS)
+    yield pipeline
+    terms.remove(T_CELLS)
+
+
+def cells_with_t_genes(n_cells, kind, foreign):
+    """Cells, of which some of a type have the genes of T cells in earnest, and all others a trace of them."""
+    adata = synthetic_adata(n_cells)
+    counts = adata.X.tolil()
+    mine = np.flatnonzero(adata.obs["cell_type"] == kind)[:foreign]
+    for gene in ("CD3D", "CD3E"):
+        counts[mine, adata.var_names.get_loc(gene)] = 30
+    adata.X = counts.tocsr()
+    return adata, mine
+
+
+def test_genes_of_another_lineage_speak_against_a_type(with_t_cells):
+    adata, mine = cells_with_t_genes(120, "natural killer cell", foreign=4)
+    result = evaluate_proof(with_t_cells, adata)
+    texts = adata.obs["scmmgpt_description"].tolist()
+    against = [i for i, text in enumerate(texts) if "Against it speak" in text]
+    assert against == mine.tolist()
+    assert "Against it speak CD3D (30) and CD3E (30), genes of T cells." in texts[mine[0]]
+    assert sentences(texts[mine[0]])[1].endswith(", genes of T cells.")
+    assert result["unsupported"] == 0
+    kinds = pd.DataFrame(adata.uns["scmmgpt"]["describe"]["clauses"]).query("kind == 'against'")
+    assert set(kinds.cell) == {f"cell-{i}" for i in mine}
+    hidden = [" ".join(s for s in sentences(texts[i]) if "Against" not in s) for i in mine]
+    checker = checker_of(adata)
+    faults = [checker.faults(cell, text)[0] for cell, text in zip(mine, hidden, strict=True)]
+    assert all("speak against natural killer cell" in fault for fault in faults)
+    lie = "A T cell, shown by CD3D (30 counts). Against it speak CD3D (30 counts), genes of T cells."
+    assert "['CD3D'] do not speak against T cell" in checker.faults(mine[0], lie)
+
+
+def test_a_type_of_few_cells_is_refuted_by_a_lineage_or_not_decidable(with_t_cells):
+    adata, mine = cells_with_t_genes(60, "natural killer cell", foreign=2)  # of 15
+    with_t_cells.describe(adata, proof=True)
+    texts = adata.obs["scmmgpt_description"].tolist()
+    assert all(texts[i] == NO_TYPE.format("natural killer cell") for i in mine)
+    checker = checker_of(adata)
+    own = np.flatnonzero(adata.obs["cell_type"] == "natural killer cell")[3]
+    t_cell = np.flatnonzero(adata.obs["cell_type"] == "T cell")[0]
+    assert checker.verdict(own, texts[own]) == "not decidable"  # 13 cells, and no lineage of which it is
+    assert checker.verdict(t_cell, texts[t_cell]) == "supported"  # by the receptor of T cells
+    lie = texts[own].split("shown by")[0] + "shown by " + texts[t_cell].split("shown by ")[1]
+    assert checker.verdict(t_cell, lie) == "unsupported"
+
+
+def test_values_that_are_no_counts_are_not_called_so(pipeline):
+    adata = synthetic_adata(120)
+    adata.X.data = (adata.X.data * 211.37).astype(np.float32)
+    adata.X = adata.X.multiply(np.random.default_rng(0).uniform(0.9, 1.1, adata.shape)).tocsr()
+    text = pipeline.describe(adata, proof=True).obs["scmmgpt_description"].iloc[0]
+    assert text.startswith("A B cell from blood, shown by ")
+    assert " count" not in text.partition(".")[0]
+    assert "e+" not in text
+    assert evaluate_proof(pipeline, adata)["unsupported"] == 0
+
+
+def test_a_gene_far_below_its_kind_does_not_show_a_type(pipeline):
+    adata = synthetic_adata(120)
+    counts = adata.X.tolil()
+    counts[0, adata.var_names.get_loc("MS4A1")] = 1  # of some 35 in the other B cells
+    adata.X = counts.tocsr()
+    text = pipeline.describe(adata, proof=True).obs["scmmgpt_description"].iloc[0]
+    assert text.startswith("A B cell from blood, shown by ")
+    assert "MS4A1" not in text
+
+
+def test_genes_of_the_donor_and_of_the_handling_are_no_news():
+    symbols = ["XIST", "HBB", "ACTB", "MT-CO1", "RPL3", "CD14"]
+    cells = Cells.from_csr(csr_matrix(np.full((50, 6), 4.0, dtype=np.float32)), np.arange(6))
+    expression = Expression(cells, np.arange(6), symbols)
+    assert np.asarray(symbols)[expression.recurs].tolist() == ["CD14"]
+    assert np.asarray(symbols)[expression.tells_types].tolist() == ["XIST", "HBB", "CD14"]
 
 
 def test_no_gene_is_in_two_programmes_and_each_has_a_source():

@@ -79,6 +79,8 @@ def test_genes_that_the_file_does_not_measure_are_named():
     measured = np.array([0, 2])
     assert Search(["high CD4, no CD19.", "T cells without CD8"], index, measured).absent == ["CD19"]
     assert Search(["high CD4, no CD19"], index).absent == []
+    assert Search(["T cells with high CD300X, CD301Y-negative, of COVID"], index).unknown == ["CD300X", "CD301Y"]
+    assert Search(["CD4+ and CD8-positive T cells"], index).unknown == []
 
 
 def test_a_text_of_denials_alone_is_refused():

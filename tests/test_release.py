@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from scmmgpt import __main__ as command_line
-from scmmgpt import novelty_scmmgpt
+from scmmgpt import novelty_scmmgpt, readout_scmmgpt
 from scmmgpt.commands import checkpoints
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.synthetic import MARKERS, synthetic_adata
@@ -111,7 +111,7 @@ def test_what_it_promises_comes_from_datasets_that_were_left_out(built):
     stored = pipeline.model.config.annotation
     assert stored["label_sets"]["n_cells"] >= 100
     assert 0 <= stored["min_score"] < 1
-    assert stored["novelty"]["others_unit"] > 0
+    assert stored["novelty"]["lead_unit"] > 0
     assert pipeline.model.config.label_readout["num_others"] == 1  # the liver cells of the reference
     assert "Human Cell Landscape" in (built / "checkpoint.md").read_text()
     assert stored["temperature"] == 1  # the readout's own has been fitted
@@ -130,15 +130,82 @@ def test_the_gate_not_the_reference_profiles_judges_cells_of_labels_that_were_ne
 
     monkeypatch.setattr(novelty_scmmgpt.Novelty, "of", spy)
     pipeline.annotate(cells.copy())
-    pipeline.annotate(cells.copy(), ["B cell", "hepatocyte"])
+    pipeline.annotate(cells.copy(), ["B cell", "astrocyte"])
     assert [panel is None for panel in panels] == [False, True]
+
+
+def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    assert [known["name"] for known in pipeline.model.config.annotation["profiles"]] == ["hepatocyte"]
+    liver = synthetic_adata(6, seed=5)
+    ferritin = liver.var_names.get_loc("FTL")
+    liver.X = liver.X.toarray() * 0 + 1
+    liver.X[:, ferritin] = 50
+    found = pipeline.annotate(liver.copy())
+    assert (found.obs["scmmgpt_cell_type"] == "hepatocyte").all()
+    assert (found.obs["scmmgpt_cl_id"] == "CL:0000182").all()
+    assert found.obs["scmmgpt_by_profile"].all()
+    assert not pipeline.annotate(synthetic_adata(40, seed=5)).obs["scmmgpt_by_profile"].any()
+    asked = pipeline.annotate(liver.copy(), ["B cell", "Hepatocytes"])
+    assert (asked.obs["scmmgpt_cell_type"] == "Hepatocytes").all()
+    assert "scmmgpt_by_profile" not in pipeline.annotate(liver.copy(), min_score=0).obs
+
+
+@pytest.fixture
+def all_novel(built, monkeypatch):
+    """A pipeline to which most cells are novel, and every broader term is near enough to name them."""
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    stored = pipeline.model.config.annotation
+    stored["novelty"]["lead_unit"] = 1e-6
+    stored["terms"] = [
+        {"id": "", "name": "antigen-presenting cell", "names": [], "labels": ["B cell", "monocyte"]},
+        {"id": "CL:0000542", "name": "lymphocyte", "names": [], "labels": ["B cell", "T cell"]},
+    ]
+    three = ["B cell", "T cell", "natural killer cell"]
+    stored["tissues"] = [{"id": "", "name": "lymph node", "names": ["lymph node"], "labels": three}]
+    monkeypatch.setattr(novelty_scmmgpt, "BROADER_NOVELTY", 1e9)
+    return pipeline
+
+
+def test_a_novel_cell_gets_no_term_that_has_one_candidate_below_it(all_novel):
+    cells = synthetic_adata(40, seed=5)
+    is_b = (cells.obs["cell_type"] == "B cell").to_numpy()
+    answers = all_novel.annotate(cells.copy()).obs["scmmgpt_cell_type"]
+    assert set(answers[is_b]) & {"antigen-presenting cell", "lymphocyte"} == {"antigen-presenting cell"}
+    answers = all_novel.annotate(cells.copy(), tissue="lymph node").obs["scmmgpt_cell_type"]
+    assert set(answers[is_b]) & {"antigen-presenting cell", "lymphocyte"} == {"lymphocyte"}
+
+
+def test_labels_and_novelty_of_a_batch_take_one_pass_over_its_counts(all_novel, monkeypatch):
+    sizes, real = [], readout_scmmgpt.panel_profiles
+    monkeypatch.setattr(
+        readout_scmmgpt, "panel_profiles", lambda cells, *of: sizes.append(len(cells)) or real(cells, *of)
+    )
+    found = all_novel.annotate(synthetic_adata(40, seed=5), batch_size=40)
+    assert (found.obs["scmmgpt_novelty"] > 1).any()
+    assert sizes == [40]
+
+
+def test_the_unit_of_an_earlier_measure_of_novelty_is_not_taken_for_todays(built, monkeypatch):
+    pipeline, cells, said = ScMMGPTPipeline.from_pretrained(str(built), device="cpu"), synthetic_adata(40, seed=5), []
+    monkeypatch.setattr(novelty_scmmgpt.logger, "warning", said.append)
+    pipeline.annotate(cells.copy())
+    assert said == []
+    stored = pipeline.model.config.annotation["novelty"]
+    stored |= {"others_unit": stored.pop("lead_unit"), "unit": 0.1}
+    found = pipeline.annotate(cells.copy()).obs
+    (line,) = said
+    assert "`others_unit`, the unit of an earlier measure" in line
+    del stored["others_unit"]  # as in a checkpoint that knows absent genes alone
+    pd.testing.assert_frame_equal(pipeline.annotate(cells.copy()).obs, found)
+    assert len(said) == 1
 
 
 def test_a_calibrated_checkpoint_still_knows_cells_of_no_label(built):
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
-    before = pipeline.model.config.annotation["novelty"]["others_unit"]
+    before = pipeline.model.config.annotation["novelty"]["lead_unit"]
     pipeline.calibrate(synthetic_adata(200, seed=5), "cell_type", labels=list(TYPES))
-    assert pipeline.model.config.annotation["novelty"]["others_unit"] == before
+    assert pipeline.model.config.annotation["novelty"]["lead_unit"] == before
 
 
 def test_a_cell_counts_for_its_type_or_for_the_types_below_a_broad_term():

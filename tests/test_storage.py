@@ -11,6 +11,7 @@ import pytest
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.commands import storage
+from scmmgpt.tests import test_partitions as partitions
 from scmmgpt.train.__main__ import main as train_main
 from scmmgpt.train.data.corpus import open_corpus
 
@@ -93,6 +94,28 @@ def test_files_come_from_a_store_and_go_to_one(bucket, adata, checkpoint, tmp_pa
     assert not any(staging.rglob("*.*"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+@pytest.mark.parametrize("verb", ["annotate", "embed"])
+def test_two_workers_from_a_store_to_a_store_give_the_bits_of_one_process_on_a_disk(bucket, tmp_path, verb):
+    synthetic.fitted_pipeline().save_pretrained(tmp_path / "checkpoint")
+    adata = synthetic.synthetic_adata(8200)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with anndata.settings.override(zarr_write_format=3):
+        adata[::-1].copy().write_zarr(tmp_path / "b.zarr")
+    inputs = [f"{bucket}/in/{name}" for name in ("a.h5ad", "b.zarr")]
+    for address in inputs:
+        put(tmp_path / address.rpartition("/")[2], address)
+    words = [verb, "--model", str(tmp_path / "checkpoint"), "--quiet", "--cells-per-partition", "1", "--workers"]
+    assert main([*words, "2", *inputs, "-o", f"{bucket}/out"]) == 0
+    assert main([*words, "1", str(tmp_path / "a.h5ad"), "-o", str(tmp_path / "one.h5ad")]) == 0
+    there = get(f"{bucket}/out", tmp_path / "there")
+    partitions.assert_same(there / "a.h5ad", tmp_path / "one.h5ad")
+    assert main([*words, "1", str(tmp_path / "b.zarr"), "-o", str(tmp_path / "one.h5ad")]) == 0
+    partitions.assert_same(there / "b.h5ad", tmp_path / "one.h5ad")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_folders_of_files_and_zarr_stores_do_too(bucket, adata, checkpoint, tmp_path):
     adata[:20].copy().write_h5ad(tmp_path / "a.h5ad")
@@ -162,6 +185,25 @@ def test_a_store_whose_package_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", lacking)
     with pytest.raises(ImportError, match="gs:// needs gcsfs. Run `pip install gcsfs`"):
         storage.download("gs://bucket/cells.h5ad", None)
+
+
+def test_two_equal_commands_do_not_share_a_staging_folder_at_once(checkpoint, tmp_path, monkeypatch, capsys):
+    synthetic.synthetic_adata(8).write_h5ad(tmp_path / "cells.h5ad")
+    put(tmp_path / "cells.h5ad", "memory://shared/cells.h5ad")
+    words, second = (
+        ["embed", "memory://shared/cells.h5ad", "--model", checkpoint, "-o", "memory://shared/out.h5ad"],
+        [],
+    )
+
+    def twice(address, path, **options):
+        if not second:
+            second.append(main(words))
+        return download(address, path, **options)
+
+    download = storage.download
+    monkeypatch.setattr(storage, "download", twice)
+    assert (main(words), second) == (0, [2])
+    assert "Another command is at work on" in capsys.readouterr().err
 
 
 def test_other_words_of_a_command_line_stay(tmp_path):

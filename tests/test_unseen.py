@@ -13,7 +13,7 @@ from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.readout_scmmgpt import PROFILE_SCALE
 from scmmgpt.train.data.gene_tables import load_gene_texts
 from scmmgpt.train.readout import LabelledProfiles, fit_label_readout, fit_regression, profile_matrix
-from scmmgpt.train.unseen import embed_gene_texts, fit_gate
+from scmmgpt.train.unseen import COMMON_EPISODES, COMMON_WEIGHTS, embed_gene_texts, fit_gate, towards_common
 from scmmgpt.unseen_scmmgpt import GeneSearch, LabelSpace, TextScores, named_genes
 
 
@@ -83,6 +83,24 @@ def scores_without(embeddings):
         return TextScores.of(readout, trained, TEXTS, unseen, np.arange(0, 24, step), vars(gate), INDEX, embed)
 
     return fit
+
+
+def test_weights_of_a_gate_are_drawn_towards_those_of_other_datasets_the_more_the_fewer_its_episodes():
+    own = np.array([3.0, 0, 0, 0, 0, 4.0, 0])
+    drawn = towards_common(own, COMMON_EPISODES)
+    np.testing.assert_allclose(drawn[3], 5 * COMMON_WEIGHTS[3] / 2)  # a column that the gate did not use
+    np.testing.assert_allclose(towards_common(10 * own, COMMON_EPISODES), 10 * drawn)
+    np.testing.assert_allclose(towards_common(own, 10**9), own, atol=1e-6)
+    cosine = lambda a: a @ COMMON_WEIGHTS / np.linalg.norm(a) / np.linalg.norm(COMMON_WEIGHTS)  # noqa: E731
+    assert cosine(own) < cosine(drawn) < cosine(towards_common(own, 3))
+
+
+def test_the_scale_of_a_gate_is_fitted_after_its_weights_are_drawn(scores_without):
+    gate = scores_without(2).scores.gate
+    assert len(gate.weights) == len(gate.scale) == len(COMMON_WEIGHTS)
+    # The markers of each type are alone: the episodes are told apart with a steep slope, far above the common weights.
+    assert np.linalg.norm(gate.weights) > 2 * np.linalg.norm(COMMON_WEIGHTS)
+    assert min(gate.weights) > 0
 
 
 def test_cells_of_a_label_that_was_never_trained_are_found_by_its_text(scores_without):
@@ -268,6 +286,9 @@ def test_annotate_answers_a_label_that_was_not_trained_from_its_gate(bert, tmp_p
     assert (np.asarray(found)[types != 3] == np.array(names)[types[types != 3]]).mean() > 0.8
     found = pipeline.search(cells, "NK cells", 3, by="genes", key_added="by_genes")
     assert {names[types[hit["index"]]] for hit in found} <= set(names)
+    for name in stored:  # by the markers of the type, whatever genes have letters of its name
+        found = pipeline.search(cells, f"a {name}", 10, by="genes")
+        assert {names[types[hit["index"]]] for hit in found} == {name}
     assert cells.uns["scmmgpt"]["search"]["by"] == "genes"
     # By similarity, far beyond the sign of a place between labels: probabilities weigh the texts of the labels.
     hits = pipeline.search(cells, stored["B cell"], len(cells))

@@ -121,6 +121,7 @@ def load_checkpoint(path: str, table: CellTable) -> Start:
     if (config.architectures or [""])[0] not in STARTS:
         raise ValueError(f"{path} holds a {config.architectures}; fine-tuning starts from `align` or `tune`.")
     config.profile_readout, config.label_readout = True, None  # of these labels, made anew
+    config.cell_embedding = "cell-text"  # a readout of one dataset has no groups
     config.release = None  # another model from here on
     reporter = logging.getLogger("transformers.modeling_utils")
     reporter.disabled = True  # the keys that it reports are judged below

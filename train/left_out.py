@@ -101,20 +101,21 @@ def judge(
     tests: Mapping[int, Dataset],
     reference: Reference | None = None,
     terms: Sequence[Sequence[int]] = (),
+    fitted: tuple[ScMMGPTLabelReadout, np.ndarray] | None = None,
 ) -> LeftOut:
     """Cells of `tests`, of one label each, by readout and novelty of `train`; the keys are the datasets' positions.
 
-    `terms` are the labels of broader terms.
+    `terms` are the labels of broader terms, and `fitted` the result of [`fit_known`], if it is known.
     """
     n_genes, parts = train[0].counts.shape[1], []
-    fitted, own = fit_known(train, meanings, reference)
-    stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"others_unit": 1.0})
+    readout, own = fitted or fit_known(train, meanings, reference)
+    stored = (fit_pooled_novelty(train, n_genes) or {}) | ({} if reference is None else {"lead_unit": 1.0})
     in_terms = [np.flatnonzero(np.isin(own, term)).tolist() for term in terms]
     in_terms = [term if 1 < len(term) <= MOST_LABELS * len(own) else [] for term in in_terms]
     for number, data in tests.items():
         rows = np.flatnonzero((meanings[data.targets] > 0).sum(axis=1) == 1)
         cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
-        panel = replace(fitted.for_genes(data.measured), temperature=1.0)
+        panel = replace(readout.for_genes(data.measured), temperature=1.0)
         scores = np.full((len(rows), meanings.shape[1]), ABSENT, dtype=np.float32)
         scores[:, own] = panel(cells)
         measure = Novelty.of(stored, data.measured, n_genes, panel)
@@ -169,7 +170,7 @@ def fit_probabilities(cells: LeftOut) -> tuple[float, float]:
 
 
 def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any]:
-    """`temperature`, `doubt`, `min_score`, `others_unit` and `label_sets` from the cells whose labels were known.
+    """`temperature`, `doubt`, `min_score`, `lead_unit` and `label_sets` from the cells whose labels were known.
 
     With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly lose
     their name, each dataset counting alike. Nearly all of these are novel where there are other cells, since novelty
@@ -197,6 +198,6 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
         "temperature": temperature,
         "doubt": doubt,
         "min_score": round(least, 4),
-        "others_unit": unit,
+        "lead_unit": unit,
         "label_sets": fit_label_sets(probabilities, cells.targets),
     }

@@ -95,8 +95,6 @@ def fit_pooled_readout(
     *,
     meanings: np.ndarray | None = None,
     penalty: float = PENALTY,
-    n_factors: int = N_FACTORS,
-    temperature: float = TEMPERATURE,
 ) -> ScMMGPTLabelReadout:
     """Ridge regression of the labels on the cells of all datasets, stored so that it is solved for any genes.
 
@@ -107,8 +105,6 @@ def fit_pooled_readout(
             ("T cell") counts for each narrow label a part. By default each target is a label. Further columns are of
             kinds of other cells, which are no labels.
         penalty: Of the ridge, in mean variances of a gene.
-        n_factors: Factors of the variance within groups.
-        temperature: Of the scores.
 
     Raises:
         ValueError: If a label, or a kind of other cells, has no cell.
@@ -139,7 +135,7 @@ def fit_pooled_readout(
             rows.append((logs[cells] - groups[group]) * np.float32(np.sqrt(weights[group] / len(cells))))
     within = np.concatenate(rows)
     variance = (within**2).sum(axis=0)
-    _, scales, axes = randomized_svd(within, min(n_factors, *within.shape), random_state=0)
+    _, scales, axes = randomized_svd(within, min(N_FACTORS, *within.shape), random_state=0)
     factors = scales[:, None] * axes
     noise = (variance - (factors**2).sum(axis=0)).clip(min=0)
     of_labels = mentions[:, :n_labels]
@@ -155,7 +151,7 @@ def fit_pooled_readout(
         "factors": factors,
         "noise": noise + penalty * variance.mean(),
         "shares": shares[genes],
-        "temperature": np.array(temperature),
+        "temperature": np.array(TEMPERATURE),
         "groups": groups,
         "group_mean": mean,
         "group_labels": mentions / weights[:, None],

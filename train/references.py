@@ -2,13 +2,14 @@
 
 Profiles of known types are one more laboratory of these types. The others are no labels: with them a readout learns
 what the cells of its labels are not, so that a cell of an organ that no dataset has is not given the least unlike
-label (`readout_scmmgpt.PanelReadout.novelty`). `data/tables/reference_profiles.json` says what each profile is.
+label (`readout_scmmgpt.PanelReadout.novelty`). A checkpoint keeps those of single types too, to name cells by them
+(`profiles_scmmgpt`). `data/tables/reference_profiles.json` says what each profile is.
 """
 
 import html
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from scipy.sparse import csr_matrix
 from scmmgpt.cells_scmmgpt import COUNTS_PER_10K
 from scmmgpt.commands.files import read_json
 from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.train.data.prepare import TABLES
 from scmmgpt.train.pooled import Dataset
 
@@ -90,16 +92,10 @@ def read_reference(
     if not path.is_file():
         logger.info("There are no reference profiles, %s: novelty comes from the cells alone.", path)
         return None
-    kinds = {name: kind for part in ("types", "others") for kind, names in table[part].items() for name in names}
-    profiles = pd.read_csv(path, index_col=0)
-    names = np.array([kinds.get(type_name(column), "") for column in profiles.columns])
-    names[[any(re.search(part, column) for part in table["left_out"]) for column in profiles.columns]] = ""
-    values = np.log1p(COUNTS_PER_10K * (profiles / profiles.sum()).to_numpy().T)
-    ids = np.array([index.lookup(str(gene))[0] for gene in profiles.index])
-    measured, placed = np.unique(ids[ids >= 0]), place(list(table["types"]))
-    found, rows, meanings = sorted({*names} - {""}), [], []
-    others = [kind for kind in found if kind in table["others"]]
-    for kind in found:
+    means, measured = mean_profiles(path, {**table["types"], **table["others"]}, index, n_genes)
+    placed, rows, meanings = place(list(table["types"])), [], []
+    others = [kind for kind in means if kind in table["others"]]
+    for kind, mean in means.items():
         share = np.zeros(len(types) + len(others))
         if kind in others:
             share[len(types) + others.index(kind)] = 1
@@ -107,11 +103,69 @@ def read_reference(
             share[[list(types).index(term) for term in placed[kind]]] = 1 / len(placed[kind])
         else:
             continue
-        mean = np.expm1(values[names == kind].mean(axis=0))
-        rows.append(np.bincount(ids[ids >= 0], mean[ids >= 0], minlength=n_genes))
+        rows.append(mean)
         meanings.append(share)
     counts = csr_matrix(np.stack(rows).astype(np.float32))
     return Reference(counts, measured, np.stack(meanings), len(types))
+
+
+@dataclass(frozen=True)
+class TypeProfiles:
+    """Mean profiles of single types, for a readout to name the types by that none of its cells has."""
+
+    terms: list[str]  # Cell Ontology ids
+    counts: np.ndarray  # (n_types, vocabulary size), counts per 10,000 of the genes of the file
+    measured: np.ndarray  # int64: vocabulary ids, ascending
+    others: list[int]  # the kind of other cells that a type is part of, as a `Reference` numbers them; -1 for none
+
+    def without(self, known: Collection[str]) -> "TypeProfiles":
+        """The types that are not known by cells."""
+        kept = [place for place, term in enumerate(self.terms) if term not in known]
+        terms, others = ([values[place] for place in kept] for values in (self.terms, self.others))
+        return TypeProfiles(terms, self.counts[kept], self.measured, others)
+
+    def add_to(self, readout: ScMMGPTLabelReadout) -> None:
+        """Keep the profiles in a readout, on the scale of its groups."""
+        arrays = readout.arrays()
+        shares = np.bincount(arrays["gene_ids"], arrays["shares"], minlength=self.counts.shape[1])
+        known = self.measured[shares[self.measured] > 0]
+        counts = self.counts[:, known]
+        profiles = np.log1p(COUNTS_PER_10K * shares[known].sum() * counts / counts.sum(axis=1, keepdims=True))
+        readout.set_profiles(profiles, np.searchsorted(arrays["gene_ids"], known), self.others)
+
+
+def read_types(folder: str | Path, index: GeneIndex, n_genes: int, broad: Collection[str] = ()) -> TypeProfiles | None:
+    """The profiles of all types of the table that are not `broad`; None if the folder has no such file."""
+    table = reference_table()
+    path = Path(folder, table["file"])
+    if not path.is_file():
+        return None
+    names = {term: names for term, names in {**table["types"], **table["untrained"]}.items() if term not in broad}
+    means, measured = mean_profiles(path, names, index, n_genes)
+    kinds = {name: place for place, kind in enumerate(sorted(table["others"])) for name in table["others"][kind]}
+    others = [kinds.get(names[term][0], -1) for term in means]
+    return TypeProfiles(list(means), np.stack(list(means.values())), measured, others)
+
+
+def mean_profiles(
+    path: Path, kinds: Mapping[str, Sequence[str]], index: GeneIndex, n_genes: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Kind -> counts per 10,000 of its mean profile `(n_genes,)`, sorted by kind; and the genes of the file, ids.
+
+    `kinds` are the names of the profiles of each kind. The mean is that of logarithms.
+    """
+    kind_of = {name: kind for kind, names in kinds.items() for name in names}
+    profiles = pd.read_csv(path, index_col=0)
+    found = np.array([kind_of.get(type_name(column), "") for column in profiles.columns])
+    left_out = reference_table()["left_out"]
+    found[[any(re.search(part, column) for part in left_out) for column in profiles.columns]] = ""
+    values = np.log1p(COUNTS_PER_10K * (profiles / profiles.sum()).to_numpy().T)
+    ids = np.array([index.lookup(str(gene))[0] for gene in profiles.index])
+    means = {}
+    for kind in sorted({*found} - {""}):
+        mean = np.expm1(values[found == kind].mean(axis=0))
+        means[str(kind)] = np.bincount(ids[ids >= 0], mean[ids >= 0], minlength=n_genes)
+    return means, np.unique(ids[ids >= 0])
 
 
 def type_name(column: str) -> str:

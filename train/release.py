@@ -45,7 +45,14 @@ from scmmgpt.train.data.corpus import SPECIAL_TOKENS, Corpus, open_corpus
 from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.sources import FileSource, SourceSpec, resolve_labels
 from scmmgpt.train.pooled import TEMPERATURE, Dataset, fit_pooled_novelty
-from scmmgpt.train.references import Reference, read_reference, reference_genes, reference_table
+from scmmgpt.train.references import (
+    Reference,
+    TypeProfiles,
+    read_reference,
+    read_types,
+    reference_genes,
+    reference_table,
+)
 from scmmgpt.train.unseen import add_gene_texts, fit_gate
 from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
@@ -224,15 +231,17 @@ def add_readout(
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
     reference = read_profiles(data, types, table, processor.gene_index, n_genes)
     fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings, reference), reference is not None)
-    temperature, unit = fitted.pop("temperature", TEMPERATURE), fitted.pop("others_unit", 1.0)
-    others = {} if reference is None else {"others_unit": unit}
+    temperature, unit = fitted.pop("temperature", TEMPERATURE), fitted.pop("lead_unit", 1.0)
+    others = {} if reference is None else {"lead_unit": unit}
     model.label_readout, _ = left_out.fit_known(datasets, meanings, reference)
     model.label_readout.temperature.fill_(temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
+    model.config.cell_embedding = "profile"
     summaries = Path(data, SUMMARIES)
     add_gene_texts(model, processor, str(summaries) if summaries.is_file() else None)
     gate = fit_pooled_gate(model, processor, datasets, meanings)
     ids = dict(zip(names, types, strict=True))
+    profiles = read_types(data, processor.gene_index, n_genes, table.get("broad", ()))
     model.config.annotation = {
         "labels": dict(zip(names, texts, strict=True)),
         "cl_ids": ids,
@@ -246,10 +255,24 @@ def add_readout(
         "tissues": tissues_of(sources, table),
         "novelty": (fit_pooled_novelty(datasets, n_genes) or {}) | others,
         **fitted,
+        **({} if profiles is None else add_profiles(model, profiles.without(types))),
     }
     with filled_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+
+
+def add_profiles(model: ScMMGPTForCellTextAlignment, profiles: TypeProfiles) -> dict[str, list[dict[str, Any]]]:
+    """Keep profiles of types that no cell has; returns what `annotate` needs to know of them, as `profiles`."""
+    profiles.add_to(model.label_readout)
+    sizes = dict(zip(("num_profiles", "num_profile_genes"), model.label_readout.profiles.shape, strict=True))
+    model.config.label_readout = {**(model.config.label_readout or {}), **sizes}
+    sampler, types = CaptionSampler(), []
+    for term_id in profiles.terms:
+        name = str(ontology.term_name(term_id))
+        (term,) = (term for term in ontology.label_terms({name: term_id}) if term["id"] == term_id)
+        types.append({**term, "text": sampler.label_text(name, term_id)})
+    return {"profiles": types}
 
 
 def fit_pooled_gate(
@@ -297,6 +320,7 @@ def describe(corpus: Corpus, table: Mapping[str, Any], model: Any) -> str:
     manifest = corpus.manifest
     splits = ", ".join(f"{split} {corpus.n_cells(split):,}" for split in corpus.split_names)
     n_cells = sum(corpus.n_cells(split) for split in corpus.split_names)
+    alone = [known["name"] for known in model.config.annotation.get("profiles", ())]
     lines = [
         f"# {NAME} {VERSION}",
         "",
@@ -319,6 +343,7 @@ def describe(corpus: Corpus, table: Mapping[str, Any], model: Any) -> str:
     lines += [
         "",
         "Cell types: " + ", ".join(sorted(model.config.annotation["labels"])) + ".",
+        *(["", "Named by a profile alone: " + ", ".join(sorted(alone)) + "."] if alone else []),
         "",
         "## Limits",
         "",

@@ -296,6 +296,7 @@ def extractor_by_path():
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         for name in ("torch", "transformers", "transformers.feature_extraction_utils"):
             stand_ins[name] = types.ModuleType(name)
+        stand_ins["torch"].Tensor = type("Tensor", (), {})  # signatures name it
         stand_ins["transformers.feature_extraction_utils"].BatchFeature = dict
         stand_ins["transformers.feature_extraction_utils"].FeatureExtractionMixin = type(
             "Mixin",

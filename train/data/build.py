@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scmmgpt.commands.files import read_json, whole_file, write_json
+from scmmgpt.commands.files import LOCK, lock_folder, read_json, whole_file, write_json
 from scmmgpt.train.data import build_steps, corpus, ontology
 from scmmgpt.train.data.dataset_card import dataset_card
 from scmmgpt.train.data.gene_tables import build_gene_aliases
@@ -40,7 +39,6 @@ Results = list[dict[str, Any]]  # what the tasks of one step returned
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
 MIN_COMMON_GENES = 200  # of all sources, to recognise copies of a cell by
 SMALL_SOURCES_BYTES = 2**28  # one process builds from smaller sources before worker processes would have started
 
@@ -338,24 +336,3 @@ def _warn_of_labels(spec: SourceSpec, found: dict[str, Any]) -> None:
     """Warn of cell types that no ontology knows, and that are codes or spellings of each other."""
     for warning in label_warnings(found.get("unmatched", {}), f"cell_type of {spec.name}"):
         logger.warning(warning)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock the folder for this builder; the system releases the lock when the process ends, even if it is killed."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"Another builder is at work on {folder} ({file.read().strip() or 'unknown'}). Wait for its end, or "
-                "stop it and give this command again to go on from there."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield

@@ -288,7 +288,8 @@ def merge_shard(task: ShardTask) -> dict[str, int]:
         if stop > start:
             table = pa.ipc.open_file(pa.memory_map(str(folder / f"{task.kind}.arrow"))).read_all()
             keys = table["key"].to_numpy()[start:stop]
-            bounds = [_key_bound(task.slice_index + i, task.n_slices) for i in range(2)]
+            ends = (task.slice_index, task.slice_index + 1)
+            bounds = [np.uint64(min(end * 2**64 // task.n_slices, 2**64 - 1)) for end in ends]
             first, last = np.searchsorted(keys, bounds).tolist()
             last = stop - start if task.slice_index + 1 == task.n_slices else last
             copies = np.load(copies_path(folder / f"{task.kind}.arrow"))[start + first : start + last]
@@ -307,10 +308,6 @@ def merge_shard(task: ShardTask) -> dict[str, int]:
     write_json(path, stats)
     writer.write_shard(task.split, task.index, task.n_shards, cells, obs)
     return stats
-
-
-def _key_bound(number: int, n_slices: int) -> np.uint64:
-    return np.uint64(min(number * 2**64 // n_slices, 2**64 - 1))
 
 
 def _tell_apart(cells: Cells) -> tuple[np.ndarray, int]:
