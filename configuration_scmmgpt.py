@@ -133,9 +133,9 @@ class ScMMGPTConfig(PreTrainedConfig):
         profile_readout: Whether a stage-1 model adds a linear readout of the cell's whole profile to its features (see
             [`ScMMGPTProfileReadout`]); `finetune` sets it.
         label_readout: `texts` of the labels of [`ScMMGPTLabelReadout`], a linear classifier of cells, and its
-            `num_genes`, `num_factors`, of several datasets `num_groups` and `num_others`, with texts about genes
-            `text_width`, with types that have a profile alone `num_profiles` and `num_profile_genes`; training sets
-            it.
+            `num_genes`, `num_factors`, of several datasets `num_groups`, `num_others` and `mixes_panels`, with texts
+            about genes `text_width`, with types that have a profile alone `num_profiles` and `num_profile_genes`;
+            training sets it.
         cell_embedding: What `embed` gives by default: `"cell-text"`, places in the space shared with texts; `"cell"`,
             the cell model's own; or `"profile"`, from the groups of the label readout without the network (see
             [`ProfileEmbedding`]). `release` sets it.

@@ -32,7 +32,7 @@ try:  # as a package or as remote code
         labels_with_texts,
         profiled_types,
     )
-    from .novelty_scmmgpt import Novelty, fit_novelty
+    from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
     from .passes_scmmgpt import CellPasses, uncounted
     from .profiles_scmmgpt import ProfiledTypes
     from .proof_scmmgpt import tissues_of
@@ -63,7 +63,7 @@ except ImportError:  # as a flat module in a clone
         labels_with_texts,
         profiled_types,
     )
-    from novelty_scmmgpt import Novelty, fit_novelty
+    from novelty_scmmgpt import Neighbours, Novelty, fit_novelty
     from passes_scmmgpt import CellPasses, uncounted
     from profiles_scmmgpt import ProfiledTypes
     from proof_scmmgpt import tissues_of
@@ -76,6 +76,7 @@ except ImportError:  # as a flat module in a clone
 logger = logging.get_logger(__name__)
 
 READ_CELLS = 10_000  # of a file, at most, that correct the place of labels that were never trained
+NEIGHBOUR_CELLS, CELLS_AT_ONCE = 2048, 64  # of a file, at most, by which novelty is judged, and the rows of one read
 
 
 @dataclass
@@ -93,6 +94,7 @@ class Labelling:
     error_rate: float | None = None
     batch_read: bool = False
     fitted_score: float | None = None  # in place of `min_score`, for cells that are not novel: see `least_scores`
+    neighbours: Neighbours | None = None  # cells of the file, by which novelty is judged
     profiled: ProfiledTypes | None = None  # types that no training cell has, for cells of no trained label
 
 
@@ -174,24 +176,36 @@ class LabellingSteps(CellPasses):
         decided = choice, settings, candidates, ids, readout, unseen_bonus, min_score, broader, error_rate
         return Labelling(*decided, fitted_score=fitted_score, profiled=profiled)
 
-    def read_batch(self, adata: Any, labelling: "Labelling") -> "Labelling":
-        """The same after a look at up to `READ_CELLS` cells from all over the data, if it has labels to correct."""
+    def read_batch(self, adata: Any, labelling: "Labelling", read_batch: bool | None = None) -> "Labelling":
+        """The same after a look at cells from all over the data.
+
+        With `read_batch`, up to `READ_CELLS` cells correct labels that were never trained; without such labels, and if
+        it is not False, up to `NEIGHBOUR_CELLS` are the neighbours by which novelty is judged, if the checkpoint has a
+        unit for it.
+        """
         readout, choice = labelling.readout, labelling.choice
-        if readout is None or not readout.has_new_labels:
+        if readout is None or read_batch is False or (readout.has_new_labels and not read_batch):
             return labelling
         total = choice.report["cells"]["cells"]
         if total < MIN_BATCH:
-            logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+            if readout.has_new_labels:
+                logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
             return labelling
-        chosen = np.linspace(0, total - 1, min(total, READ_CELLS)).astype(np.int64)
+        novelty = None if readout.has_new_labels else self._novelty(labelling)
+        if not readout.has_new_labels and (novelty is None or novelty.batch_unit is None):
+            return labelling
+        most, at_once = (NEIGHBOUR_CELLS, CELLS_AT_ONCE) if novelty is not None else (READ_CELLS, 1)
         choice = uncounted(choice)
-        if total <= READ_CELLS:
+        if total <= most:
             parts = list(choice.iter_cells(adata))
         else:  # without a pass over all
-            parts = [cells for row in chosen.tolist() for cells in choice.iter_cells(adata[row : row + 1])]
-        logger.info(f"Labels that were never trained were corrected by {len(chosen)} cells of the file (read_batch).")
-        readout = readout.read_batch(type(parts[0]).concatenate(parts))
-        return replace(labelling, readout=readout, batch_read=True)
+            starts = np.linspace(0, total - at_once, most // at_once).astype(np.int64).tolist()
+            parts = [cells for row in starts for cells in choice.iter_cells(adata[row : row + at_once])]
+        cells = type(parts[0]).concatenate(parts)
+        if novelty is not None:
+            return replace(labelling, neighbours=novelty.with_neighbours(cells))
+        logger.info(f"Labels that were never trained were corrected by {len(cells)} cells of the file (read_batch).")
+        return replace(labelling, readout=readout.read_batch(cells), batch_read=True)
 
     def label_cells(
         self, adata: Any, labelling: "Labelling", batch_size: int | None = None
@@ -246,6 +260,7 @@ class LabellingSteps(CellPasses):
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),
             **{name: settings[name] for name in ("matching_weight", "temperature")},
             "read_batch": labelling.batch_read,
+            "neighbour_cells": 0 if labelling.neighbours is None else len(labelling.neighbours.novelty),
             **summary,
         }
         if clusters is not None:
@@ -303,7 +318,7 @@ class LabellingSteps(CellPasses):
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
-            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k == "lead_unit"}  # the readout's own
+            kept = {k: v for k, v in (before.get("novelty") or {}).items() if k.endswith("_unit")}  # the readout's own
             fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
         scale, weight = 1 / best["temperature"], best["matching_weight"]
         probabilities = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)
@@ -311,11 +326,22 @@ class LabellingSteps(CellPasses):
         # What other commands stored stays: terms and bonus of fine-tuning.
         return {**before, **settings, "cl_ids": cl_ids, **fitted}, best
 
+    def _novelty(self, labelling: "Labelling") -> Novelty | None:
+        """Novelty for the genes of the file; None without a threshold, or where the file measures too few genes."""
+        readout, stored = labelling.readout, (self.model.config.annotation or {}).get("novelty")
+        # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
+        panel = None if readout is None or readout.has_new_labels else readout.panel
+        members: list[list[int]] = []
+        if panel is not None:  # a term is an answer if candidates are below it
+            trained = members_of_terms(labelling.broader, self.model.config.label_readout.get("labels", []))
+            chosen = members_of_terms(labelling.broader, labelling.candidates.names)
+            members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
+        size, measured = self.model.config.cell_config.vocab_size, labelling.choice.match.measured
+        novelty = Novelty.of(stored, measured, size, panel, members)
+        return None if novelty is None else replace(novelty, neighbours=labelling.neighbours)
+
     def _probabilities(
-        self,
-        adata: Any,
-        labelling: "Labelling",
-        batch_size: int | None,
+        self, adata: Any, labelling: "Labelling", batch_size: int | None
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Probabilities of the labels, `(n_cells, n_labels)`; the novelty of each cell; whether it expresses no gene.
 
@@ -323,18 +349,8 @@ class LabellingSteps(CellPasses):
         readout, it has a second column: the position of a novel cell's answer in the broader terms, see [`Novelty`];
         with types that have a profile alone a third and fourth, see [`ProfiledTypes.name`].
         """
-        choice, candidates, settings = labelling.choice, labelling.candidates, labelling.settings
-        readout, terms = labelling.readout, labelling.broader
-        stored = (self.model.config.annotation or {}).get("novelty")
-        # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
-        panel = None if readout is None or readout.has_new_labels else readout.panel
-        members: list[list[int]] = []
-        if panel is not None:  # a term is an answer if candidates are below it
-            trained = members_of_terms(terms, self.model.config.label_readout.get("labels", []))
-            chosen = members_of_terms(terms, candidates.names)
-            members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
-        size = self.model.config.cell_config.vocab_size
-        novelty_of: Any = Novelty.of(stored, choice.match.measured, size, panel, members)
+        candidates, settings, annotation = labelling.candidates, labelling.settings, self.model.config.annotation or {}
+        novelty_of: Any = self._novelty(labelling)
         if novelty_of is not None and novelty_of.terms and labelling.profiled is not None:
             novelty_of = labelling.profiled.beside(novelty_of)
         lengths: list[np.ndarray] = []
@@ -344,15 +360,15 @@ class LabellingSteps(CellPasses):
                 lengths.append(np.diff(cells.indptr))
                 yield cells
 
-        chunks, n_cells = measured(self._chunks(adata, choice)), adata.shape[0]
+        chunks, n_cells = measured(self._chunks(adata, labelling.choice)), adata.shape[0]
         similarity, match, novelty = self._label_scores(
-            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, readout
+            chunks, n_cells, candidates.texts, settings, batch_size, self._novelty(labelling), labelling.readout
         )
-        if stored and novelty is None:
+        if annotation.get("novelty") and novelty is None:
             novelty = np.full(len(similarity), np.nan, dtype=np.float32)
         scale, weight = 1 / settings["temperature"], settings["matching_weight"]
         similarity = similarity + labelling.unseen_bonus * candidates.unseen
-        doubt = (self.model.config.annotation or {}).get("doubt", 0.0)
+        doubt = annotation.get("doubt", 0.0)
         of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight, doubt=doubt)
         return candidates.pool(of_texts), novelty, np.concatenate(lengths) == 0
 

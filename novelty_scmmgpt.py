@@ -3,6 +3,9 @@
 A cell of a type that was never seen expresses genes that no known type does ([`novelty_of`], fitted by
 [`fit_novelty`]), and its label does not lead over the reference profiles of other cells, where the readout has them
 (`readout_scmmgpt.PanelReadout.novelty`). [`Novelty`] is both for the genes of a file.
+
+One cell is noisy evidence, and cells of a new type come in numbers. With other cells of the file at hand, a cell is
+judged with the cells that have the most similar scores: [`Neighbours`].
 """
 
 import base64
@@ -30,6 +33,8 @@ NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
 ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the missing lead over other cells
 BROADER_NOVELTY = 0.5  # at most, of a broader term that a novel cell gets
+N_NEIGHBOURS, NEIGHBOUR_WEIGHT = 6, 0.8  # cells of similar scores, and the weight of the mean of their novelty
+SCORE_STEPS, MOST_STEPS = 256, 512  # whole steps of a score: sums of products of up to 64 labels are exact in float32
 # `others_unit` was the unit of a lead that was neither brought to the scale of a panel nor divided by its spread.
 OLD_UNIT = (
     "The checkpoint has `others_unit`, the unit of an earlier measure of novelty (scmmgpt-human 0.3.0), which this "
@@ -107,6 +112,40 @@ def _unpack(text: str, n_genes: int) -> np.ndarray:
 
 
 @dataclass
+class Neighbours:
+    """Cells of a file, by which [`Novelty`] judges its cells.
+
+    Args:
+        scores: int16 `(n_cells, n_labels)`, as [`of_scores`] makes them.
+        novelty: float32 `(n_cells,)`, of each cell alone and not yet over the unit.
+    """
+
+    scores: np.ndarray
+    novelty: np.ndarray
+
+    @staticmethod
+    def of_scores(scores: np.ndarray) -> np.ndarray:
+        """Scores of labels around their mean over the labels of a cell, in whole steps."""
+        around = scores - scores.mean(axis=1, keepdims=True, dtype=np.float64)
+        return np.rint(SCORE_STEPS * around).clip(-MOST_STEPS, MOST_STEPS).astype(np.int16)
+
+    def difference(self, scores: np.ndarray, novelty: np.ndarray) -> np.ndarray:
+        """What neighbours add to the novelty of cells, float32 `(n_cells,)`: the same for a cell in any batch.
+
+        Args:
+            scores: float32 `(n_cells, n_labels)`.
+            novelty: float32 `(n_cells,)`, of each cell alone.
+        """
+        steps, cells = self.scores.astype(np.float32), self.of_scores(scores).astype(np.float32)
+        gaps = (steps**2).sum(axis=1) - 2 * (cells @ steps.T)  # whole numbers, less the length of the cell
+        last = min(N_NEIGHBOURS, len(steps)) - 1
+        rows, near = np.nonzero(gaps <= np.partition(gaps, last, axis=1)[:, last : last + 1])  # of equals, all
+        sums = np.bincount(rows, weights=self.novelty[near], minlength=len(cells))
+        mean = sums / np.bincount(rows, minlength=len(cells))
+        return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
+
+
+@dataclass
 class Novelty:
     """The stored result of [`fit_novelty`] and the unit of novelty by other cells, if any, for the genes at hand."""
 
@@ -115,6 +154,8 @@ class Novelty:
     panel: Any = None  # of a readout with other cells (`readout_scmmgpt.PanelReadout`)
     lead_unit: float = 1.0  # of the missing lead over other cells (`train.left_out` fits it)
     terms: Sequence[Sequence[int]] = ()  # labels of the panel in broader terms, the preferred terms first
+    batch_unit: float | None = None  # in place of `lead_unit`, with neighbours
+    neighbours: Neighbours | None = None
 
     @classmethod
     def of(
@@ -138,7 +179,7 @@ class Novelty:
                 absent = _unpack(stored["absent_genes"], n_genes)
         if panel is not None and panel.others is not None:
             if "lead_unit" in stored:
-                return cls(absent, unit, panel, stored["lead_unit"], terms)
+                return cls(absent, unit, panel, stored["lead_unit"], terms, stored.get("batch_unit"))
             if "others_unit" in stored:
                 logger.warning(OLD_UNIT)
         return None if absent is None else cls(absent, unit)
@@ -151,12 +192,21 @@ class Novelty:
         """
         if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
-        raw = self.raw(cells, self.terms)
-        novelty = raw[:, 0] / np.float32(self.lead_unit)
+        raw, unit, added = self.raw(cells, self.terms), self.lead_unit, np.zeros((len(cells), 1), dtype=np.float32)
+        if self.neighbours is not None and self.batch_unit is not None:
+            unit, added = self.batch_unit, self.neighbours.difference(self.panel.scores(cells), raw[:, 0])[:, None]
+        raw = raw + added
+        novelty = raw[:, 0] / np.float32(unit)
         if not self.terms:
             return novelty.clip(min=0)
-        broader = np.where(novelty > 1, first_term(raw[:, 1:], self.lead_unit), -1).astype(np.float32)
+        broader = np.where(novelty > 1, first_term(raw[:, 1:], unit), -1).astype(np.float32)
         return np.stack([novelty.clip(min=0), broader], axis=1)
+
+    def with_neighbours(self, cells: Cells) -> "Neighbours | None":
+        """The cells as neighbours of others; None where novelty is not by other cells, or no unit is stored."""
+        if self.panel is None or self.batch_unit is None:
+            return None
+        return Neighbours(Neighbours.of_scores(self.panel.scores(cells)), self.raw(cells)[:, 0])
 
     def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
         """Novelty for labels and for `terms`, `(n_cells, 1 + n_terms)`, not yet over the unit."""

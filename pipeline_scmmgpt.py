@@ -189,7 +189,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         matching_candidates: int | None = None,
         temperature: float | None = None,
         unseen_bonus: float | None = None,
-        read_batch: bool = False,
+        read_batch: bool | None = None,
         key_added: str = "scmmgpt",
         batch_size: int | None = None,
         **read_kwargs: Any,
@@ -224,9 +224,10 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             unseen_bonus: Calibrated stacking: added to the similarity of a label that means no label of fine-tuning,
                 since cells lie near the texts of training. By default the value stored with older checkpoints; others
                 have a fitted gate in its place (`unseen_scmmgpt`).
-            read_batch: Look at all cells before the first is annotated, and correct the place of each label that was
-                never trained by the cells that are most like it. The result of a cell then depends on the other cells.
-                Without such labels it changes nothing.
+            read_batch: Look at the other cells before the first is annotated; the result of a cell then depends on
+                them. With True, the place of each label that was never trained is corrected by the cells that are most
+                like it. By default novelty is judged with the cells of the file that have the most similar scores, if
+                the file has `MIN_BATCH` cells and the checkpoint is one of `release`. With False each cell is alone.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.
@@ -244,8 +245,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         choice = self.processor.choose_input(adata, **read_kwargs)
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature, tissue)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
-        if read_batch:
-            labelling = self.read_batch(adata, labelling)
+        labelling = self.read_batch(adata, labelling, read_batch)
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
         return self.add_labels(adata, labelling, columns, probabilities, clusters, key_added)
 

@@ -34,10 +34,10 @@ except ImportError:  # beside the other files of a checkpoint
     )
 
 
-# A type names a cell that it leads in by 3 over the root of the genes that the cell expresses: few genes, much chance.
+# A type names a cell that it leads in by 2 over the root of the genes that the cell expresses: few genes, much chance.
 # With labels and datasets left out, more than nine of ten of these cells are named rightly. At half the limit of
 # novelty a quarter of the known cells are looked at (`train/LOG.md`).
-NAMING_LEAD = 3.0
+NAMING_LEAD = 2.0
 NAMING_NOVELTY = 0.5
 
 

@@ -14,9 +14,11 @@ absent loses confidence.
 
 A readout of several datasets stores groups, the mean profile of each label in each dataset, in place of fixed weights.
 [`solve_groups`] is the ridge regression of the labels on the groups, for the genes at hand alone, with factors and
-noise as the variance within a group. The profiles are then log1p(CP10k). Beside the groups of its labels it may have
-groups of other cells, reference profiles of organs that no dataset has. They compete in the regression, and the lead
-of a cell's label over them says whether the cell is one of the labels at all: [`PanelReadout.novelty`].
+noise as the variance within a group. The profiles are then log1p(CP10k). In a panel few genes may decide the scale of
+a group ([`scale_groups`]): the labels' weights are the mean of those with that scale and without. Beside the groups of
+its labels it may have groups of other cells, reference profiles of organs that no dataset has. They compete in the
+regression, and the lead of a cell's label over them says whether the cell is one of the labels at all:
+[`PanelReadout.novelty`].
 
 The same groups, factors and noise place a cell among the types without naming one: [`ProfileEmbedding`].
 
@@ -43,6 +45,7 @@ except ImportError:  # beside the other files of a checkpoint
 
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
 N_DRAWS, DRAW_SEED = 64, 0x6E05  # of the scores' uncertainty: equal for all cells of a file, and for all files
+PANEL_SHARE = 0.5  # of the expression: a file with less is a panel
 LEAST_LEAD = 0.1  # over other cells, of the mean cell of a label
 # Values that told apart known and new cells best, over datasets left out and panels of them (`train/LOG.md`).
 LEAST_SPREAD = 0.2  # of leads over other cells
@@ -71,7 +74,8 @@ class PanelReadout:
             cells, the part that remains; NaN on the diagonal.
         decisive: Absent genes, vocabulary ids, that separate two labels, the most important first, by label pair.
         log: Whether the weights are for log1p(CP10k), the logarithm of one plus a squared profile.
-        others: float32 `(n_genes, n_others)`, weights of kinds of other cells, and `others_bias` `(n_others,)`.
+        others: float32 `(n_genes, n_others)`, weights of kinds of other cells, and `others_bias` `(n_others,)`; of a
+            panel the labels' come first, `(n_genes, n_labels + n_others)`, all on the scale of the panel.
         typical: float64 `(n_labels, n_labels + n_others)`: the scores of each label's mean cell, other cells' last.
     """
 
@@ -102,6 +106,10 @@ class PanelReadout:
             last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
         return last[1], last[2]
 
+    def scores(self, cells: Cells) -> np.ndarray:
+        """Scores of the labels, float32 `(n_cells, n_labels)`: about 1 for the right one, 0 for the others."""
+        return self._scores(cells)[1]
+
     def last_profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """[`profiles`], not computed again for the last cells that were scored."""
         return self._scores(cells)[0]
@@ -131,8 +139,11 @@ class PanelReadout:
         if self.others is None or self.others_bias is None or self.typical is None:
             raise ValueError("This readout has no other cells; novelty needs a checkpoint of `release`.")
         profiles, scores = self._scores(cells)
-        others = (sum_weights(*profiles, self.others) + self.others_bias).max(axis=1, initial=-np.inf)
         best, n_labels = scores.argmax(axis=1), scores.shape[1]
+        found = sum_weights(*profiles, self.others) + self.others_bias
+        if found.shape[1] == self.typical.shape[1]:  # a panel
+            scores, found = found[:, :n_labels], found[:, n_labels:]
+        others = found.max(axis=1, initial=-np.inf)
         of_others = self.typical[:, n_labels:].max(axis=1, initial=-np.inf)
         slack = LEAST_SPREAD + 1 / np.sqrt(np.diff(profiles[0]).clip(min=1))
 
@@ -160,7 +171,9 @@ class PanelReadout:
             if i in place and j in place
         }
         columns = list(labels)
-        others = range(len(self.bias), len(self.bias) if self.typical is None else self.typical.shape[1])
+        n_labels = len(self.bias)
+        others = range(n_labels, n_labels if self.typical is None else self.typical.shape[1])
+        own = [*columns, *others] if self.others is not None and self.others.shape[1] > len(others) else None
         return replace(
             self,
             weights=np.ascontiguousarray(self.weights[:, columns]),
@@ -168,6 +181,8 @@ class PanelReadout:
             spread=self.spread[:, columns],
             evidence=self.evidence[np.ix_(columns, columns)],
             decisive=decisive,
+            others=self.others if own is None or self.others is None else np.ascontiguousarray(self.others[:, own]),
+            others_bias=self.others_bias if own is None or self.others_bias is None else self.others_bias[own],
             typical=None if self.typical is None else self.typical[np.ix_(columns, [*columns, *others])],
         )
 
@@ -224,6 +239,7 @@ class ScMMGPTLabelReadout(nn.Module):
         num_others: Kinds of other cells that groups may be of.
         text_width: Width of the embeddings of texts about genes; 0 if there are none.
         feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
+        mixes_panels: Whether the labels' weights for a panel are the mean of two regressions, as newer checkpoints do.
         num_profiles, num_profile_genes: Types that have a profile and no cells, and the genes that profiles have.
     """
 
@@ -255,11 +271,12 @@ class ScMMGPTLabelReadout(nn.Module):
         num_others: int = 0,
         text_width: int = 0,
         feature_width: int = 0,
+        mixes_panels: bool = False,
         num_profiles: int = 0,
         num_profile_genes: int = 0,
     ) -> None:
         super().__init__()
-        self.num_groups, self.num_others = num_groups, num_others
+        self.num_groups, self.num_others, self.mixes_panels = num_groups, num_others, mixes_panels
         self._solved: tuple[Any, ProfileEmbedding] | None = None  # for the genes of the last file
         half = torch.float16
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
@@ -289,17 +306,18 @@ class ScMMGPTLabelReadout(nn.Module):
         num_labels, num_genes = tensors["weights"].shape
         num_groups = len(tensors.get("groups", ()))
         num_others = tensors["group_labels"].shape[1] - num_labels if num_groups else 0
-        readout = cls(num_labels, num_genes, len(tensors["factors"]), num_groups, num_others)
+        sizes = num_labels, num_genes, len(tensors["factors"]), num_groups, num_others
+        readout = cls(*sizes, mixes_panels=num_groups > 0)
         for name, value in tensors.items():
             buffer = getattr(readout, name)
             buffer.copy_(torch.as_tensor(np.asarray(value)).to(buffer.dtype))
         return readout
 
     def sizes(self) -> dict[str, int]:
-        """The sizes beside the number of labels, as `config.label_readout` has them."""
+        """The sizes beside the number of labels, as `config.label_readout` has them, and `mixes_panels`."""
         num_factors, num_genes = self.factors.shape
         sizes = {"num_genes": num_genes, "num_factors": num_factors}
-        return sizes | {n: v for n in ("num_groups", "num_others") if (v := getattr(self, n))}
+        return sizes | {n: v for n in ("num_groups", "num_others", "mixes_panels") if (v := getattr(self, n))}
 
     def set_gene_texts(self, directions: np.ndarray) -> None:
         """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
@@ -395,8 +413,13 @@ class ScMMGPTLabelReadout(nn.Module):
             scaled = a if here.all() else scale_groups(a, here)
             weights, bias = solve_groups(scaled, here)
             bias[: len(bonus)] += bonus
+            is_panel = self.mixes_panels and a["shares"][here].sum() < PANEL_SHARE * a["shares"].sum()
             if len(bias) > len(bonus):
-                others = self._others(scaled, here, weights, bias)
+                others = self._others(scaled, here, weights, bias, is_panel)
+            if is_panel:
+                plain = solve_groups(a, here)
+                plain[1][: len(bonus)] += bonus
+                weights, bias = (weights + plain[0]) / 2, (bias + plain[1]) / 2
             weights, bias = weights[: len(a["bias"])], bias[: len(a["bias"])]
         else:
             weights, bias, covariance = condition(a, here)
@@ -448,16 +471,17 @@ class ScMMGPTLabelReadout(nn.Module):
         return a, here
 
     def _others(
-        self, a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray
+        self, a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray, is_panel: bool
     ) -> dict[str, np.ndarray]:
         """`others`, `others_bias` and `typical` of a [`PanelReadout`], from the result of [`solve_groups`]."""
         n_labels = len(a["bias"])
+        first = 0 if is_panel else n_labels
         shares = a["group_labels"][:, :n_labels].T * a["group_weights"] * (a["group_labels"].max(axis=1) > 0.5)
         shares /= shares.sum(axis=1, keepdims=True).clip(min=1e-12)
         scores = shares @ (a["groups"][:, here] @ weights.T + bias)  # of the labels' mean cells
         return {
-            "others": np.ascontiguousarray(weights[n_labels:].T, dtype=np.float32),
-            "others_bias": bias[n_labels:].astype(np.float32),
+            "others": np.ascontiguousarray(weights[first:].T, dtype=np.float32),
+            "others_bias": bias[first:].astype(np.float32),
             "typical": scores,
         }
 

@@ -94,11 +94,18 @@ class Workers:
             self._client = ThreadPoolExecutor(1).submit(self._start).result
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.cluster is None and not self.is_this_process:
-            with contextlib.suppress(Exception):
-                self._client()  # what is starting cannot be stopped
-        self._stack.close()
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        # A second Ctrl-C would break the end of the workers, and show how.
+        is_stopped = kind is KeyboardInterrupt and threading.current_thread() is threading.main_thread()
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_stopped else None
+        try:
+            if self.cluster is None and not self.is_this_process:
+                with contextlib.suppress(Exception):
+                    self._client()  # what is starting cannot be stopped
+            self._stack.close()
+        finally:
+            if is_stopped:
+                signal.signal(signal.SIGINT, on_interrupt)
 
     def _start(self) -> Any:
         client = self._stack.enter_context(_client(self.workers, self.cluster))

@@ -40,8 +40,9 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
     )
-    text = "look at all cells first, and correct labels that were never trained by the cells most like them"
-    parser.add_argument("--read-batch", action="store_true", help=text)
+    text = "look at all cells first, and correct labels that were never trained by the cells most like them; "
+    text += "--no-read-batch: judge each cell alone (default: judge novelty with the most similar cells of the file)"
+    parser.add_argument("--read-batch", action=argparse.BooleanOptionalAction, help=text)
 
 
 def add_description(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from scmmgpt.commands.cluster import device_of_worker
 from scmmgpt.commands.files import whole_file
 from scmmgpt.commands.sources import Source
+from scmmgpt.novelty_scmmgpt import Neighbours
 from scmmgpt.receipt_scmmgpt import digest
 from scmmgpt.records_scmmgpt import words_of
 
@@ -175,9 +176,12 @@ def decide(
         return {"sets": np.unique(words_of(cells.obs, job.options["label_key"]))}
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
-    if job.verb == "annotate" and job.options.get("read_batch"):
+    if job.verb == "annotate":
+        read_batch = job.options.get("read_batch")
         with one_thread():
-            labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}))
+            labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
+        if labelling.neighbours is not None:
+            return vars(labelling.neighbours)
         return {"predicted": labelling.readout.predicted} if labelling.batch_read and labelling.readout else {}
     return {}
 
@@ -220,6 +224,8 @@ def labelling_of(
     if "predicted" in decided and labelling.readout is not None:
         readout = labelling.readout.after_batch(decided["predicted"])
         labelling = replace(labelling, readout=readout, batch_read=True)
+    if "novelty" in decided:
+        labelling = replace(labelling, neighbours=Neighbours(decided["scores"], decided["novelty"]))
     return labelling
 
 

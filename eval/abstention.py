@@ -105,11 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="in place of these: folder of the files of `train release`, which are left out")
     parser.add_argument("--leave-out", choices=("datasets", "labels"), default="datasets", help="(%(default)s)")
     parser.add_argument("--genes", type=int, help="judge each dataset by this many most variable genes of it")
+    parser.add_argument("--alone", action="store_true", help="judge each cell without the others of its dataset")
     parser.add_argument("--together", nargs="+", default=(), help="datasets to leave out together, such as a tissue's")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
     if args.data:
-        result = evaluate_left_out(args.data, args.leave_out, args.together, args.genes)
+        result = evaluate_left_out(args.data, args.leave_out, args.together, args.genes, args.alone)
     elif args.model and args.known and args.new:
         pipeline = ScMMGPTPipeline.from_pretrained(args.model)
         result = evaluate_abstention(pipeline, read_file(args.known), read_file(args.new), args.label_key)

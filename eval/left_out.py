@@ -9,6 +9,8 @@ python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --out
   Its cells are known if another dataset has their type, else new.
 * A label left out: all cells of a type, and of broader terms of it, are left out of all datasets, and are new.
 
+Novelty is judged with the cells of the dataset, as `annotate` does; with `--alone`, each cell by itself.
+
 With `--genes N` each dataset is judged by its N most variable genes, as many files are shared; what is fitted stays.
 
 Of known cells: accuracy with every cell named (`forced`) and as `annotate` names them, calibration error of the score,
@@ -95,14 +97,17 @@ def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
     return settings
 
 
-def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any]) -> dict[str, np.ndarray]:
+def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any], alone: bool = False) -> dict[str, np.ndarray]:
     """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
+    alone = alone or sources.reference is None  # whose profiles novelty by neighbours needs
+    unit = settings["lead_unit" if alone else "batch_unit"]
+    cells = cells if alone else left_out.with_neighbours(cells)
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
-    novelty = (cells.novelty / np.float32(settings["lead_unit"])).clip(min=0)
+    novelty = (cells.novelty / np.float32(unit)).clip(min=0)
     least = least_scores(settings["min_score"], novelty)
-    broader = first_term(cells.of_terms, settings["lead_unit"])
+    broader = first_term(cells.of_terms, unit)
     columns = choose_labels(probabilities[:, labels], list(ids), ids, least, novelty, sources.terms, broader=broader)
     return columns | {"probabilities": probabilities}
 
@@ -177,31 +182,32 @@ def most_variable(data: Dataset, n_genes: int) -> Dataset:
 
 
 def leave_datasets_out(
-    sources: Sources, cells: LeftOut, groups: Sequence[Sequence[int]], judged: LeftOut | None = None
+    sources: Sources,
+    cells: LeftOut,
+    groups: Sequence[Sequence[int]],
+    judged: LeftOut | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Known and new cells of each group of datasets, left out together. `cells` are of `leave_each_out`.
 
-    `judged`, by default the same, are what is named, by settings that are fitted to `cells`.
+    `judged`, by default the same, are what is named, by settings that are fitted to `cells`: of a group of several
+    datasets those of `leave_out`.
     """
     known_rows, new_rows, kept, parts = {}, [], [], []
     sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
     for group in groups:
         settings = calibrated(sources, cells.take(~np.isin(cells.datasets, group)))
-        own = (
-            judged or cells
-            if len(group) == 1
-            else left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference, sources.in_terms)
-        )
+        own = judged or cells
         for number in group:
             mine = own.take(own.datasets == number)
             if not len(mine.targets):
                 continue
-            columns, known = annotate(sources, mine, settings), mine.known
+            columns, known = annotate(sources, mine, settings, alone), mine.known
             if known.any():
                 some = {name: values[known] for name, values in columns.items()}
                 known_rows[sources.names[number]] = known_scores(some, mine.targets[known], sources.types)
                 if not known.all():
-                    area = roc_auc_score(~known, np.nan_to_num(mine.novelty))
+                    area = roc_auc_score(~known, np.nan_to_num(columns["novelty"]))
                     known_rows[sources.names[number]]["auroc_novelty"] = float(area)
                 kept.append(mine.take(known))
                 parts.append(some["probabilities"])
@@ -242,8 +248,8 @@ def new_cells(
     return rows
 
 
-def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
-    """Cells of each label that is left out of all datasets."""
+def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = True) -> list[dict[str, Any]]:
+    """Cells of each label that is left out of all datasets; not `alone`, as a file that has no other cells."""
     rows = []
     whole, _ = left_out.fit_known(sources.datasets, sources.meanings, sources.reference)
     for label in range(len(sources.types)):
@@ -266,7 +272,7 @@ def leave_labels_out(sources: Sources, cells: LeftOut) -> list[dict[str, Any]]:
         types = types_beside(sources, fitted)
         for number, data in of_label.items():
             mine = found.take(found.datasets == number)
-            columns = annotate(sources, mine, settings)
+            columns = annotate(sources, mine, settings, alone)
             row = new_cells(sources, mine, columns, np.ones(len(mine.targets), bool), sources.names[number])
             if types is not None:
                 term = sources.types[label]
@@ -310,11 +316,15 @@ def weighted(rows: Any) -> dict[str, float]:
 
 
 def evaluate_left_out(
-    folder: str | Path, what: str = "datasets", together: Sequence[str] = (), n_genes: int | None = None
+    folder: str | Path,
+    what: str = "datasets",
+    together: Sequence[str] = (),
+    n_genes: int | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Leave each dataset out, or those of `together` at once; or each label.
 
-    With `n_genes` each dataset is judged by its most variable genes alone.
+    With `n_genes` each dataset is judged by its most variable genes alone; with `alone`, each cell by itself.
 
     Returns:
         JSON-able dict: `new`, cells of types that are left out, and their mean `new_together`; of datasets also
@@ -328,10 +338,15 @@ def evaluate_left_out(
     if cells is None:
         raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":
-        result: dict[str, Any] = {"new": leave_labels_out(sources, cells), "known": lost_by_types(sources, cells)}
+        result: dict[str, Any] = {
+            "new": leave_labels_out(sources, cells, alone),
+            "known": lost_by_types(sources, cells),
+        }
         result |= untrained.summary(result["new"], result["known"])
     elif together:
-        result = leave_datasets_out(sources, cells, [[sources.names.index(name) for name in together]])
+        group = [sources.names.index(name) for name in together]
+        own = left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference, sources.in_terms)
+        result = leave_datasets_out(sources, cells, [group], own, alone)
     else:
         judged = None
         if n_genes:
@@ -339,5 +354,5 @@ def evaluate_left_out(
             judged = left_out.leave_each_out(
                 sources.datasets, sources.meanings, sources.reference, sources.in_terms, narrow
             )
-        result = leave_datasets_out(sources, cells, [[i] for i in range(len(sources.names))], judged)
+        result = leave_datasets_out(sources, cells, [[i] for i in range(len(sources.names))], judged, alone)
     return result | {"new_together": weighted(result["new"])}

@@ -131,7 +131,9 @@ def summary(new: list[dict[str, Any]], known: dict[str, dict[str, float]]) -> di
     flat = [row | {f"candidate_{k}": v for k, v in row.get("as_candidate", {}).items()} for row in flat]
     found: dict[str, Any] = {}
     for part, some in (("all", flat), ("with_a_profile", [row for row in flat if "as_candidate" in row])):
-        names = [name for name, value in some[0].items() if isinstance(value, float)]
+        if not some:
+            continue
+        names = [n for n, value in some[0].items() if isinstance(value, float) and all(n in row for row in some)]
         sizes, types = np.array([row["n_cells"] for row in some]), np.array([row["type"] for row in some])
         of_cells = {n: float(np.average([row[n] for row in some], weights=sizes)) for n in names}
         each = [types == kind for kind in np.unique(types)]

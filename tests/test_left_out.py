@@ -1,13 +1,17 @@
 """Datasets that a readout has not seen: what is scored, what is fitted to the scores, and the report of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, least_scores
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.novelty_scmmgpt import first_term
-from scmmgpt.readout_scmmgpt import scale_groups
+from scmmgpt.novelty_scmmgpt import N_NEIGHBOURS, NEIGHBOUR_WEIGHT, SCORE_STEPS, Neighbours, first_term
+from scmmgpt.readout_scmmgpt import scale_groups, solve_groups
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
 
 
@@ -127,6 +131,49 @@ def test_a_novel_cell_gets_a_broader_term_that_is_not_novel_and_else_none():
     )
     assert columns["cell_type"].tolist() == ["T cell", "lymphocyte", UNKNOWN]
     np.testing.assert_allclose(columns["score"], [0.9, 0.95, 0.7])
+
+
+def test_a_cell_is_judged_with_the_cells_of_the_most_similar_scores_alike_in_any_batch():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 0.3, (300, 9)).astype(np.float32)
+    novelty = rng.normal(0.5, 0.2, 300).astype(np.float32)
+    file = Neighbours(Neighbours.of_scores(scores), novelty)
+    added = file.difference(scores, novelty)
+    one_by_one = [file.difference(scores[i : i + 1], novelty[i : i + 1])[0] for i in range(300)]
+    np.testing.assert_array_equal(added, one_by_one)
+    np.testing.assert_array_equal(file.difference(scores + 1, novelty), added)  # what all labels have in common
+    steps = np.rint(SCORE_STEPS * (scores - scores.mean(axis=1, keepdims=True, dtype=float)))
+    nearest = NearestNeighbors(n_neighbors=N_NEIGHBOURS).fit(steps).kneighbors(steps, return_distance=False)
+    expected = NEIGHBOUR_WEIGHT * (novelty[nearest].mean(axis=1) - novelty)
+    assert np.isclose(added, expected, atol=1e-6).mean() > 0.98  # but where two are equally far
+    equal = Neighbours(np.zeros((10, 2), np.int16), np.arange(10, dtype=np.float32))
+    np.testing.assert_allclose(equal.difference(np.zeros((1, 2)), np.zeros(1)), NEIGHBOUR_WEIGHT * 4.5)  # all ten
+
+
+def test_known_and_new_cells_are_told_apart_better_with_the_cells_of_their_file():
+    rng = np.random.default_rng(0)
+    new = np.repeat([False, True], 200)
+    scores = np.where(new[:, None], [0.4, 0.4, 0], [1.0, 0, 0]) + rng.normal(0, 0.1, (400, 3))
+    novelty = (0.5 * new + rng.normal(0, 0.5, 400)).astype(np.float32)
+    cells = LeftOut(scores.astype(np.float32), np.zeros(400, int), np.zeros(400, int), np.arange(400), novelty, None)
+    cells = left_out.with_neighbours(replace(cells, of_terms=np.zeros((400, 0), np.float32)))
+    assert roc_auc_score(new, novelty) < 0.8 < 0.9 < roc_auc_score(new, cells.novelty)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_labels_of_a_panel_have_the_mean_weights_of_groups_on_its_scale_and_as_they_are(mixes):
+    train = [wide_dataset([0, 1, 2, 3], 0), wide_dataset([0, 1, 2, 3], 1)]
+    readout, _ = left_out.fit_known(train, MEANINGS)
+    readout.mixes_panels = mixes  # older checkpoints do not
+    arrays, here = readout.arrays(), np.arange(30) < 6
+    scaled, plain = (solve_groups(a, here)[0] for a in (scale_groups(arrays, here), arrays))
+    expected = (scaled + plain) / 2 if mixes else scaled
+    assert np.abs(scaled - plain).max() > 1e-3
+    np.testing.assert_allclose(readout.for_genes(np.arange(6)).weights, expected.T, atol=1e-6)
+    scale = readout.for_genes(np.arange(28)).weights  # nearly all of the expression
+    np.testing.assert_allclose(
+        scale, solve_groups(scale_groups(arrays, np.arange(30) < 28), np.arange(30) < 28)[0].T, atol=1e-6
+    )
 
 
 def test_the_name_of_a_profile_is_the_type_without_gene_and_tissue():

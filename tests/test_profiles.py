@@ -13,7 +13,8 @@ from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, solve_groups, with_prof
 
 pytest.importorskip("cellxgene_ontology_guide")
 
-from scmmgpt.tests.test_left_out import LIVER, MARKERS_AND_LIVER, MEANINGS, N_OTHERS, wide_dataset
+from scmmgpt.eval import left_out as evaluation
+from scmmgpt.tests.test_left_out import LIVER, MARKERS_AND_LIVER, MEANINGS, N_OTHERS, TYPES, wide_dataset
 from scmmgpt.train import left_out
 from scmmgpt.train.references import Reference, TypeProfiles
 
@@ -97,3 +98,19 @@ def test_names_by_a_profile_are_marked():
     assert found["cl_id"].tolist() == ["CL:0000182", "CL:0000236"]
     assert found["by_profile"].tolist() == [True, False]
     np.testing.assert_allclose(found["score"], [0.7, 0.9])
+
+
+def test_the_report_of_a_label_left_out_counts_what_its_profile_names(monkeypatch):
+    genes, terms = np.arange(PROFILES.shape[1]), ["CL:0000236", "CL:0000182"]
+    reference = Reference(csr_matrix(PROFILES.astype(np.float32)), genes, np.eye(5)[[0, 4]], 4)
+    datasets = [wide_dataset([0, 1, 2, 3], 0), wide_dataset([0, 1, 2, 3], 1)]
+    profiles = TypeProfiles(terms, PROFILES, genes, [-1, 0])
+    sources = evaluation.Sources(["one", "two"], datasets, TYPES, MEANINGS, reference, profiles)
+    monkeypatch.setattr(evaluation, "read_sources", lambda folder: sources)
+    report = evaluation.evaluate_left_out("folder", "labels")
+    of_b = [row["profiles"] for row in report["new"] if row["type"] == "B cell"]
+    assert all(row["as_candidate"]["called_it"] > 0.7 for row in of_b)
+    assert all("as_candidate" not in row["profiles"] for row in report["new"] if row["type"] == "mast cell")
+    assert report["by_profiles"]["with_a_profile"]["n_labels"] == 1
+    lost = report["known_lost_mean_of_datasets"]
+    assert max(lost["lost_by_default"], lost["lost_by_a_candidate"]) < 0.05

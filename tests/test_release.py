@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -112,6 +113,8 @@ def test_what_it_promises_comes_from_datasets_that_were_left_out(built):
     assert stored["label_sets"]["n_cells"] >= 100
     assert 0 <= stored["min_score"] < 1
     assert stored["novelty"]["lead_unit"] > 0
+    assert stored["novelty"]["batch_unit"] > 0
+    assert pipeline.model.config.label_readout["mixes_panels"]
     assert pipeline.model.config.label_readout["num_others"] == 1  # the liver cells of the reference
     assert "Human Cell Landscape" in (built / "checkpoint.md").read_text()
     assert stored["temperature"] == 1  # the readout's own has been fitted
@@ -132,6 +135,32 @@ def test_the_gate_not_the_reference_profiles_judges_cells_of_labels_that_were_ne
     pipeline.annotate(cells.copy())
     pipeline.annotate(cells.copy(), ["B cell", "astrocyte"])
     assert [panel is None for panel in panels] == [False, True]
+
+
+@pytest.mark.parametrize("most", [64, 2048])
+def test_novelty_is_judged_with_cells_of_the_file_in_partitions_too_unless_it_is_told_not_to(
+    built, tmp_path, monkeypatch, most
+):
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.NEIGHBOUR_CELLS", most)
+    monkeypatch.setattr("scmmgpt.labelling_scmmgpt.CELLS_AT_ONCE", 16)
+    synthetic_adata(150, seed=5).write_h5ad(tmp_path / "cells.h5ad")
+    results = {}
+    for name, words in {
+        "whole": [],
+        "parts": ["--workers", 1, "--cells-per-partition", 21],
+        "alone": ["--no-read-batch"],
+    }.items():
+        words = ["annotate", tmp_path / "cells.h5ad", "-o", tmp_path / f"{name}.h5ad", "--model", built, *words]
+        assert command_line.main([str(word) for word in words]) == 0
+        results[name] = anndata.read_h5ad(tmp_path / f"{name}.h5ad")
+    novelty = {name: adata.obs["scmmgpt_novelty"] for name, adata in results.items()}
+    pd.testing.assert_series_equal(novelty["parts"], novelty["whole"], check_exact=True)
+    assert not np.array_equal(novelty["alone"], novelty["whole"])
+    used = {name: adata.uns["scmmgpt"]["annotate"]["neighbour_cells"] for name, adata in results.items()}
+    assert used == {"whole": min(most, 150), "parts": min(most, 150), "alone": 0}
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    few = results["alone"][:40].copy()  # too few to look at: each is alone
+    np.testing.assert_array_equal(pipeline.annotate(few).obs["scmmgpt_novelty"], novelty["alone"][:40])
 
 
 def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built):
@@ -225,8 +254,6 @@ def test_the_command_line_takes_the_checkpoint_of_the_package_and_says_so(built,
     words = ["annotate", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "out.h5ad"), "--device", "cpu"]
     assert command_line.main(words) == 0
     assert f"Model: {release.NAME} {release.VERSION}, sha256" in capsys.readouterr().err
-    import anndata
-
     stored = anndata.read_h5ad(tmp_path / "out.h5ad").uns["scmmgpt"]["model"]
     assert dict(stored) == checkpoints.identify(str(built))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from scmmgpt.annotation_scmmgpt import MOST_LABELS, fit_label_sets, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.novelty_scmmgpt import Novelty
+from scmmgpt.novelty_scmmgpt import Neighbours, Novelty
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
 from scmmgpt.train.references import Reference
@@ -49,6 +49,19 @@ class LeftOut:
     def take(self, kept: np.ndarray) -> "LeftOut":
         """Some of the cells."""
         return LeftOut(*(getattr(self, part.name)[kept] for part in fields(self)))
+
+
+def with_neighbours(cells: LeftOut) -> LeftOut:
+    """The cells with the novelty that each has in a file of the cells of its dataset."""
+    novelty, of_terms = cells.novelty.copy(), cells.of_terms.copy()
+    for number in np.unique(cells.datasets):
+        rows = np.flatnonzero(cells.datasets == number)
+        scores = cells.scores[np.ix_(rows, (cells.scores[rows] > ABSENT).any(axis=0))]
+        file = Neighbours(Neighbours.of_scores(scores), cells.novelty[rows])
+        added = file.difference(scores, cells.novelty[rows])
+        novelty[rows] += added
+        of_terms[rows] += added[:, None]
+    return replace(cells, novelty=novelty, of_terms=of_terms)
 
 
 def with_cells(datasets: Sequence[Dataset], meanings: np.ndarray) -> tuple[list[Dataset], np.ndarray, np.ndarray]:
@@ -170,14 +183,16 @@ def fit_probabilities(cells: LeftOut) -> tuple[float, float]:
 
 
 def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any]:
-    """`temperature`, `doubt`, `min_score`, `lead_unit` and `label_sets` from the cells whose labels were known.
+    """`temperature`, `doubt`, `min_score`, `label_sets` and units of novelty from the cells whose labels were known.
 
     With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly lose
     their name, each dataset counting alike. Nearly all of these are novel where there are other cells, since novelty
-    finds more new cells than a low score; they get a broader term where that is not novel.
+    finds more new cells than a low score; they get a broader term where that is not novel. `lead_unit` is of cells
+    alone, `batch_unit` of cells [`with_neighbours`].
     """
     if cells is None or cells.known.sum() < MIN_CELLS:
         return {}
+    of_batch = with_neighbours(cells).novelty[cells.known] if with_others else cells.novelty[cells.known]
     cells = cells.take(cells.known)
     temperature, doubt = fit_probabilities(cells)
     probabilities = probabilities_of(cells, temperature, doubt)
@@ -187,9 +202,11 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
     def quantile(values: np.ndarray, share: float) -> float:
         return float(np.quantile(values, share, weights=weights, method="inverted_cdf"))
 
-    unit, least = 1.0, 0.0
+    unit, batch_unit, least = 1.0, 1.0, 0.0
     if with_others and right.any():
-        unit = round(max(quantile(cells.novelty[right], 1 - LOST), LEAST_UNIT), 4)
+        unit, batch_unit = (
+            round(max(quantile(novelty[right], 1 - LOST), LEAST_UNIT), 4) for novelty in (cells.novelty, of_batch)
+        )
     novelty = np.nan_to_num(cells.novelty / unit).clip(min=0)
     if right.any():
         sure = np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty))[right]
@@ -199,5 +216,6 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
         "doubt": doubt,
         "min_score": round(least, 4),
         "lead_unit": unit,
+        "batch_unit": batch_unit,
         "label_sets": fit_label_sets(probabilities, cells.targets),
     }

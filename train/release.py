@@ -231,8 +231,9 @@ def add_readout(
     texts = [sampler.label_text(name, term) for name, term in zip(names, types, strict=True)]
     reference = read_profiles(data, types, table, processor.gene_index, n_genes)
     fitted = left_out.calibrate(left_out.leave_each_out(datasets, meanings, reference), reference is not None)
-    temperature, unit = fitted.pop("temperature", TEMPERATURE), fitted.pop("lead_unit", 1.0)
-    others = {} if reference is None else {"lead_unit": unit}
+    temperature = fitted.pop("temperature", TEMPERATURE)
+    units = {name: fitted.pop(name, 1.0) for name in ("lead_unit", "batch_unit")}
+    others = {} if reference is None else units
     model.label_readout, _ = left_out.fit_known(datasets, meanings, reference)
     model.label_readout.temperature.fill_(temperature)
     model.config.label_readout = {"texts": texts, "labels": names, **model.label_readout.sizes()}
