@@ -23,6 +23,7 @@ for ten times the cells, by least squares over the shares. DIR gets `results.jso
 """
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ N_FOLDS = 3
 HELD_OUT = 0.2  # share of the cells of a class of a training dataset
 N_GENES = 2000  # of logistic regression and network
 INVERSE_PENALTY = 0.03  # of logistic regression, amid those of `eval crossdata`
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 MAX_TOKENS = 64  # genes of a cell
 TOKEN_DROPOUT = 0.2  # share of a cell's genes that a step does not see: datasets differ in the genes they detect
 BATCH_SIZE, WARMUP, LEARNING_RATE, WEIGHT_DECAY = 32, 20, 2e-3, 0.01
@@ -148,10 +149,10 @@ def tokenise(data: Dataset, genes: np.ndarray, shares: np.ndarray) -> tuple[torc
 class MeanClassifier(torch.nn.Module):
     """A new cell model, and classes from the mean state of a cell's tokens: that of `<cls>` learns too slowly."""
 
-    def __init__(self, config: ScGPTConfig) -> None:
+    def __init__(self, config: ScGPTConfig, n_classes: int) -> None:
         super().__init__()
         self.cell_model = ScGPTModel(config, add_decoders=False)
-        self.head = torch.nn.Linear(config.hidden_size, cast(int, config.num_labels))
+        self.head = torch.nn.Linear(config.hidden_size, n_classes)
 
     def forward(self, ids: torch.Tensor, expression: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`(batch_size, num_tokens)` each -> logits `(batch_size, n_classes)`."""
@@ -174,9 +175,8 @@ def network(fold: Fold, seed: int, steps: int) -> Scores:
     cells = replace(cells, gene_ids=cells.gene_ids + N_SPECIAL)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        ids = {"vocab_size": N_SPECIAL + len(genes), "pad_token_id": 0, "cls_token_id": 1}
-        config = ScGPTConfig(**ids, **SIZES, hidden_dropout=0.1, num_labels=len(fold.classes))
-        model = MeanClassifier(config)
+        ids: dict[str, Any] = {"vocab_size": N_SPECIAL + len(genes), "pad_token_id": 0, "cls_token_id": 1}
+        model = MeanClassifier(ScGPTConfig(**ids, **SIZES, hidden_dropout=0.1), len(fold.classes))
         embed_genes_by_coexpression(model.cell_model, CellsOfVocabulary({}, {}, cells))
         train(model, inputs, torch.from_numpy(targets), chances, seed, steps)
         return [predict(model, *tokenise(fold.dataset(part), genes, shares)) for part in fold.parts]
@@ -300,8 +300,8 @@ def run_share(args: argparse.Namespace, folds: Sequence[Fold], share: float, see
     multiples, both = zip(*stack(folds, found["linear"], found["network"]), strict=True)
     found["both"] = list(both)
     n_cells = float(np.mean([sum(len(part.labels) for part in fold.train) for fold in thinned]))
-    for system, scores in found.items():
-        by_fold = [scores_of_parts(fold, of) for fold, of in zip(folds, scores, strict=True)]
+    for system, of_folds in found.items():
+        by_fold = [scores_of_parts(fold, of) for fold, of in zip(folds, of_folds, strict=True)]
         record: dict[str, Any] = {"system": system, "share": share, "seed": seed, "n_cells": n_cells}
         record["new"] = {name: value for of in by_fold for name, value in of["new"].items()}
         record["known"] = {
@@ -342,11 +342,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{args.output} has scores of other cells or options. Give another --output.")
     Path(args.output).mkdir(parents=True, exist_ok=True)
     write_json(known, about)
-    folds = make_folds(sets, args.sets, n_genes)
-    runs = [run for seed in range(args.seeds) for share in args.shares for run in run_share(args, folds, share, seed)]
-    rows = summarise(runs)
-    table = markdown_table(rows)
-    write_json(path, {"task": "learning_curve", **about, "rows": rows, "runs": runs})
-    Path(args.output, "table.md").write_text(table, encoding="utf-8")
+    folds, table = make_folds(sets, args.sets, n_genes), ""
+    runs: list[dict[str, Any]] = []
+    for seed, share in itertools.product(range(args.seeds), args.shares):
+        runs += run_share(args, folds, share, seed)
+        rows = summarise(runs)
+        table = markdown_table(rows)
+        write_json(path, {"task": "learning_curve", **about, "rows": rows, "runs": runs})
+        Path(args.output, "table.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)
     return 0
