@@ -121,8 +121,8 @@ class TypeProfiles:
     def without(self, known: Collection[str]) -> "TypeProfiles":
         """The types that are not known by cells."""
         kept = [place for place, term in enumerate(self.terms) if term not in known]
-        terms, others = ([values[place] for place in kept] for values in (self.terms, self.others))
-        return TypeProfiles(terms, self.counts[kept], self.measured, others)
+        others = [self.others[place] for place in kept]
+        return TypeProfiles([self.terms[place] for place in kept], self.counts[kept], self.measured, others)
 
     def add_to(self, readout: ScMMGPTLabelReadout) -> None:
         """Keep the profiles in a readout, on the scale of its groups."""
