@@ -42,7 +42,7 @@ def cluster_answers(
         names: Labels to choose from.
         cl_ids: Label -> Cell Ontology id.
         terms: Broader terms, as for [`choose_labels`].
-        types_alone: Name -> Cell Ontology id, of types that are below none of them.
+        types_alone: Name -> Cell Ontology id, of further types; one that is among `terms`, too, is the term.
 
     Returns:
         For each cluster `cluster`, `cells`, `label` (`"Unknown"` if no type has `CLUSTER_SHARE` of the cells),
@@ -54,7 +54,7 @@ def cluster_answers(
     >>> answer["label"], answer["share"], answer["votes"]
     ('T cell', 1.0, 'CD4 T 40 %, CD8 T 40 %, T cell 20 %')
     """
-    alone = types_alone or {}
+    alone = {name: term_id for name, term_id in (types_alone or {}).items() if name not in {t["name"] for t in terms}}
     kinds = {str(term["name"]): set(term["labels"]) for term in terms} | {name: {name} for name in [*names, *alone]}
     types = [(name, {**cl_ids, **alone}.get(name, ""), {name}) for name in [*names, *alone]]
     types += [

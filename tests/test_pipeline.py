@@ -73,6 +73,14 @@ def test_a_tie_goes_to_the_label_that_sorts_first():
     assert [row["cluster"] for row in cluster_answers(*votes, ["T", "B"], {})] == ["0"]
 
 
+def test_a_type_of_a_profile_that_is_a_broader_term_too_votes_as_the_term():
+    term = {"id": "CL:0000164", "name": "enteroendocrine cell", "names": [], "labels": ["alpha", "beta"]}
+    labels = np.array(["alpha", "beta", "enteroendocrine cell"])
+    votes = labels, np.array(["0"] * 3), ["alpha", "beta", "B", "T"], {}, [term]
+    (answer,) = cluster_answers(*votes, {"enteroendocrine cell": "CL:0000164", "hepatocyte": "CL:0000182"})
+    assert (answer["label"], answer["share"]) == ("enteroendocrine cell", 1)
+
+
 # -- annotate ---------------------------------------------------------------------------------------------------------
 
 
