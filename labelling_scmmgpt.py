@@ -222,13 +222,19 @@ class LabellingSteps(CellPasses):
             least = least_scores(labelling.fitted_score, novelty)
         columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others, broader)
         if named:
+            if labelling.min_score is not None:
+                named[0] = np.where(named[1] < labelling.min_score, -1, named[0])
             columns |= name_by_profile(columns, (self.model.config.annotation or {})["profiles"], *named)
         if labelling.min_score != 0:  # nothing speaks for a label of a cell without a single gene
             for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
                 columns[name] = np.where(is_empty, word, columns[name])
         if labelling.error_rate is not None:
             stored = (self.model.config.annotation or {})["label_sets"]
-            columns["label_set"] = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
+            sets = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
+            if named:  # the sets are of trained labels: the name that the cell has is one more
+                pairs = zip(columns["by_profile"], columns["cell_type"], sets, strict=True)
+                sets = np.array([f"{name} | {labels}" if is_new else labels for is_new, name, labels in pairs], str)
+            columns["label_set"] = sets
         return columns, probabilities
 
     def add_labels(

@@ -178,6 +178,11 @@ def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built, mo
     asked = pipeline.annotate(liver.copy(), ["B cell", "Hepatocytes"])
     assert (asked.obsm["scmmgpt_probabilities"][:, 1] > 0).all()
     assert "scmmgpt_by_profile" not in pipeline.annotate(liver.copy(), min_score=0).obs
+    sets = pipeline.annotate(liver.copy(), error_rate=0.1).obs["scmmgpt_label_set"]
+    assert sets.str.startswith("hepatocyte | ").all()
+    score = found.obs["scmmgpt_score"].max()
+    assert pipeline.annotate(liver.copy(), min_score=score).obs["scmmgpt_by_profile"].any()
+    assert not pipeline.annotate(liver.copy(), min_score=min(score + 0.01, 1)).obs["scmmgpt_by_profile"].any()
 
 
 @pytest.fixture
