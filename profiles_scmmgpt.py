@@ -14,24 +14,12 @@ import torch
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
-    from .readout_scmmgpt import (
-        PanelReadout,
-        ScMMGPTLabelReadout,
-        scale_groups,
-        solve_groups,
-        sum_weights,
-        with_profiles,
-    )
+    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+    from .regression_scmmgpt import scale_groups, solve_groups, with_profiles
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
-    from readout_scmmgpt import (
-        PanelReadout,
-        ScMMGPTLabelReadout,
-        scale_groups,
-        solve_groups,
-        sum_weights,
-        with_profiles,
-    )
+    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+    from regression_scmmgpt import scale_groups, solve_groups, with_profiles
 
 
 # A type names a cell that it leads in by 2 over the root of the genes that the cell expresses: few genes, much chance.

@@ -24,7 +24,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.labelling_scmmgpt import name_by_profile
 from scmmgpt.novelty_scmmgpt import Novelty
 from scmmgpt.profiles_scmmgpt import ProfiledTypes
-from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, solve_groups
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
+from scmmgpt.regression_scmmgpt import solve_groups
 from scmmgpt.train.data import ontology
 from scmmgpt.train.left_out import LeftOut
 from scmmgpt.train.pooled import Dataset

@@ -10,7 +10,7 @@ import yaml
 from scipy.sparse import csr_matrix
 
 from scmmgpt.eval import crossdata, learning_curve
-from scmmgpt.readout_scmmgpt import solve_groups
+from scmmgpt.regression_scmmgpt import solve_groups
 from scmmgpt.train import pooled
 from scmmgpt.train.pooled import Dataset, fit_pooled_readout
 

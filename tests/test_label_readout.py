@@ -13,7 +13,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.annotators import run_finetune
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
-from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, condition, panel_profiles
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles
+from scmmgpt.regression_scmmgpt import condition
 from scmmgpt.train import readout
 
 

@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, least_scores
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.novelty_scmmgpt import N_NEIGHBOURS, NEIGHBOUR_WEIGHT, SCORE_STEPS, Neighbours, first_term
-from scmmgpt.readout_scmmgpt import scale_groups, solve_groups
+from scmmgpt.regression_scmmgpt import scale_groups, solve_groups
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
 
 

@@ -16,7 +16,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands.index import add_files
 from scmmgpt.configuration_scmmgpt import ScMMGPTConfig
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, scale_groups
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
+from scmmgpt.regression_scmmgpt import scale_groups
 from scmmgpt.train.pooled import Dataset, fit_pooled_readout
 
 

@@ -8,7 +8,8 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.labelling_scmmgpt import name_by_profile
 from scmmgpt.labels_scmmgpt import profiled_types
 from scmmgpt.profiles_scmmgpt import ProfiledTypes
-from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, solve_groups, with_profiles
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
+from scmmgpt.regression_scmmgpt import solve_groups, with_profiles
 
 
 pytest.importorskip("cellxgene_ontology_guide")

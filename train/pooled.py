@@ -4,7 +4,7 @@ Differences between laboratories are larger than those between cells of one type
 within a label every dataset that has it, so that neither a large dataset nor a frequent label decides. What is stored
 is the mean of each label in each dataset (a group; a gene that the dataset does not measure has the mean over labels,
 which is evidence for none), and the variance within groups as a few factors and noise: the
-ridge regression of the labels is solved from them for the genes of a file (`readout_scmmgpt.solve_groups`). No cell is
+ridge regression of the labels is solved from them for the genes of a file (`regression_scmmgpt.solve_groups`). No cell is
 kept. `LOG.md` has the choices.
 """
 
@@ -18,7 +18,8 @@ from sklearn.utils.extmath import randomized_svd
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.novelty_scmmgpt import HELD_OUT_QUANTILE, MIN_MEASURED, MIN_UNIT, _pack, absent_genes, novelty_of
-from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout, solve_groups
+from scmmgpt.readout_scmmgpt import PROFILE_SCALE, ScMMGPTLabelReadout
+from scmmgpt.regression_scmmgpt import solve_groups
 
 
 N_GENES = 12_000  # at most, the most variable ones: a panel may be any of them

@@ -1,0 +1,132 @@
+"""Regressions that a label readout is solved by for the genes of a file, from the statistics that it stores.
+
+Arguments named `a` are [`ScMMGPTLabelReadout.arrays`], `here` says which of its genes a file measures.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+LOG_STEPS = 28.0  # of log1p(CP10k) in a byte of a profile, which then reaches 9.1
+
+
+def with_profiles(a: dict[str, np.ndarray], chosen: Sequence[int]) -> dict[str, np.ndarray]:
+    """The arrays with the profiles of some types as groups of further labels, which follow the others.
+
+    Kinds of other cells that these types are part of are left out: hepatocytes are the liver's other cells. `weights`
+    and `bias` have zeros for the new labels.
+    """
+    chosen, n_labels, n_others = list(chosen), len(a["bias"]), a["group_labels"].shape[1] - len(a["bias"])
+    kinds = n_labels + np.setdiff1d(np.arange(n_others), a["profile_others"][chosen])
+    rows = np.tile(a["group_mean"], (len(chosen), 1))
+    rows[:, a["profile_places"].astype(int)] = a["profiles"][chosen] / LOG_STEPS
+    old = a["group_labels"][:, [*range(n_labels), *kinds]]
+    kept = old.any(axis=1)
+    mentions = np.insert(old[kept], [n_labels] * len(chosen), 0, axis=1) * a["group_weights"][kept, None]
+    new = np.eye(len(chosen), mentions.shape[1], n_labels)
+    mentions = np.concatenate([mentions, new])
+    mentions /= mentions.sum(axis=0) * mentions.shape[1]  # every label and kind has the same weight
+    weights = mentions.sum(axis=1)
+    return {
+        **a,
+        "groups": np.concatenate([a["groups"][kept], rows]),
+        "group_labels": mentions / weights[:, None],
+        "group_weights": weights,
+        "weights": np.pad(a["weights"], ((0, len(chosen)), (0, 0))),
+        "bias": np.pad(a["bias"], (0, len(chosen))),
+    }
+
+
+def scale_groups(a: dict[str, np.ndarray], here: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays with each group on the scale that its cells have in a file of the genes that are `here`.
+
+    A cell's counts are of the genes at hand, so that what these genes take of its type's expression is lost: a cell of
+    a type that expresses many of a panel's genes has lower values in each. The mean over the labels stays.
+    """
+    linear = np.expm1(a["groups"])
+    shares = linear[:, here].sum(axis=1) / linear.sum(axis=1).clip(min=1e-12)
+    of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
+    usual = (of_labels @ shares / of_labels.sum(axis=1).clip(min=1e-12)).mean()
+    groups = np.log1p(linear * (usual / shares.clip(min=0.01 * usual))[:, None])
+    mean = a["group_mean"] + a["group_weights"] @ (groups - a["groups"])
+    return {**a, "groups": groups, "group_mean": mean}
+
+
+def solve_groups(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of the labels on the groups, for the genes that are `here`.
+
+    With X the groups around their mean and Y their labels, both weighted, F the factors and D the noise, the weights
+    are Y^T X (X^T X + F^T F + D)^-1, by Woodbury's identity on groups and factors.
+
+    Args:
+        a: The arrays of [`ScMMGPTLabelReadout`].
+        here: bool `(num_genes,)`.
+
+    Returns:
+        Weights `(num_labels + num_others, n_here)` and bias, those of other cells last.
+    """
+    mean, noise = a["group_mean"][here], a["noise"][here]
+    roots = np.sqrt(a["group_weights"])[:, None]
+    shares = a["group_weights"] @ a["group_labels"]  # of the labels
+    x, y = roots * (a["groups"][:, here] - mean), roots * (a["group_labels"] - shares)
+    parts = np.concatenate([x, a["factors"][:, here]])
+    scaled, alone = parts / noise, (x.T @ y) / noise[:, None]
+    inner = np.eye(len(parts)) + scaled @ parts.T
+    weights = (alone - scaled.T @ np.linalg.solve(inner, parts @ alone)).T
+    return weights, shares - weights @ mean
+
+
+def solve_embedding(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A place of cells among the groups, for the genes that are `here`.
+
+    A profile is taken for `mean + X^T z + F^T u + noise`, with X the groups around their mean, weighted, F the factors
+    of the variance within a group, and z, u ~ N(0, I). The expectation of z given the genes at hand is a ridge
+    regression; what the factors explain of the cell does not move it. The distance of two cells in z would count each
+    direction alike, also those in which groups hardly differ; that of X^T z, the expected profiles, would count what
+    sets apart few types of many genes alone. `(X X^T)^(1/4) z`, over all genes, is half way (`train/LOG.md`).
+
+    Args:
+        a: The arrays of [`ScMMGPTLabelReadout`].
+        here: bool `(num_genes,)`.
+
+    Returns:
+        Weights `(num_groups, n_here)` and bias.
+    """
+    roots = np.sqrt(a["group_weights"])[:, None]
+    scaled = a if here.all() else scale_groups(a, here)
+    mean = scaled["group_mean"][here]
+    x, whole = roots * (scaled["groups"][:, here] - mean), roots * (a["groups"] - a["group_mean"])
+    parts = np.concatenate([x, a["factors"][:, here]])
+    by_noise = parts / a["noise"][here]
+    expected = np.linalg.solve(np.eye(len(parts)) + by_noise @ parts.T, by_noise)[: len(x)]
+    values, axes = np.linalg.eigh(whole @ whole.T)
+    weights = (axes * values.clip(min=0) ** 0.25) @ (axes.T @ expected)  # symmetric: no sign of an axis matters
+    return weights, -weights @ mean
+
+
+def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The expectation of the scores given the genes that are `here`, and what it leaves open.
+
+    With F the factors, D the noise, w the weights, and P and M the present and the absent genes: the factors of a
+    cell are expected at S F_P D_P^-1 (x_P - m_P), where S = (I + F_P D_P^-1 F_P^T)^-1, and each absent gene at its
+    mean plus its loadings on them.
+
+    Args:
+        a: The arrays of [`ScMMGPTLabelReadout`].
+        here: bool `(num_genes,)`.
+
+    Returns:
+        Weights `(num_labels, n_here)`, bias `(num_labels,)`, covariance of the scores `(num_labels, num_labels)`.
+    """
+    w_here, w_absent = a["weights"][:, here], a["weights"][:, ~here]
+    if here.all():
+        return w_here, a["bias"], np.zeros((len(a["bias"]),) * 2)
+    f_here, f_absent = a["factors"][:, here], a["factors"][:, ~here]
+    scaled = f_here / a["noise"][here]
+    posterior = np.linalg.inv(np.eye(len(f_here)) + scaled @ f_here.T)  # covariance of a cell's factors
+    loadings = f_absent @ w_absent.T  # (num_factors, num_labels): of the absent part of the scores
+    moved = (posterior @ loadings).T @ scaled
+    bias = a["bias"] + w_absent @ a["mean"][~here] - moved @ a["mean"][here]
+    covariance = loadings.T @ posterior @ loadings + (w_absent * a["noise"][~here]) @ w_absent.T
+    return w_here + moved, bias, covariance
