@@ -36,8 +36,8 @@ def words_of(obs: Any, key: str) -> np.ndarray:
     need_columns(obs, key)
     values, absent = obs[key], np.asarray(obs[key].isna())
     present = np.asarray(values[~absent])
-    if present.dtype.kind == "f" and (present == np.floor(present)).all():  # numbers beside missing ones
-        present = present.astype(np.int64)
+    if present.dtype.kind == "f" and (np.isfinite(present) & (present == np.floor(present))).all():
+        present = present.astype(np.int64)  # numbers beside missing ones
     words = np.full(len(values), MISSING, dtype=object)
     words[~absent] = present.astype(str)
     return words.astype(str)

@@ -481,5 +481,7 @@ def test_a_checkpoint_in_bfloat16_runs_in_what_the_cpu_is_fast_in(
 
 def test_a_missing_label_is_no_word_and_whole_numbers_beside_it_stay_whole():
     obs = pd.DataFrame({"a": [1.0, np.nan], "b": ["x", None], "c": pd.Categorical(["y", None]), "d": [0.5, np.nan]})
+    obs["e"] = [np.inf, 1.0]
     found = {name: words_of(obs, name).tolist() for name in obs}
+    assert found.pop("e") == ["inf", "1.0"]
     assert found == {"a": ["1", MISSING], "b": ["x", MISSING], "c": ["y", MISSING], "d": ["0.5", MISSING]}
