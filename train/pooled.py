@@ -3,9 +3,9 @@
 Differences between laboratories are larger than those between cells of one type. Every label has the same weight, and
 within a label every dataset that has it, so that neither a large dataset nor a frequent label decides. What is stored
 is the mean of each label in each dataset (a group; a gene that the dataset does not measure has the mean over labels,
-which is evidence for none), and the variance within groups as a few factors and noise: the
-ridge regression of the labels is solved from them for the genes of a file (`regression_scmmgpt.solve_groups`). No cell is
-kept. `LOG.md` has the choices.
+which is evidence for none), and the variance within groups as a few factors and noise: the ridge regression of the
+labels is solved from them for the genes of a file (`regression_scmmgpt.solve_groups`). No cell is kept. `LOG.md` has
+the choices.
 """
 
 from collections.abc import Sequence
