@@ -6,7 +6,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from scmmgpt.eval import baselines, description, realism
-from scmmgpt.eval.annotation import _hierarchical_f1, evaluate_annotation
+from scmmgpt.eval.annotation import hierarchical_f1, evaluate_annotation
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
 from scmmgpt.eval.generation import GeneratedCells, draw_real_cells, draw_systems, evaluate_generation, halve
@@ -227,7 +227,7 @@ def test_a_relative_in_the_ontology_is_partly_right(train, test):
 
 def test_an_id_that_is_no_term_makes_no_relatives(train, test):
     ids = {"a": "unknown", "b": "unknown"}
-    score = _hierarchical_f1(np.array(["a", "b"]), np.array(["b", "a"]), ids, np.ones((1, 2)))
+    score = hierarchical_f1(np.array(["a", "b"]), np.array(["b", "a"]), ids, np.ones((1, 2)))
     assert score.value == 0
 
 
