@@ -6,7 +6,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from scmmgpt.eval import baselines, description, realism
-from scmmgpt.eval.annotation import hierarchical_f1, evaluate_annotation
+from scmmgpt.eval.annotation import evaluate_annotation, hierarchical_f1
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.eval.description import evaluate_descriptions
 from scmmgpt.eval.generation import GeneratedCells, draw_real_cells, draw_systems, evaluate_generation, halve
