@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
+    from .annotation_scmmgpt import UNKNOWN
     from .conversion_scmmgpt import InputChoice
     from .evidence_scmmgpt import Explainer, label_members
     from .judging_scmmgpt import EvidenceSteps
@@ -15,6 +16,7 @@ try:  # as a package or as remote code
     from .proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
     from .records_scmmgpt import MISSING, finish_report, table_of, words_of
 except ImportError:  # as a flat module in a clone
+    from annotation_scmmgpt import UNKNOWN
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Explainer, label_members
     from judging_scmmgpt import EvidenceSteps
@@ -56,6 +58,21 @@ class DescriptionSteps(EvidenceSteps):
                 described |= zip(kinds[new].tolist(), (text.strip() for text in words), strict=True)
             texts[rows] = [described[kind] for kind in kinds.tolist()]
         return texts
+
+    def warn_of_novel_cells(self, adata: Any, choice: InputChoice) -> None:
+        """Warn of cells of no trained type: the language model reads the likest one all the same."""
+        readout = self._bridge().label_readout
+        if readout is None or not readout.num_others:
+            return
+        labelling = self.labelling(uncounted(choice), self.annotation_settings())
+        columns, _ = self.label_cells(adata, labelling)
+        novel = (columns["cell_type"] == UNKNOWN) | columns.get("by_profile", False)
+        if number := int(novel.sum()):
+            logger.warning(
+                f"{number:,} of {len(novel):,} cells are like no type that the checkpoint was trained on. The "
+                "language model describes such a cell as the likest of these types. `annotate` says which cells they "
+                "are, and `describe --proof` writes what the counts show."
+            )
 
     def _describe_with_proof(
         self, adata: Any, cluster_key: str | None, key_added: str, batch_size: int, read_kwargs: dict[str, Any]

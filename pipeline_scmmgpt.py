@@ -404,6 +404,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         choice = self.processor.choose_input(adata, **read_kwargs)
         texts = self.describe_cells(adata, choice, prompt, options, batch_size)
         finish_report(choice.report)
+        self.warn_of_novel_cells(adata, choice)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
         return self._record(adata, key_added, choice.report, describe=done)

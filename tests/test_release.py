@@ -175,6 +175,11 @@ def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built, mo
     assert (found.obs["scmmgpt_cell_type"] == "hepatocyte").all()
     assert (found.obs["scmmgpt_cl_id"] == "CL:0000182").all()
     assert found.obs["scmmgpt_by_profile"].all()
+    said = []
+    monkeypatch.setattr("scmmgpt.describing_scmmgpt.logger.warning", said.append)
+    pipeline.describe(liver.copy(), max_new_tokens=2)
+    assert len(said) == 1
+    assert said[0].startswith("6 of 6 cells are like no type that the checkpoint was trained on.")
     asked = pipeline.annotate(liver.copy(), ["B cell", "Hepatocytes"])
     assert (asked.obsm["scmmgpt_probabilities"][:, 1] > 0).all()
     assert "scmmgpt_by_profile" not in pipeline.annotate(liver.copy(), min_score=0).obs
