@@ -61,7 +61,7 @@ class DescriptionSteps(EvidenceSteps):
 
     def warn_of_novel_cells(self, adata: Any, choice: InputChoice) -> None:
         """Warn of cells of no trained type: the language model reads the likest one all the same."""
-        readout = self._bridge().label_readout
+        readout = getattr(self._bridge(), "label_readout", None)
         if readout is None or not readout.num_others:
             return
         labelling = self.labelling(uncounted(choice), self.annotation_settings())
