@@ -1,5 +1,6 @@
 """Descriptions of cells: by the language model, or by counts with proof."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,43 +9,85 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import UNKNOWN
+    from .annotation_scmmgpt import UNKNOWN, choose_labels
     from .conversion_scmmgpt import InputChoice
-    from .evidence_scmmgpt import Explainer, label_members
+    from .evidence_scmmgpt import NONE, label_members
     from .judging_scmmgpt import EvidenceSteps
+    from .labels_scmmgpt import normalize_label
     from .passes_scmmgpt import uncounted
-    from .proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
+    from .proof_scmmgpt import (
+        MIN_SCORE,
+        Expression,
+        Proof,
+        article,
+        excluded_lineages,
+        propose,
+        terms_above,
+        tissues_of,
+    )
     from .records_scmmgpt import MISSING, finish_report, table_of, words_of
 except ImportError:  # as a flat module in a clone
-    from annotation_scmmgpt import UNKNOWN
+    from annotation_scmmgpt import UNKNOWN, choose_labels
     from conversion_scmmgpt import InputChoice
-    from evidence_scmmgpt import Explainer, label_members
+    from evidence_scmmgpt import NONE, label_members
     from judging_scmmgpt import EvidenceSteps
+    from labels_scmmgpt import normalize_label
     from passes_scmmgpt import uncounted
-    from proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
+    from proof_scmmgpt import (
+        MIN_SCORE,
+        Expression,
+        Proof,
+        article,
+        excluded_lineages,
+        propose,
+        terms_above,
+        tissues_of,
+    )
     from records_scmmgpt import MISSING, finish_report, table_of, words_of
 
 
 logger = logging.get_logger(__name__)
 
 
+UNLIKELY = -30.0  # log probability of a label that a cell is not called by
+
+
 class DescriptionSteps(EvidenceSteps):
     """The steps of [`ScMMGPTPipeline.describe`]."""
 
     def describe_cells(
-        self, adata: Any, choice: InputChoice, prompt: str, options: dict[str, Any], batch_size: int | None = None
+        self,
+        adata: Any,
+        choice: InputChoice,
+        prompt: str,
+        options: dict[str, Any],
+        called: Mapping[str, np.ndarray] | None = None,
+        batch_size: int | None = None,
     ) -> np.ndarray:
-        """Answers of the language model to `prompt`, str `(n_cells,)`; `options` are for the model's `generate`."""
+        """Answers of the language model to `prompt`, str `(n_cells,)`; `options` are for the model's `generate`.
+
+        With `called`, what [`called_types`] has, an answer keeps to it: a language model that reads labels is given
+        the label that the cell is called by, and a cell of a type that the language model does not know, or for which
+        it names another type, gets a sentence with its type.
+        """
         model = self._language_model("describe")
         reads_labels = self.model.config.cell_tokens != "queries"
         panel = model.model.label_readout.for_genes(choice.match.measured) if reads_labels else None
         # Without queries, the cells of a label are one input: each label is described once, unless words are drawn.
         once = self.model.config.cell_tokens == "labels" and not options["do_sample"]
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 128 if once else 16)
-        texts = np.empty(choice.report["cells"]["cells"], dtype=object)
+        n_cells = choice.report["cells"]["cells"]
+        texts = np.full(n_cells, "", dtype=object)
+        labels = None if called is None else self._labels_called(called["cell_type"])
         described: dict[int, str] = {}  # of labels, or of rows
-        for rows, cells in self._batches(chunks, batch_size, "Describing", len(texts)):
-            scores = None if panel is None else panel(cells)
+        for rows, cells in self._batches(chunks, batch_size, "Describing", n_cells):
+            if labels is not None:
+                known = labels[rows] >= 0
+                rows, cells = rows[known], cells[np.flatnonzero(known)]
+            scores = None if panel is None or labels is not None else panel(cells)
+            if reads_labels and labels is not None:
+                scores = np.where(np.eye(len(self._readout_columns()), dtype=bool)[labels[rows]], 0.0, UNLIKELY)
+                scores = scores.astype(np.float32)
             kinds = rows if scores is None or not once else scores.argmax(axis=1)
             firsts = np.sort(np.unique(kinds, return_index=True)[1])
             new = np.array([row for row in firsts if kinds[row] not in described], dtype=np.int64)
@@ -57,22 +100,36 @@ class DescriptionSteps(EvidenceSteps):
                 words = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                 described |= zip(kinds[new].tolist(), (text.strip() for text in words), strict=True)
             texts[rows] = [described[kind] for kind in kinds.tolist()]
-        return texts
+        if called is None or labels is None:
+            return texts
+        names_type = self.model.config.cell_tokens == "labels" and prompt == self._prompt(None)
+        return self._kept_to(called, labels, texts, names_type)
 
-    def warn_of_novel_cells(self, adata: Any, choice: InputChoice) -> None:
-        """Warn of cells of no trained type: the language model reads the likest one all the same."""
-        readout = getattr(self._bridge(), "label_readout", None)
-        if readout is None or not readout.num_others:
-            return
-        labelling = self.labelling(uncounted(choice), self.annotation_settings())
-        columns, _ = self.label_cells(adata, labelling)
-        novel = (columns["cell_type"] == UNKNOWN) | columns.get("by_profile", False)
-        if number := int(novel.sum()):
+    def _labels_called(self, called: np.ndarray) -> np.ndarray:
+        """The column of the readout of the one trained label that each cell is called by, int64; -1 for none."""
+        names, numbers = np.unique(np.asarray(called).astype(str), return_inverse=True)
+        members = label_members(names.tolist(), self._readout_columns(), (self.model.config.annotation or {}).get("terms", []))
+        return np.where(members.sum(axis=1) == 1, members.argmax(axis=1), NONE)[numbers]
+
+    def _kept_to(
+        self, called: Mapping[str, np.ndarray], labels: np.ndarray, texts: np.ndarray, names_type: bool
+    ) -> np.ndarray:
+        """The texts of cells that agree with their types, see [`agrees`]; in place of the others, the types in words."""
+        known, terms = list(self._readout_columns()), (self.model.config.annotation or {}).get("terms", [])
+        by_profile = called.get("by_profile", np.zeros(len(texts), dtype=bool))
+        other = np.zeros(len(texts), dtype=bool)
+        for text, label in set(zip(texts.tolist(), labels.tolist(), strict=True)):
+            if label >= 0 and not agrees(text, known[label], known, terms, names_type):
+                other |= (texts == text) & (labels == label)
+        if other.any():
+            first = int(other.argmax())
             logger.warning(
-                f"{number:,} of {len(novel):,} cells are like no type that the checkpoint was trained on. The "
-                "language model describes such a cell as the likest of these types. `annotate` says which cells they "
-                "are, and `describe --proof` writes what the counts show."
+                f"The language model does not name the type of {int(other.sum()):,} of {len(texts):,} cells (for "
+                f"{known[labels[first]]!r} it writes {texts[first]!r}): they are described by their type."
             )
+        for row in np.flatnonzero(other | (labels < 0)):
+            texts[row] = type_in_words(str(called["cell_type"][row]), bool(by_profile[row]))
+        return texts
 
     def _describe_with_proof(
         self, adata: Any, cluster_key: str | None, key_added: str, batch_size: int, read_kwargs: dict[str, Any]
@@ -141,3 +198,47 @@ class DescriptionSteps(EvidenceSteps):
         if self.model.config.num_state_components is None:
             return texts
         return {label: f"{text.split('. ')[0].removesuffix('.')}." for label, text in texts.items()}
+
+
+def type_in_words(name: str, by_profile: bool = False) -> str:
+    """A sentence with the type of a cell.
+
+    >>> type_in_words("hepatocyte", by_profile=True)
+    'This cell is a hepatocyte, by the reference profile of the type.'
+    """
+    if name in (UNKNOWN, ""):
+        return "The type of this cell is unknown."
+    return f"This cell is {article(name, 'a')}{', by the reference profile of the type' * by_profile}."
+
+
+def agrees(
+    text: str, label: str, known: Sequence[str], terms: Sequence[Mapping[str, Any]], names_type: bool = False
+) -> bool:
+    """Whether a text names a trained label or a type above it, or no type at all; with `names_type` the label alone.
+
+    Args:
+        text: Of a cell.
+        label: The trained label of the cell.
+        known: All trained labels.
+        terms: As for [`trained_labels_of`].
+        names_type: Whether the text has to name the label.
+
+    >>> terms = [{"id": "CL:0000084", "names": ["t cell"], "labels": ["CD4 T cell", "CD8 T cell"]}]
+    >>> [agrees(text, "CD4 T cell", ["CD4 T cell", "CD8 T cell", "B cell"], terms)
+    ...  for text in ("CD4 T cells.", "It is a T cell.", "A CD8 T cell.", "It is active.")]
+    [True, True, False, True]
+    """
+    meant = {_singular(name): {name} for name in known}
+    for term in terms:
+        for name in term["names"] if len(term["labels"]) < len(known) else ():
+            meant.setdefault(_singular(name), set(term["labels"]))
+    words, found = f" {_singular(text)} ", []
+    for name in sorted(meant, key=len, reverse=True):  # "CD8 T cell" names no T cell of another kind
+        if f" {name} " in words:
+            words = words.replace(f" {name} ", "  ")
+            found.append(meant[name])
+    return {label} in found if names_type else not found or any(label in labels for labels in found)
+
+
+def _singular(text: str) -> str:
+    return " ".join(word.removesuffix("s") for word in normalize_label(text).split())

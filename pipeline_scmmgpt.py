@@ -371,6 +371,10 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
     ) -> Any:
         """Describe every cell in words.
 
+        Descriptions keep to the types that [`annotate`] gave the cells, in `obs["{key}_cell_type"]`, or would give them
+        by default: the language model describes cells of trained labels, and is not asked about a cell that is
+        `"Unknown"`, or of a broader type or a type with a profile alone.
+
         Args:
             prompt: A question about one cell; by default the prompt of training. `<cell>` in the prompt stands for the
                 cell; a prompt without `<cell>` follows the cell.
@@ -402,9 +406,10 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         if options.get("num_return_sequences", 1) != 1:
             raise ValueError("describe returns one description per cell; call model.generate for several.")
         choice = self.processor.choose_input(adata, **read_kwargs)
-        texts = self.describe_cells(adata, choice, prompt, options, batch_size)
+        can_call = self.can_explain and bool((self.model.config.annotation or {}).get("labels"))
+        called = self.called_types(adata, choice, key_added) if can_call else None
+        texts = self.describe_cells(adata, choice, prompt, options, called, batch_size)
         finish_report(choice.report)
-        self.warn_of_novel_cells(adata, choice)
         adata.obs[f"{key_added}_description"] = texts.astype(str)
         done = {"prompt": prompt, "max_new_tokens": max_new_tokens, "distinct": len(set(texts))}
         return self._record(adata, key_added, choice.report, describe=done)

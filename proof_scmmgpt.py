@@ -101,9 +101,9 @@ def join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def article(noun: str) -> str:
-    """A noun with "A" or "An", by its first letter."""
-    return f"{'An' if noun[0] in 'aeiouAEIO' else 'A'} {noun}"
+def article(noun: str, a: str = "A") -> str:
+    """A noun with "A" or "An", by its first letter; with `a` of "a" in lower case."""
+    return f"{a}{'n' * (noun[0] in 'aeiouAEIO')} {noun}"
 
 
 class Expression:
