@@ -11,8 +11,9 @@ from transformers.utils import logging
 try:  # as a package or as remote code
     from .annotation_scmmgpt import UNKNOWN, choose_labels
     from .conversion_scmmgpt import InputChoice
-    from .evidence_scmmgpt import NONE, label_members
+    from .evidence_scmmgpt import NONE, Explainer, label_members
     from .judging_scmmgpt import EvidenceSteps
+    from .labelling_scmmgpt import Labelling
     from .labels_scmmgpt import normalize_label
     from .passes_scmmgpt import uncounted
     from .proof_scmmgpt import (
@@ -29,8 +30,9 @@ try:  # as a package or as remote code
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import UNKNOWN, choose_labels
     from conversion_scmmgpt import InputChoice
-    from evidence_scmmgpt import NONE, label_members
+    from evidence_scmmgpt import NONE, Explainer, label_members
     from judging_scmmgpt import EvidenceSteps
+    from labelling_scmmgpt import Labelling
     from labels_scmmgpt import normalize_label
     from passes_scmmgpt import uncounted
     from proof_scmmgpt import (
@@ -108,13 +110,15 @@ class DescriptionSteps(EvidenceSteps):
     def _labels_called(self, called: np.ndarray) -> np.ndarray:
         """The column of the readout of the one trained label that each cell is called by, int64; -1 for none."""
         names, numbers = np.unique(np.asarray(called).astype(str), return_inverse=True)
-        members = label_members(names.tolist(), self._readout_columns(), (self.model.config.annotation or {}).get("terms", []))
+        members = label_members(
+            names.tolist(), self._readout_columns(), (self.model.config.annotation or {}).get("terms", [])
+        )
         return np.where(members.sum(axis=1) == 1, members.argmax(axis=1), NONE)[numbers]
 
     def _kept_to(
         self, called: Mapping[str, np.ndarray], labels: np.ndarray, texts: np.ndarray, names_type: bool
     ) -> np.ndarray:
-        """The texts of cells that agree with their types, see [`agrees`]; in place of the others, the types in words."""
+        """The texts of cells that agree with their types, see [`agrees`]; the types in words in place of the others."""
         known, terms = list(self._readout_columns()), (self.model.config.annotation or {}).get("terms", [])
         by_profile = called.get("by_profile", np.zeros(len(texts), dtype=bool))
         other = np.zeros(len(texts), dtype=bool)
@@ -139,39 +143,58 @@ class DescriptionSteps(EvidenceSteps):
             raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
         clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
-        labelling = self.labelling(choice, self.annotation_settings(), min_score=MIN_SCORE)
+        labelling = self.read_batch(adata, self.labelling(choice, self.annotation_settings()))
         columns, scores = self.label_cells(adata, labelling)
         for warning in self.summarize(labelling, columns, scores)[1]:
             logger.warning(warning)
-        terms, known = (self.model.config.annotation or {}).get("terms", []), self._readout_columns()
-        kinds, kind_of_cell = np.unique(np.asarray(columns["cell_type"]).astype(str), return_inverse=True)
-        members = label_members(kinds.tolist(), known, terms)
+        called = self.called_types(adata, choice, key_added, columns)["cell_type"].astype(str)
+        kind_names = self._types_to_prove(called, np.asarray(scores), labelling)
+        kinds, kind_of_cell = np.unique(kind_names, return_inverse=True)
+        members, known, terms, profiles = self.meanings(kinds.tolist())
         members[members.sum(axis=1) > len(known) / 2] = False  # a term of most labels says nothing
         names = labelling.candidates.names
-        readout_columns = [known[name] for name in names if name in known]
         probabilities = np.zeros((len(kind_of_cell), len(known)), dtype=np.float32)
-        probabilities[:, readout_columns] = np.asarray(scores)[:, [name in known for name in names]]
+        probabilities[:, [known[name] for name in names if name in known]] = np.asarray(scores)[
+            :, [name in known for name in names]
+        ]
 
         parts = list(self._chunks(adata, uncounted(choice)))
         cells = type(parts[0]).concatenate(parts)
         finish_report(choice.report)
-        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
+        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members, profiles)
         genes = np.unique(choice.match.measured)
-        words = genes, kinds.tolist(), list(known)
-        proposed = propose(cells, explainer, *words, kind_of_cell, probabilities, batch_size)
+        asked = genes, kinds.tolist(), list(known), kind_of_cell, probabilities
+        proposed = propose(cells, explainer, *asked, batch_size)
         expression = Expression(cells, genes, self.processor.gene_symbols(genes.tolist()))
         typed = np.where(members.any(axis=1), kinds, "")[kind_of_cell].astype(object)
         within = {name: terms_above(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)}
         excluded = {
             name: excluded_lineages(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)
         }
-        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs))
+        words = np.where(called == UNKNOWN, "none", called)
+        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words)
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:
             groups += (row for row in proved.group_rows("cluster", clusters) if row["name"] != MISSING)
         done = {"proof": True, "clauses": table_of(proved.rows(adata.obs_names)), "groups": table_of(groups)}
         return self._record(adata, key_added, choice.report, describe=done)
+
+    def _types_to_prove(self, called: np.ndarray, scores: np.ndarray, labelling: Labelling) -> np.ndarray:
+        """The type of each cell, str `(n_cells,)`: as it is called, broader where that is not probable enough.
+
+        "" where no broader type is probable either, or where the cell is unknown.
+        """
+        names, terms = labelling.candidates.names, labelling.broader
+        kinds, kind_of_cell = np.unique([*called, UNKNOWN], return_inverse=True)
+        columns = {name: column for column, name in enumerate(names)}
+        members = label_members(kinds.tolist(), columns, terms)
+        of_cell = members[kind_of_cell[:-1]]
+        low = of_cell.any(axis=1) & ((scores * of_cell).sum(axis=1) < MIN_SCORE)
+        broader = choose_labels(scores, names, {}, MIN_SCORE, None, terms)["cell_type"]
+        above = label_members(np.unique(broader).tolist(), columns, terms)[np.unique(broader, return_inverse=True)[1]]
+        broader = np.where((of_cell & ~above).any(axis=1) | (broader == UNKNOWN), "", broader)
+        return np.where(called == UNKNOWN, "", np.where(low, broader, called)).astype(str)
 
     def _prompt(self, question: str | None) -> str:
         if question is None:

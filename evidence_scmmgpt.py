@@ -27,10 +27,12 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from .labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+    from .regression_scmmgpt import with_profiles
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+    from regression_scmmgpt import with_profiles
 
 
 N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label
@@ -167,11 +169,19 @@ class Explainer:
             row[markers[markers >= 0]] = np.flatnonzero(markers >= 0)
 
     @classmethod
-    def of(cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, members: np.ndarray) -> "Explainer":
-        """For the given sets, bool `(n_given, n_labels)`, and a file that measures the genes `measured` (ids)."""
-        panel = readout.for_genes(measured)
+    def of(
+        cls, readout: ScMMGPTLabelReadout, measured: np.ndarray, members: np.ndarray, profiles: Sequence[int] = ()
+    ) -> "Explainer":
+        """For the given sets, bool `(n_given, n_labels)`, and a file that measures the genes `measured` (ids).
+
+        `profiles` are the numbers of types that have a profile and no cells: further labels, after the trained ones.
+        """
+        panel = readout.for_genes(measured, profiles)
         here = np.isin(readout.gene_ids.cpu().numpy(), panel.gene_ids)
         centroids = readout.centroids.cpu().float().numpy()[:, here]
+        if len(profiles):
+            of_types = with_profiles(readout.arrays(), profiles)["groups"][-len(profiles) :, here]
+            centroids = np.concatenate([centroids, of_types.astype(np.float32)])
         members = np.concatenate([members, np.eye(members.shape[1], dtype=bool)])
         shares = (members / members.sum(axis=1, keepdims=True).clip(min=1)).astype(np.float32)
         markers = np.full((len(members), N_MARKERS), NONE, dtype=np.int32)

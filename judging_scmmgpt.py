@@ -1,5 +1,7 @@
 """Labels against the genes of the cells: the evidence for a label, and the audit of labels that cells were given."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,18 @@ try:  # as a package or as remote code
     from .audit_scmmgpt import Audit, judge
     from .conversion_scmmgpt import InputChoice
     from .evidence_scmmgpt import Evidence, Explainer, label_members
-    from .labelling_scmmgpt import LabellingSteps
+    from .labelling_scmmgpt import Labelling, LabellingSteps
+    from .labels_scmmgpt import profiled_types
+    from .novelty_scmmgpt import Neighbours
     from .passes_scmmgpt import uncounted
     from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 except ImportError:  # as a flat module in a clone
     from audit_scmmgpt import Audit, judge
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Evidence, Explainer, label_members
-    from labelling_scmmgpt import LabellingSteps
+    from labelling_scmmgpt import Labelling, LabellingSteps
+    from labels_scmmgpt import profiled_types
+    from novelty_scmmgpt import Neighbours
     from passes_scmmgpt import uncounted
     from records_scmmgpt import MISSING, add_column, finish_report, table_of
 
@@ -32,6 +38,20 @@ class EvidenceSteps(LabellingSteps):
     def can_explain(self) -> bool:
         """Whether the checkpoint has a label readout, which [`explain`] takes its terms from."""
         return getattr(self._bridge(), "label_readout", None) is not None
+
+    def meanings(self, sets: Sequence[str]) -> tuple[np.ndarray, dict[str, int], list[Mapping[str, Any]], list[int]]:
+        """What labels in any words mean.
+
+        Returns:
+            `members`, bool `(len(sets), n_labels)`; label -> its column, trained ones and then the types named in `sets`
+            that have a profile and no cells; terms as for [`trained_labels_of`]; the numbers of the profiles.
+        """
+        known, stored = self._readout_columns(), self.model.config.annotation or {}
+        terms, types = stored.get("terms", []), stored.get("profiles", [])
+        asked = list(profiled_types({name: name for name in sets}, {}, known, terms, types).values())
+        known |= {types[number]["name"]: len(known) + place for place, number in enumerate(asked)}
+        terms = [*terms, *(types[number] for number in asked)]
+        return label_members(sets, known, terms), known, terms, asked
 
     def explain_cells(
         self,
@@ -61,9 +81,8 @@ class EvidenceSteps(LabellingSteps):
                 "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
                 "`python -m scmmgpt.train finetune` or `align`."
             )
-        known = self._readout_columns()
-        members = label_members(sets.tolist(), known, (self.model.config.annotation or {}).get("terms", []))
-        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members)
+        members, known, _, profiles = self.meanings(sets.tolist())
+        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members, profiles)
         numbers = np.searchsorted(sets, labels)
         return Evidence(explainer, sets.tolist(), numbers, list(known), clusters, self.processor.gene_symbols)
 
@@ -85,23 +104,36 @@ class EvidenceSteps(LabellingSteps):
         return evidence
 
     def audit_cells(
-        self, adata: Any, choice: InputChoice, given: np.ndarray, sets: np.ndarray, batch_size: int | None = None
+        self,
+        adata: Any,
+        choice: InputChoice,
+        given: np.ndarray,
+        sets: np.ndarray,
+        neighbours: Neighbours | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, np.ndarray]:
         """What [`add_audit`] needs of cells: of all the data that `choice` was made for, or of a part of them.
 
-        `given` are the labels of these cells, and `sets` all labels of the data, sorted.
+        `given` are the labels of these cells, `sets` all labels of the data, sorted, and `neighbours` those of
+        [`read_batch`]. Types that `sets` name by a profile alone compete as in `annotate --labels`.
         """
-        labelling = self.labelling(choice, self.annotation_settings())
+        labelling = replace(self.labelling(choice, self.annotation_settings()), neighbours=neighbours)
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
-        names, terms = labelling.candidates.names, (self.model.config.annotation or {}).get("terms", [])
+        wide, types = self._audit_labelling(choice, sets)
+        if types:
+            _, probabilities = self.label_cells(adata, replace(wide, choice=uncounted(choice)), batch_size)
+        names, terms = wide.candidates.names, [*(self.model.config.annotation or {}).get("terms", []), *types]
         set_of_cell = np.searchsorted(sets, given)
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
         best, odds = judge(probabilities, members, set_of_cell)
+        novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
+        if "by_profile" in columns:  # like no trained label: judged by a label that is such a type, too
+            by_type = members[:, np.isin(names, [str(known["name"]) for known in types])].any(axis=1)
+            novel = np.where(columns["by_profile"], ~by_type[set_of_cell], novel)
         genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
         if self.can_explain:
-            known = self._readout_columns()
-            of_readout = label_members(sets.tolist(), known, terms)
-            explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout)
+            of_readout, known, _, profiles = self.meanings(sets.tolist())
+            explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout, profiles)
             symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
             readout_columns = np.array([*(known.get(name, -1) for name in names), -1], dtype=np.int64)[best]
             usable: np.ndarray = (readout_columns >= 0) & of_readout[set_of_cell].any(axis=1)
@@ -117,7 +149,15 @@ class EvidenceSteps(LabellingSteps):
                 marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
         columns = {name: columns[name] for name in ("cell_type", "entropy", "novelty") if name in columns}
         columns["suggested"] = np.asarray([*names, ""], dtype=str)[best]
-        return {**columns, "odds": odds, "marker_odds": marker_odds, "genes": genes.astype(str)}
+        return {**columns, "novel": novel, "odds": odds, "marker_odds": marker_odds, "genes": genes.astype(str)}
+
+    def _audit_labelling(self, choice: InputChoice, sets: np.ndarray) -> tuple[Labelling, list[Mapping[str, Any]]]:
+        """The labels that compete with given ones, and the types among them that have a profile and no cells."""
+        settings, stored = self.annotation_settings(), self.model.config.annotation or {}
+        labels, types = {name: name for name in sets.tolist()}, stored.get("profiles", [])
+        asked = profiled_types(labels, {}, settings["labels"], stored.get("terms", []), types)
+        settings["labels"] |= {str(types[number]["name"]): text for text, number in asked.items()}
+        return self.labelling(choice, settings, not asked), [types[number] for number in asked.values()]
 
     def add_audit(
         self,
@@ -131,10 +171,11 @@ class EvidenceSteps(LabellingSteps):
     ) -> Audit:
         """Add the verdicts on the given labels of all cells to `adata`, from the columns of [`audit_cells`]."""
         labelling, sets = self.labelling(choice, self.annotation_settings()), np.unique(given)
+        wide, types = self._audit_labelling(choice, sets)
         finish_report(choice.report)
         for warning in self.summarize(labelling, columns)[1]:
             logger.warning(warning)
-        names, terms = labelling.candidates.names, (self.model.config.annotation or {}).get("terms", [])
+        names, terms = wide.candidates.names, [*(self.model.config.annotation or {}).get("terms", []), *types]
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
@@ -147,9 +188,8 @@ class EvidenceSteps(LabellingSteps):
                 "...): their cells are not judged. Rename them to a type, a synonym or an id of the Cell Ontology; of "
                 f"{strange[0]!r} {n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
             )
-        novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
-        judged = {name: columns[name] for name in ("suggested", "odds", "marker_odds", "genes")}
-        audit = Audit(given=given, novel=novel, called=called, clusters=clusters, **judged)
+        judged = {name: columns[name] for name in ("suggested", "odds", "marker_odds", "genes", "novel")}
+        audit = Audit(given=given, called=called, clusters=clusters, **judged)
         columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
         for name, values in {**columns_of, "audit_genes": audit.genes}.items():
             add_column(adata, f"{key_added}_{name}", values)

@@ -237,14 +237,18 @@ class LabellingSteps(CellPasses):
             columns["label_set"] = sets
         return columns, probabilities
 
-    def called_types(self, adata: Any, choice: InputChoice, key: str = "scmmgpt") -> dict[str, np.ndarray]:
+    def called_types(
+        self, adata: Any, choice: InputChoice, key: str = "scmmgpt", columns: dict[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """What cells are called: `cell_type`, and `by_profile` where types have profiles.
 
-        Columns of `obs` that [`ScMMGPTPipeline.annotate`] added, else what it adds by default.
+        Columns of `obs` that [`ScMMGPTPipeline.annotate`] added, else `columns`, by default what it adds by default.
         """
         if f"{key}_cell_type" in adata.obs:
             names = [name for name in ("cell_type", "by_profile") if f"{key}_{name}" in adata.obs]
             return {name: adata.obs[f"{key}_{name}"].to_numpy() for name in names}
+        if columns is not None:
+            return columns
         choice = uncounted(choice)
         labelling = self.read_batch(adata, self.labelling(choice, self.annotation_settings()))
         return self.label_cells(adata, labelling)[0]

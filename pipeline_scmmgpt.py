@@ -42,7 +42,7 @@ try:  # as a package or as remote code
     )
     from .modeling_scgpt import cpu_dtype
     from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-    from .passes_scmmgpt import best_device
+    from .passes_scmmgpt import best_device, uncounted
     from .processing_scmmgpt import ScMMGPTProcessor
     from .receipt_scmmgpt import Signer, with_receipt
     from .records_scmmgpt import add_column, finish_report, words_of
@@ -67,7 +67,7 @@ except ImportError:  # as a flat module in a clone
     )
     from modeling_scgpt import cpu_dtype
     from modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-    from passes_scmmgpt import best_device
+    from passes_scmmgpt import best_device, uncounted
     from processing_scmmgpt import ScMMGPTProcessor
     from receipt_scmmgpt import Signer, with_receipt
     from records_scmmgpt import add_column, finish_report, words_of
@@ -314,7 +314,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         given = words_of(adata.obs, label_key)
         clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
-        columns = self.audit_cells(adata, choice, given, np.unique(given), batch_size)
+        labelling = self.labelling(uncounted(choice), self.annotation_settings())
+        neighbours = self.read_batch(adata, labelling).neighbours
+        columns = self.audit_cells(adata, choice, given, np.unique(given), neighbours, batch_size)
         return self.add_audit(adata, choice, label_key, given, columns, clusters, key_added)
 
     def calibrate(
@@ -371,8 +373,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
     ) -> Any:
         """Describe every cell in words.
 
-        Descriptions keep to the types that [`annotate`] gave the cells, in `obs["{key}_cell_type"]`, or would give them
-        by default: the language model describes cells of trained labels, and is not asked about a cell that is
+        Descriptions keep to the types that [`annotate`] gave the cells, in `obs["{key}_cell_type"]`, or would give
+        them by default: the language model describes cells of trained labels, and is not asked about a cell that is
         `"Unknown"`, or of a broader type or a type with a profile alone.
 
         Args:

@@ -45,7 +45,7 @@ MIN_LINEAGE_GENES, LINEAGE_FOLD = 2, 0.5
 
 NO_TYPE = "No type is shown by its counts; the model proposes {}."
 MIN_SCORE = 0.5  # a label of a lower probability gives way to a broader type
-MIN_KIND = 20  # cells, to say what is usual
+MIN_KIND, MIN_RIVAL = 20, 10  # cells, to say what is usual of a type, and to know that it has more of a gene
 TYPE_FOLD, TYPE_SHARE = 2.0, 0.1  # of a gene of a type: fold of mean expression, and cells that express it
 APART, PSEUDORATE = 1.25, 0.05  # fold of the genes of a type together over any other; counts per 10,000
 N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
@@ -197,6 +197,7 @@ class Proof:
         within: Type -> Cell Ontology ids of it and of the terms above it.
         excluded: Type -> lineages that no cell of it is of.
         tissues: str `(n_cells,)`: as the file says; "" for unknown.
+        called: str `(n_cells,)`: the type that a cell is called where its counts show none; by default its kind.
     """
 
     def __init__(
@@ -208,10 +209,11 @@ class Proof:
         within: Mapping[str, frozenset[str]],
         excluded: Mapping[str, Sequence[Lineage]],
         tissues: np.ndarray,
+        called: np.ndarray | None = None,
     ) -> None:
         self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
         self.excluded = excluded
-        n_cells, proposed = len(kinds), kinds.tolist()
+        n_cells, proposed = len(kinds), (kinds if called is None else called).tolist()
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
         while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
             self.group_by(kinds)
@@ -251,7 +253,9 @@ class Proof:
         pooled = COUNTS_PER_10K * counts / (sizes[:, None] + self.expression.sizes.mean())
         self.logs = np.log(np.stack([means, pooled]) + PSEUDORATE)
         self.rivals = [
-            np.array([i for i in range(len(self.names)) if self.n[i] >= MIN_KIND and self.excludes(i, own)], dtype=int)
+            np.array(
+                [i for i in range(len(self.names)) if self.n[i] >= MIN_RIVAL and self.excludes(i, own)], dtype=int
+            )
             for own in range(len(self.names))
         ]
         self.expression.sorted.clear()

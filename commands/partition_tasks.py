@@ -173,7 +173,10 @@ def decide(
 ) -> Arrays:
     """Decisions that need all cells of a source, or all their labels, before the first partition is computed."""
     if job.verb == "audit":
-        return {"sets": np.unique(words_of(cells.obs, job.options["label_key"]))}
+        sets = np.unique(words_of(cells.obs, job.options["label_key"]))
+        with one_thread():
+            labelling = pipeline.read_batch(cells, pipeline.labelling(choice, pipeline.annotation_settings()))
+        return {"sets": sets, **(vars(labelling.neighbours) if labelling.neighbours is not None else {})}
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
     if job.verb == "annotate":
@@ -203,7 +206,8 @@ def compute_part(
         return Computed({f"search{i}": column for i, column in enumerate(found.T)})
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
-        return Computed(pipeline.audit_cells(part, choice, given, decided["sets"]))
+        neighbours = Neighbours(decided["scores"], decided["novelty"]) if "novelty" in decided else None
+        return Computed(pipeline.audit_cells(part, choice, given, decided["sets"], neighbours))
     if job.verb == "explain" and labels is not None:
         key = options.get("cluster_key")
         clusters = None if key is None else words_of(part.obs, key)

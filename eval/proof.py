@@ -68,7 +68,7 @@ SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
 LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
 ROUNDING = 1e-3  # of a count in words
 HIGH = 95  # share of its kind that a lie claims for a programme
-MIN_KIND, SMOOTHING = 20, 0.1  # cells of a kind that others are compared with; counts added to each gene
+MIN_KIND, MIN_RIVAL, SMOOTHING = 20, 10, 0.1  # cells of a kind, and of one it is compared with; counts of a gene added
 FEW, CHANCE = 0.4, 1e-3  # counts of a programme that are expected at least; probability of so many
 Lie: TypeAlias = Callable[["Checker", int, np.random.Generator], str | None]
 
@@ -131,7 +131,7 @@ class Checker:
     def better_kinds(self, kind: str, genes: Sequence[str]) -> list[str]:
         """Kinds in which genes are together more probable than in one that excludes them."""
         columns = [self.column[gene] for gene in genes]
-        rivals = [name for name, cells in self.kinds.items() if cells.sum() >= MIN_KIND and self.excludes(name, kind)]
+        rivals = [name for name, cells in self.kinds.items() if cells.sum() >= MIN_RIVAL and self.excludes(name, kind)]
         own = self.log_shares[kind][columns].sum() if kind in self.log_shares else -np.inf
         return [name for name in rivals if self.log_shares[name][columns].sum() > own]
 
