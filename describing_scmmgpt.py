@@ -118,7 +118,7 @@ class DescriptionSteps(EvidenceSteps):
     def _kept_to(
         self, called: Mapping[str, np.ndarray], labels: np.ndarray, texts: np.ndarray, names_type: bool
     ) -> np.ndarray:
-        """The texts of cells that agree with their types, see [`agrees`]; the types in words in place of the others."""
+        """The texts of cells that agree with their types (see [`agrees`]), else the types in words."""
         known, terms = list(self._readout_columns()), (self.model.config.annotation or {}).get("terms", [])
         by_profile = called.get("by_profile", np.zeros(len(texts), dtype=bool))
         other = np.zeros(len(texts), dtype=bool)

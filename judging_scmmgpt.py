@@ -43,8 +43,8 @@ class EvidenceSteps(LabellingSteps):
         """What labels in any words mean.
 
         Returns:
-            `members`, bool `(len(sets), n_labels)`; label -> its column, trained ones and then the types named in `sets`
-            that have a profile and no cells; terms as for [`trained_labels_of`]; the numbers of the profiles.
+            `members`, bool `(len(sets), n_labels)`; label -> its column, trained ones and then the types that `sets`
+            name by a profile alone; terms as for [`trained_labels_of`]; the numbers of the profiles.
         """
         known, stored = self._readout_columns(), self.model.config.annotation or {}
         terms, types = stored.get("terms", []), stored.get("profiles", [])

@@ -253,9 +253,7 @@ class Proof:
         pooled = COUNTS_PER_10K * counts / (sizes[:, None] + self.expression.sizes.mean())
         self.logs = np.log(np.stack([means, pooled]) + PSEUDORATE)
         self.rivals = [
-            np.array(
-                [i for i in range(len(self.names)) if self.n[i] >= MIN_RIVAL and self.excludes(i, own)], dtype=int
-            )
+            np.array([i for i, n in enumerate(self.n) if n >= MIN_RIVAL and self.excludes(i, own)], dtype=int)
             for own in range(len(self.names))
         ]
         self.expression.sorted.clear()

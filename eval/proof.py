@@ -11,7 +11,8 @@ the file whose texts name the same type are the kind of a cell.
 | sentence | supported if |
 | --- | --- |
 | type | each gene is higher in the kind than in all other cells, and all together are more probable in it than in \
-any other kind, by naive Bayes over the counts of all kinds; the text names the genes of a lineage that excludes it |
+any other kind of ten cells or more, by naive Bayes over the counts of all kinds; the text names the genes of a \
+lineage that excludes it |
 | against | the genes are those of the lineage that the cell expresses, and the type excludes it |
 | programme | it names three genes of the list; the cell is above the stated share of its kind, and above half of \
 it, and has twice the counts of its lower quarter, by more than chance |
@@ -68,7 +69,8 @@ SENTENCES = {kind: re.compile(pattern) for kind, pattern in PATTERNS.items()}
 LISTS = {programme.phrase: set(programme.genes) for programme in PROGRAMMES}
 ROUNDING = 1e-3  # of a count in words
 HIGH = 95  # share of its kind that a lie claims for a programme
-MIN_KIND, MIN_RIVAL, SMOOTHING = 20, 10, 0.1  # cells of a kind, and of one it is compared with; counts of a gene added
+MIN_KIND, MIN_RIVAL = 20, 10  # cells of a kind that are usual of it, and of one that refutes another
+SMOOTHING = 0.1  # counts added to each gene
 FEW, CHANCE = 0.4, 1e-3  # counts of a programme that are expected at least; probability of so many
 Lie: TypeAlias = Callable[["Checker", int, np.random.Generator], str | None]
 
