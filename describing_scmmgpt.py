@@ -172,13 +172,42 @@ class DescriptionSteps(EvidenceSteps):
             name: excluded_lineages(mine, known, terms) for name, mine in zip(kinds.tolist(), members, strict=True)
         }
         words = np.where(called == UNKNOWN, "none", called)
-        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words)
+        elsewhere = self._rates_elsewhere(dict(zip(kinds.tolist(), members, strict=True)), list(known), genes)
+        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words, elsewhere)
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:
             groups += (row for row in proved.group_rows("cluster", clusters) if row["name"] != MISSING)
         done = {"proof": True, "clauses": table_of(proved.rows(adata.obs_names)), "groups": table_of(groups)}
         return self._record(adata, key_added, choice.report, describe=done)
+
+    def _rates_elsewhere(
+        self, members: Mapping[str, np.ndarray], labels: Sequence[str], genes: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The highest mean counts per 10,000 of genes in the types of the checkpoint that are not of a kind.
+
+        Args:
+            members: Kind -> labels of it, bool `(n_labels,)`.
+            labels: Trained ones, and types that have a profile alone.
+            genes: int64 `(n_genes,)`, ascending vocabulary ids.
+
+        Returns:
+            Kind -> float `(n_genes,)`; nothing where the checkpoint keeps no groups of cells.
+        """
+        readout = self._bridge().label_readout
+        if not readout.num_groups:
+            return {}
+        types = [str(known["name"]) for known in (self.model.config.annotation or {}).get("profiles", [])]
+        names, logs = [*list(self._readout_columns()), *types], readout.mean_profiles()
+        rates = np.zeros((len(names), len(genes)), dtype=np.float32)
+        ids = readout.gene_ids.cpu().numpy()
+        here = np.isin(ids, genes)
+        rates[:, np.searchsorted(genes, ids[here])] = np.expm1(logs[: len(names), here])
+        of_kind = {
+            kind: np.isin(names, [label for label, is_one in zip(labels, mine, strict=True) if is_one])
+            for kind, mine in members.items()
+        }
+        return {kind: rates[~mine].max(axis=0, initial=0.0) for kind, mine in of_kind.items()}
 
     def _types_to_prove(self, called: np.ndarray, scores: np.ndarray, labelling: Labelling) -> np.ndarray:
         """The type of each cell, str `(n_cells,)`: as it is called, broader where that is not probable enough.

@@ -12,7 +12,7 @@ they do not support is left out.
 | type | expressed markers and evidence of the label | higher in the cells of the label than in the others |
 | against | those of another lineage (`LINEAGES`) | at least two, too many to be from other cells |
 | programme | those of a published list (`PROGRAMMES`) | several, and far more than in the lower quarter of its kind |
-| unusual | any | several times the mean of its kind, and above nearly all of it |
+| unusual | any | several times the mean of its kind, above nearly all of it, and no trace of another type |
 | alternative | evidence for the runner-up | higher in the runner-up's cells than in those of the label |
 | undecided | evidence for both kinds of a broad type | likewise |
 
@@ -51,6 +51,9 @@ APART, PSEUDORATE = 1.25, 0.05  # fold of the genes of a type together over any 
 N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
 MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
+# A cell may have so much of the expression of another type from the fluid around it. Of types that the file has no
+# cells of, this holds for genes that its cells have whatever their type.
+TRACE, OF_ANY_TYPE = 0.2, 2.0
 GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
 COUNTED = 0.95  # of the values are whole numbers, in counts
 RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
@@ -198,6 +201,7 @@ class Proof:
         excluded: Type -> lineages that no cell of it is of.
         tissues: str `(n_cells,)`: as the file says; "" for unknown.
         called: str `(n_cells,)`: the type that a cell is called where its counts show none; by default its kind.
+        elsewhere: Type -> `(n_genes,)`: the highest mean rate of each gene in other types, of reference cells.
     """
 
     def __init__(
@@ -210,7 +214,9 @@ class Proof:
         excluded: Mapping[str, Sequence[Lineage]],
         tissues: np.ndarray,
         called: np.ndarray | None = None,
+        elsewhere: Mapping[str, np.ndarray] | None = None,
     ) -> None:
+        self.elsewhere = elsewhere or {}
         self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
         self.excluded = excluded
         n_cells, proposed = len(kinds), (kinds if called is None else called).tolist()
@@ -352,6 +358,15 @@ class Proof:
                     found[cell].append(Clause("programme", words, tuple(genes)))
         return found
 
+    def traces(self, group: int) -> np.ndarray:
+        """Rates of genes up to which the cells of a group may have them from cells of other types, `(n_genes,)`."""
+        rivals = self.rivals[group]
+        rates = (self.sums[rivals] / self.n[rivals, None]).max(axis=0, initial=0.0)
+        others = (self.total - self.sums[group]) / max(len(self.kinds) - self.n[group], 1)
+        of_any_type = self.mean(group) <= OF_ANY_TYPE * others
+        reference = self.elsewhere.get(self.names[group], np.zeros(len(rates)))
+        return TRACE * np.maximum(rates, np.where(of_any_type, reference, 0.0))
+
     def unusual_genes(self) -> list[list[int]]:
         """Genes that each cell expresses far more than its kind, the most surprising first."""
         found: list[list[int]] = [[] for _ in self.kinds]
@@ -359,14 +374,15 @@ class Proof:
         for group, members in enumerate(self.members):
             if len(members) <= MIN_KIND:
                 continue
+            traces = self.traces(group)
             for cell in logging.tqdm(members.tolist(), desc=f"Comparing {self.names[group]}", unit="cell", delay=3):
                 genes, counts = expression.row(cell)
-                others = (self.sums[group][genes] - expression.rates[cell, genes].toarray().ravel()) / (
-                    self.n[group] - 1
-                )
+                rates = expression.rates[cell, genes].toarray().ravel()
+                others = (self.sums[group][genes] - rates) / (self.n[group] - 1)
                 counts = counts * expression.scales[cell]
                 expected = np.maximum(others, 0) * expression.sizes[cell] * expression.scales[cell] / COUNTS_PER_10K
                 high = (counts >= UNUSUAL_COUNT) & (counts >= UNUSUAL_FOLD * expected) & expression.recurs[genes]
+                high &= rates > traces[genes]
                 deviance = np.where(high, surprise(counts, expected), 0.0)
                 for entry in np.argsort(-deviance, kind="stable")[: 3 * N_GENES]:
                     gene = int(genes[entry])

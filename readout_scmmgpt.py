@@ -341,6 +341,18 @@ class ScMMGPTLabelReadout(nn.Module):
         for name, given in (("profile_places", places), ("profile_others", np.resize(others, len(values)))):
             self.register_buffer(name, torch.as_tensor(np.asarray(given), dtype=torch.int32, device=self.mean.device))
 
+    def mean_profiles(self) -> np.ndarray:
+        """Mean log1p(CP10k) of the labels, then of types that have a profile alone, float64 `(n_types, num_genes)`.
+
+        Of a readout with groups. A gene that no profile has is at the mean of the groups.
+        """
+        a = self.arrays()
+        of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
+        means = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
+        if n_profiles := len(a.get("profiles", ())):
+            means = np.concatenate([means, with_profiles(a, range(n_profiles))["groups"][-n_profiles:]])
+        return means
+
     def place(self, scores: torch.Tensor) -> torch.Tensor:
         """Places of cells in the space shared with texts, `(num_cells, feature_width)`: means of the labels' places.
 
