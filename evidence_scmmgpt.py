@@ -27,12 +27,10 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from .labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
-    from .regression_scmmgpt import with_profiles
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
     from labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
-    from regression_scmmgpt import with_profiles
 
 
 N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label
@@ -180,7 +178,7 @@ class Explainer:
         here = np.isin(readout.gene_ids.cpu().numpy(), panel.gene_ids)
         centroids = readout.centroids.cpu().float().numpy()[:, here]
         if len(profiles):
-            of_types = with_profiles(readout.arrays(), profiles)["groups"][-len(profiles) :, here]
+            of_types = readout.mean_profiles()[len(readout.bias) :][profiles][:, here]
             centroids = np.concatenate([centroids, of_types.astype(np.float32)])
         members = np.concatenate([members, np.eye(members.shape[1], dtype=bool)])
         shares = (members / members.sum(axis=1, keepdims=True).clip(min=1)).astype(np.float32)

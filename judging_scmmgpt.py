@@ -1,6 +1,6 @@
 """Labels against the genes of the cells: the evidence for a label, and the audit of labels that cells were given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,20 +38,6 @@ class EvidenceSteps(LabellingSteps):
     def can_explain(self) -> bool:
         """Whether the checkpoint has a label readout, which [`explain`] takes its terms from."""
         return getattr(self._bridge(), "label_readout", None) is not None
-
-    def meanings(self, sets: Sequence[str]) -> tuple[np.ndarray, dict[str, int], list[Mapping[str, Any]], list[int]]:
-        """What labels in any words mean.
-
-        Returns:
-            `members`, bool `(len(sets), n_labels)`; label -> its column, trained ones and then the types that `sets`
-            name by a profile alone; terms as for [`trained_labels_of`]; the numbers of the profiles.
-        """
-        known, stored = self._readout_columns(), self.model.config.annotation or {}
-        terms, types = stored.get("terms", []), stored.get("profiles", [])
-        asked = list(profiled_types({name: name for name in sets}, {}, known, terms, types).values())
-        known |= {types[number]["name"]: len(known) + place for place, number in enumerate(asked)}
-        terms = [*terms, *(types[number] for number in asked)]
-        return label_members(sets, known, terms), known, terms, asked
 
     def explain_cells(
         self,

@@ -4,7 +4,7 @@ The results of a cell are those of the cell alone: a batch takes cells of like l
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,12 +16,16 @@ from transformers.utils import logging
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells, CellsHash
     from .conversion_scmmgpt import InputChoice
+    from .evidence_scmmgpt import label_members
+    from .labels_scmmgpt import profiled_types
     from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from .processing_scmmgpt import ScMMGPTProcessor
     from .records_scmmgpt import record
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells, CellsHash
     from conversion_scmmgpt import InputChoice
+    from evidence_scmmgpt import label_members
+    from labels_scmmgpt import profiled_types
     from modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from processing_scmmgpt import ScMMGPTProcessor
     from records_scmmgpt import record
@@ -124,6 +128,20 @@ class CellPasses:
         )
         label_of = {text: label for label, text in stored.items()}
         return {label_of.get(text, text): column for column, text in enumerate(texts)}
+
+    def meanings(self, sets: Sequence[str]) -> tuple[np.ndarray, dict[str, int], list[Mapping[str, Any]], list[int]]:
+        """What labels in any words mean.
+
+        Returns:
+            `members`, bool `(len(sets), n_labels)`; label -> its column, trained ones and then the types that `sets`
+            name by a profile alone; terms as for [`trained_labels_of`]; the numbers of the profiles.
+        """
+        known, stored = self._readout_columns(), self.model.config.annotation or {}
+        terms, types = stored.get("terms", []), stored.get("profiles", [])
+        asked = list(profiled_types({name: name for name in sets}, {}, known, terms, types).values())
+        known |= {types[number]["name"]: len(known) + place for place, number in enumerate(asked)}
+        terms = [*terms, *(types[number] for number in asked)]
+        return label_members(sets, known, terms), known, terms, asked
 
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
         """Add the settings of a verb, the checkpoint and the report of what was read to `uns`."""

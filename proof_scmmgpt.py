@@ -73,6 +73,10 @@ DONOR = frozenset(
 )
 
 
+IMMUNOGLOBULIN = re.compile(r"IG[HKL][ACDEGMV]|JCHAIN|IGLL5")  # of other cells, but in the B lineage
+B_LINEAGE = "CL:0000945"
+
+
 @dataclass(frozen=True)
 class Clause:
     """A sentence about a cell, and the genes that it rests on.
@@ -137,6 +141,7 @@ class Expression:
         judged = self.counts.data * np.repeat(self.scales, np.diff(self.counts.indptr))
         two = np.bincount(self.counts.indices[judged >= 2], minlength=len(symbols))
         self.recurs = self.usable & (two > np.maximum(RECURRENT * len(cells), 1)) & ~np.isin(self.symbols, list(DONOR))
+        self.is_immunoglobulin = np.array([bool(IMMUNOGLOBULIN.match(name)) for name in symbols], dtype=bool)
         self.sorted: dict[tuple[int, int], np.ndarray] = {}
 
     def totals(self, groups: np.ndarray, n_groups: int, values: np.ndarray | None = None) -> np.ndarray:
@@ -365,7 +370,9 @@ class Proof:
         others = (self.total - self.sums[group]) / max(len(self.kinds) - self.n[group], 1)
         of_any_type = self.mean(group) <= OF_ANY_TYPE * others
         reference = self.elsewhere.get(self.names[group], np.zeros(len(rates)))
-        return TRACE * np.maximum(rates, np.where(of_any_type, reference, 0.0))
+        traces = TRACE * np.maximum(rates, np.where(of_any_type, reference, 0.0))
+        makes_antibodies = B_LINEAGE in self.within.get(self.names[group], ())
+        return traces if makes_antibodies else np.where(self.expression.is_immunoglobulin, np.inf, traces)
 
     def unusual_genes(self) -> list[list[int]]:
         """Genes that each cell expresses far more than its kind, the most surprising first."""

@@ -13,7 +13,8 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .configuration_scmmgpt import CELL_EMBEDDINGS
     from .conversion_scmmgpt import InputChoice
-    from .evidence_scmmgpt import NONE, Explainer, label_members
+    from .evidence_scmmgpt import NONE, Explainer
+    from .labels_scmmgpt import names_known_type
     from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from .passes_scmmgpt import CellFunction, CellPasses
     from .query_scmmgpt import Search
@@ -24,7 +25,8 @@ except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells
     from configuration_scmmgpt import CELL_EMBEDDINGS
     from conversion_scmmgpt import InputChoice
-    from evidence_scmmgpt import NONE, Explainer, label_members
+    from evidence_scmmgpt import NONE, Explainer
+    from labels_scmmgpt import names_known_type
     from modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
     from passes_scmmgpt import CellFunction, CellPasses
     from query_scmmgpt import Search
@@ -136,9 +138,8 @@ class SearchSteps(CellPasses):
 
     def _markers_named(self, texts: list[str], measured: np.ndarray) -> list[np.ndarray]:
         """Vocabulary ids of the markers of the type that each text names; none for a text that names no one type."""
-        known, terms = self._readout_columns(), (self.model.config.annotation or {}).get("terms", [])
-        members = label_members([ARTICLE.sub("", text.strip(" .")) for text in texts], known, terms)
-        explainer = Explainer.of(self._bridge().label_readout, measured, members)
+        members, _, _, profiles = self.meanings([ARTICLE.sub("", text.strip(" .")) for text in texts])
+        explainer = Explainer.of(self._bridge().label_readout, measured, members, profiles)
         found = explainer.markers[: len(texts)]
         return [explainer.panel.gene_ids[row[row != NONE]] for row in found]
 
@@ -162,12 +163,27 @@ class SearchSteps(CellPasses):
             of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
             return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
         text_features = encode_texts(bridge, self.processor, plan.texts)
-        features_of = self.features_of(choice)
+        features_of, of_types = self.features_of(choice), self._types_named(plan.texts, choice.match.measured)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
-            return cell_text_similarity(features_of(cells), text_features), torch.from_numpy(plan.expression(cells))
+            found = cell_text_similarity(features_of(cells), text_features)
+            return found + of_types(cells).to(found), torch.from_numpy(plan.expression(cells))
 
         return similarity
+
+    def _types_named(self, texts: Sequence[str], measured: np.ndarray) -> Callable[[Cells], torch.Tensor]:
+        """Cells -> probability of the types that each text names and that have a profile alone, `(n, n_texts)`.
+
+        The shared space has a place for trained labels alone: there, goblet cells lie among those they are least
+        unlike. As in `annotate --labels`, the types compete with the labels; 0 for a text that names none.
+        """
+        types = (self.model.config.annotation or {}).get("profiles", [])
+        of_text = [[i for i, known in enumerate(types) if names_known_type(t, known["names"], [])] for t in texts]
+        if not (named := sorted({number for numbers in of_text for number in numbers})):
+            return lambda cells: torch.zeros(len(cells), len(texts))
+        panel = self._bridge().label_readout.for_genes(measured, named)
+        shares = torch.tensor([[float(number in numbers) for numbers in of_text] for number in named])
+        return lambda cells: torch.from_numpy(panel(cells)[:, -len(named) :]).exp() @ shares
 
     def features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
         """Cells -> features in the shared space; where labels place them, by the readout for the genes of the data."""

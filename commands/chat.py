@@ -108,6 +108,9 @@ class Chat:
         self.programmes = {name: np.isin(adata.obs_names, cells) for name, cells in shows.items()}
         own = [name for name in self.obs if not name.startswith("scmmgpt_") and not name.endswith("ontology_term_id")]
         self.columns = {c: words_of(self.obs, c) for c in own if self.obs[c].nunique() <= MAX_KINDS}
+        known = {str(term["name"]): term for term in settings.get("profiles", [])}
+        self.never_called = [name for name in known if name not in sets]
+        types |= {simple(word): name for name in self.never_called for word in [name, *known[name]["names"]]}
         self.read = QuestionReader(types, {name: set(values) for name, values in self.columns.items()}, gene_index)
         self.asked = Question("")
 
@@ -119,6 +122,12 @@ class Chat:
             words = ", ".join(f'"{word}"' for word in dict.fromkeys(asked.unread))
             known = f" ({words}: no gene, label, column or subject of these answers)" if words else ""
             return Answer(f"The counts do not answer that{known}. You can ask: {EXAMPLES}")
+        if never := [name for kind, name in asked.groups if kind == "type" and name in self.never_called]:
+            return Answer(
+                f"No cell of the file is called {never[0]}. The checkpoint has a reference profile of this type and "
+                "no cells, and names a cell by it where it leads over all other types.",
+                asked.topic,
+            )
         self.asked = asked
         start = f'Read as "{asked.text}": ' if asked.is_misspelt else ""
         if not self.subject[0].any():
