@@ -363,7 +363,7 @@ def verify(args: Args) -> int:
 
 def report(args: Args) -> None:
     """Write a page about the results of a file: map, labels, evidence, descriptions, warnings, receipt."""
-    from scmmgpt.commands.report import KEY, report_page
+    from scmmgpt.commands.report import KEY, describe_some, report_page
     from scmmgpt.records_scmmgpt import need_columns
 
     if args.output.suffix not in (".html", ".htm"):
@@ -378,7 +378,7 @@ def report(args: Args) -> None:
         pipeline.annotate(adata, cluster_key=args.cluster_key, **read_options(args))
         if pipeline.can_explain:
             pipeline.explain(adata, cluster_key=args.cluster_key, **read_options(args))
-            pipeline.describe(adata, proof=True, cluster_key=args.cluster_key, **read_options(args))
+            describe_some(pipeline, adata, args.cluster_key, **read_options(args))
     with log_if_slow("Drawing the page"):
         page = report_page(adata, args.file.name, args.label_key)
     with whole_file(args.output) as temporary:

@@ -19,6 +19,21 @@ SHOWN = 10  # rows of a table of cells
 SILENT = 0.1  # a marker that fewer cells of a label express is missing
 LOW_MATCH, LOW_SCORE = 0.6, 0.5  # shares and scores below these get a warning
 KEY = "scmmgpt"
+DESCRIBED = 10_000  # cells at most, which are in memory at once
+
+
+def describe_some(pipeline: Any, adata: Any, cluster_key: str | None, seed: int = 0, **read_kwargs: Any) -> None:
+    """Describe annotated cells with proof; of more than `DESCRIBED` so many that are drawn, the others as ""."""
+    if adata.n_obs <= DESCRIBED:
+        pipeline.describe(adata, proof=True, cluster_key=cluster_key, **read_kwargs)
+        return
+    rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:DESCRIBED])
+    some = adata[rows].copy()
+    pipeline.describe(some, proof=True, cluster_key=cluster_key, **read_kwargs)
+    texts = np.full(adata.n_obs, "", dtype=object)
+    texts[rows] = some.obs[f"{KEY}_description"]
+    adata.obs[f"{KEY}_description"] = texts.astype(str)
+    adata.uns[KEY] = {**adata.uns[KEY], "describe": some.uns[KEY]["describe"]}
 
 
 def report_page(adata: Any, title: str, label_key: str | None = None, seed: int = 0) -> str:
@@ -57,6 +72,7 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
         audit=audit_rows(adata),
         descriptions=description_rows(adata),
         groups=group_rows(uns.get("describe", {})),
+        n_described=int((adata.obs.get(f"{KEY}_description", pd.Series()).astype(str) != "").sum()),
         input=input_facts(uns.get("input", {})),
         receipts=[{"verb": verb, "facts": receipt_facts(receipt)} for _, verb, receipt in receipts(adata.uns)],
     )
@@ -186,6 +202,7 @@ def description_rows(adata: Any) -> list[dict[str, str]]:
     if f"{KEY}_description" not in adata.obs:
         return []
     surest = adata.obs.sort_values(f"{KEY}_score", ascending=False, kind="stable")
+    surest = surest[surest[f"{KEY}_description"].astype(str) != ""]
     surest = surest.drop_duplicates(f"{KEY}_cell_type")
     return [
         {"label": str(row[f"{KEY}_cell_type"]), "cell": str(name), "text": str(row[f"{KEY}_description"])}
