@@ -39,6 +39,7 @@ LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # levels of counts per 10,000, in e
 NONE = -1  # no set of labels, no gene
 # A label of several types, of none, or of cells that are no good.
 OF_NO_ONE_TYPE = re.compile(r"[/&|]|\b(and|or|not|no|mixed|doublets?|multiplets?|low.quality)\b", re.IGNORECASE)
+STATE = re.compile(r"^((activated|quiescent|resting|cycling|proliferating|immature|mature|inflamed|stressed) )+")
 
 
 @dataclass
@@ -271,14 +272,14 @@ def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequen
 
 
 def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The trained labels of a type that a file names without the word cell, or the organ: "NK", "alpha", "ductal".
+    """The trained labels of a type that a file names without the word cell, or the organ: "NK", "activated stellate".
 
     None if types that are not one above the other have such a name.
 
-    >>> labels_in_short("Alpha", [{"names": ["pancreatic alpha cell"], "labels": ["A"]}])
+    >>> labels_in_short("proliferating_Alpha", [{"names": ["pancreatic alpha cell"], "labels": ["A"]}])
     ['A']
     """
-    words = normalize_label(label)
+    words = STATE.sub("", normalize_label(label))
     name = f"{words} cell"
     is_whole = re.compile(re.escape(name)).fullmatch
     is_part = re.compile(rf"{re.escape(name)} of .*|.* {re.escape(name)}").fullmatch

@@ -310,7 +310,8 @@ class Proof:
         shows = (alike >= TYPE_FOLD * others) & (alike > 0) & (self.shares[group][genes] >= TYPE_SHARE)
         shows &= rates >= OF_KIND * alike
         genes = self.sets_apart(group, [gene for gene, is_shown in zip(genes, shows, strict=True) if is_shown])
-        if not set(genes) & set(candidates[:N_MARKERS].tolist()):
+        is_broad = bool(self.others[1].names[cell])
+        if not set(genes) & set(candidates[:N_MARKERS].tolist()) or (is_rare and is_broad and len(genes) < 2):
             return None
         noun = article(self.names[group]) + (f" from {self.tissues[cell]}" if self.tissues[cell] else "")
         alone = " alone" if len(genes) == 1 else ""

@@ -162,3 +162,33 @@ def test_saving_keeps_the_labels_and_the_number_of_placeholders(pipeline, tmp_pa
 def test_labels_need_a_readout():
     with pytest.raises(ValueError, match="the model has no label readout"):
         ScMMGPTConfig(cell_tokens="labels")
+
+
+def test_a_description_keeps_to_the_type_that_a_cell_is_called(monkeypatch, caplog):
+    pipeline, adata = pipeline_reading("labels"), synthetic_adata(5)
+    pipeline.model.config.annotation = {
+        "labels": {label: f"a {label}" for label in LABELS},
+        "terms": [{"id": "CL:0000542", "name": "lymphocyte", "names": ["lymphocyte"], "labels": LABELS[:2]}],
+    }
+    adata.obs["scmmgpt_cell_type"] = ["monocyte", "Unknown", "hepatocyte", "lymphocyte", "B cell"]
+    adata.obs["scmmgpt_by_profile"] = [False, False, True, False, False]
+    asked = []
+    monkeypatch.setattr(pipeline.model, "generate", lambda **kw: asked.append(kw["readout_scores"]) or kw["input_ids"])
+    said = {0: "A B cell.", 2: "Monocytes of blood."}
+    monkeypatch.setattr(pipeline.processor, "batch_decode", lambda ids, **kw: [said[int(i)] for i in labels_of(asked)])
+    texts = pipeline.describe(adata).obs["scmmgpt_description"].tolist()
+    assert sorted(labels_of(asked)) == [0, 2]  # of the cells of trained labels alone
+    assert texts == [
+        "Monocytes of blood.",
+        "The type of this cell is unknown.",
+        "This cell is a hepatocyte, by the reference profile of the type.",
+        "This cell is a lymphocyte.",
+        "A B cell.",
+    ]
+    said[2] = "This cell is a malignant cell."
+    assert pipeline.describe(adata).obs["scmmgpt_description"].iloc[0] == "This cell is a monocyte."
+    assert "does not name the type of 1 of 5 cells" in caplog.text
+
+
+def labels_of(asked):
+    return asked[-1].argmax(dim=1).tolist()

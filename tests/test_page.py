@@ -9,7 +9,7 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.commands.report import report_page, warnings_of
+from scmmgpt.commands.report import describe_some, report_page, warnings_of
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -51,6 +51,15 @@ def words_of(page):
     text = Text(page)
     assert not text.unclosed
     return " ".join(" ".join(text.words).split()), text.pictures
+
+
+def test_many_cells_are_described_by_a_sample(pipeline, cells, monkeypatch):
+    monkeypatch.setattr("scmmgpt.commands.report.DESCRIBED", 50)
+    pipeline.annotate(cells)
+    describe_some(pipeline, cells, None)
+    assert (cells.obs["scmmgpt_description"] != "").sum() == 50
+    words, _ = words_of(report_page(cells, "many"))
+    assert "Of 50 cells that were drawn at random." in words
 
 
 def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cells):

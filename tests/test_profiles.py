@@ -5,6 +5,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.evidence_scmmgpt import Explainer
 from scmmgpt.labelling_scmmgpt import name_by_profile
 from scmmgpt.labels_scmmgpt import profiled_types
 from scmmgpt.profiles_scmmgpt import ProfiledTypes
@@ -21,6 +22,7 @@ from scmmgpt.train.references import Reference, TypeProfiles
 
 
 PROFILES = np.hstack([np.repeat(MARKERS_AND_LIVER[[0, LIVER]], 2, axis=1), np.full((2, N_OTHERS), 5.0)]) + 0.1
+LIVER_LABEL = 4  # the first after the trained ones
 HEPATOCYTE = {"id": "CL:0000182", "name": "hepatocyte", "names": ["hepatocyte"], "text": "A liver cell."}
 
 
@@ -115,3 +117,14 @@ def test_the_report_of_a_label_left_out_counts_what_its_profile_names(monkeypatc
     assert report["by_profiles"]["with_a_profile"]["n_labels"] == 1
     lost = report["known_lost_mean_of_datasets"]
     assert max(lost["lost_by_default"], lost["lost_by_a_candidate"]) < 0.05
+
+
+def test_the_evidence_for_a_type_with_a_profile_is_of_the_genes_of_its_cells(readout):
+    members = np.eye(5, dtype=bool)[[LIVER_LABEL, 0]]
+    explainer = Explainer.of(readout, np.arange(30), members, [0])
+    liver = np.flatnonzero(np.repeat(MARKERS_AND_LIVER[LIVER], 2) > np.repeat(MARKERS_AND_LIVER[0], 2))
+    markers = explainer.panel.gene_ids[explainer.markers[0][explainer.markers[0] >= 0]]
+    assert set(liver) <= set(markers.tolist())
+    cells = cells_of([LIVER], 3)
+    found, _ = explainer(cells, np.zeros(len(cells), int), np.ones(len(cells), int))
+    assert (explainer.panel.gene_ids[found.genes[:, 0]][:, None] == liver).any(axis=1).mean() > 0.9

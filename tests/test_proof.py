@@ -67,6 +67,32 @@ def test_what_is_unusual_for_a_kind_is_said_of_that_cell_alone(pipeline):
     assert "CD14 (40)" in adata.obs["scmmgpt_description"].iloc[0]
 
 
+@pytest.mark.parametrize(("share", "is_news"), [(0.15, False), (0.6, True)])
+def test_a_trace_of_another_type_is_no_news(pipeline, share, is_news):
+    adata = synthetic_adata(120)
+    counts = adata.X.tolil()
+    gene, is_monocyte = adata.var_names.get_loc("CD14"), (adata.obs["cell_type"] == "monocyte").to_numpy()
+    sizes = np.asarray(adata.X.sum(axis=1)).ravel()
+    for cell in np.flatnonzero(is_monocyte):  # a tenth of the counts of a monocyte
+        counts[cell, gene] = round(sizes[cell] / 5)
+    rate = np.mean([counts[cell, gene] / (sizes[cell] + counts[cell, gene]) for cell in np.flatnonzero(is_monocyte)])
+    for cell in (0, 4):
+        counts[cell, gene] = round(share * rate * sizes[cell])
+    adata.X = counts.tocsr()
+    texts = pipeline.describe(adata, proof=True).obs["scmmgpt_description"].iloc[[0, 4]]
+    assert [("Unusually" in text and "CD14" in text) for text in texts] == [is_news] * 2
+
+
+def test_a_type_of_ten_cells_refutes_another():
+    kinds = ["mast cell"] * 25 + ["macrophage"] * 12
+    texts = [f"A {kind}, shown by CD68 (1 count)." for kind in kinds]
+    rates = np.array([[1.0, 9.0]] * 25 + [[5.0, 5.0]] * 12)
+    checker = Checker(texts, csr_matrix(rates), ["CD68", "X"], np.full(37, 10.0))
+    assert checker.better_kinds("mast cell", ["CD68"]) == ["macrophage"]
+    few = Checker(texts[:34], csr_matrix(rates[:34]), ["CD68", "X"], np.full(34, 10.0))
+    assert few.better_kinds("mast cell", ["CD68"]) == []
+
+
 def test_a_cell_whose_counts_show_no_type_is_called_none(pipeline):
     adata = synthetic_adata(120)
     counts = adata.X.tolil()
