@@ -564,9 +564,10 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
 
         Returns:
             Hits, best first, each with `rank`, `cell` (its name), `index` (its row), `score` (cosine similarity, -1 to
-            1, which has no zero that means "no match"; by genes, in standard deviations of training cells; where the
-            text denies or compares something, in standard deviations of these cells) and `z`
-            (standard deviations of the score above the mean of these cells); for several texts, a list of such lists.
+            1, which has no zero that means "no match", plus the probability of a type that the text names and that has
+            a profile alone; by genes, in standard deviations of training cells; where the text denies or compares
+            something, in standard deviations of these cells) and `z` (standard deviations of the score above the mean
+            of these cells); for several texts, a list of such lists.
         """
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
