@@ -114,7 +114,7 @@ class EvidenceSteps(LabellingSteps):
         best, odds = judge(probabilities, members, set_of_cell)
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
         if "by_profile" in columns:  # like no trained label: judged by a label that is such a type, too
-            by_type = members[:, np.isin(names, [str(known["name"]) for known in types])].any(axis=1)
+            by_type: np.ndarray = members[:, np.isin(names, [str(known["name"]) for known in types])].any(axis=1)
             novel = np.where(columns["by_profile"], ~by_type[set_of_cell], novel)
         genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
         if self.can_explain:

@@ -152,7 +152,7 @@ def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = 
 def profiled_types(
     labels: Mapping[str, str],
     cl_ids: Mapping[str, str],
-    trained: Mapping[str, str],
+    trained: Collection[str],
     terms: Sequence[Mapping[str, Any]],
     types: Sequence[Mapping[str, Any]],
 ) -> dict[str, int]:
