@@ -177,13 +177,17 @@ class SearchSteps(CellPasses):
         The shared space has a place for trained labels alone: there, goblet cells lie among those they are least
         unlike. As in `annotate --labels`, the types compete with the labels; 0 for a text that names none.
         """
-        types = (self.model.config.annotation or {}).get("profiles", [])
-        of_text = [[i for i, known in enumerate(types) if names_known_type(t, known["names"], [])] for t in texts]
+        of_text = [self.profiles_named(text) for text in texts]
         if not (named := sorted({number for numbers in of_text for number in numbers})):
             return lambda cells: torch.zeros(len(cells), len(texts))
         panel = self._bridge().label_readout.for_genes(measured, named)
         shares = torch.tensor([[float(number in numbers) for numbers in of_text] for number in named])
         return lambda cells: torch.from_numpy(panel(cells)[:, -len(named) :]).exp() @ shares
+
+    def profiles_named(self, text: str) -> list[int]:
+        """The numbers of the types that a text names and that have a profile alone."""
+        types = (self.model.config.annotation or {}).get("profiles", [])
+        return [number for number, known in enumerate(types) if names_known_type(text, known["names"], [])]
 
     def features_of(self, choice: InputChoice) -> Callable[[Cells], torch.Tensor]:
         """Cells -> features in the shared space; where labels place them, by the readout for the genes of the data."""

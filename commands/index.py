@@ -207,6 +207,8 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
             f"The embeddings of {folder} have {about['dimensions']} dimensions, those of {model} {len(query)}: they "
             f"are of different checkpoints. The index is of {about['checkpoint']!r}."
         )
+    if pipeline.profiles_named(text):
+        logger.warning(f"An index has no place for the type in {text!r}, of which no training cell is; search FILE.")
     return search_index(folder, query, top_k, where)
 
 
