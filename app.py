@@ -299,9 +299,10 @@ class Tasks:
 
     def explain(self, session: Session | None) -> tuple[pd.DataFrame]:
         """The genes that speak for the labels of the selected cells."""
-        cells = _with_cells(session).chosen(MAX_CELLS)
-        if "scmmgpt_cell_type" not in cells.obs:
-            self.pipeline.annotate(cells)
+        session = _with_cells(session)
+        if "scmmgpt_cell_type" not in session.adata.obs:  # of all cells, which decide what is novel
+            self.pipeline.annotate(session.adata)
+        cells = session.chosen(MAX_CELLS)
         table: dict[str, dict[str, Any]] = {}
         for row in self.pipeline.explain(cells).group_rows():  # the most important gene first
             if row["level"] == "label" and row["term"] > 0:
