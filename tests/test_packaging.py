@@ -48,6 +48,19 @@ def test_every_module_imports(name):
     assert import_or_skip(name).__doc__, f"{name} has no docstring"
 
 
+def test_files_and_functions_are_no_longer_than_the_contributing_guide_allows():
+    long = []
+    for path in (
+        path for name in MODULES for path in [ROOT / f"{name.removeprefix('scmmgpt.').replace('.', '/')}.py"]
+    ):
+        lines = path.read_text().splitlines()
+        if len(lines) > 600 and path.name not in ("modeling_scgpt.py", "modeling_scmmgpt.py"):
+            long.append(path.name)
+        functions = (node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef))
+        long += [f.name for f in functions if f.end_lineno - f.body[0].end_lineno >= 80]  # without the docstring
+    assert not long
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("__main__", "app"))])
 def test_examples_in_docstrings_are_true(name):
     result = doctest.testmod(import_or_skip(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
