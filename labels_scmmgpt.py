@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 
+MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
 STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
 
 
@@ -258,3 +259,9 @@ def candidate_columns(
             owner_of[text] = number, not meant[name]
     owners, unseen = zip(*owner_of.values(), strict=True)
     return Candidates(names, list(owner_of), np.asarray(owners), np.asarray(unseen), meant)
+
+
+def members_of_terms(terms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
+    """Positions of each term's labels in `names`; none for a term that is no answer, of one label or of nearly all."""
+    found = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
+    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in found]

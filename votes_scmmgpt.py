@@ -8,12 +8,12 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import MOST_LABELS, UNKNOWN
-    from .labels_scmmgpt import Candidates
+    from .annotation_scmmgpt import UNKNOWN
+    from .labels_scmmgpt import MOST_LABELS, Candidates
     from .records_scmmgpt import MISSING
 except ImportError:  # beside the other files of a checkpoint
-    from annotation_scmmgpt import MOST_LABELS, UNKNOWN
-    from labels_scmmgpt import Candidates
+    from annotation_scmmgpt import UNKNOWN
+    from labels_scmmgpt import MOST_LABELS, Candidates
     from records_scmmgpt import MISSING
 
 CLUSTER_SHARE = 0.8  # of the cells of a cluster, for its type

@@ -22,6 +22,7 @@ from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.tests.corpora import SHORT
 from scmmgpt.tests.test_train import run_ranks, run_tune, words_of
 from scmmgpt.train import reinforce
 from scmmgpt.train.data.corpus import open_corpus
@@ -114,16 +115,11 @@ def test_a_type_cannot_be_rewarded_without_the_column():
 
 
 OPTIONS = {
-    "per_device_train_batch_size": 8,
+    **SHORT,
     "num_generations": 4,
     "max_completion_length": 4,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "save_strategy": "no",
 }
 
 
