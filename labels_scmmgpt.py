@@ -12,6 +12,11 @@ from typing import Any
 import numpy as np
 
 
+try:  # as a package or as remote code
+    from .annotation_scmmgpt import UNKNOWN
+except ImportError:  # beside the other files of a checkpoint
+    from annotation_scmmgpt import UNKNOWN
+
 STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
 
 
@@ -40,6 +45,8 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     labels = {str(label): str(text) for label, text in labels.items()}
     if not labels:
         raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
+    if reserved := [label for label in labels if label.strip().casefold() == UNKNOWN.casefold()]:
+        raise ValueError(f"{reserved[0]!r} is the answer for cells of no label; leave it out of the labels.")
     empty = [label for label, text in labels.items() if not text.strip()]
     if empty:
         raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
