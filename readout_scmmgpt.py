@@ -92,7 +92,7 @@ class PanelReadout:
     others: np.ndarray | None = None
     others_bias: np.ndarray | None = None
     typical: np.ndarray | None = None
-    _last: Any = field(default=None, init=False, repr=False)  # the last cells, with profiles and scores
+    _last: Any = field(default=None, init=False, repr=False)  # the last cells: profiles, scores, those of other cells
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ragged profiles over the genes at hand: first entry of each cell, positions in `gene_ids`, values."""
@@ -104,7 +104,7 @@ class PanelReadout:
         last = self._last
         if last is None or last[0] is not cells:
             profiles = self.profiles(cells)
-            last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
+            last = self._last = [cells, profiles, sum_weights(*profiles, self.weights) + self.bias, None]
         return last[1], last[2]
 
     def scores(self, cells: Cells) -> np.ndarray:
@@ -125,7 +125,9 @@ class PanelReadout:
         pieces = [(piece[:, None] + draws).log_softmax(dim=2).logsumexp(dim=1) for piece in logits.split(1024)]
         return (torch.cat(pieces) - np.log(len(draws))).numpy() if pieces else logits.numpy()
 
-    def novelty(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    def novelty(
+        self, cells: Cells, terms: Sequence[Sequence[int]] = (), asked: np.ndarray | None = None
+    ) -> np.ndarray:
         """How far each cell is from its best label towards other cells, float32 `(n_cells, 1 + n_terms)`.
 
         0 where the label leads over other cells by as much as in its mean cell, and has the score of its mean cell.
@@ -136,12 +138,15 @@ class PanelReadout:
             cells: Counts.
             terms: Labels of broader terms: their scores add up, as the regression of the term would have it. Infinite
                 for a cell whose best label is not among them.
+            asked: bool `(n_cells,)`: the cells whose terms are computed, by default all; infinite for the others.
         """
         if self.others is None or self.others_bias is None or self.typical is None:
             raise ValueError("This readout has no other cells; novelty needs a checkpoint of `release`.")
         profiles, scores = self._scores(cells)
         best, n_labels = scores.argmax(axis=1), scores.shape[1]
-        found = sum_weights(*profiles, self.others) + self.others_bias
+        if self._last[3] is None:
+            self._last[3] = sum_weights(*profiles, self.others) + self.others_bias
+        found = self._last[3]
         if found.shape[1] == self.typical.shape[1]:  # a panel
             scores, found = found[:, :n_labels], found[:, n_labels:]
         others = found.max(axis=1, initial=-np.inf)
@@ -156,11 +161,17 @@ class PanelReadout:
 
         found, every = np.full((len(best), 1 + len(terms)), np.inf, dtype=np.float32), np.arange(len(best))
         found[:, 0] = missing(every, scores[every, best], np.diag(self.typical))
-        for column, term in enumerate(map(list, terms), 1):
-            below = np.zeros(n_labels, dtype=bool)
-            below[term] = True
-            rows = np.flatnonzero(below[best])
-            found[rows, column] = missing(rows, scores[rows][:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
+        rows = every if asked is None else np.flatnonzero(asked)
+        if not len(terms) or not len(rows):
+            return found
+        members = np.zeros((n_labels, len(terms)))
+        for column, term in enumerate(terms):
+            members[list(term), column] = 1
+        below = members[best[rows]] > 0
+        for column in np.flatnonzero(below.any(axis=0)):
+            some, term = rows[below[:, column]], np.flatnonzero(members[:, column])
+            score = scores[some][:, term].sum(axis=1, dtype=np.float64)  # exact, for the same bits in every batch
+            found[some, column + 1] = missing(some, score, self.typical[:, term].sum(axis=1))
         return found
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
