@@ -21,8 +21,10 @@ from transformers.utils import logging
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+    from .kernels_scmmgpt import kernels_pay, sum_roots
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+    from kernels_scmmgpt import kernels_pay, sum_roots
 
 logger = logging.get_logger(__name__)
 
@@ -53,10 +55,12 @@ def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
     from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
     `(n_genes,)`, by vocabulary id.
     """
-    roots, rows = np.sqrt(cells.counts, dtype=np.float64), cells.rows()
-    total = np.bincount(rows, weights=roots, minlength=len(cells))
-    here = np.flatnonzero(absent[cells.gene_ids])  # few
-    novel = np.bincount(rows[here], weights=roots[here], minlength=len(cells))
+    if kernels_pay(0):
+        total, novel = sum_roots(cells.indptr, cells.gene_ids, cells.counts, absent)
+    else:
+        roots, rows = np.sqrt(cells.counts, dtype=np.float64), cells.rows()
+        total = np.bincount(rows, weights=roots, minlength=len(cells))
+        novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
     return (novel / np.maximum(total, 1e-9)).astype(np.float32)
 
 

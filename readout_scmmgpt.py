@@ -39,9 +39,11 @@ from torch.nn import functional as F
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
+    from .kernels_scmmgpt import kernels_pay, place_counts
     from .regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
+    from kernels_scmmgpt import kernels_pay, place_counts
     from regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
 
 
@@ -536,9 +538,11 @@ def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np
     Returns:
         `indptr` int64 `(n_cells + 1,)`, positions in `gene_ids` int64 `(nnz,)`, values float32 `(nnz,)`.
     """
-    table = np.full(1 + max(gene_ids.max(initial=0), cells.gene_ids.max(initial=0)), -1, dtype=np.int64)
+    table = np.full(1 + max(gene_ids.max(initial=0), cells.gene_ids.max(initial=0)), -1, dtype=np.int32)
     table[gene_ids] = np.arange(len(gene_ids))
-    places = table[cells.gene_ids]  # a search in sorted ids takes ten times as long
+    if kernels_pay(0):
+        return place_counts(cells.indptr, cells.gene_ids, cells.counts, table, share, PROFILE_SCALE)
+    places = table[cells.gene_ids].astype(np.int64)  # a search in sorted ids takes ten times as long
     known = places >= 0
     rows = cells.rows()[known]
     counts = cells.counts[known].astype(np.float64)
