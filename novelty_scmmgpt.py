@@ -131,9 +131,9 @@ class Neighbours:
 
     @functools.cached_property
     def _steps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores, and the squared length of those of each cell."""
+        """Scores, and half the squared length of those of each cell; multiples of a half, exact in float32."""
         steps = self.scores.astype(np.float32)
-        return steps, (steps**2).sum(axis=1)
+        return steps, (steps**2).sum(axis=1) / 2
 
     @staticmethod
     def of_scores(scores: np.ndarray) -> np.ndarray:
@@ -148,11 +148,11 @@ class Neighbours:
             scores: float32 `(n_cells, n_labels)`.
             novelty: float32 `(n_cells,)`, of each cell alone.
         """
-        steps, length = self._steps
+        steps, half = self._steps
         last, gaps = min(N_NEIGHBOURS, len(steps)), self.of_scores(scores).astype(np.float32) @ steps.T
-        gaps = length - 2 * gaps  # whole numbers, less the length of the cell
+        np.subtract(half, gaps, out=gaps)  # half of the squared distance, less the length of the cell
         farthest = torch.from_numpy(gaps).topk(last, dim=1, largest=False).values[:, -1:].numpy()
-        rows, near = np.nonzero(gaps <= farthest)  # of equals, all
+        rows, near = np.divmod(np.flatnonzero(gaps <= farthest), len(steps))  # of equals, all
         sums = np.bincount(rows, weights=self.novelty[near], minlength=len(scores))
         mean = sums / np.bincount(rows, minlength=len(scores))
         return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
