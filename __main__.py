@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import OneLineParser, PrintCompletion, PrintVersion, explain, reworded, run_command
-from scmmgpt.commands.files import TABLES, check_file, check_folder, check_paths, exists, table_suffix, whole_file
+from scmmgpt.commands.files import (
+    TABLES,
+    check_file,
+    check_folder,
+    check_paths,
+    check_results,
+    exists,
+    table_suffix,
+    whole_file,
+)
 from scmmgpt.commands.options import (
     READ_HELP,
     add_annotation,
@@ -496,6 +505,7 @@ def several_outputs(args: Args) -> dict[Source, Path]:
     outputs = outputs_of(files, args.split, args.model, args.output)
     if len(outputs) > 1:
         check_folder(args.output)
+        check_results([source.path for source in outputs], outputs.values())
         check_tables(args)
         return outputs
     args.file = next(iter(outputs)).path

@@ -170,10 +170,10 @@ class PanelReadout:
         for column, term in enumerate(terms):
             members[list(term), column] = 1
         below = members[best[rows]] > 0
-        for column in np.flatnonzero(below.any(axis=0)):
-            some, term = rows[below[:, column]], np.flatnonzero(members[:, column])
-            score = scores[some][:, term].sum(axis=1, dtype=np.float64)  # exact, for the same bits in every batch
-            found[some, column + 1] = missing(some, score, self.typical[:, term].sum(axis=1))
+        for number in np.flatnonzero(below.any(axis=0)):
+            some, labels = rows[below[:, number]], np.flatnonzero(members[:, number])
+            score = scores[some][:, labels].sum(axis=1, dtype=np.float64)  # exact, for the same bits in every batch
+            found[some, number + 1] = missing(some, score, self.typical[:, labels].sum(axis=1))
         return found
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
