@@ -9,12 +9,12 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import UNKNOWN, choose_labels
+    from .annotation_scmmgpt import choose_labels
     from .conversion_scmmgpt import InputChoice
     from .evidence_scmmgpt import NONE, Explainer, label_members
     from .judging_scmmgpt import EvidenceSteps
     from .labelling_scmmgpt import Labelling
-    from .labels_scmmgpt import normalize_label
+    from .labels_scmmgpt import UNKNOWN, normalize_label
     from .passes_scmmgpt import uncounted
     from .proof_scmmgpt import (
         MIN_SCORE,
@@ -28,12 +28,12 @@ try:  # as a package or as remote code
     )
     from .records_scmmgpt import MISSING, finish_report, table_of, words_of
 except ImportError:  # as a flat module in a clone
-    from annotation_scmmgpt import UNKNOWN, choose_labels
+    from annotation_scmmgpt import choose_labels
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import NONE, Explainer, label_members
     from judging_scmmgpt import EvidenceSteps
     from labelling_scmmgpt import Labelling
-    from labels_scmmgpt import normalize_label
+    from labels_scmmgpt import UNKNOWN, normalize_label
     from passes_scmmgpt import uncounted
     from proof_scmmgpt import (
         MIN_SCORE,
