@@ -13,7 +13,7 @@ try:  # as a package or as remote code
     from .conversion_scmmgpt import InputChoice
     from .evidence_scmmgpt import Evidence, Explainer, label_members
     from .labelling_scmmgpt import Labelling, LabellingSteps
-    from .labels_scmmgpt import profiled_types
+    from .labels_scmmgpt import UNKNOWN, profiled_types
     from .novelty_scmmgpt import Neighbours
     from .passes_scmmgpt import uncounted
     from .records_scmmgpt import MISSING, add_column, finish_report, table_of
@@ -22,7 +22,7 @@ except ImportError:  # as a flat module in a clone
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Evidence, Explainer, label_members
     from labelling_scmmgpt import Labelling, LabellingSteps
-    from labels_scmmgpt import profiled_types
+    from labels_scmmgpt import UNKNOWN, profiled_types
     from novelty_scmmgpt import Neighbours
     from passes_scmmgpt import uncounted
     from records_scmmgpt import MISSING, add_column, finish_report, table_of
@@ -114,7 +114,7 @@ class EvidenceSteps(LabellingSteps):
         best, odds = judge(probabilities, members, set_of_cell)
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
         if "by_profile" in columns:  # like no trained label: judged by a label that is such a type, too
-            by_type: np.ndarray = members[:, np.isin(names, [str(known["name"]) for known in types])].any(axis=1)
+            by_type: Any = members[:, np.isin(names, [str(known["name"]) for known in types])].any(axis=1)
             novel = np.where(columns["by_profile"], ~by_type[set_of_cell], novel)
         genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
         if self.can_explain:
@@ -166,7 +166,7 @@ class EvidenceSteps(LabellingSteps):
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
             logger.warning(f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged.")
-        if strange := sets[~members.any(axis=1) & (sets != MISSING)].tolist():
+        if strange := sets[~members.any(axis=1) & (sets != MISSING) & (sets != UNKNOWN)].tolist():
             found, n_called = np.unique(called[given == strange[0]], return_counts=True)
             logger.warning(
                 f"{len(strange)} of {(sets != MISSING).sum()} labels of obs[{label_key!r}] mean no type that the "
