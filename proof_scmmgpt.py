@@ -51,8 +51,7 @@ APART, PSEUDORATE = 1.25, 0.05  # fold of the genes of a type together over any 
 N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
 MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
-# A cell may have so much of the expression of another type from the fluid around it. Of types that the file has no
-# cells of, this holds for genes that its cells have whatever their type.
+# Of another type's expression, from the fluid around a cell; of types without cells for genes that all cells have.
 TRACE, OF_ANY_TYPE = 0.2, 2.0
 GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
 COUNTED = 0.95  # of the values are whole numbers, in counts
@@ -73,8 +72,7 @@ DONOR = frozenset(
 )
 
 
-IMMUNOGLOBULIN = re.compile(r"IG[HKL][ACDEGMV]|JCHAIN|IGLL5")  # of other cells, but in the B lineage
-B_LINEAGE = "CL:0000945"
+IMMUNOGLOBULIN, B_LINEAGE = re.compile(r"IG[HKL][ACDEGMV]|JCHAIN|IGLL5"), "CL:0000945"  # of this lineage alone
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def join(parts: Sequence[str]) -> str:
 
 
 def article(noun: str, a: str = "A") -> str:
-    """A noun with "A" or "An", by its first letter; with `a` of "a" in lower case."""
+    """A noun with "A" or "An", or `a`, by its first letter."""
     return f"{a}{'n' * (noun[0] in 'aeiouAEIO')} {noun}"
 
 
@@ -370,10 +368,9 @@ class Proof:
         rates = (self.sums[rivals] / self.n[rivals, None]).max(axis=0, initial=0.0)
         others = (self.total - self.sums[group]) / max(len(self.kinds) - self.n[group], 1)
         of_any_type = self.mean(group) <= OF_ANY_TYPE * others
-        reference = self.elsewhere.get(self.names[group], np.zeros(len(rates)))
-        traces = TRACE * np.maximum(rates, np.where(of_any_type, reference, 0.0))
-        makes_antibodies = B_LINEAGE in self.within.get(self.names[group], ())
-        return traces if makes_antibodies else np.where(self.expression.is_immunoglobulin, np.inf, traces)
+        traces = TRACE * np.maximum(rates, np.where(of_any_type, self.elsewhere.get(self.names[group], 0.0), 0.0))
+        is_other = self.expression.is_immunoglobulin & (B_LINEAGE not in self.within.get(self.names[group], ()))
+        return np.where(is_other, np.inf, traces)
 
     def unusual_genes(self) -> list[list[int]]:
         """Genes that each cell expresses far more than its kind, the most surprising first."""
