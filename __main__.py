@@ -39,7 +39,7 @@ from scmmgpt.commands.options import (
 )
 from scmmgpt.commands.outputs import check_outputs, finish, several_outputs, write
 from scmmgpt.commands.progress import log_if_slow
-from scmmgpt.commands.sources import Source, read_adata
+from scmmgpt.commands.sources import Source, check_split, read_adata
 from scmmgpt.commands.storage import run_staged
 from scmmgpt.readers.label_lists import read_text, read_words
 
@@ -73,6 +73,7 @@ def run_words(argv: list[str]) -> int:
     ]
 
     def work() -> int | None:
+        check_split(getattr(args, "given_split", None), [*inputs[:-1], getattr(args, "input", None)])
         if getattr(args, "has_own_model", False):
             choose_model(args)
         return args.run(args)

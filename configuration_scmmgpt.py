@@ -185,6 +185,9 @@ class ScMMGPTConfig(PreTrainedConfig):
         ),
     }
 
+    # The name by which trainers of multimodal models look for the token that is never sampled.
+    attribute_map = {"image_token_id": "cell_token_id"}
+
     # Passed as configurations, dictionaries or None; after construction each is a configuration.
     cell_config: Any = None
     qformer_config: Any = None

@@ -30,7 +30,7 @@ try:  # as a package or as remote code
         profiled_types,
     )
     from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
-    from .passes_scmmgpt import CellPasses, uncounted
+    from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from .profiles_scmmgpt import ProfiledTypes
     from .proof_scmmgpt import tissues_of
     from .records_scmmgpt import add_column, finish_report, table_of
@@ -58,7 +58,7 @@ except ImportError:  # as a flat module in a clone
         profiled_types,
     )
     from novelty_scmmgpt import Neighbours, Novelty, fit_novelty
-    from passes_scmmgpt import CellPasses, uncounted
+    from passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from profiles_scmmgpt import ProfiledTypes
     from proof_scmmgpt import tissues_of
     from records_scmmgpt import add_column, finish_report, table_of
@@ -379,8 +379,10 @@ class LabellingSteps(CellPasses):
         weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
         scorer = LabelScorer(self._bridge(), self.processor, texts, settings, weight, readout, novelty_of)
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
-        batch_size = max(self._batch_size(batch_size, 64) // max(scorer.num_candidates, 1), 1)
-        return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells))
+        is_padded = not scorer.readout_alone
+        batch_size = self._batch_size(batch_size, 64 if is_padded else LINEAR_BATCH)
+        batch_size = max(batch_size // max(scorer.num_candidates, 1), 1)
+        return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells, is_padded))
 
 
 def _sum_of_rows(matrix: Any) -> np.ndarray:

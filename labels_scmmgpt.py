@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 
+UNKNOWN = "Unknown"  # the label of a cell that gets none
 MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
 STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
 
@@ -41,6 +42,8 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     labels = {str(label): str(text) for label, text in labels.items()}
     if not labels:
         raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
+    if reserved := [label for label in labels if label.strip().casefold() == UNKNOWN.casefold()]:
+        raise ValueError(f"{reserved[0]!r} is the answer for cells of no label; leave it out of the labels.")
     empty = [label for label, text in labels.items() if not text.strip()]
     if empty:
         raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import reworded
-from scmmgpt.commands.files import TABLES, check_file, check_folder, check_paths, table_suffix
+from scmmgpt.commands.files import TABLES, check_file, check_folder, check_paths, check_results, table_suffix
 from scmmgpt.commands.sources import Source, outputs_of
 
 
@@ -28,6 +28,7 @@ def several_outputs(args: Args) -> dict[Source, Path]:
     outputs = outputs_of(files, args.split, args.model, args.output)
     if len(outputs) > 1:
         check_folder(args.output)
+        check_results([source.path for source in outputs], outputs.values())
         check_tables(args)
         return outputs
     args.file = next(iter(outputs)).path

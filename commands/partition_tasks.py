@@ -180,8 +180,8 @@ def decide(
         read_batch = job.options.get("read_batch")
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
-        if labelling.neighbours is not None:
-            return vars(labelling.neighbours)
+        if (near := labelling.neighbours) is not None:
+            return {"scores": near.scores, "novelty": near.novelty}
         return {"predicted": labelling.readout.predicted} if labelling.batch_read and labelling.readout else {}
     return {}
 

@@ -225,6 +225,17 @@ def test_annotate_takes_other_words_and_leaves_room_for_none(tiny_pipeline, adat
     assert set(adata.obs["scmmgpt_cl_id"]) <= {"CL:0000236", "CL:0000084"}
 
 
+def test_cells_of_a_label_that_was_never_trained_bring_a_warning(tiny_pipeline, adata, terms, caplog):
+    labels = {label: f"a {label}" for label in TRAINED}
+    for bonus, stored, n_warnings in ((9.0, labels, 1), (-9.0, labels, 0), (9.0, {}, 0)):
+        caplog.clear()
+        tiny_pipeline.model.config.annotation = {"labels": stored, "terms": terms, "unseen_bonus": bonus}
+        with caplog.at_level("WARNING", "scmmgpt"):
+            found = tiny_pipeline.annotate(adata, ["B cell", "hepatocyte"], matching_weight=0).obs["scmmgpt_cell_type"]
+        said = f"{(found == 'hepatocyte').sum()} of {adata.n_obs} cells have labels that no training cell had"
+        assert sum(f"{said} ('hepatocyte')" in message for message in caplog.messages) == n_warnings
+
+
 def test_the_certainty_of_a_cell_does_not_depend_on_the_other_cells_of_the_file(tiny_pipeline, adata, monkeypatch):
     labels = {label: f"a {label}" for label in TRAINED}
     tiny_pipeline.model.config.annotation = {"labels": labels, "cl_ids": TRAINED}

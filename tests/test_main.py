@@ -133,6 +133,13 @@ def test_labels_stand_on_the_command_line(checkpoint, cells, tmp_path):
     assert anndata.read_h5ad(out).uns["scmmgpt"]["annotate"]["texts"].tolist() == ["a B cell", "Mono"]
 
 
+def test_a_list_may_be_given_word_by_word(checkpoint, cells, tmp_path):
+    words = ["annotate", cells, "--model", checkpoint, "-o", str(tmp_path / "out.h5ad"), "--quiet"]
+    assert main([*words, "--labels", "B", "--labels", "Mono"]) == 0
+    done = anndata.read_h5ad(tmp_path / "out.h5ad").uns["scmmgpt"]["annotate"]
+    assert done["labels"].tolist() == ["B", "Mono"]
+
+
 def test_describe_writes_descriptions_beside_what_obs_would_say(checkpoint, cells, tmp_path):
     out, table = tmp_path / "described.h5ad", tmp_path / "descriptions.csv"
     arguments = ["describe", cells, "--model", checkpoint, "-o", str(out), "--table", str(table), "--quiet"]
@@ -418,6 +425,8 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
         (["generate", "--prompts-file", "empty.txt"], "empty.txt has no prompts"),
         (["generate", "B", "--genes-of", "out.h5ad"], "the input --genes-of 'out.h5ad'"),
         (["describe", "cells.h5ad", "--templates", "paper"], "of --reference; pass both"),
+        (["embed", "cells.h5ad", "--split", "test"], "--split test is one of a corpus of `prepare`, and cells.h5ad"),
+        (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is the answer for cells of no label"),
     ],
 )
 def test_what_would_be_misread_or_ignored_is_refused(words, says, checkpoint, cells, tmp_path, capsys, monkeypatch):
