@@ -5,9 +5,9 @@ group of one label in the regression of the readout ([`with_profiles`]), which t
 cell that is not plainly of a trained label gets the name of such a type if it leads over all labels and other types.
 
 One cell is noisy evidence. With other cells of the file (`novelty_scmmgpt.Neighbours`) the scores of types are means
-over the cells of the most similar labels. Where such a type explains these about as well as the label does, which need
-not make them novel (a cytotoxic T cell is much like a natural killer cell), the answer is the narrowest broader type
-of label and type, else `"Unknown"`.
+over the cells of the most similar labels. A name needs the cell and these means to agree. Where a type explains the
+means about as well as the label does, which need not make a cell novel (a cytotoxic T cell is much like a natural
+killer cell), the answer is the narrowest broader type of label and type, else `"Unknown"`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +35,10 @@ except ImportError:  # beside the other files of a checkpoint
 # novelty a quarter of the known cells are looked at (`train/LOG.md`).
 NAMING_LEAD = 2.0
 NAMING_NOVELTY = 0.5
-# With other cells of the file. A type explains cells about as well as their label at this lead of its score (of about 1
-# for the right type), and names them at this one over the root of the genes.
+# With other cells of the file: the lead at which a type explains cells about as well as their label, and the least
+# score of a name, both of scores that are about 1 for the right type.
 SIBLING_LEAD = -0.09
-NAMING_LEAD_OF_MEANS = 2.5
+NAMING_SCORE = 0.5
 MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
 UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
 
@@ -77,16 +77,16 @@ class ProfiledTypes:
         return cls(panel, len(readout.bias), weights, bias, broader)
 
     def with_neighbours(self, cells: Cells, neighbours: Neighbours | None) -> "ProfiledTypes":
-        """The same with the cells that `neighbours` were made of; without the broader types that need them, as it is."""
+        """The same with the cells that `neighbours` were made of; as it is without `broader`."""
         if neighbours is None or self.broader is None:
             return self
         scores = sum_weights(*self.panel.profiles(cells), self.weights) + self.bias
         return replace(self, neighbours=neighbours, of_neighbours=scores)
 
-    def name(self, cells: Cells, novelty: np.ndarray) -> np.ndarray:
+    def name(self, cells: Cells, novelty: np.ndarray, least: float = -np.inf) -> np.ndarray:
         """The type that names each cell, or -1, and its probability, float32 `(n_cells, 2)`.
 
-        `novelty` float `(n_cells,)` is that of the cells' trained labels, 1 at the limit.
+        `novelty` float `(n_cells,)` is that of the cells' trained labels, 1 at the limit, and `least` the least score.
         """
         found = np.tile(np.array([-1, 0], dtype=np.float32), (len(cells), 1))
         rows = np.flatnonzero(novelty > NAMING_NOVELTY)
@@ -98,7 +98,7 @@ class ProfiledTypes:
         probability = torch.from_numpy(scores / np.float32(self.panel.temperature)).softmax(dim=1).numpy()
         own = scores[every, best]
         scores[every, best] = -np.inf
-        named = (own - scores.max(axis=1)) * np.sqrt(np.diff(profiles[0])) >= NAMING_LEAD
+        named = (own >= least) & ((own - scores.max(axis=1)) * np.sqrt(np.diff(profiles[0])) >= NAMING_LEAD)
         found[rows[named]] = np.stack([best - self.n_labels, probability[every, best]], axis=1)[named]
         return found
 
@@ -118,19 +118,16 @@ class ProfiledTypes:
         scores = self.neighbours.means(own, self.of_neighbours).astype(np.float32)
         number = scores[:, self.n_labels :].argmax(axis=1)
         place = self.n_labels + number
-        probability = torch.from_numpy(scores / np.float32(self.panel.temperature)).softmax(dim=1).numpy()
-        score, lead = scores[every, place], scores[every, place] - scores[every, best]
-        scores[every, place] = -np.inf
-        genes = np.diff(self.panel.last_profiles(cells)[0])
-        named = (score - scores.max(axis=1)) * np.sqrt(genes) >= NAMING_LEAD_OF_MEANS
-        names = np.where(named, [number, probability[every, place]], [[-1], [0]]).T
+        lead = scores[every, place] - scores[every, best]
+        names = self.name(cells, novelty[:, 0], NAMING_SCORE)
+        names[names[:, 0] != number] = -1, 0
         answer = self.broader[best, number]
         is_sibling = (lead > SIBLING_LEAD) & (novelty[:, 0] <= 1) & (answer != NO_SIBLING)
         raised = np.stack([1 + np.maximum(lead - SIBLING_LEAD, 1e-3), answer], axis=1)
         return np.where(is_sibling[:, None], raised, novelty), names
 
     def beside(self, novelty_of: Callable[[Cells], np.ndarray]) -> Callable[[Cells], np.ndarray]:
-        """The columns of a novelty, `(n_cells,)` or `(n_cells, n)`, as [`judge`] has them, and then those of [`name`]."""
+        """The columns of a novelty, `(n_cells,)` or as [`judge`] has them, and then those of [`name`]."""
 
         def score(cells: Cells) -> np.ndarray:
             novelty = novelty_of(cells)
