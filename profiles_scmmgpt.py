@@ -73,8 +73,9 @@ class ProfiledTypes:
         arrays = with_profiles(arrays, range(len(arrays["profiles"])))
         here = np.isin(arrays["gene_ids"], panel.gene_ids)
         weights, bias = solve_groups(arrays if here.all() else scale_groups(arrays, here), here)
-        weights, bias = np.ascontiguousarray(weights.T, dtype=np.float32), bias.astype(np.float32)
-        return cls(panel, len(readout.bias), weights, bias, broader)
+        kept = len(readout.bias) + len(arrays["profiles"])  # kinds of other cells that are no type come last
+        weights = np.ascontiguousarray(weights[:kept].T, dtype=np.float32)
+        return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader)
 
     def with_neighbours(self, cells: Cells, neighbours: Neighbours | None) -> "ProfiledTypes":
         """The same with the cells that `neighbours` were made of; as it is without `broader`."""
