@@ -204,9 +204,10 @@ class LabellingSteps(CellPasses):
             parts = [cells for row in starts for cells in choice.iter_cells(adata[row : row + at_once])]
         cells = type(parts[0]).concatenate(parts)
         if novelty is not None:
-            neighbours, profiled = novelty.with_neighbours(cells), labelling.profiled
-            profiled = None if profiled is None else profiled.with_neighbours(cells, neighbours)
-            return replace(labelling, neighbours=neighbours, profiled=profiled)
+            neighbours = novelty.with_neighbours(cells)
+            if labelling.profiled is not None:
+                neighbours = labelling.profiled.with_types(neighbours, cells)
+            return replace(labelling, neighbours=neighbours)
         logger.info(f"Labels that were never trained were corrected by {len(cells)} cells of the file (read_batch).")
         return replace(labelling, readout=readout.read_batch(cells), batch_read=True)
 
@@ -361,7 +362,7 @@ class LabellingSteps(CellPasses):
         candidates, settings, annotation = labelling.candidates, labelling.settings, self.model.config.annotation or {}
         novelty_of: Any = self._novelty(labelling)
         if novelty_of is not None and novelty_of.terms and labelling.profiled is not None:
-            novelty_of = labelling.profiled.beside(novelty_of)
+            novelty_of = labelling.profiled.beside(novelty_of, labelling.neighbours)
         lengths: list[np.ndarray] = []
 
         def measured(chunks: Iterable[Cells]) -> Iterator[Cells]:

@@ -124,10 +124,12 @@ class Neighbours:
     Args:
         scores: int16 `(n_cells, n_labels)`, as [`of_scores`] makes them.
         novelty: float32 `(n_cells,)`, of each cell alone and not yet over the unit.
+        types: Scores of labels and of types that have a profile alone (`profiles_scmmgpt`), float32 `(n_cells, n)`.
     """
 
     scores: np.ndarray
     novelty: np.ndarray
+    types: np.ndarray | None = None
     _last: Any = field(default=None, init=False, repr=False)  # the last scores, with the answer of [`nearest`]
 
     @functools.cached_property

@@ -53,7 +53,6 @@ class ProfiledTypes:
         weights: float32 `(n_genes, n_labels + n_types)`.
         bias: float32 `(n_labels + n_types,)`.
         broader: int `(n_labels, n_types)`, the answer of [`broader_answers`] for label and type, if it is known.
-        neighbours: Cells of the file, and `of_neighbours` their scores, float32 `(n_neighbours, n_labels + n_types)`.
     """
 
     panel: PanelReadout
@@ -61,8 +60,6 @@ class ProfiledTypes:
     weights: np.ndarray
     bias: np.ndarray
     broader: np.ndarray | None = None
-    neighbours: Neighbours | None = None
-    of_neighbours: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -77,12 +74,11 @@ class ProfiledTypes:
         weights = np.ascontiguousarray(weights[:kept].T, dtype=np.float32)
         return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader)
 
-    def with_neighbours(self, cells: Cells, neighbours: Neighbours | None) -> "ProfiledTypes":
-        """The same with the cells that `neighbours` were made of; as it is without `broader`."""
+    def with_types(self, neighbours: Neighbours | None, cells: Cells) -> Neighbours | None:
+        """Neighbours, which were made of `cells`, with the scores of types; without `broader`, as they are."""
         if neighbours is None or self.broader is None:
-            return self
-        scores = sum_weights(*self.panel.profiles(cells), self.weights) + self.bias
-        return replace(self, neighbours=neighbours, of_neighbours=scores)
+            return neighbours
+        return replace(neighbours, types=sum_weights(*self.panel.profiles(cells), self.weights) + self.bias)
 
     def name(self, cells: Cells, novelty: np.ndarray, least: float = -np.inf) -> np.ndarray:
         """The type that names each cell, or -1, and its probability, float32 `(n_cells, 2)`.
@@ -103,12 +99,13 @@ class ProfiledTypes:
         found[rows[named]] = np.stack([best - self.n_labels, probability[every, best]], axis=1)[named]
         return found
 
-    def judge(self, cells: Cells, novelty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def judge(self, cells: Cells, novelty: np.ndarray, neighbours: Neighbours) -> tuple[np.ndarray, np.ndarray]:
         """Cells judged by the means over their neighbours.
 
         Args:
             cells: Counts.
             novelty: float `(n_cells, 2)`: novelty, 1 at the limit, and position of the broader type of a novel cell.
+            neighbours: Cells of the file [`with_types`].
 
         Returns:
             The same, where a cell that is not novel, and that a type without cells explains as well as its label,
@@ -116,7 +113,7 @@ class ProfiledTypes:
         """
         own = self.panel.scores(cells)
         best, every = own.argmax(axis=1), np.arange(len(own))
-        scores = self.neighbours.means(own, self.of_neighbours).astype(np.float32)
+        scores = neighbours.means(own, neighbours.types).astype(np.float32)
         number = scores[:, self.n_labels :].argmax(axis=1)
         place = self.n_labels + number
         lead = scores[every, place] - scores[every, best]
@@ -127,15 +124,17 @@ class ProfiledTypes:
         raised = np.stack([1 + np.maximum(lead - SIBLING_LEAD, 1e-3), answer], axis=1)
         return np.where(is_sibling[:, None], raised, novelty), names
 
-    def beside(self, novelty_of: Callable[[Cells], np.ndarray]) -> Callable[[Cells], np.ndarray]:
+    def beside(
+        self, novelty_of: Callable[[Cells], np.ndarray], neighbours: Neighbours | None = None
+    ) -> Callable[[Cells], np.ndarray]:
         """The columns of a novelty, `(n_cells,)` or as [`judge`] has them, and then those of [`name`]."""
 
         def score(cells: Cells) -> np.ndarray:
             novelty = novelty_of(cells)
             novelty = novelty.reshape(len(cells), -1)
-            if self.neighbours is None or novelty.shape[1] < 2:
+            if neighbours is None or neighbours.types is None or self.broader is None or novelty.shape[1] < 2:
                 return np.hstack([novelty, self.name(cells, novelty[:, 0])]).astype(np.float32)
-            return np.hstack(self.judge(cells, novelty)).astype(np.float32)
+            return np.hstack(self.judge(cells, novelty, neighbours)).astype(np.float32)
 
         return score
 

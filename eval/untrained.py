@@ -98,7 +98,7 @@ def annotate_file(
             {"id": t, "name": str(ontology.term_name(t)), "above": [t, *ontology.ancestors(t)]} for t in types.terms
         ]
         profiled = ProfiledTypes.of(fitted.readout, panel, broader_answers(names, terms, above))
-        judge = profiled.with_neighbours(cells, neighbours).beside(judge)
+        judge = profiled.beside(judge, profiled.with_types(neighbours, cells))
     scale, doubt = 1 / fitted.settings["temperature"], fitted.settings["doubt"]
     probabilities = label_probabilities(panel(cells), logit_scale=scale, doubt=doubt)
     novelty, broader, *named = (None, None) if judge is None else judge(cells).T

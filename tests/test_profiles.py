@@ -112,23 +112,24 @@ def test_a_sibling_that_a_profile_explains_as_well_goes_up_and_known_cells_stay(
     TypeProfiles(["CL:0000236"], PROFILES[:1], np.arange(PROFILES.shape[1]), [-1]).add_to(left)
     panel, cells, is_b = left.for_genes(np.arange(30)), cells_of([0, 1, 2, 3], 2), np.arange(120) < 30
     file = Neighbours(Neighbours.of_scores(panel.scores(cells)), np.zeros(120, np.float32))
-    types = ProfiledTypes.of(left, panel, np.full((3, 1), 7)).with_neighbours(cells, file)
+    types = ProfiledTypes.of(left, panel, np.full((3, 1), 7))
+    file = types.with_types(file, cells)
     near = np.tile([0.2, -1], (120, 1))  # nothing is novel by itself
-    novelty, names = types.judge(cells, near)
+    novelty, names = types.judge(cells, near, file)
     assert (novelty[is_b, 0] > 1).mean() > 0.9
     assert (novelty[is_b & (novelty[:, 0] > 1), 1] == 7).all()
     assert (novelty[~is_b, 0] > 1).mean() < 0.05
     np.testing.assert_array_equal(novelty[novelty[:, 0] <= 1], near[novelty[:, 0] <= 1])
     assert (names[:, 0] == -1).all()
-    one_by_one = [types.judge(cells[[cell]], near[:1])[0][0] for cell in range(120)]
+    one_by_one = [types.judge(cells[[cell]], near[:1], file)[0][0] for cell in range(120)]
     np.testing.assert_array_equal(novelty, one_by_one)
     novel = np.tile([2.0, -1], (120, 1))
-    np.testing.assert_array_equal(types.judge(cells, novel)[0], novel)  # novelty has its own answer
+    np.testing.assert_array_equal(types.judge(cells, novel, file)[0], novel)  # novelty has its own answer
     above = replace(types, broader=np.full((3, 1), NO_SIBLING))
-    np.testing.assert_array_equal(above.judge(cells, near)[0], near)  # the label is right for the type, too
-    named = types.judge(cells, novel)[1][:, 0] == 0
+    np.testing.assert_array_equal(above.judge(cells, near, file)[0], near)  # the label is right for the type, too
+    named = types.judge(cells, novel, file)[1][:, 0] == 0
     assert not named[~is_b].any()
-    assert ProfiledTypes.of(left, panel).with_neighbours(cells, file).neighbours is None  # an older checkpoint
+    assert ProfiledTypes.of(left, panel).with_types(file, cells) is file  # an older checkpoint
 
 
 def test_the_answer_for_label_and_type_is_their_narrowest_common_ancestor():
