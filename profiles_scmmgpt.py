@@ -105,12 +105,14 @@ class ProfiledTypes:
         Args:
             cells: Counts.
             novelty: float `(n_cells, 2)`: novelty, 1 at the limit, and position of the broader type of a novel cell.
-            neighbours: Cells of the file [`with_types`].
+            neighbours: Cells of the file, [`with_types`]; else each cell has the name that it has alone.
 
         Returns:
             The same, where a cell that is not novel, and that a type without cells explains as well as its label,
             has a novelty above 1 and the position of its broader type (-1 for none); and the result of [`name`].
         """
+        if neighbours.types is None or self.broader is None:
+            return novelty, self.name(cells, novelty[:, 0])
         own = self.panel.scores(cells)
         best, every = own.argmax(axis=1), np.arange(len(own))
         scores = neighbours.means(own, neighbours.types).astype(np.float32)
@@ -132,7 +134,7 @@ class ProfiledTypes:
         def score(cells: Cells) -> np.ndarray:
             novelty = novelty_of(cells)
             novelty = novelty.reshape(len(cells), -1)
-            if neighbours is None or neighbours.types is None or self.broader is None or novelty.shape[1] < 2:
+            if neighbours is None or novelty.shape[1] < 2:
                 return np.hstack([novelty, self.name(cells, novelty[:, 0])]).astype(np.float32)
             return np.hstack(self.judge(cells, novelty, neighbours)).astype(np.float32)
 
