@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 TEMPERATURES = np.geomspace(0.05, 0.5, 41)  # around `pooled.TEMPERATURE`
 DOUBTS = np.linspace(0, 0.2, 5)  # shares of cells whose scores say nothing
 LOST = 0.03  # share of the rightly named cells that may get no name
-LOST_TO_TYPES = 0.01  # of these with neighbours, to types that have a profile alone (`profiles_scmmgpt.SIBLING_LEAD`)
 LEAST_UNIT = 0.25  # of novelty by other cells: a cell with most of the lead of its label is never novel
 MIN_CELLS = 100  # of known types, to calibrate on
 ABSENT = np.float32(-1e9)  # log probability of a label that no other dataset has
@@ -205,10 +204,8 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
 
     unit, batch_unit, least = 1.0, 1.0, 0.0
     if with_others and right.any():
-        shares = LOST, LOST - LOST_TO_TYPES
         unit, batch_unit = (
-            round(max(quantile(novelty[right], 1 - lost), LEAST_UNIT), 4)
-            for novelty, lost in zip((cells.novelty, of_batch), shares, strict=True)
+            round(max(quantile(novelty[right], 1 - LOST), LEAST_UNIT), 4) for novelty in (cells.novelty, of_batch)
         )
     novelty = np.nan_to_num(cells.novelty / unit).clip(min=0)
     if right.any():
