@@ -37,7 +37,7 @@ NAMING_LEAD = 2.0
 NAMING_NOVELTY = 0.5
 # With other cells of the file: the lead at which a type explains cells about as well as their label, in a whole
 # transcriptome and in a panel of genes, and the least score of a name; of scores that are about 1 for the right type.
-SIBLING_LEAD, LEAD_IN_PANEL = -0.2, 0.0
+SIBLING_LEAD, LEAD_IN_PANEL = -0.2, 0.05
 NAMING_SCORE = 0.5
 MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
 UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
