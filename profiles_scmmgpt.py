@@ -21,12 +21,12 @@ import torch
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .novelty_scmmgpt import Neighbours
-    from .readout_scmmgpt import PANEL_SHARE, PanelReadout, ScMMGPTLabelReadout, sum_weights
+    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
     from .regression_scmmgpt import scale_groups, solve_groups, with_profiles
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
     from novelty_scmmgpt import Neighbours
-    from readout_scmmgpt import PANEL_SHARE, PanelReadout, ScMMGPTLabelReadout, sum_weights
+    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
     from regression_scmmgpt import scale_groups, solve_groups, with_profiles
 
 
@@ -35,9 +35,9 @@ except ImportError:  # beside the other files of a checkpoint
 # novelty a quarter of the known cells are looked at (`train/LOG.md`).
 NAMING_LEAD = 2.0
 NAMING_NOVELTY = 0.5
-# With other cells of the file: the lead at which a type explains cells about as well as their label, in a whole
-# transcriptome and in a panel of genes, and the least score of a name; of scores that are about 1 for the right type.
-SIBLING_LEAD, LEAD_IN_PANEL = -0.2, 0.05
+# With other cells of the file: the lead at which a type explains cells about as well as their label, and the least
+# score of a name; of scores that are about 1 for the right type. With fewer genes leads shrink, and chance does not.
+SIBLING_LEAD, SIBLING_GENES = -0.2, 2000
 NAMING_SCORE = 0.5
 MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
 UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
@@ -53,7 +53,7 @@ class ProfiledTypes:
         weights: float32 `(n_genes, n_labels + n_types)`.
         bias: float32 `(n_labels + n_types,)`.
         broader: int `(n_labels, n_types)`, the answer of [`broader_answers`] for label and type, if it is known.
-        lead: At which a type explains cells about as well as their label.
+        lead: At which a type explains cells about as well as their label; infinite with few genes.
     """
 
     panel: PanelReadout
@@ -74,8 +74,7 @@ class ProfiledTypes:
         weights, bias = solve_groups(arrays if here.all() else scale_groups(arrays, here), here)
         kept = len(readout.bias) + len(arrays["profiles"])  # kinds of other cells that are no type come last
         weights = np.ascontiguousarray(weights[:kept].T, dtype=np.float32)
-        is_panel = arrays["shares"][here].sum() < PANEL_SHARE * arrays["shares"].sum()
-        lead = LEAD_IN_PANEL if is_panel else SIBLING_LEAD
+        lead = SIBLING_LEAD if here.sum() >= SIBLING_GENES else np.inf
         return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader, lead)
 
     def with_types(self, neighbours: Neighbours | None, cells: Cells) -> Neighbours | None:

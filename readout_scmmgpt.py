@@ -170,10 +170,10 @@ class PanelReadout:
         for column, term in enumerate(terms):
             members[list(term), column] = 1
         below = members[best[rows]] > 0
-        for column in np.flatnonzero(below.any(axis=0)):
-            some, term = rows[below[:, column]], np.flatnonzero(members[:, column])
-            score = scores[some][:, term].sum(axis=1, dtype=np.float64)  # exact, for the same bits in every batch
-            found[some, column + 1] = missing(some, score, self.typical[:, term].sum(axis=1))
+        for number in np.flatnonzero(below.any(axis=0)):
+            some, labels = rows[below[:, number]], np.flatnonzero(members[:, number])
+            score = scores[some][:, labels].sum(axis=1, dtype=np.float64)  # exact, for the same bits in every batch
+            found[some, number + 1] = missing(some, score, self.typical[:, labels].sum(axis=1))
         return found
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
@@ -255,6 +255,7 @@ class ScMMGPTLabelReadout(nn.Module):
         feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
         mixes_panels: Whether the labels' weights for a panel are the mean of two regressions, as newer checkpoints do.
         num_profiles, num_profile_genes: Types that have a profile and no cells, and the genes that profiles have.
+        num_texts: Genes that have a text; `None` in older checkpoints, whose `gene_texts` has a row for each gene.
     """
 
     gene_ids: torch.Tensor
@@ -267,6 +268,7 @@ class ScMMGPTLabelReadout(nn.Module):
     shares: torch.Tensor
     temperature: torch.Tensor
     gene_texts: torch.Tensor
+    gene_text_places: torch.Tensor
     features: torch.Tensor
     groups: torch.Tensor
     group_mean: torch.Tensor
@@ -288,6 +290,7 @@ class ScMMGPTLabelReadout(nn.Module):
         mixes_panels: bool = False,
         num_profiles: int = 0,
         num_profile_genes: int = 0,
+        num_texts: int | None = None,
     ) -> None:
         super().__init__()
         self.num_groups, self.num_others, self.mixes_panels = num_groups, num_others, mixes_panels
@@ -303,7 +306,10 @@ class ScMMGPTLabelReadout(nn.Module):
         self.register_buffer("shares", torch.zeros(num_genes))  # expected share of a cell's counts
         self.register_buffer("temperature", torch.ones(()))
         if text_width:
-            self.set_gene_texts(np.zeros((num_genes, text_width)))
+            rows = num_genes if num_texts is None else num_texts
+            self.register_buffer("gene_texts", torch.zeros(rows, text_width, dtype=half))
+        if num_texts is not None:
+            self.register_buffer("gene_text_places", torch.zeros(num_texts, dtype=torch.int32))
         if feature_width:
             self.set_features(torch.zeros(num_labels, feature_width))
         if num_groups:
@@ -334,8 +340,14 @@ class ScMMGPTLabelReadout(nn.Module):
         return sizes | {n: v for n in ("num_groups", "num_others", "mixes_panels") if (v := getattr(self, n))}
 
     def set_gene_texts(self, directions: np.ndarray) -> None:
-        """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
-        self.register_buffer("gene_texts", torch.as_tensor(directions, device=self.mean.device).half())
+        """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text.
+
+        The rows that are not 0 are kept, and the positions of their genes in `gene_ids`.
+        """
+        texts = torch.as_tensor(directions, device=self.mean.device).half()
+        places = texts.any(dim=1).nonzero()[:, 0]
+        self.register_buffer("gene_texts", texts[places])
+        self.register_buffer("gene_text_places", places.to(torch.int32))
 
     def set_features(self, features: torch.Tensor) -> None:
         """Keep the places of the labels in the space shared with texts, `(num_labels, feature_width)`."""
@@ -402,9 +414,14 @@ class ScMMGPTLabelReadout(nn.Module):
         return F.embedding_bag(places, weights, mode="sum", per_sample_weights=values)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The buffers as float64 arrays, and `gene_ids` as int64."""
-        arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers() if name != "gene_ids"}
-        return {**arrays, "gene_ids": self.gene_ids.cpu().numpy().astype(np.int64)}
+        """The buffers as float64 arrays, `gene_ids` as int64, and `gene_texts` with a row for each gene."""
+        arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers()}
+        arrays["gene_ids"] = arrays["gene_ids"].astype(np.int64)
+        if (places := arrays.pop("gene_text_places", None)) is not None:
+            texts = np.zeros((len(arrays["gene_ids"]), arrays["gene_texts"].shape[1]))
+            texts[places.astype(np.int64)] = arrays["gene_texts"]
+            arrays["gene_texts"] = texts
+        return arrays
 
     def for_genes(self, measured: np.ndarray | None = None, profiles: Sequence[int] = ()) -> PanelReadout:
         """The readout for a file.

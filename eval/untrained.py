@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 
 from scmmgpt.annotation_scmmgpt import (
-    UNKNOWN,
     choose_labels,
     label_probabilities,
     least_scores,
     members_of_terms,
+    name_by_profile,
 )
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.labelling_scmmgpt import name_by_profile
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import Novelty
 from scmmgpt.profiles_scmmgpt import ProfiledTypes, broader_answers
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout

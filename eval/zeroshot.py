@@ -271,6 +271,23 @@ def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
     return LabelTexts(list(names), texts, [term for term in terms if term is not None])
 
 
+def read_cells_with_labels(args: argparse.Namespace) -> tuple[AnnData, np.ndarray]:
+    """The cells of `--adata` and their labels `(n_cells,)`.
+
+    With `--classes` the labels are Cell Ontology ids, from the column that the table names.
+    Cells without one are left out.
+    """
+    if not args.classes:
+        return read_labelled(args.adata, args.label_key)
+    tables, dataset = json.loads(Path(args.classes).read_text(encoding="utf-8")), Path(args.adata).stem
+    if dataset not in tables:
+        raise ValueError(f"{args.classes} has no dataset '{dataset}', only {sorted(tables)}. Use --label-key.")
+    table = tables[dataset]
+    adata, values = read_labelled(args.adata, table["_col"])
+    values = np.array([(table.get(value) or {}).get("fine") or "" for value in values])
+    return adata[values != ""].copy(), values[values != ""]
+
+
 def generate_left_out(args: argparse.Namespace, adata: AnnData, truth: np.ndarray, labels: LabelTexts) -> int:
     """Generate and measure cells of left-out labels, of each split."""
     texts, names = embed_texts(labels.texts), np.asarray(labels.names)
@@ -292,16 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seeds", type=number(int, 1), default=1, help="repetitions, each with its split (%(default)s)"
     )
     parser.add_argument("--gene-texts", help="table of what genes do, for `finetune`; columns symbol and summary")
-    parser.add_argument("--classes", help="label_classes.json of `crossdata`: labels are pooled to its fine classes")
+    parser.add_argument("--classes", help="label_classes.json of `crossdata`; labels of its column are pooled")
     parser.add_argument("--generate", type=number(int, 2), help="generate so many cells of each label instead")
     parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
     args = parser.parse_args(argv)
     quieten()
-    adata, values = read_labelled(args.adata, args.label_key)
-    if args.classes:
-        table = json.loads(Path(args.classes).read_text(encoding="utf-8"))[Path(args.adata).stem]
-        values = np.array([(table.get(value) or {}).get("fine") or "" for value in values])
-        adata, values = adata[values != ""].copy(), values[values != ""]
+    adata, values = read_cells_with_labels(args)
     names, truth = np.unique(values, return_inverse=True)
     ids = list(names) if args.classes else [None] * len(names)
     if args.ontology_key:

@@ -153,3 +153,18 @@ def test_cells_are_generated_for_labels_that_no_generator_has_seen(tmp_path, mon
     distances = {row["system"]: row["value"] for row in split["rows"] if row["metric"] == "energy_distance"}
     assert distances["mean profile + Poisson"] < distances["ridge + Poisson"]
     assert "cells of the nearest text" in capsys.readouterr().out
+
+
+def test_classes_name_the_column_and_the_pooled_labels(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    fine = {name: {"fine": term} for name, term in IDS.items()} | {"monocyte": {"fine": None}}
+    (tmp_path / "classes.json").write_text(json.dumps({"cells": {"_col": "label", **fine}}), encoding="utf-8")
+    words = ["--adata", str(tmp_path / "cells.h5ad"), "--classes", str(tmp_path / "classes.json")]
+    assert zeroshot.main([*words, "--output", str(tmp_path / "out"), "--systems", "chance"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert {run["label"] for run in results["runs"]} == {IDS["B cell"], IDS["T cell"]}
+    (tmp_path / "cells.h5ad").rename(tmp_path / "others.h5ad")
+    with pytest.raises(ValueError, match="has no dataset 'others', only .'cells'."):
+        zeroshot.read_cells_with_labels(
+            zeroshot.argparse.Namespace(adata=tmp_path / "others.h5ad", classes=tmp_path / "classes.json")
+        )

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
+from scmmgpt.annotation_scmmgpt import name_by_profile
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.labelling_scmmgpt import name_by_profile
 from scmmgpt.labels_scmmgpt import profiled_types
 from scmmgpt.novelty_scmmgpt import Neighbours
-from scmmgpt.profiles_scmmgpt import NO_SIBLING, ProfiledTypes, broader_answers
+from scmmgpt.profiles_scmmgpt import NO_SIBLING, SIBLING_LEAD, ProfiledTypes, broader_answers
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.regression_scmmgpt import solve_groups, with_profiles
 
@@ -113,6 +113,8 @@ def test_a_sibling_that_a_profile_explains_as_well_goes_up_and_known_cells_stay(
     panel, cells, is_b = left.for_genes(np.arange(30)), cells_of([0, 1, 2, 3], 2), np.arange(120) < 30
     file = Neighbours(Neighbours.of_scores(panel.scores(cells)), np.zeros(120, np.float32))
     types = ProfiledTypes.of(left, panel, np.full((3, 1), 7))
+    assert types.lead == np.inf  # 30 genes are a panel, where leads are small
+    types = replace(types, lead=SIBLING_LEAD)
     file = types.with_types(file, cells)
     near = np.tile([0.2, -1], (120, 1))  # nothing is novel by itself
     novelty, names = types.judge(cells, near, file)
