@@ -38,6 +38,7 @@ NAMING_NOVELTY = 0.5
 # With other cells of the file: the lead at which a type explains cells about as well as their label, and the least
 # score of a name; of scores that are about 1 for the right type. With fewer genes leads shrink, and chance does not.
 SIBLING_LEAD, SIBLING_GENES = -0.2, 2000
+LEAD_IN_PANEL, PANEL_GENES = 0.05, 500  # with fewer genes still, none
 NAMING_SCORE = 0.5
 MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
 UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
@@ -74,7 +75,8 @@ class ProfiledTypes:
         weights, bias = solve_groups(arrays if here.all() else scale_groups(arrays, here), here)
         kept = len(readout.bias) + len(arrays["profiles"])  # kinds of other cells that are no type come last
         weights = np.ascontiguousarray(weights[:kept].T, dtype=np.float32)
-        lead = SIBLING_LEAD if here.sum() >= SIBLING_GENES else np.inf
+        in_panel = LEAD_IN_PANEL if here.sum() >= PANEL_GENES else np.inf
+        lead = SIBLING_LEAD if here.sum() >= SIBLING_GENES else in_panel
         return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader, lead)
 
     def with_types(self, neighbours: Neighbours | None, cells: Cells) -> Neighbours | None:
