@@ -253,7 +253,8 @@ def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = False) -> d
     """Each label left out, see [`eval.untrained`]; `cells` are of `leave_each_out`."""
     parts = "known_laboratories", "new_laboratory", "own_types", "own_types_without_profile"
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
-    known, types, whole = {}, np.array(sources.types), fit_for_file(sources, None, {})
+    known: dict[str, dict[str, float]] = {}
+    types, whole = np.array(sources.types), fit_for_file(sources, None, {})
     for number, name in enumerate(sources.names):
         data, mine = sources.datasets[number], cells.datasets == number
         rows, truth = cells.rows[mine], types[cells.targets[mine]]
