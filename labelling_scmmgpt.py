@@ -31,7 +31,7 @@ try:  # as a package or as remote code
     )
     from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
     from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
-    from .profiles_scmmgpt import ProfiledTypes
+    from .profiles_scmmgpt import ProfiledTypes, broader_answers
     from .proof_scmmgpt import tissues_of
     from .records_scmmgpt import add_column, finish_report, table_of
     from .scoring_scmmgpt import LabelScorer, text_states
@@ -59,7 +59,7 @@ except ImportError:  # as a flat module in a clone
     )
     from novelty_scmmgpt import Neighbours, Novelty, fit_novelty
     from passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
-    from profiles_scmmgpt import ProfiledTypes
+    from profiles_scmmgpt import ProfiledTypes, broader_answers
     from proof_scmmgpt import tissues_of
     from records_scmmgpt import add_column, finish_report, table_of
     from scoring_scmmgpt import LabelScorer, text_states
@@ -158,7 +158,8 @@ class LabellingSteps(CellPasses):
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
         profiled = None
         if types and is_default and min_score != 0 and readout is not None:
-            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel)
+            answers = broader_answers(self.model.config.label_readout["labels"], terms, types)
+            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel, answers)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         if error_rate is not None:
@@ -201,7 +202,10 @@ class LabellingSteps(CellPasses):
             parts = [cells for row in starts for cells in choice.iter_cells(adata[row : row + at_once])]
         cells = type(parts[0]).concatenate(parts)
         if novelty is not None:
-            return replace(labelling, neighbours=novelty.with_neighbours(cells))
+            neighbours = novelty.with_neighbours(cells)
+            if labelling.profiled is not None:
+                neighbours = labelling.profiled.with_types(neighbours, cells)
+            return replace(labelling, neighbours=neighbours)
         logger.info(f"Labels that were never trained were corrected by {len(cells)} cells of the file (read_batch).")
         return replace(labelling, readout=readout.read_batch(cells), batch_read=True)
 
@@ -349,7 +353,7 @@ class LabellingSteps(CellPasses):
         if novelty_of is not None:
             novelty_of = replace(novelty_of, neighbours=labelling.neighbours)
             if novelty_of.terms and labelling.profiled is not None:
-                novelty_of = labelling.profiled.beside(novelty_of)
+                novelty_of = labelling.profiled.beside(novelty_of, labelling.neighbours)
         lengths: list[np.ndarray] = []
 
         def measured(chunks: Iterable[Cells]) -> Iterator[Cells]:

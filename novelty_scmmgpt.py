@@ -11,7 +11,7 @@ judged with the cells that have the most similar scores: [`Neighbours`].
 import base64
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -124,10 +124,13 @@ class Neighbours:
     Args:
         scores: int16 `(n_cells, n_labels)`, as [`of_scores`] makes them.
         novelty: float32 `(n_cells,)`, of each cell alone and not yet over the unit.
+        types: Scores of labels and of types that have a profile alone (`profiles_scmmgpt`), float32 `(n_cells, n)`.
     """
 
     scores: np.ndarray
     novelty: np.ndarray
+    types: np.ndarray | None = None
+    _last: Any = field(default=None, init=False, repr=False)  # the last scores, with the answer of [`nearest`]
 
     @functools.cached_property
     def _steps(self) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +144,27 @@ class Neighbours:
         around = scores - scores.mean(axis=1, keepdims=True, dtype=np.float64)
         return np.rint(SCORE_STEPS * around).clip(-MOST_STEPS, MOST_STEPS).astype(np.int16)
 
+    def nearest(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The cells of the most similar scores: the first place of each cell in the second array, and positions.
+
+        Of equal distances all count, so that a cell has the same ones in any batch. `scores` are float32
+        `(n_cells, n_labels)`; the answer for the last array is kept.
+        """
+        if self._last is None or self._last[0] is not scores:
+            steps, half = self._steps
+            last, gaps = min(N_NEIGHBOURS, len(steps)), self.of_scores(scores).astype(np.float32) @ steps.T
+            np.subtract(half, gaps, out=gaps)  # half of the squared distance, less the length of the cell
+            farthest = torch.from_numpy(gaps).topk(last, dim=1, largest=False).values[:, -1:].numpy()
+            rows, near = np.divmod(np.flatnonzero(gaps <= farthest), len(steps))
+            self._last = scores, np.searchsorted(rows, np.arange(len(scores))), near
+        return self._last[1:]
+
+    def means(self, scores: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Means of `values`, `(n_neighbours, ...)`, over the nearest of each cell, `(n_cells, ...)`."""
+        starts, near = self.nearest(scores)
+        sizes = np.diff([*starts, len(near)]).reshape(-1, *[1] * (values.ndim - 1))
+        return np.add.reduceat(values[near], starts, axis=0) / sizes if len(starts) else values[:0]
+
     def difference(self, scores: np.ndarray, novelty: np.ndarray) -> np.ndarray:
         """What neighbours add to the novelty of cells, float32 `(n_cells,)`: the same for a cell in any batch.
 
@@ -148,13 +172,7 @@ class Neighbours:
             scores: float32 `(n_cells, n_labels)`.
             novelty: float32 `(n_cells,)`, of each cell alone.
         """
-        steps, half = self._steps
-        last, gaps = min(N_NEIGHBOURS, len(steps)), self.of_scores(scores).astype(np.float32) @ steps.T
-        np.subtract(half, gaps, out=gaps)  # half of the squared distance, less the length of the cell
-        farthest = torch.from_numpy(gaps).topk(last, dim=1, largest=False).values[:, -1:].numpy()
-        rows, near = np.divmod(np.flatnonzero(gaps <= farthest), len(steps))  # of equals, all
-        sums = np.bincount(rows, weights=self.novelty[near], minlength=len(scores))
-        mean = sums / np.bincount(rows, minlength=len(scores))
+        mean = self.means(scores, self.novelty.astype(np.float64))
         return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
 
 

@@ -3,10 +3,16 @@
 A checkpoint of `release` keeps mean profiles of types that none of its datasets has, such as hepatocytes. Each is a
 group of one label in the regression of the readout ([`with_profiles`]), which the cells of the file are scored by. A
 cell that is not plainly of a trained label gets the name of such a type if it leads over all labels and other types.
+
+One cell is noisy evidence. With other cells of the file (`novelty_scmmgpt.Neighbours`) the scores of types are means
+over the cells of the most similar labels. A name needs the cell and these means to agree. Where a type explains the
+means about as well as the label does, which need not make a cell novel (a cytotoxic T cell is much like a natural
+killer cell), the answer is the narrowest broader type of label and type, else `"Unknown"`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +20,12 @@ import torch
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
+    from .novelty_scmmgpt import Neighbours
     from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
     from .regression_scmmgpt import scale_groups, solve_groups, with_profiles
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
+    from novelty_scmmgpt import Neighbours
     from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
     from regression_scmmgpt import scale_groups, solve_groups, with_profiles
 
@@ -27,6 +35,13 @@ except ImportError:  # beside the other files of a checkpoint
 # novelty a quarter of the known cells are looked at (`train/LOG.md`).
 NAMING_LEAD = 2.0
 NAMING_NOVELTY = 0.5
+# With other cells of the file: the lead at which a type explains cells about as well as their label, and the least
+# score of a name; of scores that are about 1 for the right type. With fewer genes leads shrink, and chance does not.
+SIBLING_LEAD, SIBLING_GENES = -0.2, 2000
+LEAD_IN_PANEL, PANEL_GENES = 0.05, 500  # with fewer genes still, none
+NAMING_SCORE = 0.5
+MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
+UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
 
 
 @dataclass
@@ -38,28 +53,42 @@ class ProfiledTypes:
         n_labels: Number of trained labels.
         weights: float32 `(n_genes, n_labels + n_types)`.
         bias: float32 `(n_labels + n_types,)`.
+        broader: int `(n_labels, n_types)`, the answer of [`broader_answers`] for label and type, if it is known.
+        lead: At which a type explains cells about as well as their label; infinite with few genes.
     """
 
     panel: PanelReadout
     n_labels: int
     weights: np.ndarray
     bias: np.ndarray
+    broader: np.ndarray | None = None
+    lead: float = SIBLING_LEAD
 
     @classmethod
-    def of(cls, readout: ScMMGPTLabelReadout, panel: PanelReadout) -> "ProfiledTypes":
+    def of(
+        cls, readout: ScMMGPTLabelReadout, panel: PanelReadout, broader: np.ndarray | None = None
+    ) -> "ProfiledTypes":
         """For the genes of a panel, of a readout with profiles."""
         arrays = readout.arrays()
         arrays = with_profiles(arrays, range(len(arrays["profiles"])))
         here = np.isin(arrays["gene_ids"], panel.gene_ids)
         weights, bias = solve_groups(arrays if here.all() else scale_groups(arrays, here), here)
-        return cls(
-            panel, len(readout.bias), np.ascontiguousarray(weights.T, dtype=np.float32), bias.astype(np.float32)
-        )
+        kept = len(readout.bias) + len(arrays["profiles"])  # kinds of other cells that are no type come last
+        weights = np.ascontiguousarray(weights[:kept].T, dtype=np.float32)
+        in_panel = LEAD_IN_PANEL if here.sum() >= PANEL_GENES else np.inf
+        lead = SIBLING_LEAD if here.sum() >= SIBLING_GENES else in_panel
+        return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader, lead)
 
-    def name(self, cells: Cells, novelty: np.ndarray) -> np.ndarray:
+    def with_types(self, neighbours: Neighbours | None, cells: Cells) -> Neighbours | None:
+        """Neighbours, which were made of `cells`, with the scores of types; without `broader`, as they are."""
+        if neighbours is None or self.broader is None:
+            return neighbours
+        return replace(neighbours, types=sum_weights(*self.panel.profiles(cells), self.weights) + self.bias)
+
+    def name(self, cells: Cells, novelty: np.ndarray, least: float = -np.inf) -> np.ndarray:
         """The type that names each cell, or -1, and its probability, float32 `(n_cells, 2)`.
 
-        `novelty` float `(n_cells,)` is that of the cells' trained labels, 1 at the limit.
+        `novelty` float `(n_cells,)` is that of the cells' trained labels, 1 at the limit, and `least` the least score.
         """
         found = np.tile(np.array([-1, 0], dtype=np.float32), (len(cells), 1))
         rows = np.flatnonzero(novelty > NAMING_NOVELTY)
@@ -71,19 +100,84 @@ class ProfiledTypes:
         probability = torch.from_numpy(scores / np.float32(self.panel.temperature)).softmax(dim=1).numpy()
         own = scores[every, best]
         scores[every, best] = -np.inf
-        named = (own - scores.max(axis=1)) * np.sqrt(np.diff(profiles[0])) >= NAMING_LEAD
+        named = (own >= least) & ((own - scores.max(axis=1)) * np.sqrt(np.diff(profiles[0])) >= NAMING_LEAD)
         found[rows[named]] = np.stack([best - self.n_labels, probability[every, best]], axis=1)[named]
         return found
 
-    def beside(self, novelty_of: Callable[[Cells], np.ndarray]) -> Callable[[Cells], np.ndarray]:
-        """The columns of a novelty, `(n_cells,)` or `(n_cells, n)`, and then those of [`name`]."""
+    def judge(self, cells: Cells, novelty: np.ndarray, neighbours: Neighbours) -> tuple[np.ndarray, np.ndarray]:
+        """Cells judged by the means over their neighbours.
+
+        Args:
+            cells: Counts.
+            novelty: float `(n_cells, 2)`: novelty, 1 at the limit, and position of the broader type of a novel cell.
+            neighbours: Cells of the file, [`with_types`]; else each cell has the name that it has alone.
+
+        Returns:
+            The same, where a cell that is not novel, and that a type without cells explains as well as its label,
+            has a novelty above 1 and the position of its broader type (-1 for none); and the result of [`name`].
+        """
+        if neighbours.types is None or self.broader is None:
+            return novelty, self.name(cells, novelty[:, 0])
+        own = self.panel.scores(cells)
+        best, every = own.argmax(axis=1), np.arange(len(own))
+        scores = neighbours.means(own, neighbours.types).astype(np.float32)
+        number = scores[:, self.n_labels :].argmax(axis=1)
+        place = self.n_labels + number
+        lead = scores[every, place] - scores[every, best]
+        names = self.name(cells, novelty[:, 0], NAMING_SCORE)
+        names[names[:, 0] != number] = -1, 0
+        answer = self.broader[best, number]
+        is_sibling = (lead > self.lead) & (novelty[:, 0] <= 1) & (answer != NO_SIBLING)
+        raised = np.stack([1 + np.maximum(lead - self.lead, 1e-3), answer], axis=1)
+        return np.where(is_sibling[:, None], raised, novelty), names
+
+    def beside(
+        self, novelty_of: Callable[[Cells], np.ndarray], neighbours: Neighbours | None = None
+    ) -> Callable[[Cells], np.ndarray]:
+        """The columns of a novelty, `(n_cells,)` or as [`judge`] has them, and then those of [`name`]."""
 
         def score(cells: Cells) -> np.ndarray:
             novelty = novelty_of(cells)
             novelty = novelty.reshape(len(cells), -1)
-            return np.hstack([novelty, self.name(cells, novelty[:, 0])]).astype(np.float32)
+            if neighbours is None or novelty.shape[1] < 2:
+                return np.hstack([novelty, self.name(cells, novelty[:, 0])]).astype(np.float32)
+            return np.hstack(self.judge(cells, novelty, neighbours)).astype(np.float32)
 
         return score
+
+
+def broader_answers(
+    labels: Sequence[str], terms: Sequence[Mapping[str, Any]], types: Sequence[Mapping[str, Any]]
+) -> np.ndarray | None:
+    """For each label and type without cells the narrowest term above both, int `(n_labels, n_types)`.
+
+    `UNKNOWN_SIBLING` where none but broad terms is, `NO_SIBLING` where the label itself is above the type. None if a
+    checkpoint does not say what is above its types.
+
+    Args:
+        labels: The trained labels.
+        terms: Their broader terms, each with its `id` and `labels`, the narrowest first; labels are terms, too.
+        types: Each with the ids of the terms that are `above` it.
+
+    >>> terms = [{"id": "1", "name": "NK cell", "labels": ["NK cell"]}, {"id": "2", "name": "B", "labels": ["B"]}]
+    >>> terms += [{"id": "3", "name": "lymphocyte", "labels": ["B", "NK cell"]}]
+    >>> answers = broader_answers(["B", "NK cell", "A", "C", "D"], terms, [{"above": ["1", "3"]}, {"above": ["0"]}])
+    >>> answers.tolist()
+    [[2, -1], [-2, -1], [-1, -1], [-1, -1], [-1, -1]]
+    """
+    if not types or not all("above" in known for known in types):
+        return None
+    found = np.full((len(labels), len(types)), UNKNOWN_SIBLING)
+    for column, known in enumerate(types):
+        above = set(known["above"])
+        shared = [(place, term) for place, term in enumerate(terms) if term["id"] in above]
+        for row, label in enumerate(labels):
+            mine = [(place, term) for place, term in shared if label in term["labels"]]
+            if any(term["name"] == label for _, term in mine):
+                found[row, column] = NO_SIBLING
+            elif mine and len(mine[0][1]["labels"]) <= MOST_OF_SIBLINGS * len(labels):
+                found[row, column] = mine[0][0]
+    return found
 
 
 def some_rows(

@@ -184,7 +184,8 @@ def decide(
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
         if (near := labelling.neighbours) is not None:
-            return {"scores": near.scores, "novelty": near.novelty}
+            types = {} if near.types is None else {"types": near.types}
+            return {"scores": near.scores, "novelty": near.novelty, **types}
         return {"predicted": labelling.readout.predicted} if labelling.batch_read and labelling.readout else {}
     return {}
 
@@ -229,7 +230,9 @@ def labelling_of(
         readout = labelling.readout.after_batch(decided["predicted"])
         labelling = replace(labelling, readout=readout, batch_read=True)
     if "novelty" in decided:
-        labelling = replace(labelling, neighbours=Neighbours(decided["scores"], decided["novelty"]))
+        labelling = replace(
+            labelling, neighbours=Neighbours(decided["scores"], decided["novelty"], decided.get("types"))
+        )
     return labelling
 
 

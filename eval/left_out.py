@@ -7,7 +7,7 @@ python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --out
 
 * A dataset left out: readout, novelty, temperature, sets of labels and the least score come from the other datasets.
   Its cells are known if another dataset has their type, else new.
-* A label left out: all cells of a type, and of broader terms of it, are left out of all datasets, and are new.
+* A label left out: all cells of a type, and of broader terms of it, are left out of all datasets (`eval.untrained`).
 
 Novelty is judged with the cells of the dataset, as `annotate` does; with `--alone`, each cell by itself.
 
@@ -42,7 +42,7 @@ from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 from scmmgpt.train.left_out import ABSENT, LeftOut
-from scmmgpt.train.pooled import Dataset
+from scmmgpt.train.pooled import Dataset, fit_pooled_novelty
 from scmmgpt.train.references import Reference, TypeProfiles, read_types
 
 
@@ -249,63 +249,39 @@ def new_cells(
     return rows
 
 
-def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = True) -> list[dict[str, Any]]:
-    """Cells of each label that is left out of all datasets; not `alone`, as a file that has no other cells."""
-    rows = []
-    whole, _ = left_out.fit_known(sources.datasets, sources.meanings, sources.reference)
-    for label in range(len(sources.types)):
-        mentions = sources.meanings[:, label] > 0
-        train = []
-        for data in sources.datasets:
-            others = np.flatnonzero(~mentions[data.targets])
-            if len(others):
-                train.append(Dataset(data.counts[others], data.measured, data.targets[others]))
-        own = cells.targets == label
-        without = np.where(np.arange(len(sources.types)) == label, ABSENT, cells.scores)
-        settings = calibrated(sources, replace(cells, scores=without).take(~own))
-        of_label = {}
-        for number in np.unique(cells.datasets[own]):
-            data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
-            of_label[int(number)] = Dataset(data.counts[kept], data.measured, data.targets[kept])
-        others = np.flatnonzero(np.arange(len(sources.types)) != label)
-        fitted = untrained.without_label(whole, label), others
-        found = left_out.judge(train, sources.meanings, of_label, sources.reference, sources.in_terms, fitted)
-        types = types_beside(sources, fitted)
-        for number, data in of_label.items():
-            mine = found.take(found.datasets == number)
-            columns = annotate(sources, mine, settings, alone)
-            row = new_cells(sources, mine, columns, np.ones(len(mine.targets), bool), sources.names[number])
-            if types is not None:
-                term = sources.types[label]
-                row[0]["profiles"] = untrained.rows_of_label(fitted[0], types, term, data, mine, columns, settings)
-            rows += row
-        logger.info("%s left out", ontology.term_name(sources.types[label]))
-    return rows
+def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = False) -> dict[str, Any]:
+    """Each label left out, see [`eval.untrained`]; `cells` are of `leave_each_out`."""
+    parts = "known_laboratories", "new_laboratory", "own_types", "own_types_without_profile"
+    found: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    known: dict[str, dict[str, float]] = {}
+    types, whole = np.array(sources.types), fit_for_file(sources, None, {})
+    for number, name in enumerate(sources.names):
+        data, mine = sources.datasets[number], cells.datasets == number
+        rows, truth = cells.rows[mine], types[cells.targets[mine]]
+        settings = calibrated(sources, cells.take(~mine))
+        new = fit_for_file(sources, number, settings)
+        is_known = np.isin(truth, new.types)
+        others = sources.profiles and sources.profiles.without(truth[~is_known])
+        for part, profiles in (("own_types", sources.profiles), ("own_types_without_profile", others)):
+            columns = untrained.annotate_file(new, data, rows, profiles, alone)
+            found[part] += [untrained.row_of(columns, truth, term) for term in np.unique(truth[~is_known])]
+            if part == "own_types" and is_known.any():
+                known[name] = untrained.lost_of(columns, truth, is_known)
+        for part, fitted in zip(parts, (replace(whole, settings=settings), new), strict=False):
+            for term in np.unique(truth[np.isin(truth, fitted.types)]):
+                columns = untrained.annotate_file(fitted.without(term), data, rows, sources.profiles, alone)
+                found[part].append(untrained.row_of(columns, truth, term))
+        logger.info("labels left out of %s", name)
+    means = {part: untrained.mean_of_labels(rows) for part, rows in found.items()}
+    return {**means, "known": known, "known_cells": weighted(known.values())}
 
 
-def types_beside(sources: Sources, fitted: tuple[Any, np.ndarray]) -> TypeProfiles | None:
-    """Give a fitted readout the profiles of all types that are not its labels; None if there are no profiles."""
-    if sources.profiles is None:
-        return None
-    return untrained.with_types(fitted[0], {sources.types[label] for label in fitted[1]}, sources.profiles)
-
-
-def lost_by_types(sources: Sources, cells: LeftOut) -> dict[str, dict[str, float]]:
-    """What known cells of each dataset left out lose to types that have a profile alone."""
-    found = {}
-    for number, data in enumerate(sources.datasets):
-        mine = cells.take((cells.datasets == number) & cells.known)
-        if not len(mine.targets):
-            continue
-        settings = calibrated(sources, cells.take(cells.datasets != number))
-        columns = annotate(sources, mine, settings)
-        others = [other for place, other in enumerate(sources.datasets) if place != number]
-        fitted = left_out.fit_known(others, sources.meanings, sources.reference)
-        types = types_beside(sources, fitted)
-        if types is not None:
-            own = data, mine, columns, sources.types, settings
-            found[sources.names[number]] = untrained.lost_by_types(fitted[0], types, *own)
-    return found
+def fit_for_file(sources: Sources, left: int | None, settings: dict[str, Any]) -> untrained.Fitted:
+    """The readout of all datasets but one."""
+    train = [data for number, data in enumerate(sources.datasets) if number != left]
+    readout, own = left_out.fit_known(train, sources.meanings, sources.reference)
+    novelty = fit_pooled_novelty(train, train[0].counts.shape[1]) or {}
+    return untrained.Fitted(readout, [sources.types[label] for label in own], novelty, settings)
 
 
 def weighted(rows: Any) -> dict[str, float]:
@@ -329,7 +305,7 @@ def evaluate_left_out(
 
     Returns:
         JSON-able dict: `new`, cells of types that are left out, and their mean `new_together`; of datasets also
-        `known` (by dataset) and `known_together`.
+        `known` (by dataset) and `known_together`. Of labels those of [`leave_labels_out`].
     """
     sources = read_sources(folder)
     missing = set(together) - set(sources.names)
@@ -339,12 +315,8 @@ def evaluate_left_out(
     if cells is None:
         raise ValueError(f"{folder} has one dataset of the table; two are needed.")
     if what == "labels":
-        result: dict[str, Any] = {
-            "new": leave_labels_out(sources, cells, alone),
-            "known": lost_by_types(sources, cells),
-        }
-        result |= untrained.summary(result["new"], result["known"])
-    elif together:
+        return leave_labels_out(sources, cells, alone)
+    if together:
         group = [sources.names.index(name) for name in together]
         own = left_out.leave_out(sources.datasets, sources.meanings, group, sources.reference, sources.in_terms)
         result = leave_datasets_out(sources, cells, [group], own, alone)

@@ -1,43 +1,65 @@
-"""Types that no cell of training has, named by their reference profiles, with labels and datasets left out.
+"""Labels that are left out of the annotation of `train release`, one at a time.
 
 ```
 python -m scmmgpt.eval abstention --data ../shared/data --leave-out labels --output labels.json
 ```
 
-The groups of a label are taken out of the readout of all datasets (its genes, and the variance within groups, have
-seen the cells), and the profile of the label (`train.references.TypeProfiles`), if there is one, is kept. Rows:
+The groups of a label are taken out of a fitted readout, which is solved again (its genes, and the variance within
+groups, have seen the cells), and the reference profile of the label, if there is one, is one more of those of types
+without cells. The files are the cells of one type each of a dataset, all in one file, so that cells of the label lie
+among those of others. Cells of the label are right if they are called it, an ancestor, or `Unknown`.
 
-* `called_it`, `other_type`, `unknown_or_broader`: as `annotate` names the cells by default, where all types that have
-  a profile alone may name a cell (`profiles_scmmgpt`);
-* `as_candidate`: the label is one more candidate, as with `annotate --labels`, by its profile. `called_it` and
-  `unknown` are shares of its cells.
+* `known_laboratories`: the readout is of all datasets, so that the file's laboratory is one of training.
+* `new_laboratory`: the dataset is left out, too; labels that no other dataset has are not tried.
+* `known_cells`: datasets left out with all labels; what is lost to `Unknown`, broader types and profiles.
+* `own_types`: cells whose type no other dataset has; `own_types_without_profile`: those types have no profile either.
+* `named_by_profile`: of cells that get the name of a type without cells, the share of right names.
 
-What known cells lose is counted on datasets left out: the share of rightly named cells that get the name of a type by
-its profile, and the share that one more candidate takes, mean over every tenth type that has a profile alone.
+Limits (`train.left_out.calibrate`) are fitted to the datasets beside the file's, from readouts of all labels.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from scmmgpt.annotation_scmmgpt import name_by_profile
+from scmmgpt.annotation_scmmgpt import (
+    choose_labels,
+    label_probabilities,
+    least_scores,
+    members_of_terms,
+    name_by_profile,
+)
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import Novelty
-from scmmgpt.profiles_scmmgpt import ProfiledTypes
+from scmmgpt.profiles_scmmgpt import ProfiledTypes, broader_answers
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.regression_scmmgpt import solve_groups
 from scmmgpt.train.data import ontology
-from scmmgpt.train.left_out import LeftOut
 from scmmgpt.train.pooled import Dataset
 from scmmgpt.train.references import TypeProfiles
 
 
-EVERY = 10  # of the types that have a profile alone, one is tried as a candidate
+@dataclass(frozen=True)
+class Fitted:
+    """A readout of some types, and what `annotate` needs beside it."""
+
+    readout: ScMMGPTLabelReadout
+    types: list[str]  # Cell Ontology ids of the labels
+    novelty: dict[str, Any]  # as `fit_pooled_novelty` has it
+    settings: dict[str, Any]  # of `train.left_out.calibrate`
+
+    def without(self, term: str) -> "Fitted":
+        """The same without a label."""
+        readout = without_label(self.readout, self.types.index(term))
+        return replace(self, readout=readout, types=[known for known in self.types if known != term])
 
 
 def without_label(readout: ScMMGPTLabelReadout, place: int) -> ScMMGPTLabelReadout:
     """The readout of groups without those that mention a label."""
-    a = readout.arrays()
+    a = {name: values for name, values in readout.arrays().items() if not name.startswith("profile")}
     n_labels, kept = len(a["bias"]), a["group_labels"][:, place] == 0
     own, left = a["group_labels"][:, place] * a["group_weights"], np.arange(n_labels) != place
     a["group_mean"] = (n_labels * a["group_mean"] - own / own.sum() @ a["groups"]) / (n_labels - 1)
@@ -51,95 +73,78 @@ def without_label(readout: ScMMGPTLabelReadout, place: int) -> ScMMGPTLabelReado
     return ScMMGPTLabelReadout.from_statistics(**a)
 
 
-def with_types(fitted: ScMMGPTLabelReadout, known: set[str], types: TypeProfiles) -> TypeProfiles:
-    """Add the profiles of all types that are not among the `known` to a readout; returns these."""
-    left = types.without(known)
-    left.add_to(fitted)
-    return left
-
-
-def name_by_types(
-    fitted: ScMMGPTLabelReadout, types: TypeProfiles, data: Dataset, rows: np.ndarray, columns: dict[str, np.ndarray]
+def annotate_file(
+    fitted: Fitted, data: Dataset, rows: np.ndarray, profiles: TypeProfiles | None, alone: bool = False
 ) -> dict[str, np.ndarray]:
-    """The columns of `eval.left_out.annotate` for `rows` of a dataset, as `annotate` names the cells by profiles."""
-    cells = Cells.from_csr(data.counts[rows], np.arange(data.counts.shape[1]))
-    found = ProfiledTypes.of(fitted, fitted.for_genes(data.measured)).name(cells, columns["novelty"])
-    terms = [{"name": str(ontology.term_name(term)), "id": term} for term in types.terms]
-    return columns | name_by_profile(columns, terms, *found.T)
+    """The columns that `annotate` has for `rows` of a dataset, in one file; `forced` is the id of the best label.
 
-
-def as_candidate(
-    fitted: ScMMGPTLabelReadout, number: int, data: Dataset, rows: np.ndarray, settings: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each cell is called the type of a profile that is one more candidate; and whether it is novel."""
+    `profiles` are of all types: those that are labels are left out.
+    """
     n_genes = data.counts.shape[1]
     cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
-    panel = fitted.for_genes(data.measured, [number])
-    called = panel(cells).argmax(axis=1) == len(fitted.bias)
-    measure = Novelty.of({"lead_unit": settings["lead_unit"]}, data.measured, n_genes, panel)
-    novel = np.zeros(len(rows), bool) if measure is None else measure(cells) > 1
-    return called & ~novel, novel
+    names = [str(ontology.term_name(term)) for term in fitted.types]
+    ids = dict(zip(names, fitted.types, strict=True))
+    terms = ontology.label_terms(ids)
+    panel = replace(fitted.readout.for_genes(data.measured), temperature=1.0)
+    units = {name: fitted.settings[name] for name in ("lead_unit", "batch_unit")}
+    stored = fitted.novelty | ({} if panel.others is None else units)
+    judge: Any = Novelty.of(stored, data.measured, n_genes, panel, members_of_terms(terms, names))
+    neighbours = None if judge is None or alone else judge.with_neighbours(cells)
+    judge = None if judge is None else replace(judge, neighbours=neighbours)
+    if judge is not None and profiles is not None:
+        types = profiles.without(fitted.types)
+        types.add_to(fitted.readout)
+        above = [
+            {"id": t, "name": str(ontology.term_name(t)), "above": [t, *ontology.ancestors(t)]} for t in types.terms
+        ]
+        profiled = ProfiledTypes.of(fitted.readout, panel, broader_answers(names, terms, above))
+        judge = profiled.beside(judge, profiled.with_types(neighbours, cells))
+    scale, doubt = 1 / fitted.settings["temperature"], fitted.settings["doubt"]
+    probabilities = label_probabilities(panel(cells), logit_scale=scale, doubt=doubt)
+    novelty, broader, *named = (None, None) if judge is None else judge(cells).T
+    least = least_scores(fitted.settings["min_score"], novelty)
+    columns = choose_labels(probabilities, names, ids, least, novelty, terms, broader=broader)
+    columns["forced"] = np.array(fitted.types)[probabilities.argmax(axis=1)]
+    return columns | (name_by_profile(columns, above, *named) if named else {"by_profile": np.zeros(len(rows), bool)})
 
 
-def rows_of_label(
-    fitted: ScMMGPTLabelReadout,
-    types: TypeProfiles,
-    term: str,
-    data: Dataset,
-    cells: LeftOut,
-    columns: dict[str, np.ndarray],
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """The numbers of the module for the cells of a label, all of one dataset, that is left out."""
-    above = set(ontology.ancestors(term))
-    named = name_by_types(fitted, types, data, cells.rows, columns)
-    row: dict[str, Any] = {
-        "called_it": float((named["cl_id"] == term).mean()),
-        "unknown_or_broader": float(np.mean([not found or found in above for found in named["cl_id"]])),
-        "other_type": float((named["by_profile"] & (named["cl_id"] != term)).mean()),
+def row_of(columns: dict[str, np.ndarray], truth: np.ndarray, term: str) -> dict[str, Any]:
+    """How the cells of a type are named: `called_it`, `ancestor`, `unknown` and their sum `right`.
+
+    `truth` are the Cell Ontology ids of all cells, str `(n_cells,)`.
+    """
+    mine = truth == term
+    it, unknown = columns["cl_id"][mine] == term, columns["cell_type"][mine] == UNKNOWN
+    ancestor, named = np.isin(columns["cl_id"][mine], ontology.ancestors(term)), columns["by_profile"][mine]
+    parts = {"called_it": it, "ancestor": ancestor, "unknown": unknown, "right": it | ancestor | unknown}
+    numbers = {"n_cells": len(it), "by_profile": int(named.sum()), "wrongly": int((named & ~it & ~ancestor).sum())}
+    return {"type": str(ontology.term_name(term)), **numbers, **{n: float(v.mean()) for n, v in parts.items()}}
+
+
+def lost_of(columns: dict[str, np.ndarray], truth: Sequence[str], known: np.ndarray) -> dict[str, float]:
+    """Of known cells: accuracy with every cell named, what is lost of it, and what is lost to names by profiles."""
+    right = (columns["forced"] == truth)[known]
+    still = (columns["cl_id"] == truth)[known]
+    return {
+        "n_cells": int(known.sum()),
+        "forced_accuracy": float(right.mean()),
+        "accuracy": float(still.mean()),
+        "lost": float(right.mean() - still.mean()),
+        "lost_to_profiles": float((right & columns["by_profile"][known]).mean()),
     }
-    if term in types.terms:
-        called, novel = as_candidate(fitted, types.terms.index(term), data, cells.rows, settings)
-        row["as_candidate"] = {"called_it": float(called.mean()), "unknown": float(novel.mean())}
-    return row
 
 
-def lost_by_types(
-    fitted: ScMMGPTLabelReadout,
-    types: TypeProfiles,
-    data: Dataset,
-    cells: LeftOut,
-    columns: dict[str, np.ndarray],
-    term_of_target: list[str],
-    settings: dict[str, Any],
-) -> dict[str, float]:
-    """Shares of the known, rightly named cells of a dataset left out that types with a profile alone take."""
-    right = columns["cl_id"] == np.asarray(term_of_target)[cells.targets]
-    rows = cells.rows[right]
-    some = {name: values[right] for name, values in columns.items()}
-    named = name_by_types(fitted, types, data, rows, some)["by_profile"]
-    tried = range(0, len(types.terms), EVERY)
-    taken = [as_candidate(fitted, number, data, rows, settings)[0].mean() for number in tried]
-    return {"n_cells": len(rows), "lost_by_default": float(named.mean()), "lost_by_a_candidate": float(np.mean(taken))}
-
-
-def summary(new: list[dict[str, Any]], known: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Means of the numbers of the module: over the cells of all labels that are left out, and over the labels."""
-    rows = [row for row in new if "profiles" in row]
-    if not rows:
-        return {}
-    flat = [{**row["profiles"], "before": row["unknown_or_broader"], **row} for row in rows]
-    flat = [row | {f"candidate_{k}": v for k, v in row.get("as_candidate", {}).items()} for row in flat]
-    found: dict[str, Any] = {}
-    for part, some in (("all", flat), ("with_a_profile", [row for row in flat if "as_candidate" in row])):
-        if not some:
-            continue
-        names = [n for n, value in some[0].items() if isinstance(value, float) and all(n in row for row in some)]
-        sizes, types = np.array([row["n_cells"] for row in some]), np.array([row["type"] for row in some])
-        of_cells = {n: float(np.average([row[n] for row in some], weights=sizes)) for n in names}
-        each = [types == kind for kind in np.unique(types)]
-        table = {n: np.array([row[n] for row in some]) for n in names}
-        of_labels = {n: float(np.mean([np.average(table[n][m], weights=sizes[m]) for m in each])) for n in names}
-        found[part] = {"n_labels": len(each), "cells": of_cells, "labels": of_labels}
-    lost = {n: float(np.mean([row[n] for row in known.values()])) for n in ("lost_by_default", "lost_by_a_candidate")}
-    return {"by_profiles": found, "known_lost_mean_of_datasets": lost}
+def mean_of_labels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over labels, each with the cells of all its datasets together, of rows with `type` and `n_cells`."""
+    by_label: dict[str, Any] = {}
+    for kind in sorted({row["type"] for row in rows}):
+        mine = [row for row in rows if row["type"] == kind]
+        sizes = [row["n_cells"] for row in mine]
+        shares = [name for name, value in mine[0].items() if isinstance(value, float)]
+        by_label[kind] = {n: float(np.average([row[n] for row in mine], weights=sizes)) for n in shares}
+        by_label[kind] |= {"n_cells": sum(sizes)}
+    names = [name for name in next(iter(by_label.values()), {}) if name != "n_cells"]
+    named, wrongly = (sum(row[name] for row in rows) for name in ("by_profile", "wrongly"))
+    mean = {name: float(np.mean([row[name] for row in by_label.values()])) for name in names}
+    precision = {"named_by_profile": 1 - wrongly / named} if named else {}
+    return {"n_labels": len(by_label), "mean": mean | precision, "labels": by_label}

@@ -260,8 +260,8 @@ def test_known_cells_keep_their_names_and_a_label_that_is_left_out_is_reported(d
     assert report["known"]["three"]["auroc_novelty"] == 0.5  # too few cells for a measure
     narrow = evaluation.evaluate_left_out("folder", n_genes=8)["known_together"]  # the markers
     assert narrow["forced_accuracy"] > 0.85
-    labels = evaluation.evaluate_left_out("folder", "labels")["new"]
-    assert {row["type"] for row in labels} >= {"B cell", "mast cell"}
+    labels = evaluation.evaluate_left_out("folder", "labels")["known_laboratories"]["labels"]
+    assert labels.keys() >= {"B cell", "mast cell"}
     with pytest.raises(ValueError, match="too few to calibrate"):
         evaluation.evaluate_left_out("folder", together=["one", "two"])
     monkeypatch.setattr(left_out, "MIN_CELLS", 20)

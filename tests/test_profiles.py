@@ -1,5 +1,7 @@
 """Types that no training cell has: what their reference profiles name, and what known cells keep."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
@@ -8,7 +10,8 @@ from scmmgpt.annotation_scmmgpt import name_by_profile
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.evidence_scmmgpt import Explainer
 from scmmgpt.labels_scmmgpt import profiled_types
-from scmmgpt.profiles_scmmgpt import ProfiledTypes
+from scmmgpt.novelty_scmmgpt import Neighbours
+from scmmgpt.profiles_scmmgpt import NO_SIBLING, SIBLING_LEAD, ProfiledTypes, broader_answers
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.regression_scmmgpt import solve_groups, with_profiles
 
@@ -16,8 +19,10 @@ from scmmgpt.regression_scmmgpt import solve_groups, with_profiles
 pytest.importorskip("cellxgene_ontology_guide")
 
 from scmmgpt.eval import left_out as evaluation
+from scmmgpt.eval import untrained
 from scmmgpt.tests.test_left_out import LIVER, MARKERS_AND_LIVER, MEANINGS, N_OTHERS, TYPES, wide_dataset
 from scmmgpt.train import left_out
+from scmmgpt.train.data import ontology
 from scmmgpt.train.references import Reference, TypeProfiles
 
 
@@ -103,7 +108,47 @@ def test_names_by_a_profile_are_marked():
     np.testing.assert_allclose(found["score"], [0.7, 0.9])
 
 
-def test_the_report_of_a_label_left_out_counts_what_its_profile_names(monkeypatch):
+def test_a_sibling_that_a_profile_explains_as_well_goes_up_and_known_cells_stay(readout):
+    """B cells, of which the readout has a profile alone, beside cells of its labels in one file."""
+    left = untrained.without_label(readout, 0)
+    TypeProfiles(["CL:0000236"], PROFILES[:1], np.arange(PROFILES.shape[1]), [-1]).add_to(left)
+    panel, cells, is_b = left.for_genes(np.arange(30)), cells_of([0, 1, 2, 3], 2), np.arange(120) < 30
+    file = Neighbours(Neighbours.of_scores(panel.scores(cells)), np.zeros(120, np.float32))
+    types = ProfiledTypes.of(left, panel, np.full((3, 1), 7))
+    assert types.lead == np.inf  # 30 genes are a panel, where leads are small
+    types = replace(types, lead=SIBLING_LEAD)
+    file = types.with_types(file, cells)
+    near = np.tile([0.2, -1], (120, 1))  # nothing is novel by itself
+    novelty, names = types.judge(cells, near, file)
+    assert (novelty[is_b, 0] > 1).mean() > 0.9
+    assert (novelty[is_b & (novelty[:, 0] > 1), 1] == 7).all()
+    assert (novelty[~is_b, 0] > 1).mean() < 0.05
+    np.testing.assert_array_equal(novelty[novelty[:, 0] <= 1], near[novelty[:, 0] <= 1])
+    assert (names[:, 0] == -1).all()
+    one_by_one = [types.judge(cells[[cell]], near[:1], file)[0][0] for cell in range(120)]
+    np.testing.assert_array_equal(novelty, one_by_one)
+    novel = np.tile([2.0, -1], (120, 1))
+    np.testing.assert_array_equal(types.judge(cells, novel, file)[0], novel)  # novelty has its own answer
+    above = replace(types, broader=np.full((3, 1), NO_SIBLING))
+    np.testing.assert_array_equal(above.judge(cells, near, file)[0], near)  # the label is right for the type, too
+    named = types.judge(cells, novel, file)[1][:, 0] == 0
+    assert not named[~is_b].any()
+    assert ProfiledTypes.of(left, panel).with_types(file, cells) is file  # an older checkpoint
+
+
+def test_the_answer_for_label_and_type_is_their_narrowest_common_ancestor():
+    names = {"natural killer cell": "CL:0000623", "macrophage": "CL:0000235", "epithelial cell": "CL:0000066"}
+    names |= {"B cell": "CL:0000236", "neuron": "CL:0000540"}
+    terms = ontology.label_terms(names)
+    types = [{"above": ontology.shared(term, names.values())} for term in ("CL:0000625", "CL:0000182")]
+    answers = broader_answers(list(names), terms, types)  # CD8-positive T cell, hepatocyte
+    assert terms[answers[0, 0]]["name"] == "lymphocyte"
+    assert answers[2].tolist() == [-1, NO_SIBLING]  # a hepatocyte is an epithelial cell
+    assert (answers[[0, 1, 3, 4], 1] == -1).all()
+    assert broader_answers(list(names), terms, [HEPATOCYTE]) is None
+
+
+def test_the_report_of_labels_left_out_counts_how_their_cells_are_named(monkeypatch):
     genes, terms = np.arange(PROFILES.shape[1]), ["CL:0000236", "CL:0000182"]
     reference = Reference(csr_matrix(PROFILES.astype(np.float32)), genes, np.eye(5)[[0, 4]], 4)
     datasets = [wide_dataset([0, 1, 2, 3], 0), wide_dataset([0, 1, 2, 3], 1)]
@@ -111,12 +156,15 @@ def test_the_report_of_a_label_left_out_counts_what_its_profile_names(monkeypatc
     sources = evaluation.Sources(["one", "two"], datasets, TYPES, MEANINGS, reference, profiles)
     monkeypatch.setattr(evaluation, "read_sources", lambda folder: sources)
     report = evaluation.evaluate_left_out("folder", "labels")
-    of_b = [row["profiles"] for row in report["new"] if row["type"] == "B cell"]
-    assert all(row["as_candidate"]["called_it"] > 0.7 for row in of_b)
-    assert all("as_candidate" not in row["profiles"] for row in report["new"] if row["type"] == "mast cell")
-    assert report["by_profiles"]["with_a_profile"]["n_labels"] == 1
-    lost = report["known_lost_mean_of_datasets"]
-    assert max(lost["lost_by_default"], lost["lost_by_a_candidate"]) < 0.05
+    for part in ("known_laboratories", "new_laboratory"):
+        assert report[part]["n_labels"] == 4
+        of_b = report[part]["labels"]["B cell"]
+        assert of_b["n_cells"] == 60
+        assert of_b["right"] > 0.7
+        np.testing.assert_allclose(of_b["right"], of_b["called_it"] + of_b["ancestor"] + of_b["unknown"])
+    assert report["own_types"]["n_labels"] == 0
+    assert report["known_cells"]["n_cells"] == 240
+    assert report["known_cells"]["lost"] < 0.05
 
 
 def test_the_evidence_for_a_type_with_a_profile_is_of_the_genes_of_its_cells(readout):

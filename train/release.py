@@ -256,15 +256,20 @@ def add_readout(
         "tissues": tissues_of(sources, table),
         "novelty": (fit_pooled_novelty(datasets, n_genes) or {}) | others,
         **fitted,
-        **({} if profiles is None else add_profiles(model, profiles.without(types))),
+        **({} if profiles is None else add_profiles(model, profiles.without(types), types)),
     }
     with filled_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
 
-def add_profiles(model: ScMMGPTForCellTextAlignment, profiles: TypeProfiles) -> dict[str, list[dict[str, Any]]]:
-    """Keep profiles of types that no cell has; returns what `annotate` needs to know of them, as `profiles`."""
+def add_profiles(
+    model: ScMMGPTForCellTextAlignment, profiles: TypeProfiles, labels: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Keep profiles of types that no cell has; returns what `annotate` needs to know of them, as `profiles`.
+
+    `labels` are the ids of the trained types.
+    """
     profiles.add_to(model.label_readout)
     sizes = dict(zip(("num_profiles", "num_profile_genes"), model.label_readout.profiles.shape, strict=True))
     model.config.label_readout = {**(model.config.label_readout or {}), **sizes}
@@ -272,7 +277,7 @@ def add_profiles(model: ScMMGPTForCellTextAlignment, profiles: TypeProfiles) -> 
     for term_id in profiles.terms:
         name = str(ontology.term_name(term_id))
         (term,) = (term for term in ontology.label_terms({name: term_id}) if term["id"] == term_id)
-        types.append({**term, "text": sampler.label_text(name, term_id)})
+        types.append({**term, "text": sampler.label_text(name, term_id), "above": ontology.shared(term_id, labels)})
     return {"profiles": types}
 
 

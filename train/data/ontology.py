@@ -252,6 +252,12 @@ def ancestors(term_id: str) -> tuple[str, ...]:
     return tuple(_parser().get_term_ancestors(term_id)) if _parser().is_valid_term_id(term_id) else ()
 
 
+def shared(term_id: str, others: Iterable[str]) -> list[str]:
+    """Ids of a term and its ancestors that are among some other terms and their ancestors, sorted."""
+    of_others = {above for other in others for above in (other, *ancestors(other))}
+    return sorted(of_others & {term_id, *ancestors(term_id)})
+
+
 def all_synonyms(term_id: str) -> tuple[str, ...]:
     """Return every synonym of a term, for parsing texts (`synonyms` is for writing texts)."""
     return tuple(_parser().get_term_synonyms(term_id)) if _parser().is_valid_term_id(term_id) else ()
