@@ -38,6 +38,30 @@ def with_profiles(a: dict[str, np.ndarray], chosen: Sequence[int]) -> dict[str, 
     }
 
 
+def with_groups(
+    a: dict[str, np.ndarray], rows: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The arrays with one more group for some labels.
+
+    Args:
+        a: Of labels and kinds of other cells of equal weight.
+        rows: Log1p(CP10k), `(n_new, num_genes)`.
+        labels: The label of each.
+        weights: `(n_new,)`, of all groups of the label together before; each label then has its weight again.
+    """
+    n_columns = a["group_labels"].shape[1]
+    new = np.eye(n_columns)[labels] * (weights / n_columns)[:, None]
+    mentions = np.concatenate([a["group_labels"] * a["group_weights"][:, None], new])
+    mentions /= mentions.sum(axis=0) * n_columns
+    of_groups = mentions.sum(axis=1)
+    return {
+        **a,
+        "groups": np.concatenate([a["groups"], rows]),
+        "group_labels": mentions / of_groups[:, None],
+        "group_weights": of_groups,
+    }
+
+
 def scale_groups(a: dict[str, np.ndarray], here: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays with each group on the scale that its cells have in a file of the genes that are `here`.
 

@@ -101,7 +101,7 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any], alone: 
     """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
     alone = alone or sources.reference is None  # whose profiles novelty by neighbours needs
     unit = settings["lead_unit" if alone else "batch_unit"]
-    cells = cells if alone else left_out.with_neighbours(cells)
+    cells = replace(cells, scores=cells.alone) if alone else left_out.with_neighbours(cells)
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
@@ -260,8 +260,9 @@ def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = True) -> li
             if len(others):
                 train.append(Dataset(data.counts[others], data.measured, data.targets[others]))
         own = cells.targets == label
-        without = np.where(np.arange(len(sources.types)) == label, ABSENT, cells.scores)
-        settings = calibrated(sources, replace(cells, scores=without).take(~own))
+        is_label = np.arange(len(sources.types)) == label
+        scores, by_cell = (np.where(is_label, ABSENT, values) for values in (cells.scores, cells.alone))
+        settings = calibrated(sources, replace(cells, scores=scores, alone=by_cell).take(~own))
         of_label = {}
         for number in np.unique(cells.datasets[own]):
             data, kept = sources.datasets[number], cells.rows[own & (cells.datasets == number)]
