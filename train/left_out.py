@@ -212,10 +212,8 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
 
     unit, batch_unit, least = 1.0, 1.0, 0.0
     if with_others and right_alone.any():
-        unit, batch_unit = (
-            round(max(quantile(novelty, right_alone, 1 - LOST), LEAST_UNIT), 4)
-            for novelty in (cells.novelty, of_batch)
-        )
+        units = (quantile(novelty, right_alone, 1 - LOST) for novelty in (cells.novelty, of_batch))
+        unit, batch_unit = (round(max(unit, LEAST_UNIT), 4) for unit in units)
     novelty = np.nan_to_num(cells.novelty / unit).clip(min=0)
     if right.any():
         least = quantile(np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty)), right, LOST)
