@@ -1,4 +1,4 @@
-"""The cells of a file as one more dataset of the readout: which cells stand for a label, and what their means change."""
+"""The cells of a file as one more dataset of the readout: cells that stand for a label, and what their means change."""
 
 import numpy as np
 import pytest
