@@ -80,6 +80,7 @@ class PanelReadout:
         typical: float64 `(n_labels, n_labels + n_others)`: the scores of each label's mean cell, other cells' last.
         file_weights, file_bias: In place of `weights` and `bias` for probabilities, once the cells of the file were
             read (`refinement_scmmgpt`).
+        file_shares: float32 `(n_genes, n_labels)`: weights of [`root_shares`] beside them, of a panel.
     """
 
     gene_ids: np.ndarray
@@ -96,6 +97,7 @@ class PanelReadout:
     typical: np.ndarray | None = None
     file_weights: np.ndarray | None = None
     file_bias: np.ndarray | None = None
+    file_shares: np.ndarray | None = None
     _last: Any = field(default=None, init=False, repr=False)  # the last cells, with profiles and scores
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,6 +126,8 @@ class PanelReadout:
         profiles, scores = self._scores(cells)
         if self.file_weights is not None:
             scores = sum_weights(*profiles, self.file_weights) + self.file_bias
+        if self.file_shares is not None:
+            scores = scores + sum_weights(*root_shares(*profiles), self.file_shares)
         logits = torch.from_numpy(scores / np.float32(self.temperature))
         if not len(self.spread):
             return logits.log_softmax(dim=1).numpy()
@@ -193,6 +197,7 @@ class PanelReadout:
             typical=None if self.typical is None else self.typical[np.ix_(columns, [*columns, *others])],
             file_weights=None if self.file_weights is None else np.ascontiguousarray(self.file_weights[:, columns]),
             file_bias=None if self.file_bias is None else self.file_bias[columns],
+            file_shares=None if self.file_shares is None else np.ascontiguousarray(self.file_shares[:, columns]),
         )
 
     def weak_labels(self, likely: np.ndarray) -> dict[int, tuple[int, float, list[int]]]:
@@ -550,6 +555,15 @@ def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np
     values = PROFILE_SCALE * np.sqrt(counts * share / totals[rows])
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(cells)))])
     return indptr, places[known], values.astype(np.float32)
+
+
+def root_shares(
+    indptr: np.ndarray, positions: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Square roots of a cell's counts, of sum 1, ragged as its profile of log1p(CP10k)."""
+    lengths, roots = np.diff(indptr), np.sqrt(np.expm1(values))
+    sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=roots, minlength=len(lengths))
+    return indptr, positions, (roots / np.repeat(sums, lengths).clip(min=1e-9)).astype(np.float32)
 
 
 def sum_weights(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:

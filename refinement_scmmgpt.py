@@ -5,6 +5,8 @@ that the readout has not seen. The cells of the file whose best label leads clea
 and their mean profile joins the groups of the label in the regression ([`FileMeans`]). It has little weight: what
 several datasets agree on stays, and the file decides what they leave open. The result is one more set of weights, so
 that a cell still has the same answer in every batch and partition of its file.
+
+Of a panel, whose few genes are chosen for what they tell, the likelihood of the counts is weighed in ([`log_shares`]).
 """
 
 from collections.abc import Sequence
@@ -28,6 +30,9 @@ LEAST_LEAD = 0.1  # of the best label's score over every other, of a cell that s
 FILE_WEIGHT = 0.01  # of the file, beside all datasets that have the label, which are 1
 SHRINKING_CELLS = 3  # of a label at which the file has half of this weight
 MIN_FILE = 20  # cells: fewer leave the readout as it is
+LIKELIHOOD_WEIGHT = 0.5  # of a mean log likelihood, beside scores of about 1 for the right label and 0 for others
+BACKGROUND = 0.3  # of the mean over labels in the profile of each, and `LEAST_ROOT` of each gene
+LEAST_ROOT = 1e-3  # square root of CP10k
 
 
 @dataclass
@@ -76,4 +81,22 @@ class FileMeans:
         ]
         of_labels, bias = (np.mean(parts, axis=0)[labels] for parts in zip(*solved, strict=True))
         of_labels = np.ascontiguousarray(of_labels.T, dtype=np.float32)
-        return replace(panel, file_weights=of_labels, file_bias=bias.astype(np.float32))
+        shares = None if len(solved) == 1 else log_shares(a, here, labels)
+        return replace(panel, file_weights=of_labels, file_bias=bias.astype(np.float32), file_shares=shares)
+
+
+def log_shares(a: dict[str, np.ndarray], here: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Weights of `readout_scmmgpt.root_shares`, float32 `(n_here, n_labels)`: the likelihood of a cell's counts.
+
+    It is multinomial, of the square roots of the counts, which few genes do not decide alone.
+
+    Args:
+        a: Of a readout with groups.
+        here: bool `(num_genes,)`: the genes of the panel.
+        labels: Positions of the labels.
+    """
+    mentions = (a["group_labels"] * a["group_weights"][:, None])[:, labels].T
+    means = mentions @ np.expm1(a["groups"][:, here]).clip(min=0) / mentions.sum(axis=1, keepdims=True)
+    roots = np.sqrt(means) + BACKGROUND * np.sqrt(np.expm1(a["group_mean"][here]).clip(min=0)) + LEAST_ROOT
+    logs = LIKELIHOOD_WEIGHT * np.log(roots / roots.sum(axis=1, keepdims=True))
+    return np.ascontiguousarray(logs.T, dtype=np.float32)

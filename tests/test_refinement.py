@@ -1,11 +1,20 @@
-"""The cells of a file as one more dataset of the readout: cells that stand for a label, and what their means change."""
+"""The cells of a file as one more dataset of the readout: cells that stand for a label, what their means change."""
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from scipy.special import log_softmax
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.refinement_scmmgpt import FILE_WEIGHT, LEAST_LEAD, SHRINKING_CELLS, FileMeans
+from scmmgpt.refinement_scmmgpt import (
+    BACKGROUND,
+    FILE_WEIGHT,
+    LEAST_LEAD,
+    LEAST_ROOT,
+    LIKELIHOOD_WEIGHT,
+    SHRINKING_CELLS,
+    FileMeans,
+)
 
 
 pytest.importorskip("cellxgene_ontology_guide")
@@ -107,3 +116,19 @@ def test_candidates_alone_stand_for_labels_and_keep_their_order(readout):
     of_three = whole.refine(readout, readout.for_genes(), range(3)).select([2, 0])
     np.testing.assert_allclose(of_two.file_weights, of_three.file_weights, atol=1e-6)
     np.testing.assert_allclose(of_two.file_bias, of_three.file_bias, atol=1e-6)
+
+
+def test_a_panel_weighs_in_the_likelihood_of_the_roots_of_the_counts(readout):
+    panel, cells = readout.for_genes(np.arange(9)), cells_of(dataset(2))
+    refined = FileMeans.of(panel, cells).refine(readout, panel, range(N_LABELS))
+    a, profiles = readout.arrays(), dense(panel.profiles(cells), 9)
+    roots = np.sqrt(np.expm1(profiles))
+    typical = [np.expm1(a["groups"][a["group_labels"][:, label] > 0, :9]).mean(axis=0) for label in range(N_LABELS)]
+    typical = np.sqrt(typical) + BACKGROUND * np.sqrt(np.expm1(a["group_mean"][:9])) + LEAST_ROOT
+    likelihood = roots / roots.sum(axis=1, keepdims=True) @ np.log(typical / typical.sum(axis=1, keepdims=True)).T
+    scores = profiles @ refined.file_weights + refined.file_bias + LIKELIHOOD_WEIGHT * likelihood
+    expected = log_softmax(scores / panel.temperature, axis=1)
+    np.testing.assert_allclose(refined(cells), expected, atol=1e-4)
+    assert FileMeans.of(readout.for_genes(), cells).refine(readout, readout.for_genes(), range(3)).file_shares is None
+    nothing = refined(Cells.from_csr(csr_matrix((1, N_GENES), dtype=np.float32), np.arange(N_GENES)))
+    assert np.isfinite(nothing).all()
