@@ -6,7 +6,7 @@ and their mean profile joins the groups of the label in the regression ([`FileMe
 several datasets agree on stays, and the file decides what they leave open. The result is one more set of weights, so
 that a cell still has the same answer in every batch and partition of its file.
 
-Of a panel, whose few genes are chosen for what they tell, the likelihood of the counts is weighed in ([`log_shares`]).
+Of a narrow panel, whose few genes are chosen for what they tell, the likelihood of the counts is weighed in ([`log_shares`]).
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ LEAST_LEAD = 0.1  # of the best label's score over every other, of a cell that s
 FILE_WEIGHT = 0.01  # of the file, beside all datasets that have the label, which are 1
 SHRINKING_CELLS = 3  # of a label at which the file has half of this weight
 MIN_FILE = 20  # cells: fewer leave the readout as it is
+NARROW = 2000  # genes of the readout: a panel with fewer is a narrow one
 LIKELIHOOD_WEIGHT = 0.5  # of a mean log likelihood, beside scores of about 1 for the right label and 0 for others
 BACKGROUND = 0.3  # of the mean over labels in the profile of each, and `LEAST_ROOT` of each gene
 LEAST_ROOT = 1e-3  # square root of CP10k
@@ -81,7 +82,8 @@ class FileMeans:
         ]
         of_labels, bias = (np.mean(parts, axis=0)[labels] for parts in zip(*solved, strict=True))
         of_labels = np.ascontiguousarray(of_labels.T, dtype=np.float32)
-        shares = None if len(solved) == 1 else log_shares(a, here, labels)
+        is_narrow = len(solved) > 1 and here.sum() < NARROW
+        shares = log_shares(a, here, labels) if is_narrow else None
         return replace(panel, file_weights=of_labels, file_bias=bias.astype(np.float32), file_shares=shares)
 
 
