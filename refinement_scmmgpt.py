@@ -6,7 +6,8 @@ and their mean profile joins the groups of the label in the regression ([`FileMe
 several datasets agree on stays, and the file decides what they leave open. The result is one more set of weights, so
 that a cell still has the same answer in every batch and partition of its file.
 
-Of a narrow panel, whose few genes are chosen for what they tell, the likelihood of the counts is weighed in ([`log_shares`]).
+Of a narrow panel, whose few genes are chosen for what they tell, the likelihood of the counts is weighed in
+([`log_shares`]).
 """
 
 from collections.abc import Sequence
