@@ -13,12 +13,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmmgpt.commands.errors import OneLineParser, PrintCompletion, PrintVersion, explain, reworded, run_command
-from scmmgpt.commands.files import TABLES, check_file, check_folder, check_paths, exists, table_suffix, whole_file
+from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, whole_file
 from scmmgpt.commands.options import (
     READ_HELP,
     add_annotation,
@@ -37,8 +37,9 @@ from scmmgpt.commands.options import (
     add_search,
     add_verify,
 )
+from scmmgpt.commands.outputs import check_outputs, finish, several_outputs, write
 from scmmgpt.commands.progress import log_if_slow
-from scmmgpt.commands.sources import Source, outputs_of, read_adata
+from scmmgpt.commands.sources import Source, check_split, read_adata
 from scmmgpt.commands.storage import run_staged
 from scmmgpt.readers.label_lists import read_text, read_words
 
@@ -72,6 +73,7 @@ def run_words(argv: list[str]) -> int:
     ]
 
     def work() -> int | None:
+        check_split(getattr(args, "given_split", None), [*inputs[:-1], getattr(args, "input", None)])
         if getattr(args, "has_own_model", False):
             choose_model(args)
         return args.run(args)
@@ -487,22 +489,6 @@ def load_pipeline(args: Args) -> "ScMMGPTPipeline":
                 logging.enable_progress_bar()
 
 
-def several_outputs(args: Args) -> dict[Source, Path]:
-    """Sources and outputs of a command that computes in partitions; empty for one file without `--workers`.
-
-    A single file then takes the place of the list in `args`.
-    """
-    files = args.file if isinstance(args.file, list) else [args.file]
-    outputs = outputs_of(files, args.split, args.model, args.output)
-    if len(outputs) > 1:
-        check_folder(args.output)
-        check_tables(args)
-        return outputs
-    args.file = next(iter(outputs)).path
-    check_outputs(args)
-    return outputs if args.workers or args.cluster else {}
-
-
 def run_in_partitions(
     args: Args,
     outputs: dict[Source, Path],
@@ -551,55 +537,6 @@ def read_labels(values: list[str] | None) -> tuple[Any, dict[str, str] | None]:
     found = read_words(values)
     labels = {label: found.texts.get(label, label) for label in found.labels} if found.texts else found.labels
     return labels, found.cl_ids
-
-
-def check_outputs(args: Args) -> None:
-    """Refuse outputs that cannot be written or would replace an input, before any work is done."""
-    output = getattr(args, "output", None)
-    if output is not None and output.suffix != ".h5ad":
-        raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
-    check_tables(args)
-    if output is not None:
-        check_file(output)
-
-
-def check_tables(args: Args) -> None:
-    """Refuse outputs that would replace an input or each other, and tables that cannot be written."""
-    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence", "proof")}
-    for option, table in tables.items():
-        if table is not None and table_suffix(table) not in TABLES:
-            raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
-    inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
-    named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
-    check_paths(named, {"--output": getattr(args, "output", None), **tables})
-    for table in filter(None, tables.values()):
-        check_file(table)
-
-
-def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: Any = None) -> None:
-    """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
-    from scmmgpt.commands.results import table_of, write_cells, write_table
-
-    if hasattr(args, "identity"):
-        adata.uns["scmmgpt"] = {**adata.uns.get("scmmgpt", {}), "model": args.identity}
-    write_cells(adata, getattr(args, "file", args.output), args.output)
-    if getattr(args, "table", None) is not None and rows is not None:
-        write_table(args.table, rows)
-    elif getattr(args, "table", None) is not None:
-        table = table_of(adata, args.columns, short=args.command == "describe")
-        write_table(args.table, table, index_label="barcode")
-    write(args, {"output": str(args.output), **summary})
-
-
-def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
-    """Write a result to stdout, as JSON or in lines, by default an entry a line; logs and errors go to stderr."""
-    if lines is None:
-        lines = (f"{name}: {value}" for name, value in result.items())
-    try:
-        sys.stdout.write(reworded(json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """From the scores of labels to an annotation: pure functions of arrays, independent of any model.
 
+`annotate_scores` takes the steps for the cells of a file, or of a part of one:
+
 1. `label_probabilities`: similarity and matching of each cell with each text -> probabilities of the texts.
 2. `choose_labels`: the most probable label of each cell or a broader term, and its certainty.
+3. `name_by_profile`: the types of cells that are like a reference profile and no trained label.
+4. `label_sets`: the labels that a cell may have, at an error rate.
 
 `fit_mixture` fits temperature and matching weight, and `fit_label_sets` the thresholds of sets of labels, to cells of
 known labels. A checkpoint keeps them, and the terms of its labels, in `config.annotation`.
@@ -14,10 +18,62 @@ from typing import Any
 import numpy as np
 
 
-UNKNOWN = "Unknown"  # the label of a cell that gets none
+try:  # as a package or as remote code
+    from .labels_scmmgpt import UNKNOWN, members_of_terms
+except ImportError:  # as a flat module in a clone
+    from labels_scmmgpt import UNKNOWN, members_of_terms
+
 
 SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds
-MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
+
+
+def annotate_scores(
+    similarity: np.ndarray,
+    match: np.ndarray | None,
+    novelty: np.ndarray | None,
+    is_empty: np.ndarray,
+    labelling: Any,
+    stored: Mapping[str, Any],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Columns of `obs`, and probabilities of the labels `(n_cells, n_labels)`.
+
+    Args:
+        similarity, match: As for [`label_probabilities`], for the texts of the candidates.
+        novelty: float32 `(n_cells,)`, NaN where the file measures too few genes; None without a threshold. With other
+            cells in the readout `(n_cells, 2)`: the second is the position of a novel cell's answer in the broader
+            terms, see [`Novelty`]; with types that have a profile alone `(n_cells, 4)`, see [`ProfiledTypes.name`].
+        is_empty: bool `(n_cells,)`: whether the cell expresses no gene.
+        labelling: The decisions for the file, [`Labelling`].
+        stored: `config.annotation` of the checkpoint.
+    """
+    candidates, scale = labelling.candidates, 1 / labelling.settings["temperature"]
+    similarity = similarity + labelling.unseen_bonus * candidates.unseen
+    weights = {"matching_weight": labelling.settings["matching_weight"], "doubt": stored.get("doubt", 0.0)}
+    probabilities = candidates.pool(label_probabilities(similarity, match, logit_scale=scale, **weights))
+    if stored.get("novelty") and novelty is None:
+        novelty = np.full(len(similarity), np.nan, dtype=np.float32)
+    broader, named = None, None
+    if novelty is not None and novelty.ndim > 1:
+        novelty, broader, *named = novelty.T
+    names, others = candidates.names, bool((candidates.owners < 0).any())
+    least: Any = labelling.min_score
+    if labelling.fitted_score is not None:
+        least = least_scores(labelling.fitted_score, novelty)
+    columns = choose_labels(probabilities, names, labelling.cl_ids, least, novelty, labelling.broader, others, broader)
+    if named:
+        if labelling.min_score is not None:
+            named[0] = np.where(named[1] < labelling.min_score, -1, named[0])
+        columns |= name_by_profile(columns, stored["profiles"], *named)
+    if labelling.min_score != 0:  # nothing speaks for a label of a cell without a single gene
+        for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
+            columns[name] = np.where(is_empty, word, columns[name])
+    if labelling.error_rate is not None:
+        sets = label_sets(probabilities, names, set_threshold(stored["label_sets"], labelling.error_rate))
+        if named:  # the sets are of trained labels: the name that the cell has is one more
+            pairs = zip(columns["by_profile"], columns["cell_type"], sets, strict=True)
+            sets = np.array([f"{name} | {labels}" if is_new else labels for is_new, name, labels in pairs], str)
+        columns["label_set"] = sets
+    return columns, probabilities
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -155,10 +211,23 @@ def choose_labels(
     return columns
 
 
-def members_of_terms(terms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
-    """Positions of each term's labels in `names`; none for a term that is no answer, of one label or of nearly all."""
-    found = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
-    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in found]
+def name_by_profile(
+    columns: Mapping[str, np.ndarray], types: Sequence[Mapping[str, Any]], numbers: np.ndarray, score: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Columns of cells whose type has a profile alone: name, id, score; and `by_profile`, whether a cell is one.
+
+    Args:
+        columns: Of [`choose_labels`].
+        types: `name` and `id` of each.
+        numbers: Position in `types` `(n_cells,)`, -1 for a cell of a trained label.
+        score: Probability of the type `(n_cells,)`.
+    """
+    by_profile, places = numbers >= 0, numbers.astype(np.int64)
+    found = {"score": np.where(by_profile, score, columns["score"]).astype(np.float32), "by_profile": by_profile}
+    for name, key in (("cell_type", "name"), ("cl_id", "id")):
+        of_types = np.array([str(known[key]) for known in types])
+        found[name] = np.where(by_profile, of_types[places], columns[name])
+    return found
 
 
 def fit_mixture(

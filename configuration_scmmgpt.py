@@ -134,8 +134,8 @@ class ScMMGPTConfig(PreTrainedConfig):
             [`ScMMGPTProfileReadout`]); `finetune` sets it.
         label_readout: `texts` of the labels of [`ScMMGPTLabelReadout`], a linear classifier of cells, and its
             `num_genes`, `num_factors`, of several datasets `num_groups`, `num_others` and `mixes_panels`, with texts
-            about genes `text_width`, with types that have a profile alone `num_profiles` and `num_profile_genes`;
-            training sets it.
+            about genes `num_texts` and `text_width`, with types that have a profile alone `num_profiles` and
+            `num_profile_genes`; training sets it.
         cell_embedding: What `embed` gives by default: `"cell-text"`, places in the space shared with texts; `"cell"`,
             the cell model's own; or `"profile"`, from the groups of the label readout without the network (see
             [`ProfileEmbedding`]). `release` sets it.
@@ -184,6 +184,9 @@ class ScMMGPTConfig(PreTrainedConfig):
             init_kwargs={"num_hidden_layers": 2, "cross_attention_frequency": 1},
         ),
     }
+
+    # The name by which trainers of multimodal models look for the token that is never sampled.
+    attribute_map = {"image_token_id": "cell_token_id"}
 
     # Passed as configurations, dictionaries or None; after construction each is a configuration.
     cell_config: Any = None

@@ -8,18 +8,18 @@ from transformers.utils import logging
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import UNKNOWN
     from .conversion_scmmgpt import InputChoice
     from .evidence_scmmgpt import Explainer, label_members
     from .judging_scmmgpt import EvidenceSteps
+    from .labels_scmmgpt import UNKNOWN
     from .passes_scmmgpt import uncounted
     from .proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
     from .records_scmmgpt import MISSING, finish_report, table_of, words_of
 except ImportError:  # as a flat module in a clone
-    from annotation_scmmgpt import UNKNOWN
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import Explainer, label_members
     from judging_scmmgpt import EvidenceSteps
+    from labels_scmmgpt import UNKNOWN
     from passes_scmmgpt import uncounted
     from proof_scmmgpt import MIN_SCORE, Expression, Proof, excluded_lineages, propose, terms_above, tissues_of
     from records_scmmgpt import MISSING, finish_report, table_of, words_of

@@ -11,14 +11,10 @@ from transformers.utils import logging
 
 try:  # as a package or as remote code
     from .annotation_scmmgpt import (
-        UNKNOWN,
-        choose_labels,
+        annotate_scores,
         fit_label_sets,
         fit_mixture,
         label_probabilities,
-        label_sets,
-        least_scores,
-        members_of_terms,
         set_threshold,
     )
     from .cells_scmmgpt import Cells
@@ -30,10 +26,11 @@ try:  # as a package or as remote code
         ids_of_labels,
         labels_of_tissue,
         labels_with_texts,
+        members_of_terms,
         profiled_types,
     )
     from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
-    from .passes_scmmgpt import CellPasses, uncounted
+    from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from .profiles_scmmgpt import ProfiledTypes
     from .proof_scmmgpt import tissues_of
     from .records_scmmgpt import add_column, finish_report, table_of
@@ -43,14 +40,10 @@ try:  # as a package or as remote code
     from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
 except ImportError:  # as a flat module in a clone
     from annotation_scmmgpt import (
-        UNKNOWN,
-        choose_labels,
+        annotate_scores,
         fit_label_sets,
         fit_mixture,
         label_probabilities,
-        label_sets,
-        least_scores,
-        members_of_terms,
         set_threshold,
     )
     from cells_scmmgpt import Cells
@@ -62,10 +55,11 @@ except ImportError:  # as a flat module in a clone
         ids_of_labels,
         labels_of_tissue,
         labels_with_texts,
+        members_of_terms,
         profiled_types,
     )
     from novelty_scmmgpt import Neighbours, Novelty, fit_novelty
-    from passes_scmmgpt import CellPasses, uncounted
+    from passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from profiles_scmmgpt import ProfiledTypes
     from proof_scmmgpt import tissues_of
     from records_scmmgpt import add_column, finish_report, table_of
@@ -96,6 +90,7 @@ class Labelling:
     error_rate: float | None = None
     batch_read: bool = False
     fitted_score: float | None = None  # in place of `min_score`, for cells that are not novel: see `least_scores`
+    novelty: Novelty | None = None
     neighbours: Neighbours | None = None  # cells of the file, by which novelty is judged
     profiled: ProfiledTypes | None = None  # types that no training cell has, for cells of no trained label
     file: FileMeans | None = None  # cells of the file that stand for labels, by which the readout was refined
@@ -176,8 +171,9 @@ class LabellingSteps(CellPasses):
                 raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
         fitted_score = stored.get("min_score") if min_score is None and is_default else None
         broader = terms if is_default else []
+        novelty = self._novelty(choice, candidates, readout, broader)
         decided = choice, settings, candidates, ids, readout, unseen_bonus, min_score, broader, error_rate
-        return Labelling(*decided, fitted_score=fitted_score, profiled=profiled)
+        return Labelling(*decided, fitted_score=fitted_score, novelty=novelty, profiled=profiled)
 
     def read_batch(self, adata: Any, labelling: "Labelling", read_batch: bool | None = None) -> "Labelling":
         """The same after a look at cells from all over the data.
@@ -195,11 +191,9 @@ class LabellingSteps(CellPasses):
                 logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
                 return labelling
             cells = _cells_all_over(adata, choice, READ_CELLS, 1)
-            logger.info(
-                f"Labels that were never trained were corrected by {len(cells)} cells of the file (read_batch)."
-            )
+            logger.info(f"{len(cells)} cells of the file corrected labels that were never trained (read_batch).")
             return replace(labelling, readout=readout.read_batch(cells), batch_read=True)
-        novelty = self._novelty(labelling) if total >= MIN_BATCH else None
+        novelty = labelling.novelty if total >= MIN_BATCH else None
         has_neighbours = novelty is not None and novelty.batch_unit is not None
         refines = total >= MIN_FILE and self._labels_of_file(labelling) is not None
         if not has_neighbours and not refines:
@@ -215,9 +209,13 @@ class LabellingSteps(CellPasses):
         if readout is None or labels is None:
             return labelling
         panel = file.refine(self._bridge().label_readout, readout.panel, labels)
-        profiled = None if labelling.profiled is None else replace(labelling.profiled, panel=panel)
         readout = replace(readout, panel=panel, scores=panel)
-        return replace(labelling, readout=readout, profiled=profiled, file=file)
+        novelty, profiled = labelling.novelty, labelling.profiled  # which share the scores of the panel
+        if novelty is not None and novelty.panel is not None:
+            novelty = replace(novelty, panel=panel)
+        if profiled is not None:
+            profiled = replace(profiled, panel=panel)
+        return replace(labelling, readout=readout, novelty=novelty, profiled=profiled, file=file)
 
     def _labels_of_file(self, labelling: "Labelling") -> list[int] | None:
         """Positions of the candidates in the label readout; None where no file refines it.
@@ -235,31 +233,8 @@ class LabellingSteps(CellPasses):
         self, adata: Any, labelling: "Labelling", batch_size: int | None = None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Columns of `obs` and probabilities `(n_obs, n_labels)` of cells: all of the data of a choice, or a part."""
-        candidates, ids = labelling.candidates, labelling.cl_ids
-        probabilities, novelty, is_empty = self._probabilities(adata, labelling, batch_size)
-        broader, named = None, None
-        if novelty is not None and novelty.ndim > 1:
-            novelty, broader, *named = novelty.T
-        names, others = candidates.names, bool((candidates.owners < 0).any())
-        least: Any = labelling.min_score
-        if labelling.fitted_score is not None:
-            least = least_scores(labelling.fitted_score, novelty)
-        columns = choose_labels(probabilities, names, ids, least, novelty, labelling.broader, others, broader)
-        if named:
-            if labelling.min_score is not None:
-                named[0] = np.where(named[1] < labelling.min_score, -1, named[0])
-            columns |= name_by_profile(columns, (self.model.config.annotation or {})["profiles"], *named)
-        if labelling.min_score != 0:  # nothing speaks for a label of a cell without a single gene
-            for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
-                columns[name] = np.where(is_empty, word, columns[name])
-        if labelling.error_rate is not None:
-            stored = (self.model.config.annotation or {})["label_sets"]
-            sets = label_sets(probabilities, names, set_threshold(stored, labelling.error_rate))
-            if named:  # the sets are of trained labels: the name that the cell has is one more
-                pairs = zip(columns["by_profile"], columns["cell_type"], sets, strict=True)
-                sets = np.array([f"{name} | {labels}" if is_new else labels for is_new, name, labels in pairs], str)
-            columns["label_set"] = sets
-        return columns, probabilities
+        scores = self._scores(adata, labelling, batch_size)
+        return annotate_scores(*scores, labelling, self.model.config.annotation or {})
 
     def add_labels(
         self,
@@ -271,11 +246,13 @@ class LabellingSteps(CellPasses):
         key_added: str = "scmmgpt",
     ) -> Any:
         """Add the results of [`label_cells`] for all cells to `adata`, with the votes of clusters and the summary."""
-        settings, candidates = labelling.settings, labelling.candidates
+        settings, candidates, stored = labelling.settings, labelling.candidates, self.model.config.annotation or {}
         if clusters is not None:
             columns = {**columns, "cell_type_majority": majority_vote(columns["cell_type"], clusters)}
+            names = columns["cell_type"], clusters, candidates.names, labelling.cl_ids, labelling.broader
+            alone = {known["name"]: known["id"] for known in stored.get("profiles", ()) if labelling.profiled}
+            answers = cluster_answers(*names, alone)
         summary, warnings = self.summarize(labelling, columns, probabilities)
-        stored = self.model.config.annotation or {}
         if settings["labels"].keys() == stored.get("labels", {}).keys():
             where = np.unique(tissues_of(adata.obs).astype(str)).tolist()
             warnings = [*warnings, *advice_on_tissues(where, Counter(columns["cell_type"].tolist()), stored)]
@@ -295,9 +272,7 @@ class LabellingSteps(CellPasses):
             **summary,
         }
         if clusters is not None:
-            names = columns["cell_type"], clusters, candidates.names, labelling.cl_ids, labelling.broader
-            alone = {known["name"]: known["id"] for known in stored.get("profiles", ()) if labelling.profiled}
-            done["clusters"] = table_of(cluster_answers(*names, alone))
+            done["clusters"] = table_of(answers)
         return self._record(adata, key_added, labelling.choice.report, annotate=done)
 
     def summarize(
@@ -357,33 +332,33 @@ class LabellingSteps(CellPasses):
         # What other commands stored stays: terms and bonus of fine-tuning.
         return {**before, **settings, "cl_ids": cl_ids, **fitted}, best
 
-    def _novelty(self, labelling: "Labelling") -> Novelty | None:
+    def _novelty(
+        self,
+        choice: InputChoice,
+        candidates: Candidates,
+        readout: TextScores | None,
+        terms: Sequence[Mapping[str, Any]],
+    ) -> Novelty | None:
         """Novelty for the genes of the file; None without a threshold, or where the file measures too few genes."""
-        readout, stored = labelling.readout, (self.model.config.annotation or {}).get("novelty")
         # Cells of a label that was never trained may be among the readout's cells of no label: the gate decides there.
         panel = None if readout is None or readout.has_new_labels else readout.panel
         members: list[list[int]] = []
         if panel is not None:  # a term is an answer if candidates are below it
-            trained = members_of_terms(labelling.broader, self.model.config.label_readout.get("labels", []))
-            chosen = members_of_terms(labelling.broader, labelling.candidates.names)
+            trained = members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+            chosen = members_of_terms(terms, candidates.names)
             members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
-        size, measured = self.model.config.cell_config.vocab_size, labelling.choice.match.measured
-        novelty = Novelty.of(stored, measured, size, panel, members)
-        return None if novelty is None else replace(novelty, neighbours=labelling.neighbours)
+        stored, size = (self.model.config.annotation or {}).get("novelty"), self.model.config.cell_config.vocab_size
+        return Novelty.of(stored, choice.match.measured, size, panel, members)
 
-    def _probabilities(
+    def _scores(
         self, adata: Any, labelling: "Labelling", batch_size: int | None
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Probabilities of the labels, `(n_cells, n_labels)`; the novelty of each cell; whether it expresses no gene.
-
-        The novelty is None without a threshold, and NaN where the file measures too few genes. With other cells in the
-        readout, it has a second column: the position of a novel cell's answer in the broader terms, see [`Novelty`];
-        with types that have a profile alone a third and fourth, see [`ProfiledTypes.name`].
-        """
-        candidates, settings, annotation = labelling.candidates, labelling.settings, self.model.config.annotation or {}
-        novelty_of: Any = self._novelty(labelling)
-        if novelty_of is not None and novelty_of.terms and labelling.profiled is not None:
-            novelty_of = labelling.profiled.beside(novelty_of)
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray]:
+        """Similarity, matching and novelty of cells, and whether each expresses no gene; see [`annotate_scores`]."""
+        novelty_of: Any = labelling.novelty
+        if novelty_of is not None:
+            novelty_of = replace(novelty_of, neighbours=labelling.neighbours)
+            if novelty_of.terms and labelling.profiled is not None:
+                novelty_of = labelling.profiled.beside(novelty_of)
         lengths: list[np.ndarray] = []
 
         def measured(chunks: Iterable[Cells]) -> Iterator[Cells]:
@@ -392,16 +367,10 @@ class LabellingSteps(CellPasses):
                 yield cells
 
         chunks, n_cells = measured(self._chunks(adata, labelling.choice)), adata.shape[0]
-        similarity, match, novelty = self._label_scores(
-            chunks, n_cells, candidates.texts, settings, batch_size, novelty_of, labelling.readout
+        scores = self._label_scores(
+            chunks, n_cells, labelling.candidates.texts, labelling.settings, batch_size, novelty_of, labelling.readout
         )
-        if annotation.get("novelty") and novelty is None:
-            novelty = np.full(len(similarity), np.nan, dtype=np.float32)
-        scale, weight = 1 / settings["temperature"], settings["matching_weight"]
-        similarity = similarity + labelling.unseen_bonus * candidates.unseen
-        doubt = annotation.get("doubt", 0.0)
-        of_texts = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight, doubt=doubt)
-        return candidates.pool(of_texts), novelty, np.concatenate(lengths) == 0
+        return *scores, np.concatenate(lengths) == 0
 
     def _text_scores(
         self, texts: Sequence[str], unseen: np.ndarray, choice: InputChoice, profiled: Mapping[str, int] | None = None
@@ -435,8 +404,10 @@ class LabellingSteps(CellPasses):
         weight = (self.model.config.annotation or {}).get("similarity_weight", 0.0)
         scorer = LabelScorer(self._bridge(), self.processor, texts, settings, weight, readout, novelty_of)
         # Each cell is matched with each of its candidates: the pairs of these cells fill a batch.
-        batch_size = max(self._batch_size(batch_size, 64) // max(scorer.num_candidates, 1), 1)
-        return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells))
+        is_padded = not scorer.readout_alone
+        batch_size = self._batch_size(batch_size, 64 if is_padded else LINEAR_BATCH)
+        batch_size = max(batch_size // max(scorer.num_candidates, 1), 1)
+        return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells, is_padded))
 
 
 def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) -> Cells:
@@ -448,25 +419,6 @@ def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) ->
         starts = np.linspace(0, total - at_once, most // at_once).astype(np.int64).tolist()
         parts = [cells for row in starts for cells in choice.iter_cells(adata[row : row + at_once])]
     return type(parts[0]).concatenate(parts)
-
-
-def name_by_profile(
-    columns: Mapping[str, np.ndarray], types: Sequence[Mapping[str, Any]], numbers: np.ndarray, score: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Columns of cells whose type has a profile alone: name, id, score; and `by_profile`, whether a cell is one.
-
-    Args:
-        columns: Of [`choose_labels`].
-        types: `name` and `id` of each.
-        numbers: Position in `types` `(n_cells,)`, -1 for a cell of a trained label.
-        score: Probability of the type `(n_cells,)`.
-    """
-    by_profile, places = numbers >= 0, numbers.astype(np.int64)
-    found = {"score": np.where(by_profile, score, columns["score"]).astype(np.float32), "by_profile": by_profile}
-    for name, key in (("cell_type", "name"), ("cl_id", "id")):
-        of_types = np.array([str(known[key]) for known in types])
-        found[name] = np.where(by_profile, of_types[places], columns[name])
-    return found
 
 
 def _sum_of_rows(matrix: Any) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 
+UNKNOWN = "Unknown"  # the label of a cell that gets none
+MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
 STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
 
 
@@ -40,6 +42,8 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
     labels = {str(label): str(text) for label, text in labels.items()}
     if not labels:
         raise ValueError("There are no labels to choose from; pass a list of labels, or a dict label -> text.")
+    if reserved := [label for label in labels if label.strip().casefold() == UNKNOWN.casefold()]:
+        raise ValueError(f"{reserved[0]!r} is the answer for cells of no label; leave it out of the labels.")
     empty = [label for label, text in labels.items() if not text.strip()]
     if empty:
         raise ValueError(f"The text of {len(empty)} labels is empty: {empty[:5]}. Describe each, or leave it out.")
@@ -258,3 +262,9 @@ def candidate_columns(
             owner_of[text] = number, not meant[name]
     owners, unseen = zip(*owner_of.values(), strict=True)
     return Candidates(names, list(owner_of), np.asarray(owners), np.asarray(unseen), meant)
+
+
+def members_of_terms(terms: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[int]]:
+    """Positions of each term's labels in `names`; none for a term that is no answer, of one label or of nearly all."""
+    found = [[place for place, name in enumerate(names) if name in term["labels"]] for term in terms]
+    return [members if 1 < len(members) <= MOST_LABELS * len(names) else [] for members in found]

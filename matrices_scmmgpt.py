@@ -8,6 +8,7 @@ What each kind of matrix gets:
   a linear scale. With a unit, counts are recovered exactly; else values are taken as they are (ranks do not change).
 - `log1p`: the same after `base**x - 1`, or a range that only logarithms have. Undone, then as `normalized`.
 - `log1p_log1p`: the same after undoing two logarithms. Undone twice, with a warning.
+- `sqrt`: the same after squaring. Squared.
 - `scaled`: negative values. Refused: z-scores do not tell zero from low.
 - `invalid`: NaN or infinite values. Refused, naming the first cell and gene.
 - `unknown`: none of these. Taken as they are, with a warning; ranks, and so scGPT's bins, are right on any scale.
@@ -31,7 +32,15 @@ ROUNDED = "rounded to the nearest integer"
 MAX_UNIT = 6  # the smallest value of a cell is tried as 1 .. MAX_UNIT counts
 
 MAX_LIBRARY = 1e7  # counts of a cell: more in half of the cells are decimals that were taken for counts
-LOG_BASES = (("e", np.e), ("2", 2.0), ("10", 10.0))
+# Logarithms, their base by name and by value, and the power that undoes a root. Squares of counts are counts: last.
+SCALES = (
+    (0, "e", np.e, 1),
+    (1, "e", np.e, 1),
+    (1, "2", 2.0, 1),
+    (1, "10", 10.0, 1),
+    (2, "e", np.e, 1),
+    (0, "e", np.e, 2),
+)
 LIKELY_TOTALS = (1e4, 1e6, 1e5, 1e3)
 TOTALS_COLUMN = "obs column of totals"
 
@@ -60,6 +69,7 @@ class MatrixVerdict:
     evidence: dict[str, Any] = field(default_factory=dict)  # of the sampled rows
     logs: int = 0  # how many times log(1 + x) was applied: 0, 1 or 2
     base: float = np.e  # of the logarithm
+    power: int = 1  # of the values once no logarithm is left: 2 undoes a square root
     exact: bool = False  # whether each cell's values are multiples of one unit, so that counts can be recovered
     target_sum: float | None = None  # total per cell before the logarithm, over all genes of the original data
     complete: bool = False  # whether the genes of the matrix are those that the target sum was taken over
@@ -70,6 +80,10 @@ class MatrixVerdict:
     def usable(self) -> bool:
         """Whether the values can be converted to counts or to normalised values."""
         return self.conversion is not None
+
+    def linearize(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`values` on a linear scale; see [`linearize`]."""
+        return linearize(values, logs=self.logs, base=self.base, precision=self.precision, power=self.power)
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as the report holds it."""
@@ -105,8 +119,10 @@ def _storage_precision(values: np.ndarray) -> Precision:
     return Precision(0.0 if decimals is None else 0.5 * 10.0**-decimals, relative, digits)
 
 
-def linearize(values: np.ndarray, *, logs: int, base: float, precision: Precision) -> tuple[np.ndarray, np.ndarray]:
-    """Undo `logs` logarithms. Returns float64 values and the half-width of the rounding of each."""
+def linearize(
+    values: np.ndarray, *, logs: int, base: float, precision: Precision, power: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Undo `logs` logarithms, then raise to `power`. Returns float64 values and the half-width of their rounding."""
     linear = values.astype(np.float64)
     error = precision.error(linear)
     scale = np.log(base)
@@ -114,7 +130,7 @@ def linearize(values: np.ndarray, *, logs: int, base: float, precision: Precisio
         with np.errstate(over="ignore", invalid="ignore"):
             linear = np.expm1(linear * scale)
             error = (linear + 1.0) * np.expm1(error * scale)
-    return linear, error
+    return (linear, error) if power == 1 else (linear**power, (linear + error) ** power - linear**power)
 
 
 class _Units(NamedTuple):
@@ -216,7 +232,8 @@ def inspect_rows(
         says_log1p: Whether the file claims a logarithm (scanpy's `uns["log1p"]`); used where nothing is proven.
     """
     verdict = _inspect_above_zero(rows, known_totals, says_log1p=says_log1p)
-    if (verdict.exact and not verdict.logs) or not (floor := rows.floor()):
+    counted = verdict.exact and not verdict.logs
+    if counted or verdict.kind == "invalid" or not (floor := rows.floor()):
         return verdict
     if floor > 0 and rows.shape[0] == 1:  # two cells tell: one normalised count has a value of its own in each
         return MatrixVerdict("one_cell", None, verdict.evidence | {"floor": _number(floor)})
@@ -260,9 +277,9 @@ def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, say
         evidence["digits"] = precision.digits
     fit = _find_scale(rows, precision)
     if fit is not None and evidence["share_integer"] >= 0.5:
-        # Counts of which some were corrected, or binary logarithms of counts: log2(1 + 1) is 1.
-        is_log2 = fit["logs"] == 1 and fit["base"] == 2 and fit["integral"] > 0
-        fit = fit if is_log2 and np.nanmax(np.abs(fit["unit"] - 1)) < 1e-3 else None
+        # Counts of which some were corrected, or binary logarithms or roots of counts: 1 stays 1.
+        keeps_one = (fit["base"] == 2 or fit["power"] == 2) and fit["integral"] > 0
+        fit = fit if keeps_one and np.nanmax(np.abs(fit["unit"] - 1)) < 1e-3 else None
     if fit is not None:
         return _exact_verdict(fit, precision, evidence, known_totals)
     return _plausible_verdict(rows, precision, evidence, says_log1p=says_log1p)
@@ -271,10 +288,10 @@ def _inspect_above_zero(rows: CountRows, known_totals: np.ndarray | None, *, say
 def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
     """The scale on which totals are constant or values are multiples of a unit; `None` if there is none."""
     best, best_score = None, (0, 0.0)
-    for logs, name, base in ((0, "e", np.e), *((1, name, base) for name, base in LOG_BASES), (2, "e", np.e)):
+    for logs, name, base, power in SCALES:
         if logs == 1 and rows.data.max() * np.log(base) > 30 or logs == 2 and rows.data.max() > 3.2:
             continue  # more than 1e13 counts of a gene: not this scale
-        linear, error = linearize(rows.data, logs=logs, base=base, precision=precision)
+        linear, error = linearize(rows.data, logs=logs, base=base, precision=precision, power=power)
         totals = rows.row_sums(linear)
         units = _find_units(linear, error, rows.indptr)
         found = np.isfinite(units.unit)
@@ -292,7 +309,7 @@ def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
         if (constant + (integral > 0), integral) > best_score:
             best_score = (constant + (integral > 0), integral)
             uncertain = float((error > 0.5 * np.repeat(units.unit, np.diff(rows.indptr))).mean())
-            best = {"logs": logs, "name": name, "base": base, "totals": totals, "unit": units.unit}
+            best = {"logs": logs, "name": name, "base": base, "power": power, "totals": totals, "unit": units.unit}
             best |= {"integral": integral, "constant": constant, "uncertain": uncertain}
         if best_score[0] == 2:
             break
@@ -317,10 +334,10 @@ def _exact_verdict(
         evidence["share_uncertain"] = _number(fit["uncertain"])
     target_sum = None
     if exact and np.all(np.abs(unit[has_unit] - 1) < 1e-3):
-        if not logs:
+        if not logs and fit["power"] == 1:
             evidence["share_near_integer"] = 1.0
             return MatrixVerdict("raw_float", ROUNDED, evidence, precision=precision)
-        evidence["unit"] = 1.0  # logarithms of the counts themselves
+        evidence["unit"] = 1.0  # logarithms or roots of the counts themselves
     elif fit["constant"]:
         target_sum = _nice_total(float(np.median(totals[totals > 0])))
         evidence["target_sum_from"] = "constant totals"
@@ -329,13 +346,14 @@ def _exact_verdict(
         evidence["target_sum_from"] = source
     if target_sum is not None:
         evidence["target_sum"] = _number(target_sum)
-    undo = ("", f"{fit['name']}**x - 1, ", "exp(exp(x) - 1) - 1, ")[logs]
+    undo = ("", f"{fit['name']}**x - 1, ", "exp(exp(x) - 1) - 1, ")[logs] if fit["power"] == 1 else "x**2, "
     return MatrixVerdict(
-        ("normalized", "log1p", "log1p_log1p")[logs],
+        ("normalized", "log1p", "log1p_log1p")[logs] if fit["power"] == 1 else "sqrt",
         undo + ("each cell divided by its unit: integer counts" if exact else "then as they are: normalised values"),
         evidence,
         logs=logs,
         base=fit["base"],
+        power=fit["power"],
         exact=exact,
         target_sum=target_sum,
         complete=fit["constant"],
@@ -408,7 +426,7 @@ def convert_rows(
     if verdict.kind == "raw_float":
         counts = np.rint(rows.data).astype(np.float32)
         return replace(rows, data=counts).entries(counts > 0), None, 0
-    linear, error = linearize(rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
+    linear, error = verdict.linearize(rows.data)
     if not is_expression(linear):
         raise ValueError(
             f"Values up to {rows.data.max():g} become larger than any expression once the logarithm is undone: they "

@@ -9,18 +9,22 @@ judged with the cells that have the most similar scores: [`Neighbours`].
 """
 
 import base64
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.utils import logging
 
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+    from .kernels_scmmgpt import kernels_pay, sum_roots
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+    from kernels_scmmgpt import kernels_pay, sum_roots
 
 logger = logging.get_logger(__name__)
 
@@ -51,10 +55,12 @@ def novelty_of(cells: Cells, absent: np.ndarray) -> np.ndarray:
     from laboratory to laboratory, while distances between cells grow: see `train/LOG.md`. `absent` is bool
     `(n_genes,)`, by vocabulary id.
     """
-    roots = np.sqrt(cells.counts.astype(np.float64))
-    rows = cells.rows()
-    total = np.bincount(rows, weights=roots, minlength=len(cells))
-    novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
+    if kernels_pay(0):
+        total, novel = sum_roots(cells.indptr, cells.gene_ids, cells.counts, absent)
+    else:
+        roots, rows = np.sqrt(cells.counts, dtype=np.float64), cells.rows()
+        total = np.bincount(rows, weights=roots, minlength=len(cells))
+        novel = np.bincount(rows, weights=roots * absent[cells.gene_ids], minlength=len(cells))
     return (novel / np.maximum(total, 1e-9)).astype(np.float32)
 
 
@@ -123,6 +129,12 @@ class Neighbours:
     scores: np.ndarray
     novelty: np.ndarray
 
+    @functools.cached_property
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores, and half the squared length of those of each cell; multiples of a half, exact in float32."""
+        steps = self.scores.astype(np.float32)
+        return steps, (steps**2).sum(axis=1) / 2
+
     @staticmethod
     def of_scores(scores: np.ndarray) -> np.ndarray:
         """Scores of labels around their mean over the labels of a cell, in whole steps."""
@@ -136,12 +148,13 @@ class Neighbours:
             scores: float32 `(n_cells, n_labels)`.
             novelty: float32 `(n_cells,)`, of each cell alone.
         """
-        steps, cells = self.scores.astype(np.float32), self.of_scores(scores).astype(np.float32)
-        gaps = (steps**2).sum(axis=1) - 2 * (cells @ steps.T)  # whole numbers, less the length of the cell
-        last = min(N_NEIGHBOURS, len(steps)) - 1
-        rows, near = np.nonzero(gaps <= np.partition(gaps, last, axis=1)[:, last : last + 1])  # of equals, all
-        sums = np.bincount(rows, weights=self.novelty[near], minlength=len(cells))
-        mean = sums / np.bincount(rows, minlength=len(cells))
+        steps, half = self._steps
+        last, gaps = min(N_NEIGHBOURS, len(steps)), self.of_scores(scores).astype(np.float32) @ steps.T
+        np.subtract(half, gaps, out=gaps)  # half of the squared distance, less the length of the cell
+        farthest = torch.from_numpy(gaps).topk(last, dim=1, largest=False).values[:, -1:].numpy()
+        rows, near = np.divmod(np.flatnonzero(gaps <= farthest), len(steps))  # of equals, all
+        sums = np.bincount(rows, weights=self.novelty[near], minlength=len(scores))
+        mean = sums / np.bincount(rows, minlength=len(scores))
         return (NEIGHBOUR_WEIGHT * (mean - novelty)).astype(np.float32)
 
 
@@ -192,14 +205,15 @@ class Novelty:
         """
         if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
-        raw, unit, added = self.raw(cells, self.terms), self.lead_unit, np.zeros((len(cells), 1), dtype=np.float32)
+        share, unit, added = self._share(cells), self.lead_unit, np.zeros((len(cells), 1), dtype=np.float32)
+        raw = self.panel.novelty(cells) + share
         if self.neighbours is not None and self.batch_unit is not None:
             unit, added = self.batch_unit, self.neighbours.difference(self.panel.scores(cells), raw[:, 0])[:, None]
-        raw = raw + added
-        novelty = raw[:, 0] / np.float32(unit)
+        novelty = (raw + added)[:, 0] / np.float32(unit)
         if not self.terms:
             return novelty.clip(min=0)
-        broader = np.where(novelty > 1, first_term(raw[:, 1:], unit), -1).astype(np.float32)
+        raw = self.panel.novelty(cells, self.terms, novelty > 1) + share
+        broader = first_term((raw + added)[:, 1:], unit).astype(np.float32)
         return np.stack([novelty.clip(min=0), broader], axis=1)
 
     def with_neighbours(self, cells: Cells) -> "Neighbours | None":
@@ -210,9 +224,14 @@ class Novelty:
 
     def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
         """Novelty for labels and for `terms`, `(n_cells, 1 + n_terms)`, not yet over the unit."""
-        share: Any = 0.0 if self.absent is None else novelty_of(cells, self.absent)[:, None] / np.float32(self.unit)
-        novelty = share if self.panel is None else self.panel.novelty(cells, terms) + np.float32(ABSENT_WEIGHT) * share
-        return np.asarray(novelty)
+        return self._share(cells) if self.panel is None else self.panel.novelty(cells, terms) + self._share(cells)
+
+    def _share(self, cells: Cells) -> np.ndarray:
+        """Novelty by absent genes, float32 `(n_cells, 1)`, 0 where too few are measured; with a panel, its part."""
+        if self.absent is None:
+            return np.zeros((len(cells), 1), dtype=np.float32)
+        share = novelty_of(cells, self.absent)[:, None] / np.float32(self.unit)
+        return share if self.panel is None else np.float32(ABSENT_WEIGHT) * share
 
 
 def first_term(novelty: np.ndarray, unit: float) -> np.ndarray:

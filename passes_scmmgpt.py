@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 CellFunction = Callable[[Cells], tuple[torch.Tensor, ...]]  # a batch of cells -> tensors with one row a cell
 SORTED_CELLS = 4096  # cells in memory at a time; a batch takes those of like length, so that little is padded
+LINEAR_BATCH = 512  # cells of a batch where nothing is padded: as many as are read at a time
 
 
 class CellPasses:
@@ -76,45 +77,48 @@ class CellPasses:
         return dict(self.processor(cells=cells).to(self.device))
 
     def _chunks(self, adata: Any, choice: InputChoice) -> Iterator[Cells]:
-        """The cells of an AnnData, at most `SORTED_CELLS` in memory at a time."""
-        # The class is the processor's: a checkpoint may load each file twice.
-        parts: list[Cells] = []
+        """The cells of an AnnData, as they are read."""
         cells_hash = CellsHash()
         for part in choice.iter_cells(adata):
             cells_hash.update(part)
-            parts.append(part)
-            if sum(map(len, parts)) + len(part) > SORTED_CELLS:
-                yield type(part).concatenate(parts)
-                parts = []
-        if parts:
-            yield type(part).concatenate(parts)
+            yield part
         choice.report["cells"]["hash"] = cells_hash.hexdigest()
 
     def _batches(
-        self, chunks: Iterable[Cells], batch_size: int, what: str, total: int
+        self, chunks: Iterable[Cells], batch_size: int, what: str, total: int, alike: bool = True
     ) -> Iterator[tuple[np.ndarray, Cells]]:
-        """Row numbers and cells of each batch: of a chunk, cells alike in length, the longest first."""
+        """Row numbers and cells of each batch: cells that are alike in length, the longest first; or in order."""
         first = 0
         with logging.tqdm(desc=what, unit="cell", total=total, delay=3) as progress:
-            for chunk in chunks:
-                order = np.argsort(-np.diff(chunk.indptr), kind="stable")
+            for chunk in _joined(chunks) if alike else chunks:
+                order = np.argsort(-np.diff(chunk.indptr), kind="stable") if alike else np.arange(len(chunk))
                 for start in range(0, len(order), batch_size):
                     rows = order[start : start + batch_size]
-                    yield first + rows, chunk[rows]
+                    yield first + rows, chunk[rows if alike else slice(start, start + batch_size)]
                     progress.update(len(rows))
                 first += len(chunk)
 
     def _map_cells(
-        self, function: CellFunction, chunks: Iterable[Cells], batch_size: int, what: str, total: int
+        self,
+        function: CellFunction,
+        chunks: Iterable[Cells],
+        batch_size: int,
+        what: str,
+        total: int,
+        alike: bool = True,
     ) -> list[np.ndarray]:
-        """Apply `function` to all cells, batch by batch; float32 arrays in the cells' order."""
+        """Apply `function` to all cells, batch by batch; float32 arrays in the cells' order.
+
+        `alike` is for functions that pad cells; without it, nothing is moved.
+        """
         rows, results = [], []
-        for numbers, cells in self._batches(chunks, batch_size, what, total):
+        for numbers, cells in self._batches(chunks, batch_size, what, total, alike):
             with torch.inference_mode():
                 results.append([output.float().cpu().numpy() for output in function(cells)])
             rows.append(numbers)
+        joined = [np.concatenate(parts) for parts in zip(*results, strict=True)]
         order = np.argsort(np.concatenate(rows))
-        return [np.concatenate(parts)[order] for parts in zip(*results, strict=True)]
+        return [part[order] for part in joined] if alike else joined
 
     def _readout_columns(self) -> dict[str, int]:
         """Trained label -> its column of the label readout, in the readout's order."""
@@ -128,6 +132,19 @@ class CellPasses:
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
         """Add the settings of a verb, the checkpoint and the report of what was read to `uns`."""
         return record(adata, key, report, **done, checkpoint=str(self.model.config._name_or_path or ""))
+
+
+def _joined(chunks: Iterable[Cells]) -> Iterator[Cells]:
+    """The cells of chunks, in order, `SORTED_CELLS` at a time at most, unless one chunk has more."""
+    # The class is the processor's: a checkpoint may load each file twice.
+    parts: list[Cells] = []
+    for part in chunks:
+        parts.append(part)
+        if sum(map(len, parts)) + len(part) > SORTED_CELLS:
+            yield type(part).concatenate(parts)
+            parts = []
+    if parts:
+        yield type(parts[0]).concatenate(parts)
 
 
 def best_device() -> str:

@@ -29,7 +29,7 @@ try:  # as a package or as remote code
         find_species,
         match_genes,
     )
-    from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows, linearize
+    from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
     from .records_scmmgpt import finish_report
     from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 except ImportError:  # beside the other files of a checkpoint
@@ -46,7 +46,7 @@ except ImportError:  # beside the other files of a checkpoint
         find_species,
         match_genes,
     )
-    from matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows, linearize
+    from matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
     from records_scmmgpt import finish_report
     from rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 
@@ -65,7 +65,7 @@ TOTAL_COLUMNS = ("total_counts", "n_counts", "nCount_RNA", "nUMI", "n_umi", "n_u
 # Panels of fewer genes than MIN_DROPLET_GENES are not judged.
 EMPTY_SHARE, MAX_EMPTY_GENES, MAX_EMPTY_SHARE, MIN_CELL_GENES, MIN_DROPLET_GENES = 0.05, 50, 0.2, 10, 200
 # Kinds of matrix that `assume=` may name.
-ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p")
+ASSUMABLE = ("raw_integer", "raw_float", "normalized", "log1p", "log1p_log1p", "sqrt")
 
 
 def _find_totals_column(adata: Any) -> str | None:
@@ -126,7 +126,7 @@ def choose_input(
     source, verdict = chosen.name, chosen.verdict if assume is None else _assume_kind(assume, chosen.verdict)
 
     # step 2: which genes
-    linear, _ = linearize(chosen.rows.data, logs=verdict.logs, base=verdict.base, precision=verdict.precision)
+    linear, _ = verdict.linearize(chosen.rows.data)
     match = match_genes(
         chosen.columns,
         gene_index,
@@ -186,10 +186,13 @@ def _assume_kind(kind: str, found: MatrixVerdict) -> MatrixVerdict:
     if kind == found.kind:
         return replace(found, evidence=evidence)
     logs = {"log1p": 1, "log1p_log1p": 2}.get(kind, 0)
+    power = 2 if kind == "sqrt" else 1
     conversion = ROUNDED if kind == "raw_float" else "taken as they are"
-    if logs:
-        conversion = "logarithm undone, then as they are: normalised values"
-    return MatrixVerdict(kind, conversion, evidence, logs=logs, precision=found.precision, floor=found.floor)
+    if logs or power > 1:
+        conversion = f"{'logarithm' if logs else 'square root'} undone, then as they are: normalised values"
+    return MatrixVerdict(
+        kind, conversion, evidence, logs=logs, power=power, precision=found.precision, floor=found.floor
+    )
 
 
 @dataclass
@@ -287,7 +290,7 @@ def _rank(verdict: MatrixVerdict) -> int:
         return 7
     if verdict.exact:
         return 2
-    order = {"raw_integer": 0, "raw_float": 1, "normalized": 3, "log1p": 4, "log1p_log1p": 5, "unknown": 6}
+    order = {"raw_integer": 0, "raw_float": 1, "normalized": 3, "log1p": 4, "log1p_log1p": 5, "sqrt": 5, "unknown": 6}
     return order[verdict.kind]
 
 

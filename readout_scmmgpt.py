@@ -39,9 +39,11 @@ from torch.nn import functional as F
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
+    from .kernels_scmmgpt import kernels_pay, place_counts
     from .regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
+    from kernels_scmmgpt import kernels_pay, place_counts
     from regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
 
 
@@ -98,7 +100,7 @@ class PanelReadout:
     file_weights: np.ndarray | None = None
     file_bias: np.ndarray | None = None
     file_shares: np.ndarray | None = None
-    _last: Any = field(default=None, init=False, repr=False)  # the last cells, with profiles and scores
+    _last: Any = field(default=None, init=False, repr=False)  # the last cells: profiles, scores, those of other cells
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ragged profiles over the genes at hand: first entry of each cell, positions in `gene_ids`, values."""
@@ -110,7 +112,7 @@ class PanelReadout:
         last = self._last
         if last is None or last[0] is not cells:
             profiles = self.profiles(cells)
-            last = self._last = cells, profiles, sum_weights(*profiles, self.weights) + self.bias
+            last = self._last = [cells, profiles, sum_weights(*profiles, self.weights) + self.bias, None]
         return last[1], last[2]
 
     def scores(self, cells: Cells) -> np.ndarray:
@@ -135,7 +137,9 @@ class PanelReadout:
         pieces = [(piece[:, None] + draws).log_softmax(dim=2).logsumexp(dim=1) for piece in logits.split(1024)]
         return (torch.cat(pieces) - np.log(len(draws))).numpy() if pieces else logits.numpy()
 
-    def novelty(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
+    def novelty(
+        self, cells: Cells, terms: Sequence[Sequence[int]] = (), asked: np.ndarray | None = None
+    ) -> np.ndarray:
         """How far each cell is from its best label towards other cells, float32 `(n_cells, 1 + n_terms)`.
 
         0 where the label leads over other cells by as much as in its mean cell, and has the score of its mean cell.
@@ -146,12 +150,15 @@ class PanelReadout:
             cells: Counts.
             terms: Labels of broader terms: their scores add up, as the regression of the term would have it. Infinite
                 for a cell whose best label is not among them.
+            asked: bool `(n_cells,)`: the cells whose terms are computed, by default all; infinite for the others.
         """
         if self.others is None or self.others_bias is None or self.typical is None:
             raise ValueError("This readout has no other cells; novelty needs a checkpoint of `release`.")
         profiles, scores = self._scores(cells)
         best, n_labels = scores.argmax(axis=1), scores.shape[1]
-        found = sum_weights(*profiles, self.others) + self.others_bias
+        if self._last[3] is None:
+            self._last[3] = sum_weights(*profiles, self.others) + self.others_bias
+        found = self._last[3]
         if found.shape[1] == self.typical.shape[1]:  # a panel
             scores, found = found[:, :n_labels], found[:, n_labels:]
         others = found.max(axis=1, initial=-np.inf)
@@ -166,11 +173,17 @@ class PanelReadout:
 
         found, every = np.full((len(best), 1 + len(terms)), np.inf, dtype=np.float32), np.arange(len(best))
         found[:, 0] = missing(every, scores[every, best], np.diag(self.typical))
-        for column, term in enumerate(map(list, terms), 1):
-            below = np.zeros(n_labels, dtype=bool)
-            below[term] = True
-            rows = np.flatnonzero(below[best])
-            found[rows, column] = missing(rows, scores[rows][:, term].sum(axis=1), self.typical[:, term].sum(axis=1))
+        rows = every if asked is None else np.flatnonzero(asked)
+        if not len(terms) or not len(rows):
+            return found
+        members = np.zeros((n_labels, len(terms)))
+        for column, term in enumerate(terms):
+            members[list(term), column] = 1
+        below = members[best[rows]] > 0
+        for number in np.flatnonzero(below.any(axis=0)):
+            some, labels = rows[below[:, number]], np.flatnonzero(members[:, number])
+            score = scores[some][:, labels].sum(axis=1, dtype=np.float64)  # exact, for the same bits in every batch
+            found[some, number + 1] = missing(some, score, self.typical[:, labels].sum(axis=1))
         return found
 
     def select(self, labels: Sequence[int]) -> "PanelReadout":
@@ -255,6 +268,7 @@ class ScMMGPTLabelReadout(nn.Module):
         feature_width: Width of the labels' places in the space shared with texts; 0 if there are none.
         mixes_panels: Whether the labels' weights for a panel are the mean of two regressions, as newer checkpoints do.
         num_profiles, num_profile_genes: Types that have a profile and no cells, and the genes that profiles have.
+        num_texts: Genes that have a text; `None` in older checkpoints, whose `gene_texts` has a row for each gene.
     """
 
     gene_ids: torch.Tensor
@@ -267,6 +281,7 @@ class ScMMGPTLabelReadout(nn.Module):
     shares: torch.Tensor
     temperature: torch.Tensor
     gene_texts: torch.Tensor
+    gene_text_places: torch.Tensor
     features: torch.Tensor
     groups: torch.Tensor
     group_mean: torch.Tensor
@@ -288,6 +303,7 @@ class ScMMGPTLabelReadout(nn.Module):
         mixes_panels: bool = False,
         num_profiles: int = 0,
         num_profile_genes: int = 0,
+        num_texts: int | None = None,
     ) -> None:
         super().__init__()
         self.num_groups, self.num_others, self.mixes_panels = num_groups, num_others, mixes_panels
@@ -303,7 +319,10 @@ class ScMMGPTLabelReadout(nn.Module):
         self.register_buffer("shares", torch.zeros(num_genes))  # expected share of a cell's counts
         self.register_buffer("temperature", torch.ones(()))
         if text_width:
-            self.set_gene_texts(np.zeros((num_genes, text_width)))
+            rows = num_genes if num_texts is None else num_texts
+            self.register_buffer("gene_texts", torch.zeros(rows, text_width, dtype=half))
+        if num_texts is not None:
+            self.register_buffer("gene_text_places", torch.zeros(num_texts, dtype=torch.int32))
         if feature_width:
             self.set_features(torch.zeros(num_labels, feature_width))
         if num_groups:
@@ -334,8 +353,14 @@ class ScMMGPTLabelReadout(nn.Module):
         return sizes | {n: v for n in ("num_groups", "num_others", "mixes_panels") if (v := getattr(self, n))}
 
     def set_gene_texts(self, directions: np.ndarray) -> None:
-        """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text."""
-        self.register_buffer("gene_texts", torch.as_tensor(directions, device=self.mean.device).half())
+        """Keep embeddings of texts about the genes, `(num_genes, text_width)`, 0 for a gene without a text.
+
+        The rows that are not 0 are kept, and the positions of their genes in `gene_ids`.
+        """
+        texts = torch.as_tensor(directions, device=self.mean.device).half()
+        places = texts.any(dim=1).nonzero()[:, 0]
+        self.register_buffer("gene_texts", texts[places])
+        self.register_buffer("gene_text_places", places.to(torch.int32))
 
     def set_features(self, features: torch.Tensor) -> None:
         """Keep the places of the labels in the space shared with texts, `(num_labels, feature_width)`."""
@@ -402,9 +427,14 @@ class ScMMGPTLabelReadout(nn.Module):
         return F.embedding_bag(places, weights, mode="sum", per_sample_weights=values)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The buffers as float64 arrays, and `gene_ids` as int64."""
-        arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers() if name != "gene_ids"}
-        return {**arrays, "gene_ids": self.gene_ids.cpu().numpy().astype(np.int64)}
+        """The buffers as float64 arrays, `gene_ids` as int64, and `gene_texts` with a row for each gene."""
+        arrays = {name: value.cpu().double().numpy() for name, value in self.named_buffers()}
+        arrays["gene_ids"] = arrays["gene_ids"].astype(np.int64)
+        if (places := arrays.pop("gene_text_places", None)) is not None:
+            texts = np.zeros((len(arrays["gene_ids"]), arrays["gene_texts"].shape[1]))
+            texts[places.astype(np.int64)] = arrays["gene_texts"]
+            arrays["gene_texts"] = texts
+        return arrays
 
     def for_genes(self, measured: np.ndarray | None = None, profiles: Sequence[int] = ()) -> PanelReadout:
         """The readout for a file.
@@ -545,9 +575,11 @@ def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np
     Returns:
         `indptr` int64 `(n_cells + 1,)`, positions in `gene_ids` int64 `(nnz,)`, values float32 `(nnz,)`.
     """
-    table = np.full(1 + max(gene_ids.max(initial=0), cells.gene_ids.max(initial=0)), -1, dtype=np.int64)
+    table = np.full(1 + max(gene_ids.max(initial=0), cells.gene_ids.max(initial=0)), -1, dtype=np.int32)
     table[gene_ids] = np.arange(len(gene_ids))
-    places = table[cells.gene_ids]  # a search in sorted ids takes ten times as long
+    if kernels_pay(0):
+        return place_counts(cells.indptr, cells.gene_ids, cells.counts, table, share, PROFILE_SCALE)
+    places = table[cells.gene_ids].astype(np.int64)  # a search in sorted ids takes ten times as long
     known = places >= 0
     rows = cells.rows()[known]
     counts = cells.counts[known].astype(np.float64)

@@ -15,7 +15,7 @@ try:  # as a package or as remote code
     from .conversion_scmmgpt import InputChoice
     from .evidence_scmmgpt import NONE, Explainer, label_members
     from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
-    from .passes_scmmgpt import CellFunction, CellPasses
+    from .passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses
     from .query_scmmgpt import Search
     from .records_scmmgpt import finish_report
     from .scoring_scmmgpt import encode_texts, mean_similarity, text_states
@@ -26,7 +26,7 @@ except ImportError:  # as a flat module in a clone
     from conversion_scmmgpt import InputChoice
     from evidence_scmmgpt import NONE, Explainer, label_members
     from modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
-    from passes_scmmgpt import CellFunction, CellPasses
+    from passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses
     from query_scmmgpt import Search
     from records_scmmgpt import finish_report
     from scoring_scmmgpt import encode_texts, mean_similarity, text_states
@@ -59,8 +59,9 @@ class SearchSteps(CellPasses):
                 embedded = features_of(cells).mean(dim=1)
             return (torch.nn.functional.normalize(embedded.float(), dim=-1),)
 
-        chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 64)
-        return self._map_cells(embedding, chunks, batch_size, "Embedding", adata.shape[0])[0]
+        is_padded, chunks = profile is None, self._chunks(adata, choice)
+        batch_size = self._batch_size(batch_size, 64 if is_padded else LINEAR_BATCH)
+        return self._map_cells(embedding, chunks, batch_size, "Embedding", adata.shape[0], is_padded)[0]
 
     def embedding_of(self, of: str | None = None) -> str:
         """What is embedded, see [`ScMMGPTPipeline.embed`]: as given, else as the checkpoint has it."""

@@ -8,12 +8,10 @@ import numpy as np
 
 
 try:  # as a package or as remote code
-    from .annotation_scmmgpt import MOST_LABELS, UNKNOWN
-    from .labels_scmmgpt import Candidates
+    from .labels_scmmgpt import MOST_LABELS, UNKNOWN, Candidates
     from .records_scmmgpt import MISSING
 except ImportError:  # beside the other files of a checkpoint
-    from annotation_scmmgpt import MOST_LABELS, UNKNOWN
-    from labels_scmmgpt import Candidates
+    from labels_scmmgpt import MOST_LABELS, UNKNOWN, Candidates
     from records_scmmgpt import MISSING
 
 CLUSTER_SHARE = 0.8  # of the cells of a cluster, for its type
@@ -115,6 +113,15 @@ def summarize_annotation(
         warnings.append(
             f"There is one label, {candidates.names[0]!r}, and no other that the checkpoint knows: every cell gets "
             "it, with score 1. Give two labels or more."
+        )
+    pairs = zip(candidates.owners.tolist(), candidates.unseen.tolist(), strict=True)
+    new = [candidates.names[owner] for owner, unseen in pairs if unseen and owner >= 0 and known]
+    if n_new := sum(counted[name] for name in new):
+        shown = ", ".join(map(repr, sorted(new, key=lambda name: -counted[name])[:3]))
+        warnings.append(
+            f"{n_new} of {n_cells} cells have labels that no training cell had ({shown}): their texts alone decide, "
+            "and such a label takes cells of other types, most of all where none of its own are there. Leave it out "
+            "if it cannot occur, or write a known label in its place."
         )
     if n_novel >= NOVEL_SHARE * n_cells:
         given = f"{n_unknown} of them are {UNKNOWN}, the others have a broader type or that of a reference profile"

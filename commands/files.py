@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,14 @@ def check_paths(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
                         f"{option} {str(path)!r} would replace a file of the input {name} {str(source)!r}; name "
                         "another file."
                     )
+
+
+def check_results(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Refuse results of several inputs of which one is a file of the inputs, also by another name of the file."""
+    known = {(found.st_dev, found.st_ino) for path in inputs if exists(path) for found in [path.stat()]}
+    for path in filter(exists, outputs):
+        if (path.stat().st_dev, path.stat().st_ino) in known:
+            raise ValueError(f"The result {str(path)!r} would replace an input of that name; name another folder.")
 
 
 def exists(path: Path) -> bool:

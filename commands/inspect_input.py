@@ -26,6 +26,7 @@ KIND_WORDS = {
     "normalized": "normalised values",
     "log1p": "log(1 + x)",
     "log1p_log1p": "log(1 + x), taken twice",
+    "sqrt": "square roots",
     "scaled": "scaled values",
     "invalid": "values that are not numbers",
     "unknown": "values of unclear scale",

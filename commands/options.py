@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from scmmgpt.commands.errors import OneLineParser, number
 
@@ -23,7 +24,9 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     add_partitions(parser)
     text = "candidate labels; or a file: .txt, a label a line; .csv/.tsv with label, text, cl_id; .json {label: text}"
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help=f"{text} (default: those of the checkpoint)")
+    parser.add_argument(
+        "--labels", nargs="+", action="extend", metavar="LABEL", help=f"{text} (default: those of the checkpoint)"
+    )
     text = "choose from the labels of this tissue, such as lung"
     parser.add_argument("--tissue", metavar="NAME", help=text)
     parser.add_argument("--cluster-key", metavar="COLUMN", help="column of obs with clusters: adds majority labels")
@@ -69,7 +72,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     text = "the cells, by columns of obs, e.g., 'leiden == \"3\"' (default: all); the others are compared with them"
     parser.add_argument("--select", metavar="CONDITION", help=text)
     text = "questions (default: a line of standard input each)"
-    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help=text)
+    parser.add_argument("--ask", nargs="+", action="extend", metavar="QUESTION", help=text)
     text = "folder of an instruct model of Hugging Face, which words the answers; numbers and genes are checked"
     parser.add_argument("--language-model", type=Path, metavar="FOLDER", help=text)
 
@@ -120,7 +123,9 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add_output(parser, table=False)
     parser.add_argument("--n-cells", type=number(int, 1), default=1, metavar="N", help="cells per prompt (default: 1)")
     genes = parser.add_mutually_exclusive_group()
-    genes.add_argument("--genes", nargs="+", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)")
+    genes.add_argument(
+        "--genes", nargs="+", action="extend", metavar="GENE", help="symbols, aliases or Ensembl ids (default: all)"
+    )
     genes.add_argument("--genes-of", type=Path, metavar="FILE", help="genes of this file in the vocabulary")
     parser.add_argument(
         "--library-size",
@@ -156,9 +161,23 @@ def add_input(
     """The file of cells (`count` `"+"`: several, `"?"`: at most one), the model, and how to read the file."""
     text = f"{FORMATS}, or a corpus{'; or folders of them' if count == '+' else ''}"
     parser.add_argument("file", type=Path, metavar="FILE", help=text, nargs=count)
-    parser.add_argument("--split", default=split, help="split of a corpus (default: %(default)s)")
+    add_split(parser, split)
     add_model(parser, required=writes_model)
     add_reading(parser)
+
+
+def add_split(parser: argparse.ArgumentParser, default: str = "test") -> None:
+    """The split of a corpus; `given_split` of the arguments is the one that a user named."""
+    text = "split of a corpus (default: %(default)s)"
+    parser.add_argument("--split", default=default, action=GivenSplit, help=text)
+
+
+class GivenSplit(argparse.Action):
+    """Store a split, and that it was named."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Store both."""
+        namespace.split = namespace.given_split = values
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -182,9 +201,8 @@ def add_output(parser: argparse.ArgumentParser, table: bool = True, columns: boo
         )
         parser.add_argument("--table", type=Path, metavar="OUT.csv", help=text)
     if table and columns:
-        parser.add_argument(
-            "--columns", nargs="+", default=[], metavar="COLUMN", help="columns of obs to add to --table"
-        )
+        text = "columns of obs to add to --table"
+        parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="COLUMN", help=text)
 
 
 def add_partitions(parser: argparse.ArgumentParser) -> None:
@@ -222,13 +240,13 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default="the one that the receipt names")
     text = "cells that the result was computed from (default: those in OUT.h5ad)"
     parser.add_argument("--input", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+    add_split(parser)
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     """Options of `report`."""
     parser.add_argument("file", type=Path, metavar="FILE", help=f"result of a command; or {FORMATS}")
-    parser.add_argument("--split", default="test", help="split of a corpus (default: %(default)s)")
+    add_split(parser)
     add_model(parser, default="that of this package, for cells without results")
     add_reading(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="page to write")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN
 from scmmgpt.commands.verify import receipts
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.records_scmmgpt import need_columns
 
 

@@ -1,6 +1,7 @@
 """Inputs of commands over cells: files, folders of files, Zarr stores and corpora, whole or a range of rows."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ class Source:
         newest = max((stat.st_mtime_ns for stat in stats), default=0)
         size = sum(stat.st_size for stat in stats)
         return {"path": str(self.path.absolute()), "split": self.split, "bytes": size, "newest": newest}
+
+
+def check_split(split: str | None, paths: Iterable[Path | None]) -> None:
+    """Refuse a split that was named for files of cells, which have none: all their cells would be read."""
+    named = [path for path in paths if path is not None]
+    manifests = (next(path.glob(name), None) for path in named for name in ("manifest.json", "*/manifest.json"))
+    if split is not None and not any(manifests):
+        none = ", ".join(map(str, named)) or "an index"
+        raise ValueError(
+            f"--split {split} is one of a corpus of `prepare`, and {none} is none: leave it out, and pass a file of "
+            "the wanted cells."
+        )
 
 
 def outputs_of(paths: list[Path], split: str, model: str, output: Path) -> dict[Source, Path]:

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN
 from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval.left_out import evaluate_left_out
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.train.labels import column_of

@@ -31,11 +31,12 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags
 from sklearn.metrics import roc_auc_score
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, label_sets, least_scores, set_threshold
+from scmmgpt.annotation_scmmgpt import choose_labels, label_sets, least_scores, set_threshold
 from scmmgpt.cells_scmmgpt import COUNTS_PER_10K
 from scmmgpt.eval import untrained
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.genes_scmmgpt import GeneIndex
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import first_term
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare

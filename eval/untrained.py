@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from scmmgpt.annotation_scmmgpt import name_by_profile
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.labelling_scmmgpt import name_by_profile
 from scmmgpt.novelty_scmmgpt import Novelty
 from scmmgpt.profiles_scmmgpt import ProfiledTypes
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout

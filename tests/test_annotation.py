@@ -1,6 +1,9 @@
 """Labels in other words, room for "none of these", broader answers, and cells that are like no known type."""
 
+import itertools
 import json
+import sys
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -222,12 +225,29 @@ def test_annotate_takes_other_words_and_leaves_room_for_none(tiny_pipeline, adat
     assert set(adata.obs["scmmgpt_cl_id"]) <= {"CL:0000236", "CL:0000084"}
 
 
+def test_cells_of_a_label_that_was_never_trained_bring_a_warning(tiny_pipeline, adata, terms, caplog):
+    labels = {label: f"a {label}" for label in TRAINED}
+    for bonus, stored, n_warnings in ((9.0, labels, 1), (-9.0, labels, 0), (9.0, {}, 0)):
+        caplog.clear()
+        tiny_pipeline.model.config.annotation = {"labels": stored, "terms": terms, "unseen_bonus": bonus}
+        with caplog.at_level("WARNING", "scmmgpt"):
+            found = tiny_pipeline.annotate(adata, ["B cell", "hepatocyte"], matching_weight=0).obs["scmmgpt_cell_type"]
+        said = f"{(found == 'hepatocyte').sum()} of {adata.n_obs} cells have labels that no training cell had"
+        assert sum(f"{said} ('hepatocyte')" in message for message in caplog.messages) == n_warnings
+
+
 def test_the_certainty_of_a_cell_does_not_depend_on_the_other_cells_of_the_file(tiny_pipeline, adata, monkeypatch):
     labels = {label: f"a {label}" for label in TRAINED}
     tiny_pipeline.model.config.annotation = {"labels": labels, "cl_ids": TRAINED}
     probabilities = np.array([[0.5, 0.5], [0.3, 0.3]])  # of the first cell, nothing is left to other labels
-    scores = lambda cells, *_: (probabilities[: cells.n_obs], None, np.zeros(cells.n_obs, bool))  # noqa: E731
-    monkeypatch.setattr(tiny_pipeline, "_probabilities", scores)
+
+    def scores(cells, labelling, _):
+        owners = labelling.candidates.owners
+        rest = (1 - probabilities.sum(axis=1, keepdims=True)).clip(min=1e-300) / max((owners < 0).sum(), 1)
+        logits = np.log(np.where(owners < 0, rest, probabilities[:, owners.clip(min=0)]))[: cells.n_obs]
+        return logits * labelling.settings["temperature"], None, None, np.zeros(cells.n_obs, bool)
+
+    monkeypatch.setattr(tiny_pipeline, "_scores", scores)
     names = list(TRAINED)[:2]
     together = tiny_pipeline.annotate(adata[:2].copy(), names).obs["scmmgpt_entropy"]
     alone = tiny_pipeline.annotate(adata[:1].copy(), names).obs["scmmgpt_entropy"]
@@ -400,3 +420,26 @@ def test_a_cell_without_a_gene_is_unknown_unless_every_cell_gets_a_label(tiny_pi
     expected = tiny_pipeline.annotate(full, labels).obs["scmmgpt_cell_type"]
     assert found[others].tolist() == expected[others].tolist()
     assert tiny_pipeline.annotate(adata, labels, min_score=0).obs["scmmgpt_cell_type"].iloc[3] in labels
+
+
+# -- the path ---------------------------------------------------------------------------------------------------------
+
+
+def test_annotate_enters_each_file_of_a_stage_once(tiny_pipeline, adata):
+    entered, frames = [], set()
+    stages = "reading conversion annotation votes records".split()
+
+    def follow(frame, event, _):
+        if event == "call" and frame not in frames:  # a generator that goes on is no call
+            frames.add(frame)
+            caller, called = (Path(f.f_code.co_filename).stem.removesuffix("_scmmgpt") for f in (frame.f_back, frame))
+            if called in stages and caller not in stages:
+                entered.append(called)
+
+    sys.setprofile(follow)
+    try:
+        tiny_pipeline.annotate(adata[:8].copy(), list(TRAINED)[:2])
+    finally:
+        sys.setprofile(None)
+    assert [stage for stage, _ in itertools.groupby(entered)] == stages
+    assert entered.count("annotation") == 1

@@ -1,6 +1,7 @@
 """The corpus on disk: what is written is read back exactly, and damage is refused in words."""
 
 import errno
+import functools
 import json
 import multiprocessing
 import sys
@@ -12,29 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.tests.corpora import write_corpus
+from scmmgpt.tests.corpora import random_cells, write_corpus
 from scmmgpt.train.data.corpus import Manifest, hash_vocabulary, open_corpus
 from scmmgpt.train.data.corpus_writer import CorpusWriter
 
 
 N_GENES = 200
 VOCABULARY = {"<pad>": 0, "<cls>": 1, "<eoc>": 2, **{f"G{i}": i for i in range(3, N_GENES)}}
-
-
-def make_cells(n_cells, seed=0, dtype=np.uint16, first_id=0):
-    """Random cells of 0 to 39 genes."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(0, 40, n_cells)
-    gene_ids = [np.sort(rng.choice(np.arange(3, N_GENES), n, replace=False)) for n in lengths]
-    counts = rng.integers(1, 50, lengths.sum())
-    counts = counts + rng.random(len(counts)) if dtype == np.float32 else counts
-    return Cells(
-        indptr=np.append(0, np.cumsum(lengths)),
-        gene_ids=np.concatenate(gene_ids).astype(np.uint16),
-        counts=counts.astype(dtype),
-        cell_ids=np.arange(first_id, first_id + n_cells, dtype=np.uint64),
-        total_counts=rng.integers(50, 5000, n_cells).astype(np.float32),
-    )
+make_cells = functools.partial(random_cells, n_genes=N_GENES, most_genes=39, most_counts=49)
 
 
 def assert_same_cells(ours, theirs):

@@ -42,14 +42,34 @@ def test_texts_about_genes_are_kept_with_the_readout(corpus, monkeypatch, tmp_pa
     model, processor = model_for(corpus), tiny_pipeline().processor
     monkeypatch.setattr(type(processor), "gene_index", GeneIndex(corpus.vocabulary))
     fit_corpus_readout(model, corpus)
-    expressed = corpus.gene_symbols[model.label_readout.gene_ids[0]]
-    (tmp_path / "genes.csv").write_text(f"symbol,summary\n{expressed},It does much.\nNOGENE,Nothing.\n")
+    one, other = (corpus.gene_symbols[gene] for gene in model.label_readout.gene_ids[:2])
+    rows = f"{one},B cells have it.\n{other},A monocyte of human blood has it.\nNOGENE,Nothing.\n"
+    (tmp_path / "genes.csv").write_text(f"symbol,summary\n{rows}")
     add_gene_texts(model.eval(), processor, tmp_path / "genes.csv")
     assert model.config.label_readout["text_width"] == model.config.qformer_config.hidden_size
     model.save_pretrained(tmp_path / "saved")
     loaded = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path / "saved")
-    np.testing.assert_array_equal(loaded.label_readout.gene_texts, model.label_readout.gene_texts)
-    assert len(loaded.label_readout.gene_texts) == model.config.label_readout["num_genes"]
+    texts = loaded.label_readout.arrays()["gene_texts"]
+    np.testing.assert_array_equal(texts, model.label_readout.arrays()["gene_texts"])
+    assert len(texts) == model.config.label_readout["num_genes"]
+    stored = loaded.label_readout.gene_texts
+    assert 0 < len(stored) == texts.any(axis=1).sum() < len(texts)  # only genes that have a text
+
+
+def test_an_older_checkpoint_with_a_row_of_texts_for_each_gene_loads_and_keeps_it(corpus, tmp_path):
+    corpus = open_corpus(corpus)
+    model = model_for(corpus)
+    fit_corpus_readout(model, corpus)
+    old, n_genes = model.label_readout, model.config.label_readout["num_genes"]
+    texts = np.arange(n_genes * 3).reshape(n_genes, 3) * (np.arange(n_genes) % 2)[:, None]
+    old.register_buffer("gene_texts", torch.tensor(texts).half())
+    model.config.label_readout = {**model.config.label_readout, "text_width": 3}
+    for folder in ("old", "saved_again"):
+        model.save_pretrained(tmp_path / folder)
+        model, found = ScMMGPTForCellTextAlignment.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not found["missing_keys"]
+        assert not found["unexpected_keys"]
+        np.testing.assert_array_equal(model.label_readout.arrays()["gene_texts"], texts)
 
 
 def test_a_cell_is_placed_at_the_texts_of_its_labels_by_their_probability(corpus, monkeypatch, tmp_path):

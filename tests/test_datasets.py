@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.tests.corpora import write_corpus
+from scmmgpt.tests.corpora import QUIET, SHORT, write_corpus
 from scmmgpt.tests.test_finetune import GENES
 from scmmgpt.tests.test_train import log_of, run_ranks, words_of
 from scmmgpt.train import align, finetune, pretrain, tune
@@ -223,15 +223,9 @@ ALIGN = {
     "cell_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
     "model_config": {"num_query_tokens": 2, "projection_dim": 8},
     "qformer_config": {"cross_attention_frequency": 1},
-    "per_device_train_batch_size": 8,
     "max_steps": 20,
-    "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "report_to": "none",
+    **SHORT,
 }
 
 
@@ -413,9 +407,7 @@ def by_hand(aligned, output_dir, trainer=ModelLossTrainer, resume=None, **option
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
+        **QUIET,
         save_steps=14,  # in epoch 3, of four steps each
         remove_unused_columns=False,
         accelerator_config={"dispatch_batches": False},
@@ -492,11 +484,8 @@ def plain_arguments(output_dir, **options):
         per_device_train_batch_size=8,
         logging_steps=1,
         lr_scheduler_type="constant",
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
         remove_unused_columns=False,
-        **{"save_steps": 14, **options},
+        **{**QUIET, "save_steps": 14, **options},
     )
 
 

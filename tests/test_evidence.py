@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.annotation_scmmgpt import UNKNOWN
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.evidence import evaluate_evidence
 from scmmgpt.evidence_scmmgpt import (
@@ -24,6 +23,7 @@ from scmmgpt.evidence_scmmgpt import (
     level_of,
     percentiles,
 )
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.synthetic import MARKERS, synthetic_adata
 
 

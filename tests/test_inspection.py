@@ -83,6 +83,9 @@ STATES = {
     "log10 CP10k": lambda c: np.log10(1 + scaled_to(c)),
     "log1p counts": np.log1p,
     "log1p twice": lambda c: np.log1p(np.log1p(scaled_to(c))),
+    "square root of CP10k": lambda c: np.sqrt(scaled_to(c)),
+    "square root of the median total": lambda c: np.sqrt(median_scaled(c)),
+    "square root of counts": np.sqrt,
 }
 LAYOUTS = {
     "dense": lambda m: m,
@@ -128,6 +131,8 @@ def same_features(ours, theirs, **options):
         ("log10 CP10k", "log1p"),
         ("log1p counts", "log1p"),
         ("log1p twice", "log1p_log1p"),
+        ("square root of CP10k", "sqrt"),
+        ("square root of counts", "sqrt"),
     ],
 )
 def test_the_state_of_a_matrix_is_recognised(counts, state, kind):
@@ -140,6 +145,7 @@ def test_the_state_of_a_matrix_is_recognised(counts, state, kind):
         (np.array([[0.0, -1.5], [2.0, 0.3]]), "scaled"),
         (np.array([[0.0, np.nan], [2.0, 0.3]]), "invalid"),
         (np.array([[0.0, np.inf], [2.0, 0.3]]), "invalid"),
+        (np.array([[0.5, -np.inf]]), "invalid"),
         (np.zeros((3, 4)), "empty"),
         (tpm_like(np.random.default_rng(0)), "normalized"),
         (np.log1p(tpm_like(np.random.default_rng(0))), "log1p"),

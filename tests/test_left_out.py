@@ -8,8 +8,9 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from scmmgpt.annotation_scmmgpt import UNKNOWN, choose_labels, least_scores
+from scmmgpt.annotation_scmmgpt import choose_labels, least_scores
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import N_NEIGHBOURS, NEIGHBOUR_WEIGHT, SCORE_STEPS, Neighbours, first_term
 from scmmgpt.regression_scmmgpt import scale_groups, solve_groups
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata

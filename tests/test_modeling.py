@@ -177,20 +177,13 @@ def test_zero_inflated_probabilities_sum_to_one_and_raise_the_zero():
 # -- alignment --------------------------------------------------------------------------------------------------------
 
 
-def test_cell_features_of_a_row_equal_those_of_the_row_alone(alignment_model):
-    cells = make_cells([9, 4, 13])
-    together = alignment_model.get_cell_features(**cells)
+@pytest.mark.parametrize("kind", ["cell", "text"])
+def test_features_of_a_row_equal_those_of_the_row_alone(alignment_model, kind):
+    inputs = make_cells([9, 4, 13]) if kind == "cell" else make_texts([6, 3, 8])
+    features = getattr(alignment_model, f"get_{kind}_features")
+    together = features(**inputs)
     for row in range(3):
-        alone = alignment_model.get_cell_features(**row_of(cells, row))
-        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
-
-
-def test_text_features_of_a_row_equal_those_of_the_row_alone(alignment_model):
-    texts = make_texts([6, 3, 8])
-    together = alignment_model.get_text_features(**texts)
-    for row in range(3):
-        alone = alignment_model.get_text_features(**row_of(texts, row))
-        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together[row : row + 1], features(**row_of(inputs, row)), atol=1e-5, rtol=1e-4)
 
 
 def test_matching_of_a_pair_equals_that_of_the_pair_alone(alignment_model):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
+from scmmgpt.annotation_scmmgpt import name_by_profile
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.labelling_scmmgpt import name_by_profile
 from scmmgpt.labels_scmmgpt import profiled_types
 from scmmgpt.profiles_scmmgpt import ProfiledTypes
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
+from trl import GRPOTrainer
 
 from scmmgpt import synthetic
 from scmmgpt.cells_scmmgpt import Cells
@@ -22,6 +23,7 @@ from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.tests.corpora import SHORT
 from scmmgpt.tests.test_train import run_ranks, run_tune, words_of
 from scmmgpt.train import reinforce
 from scmmgpt.train.data.corpus import open_corpus
@@ -114,16 +116,11 @@ def test_a_type_cannot_be_rewarded_without_the_column():
 
 
 OPTIONS = {
-    "per_device_train_batch_size": 8,
+    **SHORT,
     "num_generations": 4,
     "max_completion_length": 4,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "save_strategy": "no",
 }
 
 
@@ -254,6 +251,17 @@ def test_what_generates_without_cells_is_refused(tmp_path, adata, given, options
         CellGRPOTrainer(
             pipeline.model, args=arguments, processing_class=pipeline.processor, train_dataset=rows, **given
         )
+
+
+def test_the_trainer_of_trl_says_that_its_prompts_show_no_cells(tmp_path, adata):
+    pipeline = synthetic.tiny_pipeline()
+    arguments = reinforce.ReinforceConfig(str(tmp_path), **OPTIONS, max_steps=1)
+    question = [{"role": "user", "content": "<cell>\nWhich cell is this?"}]
+    rows = rows_of(adata, pipeline.processor).map(lambda row: {"prompt": question})
+    given = {"processing_class": pipeline.processor, "reward_funcs": lambda completions, **_: [0.0] * len(completions)}
+    trainer = GRPOTrainer(pipeline.model, args=arguments, train_dataset=rows, **given)
+    with pytest.raises(ValueError, match="but 0 cells were given"):
+        trainer.train()
 
 
 def test_a_question_is_asked_as_describe_asks_it(tiny_pipeline):

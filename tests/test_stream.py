@@ -1,6 +1,7 @@
 """The stream: every cell once, in an order that only the seed and the epoch decide."""
 
 import dataclasses
+import functools
 import json
 import operator
 import os
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
-from scmmgpt.tests.corpora import write_corpus
+from scmmgpt.tests.corpora import QUIET, random_cells, write_corpus
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.cache import write_cache
 from scmmgpt.train.data.corpus import open_corpus
@@ -28,22 +29,7 @@ from scmmgpt.train.data.stream import CellStream
 N_GENES = 300
 VOCABULARY = {"<pad>": 0, "<cls>": 1, "<eoc>": 2, **{f"G{i}": i for i in range(3, N_GENES)}}
 TYPES = ["T cell"] * 16 + ["B cell"] * 3 + ["dendritic cell"]
-
-
-def make_cells(n_cells, seed=0, dtype=np.uint16, first_id=0):
-    """Random cells of 0 to 59 genes; the counts of a float32 cell are not integers."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(0, 60, n_cells)
-    gene_ids = [np.sort(rng.choice(np.arange(3, N_GENES), n, replace=False)) for n in lengths]
-    counts = rng.integers(1, 2000, lengths.sum())
-    counts = counts + rng.random(len(counts)) if dtype == np.float32 else counts
-    return Cells(
-        indptr=np.append(0, np.cumsum(lengths)),
-        gene_ids=np.concatenate(gene_ids).astype(np.uint16),
-        counts=counts.astype(dtype),
-        cell_ids=np.arange(first_id, first_id + n_cells, dtype=np.uint64),
-        total_counts=rng.integers(50, 5000, n_cells).astype(np.float32),
-    )
+make_cells = functools.partial(random_cells, n_genes=N_GENES, most_genes=59, most_counts=1999)
 
 
 @pytest.fixture(scope="module")
@@ -511,9 +497,7 @@ def test_a_plain_trainer_resumes_exactly_in_any_epoch(corpus, tmp_path, settings
             save_steps=cut,
             remove_unused_columns=False,
             accelerator_config={"dispatch_batches": False},
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
+            **QUIET,
         )
         trainer = Trainer(
             model, arguments, train_dataset=dataset_of(corpus, **settings), data_collator=operator.itemgetter(0)

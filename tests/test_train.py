@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.tests.corpora import SHORT
 from scmmgpt.train import align, states, tune
 from scmmgpt.train import language_model as language_models
 from scmmgpt.train.convert import load_causal_lm
@@ -63,14 +64,8 @@ def align_only(corpus, bert, output_dir, model_config=None, **options):
         "cell_config": {**SIZES, "hidden_dropout": 0.0},
         "model_config": {"num_query_tokens": 2, "projection_dim": 8, **(model_config or {})},
         "qformer_config": {"cross_attention_frequency": 1},
-        "per_device_train_batch_size": 8,
+        **SHORT,
         "max_steps": 2,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
         **options,
     }
     align.main(*align.make_parser().parse_args_and_config(words_of(values)))
@@ -90,14 +85,8 @@ def tune_only(corpus, aligned, output_dir, model_config=None, **options):
         "language_model_config": {**SIZES, "num_key_value_heads": 2},
         "model_config": {**SMALL_PROJECTOR, **(model_config or {})},
         "lora_config": {"lora_dropout": 0},
-        "per_device_train_batch_size": 8,
+        **SHORT,
         "max_steps": 2,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
         **options,
     }
     tune.main(*tune.make_parser().parse_args_and_config(words_of(values)))

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from scmmgpt.annotation_scmmgpt import MOST_LABELS, fit_label_sets, label_probabilities
+from scmmgpt.annotation_scmmgpt import fit_label_sets, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.labels_scmmgpt import MOST_LABELS
 from scmmgpt.novelty_scmmgpt import Neighbours, Novelty
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.refinement_scmmgpt import MIN_FILE, FileMeans

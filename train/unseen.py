@@ -197,4 +197,5 @@ def add_gene_texts(model: ScMMGPTForCellTextAlignment, processor: ScMMGPTProcess
 
     directions = embed_gene_texts(model.label_readout, tables, embed)
     model.label_readout.set_gene_texts(directions)
-    model.config.label_readout = {**(model.config.label_readout or {}), "text_width": directions.shape[1]}
+    sizes = dict(zip(("num_texts", "text_width"), model.label_readout.gene_texts.shape, strict=True))
+    model.config.label_readout = {**(model.config.label_readout or {}), **sizes}

