@@ -40,11 +40,27 @@ from torch.nn import functional as F
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .kernels_scmmgpt import kernels_pay, place_counts
-    from .regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
+    from .regression_scmmgpt import (
+        LOG_STEPS,
+        condition,
+        root_shares,
+        scale_groups,
+        solve_embedding,
+        solve_groups,
+        with_profiles,
+    )
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
     from kernels_scmmgpt import kernels_pay, place_counts
-    from regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
+    from regression_scmmgpt import (
+        LOG_STEPS,
+        condition,
+        root_shares,
+        scale_groups,
+        solve_embedding,
+        solve_groups,
+        with_profiles,
+    )
 
 
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
@@ -82,7 +98,7 @@ class PanelReadout:
         typical: float64 `(n_labels, n_labels + n_others)`: the scores of each label's mean cell, other cells' last.
         file_weights, file_bias: In place of `weights` and `bias` for probabilities, once the cells of the file were
             read (`refinement_scmmgpt`).
-        file_shares: float32 `(n_genes, n_labels)`: weights of [`root_shares`] beside them, of a panel.
+        file_shares: float32 `(n_genes, n_labels)`: weights of [`root_shares`] beside them, of a narrow panel.
     """
 
     gene_ids: np.ndarray
@@ -587,15 +603,6 @@ def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np
     values = PROFILE_SCALE * np.sqrt(counts * share / totals[rows])
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(cells)))])
     return indptr, places[known], values.astype(np.float32)
-
-
-def root_shares(
-    indptr: np.ndarray, positions: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Square roots of a cell's counts, of sum 1, ragged as its profile of log1p(CP10k)."""
-    lengths, roots = np.diff(indptr), np.sqrt(np.expm1(values))
-    sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=roots, minlength=len(lengths))
-    return indptr, positions, (roots / np.repeat(sums, lengths).clip(min=1e-9)).astype(np.float32)
 
 
 def sum_weights(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:

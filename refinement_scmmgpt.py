@@ -89,7 +89,7 @@ class FileMeans:
 
 
 def log_shares(a: dict[str, np.ndarray], here: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Weights of `readout_scmmgpt.root_shares`, float32 `(n_here, n_labels)`: the likelihood of a cell's counts.
+    """Weights of `regression_scmmgpt.root_shares`, float32 `(n_here, n_labels)`: the likelihood of a cell's counts.
 
     It is multinomial, of the square roots of the counts, which few genes do not decide alone.
 

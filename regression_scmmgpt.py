@@ -154,3 +154,12 @@ def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, n
     bias = a["bias"] + w_absent @ a["mean"][~here] - moved @ a["mean"][here]
     covariance = loadings.T @ posterior @ loadings + (w_absent * a["noise"][~here]) @ w_absent.T
     return w_here + moved, bias, covariance
+
+
+def root_shares(
+    indptr: np.ndarray, positions: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Square roots of a cell's counts, of sum 1, ragged as its profile of log1p(CP10k)."""
+    lengths, roots = np.diff(indptr), np.sqrt(np.expm1(values))
+    sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=roots, minlength=len(lengths))
+    return indptr, positions, (roots / np.repeat(sums, lengths).clip(min=1e-9)).astype(np.float32)
