@@ -41,7 +41,9 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .kernels_scmmgpt import kernels_pay, place_counts
     from .regression_scmmgpt import (
+        LITTLE_EVIDENCE,
         LOG_STEPS,
+        compare_labels,
         condition,
         root_shares,
         scale_groups,
@@ -53,7 +55,9 @@ except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
     from kernels_scmmgpt import kernels_pay, place_counts
     from regression_scmmgpt import (
+        LITTLE_EVIDENCE,
         LOG_STEPS,
+        compare_labels,
         condition,
         root_shares,
         scale_groups,
@@ -73,8 +77,6 @@ SCORE_WEIGHT = 0.15  # of a low score of the label, beside the missing lead
 # Added to the score of a type that has a profile and no cells, where it is a candidate: its one group has less weight
 # in the regression than a label of many. Known cells lose 1.4 of a hundred by one such candidate (`train/LOG.md`).
 PROFILE_BONUS = 0.15
-LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
-N_EXAMPLES = 3  # absent genes that a warning names
 
 
 @dataclass
@@ -551,32 +553,6 @@ class ScMMGPTLabelReadout(nn.Module):
             "others_bias": bias[first:].astype(np.float32),
             "typical": scores,
         }
-
-
-def compare_labels(
-    a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, dict[tuple[int, int], list[int]]]:
-    """What is left of the scores that separate labels, and which absent genes decide; see [`PanelReadout`]."""
-
-    def differences(scores: np.ndarray) -> np.ndarray:
-        """From the scores `(labels, labels)` of mean cells: own minus other score, of two cells of a pair together."""
-        own = np.diag(scores)
-        return own[:, None] + own[None] - scores - scores.T
-
-    centroids = a["centroids"]
-    if "groups" in a:  # in the space of their weights
-        of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
-        centroids = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
-    whole = differences(centroids @ a["weights"].T)
-    left = differences(centroids[:, here] @ weights.T)
-    evidence = np.divide(left, whole, out=np.ones_like(whole), where=whole > 1e-9)
-    np.fill_diagonal(evidence, np.nan)
-    decisive = {}
-    absent = np.flatnonzero(~here)
-    for i, j in zip(*np.nonzero(np.triu(evidence < LITTLE_EVIDENCE)), strict=True):
-        part = (a["weights"][i, absent] - a["weights"][j, absent]) * (centroids[i, absent] - centroids[j, absent])
-        decisive[int(i), int(j)] = a["gene_ids"][absent[np.argsort(-part)[:N_EXAMPLES]]].tolist()
-    return evidence, decisive
 
 
 def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
