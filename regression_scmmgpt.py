@@ -161,7 +161,10 @@ def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, n
 def compare_labels(
     a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, dict[tuple[int, int], list[int]]]:
-    """What is left of the scores that separate labels, and which absent genes decide; see `readout_scmmgpt.PanelReadout`."""
+    """What is left of the scores that separate labels, and which absent genes decide.
+
+    See `evidence` and `decisive` of `readout_scmmgpt.PanelReadout`.
+    """
 
     def differences(scores: np.ndarray) -> np.ndarray:
         """From the scores `(labels, labels)` of mean cells: own minus other score, of two cells of a pair together."""
