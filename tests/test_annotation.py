@@ -430,7 +430,7 @@ def test_annotate_enters_each_file_of_a_stage_once(tiny_pipeline, adata):
     stages = "reading conversion annotation votes records".split()
 
     def follow(frame, event, _):
-        if event == "call" and frame not in frames:  # a generator that goes on is no call
+        if event == "call" and frame.f_back and frame not in frames:  # a generator that goes on is no call
             frames.add(frame)
             caller, called = (Path(f.f_code.co_filename).stem.removesuffix("_scmmgpt") for f in (frame.f_back, frame))
             if called in stages and caller not in stages:
