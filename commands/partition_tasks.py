@@ -183,7 +183,7 @@ def decide(
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
         if labelling.batch_read and labelling.readout:
             return {"predicted": labelling.readout.predicted}
-        found = {}
+        found: Arrays = {}
         if (near := labelling.neighbours) is not None:
             found |= {"scores": near.scores, "novelty": near.novelty}
         if (file := labelling.file) is not None:
