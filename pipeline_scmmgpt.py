@@ -9,8 +9,8 @@ Each task is a verb of [`ScMMGPTPipeline`]. A verb adds its results to the AnnDa
 Through transformers the same object is `pipeline("cell-annotation", model=path, trust_remote_code=True)`.
 
 `adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings
-and the receipt of each verb (`receipt_scmmgpt`). The result of a cell depends on that cell alone, not on its batch or
-its place, but with `read_batch`.
+and the receipt of each verb (`receipt_scmmgpt`). The result of a cell does not depend on its batch or its place, and
+that of `annotate` on other cells only as `read_batch` says.
 """
 
 import os
