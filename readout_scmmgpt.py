@@ -144,7 +144,7 @@ class PanelReadout:
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
         profiles, scores = self._scores(cells)
-        if self.file_weights is not None:
+        if self.file_weights is not None and self.file_bias is not None:
             scores = sum_weights(*profiles, self.file_weights) + self.file_bias
         if self.file_shares is not None:
             scores = scores + sum_weights(*root_shares(*profiles), self.file_shares)
