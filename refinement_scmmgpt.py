@@ -73,18 +73,18 @@ class FileMeans:
         """
         a = readout.arrays()
         here = np.isin(a["gene_ids"], panel.gene_ids)
-        seen, labels = np.flatnonzero(self.n_cells), np.asarray(labels)
+        seen, places = np.flatnonzero(self.n_cells), np.asarray(labels, dtype=np.int64)
         weights = FILE_WEIGHT * self.n_cells[seen] / (self.n_cells[seen] + SHRINKING_CELLS)
         rows = np.tile(a["group_mean"], (len(seen), 1))
         rows[:, here] = self.means[seen]
         solved = [
-            solve_groups(with_groups(version, rows, labels[seen], weights), here)
+            solve_groups(with_groups(version, rows, places[seen], weights), here)
             for version in readout.versions(a, here)
         ]
-        of_labels, bias = (np.mean(parts, axis=0)[labels] for parts in zip(*solved, strict=True))
+        of_labels, bias = (np.mean(parts, axis=0)[places] for parts in zip(*solved, strict=True))
         of_labels = np.ascontiguousarray(of_labels.T, dtype=np.float32)
         is_narrow = len(solved) > 1 and here.sum() < NARROW
-        shares = log_shares(a, here, labels) if is_narrow else None
+        shares = log_shares(a, here, places) if is_narrow else None
         return replace(panel, file_weights=of_labels, file_bias=bias.astype(np.float32), file_shares=shares)
 
 
