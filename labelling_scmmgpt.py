@@ -116,7 +116,7 @@ class LabellingSteps(CellPasses):
         """
         stored = self.model.config.annotation or {}
         if tissue is not None and labels is not None:
-            raise ValueError("The candidates are either labels or those of a tissue; leave out one of both.")
+            raise ValueError("labels and tissue both name the candidates; pass one of the two.")
         if tissue is not None:
             labels = labels_of_tissue(tissue, stored)
         before = stored.get("temperature", 1 / self._bridge().inverse_temperature().item())
@@ -168,7 +168,9 @@ class LabellingSteps(CellPasses):
             set_threshold(stored.get("label_sets"), error_rate)
             same = all(settings[name] == stored.get(name) for name in ("temperature", "matching_weight"))
             if not is_default or not same or settings["labels"].keys() != stored["labels"].keys():
-                raise ValueError("Sets of labels are of the checkpoint's own labels and settings: leave out others.")
+                raise ValueError(
+                    "error_rate holds for the checkpoint's own labels and settings: leave out others, or error_rate."
+                )
         fitted_score = stored.get("min_score") if min_score is None and is_default else None
         broader = terms if is_default else []
         novelty = self._novelty(choice, candidates, readout, broader)

@@ -947,7 +947,7 @@ class ScMMGPTExpressionHead(nn.Module):
         else:
             if target_counts is None or library_size is None:
                 raise ValueError(
-                    f"target_counts or library_size is None; the {self.kind} expression head is trained on both."
+                    f"target_counts or library_size is None; give both to train the {self.kind} expression head."
                 )
             mean = parameters["rate"] * library_size.float()[:, None] / COUNTS_PER_10K + 1e-8
             losses = negative_binomial_nll(

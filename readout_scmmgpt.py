@@ -39,11 +39,10 @@ from torch.nn import functional as F
 
 try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
+    from .contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
     from .kernels_scmmgpt import kernels_pay, place_counts
     from .regression_scmmgpt import (
-        LITTLE_EVIDENCE,
         LOG_STEPS,
-        compare_labels,
         condition,
         root_shares,
         scale_groups,
@@ -53,11 +52,10 @@ try:  # as a package or as remote code
     )
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
+    from contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
     from kernels_scmmgpt import kernels_pay, place_counts
     from regression_scmmgpt import (
-        LITTLE_EVIDENCE,
         LOG_STEPS,
-        compare_labels,
         condition,
         root_shares,
         scale_groups,

@@ -9,8 +9,6 @@ import numpy as np
 
 
 LOG_STEPS = 28.0  # of log1p(CP10k) in a byte of a profile, which then reaches 9.1
-LITTLE_EVIDENCE = 0.5  # of the score that separates two labels; a file that keeps less gets a warning
-N_EXAMPLES = 3  # absent genes that a warning names
 
 
 def with_profiles(a: dict[str, np.ndarray], chosen: Sequence[int]) -> dict[str, np.ndarray]:
@@ -156,35 +154,6 @@ def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, n
     bias = a["bias"] + w_absent @ a["mean"][~here] - moved @ a["mean"][here]
     covariance = loadings.T @ posterior @ loadings + (w_absent * a["noise"][~here]) @ w_absent.T
     return w_here + moved, bias, covariance
-
-
-def compare_labels(
-    a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, dict[tuple[int, int], list[int]]]:
-    """What is left of the scores that separate labels, and which absent genes decide.
-
-    See `evidence` and `decisive` of `readout_scmmgpt.PanelReadout`.
-    """
-
-    def differences(scores: np.ndarray) -> np.ndarray:
-        """From the scores `(labels, labels)` of mean cells: own minus other score, of two cells of a pair together."""
-        own = np.diag(scores)
-        return own[:, None] + own[None] - scores - scores.T
-
-    centroids = a["centroids"]
-    if "groups" in a:  # in the space of their weights
-        of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
-        centroids = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
-    whole = differences(centroids @ a["weights"].T)
-    left = differences(centroids[:, here] @ weights.T)
-    evidence = np.divide(left, whole, out=np.ones_like(whole), where=whole > 1e-9)
-    np.fill_diagonal(evidence, np.nan)
-    decisive = {}
-    absent = np.flatnonzero(~here)
-    for i, j in zip(*np.nonzero(np.triu(evidence < LITTLE_EVIDENCE)), strict=True):
-        part = (a["weights"][i, absent] - a["weights"][j, absent]) * (centroids[i, absent] - centroids[j, absent])
-        decisive[int(i), int(j)] = a["gene_ids"][absent[np.argsort(-part)[:N_EXAMPLES]]].tolist()
-    return evidence, decisive
 
 
 def root_shares(

@@ -72,7 +72,7 @@ def find_matrices(folder: Path) -> list[Path]:
 
 
 def find_inside(folder: Path) -> list[Path]:
-    """Readable data below a folder: folders of one matrix, other matrices, stores and files of cells."""
+    """Paths below a folder that can be read: folders with one matrix, other matrices, stores and files of cells."""
     found: list[Path] = []
     pending = [(folder, 0)]
     while pending:

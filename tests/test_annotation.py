@@ -157,14 +157,14 @@ def test_labels_of_several_tissues_bring_the_advice_where_the_file_names_none():
     ("options", "message"),
     [
         ({"tissue": "kidney"}, "saw no cells of the tissue 'kidney'; it knows blood, lung"),
-        ({"tissue": "lung", "labels": ["B cell"]}, "either labels or those of a tissue"),
+        ({"tissue": "lung", "labels": ["B cell"]}, "pass one of the two"),
     ],
 )
 def test_a_tissue_that_says_nothing_is_refused(with_tissues, adata, options, message):
     with pytest.raises(ValueError, match=message):
         with_tissues.annotate(adata, **options)
     with_tissues.model.config.annotation.pop("tissues")
-    with pytest.raises(ValueError, match="which labels a tissue has|either labels"):
+    with pytest.raises(ValueError, match="which labels a tissue has|pass one of the two"):
         with_tissues.annotate(adata, **options)
 
 

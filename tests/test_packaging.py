@@ -51,13 +51,11 @@ def test_every_module_imports(name):
 
 def test_files_and_functions_are_no_longer_than_the_contributing_guide_allows():
     long = []
-    for path in (
-        path for name in MODULES for path in [ROOT / f"{name.removeprefix('scmmgpt.').replace('.', '/')}.py"]
-    ):
-        lines = path.read_text().splitlines()
-        if len(lines) > 600 and path.name not in ("modeling_scgpt.py", "modeling_scmmgpt.py"):
-            long.append(path.name)
-        functions = (node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef))
+    for name in MODULES:
+        text = Path(ROOT, *name.split(".")[1:]).with_suffix(".py").read_text()
+        if text.count("\n") > 600 and not name.startswith(("scmmgpt.modeling_", "scmmgpt.pipeline_")):
+            long.append(name)
+        functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
         long += [f.name for f in functions if f.end_lineno - f.body[0].end_lineno >= 80]  # without the docstring
     assert not long
 

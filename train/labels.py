@@ -124,7 +124,7 @@ def hold_out_rest(labels: Labels, n_train: int, data_args: FinetuneDataArguments
     """
     if data_args.shots is not None or data_args.group_key is not None:
         name = "shots" if data_args.shots is not None else "group_key"
-        raise ValueError(f"{name} divides cells, but these come with a validation split; leave out one of both.")
+        raise ValueError(f"{name} divides cells, but these come with a validation split; leave out one of the two.")
     is_train = labels.rows < n_train
     trained = set(labels.targets[is_train].tolist())
     if missing := [name for i, name in enumerate(labels.names) if i not in trained]:

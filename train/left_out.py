@@ -58,7 +58,7 @@ class LeftOut:
 
 
 def with_neighbours(cells: LeftOut) -> LeftOut:
-    """The cells with the novelty that each has in a file of the cells of its dataset."""
+    """The same cells, each with the novelty that `annotate` finds if the cells of a dataset are one file."""
     novelty, of_terms = cells.novelty.copy(), cells.of_terms.copy()
     for number in np.unique(cells.datasets):
         rows = np.flatnonzero(cells.datasets == number)
@@ -170,7 +170,7 @@ def leave_each_out(
 
 
 def probabilities_of(cells: LeftOut, temperature: float, doubt: float = 0.0) -> np.ndarray:
-    """Probabilities of the labels that any of the cells has a score of, float32 `(n_cells, n_labels)`."""
+    """Probabilities of the labels, float32 `(n_cells, n_labels)`; 0 for a label that no cell has a score of."""
     scored = (cells.scores > ABSENT).any(axis=0)
     found = np.zeros(cells.scores.shape, dtype=np.float32)
     found[:, scored] = label_probabilities(cells.scores[:, scored], logit_scale=1 / temperature, doubt=doubt)
@@ -178,7 +178,7 @@ def probabilities_of(cells: LeftOut, temperature: float, doubt: float = 0.0) -> 
 
 
 def fit_probabilities(cells: LeftOut) -> tuple[float, float]:
-    """Temperature and doubt of the least negative log-likelihood of the labels."""
+    """The temperature and the doubt with the least negative log-likelihood of the true labels."""
     rows, n_labels = np.arange(len(cells.targets)), (cells.scores > ABSENT).sum(axis=1)
     losses = {}
     for temperature in TEMPERATURES:

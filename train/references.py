@@ -39,7 +39,7 @@ class Reference:
     n_labels: int
 
     def without(self, label: int) -> "Reference":
-        """What is left if no profile is of a label."""
+        """The reference without the profiles of a label."""
         kept = self.meanings[:, label] == 0
         return replace(self, counts=self.counts[kept], meanings=self.meanings[kept])
 
