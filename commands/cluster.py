@@ -25,6 +25,7 @@ Task = TypeVar("Task")
 Outcome = tuple[Task, Any, Exception | None]  # a task, its result, and its error in place of a result
 
 WAIT_SECONDS = 60  # for the first worker: queues of clusters start workers after the command
+PAUSED_SECONDS = 20  # after twice that, workers that are all paused do not go on
 TASKS_PER_WORKER = 2  # in flight: one that runs, and the next
 SHOWN = 5  # most tasks of lost workers that are named
 LOST = (
@@ -208,20 +209,54 @@ def _run_on(
 
     n_threads = sum(client.nthreads().values())
     finished = as_completed([submit(task) for task in islice(pending, max(1, TASKS_PER_WORKER * n_threads))])
-    for future in finished:
-        task = submitted[future.key]
-        result, failure = None, None
-        try:
-            result = future.result()
-        except CancelledError:  # also of Dask, when the scheduler is gone
-            raise OSError(
-                "The Dask scheduler was lost. What is finished is kept: start it, and give the same command again."
-            ) from None
-        except Exception as error:
-            failure = error
-        for following in islice(pending, 1):
-            finished.add(submit(following))
-        yield task, result, failure
+    with _watched(client, finished) as stuck:
+        for future in finished:
+            task = submitted[future.key]
+            result, failure = None, None
+            try:
+                result = future.result()
+            except CancelledError:  # also of Dask, when the scheduler is gone
+                why = stuck[0] if stuck else "The Dask scheduler was lost. What is finished is kept: start it,"
+                raise OSError(f"{why} and give the same command again.") from None
+            except Exception as error:
+                failure = error
+            for following in islice(pending, 1):
+                finished.add(submit(following))
+            yield task, result, failure
+
+
+@contextlib.contextmanager
+def _watched(client: Any, finished: Any) -> Iterator[list[str]]:
+    """Cancel what waits while all workers are paused, for want of memory, and compute nothing; yields why, if so."""
+    stuck: list[str] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        n_times = 0
+        while not done.wait(PAUSED_SECONDS):
+            with contextlib.suppress(Exception):  # a scheduler that is lost says so elsewhere
+                workers = list(client.scheduler_info(n_workers=-1)["workers"].values())
+                n_times = n_times + 1 if workers and all(map(_is_stuck, workers)) else 0
+                if n_times == 2:
+                    most = max(worker["memory_limit"] for worker in workers)
+                    stuck.append(
+                        f"Dask has paused all {len(workers)} workers, as they have most of the memory that it allows "
+                        f"({most / 1e6:,.0f} MB). What is finished is kept: start them with a larger --memory-limit, "
+                        "or with 0 for none,"
+                    )
+                    client.cancel(list(finished.futures))
+                    return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield stuck
+    finally:
+        done.set()
+
+
+def _is_stuck(worker: Mapping[str, Any]) -> bool:
+    """Whether a worker is paused and computes nothing, by what the scheduler knows of it."""
+    return worker["status"] == "paused" and not worker["metrics"].get("task_counts")
 
 
 def _warn_of_lost_workers(client: Any, since: float, submitted: Mapping[str, Any]) -> None:

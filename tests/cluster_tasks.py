@@ -4,6 +4,11 @@ import os
 import time
 from pathlib import Path
 
+import psutil
+
+
+_KEPT: list[bytes] = []
+
 
 def die(path: Path) -> str:
     """A task during which the worker dies, unless the file is there already."""
@@ -24,3 +29,10 @@ def nap(path: Path) -> int:
     temporary.write_text(path.name)
     temporary.rename(path)
     return os.getpid()
+
+
+def fill(n_bytes: float) -> int:
+    """A task after which the worker has about so many bytes; returns the process."""
+    process = psutil.Process()
+    _KEPT.append(os.urandom(int(n_bytes - process.memory_info().rss)))
+    return process.pid

@@ -13,7 +13,7 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.commands.cluster import LOST, Workers
-from scmmgpt.tests.cluster_tasks import die, nap
+from scmmgpt.tests.cluster_tasks import die, fill, nap
 from scmmgpt.tests.clusters import dask_cluster, free_address
 from scmmgpt.tests.test_partitions import assert_same, run
 
@@ -77,6 +77,18 @@ def written(out):
     """The partitions of an output, with the times at which they were written."""
     paths = out.parent.glob(f"{out.name}.parts/*/0*.parquet")
     return {(path.name, path.stat().st_mtime_ns) for path in paths if path.exists()}
+
+
+@pytest.mark.slow
+def test_workers_that_dask_pauses_for_want_of_memory_end_the_command_with_the_limit(tmp_path, log, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr("scmmgpt.commands.cluster.PAUSED_SECONDS", 1)
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": "500MB"}
+    with distributed.LocalCluster(**options) as local, Workers(cluster=local.scheduler_address) as workers:
+        outcomes = [error for _, _, error in workers.run(fill, [440e6])]
+        assert outcomes == [None]
+        with pytest.raises(OSError, match=r"paused all 1 workers, .*\(500 MB\).* --memory-limit"):
+            list(workers.run(nap, [tmp_path / "never.txt"]))
 
 
 @pytest.mark.slow

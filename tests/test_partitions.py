@@ -470,6 +470,19 @@ def test_a_folder_of_files_becomes_a_folder_of_results(adata, checkpoint, tmp_pa
     assert rows["file"].nunique() == 2
 
 
+def test_results_of_several_files_do_not_replace_these(adata, checkpoint, tmp_path, capsys):
+    files = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    for file in files:
+        adata[:30].copy().write_h5ad(file)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.h5ad").hardlink_to(files[1])
+    before = files[0].read_bytes()
+    for folder, name in ((tmp_path, "a"), (tmp_path / "out", "b")):
+        run("embed", *files, "-o", folder, "--workers", "2", checkpoint=checkpoint, status=2)
+        assert f"The result {str(folder / name)!r}"[:-1] in capsys.readouterr().err
+    assert files[0].read_bytes() == files[1].read_bytes() == before
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_zarr_store_keeps_everything_and_is_never_loaded_whole(adata, checkpoint, tmp_path, small, monkeypatch):
     adata.layers["mine"] = adata.X.toarray()
