@@ -34,6 +34,7 @@ try:  # as a package or as remote code
     from .profiles_scmmgpt import ProfiledTypes, broader_answers
     from .proof_scmmgpt import tissues_of
     from .records_scmmgpt import add_column, finish_report, table_of
+    from .refinement_scmmgpt import MIN_FILE, FileMeans
     from .scoring_scmmgpt import LabelScorer, text_states
     from .unseen_scmmgpt import MIN_BATCH, TextScores
     from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
@@ -62,6 +63,7 @@ except ImportError:  # as a flat module in a clone
     from profiles_scmmgpt import ProfiledTypes, broader_answers
     from proof_scmmgpt import tissues_of
     from records_scmmgpt import add_column, finish_report, table_of
+    from refinement_scmmgpt import MIN_FILE, FileMeans
     from scoring_scmmgpt import LabelScorer, text_states
     from unseen_scmmgpt import MIN_BATCH, TextScores
     from votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
@@ -91,6 +93,7 @@ class Labelling:
     novelty: Novelty | None = None
     neighbours: Neighbours | None = None  # cells of the file, by which novelty is judged
     profiled: ProfiledTypes | None = None  # types that no training cell has, for cells of no trained label
+    file: FileMeans | None = None  # cells of the file that stand for labels, by which the readout was refined
 
 
 class LabellingSteps(CellPasses):
@@ -178,36 +181,59 @@ class LabellingSteps(CellPasses):
     def read_batch(self, adata: Any, labelling: "Labelling", read_batch: bool | None = None) -> "Labelling":
         """The same after a look at cells from all over the data.
 
-        With `read_batch`, up to `READ_CELLS` cells correct labels that were never trained; without such labels, and if
-        it is not False, up to `NEIGHBOUR_CELLS` are the neighbours by which novelty is judged, if the checkpoint has a
-        unit for it.
+        With `read_batch`, up to `READ_CELLS` cells correct labels that were never trained. Without such labels, and if
+        it is not False, up to `NEIGHBOUR_CELLS` are the neighbours by which novelty is judged, and refine the readout
+        ([`FileMeans`]), where the checkpoint was made for it.
         """
         readout, choice = labelling.readout, labelling.choice
         if readout is None or read_batch is False or (readout.has_new_labels and not read_batch):
             return labelling
         total = choice.report["cells"]["cells"]
-        if total < MIN_BATCH:
-            if readout.has_new_labels:
+        if readout.has_new_labels:
+            if total < MIN_BATCH:
                 logger.warning(f"{total} cells are too few to correct labels by; read_batch needs {MIN_BATCH}.")
+                return labelling
+            cells = _cells_all_over(adata, choice, READ_CELLS, 1)
+            logger.info(f"{len(cells)} cells of the file corrected labels that were never trained (read_batch).")
+            return replace(labelling, readout=readout.read_batch(cells), batch_read=True)
+        novelty = labelling.novelty if total >= MIN_BATCH else None
+        has_neighbours = novelty is not None and novelty.batch_unit is not None
+        refines = total >= MIN_FILE and self._labels_of_file(labelling) is not None
+        if not has_neighbours and not refines:
             return labelling
-        novelty = None if readout.has_new_labels else labelling.novelty
-        if not readout.has_new_labels and (novelty is None or novelty.batch_unit is None):
-            return labelling
-        most, at_once = (NEIGHBOUR_CELLS, CELLS_AT_ONCE) if novelty is not None else (READ_CELLS, 1)
-        choice = uncounted(choice)
-        if total <= most:
-            parts = list(choice.iter_cells(adata))
-        else:  # without a pass over all
-            starts = np.linspace(0, total - at_once, most // at_once).astype(np.int64).tolist()
-            parts = [cells for row in starts for cells in choice.iter_cells(adata[row : row + at_once])]
-        cells = type(parts[0]).concatenate(parts)
-        if novelty is not None:
+        cells = _cells_all_over(adata, choice, NEIGHBOUR_CELLS, CELLS_AT_ONCE)
+        if has_neighbours and novelty is not None:
             neighbours = novelty.with_neighbours(cells)
             if labelling.profiled is not None:
                 neighbours = labelling.profiled.with_types(neighbours, cells)
-            return replace(labelling, neighbours=neighbours)
-        logger.info(f"Labels that were never trained were corrected by {len(cells)} cells of the file (read_batch).")
-        return replace(labelling, readout=readout.read_batch(cells), batch_read=True)
+            labelling = replace(labelling, neighbours=neighbours)
+        return self.with_file(labelling, FileMeans.of(readout.panel, cells)) if refines else labelling
+
+    def with_file(self, labelling: "Labelling", file: FileMeans) -> "Labelling":
+        """The same with a readout that the cells of the file refined."""
+        readout, labels = labelling.readout, self._labels_of_file(labelling)
+        if readout is None or labels is None:
+            return labelling
+        panel = file.refine(self._bridge().label_readout, readout.panel, labels)
+        readout = replace(readout, panel=panel, scores=panel)
+        novelty, profiled = labelling.novelty, labelling.profiled  # which share the scores of the panel
+        if novelty is not None and novelty.panel is not None:
+            novelty = replace(novelty, panel=panel)
+        if profiled is not None:
+            profiled = replace(profiled, panel=panel)
+        return replace(labelling, readout=readout, novelty=novelty, profiled=profiled, file=file)
+
+    def _labels_of_file(self, labelling: "Labelling") -> list[int] | None:
+        """Positions of the candidates in the label readout; None where no file refines it.
+
+        That is so for checkpoints without `refines`, and where types that have a profile alone are candidates.
+        """
+        readout = labelling.readout
+        if readout is None or readout.has_new_labels or not (self.model.config.annotation or {}).get("refines"):
+            return None
+        trained, texts = self.model.config.label_readout["texts"], set(labelling.candidates.texts)
+        labels = [number for number, text in enumerate(trained) if text in texts]
+        return labels if len(labels) == len(readout.panel.bias) else None
 
     def label_cells(
         self, adata: Any, labelling: "Labelling", batch_size: int | None = None
@@ -264,6 +290,7 @@ class LabellingSteps(CellPasses):
             **{name: settings[name] for name in ("matching_weight", "temperature")},
             "read_batch": labelling.batch_read,
             "neighbour_cells": 0 if labelling.neighbours is None else len(labelling.neighbours.novelty),
+            "refining_cells": 0 if labelling.file is None else int(labelling.file.n_cells.sum()),
             **summary,
         }
         if clusters is not None:
@@ -403,6 +430,17 @@ class LabellingSteps(CellPasses):
         batch_size = self._batch_size(batch_size, 64 if is_padded else LINEAR_BATCH)
         batch_size = max(batch_size // max(scorer.num_candidates, 1), 1)
         return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells, is_padded))
+
+
+def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) -> Cells:
+    """All cells of the data, or `most` of them, `at_once` neighbours at a time, without a pass over all."""
+    total, choice = choice.report["cells"]["cells"], uncounted(choice)
+    if total <= most:
+        parts = list(choice.iter_cells(adata))
+    else:
+        starts = np.linspace(0, total - at_once, most // at_once).astype(np.int64).tolist()
+        parts = [cells for row in starts for cells in choice.iter_cells(adata[row : row + at_once])]
+    return type(parts[0]).concatenate(parts)
 
 
 def _sum_of_rows(matrix: Any) -> np.ndarray:

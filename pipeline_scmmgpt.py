@@ -9,8 +9,8 @@ Each task is a verb of [`ScMMGPTPipeline`]. A verb adds its results to the AnnDa
 Through transformers the same object is `pipeline("cell-annotation", model=path, trust_remote_code=True)`.
 
 `adata.uns["scmmgpt"]` holds the matrix and the genes that were read, the evidence for that choice, and the settings
-and the receipt of each verb (`receipt_scmmgpt`). The result of a cell depends on that cell alone, not on its batch or
-its place, but with `read_batch`.
+and the receipt of each verb (`receipt_scmmgpt`). The result of a cell does not depend on its batch or its place, and
+that of `annotate` on other cells only as `read_batch` says.
 """
 
 import os
@@ -226,8 +226,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
                 have a fitted gate in its place (`unseen_scmmgpt`).
             read_batch: Look at the other cells before the first is annotated; the result of a cell then depends on
                 them. With True, the place of each label that was never trained is corrected by the cells that are most
-                like it. By default novelty is judged with the cells of the file that have the most similar scores, if
-                the file has `MIN_BATCH` cells and the checkpoint is one of `release`. With False each cell is alone.
+                like it. By default, where the checkpoint is one of `release`, the cells of a file of `MIN_FILE` or
+                more refine the labels (`refinement_scmmgpt`), and from `MIN_BATCH` cells on novelty is judged with
+                those of the most similar scores. With False each cell is alone.
             key_added: Prefix of the added names.
             batch_size: Cells per batch, 64 by default.
             read_kwargs: For [`read_cells`]: `layer`, `assume`, `gene_column`, `organism`, `force`.

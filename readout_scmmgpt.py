@@ -41,12 +41,28 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
     from .kernels_scmmgpt import kernels_pay, place_counts
-    from .regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
+    from .regression_scmmgpt import (
+        LOG_STEPS,
+        condition,
+        root_shares,
+        scale_groups,
+        solve_embedding,
+        solve_groups,
+        with_profiles,
+    )
 except ImportError:  # beside the other files of a checkpoint
     from cells_scmmgpt import Cells
     from contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
     from kernels_scmmgpt import kernels_pay, place_counts
-    from regression_scmmgpt import LOG_STEPS, condition, scale_groups, solve_embedding, solve_groups, with_profiles
+    from regression_scmmgpt import (
+        LOG_STEPS,
+        condition,
+        root_shares,
+        scale_groups,
+        solve_embedding,
+        solve_groups,
+        with_profiles,
+    )
 
 
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
@@ -80,6 +96,8 @@ class PanelReadout:
         others: float32 `(n_genes, n_others)`, weights of kinds of other cells, and `others_bias` `(n_others,)`; of a
             panel the labels' come first, `(n_genes, n_labels + n_others)`, all on the scale of the panel.
         typical: float64 `(n_labels, n_labels + n_others)`: the scores of each label's mean cell, other cells' last.
+        file_weights, file_bias: The same for probabilities, once cells of the file were read (`refinement_scmmgpt`).
+        file_shares: float32 `(n_genes, n_labels)`: weights of [`root_shares`] beside them, of a narrow panel.
     """
 
     gene_ids: np.ndarray
@@ -94,6 +112,9 @@ class PanelReadout:
     others: np.ndarray | None = None
     others_bias: np.ndarray | None = None
     typical: np.ndarray | None = None
+    file_weights: np.ndarray | None = None
+    file_bias: np.ndarray | None = None
+    file_shares: np.ndarray | None = None
     _last: Any = field(default=None, init=False, repr=False)  # the last cells: profiles, scores, those of other cells
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,7 +140,11 @@ class PanelReadout:
 
     def __call__(self, cells: Cells) -> np.ndarray:
         """Log probabilities of the labels, float32 `(n_cells, n_labels)`."""
-        _, scores = self._scores(cells)
+        profiles, scores = self._scores(cells)
+        if self.file_weights is not None and self.file_bias is not None:
+            scores = sum_weights(*profiles, self.file_weights) + self.file_bias
+        if self.file_shares is not None:
+            scores = scores + sum_weights(*root_shares(*profiles), self.file_shares)
         logits = torch.from_numpy(scores / np.float32(self.temperature))
         if not len(self.spread):
             return logits.log_softmax(dim=1).numpy()
@@ -198,6 +223,9 @@ class PanelReadout:
             others=self.others if own is None or self.others is None else np.ascontiguousarray(self.others[:, own]),
             others_bias=self.others_bias if own is None or self.others_bias is None else self.others_bias[own],
             typical=None if self.typical is None else self.typical[np.ix_(columns, [*columns, *others])],
+            file_weights=None if self.file_weights is None else np.ascontiguousarray(self.file_weights[:, columns]),
+            file_bias=None if self.file_bias is None else self.file_bias[columns],
+            file_shares=None if self.file_shares is None else np.ascontiguousarray(self.file_shares[:, columns]),
         )
 
     def weak_labels(self, likely: np.ndarray) -> dict[int, tuple[int, float, list[int]]]:
@@ -453,13 +481,12 @@ class ScMMGPTLabelReadout(nn.Module):
         spread = np.zeros((0, len(a["bias"])))
         others: dict[str, np.ndarray] = {}
         if self.num_groups:
-            scaled = a if here.all() else scale_groups(a, here)
+            scaled, *as_they_are = self.versions(a, here)
             weights, bias = solve_groups(scaled, here)
             bias[: len(bonus)] += bonus
-            is_panel = self.mixes_panels and a["shares"][here].sum() < PANEL_SHARE * a["shares"].sum()
             if len(bias) > len(bonus):
-                others = self._others(scaled, here, weights, bias, is_panel)
-            if is_panel:
+                others = self._others(scaled, here, weights, bias, bool(as_they_are))
+            if as_they_are:
                 plain = solve_groups(a, here)
                 plain[1][: len(bonus)] += bonus
                 weights, bias = (weights + plain[0]) / 2, (bias + plain[1]) / 2
@@ -483,6 +510,14 @@ class ScMMGPTLabelReadout(nn.Module):
             log=self.num_groups > 0,
             **others,
         )
+
+    def versions(self, a: dict[str, np.ndarray], here: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """The arrays whose regressions have the labels' weights as their mean: on the scale of the genes `here`.
+
+        Of a panel (`PANEL_SHARE`) also as they are.
+        """
+        is_panel = self.mixes_panels and a["shares"][here].sum() < PANEL_SHARE * a["shares"].sum()
+        return [a if here.all() else scale_groups(a, here), *([a] if is_panel else [])]
 
     def embedding_for(self, measured: np.ndarray | None = None) -> ProfileEmbedding:
         """The embedding for a file, kept for the next call; arguments and errors as for [`for_genes`].

@@ -38,6 +38,30 @@ def with_profiles(a: dict[str, np.ndarray], chosen: Sequence[int]) -> dict[str, 
     }
 
 
+def with_groups(
+    a: dict[str, np.ndarray], rows: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The arrays with one more group for some labels.
+
+    Args:
+        a: Of labels and kinds of other cells of equal weight.
+        rows: Log1p(CP10k), `(n_new, num_genes)`.
+        labels: The label of each.
+        weights: `(n_new,)`, of all groups of the label together before; each label then has its weight again.
+    """
+    n_columns = a["group_labels"].shape[1]
+    new = np.eye(n_columns)[labels] * (weights / n_columns)[:, None]
+    mentions = np.concatenate([a["group_labels"] * a["group_weights"][:, None], new])
+    mentions /= mentions.sum(axis=0) * n_columns
+    of_groups = mentions.sum(axis=1)
+    return {
+        **a,
+        "groups": np.concatenate([a["groups"], rows]),
+        "group_labels": mentions / of_groups[:, None],
+        "group_weights": of_groups,
+    }
+
+
 def scale_groups(a: dict[str, np.ndarray], here: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays with each group on the scale that its cells have in a file of the genes that are `here`.
 
@@ -130,3 +154,12 @@ def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, n
     bias = a["bias"] + w_absent @ a["mean"][~here] - moved @ a["mean"][here]
     covariance = loadings.T @ posterior @ loadings + (w_absent * a["noise"][~here]) @ w_absent.T
     return w_here + moved, bias, covariance
+
+
+def root_shares(
+    indptr: np.ndarray, positions: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Square roots of a cell's counts, of sum 1, ragged as its profile of log1p(CP10k)."""
+    lengths, roots = np.diff(indptr), np.sqrt(np.expm1(values))
+    sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=roots, minlength=len(lengths))
+    return indptr, positions, (roots / np.repeat(sums, lengths).clip(min=1e-9)).astype(np.float32)

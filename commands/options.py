@@ -44,7 +44,7 @@ def add_annotation(parser: argparse.ArgumentParser) -> None:
         "--matching-weight", type=number(float, 0, 1), metavar="W", help="0 = similarity alone .. 1 = matching decides"
     )
     text = "look at all cells first, and correct labels that were never trained by the cells most like them; "
-    text += "--no-read-batch: judge each cell alone (default: judge novelty with the most similar cells of the file)"
+    text += "--no-read-batch: judge each cell alone (default: other cells of the file refine labels and novelty)"
     parser.add_argument("--read-batch", action=argparse.BooleanOptionalAction, help=text)
 
 

@@ -25,6 +25,7 @@ from scmmgpt.commands.sources import Source
 from scmmgpt.novelty_scmmgpt import Neighbours
 from scmmgpt.receipt_scmmgpt import digest
 from scmmgpt.records_scmmgpt import words_of
+from scmmgpt.refinement_scmmgpt import FileMeans
 
 
 if TYPE_CHECKING:
@@ -183,10 +184,15 @@ def decide(
         read_batch = job.options.get("read_batch")
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
+        if labelling.batch_read and labelling.readout:
+            return {"predicted": labelling.readout.predicted}
+        found: Arrays = {}
         if (near := labelling.neighbours) is not None:
             types = {} if near.types is None else {"types": near.types}
-            return {"scores": near.scores, "novelty": near.novelty, **types}
-        return {"predicted": labelling.readout.predicted} if labelling.batch_read and labelling.readout else {}
+            found |= {"scores": near.scores, "novelty": near.novelty, **types}
+        if (file := labelling.file) is not None:
+            found |= {"means": file.means, "n_cells": file.n_cells}
+        return found
     return {}
 
 
@@ -233,6 +239,8 @@ def labelling_of(
         labelling = replace(
             labelling, neighbours=Neighbours(decided["scores"], decided["novelty"], decided.get("types"))
         )
+    if "means" in decided:
+        labelling = pipeline.with_file(labelling, FileMeans(decided["means"], decided["n_cells"]))
     return labelling
 
 

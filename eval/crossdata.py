@@ -12,9 +12,11 @@ of a cell restricted to the classes of its tissue: by the rule of `annotate --ti
 or of blood have in any dataset, the left-out one too. No text is used. Classes that no other dataset has are not
 scored.
 
-* `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes as `annotate` does;
+* `pooled readout`: `train.pooled` on the training datasets, solved for the left-out one's genes and refined by its
+  cells, without their labels, as `annotate` does;
 * `pooled readout, absent genes at their mean`: weights of all genes, not solved again;
 * `pooled readout, by types`: fitted to the Cell Ontology terms within the classes, whose probabilities are summed;
+* `pooled readout, by types, each cell alone`: the same, and no cell tells of another;
 * `logistic regression`: log1p(CP10k) of the genes that the left-out dataset measures, the 4,000 (2,000) most variable
   ones, balanced, C by leaving out thirds of the training datasets;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k) of the same genes.
@@ -51,6 +53,7 @@ from scmmgpt.eval.annotation import hierarchical_f1
 from scmmgpt.eval.results import percentile_interval
 from scmmgpt.eval.task import read_runs
 from scmmgpt.labels_scmmgpt import term_of
+from scmmgpt.refinement_scmmgpt import refine_by_cells
 from scmmgpt.train.data import ontology
 from scmmgpt.train.data.prepare import read_label_table
 from scmmgpt.train.pooled import PENALTY, Dataset, fit_pooled_readout
@@ -194,16 +197,20 @@ def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.
     penalty = choose_penalty(case) if choose else PENALTY
     readout = fit_pooled_readout(case.datasets(), len(case.classes), penalty=penalty)
     panel = readout.for_genes(case.test.measured)
-    if not refit:
-        fixed = readout.for_genes()
-        here = np.isin(fixed.gene_ids, panel.gene_ids)
-        absent = readout.group_mean.numpy()[~here]
-        panel = replace(panel, weights=fixed.weights[here], bias=fixed.bias + absent @ fixed.weights[~here])
-    return panel(case.test.cells)
+    if refit:
+        return refine_by_cells(readout, panel, case.test.cells)(case.test.cells)
+    fixed = readout.for_genes()
+    here = np.isin(fixed.gene_ids, panel.gene_ids)
+    absent = readout.group_mean.numpy()[~here]
+    return replace(panel, weights=fixed.weights[here], bias=fixed.bias + absent @ fixed.weights[~here])(
+        case.test.cells
+    )
 
 
-def pooled_by_types(case: LeftOutSet) -> np.ndarray:
+def pooled_by_types(case: LeftOutSet, *, alone: bool = False) -> np.ndarray:
     """Our readout of the types within the classes, whose probabilities are summed, as the released checkpoint is.
+
+    With `alone`, each cell is named by itself.
 
     A cell of unknown type counts for each type of its class a part.
     """
@@ -221,7 +228,9 @@ def pooled_by_types(case: LeftOutSet) -> np.ndarray:
             datasets.append(Dataset(part.cells[rows].to_csr(case.n_genes), part.measured, targets))
     shares = meanings / meanings.sum(axis=1, keepdims=True)
     readout = fit_pooled_readout(datasets, len(types), meanings=shares)
-    probabilities = np.exp(readout.for_genes(case.test.measured)(case.test.cells))
+    panel = readout.for_genes(case.test.measured)
+    panel = panel if alone else refine_by_cells(readout, panel, case.test.cells)
+    probabilities = np.exp(panel(case.test.cells))
     of_class = np.array([[label == name for name in case.classes] for label, _ in types], dtype=float)
     return probabilities @ of_class
 
@@ -299,6 +308,7 @@ SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
     MODEL: pooled,
     f"{MODEL}, absent genes at their mean": lambda case: pooled(case, refit=False),
     f"{MODEL}, by types": pooled_by_types,
+    f"{MODEL}, by types, each cell alone": lambda case: pooled_by_types(case, alone=True),
     "logistic regression, 4,000 genes": lambda case: logistic_regression(case, n_genes=4000),
     "logistic regression, 2,000 genes": lambda case: logistic_regression(case, n_genes=2000),
     "CellTypist, 4,000 genes": lambda case: celltypist(case, n_genes=4000),

@@ -102,7 +102,7 @@ def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any], alone: 
     """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
     alone = alone or sources.reference is None  # whose profiles novelty by neighbours needs
     unit = settings["lead_unit" if alone else "batch_unit"]
-    cells = cells if alone else left_out.with_neighbours(cells)
+    cells = replace(cells, scores=cells.alone) if alone else left_out.with_neighbours(cells)
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
     probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])

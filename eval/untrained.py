@@ -36,6 +36,7 @@ from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import Novelty
 from scmmgpt.profiles_scmmgpt import ProfiledTypes, broader_answers
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
+from scmmgpt.refinement_scmmgpt import refine_by_cells
 from scmmgpt.regression_scmmgpt import solve_groups
 from scmmgpt.train.data import ontology
 from scmmgpt.train.pooled import Dataset
@@ -100,7 +101,8 @@ def annotate_file(
         profiled = ProfiledTypes.of(fitted.readout, panel, broader_answers(names, terms, above))
         judge = profiled.beside(judge, profiled.with_types(neighbours, cells))
     scale, doubt = 1 / fitted.settings["temperature"], fitted.settings["doubt"]
-    probabilities = label_probabilities(panel(cells), logit_scale=scale, doubt=doubt)
+    named_by = panel if alone else refine_by_cells(fitted.readout, panel, cells)
+    probabilities = label_probabilities(named_by(cells), logit_scale=scale, doubt=doubt)
     novelty, broader, *named = (None, None) if judge is None else judge(cells).T
     least = least_scores(fitted.settings["min_score"], novelty)
     columns = choose_labels(probabilities, names, ids, least, novelty, terms, broader=broader)

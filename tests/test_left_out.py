@@ -156,7 +156,9 @@ def test_known_and_new_cells_are_told_apart_better_with_the_cells_of_their_file(
     new = np.repeat([False, True], 200)
     scores = np.where(new[:, None], [0.4, 0.4, 0], [1.0, 0, 0]) + rng.normal(0, 0.1, (400, 3))
     novelty = (0.5 * new + rng.normal(0, 0.5, 400)).astype(np.float32)
-    cells = LeftOut(scores.astype(np.float32), np.zeros(400, int), np.zeros(400, int), np.arange(400), novelty, None)
+    cells = LeftOut(
+        scores.astype(np.float32), np.zeros(400, int), np.zeros(400, int), np.arange(400), novelty, None, scores
+    )
     cells = left_out.with_neighbours(replace(cells, of_terms=np.zeros((400, 0), np.float32)))
     assert roc_auc_score(new, novelty) < 0.8 < 0.9 < roc_auc_score(new, cells.novelty)
 
@@ -201,7 +203,7 @@ def test_temperature_and_least_score_are_those_of_the_cells():
     truth = (logits + 0.2 * rng.gumbel(size=logits.shape)).argmax(axis=1)  # of the softmax at a temperature of 0.2
     novelty = np.where(np.arange(4000) < 1000, np.nan, 0.5)
     none = np.zeros((4000, 0), dtype=np.float32)
-    cells = LeftOut(logits.astype(np.float32), truth, np.zeros(4000, int), np.arange(4000), novelty, none)
+    cells = LeftOut(logits.astype(np.float32), truth, np.zeros(4000, int), np.arange(4000), novelty, none, logits)
     fitted = left_out.calibrate(cells)
     assert fitted["temperature"] == pytest.approx(0.2, rel=0.1)
     assert fitted["doubt"] == 0

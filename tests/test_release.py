@@ -138,7 +138,7 @@ def test_the_gate_not_the_reference_profiles_judges_cells_of_labels_that_were_ne
 
 
 @pytest.mark.parametrize("most", [64, 2048])
-def test_novelty_is_judged_with_cells_of_the_file_in_partitions_too_unless_it_is_told_not_to(
+def test_cells_of_the_file_judge_novelty_and_refine_labels_in_partitions_too_unless_they_are_told_not_to(
     built, tmp_path, monkeypatch, most
 ):
     monkeypatch.setattr("scmmgpt.labelling_scmmgpt.NEIGHBOUR_CELLS", most)
@@ -156,11 +156,23 @@ def test_novelty_is_judged_with_cells_of_the_file_in_partitions_too_unless_it_is
     novelty = {name: adata.obs["scmmgpt_novelty"] for name, adata in results.items()}
     pd.testing.assert_series_equal(novelty["parts"], novelty["whole"], check_exact=True)
     assert not np.array_equal(novelty["alone"], novelty["whole"])
-    used = {name: adata.uns["scmmgpt"]["annotate"]["neighbour_cells"] for name, adata in results.items()}
+    done = {name: adata.uns["scmmgpt"]["annotate"] for name, adata in results.items()}
+    used = {name: number["neighbour_cells"] for name, number in done.items()}
     assert used == {"whole": min(most, 150), "parts": min(most, 150), "alone": 0}
+    labels = {name: adata.obsm["scmmgpt_probabilities"] for name, adata in results.items()}
+    np.testing.assert_array_equal(labels["parts"], labels["whole"])
+    assert np.abs(labels["alone"] - labels["whole"]).max() > 1e-4
+    assert 0 < done["parts"]["refining_cells"] == done["whole"]["refining_cells"] <= min(most, 150)
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
-    few = results["alone"][:40].copy()  # too few to look at: each is alone
-    np.testing.assert_array_equal(pipeline.annotate(few).obs["scmmgpt_novelty"], novelty["alone"][:40])
+    for n_cells, is_alone in ((40, False), (19, True)):  # too few to judge novelty by, and too few to refine labels
+        few = pipeline.annotate(results["alone"][:n_cells].copy())
+        np.testing.assert_array_equal(few.obs["scmmgpt_novelty"], novelty["alone"][:n_cells])
+        assert np.array_equal(few.obsm["scmmgpt_probabilities"], labels["alone"][:n_cells]) == is_alone
+    asked = pipeline.annotate(results["alone"].copy(), ["B cell", "Hepatocytes"])  # a type that has no group
+    assert asked.uns["scmmgpt"]["annotate"]["refining_cells"] == 0
+    pipeline.model.config.annotation.pop("refines")  # older checkpoints
+    old = pipeline.annotate(results["alone"].copy())
+    np.testing.assert_array_equal(old.obsm["scmmgpt_probabilities"], labels["alone"])
 
 
 def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built, monkeypatch):

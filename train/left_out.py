@@ -17,6 +17,7 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.labels_scmmgpt import MOST_LABELS
 from scmmgpt.novelty_scmmgpt import Neighbours, Novelty
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
+from scmmgpt.refinement_scmmgpt import refine_by_cells
 from scmmgpt.train.pooled import Dataset, fit_pooled_novelty, fit_pooled_readout
 from scmmgpt.train.references import Reference
 
@@ -33,7 +34,10 @@ ABSENT = np.float32(-1e9)  # log probability of a label that no other dataset ha
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Cells of one type each, and their scores by a readout of the other datasets."""
+    """Cells of one type each, and their scores by a readout of the other datasets.
+
+    `scores` are of the readout that the cells of the dataset refined, `alone` of each cell by itself.
+    """
 
     scores: np.ndarray  # float32 (n_cells, n_labels): log probabilities at a temperature of 1; `ABSENT`
     targets: np.ndarray  # int64 (n_cells,): the label
@@ -41,6 +45,7 @@ class LeftOut:
     rows: np.ndarray  # int64 (n_cells,): row in the dataset
     novelty: np.ndarray  # float32 (n_cells,), by the other datasets, and not yet over the unit; NaN where not judged
     of_terms: np.ndarray  # float32 (n_cells, n_terms), likewise, of broader terms; inf where they are no answer
+    alone: np.ndarray  # as `scores`
 
     @property
     def known(self) -> np.ndarray:
@@ -57,7 +62,7 @@ def with_neighbours(cells: LeftOut) -> LeftOut:
     novelty, of_terms = cells.novelty.copy(), cells.of_terms.copy()
     for number in np.unique(cells.datasets):
         rows = np.flatnonzero(cells.datasets == number)
-        scores = cells.scores[np.ix_(rows, (cells.scores[rows] > ABSENT).any(axis=0))]
+        scores = cells.alone[np.ix_(rows, (cells.alone[rows] > ABSENT).any(axis=0))]
         file = Neighbours(Neighbours.of_scores(scores), cells.novelty[rows])
         added = file.difference(scores, cells.novelty[rows])
         novelty[rows] += added
@@ -130,14 +135,15 @@ def judge(
         rows = np.flatnonzero((meanings[data.targets] > 0).sum(axis=1) == 1)
         cells = Cells.from_csr(data.counts[rows], np.arange(n_genes))
         panel = replace(readout.for_genes(data.measured), temperature=1.0)
-        scores = np.full((len(rows), meanings.shape[1]), ABSENT, dtype=np.float32)
-        scores[:, own] = panel(cells)
+        scores, alone = np.full((2, len(rows), meanings.shape[1]), ABSENT, dtype=np.float32)
+        alone[:, own] = panel(cells)
+        scores[:, own] = refine_by_cells(readout, panel, cells)(cells)
         measure = Novelty.of(stored, data.measured, n_genes, panel)
         novelty = np.full((len(rows), 1 + len(terms)), np.inf, dtype=np.float32)
         found = np.full((len(rows), 1), np.nan) if measure is None else measure.raw(cells, in_terms)
         novelty[:, : found.shape[1]] = found
         labels = meanings[data.targets[rows]].argmax(axis=1)
-        parts.append((scores, labels, np.full(len(rows), number), rows, novelty[:, 0], novelty[:, 1:]))
+        parts.append((scores, labels, np.full(len(rows), number), rows, novelty[:, 0], novelty[:, 1:], alone))
     return LeftOut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -189,7 +195,7 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
     With `min_score` and novelty (`annotation_scmmgpt.least_scores`), `LOST` of the cells that are named rightly lose
     their name, each dataset counting alike. Nearly all of these are novel where there are other cells, since novelty
     finds more new cells than a low score; they get a broader term where that is not novel. `lead_unit` is of cells
-    alone, `batch_unit` of cells [`with_neighbours`].
+    alone, `batch_unit` of cells [`with_neighbours`], both by labels of cells alone, as novelty is.
     """
     if cells is None or cells.known.sum() < MIN_CELLS:
         return {}
@@ -198,20 +204,19 @@ def calibrate(cells: LeftOut | None, with_others: bool = False) -> dict[str, Any
     temperature, doubt = fit_probabilities(cells)
     probabilities = probabilities_of(cells, temperature, doubt)
     right = probabilities.argmax(axis=1) == cells.targets
-    weights = 1 / np.bincount(cells.datasets[right]).clip(min=1)[cells.datasets[right]]
+    right_alone = cells.alone.argmax(axis=1) == cells.targets
 
-    def quantile(values: np.ndarray, share: float) -> float:
-        return float(np.quantile(values, share, weights=weights, method="inverted_cdf"))
+    def quantile(values: np.ndarray, rows: np.ndarray, share: float) -> float:
+        weights = 1 / np.bincount(cells.datasets[rows])[cells.datasets[rows]]
+        return float(np.quantile(values[rows], share, weights=weights, method="inverted_cdf"))
 
     unit, batch_unit, least = 1.0, 1.0, 0.0
-    if with_others and right.any():
-        unit, batch_unit = (
-            round(max(quantile(novelty[right], 1 - LOST), LEAST_UNIT), 4) for novelty in (cells.novelty, of_batch)
-        )
+    if with_others and right_alone.any():
+        units = (quantile(novelty, right_alone, 1 - LOST) for novelty in (cells.novelty, of_batch))
+        unit, batch_unit = (round(max(unit, LEAST_UNIT), 4) for unit in units)
     novelty = np.nan_to_num(cells.novelty / unit).clip(min=0)
     if right.any():
-        sure = np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty))[right]
-        least = quantile(sure, LOST)
+        least = quantile(np.where(novelty > 1, 0, probabilities.max(axis=1) / (1 + novelty)), right, LOST)
     return {
         "temperature": temperature,
         "doubt": doubt,

@@ -255,6 +255,7 @@ def add_readout(
         "terms": ontology.label_terms(ids),
         "tissues": tissues_of(sources, table),
         "novelty": (fit_pooled_novelty(datasets, n_genes) or {}) | others,
+        "refines": True,  # by the cells of a file, as the cells were that the settings are fitted to
         **fitted,
         **({} if profiles is None else add_profiles(model, profiles.without(types), types)),
     }
