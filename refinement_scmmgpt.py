@@ -51,13 +51,16 @@ class FileMeans:
 
     @classmethod
     def of(cls, panel: PanelReadout, cells: Cells) -> "FileMeans":
-        """Of the cells of a file, or of some from all over it; the labels are those of `panel`."""
+        """Of the cells of a file, or of some from all over it; the labels are those of `panel`.
+
+        A cell without a count, whose scores are the bias of the labels, stands for none.
+        """
         scores, (indptr, positions, values) = panel.scores(cells), panel.last_profiles(cells)
         best, (n_labels, n_genes) = scores.argmax(axis=1), panel.weights.T.shape
         ahead = np.sort(np.pad(scores, ((0, 0), (1, 0)), constant_values=-np.inf), axis=1)
-        kept = ahead[:, -1] - ahead[:, -2] >= LEAST_LEAD
-        n_cells = np.bincount(best[kept], minlength=n_labels)
         lengths = np.diff(indptr)
+        kept = (ahead[:, -1] - ahead[:, -2] >= LEAST_LEAD) & (lengths > 0)
+        n_cells = np.bincount(best[kept], minlength=n_labels)
         entry, label = np.repeat(kept, lengths), np.repeat(best, lengths)
         places = label[entry] * n_genes + positions[entry]
         sums = np.bincount(places, weights=values[entry], minlength=n_labels * n_genes).reshape(n_labels, n_genes)

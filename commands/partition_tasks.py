@@ -177,7 +177,7 @@ def decide(
         sets = np.unique(words_of(cells.obs, job.options["label_key"]))
         with one_thread():
             labelling = pipeline.read_batch(cells, pipeline.labelling(choice, pipeline.annotation_settings()))
-        return {"sets": sets, **(vars(labelling.neighbours) if labelling.neighbours is not None else {})}
+        return {"sets": sets, **_arrays_of(labelling.neighbours)}
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
     if job.verb == "annotate":
@@ -186,14 +186,26 @@ def decide(
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
         if labelling.batch_read and labelling.readout:
             return {"predicted": labelling.readout.predicted}
-        found: Arrays = {}
-        if (near := labelling.neighbours) is not None:
-            types = {} if near.types is None else {"types": near.types}
-            found |= {"scores": near.scores, "novelty": near.novelty, **types}
+        found = _arrays_of(labelling.neighbours)
         if (file := labelling.file) is not None:
             found |= {"means": file.means, "n_cells": file.n_cells}
         return found
     return {}
+
+
+def _arrays_of(neighbours: Neighbours | None) -> Arrays:
+    """What [`_neighbours_of`] reads."""
+    if neighbours is None:
+        return {}
+    types = {} if neighbours.types is None else {"types": neighbours.types}
+    return {"scores": neighbours.scores, "novelty": neighbours.novelty, **types}
+
+
+def _neighbours_of(decided: Arrays) -> Neighbours | None:
+    """The cells of the file by which novelty and siblings are judged; None where each cell is alone."""
+    if "novelty" not in decided:
+        return None
+    return Neighbours(decided["scores"], decided["novelty"], decided.get("types"))
 
 
 def compute_part(
@@ -213,8 +225,7 @@ def compute_part(
         return Computed({f"search{i}": column for i, column in enumerate(found.T)})
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
-        neighbours = Neighbours(decided["scores"], decided["novelty"]) if "novelty" in decided else None
-        return Computed(pipeline.audit_cells(part, choice, given, decided["sets"], neighbours))
+        return Computed(pipeline.audit_cells(part, choice, given, decided["sets"], _neighbours_of(decided)))
     if job.verb == "explain" and labels is not None:
         key = options.get("cluster_key")
         clusters = None if key is None else words_of(part.obs, key)
@@ -235,10 +246,7 @@ def labelling_of(
     if "predicted" in decided and labelling.readout is not None:
         readout = labelling.readout.after_batch(decided["predicted"])
         labelling = replace(labelling, readout=readout, batch_read=True)
-    if "novelty" in decided:
-        labelling = replace(
-            labelling, neighbours=Neighbours(decided["scores"], decided["novelty"], decided.get("types"))
-        )
+    labelling = replace(labelling, neighbours=_neighbours_of(decided))
     if "means" in decided:
         labelling = pipeline.with_file(labelling, FileMeans(decided["means"], decided["n_cells"]))
     return labelling

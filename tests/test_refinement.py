@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from scipy.special import log_softmax
 
 from scmmgpt.cells_scmmgpt import Cells
@@ -65,6 +65,15 @@ def test_means_are_of_the_cells_whose_best_label_leads_clearly(readout, genes):
         assert file.n_cells[label] == mine.sum()
         np.testing.assert_allclose(file.means[label], profiles[mine].mean(axis=0), rtol=1e-5)
     assert 0 < file.n_cells.sum() < len(cells) or len(genes) == N_GENES
+
+
+def test_cells_without_a_count_stand_for_no_label(readout):
+    panel, counts = readout.for_genes(), dataset(2).counts
+    panel.bias = panel.bias + np.float32([0.5, 0, 0])  # of an empty cell the first label leads
+    with_empty = vstack([counts, csr_matrix((7, N_GENES), dtype=np.float32)]).tocsr()
+    without, file = (FileMeans.of(panel, Cells.from_csr(of, np.arange(N_GENES))) for of in (counts, with_empty))
+    np.testing.assert_array_equal(file.n_cells, without.n_cells)
+    np.testing.assert_array_equal(file.means, without.means)
 
 
 @pytest.mark.parametrize("genes", [np.arange(N_GENES), np.arange(9)])
