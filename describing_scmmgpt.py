@@ -80,7 +80,7 @@ class DescriptionSteps(EvidenceSteps):
         chunks, batch_size = self._chunks(adata, choice), self._batch_size(batch_size, 128 if once else 16)
         n_cells = choice.report["cells"]["cells"]
         texts = np.full(n_cells, "", dtype=object)
-        labels = None if called is None else self._labels_called(called["cell_type"])
+        labels = None if called is None else self._labels_called(called)
         described: dict[int, str] = {}  # of labels, or of rows
         for rows, cells in self._batches(chunks, batch_size, "Describing", n_cells):
             if labels is not None:
@@ -107,13 +107,16 @@ class DescriptionSteps(EvidenceSteps):
         names_type = self.model.config.cell_tokens == "labels" and prompt == self._prompt(None)
         return self._kept_to(called, labels, texts, names_type)
 
-    def _labels_called(self, called: np.ndarray) -> np.ndarray:
-        """The column of the readout of the one trained label that each cell is called by, int64; -1 for none."""
-        names, numbers = np.unique(np.asarray(called).astype(str), return_inverse=True)
-        members = label_members(
-            names.tolist(), self._readout_columns(), (self.model.config.annotation or {}).get("terms", [])
-        )
-        return np.where(members.sum(axis=1) == 1, members.argmax(axis=1), NONE)[numbers]
+    def _labels_called(self, called: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The column of the readout of the one trained label that each cell is called by, int64; -1 for none.
+
+        A type that has a profile alone is none, also where it is a kind of one trained label.
+        """
+        names, numbers = np.unique(np.asarray(called["cell_type"]).astype(str), return_inverse=True)
+        members = self.meanings(names.tolist())[0]
+        columns = np.where(members.sum(axis=1) == 1, members.argmax(axis=1), NONE)
+        columns = np.where(columns < len(self._readout_columns()), columns, NONE)[numbers]
+        return np.where(called.get("by_profile", False), NONE, columns)
 
     def _kept_to(
         self, called: Mapping[str, np.ndarray], labels: np.ndarray, texts: np.ndarray, names_type: bool

@@ -20,6 +20,7 @@ try:  # as a package or as remote code
     from .cells_scmmgpt import Cells
     from .conversion_scmmgpt import InputChoice
     from .labels_scmmgpt import (
+        UNKNOWN,
         Candidates,
         advice_on_tissues,
         candidate_columns,
@@ -33,7 +34,7 @@ try:  # as a package or as remote code
     from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from .profiles_scmmgpt import ProfiledTypes, broader_answers
     from .proof_scmmgpt import tissues_of
-    from .records_scmmgpt import add_column, finish_report, table_of
+    from .records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
     from .refinement_scmmgpt import MIN_FILE, FileMeans
     from .scoring_scmmgpt import LabelScorer, text_states
     from .unseen_scmmgpt import MIN_BATCH, TextScores
@@ -49,6 +50,7 @@ except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells
     from conversion_scmmgpt import InputChoice
     from labels_scmmgpt import (
+        UNKNOWN,
         Candidates,
         advice_on_tissues,
         candidate_columns,
@@ -62,7 +64,7 @@ except ImportError:  # as a flat module in a clone
     from passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from profiles_scmmgpt import ProfiledTypes, broader_answers
     from proof_scmmgpt import tissues_of
-    from records_scmmgpt import add_column, finish_report, table_of
+    from records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
     from refinement_scmmgpt import MIN_FILE, FileMeans
     from scoring_scmmgpt import LabelScorer, text_states
     from unseen_scmmgpt import MIN_BATCH, TextScores
@@ -250,8 +252,11 @@ class LabellingSteps(CellPasses):
         Columns of `obs` that [`ScMMGPTPipeline.annotate`] added, else `columns`, by default what it adds by default.
         """
         if f"{key}_cell_type" in adata.obs:
-            names = [name for name in ("cell_type", "by_profile") if f"{key}_{name}" in adata.obs]
-            return {name: adata.obs[f"{key}_{name}"].to_numpy() for name in names}
+            names = words_of(adata.obs, f"{key}_cell_type")
+            found = {"cell_type": np.where(names == MISSING, UNKNOWN, names)}  # missing where files were joined
+            if f"{key}_by_profile" in adata.obs:
+                found["by_profile"] = words_of(adata.obs, f"{key}_by_profile") == "True"
+            return found
         if columns is not None:
             return columns
         choice = uncounted(choice)

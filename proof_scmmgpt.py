@@ -151,7 +151,8 @@ class Expression:
         kept = of_entry >= 0
         keys = of_entry[kept] * len(self.symbols) + self.counts.indices[kept]
         weights = None if values is None else values[kept]
-        return np.bincount(keys, weights, minlength=n_groups * len(self.symbols)).reshape(n_groups, -1)
+        sums = np.bincount(keys, weights, minlength=n_groups * len(self.symbols)).reshape(n_groups, len(self.symbols))
+        return sums if weights is None else sums.astype(np.float64)  # of no entries: integers
 
     def count(self, cell: int, gene: int) -> float:
         """The count of a gene in a cell."""

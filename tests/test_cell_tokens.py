@@ -190,5 +190,28 @@ def test_a_description_keeps_to_the_type_that_a_cell_is_called(monkeypatch, capl
     assert "does not name the type of 1 of 5 cells" in caplog.text
 
 
+def test_a_type_by_its_profile_is_no_trained_label_that_is_above_it():
+    pipeline = pipeline_reading("labels")
+    pipeline.model.config.annotation = {
+        "labels": {label: f"a {label}" for label in LABELS},
+        "terms": [{"id": "CL:0000576", "name": "monocyte", "names": ["monocyte", "blast"], "labels": ["monocyte"]}],
+        "profiles": [
+            {"id": "CL:1", "name": "big blast", "names": ["big blast"], "labels": ["big blast"], "text": "x"}
+        ],
+    }
+    called = {"cell_type": np.array(["big blast", "blast", "monocyte"])}
+    assert pipeline._labels_called(called).tolist() == [-1, 2, 2]
+    assert pipeline._labels_called({**called, "by_profile": np.array([True, True, False])}).tolist() == [-1, -1, 2]
+
+
+def test_cells_without_a_type_in_a_joined_file_are_unknown(pipeline):
+    adata = synthetic_adata(3)
+    adata.obs["scmmgpt_cell_type"] = ["monocyte", np.nan, "big blast"]
+    adata.obs["scmmgpt_by_profile"] = np.array([False, np.nan, True], dtype=object)
+    called = pipeline.called_types(adata, None)
+    assert called["cell_type"].tolist() == ["monocyte", "Unknown", "big blast"]
+    assert called["by_profile"].tolist() == [False, False, True]
+
+
 def labels_of(asked):
     return asked[-1].argmax(dim=1).tolist()

@@ -93,6 +93,12 @@ def test_a_type_of_ten_cells_refutes_another():
     assert few.better_kinds("mast cell", ["CD68"]) == []
 
 
+def test_a_file_of_unknown_cells_alone_is_described(pipeline):
+    adata = synthetic_adata(8)
+    adata.obs["scmmgpt_cell_type"] = "Unknown"
+    assert set(pipeline.describe(adata, proof=True).obs["scmmgpt_description"]) == {NO_TYPE.format("none")}
+
+
 def test_a_cell_whose_counts_show_no_type_is_called_none(pipeline):
     adata = synthetic_adata(120)
     counts = adata.X.tolil()
