@@ -291,6 +291,8 @@ def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
     for logs, name, base, power in SCALES:
         if logs == 1 and rows.data.max() * np.log(base) > 30 or logs == 2 and rows.data.max() > 3.2:
             continue  # more than 1e13 counts of a gene: not this scale
+        if power > 1 and best is not None and best["integral"] and not best["logs"]:
+            continue  # squares of counts are counts, also of counts that were divided by the length of their cell
         linear, error = linearize(rows.data, logs=logs, base=base, precision=precision, power=power)
         totals = rows.row_sums(linear)
         units = _find_units(linear, error, rows.indptr)
@@ -302,6 +304,7 @@ def _find_scale(rows: CountRows, precision: Precision) -> dict[str, Any] | None:
             integral = 0.0
         n_totals = int((totals > 0).sum())
         constant = n_totals > 1 and _spread(totals) < max(2e-3, 20 * precision.relative)
+        constant = constant and not (power > 1 and not integral and abs(np.median(totals) - 1) < 0.01)  # lengths of 1
         # The totals of two or three cells may agree by chance.
         constant = constant and (
             n_totals > 3 or integral > 0 or _nice_total(float(np.median(totals))) in LIKELY_TOTALS

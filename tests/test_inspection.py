@@ -139,6 +139,13 @@ def test_the_state_of_a_matrix_is_recognised(counts, state, kind):
     assert inspect_matrix(STATES[state](counts).astype(np.float32)).kind == kind
 
 
+@pytest.mark.parametrize(("state", "kind"), [("raw", "normalized"), ("log1p CP10k", "log1p")])
+def test_cells_of_length_1_are_no_square_roots_of_constant_totals(counts, state, kind):
+    values = STATES[state](counts)
+    values = values / np.linalg.norm(values, axis=1, keepdims=True)
+    assert inspect_matrix(values.astype(np.float32)).kind == kind
+
+
 @pytest.mark.parametrize(
     ("matrix", "kind"),
     [
