@@ -14,7 +14,6 @@ try:  # as a package or as remote code
     from .evidence_scmmgpt import Evidence, Explainer, label_members
     from .labelling_scmmgpt import Labelling, LabellingSteps
     from .labels_scmmgpt import UNKNOWN, profiled_types
-    from .novelty_scmmgpt import Neighbours
     from .passes_scmmgpt import uncounted
     from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 except ImportError:  # as a flat module in a clone
@@ -23,7 +22,6 @@ except ImportError:  # as a flat module in a clone
     from evidence_scmmgpt import Evidence, Explainer, label_members
     from labelling_scmmgpt import Labelling, LabellingSteps
     from labels_scmmgpt import UNKNOWN, profiled_types
-    from novelty_scmmgpt import Neighbours
     from passes_scmmgpt import uncounted
     from records_scmmgpt import MISSING, add_column, finish_report, table_of
 
@@ -92,18 +90,17 @@ class EvidenceSteps(LabellingSteps):
     def audit_cells(
         self,
         adata: Any,
-        choice: InputChoice,
+        labelling: Labelling,
         given: np.ndarray,
         sets: np.ndarray,
-        neighbours: Neighbours | None = None,
         batch_size: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """What [`add_audit`] needs of cells: of all the data that `choice` was made for, or of a part of them.
+        """What [`add_audit`] needs of cells: of all the data that `labelling` was made for, or of a part of them.
 
-        `given` are the labels of these cells, `sets` all labels of the data, sorted, and `neighbours` those of
-        [`read_batch`]. Types that `sets` name by a profile alone compete as in `annotate --labels`.
+        `given` are the labels of these cells, `sets` all labels of the data, sorted. `labelling` is that of
+        `annotate`, after [`read_batch`]. Types that `sets` name by a profile alone compete as in `annotate --labels`.
         """
-        labelling = replace(self.labelling(choice, self.annotation_settings()), neighbours=neighbours)
+        choice = labelling.choice
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
         wide, types = self._audit_labelling(choice, sets)
         if types:

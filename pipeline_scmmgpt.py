@@ -15,6 +15,7 @@ that of `annotate` on other cells only as `read_batch` says.
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,9 +316,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         given = words_of(adata.obs, label_key)
         clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
-        labelling = self.labelling(uncounted(choice), self.annotation_settings())
-        neighbours = self.read_batch(adata, labelling).neighbours
-        columns = self.audit_cells(adata, choice, given, np.unique(given), neighbours, batch_size)
+        labelling = self.read_batch(adata, self.labelling(uncounted(choice), self.annotation_settings()))
+        columns = self.audit_cells(adata, replace(labelling, choice=choice), given, np.unique(given), batch_size)
         return self.add_audit(adata, choice, label_key, given, columns, clusters, key_added)
 
     def calibrate(

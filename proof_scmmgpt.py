@@ -39,8 +39,7 @@ except ImportError:  # beside the other files of a checkpoint
     from programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage
 
 
-# Genes that show a lineage, and the fold of the mean of the file that each and all together need: less may have come
-# from the fluid around the cells.
+# Genes that show a lineage, and the fold of the file's mean that each and all need: less may be from the fluid.
 MIN_LINEAGE_GENES, LINEAGE_FOLD = 2, 0.5
 
 NO_TYPE = "No type is shown by its counts; the model proposes {}."

@@ -176,8 +176,8 @@ def decide(
     if job.verb == "audit":
         sets = np.unique(words_of(cells.obs, job.options["label_key"]))
         with one_thread():
-            labelling = pipeline.read_batch(cells, pipeline.labelling(choice, pipeline.annotation_settings()))
-        return {"sets": sets, **_arrays_of(labelling.neighbours)}
+            labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}))
+        return {"sets": sets, **_arrays_of(labelling)}
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
     if job.verb == "annotate":
@@ -186,26 +186,19 @@ def decide(
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
         if labelling.batch_read and labelling.readout:
             return {"predicted": labelling.readout.predicted}
-        found = _arrays_of(labelling.neighbours)
-        if (file := labelling.file) is not None:
-            found |= {"means": file.means, "n_cells": file.n_cells}
-        return found
+        return _arrays_of(labelling)
     return {}
 
 
-def _arrays_of(neighbours: Neighbours | None) -> Arrays:
-    """What [`_neighbours_of`] reads."""
-    if neighbours is None:
-        return {}
-    types = {} if neighbours.types is None else {"types": neighbours.types}
-    return {"scores": neighbours.scores, "novelty": neighbours.novelty, **types}
-
-
-def _neighbours_of(decided: Arrays) -> Neighbours | None:
-    """The cells of the file by which novelty and siblings are judged; None where each cell is alone."""
-    if "novelty" not in decided:
-        return None
-    return Neighbours(decided["scores"], decided["novelty"], decided.get("types"))
+def _arrays_of(labelling: "Labelling") -> Arrays:
+    """What the cells of a source told, which [`labelling_of`] puts back."""
+    found: Arrays = {}
+    if (near := labelling.neighbours) is not None:
+        found = {"scores": near.scores, "novelty": near.novelty}
+        found |= {} if near.types is None else {"types": near.types}
+    if (file := labelling.file) is not None:
+        found |= {"means": file.means, "n_cells": file.n_cells}
+    return found
 
 
 def compute_part(
@@ -225,7 +218,8 @@ def compute_part(
         return Computed({f"search{i}": column for i, column in enumerate(found.T)})
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
-        return Computed(pipeline.audit_cells(part, choice, given, decided["sets"], _neighbours_of(decided)))
+        labelling = _known_labelling(pipeline, choice, options, decided)
+        return Computed(pipeline.audit_cells(part, labelling, given, decided["sets"]))
     if job.verb == "explain" and labels is not None:
         key = options.get("cluster_key")
         clusters = None if key is None else words_of(part.obs, key)
@@ -238,15 +232,17 @@ def compute_part(
 def labelling_of(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
-    """Decisions of `annotate` for all partitions, with the profiles that the whole file corrected."""
+    """Decisions of `annotate` or `audit` for all partitions, with what the cells of the whole source told."""
     names = ("labels", "cl_ids", "matching_weight", "tissue")
     settings = pipeline.annotation_settings(**{name: options.get(name) for name in names})
-    decisions = options["min_score"], None, options.get("error_rate")
-    labelling = pipeline.labelling(choice, settings, options["labels"] is None, *decisions)
+    decisions = options.get("min_score"), None, options.get("error_rate")
+    labelling = pipeline.labelling(choice, settings, options.get("labels") is None, *decisions)
     if "predicted" in decided and labelling.readout is not None:
         readout = labelling.readout.after_batch(decided["predicted"])
         labelling = replace(labelling, readout=readout, batch_read=True)
-    labelling = replace(labelling, neighbours=_neighbours_of(decided))
+    if "novelty" in decided:
+        near = Neighbours(decided["scores"], decided["novelty"], decided.get("types"))
+        labelling = replace(labelling, neighbours=near)
     if "means" in decided:
         labelling = pipeline.with_file(labelling, FileMeans(decided["means"], decided["n_cells"]))
     return labelling

@@ -3,6 +3,7 @@
 import errno
 import json
 import subprocess
+from dataclasses import replace
 from unittest.mock import Mock
 
 import anndata
@@ -16,6 +17,7 @@ from scmmgpt.annotation_scmmgpt import fit_label_sets
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.commands import partition_tasks, partitions
 from scmmgpt.commands.results import RowBlocks
+from scmmgpt.labelling_scmmgpt import Labelling
 from scmmgpt.novelty_scmmgpt import Neighbours
 from scmmgpt.readers.cell_files import CellFile
 from scmmgpt.tests.corpora import write_corpus
@@ -107,12 +109,15 @@ def test_an_audit_in_partitions_has_the_ranks_of_the_whole(fitted, tmp_path, sma
 @pytest.mark.parametrize("types", [None, np.ones((3, 4), np.float32)])
 def test_an_audit_in_partitions_has_the_neighbours_of_the_whole(tmp_path, types):
     near = Neighbours(np.arange(6, dtype=np.int16).reshape(3, 2), np.arange(3, dtype=np.float32), types)
-    pipeline = Mock(read_batch=Mock(return_value=Mock(neighbours=near)), audit_cells=Mock(return_value={}))
+    plain = Labelling(*[None] * 9)
+    pipeline = Mock(audit_cells=Mock(return_value={}), labelling=Mock(return_value=plain))
+    pipeline.read_batch.return_value = replace(plain, neighbours=near)
     adata = anndata.AnnData(obs=pd.DataFrame({"given": ["B", "T"]}, index=["1", "2"]))
-    job = Mock(verb="audit", options={"label_key": "given"})
-    partition_tasks.write_decided(tmp_path, partition_tasks.decide(pipeline, adata, None, job))
-    partition_tasks.compute_part(pipeline, adata, None, job, partition_tasks.read_decided(tmp_path))
-    found = pipeline.audit_cells.call_args.args[-1]
+    job, choice = Mock(verb="audit", options={"label_key": "given"}), Mock()
+    choice.match.ids = np.arange(2)
+    partition_tasks.write_decided(tmp_path, partition_tasks.decide(pipeline, adata, choice, job))
+    partition_tasks.compute_part(pipeline, adata, choice, job, partition_tasks.read_decided(tmp_path))
+    found = pipeline.audit_cells.call_args.args[1].neighbours
     for name in ("scores", "novelty", "types"):
         np.testing.assert_array_equal(getattr(found, name), getattr(near, name))
 

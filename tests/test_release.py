@@ -168,6 +168,12 @@ def test_cells_of_the_file_judge_novelty_and_refine_labels_in_partitions_too_unl
         few = pipeline.annotate(results["alone"][:n_cells].copy())
         np.testing.assert_array_equal(few.obs["scmmgpt_novelty"], novelty["alone"][:n_cells])
         assert np.array_equal(few.obsm["scmmgpt_probabilities"], labels["alone"][:n_cells]) == is_alone
+    audited, real = [], pipeline.add_audit
+    monkeypatch.setattr(pipeline, "add_audit", lambda *args: audited.append(dict(args[4])) or real(*args))
+    pipeline.audit(results["whole"].copy(), "scmmgpt_cell_type")
+    for name, values in audited[0].items():
+        if name in ("cell_type", "entropy", "novelty"):  # one verdict for a cell
+            assert values.tolist() == results["whole"].obs[f"scmmgpt_{name}"].tolist()
     asked = pipeline.annotate(results["alone"].copy(), ["B cell", "Hepatocytes"])  # a type that has no group
     assert asked.uns["scmmgpt"]["annotate"]["refining_cells"] == 0
     pipeline.model.config.annotation.pop("refines")  # older checkpoints
@@ -187,11 +193,8 @@ def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built, mo
     assert (found.obs["scmmgpt_cell_type"] == "hepatocyte").all()
     assert (found.obs["scmmgpt_cl_id"] == "CL:0000182").all()
     assert found.obs["scmmgpt_by_profile"].all()
-    said = []
-    monkeypatch.setattr("scmmgpt.describing_scmmgpt.logger.warning", said.append)
-    pipeline.describe(liver.copy(), max_new_tokens=2)
-    assert len(said) == 1
-    assert said[0].startswith("6 of 6 cells are like no type that the checkpoint was trained on.")
+    described = pipeline.describe(liver.copy(), max_new_tokens=2)
+    assert described.obs["scmmgpt_description"].str.contains("hepatocyte").all()
     asked = pipeline.annotate(liver.copy(), ["B cell", "Hepatocytes"])
     assert (asked.obsm["scmmgpt_probabilities"][:, 1] > 0).all()
     assert "scmmgpt_by_profile" not in pipeline.annotate(liver.copy(), min_score=0).obs
@@ -232,7 +235,7 @@ def test_labels_and_novelty_of_a_batch_take_one_pass_over_its_counts(all_novel, 
     monkeypatch.setattr(
         readout_scmmgpt, "panel_profiles", lambda cells, *of: sizes.append(len(cells)) or real(cells, *of)
     )
-    found = all_novel.annotate(synthetic_adata(40, seed=5), batch_size=40)
+    found = all_novel.annotate(synthetic_adata(40, seed=5), batch_size=40, read_batch=False)
     assert (found.obs["scmmgpt_novelty"] > 1).any()
     assert sizes == [40]
 
