@@ -267,7 +267,7 @@ def leave_labels_out(sources: Sources, cells: LeftOut, alone: bool = False) -> d
             found[part] += [untrained.row_of(columns, truth, term) for term in np.unique(truth[~is_known])]
             if part == "own_types" and is_known.any():
                 known[name] = untrained.lost_of(columns, truth, is_known)
-        for part, fitted in zip(parts, (replace(whole, settings=settings), new), strict=False):
+        for part, fitted in zip(parts[:2], (replace(whole, settings=settings), new), strict=True):
             for term in np.unique(truth[np.isin(truth, fitted.types)]):
                 columns = untrained.annotate_file(fitted.without(term), data, rows, sources.profiles, alone)
                 found[part].append(untrained.row_of(columns, truth, term))
