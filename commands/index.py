@@ -208,7 +208,7 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
             f"are of different checkpoints. The index is of {about['checkpoint']!r}."
         )
     if pipeline.profiles_named(text):
-        logger.warning(f"An index has no place for the type in {text!r}, of which no training cell is; search FILE.")
+        logger.warning(f"An index has no place for the type in {text!r}, which has no training cell. Search FILE.")
     return search_index(folder, query, top_k, where)
 
 

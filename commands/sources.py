@@ -70,8 +70,8 @@ def check_split(split: str | None, paths: Iterable[Path | None]) -> None:
     if split is not None and not any(manifests):
         none = ", ".join(map(str, named)) or "an index"
         raise ValueError(
-            f"--split {split} is one of a corpus of `prepare`, and {none} is none: leave it out, and pass a file of "
-            "the wanted cells."
+            f"--split {split} names a split of a corpus of `prepare`; {none} has no splits. Leave --split out, or "
+            "pass a file of the wanted cells."
         )
 
 

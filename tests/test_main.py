@@ -425,7 +425,10 @@ def test_a_checkpoint_is_exported_in_two_parts(checkpoint, tmp_path, capsys):
         (["generate", "--prompts-file", "empty.txt"], "empty.txt has no prompts"),
         (["generate", "B", "--genes-of", "out.h5ad"], "the input --genes-of 'out.h5ad'"),
         (["describe", "cells.h5ad", "--templates", "paper"], "of --reference; pass both"),
-        (["embed", "cells.h5ad", "--split", "test"], "--split test is one of a corpus of `prepare`, and cells.h5ad"),
+        (
+            ["embed", "cells.h5ad", "--split", "test"],
+            "--split test names a split of a corpus of `prepare`; cells.h5ad",
+        ),
         (["annotate", "cells.h5ad", "--labels", "B", "unknown"], "'unknown' is the answer for cells of no label"),
     ],
 )
