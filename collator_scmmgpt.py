@@ -13,11 +13,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, cells_in, cells_of, hash_names
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells, cells_in, cells_of, hash_names
+from .cells_scmmgpt import Cells, cells_in, cells_of, hash_names
 
 
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # of a row that is one cell

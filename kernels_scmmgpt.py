@@ -18,7 +18,7 @@ import numpy as np
 try:
     from numba import njit
 except ImportError:
-    njit: Any = None
+    njit = None
 
 
 # SplitMix64 (Steele, Lea and Flood 2014): the counter's increment and the two multipliers of its finaliser.

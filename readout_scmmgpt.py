@@ -36,33 +36,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
-    from .kernels_scmmgpt import kernels_pay, place_counts
-    from .regression_scmmgpt import (
-        LOG_STEPS,
-        condition,
-        root_shares,
-        scale_groups,
-        solve_embedding,
-        solve_groups,
-        with_profiles,
-    )
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
-    from kernels_scmmgpt import kernels_pay, place_counts
-    from regression_scmmgpt import (
-        LOG_STEPS,
-        condition,
-        root_shares,
-        scale_groups,
-        solve_embedding,
-        solve_groups,
-        with_profiles,
-    )
+from .cells_scmmgpt import Cells
+from .contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
+from .kernels_scmmgpt import kernels_pay, place_counts
+from .regression_scmmgpt import (
+    LOG_STEPS,
+    condition,
+    root_shares,
+    scale_groups,
+    solve_embedding,
+    solve_groups,
+    with_profiles,
+)
 
 
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
