@@ -21,7 +21,7 @@ Columns = Mapping[str, Any]  # name -> one value a row
 
 
 class ScMMGPTDataCollator(TrainerCallback):
-    """Makes the inputs of a model from rows, whose columns say what to learn.
+    """Makes the inputs of a model from rows; the columns of the rows define the task.
 
     | column | content | gives |
     | --- | --- | --- |
