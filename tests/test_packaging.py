@@ -23,7 +23,7 @@ TRAVELLING = (
     + ["modeling_scgpt.py"] * (ROOT / "modeling_scgpt.py").exists()
 )
 TRAVELLING_MAY_IMPORT = {"numpy", "torch", "transformers"}
-OPTIONAL = {"anndata", "numba", "scipy"}
+OPTIONAL = {"anndata", "llvmlite", "numba", "scipy"}  # numba brings llvmlite
 MODULES = sorted(
     ".".join(["scmmgpt", *path.relative_to(ROOT).with_suffix("").parts])
     for folder in (".", "commands", "readers", "train", "train/data", "eval")
