@@ -21,7 +21,7 @@ try:
     from numba.extending import intrinsic
     from numba.np.arrayobj import make_array
 except ImportError:
-    njit = None
+    njit = None  # type: ignore[assignment]
 
 
 # SplitMix64 (Steele, Lea and Flood 2014): the counter's increment and the two multipliers of its finaliser.
@@ -106,8 +106,7 @@ def _name_row(
 
 if njit is not None:  # what LLVM has and numba has no word for
 
-    @intrinsic
-    def _filled_bits(typing_context: Any, row: Any, first: Any) -> Any:
+    def _compare_word(typing_context: Any, row: Any, first: Any) -> Any:
         """A word whose bit `i` is 1 where `row[first + i]` of a contiguous array is not 0."""
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -119,6 +118,8 @@ if njit is not None:  # what LLVM has and numba has no word for
             return builder.bitcast(compare("!=", values, ir.Constant(vector, None)), ir.IntType(WORD))
 
         return types.uint32(row, types.int64), generate
+
+    _filled_bits: Any = intrinsic(_compare_word)
 
     def _of_word(operation: Callable) -> Any:
         """An operation of LLVM on a word as a function that compiled loops call."""
@@ -168,8 +169,8 @@ def find_entries(
             n_found += values[column] != 0
         total, n_sound = 0.0, 0
         for i in range(n_found):
-            column = np.uint32(columns[i])
-            gene, value = ids[column], values[column]
+            place = np.uint32(columns[i])
+            gene, value = ids[place], values[place]
             gene_ids[n], counts[n] = gene, value
             n += np.uint64(gene >= 0)
             total += value
