@@ -144,7 +144,7 @@ def log_of(output_dir, name):
 
 def test_alignment_trains_on_a_corpus_and_names_its_losses(corpus, bert, tmp_path, monkeypatch):
     monkeypatch.setattr(align, "save_curves", curves.save_curves)
-    run_align(corpus, bert, str(tmp_path), max_steps=80, learning_rate=2e-3, eval_strategy="epoch")
+    run_align(corpus, bert, str(tmp_path), max_steps=80, learning_rate=2e-3, eval_strategy="steps", eval_steps=40)
     loss = log_of(tmp_path, "loss")
     assert np.mean(loss[-5:]) < 0.8 * np.mean(loss[:5])
     components = [log_of(tmp_path, name)[0] for name in ("contrastive_loss", "matching_loss")]
