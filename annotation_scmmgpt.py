@@ -17,11 +17,7 @@ from typing import Any
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .labels_scmmgpt import UNKNOWN, members_of_terms
-except ImportError:  # as a flat module in a clone
-    from labels_scmmgpt import UNKNOWN, members_of_terms
+from .labels_scmmgpt import UNKNOWN, members_of_terms
 
 
 SET_STEPS = 100  # of error rates, for which a checkpoint stores thresholds

@@ -13,11 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, hash_rows, kernels_pay, mix64, name_genes
-except ImportError:  # beside the other files of a checkpoint
-    from kernels_scmmgpt import GOLDEN_GAMMA, ONE, hash_rows, kernels_pay, mix64, name_genes
+from .kernels_scmmgpt import GOLDEN_GAMMA, ONE, hash_rows, kernels_pay, mix64, name_genes
 
 
 class RandomStream(enum.IntEnum):

@@ -13,11 +13,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, cells_in, cells_of, hash_names
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells, cells_in, cells_of, hash_names
+from .cells_scmmgpt import Cells, cells_in, cells_of, hash_names
 
 
 CELL_COLUMNS = ("cell_id", "gene_ids", "counts", "total_counts")  # of a row that is one cell
@@ -25,7 +21,7 @@ Columns = Mapping[str, Any]  # name -> one value a row
 
 
 class ScMMGPTDataCollator(TrainerCallback):
-    """Makes the inputs of a model from rows, whose columns say what to learn.
+    """Makes the inputs of a model from rows; the columns of the rows define the task.
 
     | column | content | gives |
     | --- | --- | --- |

@@ -6,41 +6,22 @@ from typing import Any
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, has_repeats, hash_names
-    from .genes_scmmgpt import GeneMatch
-    from .kernels_scmmgpt import kernels_pay
-    from .matrices_scmmgpt import TOTALS_COLUMN, MatrixVerdict, convert_rows
-    from .rows_scmmgpt import (
-        LARGEST_VALUE,
-        CountRows,
-        is_expression,
-        is_in_memory,
-        matrix_of,
-        modality_of,
-        name_rows,
-        read_rows,
-        row_major,
-        totals_of,
-    )
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells, has_repeats, hash_names
-    from genes_scmmgpt import GeneMatch
-    from kernels_scmmgpt import kernels_pay
-    from matrices_scmmgpt import TOTALS_COLUMN, MatrixVerdict, convert_rows
-    from rows_scmmgpt import (
-        LARGEST_VALUE,
-        CountRows,
-        is_expression,
-        is_in_memory,
-        matrix_of,
-        modality_of,
-        name_rows,
-        read_rows,
-        row_major,
-        totals_of,
-    )
+from .cells_scmmgpt import Cells, has_repeats, hash_names
+from .genes_scmmgpt import GeneMatch
+from .kernels_scmmgpt import kernels_pay
+from .matrices_scmmgpt import TOTALS_COLUMN, MatrixVerdict, convert_rows
+from .rows_scmmgpt import (
+    LARGEST_VALUE,
+    CountRows,
+    is_expression,
+    is_in_memory,
+    matrix_of,
+    modality_of,
+    name_rows,
+    read_rows,
+    row_major,
+    totals_of,
+)
 
 
 CHUNK_ROWS = 512  # rows read from a file at a time; conversion takes a dozen arrays of their values

@@ -7,45 +7,24 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .annotation_scmmgpt import choose_labels
-    from .conversion_scmmgpt import InputChoice
-    from .evidence_scmmgpt import NONE, Explainer, label_members
-    from .judging_scmmgpt import EvidenceSteps
-    from .labelling_scmmgpt import Labelling
-    from .labels_scmmgpt import UNKNOWN, normalize_label
-    from .passes_scmmgpt import uncounted
-    from .proof_scmmgpt import (
-        MIN_SCORE,
-        Expression,
-        Proof,
-        article,
-        excluded_lineages,
-        propose,
-        terms_above,
-        tissues_of,
-    )
-    from .records_scmmgpt import MISSING, finish_report, table_of, words_of
-except ImportError:  # as a flat module in a clone
-    from annotation_scmmgpt import choose_labels
-    from conversion_scmmgpt import InputChoice
-    from evidence_scmmgpt import NONE, Explainer, label_members
-    from judging_scmmgpt import EvidenceSteps
-    from labelling_scmmgpt import Labelling
-    from labels_scmmgpt import UNKNOWN, normalize_label
-    from passes_scmmgpt import uncounted
-    from proof_scmmgpt import (
-        MIN_SCORE,
-        Expression,
-        Proof,
-        article,
-        excluded_lineages,
-        propose,
-        terms_above,
-        tissues_of,
-    )
-    from records_scmmgpt import MISSING, finish_report, table_of, words_of
+from .annotation_scmmgpt import choose_labels
+from .conversion_scmmgpt import InputChoice
+from .evidence_scmmgpt import NONE, Explainer, label_members
+from .judging_scmmgpt import EvidenceSteps
+from .labelling_scmmgpt import Labelling
+from .labels_scmmgpt import UNKNOWN, normalize_label
+from .passes_scmmgpt import uncounted
+from .proof_scmmgpt import (
+    MIN_SCORE,
+    Expression,
+    Proof,
+    article,
+    excluded_lineages,
+    propose,
+    terms_above,
+    tissues_of,
+)
+from .records_scmmgpt import MISSING, finish_report, table_of, words_of
 
 
 logger = logging.get_logger(__name__)

@@ -22,15 +22,9 @@ from typing import Any
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
-    from .labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
-    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
-    from labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
-    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
+from .labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
+from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 
 
 N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label

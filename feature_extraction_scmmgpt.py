@@ -13,29 +13,16 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import (
-        COUNTS_PER_10K,
-        Cells,
-        RandomStream,
-        cell_keys,
-        gene_hashes,
-        hellinger_profile,
-        normalize_log1p,
-    )
-    from .kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_rows, kernels_pay
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import (
-        COUNTS_PER_10K,
-        Cells,
-        RandomStream,
-        cell_keys,
-        gene_hashes,
-        hellinger_profile,
-        normalize_log1p,
-    )
-    from kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_rows, kernels_pay
+from .cells_scmmgpt import (
+    COUNTS_PER_10K,
+    Cells,
+    RandomStream,
+    cell_keys,
+    gene_hashes,
+    hellinger_profile,
+    normalize_log1p,
+)
+from .kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_rows, kernels_pay
 
 
 VALUE_MODES = ("binned", "log1p", "raw")

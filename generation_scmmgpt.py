@@ -16,19 +16,11 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .configuration_scmmgpt import ScMMGPTConfig
-    from .labels_scmmgpt import names_known_type
-    from .modeling_scmmgpt import ScMMGPTForConditionalGeneration
-    from .processing_scmmgpt import ScMMGPTProcessor
-    from .states_scmmgpt import ScMMGPTCellStates
-except ImportError:  # as a flat module in a clone
-    from configuration_scmmgpt import ScMMGPTConfig
-    from labels_scmmgpt import names_known_type
-    from modeling_scmmgpt import ScMMGPTForConditionalGeneration
-    from processing_scmmgpt import ScMMGPTProcessor
-    from states_scmmgpt import ScMMGPTCellStates
+from .configuration_scmmgpt import ScMMGPTConfig
+from .labels_scmmgpt import names_known_type
+from .modeling_scmmgpt import ScMMGPTForConditionalGeneration
+from .processing_scmmgpt import ScMMGPTProcessor
+from .states_scmmgpt import ScMMGPTCellStates
 
 
 logger = logging.get_logger(__name__)

@@ -7,23 +7,13 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .audit_scmmgpt import Audit, judge
-    from .conversion_scmmgpt import InputChoice
-    from .evidence_scmmgpt import Evidence, Explainer, label_members
-    from .labelling_scmmgpt import Labelling, LabellingSteps
-    from .labels_scmmgpt import UNKNOWN, profiled_types
-    from .passes_scmmgpt import uncounted
-    from .records_scmmgpt import MISSING, add_column, finish_report, table_of
-except ImportError:  # as a flat module in a clone
-    from audit_scmmgpt import Audit, judge
-    from conversion_scmmgpt import InputChoice
-    from evidence_scmmgpt import Evidence, Explainer, label_members
-    from labelling_scmmgpt import Labelling, LabellingSteps
-    from labels_scmmgpt import UNKNOWN, profiled_types
-    from passes_scmmgpt import uncounted
-    from records_scmmgpt import MISSING, add_column, finish_report, table_of
+from .audit_scmmgpt import Audit, judge
+from .conversion_scmmgpt import InputChoice
+from .evidence_scmmgpt import Evidence, Explainer, label_members
+from .labelling_scmmgpt import Labelling, LabellingSteps
+from .labels_scmmgpt import UNKNOWN, profiled_types
+from .passes_scmmgpt import uncounted
+from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 
 
 logger = logging.get_logger(__name__)

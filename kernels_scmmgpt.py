@@ -16,9 +16,12 @@ import numpy as np
 
 
 try:
-    from numba import njit
+    from llvmlite import ir
+    from numba import njit, types
+    from numba.extending import intrinsic
+    from numba.np.arrayobj import make_array
 except ImportError:
-    njit: Any = None
+    njit = None  # type: ignore[assignment]
 
 
 # SplitMix64 (Steele, Lea and Flood 2014): the counter's increment and the two multipliers of its finaliser.
@@ -27,6 +30,7 @@ MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 # Constants with a type, because numba promotes a mix of signed and unsigned integers to floats.
 ZERO, ONE, BITS_27, BITS_30, BITS_31, BITS_32 = map(np.uint64, (0, 1, 27, 30, 31, 32))
+BIT = np.uint32(1)
 LOW_32, LAST_HASH = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
 
 # Loading the compiled loops takes some tenths of a second, and compiling takes seconds, once on a machine; in NumPy,
@@ -34,7 +38,8 @@ LOW_32, LAST_HASH = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
 WARM_UP_CELLS = 5_000
 LARGEST_VALUE = 1e10  # larger values are not plausible expression
 LARGEST_TALLIED = 2**16  # whole counts up to here are sorted by tallying them
-BLOCK = 128  # columns that are looked through while memory brings the next ones
+WORD = 32  # columns that are compared with zero at once, one bit each
+USUAL_BITS = 4  # of a word are read without a branch; a dense row of single-cell counts has one or two
 REPEATED = "A cell has the same gene twice. Build it with `Cells.from_csr`, which sums the counts of a gene."
 _n_cells_seen = 0
 
@@ -99,6 +104,39 @@ def _name_row(
     return n, total, n_ascending == len(columns), n_sound == len(columns)
 
 
+if njit is not None:  # what LLVM has and numba has no word for
+
+    def _compare_word(typing_context: Any, row: Any, first: Any) -> Any:
+        """A word whose bit `i` is 1 where `row[first + i]` of a contiguous array is not 0."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = signature.args[0].dtype
+            vector = ir.VectorType(context.get_data_type(kind), WORD)
+            start = builder.gep(make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+            values = builder.load(builder.bitcast(start, vector.as_pointer()), align=1)
+            compare = builder.fcmp_unordered if isinstance(kind, types.Float) else builder.icmp_unsigned
+            return builder.bitcast(compare("!=", values, ir.Constant(vector, None)), ir.IntType(WORD))
+
+        return types.uint32(row, types.int64), generate
+
+    _filled_bits: Any = intrinsic(_compare_word)
+
+    def _of_word(operation: Callable) -> Any:
+        """An operation of LLVM on a word as a function that compiled loops call."""
+
+        @intrinsic
+        def apply(typing_context: Any, word: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.zext(operation(builder, arguments[0]), ir.IntType(64))
+
+            return types.int64(types.uint32), generate
+
+        return apply
+
+    _count_bits = _of_word(lambda builder, word: builder.ctpop(word))  # bits that are 1
+    _lowest_bit = _of_word(lambda builder, word: builder.cttz(word, ir.Constant(ir.IntType(1), 0)))  # its place
+
+
 @_compiled
 def find_entries(
     matrix: np.ndarray, ids: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray
@@ -108,32 +146,36 @@ def find_entries(
     If the arrays `gene_ids` and `counts` are too short, longer arrays take their place.
     """
     (n_rows, n_columns), n, are_sound = matrix.shape, ZERO, True
-    indptr, totals, whole = np.zeros(n_rows + 1, np.int64), np.empty(n_rows), n_columns - n_columns % BLOCK
-    is_filled, columns = np.zeros(whole + BLOCK, np.uint8), np.empty(n_columns + 4, np.int32)
-    fours, busy, found = is_filled.view(np.uint32), np.empty(n_columns, np.int32), np.empty(n_columns, matrix.dtype)
+    whole, columns = n_columns - n_columns % WORD, np.empty(n_columns + USUAL_BITS, np.int32)
+    indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows)
     for row in range(n_rows):
         if n + n_columns > len(counts):
             more = n_columns + len(counts) // 4
             gene_ids = np.append(gene_ids, np.empty(more, np.int32))
             counts = np.append(counts, np.empty(more, counts.dtype))
-        values, n_busy, n_found = matrix[row], ZERO, ZERO
-        for first in range(0, whole, BLOCK):
-            for column in range(first, first + BLOCK):  # becomes vector instructions
-                is_filled[column] = values[column] != 0
-            for four in range(first // 4, first // 4 + BLOCK // 4):  # most are empty; without a branch, as above
-                busy[n_busy] = 4 * four
-                n_busy += np.uint64(fours[four] != 0)
+        values, n_found = matrix[row], 0
+        for first in range(0, whole, WORD):
+            bits = _filled_bits(values, first)
+            n_bits = _count_bits(bits)
+            for i in range(USUAL_BITS):  # without a branch: the next columns overwrite those that are too many
+                columns[n_found + i] = first + _lowest_bit(bits)
+                bits &= bits - BIT
+            for i in range(USUAL_BITS, n_bits):
+                columns[n_found + i] = first + _lowest_bit(bits)
+                bits &= bits - BIT
+            n_found += n_bits
         for column in range(whole, n_columns):
-            is_filled[column], busy[n_busy] = values[column] != 0, column
-            n_busy += np.uint64(column % 4 == 0)
-        for first in busy[:n_busy]:
-            for column in range(first, first + 4):
-                columns[n_found] = column
-                n_found += np.uint64(is_filled[column])
+            columns[n_found] = column
+            n_found += values[column] != 0
+        total, n_sound = 0.0, 0
         for i in range(n_found):
-            found[i] = values[columns[i]]
-        n_kept, totals[row], _, is_sound = _name_row(columns[:n_found], found, ids, gene_ids[n:], counts[n:])
-        are_sound, n = are_sound and is_sound, n + n_kept
+            place = np.uint32(columns[i])
+            gene, value = ids[place], values[place]
+            gene_ids[n], counts[n] = gene, value
+            n += np.uint64(gene >= 0)
+            total += value
+            n_sound += (value >= 0) & (value <= LARGEST_VALUE)
+        totals[row], are_sound = total, are_sound and n_sound == n_found
         indptr[row + 1] = n
     return indptr, gene_ids[:n], counts[:n], totals, are_sound
 

@@ -8,67 +8,35 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .annotation_scmmgpt import (
-        annotate_scores,
-        fit_label_sets,
-        fit_mixture,
-        label_probabilities,
-        set_threshold,
-    )
-    from .cells_scmmgpt import Cells
-    from .conversion_scmmgpt import InputChoice
-    from .labels_scmmgpt import (
-        UNKNOWN,
-        Candidates,
-        advice_on_tissues,
-        candidate_columns,
-        ids_of_labels,
-        labels_of_tissue,
-        labels_with_texts,
-        members_of_terms,
-        profiled_types,
-    )
-    from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
-    from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
-    from .profiles_scmmgpt import ProfiledTypes, broader_answers
-    from .proof_scmmgpt import tissues_of
-    from .records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
-    from .refinement_scmmgpt import MIN_FILE, FileMeans
-    from .scoring_scmmgpt import LabelScorer, text_states
-    from .unseen_scmmgpt import MIN_BATCH, TextScores
-    from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
-except ImportError:  # as a flat module in a clone
-    from annotation_scmmgpt import (
-        annotate_scores,
-        fit_label_sets,
-        fit_mixture,
-        label_probabilities,
-        set_threshold,
-    )
-    from cells_scmmgpt import Cells
-    from conversion_scmmgpt import InputChoice
-    from labels_scmmgpt import (
-        UNKNOWN,
-        Candidates,
-        advice_on_tissues,
-        candidate_columns,
-        ids_of_labels,
-        labels_of_tissue,
-        labels_with_texts,
-        members_of_terms,
-        profiled_types,
-    )
-    from novelty_scmmgpt import Neighbours, Novelty, fit_novelty
-    from passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
-    from profiles_scmmgpt import ProfiledTypes, broader_answers
-    from proof_scmmgpt import tissues_of
-    from records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
-    from refinement_scmmgpt import MIN_FILE, FileMeans
-    from scoring_scmmgpt import LabelScorer, text_states
-    from unseen_scmmgpt import MIN_BATCH, TextScores
-    from votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
+from .annotation_scmmgpt import (
+    annotate_scores,
+    fit_label_sets,
+    fit_mixture,
+    label_probabilities,
+    set_threshold,
+)
+from .cells_scmmgpt import Cells
+from .conversion_scmmgpt import InputChoice
+from .labels_scmmgpt import (
+    UNKNOWN,
+    Candidates,
+    advice_on_tissues,
+    candidate_columns,
+    ids_of_labels,
+    labels_of_tissue,
+    labels_with_texts,
+    members_of_terms,
+    profiled_types,
+)
+from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
+from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
+from .profiles_scmmgpt import ProfiledTypes, broader_answers
+from .proof_scmmgpt import tissues_of
+from .records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
+from .refinement_scmmgpt import MIN_FILE, FileMeans
+from .scoring_scmmgpt import LabelScorer, text_states
+from .unseen_scmmgpt import MIN_BATCH, TextScores
+from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
 
 
 logger = logging.get_logger(__name__)

@@ -21,11 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .rows_scmmgpt import LARGEST_VALUE, CountRows, is_expression, row_major, sample_rows, segment
-except ImportError:  # beside the other files of a checkpoint
-    from rows_scmmgpt import LARGEST_VALUE, CountRows, is_expression, row_major, sample_rows, segment
+from .rows_scmmgpt import LARGEST_VALUE, CountRows, is_expression, row_major, sample_rows, segment
 
 
 ROUNDED = "rounded to the nearest integer"

@@ -37,11 +37,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .configuration_scmmgpt import ScGPTConfig
 
-try:
-    from .configuration_scmmgpt import ScGPTConfig
-except ImportError:
-    from configuration_scmmgpt import ScGPTConfig
 
 varlen_attn: Any = None  # PyTorch before 2.10 lacks it
 with suppress(ImportError):

@@ -40,19 +40,11 @@ from transformers.models.blip_2.modeling_blip_2 import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
-    from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, check_attentions, eager_attention_forward, follow_umask
-    from .readout_scmmgpt import ScMMGPTLabelReadout
-    from .states_scmmgpt import ScMMGPTCellStates
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
-    from configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
-    from modeling_scgpt import IGNORED_LABEL, ScGPTModel, check_attentions, eager_attention_forward, follow_umask
-    from readout_scmmgpt import ScMMGPTLabelReadout
-    from states_scmmgpt import ScMMGPTCellStates
+from .cells_scmmgpt import COUNTS_PER_10K, hash_seed, show_module
+from .configuration_scmmgpt import ALIGNMENT_AUTO_MAP, AUTO_MAP, ScMMGPTConfig
+from .modeling_scgpt import IGNORED_LABEL, ScGPTModel, check_attentions, eager_attention_forward, follow_umask
+from .readout_scmmgpt import ScMMGPTLabelReadout
+from .states_scmmgpt import ScMMGPTCellStates
 
 
 # The ceiling of the logarithm of the learned inverse temperature, as in CLIP (Radford et al. 2021, section 2.5).

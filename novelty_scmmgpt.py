@@ -18,13 +18,9 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
+from .kernels_scmmgpt import kernels_pay, sum_roots
 
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
-    from .kernels_scmmgpt import kernels_pay, sum_roots
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import COUNTS_PER_10K, Cells, permutation
-    from kernels_scmmgpt import kernels_pay, sum_roots
 
 logger = logging.get_logger(__name__)
 

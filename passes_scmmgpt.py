@@ -12,23 +12,13 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells, CellsHash
-    from .conversion_scmmgpt import InputChoice
-    from .evidence_scmmgpt import label_members
-    from .labels_scmmgpt import profiled_types
-    from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-    from .processing_scmmgpt import ScMMGPTProcessor
-    from .records_scmmgpt import record
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells, CellsHash
-    from conversion_scmmgpt import InputChoice
-    from evidence_scmmgpt import label_members
-    from labels_scmmgpt import profiled_types
-    from modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-    from processing_scmmgpt import ScMMGPTProcessor
-    from records_scmmgpt import record
+from .cells_scmmgpt import Cells, CellsHash
+from .conversion_scmmgpt import InputChoice
+from .evidence_scmmgpt import label_members
+from .labels_scmmgpt import profiled_types
+from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from .processing_scmmgpt import ScMMGPTProcessor
+from .records_scmmgpt import record
 
 
 logger = logging.get_logger(__name__)

@@ -23,57 +23,30 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .audit_scmmgpt import Audit
-    from .cells_scmmgpt import log1p_cp10k
-    from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
-    from .describing_scmmgpt import DescriptionSteps
-    from .evidence_scmmgpt import Evidence
-    from .generation_scmmgpt import (
-        compare_cells,
-        decide_sampling,
-        decode_cells,
-        draw_cells,
-        gene_turns,
-        labels_and_prompts,
-        library_sizes,
-        target_genes,
-        warn_of_unknown_types,
-    )
-    from .modeling_scgpt import cpu_dtype
-    from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-    from .passes_scmmgpt import best_device, uncounted
-    from .processing_scmmgpt import ScMMGPTProcessor
-    from .receipt_scmmgpt import Signer, with_receipt
-    from .records_scmmgpt import add_column, finish_report, words_of
-    from .scoring_scmmgpt import encode_texts
-    from .searching_scmmgpt import SearchSteps
-except ImportError:  # as a flat module in a clone
-    from audit_scmmgpt import Audit
-    from cells_scmmgpt import log1p_cp10k
-    from configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
-    from describing_scmmgpt import DescriptionSteps
-    from evidence_scmmgpt import Evidence
-    from generation_scmmgpt import (
-        compare_cells,
-        decide_sampling,
-        decode_cells,
-        draw_cells,
-        gene_turns,
-        labels_and_prompts,
-        library_sizes,
-        target_genes,
-        warn_of_unknown_types,
-    )
-    from modeling_scgpt import cpu_dtype
-    from modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
-    from passes_scmmgpt import best_device, uncounted
-    from processing_scmmgpt import ScMMGPTProcessor
-    from receipt_scmmgpt import Signer, with_receipt
-    from records_scmmgpt import add_column, finish_report, words_of
-    from scoring_scmmgpt import encode_texts
-    from searching_scmmgpt import SearchSteps
+from .audit_scmmgpt import Audit
+from .cells_scmmgpt import log1p_cp10k
+from .configuration_scmmgpt import PIPELINE_TASKS, ScMMGPTConfig
+from .describing_scmmgpt import DescriptionSteps
+from .evidence_scmmgpt import Evidence
+from .generation_scmmgpt import (
+    compare_cells,
+    decide_sampling,
+    decode_cells,
+    draw_cells,
+    gene_turns,
+    labels_and_prompts,
+    library_sizes,
+    target_genes,
+    warn_of_unknown_types,
+)
+from .modeling_scgpt import cpu_dtype
+from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
+from .passes_scmmgpt import best_device, uncounted
+from .processing_scmmgpt import ScMMGPTProcessor
+from .receipt_scmmgpt import Signer, with_receipt
+from .records_scmmgpt import add_column, finish_report, words_of
+from .scoring_scmmgpt import encode_texts
+from .searching_scmmgpt import SearchSteps
 
 
 logger = logging.get_logger(__name__)

@@ -13,17 +13,10 @@ import torch
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_in, cells_of, log1p_cp10k, show_module
-    from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
-    from .genes_scmmgpt import GeneIndex
-    from .reading_scmmgpt import InputChoice, choose_input, read_cells
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_in, cells_of, log1p_cp10k, show_module
-    from feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
-    from genes_scmmgpt import GeneIndex
-    from reading_scmmgpt import InputChoice, choose_input, read_cells
+from .cells_scmmgpt import COUNTS_PER_10K, TARGET_SEED, Cells, cells_in, cells_of, log1p_cp10k, show_module
+from .feature_extraction_scmmgpt import ScMMGPTFeatureExtractor, mask_genes
+from .genes_scmmgpt import GeneIndex
+from .reading_scmmgpt import InputChoice, choose_input, read_cells
 
 
 GENE_ALIASES_FILE = "gene_aliases.json"
@@ -559,10 +552,8 @@ class ScMMGPTProcessor(ScGPTProcessor):
 
         The import is here because it loads transformers' trainer, which inference does not need.
         """
-        try:
-            from .collator_scmmgpt import ScMMGPTDataCollator
-        except ImportError:
-            from collator_scmmgpt import ScMMGPTDataCollator
+        from .collator_scmmgpt import ScMMGPTDataCollator
+
         return ScMMGPTDataCollator(self, *args, **kwargs)
 
     def pipeline(self, model: Any, **kwargs: Any) -> Any:
@@ -571,10 +562,8 @@ class ScMMGPTProcessor(ScGPTProcessor):
         The circular import is needed: a checkpoint gets its code files by following the imports of its processor, and
         `transformers.pipeline` looks for the pipeline's file in the checkpoint.
         """
-        try:
-            from .pipeline_scmmgpt import ScMMGPTPipeline
-        except ImportError:
-            from pipeline_scmmgpt import ScMMGPTPipeline
+        from .pipeline_scmmgpt import ScMMGPTPipeline
+
         return ScMMGPTPipeline(model, self, **kwargs)
 
 

@@ -17,17 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .novelty_scmmgpt import Neighbours
-    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
-    from .regression_scmmgpt import scale_groups, solve_groups, with_profiles
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from novelty_scmmgpt import Neighbours
-    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
-    from regression_scmmgpt import scale_groups, solve_groups, with_profiles
+from .cells_scmmgpt import Cells
+from .novelty_scmmgpt import Neighbours
+from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+from .regression_scmmgpt import scale_groups, solve_groups, with_profiles
 
 
 # A type names a cell that it leads in by 2 over the root of the genes that the cell expresses: few genes, much chance.

@@ -28,15 +28,9 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, Cells
-    from .evidence_scmmgpt import N_MARKERS, NONE, Explainer
-    from .programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import COUNTS_PER_10K, Cells
-    from evidence_scmmgpt import N_MARKERS, NONE, Explainer
-    from programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage
+from .cells_scmmgpt import COUNTS_PER_10K, Cells
+from .evidence_scmmgpt import N_MARKERS, NONE, Explainer
+from .programmes_scmmgpt import LINEAGES, PROGRAMMES, Lineage
 
 
 # Genes that show a lineage, and the fold of the file's mean that each and all need: less may be from the fluid.

@@ -18,17 +18,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-
-try:
-    from .cells_scmmgpt import Cells
-    from .genes_scmmgpt import GeneIndex
-    from .programmes_scmmgpt import PROGRAMMES
-    from .unseen_scmmgpt import named_genes
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from genes_scmmgpt import GeneIndex
-    from programmes_scmmgpt import PROGRAMMES
-    from unseen_scmmgpt import named_genes
+from .cells_scmmgpt import Cells
+from .genes_scmmgpt import GeneIndex
+from .programmes_scmmgpt import PROGRAMMES
+from .unseen_scmmgpt import named_genes
 
 
 DENIAL = re.compile(

@@ -14,41 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from .cells_scmmgpt import Cells
+from .conversion_scmmgpt import InputChoice
+from .genes_scmmgpt import (
+    SPECIES,
+    GeneIndex,
+    GeneMatch,
+    are_feature_types,
+    check_match,
+    check_types,
+    classify_features,
+    find_species,
+    match_genes,
+)
+from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
+from .records_scmmgpt import finish_report
+from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .conversion_scmmgpt import InputChoice
-    from .genes_scmmgpt import (
-        SPECIES,
-        GeneIndex,
-        GeneMatch,
-        are_feature_types,
-        check_match,
-        check_types,
-        classify_features,
-        find_species,
-        match_genes,
-    )
-    from .matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
-    from .records_scmmgpt import finish_report
-    from .rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from conversion_scmmgpt import InputChoice
-    from genes_scmmgpt import (
-        SPECIES,
-        GeneIndex,
-        GeneMatch,
-        are_feature_types,
-        check_match,
-        check_types,
-        classify_features,
-        find_species,
-        match_genes,
-    )
-    from matrices_scmmgpt import ROUNDED, MatrixVerdict, inspect_rows
-    from records_scmmgpt import finish_report
-    from rows_scmmgpt import LARGEST_VALUE, CountRows, matrix_of, modality_of, row_major, sample_rows, totals_of
 
 logger = logging.getLogger(__name__)
 

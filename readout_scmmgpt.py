@@ -36,33 +36,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
-    from .kernels_scmmgpt import kernels_pay, place_counts
-    from .regression_scmmgpt import (
-        LOG_STEPS,
-        condition,
-        root_shares,
-        scale_groups,
-        solve_embedding,
-        solve_groups,
-        with_profiles,
-    )
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
-    from kernels_scmmgpt import kernels_pay, place_counts
-    from regression_scmmgpt import (
-        LOG_STEPS,
-        condition,
-        root_shares,
-        scale_groups,
-        solve_embedding,
-        solve_groups,
-        with_profiles,
-    )
+from .cells_scmmgpt import Cells
+from .contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
+from .kernels_scmmgpt import kernels_pay, place_counts
+from .regression_scmmgpt import (
+    LOG_STEPS,
+    condition,
+    root_shares,
+    scale_groups,
+    solve_embedding,
+    solve_groups,
+    with_profiles,
+)
 
 
 PROFILE_SCALE = 100.0  # profiles are sqrt(counts per 10,000)
@@ -155,16 +140,16 @@ class PanelReadout:
     def novelty(
         self, cells: Cells, terms: Sequence[Sequence[int]] = (), asked: np.ndarray | None = None
     ) -> np.ndarray:
-        """How far each cell is from its best label towards other cells, float32 `(n_cells, 1 + n_terms)`.
+        """Novelty of each cell by its best label, then by broader terms, float32 `(n_cells, 1 + n_terms)`.
 
-        0 where the label leads over other cells by as much as in its mean cell, and has the score of its mean cell.
-        The missing lead is divided by the lead of the mean cell and what does not shrink with it: differences between
-        laboratories, and chance where a cell expresses few of the genes. A panel, whose leads are small, needs both.
+        The lead of a cell is the score of a label above the best score of other cells. Novelty is what the lead lacks
+        of the lead of the label's mean cell (which has novelty 0), divided by that lead plus a slack for laboratories
+        and for cells of few genes, since the leads of a panel are small; and a share of what the score itself lacks.
 
         Args:
             cells: Counts.
-            terms: Labels of broader terms: their scores add up, as the regression of the term would have it. Infinite
-                for a cell whose best label is not among them.
+            terms: Labels of each broader term, whose score is the sum of their scores. Infinite for a cell whose best
+                label is not among them.
             asked: bool `(n_cells,)`: the cells whose terms are computed, by default all; infinite for the others.
         """
         if self.others is None or self.others_bias is None or self.typical is None:

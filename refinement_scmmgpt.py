@@ -15,15 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
-    from .regression_scmmgpt import solve_groups, with_groups
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
-    from regression_scmmgpt import solve_groups, with_groups
+from .cells_scmmgpt import Cells
+from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
+from .regression_scmmgpt import solve_groups, with_groups
 
 
 # Chosen over datasets left out, with all genes and on panels (`train/LOG.md`).

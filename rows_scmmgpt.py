@@ -9,11 +9,7 @@ from typing import Any
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
-except ImportError:  # beside the other files of a checkpoint
-    from kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
+from .kernels_scmmgpt import LARGEST_VALUE, find_entries, kernels_pay, name_genes
 
 
 N_SAMPLED_ROWS, N_BLOCKS = 512, 8  # a verdict rests on these rows, in blocks spread over the matrix

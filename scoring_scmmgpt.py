@@ -7,19 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .modeling_scmmgpt import ScMMGPTBridgeModel, cell_text_similarity
-    from .processing_scmmgpt import ScMMGPTProcessor
-    from .readout_scmmgpt import PanelReadout
-    from .unseen_scmmgpt import TextScores
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells
-    from modeling_scmmgpt import ScMMGPTBridgeModel, cell_text_similarity
-    from processing_scmmgpt import ScMMGPTProcessor
-    from readout_scmmgpt import PanelReadout
-    from unseen_scmmgpt import TextScores
+from .cells_scmmgpt import Cells
+from .modeling_scmmgpt import ScMMGPTBridgeModel, cell_text_similarity
+from .processing_scmmgpt import ScMMGPTProcessor
+from .readout_scmmgpt import PanelReadout
+from .unseen_scmmgpt import TextScores
 
 
 TEXTS_AT_ONCE = 256

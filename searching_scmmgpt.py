@@ -8,31 +8,17 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .configuration_scmmgpt import CELL_EMBEDDINGS
-    from .conversion_scmmgpt import InputChoice
-    from .evidence_scmmgpt import NONE, Explainer
-    from .labels_scmmgpt import names_known_type
-    from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
-    from .passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses
-    from .query_scmmgpt import Search
-    from .records_scmmgpt import finish_report
-    from .scoring_scmmgpt import encode_texts, mean_similarity, text_states
-    from .unseen_scmmgpt import GeneSearch
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import Cells
-    from configuration_scmmgpt import CELL_EMBEDDINGS
-    from conversion_scmmgpt import InputChoice
-    from evidence_scmmgpt import NONE, Explainer
-    from labels_scmmgpt import names_known_type
-    from modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
-    from passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses
-    from query_scmmgpt import Search
-    from records_scmmgpt import finish_report
-    from scoring_scmmgpt import encode_texts, mean_similarity, text_states
-    from unseen_scmmgpt import GeneSearch
+from .cells_scmmgpt import Cells
+from .configuration_scmmgpt import CELL_EMBEDDINGS
+from .conversion_scmmgpt import InputChoice
+from .evidence_scmmgpt import NONE, Explainer
+from .labels_scmmgpt import names_known_type
+from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
+from .passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses
+from .query_scmmgpt import Search
+from .records_scmmgpt import finish_report
+from .scoring_scmmgpt import encode_texts, mean_similarity, text_states
+from .unseen_scmmgpt import GeneSearch
 
 
 ARTICLE = re.compile(r"^(?:an?|the|any|all)\s+", re.IGNORECASE)

@@ -22,11 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
-except ImportError:  # as a flat module in a clone
-    from cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
+from .cells_scmmgpt import COUNTS_PER_10K, RandomStream, cell_keys
 
 
 FLOW_STEPS = 20  # of the midpoint method; Euler's loses some of the variance

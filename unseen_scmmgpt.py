@@ -28,15 +28,9 @@ from typing import Any
 
 import numpy as np
 
-
-try:  # as a package or as remote code
-    from .cells_scmmgpt import Cells
-    from .genes_scmmgpt import GeneIndex
-    from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
-except ImportError:  # beside the other files of a checkpoint
-    from cells_scmmgpt import Cells
-    from genes_scmmgpt import GeneIndex
-    from readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
+from .cells_scmmgpt import Cells
+from .genes_scmmgpt import GeneIndex
+from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
 
 
 SEARCH_GENES = 20  # whose texts are nearest to a text that is searched for

@@ -6,13 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from .labels_scmmgpt import MOST_LABELS, UNKNOWN, Candidates
+from .records_scmmgpt import MISSING
 
-try:  # as a package or as remote code
-    from .labels_scmmgpt import MOST_LABELS, UNKNOWN, Candidates
-    from .records_scmmgpt import MISSING
-except ImportError:  # beside the other files of a checkpoint
-    from labels_scmmgpt import MOST_LABELS, UNKNOWN, Candidates
-    from records_scmmgpt import MISSING
 
 CLUSTER_SHARE = 0.8  # of the cells of a cluster, for its type
 N_VOTES = 4  # labels that are shown

@@ -158,7 +158,10 @@ def add_checkpoint(parser: argparse.ArgumentParser, text: str = CHECKPOINT_HELP,
 def add_input(
     parser: argparse.ArgumentParser, split: str = "test", count: str | None = None, writes_model: bool = False
 ) -> None:
-    """The file of cells (`count` `"+"`: several, `"?"`: at most one), the model, and how to read the file."""
+    """The file of cells, the split, the model, and the options of reading.
+
+    `count` is the `nargs` of argparse: `None` for one file, `"+"` for several files, `"?"` for at most one file.
+    """
     text = f"{FORMATS}, or a corpus{'; or folders of them' if count == '+' else ''}"
     parser.add_argument("file", type=Path, metavar="FILE", help=text, nargs=count)
     add_split(parser, split)

@@ -306,14 +306,14 @@ def one_thread() -> Iterator[None]:
 
 
 def write_decided(folder: Path, decided: Arrays) -> None:
-    """Write what was decided for the partitions of a folder."""
+    """Write the arrays that all partitions of a folder share, such as the names of labels."""
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / DECIDED) as temporary:
         np.savez(temporary, **cast(dict[str, Any], decided))
 
 
 def read_decided(folder: Path) -> Arrays:
-    """Decisions for the partitions of a folder."""
+    """The arrays that [`write_decided`] wrote for the partitions of a folder."""
     with np.load(folder / DECIDED, allow_pickle=False) as arrays:
         return dict(arrays)
 

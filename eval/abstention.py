@@ -1,4 +1,4 @@
-"""Evaluate what a checkpoint does with cells of types that it knows, and with cells of types that it does not.
+"""Evaluate abstention: labels of cells of known types, and abstention for cells of new types.
 
 ```
 python -m scmmgpt.eval abstention --model CHECKPOINT --known held_out.h5ad --new other_tissue.h5ad --output out.json
@@ -102,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--known", help="file of held-out cells of known types")
     parser.add_argument("--new", help="file of cells of other types")
     parser.add_argument("--label-key", default="cell_type", help="obs column of the known types (%(default)s)")
-    parser.add_argument("--data", help="in place of these: folder of the files of `train release`, which are left out")
-    parser.add_argument("--leave-out", choices=("datasets", "labels"), default="datasets", help="(%(default)s)")
-    parser.add_argument("--genes", type=int, help="judge each dataset by this many most variable genes of it")
+    parser.add_argument("--data", help="in place of a model: folder of the files of `train release`")
+    parser.add_argument("--leave-out", choices=("datasets", "labels"), default="datasets", help="unit (%(default)s)")
+    parser.add_argument("--genes", type=int, help="number of the most variable genes that a dataset keeps")
     parser.add_argument("--alone", action="store_true", help="judge each cell without the others of its dataset")
     parser.add_argument("--together", nargs="+", default=(), help="datasets to leave out together, such as a tissue's")
     parser.add_argument("--output", help="JSON file to write")

@@ -182,7 +182,7 @@ def train_all(study: Study) -> Trained:
 
 
 def annotate(study: Study, pipeline: ScMMGPTPipeline) -> TypePrediction:
-    """What `scmmgpt annotate` says of the test cells."""
+    """The labels and scores of `scmmgpt annotate` for the test cells."""
     adata = pipeline.annotate(study.adata("test"))
     labels, scores = (by_name(study, adata, f"scmmgpt_{name}") for name in ("cell_type", "score"))
     return TypePrediction(labels.astype(str), scores.astype(float))
@@ -337,8 +337,10 @@ def report(document: Mapping[str, Any]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = task_parser("all", __doc__.split("\n\n")[0])
-    parser.add_argument("--align-config", default=str(CONFIGS / "align_tiny.yaml"), help="stage 1 (%(default)s)")
-    parser.add_argument("--tune-config", default=str(CONFIGS / "tune_tiny.yaml"), help="stage 2 (%(default)s)")
+    parser.add_argument(
+        "--align-config", default=str(CONFIGS / "align_tiny.yaml"), help="YAML of stage 1 (%(default)s)"
+    )
+    parser.add_argument("--tune-config", default=str(CONFIGS / "tune_tiny.yaml"), help="YAML of stage 2 (%(default)s)")
     parser.add_argument("--gene-texts", help="table of gene summaries for GenePT-style; by default the genes' names")
     parser.add_argument(
         "--cells-per-label", type=number(int, 2), default=100, help="cells to generate of each type (%(default)s)"
@@ -350,7 +352,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--time-factor",
         type=number(float, 0, above=True),
         default=1.0,
-        help="processor time of Cell2Sentence-style training, in that of ours (%(default)s)",
+        help="processor time of Cell2Sentence-style training, as a multiple of ours (%(default)s)",
     )
     return parser
 

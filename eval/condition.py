@@ -1,4 +1,4 @@
-r"""A condition in words, searched among cells of types in which it was not said, or where no cell of it was seen.
+r"""Find cells in a condition by a text: conditions that training cells of other types show, or no training cell.
 
 ```
 python -m scmmgpt.eval condition --adata cells.h5ad --condition-key condition --condition "IFN-beta stimulated" \

@@ -130,7 +130,7 @@ def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Fig
 
 
 def evidence_figure(table: Mapping[str, np.ndarray], names: Sequence[str], n_genes: int = 8) -> Figure:
-    """Genes that speak for labels, a panel each.
+    """The evidence for labels: a panel of genes for each label.
 
     Args:
         table: Columns of `Evidence.group_rows`, of labels: `name`, `rival`, `gene`, `term`, `expressing`.

@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gene-texts", help="table of what genes do, for `finetune`; columns symbol and summary")
     parser.add_argument("--classes", help="label_classes.json of `crossdata`; labels of its column are pooled")
     parser.add_argument("--generate", type=number(int, 2), help="generate so many cells of each label instead")
-    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="systems (default: all)")
     args = parser.parse_args(argv)
     quieten()
     adata, values = read_cells_with_labels(args)

@@ -453,7 +453,7 @@ def _open_10x(path: Path) -> CellFile:
 
 
 def _without_gaps(path: Path, table: Contents) -> Contents:
-    """The table itself, refused if a count is missing: zero, or a line that was cut, nobody can tell."""
+    """The table itself; refuses missing counts, which may be zeros or the rest of a line that was cut."""
     matrix = table.X.tocoo()
     gaps = np.flatnonzero(np.isnan(matrix.data))
     if len(gaps):

@@ -176,7 +176,7 @@ def _kind(path: Path) -> str:
 
 
 def _words(path: Path) -> list[str]:
-    """Words of a file's name, without its endings and the words that say what it is."""
+    """Words of a file's name, without suffixes and without the word of its kind (`matrix`, `features`, `barcodes`)."""
     stem = TABLE.sub("", MTX.sub("", path.name))
     found = list(KINDS[_kind(path)].finditer(stem))
     if found:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ def logging_level():
     package.setLevel(logging.NOTSET)
     yield
     package.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Leave out the picture of the curves, a third of the time of a short run; `test_train.py` tests the picture."""
+    if align := sys.modules.get("scmmgpt.train.align"):
+        monkeypatch.setattr(align, "save_curves", lambda *args: None)
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def test_a_changed_side_file_is_refused(corpus_path, name):
 def test_a_newer_schema_is_refused(corpus_path):
     path = corpus_path / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
-    with pytest.raises(ValueError, match=r"schema version 99; this release reads \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"schema version 99; this release reads 2"):
         open_corpus(corpus_path)
 
 

@@ -23,7 +23,7 @@ TRAVELLING = (
     + ["modeling_scgpt.py"] * (ROOT / "modeling_scgpt.py").exists()
 )
 TRAVELLING_MAY_IMPORT = {"numpy", "torch", "transformers"}
-OPTIONAL = {"anndata", "numba", "scipy"}
+OPTIONAL = {"anndata", "llvmlite", "numba", "scipy"}  # numba brings llvmlite
 MODULES = sorted(
     ".".join(["scmmgpt", *path.relative_to(ROOT).with_suffix("").parts])
     for folder in (".", "commands", "readers", "train", "train/data", "eval")
@@ -84,9 +84,8 @@ def test_travelling_files_import_only_what_every_user_has(name):
     for line, module, level, guarded in imports_of(ROOT / name):
         where = f"{name}:{line}"
         if level or module in siblings:
-            assert level <= 1, f"{where}: the Hub loader follows no sub-packages"
+            assert level == 1, f"{where}: the Hub loader follows only `from .sibling import name`"
             assert module in siblings, f"{where}: only `from .sibling import name` is followed, not {module!r}"
-            assert guarded, f"{where}: a sibling is imported inside `try`, with the flat form in `except ImportError`"
         elif module in OPTIONAL:
             assert guarded, f"{where}: {module} is optional, so its import stands inside `try`"
         else:

@@ -3,13 +3,9 @@
 import functools
 import json
 import re
-import shutil
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -18,15 +14,12 @@ from safetensors.torch import load_file
 from trl import GRPOTrainer
 
 from scmmgpt import synthetic
-from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.commands.files import read_json, write_json
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
 from scmmgpt.tests.corpora import SHORT
 from scmmgpt.tests.test_train import run_ranks, run_tune, words_of
 from scmmgpt.train import reinforce
-from scmmgpt.train.data.corpus import open_corpus
 from scmmgpt.train.reinforce import CellGRPOTrainer
 from scmmgpt.train.rewards import genes_in_text, reward_functions, score_genes, score_type
 
@@ -338,21 +331,6 @@ def test_a_dataset_in_place_of_the_corpus_trains_alike(corpus, tuned, tmp_path):
     streamed = run(corpus, tuned, tmp_path / "streamed", {"train": load(streaming=True)}, [short])
     before = load_file(Path(tuned, "model.safetensors"))
     assert any(not torch.equal(value, streamed[name]) for name, value in before.items())
-
-
-def test_a_corpus_of_the_first_schema_is_read_too(corpus, tmp_path):
-    shutil.copytree(corpus, tmp_path / "old")
-    for path in (tmp_path / "old" / "data").iterdir():
-        table = pq.read_table(path)
-        ids = pa.array(table["cell_id"].to_numpy().view(np.uint64))
-        pq.write_table(table.set_column(0, "cell_id", ids), path)
-    manifest = read_json(tmp_path / "old" / "manifest.json") | {"schema_version": 1}
-    for shard in manifest["shards"]:
-        shard["n_bytes"] = (tmp_path / "old" / shard["path"]).stat().st_size
-    write_json(tmp_path / "old" / "manifest.json", manifest)
-    old, new = (reinforce.load_cells(open_corpus(path, verify=False), "train") for path in (tmp_path / "old", corpus))
-    assert [i % 2**64 for i in new["cell_id"]] == list(old["cell_id"])
-    assert np.array_equal(Cells.from_rows(list(old)).cell_ids, Cells.from_rows(list(new)).cell_ids)
 
 
 def test_two_processes_write_and_learn_together(corpus, tuned, tmp_path):

@@ -45,7 +45,7 @@ def save_curves(log_history: Sequence[Mapping], output_dir: str | Path) -> None:
         logger.info("No picture of the training curves: %s. Install scmmgpt[eval].", error)
         return
     if figure is not None:
-        figure.savefig(Path(output_dir, "curves.png"), dpi=120, bbox_inches="tight")
+        figure.savefig(Path(output_dir, "curves.png"), dpi=120)  # a tight box would draw it twice
 
 
 def training_figure(history: Sequence[Mapping]) -> "Figure | None":

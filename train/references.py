@@ -59,7 +59,7 @@ class Reference:
 
 
 def reference_table() -> dict[str, Any]:
-    """The reviewed table of what each profile is."""
+    """The reviewed table of reference profiles: the file, and the Cell Ontology term of each profile."""
     return read_json(TABLES / "reference_profiles.json", dict)
 
 

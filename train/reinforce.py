@@ -165,7 +165,7 @@ def load_model(checkpoint: str) -> tuple[ScMMGPTForConditionalGeneration, ScMMGP
 
 
 def render_question(processor: ScMMGPTProcessor, question: str | None) -> str | None:
-    """A question as `scmmgpt describe` asks it: about the cell before the question, if it names no `<cell>`."""
+    """A question in the form of `scmmgpt describe`: a question without `<cell>` follows the cell."""
     if question is None:
         return None
     token = processor.cell_token

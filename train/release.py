@@ -267,7 +267,7 @@ def add_readout(
 def add_profiles(
     model: ScMMGPTForCellTextAlignment, profiles: TypeProfiles, labels: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Keep profiles of types that no cell has; returns what `annotate` needs to know of them, as `profiles`.
+    """Keep profiles of types that no cell has; returns the settings of `annotate` for them, `profiles`.
 
     `labels` are the ids of the trained types.
     """

@@ -1,4 +1,4 @@
-"""Linear readout, network or both: what held-out cells say of each, and at which cost, as a table."""
+"""Linear readout, network or both: a table of the accuracy on held-out cells and of the time for a cell."""
 
 import time
 from collections.abc import Callable, Mapping

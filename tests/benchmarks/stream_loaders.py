@@ -306,11 +306,10 @@ def extractor_by_path():
                 "register_for_auto_class": classmethod(lambda cls, name: None),
             },
         )
-    sys.path.insert(0, str(REPOSITORY))  # the files that travel with a checkpoint lie beside each other
+    package = sys.modules["travelling"] = types.ModuleType("travelling")
+    package.__path__ = [str(REPOSITORY)]
     with imported(stand_ins):
-        spec = importlib.util.spec_from_file_location("extractor", REPOSITORY / "feature_extraction_scmmgpt.py")
-        module = sys.modules["extractor"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.import_module("travelling.feature_extraction_scmmgpt")
     return module
 
 

@@ -130,13 +130,13 @@ class RowReader:
 
     Args:
         dataset: A `datasets.Dataset`, or a dataset with `__len__` whose items are rows, one cell each.
-        columns: Annotations to read; by default all columns but the cell's.
 
-    Attributes: Those of [`BlockReader`].
+    Attributes: Those of [`BlockReader`]; `columns` are all columns but the cell's.
     """
 
-    def __init__(self, dataset: Any, columns: list[str] | None = None) -> None:
-        self.dataset, self.columns = dataset, columns
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.columns: list[str] | None = None
         self.sizes = np.diff(np.append(np.arange(0, len(dataset), ROW_GROUP_SIZE), len(dataset)))
         self._starts = np.cumsum(self.sizes) - self.sizes
         self._is_table = hasattr(dataset, "with_format")
@@ -152,8 +152,8 @@ class RowReader:
                     f"gene_ids of the dataset run from {cells.gene_ids.min()} to {cells.gene_ids.max()}; the ids of a "
                     f"gene vocabulary run from 0 to {MAX_VOCABULARY_SIZE - 1}."
                 )
-            if columns is None:
-                self.columns = columns = list(obs)
+            if self.columns is None:
+                self.columns = list(obs)
         if not lengths:
             raise ValueError("The dataset has no rows.")
         self.lengths = np.concatenate(lengths)

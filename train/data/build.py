@@ -333,6 +333,6 @@ class CorpusBuilder:
 
 
 def _warn_of_labels(spec: SourceSpec, found: dict[str, Any]) -> None:
-    """Warn of cell types that no ontology knows, and that are codes or spellings of each other."""
+    """Warn of cell types without a term in the Cell Ontology that are codes or differ in spelling alone."""
     for warning in label_warnings(found.get("unmatched", {}), f"cell_type of {spec.name}"):
         logger.warning(warning)

@@ -9,7 +9,7 @@ data/              train-00000-of-00003.parquet, ...: the published layout
 cache/             Arrow copies that stream faster (`python -m scmmgpt.train cache`)
 ```
 
-One row of a shard is one cell (schema version 2; in version 1, `cell_id` is uint64, which torch cannot hold):
+One row of a shard is one cell (schema version 2):
 
 | column | type | meaning |
 | --- | --- | --- |
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 SPLITS = ("train", "validation", "test")
 SPECIAL_TOKENS = ("<pad>", "<cls>", "<eoc>")  # scGPT's; they come before the genes in a new vocabulary
@@ -161,9 +160,9 @@ class Manifest:
         """Read a manifest; refuse another schema version."""
         fields = read_json(path, dict)
         version = fields.get("schema_version")
-        if version not in READABLE_VERSIONS:
+        if version != SCHEMA_VERSION:
             raise ValueError(
-                f"{path} has schema version {version}; this release reads {READABLE_VERSIONS}. "
+                f"{path} has schema version {version}; this release reads {SCHEMA_VERSION}. "
                 "Install the release that wrote it, or prepare the corpus again."
             )
         try:
@@ -349,10 +348,7 @@ def features_of(manifest: Manifest) -> "datasets.Features":
     import datasets
 
     widest = "float32" if any(shard.counts_dtype == "float32" for shard in manifest.shards) else "uint16"
-    features = datasets.Features.from_arrow_schema(shard_schema(widest, manifest.vocabulary_hash))
-    if manifest.schema_version == 1:
-        features["cell_id"] = datasets.Value("uint64")
-    return features
+    return datasets.Features.from_arrow_schema(shard_schema(widest, manifest.vocabulary_hash))
 
 
 def table_to_cells(table: pa.Table) -> Cells:

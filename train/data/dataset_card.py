@@ -49,7 +49,7 @@ def dataset_card(name: str, manifest: Manifest) -> str:
 
 
 def dataset_info(manifest: Manifest) -> str:
-    """YAML of features and sizes, by which `datasets` knows both before it reads a row."""
+    """YAML of features and sizes; `datasets` reads it in place of the shards."""
     splits = datasets.SplitDict()
     for split in SPLITS:
         shards = [shard for shard in manifest.shards if shard.split == split]

@@ -177,7 +177,7 @@ def reviewed_sources(
     options: Mapping[str, Any] | None = None,
     licences: Mapping[str, str] | None = None,
 ) -> list[SourceSpec]:
-    """The sources that a reviewed table names, read as it says.
+    """The sources that a reviewed table names, with the columns, constants and labels of the table.
 
     Args:
         files: Name of a source -> file.
@@ -206,7 +206,7 @@ def reviewed_sources(
 
 
 def name_sources(files: Sequence[Path]) -> list[str]:
-    """Names of source files, which identify datasets: the file's own, or that of the folder that tells files apart.
+    """Names of source files, which identify datasets: the name of the file, or of the first folder that differs.
 
     >>> name_sources([Path("A/outs/matrix.h5"), Path("B/outs/matrix.h5"), Path("C.h5ad")])
     ['A', 'B', 'C']

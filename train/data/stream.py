@@ -172,7 +172,7 @@ class CellStream:
 
 
 def open_reader(corpus: Any, split: str, columns: list[str] | None, balance: str | None) -> BlockReader | RowReader:
-    """A reader of a corpus's split, or of a map-style dataset, that knows the columns and the one to balance by."""
+    """A reader of a split of a corpus, or of a map-style dataset; refuses columns that the cells do not have."""
     wanted = [name for name in OBS_COLUMNS if name != "barcode"] if columns is None else list(columns)
     if not isinstance(corpus, Corpus | str | os.PathLike):
         reader = RowReader(corpus)
