@@ -95,7 +95,8 @@ class Chat:
         genes = np.unique(choice.match.measured)
         self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
-        self.labels = np.asarray(self.obs["scmmgpt_cell_type"], dtype=str)
+        self.labels = pipeline.called_types(adata, choice)["cell_type"].astype(str)
+        self.scores = self.obs["scmmgpt_score"].fillna(0.0).to_numpy()  # missing as their labels, where files were joined
         settings = pipeline.model.config.annotation or {"labels": {}}
         terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
@@ -314,7 +315,7 @@ class Chat:
         """What made cells Unknown: novelty, or a probability that is too low."""
         mask, who = self.subject
         novelty = self.obs.get("scmmgpt_novelty", pd.Series(np.nan, index=self.obs.index)).to_numpy()[mask]
-        n, score = int((novelty > 1).sum()), self.obs["scmmgpt_score"].to_numpy()[mask]
+        n, score = int((novelty > 1).sum()), self.scores[mask]
         words = f"{n:,} of {who} are unlike every type of the checkpoint (novelty above 1)"
         return (
             f"{words}; the mean probability of the others is {score[~(novelty > 1)].mean():.2f}."
@@ -367,7 +368,7 @@ class Chat:
         return f"The runner-up is {rival}. {self._whynot()}"
 
     def _sure(self) -> str:
-        (mask, who), score = self.subject, self.obs["scmmgpt_score"].to_numpy()
+        (mask, who), score = self.subject, self.scores
         if self.asked.each:
             means = {name: score[part].mean() for name, part in self.groups_of(mask)}
             names = sorted(means, key=lambda name: means[name], reverse=not LOWEST.search(self.asked.text))
