@@ -18,6 +18,8 @@ try:  # as a package or as remote code
     from .passes_scmmgpt import uncounted
     from .proof_scmmgpt import (
         MIN_SCORE,
+        TRACE,
+        TRACE_ON_SLIDE,
         Expression,
         Proof,
         article,
@@ -37,6 +39,8 @@ except ImportError:  # as a flat module in a clone
     from passes_scmmgpt import uncounted
     from proof_scmmgpt import (
         MIN_SCORE,
+        TRACE,
+        TRACE_ON_SLIDE,
         Expression,
         Proof,
         article,
@@ -176,7 +180,8 @@ class DescriptionSteps(EvidenceSteps):
         }
         words = np.where(called == UNKNOWN, "none", called)
         elsewhere = self._rates_elsewhere(dict(zip(kinds.tolist(), members, strict=True)), list(known), genes)
-        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words, elsewhere)
+        trace = TRACE_ON_SLIDE if "spatial" in adata.obsm else TRACE
+        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words, elsewhere, trace)
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:

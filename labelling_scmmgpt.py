@@ -29,11 +29,13 @@ try:  # as a package or as remote code
         labels_with_texts,
         members_of_terms,
         profiled_types,
+        with_types,
     )
     from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
     from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from .profiles_scmmgpt import ProfiledTypes, broader_answers
     from .proof_scmmgpt import tissues_of
+    from .receipt_scmmgpt import superseded
     from .records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
     from .refinement_scmmgpt import MIN_FILE, FileMeans
     from .scoring_scmmgpt import LabelScorer, text_states
@@ -59,11 +61,13 @@ except ImportError:  # as a flat module in a clone
         labels_with_texts,
         members_of_terms,
         profiled_types,
+        with_types,
     )
     from novelty_scmmgpt import Neighbours, Novelty, fit_novelty
     from passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
     from profiles_scmmgpt import ProfiledTypes, broader_answers
     from proof_scmmgpt import tissues_of
+    from receipt_scmmgpt import superseded
     from records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
     from refinement_scmmgpt import MIN_FILE, FileMeans
     from scoring_scmmgpt import LabelScorer, text_states
@@ -155,9 +159,9 @@ class LabellingSteps(CellPasses):
         """
         stored = self.model.config.annotation or {}
         terms, trained, types = stored.get("terms", []), stored.get("labels", {}), stored.get("profiles", [])
-        asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, terms, types)
+        asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, types)
         known = trained | {types[number]["name"]: text for text, number in asked.items()}
-        terms = [*terms, *(types[number] for number in asked.values())]
+        terms = with_types(terms, [types[number] for number in asked.values()])
         candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
@@ -289,6 +293,10 @@ class LabellingSteps(CellPasses):
         for name, values in columns.items():
             add_column(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
+        if stale := superseded(adata, key_added):
+            logger.warning(
+                f"The file has results of {' and '.join(stale)} for other labels than these: compute them again."
+            )
         done = {
             "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),

@@ -134,6 +134,15 @@ def test_turns_keep_the_topic_and_the_subject(chat):
     assert "of the 30 selected cells (" in chat.ask("Do they express CD19?").text
 
 
+def test_cells_without_a_label_are_unknown(pipeline, adata):
+    adata = adata.copy()
+    pipeline.annotate(adata)
+    adata.obs.loc[adata.obs_names[:6], ["scmmgpt_cell_type", "scmmgpt_score"]] = np.nan  # as where files were joined
+    chat = Chat(pipeline, adata)
+    assert "nan" not in chat.ask("Which types are here?").text
+    assert "for 5 % it is below 0.5, and 5 % are Unknown" in chat.ask("How sure are the labels?").text
+
+
 def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipeline, adata):
     chat = Chat(pipeline, adata)
     assert chat.ask("Which types?").text.startswith("Labels of the 120 cells: ")
