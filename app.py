@@ -26,7 +26,7 @@ import pandas as pd
 
 from scmmgpt import pl
 from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, draw, nearest_places
-from scmmgpt.commands.chat import Chat
+from scmmgpt.commands.chat import Chat, has_proof
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OneLineParser, number, run_command
 from scmmgpt.commands.questions import EXAMPLES
@@ -330,7 +330,7 @@ class Tasks:
             cells = session.chosen(DESCRIBED)
             self.pipeline.describe(cells)
         else:
-            if "clauses" not in session.adata.uns.get("scmmgpt", {}).get("describe", {}):
+            if not has_proof(session.adata):
                 self.pipeline.describe(session.adata, proof=True)
             cells = session.chosen(DESCRIBED)
         texts = cells.obs["scmmgpt_description"].rename("description")

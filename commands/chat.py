@@ -20,6 +20,7 @@ from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader
 from scmmgpt.evidence_scmmgpt import NONE
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Expression, join
+from scmmgpt.receipt_scmmgpt import superseded
 from scmmgpt.records_scmmgpt import words_of
 
 
@@ -70,6 +71,12 @@ def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
     return mask
 
 
+def has_proof(adata: Any) -> bool:
+    """Whether cells have descriptions with proof, of the labels that they have now."""
+    described = adata.uns.get("scmmgpt", {}).get("describe", {})
+    return "clauses" in described and "describe" not in superseded(adata, "scmmgpt")
+
+
 class Chat:
     """Questions about cells of one file, turn by turn.
 
@@ -88,7 +95,7 @@ class Chat:
         self.selected = rows_of(adata.obs, select)
         if not {"scmmgpt_cell_type", "scmmgpt_score"} <= set(adata.obs):
             pipeline.annotate(adata, **read_kwargs)
-        if "clauses" not in adata.uns.get("scmmgpt", {}).get("describe", {}):
+        if not has_proof(adata):
             pipeline.describe(adata, proof=True, **read_kwargs)
         choice = pipeline.processor.choose_input(adata, **read_kwargs)
         self.cells, self.obs, gene_index = choice.convert(adata), adata.obs, pipeline.processor.gene_index

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 import scmmgpt as sm
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.commands.chat import Chat, share
+from scmmgpt.commands.chat import Chat, has_proof, share
 from scmmgpt.commands.questions import EXAMPLES, Question
 from scmmgpt.commands.wording import Wording
 from scmmgpt.synthetic import MARKERS, synthetic_adata
@@ -141,6 +141,17 @@ def test_cells_without_a_label_are_unknown(pipeline, adata):
     chat = Chat(pipeline, adata)
     assert "nan" not in chat.ask("Which types are here?").text
     assert "for 5 % it is below 0.5, and 5 % are Unknown" in chat.ask("How sure are the labels?").text
+
+
+def test_descriptions_of_labels_that_are_gone_are_made_again(pipeline, adata):
+    adata = adata.copy()
+    pipeline.annotate(adata)
+    pipeline.describe(adata, proof=True)
+    assert has_proof(adata)
+    pipeline.annotate(adata, ["B cell", "T cell"])
+    assert not has_proof(adata)
+    Chat(pipeline, adata)
+    assert has_proof(adata)
 
 
 def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipeline, adata):
