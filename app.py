@@ -205,7 +205,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                     gr.Markdown("Draw a loop around cells on the map. Without a loop, the first cells are shown.")
                     if pipeline.can_explain:
                         button = gr.Button("Show the evidence for their labels", variant="primary")
-                        label, widths = "Genes that speak for each label", ["25%", "13%", "25%", "37%"]
+                        label, widths = "Genes that speak for each label", ["28%", "12%", "28%", "32%"]
                         table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
                         tasks.on(button.click, tasks.explain, [session], [table])
                     if tasks.can_write or pipeline.can_explain:

@@ -123,9 +123,9 @@ def warnings_of(adata: Any) -> list[str]:
         found.append("The file has no votes of clusters, which older versions did not keep: annotate it again.")
     for verb in superseded(adata, KEY):
         what = {"explain": "The evidence is", "describe": "The descriptions are"}[verb]
-        found.append(f"{what} of other labels than those of this page: run `scmmgpt {COMMANDS[verb]}` again.")
+        found.append(f"{what} of other labels than those of this page: run scmmgpt {COMMANDS[verb]} again.")
     if "explain" not in uns:
-        found.append("There is no evidence for the labels: run `scmmgpt annotate` with --evidence.")
+        found.append("There is no evidence for the labels: run scmmgpt annotate with --evidence.")
     return found
 
 
