@@ -174,7 +174,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
                 path = gr.File(
-                    label=f"Cells ({', '.join(FILE_TYPES)})", file_types=FILE_TYPES, type="filepath", height=110
+                    label="Cells (.h5ad, .h5, .loom, text)", file_types=FILE_TYPES, type="filepath", height=110
                 )
                 sample = gr.Button("Open the example: 700 blood cells", size="sm")
                 cell_map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
@@ -192,7 +192,8 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                     text = "Least score; cells below get a broader type or none. 0: as the checkpoint has it"
                     min_score = gr.Slider(0, 1, value=0, step=0.05, label=text)
                     button = gr.Button("Annotate", variant="primary")
-                    counts = gr.Dataframe(label="Cells per type", headers=["cell type", "cells"])
+                    names, widths = ["cell type", "cells"], ["70%", "30%"]
+                    counts = gr.Dataframe(label="Cells per type", headers=names, wrap=True, column_widths=widths)
                     outputs = [*shown, counts]
                     tasks.on(button.click, tasks.annotate, [session, labels, tissue, min_score], outputs)
                 with gr.Tab("Search"):

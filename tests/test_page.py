@@ -63,9 +63,8 @@ def test_many_cells_are_described_by_a_sample(pipeline, cells, monkeypatch):
 
 
 def test_a_rare_label_has_no_share_of_nothing(cells):
-    cells = anndata.concat([cells] * 5)
+    cells = anndata.concat([cells] * 5, index_unique="-")
     cells.obs["scmmgpt_cell_type"], cells.obs["scmmgpt_score"] = ["mast cell", *["B cell"] * (cells.n_obs - 1)], 0.9
-    cells.obs_names_make_unique()
     words, _ = words_of(report_page(cells, "many"))
     assert "labels: B cell (100 %), mast cell (<1 %)." in words
 
