@@ -256,6 +256,12 @@ class LabellingSteps(CellPasses):
         Columns of `obs` that [`ScMMGPTPipeline.annotate`] added, else `columns`, by default what it adds by default.
         """
         if f"{key}_cell_type" in adata.obs:
+            receipt = adata.uns.get(key, {}).get("annotate", {}).get("receipt", {})
+            if receipt.get("weights", now := self.signer.sign("annotate")["weights"]) != now:
+                logger.warning(
+                    f"obs['{key}_cell_type'] has labels of another checkpoint ({receipt.get('checkpoint')}), and the "
+                    "results are of them. Annotate the cells again for labels of this one."
+                )
             names = words_of(adata.obs, f"{key}_cell_type")
             found = {"cell_type": np.where(names == MISSING, UNKNOWN, names)}  # missing where files were joined
             if f"{key}_by_profile" in adata.obs:

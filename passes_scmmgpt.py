@@ -20,6 +20,7 @@ try:  # as a package or as remote code
     from .labels_scmmgpt import profiled_types, with_types
     from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from .processing_scmmgpt import ScMMGPTProcessor
+    from .receipt_scmmgpt import Signer
     from .records_scmmgpt import record
 except ImportError:  # as a flat module in a clone
     from cells_scmmgpt import Cells, CellsHash
@@ -28,6 +29,7 @@ except ImportError:  # as a flat module in a clone
     from labels_scmmgpt import profiled_types, with_types
     from modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
     from processing_scmmgpt import ScMMGPTProcessor
+    from receipt_scmmgpt import Signer
     from records_scmmgpt import record
 
 
@@ -55,6 +57,7 @@ class CellPasses:
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.processor = processor
         self.batch_size = batch_size
+        self.signer = Signer(self.model, processor)
 
     def _bridge(self) -> ScMMGPTBridgeModel:
         """Cell model, Q-Former, contrast and matching, the part that both kinds of checkpoint have."""

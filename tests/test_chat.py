@@ -154,6 +154,16 @@ def test_descriptions_of_labels_that_are_gone_are_made_again(pipeline, adata):
     assert has_proof(adata)
 
 
+def test_labels_of_another_checkpoint_are_told(pipeline, adata, caplog):
+    adata = adata.copy()
+    pipeline.annotate(adata)
+    pipeline.describe(adata, proof=True)
+    assert "another checkpoint" not in caplog.text
+    adata.uns["scmmgpt"]["annotate"]["receipt"] |= {"weights": "0" * 16, "checkpoint": "theirs"}
+    pipeline.describe(adata, proof=True)
+    assert "has labels of another checkpoint (theirs)" in caplog.text
+
+
 def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipeline, adata):
     chat = Chat(pipeline, adata)
     assert chat.ask("Which types?").text.startswith("Labels of the 120 cells: ")
