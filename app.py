@@ -97,6 +97,8 @@ class Session:
         title = f"{self.name}: {self.adata.n_obs:,} cells. {self.what}."
         if self.color is not None:
             title += f" Colour: {self.color}."
+        if self.marks is not None:
+            title += " Crosses: generated cells."
         values = None if self.color is None else self.adata.obs[self.color]
         return draw(self.places, title, values, self.marks)
 
@@ -342,7 +344,7 @@ class Tasks:
         generated = self.pipeline.generate(prompt, int(n_cells))
         mean = np.asarray(generated.X.mean(axis=0)).ravel()
         top = np.argsort(-mean)[:30]
-        genes = pd.DataFrame({"gene": generated.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
+        genes = pd.DataFrame({"gene": generated.var_names[top], "mean log1p(CP10k)": mean[top].astype(float).round(3)})
         if session is None:
             return None, None, genes, save(generated, "generated.h5ad")
         if "X_scmmgpt" not in session.adata.obsm:
