@@ -26,7 +26,7 @@ import pandas as pd
 
 from scmmgpt import pl
 from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, draw, nearest_places
-from scmmgpt.commands.chat import Chat
+from scmmgpt.commands.chat import Chat, has_proof
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OneLineParser, number, run_command
 from scmmgpt.commands.questions import EXAMPLES
@@ -97,6 +97,8 @@ class Session:
         title = f"{self.name}: {self.adata.n_obs:,} cells. {self.what}."
         if self.color is not None:
             title += f" Colour: {self.color}."
+        if self.marks is not None:
+            title += " Crosses: generated cells."
         values = None if self.color is None else self.adata.obs[self.color]
         return draw(self.places, title, values, self.marks)
 
@@ -174,7 +176,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
         with gr.Row():
             with gr.Column(scale=3, min_width=340):
                 path = gr.File(
-                    label=f"Cells ({', '.join(FILE_TYPES)})", file_types=FILE_TYPES, type="filepath", height=110
+                    label="Cells (.h5ad, .h5, .loom, text)", file_types=FILE_TYPES, type="filepath", height=110
                 )
                 sample = gr.Button("Open the example: 700 blood cells", size="sm")
                 cell_map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
@@ -192,7 +194,8 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                     text = "Least score; cells below get a broader type or none. 0: as the checkpoint has it"
                     min_score = gr.Slider(0, 1, value=0, step=0.05, label=text)
                     button = gr.Button("Annotate", variant="primary")
-                    counts = gr.Dataframe(label="Cells per type", headers=["cell type", "cells"])
+                    names, widths = ["cell type", "cells"], ["70%", "30%"]
+                    counts = gr.Dataframe(label="Cells per type", headers=names, wrap=True, column_widths=widths)
                     outputs = [*shown, counts]
                     tasks.on(button.click, tasks.annotate, [session, labels, tissue, min_score], outputs)
                 with gr.Tab("Search"):
@@ -205,7 +208,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
                     gr.Markdown("Draw a loop around cells on the map. Without a loop, the first cells are shown.")
                     if pipeline.can_explain:
                         button = gr.Button("Show the evidence for their labels", variant="primary")
-                        label, widths = "Genes that speak for each label", ["25%", "13%", "25%", "37%"]
+                        label, widths = "Genes that speak for each label", ["28%", "12%", "28%", "32%"]
                         table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
                         tasks.on(button.click, tasks.explain, [session], [table])
                     if tasks.can_write or pipeline.can_explain:
@@ -330,7 +333,7 @@ class Tasks:
             cells = session.chosen(DESCRIBED)
             self.pipeline.describe(cells)
         else:
-            if "clauses" not in session.adata.uns.get("scmmgpt", {}).get("describe", {}):
+            if not has_proof(session.adata):
                 self.pipeline.describe(session.adata, proof=True)
             cells = session.chosen(DESCRIBED)
         texts = cells.obs["scmmgpt_description"].rename("description")
@@ -341,7 +344,7 @@ class Tasks:
         generated = self.pipeline.generate(prompt, int(n_cells))
         mean = np.asarray(generated.X.mean(axis=0)).ravel()
         top = np.argsort(-mean)[:30]
-        genes = pd.DataFrame({"gene": generated.var_names[top], "mean log1p(CP10k)": mean[top].round(3)})
+        genes = pd.DataFrame({"gene": generated.var_names[top], "mean log1p(CP10k)": mean[top].astype(float).round(3)})
         if session is None:
             return None, None, genes, save(generated, "generated.h5ad")
         if "X_scmmgpt" not in session.adata.obsm:

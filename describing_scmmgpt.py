@@ -16,6 +16,8 @@ from .labels_scmmgpt import UNKNOWN, normalize_label
 from .passes_scmmgpt import uncounted
 from .proof_scmmgpt import (
     MIN_SCORE,
+    TRACE,
+    TRACE_ON_SLIDE,
     Expression,
     Proof,
     article,
@@ -155,7 +157,8 @@ class DescriptionSteps(EvidenceSteps):
         }
         words = np.where(called == UNKNOWN, "none", called)
         elsewhere = self._rates_elsewhere(dict(zip(kinds.tolist(), members, strict=True)), list(known), genes)
-        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words, elsewhere)
+        trace = TRACE_ON_SLIDE if "spatial" in adata.obsm else TRACE
+        proved = Proof(expression, typed, *proposed, within, excluded, tissues_of(adata.obs), words, elsewhere, trace)
         adata.obs[f"{key_added}_description"] = proved.texts().astype(str)
         groups = list(proved.group_rows("label", np.where(typed == "", "Unknown", typed)))
         if clusters is not None:

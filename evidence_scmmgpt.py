@@ -16,7 +16,7 @@ difference. A label with strong terms and silent markers is doubtful.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ LEVELS, LOWEST, HIGHEST = 128, 0.05, 2000.0  # levels of counts per 10,000, in e
 NONE = -1  # no set of labels, no gene
 # A label of several types, of none, or of cells that are no good.
 OF_NO_ONE_TYPE = re.compile(r"[/&|]|\b(and|or|not|no|mixed|doublets?|multiplets?|low.quality)\b", re.IGNORECASE)
+GENE = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z]{4,}")  # behind a type: "T cell GZMK"; not "NK", "DC"
+LEVEL = re.compile(r"high|hi|low|lo", re.IGNORECASE)  # of a gene: "C1QB_high"
 STATE = re.compile(r"^((activated|quiescent|resting|cycling|proliferating|immature|mature|inflamed|stressed) )+")
 
 
@@ -257,12 +259,36 @@ def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequen
         terms: As for [`trained_labels_of`].
     """
     members = np.zeros((len(labels), len(known)), dtype=bool)
+    words = {word for term in terms for name in term["names"] for word in name.split()}
     for row, label in enumerate(labels):
         meant = trained_labels_of(label, None, list(known), terms)
+        if not meant:
+            label = without_genes(label, words)
+            meant = trained_labels_of(label, None, list(known), terms)
         if not meant and not OF_NO_ONE_TYPE.search(label.replace("_", " ")):
             meant = broader_labels(label, list(known), terms) or labels_in_short(label, terms)
         members[row, [known[name] for name in meant if name in known]] = True
     return members
+
+
+def without_genes(label: str, words: Collection[str]) -> str:
+    """A label without the genes that it ends with, as the clusters of a type are often told apart by.
+
+    Args:
+        label: Of a file.
+        words: Those that names of types consist of, which are no genes.
+
+    >>> [without_genes(label, {"cell"}) for label in ("B Cell CD79A", "Macrophage C1QB_high", "B CELL", "CD4 T")]
+    ['B Cell', 'Macrophage', 'B CELL', 'CD4 T']
+    """
+    parts = label.replace("_", " ").split()
+    end = len(parts)
+    while end > 1:
+        last = end - 1 if end > 2 and LEVEL.fullmatch(parts[end - 1]) else end
+        if not GENE.fullmatch(parts[last - 1]) or normalize_label(parts[last - 1]) in words:
+            break
+        end = last - 1
+    return label if end in (0, len(parts)) else " ".join(parts[:end])
 
 
 def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from .audit_scmmgpt import Audit, judge
 from .conversion_scmmgpt import InputChoice
 from .evidence_scmmgpt import Evidence, Explainer, label_members
 from .labelling_scmmgpt import Labelling, LabellingSteps
-from .labels_scmmgpt import UNKNOWN, profiled_types
+from .labels_scmmgpt import UNKNOWN, profiled_types, with_types
 from .passes_scmmgpt import uncounted
 from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 
@@ -47,15 +47,20 @@ class EvidenceSteps(LabellingSteps):
         return evidence
 
     def evidence_of(
-        self, choice: InputChoice, labels: np.ndarray, sets: np.ndarray, clusters: np.ndarray | None = None
+        self,
+        choice: InputChoice,
+        labels: np.ndarray,
+        sets: np.ndarray,
+        clusters: np.ndarray | None = None,
+        called: np.ndarray | None = None,
     ) -> Evidence:
-        """The evidence of [`explain_cells`], to which no cell is added yet."""
+        """The evidence of [`explain_cells`], to which no cell is added yet; `called` as for [`meanings`]."""
         if not self.can_explain:
             raise ValueError(
                 "This checkpoint has no label readout, whose terms are the evidence for a label. Train one with "
                 "`python -m scmmgpt.train finetune` or `align`."
             )
-        members, known, _, profiles = self.meanings(sets.tolist())
+        members, known, _, profiles = self.meanings(sets.tolist(), None if called is None else called.tolist())
         explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, members, profiles)
         numbers = np.searchsorted(sets, labels)
         return Evidence(explainer, sets.tolist(), numbers, list(known), clusters, self.processor.gene_symbols)
@@ -95,7 +100,7 @@ class EvidenceSteps(LabellingSteps):
         wide, types = self._audit_labelling(choice, sets)
         if types:
             _, probabilities = self.label_cells(adata, replace(wide, choice=uncounted(choice)), batch_size)
-        names, terms = wide.candidates.names, [*(self.model.config.annotation or {}).get("terms", []), *types]
+        names, terms = wide.candidates.names, with_types((self.model.config.annotation or {}).get("terms", []), types)
         set_of_cell = np.searchsorted(sets, given)
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
         best, odds = judge(probabilities, members, set_of_cell)
@@ -128,7 +133,7 @@ class EvidenceSteps(LabellingSteps):
         """The labels that compete with given ones, and the types among them that have a profile and no cells."""
         settings, stored = self.annotation_settings(), self.model.config.annotation or {}
         labels, types = {name: name for name in sets.tolist()}, stored.get("profiles", [])
-        asked = profiled_types(labels, {}, settings["labels"], stored.get("terms", []), types)
+        asked = profiled_types(labels, settings["cl_ids"], settings["labels"], types)
         settings["labels"] |= {str(types[number]["name"]): text for text, number in asked.items()}
         return self.labelling(choice, settings, not asked), [types[number] for number in asked.values()]
 
@@ -148,7 +153,7 @@ class EvidenceSteps(LabellingSteps):
         finish_report(choice.report)
         for warning in self.summarize(labelling, columns)[1]:
             logger.warning(warning)
-        names, terms = wide.candidates.names, [*(self.model.config.annotation or {}).get("terms", []), *types]
+        names, terms = wide.candidates.names, with_types((self.model.config.annotation or {}).get("terms", []), types)
         members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):

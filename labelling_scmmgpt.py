@@ -27,11 +27,13 @@ from .labels_scmmgpt import (
     labels_with_texts,
     members_of_terms,
     profiled_types,
+    with_types,
 )
 from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
 from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
 from .profiles_scmmgpt import ProfiledTypes, broader_answers
 from .proof_scmmgpt import tissues_of
+from .receipt_scmmgpt import superseded
 from .records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
 from .refinement_scmmgpt import MIN_FILE, FileMeans
 from .scoring_scmmgpt import LabelScorer, text_states
@@ -123,9 +125,9 @@ class LabellingSteps(CellPasses):
         """
         stored = self.model.config.annotation or {}
         terms, trained, types = stored.get("terms", []), stored.get("labels", {}), stored.get("profiles", [])
-        asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, terms, types)
+        asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, types)
         known = trained | {types[number]["name"]: text for text, number in asked.items()}
-        terms = [*terms, *(types[number] for number in asked.values())]
+        terms = with_types(terms, [types[number] for number in asked.values()])
         candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
@@ -220,6 +222,12 @@ class LabellingSteps(CellPasses):
         Columns of `obs` that [`ScMMGPTPipeline.annotate`] added, else `columns`, by default what it adds by default.
         """
         if f"{key}_cell_type" in adata.obs:
+            receipt = adata.uns.get(key, {}).get("annotate", {}).get("receipt", {})
+            if receipt.get("weights", now := self.signer.sign("annotate")["weights"]) != now:
+                logger.warning(
+                    f"obs['{key}_cell_type'] has labels of another checkpoint ({receipt.get('checkpoint')}), and the "
+                    "results are of them. Annotate the cells again for labels of this one."
+                )
             names = words_of(adata.obs, f"{key}_cell_type")
             found = {"cell_type": np.where(names == MISSING, UNKNOWN, names)}  # missing where files were joined
             if f"{key}_by_profile" in adata.obs:
@@ -257,6 +265,10 @@ class LabellingSteps(CellPasses):
         for name, values in columns.items():
             add_column(adata, f"{key_added}_{name}", values)
         adata.obsm[f"{key_added}_probabilities"] = probabilities
+        if stale := superseded(adata, key_added):
+            logger.warning(
+                f"The file has results of {' and '.join(stale)} for other labels than these: compute them again."
+            )
         done = {
             "labels": np.asarray(candidates.names, dtype=object),
             "texts": np.asarray(list(settings["labels"].values()), dtype=object),

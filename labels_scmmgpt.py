@@ -129,20 +129,21 @@ def trained_labels_of(
     The label's id decides, then its words: name, synonym, spelling, plural and case do not matter.
 
     `cl_id` is the Cell Ontology id of a label, if known; `terms` are those of the trained labels and all ancestors:
-    `id`, `names` (normalised) and `labels` (trained ones, at or below it).
+    `id`, `names` (normalised) and `labels` (trained ones, at or below it). A term with a `text` is a type that has a
+    profile alone ([`with_types`]): its label means all labels of the term.
 
     >>> terms = [{"id": "CL:0000084", "names": ["t cell", "t lymphocyte"], "labels": ["CD4 T", "CD8 T"]}]
     >>> trained_labels_of("T-lymphocytes", None, ["CD4 T", "CD8 T", "B"], terms)
     ['CD4 T', 'CD8 T']
     """
+    term = term_of(label, terms, cl_id)
+    if term is not None and "text" in term:
+        return list(term["labels"])
     if label in trained:
         return [label]
     spellings = _spellings(label)
     same = [name for name in trained if spellings & _spellings(name)]
-    if same:
-        return same
-    term = term_of(label, terms, cl_id)
-    return [] if term is None else list(term["labels"])
+    return same or ([] if term is None else list(term["labels"]))
 
 
 def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = None) -> Mapping[str, Any] | None:
@@ -153,28 +154,41 @@ def term_of(label: str, terms: Sequence[Mapping[str, Any]], cl_id: str | None = 
     return next(by_id, None) or next(by_name, None)
 
 
+def with_types(terms: Sequence[Mapping[str, Any]], types: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Terms with those of types that have a profile alone, which mean the trained labels below them as well.
+
+    >>> known = {"id": "CL:0000165", "names": ["neuroendocrine cell"]}
+    >>> terms = [{**known, "labels": ["D cell"]}]
+    >>> with_types(terms, [{**known, "labels": ["neuroendocrine cell"], "text": "A cell."}])[0]["labels"]
+    ['neuroendocrine cell', 'D cell']
+    """
+    below = {term["id"]: term["labels"] for term in terms}
+    merged = {known["id"]: {**known, "labels": [*known["labels"], *below.get(known["id"], [])]} for known in types}
+    return [*(term for term in terms if term["id"] not in merged), *merged.values()]
+
+
 def profiled_types(
     labels: Mapping[str, str],
     cl_ids: Mapping[str, str],
     trained: Collection[str],
-    terms: Sequence[Mapping[str, Any]],
     types: Sequence[Mapping[str, Any]],
 ) -> dict[str, int]:
-    """Text -> position in `types`, of the types that labels mean which mean no trained label.
+    """Text -> position in `types`, of the types that labels mean, but for those that a trained label is.
 
     Args:
         labels: Label -> text.
-        cl_ids, trained, terms: As for [`candidate_columns`].
+        cl_ids, trained: As for [`candidate_columns`].
         types: Terms of types that have a reference profile and no cells, each with a `text`.
 
     >>> liver = {"id": "CL:0000182", "name": "hepatocyte", "names": ["hepatocyte"], "text": "A liver cell."}
-    >>> profiled_types({"Hepatocytes": "Hepatocytes"}, {}, {}, [], [liver])
+    >>> profiled_types({"Hepatocytes": "Hepatocytes"}, {}, {}, [liver])
     {'A liver cell.': 0}
     """
     numbers = {known["id"]: number for number, known in enumerate(types)}
-    new = (name for name in labels if not trained_labels_of(name, cl_ids.get(name), list(trained), terms))
+    ids = {cl_ids.get(name) for name in trained}
+    new = (name for name in labels if not trained_labels_of(name, None, list(trained), []))
     found = (term_of(name, types, cl_ids.get(name)) for name in new)
-    asked = sorted(numbers[term["id"]] for term in found if term is not None)
+    asked = sorted(numbers[term["id"]] for term in found if term is not None and term["id"] not in ids)
     return {types[number]["text"]: number for number in asked}
 
 

@@ -15,9 +15,10 @@ from transformers.utils import logging
 from .cells_scmmgpt import Cells, CellsHash
 from .conversion_scmmgpt import InputChoice
 from .evidence_scmmgpt import label_members
-from .labels_scmmgpt import profiled_types
+from .labels_scmmgpt import profiled_types, with_types
 from .modeling_scmmgpt import ScMMGPTBridgeModel, ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from .processing_scmmgpt import ScMMGPTProcessor
+from .receipt_scmmgpt import Signer
 from .records_scmmgpt import record
 
 
@@ -45,6 +46,7 @@ class CellPasses:
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.processor = processor
         self.batch_size = batch_size
+        self.signer = Signer(self.model, processor)
 
     def _bridge(self) -> ScMMGPTBridgeModel:
         """Cell model, Q-Former, contrast and matching, the part that both kinds of checkpoint have."""
@@ -123,8 +125,10 @@ class CellPasses:
         label_of = {text: label for label, text in stored.items()}
         return {label_of.get(text, text): column for column, text in enumerate(texts)}
 
-    def meanings(self, sets: Sequence[str]) -> tuple[np.ndarray, dict[str, int], list[Mapping[str, Any]], list[int]]:
-        """What labels in any words mean.
+    def meanings(
+        self, sets: Sequence[str], called: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, dict[str, int], list[Mapping[str, Any]], list[int]]:
+        """What labels in any words mean; types that have a profile alone are sought in `called`, by default `sets`.
 
         Returns:
             `members`, bool `(len(sets), n_labels)`; label -> its column, trained ones and then the types that `sets`
@@ -132,9 +136,10 @@ class CellPasses:
         """
         known, stored = self._readout_columns(), self.model.config.annotation or {}
         terms, types = stored.get("terms", []), stored.get("profiles", [])
-        asked = list(profiled_types({name: name for name in sets}, {}, known, terms, types).values())
+        labels = {name: name for name in (sets if called is None else called)}
+        asked = list(profiled_types(labels, stored.get("cl_ids", {}), known, types).values())
         known |= {types[number]["name"]: len(known) + place for place, number in enumerate(asked)}
-        terms = [*terms, *(types[number] for number in asked)]
+        terms = with_types(terms, [types[number] for number in asked])
         return label_members(sets, known, terms), known, terms, asked
 
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:

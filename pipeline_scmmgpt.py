@@ -43,7 +43,7 @@ from .modeling_scgpt import cpu_dtype
 from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditionalGeneration
 from .passes_scmmgpt import best_device, uncounted
 from .processing_scmmgpt import ScMMGPTProcessor
-from .receipt_scmmgpt import Signer, with_receipt
+from .receipt_scmmgpt import with_receipt
 from .records_scmmgpt import add_column, finish_report, words_of
 from .scoring_scmmgpt import encode_texts
 from .searching_scmmgpt import SearchSteps
@@ -104,7 +104,6 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             raise ValueError(f"Unknown task {task!r}; choose one of {sorted(PIPELINE_TASKS)}.")
         super().__init__(model, processor, device, batch_size)
         self.task = task
-        self.signer = Signer(self.model, processor)
 
     @classmethod
     def from_pretrained(

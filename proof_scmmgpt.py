@@ -44,8 +44,8 @@ APART, PSEUDORATE = 1.25, 0.05  # fold of the genes of a type together over any 
 N_TYPE_GENES, N_GENES = 4, 3  # named in a clause
 MIN_PROGRAMME_GENES, PROGRAMME_FOLD, PROGRAMME_PERCENTILE = 3, 3.0, 50
 UNUSUAL_COUNT, UNUSUAL_FOLD, UNUSUAL_PERCENTILE = 3, 4.0, 95
-# Of another type's expression, from the fluid around a cell; of types without cells for genes that all cells have.
-TRACE, OF_ANY_TYPE = 0.2, 2.0
+# Of another type's expression, from the fluid around a cell or from its neighbours on a slide; and genes of all types.
+TRACE, TRACE_ON_SLIDE, OF_ANY_TYPE = 0.2, 1.0, 2.0
 GROUP_SHARE, GROUP_FOLD = 0.1, 2.0  # of cells: what is said of a group
 COUNTED = 0.95  # of the values are whole numbers, in counts
 RECURRENT = 0.01  # cells of the file with two counts of a gene that varies, else a high count is an accident
@@ -199,6 +199,7 @@ class Proof:
         tissues: str `(n_cells,)`: as the file says; "" for unknown.
         called: str `(n_cells,)`: the type that a cell is called where its counts show none; by default its kind.
         elsewhere: Type -> `(n_genes,)`: the highest mean rate of each gene in other types, of reference cells.
+        trace: Share of the mean of another type up to which a gene is no news.
     """
 
     def __init__(
@@ -212,10 +213,10 @@ class Proof:
         tissues: np.ndarray,
         called: np.ndarray | None = None,
         elsewhere: Mapping[str, np.ndarray] | None = None,
+        trace: float = TRACE,
     ) -> None:
-        self.elsewhere = elsewhere or {}
+        self.elsewhere, self.excluded, self.trace = elsewhere or {}, excluded, trace
         self.expression, self.others, self.within, self.tissues = expression, others, within, tissues
-        self.excluded = excluded
         n_cells, proposed = len(kinds), (kinds if called is None else called).tolist()
         self.clauses: list[list[Clause]] = [[] for _ in range(n_cells)]
         while True:  # cells that lose their type clause are of no kind, which changes what the others stand out from
@@ -362,9 +363,9 @@ class Proof:
         rates = (self.sums[rivals] / self.n[rivals, None]).max(axis=0, initial=0.0)
         others = (self.total - self.sums[group]) / max(len(self.kinds) - self.n[group], 1)
         of_any_type = self.mean(group) <= OF_ANY_TYPE * others
-        traces = TRACE * np.maximum(rates, np.where(of_any_type, self.elsewhere.get(self.names[group], 0.0), 0.0))
         is_other = self.expression.is_immunoglobulin & (B_LINEAGE not in self.within.get(self.names[group], ()))
-        return np.where(is_other, np.inf, traces)
+        traces = np.maximum(rates, np.where(of_any_type, self.elsewhere.get(self.names[group], 0.0), 0.0))
+        return np.where(is_other, np.inf, self.trace * traces)
 
     def unusual_genes(self) -> list[list[int]]:
         """Genes that each cell expresses far more than its kind, the most surprising first."""
@@ -588,7 +589,5 @@ def tissues_of(obs: Any) -> np.ndarray:
     """The tissue of each cell in words, where `obs` has one, str `(n_cells,)`."""
     if "tissue" not in obs:
         return np.full(len(obs), "", dtype=object)
-    words = np.asarray(obs["tissue"].astype(object).fillna(""), dtype=object)
-    return np.array(
-        ["" if str(word).casefold() in ("", "unknown", "na", "nan") else str(word) for word in words], dtype=object
-    )
+    words = [str(word) for word in obs["tissue"].astype(object).fillna("")]
+    return np.array(["" if word.casefold() in ("", "unknown", "na", "nan") else word for word in words], dtype=object)

@@ -11,6 +11,7 @@ new version), not against a forger, who could write a receipt of his own.
 | `settings` | what `calibrate` and `finetune` stored: labels, texts, temperature, thresholds |
 | `vocabulary` | names of genes, their aliases, and the words of the tokenizers |
 | `code` | the travelling files |
+| `labels` | the column of labels that descriptions and evidence are of, with the names of the cells; "" for none |
 | `checkpoint`, `device`, `dtype`, `versions`, `options` | in words; `options` are JSON, seeds included |
 
 Hashes are the first 16 hexadecimal digits of SHA-256; that of cells is a sum of 64-bit mixes.
@@ -38,6 +39,7 @@ DIGITS = 16  # of a hash
 PACKAGES = ("scmmgpt", "torch", "transformers", "tokenizers", "numpy", "scipy", "anndata", "numba")
 LANGUAGE_VERBS = ("describe", "generate")  # verbs that run the language model
 LANGUAGE_PARTS = ("language_model.", "lm_head.")
+OF_LABELS = ("explain", "describe")  # verbs whose results are of a column of labels
 UNRECORDED = ("batch_size",)  # options that change no result
 
 
@@ -187,7 +189,32 @@ def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any
     key = "scmmgpt" if name in ("embed", "search") else options["key_added"]
     if options["key_added"] is not None:
         cells = {} if adata is None else {"cells": uns["scmmgpt"]["input"]["cells"].get("hash", "")}
+        if name in OF_LABELS:
+            cells["labels"] = hash_labels(adata, label_column(key, options))
         uns[key][name]["receipt"] = {**cells, **pipeline.signer.sign(name), "options": recorded_options(options)}
+
+
+def label_column(key: str, options: Mapping[str, Any]) -> str:
+    """The column of `obs` with the labels that a verb of `OF_LABELS` with these options is of."""
+    return str(options.get("label_key", f"{key}_cell_type"))
+
+
+def hash_labels(adata: Any, column: str) -> str:
+    """Hash of the labels of cells and of their names, in any order of the cells; "" without the column."""
+    if column not in adata.obs:
+        return ""
+    return digest(sorted(f"{name}\t{label}" for name, label in zip(adata.obs_names, adata.obs[column], strict=True)))
+
+
+def superseded(adata: Any, key: str) -> list[str]:
+    """Verbs whose results in `uns[key]` are of other labels than those that `obs` has now."""
+    found = []
+    for verb in OF_LABELS:
+        receipt = adata.uns.get(key, {}).get(verb, {}).get("receipt", {})
+        if receipt.get("labels"):
+            column = label_column(key, json.loads(receipt["options"]))
+            found += [verb] * (hash_labels(adata, column) != receipt["labels"])
+    return found
 
 
 def recorded_options(options: Mapping[str, Any]) -> str:

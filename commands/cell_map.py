@@ -15,7 +15,7 @@ CSS = """
 canvas { width: 100%; height: min(60vh, 520px); touch-action: none; cursor: crosshair; border: 1px solid #8884;
          border-radius: 6px }
 p { margin: 0 0 4px } ul { display: flex; flex-wrap: wrap; gap: 2px 14px; list-style: none; margin: 6px 0; padding: 0;
-max-height: 7em; overflow: auto } li { font-size: 13px } li span { display: inline-block; width: 10px; height: 10px;
+max-height: 12em; overflow: auto } li { font-size: 13px } li span { display: inline-block; width: 10px; height: 10px;
 border-radius: 5px; margin-right: 5px }
 """
 SCRIPT = Path(__file__).parent / "templates" / "map.js"

@@ -20,6 +20,7 @@ from scmmgpt.commands.questions import EXAMPLES, Group, Question, QuestionReader
 from scmmgpt.evidence_scmmgpt import NONE
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Expression, join
+from scmmgpt.receipt_scmmgpt import superseded
 from scmmgpt.records_scmmgpt import words_of
 
 
@@ -70,6 +71,12 @@ def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
     return mask
 
 
+def has_proof(adata: Any) -> bool:
+    """Whether cells have descriptions with proof, of the labels that they have now."""
+    described = adata.uns.get("scmmgpt", {}).get("describe", {})
+    return "clauses" in described and "describe" not in superseded(adata, "scmmgpt")
+
+
 class Chat:
     """Questions about cells of one file, turn by turn.
 
@@ -88,18 +95,21 @@ class Chat:
         self.selected = rows_of(adata.obs, select)
         if not {"scmmgpt_cell_type", "scmmgpt_score"} <= set(adata.obs):
             pipeline.annotate(adata, **read_kwargs)
-        if "clauses" not in adata.uns.get("scmmgpt", {}).get("describe", {}):
+        if not has_proof(adata):
             pipeline.describe(adata, proof=True, **read_kwargs)
         choice = pipeline.processor.choose_input(adata, **read_kwargs)
         self.cells, self.obs, gene_index = choice.convert(adata), adata.obs, pipeline.processor.gene_index
         genes = np.unique(choice.match.measured)
         self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
-        self.labels = np.asarray(self.obs["scmmgpt_cell_type"], dtype=str)
+        self.labels = pipeline.called_types(adata, choice)["cell_type"].astype(str)
+        self.scores = (
+            self.obs["scmmgpt_score"].fillna(0.0).to_numpy()
+        )  # missing as their labels, where files were joined
         settings = pipeline.model.config.annotation or {"labels": {}}
         terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])
-        evidence = pipeline.evidence_of(choice, self.labels, sets)
+        evidence = pipeline.evidence_of(choice, self.labels, sets, called=np.unique(self.labels))
         self.explainer, self.set_names, self.panel_genes = evidence.explainer, evidence.names, evidence.genes
         types = {simple(word): term["name"] for term in terms for word in term["names"] if len(word) > 1}
         types |= {simple(name): name for name in sets.tolist()}
@@ -314,7 +324,7 @@ class Chat:
         """What made cells Unknown: novelty, or a probability that is too low."""
         mask, who = self.subject
         novelty = self.obs.get("scmmgpt_novelty", pd.Series(np.nan, index=self.obs.index)).to_numpy()[mask]
-        n, score = int((novelty > 1).sum()), self.obs["scmmgpt_score"].to_numpy()[mask]
+        n, score = int((novelty > 1).sum()), self.scores[mask]
         words = f"{n:,} of {who} are unlike every type of the checkpoint (novelty above 1)"
         return (
             f"{words}; the mean probability of the others is {score[~(novelty > 1)].mean():.2f}."
@@ -367,7 +377,7 @@ class Chat:
         return f"The runner-up is {rival}. {self._whynot()}"
 
     def _sure(self) -> str:
-        (mask, who), score = self.subject, self.obs["scmmgpt_score"].to_numpy()
+        (mask, who), score = self.subject, self.scores
         if self.asked.each:
             means = {name: score[part].mean() for name, part in self.groups_of(mask)}
             names = sorted(means, key=lambda name: means[name], reverse=not LOWEST.search(self.asked.text))

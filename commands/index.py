@@ -7,9 +7,10 @@ without loading it; FAISS maps its vectors into memory. Vectors lie in lists aro
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from scmmgpt.query_scmmgpt import Search, read_query
 logger = logging.getLogger(__name__)
 
 MANIFEST = "index.json"
+CALLED = "scmmgpt_cell_type"  # of obs, as `annotate` writes it
 KEY = "X_scmmgpt"  # of obsm, as `embed` writes it
 CELLS_PER_SEGMENT = 1_000_000
 TRAINING_VECTORS = 65  # for each centroid; FAISS recommends 39 to 256
@@ -207,9 +209,40 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
             f"The embeddings of {folder} have {about['dimensions']} dimensions, those of {model} {len(query)}: they "
             f"are of different checkpoints. The index is of {about['checkpoint']!r}."
         )
-    if pipeline.profiles_named(text):
-        logger.warning(f"An index has no place for the type in {text!r}, which has no training cell. Search FILE.")
-    return search_index(folder, query, top_k, where)
+    hits = search_index(folder, query, top_k, where)
+    types = (pipeline.model.config.annotation or {}).get("profiles", [])
+    named = [str(types[number]["name"]) for number in pipeline.profiles_named(text)]
+    return with_called(hits, folder, query, top_k, where, named) if named else hits
+
+
+def with_called(
+    hits: list[Hit], folder: Path, query: np.ndarray, top_k: int, where: str | None, named: list[str]
+) -> list[Hit]:
+    """Hits behind the cells that `annotate` called a type that has a profile alone.
+
+    The shared space has no place for such a type. As in a search of a file, its cells score up to 1 more.
+
+    Args:
+        hits: Of [`search_index`], with these arguments.
+        named: The types.
+    """
+    called = " or ".join(f"{CALLED} == {json.dumps(name)}" for name in named)
+    condition = f"({called})" if where is None else f"({where}) and ({called})"
+    if not all(CALLED in columns_of_segment(segment["path"]) for segment in read_segments(folder)):
+        logger.warning(
+            f"The shared space has no place for {named[0]!r}, which has no training cell. Annotate the cells before "
+            "`scmmgpt index` to find those that are called so, or search FILE."
+        )
+        return hits
+    try:
+        first = search_index(folder, query, top_k, condition)
+    except ValueError:  # no cell is called so
+        logger.warning(f"No cell of {folder} is called {named[0]!r}, which has no training cell: these are others.")
+        return hits
+    first = [replace(hit, score=round(hit.score + 1, 6)) for hit in first]
+    known = {(hit.file, hit.row) for hit in first}
+    rest = [hit for hit in hits if (hit.file, hit.row) not in known]
+    return [replace(hit, rank=rank) for rank, hit in enumerate([*first, *rest][:top_k], 1)]
 
 
 def search_index(folder: Path, query: np.ndarray, top_k: int, where: str | None = None) -> list[Hit]:
@@ -251,13 +284,17 @@ def _search_segment(
     yield from ((float(score), int(i)) for score, i in zip(scores[0], rows[0], strict=True) if i >= 0)
 
 
-def _rows_where(path: Path, where: str) -> np.ndarray:
-    """Numbers of the cells of a segment that fulfil a condition; only its columns are read."""
+def columns_of_segment(path: Path) -> list[str]:
+    """The columns of the cells of a segment."""
     import pyarrow.parquet as pq
 
-    file = path / "cells.parquet"
-    names = pq.read_schema(file).names
-    table = pd.read_parquet(file, columns=columns_of(where, names))
+    return list(pq.read_schema(path / "cells.parquet").names)
+
+
+def _rows_where(path: Path, where: str) -> np.ndarray:
+    """Numbers of the cells of a segment that fulfil a condition; only its columns are read."""
+    names = columns_of_segment(path)
+    table = pd.read_parquet(path / "cells.parquet", columns=columns_of(where, names))
     return np.flatnonzero(rows_where(table.reset_index(drop=True), where, names)).astype(np.int64)
 
 

@@ -244,12 +244,14 @@ class CellTools:
         package = logging.getLogger("scmmgpt")
         with self._lock, _told(command), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
             package.addHandler(warnings)
+            propagates, package.propagate = package.propagate, False  # to the server's log, which is on stderr, too
             try:
                 self._run([command, "--json", *own, *rest])
             except SystemExit:
                 pass  # of the parser, which has said why
             finally:
                 package.removeHandler(warnings)
+                package.propagate = propagates
         messages = [line for line in said.getvalue().splitlines() if line.strip()]
         try:
             found = json.loads(printed.getvalue())

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scmmgpt.commands.verify import receipts
+from scmmgpt.commands.verify import COMMANDS, receipts
 from scmmgpt.labels_scmmgpt import UNKNOWN
+from scmmgpt.receipt_scmmgpt import superseded
 from scmmgpt.records_scmmgpt import need_columns
 
 
@@ -120,8 +121,11 @@ def warnings_of(adata: Any) -> list[str]:
         found.append(f"With a score below {LOW_SCORE}: {low:,} of {adata.n_obs:,} cells.")
     if f"{KEY}_cell_type_majority" in adata.obs and "clusters" not in done:
         found.append("The file has no votes of clusters, which older versions did not keep: annotate it again.")
+    for verb in superseded(adata, KEY):
+        what = {"explain": "The evidence is", "describe": "The descriptions are"}[verb]
+        found.append(f"{what} of other labels than those of this page: run scmmgpt {COMMANDS[verb]} again.")
     if "explain" not in uns:
-        found.append("There is no evidence for the labels: run `scmmgpt annotate` with --evidence.")
+        found.append("There is no evidence for the labels: run scmmgpt annotate with --evidence.")
     return found
 
 

@@ -5,6 +5,7 @@ of the file itself or of the first input, and compares. Labels and texts are to 
 `TOLERANCE`, since processors round differently.
 """
 
+import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from scmmgpt.pipeline_scmmgpt import READ_OPTIONS, ScMMGPTPipeline
+from scmmgpt.receipt_scmmgpt import superseded
 
 
 TOLERANCE = 1e-3  # of scores and embeddings
@@ -38,6 +40,18 @@ MEANING = {
     "settings": "what the checkpoint stores of labels and thresholds",
     "vocabulary": "the gene or word vocabulary",
 }
+
+
+NOTHING_COMPARED: dict[str, Any] = {
+    "cells": 0,
+    "changed_cells": [],
+    "was": [],
+    "now": [],
+    "missing_cells": [],
+    "largest_difference": 0.0,
+    "changes": {},
+}
+COMMANDS = {"explain": "annotate --evidence", "describe": "describe"}  # that compute superseded results again
 
 
 def receipts(uns: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -87,7 +101,8 @@ def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callabl
         JSON-able dict: `verified` (the same results, from the same cells and checkpoint), and `results`, a dict each:
         `key` and `verb`; `cells`, `changed_cells` (names), `missing_cells` (names, not in the input) and `was` and
         `now` (of exact results of changed cells, by name); `largest_difference` of numbers; `changes`, by entry of the
-        receipt, what was and what is.
+        receipt, what was and what is. `superseded` results are of labels that the file no longer has: they are not
+        compared, and not verified.
     """
     from scmmgpt.readers.cell_files import read_file
 
@@ -99,19 +114,34 @@ def verify_file(path: str | Path, pipeline: ScMMGPTPipeline, open_input: Callabl
     results = []
     for key, verb, receipt in sorted(found, key=lambda entry: VERBS.index(entry[1])):
         options = options_of(verb, receipt, path)
+        if verb in superseded(stored, key):
+            results.append({"key": key, "verb": verb, "superseded": True, "verified": False, **NOTHING_COMPARED})
+            continue
         if verb == "generate":
             fresh = pipeline.generate(**options, key_added=key)
         else:
             fresh = cells
-            place = options.pop("key_added", key)
-            getattr(pipeline, verb)(fresh, **options, key_added=place)
-            key = place
+            key = options.pop("key_added", key)
+            with _without_labels(fresh, key if receipt.get("labels") == "" else None):
+                getattr(pipeline, verb)(fresh, **options, key_added=key)
         results.append({"key": key, "verb": verb, **compare(stored, fresh, key, verb)})
         now = fresh.uns["scmmgpt" if verb in ("embed", "search") else key][verb]["receipt"]
         results[-1]["changes"] = changes = differences(receipt, now)
         other = any(name in changes for name in ("cells", *CHECKPOINT))
         results[-1]["verified"] = not (results[-1]["changed_cells"] or results[-1]["missing_cells"] or other)
     return {"verified": all(result["verified"] for result in results), "results": results}
+
+
+@contextlib.contextmanager
+def _without_labels(adata: Any, key: str | None) -> Iterator[None]:
+    """Without the columns of labels of a key, which a result that came before these labels did not see."""
+    names = [] if key is None else [n for n in (f"{key}_cell_type", f"{key}_by_profile") if n in adata.obs]
+    held = {name: adata.obs.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, column in held.items():
+            adata.obs[name] = column
 
 
 def options_of(verb: str, receipt: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -192,6 +222,12 @@ def render(report: Mapping[str, Any]) -> list[str]:
     """The report in sentences."""
     lines = []
     for result in report["results"]:
+        if result.get("superseded"):
+            command = COMMANDS[result["verb"]]
+            lines.append(
+                f"{result['verb']}: superseded, of labels that the file no longer has. Run `{command}` again."
+            )
+            continue
         n, changed, missing = result["cells"], result["changed_cells"], result["missing_cells"]
         gap = f", numbers within {result['largest_difference']:.2g}" if result["largest_difference"] else ""
         lines.append(f"{result['verb']}: {n - len(changed)} of {n} cells have the same result{gap}")

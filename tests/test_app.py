@@ -98,7 +98,8 @@ def test_a_search_colours_the_map_by_its_score(tasks, session):
 def test_generated_cells_are_marked_on_the_map(tasks, session):
     _, drawn, genes, file, _ = tasks["generate"](session, "a B cell", 3)
     assert anndata.read_h5ad(file).n_obs == len(drawn["marks"]["x"]) == 3
-    assert len(genes) > 0
+    assert drawn["title"].endswith("Crosses: generated cells.")
+    assert all(len(str(value)) <= 6 for value in genes["mean log1p(CP10k)"])  # three digits, of a double
     assert tasks["generate"](None, "a B cell", 2)[0] is None  # no cells are needed
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 import scmmgpt as sm
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.commands.chat import Chat, share
+from scmmgpt.commands.chat import Chat, has_proof, share
 from scmmgpt.commands.questions import EXAMPLES, Question
 from scmmgpt.commands.wording import Wording
 from scmmgpt.synthetic import MARKERS, synthetic_adata
@@ -132,6 +132,36 @@ def test_turns_keep_the_topic_and_the_subject(chat):
     assert "of the 30 cells called T cell (" in answer
     assert "of the 60 cells of donor_id donor-1 (" in chat.ask("And in donor-1?").text
     assert "of the 30 selected cells (" in chat.ask("Do they express CD19?").text
+
+
+def test_cells_without_a_label_are_unknown(pipeline, adata):
+    adata = adata.copy()
+    pipeline.annotate(adata)
+    adata.obs.loc[adata.obs_names[:6], ["scmmgpt_cell_type", "scmmgpt_score"]] = np.nan  # as where files were joined
+    chat = Chat(pipeline, adata)
+    assert "nan" not in chat.ask("Which types are here?").text
+    assert "for 5 % it is below 0.5, and 5 % are Unknown" in chat.ask("How sure are the labels?").text
+
+
+def test_descriptions_of_labels_that_are_gone_are_made_again(pipeline, adata):
+    adata = adata.copy()
+    pipeline.annotate(adata)
+    pipeline.describe(adata, proof=True)
+    assert has_proof(adata)
+    pipeline.annotate(adata, ["B cell", "T cell"])
+    assert not has_proof(adata)
+    Chat(pipeline, adata)
+    assert has_proof(adata)
+
+
+def test_labels_of_another_checkpoint_are_told(pipeline, adata, caplog):
+    adata = adata.copy()
+    pipeline.annotate(adata)
+    pipeline.describe(adata, proof=True)
+    assert "another checkpoint" not in caplog.text
+    adata.uns["scmmgpt"]["annotate"]["receipt"] |= {"weights": "0" * 16, "checkpoint": "theirs"}
+    pipeline.describe(adata, proof=True)
+    assert "has labels of another checkpoint (theirs)" in caplog.text
 
 
 def test_all_cells_can_be_asked_about_and_a_selection_of_none_is_refused(pipeline, adata):

@@ -141,6 +141,25 @@ def test_every_cell_has_a_confidence_or_none(load):
         metric.compute()
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("cell_type_annotation", {"predictions": [], "references": []}, "0 predictions for 0 labels"),
+        ("cell_type_annotation", {"predictions": ["B"], "references": []}, "1 predictions for 0 labels"),
+        ("text_discrepancy", {"predictions": [], "references": []}, "0 descriptions and 0 references"),
+        ("generated_cell_knn", {"references": []}, "generated cells, but got 0 types for 0 cells"),
+        ("generated_cell_knn", {"references": ["B"]}, "generated cells, but got 1 types for 0 cells"),
+    ],
+)
+def test_metrics_of_nothing_are_refused_in_one_line(load, name, given, words):
+    if name == "generated_cell_knn":
+        some = np.eye(4)
+        given = {**given, "generated": some[:0], "real": some, "real_labels": ["B"] * 4, "train": some}
+    with pytest.raises(ValueError, match=words) as caught:
+        load(name).compute(**given)
+    assert "\n" not in str(caught.value)
+
+
 def test_annotation_scores_equal_sklearn(rng):
     truth = rng.choice(["B", "NK", "T"], 200)
     guess = np.where(rng.random(200) < 0.7, truth, rng.choice(["B", "NK", "T"], 200))

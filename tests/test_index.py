@@ -70,6 +70,29 @@ def test_an_index_cannot_leave_out_what_a_text_denies(folder):
         index.find_text(folder, "T cell without CD8", None, "model", 5)
 
 
+def test_cells_called_by_a_profile_come_first(folder, vectors, tmp_path, caplog):
+    query = vectors[0]
+    plain = index.search_index(folder, query, 5)
+    assert index.with_called(plain, folder, query, 5, None, ["hepatocyte"]) == plain
+    assert "Annotate the cells before `scmmgpt index`" in caplog.text
+
+    path = write_embedded(tmp_path / "liver.h5ad", vectors)
+    adata = anndata.read_h5ad(path)
+    adata.obs["scmmgpt_cell_type"] = ["hepatocyte" if i in (7, 8) else "B cell" for i in range(300)]
+    adata.write_h5ad(path)
+    index.add_files(tmp_path / "other", [path])
+    plain = index.search_index(tmp_path / "other", query, 5)
+    found = index.with_called(plain, tmp_path / "other", query, 5, None, ["hepatocyte"])
+    assert sorted(hit.row for hit in found[:2]) == [7, 8]
+    assert [hit.rank for hit in found] == [1, 2, 3, 4, 5]
+    assert found[2].row == 0
+    exact = {row: round(float(vectors[row] @ query) + 1, 4) for row in (7, 8)}
+    assert {hit.row: round(hit.score, 4) for hit in found[:2]} == exact
+    where = index.with_called(plain, tmp_path / "other", query, 5, "number == 8", ["hepatocyte"])
+    assert where[0].row == 8
+    assert index.with_called(plain, tmp_path / "other", query, 5, None, ["enterocyte"]) == plain
+
+
 def test_hits_name_file_and_row(folder, vectors, tmp_path):
     hit = index.search_index(folder, vectors[250], 1)[0]
     assert (hit.cell, hit.file, hit.row) == ("lung-50", str(tmp_path / "lung.h5ad"), 50)

@@ -1,5 +1,6 @@
 """Agents reach the commands over the Model Context Protocol, and files of one folder alone."""
 
+import logging
 import shutil
 import sys
 
@@ -80,6 +81,19 @@ def test_an_agent_inspects_annotates_and_verifies_a_file(call, folder):
     assert found["labels"] == annotated.obs["scmmgpt_cell_type"].value_counts().to_dict()
     assert annotated.uns["scmmgpt"]["annotate"]["labels"].tolist() == ["B", "--quiet"]
     assert call("verify", file="out.h5ad")["verified"]
+
+
+def test_a_warning_reaches_an_agent_once(call):
+    class ServerLog(logging.StreamHandler):  # of the SDK, which follows sys.stderr
+        stream = property(lambda _: sys.stderr, lambda *_: None)
+
+    log = ServerLog()
+    logging.getLogger().addHandler(log)
+    try:
+        found = call("annotate", file="cells.h5ad", output="out.h5ad", labels=["mast cell", "NK cell"])
+    finally:
+        logging.getLogger().removeHandler(log)
+    assert sum("no training cell had" in message for message in found["messages"]) == 1
 
 
 def test_an_agent_searches_embeds_describes_and_generates(call, folder):

@@ -62,6 +62,13 @@ def test_many_cells_are_described_by_a_sample(pipeline, cells, monkeypatch):
     assert "Of 50 cells that were drawn at random." in words
 
 
+def test_a_rare_label_has_no_share_of_nothing(cells):
+    cells = anndata.concat([cells] * 5, index_unique="-")
+    cells.obs["scmmgpt_cell_type"], cells.obs["scmmgpt_score"] = ["mast cell", *["B cell"] * (cells.n_obs - 1)], 0.9
+    words, _ = words_of(report_page(cells, "many"))
+    assert "labels: B cell (100 %), mast cell (<1 %)." in words
+
+
 def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cells):
     pipeline.annotate(cells, cluster_key="donor_id")
     pipeline.explain(cells)
@@ -84,6 +91,8 @@ def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cel
     ):
         assert part in words, part
     assert "1 contradicted" in words
+    assert "markers expressed" in words
+    assert "60 cells, 4 labels: B cell (25 %), " in words  # the answer, above all else
     assert re.search(r"cell-0 monocyte B cell", words)
     assert cells.uns["scmmgpt"]["annotate"]["receipt"]["weights"] in words
     assert len(pictures) == 3
@@ -103,6 +112,7 @@ def test_a_page_without_evidence_says_so(pipeline, cells):
     pipeline.annotate(cells)
     words, pictures = words_of(report_page(cells, "cells"))
     assert "labels in its set" not in words
+    assert "markers expressed" not in words  # which is of the evidence
     kinds = cells.obs["scmmgpt_cell_type"].astype(str)
     cells.obs["scmmgpt_label_set"] = kinds.where(kinds != "B cell", "B cell | plasma cell")
     shown, _ = words_of(report_page(cells, "cells"))

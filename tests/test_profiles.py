@@ -8,8 +8,8 @@ from scipy.sparse import csr_matrix
 
 from scmmgpt.annotation_scmmgpt import name_by_profile
 from scmmgpt.cells_scmmgpt import Cells
-from scmmgpt.evidence_scmmgpt import Explainer
-from scmmgpt.labels_scmmgpt import profiled_types
+from scmmgpt.evidence_scmmgpt import Explainer, label_members
+from scmmgpt.labels_scmmgpt import candidate_columns, profiled_types, with_types
 from scmmgpt.novelty_scmmgpt import Neighbours
 from scmmgpt.profiles_scmmgpt import NO_SIBLING, SIBLING_LEAD, ProfiledTypes, broader_answers
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
@@ -87,12 +87,27 @@ def test_profiles_are_saved_and_load_again(readout):
 
 
 def test_a_label_in_other_words_means_the_type_of_a_profile_unless_a_trained_label_is_meant():
-    found = profiled_types({"Hepatocytes": "Hepatocytes", "B cell": "B cell"}, {}, {"B cell": "."}, [], [HEPATOCYTE])
+    found = profiled_types({"Hepatocytes": "Hepatocytes", "B cell": "B cell"}, {}, {"B cell": "."}, [HEPATOCYTE])
     assert found == {"A liver cell.": 0}
-    by_id = profiled_types({"mine": "mine"}, {"mine": "CL:0000182"}, {}, [], [HEPATOCYTE])
+    by_id = profiled_types({"mine": "mine"}, {"mine": "CL:0000182"}, {}, [HEPATOCYTE])
     assert by_id == {"A liver cell.": 0}
-    terms = [{"id": "CL:0000182", "names": ["hepatocyte"], "labels": ["liver cell"]}]
-    assert profiled_types({"hepatocyte": "h"}, {}, {"liver cell": "."}, terms, [HEPATOCYTE]) == {}
+    ids = {"liver cell": "CL:0000182"}
+    assert profiled_types({"hepatocyte": "h"}, ids, {"liver cell": "."}, [HEPATOCYTE]) == {}
+
+
+def test_a_type_with_a_profile_means_itself_and_the_trained_labels_below_it():
+    stored = [{"id": "CL:0000165", "names": ["neuroendocrine cell"], "labels": ["D cell"]}]
+    known = {"id": "CL:0000165", "name": "neuroendocrine cell", "names": ["neuroendocrine cell"]}
+    known |= {"labels": ["neuroendocrine cell"], "text": "A cell."}
+    trained = {"D cell": ".", "B cell": "."}
+    assert profiled_types({"Neuroendocrine cells": "."}, {}, trained, [known]) == {"A cell.": 0}
+    terms = with_types(stored, [known])
+    columns = {"D cell": 0, "B cell": 1, "neuroendocrine cell": 2}
+    found = label_members(["neuroendocrine cell", "Neuroendocrine cells", "D cell"], columns, terms)
+    assert found.tolist() == [[True, False, True], [True, False, True], [True, False, False]]
+    asked = {"neuroendocrine cell": "neuroendocrine cell", "B cell": "."}
+    candidates = candidate_columns(asked, trained | {"neuroendocrine cell": "A cell."}, {}, terms)
+    assert candidates.meant["neuroendocrine cell"] == ["neuroendocrine cell", "D cell"]
 
 
 def test_names_by_a_profile_are_marked():

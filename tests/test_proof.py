@@ -67,8 +67,15 @@ def test_what_is_unusual_for_a_kind_is_said_of_that_cell_alone(pipeline):
     assert "CD14 (40)" in adata.obs["scmmgpt_description"].iloc[0]
 
 
-@pytest.mark.parametrize(("share", "is_news"), [(0.15, False), (0.6, True)])
-def test_a_trace_of_another_type_is_no_news(pipeline, share, is_news):
+@pytest.mark.parametrize(
+    ("share", "is_slide", "is_news"), [(0.15, False, False), (0.6, False, True), (0.6, True, False), (1.5, True, True)]
+)
+def test_a_trace_of_another_type_is_no_news(pipeline, monkeypatch, share, is_slide, is_news):
+    stored = pipeline.model.config.annotation  # terms say that no type is a kind of another
+    terms = [
+        {"id": f"CL:{i}", "name": name, "names": [name], "labels": [name]} for i, name in enumerate(stored["labels"])
+    ]
+    monkeypatch.setitem(stored, "terms", terms)
     adata = synthetic_adata(120)
     counts = adata.X.tolil()
     gene, is_monocyte = adata.var_names.get_loc("CD14"), (adata.obs["cell_type"] == "monocyte").to_numpy()
@@ -79,6 +86,8 @@ def test_a_trace_of_another_type_is_no_news(pipeline, share, is_news):
     for cell in (0, 4):
         counts[cell, gene] = round(share * rate * sizes[cell])
     adata.X = counts.tocsr()
+    if is_slide:
+        adata.obsm["spatial"] = np.zeros((120, 2))
     texts = pipeline.describe(adata, proof=True).obs["scmmgpt_description"].iloc[[0, 4]]
     assert [("Unusually" in text and "CD14" in text) for text in texts] == [is_news] * 2
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scmmgpt import cells_scmmgpt, synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells, CellsHash
+from scmmgpt.commands.report import warnings_of
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.receipt_scmmgpt import hash_tensors
 
@@ -152,6 +153,37 @@ def test_descriptions_embeddings_and_searches_are_verified_too(checkpoint, annot
     assert status == 0
     assert {result["verb"] for result in report["results"]} == {"annotate", "describe", "embed", "search"}
     assert all(result["verified"] for result in report["results"])
+
+
+def test_descriptions_that_came_before_the_labels_are_verified_as_such(checkpoint, adata, tmp_path, capsys):
+    paths = [str(tmp_path / f"{name}.h5ad") for name in "abc"]
+    adata.write_h5ad(paths[0])
+    base = ["--model", checkpoint, "--quiet", "-o"]
+    assert main(["describe", paths[0], *base, paths[1], "--max-new-tokens", "3"]) == 0
+    assert main(["annotate", paths[1], *base, paths[2], "--labels", "B", "NK cell"]) == 0
+    status, report = verify(capsys, paths[2])
+    assert status == 0
+    assert [result["verified"] for result in report["results"]] == [True, True]
+
+
+def test_descriptions_of_labels_that_are_gone_are_named_as_superseded(checkpoint, annotated, tmp_path, capsys, caplog):
+    base = ["--model", checkpoint, "-o"]
+    described, again = str(tmp_path / "described.h5ad"), str(tmp_path / "again.h5ad")
+    assert main(["describe", annotated, *base, described, "--max-new-tokens", "3", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["annotate", described, *base, again, "--labels", "NK cell", "a mast cell"]) == 0
+    assert "results of describe for other labels than these" in caplog.text
+    status, report = verify(capsys, again)
+    assert status == 1
+    assert [(r["verb"], r.get("superseded", False), r["verified"]) for r in report["results"]] == [
+        ("annotate", False, True),
+        ("describe", True, False),
+    ]
+    assert main(["verify", again, "--quiet"]) == 1
+    assert (
+        "describe: superseded, of labels that the file no longer has. Run `describe` again." in capsys.readouterr().out
+    )
+    assert "The descriptions are of other labels" in " ".join(warnings_of(anndata.read_h5ad(again)))
 
 
 def test_generated_cells_are_verified(checkpoint, tmp_path, capsys):

@@ -8,6 +8,7 @@ it lowers the recall of the true types.
 >>> metric.compute(predictions=["B", "T"], references=["B", "NK"], confidences=[0.9, 0.6])            # doctest: +SKIP
 """
 
+from collections.abc import Sized
 from typing import Any
 
 import datasets
@@ -40,11 +41,7 @@ def annotation_scores(
         `accuracy`, `macro_f1`, `weighted_f1`, `balanced_accuracy` (mean recall of the true types), and `ece`.
     """
     predictions, references = np.asarray(predictions).astype(str), np.asarray(references).astype(str)
-    if len(predictions) != len(references) or not len(references):
-        raise ValueError(
-            f"Expected one prediction for each true label, but got {len(predictions)} predictions "
-            f"for {len(references)} labels."
-        )
+    _check_pairs(predictions, references)
     labels = np.unique(references)
     _, recall, f1, support = precision_recall_fscore_support(references, predictions, labels=labels, zero_division=0)
     scores = {
@@ -77,6 +74,14 @@ def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike) -> fl
     return float(np.abs(gaps).sum() / len(confidences))
 
 
+def _check_pairs(predictions: Sized, references: Sized) -> None:
+    if len(predictions) != len(references) or not len(references):
+        raise ValueError(
+            f"Expected one prediction for each true label, but got {len(predictions)} predictions "
+            f"for {len(references)} labels."
+        )
+
+
 class CellTypeAnnotation(evaluate.Metric):
     """`evaluate` module around `annotation_scores`, for names of types or their numbers."""
 
@@ -95,10 +100,11 @@ class CellTypeAnnotation(evaluate.Metric):
         self, *, predictions: Any = None, references: Any = None, confidences: Any = None, **options: Any
     ) -> None:
         """Add a batch; `confidences`, if any, are given with every batch."""
+        lists = {"predictions": np.asarray(predictions).tolist(), "references": np.asarray(references).tolist()}
+        _check_pairs(**lists)  # `evaluate` takes the type of a column from its first entry
         # They are not columns of the module's table, since `evaluate` has no columns that may be left out.
         self.confidences = getattr(self, "confidences", [])
         self.confidences.extend([] if confidences is None else np.asarray(confidences, dtype=np.float64).tolist())
-        lists = {"predictions": np.asarray(predictions).tolist(), "references": np.asarray(references).tolist()}
         super().add_batch(**lists, **options)
 
     def add(self, *, prediction: Any = None, reference: Any = None, confidence: Any = None, **options: Any) -> None:

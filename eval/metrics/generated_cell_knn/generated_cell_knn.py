@@ -209,6 +209,12 @@ def generated_cell_scores(
     widths = {name: matrix.shape[1] for name, matrix in (("generated", generated), ("real", real), ("train", train))}
     if len(set(widths.values())) > 1:
         raise ValueError(f"The matrices have different numbers of genes, {widths}. Select the shared genes.")
+    for what, cells, types in (("generated", generated, references), ("real", real, real_labels)):
+        n_types = len(np.asarray(types))
+        if cells.shape[0] != n_types or not n_types:
+            raise ValueError(
+                f"Expected one type for each of the {what} cells, but got {n_types} types for {cells.shape[0]} cells."
+            )
     space = fit_cell_space(train, n_components=n_components, seed=seed)
     points, reference_points = space.transform(generated), space.transform(real)
     hits = knn_accuracy(
