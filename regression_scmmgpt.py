@@ -68,7 +68,7 @@ def scale_groups(a: dict[str, np.ndarray], here: np.ndarray) -> dict[str, np.nda
     A cell's counts are of the genes at hand, so that what these genes take of its type's expression is lost: a cell of
     a type that expresses many of a panel's genes has lower values in each. The mean over the labels stays.
     """
-    linear = np.expm1(a["groups"])
+    linear = np.expm1(a["groups"]).clip(min=0)  # means freed of the datasets' levels may lie below: no expression
     shares = linear[:, here].sum(axis=1) / linear.sum(axis=1).clip(min=1e-12)
     of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
     usual = (of_labels @ shares / of_labels.sum(axis=1).clip(min=1e-12)).mean()

@@ -17,6 +17,8 @@ scored.
 * `pooled readout, absent genes at their mean`: weights of all genes, not solved again;
 * `pooled readout, by types`: fitted to the Cell Ontology terms within the classes, whose probabilities are summed;
 * `pooled readout, by types, each cell alone`: the same, and no cell tells of another;
+* `pooled readout, by types, with reference profiles`: as the released checkpoint, with mean profiles of the types and
+  of other cells beside the cells (`train.references`), which no other system has;
 * `logistic regression`: log1p(CP10k) of the genes that the left-out dataset measures, the 4,000 (2,000) most variable
   ones, balanced, C by leaving out thirds of the training datasets;
 * `CellTypist`: `celltypist.train` with its defaults on log1p(CP10k) of the same genes.
@@ -54,9 +56,12 @@ from scmmgpt.eval.results import percentile_interval
 from scmmgpt.eval.task import read_runs
 from scmmgpt.labels_scmmgpt import term_of
 from scmmgpt.refinement_scmmgpt import refine_by_cells
+from scmmgpt.train import release
 from scmmgpt.train.data import ontology
+from scmmgpt.train.data.gene_tables import reference_gene_index
 from scmmgpt.train.data.prepare import read_label_table
 from scmmgpt.train.pooled import PENALTY, Dataset, fit_pooled_readout
+from scmmgpt.train.references import reference_table
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +71,7 @@ INVERSE_PENALTIES = (0.003, 0.03, 0.3)  # C of logistic regression
 N_FOLDS = 3  # of training datasets, by which C is chosen
 N_RESAMPLES = 500
 MODEL = "pooled readout"
+WITH_PROFILES = f"{MODEL}, by types, with reference profiles"
 DATASET = "scmmgpt/human_sets"  # name of the datasets of `train/data/tables/human_sets.json` in `.eval_results`
 
 
@@ -95,6 +101,7 @@ class LeftOutSet:
     classes: list[str]  # candidates, sorted; every class of `test` is among them
     n_genes: int  # size of the vocabulary
     of_tissue: np.ndarray  # bool (n_cells, n_classes): the classes that the tissue of each cell has
+    folder: str | Path = ""  # of the data, with the reference profiles
 
     def datasets(self) -> list[Dataset]:
         """The training cells of the candidates' classes, by dataset."""
@@ -117,7 +124,6 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
     """
     from scmmgpt.readers.cell_files import read_file
     from scmmgpt.reading_scmmgpt import choose_input
-    from scmmgpt.train.data.gene_tables import reference_gene_index
     from scmmgpt.train.labels import column_of
 
     path = Path(folder, "tables", "label_classes.json")
@@ -145,14 +151,16 @@ def read_sets(folder: str | Path, level: str, max_cells: int) -> tuple[list[Labe
     return sets, max(index.vocabulary.values()) + 1
 
 
-def leave_out(sets: Sequence[LabelledSet], name: str, candidates: str, n_genes: int) -> LeftOutSet:
+def leave_out(
+    sets: Sequence[LabelledSet], name: str, candidates: str, n_genes: int, folder: str | Path = ""
+) -> LeftOutSet:
     """The case of one dataset; its cells of classes that no other has are left out."""
     train = [part for part in sets if part.name != name]
     (test,) = (part for part in sets if part.name == name)
     known = sorted({label for part in train for label in part.labels})
     test = test.take(np.flatnonzero(np.isin(test.labels, known)))
     classes = sorted(set(test.labels)) if candidates == "present" else known
-    return LeftOutSet(train, test, classes, n_genes, tissue_candidates(sets, test.tissues, classes))
+    return LeftOutSet(train, test, classes, n_genes, tissue_candidates(sets, test.tissues, classes), folder)
 
 
 def tissue_candidates(sets: Sequence[LabelledSet], tissues: np.ndarray, classes: Sequence[str]) -> np.ndarray:
@@ -207,10 +215,11 @@ def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.
     )
 
 
-def pooled_by_types(case: LeftOutSet, *, alone: bool = False) -> np.ndarray:
-    """Our readout of the types within the classes, whose probabilities are summed, as the released checkpoint is.
+def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = False) -> np.ndarray:
+    """Our readout of the types within the classes, whose probabilities are summed.
 
-    With `alone`, each cell is named by itself.
+    With `alone`, each cell is named by itself. With `profiles`, reference profiles of the types and of other cells
+    join the datasets, as in the released checkpoint.
 
     A cell of unknown type counts for each type of its class a part.
     """
@@ -227,6 +236,11 @@ def pooled_by_types(case: LeftOutSet, *, alone: bool = False) -> np.ndarray:
             targets = np.array([kinds.index(pairs[row]) for row in rows])
             datasets.append(Dataset(part.cells[rows].to_csr(case.n_genes), part.measured, targets))
     shares = meanings / meanings.sum(axis=1, keepdims=True)
+    if profiles:
+        names = [kind or label for label, kind in types]
+        table, index = read_label_table("human"), reference_gene_index()
+        if (reference := release.read_profiles(case.folder, names, table, index, case.n_genes)) is not None:
+            datasets, shares = reference.join(datasets, shares, np.arange(len(types)))
     readout = fit_pooled_readout(datasets, len(types), meanings=shares)
     panel = readout.for_genes(case.test.measured)
     panel = panel if alone else refine_by_cells(readout, panel, case.test.cells)
@@ -309,6 +323,7 @@ SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
     f"{MODEL}, absent genes at their mean": lambda case: pooled(case, refit=False),
     f"{MODEL}, by types": pooled_by_types,
     f"{MODEL}, by types, each cell alone": lambda case: pooled_by_types(case, alone=True),
+    WITH_PROFILES: lambda case: pooled_by_types(case, profiles=True),
     "logistic regression, 4,000 genes": lambda case: logistic_regression(case, n_genes=4000),
     "logistic regression, 2,000 genes": lambda case: logistic_regression(case, n_genes=2000),
     "CellTypist, 4,000 genes": lambda case: celltypist(case, n_genes=4000),
@@ -402,15 +417,26 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of the training cells of each label of a dataset, for a learning curve (%(default)s)",
     )
     parser.add_argument("--sets", nargs="*", help="datasets to leave out; by default each")
-    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="by default all")
+    parser.add_argument("--systems", nargs="*", choices=SYSTEMS, help="by default all that the data allow")
     parser.add_argument("--choose-penalty", action="store_true", help="choose ours by an inner leave-one-out")
     return parser
+
+
+def chosen_systems(names: Sequence[str] | None, folder: str | Path) -> list[str]:
+    """The named systems, by default all; that of reference profiles needs their file."""
+    path = Path(folder, reference_table()["file"])
+    if names is None:
+        return [system for system in SYSTEMS if system != WITH_PROFILES or path.is_file()]
+    if WITH_PROFILES in names and not path.is_file():
+        raise FileNotFoundError(f"There is no {path}, which {WITH_PROFILES!r} needs; leave it out of --systems.")
+    return list(names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Runs in `results.json` of the output folder are not repeated."""
     args = make_parser().parse_args(argv)
     annotators.quieten()
+    systems = chosen_systems(args.systems, args.data)
     sets, n_genes = read_sets(args.data, args.level, args.max_cells)
     unknown = sorted(set(args.sets or ()) - {part.name for part in sets})
     if unknown:
@@ -426,14 +452,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in sets:
         if args.sets and part.name not in args.sets:
             continue
-        case = leave_out(sets, part.name, args.candidates, n_genes)
+        case = leave_out(sets, part.name, args.candidates, n_genes, args.data)
         if len(case.test.labels) == 0 or len(case.classes) < 2:
             logger.warning("%s is left out: no two of its classes are in other datasets.", part.name)
             continue
         truths[part.name] = case.test.labels
         if args.train_share < 1:
             case = replace(case, train=[thin(other, args.train_share) for other in case.train])
-        for system in args.systems:
+        for system in systems:
             if (system, part.name) in done:
                 continue
             options = {"choose": True} if args.choose_penalty and system == MODEL else {}

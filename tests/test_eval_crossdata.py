@@ -96,6 +96,37 @@ def test_a_dataset_whose_classes_no_other_has_is_not_scored(folder, tmp_path):
     assert sorted(row["by_set"]) == ["one", "two"]
 
 
+def test_a_class_that_the_datasets_hardly_show_is_known_by_its_reference_profile(folder):
+    table = json.loads((folder / "tables" / "label_classes.json").read_text())
+    terms = {"B cell": "CL:0000236", "T cell": "CL:0000084", "myeloid": "CL:0000235"}
+    for labels in table.values():
+        labels |= {name: {"coarse": name, "fine": term} for name, term in terms.items()}
+    (folder / "tables" / "label_classes.json").write_text(json.dumps(table))
+    words = ["--data", str(folder), "--output", str(folder / "out"), "--systems", crossdata.WITH_PROFILES]
+    with pytest.raises(FileNotFoundError, match="with reference profiles' needs; leave it out"):
+        crossdata.main(words)
+    assert crossdata.WITH_PROFILES not in crossdata.chosen_systems(None, folder)
+    own = {"B cell": "B cell_CordBlood1", "T cell": "T cell_CordBlood1", "myeloid": "Macrophage_AdultLung1"}
+    profiles = {own[name]: [50.0 if gene in MARKERS[name] else 1.0 for gene in GENES] for name in MARKERS}
+    profiles["Hepatocyte_AdultLiver1"] = [50.0 if gene == "B2M" else 1.0 for gene in GENES]
+    path = folder / "tables" / "hcl_pseudobulk_ref.csv.gz"
+    pd.DataFrame(profiles, index=GENES).to_csv(path)
+    assert crossdata.chosen_systems(None, folder) == list(crossdata.SYSTEMS)
+    sets, n_genes = crossdata.read_sets(folder, "coarse", max_cells=20)
+    sets[0] = sets[0].take(np.flatnonzero(sets[0].labels != "B cell"))
+    for part in sets[1:2]:  # the B cells of the other dataset are those of an empty drop
+        part.cells.counts[np.repeat(part.labels == "B cell", np.diff(part.cells.indptr))] = 1
+    case = crossdata.leave_out(sets, "panel", "all", n_genes, folder)
+    names = np.array(case.classes)
+    found = {
+        known: names[crossdata.pooled_by_types(case, profiles=known).argmax(axis=1)] == case.test.labels
+        for known in (False, True)
+    }
+    b_cells = case.test.labels == "B cell"
+    assert found[True][b_cells].mean() > found[False][b_cells].mean() + 0.3
+    assert found[True].mean() > 0.9
+
+
 @pytest.mark.parametrize("words", [["--max-cells", "0"], []])
 def test_a_wrong_command_line_is_an_error_of_one_line(words, capsys):
     with pytest.raises(SystemExit):

@@ -120,6 +120,21 @@ def test_a_type_that_expresses_more_of_a_panel_has_lower_values_in_each_gene_of_
     np.testing.assert_allclose(scaled["group_mean"], scaled["groups"].mean(axis=0))
 
 
+def test_a_group_below_no_expression_in_a_gene_has_none_at_any_scale():
+    cells = np.array([[0.1, -0.05, 99.95], [10, 5, 85]])  # the panel has a thousandth of the first cell
+    arrays = {
+        "groups": np.log1p(cells),
+        "group_labels": np.eye(2),
+        "group_weights": np.full(2, 0.5),
+        "group_mean": np.log1p(cells).mean(axis=0),
+        "bias": np.zeros(2),
+    }
+    scaled = scale_groups(arrays, np.array([True, True, False]))
+    panel = np.expm1(scaled["groups"])[:, :2]
+    np.testing.assert_allclose(panel[0], [7.55, 0], atol=0.02)  # half of 15 + 0.1 counts
+    assert np.isfinite(scaled["group_mean"]).all()
+
+
 def test_a_novel_cell_gets_a_broader_term_that_is_not_novel_and_else_none():
     unit, novelty = 0.6, np.array([[0.1, 0.1], [0.5, 0.2], [np.inf, 0.9]])
     broader = first_term(novelty, unit)
