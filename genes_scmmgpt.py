@@ -8,7 +8,7 @@ probes aside. A gene that a file does not measure is absent, not zero.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +42,11 @@ MADE_UNIQUE = re.compile(r"[-.]\d$")
 EXCEL_DATE = re.compile(r"^(?:(\d{1,2})-(Mar|Sep)|(Mar|Sep)-0?(\d{1,2}))$")
 MOUSE_SYMBOL = re.compile(r"^([A-Z][a-z0-9]+|mt-[A-Z][a-z0-9]+|[A-Z][a-z]+[A-Za-z0-9-]*|\d{7}[A-Z]\d{2}Rik)$")
 HUMAN_SYMBOL = re.compile(r"^([A-Z][A-Z0-9.-]*|C\d+orf\d+)$")
+# Names that only mouse genes have, in capitals: predicted genes, RIKEN clones, haemoglobins, MHC, pseudogenes.
+MOUSE_CAPITALS = re.compile(
+    r"^(GM\d{3,5}|\d{7}[A-Z]\d{2}RIK|HB[AB]-(A|B[HST]|X|Y)\d?|H2-(?!KE)[A-Z]+\d*|[A-Z0-9]+-PS\d*)$"
+)
+MIN_MOUSE_CAPITALS = 3  # names; of 25 human files none has more than one (GM140)
 
 
 class Species(NamedTuple):
@@ -107,6 +112,7 @@ class GeneIndex:
         # Some files write `C1ORF112` for `C1orf112`. Symbols that differ in case only are not folded.
         folded = Counter(name.upper() for name in self.vocabulary)
         self._folded = {name.upper(): i for name, i in self.vocabulary.items() if folded[name.upper()] == 1}
+        self._folded_orthologs = {species: _folded_keys(table) for species, table in self.orthologs.items()}
 
     def __len__(self) -> int:
         return len(self.vocabulary)
@@ -130,13 +136,9 @@ class GeneIndex:
         ensembl = ENSEMBL.match(name)
         key = ensembl.group(1).upper() if ensembl else name
         if species is not None and self.translates(species):
-            table = self.orthologs[species]
-            names = (
-                key,
-                _embedded(name),
-                EMBEDDED_ENSEMBL.sub("", name),
-                name.capitalize() if name.islower() else key,
-            )
+            table, in_one_case = self.orthologs[species], name.islower() or name.isupper()
+            folded = self._folded_orthologs[species].get(name.upper(), key) if in_one_case else key
+            names = (key, _embedded(name), EMBEDDED_ENSEMBL.sub("", name), folded)
             found = next(
                 (self.vocabulary[table[n]] for n in names if n in table and table[n] in self.vocabulary), None
             )
@@ -168,6 +170,12 @@ class GeneIndex:
         names = (f"SEPTIN{n}", f"SEPT{n}") if month == "Sep" else (f"MARCHF{n}", f"MARCH{n}") if n > 2 else ()
         found = next((self.vocabulary[name] for name in names if name in self.vocabulary), None)
         return (-1, "unmatched") if found is None else (found, "excel date")
+
+
+def _folded_keys(names: Iterable[str]) -> dict[str, str]:
+    """Name in capitals -> the name, where that is one name."""
+    folded = Counter(name.upper() for name in names)
+    return {name.upper(): name for name in names if folded[name.upper()] == 1}
 
 
 def _embedded(name: str) -> str | None:
@@ -206,6 +214,9 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
     human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n
     if mouse > 0.4 and mouse > 2 * human:
         return "mouse", f"{mouse:.0%} of the names are spelt as mouse symbols are (Cd3e)"
+    in_capitals = [name for name in names if MOUSE_CAPITALS.match(name)]
+    if human > 0.4 and human > 2 * mouse and len(in_capitals) >= MIN_MOUSE_CAPITALS:
+        return "mouse", f"{len(in_capitals)} of the names are those of mouse genes in capitals ({in_capitals[0]})"
     if human > 0.4 and human > 2 * mouse:
         return "human", f"{human:.0%} of the names are spelt as human symbols are (CD3E)"
     return "unknown", f"{human:.0%} of the names are spelt as human symbols are (CD3E), {mouse:.0%} as mouse (Cd3e)"

@@ -183,6 +183,15 @@ def test_base_and_total_of_a_logarithm_are_found(counts):
     assert (verdict.base, verdict.target_sum, verdict.exact) == (2.0, 1e6, True)
 
 
+def test_a_binary_logarithm_of_a_selection_of_genes_is_told_by_its_largest_cells():
+    rng = np.random.default_rng(5)
+    tpm = rng.lognormal(3, 1.5, (50, 300)) * (rng.random((50, 300)) < 0.6)
+    shares = np.where(np.arange(50) < 15, 4e5, 8e3)  # of 1e6: most cells express little of the selection
+    logs = np.log2(1 + tpm / tpm.sum(axis=1, keepdims=True) * shares[:, None] * rng.uniform(0.5, 1, (50, 1)))
+    assert np.median(np.expm1(logs).sum(axis=1)) < 2e6  # the middle cell alone says nothing
+    assert inspect_matrix(logs).base == 2
+
+
 @pytest.mark.parametrize("pseudo_count", [0.1, 0.5, 2, 10])
 @pytest.mark.parametrize("log", [np.log, np.log2, np.log10])
 def test_counts_are_recovered_from_logarithms_with_any_pseudo_count(counts, gene_index, log, pseudo_count):
@@ -341,6 +350,16 @@ def test_names_in_lower_case_are_read_if_the_species_is_named(counts, gene_index
     lower = make_adata(counts, [name.lower() for name in MOUSE])
     assert_same_cells(read_cells(lower, gene_index, organism="mouse")[0], raw)  # by orthologs
     assert_same_cells(read_cells(lower, gene_index, organism="human")[0], raw)  # zebrafish writes lower case too
+
+
+def test_mouse_names_in_capitals_are_read_as_mouse_where_only_mouse_has_some(counts, gene_index):
+    raw, _ = read_cells(make_adata(counts), gene_index)
+    foreign = ["GM10925", "HBB-BT", "1700012B09RIK"]
+    more = np.hstack([counts, np.zeros((N_CELLS, len(foreign)), counts.dtype)])
+    cells, report = read_cells(make_adata(more, [name.upper() for name in MOUSE] + foreign), gene_index)
+    assert report["genes"]["species"] == "mouse"
+    assert report["genes"]["how"]["ortholog"] == N_GENES
+    assert_same_cells(cells, raw)
 
 
 def test_shuffled_genes_give_the_same_cells(counts, gene_index):
@@ -775,7 +794,9 @@ def test_the_mouse_genes_of_a_mixture_are_set_aside(counts, gene_index):
     ("names", "species"),
     [
         (["CD3E", "MS4A1", "HLA-A", "C1orf112", "RP11-34P13.7"], "human"),
+        (["CD3E", "MS4A1", "GM140", "HBA-T2", "HBA-T3", "H2-KE2", "H2-KE4", "H2-KE6"], "human"),  # old human names
         (["Cd3e", "Ms4a1", "H2-K1", "mt-Nd1", "1700012B09Rik"], "mouse"),
+        (["CD3E", "MS4A1", "ACTB", "GM10925", "HBB-BT", "1700012B09RIK", "RPS23-PS1"], "mouse"),
         (["ENSG00000198851", "ENSG00000156738.1"], "human"),
         (["ENSMUSG00000032093", "ENSMUSG00000024673.5"], "mouse"),
         (["ENSMMUG00000000001"], "rhesus macaque"),
