@@ -33,6 +33,7 @@ from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
+from scmmgpt.records_scmmgpt import recorded
 
 
 # Before the import: gradio looks up addresses on the internet at start. Nothing leaves the machine.
@@ -349,7 +350,7 @@ class Tasks:
             return None, None, genes, save(generated, "generated.h5ad")
         if "X_scmmgpt" not in session.adata.obsm:
             self.pipeline.embed(session.adata)
-        of = session.adata.uns.get("scmmgpt", {}).get("embed", {}).get("of")  # of a file, not always the default
+        of = recorded(session.adata, "scmmgpt", "embed").get("of")  # of a file, not always the default
         self.pipeline.embed(generated, of=of)
         spaces = session.adata.obsm["X_scmmgpt"], generated.obsm["X_scmmgpt"]
         session.marks = nearest_places(session.places, *spaces)

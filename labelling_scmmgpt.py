@@ -34,7 +34,7 @@ from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
 from .profiles_scmmgpt import ProfiledTypes, broader_answers
 from .proof_scmmgpt import tissues_of
 from .receipt_scmmgpt import superseded
-from .records_scmmgpt import MISSING, add_column, finish_report, table_of, words_of
+from .records_scmmgpt import MISSING, add_column, finish_report, recorded, table_of, words_of
 from .refinement_scmmgpt import MIN_FILE, FileMeans
 from .scoring_scmmgpt import LabelScorer, text_states
 from .unseen_scmmgpt import MIN_BATCH, TextScores
@@ -222,7 +222,7 @@ class LabellingSteps(CellPasses):
         Columns of `obs` that [`ScMMGPTPipeline.annotate`] added, else `columns`, by default what it adds by default.
         """
         if f"{key}_cell_type" in adata.obs:
-            receipt = adata.uns.get(key, {}).get("annotate", {}).get("receipt", {})
+            receipt = recorded(adata, key, "annotate").get("receipt", {})
             if receipt.get("weights", now := self.signer.sign("annotate")["weights"]) != now:
                 logger.warning(
                     f"obs['{key}_cell_type'] has labels of another checkpoint ({receipt.get('checkpoint')}), and the "

@@ -31,6 +31,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from .records_scmmgpt import recorded
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -210,7 +212,7 @@ def superseded(adata: Any, key: str) -> list[str]:
     """Verbs whose results in `uns[key]` are of other labels than those that `obs` has now."""
     found = []
     for verb in OF_LABELS:
-        receipt = adata.uns.get(key, {}).get(verb, {}).get("receipt", {})
+        receipt = recorded(adata, key, verb).get("receipt", {})
         if receipt.get("labels"):
             column = label_column(key, json.loads(receipt["options"]))
             found += [verb] * (hash_labels(adata, column) != receipt["labels"])

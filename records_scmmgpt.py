@@ -99,3 +99,11 @@ def record(adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> 
             before = {}
         adata.uns[name] = {**before, **entries}
     return adata
+
+
+def recorded(adata: Any, key: str, verb: str) -> Mapping[str, Any]:
+    """What [`record`] added to `uns[key]` for a verb; empty without it, and where others keep something else there."""
+    found: Any = adata.uns
+    for name in (key, verb):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}

@@ -21,7 +21,7 @@ from scmmgpt.evidence_scmmgpt import NONE
 from scmmgpt.programmes_scmmgpt import PROGRAMMES
 from scmmgpt.proof_scmmgpt import MIN_PROGRAMME_GENES, MIN_SCORE, TYPE_FOLD, TYPE_SHARE, Expression, join
 from scmmgpt.receipt_scmmgpt import superseded
-from scmmgpt.records_scmmgpt import words_of
+from scmmgpt.records_scmmgpt import recorded, words_of
 
 
 STATES = (  # words that ask for each of PROGRAMMES
@@ -73,7 +73,7 @@ def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
 
 def has_proof(adata: Any) -> bool:
     """Whether cells have descriptions with proof, of the labels that they have now."""
-    described = adata.uns.get("scmmgpt", {}).get("describe", {})
+    described = recorded(adata, "scmmgpt", "describe")
     return "clauses" in described and "describe" not in superseded(adata, "scmmgpt")
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from scmmgpt.commands.verify import COMMANDS, receipts
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.receipt_scmmgpt import superseded
-from scmmgpt.records_scmmgpt import need_columns
+from scmmgpt.records_scmmgpt import need_columns, recorded
 
 
 SHOWN = 10  # rows of a table of cells
@@ -54,7 +54,6 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
     if f"{KEY}_cell_type" not in adata.obs:
         raise ValueError("The cells have no labels of `scmmgpt annotate`: annotate them first, or name a --model.")
     need_columns(adata.obs, *filter(None, [label_key]))
-    uns = adata.uns.get(KEY, {})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "eval" / "templates"),
         autoescape=True,
@@ -68,13 +67,13 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
         pictures=pictures(adata, label_key, seed),
         warnings=warnings_of(adata),
         labels=label_rows(adata),
-        evidence=evidence_rows(uns.get("explain", {})),
+        evidence=evidence_rows(recorded(adata, KEY, "explain")),
         clusters=cluster_rows(adata),
         audit=audit_rows(adata),
         descriptions=description_rows(adata),
-        groups=group_rows(uns.get("describe", {})),
+        groups=group_rows(recorded(adata, KEY, "describe")),
         n_described=int((adata.obs.get(f"{KEY}_description", pd.Series()).astype(str) != "").sum()),
-        input=input_facts(uns.get("input", {})),
+        input=input_facts(recorded(adata, KEY, "input")),
         receipts=[{"verb": verb, "facts": receipt_facts(receipt)} for _, verb, receipt in receipts(adata.uns)],
     )
 
@@ -90,7 +89,7 @@ def pictures(adata: Any, label_key: str | None, seed: int) -> dict[str, dict[str
         columns = [f"{KEY}_cell_type", f"{KEY}_score"]
         values = {name.removeprefix("scmmgpt_"): adata.obs[name].iloc[rows].to_numpy() for name in columns}
         found["map"] = figures.scatter_figure(places, values), f"{what}: {len(rows):,} cells by label and by score."
-    if "gene" in adata.uns.get(KEY, {}).get("explain", {}):
+    if "gene" in recorded(adata, KEY, "explain"):
         caption = "Genes that speak for each label against the runner-up. Darker: more cells express the gene."
         found["evidence"] = pl.evidence(adata), caption
     if label_key is not None:
@@ -104,8 +103,7 @@ def pictures(adata: Any, label_key: str | None, seed: int) -> dict[str, dict[str
 
 def warnings_of(adata: Any) -> list[str]:
     """Warnings to read before the labels, as sentences."""
-    uns = adata.uns.get(KEY, {})
-    done, read = uns.get("annotate", {}), uns.get("input", {})
+    done, read = recorded(adata, KEY, "annotate"), recorded(adata, KEY, "input")
     found = [str(text) for text in np.atleast_1d(read.get("warnings", []))]
     matched = read.get("genes", {}).get("share_matched", 1.0)
     if matched < LOW_MATCH:
@@ -124,7 +122,7 @@ def warnings_of(adata: Any) -> list[str]:
     for verb in superseded(adata, KEY):
         what = {"explain": "The evidence is", "describe": "The descriptions are"}[verb]
         found.append(f"{what} of other labels than those of this page: run scmmgpt {COMMANDS[verb]} again.")
-    if "explain" not in uns:
+    if not recorded(adata, KEY, "explain"):
         found.append("There is no evidence for the labels: run scmmgpt annotate with --evidence.")
     return found
 
@@ -185,7 +183,7 @@ def evidence_rows(explained: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def cluster_rows(adata: Any) -> list[dict[str, Any]]:
     """A row for each cluster that `annotate` was given: its type, and the votes of its cells."""
-    table = adata.uns.get(KEY, {}).get("annotate", {}).get("clusters", {})
+    table = recorded(adata, KEY, "annotate").get("clusters", {})
     return pd.DataFrame({name: np.asarray(values) for name, values in table.items()}).to_dict("records")
 
 

@@ -1,6 +1,7 @@
 """Receipts name what a result came from, and `verify` computes it again and names what changed."""
 
 import json
+from types import SimpleNamespace
 
 import anndata
 import h5py
@@ -15,7 +16,8 @@ from scmmgpt.__main__ import main
 from scmmgpt.cells_scmmgpt import Cells, CellsHash
 from scmmgpt.commands.report import warnings_of
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.receipt_scmmgpt import hash_tensors
+from scmmgpt.receipt_scmmgpt import hash_tensors, superseded
+from scmmgpt.records_scmmgpt import recorded
 
 
 LABELS = {"B": "a B cell", "T": "a T cell"}
@@ -260,3 +262,10 @@ def test_a_file_without_a_receipt_and_options_of_strangers_are_refused(annotated
     adata.write_h5ad(annotated)
     assert main(["verify", annotated, "--quiet"]) == 2
     assert "custom_generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", ["mine", {"describe": "mine"}, {}])
+def test_what_others_keep_under_our_name_is_no_record_of_a_verb(entry):
+    adata = SimpleNamespace(uns={"scmmgpt": entry})
+    assert recorded(adata, "scmmgpt", "describe") == {}
+    assert superseded(adata, "scmmgpt") == []
