@@ -394,11 +394,10 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
     if largest <= 25 and (says_log1p or largest <= 15 * median):
         name, base = "e", np.e
         totals = rows.row_sums(np.expm1(values))
-        # More than any scale in use: a binary logarithm. Of a selection of genes few cells show it.
-        if np.quantile(totals, 0.9) > 2e6:
-            of_two = rows.row_sums(np.expm1(values * np.log(2)))
-            if np.median(totals) > 2e6 or of_two.max() <= max(LIKELY_TOTALS):
-                name, base, totals = "2", 2.0, of_two
+        # More than any scale in use, or than any library: a binary logarithm. Of a selection of genes few cells show it.
+        if np.median(totals) > 2e6 or np.quantile(totals, 0.9) > 1e7:
+            name, base = "2", 2.0
+            totals = rows.row_sums(np.expm1(values * np.log(base)))
         target_sum = next((total for total in LIKELY_TOTALS if totals.max() <= total * 1.001), None)
         evidence |= {"log_from": "uns['log1p']" if says_log1p else "range of values"}
         evidence |= {"target_sum_from": "unknown" if target_sum is None else "assumed"}

@@ -192,6 +192,15 @@ def test_a_binary_logarithm_of_a_selection_of_genes_is_told_by_its_largest_cells
     assert inspect_matrix(logs).base == 2
 
 
+def test_a_natural_logarithm_of_estimated_counts_of_deep_libraries_is_no_binary_one():
+    rng = np.random.default_rng(5)
+    shares = rng.lognormal(0, 2, (100, 300)) * (rng.random((100, 300)) < 0.6)
+    libraries = rng.lognormal(np.log(9e5), 0.8, (100, 1))  # reads of a cell; a tenth of the cells has over 2.5 million
+    logs = np.log1p(shares / shares.sum(axis=1, keepdims=True) * libraries)
+    assert np.quantile(np.expm1(logs).sum(axis=1), 0.9) > 2e6
+    assert inspect_matrix(logs).base == np.e
+
+
 @pytest.mark.parametrize("pseudo_count", [0.1, 0.5, 2, 10])
 @pytest.mark.parametrize("log", [np.log, np.log2, np.log10])
 def test_counts_are_recovered_from_logarithms_with_any_pseudo_count(counts, gene_index, log, pseudo_count):
