@@ -12,6 +12,7 @@ new version), not against a forger, who could write a receipt of his own.
 | `vocabulary` | names of genes, their aliases, and the words of the tokenizers |
 | `code` | the travelling files |
 | `labels` | the column of labels that descriptions and evidence are of, with the names of the cells; "" for none |
+| `n_cells` | how many cells these labels are of |
 | `checkpoint`, `device`, `dtype`, `versions`, `options` | in words; `options` are JSON, seeds included |
 
 Hashes are the first 16 hexadecimal digits of SHA-256; that of cells is a sum of 64-bit mixes.
@@ -192,7 +193,7 @@ def add_receipt(verb: Callable[..., Any], result: Any, *args: Any, **kwargs: Any
     if options["key_added"] is not None:
         cells = {} if adata is None else {"cells": uns["scmmgpt"]["input"]["cells"].get("hash", "")}
         if name in OF_LABELS:
-            cells["labels"] = hash_labels(adata, label_column(key, options))
+            cells |= {"labels": hash_labels(adata, label_column(key, options)), "n_cells": adata.n_obs}
         uns[key][name]["receipt"] = {**cells, **pipeline.signer.sign(name), "options": recorded_options(options)}
 
 
@@ -209,11 +210,14 @@ def hash_labels(adata: Any, column: str) -> str:
 
 
 def superseded(adata: Any, key: str) -> list[str]:
-    """Verbs whose results in `uns[key]` are of other labels than those that `obs` has now."""
+    """Verbs whose results in `uns[key]` are of other labels than those that `obs` has now.
+
+    Of some of the cells, or of joined files, the hash of the labels says nothing: such results count as theirs.
+    """
     found = []
     for verb in OF_LABELS:
         receipt = recorded(adata, key, verb).get("receipt", {})
-        if receipt.get("labels"):
+        if receipt.get("labels") and receipt.get("n_cells") == adata.n_obs:
             column = label_column(key, json.loads(receipt["options"]))
             found += [verb] * (hash_labels(adata, column) != receipt["labels"])
     return found

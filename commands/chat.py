@@ -103,9 +103,8 @@ class Chat:
         self.expression = Expression(self.cells, genes, pipeline.processor.gene_symbols(genes.tolist()))
         self.expressed = self.expression.counts > 0  # a CSR matrix whose entries are all above 0
         self.labels = pipeline.called_types(adata, choice)["cell_type"].astype(str)
-        self.scores = (
-            self.obs["scmmgpt_score"].fillna(0.0).to_numpy()
-        )  # missing as their labels, where files were joined
+        # Scores are missing with their labels where files were joined.
+        self.scores = self.obs["scmmgpt_score"].fillna(0.0).to_numpy()
         settings = pipeline.model.config.annotation or {"labels": {}}
         terms = [term for term in settings.get("terms", []) if len(term["labels"]) < len(settings["labels"])]
         sets = np.unique([*self.labels, *settings["labels"], *(term["name"] for term in terms)])

@@ -105,16 +105,16 @@ def test_cells_of_a_reference_profile_that_is_no_label_are_novel_in_a_panel_too(
     assert reference.without(0).meanings.tolist() == [[0, 0, 0, 0, 1]]
 
 
+def scaled_to_two_genes(cells: np.ndarray) -> dict[str, np.ndarray]:
+    """A group of each cell, of a label of its own, scaled to a panel of the first two of three genes."""
+    logs, half = np.log1p(cells), np.full(2, 0.5)
+    arrays = {"groups": logs, "group_labels": np.eye(2), "group_weights": half, "bias": np.zeros(2)}
+    return scale_groups(arrays | {"group_mean": logs.mean(axis=0)}, np.array([True, True, False]))
+
+
 def test_a_type_that_expresses_more_of_a_panel_has_lower_values_in_each_gene_of_it():
     cells = np.array([[9.0, 1, 10], [1, 1, 18]])  # ten and two of twenty counts are of the first two genes
-    arrays = {
-        "groups": np.log1p(cells),
-        "group_labels": np.eye(2),
-        "group_weights": np.full(2, 0.5),
-        "group_mean": np.log1p(cells).mean(axis=0),
-        "bias": np.zeros(2),
-    }
-    scaled = scale_groups(arrays, np.array([True, True, False]))
+    scaled = scaled_to_two_genes(cells)
     panel = np.expm1(scaled["groups"])[:, :2]
     np.testing.assert_allclose(panel, [[5.4, 0.6], [3, 3]])  # six counts, the mean of ten and two, in each cell
     np.testing.assert_allclose(scaled["group_mean"], scaled["groups"].mean(axis=0))
@@ -122,14 +122,7 @@ def test_a_type_that_expresses_more_of_a_panel_has_lower_values_in_each_gene_of_
 
 def test_a_group_below_no_expression_in_a_gene_has_none_at_any_scale():
     cells = np.array([[0.1, -0.05, 99.95], [10, 5, 85]])  # the panel has a thousandth of the first cell
-    arrays = {
-        "groups": np.log1p(cells),
-        "group_labels": np.eye(2),
-        "group_weights": np.full(2, 0.5),
-        "group_mean": np.log1p(cells).mean(axis=0),
-        "bias": np.zeros(2),
-    }
-    scaled = scale_groups(arrays, np.array([True, True, False]))
+    scaled = scaled_to_two_genes(cells)
     panel = np.expm1(scaled["groups"])[:, :2]
     np.testing.assert_allclose(panel[0], [7.55, 0], atol=0.02)  # half of 15 + 0.1 counts
     assert np.isfinite(scaled["group_mean"]).all()

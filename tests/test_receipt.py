@@ -188,6 +188,16 @@ def test_descriptions_of_labels_that_are_gone_are_named_as_superseded(checkpoint
     assert "The descriptions are of other labels" in " ".join(warnings_of(anndata.read_h5ad(again)))
 
 
+def test_descriptions_of_some_of_the_cells_are_not_superseded(checkpoint, annotated, tmp_path):
+    described = str(tmp_path / "described.h5ad")
+    words = ["describe", annotated, "--model", checkpoint, "-o", described, "--max-new-tokens", "3", "--quiet"]
+    assert main(words) == 0
+    adata = anndata.read_h5ad(described)
+    assert superseded(adata, "scmmgpt") == superseded(adata[:20].copy(), "scmmgpt") == []
+    adata.obs["scmmgpt_cell_type"] = "a mast cell"
+    assert superseded(adata, "scmmgpt") == ["describe"]
+
+
 def test_generated_cells_are_verified(checkpoint, tmp_path, capsys):
     path = str(tmp_path / "generated.h5ad")
     words = ["generate", "a B cell", "--genes", "CD19", "LYZ", "--n-cells", "2"]
