@@ -394,7 +394,7 @@ def _plausible_verdict(rows: CountRows, precision: Precision, evidence: dict, *,
     if largest <= 25 and (says_log1p or largest <= 15 * median):
         name, base = "e", np.e
         totals = rows.row_sums(np.expm1(values))
-        # More than any scale in use, or than any library: a binary logarithm. Of a selection of genes few cells show it.
+        # More than any scale in use or any library: a binary logarithm. Of a selection of genes few cells show it.
         if np.median(totals) > 2e6 or np.quantile(totals, 0.9) > 1e7:
             name, base = "2", 2.0
             totals = rows.row_sums(np.expm1(values * np.log(base)))
