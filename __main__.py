@@ -8,40 +8,54 @@ command whose input cannot be used prints one line on stderr, exits with code 2 
 `errors`. Each command imports heavy libraries itself, so that `--help` is instant.
 """
 
-import argparse
-import json
-import logging
-import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, PrintCompletion, PrintVersion, explain, reworded, run_command
-from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, whole_file
-from scmmgpt.commands.options import (
-    READ_HELP,
-    add_annotation,
-    add_audit,
-    add_chat,
-    add_description,
-    add_generation,
-    add_index,
-    add_input,
-    add_inspection,
-    add_mcp,
-    add_output,
-    add_partitions,
-    add_plan,
-    add_report,
-    add_search,
-    add_verify,
-)
-from scmmgpt.commands.outputs import check_outputs, finish, several_outputs, write
-from scmmgpt.commands.progress import log_if_slow
-from scmmgpt.commands.sources import Source, check_split, read_adata
-from scmmgpt.commands.storage import run_staged
-from scmmgpt.readers.label_lists import read_text, read_words
+
+try:
+    import argparse
+    import json
+    import logging
+    import os
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import TYPE_CHECKING, Any
+
+    from scmmgpt.commands.errors import (
+        STOPPED,
+        OneLineParser,
+        PrintCompletion,
+        PrintVersion,
+        explain,
+        reworded,
+        run_command,
+    )
+    from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, whole_file
+    from scmmgpt.commands.options import (
+        READ_HELP,
+        add_annotation,
+        add_audit,
+        add_chat,
+        add_description,
+        add_generation,
+        add_index,
+        add_input,
+        add_inspection,
+        add_mcp,
+        add_output,
+        add_partitions,
+        add_plan,
+        add_report,
+        add_search,
+        add_verify,
+    )
+    from scmmgpt.commands.outputs import check_outputs, finish, several_outputs, write
+    from scmmgpt.commands.progress import log_if_slow
+    from scmmgpt.commands.sources import Source, check_split, read_adata
+    from scmmgpt.commands.storage import run_staged
+    from scmmgpt.readers.label_lists import read_text, read_words
+except KeyboardInterrupt:  # before `run_command`, which reports one
+    sys.stderr.write("scmmgpt: stopped.\n")
+    sys.exit(130)
 
 
 if TYPE_CHECKING:
@@ -56,7 +70,11 @@ ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+    try:
+        return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+    except KeyboardInterrupt:  # before the command is known
+        sys.stderr.write("scmmgpt: stopped.\n")
+        return STOPPED
 
 
 def run_words(argv: list[str]) -> int:

@@ -177,16 +177,16 @@ def decide(
         sets = np.unique(words_of(cells.obs, job.options["label_key"]))
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}))
-        return {"sets": sets, **_arrays_of(labelling)}
+        return _remember(pipeline, choice, job.options, {"sets": sets, **_arrays_of(labelling)}, labelling)
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
     if job.verb == "annotate":
         read_batch = job.options.get("read_batch")
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
-        if labelling.batch_read and labelling.readout:
-            return {"predicted": labelling.readout.predicted}
-        return _arrays_of(labelling)
+        readout = labelling.readout if labelling.batch_read else None
+        decided = _arrays_of(labelling) if readout is None else {"predicted": readout.predicted}
+        return _remember(pipeline, choice, job.options, decided, labelling)
     return {}
 
 
@@ -218,14 +218,14 @@ def compute_part(
         return Computed({f"search{i}": column for i, column in enumerate(found.T)})
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
-        labelling = _known_labelling(pipeline, choice, options, decided)
+        labelling = known_labelling(pipeline, choice, options, decided)
         return Computed(pipeline.audit_cells(part, labelling, given, decided["sets"]))
     if job.verb == "explain" and labels is not None:
         key = options.get("cluster_key")
         clusters = None if key is None else words_of(part.obs, key)
         evidence = pipeline.explain_cells(part, choice, labels, decided["sets"], clusters)
         return Computed(evidence.columns(), evidence.of_cells.as_arrays(), evidence.sums())
-    columns, probabilities = pipeline.label_cells(part, _known_labelling(pipeline, choice, options, decided))
+    columns, probabilities = pipeline.label_cells(part, known_labelling(pipeline, choice, options, decided))
     return Computed(columns, {"probabilities": probabilities})
 
 
@@ -248,14 +248,33 @@ def labelling_of(
     return labelling
 
 
-def _known_labelling(
+def known_labelling(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
     """The labelling of a source, which is solved for its genes once in a process."""
-    key = pipeline, options, choice.match.ids.tobytes(), {name: array.tobytes() for name, array in decided.items()}
+    key = _labelling_key(pipeline, choice, options, decided)
     if not _LABELLING or _LABELLING[0][0] != key:
-        _LABELLING[:] = [(key, labelling_of(pipeline, choice, options, decided))]
+        with one_thread():
+            _LABELLING[:] = [(key, labelling_of(pipeline, choice, options, decided))]
     return replace(_LABELLING[0][1], choice=choice)
+
+
+def _remember(
+    pipeline: "ScMMGPTPipeline",
+    choice: "InputChoice",
+    options: Mapping[str, Any],
+    decided: Arrays,
+    labelling: "Labelling",
+) -> Arrays:
+    """Keep the labelling that decisions were taken with, for this process and for joining; returns the decisions."""
+    _LABELLING[:] = [(_labelling_key(pipeline, choice, options, decided), labelling)]
+    return decided
+
+
+def _labelling_key(
+    pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
+) -> Any:
+    return pipeline, options, choice.match.ids.tobytes(), {name: array.tobytes() for name, array in decided.items()}
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
@@ -266,7 +285,7 @@ _LABELLING: "list[tuple[Any, Labelling]]" = []  # the last in this process, and 
 
 @contextlib.contextmanager
 def using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
-    """Let partitions that are computed in this process take the pipeline that is loaded already."""
+    """Let this process take the pipeline that is loaded already, and each labelling that it has once, for a job."""
     _LOADED[:] = [((job.model, job.device, job.batch_size), pipeline)]
     try:
         yield

@@ -125,12 +125,8 @@ class PartitionedRun:
         from transformers.utils import logging as progress_logging
 
         total = sum(task.stop - task.start for task in missing)
-        with (
-            progress_logging.tqdm(
-                desc=f"{self.job.verb} in partitions", unit="cell", total=total, delay=3
-            ) as progress,
-            tasks.using(self.pipeline, self.job) if workers.is_this_process else contextlib.nullcontext(),
-        ):
+        what = f"{self.job.verb} in partitions"
+        with progress_logging.tqdm(desc=what, unit="cell", total=total, delay=3) as progress:
             for task, _, error in workers.run(tasks.compute_partition, missing, Partition.pieces):
                 if error is not None:
                     if full_disk(error, str(error), [self.folder]):
@@ -260,7 +256,7 @@ class PartitionedRun:
                 evidence.add_sums(tasks.read_sums(path))
             evidence.parts = joined.evidence
             return pipeline.add_evidence(target, choice, evidence, columns, options["label_key"])
-        labelling = tasks.labelling_of(pipeline, choice, options, decided)
+        labelling = tasks.known_labelling(pipeline, choice, options, decided)
         return pipeline.add_labels(target, labelling, columns, joined.blocks("probabilities"), clusters)
 
     def _add_receipt(self, target: Any) -> None:
@@ -305,6 +301,7 @@ def compute_outputs(
     done: list[Results] = []
     failures: list[str] = []
     with (
+        tasks.using(pipeline, job),
         partitions_beside(output) as folder,
         _folder_of_results(output, len(outputs) > 1),
         _copies(outputs, folder) as copies,
