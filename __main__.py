@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
 Args = argparse.Namespace
 
+IN_PARTITIONS = ("annotate", "audit", "embed", "search")  # commands that workers compute
 ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no result
 
 
@@ -94,6 +95,10 @@ def run_words(argv: list[str]) -> int:
         check_split(getattr(args, "given_split", None), [*inputs[:-1], getattr(args, "input", None)])
         if getattr(args, "has_own_model", False):
             choose_model(args)
+        if args.command in IN_PARTITIONS and (args.workers or 1) > 1 and args.cluster is None:
+            from scmmgpt.commands.cluster import preload_workers
+
+            preload_workers()
         return args.run(args)
 
     extra = {"report": "eval", "mcp": "mcp"}.get(args.command, "train")
@@ -520,19 +525,15 @@ def run_in_partitions(
     `found` and `tables` are those of `compute_outputs`; `lines` prints the hits of a search.
     """
     from scmmgpt.commands.checkpoints import find_checkpoint
-    from scmmgpt.commands.cluster import preload_workers
-
-    if (args.workers or 1) > 1 and args.cluster is None:
-        preload_workers()
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 
     find_checkpoint(args.model)
-    pipeline, identity = load_pipeline(args), getattr(args, "identity", None)
+    identity = getattr(args, "identity", None)
     job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args), identity)
     where = (args.workers or 1, args.cluster, args.cells_per_partition)
     rest = (tables or {}, found, columns_of(args), getattr(args, "evidence", None) is not None)
-    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, *rest)
+    summary, failures = compute_outputs(job, outputs, lambda: load_pipeline(args), args.output, where, *rest)
     for line in failures:
         sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     if lines is None:

@@ -92,6 +92,8 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.cluster is None and not self.is_this_process:
+            with contextlib.suppress(ImportError):  # `_start` says what is missing
+                import distributed  # noqa: F401  threads that import the same modules at once can see half of one
             self._client = ThreadPoolExecutor(1).submit(self._start).result
         return self
 

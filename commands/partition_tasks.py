@@ -381,26 +381,52 @@ def _whole(read: Any) -> Any:
     return checked
 
 
+@dataclass
+class Found:
+    """What a partition holds beside its arrays.
+
+    Args:
+        counted: Numbers counted in its cells.
+        widths: Of its arrays.
+        columns: Columns of `obs`.
+        is_same: Whether its cells have the names that were asked for, in order.
+    """
+
+    counted: dict[str, Any]
+    widths: dict[str, int]
+    columns: Arrays
+    is_same: bool
+
+
 @_whole
-def read_counts(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Numbers counted in the cells of a partition, and the widths of its arrays."""
+def read_found(path: Path, names: "pd.Index") -> Found:
+    """What a partition holds beside its arrays, and whether it is of the cells with these names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path)
-    widths = {found.name: found.type.list_size for found in schema if pa.types.is_fixed_size_list(found.type)}
-    return json.loads(schema.metadata[b"cells"]), widths
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        schema = file.schema_arrow
+        widths = {found.name: found.type.list_size for found in schema if pa.types.is_fixed_size_list(found.type)}
+        table = file.read([name for name in schema.names if name not in widths], use_threads=False)
+    is_same = table["barcode"].combine_chunks().equals(pa.array(names.astype(str), pa.string()))
+    return Found(json.loads(schema.metadata[b"cells"]), widths, _arrays_in(table.drop_columns(["barcode"])), is_same)
 
 
 @_whole
-def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterable[str] = ()) -> Arrays:
+def read_columns(path: Path, names: Iterable[str] | None = None) -> Arrays:
     """Columns of a partition, all by default; text is str, arrays are `(n_cells, n)`."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = [name for name in names or pq.read_schema(path).names if name not in set(without)]
-    table, found = pq.read_table(path, columns=names, partitioning=None, page_checksum_verification=True), {}
-    for name in names:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return _arrays_in(file.read(None if names is None else list(names), use_threads=False))
+
+
+def _arrays_in(table: Any) -> Arrays:
+    """The columns of an Arrow table as arrays."""
+    import pyarrow as pa
+
+    found = {}
+    for name in table.column_names:
         column = table[name].combine_chunks()
         if pa.types.is_fixed_size_list(column.type):
             values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
@@ -411,16 +437,6 @@ def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterab
             values = column.to_numpy(zero_copy_only=False)
         found[name] = values
     return found
-
-
-@_whole
-def has_barcodes(path: Path, names: "pd.Index") -> bool:
-    """Whether a partition is of the cells with these names, in order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    found = pq.read_table(path, columns=["barcode"], partitioning=None, page_checksum_verification=True)["barcode"]
-    return found.combine_chunks().equals(pa.array(names.astype(str), pa.string()))
 
 
 def is_whole(path: Path) -> bool:

@@ -97,6 +97,7 @@ class PartitionedRun:
         self._decided: dict[Source, Arrays] = {}
         self._failures: dict[Source, str] = {}  # of sources as a whole
         self._errors: dict[Path, dict[Rows, str]] = {}  # source -> rows -> error
+        self._read: dict[Path, tasks.Found] = {}  # what partitions hold, read while others are computed
         self._check_request()
 
     def _check_request(self) -> None:
@@ -133,6 +134,10 @@ class PartitionedRun:
                         raise error
                     errors = self._errors.setdefault(task.source.path, {})
                     errors[task.start, task.stop] = explain(error, [task.source.path])
+                elif task.source in self._cells:
+                    names = self._cells[task.source].obs.index[task.start : task.stop]
+                    with contextlib.suppress(ValueError, OSError):  # which joining meets, too
+                        self._read[task.path] = tasks.read_found(task.path, names)
                 progress.update(task.stop - task.start)
 
     def _partitions(self, source: Source) -> list[Partition]:
@@ -215,7 +220,7 @@ class PartitionedRun:
             return Results(source, cells, why=self._failures[source])
         cells, choice = self._open(source) if cells is None else cells, self._choices[source]
         paths = self.paths(source, cells.shape[0])
-        joined = Joined.of(paths, cells.obs.index, in_memory=not isinstance(cells, CellFile))
+        joined = Joined.of(paths, cells.obs.index, self._read, in_memory=not isinstance(cells, CellFile))
         lacking = [rows for rows in paths if rows not in joined.paths]
         failed = {rows: joined.damaged.get(rows) or self._why(source, rows) for rows in lacking}
         if not joined.paths:
@@ -272,7 +277,7 @@ class PartitionedRun:
 def compute_outputs(
     job: Job,
     outputs: Mapping[Source, Path],
-    pipeline: "ScMMGPTPipeline",
+    load: "Callable[[], ScMMGPTPipeline]",
     output: Path,
     where: tuple[int, str | None, int],
     tables: Mapping[Path, Callable[[Results], pd.DataFrame | Iterable[dict[str, Any]]]],
@@ -283,6 +288,7 @@ def compute_outputs(
     """Compute a job in partitions and write the result of every source.
 
     Args:
+        load: Loads the checkpoint, while workers start.
         output: The output of the command line, a file or folder; the partitions are beside it.
         where: Workers, scheduler, and most cells of a partition.
         tables: Text tables to write, and what the results of a source add to each.
@@ -301,12 +307,14 @@ def compute_outputs(
     done: list[Results] = []
     failures: list[str] = []
     with (
-        tasks.using(pipeline, job),
         partitions_beside(output) as folder,
         _folder_of_results(output, len(outputs) > 1),
         _copies(outputs, folder) as copies,
+        contextlib.ExitStack() as loaded,
     ):
         with Workers(n_workers, cluster, (tasks.prepare, (job, next(iter(outputs))))) as workers:
+            pipeline = load()
+            loaded.enter_context(tasks.using(pipeline, job))
             runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
             runs[0].compute(workers, copies)
             if with_evidence:
@@ -406,11 +414,14 @@ class Joined:
     in_memory: bool
 
     @classmethod
-    def of(cls, paths: Mapping[Rows, Path], names: pd.Index, in_memory: bool) -> "Joined":
+    def of(
+        cls, paths: Mapping[Rows, Path], names: pd.Index, read: Mapping[Path, tasks.Found], in_memory: bool
+    ) -> "Joined":
         """From files, of which some may be missing.
 
         Args:
             names: Names of all cells of the source.
+            read: What was read already.
             in_memory: As for the class.
 
         Raises:
@@ -422,17 +433,16 @@ class Joined:
             if not path.is_file():
                 continue
             try:
-                counted, joined.widths = tasks.read_counts(path)
-                table = read_columns(path, None, ["barcode", *joined.widths])
-                is_same = tasks.has_barcodes(path, names[slice(*rows)])
+                found = read[path] if path in read else tasks.read_found(path, names[slice(*rows)])
             except ValueError as error:
                 joined.damaged[rows] = str(error)
                 continue
-            if not is_same:
+            if not found.is_same:
                 raise ValueError(f"{path} has other cells than rows {rows[0]} to {rows[1]} of the source. Remove it.")
             joined.paths[rows] = path
-            tables.append(table)
-            for name, number in counted.items():
+            joined.widths = found.widths
+            tables.append(found.columns)
+            for name, number in found.counted.items():
                 if name == "hash":  # a sum over cells
                     total = (int(joined.counted.get(name, "0"), 16) + int(number, 16)) % 2**64
                     joined.counted[name] = f"{total:016x}"

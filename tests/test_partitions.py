@@ -468,7 +468,7 @@ def test_a_partition_that_could_not_be_read_for_another_reason_is_kept(tmp_path,
         raise error
 
     with monkeypatch.context() as failing:
-        failing.setattr("pyarrow.parquet.read_table", fail)
+        failing.setattr("pyarrow.parquet.ParquetFile", fail)
         with pytest.raises(type(error)):
             partition_tasks.read_columns(path)
     assert partition_tasks.read_columns(path)["barcode"].tolist() == ["a", "b"]
