@@ -354,7 +354,8 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
         with whole_file(path.with_suffix(".npz"), synced=False) as temporary:
             np.savez_compressed(temporary, **cast(dict[str, Any], computed.sums))
     with whole_file(path, synced=False) as temporary:
-        schema = {"cells": json.dumps(counted)}
+        totals = {name: np.nansum(values, axis=0).tolist() for name, values in computed.arrays.items()}
+        schema = {"cells": json.dumps(counted), "totals": json.dumps(totals)}
         words = [name for name, values in computed.columns.items() if values.dtype.kind in "UO"]
         options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
         pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, **options)
@@ -387,13 +388,13 @@ class Found:
 
     Args:
         counted: Numbers counted in its cells.
-        widths: Of its arrays.
+        totals: Sums over the cells that have numbers, of each array: as many as it has columns.
         columns: Columns of `obs`.
         is_same: Whether its cells have the names that were asked for, in order.
     """
 
     counted: dict[str, Any]
-    widths: dict[str, int]
+    totals: dict[str, list[float]]
     columns: Arrays
     is_same: bool
 
@@ -406,10 +407,10 @@ def read_found(path: Path, names: "pd.Index") -> Found:
 
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         schema = file.schema_arrow
-        widths = {found.name: found.type.list_size for found in schema if pa.types.is_fixed_size_list(found.type)}
-        table = file.read([name for name in schema.names if name not in widths], use_threads=False)
+        counted, totals = (json.loads(schema.metadata[name]) for name in (b"cells", b"totals"))
+        table = file.read([name for name in schema.names if name not in totals], use_threads=False)
     is_same = table["barcode"].combine_chunks().equals(pa.array(names.astype(str), pa.string()))
-    return Found(json.loads(schema.metadata[b"cells"]), widths, _arrays_in(table.drop_columns(["barcode"])), is_same)
+    return Found(counted, totals, _arrays_in(table.drop_columns(["barcode"])), is_same)
 
 
 @_whole

@@ -400,7 +400,7 @@ class Joined:
         columns: Columns of `obs` of their cells.
         counted: Sums of what was counted in the cells.
         n_cells: Cells of the source.
-        widths: Of the arrays, which stay on disk.
+        totals: Sums of the rows of each partition, of the arrays, which stay on disk.
         damaged: Rows of partitions that could not be read -> error.
         in_memory: Whether arrays are loaded, as the cells are.
     """
@@ -409,7 +409,7 @@ class Joined:
     columns: Arrays
     counted: dict[str, Any]
     n_cells: int
-    widths: dict[str, int]
+    totals: dict[str, list[list[float]]]
     damaged: dict[Rows, str]
     in_memory: bool
 
@@ -440,8 +440,9 @@ class Joined:
             if not found.is_same:
                 raise ValueError(f"{path} has other cells than rows {rows[0]} to {rows[1]} of the source. Remove it.")
             joined.paths[rows] = path
-            joined.widths = found.widths
             tables.append(found.columns)
+            for name, total in found.totals.items():
+                joined.totals.setdefault(name, []).append(total)
             for name, number in found.counted.items():
                 if name == "hash":  # a sum over cells
                     total = (int(joined.counted.get(name, "0"), 16) + int(number, 16)) % 2**64
@@ -462,7 +463,8 @@ class Joined:
             for (start, _), path in self.paths.items():
                 yield start, read_columns(path, [name])[name]
 
-        blocks = RowBlocks((self.n_cells, self.widths[name]), read)
+        totals = np.array(self.totals[name], dtype=np.float32)
+        blocks = RowBlocks((self.n_cells, totals.shape[1]), read, totals)
         return blocks.to_memory() if self.in_memory else blocks
 
     def evidence(self) -> Iterator[tuple[int, Any]]:
@@ -471,7 +473,7 @@ class Joined:
 
         first = 0
         for (start, stop), path in self.paths.items():
-            yield first, CellEvidence.of_arrays(read_columns(path, list(self.widths)))
+            yield first, CellEvidence.of_arrays(read_columns(path, list(self.totals)))
             first += stop - start
 
 
