@@ -430,5 +430,4 @@ def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) ->
 
 def _sum_of_rows(matrix: Any) -> np.ndarray:
     """The sum over all rows that have numbers, of an array or of one that comes in blocks of rows."""
-    blocks = matrix.blocks() if hasattr(matrix, "blocks") else [(0, matrix)]
-    return np.sum([np.nansum(block, axis=0) for _, block in blocks], axis=0)
+    return np.sum(matrix.totals if hasattr(matrix, "totals") else np.nansum(matrix, axis=0, keepdims=True), axis=0)
