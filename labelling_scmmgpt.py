@@ -31,7 +31,7 @@ from .labels_scmmgpt import (
 )
 from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
 from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
-from .profiles_scmmgpt import ProfiledTypes, broader_answers
+from .profiles_scmmgpt import ProfiledTypes, broader_answers, kinds_of_terms
 from .proof_scmmgpt import tissues_of
 from .receipt_scmmgpt import superseded
 from .records_scmmgpt import MISSING, add_column, finish_report, recorded, table_of, words_of
@@ -133,8 +133,9 @@ class LabellingSteps(CellPasses):
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
         profiled = None
         if types and is_default and min_score != 0 and readout is not None:
-            answers = broader_answers(self.model.config.label_readout["labels"], terms, types)
-            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel, answers)
+            named = self.model.config.label_readout["labels"], terms, types
+            answers, kinds = broader_answers(*named), kinds_of_terms(*named)
+            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel, answers, kinds)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         if error_rate is not None:
