@@ -34,9 +34,9 @@ SIBLING_LEAD, SIBLING_GENES = -0.2, 2000
 LEAD_IN_PANEL, PANEL_GENES = 0.05, 500  # with fewer genes still, none
 NAMING_SCORE = 0.5
 MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
-# A novel cell that no label and no type names may be of a broader type that has many kinds, such as a neuron: the scores
-# of all kinds of a term add up. The lead is that of the sum over any type that is none of the kinds. Of terms of more
-# types than this share the sums of small scores say too much (`train/LOG.md`).
+# A novel cell that no label and no type names may be of a broader type that has many kinds, such as a neuron: the
+# scores of all kinds of a term add up. The lead is that of the sum over any type that is none of the kinds. A term of
+# more than this share of the types is no answer, as a sum of many small scores says little (`train/LOG.md`).
 TERM_SCORE, TERM_LEAD, MOST_OF_TERM = 0.5, 0.3, 0.12
 UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
 
@@ -139,7 +139,7 @@ class ProfiledTypes:
         return novelty, names
 
     def term_of(self, scores: np.ndarray) -> np.ndarray:
-        """The first term whose kinds explain each cell together, and no other type does, int `(n_cells,)`; -1 for none.
+        """The first term whose kinds explain a cell together, as no other type does, int `(n_cells,)`; -1 for none.
 
         `scores` are of labels and types, float `(n_cells, n_labels + n_types)`. With few genes no term is an answer.
         """
