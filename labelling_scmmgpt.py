@@ -27,6 +27,7 @@ from .labels_scmmgpt import (
     labels_with_texts,
     members_of_terms,
     profiled_types,
+    terms_of_kinds,
     with_types,
 )
 from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
@@ -128,6 +129,8 @@ class LabellingSteps(CellPasses):
         asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, types)
         known = trained | {types[number]["name"]: text for text, number in asked.items()}
         terms = with_types(terms, [types[number] for number in asked.values()])
+        if not is_default:
+            terms = [*self._kinds_of_trained(settings, known, terms), *terms]
         candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
@@ -150,6 +153,19 @@ class LabellingSteps(CellPasses):
         novelty = self._novelty(choice, candidates, readout, broader)
         decided = choice, settings, candidates, ids, readout, unseen_bonus, min_score, broader, error_rate
         return Labelling(*decided, fitted_score=fitted_score, novelty=novelty, profiled=profiled)
+
+    def _kinds_of_trained(
+        self, settings: dict[str, Any], known: dict[str, str], terms: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Terms of candidates that are kinds of a trained label and stand for it, with a warning for each."""
+        kinds = (self.model.config.annotation or {}).get("kinds", [])
+        stand_ins = terms_of_kinds(settings["labels"], settings["cl_ids"], list(known), terms, kinds)
+        for term in stand_ins:
+            (label,) = term["labels"]
+            logger.warning(
+                f"{term['name']!r} is judged as {label!r}, of which it is a kind: other kinds of it get its name, too."
+            )
+        return stand_ins
 
     def read_batch(self, adata: Any, labelling: "Labelling", read_batch: bool | None = None) -> "Labelling":
         """The same after a look at cells from all over the data.
