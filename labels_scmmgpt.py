@@ -214,8 +214,11 @@ def terms_of_kinds(
     'Kupffer cells'
     >>> terms_of_kinds(["Kupffer cells", "macrophage"], {}, ["macrophage", "B cell"], [], [kupffer])
     []
+    >>> terms_of_kinds(["Kupffer cells"], {}, ["B cell"], [], [kupffer])
+    []
     """
     meant = {name: trained_labels_of(name, cl_ids.get(name), trained, terms) for name in labels}
+    kinds = [term for term in kinds if set(term["labels"]) <= set(trained)]
     found = {name: term_of(name, kinds, cl_ids.get(name)) for name in labels if not meant[name]}
     below = {name: term for name, term in found.items() if term is not None}
     taken = [label for wanted in meant.values() for label in wanted]

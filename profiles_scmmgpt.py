@@ -37,7 +37,7 @@ MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
 # A novel cell that no label and no type names may be of a broader type that has many kinds, such as a neuron: the
 # scores of all kinds of a term add up. The lead is that of the sum over any type that is none of the kinds. A term of
 # more than this share of the types is no answer, as a sum of many small scores says little (`train/LOG.md`).
-TERM_SCORE, TERM_LEAD, MOST_OF_TERM = 0.5, 0.3, 0.12
+TERM_SCORE, TERM_LEAD, MOST_OF_TERM = 0.5, 0.4, 0.12
 UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
 
 

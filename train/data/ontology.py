@@ -305,7 +305,7 @@ def terms_below(labels: Mapping[str, str], without: Collection[str] = ()) -> lis
         without: Ids of terms that are known otherwise.
 
     Returns:
-        As [`label_terms`], each with the one label that is the nearest above it; terms of two such labels are left out.
+        As [`label_terms`], each with the one label that is the nearest above it; terms of two such are left out.
     """
     label_of = {term_id: label for label, term_id in labels.items()}
     below: dict[str, list[str]] = {label: [] for label in labels}
