@@ -1,14 +1,8 @@
 """scMMGPT: one language model for single cells and text."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-
-try:
-    __version__ = version("scmmgpt")
-except PackageNotFoundError:  # a clone that is not installed
-    __version__ = "0+unknown"
 
 # Public name -> module. Loaded on first use, so that `import scmmgpt` and `scmmgpt --help` cost nothing.
 _MODULES = {
@@ -35,9 +29,17 @@ _MODULES = {
 _TOOLS = ("tl", "pl")  # modules: `import scmmgpt as sm; sm.tl.annotate(adata)`
 
 __all__ = sorted([*_MODULES, *_TOOLS, "read"])
+__version__: str  # that is installed
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("scmmgpt")
+        except PackageNotFoundError:  # a clone that is not installed
+            return "0+unknown"
     if name in _TOOLS:
         return import_module(f"{__name__}.{name}")
     if name == "read":  # scverse's word

@@ -8,40 +8,54 @@ command whose input cannot be used prints one line on stderr, exits with code 2 
 `errors`. Each command imports heavy libraries itself, so that `--help` is instant.
 """
 
-import argparse
-import json
-import logging
-import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from scmmgpt.commands.errors import OneLineParser, PrintCompletion, PrintVersion, explain, reworded, run_command
-from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, whole_file
-from scmmgpt.commands.options import (
-    READ_HELP,
-    add_annotation,
-    add_audit,
-    add_chat,
-    add_description,
-    add_generation,
-    add_index,
-    add_input,
-    add_inspection,
-    add_mcp,
-    add_output,
-    add_partitions,
-    add_plan,
-    add_report,
-    add_search,
-    add_verify,
-)
-from scmmgpt.commands.outputs import check_outputs, finish, several_outputs, write
-from scmmgpt.commands.progress import log_if_slow
-from scmmgpt.commands.sources import Source, check_split, read_adata
-from scmmgpt.commands.storage import run_staged
-from scmmgpt.readers.label_lists import read_text, read_words
+
+try:
+    import argparse
+    import json
+    import logging
+    import os
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import TYPE_CHECKING, Any
+
+    from scmmgpt.commands.errors import (
+        STOPPED,
+        OneLineParser,
+        PrintCompletion,
+        PrintVersion,
+        explain,
+        reworded,
+        run_command,
+    )
+    from scmmgpt.commands.files import check_file, check_folder, check_paths, exists, whole_file
+    from scmmgpt.commands.options import (
+        READ_HELP,
+        add_annotation,
+        add_audit,
+        add_chat,
+        add_description,
+        add_generation,
+        add_index,
+        add_input,
+        add_inspection,
+        add_mcp,
+        add_output,
+        add_partitions,
+        add_plan,
+        add_report,
+        add_search,
+        add_verify,
+    )
+    from scmmgpt.commands.outputs import check_outputs, finish, several_outputs, write
+    from scmmgpt.commands.progress import log_if_slow
+    from scmmgpt.commands.sources import Source, check_split, read_adata
+    from scmmgpt.commands.storage import run_staged
+    from scmmgpt.readers.label_lists import read_text, read_words
+except KeyboardInterrupt:  # before `run_command`, which reports one
+    sys.stderr.write("scmmgpt: stopped.\n")
+    sys.exit(130)
 
 
 if TYPE_CHECKING:
@@ -51,12 +65,17 @@ if TYPE_CHECKING:
 
 Args = argparse.Namespace
 
+IN_PARTITIONS = ("annotate", "audit", "embed", "search")  # commands that workers compute
 ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no result
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+    try:
+        return run_staged("scmmgpt", sys.argv[1:] if argv is None else argv, run_words)
+    except KeyboardInterrupt:  # before the command is known
+        sys.stderr.write("scmmgpt: stopped.\n")
+        return STOPPED
 
 
 def run_words(argv: list[str]) -> int:
@@ -76,6 +95,10 @@ def run_words(argv: list[str]) -> int:
         check_split(getattr(args, "given_split", None), [*inputs[:-1], getattr(args, "input", None)])
         if getattr(args, "has_own_model", False):
             choose_model(args)
+        if args.command in IN_PARTITIONS and (args.workers or 1) > 1 and args.cluster is None:
+            from scmmgpt.commands.cluster import preload_workers
+
+            preload_workers()
         return args.run(args)
 
     extra = {"report": "eval", "mcp": "mcp"}.get(args.command, "train")
@@ -502,19 +525,15 @@ def run_in_partitions(
     `found` and `tables` are those of `compute_outputs`; `lines` prints the hits of a search.
     """
     from scmmgpt.commands.checkpoints import find_checkpoint
-    from scmmgpt.commands.cluster import preload_workers
-
-    if (args.workers or 1) > 1 and args.cluster is None:
-        preload_workers()
     from scmmgpt.commands.partition_tasks import Job
     from scmmgpt.commands.partitions import compute_outputs
 
     find_checkpoint(args.model)
-    pipeline, identity = load_pipeline(args), getattr(args, "identity", None)
+    identity = getattr(args, "identity", None)
     job = Job(args.command, args.model, args.device, args.batch_size, options, read_options(args), identity)
     where = (args.workers or 1, args.cluster, args.cells_per_partition)
     rest = (tables or {}, found, columns_of(args), getattr(args, "evidence", None) is not None)
-    summary, failures = compute_outputs(job, outputs, pipeline, args.output, where, *rest)
+    summary, failures = compute_outputs(job, outputs, lambda: load_pipeline(args), args.output, where, *rest)
     for line in failures:
         sys.stderr.write(reworded(f"scmmgpt {args.command}: {line}\n"))
     if lines is None:

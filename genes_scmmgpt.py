@@ -68,7 +68,17 @@ SPECIES = (
     Species("rat", "rattus norvegicus", "ncbitaxon:10116", "ENSRNOG", "mouse"),
     Species("zebrafish", "danio rerio", "ncbitaxon:7955", "ENSDARG", None),
     Species("chicken", "gallus gallus", "ncbitaxon:9031", "ENSGALG", "human"),
+    Species("fruit fly", "drosophila melanogaster", "ncbitaxon:7227", "FBgn", None),
+    Species("worm", "caenorhabditis elegans", "ncbitaxon:6239", "WBGene", None),
 )
+# Names that one species alone has, and the share of a file's names that proves the species.
+OWN_NAMES = {
+    "fruit fly": (
+        re.compile(r"(?:.+:)?C[GR]\d{4,5}"),
+        0.05,
+    ),  # FlyBase's numbers of annotations: CG14995, lncRNA:CR45845
+    "worm": (re.compile(r"[a-z]{3,4}-\d+(?:\.\d+)?"), 0.2),  # unc-119, col-12
+}
 OTHER_IDS = {
     "NCBI gene ids": re.compile(r"\d+"),
     "genes of C. elegans": re.compile(r"WBGene\d+"),
@@ -210,6 +220,10 @@ def detect_species(names: Sequence[str]) -> tuple[str, str]:
     if count > (0.5 if prefix == "ENSG" else 0.05) * n:
         species = next((known.name for known in SPECIES if known.ensembl == prefix), "unknown")
         return species, f"{count / n:.0%} of the names start with {prefix}"
+    for species, (own, least) in OWN_NAMES.items():
+        matches = [name for name in names if own.fullmatch(name)]
+        if len(matches) > least * n:
+            return species, f"{len(matches) / n:.0%} of the names have a form that no other species has ({matches[0]})"
     mouse = sum(bool(MOUSE_SYMBOL.match(name)) for name in names) / n
     human = sum(bool(HUMAN_SYMBOL.match(name)) for name in names) / n
     if mouse > 0.4 and mouse > 2 * human:

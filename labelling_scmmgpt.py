@@ -27,11 +27,12 @@ from .labels_scmmgpt import (
     labels_with_texts,
     members_of_terms,
     profiled_types,
+    terms_of_kinds,
     with_types,
 )
 from .novelty_scmmgpt import Neighbours, Novelty, fit_novelty
 from .passes_scmmgpt import LINEAR_BATCH, CellPasses, uncounted
-from .profiles_scmmgpt import ProfiledTypes, broader_answers
+from .profiles_scmmgpt import ProfiledTypes, broader_answers, kinds_of_terms
 from .proof_scmmgpt import tissues_of
 from .receipt_scmmgpt import superseded
 from .records_scmmgpt import MISSING, add_column, finish_report, recorded, table_of, words_of
@@ -128,13 +129,16 @@ class LabellingSteps(CellPasses):
         asked = {} if is_default else profiled_types(settings["labels"], settings["cl_ids"], trained, types)
         known = trained | {types[number]["name"]: text for text, number in asked.items()}
         terms = with_types(terms, [types[number] for number in asked.values()])
+        if not is_default:
+            terms = [*self._kinds_of_trained(settings, known, terms), *terms]
         candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
         profiled = None
         if types and is_default and min_score != 0 and readout is not None:
-            answers = broader_answers(self.model.config.label_readout["labels"], terms, types)
-            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel, answers)
+            named = self.model.config.label_readout["labels"], terms, types
+            answers, kinds = broader_answers(*named), kinds_of_terms(*named)
+            profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel, answers, kinds)
         if unseen_bonus is None:  # by default the readout's gate decides, not a bonus
             unseen_bonus = 0.0 if readout is not None else stored.get("unseen_bonus", 0.0)
         if error_rate is not None:
@@ -149,6 +153,19 @@ class LabellingSteps(CellPasses):
         novelty = self._novelty(choice, candidates, readout, broader)
         decided = choice, settings, candidates, ids, readout, unseen_bonus, min_score, broader, error_rate
         return Labelling(*decided, fitted_score=fitted_score, novelty=novelty, profiled=profiled)
+
+    def _kinds_of_trained(
+        self, settings: dict[str, Any], known: dict[str, str], terms: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Terms of candidates that are kinds of a trained label and stand for it, with a warning for each."""
+        kinds = (self.model.config.annotation or {}).get("kinds", [])
+        stand_ins = terms_of_kinds(settings["labels"], settings["cl_ids"], list(known), terms, kinds)
+        for term in stand_ins:
+            (label,) = term["labels"]
+            logger.warning(
+                f"{term['name']!r} is judged as {label!r}, of which it is a kind: other kinds of it get its name, too."
+            )
+        return stand_ins
 
     def read_batch(self, adata: Any, labelling: "Labelling", read_batch: bool | None = None) -> "Labelling":
         """The same after a look at cells from all over the data.
@@ -430,5 +447,4 @@ def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) ->
 
 def _sum_of_rows(matrix: Any) -> np.ndarray:
     """The sum over all rows that have numbers, of an array or of one that comes in blocks of rows."""
-    blocks = matrix.blocks() if hasattr(matrix, "blocks") else [(0, matrix)]
-    return np.sum([np.nansum(block, axis=0) for _, block in blocks], axis=0)
+    return np.sum(matrix.totals if hasattr(matrix, "totals") else np.nansum(matrix, axis=0, keepdims=True), axis=0)

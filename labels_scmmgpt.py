@@ -192,6 +192,40 @@ def profiled_types(
     return {types[number]["text"]: number for number in asked}
 
 
+def terms_of_kinds(
+    labels: Collection[str],
+    cl_ids: Mapping[str, str],
+    trained: Sequence[str],
+    terms: Sequence[Mapping[str, Any]],
+    kinds: Sequence[Mapping[str, Any]],
+) -> list[Mapping[str, Any]]:
+    """Terms of those labels that stand for the trained label that they are a kind of, `name` being the label.
+
+    A label that means no trained one stands for it if no other label means the same: what tells apart two kinds of it,
+    or a kind and all others, the trained cells do not say.
+
+    Args:
+        labels: The labels to choose from.
+        cl_ids, trained, terms: As for [`candidate_columns`].
+        kinds: Terms below trained labels, each with the `labels` that it is a kind of.
+
+    >>> kupffer = {"id": "CL:0000091", "names": ["kupffer cell"], "labels": ["macrophage"]}
+    >>> terms_of_kinds(["Kupffer cells", "B cell"], {}, ["macrophage", "B cell"], [], [kupffer])[0]["name"]
+    'Kupffer cells'
+    >>> terms_of_kinds(["Kupffer cells", "macrophage"], {}, ["macrophage", "B cell"], [], [kupffer])
+    []
+    >>> terms_of_kinds(["Kupffer cells"], {}, ["B cell"], [], [kupffer])
+    []
+    """
+    meant = {name: trained_labels_of(name, cl_ids.get(name), trained, terms) for name in labels}
+    kinds = [term for term in kinds if set(term["labels"]) <= set(trained)]
+    found = {name: term_of(name, kinds, cl_ids.get(name)) for name in labels if not meant[name]}
+    below = {name: term for name, term in found.items() if term is not None}
+    taken = [label for wanted in meant.values() for label in wanted]
+    taken += [label for term in below.values() for label in term["labels"]]
+    return [{**term, "name": name} for name, term in below.items() if [taken.count(x) for x in term["labels"]] == [1]]
+
+
 def names_known_type(text: str, trained: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a sentence names a trained label, or a term above one that is not above all.
 

@@ -56,7 +56,7 @@ def cpu_rate(dtype: torch.dtype) -> float:
     Instruction sets do not decide: bfloat16 is four times as fast as float32 where the CPU multiplies it (AMX,
     AVX512_BF16), and a hundredth where PyTorch has to emulate it (AVX2 alone).
     """
-    tokens, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    tokens, weight = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
     seconds = []
     for _ in range(5):  # the first product also sets the kernel up
         start = time.process_time()  # other work on the machine counts little

@@ -34,6 +34,10 @@ SIBLING_LEAD, SIBLING_GENES = -0.2, 2000
 LEAD_IN_PANEL, PANEL_GENES = 0.05, 500  # with fewer genes still, none
 NAMING_SCORE = 0.5
 MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
+# A novel cell that no label and no type names may be of a broader type that has many kinds, such as a neuron: the
+# scores of all kinds of a term add up. The lead is that of the sum over any type that is none of the kinds. A term of
+# more than this share of the types is no answer, as a sum of many small scores says little (`train/LOG.md`).
+TERM_SCORE, TERM_LEAD, MOST_OF_TERM = 0.5, 0.4, 0.12
 UNKNOWN_SIBLING, NO_SIBLING = -1, -2  # in place of a broader type; the second for a label that is above the type
 
 
@@ -48,6 +52,7 @@ class ProfiledTypes:
         bias: float32 `(n_labels + n_types,)`.
         broader: int `(n_labels, n_types)`, the answer of [`broader_answers`] for label and type, if it is known.
         lead: At which a type explains cells about as well as their label; infinite with few genes.
+        kinds: Labels and types below each broader term, the preferred terms first; empty for a term that is no answer.
     """
 
     panel: PanelReadout
@@ -56,10 +61,15 @@ class ProfiledTypes:
     bias: np.ndarray
     broader: np.ndarray | None = None
     lead: float = SIBLING_LEAD
+    kinds: Sequence[Sequence[int]] = ()
 
     @classmethod
     def of(
-        cls, readout: ScMMGPTLabelReadout, panel: PanelReadout, broader: np.ndarray | None = None
+        cls,
+        readout: ScMMGPTLabelReadout,
+        panel: PanelReadout,
+        broader: np.ndarray | None = None,
+        kinds: Sequence[Sequence[int]] = (),
     ) -> "ProfiledTypes":
         """For the genes of a panel, of a readout with profiles."""
         arrays = readout.arrays()
@@ -70,7 +80,7 @@ class ProfiledTypes:
         weights = np.ascontiguousarray(weights[:kept].T, dtype=np.float32)
         in_panel = LEAD_IN_PANEL if here.sum() >= PANEL_GENES else np.inf
         lead = SIBLING_LEAD if here.sum() >= SIBLING_GENES else in_panel
-        return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader, lead)
+        return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader, lead, kinds)
 
     def with_types(self, neighbours: Neighbours | None, cells: Cells) -> Neighbours | None:
         """Neighbours, which were made of `cells`, with the scores of types; without `broader`, as they are."""
@@ -107,7 +117,8 @@ class ProfiledTypes:
 
         Returns:
             The same, where a cell that is not novel, and that a type without cells explains as well as its label,
-            has a novelty above 1 and the position of its broader type (-1 for none); and the result of [`name`].
+            has a novelty above 1 and the position of its broader type (-1 for none), and a novel cell without one has
+            that of [`term_of`]; and the result of [`name`].
         """
         if neighbours.types is None or self.broader is None:
             return novelty, self.name(cells, novelty[:, 0])
@@ -122,7 +133,27 @@ class ProfiledTypes:
         answer = self.broader[best, number]
         is_sibling = (lead > self.lead) & (novelty[:, 0] <= 1) & (answer != NO_SIBLING)
         raised = np.stack([1 + np.maximum(lead - self.lead, 1e-3), answer], axis=1)
-        return np.where(is_sibling[:, None], raised, novelty), names
+        novelty = np.where(is_sibling[:, None], raised, novelty)
+        open_rows = np.flatnonzero((novelty[:, 0] > 1) & (novelty[:, 1] < 0) & (names[:, 0] < 0))
+        novelty[open_rows, 1] = self.term_of(scores[open_rows])
+        return novelty, names
+
+    def term_of(self, scores: np.ndarray) -> np.ndarray:
+        """The first term whose kinds explain a cell together, as no other type does, int `(n_cells,)`; -1 for none.
+
+        `scores` are of labels and types, float `(n_cells, n_labels + n_types)`. With few genes no term is an answer.
+        """
+        found, best = np.full(len(scores), -1), scores.argmax(axis=1)
+        if not np.isfinite(self.lead):
+            return found
+        for place, kinds in enumerate(self.kinds):
+            members = np.isin(np.arange(scores.shape[1]), kinds)
+            rows = np.flatnonzero((found < 0) & members[best])
+            if len(rows):
+                total = scores[rows][:, members].sum(axis=1, dtype=np.float64)
+                lead = total - scores[rows][:, ~members].max(axis=1, initial=-np.inf)
+                found[rows[(total >= TERM_SCORE) & (lead >= TERM_LEAD)]] = place
+        return found
 
     def beside(
         self, novelty_of: Callable[[Cells], np.ndarray], neighbours: Neighbours | None = None
@@ -170,6 +201,28 @@ def broader_answers(
                 found[row, column] = NO_SIBLING
             elif mine and len(mine[0][1]["labels"]) <= MOST_OF_SIBLINGS * len(labels):
                 found[row, column] = mine[0][0]
+    return found
+
+
+def kinds_of_terms(
+    labels: Sequence[str], terms: Sequence[Mapping[str, Any]], types: Sequence[Mapping[str, Any]]
+) -> list[list[int]]:
+    """Labels and types without cells below each term, as positions among the labels and then the types.
+
+    Empty for a term of one of them, or of more than `MOST_OF_TERM` of all, and for all terms if a checkpoint does not
+    say what is above its types. Arguments as for [`broader_answers`].
+
+    >>> terms = [{"id": "1", "labels": ["B"]}, {"id": "2", "labels": ["A", "B"]}]
+    >>> kinds_of_terms(["A", "B", *"CDEFGHIJKLMNOPQRSTUVWXYZ"], terms, [{"above": ["1"]}, {"above": ["3"]}])
+    [[1, 26], [0, 1]]
+    """
+    known = bool(types) and all("above" in one for one in types)
+    found = []
+    for term in terms:
+        own = [place for place, label in enumerate(labels) if label in term["labels"]]
+        own += [len(labels) + place for place, one in enumerate(types) if known and term["id"] in one["above"]]
+        is_answer = known and 1 < len(own) <= MOST_OF_TERM * (len(labels) + len(types))
+        found.append(own if is_answer else [])
     return found
 
 

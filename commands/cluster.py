@@ -92,6 +92,8 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.cluster is None and not self.is_this_process:
+            with contextlib.suppress(ImportError):  # `_start` says what is missing
+                import distributed  # noqa: F401  threads that import the same modules at once can see half of one
             self._client = ThreadPoolExecutor(1).submit(self._start).result
         return self
 
@@ -155,7 +157,7 @@ class Workers:
                 yield task, result, failure
         for task in [piece for suspect in suspects for piece in split(suspect)]:
             for _, result, failure in _run_on(client, function, [task], submitted):
-                yield task, result, OSError(LOST) if _is_lost_worker(failure) else failure
+                yield task, result, _why_lost(failure) if _is_lost_worker(failure) else failure
         _warn_of_lost_workers(client, began, submitted)
 
 
@@ -272,6 +274,13 @@ def _warn_of_lost_workers(client: Any, since: float, submitted: Mapping[str, Any
             len(lost),
             names or "nothing yet",
         )
+
+
+def _why_lost(error: Any) -> OSError:
+    """What to say of a task that several workers were lost with, by Dask's `KilledWorker`."""
+    limit = getattr(error.last_worker, "memory_limit", 0)
+    ends = f" Dask ends workers that take most of {limit / 1e6:,.0f} MB: start them with a larger --memory-limit."
+    return OSError(LOST + (ends if limit else ""))
 
 
 def _is_lost_worker(error: Exception | None) -> bool:

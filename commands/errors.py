@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,6 +115,8 @@ class PrintVersion(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print it and exit."""
+        from importlib.metadata import version
+
         sys.stdout.write(f"{parser.prog} {version('scmmgpt')}\n")
         parser.exit()
 

@@ -177,16 +177,16 @@ def decide(
         sets = np.unique(words_of(cells.obs, job.options["label_key"]))
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}))
-        return {"sets": sets, **_arrays_of(labelling)}
+        return _remember(pipeline, choice, job.options, {"sets": sets, **_arrays_of(labelling)}, labelling)
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
     if job.verb == "annotate":
         read_batch = job.options.get("read_batch")
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}), read_batch)
-        if labelling.batch_read and labelling.readout:
-            return {"predicted": labelling.readout.predicted}
-        return _arrays_of(labelling)
+        readout = labelling.readout if labelling.batch_read else None
+        decided = _arrays_of(labelling) if readout is None else {"predicted": readout.predicted}
+        return _remember(pipeline, choice, job.options, decided, labelling)
     return {}
 
 
@@ -218,14 +218,14 @@ def compute_part(
         return Computed({f"search{i}": column for i, column in enumerate(found.T)})
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
-        labelling = _known_labelling(pipeline, choice, options, decided)
+        labelling = known_labelling(pipeline, choice, options, decided)
         return Computed(pipeline.audit_cells(part, labelling, given, decided["sets"]))
     if job.verb == "explain" and labels is not None:
         key = options.get("cluster_key")
         clusters = None if key is None else words_of(part.obs, key)
         evidence = pipeline.explain_cells(part, choice, labels, decided["sets"], clusters)
         return Computed(evidence.columns(), evidence.of_cells.as_arrays(), evidence.sums())
-    columns, probabilities = pipeline.label_cells(part, _known_labelling(pipeline, choice, options, decided))
+    columns, probabilities = pipeline.label_cells(part, known_labelling(pipeline, choice, options, decided))
     return Computed(columns, {"probabilities": probabilities})
 
 
@@ -248,14 +248,33 @@ def labelling_of(
     return labelling
 
 
-def _known_labelling(
+def known_labelling(
     pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
 ) -> "Labelling":
     """The labelling of a source, which is solved for its genes once in a process."""
-    key = pipeline, options, choice.match.ids.tobytes(), {name: array.tobytes() for name, array in decided.items()}
+    key = _labelling_key(pipeline, choice, options, decided)
     if not _LABELLING or _LABELLING[0][0] != key:
-        _LABELLING[:] = [(key, labelling_of(pipeline, choice, options, decided))]
+        with one_thread():
+            _LABELLING[:] = [(key, labelling_of(pipeline, choice, options, decided))]
     return replace(_LABELLING[0][1], choice=choice)
+
+
+def _remember(
+    pipeline: "ScMMGPTPipeline",
+    choice: "InputChoice",
+    options: Mapping[str, Any],
+    decided: Arrays,
+    labelling: "Labelling",
+) -> Arrays:
+    """Keep the labelling that decisions were taken with, for this process and for joining; returns the decisions."""
+    _LABELLING[:] = [(_labelling_key(pipeline, choice, options, decided), labelling)]
+    return decided
+
+
+def _labelling_key(
+    pipeline: "ScMMGPTPipeline", choice: "InputChoice", options: Mapping[str, Any], decided: Arrays
+) -> Any:
+    return pipeline, options, choice.match.ids.tobytes(), {name: array.tobytes() for name, array in decided.items()}
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
@@ -266,7 +285,7 @@ _LABELLING: "list[tuple[Any, Labelling]]" = []  # the last in this process, and 
 
 @contextlib.contextmanager
 def using(pipeline: "ScMMGPTPipeline", job: Job) -> Iterator[None]:
-    """Let partitions that are computed in this process take the pipeline that is loaded already."""
+    """Let this process take the pipeline that is loaded already, and each labelling that it has once, for a job."""
     _LOADED[:] = [((job.model, job.device, job.batch_size), pipeline)]
     try:
         yield
@@ -335,7 +354,8 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
         with whole_file(path.with_suffix(".npz"), synced=False) as temporary:
             np.savez_compressed(temporary, **cast(dict[str, Any], computed.sums))
     with whole_file(path, synced=False) as temporary:
-        schema = {"cells": json.dumps(counted)}
+        totals = {name: np.nansum(values, axis=0).tolist() for name, values in computed.arrays.items()}
+        schema = {"cells": json.dumps(counted), "totals": json.dumps(totals)}
         words = [name for name, values in computed.columns.items() if values.dtype.kind in "UO"]
         options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
         pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, **options)
@@ -362,26 +382,52 @@ def _whole(read: Any) -> Any:
     return checked
 
 
+@dataclass
+class Found:
+    """What a partition holds beside its arrays.
+
+    Args:
+        counted: Numbers counted in its cells.
+        totals: Sums over the cells that have numbers, of each array: as many as it has columns.
+        columns: Columns of `obs`.
+        is_same: Whether its cells have the names that were asked for, in order.
+    """
+
+    counted: dict[str, Any]
+    totals: dict[str, list[float]]
+    columns: Arrays
+    is_same: bool
+
+
 @_whole
-def read_counts(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Numbers counted in the cells of a partition, and the widths of its arrays."""
+def read_found(path: Path, names: "pd.Index") -> Found:
+    """What a partition holds beside its arrays, and whether it is of the cells with these names."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path)
-    widths = {found.name: found.type.list_size for found in schema if pa.types.is_fixed_size_list(found.type)}
-    return json.loads(schema.metadata[b"cells"]), widths
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        schema = file.schema_arrow
+        counted, totals = (json.loads(schema.metadata[name]) for name in (b"cells", b"totals"))
+        table = file.read([name for name in schema.names if name not in totals], use_threads=False)
+    is_same = table["barcode"].combine_chunks().equals(pa.array(names.astype(str), pa.string()))
+    return Found(counted, totals, _arrays_in(table.drop_columns(["barcode"])), is_same)
 
 
 @_whole
-def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterable[str] = ()) -> Arrays:
+def read_columns(path: Path, names: Iterable[str] | None = None) -> Arrays:
     """Columns of a partition, all by default; text is str, arrays are `(n_cells, n)`."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = [name for name in names or pq.read_schema(path).names if name not in set(without)]
-    table, found = pq.read_table(path, columns=names, partitioning=None, page_checksum_verification=True), {}
-    for name in names:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return _arrays_in(file.read(None if names is None else list(names), use_threads=False))
+
+
+def _arrays_in(table: Any) -> Arrays:
+    """The columns of an Arrow table as arrays."""
+    import pyarrow as pa
+
+    found = {}
+    for name in table.column_names:
         column = table[name].combine_chunks()
         if pa.types.is_fixed_size_list(column.type):
             values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
@@ -392,16 +438,6 @@ def read_columns(path: Path, names: Iterable[str] | None = None, without: Iterab
             values = column.to_numpy(zero_copy_only=False)
         found[name] = values
     return found
-
-
-@_whole
-def has_barcodes(path: Path, names: "pd.Index") -> bool:
-    """Whether a partition is of the cells with these names, in order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    found = pq.read_table(path, columns=["barcode"], partitioning=None, page_checksum_verification=True)["barcode"]
-    return found.combine_chunks().equals(pa.array(names.astype(str), pa.string()))
 
 
 def is_whole(path: Path) -> bool:

@@ -97,6 +97,7 @@ class PartitionedRun:
         self._decided: dict[Source, Arrays] = {}
         self._failures: dict[Source, str] = {}  # of sources as a whole
         self._errors: dict[Path, dict[Rows, str]] = {}  # source -> rows -> error
+        self._read: dict[Path, tasks.Found] = {}  # what partitions hold, read while others are computed
         self._check_request()
 
     def _check_request(self) -> None:
@@ -125,18 +126,18 @@ class PartitionedRun:
         from transformers.utils import logging as progress_logging
 
         total = sum(task.stop - task.start for task in missing)
-        with (
-            progress_logging.tqdm(
-                desc=f"{self.job.verb} in partitions", unit="cell", total=total, delay=3
-            ) as progress,
-            tasks.using(self.pipeline, self.job) if workers.is_this_process else contextlib.nullcontext(),
-        ):
+        what = f"{self.job.verb} in partitions"
+        with progress_logging.tqdm(desc=what, unit="cell", total=total, delay=3) as progress:
             for task, _, error in workers.run(tasks.compute_partition, missing, Partition.pieces):
                 if error is not None:
                     if full_disk(error, str(error), [self.folder]):
                         raise error
                     errors = self._errors.setdefault(task.source.path, {})
                     errors[task.start, task.stop] = explain(error, [task.source.path])
+                elif task.source in self._cells:
+                    names = self._cells[task.source].obs.index[task.start : task.stop]
+                    with contextlib.suppress(ValueError, OSError):  # which joining meets, too
+                        self._read[task.path] = tasks.read_found(task.path, names)
                 progress.update(task.stop - task.start)
 
     def _partitions(self, source: Source) -> list[Partition]:
@@ -219,7 +220,7 @@ class PartitionedRun:
             return Results(source, cells, why=self._failures[source])
         cells, choice = self._open(source) if cells is None else cells, self._choices[source]
         paths = self.paths(source, cells.shape[0])
-        joined = Joined.of(paths, cells.obs.index, in_memory=not isinstance(cells, CellFile))
+        joined = Joined.of(paths, cells.obs.index, self._read, in_memory=not isinstance(cells, CellFile))
         lacking = [rows for rows in paths if rows not in joined.paths]
         failed = {rows: joined.damaged.get(rows) or self._why(source, rows) for rows in lacking}
         if not joined.paths:
@@ -260,7 +261,7 @@ class PartitionedRun:
                 evidence.add_sums(tasks.read_sums(path))
             evidence.parts = joined.evidence
             return pipeline.add_evidence(target, choice, evidence, columns, options["label_key"])
-        labelling = tasks.labelling_of(pipeline, choice, options, decided)
+        labelling = tasks.known_labelling(pipeline, choice, options, decided)
         return pipeline.add_labels(target, labelling, columns, joined.blocks("probabilities"), clusters)
 
     def _add_receipt(self, target: Any) -> None:
@@ -276,7 +277,7 @@ class PartitionedRun:
 def compute_outputs(
     job: Job,
     outputs: Mapping[Source, Path],
-    pipeline: "ScMMGPTPipeline",
+    load: "Callable[[], ScMMGPTPipeline]",
     output: Path,
     where: tuple[int, str | None, int],
     tables: Mapping[Path, Callable[[Results], pd.DataFrame | Iterable[dict[str, Any]]]],
@@ -287,6 +288,7 @@ def compute_outputs(
     """Compute a job in partitions and write the result of every source.
 
     Args:
+        load: Loads the checkpoint, while workers start.
         output: The output of the command line, a file or folder; the partitions are beside it.
         where: Workers, scheduler, and most cells of a partition.
         tables: Text tables to write, and what the results of a source add to each.
@@ -308,8 +310,11 @@ def compute_outputs(
         partitions_beside(output) as folder,
         _folder_of_results(output, len(outputs) > 1),
         _copies(outputs, folder) as copies,
+        contextlib.ExitStack() as loaded,
     ):
         with Workers(n_workers, cluster, (tasks.prepare, (job, next(iter(outputs))))) as workers:
+            pipeline = load()
+            loaded.enter_context(tasks.using(pipeline, job))
             runs = [PartitionedRun(job, outputs, pipeline, folder, size, needed)]
             runs[0].compute(workers, copies)
             if with_evidence:
@@ -395,7 +400,7 @@ class Joined:
         columns: Columns of `obs` of their cells.
         counted: Sums of what was counted in the cells.
         n_cells: Cells of the source.
-        widths: Of the arrays, which stay on disk.
+        totals: Sums of the rows of each partition, of the arrays, which stay on disk.
         damaged: Rows of partitions that could not be read -> error.
         in_memory: Whether arrays are loaded, as the cells are.
     """
@@ -404,16 +409,19 @@ class Joined:
     columns: Arrays
     counted: dict[str, Any]
     n_cells: int
-    widths: dict[str, int]
+    totals: dict[str, list[list[float]]]
     damaged: dict[Rows, str]
     in_memory: bool
 
     @classmethod
-    def of(cls, paths: Mapping[Rows, Path], names: pd.Index, in_memory: bool) -> "Joined":
+    def of(
+        cls, paths: Mapping[Rows, Path], names: pd.Index, read: Mapping[Path, tasks.Found], in_memory: bool
+    ) -> "Joined":
         """From files, of which some may be missing.
 
         Args:
             names: Names of all cells of the source.
+            read: What was read already.
             in_memory: As for the class.
 
         Raises:
@@ -425,17 +433,17 @@ class Joined:
             if not path.is_file():
                 continue
             try:
-                counted, joined.widths = tasks.read_counts(path)
-                table = read_columns(path, None, ["barcode", *joined.widths])
-                is_same = tasks.has_barcodes(path, names[slice(*rows)])
+                found = read[path] if path in read else tasks.read_found(path, names[slice(*rows)])
             except ValueError as error:
                 joined.damaged[rows] = str(error)
                 continue
-            if not is_same:
+            if not found.is_same:
                 raise ValueError(f"{path} has other cells than rows {rows[0]} to {rows[1]} of the source. Remove it.")
             joined.paths[rows] = path
-            tables.append(table)
-            for name, number in counted.items():
+            tables.append(found.columns)
+            for name, total in found.totals.items():
+                joined.totals.setdefault(name, []).append(total)
+            for name, number in found.counted.items():
                 if name == "hash":  # a sum over cells
                     total = (int(joined.counted.get(name, "0"), 16) + int(number, 16)) % 2**64
                     joined.counted[name] = f"{total:016x}"
@@ -455,7 +463,8 @@ class Joined:
             for (start, _), path in self.paths.items():
                 yield start, read_columns(path, [name])[name]
 
-        blocks = RowBlocks((self.n_cells, self.widths[name]), read)
+        totals = np.array(self.totals[name], dtype=np.float32)
+        blocks = RowBlocks((self.n_cells, totals.shape[1]), read, totals)
         return blocks.to_memory() if self.in_memory else blocks
 
     def evidence(self) -> Iterator[tuple[int, Any]]:
@@ -464,7 +473,7 @@ class Joined:
 
         first = 0
         for (start, stop), path in self.paths.items():
-            yield first, CellEvidence.of_arrays(read_columns(path, list(self.widths)))
+            yield first, CellEvidence.of_arrays(read_columns(path, list(self.totals)))
             first += stop - start
 
 

@@ -46,22 +46,30 @@ class RowBlocks:
     """A float32 array `(n_rows, n_columns)` that comes in blocks of rows; rows of no block are NaN.
 
     Args:
-        blocks: Returns an iterator over `(first row, block)`.
+        blocks: Returns an iterator over `(first row, block)`, in order.
+        totals: The sum over the rows of each block that have numbers, `(n_blocks, n_columns)`.
     """
 
     shape: tuple[int, int]
     blocks: Callable[[], Iterator[tuple[int, np.ndarray]]]
+    totals: np.ndarray
 
     def to_memory(self) -> np.ndarray:
         """The array."""
-        array = np.full(self.shape, np.nan, dtype=np.float32)
+        array = np.empty(self.shape, dtype=np.float32)
         self.fill(array)
         return array
 
     def fill(self, array: Any) -> None:
-        """Copy the blocks into an array, of memory or of a file."""
+        """Copy the blocks into an array, of memory or of a file, with NaN for rows of no block."""
+        end = 0
         for start, block in self.blocks():
-            array[start : start + len(block)] = block
+            if start > end:
+                array[end:start] = np.nan
+            end = start + len(block)
+            array[start:end] = block
+        if end < self.shape[0]:
+            array[end:] = np.nan
 
 
 def can_copy(path: Path) -> bool:
@@ -229,7 +237,7 @@ def _replace(group: h5py.Group, name: str, value: Any) -> None:
     if not isinstance(value, RowBlocks):
         anndata.io.write_elem(group, name, value)
         return
-    array = group.create_dataset(name, value.shape, np.float32, fillvalue=np.nan)
+    array = group.create_dataset(name, value.shape, np.float32)  # a value to fill it with would be written first
     array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     value.fill(array)
 

@@ -34,7 +34,7 @@ from scmmgpt.annotation_scmmgpt import (
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import Novelty
-from scmmgpt.profiles_scmmgpt import ProfiledTypes, broader_answers
+from scmmgpt.profiles_scmmgpt import ProfiledTypes, broader_answers, kinds_of_terms
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.refinement_scmmgpt import refine_by_cells
 from scmmgpt.regression_scmmgpt import solve_groups
@@ -98,7 +98,8 @@ def annotate_file(
         above = [
             {"id": t, "name": str(ontology.term_name(t)), "above": [t, *ontology.ancestors(t)]} for t in types.terms
         ]
-        profiled = ProfiledTypes.of(fitted.readout, panel, broader_answers(names, terms, above))
+        answers, kinds = broader_answers(names, terms, above), kinds_of_terms(names, terms, above)
+        profiled = ProfiledTypes.of(fitted.readout, panel, answers, kinds)
         judge = profiled.beside(judge, profiled.with_types(neighbours, cells))
     scale, doubt = 1 / fitted.settings["temperature"], fitted.settings["doubt"]
     named_by = panel if alone else refine_by_cells(fitted.readout, panel, cells)

@@ -36,3 +36,10 @@ def fill(n_bytes: float) -> int:
     process = psutil.Process()
     _KEPT.append(os.urandom(int(n_bytes - process.memory_info().rss)))
     return process.pid
+
+
+def overfill(n_bytes: float) -> int:
+    """The same, in a task that goes on for a minute with it."""
+    found = fill(n_bytes)
+    time.sleep(60)
+    return found

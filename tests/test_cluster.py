@@ -13,7 +13,7 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.commands.cluster import LOST, Workers
-from scmmgpt.tests.cluster_tasks import die, fill, nap
+from scmmgpt.tests.cluster_tasks import die, fill, nap, overfill
 from scmmgpt.tests.clusters import dask_cluster, free_address
 from scmmgpt.tests.test_partitions import assert_same, run
 
@@ -89,6 +89,21 @@ def test_workers_that_dask_pauses_for_want_of_memory_end_the_command_with_the_li
         assert outcomes == [None]
         with pytest.raises(OSError, match=r"paused all 1 workers, .*\(500 MB\).* --memory-limit"):
             list(workers.run(nap, [tmp_path / "never.txt"]))
+
+
+@pytest.mark.slow
+def test_a_task_for_which_dask_ends_each_worker_is_reported_with_the_limit(log):
+    dask, distributed = pytest.importorskip("dask"), pytest.importorskip("distributed")
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": "500MB"}
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(**options) as local,
+        Workers(cluster=local.scheduler_address) as workers,
+    ):
+        found = {task: str(error) for task, _, error in workers.run(overfill, [496e6])}
+    assert found == {
+        496e6: f"{LOST} Dask ends workers that take most of 500 MB: start them with a larger --memory-limit."
+    }
 
 
 @pytest.mark.slow

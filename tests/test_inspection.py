@@ -172,6 +172,19 @@ def test_decimals_of_tpm_are_not_taken_for_counts(digits):
     assert not verdict.exact
 
 
+@pytest.mark.parametrize("peak", [3.0, 5.0, 6.0])
+def test_logarithms_of_few_genes_around_one_integer_are_not_counts(peak):
+    rng = np.random.default_rng(5)
+    values = np.where(rng.random((200, 60)) < 0.3, rng.normal(peak, 0.2, (200, 60)), 0)
+    assert inspect_matrix(values.astype(np.float32)).kind == "log1p"
+
+
+def test_counts_of_which_a_part_was_corrected_are_counts_whatever_their_size():
+    rng = np.random.default_rng(6)
+    counts = rng.poisson(rng.gamma(0.5, 6, (1, 80)), (200, 80)) * rng.uniform(0.985, 1, (200, 80))
+    assert inspect_matrix(counts.astype(np.float32)).kind == "raw_float"
+
+
 def test_small_values_of_a_logarithm_are_not_near_an_integer():
     rng = np.random.default_rng(4)
     values = np.where(rng.random((40, 300)) < 0.6, rng.exponential(0.02, (40, 300)), rng.exponential(1.5, (40, 300)))
@@ -666,6 +679,11 @@ def test_few_matching_genes_warn_and_hardly_any_are_refused(counts, gene_index):
         ),
         (lambda a: renamed(a, [f"WBGene{i:08d}" for i in range(N_GENES)]), r"They are genes of C\. elegans: map them"),
         (lambda a: renamed(a, [str(100 + i) for i in range(N_GENES)]), "They are NCBI gene ids: map them"),
+        (
+            lambda a: renamed(a, [f"CG{10000 + i}" for i in range(N_GENES)]),
+            "They are fruit fly genes .* no ortholog table",
+        ),
+        (lambda a: renamed(a, [f"unc-{i}" for i in range(N_GENES)]), "They are worm genes .* no ortholog table"),
     ],
 )
 def test_names_that_match_nothing_are_understood(counts, gene_index, change, words):

@@ -97,6 +97,24 @@ def test_nothing_heavy_is_imported_for_help():
     assert run.stdout.strip() == "False"
 
 
+def test_ctrl_c_while_a_command_starts_is_one_line():
+    code = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+from scmmgpt.__main__ import main
+sys.exit(main(["--help"]))
+"""
+    for module in ("json", "scmmgpt.commands.options", "scmmgpt.readers.label_lists"):
+        run = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stdout, run.stderr) == (130, "", "scmmgpt: stopped.\n"), module
+
+
 def test_annotate_writes_the_file_and_the_table(checkpoint, cells, tmp_path, capsys):
     out, table = tmp_path / "annotated.h5ad", tmp_path / "annotated.csv"
     arguments = ["annotate", cells, "--model", checkpoint, "-o", str(out), "--table", str(table), "--json"]

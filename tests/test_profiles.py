@@ -11,7 +11,7 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.evidence_scmmgpt import Explainer, label_members
 from scmmgpt.labels_scmmgpt import candidate_columns, profiled_types, with_types
 from scmmgpt.novelty_scmmgpt import Neighbours
-from scmmgpt.profiles_scmmgpt import NO_SIBLING, SIBLING_LEAD, ProfiledTypes, broader_answers
+from scmmgpt.profiles_scmmgpt import NO_SIBLING, SIBLING_LEAD, ProfiledTypes, broader_answers, kinds_of_terms
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.regression_scmmgpt import solve_groups, with_profiles
 
@@ -149,6 +149,40 @@ def test_a_sibling_that_a_profile_explains_as_well_goes_up_and_known_cells_stay(
     named = types.judge(cells, novel, file)[1][:, 0] == 0
     assert not named[~is_b].any()
     assert ProfiledTypes.of(left, panel).with_types(file, cells) is file  # an older checkpoint
+
+
+def test_a_novel_cell_is_of_the_broader_type_that_its_kinds_explain_together(readout):
+    """Neurons that are like no single kind of neuron, on scores of four labels and three types."""
+    terms = [{"id": "CL:0000540", "labels": ["a"]}, {"id": "CL:0000988", "labels": ["b", "c"]}]
+    kinds = kinds_of_terms([*"abcd", *map(str, range(18))], terms, [{"above": ["CL:0000540"]}] * 2 + [{"above": []}])
+    assert kinds == [[0, 22, 23], [1, 2]]
+    assert kinds_of_terms([*"abcd"], terms, [{"above": ["CL:0000540"]}] * 2) == [[], []]  # too many of all types
+    assert kinds_of_terms([*"abcd", *map(str, range(18))], terms, [{}]) == [[], []]  # an older checkpoint
+    types = replace(ProfiledTypes.of(readout, readout.for_genes(np.arange(30)), kinds=[[0, 4, 5], [1, 2]]), lead=0.0)
+    scores = [
+        [0.3, 0.1, 0.1, 0.1, 0.25, 0.2, 0.1],  # together 0.75, and 0.65 more than any other
+        [0.3, 0.1, 0.1, 0.1, 0.25, 0.2, 0.4],  # another type is best
+        [0.2, 0.1, 0.1, 0.1, 0.15, 0.1, 0.0],  # together 0.45
+        [0.4, 0.1, 0.1, 0.3, 0.2, 0.0, 0.1],  # 0.3 more than a type of none
+        [0.1, 0.5, 0.4, 0.1, 0.1, 0.0, 0.1],
+    ]
+    assert types.term_of(np.array(scores)).tolist() == [0, -1, -1, -1, 1]
+    assert (replace(types, lead=np.inf).term_of(np.array(scores)) == -1).all()  # few genes
+
+
+def test_only_novel_cells_without_a_name_get_the_broader_type_of_their_kinds(readout):
+    left = untrained.without_label(readout, 0)
+    TypeProfiles(["CL:0000236"], PROFILES[:1], np.arange(PROFILES.shape[1]), [-1]).add_to(left)
+    panel, cells = left.for_genes(np.arange(30)), cells_of([0, 1, 2, 3], 2)
+    file = Neighbours(Neighbours.of_scores(panel.scores(cells)), np.zeros(120, np.float32))
+    types = ProfiledTypes.of(left, panel, np.full((3, 1), NO_SIBLING), [[0, 1, 3], [0, 1]])
+    types = replace(types, lead=SIBLING_LEAD)
+    file = types.with_types(file, cells)
+    novelty = np.array([[0.2, -1], [2, -1], [2, 1]])[np.arange(120) % 3]
+    judged, names = types.judge(cells, novelty, file)
+    open_cells = (np.arange(120) % 3 == 1) & (names[:, 0] < 0)
+    np.testing.assert_array_equal(judged[~open_cells], novelty[~open_cells])
+    assert (judged[open_cells & (np.arange(120) // 30 == 1), 1] == 0).mean() > 0.9  # one of the two labels of the term
 
 
 def test_the_answer_for_label_and_type_is_their_narrowest_common_ancestor():

@@ -181,6 +181,33 @@ def test_cells_of_the_file_judge_novelty_and_refine_labels_in_partitions_too_unl
     np.testing.assert_array_equal(old.obsm["scmmgpt_probabilities"], labels["alone"])
 
 
+def test_a_kind_of_a_trained_label_stands_for_it(built, caplog):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    cells = synthetic_adata(40, seed=5)
+    asked = [pipeline.annotate(cells.copy(), ["B cell", name]).obs for name in ("monocyte", "Classical monocytes")]
+    assert "'Classical monocytes' is judged as 'monocyte', of which it is a kind" in caplog.text
+    is_monocyte = asked[0]["scmmgpt_cell_type"] == "monocyte"
+    assert 0 < is_monocyte.sum() < len(cells)
+    assert ((asked[1]["scmmgpt_cell_type"] == "Classical monocytes") == is_monocyte).all()
+    assert set(asked[1]["scmmgpt_cl_id"][is_monocyte]) == {"CL:0000860"}
+    caplog.clear()
+    pipeline.annotate(cells.copy(), ["B cell", "classical monocyte", "non-classical monocyte"])  # texts tell two kinds
+    assert "is judged as" not in caplog.text
+
+
+def test_terms_below_labels_are_of_the_nearest_one_and_of_no_broad_label():
+    below = ontology.terms_below(
+        {"macrophage": "CL:0000235", "epithelial cell": "CL:0000066", "leukocyte": "CL:0000738"}
+    )
+    labels = {term["name"]: term["labels"] for term in below}
+    assert labels["Kupffer cell"] == ["macrophage"]
+    assert "hepatocyte" not in labels  # one of some hundred kinds of epithelial cells
+    assert "macrophage" not in labels
+    names = [term["name"] for term in ontology.terms_below({"macrophage": "CL:0000235"}, ["CL:0000091"])]
+    assert "microglial cell" in names
+    assert "Kupffer cell" not in names
+
+
 def test_a_type_without_cells_is_a_candidate_and_a_name_by_its_profile(built, monkeypatch):
     monkeypatch.setattr(profiles_scmmgpt, "NAMING_LEAD", -10)  # some 20 genes, which all cells express, are few
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")

@@ -253,6 +253,7 @@ def add_readout(
         "similarity_weight": 0.0,
         "unseen_gate": None if gate is None else vars(gate),
         "terms": ontology.label_terms(ids),
+        "kinds": ontology.terms_below(ids, () if profiles is None else profiles.terms),
         "tissues": tissues_of(sources, table),
         "novelty": (fit_pooled_novelty(datasets, n_genes) or {}) | others,
         "refines": True,  # by the cells of a file, as the cells were that the settings are fitted to

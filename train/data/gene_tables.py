@@ -99,7 +99,7 @@ def _read_tsv(path: Path) -> pd.DataFrame:
 
 def _names(cell: str) -> tuple[str, ...]:
     """Split a field of several names."""
-    return tuple(name for name in (n.strip() for n in cell.split("|" if "|" in cell else ", ")) if name)
+    return tuple(filter(None, map(str.strip, cell.split("|" if "|" in cell else ", "))))
 
 
 def load_gene_texts(path: str | Path) -> list[dict[str, str]]:
@@ -147,16 +147,16 @@ def resolve_names(vocabulary: Iterable[str], records: Iterable[GeneRecord]) -> d
 @lru_cache(maxsize=1)
 def _own_names(records: tuple[GeneRecord, ...]) -> list[list[str]]:
     """For each gene the names that belong to it alone, the highest rank first; see [`resolve_names`]."""
-    owners: dict[str, set[int]] = {}
+    owners: dict[str, int] = {}
     tiers = (lambda r: (r.symbol, r.ensembl), lambda r: r.previous, lambda r: r.aliases)
     for tier in tiers:
-        found: dict[str, set[int]] = {}
+        found: dict[str, int] = {}
         for i, record in enumerate(records):
             for name in tier(record):
                 if name and name not in owners:
-                    found.setdefault(name, set()).add(i)
+                    found[name] = i if found.get(name, i) == i else -1  # of several
         owners |= found
-    return [[n for tier in tiers for n in tier(record) if n and owners[n] == {i}] for i, record in enumerate(records)]
+    return [[n for tier in tiers for n in tier(record) if n and owners[n] == i] for i, record in enumerate(records)]
 
 
 def build_gene_aliases(vocabulary: Mapping[str, int]) -> dict[str, Any]:

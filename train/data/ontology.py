@@ -8,7 +8,7 @@ use (the Cell Ontology in 15 ms, MONDO in 150 ms). NCBITaxon is never loaded, be
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ ONTOLOGIES = {
 MISSING = frozenset({"", "na", "nan", "none", "unknown", "unassigned", "<na>"})
 
 ROOT_TYPE = "CL:0000000"  # cell
+MOST_KINDS = 200  # of a label whose kinds are judged by it; without epithelial cells the most are 161 in the release
 BLOOD = "UBERON:0000178"
 LABELS_FILE = Path(__file__).parent / "templates" / "labels.json"
 
@@ -292,6 +293,30 @@ def label_terms(labels: Mapping[str, str | None]) -> list[dict[str, Any]]:
     for term_id, names in sorted(below.items(), key=lambda item: (len(item[1]), item[0] not in curated)):
         terms.append(_described("cell_type", term_id, names))
     return terms
+
+
+def terms_below(labels: Mapping[str, str], without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The terms below labels, for `annotate` to judge a kind of a label by the label.
+
+    A label of more than `MOST_KINDS` kinds ("epithelial cell") says too little of one, and has none.
+
+    Args:
+        labels: Label -> Cell Ontology id.
+        without: Ids of terms that are known otherwise.
+
+    Returns:
+        As [`label_terms`], each with the one label that is the nearest above it; terms of two such are left out.
+    """
+    label_of = {term_id: label for label, term_id in labels.items()}
+    below: dict[str, list[str]] = {label: [] for label in labels}
+    for term_id in cell_types().values():
+        found = [name for name in ancestors(term_id) if name in label_of]
+        above = {higher for name in found for higher in ancestors(name)}
+        nearest = [name for name in found if name not in above]
+        if len(nearest) == 1 and term_id not in label_of and term_id not in without:
+            below[label_of[nearest[0]]].append(term_id)
+    few = ((label, ids) for label, ids in below.items() if len(ids) <= MOST_KINDS)
+    return [_described("cell_type", term_id, [label]) for label, ids in few for term_id in ids]
 
 
 def tissue_terms(pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
