@@ -6,9 +6,9 @@ python -m scmmgpt.eval audit --adata cells.h5ad --label-key cell_type --output D
 ```
 
 `finetune` learns from three quarters of the cells, and the other quarter is judged. With `--model`, all cells are
-judged by that checkpoint as it is. Of the judged cells a share of the labels is replaced, by any other label, or by the
-label that the model finds most probable beside the true one ("near"). A label that shares a type of the checkpoint with
-the true one does not replace it ("T cell" is not wrong for a CD4 T cell). Precision at k is the share of replaced
+judged by that checkpoint as it is. Of the judged cells a share of the labels is replaced, by any other label, or by
+the label that the model finds most probable beside the true one ("near"). A label that shares a type of the checkpoint
+with the true one does not replace it ("T cell" is not wrong for a CD4 T cell). Precision at k is the share of replaced
 labels among the k cells that are ranked first, where k is their number. Labels of the file that are wrong from the
 start count against every system.
 
