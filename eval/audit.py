@@ -2,22 +2,30 @@
 
 ```
 python -m scmmgpt.eval audit --adata cells.h5ad --label-key cell_type --output DIR
+python -m scmmgpt.eval audit --adata cells.h5ad --label-key cell_type --output DIR --model .
 ```
 
-`finetune` learns from three quarters of the cells. In the other quarter a share of the labels is replaced, by any
-other label, or by the label that the model finds most probable beside the true one ("near"). Precision at k is the
-share of replaced labels among the k cells that are ranked first, where k is their number. Labels of the file that are
-wrong from the start count against every system.
+`finetune` learns from three quarters of the cells, and the other quarter is judged. With `--model`, all cells are
+judged by that checkpoint as it is. Of the judged cells a share of the labels is replaced, by any other label, or by
+the label that the model finds most probable beside the true one ("near"). A label that shares a type of the checkpoint
+with the true one does not replace it ("T cell" is not wrong for a CD4 T cell). Precision at k is the share of replaced
+labels among the k cells that are ranked first, where k is their number. Labels of the file that are wrong from the
+start count against every system.
 
 * audit: ranks by the score of `audit`, log odds of model and markers;
 * model: by the log odds of the model alone;
-* markers: by the mean standardised expression of the ten marker genes (t-test on the training cells) of the best
-  other label, less those of the given label;
-* the file itself: by a regression that is cross-validated on the labels of the quarter itself, as confident learning
-  does;
+* markers: by the mean standardised expression of the ten marker genes of the best other label, less those of the given
+  label. The markers come from a t-test on the training cells; with `--model`, on the judged cells and the labels that
+  they were given, as there are no other cells;
+* the file itself: by a regression that is cross-validated on the given labels of the judged cells, as confident
+  learning does;
 * random: in hashed order.
+
+With `--model`, cells are left out whose label means no type of the checkpoint or has fewer than five cells; they are
+counted. Counts are recovered where the file has other values, and the baselines get them, too.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -40,20 +48,35 @@ from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import expression, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.task import split_rows, training_parser
+from scmmgpt.evidence_scmmgpt import label_members
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.readers.cell_files import read_file
+from scmmgpt.train.labels import column_of
 
 
 N_MARKERS = 10
 COMPONENTS = 50
+FOLDS = 5  # of the regression on the labels of the file; a label needs a cell in each
 KINDS = ("any", "near")
 
 
-def plant(truth: np.ndarray, share: float, seed: int, nearest: np.ndarray | None = None) -> np.ndarray:
-    """Labels of which a share is replaced by any other label of `truth`, or by `nearest`, `(n_cells,)` each."""
+def plant(
+    truth: np.ndarray,
+    share: float,
+    seed: int,
+    nearest: np.ndarray | None = None,
+    same: np.ndarray | None = None,
+) -> np.ndarray:
+    """Labels of which a share is replaced by any other label of `truth`, or by `nearest`, `(n_cells,)` each.
+
+    `same` is bool `(n_labels, n_labels)` over the sorted labels: those that do not replace each other.
+    """
     given, names = truth.copy(), np.unique(truth)
+    same = np.eye(len(names), dtype=bool) if same is None else same
     rng = np.random.default_rng(seed)
     for i in rng.choice(len(truth), max(1, round(share * len(truth))), replace=False):
-        given[i] = rng.choice(names[names != truth[i]]) if nearest is None else nearest[i]
+        others = names[~same[np.searchsorted(names, truth[i])]]
+        given[i] = rng.choice(others) if nearest is None else nearest[i]
     return given
 
 
@@ -88,40 +111,72 @@ def best_other(values: np.ndarray, names: np.ndarray, given: np.ndarray) -> np.n
 def confident_scores(test: AnnData, given: np.ndarray, seed: int) -> np.ndarray:
     """Log odds against the given labels by a regression that is cross-validated on the same labels."""
     points = TruncatedSVD(min(COMPONENTS, test.n_vars - 1), random_state=seed).fit_transform(expression(test))
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     model = LogisticRegression(max_iter=2000)
     p = cross_val_predict(model, points / points.std(), given, cv=folds, method="predict_proba")
     return best_other(np.log(p.clip(min=1e-9)), np.unique(given), given)
 
 
+def meanings(pipeline: ScMMGPTPipeline, names: np.ndarray) -> np.ndarray:
+    """The labels of the checkpoint that each label of a file means, bool `(len(names), n_labels)`."""
+    labels = list(pipeline.annotation_settings()["labels"])
+    terms = (pipeline.model.config.annotation or {}).get("terms", [])
+    return label_members(names.tolist(), {name: i for i, name in enumerate(labels)}, terms)
+
+
+def overlap(members: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Pairs of labels that mean a common type, bool `(n_names, n_names)`; `members` are the [`meanings`].
+
+    Raises:
+        ValueError: If a label means some type of every other one, so that nothing can replace it.
+    """
+    same: np.ndarray = (members[:, None] & members).any(axis=2) | np.eye(len(names), dtype=bool)
+    if same.all(axis=1).any():
+        alone = names[same.all(axis=1)].tolist()
+        raise ValueError(
+            f"No wrong label can be planted for {alone[0]!r}: each of the {len(names)} labels "
+            f"({', '.join(names[:5])}) means a common type with it. Name a column with types that exclude each other."
+        )
+    return same
+
+
 def evaluate_audit(
     pipeline: ScMMGPTPipeline,
-    train: AnnData,
-    train_labels: np.ndarray,
     test: AnnData,
     truth: np.ndarray,
+    counts: AnnData,
+    train: tuple[AnnData, np.ndarray] | None = None,
     *,
     share: float = 0.05,
     seeds: int = 5,
 ) -> dict[str, Any]:
     """Plant wrong labels in `test`, and rank them by every system.
 
+    Args:
+        pipeline: The model.
+        test: Cells to judge.
+        truth: Their labels, `(n_cells,)`.
+        counts: The same cells for the baselines, counts in `X`.
+        train: Cells with counts and their labels, from which the markers come; None: from `counts` and given labels.
+
     Returns:
         JSON-able dict: by kind of planted label, `precision` by system (a list over seeds), and of the verdict
         "contradicted" its `precision` and `recall`; `n_cells` and `n_planted`.
     """
+    names = np.unique(truth)
+    members = meanings(pipeline, names)
+    same = overlap(members, names)
     annotated = pipeline.annotate(test.copy())
-    p = np.asarray(annotated.obsm["scmmgpt_probabilities"])
-    labels = np.asarray(annotated.uns["scmmgpt"]["annotate"]["labels"], dtype=str)
-    nearest = labels[np.where(labels == truth[:, None], -1, p).argmax(axis=1)]
-    markers, names = marker_scores(train, train_labels, test)
+    p = np.asarray(annotated.obsm["scmmgpt_probabilities"]) @ members.T
+    nearest = names[np.where(same[np.searchsorted(names, truth)], -1, p).argmax(axis=1)]
+    markers = None if train is None else marker_scores(*train, counts)
     n_planted = max(1, round(share * len(truth)))
     result: dict[str, Any] = {"n_cells": len(truth), "n_planted": n_planted, "kinds": {}}
     for kind in KINDS:
         found: dict[str, list[float]] = {}
         verdicts = []
         for seed in range(seeds):
-            given = plant(truth, share, seed, nearest if kind == "near" else None)
+            given = plant(truth, share, seed, nearest if kind == "near" else None, same)
             cells = test.copy()
             cells.obs["given"] = given
             audit = pipeline.audit(cells, "given")
@@ -129,8 +184,8 @@ def evaluate_audit(
             scores = {
                 "audit": audit.score,
                 "model": audit.odds,
-                "markers": best_other(markers, names, given),
-                "the file itself": confident_scores(test, given, seed),
+                "markers": best_other(*(markers or marker_scores(counts, given, counts)), given),
+                "the file itself": confident_scores(counts, given, seed),
                 "random": hashes(len(truth), seed).astype(float),
             }
             for system, score in scores.items():
@@ -142,6 +197,41 @@ def evaluate_audit(
         verdict = {"precision": round(float(precision), 4), "recall": round(float(recall), 4)}
         result["kinds"][kind] = {"precision": found, CONTRADICTED: verdict}
     return result
+
+
+def judge_finetuned(args: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune on a part of the cells, and judge the others."""
+    adata, labels = read_labelled(args.adata, args.label_key)
+    train, test = split_rows(labels, test_share=args.test_share)
+    with tempfile.TemporaryDirectory() as folder:
+        cells = adata[train].copy()
+        cells.obs["label"] = labels[train]
+        pipeline = run_finetune(cells, folder, label_key="label")
+    judged = adata[test].copy()
+    known = adata[train].copy(), labels[train]
+    return evaluate_audit(pipeline, judged, labels[test], judged, known, share=args.share, seeds=args.seeds)
+
+
+def judge_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Judge all cells by a checkpoint as it is."""
+    pipeline, adata = ScMMGPTPipeline.from_pretrained(args.model), read_file(args.adata)
+    labels = np.array([label or "" for label in column_of(adata.obs, args.label_key)], dtype=str)
+    names, n_of = np.unique(labels, return_counts=True)
+    usable = meanings(pipeline, names).any(axis=1) & (n_of >= FOLDS)
+    left_out = {str(name): int(n) for name, n in zip(names[~usable], n_of[~usable], strict=True)}
+    if usable.sum() < 2:
+        raise ValueError(
+            f"obs[{args.label_key!r}] of {args.adata} has {usable.sum()} labels that mean a type of the checkpoint "
+            f"and have {FOLDS} cells; two or more are needed. Left out: {', '.join(list(left_out)[:5]) or 'none'}."
+        )
+    rows = np.flatnonzero(np.isin(labels, names[usable]))
+    adata = adata[rows].copy()
+    choice = pipeline.processor.choose_input(adata)
+    values = choice.convert(adata).to_csr(max(pipeline.processor.gene_index.vocabulary.values()) + 1)
+    values = values[:, np.flatnonzero(values.getnnz(axis=0))]
+    counts = AnnData(values, obs=adata.obs[[]])
+    result = evaluate_audit(pipeline, adata, labels[rows], counts, share=args.share, seeds=args.seeds)
+    return {"model": str(args.model), "left_out": left_out, **result}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -166,17 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--share", type=number(float, 0, 0.5, above=True), default=0.05, help="share of wrong labels (%(default)s)"
     )
     parser.add_argument("--seeds", type=number(int, 1), default=5, help="draws of wrong labels (%(default)s)")
+    text = "judge all cells by this checkpoint as it is, `.` for that of the package (default: fine-tune one)"
+    parser.add_argument("--model", metavar="CHECKPOINT", help=text)
     args = parser.parse_args(argv)
-    adata, labels = read_labelled(args.adata, args.label_key)
-    train, test = split_rows(labels, test_share=args.test_share)
-    with tempfile.TemporaryDirectory() as folder:
-        cells = adata[train].copy()
-        cells.obs["label"] = labels[train]
-        pipeline = run_finetune(cells, folder, label_key="label")
-    parts = adata[train].copy(), labels[train], adata[test].copy(), labels[test]
-    result = evaluate_audit(pipeline, *parts, share=args.share, seeds=args.seeds)
+    result = judge_finetuned(args) if args.model is None else judge_all(args)
     output = Path(args.output)
     write_json(output / "results.json", {**result, "adata": str(args.adata), "label_key": args.label_key})
     (output / "table.md").write_text(table(result), encoding="utf-8")
-    sys.stdout.write(table(result) + json.dumps({"n_cells": result["n_cells"]}) + "\n")
+    sizes = {name: result[name] for name in ("n_cells", "n_planted", "left_out") if name in result}
+    sys.stdout.write(table(result) + json.dumps(sizes) + "\n")
     return 0

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.audit_scmmgpt import Audit, judge
-from scmmgpt.eval.audit import best_other, confident_scores, evaluate_audit, plant, precision_at
+from scmmgpt.eval.audit import best_other, confident_scores, evaluate_audit, overlap, plant, precision_at
+from scmmgpt.eval.audit import main as evaluate
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -183,10 +184,41 @@ def test_planting_replaces_the_share_and_precision_counts_it():
 def test_the_evaluation_ranks_planted_labels_above_chance(pipeline):
     train, test = synthetic_adata(200, seed=3), synthetic_adata(120, seed=4)
     labels = [np.asarray(cells.obs["cell_type"]).astype(str) for cells in (train, test)]
-    result = evaluate_audit(pipeline, train, labels[0], test, labels[1], seeds=2)
+    result = evaluate_audit(pipeline, test, labels[1], test, (train, labels[0]), seeds=2)
     for kind in ("any", "near"):
         precision = result["kinds"][kind]["precision"]
         assert precision["audit"] == [1, 1]
         assert min(precision["markers"]) > 0.5
         assert max(precision["random"]) < 0.5
     assert confident_scores(test, labels[1], 0).max() < 0
+
+
+def test_a_label_that_means_a_common_type_is_no_planted_fault():
+    names = np.array(["B cell", "CD4 T cell", "T cell"])
+    same = overlap(np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=bool), names)
+    truth = np.repeat(["B cell", "CD4 T cell", "T cell"], 20)
+    given = plant(truth, 0.5, 0, same=same)
+    assert set(given[truth != "B cell"]) == {"B cell", "CD4 T cell", "T cell"}
+    assert not ((given == "T cell") & (truth == "CD4 T cell")).any()
+    assert not ((given == "CD4 T cell") & (truth == "T cell")).any()
+    with pytest.raises(ValueError, match=r"No wrong label can be planted for 'CD4 T cell'.*exclude each other"):
+        overlap(np.array([[1, 0], [1, 1]], dtype=bool), names[1:])
+
+
+def test_the_evaluation_judges_all_cells_by_a_checkpoint_as_it_is(pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    adata = synthetic_adata(120, seed=4)
+    labels = adata.obs["cell_type"].astype(str).to_numpy()
+    labels[:7] = "neither known nor judged"
+    adata.obs["cell_type"] = labels
+    adata.X = np.log1p(adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X)  # counts are recovered
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    words = ["--adata", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "out"), "--seeds", "2"]
+    capsys.readouterr()
+    assert evaluate([*words, "--model", str(tmp_path / "checkpoint")]) == 0
+    assert '"n_cells": 113, "n_planted": 6, "left_out": {"neither known nor judged": 7}' in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    precision = result["kinds"]["any"]["precision"]
+    assert precision["audit"] == [1, 1]
+    assert min(precision["markers"]) > 0.5
+    assert max(precision["random"]) < 0.5
