@@ -65,8 +65,11 @@ def test_many_cells_are_described_by_a_sample(pipeline, cells, monkeypatch):
 def test_a_rare_label_has_no_share_of_nothing(cells):
     cells = anndata.concat([cells] * 5, index_unique="-")
     cells.obs["scmmgpt_cell_type"], cells.obs["scmmgpt_score"] = ["mast cell", *["B cell"] * (cells.n_obs - 1)], 0.9
-    words, _ = words_of(report_page(cells, "many"))
+    page = report_page(cells, "many")
+    words, _ = words_of(page)
     assert "labels: B cell (100 %), mast cell (<1 %)." in words
+    assert "B cell (100\N{NO-BREAK SPACE}%)" in page
+    assert not re.search(r"\d %", page)  # a line would end between the two
 
 
 def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cells):
