@@ -4,7 +4,6 @@ The page needs no network and no file beside it. Needs the extra `eval`.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,19 +48,13 @@ def report_page(adata: Any, title: str, label_key: str | None = None, seed: int 
     Raises:
         ValueError: If the cells are not annotated, or there is no column `label_key`.
     """
-    import jinja2
+    from scmmgpt.commands.pages import render_page
 
     if f"{KEY}_cell_type" not in adata.obs:
         raise ValueError("The cells have no labels of `scmmgpt annotate`: annotate them first, or name a --model.")
     need_columns(adata.obs, *filter(None, [label_key]))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "eval" / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("cells.html").render(
+    return render_page(
+        "cells.html",
         title=title,
         n_cells=adata.n_obs,
         pictures=pictures(adata, label_key, seed),

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
 
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.train.curves import figure_style
@@ -87,15 +88,21 @@ def calibration_figure(calibration: Sequence[Mapping]) -> Figure:
 
 
 def umap_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """UMAP of points `(n, d)` to `(n, 2)`, the same for the same seed."""
+    """UMAP of points `(n, d)` to `(n, 2)`, the same for the same seed.
+
+    Neighbours are exact, by scikit-learn: umap compiles its own search, and below 4,096 points calls a Python function
+    for each pair of them.
+    """
+    points = np.asarray(points, dtype=np.float32)
+    n_neighbors = min(15, len(points) - 1)
+    distances, indices = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(points)
     with warnings.catch_warnings():
-        # umap warns about optional back ends when it is imported.
+        # umap warns about optional back ends when it is imported, and that new points could not be placed.
         warnings.simplefilter("ignore")
         import umap
 
-        n_neighbors = min(15, len(points) - 1)
-        reducer = umap.UMAP(n_neighbors, min_dist=0.3, init="pca", random_state=seed, n_jobs=1)
-        return reducer.fit_transform(np.asarray(points, dtype=np.float32))
+        options = {"min_dist": 0.3, "init": "pca", "random_state": seed, "n_jobs": 1}
+        return umap.UMAP(n_neighbors, precomputed_knn=(indices, distances), **options).fit_transform(points)
 
 
 def tsne_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tqdm.auto import tqdm
 
 from scmmgpt.commands.files import whole_file, write_json
+from scmmgpt.commands.pages import render_page
 from scmmgpt.eval import annotation, baselines, description, generation
 from scmmgpt.eval.cells import read_splits
 from scmmgpt.eval.pictures import annotation_pictures, generation_pictures, training_pictures
@@ -120,15 +120,8 @@ def render(results: dict[str, dict], pictures: dict, provenance: dict, *, title:
         title: Heading of the page.
         note: A sentence on what the checkpoint is and is not.
     """
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = lambda value, digits=3: (
-        "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
-    )
-    environment.filters["signed"] = lambda value, digits=3: f"{value:+.{digits}f}".replace("-", "−")
-    return environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
         title=title,
         note=note,
         results=results,

@@ -12,6 +12,7 @@ import pytest
 
 import scmmgpt as sm
 from scmmgpt import synthetic
+from scmmgpt.eval import figures
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -113,6 +114,27 @@ def test_umap_draws_words_and_numbers_and_keeps_the_places(annotated, monkeypatc
     assert (len(rows), what) == (60, "UMAP of the file")
     with pytest.raises(ValueError, match="no column"):
         sm.pl.umap(annotated, "nothing")
+
+
+@pytest.mark.parametrize("n", [5, 60])
+def test_umap_takes_exact_neighbours_and_searches_none(n, monkeypatch):
+    taken = {}
+
+    class Reducer:  # its compilation takes longer than all other tests of this file
+        def __init__(self, n_neighbors, **options):
+            taken.update(options, n_neighbors=n_neighbors)
+
+        def fit_transform(self, points):
+            return points[:, :2]
+
+    monkeypatch.setattr("umap.UMAP", Reducer)
+    points = np.random.default_rng(0).normal(size=(n, 3))
+    figures.umap_coordinates(points)
+    indices, distances = taken["precomputed_knn"]
+    of_pairs = np.linalg.norm(points[:, None] - points, axis=2)
+    assert indices.shape == (n, taken["n_neighbors"]) == (n, min(15, n - 1))
+    np.testing.assert_array_equal(indices[:, 0], np.arange(n))  # each point is its own nearest neighbour
+    np.testing.assert_allclose(distances, np.sort(of_pairs, axis=1)[:, : indices.shape[1]], atol=1e-5)
 
 
 def test_evidence_draws_the_genes_of_each_label(annotated):
