@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.figure
@@ -127,9 +128,11 @@ def test_umap_takes_exact_neighbours_and_searches_none(n, monkeypatch):
         def fit_transform(self, points):
             return points[:, :2]
 
-    monkeypatch.setattr("umap.UMAP", Reducer)
     points = np.random.default_rng(0).normal(size=(n, 3))
-    figures.umap_coordinates(points)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # umap warns about optional back ends when it is imported
+        monkeypatch.setattr("umap.UMAP", Reducer)
+        figures.umap_coordinates(points)
     indices, distances = taken["precomputed_knn"]
     of_pairs = np.linalg.norm(points[:, None] - points, axis=2)
     assert indices.shape == (n, taken["n_neighbors"]) == (n, min(15, n - 1))
