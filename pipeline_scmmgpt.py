@@ -215,7 +215,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """
-        clusters = clusters_of(adata.obs, cluster_key)
+        clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature, tissue)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
@@ -253,7 +253,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Raises:
             ValueError: If the checkpoint has no label readout.
         """
-        clusters = clusters_of(adata.obs, cluster_key)
+        clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labels = words_of(adata.obs, label_key)
         evidence = self.explain_cells(adata, choice, labels, np.unique(labels), clusters, batch_size)
@@ -286,7 +286,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
         """
         given = words_of(adata.obs, label_key)
-        clusters = clusters_of(adata.obs, cluster_key)
+        clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.read_batch(adata, self.labelling(uncounted(choice), self.annotation_settings()))
         columns = self.audit_cells(adata, replace(labelling, choice=choice), given, np.unique(given), batch_size)

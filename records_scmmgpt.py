@@ -43,14 +43,12 @@ def words_of(obs: Any, key: str) -> np.ndarray:
     return words.astype(str)
 
 
-def clusters_of(obs: Any, key: str | None) -> np.ndarray | None:
-    """The clusters of a column of `obs`, as [`words_of`] has them; None without a column.
+def clusters_of(obs: Any, key: str) -> np.ndarray:
+    """The clusters of a column of `obs`, as [`words_of`] has them.
 
     Raises:
         ValueError: If no cell has a cluster.
     """
-    if key is None:
-        return None
     clusters = words_of(obs, key)
     if len(clusters) and (clusters == MISSING).all():
         raise ValueError(

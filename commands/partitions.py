@@ -147,7 +147,8 @@ class PartitionedRun:
                 cells = self._open(source)
                 choice = self.pipeline.processor.choose_input(cells, **self.job.reading)
             need_columns(cells.obs, *self.needed)
-            clusters_of(cells.obs, self.job.options.get("cluster_key"))
+            if (key := self.job.options.get("cluster_key")) is not None:
+                clusters_of(cells.obs, key)
             labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
             decided = tasks.decide(self.pipeline, cells, choice, self.job, labels)
         except Exception as error:  # whatever a damaged file makes of the libraries
@@ -243,7 +244,7 @@ class PartitionedRun:
         """Add the results of a verb to all cells that have some; returns what the verb returns."""
         pipeline, options, columns = self.pipeline, self.job.options, joined.columns
         key = options.get("cluster_key")
-        clusters = clusters_of(target.obs, key)
+        clusters = None if key is None else clusters_of(target.obs, key)
         if self.job.verb == "embed":
             return pipeline.add_embedding(target, choice, joined.blocks("embedding"), options["of"])
         if self.job.verb == "search":
