@@ -214,7 +214,8 @@ def judge_finetuned(args: argparse.Namespace) -> dict[str, Any]:
 
 def judge_all(args: argparse.Namespace) -> dict[str, Any]:
     """Judge all cells by a checkpoint as it is."""
-    pipeline, adata = ScMMGPTPipeline.from_pretrained(args.model), read_file(args.adata)
+    pipeline = ScMMGPTPipeline.from_pretrained(args.model)
+    adata: Any = read_file(args.adata)
     labels = np.array([label or "" for label in column_of(adata.obs, args.label_key)], dtype=str)
     names, n_of = np.unique(labels, return_counts=True)
     usable = meanings(pipeline, names).any(axis=1) & (n_of >= FOLDS)
