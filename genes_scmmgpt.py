@@ -71,13 +71,11 @@ SPECIES = (
     Species("fruit fly", "drosophila melanogaster", "ncbitaxon:7227", "FBgn", None),
     Species("worm", "caenorhabditis elegans", "ncbitaxon:6239", "WBGene", None),
 )
-# Names that one species alone has, and the share of a file's names that proves the species.
+# Names that one species alone has, and the share of a file's names that proves the species: FlyBase's numbers of
+# annotations (CG14995, lncRNA:CR45845), and the worm's unc-119 and col-12.
 OWN_NAMES = {
-    "fruit fly": (
-        re.compile(r"(?:.+:)?C[GR]\d{4,5}"),
-        0.05,
-    ),  # FlyBase's numbers of annotations: CG14995, lncRNA:CR45845
-    "worm": (re.compile(r"[a-z]{3,4}-\d+(?:\.\d+)?"), 0.2),  # unc-119, col-12
+    "fruit fly": (re.compile(r"(?:.+:)?C[GR]\d{4,5}"), 0.05),
+    "worm": (re.compile(r"[a-z]{3,4}-\d+(?:\.\d+)?"), 0.2),
 }
 OTHER_IDS = {
     "NCBI gene ids": re.compile(r"\d+"),

@@ -32,8 +32,11 @@ MIN_UNIT = 0.02  # for known cells without a single count in an absent gene
 NOVELTY_FOLDS = 5
 MIN_NOVELTY_CELLS = 100  # with fewer cells, too few genes are seen to call the others absent
 ABSENT_WEIGHT = 0.1  # of the share of absent genes, in its unit, beside the missing lead over other cells
-BROADER_NOVELTY = 0.5  # at most, of a broader term that a novel cell gets
-N_NEIGHBOURS, NEIGHBOUR_WEIGHT = 6, 0.8  # cells of similar scores, and the weight of the mean of their novelty
+BROADER_NOVELTY = 0.1  # at most, of a broader term that a novel cell gets
+N_NEIGHBOURS, NEIGHBOUR_WEIGHT = 12, 0.8  # cells of similar scores, and the weight of the mean of their novelty
+# In panels of so many genes leads of known cells vary more, and what a lead lacks counts less. With fewer genes than
+# those all leads are small, and cells are called wrongly rather than novel.
+PANEL_GENES, PANEL_WEIGHT = range(500, 2000), 0.85
 SCORE_STEPS, MOST_STEPS = 256, 512  # whole steps of a score: sums of products of up to 64 labels are exact in float32
 # `others_unit` was the unit of a lead that was neither brought to the scale of a panel nor divided by its spread.
 OLD_UNIT = (
@@ -220,13 +223,13 @@ class Novelty:
         if self.panel is None and self.absent is not None:
             return novelty_of(cells, self.absent) / np.float32(self.unit)
         share, unit, added = self._share(cells), self.lead_unit, np.zeros((len(cells), 1), dtype=np.float32)
-        raw = self.panel.novelty(cells) + share
+        raw = self._missing_lead(cells) + share
         if self.neighbours is not None and self.batch_unit is not None:
             unit, added = self.batch_unit, self.neighbours.difference(self.panel.scores(cells), raw[:, 0])[:, None]
         novelty = (raw + added)[:, 0] / np.float32(unit)
         if not self.terms:
             return novelty.clip(min=0)
-        raw = self.panel.novelty(cells, self.terms, novelty > 1) + share
+        raw = self._missing_lead(cells, self.terms, novelty > 1) + share
         broader = first_term((raw + added)[:, 1:], unit).astype(np.float32)
         return np.stack([novelty.clip(min=0), broader], axis=1)
 
@@ -238,7 +241,14 @@ class Novelty:
 
     def raw(self, cells: Cells, terms: Sequence[Sequence[int]] = ()) -> np.ndarray:
         """Novelty for labels and for `terms`, `(n_cells, 1 + n_terms)`, not yet over the unit."""
-        return self._share(cells) if self.panel is None else self.panel.novelty(cells, terms) + self._share(cells)
+        return self._share(cells) if self.panel is None else self._missing_lead(cells, terms) + self._share(cells)
+
+    def _missing_lead(
+        self, cells: Cells, terms: Sequence[Sequence[int]] = (), asked: np.ndarray | None = None
+    ) -> np.ndarray:
+        """As `readout_scmmgpt.PanelReadout.novelty`, less in a panel of few genes."""
+        missing = self.panel.novelty(cells, terms, asked)
+        return missing * np.float32(PANEL_WEIGHT if len(self.panel.gene_ids) in PANEL_GENES else 1)
 
     def _share(self, cells: Cells) -> np.ndarray:
         """Novelty by absent genes, float32 `(n_cells, 1)`, 0 where too few are measured; with a panel, its part."""

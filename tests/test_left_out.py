@@ -1,6 +1,7 @@
 """Datasets that a readout has not seen: what is scored, what is fitted to the scores, and the report of it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from sklearn.neighbors import NearestNeighbors
 from scmmgpt.annotation_scmmgpt import choose_labels, least_scores
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.labels_scmmgpt import UNKNOWN
-from scmmgpt.novelty_scmmgpt import N_NEIGHBOURS, NEIGHBOUR_WEIGHT, SCORE_STEPS, Neighbours, first_term
+from scmmgpt.novelty_scmmgpt import (
+    N_NEIGHBOURS,
+    NEIGHBOUR_WEIGHT,
+    PANEL_WEIGHT,
+    SCORE_STEPS,
+    Neighbours,
+    Novelty,
+    first_term,
+)
 from scmmgpt.regression_scmmgpt import scale_groups, solve_groups
 from scmmgpt.synthetic import fitted_pipeline, synthetic_adata
 
@@ -129,7 +138,7 @@ def test_a_group_below_no_expression_in_a_gene_has_none_at_any_scale():
 
 
 def test_a_novel_cell_gets_a_broader_term_that_is_not_novel_and_else_none():
-    unit, novelty = 0.6, np.array([[0.1, 0.1], [0.5, 0.2], [np.inf, 0.9]])
+    unit, novelty = 0.6, np.array([[0.05, 0.05], [0.5, 0.05], [np.inf, 0.9]])
     broader = first_term(novelty, unit)
     assert broader.tolist() == [0, 1, -1]
     terms = [{"id": "CL:0000084", "name": "T cell", "labels": ["CD4", "CD8"]}]
@@ -279,3 +288,11 @@ def test_known_cells_keep_their_names_and_a_label_that_is_left_out_is_reported(d
     assert set(both["known"]) == {"one", "two"}  # by the third
     with pytest.raises(ValueError, match="no datasets"):
         evaluation.evaluate_left_out("folder", together=["four"])
+
+
+@pytest.mark.parametrize(("n_genes", "weight"), [(204, 1), (900, PANEL_WEIGHT), (5000, 1)])
+def test_what_a_lead_lacks_counts_less_in_a_panel_of_some_hundred_genes(n_genes, weight):
+    missing = np.array([[0.5, 0.2], [1.0, 0.1]], dtype=np.float32)
+    panel = SimpleNamespace(gene_ids=np.arange(n_genes), novelty=lambda cells, terms, asked: missing)
+    cells = Cells.from_csr(csr_matrix(np.ones((2, n_genes), np.float32)), np.arange(n_genes))
+    np.testing.assert_allclose(Novelty(None, 1.0, panel).raw(cells), missing * weight, rtol=1e-6)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 TEMPERATURES = np.geomspace(0.05, 0.5, 41)  # around `pooled.TEMPERATURE`
 DOUBTS = np.linspace(0, 0.2, 5)  # shares of cells whose scores say nothing
-LOST = 0.03  # share of the rightly named cells that may get no name
+LOST = 0.02  # share of the rightly named cells that may get no name
 LEAST_UNIT = 0.25  # of novelty by other cells: a cell with most of the lead of its label is never novel
 MIN_CELLS = 100  # of known types, to calibrate on
 ABSENT = np.float32(-1e9)  # log probability of a label that no other dataset has
