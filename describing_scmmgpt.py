@@ -26,7 +26,7 @@ from .proof_scmmgpt import (
     terms_above,
     tissues_of,
 )
-from .records_scmmgpt import MISSING, finish_report, table_of, words_of
+from .records_scmmgpt import MISSING, clusters_of, finish_report, table_of
 
 
 logger = logging.get_logger(__name__)
@@ -125,7 +125,7 @@ class DescriptionSteps(EvidenceSteps):
         """[`describe`] by counts. All cells are in memory."""
         if not self.can_explain:
             raise ValueError("This checkpoint has no label readout, whose genes are the proof of a description.")
-        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
+        clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.read_batch(adata, self.labelling(choice, self.annotation_settings()))
         columns, scores = self.label_cells(adata, labelling)

@@ -15,6 +15,7 @@ The **markers** of a label are the genes that tell its mean training cell from t
 difference. A label with strong terms and silent markers is doubtful.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ NONE = -1  # no set of labels, no gene
 # A label of several types, of none, or of cells that are no good.
 OF_NO_ONE_TYPE = re.compile(r"[/&|]|\b(and|or|not|no|mixed|doublets?|multiplets?|low.quality)\b", re.IGNORECASE)
 GENE = re.compile(r"[A-Z][A-Z0-9-]*\d[A-Z0-9-]*|[A-Z]{4,}")  # behind a type: "T cell GZMK"; not "NK", "DC"
+SPELT_ALIKE = 0.85  # share of the letters of two names that agree, of which one may be a slip of the other
 LEVEL = re.compile(r"high|hi|low|lo", re.IGNORECASE)  # of a gene: "C1QB_high"
 STATE = re.compile(r"^((activated|quiescent|resting|cycling|proliferating|immature|mature|inflamed|stressed) )+")
 
@@ -309,6 +311,20 @@ def labels_in_short(label: str, terms: Sequence[Mapping[str, Any]]) -> list[str]
         if found:
             return sorted(narrowest) if all(narrowest <= other for other in found) else []
     return []
+
+
+def likely_label(label: str, known: Collection[str], terms: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name that a label without a meaning may stand for: a type in short ("beta"), or one spelt wrongly ("B cel").
+
+    >>> likely_label("B cel", ["B cell"], []), likely_label("hepatoblast", ["hepatocyte"], [])
+    ('B cell', None)
+    """
+    short = labels_in_short(label, terms)
+    if len(short) == 1:
+        return short[0]
+    names = {normalize_label(name): name for name in [*(name for term in terms for name in term["names"]), *known]}
+    near = difflib.get_close_matches(normalize_label(label), names, n=1, cutoff=SPELT_ALIKE)
+    return names[near[0]] if near else None
 
 
 def percentiles(histogram: np.ndarray, n_cells: int, genes: np.ndarray, levels: np.ndarray) -> np.ndarray:

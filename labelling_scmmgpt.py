@@ -306,7 +306,9 @@ class LabellingSteps(CellPasses):
         annotation = self.model.config.annotation or {}
         stored, texts = annotation.get("labels", {}), labelling.candidates.texts
         least = labelling.min_score if labelling.fitted_score is None else labelling.fitted_score or None
-        summary, warnings = summarize_annotation(columns, labelling.candidates, list(stored), least)
+        summary, warnings = summarize_annotation(
+            columns, labelling.candidates, list(stored), least, annotation.get("terms", [])
+        )
         label_of = {text: label for label, text in stored.items()}
         label_of |= {t["text"]: t["name"] for t in annotation.get("profiles", []) if t["text"] in texts}
         if labelling.readout is not None:

@@ -44,7 +44,7 @@ from .modeling_scmmgpt import ScMMGPTForCellTextAlignment, ScMMGPTForConditional
 from .passes_scmmgpt import best_device, uncounted
 from .processing_scmmgpt import ScMMGPTProcessor
 from .receipt_scmmgpt import with_receipt
-from .records_scmmgpt import add_column, finish_report, words_of
+from .records_scmmgpt import add_column, clusters_of, finish_report, words_of
 from .scoring_scmmgpt import encode_texts
 from .searching_scmmgpt import SearchSteps
 
@@ -215,7 +215,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             `obsm["{key}_probabilities"]` `(n_obs, n_labels)` in the order of `uns["{key}"]["annotate"]["labels"]`. A
             row that sums to less than 1 leaves the rest to known labels that are not candidates.
         """
-        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
+        clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         settings = self.annotation_settings(labels, cl_ids, matching_weight, matching_candidates, temperature, tissue)
         labelling = self.labelling(choice, settings, labels is None, min_score, unseen_bonus, error_rate)
@@ -253,7 +253,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Raises:
             ValueError: If the checkpoint has no label readout.
         """
-        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
+        clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labels = words_of(adata.obs, label_key)
         evidence = self.explain_cells(adata, choice, labels, np.unique(labels), clusters, batch_size)
@@ -286,7 +286,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             label) and `{key}_audit_genes` (genes that speak for the other label and against the given one).
         """
         given = words_of(adata.obs, label_key)
-        clusters = None if cluster_key is None else words_of(adata.obs, cluster_key)
+        clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.read_batch(adata, self.labelling(uncounted(choice), self.annotation_settings()))
         columns = self.audit_cells(adata, replace(labelling, choice=choice), given, np.unique(given), batch_size)

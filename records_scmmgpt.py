@@ -43,6 +43,20 @@ def words_of(obs: Any, key: str) -> np.ndarray:
     return words.astype(str)
 
 
+def clusters_of(obs: Any, key: str) -> np.ndarray:
+    """The clusters of a column of `obs`, as [`words_of`] has them.
+
+    Raises:
+        ValueError: If no cell has a cluster.
+    """
+    clusters = words_of(obs, key)
+    if len(clusters) and (clusters == MISSING).all():
+        raise ValueError(
+            f"obs[{key!r}] has no value for any of the {len(clusters)} cells; name a column with clusters."
+        )
+    return clusters
+
+
 def add_column(adata: Any, name: str, values: np.ndarray) -> None:
     """Add a column to `obs`; words as categories, as scanpy plots them."""
     adata.obs[name] = values

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .evidence_scmmgpt import likely_label
 from .labels_scmmgpt import MOST_LABELS, UNKNOWN, Candidates
 from .records_scmmgpt import MISSING
 
@@ -86,12 +87,16 @@ def majority_vote(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def summarize_annotation(
-    columns: Mapping[str, np.ndarray], candidates: Candidates, known: Sequence[str], min_score: float | None
+    columns: Mapping[str, np.ndarray],
+    candidates: Candidates,
+    known: Sequence[str],
+    min_score: float | None,
+    terms: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Summary of an annotation, and warnings about an unlikely one.
 
-    `columns` is the result of [`choose_labels`], `known` the labels of the checkpoint, and `min_score` that of
-    [`choose_labels`], None for one of 0 that was fitted.
+    `columns` is the result of [`choose_labels`], `known` the labels of the checkpoint, `min_score` that of
+    [`choose_labels`], None for one of 0 that was fitted, and `terms` those of the checkpoint.
 
     Returns:
         `found`, `found_cells`, `mean_entropy`, `collapsed`, with novelty `novel_cells`; and the warnings.
@@ -113,11 +118,14 @@ def summarize_annotation(
     pairs = zip(candidates.owners.tolist(), candidates.unseen.tolist(), strict=True)
     new = [candidates.names[owner] for owner, unseen in pairs if unseen and owner >= 0 and known]
     if n_new := sum(counted[name] for name in new):
-        shown = ", ".join(map(repr, sorted(new, key=lambda name: -counted[name])[:3]))
+        commonest = sorted(new, key=lambda name: -counted[name])[:3]
+        shown = ", ".join(map(repr, commonest))
+        guesses = {name: guess for name in commonest if (guess := likely_label(name, known, terms)) is not None}
+        asked = "".join(f" Do you mean {guess!r} by {name!r}?" for name, guess in guesses.items())
         warnings.append(
             f"{n_new} of {n_cells} cells have labels that no training cell had ({shown}): their texts alone decide, "
             "and such a label takes cells of other types, most of all where none of its own are there. Leave it out "
-            "if it cannot occur, or write a known label in its place."
+            f"if it cannot occur, or write a known label in its place.{asked}"
         )
     if n_novel >= NOVEL_SHARE * n_cells:
         given = f"{n_unknown} of them are {UNKNOWN}, the others have a broader type or that of a reference profile"

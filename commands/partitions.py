@@ -36,7 +36,7 @@ from scmmgpt.commands.partition_tasks import Arrays, Job, Partition, read_column
 from scmmgpt.commands.results import CopiesAhead, RowBlocks, can_copy, rehearse, write_cells, write_table
 from scmmgpt.commands.sources import Source
 from scmmgpt.readers.soma import is_soma
-from scmmgpt.records_scmmgpt import need_columns, words_of
+from scmmgpt.records_scmmgpt import clusters_of, need_columns, words_of
 
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ class PartitionedRun:
                 cells = self._open(source)
                 choice = self.pipeline.processor.choose_input(cells, **self.job.reading)
             need_columns(cells.obs, *self.needed)
+            if (key := self.job.options.get("cluster_key")) is not None:
+                clusters_of(cells.obs, key)
             labels = None if self.annotated is None else self.annotated.labels(source, cells.shape[0])
             decided = tasks.decide(self.pipeline, cells, choice, self.job, labels)
         except Exception as error:  # whatever a damaged file makes of the libraries
@@ -242,7 +244,7 @@ class PartitionedRun:
         """Add the results of a verb to all cells that have some; returns what the verb returns."""
         pipeline, options, columns = self.pipeline, self.job.options, joined.columns
         key = options.get("cluster_key")
-        clusters = None if key is None else words_of(target.obs, key)
+        clusters = None if key is None else clusters_of(target.obs, key)
         if self.job.verb == "embed":
             return pipeline.add_embedding(target, choice, joined.blocks("embedding"), options["of"])
         if self.job.verb == "search":

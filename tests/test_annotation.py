@@ -7,12 +7,14 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
 from scmmgpt.annotation_scmmgpt import choose_labels
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
+from scmmgpt.evidence_scmmgpt import likely_label
 from scmmgpt.labels_scmmgpt import (
     advice_on_tissues,
     candidate_columns,
@@ -234,6 +236,26 @@ def test_cells_of_a_label_that_was_never_trained_bring_a_warning(tiny_pipeline, 
             found = tiny_pipeline.annotate(adata, ["B cell", "hepatocyte"], matching_weight=0).obs["scmmgpt_cell_type"]
         said = f"{(found == 'hepatocyte').sum()} of {adata.n_obs} cells have labels that no training cell had"
         assert sum(f"{said} ('hepatocyte')" in message for message in caplog.messages) == n_warnings
+
+
+def test_a_label_that_is_spelt_wrongly_or_in_short_brings_the_known_name(tiny_pipeline, adata, terms, caplog):
+    labels = {label: f"a {label}" for label in TRAINED}
+    tiny_pipeline.model.config.annotation = {"labels": labels, "terms": terms, "unseen_bonus": 9.0}
+    with caplog.at_level("WARNING", "scmmgpt"):
+        tiny_pipeline.annotate(adata, ["B cel", "hepatocyte"], matching_weight=0)
+    (said,) = [message for message in caplog.messages if "no training cell had" in message]
+    assert "Do you mean 'B cell' by 'B cel'?" in said
+    assert "by 'hepatocyte'" not in said
+    pancreas = [{"id": "CL:0000169", "names": ["pancreatic beta cell"], "labels": ["type B pancreatic cell"]}]
+    assert likely_label("beta", ["B cell"], pancreas) == "type B pancreatic cell"
+
+
+def test_a_column_without_any_cluster_is_refused(tiny_pipeline, adata):
+    adata.obs["empty"] = pd.Categorical([None] * adata.n_obs, categories=["never used"])
+    with pytest.raises(ValueError, match=rf"obs\['empty'\] has no value for any of the {adata.n_obs} cells"):
+        tiny_pipeline.annotate(adata, cluster_key="empty")
+    with pytest.raises(ValueError, match="name a column with clusters"):
+        tiny_pipeline.explain(adata, "cell_type", cluster_key="empty")
 
 
 def test_the_certainty_of_a_cell_does_not_depend_on_the_other_cells_of_the_file(tiny_pipeline, adata, monkeypatch):
