@@ -308,16 +308,17 @@ class ScMMGPTLabelReadout(nn.Module):
         super().__init__()
         self.num_groups, self.num_others, self.mixes_panels = num_groups, num_others, mixes_panels
         self._solved: tuple[Any, ProfileEmbedding] | None = None  # for the genes of the last file
-        half = torch.float16
+        # Loading in bfloat16 makes that the default precision, and labels would depend on the device.
+        half, single = torch.float16, torch.float32
         self.register_buffer("gene_ids", torch.zeros(num_genes, dtype=torch.int32))  # ascending vocabulary ids
         self.register_buffer("weights", torch.zeros(num_labels, num_genes, dtype=half))
-        self.register_buffer("bias", torch.zeros(num_labels))
+        self.register_buffer("bias", torch.zeros(num_labels, dtype=single))
         self.register_buffer("centroids", torch.zeros(num_labels, num_genes, dtype=half))  # mean profile of each label
         self.register_buffer("factors", torch.zeros(num_factors, num_genes, dtype=half))
-        self.register_buffer("mean", torch.zeros(num_genes))  # over labels, of equal weight
-        self.register_buffer("noise", torch.ones(num_genes))  # variance beside the factors
-        self.register_buffer("shares", torch.zeros(num_genes))  # expected share of a cell's counts
-        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(num_genes, dtype=single))  # over labels, of equal weight
+        self.register_buffer("noise", torch.ones(num_genes, dtype=single))  # variance beside the factors
+        self.register_buffer("shares", torch.zeros(num_genes, dtype=single))  # expected share of a cell's counts
+        self.register_buffer("temperature", torch.ones((), dtype=single))
         if text_width:
             rows = num_genes if num_texts is None else num_texts
             self.register_buffer("gene_texts", torch.zeros(rows, text_width, dtype=half))
@@ -327,9 +328,10 @@ class ScMMGPTLabelReadout(nn.Module):
             self.set_features(torch.zeros(num_labels, feature_width))
         if num_groups:
             self.register_buffer("groups", torch.zeros(num_groups, num_genes, dtype=half))  # mean log1p(CP10k)
-            self.register_buffer("group_mean", torch.zeros(num_genes))  # of groups that do not measure a gene
-            self.register_buffer("group_labels", torch.zeros(num_groups, num_labels + num_others))  # shares, of sum 1
-            self.register_buffer("group_weights", torch.zeros(num_groups))  # of sum 1
+            # Values of groups that do not measure a gene, and shares of labels, of sum 1.
+            self.register_buffer("group_mean", torch.zeros(num_genes, dtype=single))
+            self.register_buffer("group_labels", torch.zeros(num_groups, num_labels + num_others, dtype=single))
+            self.register_buffer("group_weights", torch.zeros(num_groups, dtype=single))  # of sum 1
         if num_profiles:
             self.set_profiles(np.zeros((num_profiles, num_profile_genes)), np.arange(num_profile_genes), [0])
 

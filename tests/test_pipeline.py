@@ -479,6 +479,17 @@ def test_a_checkpoint_in_bfloat16_runs_in_what_the_cpu_is_fast_in(
     assert len(said) == (0 if is_fast else 1)
 
 
+def test_labels_are_the_same_bits_whatever_the_precision_of_the_network(tmp_path):
+    pipeline, cells = synthetic.fitted_pipeline(), synthetic.synthetic_adata(60, seed=5)
+    pipeline.save_pretrained(tmp_path)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = ScMMGPTPipeline.from_pretrained(tmp_path, device="cpu", dtype=dtype)
+        assert loaded.model.dtype == dtype
+        found.append(loaded.annotate(cells.copy()))
+    np.testing.assert_array_equal(*(adata.obsm["scmmgpt_probabilities"] for adata in found))
+
+
 def test_a_missing_label_is_no_word_and_whole_numbers_beside_it_stay_whole():
     obs = pd.DataFrame({"a": [1.0, np.nan], "b": ["x", None], "c": pd.Categorical(["y", None]), "d": [0.5, np.nan]})
     obs["e"] = [np.inf, 1.0]
