@@ -417,13 +417,13 @@ class Joined:
 
     @classmethod
     def of(
-        cls, paths: Mapping[Rows, Path], names: pd.Index, read: Mapping[Path, tasks.Found], in_memory: bool
+        cls, paths: Mapping[Rows, Path], names: pd.Index, read: dict[Path, tasks.Found], in_memory: bool
     ) -> "Joined":
         """From files, of which some may be missing.
 
         Args:
             names: Names of all cells of the source.
-            read: What was read already.
+            read: What was read already, which is taken out, so that memory holds it once.
             in_memory: As for the class.
 
         Raises:
@@ -435,7 +435,7 @@ class Joined:
             if not path.is_file():
                 continue
             try:
-                found = read[path] if path in read else tasks.read_found(path, names[slice(*rows)])
+                found = read.pop(path, None) or tasks.read_found(path, names[slice(*rows)])
             except ValueError as error:
                 joined.damaged[rows] = str(error)
                 continue
