@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .cells_scmmgpt import Cells
-from .novelty_scmmgpt import Neighbours
+from .novelty_scmmgpt import PANEL_GENES, Neighbours
 from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
 from .regression_scmmgpt import scale_groups, solve_groups, with_profiles
 
@@ -30,8 +30,7 @@ NAMING_LEAD = 2.0
 NAMING_NOVELTY = 0.5
 # With other cells of the file: the lead at which a type explains cells about as well as their label, and the least
 # score of a name; of scores that are about 1 for the right type. With fewer genes leads shrink, and chance does not.
-SIBLING_LEAD, SIBLING_GENES = -0.2, 2000
-LEAD_IN_PANEL, PANEL_GENES = 0.05, 500  # with fewer genes still, none
+SIBLING_LEAD, LEAD_IN_PANEL = -0.2, 0.05  # the second for `PANEL_GENES`; with fewer genes still, none
 NAMING_SCORE = 0.5
 MOST_OF_SIBLINGS = 0.4  # of the labels, of a broader type that is an answer
 # A novel cell that no label and no type names may be of a broader type that has many kinds, such as a neuron: the
@@ -78,8 +77,8 @@ class ProfiledTypes:
         weights, bias = solve_groups(arrays if here.all() else scale_groups(arrays, here), here)
         kept = len(readout.bias) + len(arrays["profiles"])  # kinds of other cells that are no type come last
         weights = np.ascontiguousarray(weights[:kept].T, dtype=np.float32)
-        in_panel = LEAD_IN_PANEL if here.sum() >= PANEL_GENES else np.inf
-        lead = SIBLING_LEAD if here.sum() >= SIBLING_GENES else in_panel
+        in_panel = LEAD_IN_PANEL if here.sum() in PANEL_GENES else np.inf
+        lead = SIBLING_LEAD if here.sum() >= PANEL_GENES.stop else in_panel
         return cls(panel, len(readout.bias), weights, bias[:kept].astype(np.float32), broader, lead, kinds)
 
     def with_types(self, neighbours: Neighbours | None, cells: Cells) -> Neighbours | None:
