@@ -36,10 +36,8 @@ def transformed(counts: np.ndarray, rng: np.random.Generator) -> dict[str, tuple
         "logarithms by size factors": (np.log2(counts / factors + 1), LOGS),
         "logarithms that were normalised as counts": (np.log1p(logs / logs.sum(axis=1, keepdims=True) * 1e4), LOGS),
         "logarithms of neighbours": (np.stack([logs[rows].mean(axis=0) for rows in order]), LOGS),
-        "square roots": (
-            np.sqrt(per_10k),
-            {"sqrt", "unknown", "normalized"},
-        ),  # in genes of many counts no unit is left
+        # In genes of many counts no unit is left, and square roots look like any normalised values.
+        "square roots": (np.sqrt(per_10k), {"sqrt", "unknown", "normalized"}),
         "inverse hyperbolic sine": (np.arcsinh(per_10k), LOGS),
         "z-scores": ((logs - logs.mean(axis=0)) / np.where(spread > 0, spread, 1), {"scaled"}),
         "Pearson residuals": ((counts - expected) / np.sqrt(expected + expected**2 / 100 + 1e-9), {"scaled"}),
