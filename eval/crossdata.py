@@ -331,9 +331,11 @@ SYSTEMS: dict[str, Callable[[LeftOutSet], np.ndarray]] = {
 
 
 def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str = "predicted") -> list[dict]:
-    """For each system: macro-F1 by dataset, the mean, its interval, and that of the model's lead over it.
+    """For each system: macro-F1 by dataset, the mean, its interval, and the lead of ours over the system.
 
-    `key` of the records has the predictions. Where the classes are terms, `hierarchical` is the mean F1 over terms.
+    Ours is the row with reference profiles, as the released checkpoint has them, else the model. `lead_by_set` has the
+    lead in each dataset and the ends of its interval; resampled cells are the same for both systems. `key` of the
+    records has the predictions. Where the classes are terms, `hierarchical` is the mean F1 over terms.
     """
     of_system: dict[str, dict[str, np.ndarray]] = {}
     for record in records:
@@ -346,16 +348,19 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
     def replicates(predicted: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
         return np.mean([resampled_f1(truths[name], predicted[name], draws[name]) for name in names], axis=0)
 
-    rows, ours = [], of_system.get(MODEL, {})
+    own = WITH_PROFILES if WITH_PROFILES in of_system else MODEL
+    rows, ours = [], of_system.get(own, {})
     for system, predicted in of_system.items():
         names = [name for name in truths if name in predicted]
         scores = {name: macro_f1(truths[name], predicted[name]) for name in names}
         row: dict[str, Any] = {"system": system, "mean": float(np.mean(list(scores.values()))), "by_set": scores}
         row["interval"] = percentile_interval(replicates(predicted, names))
-        if system != MODEL and set(names) <= set(ours):
-            lead = replicates(ours, names) - replicates(predicted, names)
-            row["lead"] = float(np.mean([macro_f1(truths[n], ours[n]) - scores[n] for n in names]))
-            row["lead_interval"] = percentile_interval(lead)
+        if system != own and set(names) <= set(ours):
+            leads = {n: replicates(ours, [n]) - replicates(predicted, [n]) for n in names}
+            means = {n: macro_f1(truths[n], ours[n]) - scores[n] for n in names}
+            row["lead"] = float(np.mean(list(means.values())))
+            row["lead_interval"] = percentile_interval(np.mean(list(leads.values()), axis=0))
+            row["lead_by_set"] = {n: [means[n], *percentile_interval(leads[n])] for n in names}
         ids = {label: label for name in names for label in truths[name] if label.startswith("CL:")}
         if ids:
             row["hierarchical"] = {name: hierarchical(truths[name], predicted[name], ids) for name in names}

@@ -169,6 +169,22 @@ def test_resampled_scores_are_macro_f1_of_the_resampled_cells():
     np.testing.assert_allclose(crossdata.resampled_f1(truth, predicted, draws), expected)
 
 
+def test_the_lead_is_that_of_the_row_with_reference_profiles_by_dataset():
+    truth = np.array(["B cell", "T cell"] * 20)
+    half = np.where(np.arange(40) < 20, truth, "B cell")
+    answers = {crossdata.MODEL: half, crossdata.WITH_PROFILES: truth, "other": half}
+    records = [{"system": name, "set": one, "predicted": a} for name, a in answers.items() for one in ("one", "two")]
+    records[-1]["predicted"] = truth  # of the other system in the second dataset
+    rows = {row["system"]: row for row in crossdata.summarise(records, {"one": truth, "two": truth})}
+    lead = 1 - crossdata.macro_f1(truth, half)
+    assert "lead" not in rows[crossdata.WITH_PROFILES]
+    assert rows[crossdata.MODEL]["lead"] == pytest.approx(lead)
+    value, low, high = rows["other"]["lead_by_set"]["one"]
+    assert 0 < low < value < high < 1
+    assert value == pytest.approx(lead)
+    assert rows["other"]["lead_by_set"]["two"] == [0, 0, 0]
+
+
 def test_the_readout_of_groups_is_the_ridge_regression_on_the_genes_at_hand():
     rng = np.random.default_rng(0)
     a = {
