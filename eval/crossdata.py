@@ -334,7 +334,7 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
     """For each system: macro-F1 by dataset, the mean, its interval, and the lead of ours over the system.
 
     Ours is the row with reference profiles, as the released checkpoint has them, else the model. `lead_by_set` has the
-    lead in each dataset and the ends of its interval; resampled cells are the same for both systems. `key` of the
+    lead in each dataset and its interval; resampled cells are the same for both systems. `key` of the
     records has the predictions. Where the classes are terms, `hierarchical` is the mean F1 over terms.
     """
     of_system: dict[str, dict[str, np.ndarray]] = {}
@@ -360,7 +360,7 @@ def summarise(records: Sequence[dict], truths: dict[str, np.ndarray], key: str =
             means = {n: macro_f1(truths[n], ours[n]) - scores[n] for n in names}
             row["lead"] = float(np.mean(list(means.values())))
             row["lead_interval"] = percentile_interval(np.mean(list(leads.values()), axis=0))
-            row["lead_by_set"] = {n: [means[n], *percentile_interval(leads[n])] for n in names}
+            row["lead_by_set"] = {n: [means[n], percentile_interval(leads[n])] for n in names}
         ids = {label: label for name in names for label in truths[name] if label.startswith("CL:")}
         if ids:
             row["hierarchical"] = {name: hierarchical(truths[name], predicted[name], ids) for name in names}

@@ -179,10 +179,10 @@ def test_the_lead_is_that_of_the_row_with_reference_profiles_by_dataset():
     lead = 1 - crossdata.macro_f1(truth, half)
     assert "lead" not in rows[crossdata.WITH_PROFILES]
     assert rows[crossdata.MODEL]["lead"] == pytest.approx(lead)
-    value, low, high = rows["other"]["lead_by_set"]["one"]
+    value, (low, high) = rows["other"]["lead_by_set"]["one"]
     assert 0 < low < value < high < 1
     assert value == pytest.approx(lead)
-    assert rows["other"]["lead_by_set"]["two"] == [0, 0, 0]
+    assert rows["other"]["lead_by_set"]["two"] == [0, [0, 0]]
 
 
 def test_the_readout_of_groups_is_the_ridge_regression_on_the_genes_at_hand():
