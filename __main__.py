@@ -210,12 +210,11 @@ def audit(args: Args) -> int:
 
 def chat(args: Args) -> None:
     """Answer questions about a selection of cells by numbers that are counted for them."""
-    from scmmgpt.commands.chat import Chat
-    from scmmgpt.commands.wording import answers
+    from scmmgpt.commands.chat import Chat, answers
 
     pipeline, adata = load(args)
     about = Chat(pipeline, adata, args.select, **read_options(args))
-    for found, lines in answers(about, args.ask, args.language_model, args.json):
+    for found, lines in answers(about, args.ask, args.json):
         write(args, found, lines)
 
 

@@ -8,7 +8,8 @@ The words of a question choose a topic, and the genes, types and columns of `obs
 """
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,11 +42,10 @@ N_NAMED, N_PARTS, MAX_KINDS, SILENT = 5, 6, 60, 0.1  # genes and values of an an
 
 @dataclass
 class Answer:
-    """An answer, the topic that was understood ("" for none), and the same by a language model, if it keeps to it."""
+    """An answer, and the topic that was understood ("" for none)."""
 
     text: str
     topic: str = ""
-    worded: str = ""
 
 
 def rows_of(obs: pd.DataFrame, select: Any) -> np.ndarray:
@@ -461,3 +461,27 @@ def _named(mask: np.ndarray, group: str | Group) -> str:
     n, before = int(mask.sum()), group if isinstance(group, str) else ""
     after = "" if isinstance(group, str) else f" called {group[1]}" if group[0] == "type" else f" of {' '.join(group)}"
     return f"the {n:,} {before}cell{'s' if n != 1 else ''}{after}"
+
+
+def answers(chat: Chat, questions: Iterable[str] | None, as_list: bool) -> Iterator[tuple[Any, list[str]]]:
+    """Each answer with its lines, or all as a list; without questions, lines of standard input are."""
+    asked = map(str.strip, read_lines() if questions is None else questions)
+    found = ({"question": text, **vars(chat.ask(text))} for text in asked)
+    if as_list:
+        yield list(found), []
+        return
+    for row in found:
+        yield row, [*([] if questions is None else [f"> {row['question']}"]), row["text"], ""]
+
+
+def read_lines() -> Iterator[str]:
+    """Questions of standard input, until it ends."""
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

@@ -73,8 +73,6 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--select", metavar="CONDITION", help=text)
     text = "questions (default: a line of standard input each)"
     parser.add_argument("--ask", nargs="+", action="extend", metavar="QUESTION", help=text)
-    text = "folder of an instruct model of Hugging Face, which words the answers; numbers and genes are checked"
-    parser.add_argument("--language-model", type=Path, metavar="FOLDER", help=text)
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
