@@ -32,6 +32,7 @@ from scmmgpt.commands.errors import number
 from scmmgpt.commands.files import write_json
 from scmmgpt.eval import baselines, generation, results
 from scmmgpt.eval.cells import LabelledCells, ontology_ids, read_splits
+from scmmgpt.eval.results import markdown
 from scmmgpt.eval.task import task_parser
 from scmmgpt.modeling_scmmgpt import ScMMGPTBridgeModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -184,15 +185,15 @@ def evaluate(checkpoint: str, corpus: Corpus, label_key: str, n_cells: int, seed
 def summarise(runs: Sequence[dict[str, dict[str, float]]]) -> str:
     """A Markdown table: mean and, of several checkpoints, standard deviation."""
     columns = list(dict.fromkeys(name for run in runs for row in run.values() for name in row))
-    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    rows = []
     for row in runs[0]:
-        cells = []
+        words = [row]
         for name in columns:
             values = [run[row][name] for run in runs if name in run.get(row, {})]
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            words.append(f"{np.mean(values):.3f}{spread}" if values else "")
+        rows.append(words)
+    return markdown(["", *columns], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

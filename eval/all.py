@@ -50,7 +50,7 @@ from scmmgpt.eval import (
 )
 from scmmgpt.eval.baselines import TypePrediction
 from scmmgpt.eval.cells import LabelledCells, match_names, ontology_ids, read_splits
-from scmmgpt.eval.claims import find_claims, markdown_claims, markdown_table
+from scmmgpt.eval.claims import find_claims, markdown_claims
 from scmmgpt.eval.generation import GeneratedCells
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
 from scmmgpt.eval.provenance import describe_corpus, read_training
@@ -330,7 +330,7 @@ def report(document: Mapping[str, Any]) -> str:
         markdown_claims(document["claims"], SENTENCES),
     ]
     for task in TASKS:
-        parts += [f"## {task.capitalize()}", markdown_table(document[task])]
+        parts += [f"## {task.capitalize()}", results.markdown_table(document[task])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -1,7 +1,9 @@
-"""The margins that the published method claims, beside those that a comparison reaches; tables in Markdown."""
+"""The margins that the published method claims, beside those that a comparison reaches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from scmmgpt.eval.results import markdown
 
 
 # Task, metric, field of the comparison, margin of the published abstract (arXiv 2503.09427v1), words.
@@ -48,19 +50,16 @@ def has_learned(result: Mapping[str, Any], system: str, metric: str, floor: str)
     return found[system]["value"] > (found[floor]["ci"] or [0, found[floor]["value"]])[1]
 
 
-def markdown_claims(rows: Sequence[dict], system: str) -> str:
+def markdown_claims(claims: Sequence[dict], system: str) -> str:
     """The margins as a table, x 100."""
-    lines = [f"| against {system} | ours | theirs | claimed | reached | verdict |", "| --- |" + " --- |" * 5]
-    for row in rows:
-        ends = (
-            ""
-            if row["ci"] is None or row["reached"] is None
-            else " [{:.1f}, {:.1f}]".format(*(100 * end for end in row["ci"]))
-        )
+    rows = []
+    for row in claims:
         if row["reached"] is None:
             reached, verdict = "", "missed: theirs is 0 within the interval"
         else:
-            reached = f"{100 * row['reached']:+.1f}{ends}"
+            reached = f"{100 * row['reached']:+.1f}"
+            if row["ci"] is not None:
+                reached += " [{:.1f}, {:.1f}]".format(*(100 * end for end in row["ci"]))
             if "by_seed" in row:
                 reached += "; by seed " + ", ".join("none" if x is None else f"{100 * x:+.1f}" for x in row["by_seed"])
             verdict = f"missed by {100 * row['missed_by']:.1f}" if row["missed_by"] else "reached"
@@ -68,24 +67,6 @@ def markdown_claims(rows: Sequence[dict], system: str) -> str:
             verdict += f" (at most {100 * row['possible']:.1f} is possible)"
         if row["has_learned"] is False:
             verdict += "; theirs has not learned the task"
-        values = f"{row['ours']:.4f} | {row['theirs']:.4f} | {100 * row['margin']:+.1f}"
-        lines.append(f"| {row['claim']} | {values} | {reached} | {verdict} |")
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(result: dict) -> str:
-    """Systems by metrics, with spreads and intervals."""
-    metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
-    cells = {(row["system"], row["metric"]): row for row in result["rows"]}
-    titles = [result["measures"][metric]["title"] for metric in metrics]
-    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(metrics)]
-    for system in dict.fromkeys(row["system"] for row in result["rows"]):
-        words = []
-        for metric in metrics:
-            row = cells.get((system, metric))
-            spread = "" if row is None or row.get("spread") is None else f" ± {row['spread']:.3f}"
-            words.append("" if row is None else f"{row['value']:.3f}{spread}")
-            if row is not None and row["ci"] is not None:
-                words[-1] += " [{:.3f}, {:.3f}]".format(*row["ci"])
-        lines.append(f"| {system} | {' | '.join(words)} |")
-    return "\n".join(lines) + "\n"
+        values = [f"{row['ours']:.4f}", f"{row['theirs']:.4f}", f"{100 * row['margin']:+.1f}"]
+        rows.append([row["claim"], *values, reached, verdict])
+    return markdown([f"against {system}", "ours", "theirs", "claimed", "reached", "verdict"], rows)

@@ -173,6 +173,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         spaces["Harmony"] = harmony(points, batches, seed=args.seed)
     result = evaluate_clustering(spaces, types, batches, seed=args.seed)
-    sys.stdout.write(results.format_table(result))
+    sys.stdout.write(results.markdown_table(result))
     write_json(args.output, result)
     return 0

@@ -37,7 +37,7 @@ from scmmgpt.commands.files import write_json
 from scmmgpt.eval.annotators import PRETRAINED, LabelBudget, System, make_systems, quieten
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import annotation_scores
-from scmmgpt.eval.results import bootstrap_draws, percentile_interval
+from scmmgpt.eval.results import bootstrap_draws, markdown, percentile_interval
 from scmmgpt.eval.task import read_runs, split_rows, training_parser
 from scmmgpt.train.curves import figure_style
 
@@ -162,29 +162,21 @@ def compare(records: list[dict], ours: str) -> list[dict]:
     return rows
 
 
-def markdown_table(rows: list[dict]) -> str:
-    """A table of systems by settings for each metric: mean ± standard deviation."""
+def table_of(rows: list[dict]) -> str:
+    """A table of systems by settings for each metric: mean ± standard deviation, the best mean in bold."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    found = {(row["system"], row["setting"]): row for row in rows}
     titles = [f"{s} a label" if s.isdigit() else s for s in settings]
-    lines = []
+    tables = []
     for metric, title in METRICS.items():
-        lines += [f"| {title} | {' | '.join(titles)} |", "| --- |" + " --- |" * len(settings)]
-        best = {s: max(found[system, s][metric] for system in systems if (system, s) in found) for s in settings}
-        for system in systems:
-            cells = []
-            for setting in settings:
-                row = found.get((system, setting))
-                if row is None:
-                    cells.append("")
-                    continue
-                mark = "**" if row[metric] == best[setting] else ""
-                sd = row[f"{metric}_sd"]
-                cells.append(f"{mark}{row[metric]:.3f}{mark}" + ("" if sd is None else f" ± {sd:.3f}"))
-            lines.append(f"| {system} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+        words: dict[str, dict[str, str]] = {}
+        best = {s: max(row[metric] for row in rows if row["setting"] == s) for s in settings}
+        for row in rows:
+            mark, sd = "**" if row[metric] == best[row["setting"]] else "", row[f"{metric}_sd"]
+            value = f"{mark}{row[metric]:.3f}{mark}" + ("" if sd is None else f" ± {sd:.3f}")
+            words.setdefault(row["system"], {})[row["setting"]] = value
+        cells = ([system, *(own.get(setting, "") for setting in settings)] for system, own in words.items())
+        tables.append(markdown([title, *titles], cells))
+    return "\n".join(tables)
 
 
 def shots_figure(rows: list[dict]) -> "Figure":
@@ -217,7 +209,7 @@ def write_outputs(records: list[dict], about: dict, output: str | Path) -> str:
     output.mkdir(parents=True, exist_ok=True)
     rows = summarise(records)
     comparisons = [row for ours in OURS for row in compare(records, ours)]
-    table = markdown_table(rows)
+    table = table_of(rows)
     write_json(output / "results.json", {**about, "rows": rows, "comparisons": comparisons, "runs": records})
     runs = pd.DataFrame(records).drop(columns="right")
     runs.to_csv(output / "results.csv", index=False, lineterminator="\r\n")

@@ -45,6 +45,7 @@ from scmmgpt.commands.files import write_json
 from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.eval import baselines
 from scmmgpt.eval.crossdata import LabelledSet, LeftOutSet, macro_f1, read_sets, shared_expression, thin
+from scmmgpt.eval.results import markdown
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.train.finetune import CellsOfVocabulary
 from scmmgpt.train.initialize import embed_genes_by_coexpression
@@ -267,19 +268,16 @@ def mean_and_spread(values: Sequence[float]) -> list[float]:
     return [float(np.mean(values)), *spread]
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Systems by shares for each place, macro-F1 x 100."""
-    lines = []
+    tables = []
     for place, title in PLACES.items():
         own = [row for row in rows if row["place"] == place]
         titles = [f"{100 * share:g} % ({n:,.0f} cells)" for share, n in own[0]["n_cells"].items()]
-        lines += [f"| {title} | {' | '.join(titles)} | slope |", "| --- |" + " --- |" * (len(titles) + 1)]
-        for row in own:
-            values = [" ± ".join(f"{value:.1f}" for value in pair) for pair in row["means"].values()]
-            values.append(" ± ".join(f"{value:.1f}" for value in row.get("slope", ())))
-            lines.append(f"| {row['system']} | {' | '.join(values)} |")
-        lines.append("")
-    return "\n".join(lines)
+        values = ((row["system"], [*row["means"].values(), row.get("slope", ())]) for row in own)
+        words = ([system, *(" ± ".join(f"{x:.1f}" for x in pair) for pair in pairs)] for system, pairs in values)
+        tables.append(markdown([title, *titles, "slope"], words))
+    return "\n".join(tables)
 
 
 def run_share(args: argparse.Namespace, folds: Sequence[Fold], share: float, seed: int) -> Iterator[dict[str, Any]]:
@@ -347,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed, share in itertools.product(range(args.seeds), args.shares):
         runs += run_share(args, folds, share, seed)
         rows = summarise(runs)
-        table = markdown_table(rows)
+        table = table_of(rows)
         write_json(path, {"task": "learning_curve", **about, "rows": rows, "runs": runs})
         Path(args.output, "table.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)

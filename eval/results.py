@@ -1,6 +1,6 @@
 """Result tables: every number with its interval beside the baselines, and a verdict for each comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,22 +164,19 @@ def judge(interval: Sequence[float] | None) -> str:
     return "better" if interval[0] > 0 else "worse"
 
 
-def format_table(result: dict) -> str:
-    """A result as plain text: one line a system, one column a metric, intervals below the values."""
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown: a title for each column, and a word for each column of a row."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_table(result: dict) -> str:
+    """A result as [`tabulate`] writes it, in Markdown: systems by metrics, with spreads and intervals."""
     metrics = [m for m in result["measures"] if any(row["metric"] == m for row in result["rows"])]
-    cells = {(row["system"], row["metric"]): row for row in result["rows"]}
-    systems = list(dict.fromkeys(row["system"] for row in result["rows"]))
-    width = max(len(system) for system in systems) + 2
-    widths = [max(len(result["measures"][m]["title"]), 18) + 2 for m in metrics]
-    titles = "".join(result["measures"][m]["title"].rjust(w) for m, w in zip(metrics, widths, strict=True))
-    lines = [" " * width + titles]
-    for system in systems:
-        values, intervals = "", ""
-        for metric, w in zip(metrics, widths, strict=True):
-            row = cells.get((system, metric))
-            spread = "" if row is None or "spread" not in row else f" ± {row['spread']:.3f}"
-            values += ("" if row is None else f"{row['value']:.3f}{spread}").rjust(w)
-            ci = None if row is None else row["ci"]
-            intervals += ("" if ci is None else f"[{ci[0]:.3f}, {ci[1]:.3f}]").rjust(w)
-        lines += [system.ljust(width) + values, " " * width + intervals]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    words: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        spread = "" if row.get("spread") is None else f" ± {row['spread']:.3f}"
+        interval = "" if row["ci"] is None else " [{:.3f}, {:.3f}]".format(*row["ci"])
+        words.setdefault(row["system"], {})[row["metric"]] = f"{row['value']:.3f}{spread}{interval}"
+    rows = ([system, *(own.get(metric, "") for metric in metrics)] for system, own in words.items())
+    return markdown(["", *(result["measures"][metric]["title"] for metric in metrics)], rows)

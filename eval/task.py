@@ -13,7 +13,7 @@ from scmmgpt.commands.errors import OneLineParser, number
 from scmmgpt.commands.files import write_json
 from scmmgpt.commands.progress import log_if_slow
 from scmmgpt.eval.cells import LabelledCells, read_splits
-from scmmgpt.eval.results import format_table
+from scmmgpt.eval.results import markdown_table
 
 
 def task_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def run_task(
     args = parser.parse_args(argv)
     with log_if_slow(f"Evaluating on {args.corpus}"):
         result = evaluate(args, *read_splits(args.corpus, label_key=args.label_key))
-    sys.stdout.write(format_table(result))
+    sys.stdout.write(markdown_table(result))
     write_json(args.output, result)
     return 0
 

@@ -52,7 +52,7 @@ from scmmgpt.eval.ablation import silent, without_places
 from scmmgpt.eval.annotators import expression, quieten, run_finetune
 from scmmgpt.eval.cells import read_labelled
 from scmmgpt.eval.metrics.text_discrepancy.text_discrepancy import embed_texts
-from scmmgpt.eval.results import format_table
+from scmmgpt.eval.results import markdown, markdown_table
 from scmmgpt.eval.task import read_runs, split_rows, training_parser
 from scmmgpt.eval.zeroshot_cells import evaluate_cells, labelled
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -249,15 +249,15 @@ def summarise(records: list[dict]) -> list[dict]:
     return rows
 
 
-def markdown_table(rows: list[dict]) -> str:
+def table_of(rows: list[dict]) -> str:
     """A Markdown table of systems by measures."""
-    lines = [f"| | {' | '.join(METRICS)} |", "| --- |" + " --- |" * len(METRICS)]
+    words = []
     for row in rows:
-        values = [f"{row[name]:.{2 if name == 'steps' else 3}f}" for name in METRICS]
+        values = {name: f"{row[name]:.{2 if name == 'steps' else 3}f}" for name in METRICS}
         if row["system"] == "nearest text":  # one label for all cells: only the steps have a meaning
-            values = [value if name == "steps" else "" for name, value in zip(METRICS, values, strict=True)]
-        lines.append(f"| {row['system']} | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
+            values = dict.fromkeys(METRICS, "") | {"steps": values["steps"]}
+        words.append([row["system"], *values.values()])
+    return markdown(["", *METRICS], words)
 
 
 def describe(names: Sequence[str], ids: Sequence[str | None]) -> LabelTexts:
@@ -296,7 +296,7 @@ def generate_left_out(args: argparse.Namespace, adata: AnnData, truth: np.ndarra
         rows = split_rows(truth, test_share=args.test_share, seed=seed)
         train, test = (labelled(adata[part], names[truth[part]]) for part in rows)
         every.append(evaluate_cells(train, test, labels.names, texts, args.generate, seed))
-        sys.stdout.write(format_table(every[-1]))
+        sys.stdout.write(markdown_table(every[-1]))
         write_json(Path(args.output, "generation.json"), {"task": "zeroshot", "splits": every})
     return 0
 
@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     records.append(record | measure(scores, truth[test], left_out, steps))
                     logger.info("%s", records[-1])
                 write_json(path, {**about, "rows": summarise(records), "runs": records})
-    table = markdown_table(summarise(records))
+    table = table_of(summarise(records))
     Path(args.output, "table.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)
     return 0

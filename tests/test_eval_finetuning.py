@@ -123,7 +123,7 @@ def test_summaries_and_comparisons_are_over_seeds():
     (comparison,) = finetuning.compare(records, "finetune")
     assert comparison["difference"] == 0
     assert comparison["better_in"] == "1 of 2"
-    assert "| finetune | **0.750** ± 0.354 |" in finetuning.markdown_table([ours, theirs])
+    assert "| finetune | **0.750** ± 0.354 |" in finetuning.table_of([ours, theirs])
 
 
 def test_cells_without_a_label_and_values_that_are_no_counts(adata, tmp_path):
