@@ -1,12 +1,10 @@
-"""Measure one loader in a process of its own: `python stream_loaders.py LOADER DATA_FOLDER` prints the result.
+"""Run one loader in a process of its own: `test_stream.py` in this folder builds the data, and lets loaders race.
 
-`test_stream.py` in this folder builds the data, runs loaders in turns and compares them. Every loader yields shuffled
-batches of 64 cells; loaders named `*_tokens` tokenise them, with 1,200 tokens and 51 bins.
+Every loader yields shuffled batches of 64 cells; loaders named `*_tokens` tokenise them, with 1,200 tokens, 51 bins.
 
-Loaders of other projects run their own code where it can be imported. `SCMMGPT_BENCHMARK_SCGPT` and
-`SCMMGPT_BENCHMARK_REFERENCE` name checkouts of scGPT and of the published scMMGPT; packages that the measured
-functions do not need may be missing. annbatch needs Python 3.12: `SCMMGPT_BENCHMARK_ANNBATCH` names an interpreter,
-which loads the feature extractor of this repository by path.
+Loaders of other projects run their own code where it can be imported. `SCMMGPT_BENCHMARK_REFERENCE` names a checkout
+of the published scMMGPT; packages that the measured functions do not need may be missing. annbatch needs Python 3.12:
+`SCMMGPT_BENCHMARK_ANNBATCH` names an interpreter, which loads the feature extractor of this repository by path.
 """
 
 import argparse
@@ -28,6 +26,7 @@ import numpy as np
 REPOSITORY = Path(__file__).parents[2]
 BATCH_SIZE = 64
 MAX_TOKENS = 1200
+WARM_UP = 2.0  # seconds
 UNUSED_BY_REFERENCE = (  # imported by its files, but not used by the functions that are measured
     "pytorch_lightning",
     "scanpy",
@@ -50,36 +49,18 @@ def loader(function):
 # What is measured
 
 
-def measure(batches, seconds, warm_up):
-    """Run for `warm_up` seconds, then count cells, wall time and the CPU time of all threads for `seconds`."""
-    peak = Peak()
-    peak.start()
-    run_for(batches, warm_up)
-    wall, cpu = time.perf_counter(), time.process_time()
-    n_cells = run_for(batches, seconds)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"cells_per_second": n_cells / wall, "cpu_us_per_cell": cpu / n_cells * 1e6, "peak_mb": peak.peak}
-
-
-def race(batches, warm_up, scores):
+def race(batches, scores):
     """Warm up and stop; then keep `scores` (cells, whether warm, MB) while the parent continues and stops us."""
     peak = Peak()
     peak.start()
-    run_for(batches, warm_up)
+    end = time.perf_counter() + WARM_UP
+    while time.perf_counter() < end:
+        next(batches)
     scores[1] = 1
     os.kill(os.getpid(), signal.SIGSTOP)
     for n in batches:
         scores[0] += n
         scores[2] = int(peak.peak)
-
-
-def run_for(batches, seconds):
-    start, n_cells = time.perf_counter(), 0
-    for n in batches:
-        n_cells += n
-        if time.perf_counter() - start > seconds:
-            break
-    return n_cells
 
 
 class Peak(threading.Thread):
@@ -139,11 +120,6 @@ def our_tokens(stream):
 @loader
 def ours_raw(data):
     return our_raw_batches(our_stream(data, columns=[]))
-
-
-@loader
-def ours_raw_annotated(data):
-    return our_raw_batches(our_stream(data))
 
 
 @loader
@@ -333,43 +309,8 @@ def build_annbatch(data):
 
 
 @loader
-def annloader_raw(data):
-    """`AnnLoader` of anndata over a matrix in memory; its batches are dense."""
-    import anndata
-    from anndata.experimental import AnnLoader
-
-    adata = anndata.read_h5ad(data / "cells.h5ad")
-    adata.X = adata.X.astype(np.float32)
-    for _ in itertools.count():
-        yield from (batch.X.shape[0] for batch in AnnLoader(adata, batch_size=BATCH_SIZE, shuffle=True))
-
-
-@loader
-def scdataset_raw(data):
-    """scDataset over an uncompressed h5ad: runs of 16 cells, 64 batches a fetch."""
-    import h5py
-    from anndata.io import sparse_dataset
-    from scdataset import BlockShuffling, scDataset
-
-    class Rows:
-        def __init__(self, file):
-            self.matrix = sparse_dataset(file["X"])
-
-        def __len__(self):
-            return self.matrix.shape[0]
-
-        def __getitem__(self, rows):
-            return self.matrix[rows]
-
-    strategy = BlockShuffling(block_size=16)
-    for _ in itertools.count():
-        rows = Rows(h5py.File(data / "cells.h5ad"))
-        batches = scDataset(rows, strategy, batch_size=BATCH_SIZE, fetch_factor=64)
-        yield from (batch.shape[0] for batch in batches)
-
-
-def datasets_tokens(data, form):
-    """`datasets` streaming the published Parquet through its shuffle buffer, then our feature extractor."""
+def datasets_numpy_tokens(data):
+    """`datasets` streaming the published Parquet as NumPy arrays through its shuffle buffer, then our extractor."""
     import datasets
 
     from scmmgpt.cells_scmmgpt import Cells
@@ -388,9 +329,7 @@ def datasets_tokens(data, form):
         columns=columns,
         features=datasets.Features({name: corpus.features()[name] for name in columns}),
     )
-    stream = stream.shuffle(seed=0, buffer_size=8192)
-    if form == "numpy":
-        stream = stream.with_format("numpy")
+    stream = stream.shuffle(seed=0, buffer_size=8192).with_format("numpy")
     for epoch in itertools.count():
         stream.set_epoch(epoch)
         for batch in stream.iter(BATCH_SIZE):
@@ -405,17 +344,7 @@ def datasets_tokens(data, form):
             yield len(extractor(cells, padding="max_length")["gene_ids"])
 
 
-@loader
-def datasets_python_tokens(data):
-    return datasets_tokens(data, "python")
-
-
-@loader
-def datasets_numpy_tokens(data):
-    return datasets_tokens(data, "numpy")
-
-
-# The reference implementations, from checkouts
+# The reference implementation, from a checkout
 
 
 def empty_class(attribute):
@@ -464,51 +393,20 @@ def reference_tokens(data):
         yield len(padded["genes"].eq(0))
 
 
-@loader
-def scgpt_tokens(data):
-    """The collator of scGPT, with binning and sampling, over the same Arrow data as torch tensors."""
-    import logging
-
-    import datasets
-    import torch
-
-    package = sys.modules["scgpt"] = types.ModuleType("scgpt")
-    package.__path__ = [str(Path(os.environ["SCMMGPT_BENCHMARK_SCGPT"]) / "scgpt")]
-    package.logger = logging.getLogger("scgpt")
-    from scgpt.data_collator import DataCollator
-
-    collate = DataCollator(pad_token_id=0, pad_value=-2, do_mlm=False, max_length=MAX_TOKENS)
-    cells = datasets.load_from_disk(data / "reference").with_format("torch")
-    cls, cls_value = torch.tensor([1]), torch.tensor([-2.0])
-    for rows in random_order(len(cells)):
-        examples = [
-            {
-                "genes": torch.cat([cls, item["genes"]]),
-                "expressions": torch.cat([cls_value, item["expressions"].float()]),
-            }
-            for item in cells.__getitems__(rows)
-        ]
-        yield len(collate(examples)["gene"])
-
-
 TASKS = {"ours_by_stage": ours_by_stage, "build_annbatch": build_annbatch}
 
 
-def main(arguments=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("loader", choices=[*LOADERS, *TASKS])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--warm-up", type=float, default=2.0)
     parser.add_argument("--scores", help="file of the scores, to take part in a race")
-    arguments = parser.parse_args(arguments)
+    arguments = parser.parse_args()
     if arguments.loader in TASKS:
         result = TASKS[arguments.loader](arguments.data)
-    elif arguments.scores:
-        scores = np.memmap(arguments.scores, np.int64, "r+")
-        result = race(LOADERS[arguments.loader](arguments.data), arguments.warm_up, scores)
     else:
-        result = measure(LOADERS[arguments.loader](arguments.data), arguments.seconds, arguments.warm_up)
+        scores = np.memmap(arguments.scores, np.int64, "r+")
+        result = race(LOADERS[arguments.loader](arguments.data), scores)
     sys.stdout.write("\n" + json.dumps(result) + "\n")
     sys.stdout.flush()
     os._exit(0)  # some loaders keep threads that do not end

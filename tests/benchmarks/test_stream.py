@@ -11,7 +11,6 @@ a copy was 31 times as fast as the reference on a quiet machine, and 18 times on
 cores.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -85,11 +84,10 @@ def data():
     link_corpus(folder, "corpus_10x", times=10)
     for name in ("corpus", "corpus_10x"):
         write_cache(open_corpus(folder / name, verify=False))
-    if not (folder / "reference").exists():
+    if "SCMMGPT_BENCHMARK_REFERENCE" in os.environ and not (folder / "reference").exists():
         build_arrow(folder)
-    if not (folder / "cells.h5ad").exists():
-        build_h5ad(folder)
     if "SCMMGPT_BENCHMARK_ANNBATCH" in os.environ and not (folder / "annbatch.zarr").exists():
+        build_h5ad(folder)
         run("build_annbatch", folder)
     return folder
 
@@ -263,21 +261,15 @@ def available_loaders():
     names = [
         "ours_tokens",
         "ours_raw",
-        "ours_raw_annotated",
         "ours_dataset_tokens",
         "ours_streamed_tokens",
         "ours_published_raw",
         "ours_published_tokens",
-        "annloader_raw",
-        "datasets_python_tokens",
         "datasets_numpy_tokens",
     ]
-    if importlib.util.find_spec("scdataset"):
-        names.append("scdataset_raw")
     for variable, own in (
         ("SCMMGPT_BENCHMARK_ANNBATCH", ["annbatch_raw", "annbatch_tokens"]),
         ("SCMMGPT_BENCHMARK_REFERENCE", ["reference_tokens"]),
-        ("SCMMGPT_BENCHMARK_SCGPT", ["scgpt_tokens"]),
     ):
         if variable in os.environ:
             names += own

@@ -1,6 +1,7 @@
-"""Compare libraries for an index of many embeddings: recall, time of a query, time and bytes of the index.
+"""Compare indexes of many embeddings: recall, time of a query, time and bytes of the index.
 
-    pip install faiss-cpu usearch lancedb
+Only FAISS is left here; `train/LOG.md` has usearch and LanceDB, which lost.
+
     python tests/benchmarks/vector_indexes.py --cells 200000 --threads 1
 
 The vectors are clusters of low rank with noise, of unit length, as embeddings of cells are: `--clusters` types, each
@@ -84,62 +85,6 @@ class Faiss:
         return self.index.search(query[None], TOP_K)[1][0]
 
 
-class Usearch:
-    """usearch: one graph, in 8-bit integers or 16-bit floats."""
-
-    def __init__(self, dtype: str, expansion: int, threads: int) -> None:
-        self.dtype, self.expansion, self.threads = dtype, expansion, threads
-
-    def build(self, vectors: np.ndarray, path: Path) -> None:
-        """Fill."""
-        from usearch.index import Index
-
-        index = Index(ndim=DIMENSIONS, metric="cos", dtype=self.dtype)
-        index.add(np.arange(len(vectors)), vectors, threads=self.threads)
-        index.save(str(path))
-
-    def open(self, path: Path) -> None:
-        """Open, memory-mapped."""
-        from usearch.index import Index
-
-        self.index = Index.restore(str(path), view=True)
-        self.index.expansion_search = self.expansion
-
-    def search(self, query: np.ndarray) -> np.ndarray:
-        """Rows of the nearest cells."""
-        return self.index.search(query, TOP_K, threads=1).keys
-
-
-class Lance:
-    """LanceDB: a table with an index of its vectors."""
-
-    def __init__(self, kind: str, probes: int, refine: int, threads: int) -> None:
-        self.kind, self.probes, self.refine = kind, probes, refine
-
-    def build(self, vectors: np.ndarray, path: Path) -> None:
-        """Write the table and index it."""
-        import lancedb
-        import pyarrow as pa
-
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIMENSIONS)
-        table = pa.table({"row": np.arange(len(vectors)), "vector": flat})
-        found = lancedb.connect(str(path)).create_table("cells", table)
-        found.create_index(metric="cosine", index_type=self.kind, num_partitions=max(1, len(vectors) // 4096))
-
-    def open(self, path: Path) -> None:
-        """Open."""
-        import lancedb
-
-        self.table = lancedb.connect(str(path)).open_table("cells")
-
-    def search(self, query: np.ndarray) -> np.ndarray:
-        """Rows of the nearest cells."""
-        asked = (
-            self.table.search(query).metric("cosine").limit(TOP_K).nprobes(self.probes).select(["row", "_distance"])
-        )
-        return (asked.refine_factor(self.refine) if self.refine else asked).to_arrow()["row"].to_numpy()
-
-
 def _resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -199,10 +144,6 @@ def main() -> None:
         f"faiss IVF{n_lists},SQ8 probes 16": Faiss(f"IVF{n_lists},SQ8", 16, args.threads),
         f"faiss IVF{n_lists},SQ8 probes 48": Faiss(f"IVF{n_lists},SQ8", 48, args.threads),
         "faiss HNSW32,SQ8 ef 64": Faiss("HNSW32_SQ8", 64, args.threads),
-        "usearch i8 ef 64": Usearch("i8", 64, args.threads),
-        "usearch f16 ef 128": Usearch("f16", 128, args.threads),
-        "lancedb IVF_PQ refine 10": Lance("IVF_PQ", 20, 10, args.threads),
-        "lancedb IVF_HNSW_SQ refine 2": Lance("IVF_HNSW_SQ", 20, 2, args.threads),
     }
     for name, index in candidates.items():
         if args.only not in name:
