@@ -1,6 +1,5 @@
 """Metrics against scikit-learn, SciPy and POT, and the properties that a reader would expect of them."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -64,10 +63,8 @@ import evaluate
 import numpy as np
 
 sys.modules["scmmgpt"] = None  # importing it raises ImportError
-folder, name = sys.argv[1:]
-metric = evaluate.load(f"{folder}/{name}", cache_dir=folder)
-eye = np.eye(4)
-print(metric.compute(references=["B", "T", "B", "T"], **{
+folder, eye = sys.argv[1], np.eye(4)
+given = {
     "cell_type_annotation": {"predictions": ["B", "T", "T", "T"]},
     "text_discrepancy": {
         "predictions": ["a B", "a T", "B", "T"], "prediction_embeddings": eye, "reference_embeddings": eye
@@ -75,20 +72,20 @@ print(metric.compute(references=["B", "T", "B", "T"], **{
     "generated_cell_knn": {
         "generated": eye, "real": eye, "real_labels": ["B", "T", "B", "T"], "train": eye, "ks": [1], "n_components": 2
     },
-}[name]))
+}
+for name, inputs in given.items():
+    print(evaluate.load(f"{folder}/{name}", cache_dir=folder).compute(references=["B", "T", "B", "T"], **inputs))
 """
 
 
-@pytest.mark.parametrize("name", ["cell_type_annotation", "generated_cell_knn", "text_discrepancy"])
-def test_a_copied_metric_needs_nothing_of_the_package(name, tmp_path):
-    shutil.copytree(METRICS / name, tmp_path / name)
+def test_copied_metrics_need_nothing_of_the_package(tmp_path):
+    for name in ("cell_type_annotation", "generated_cell_knn", "text_discrepancy"):
+        shutil.copytree(METRICS / name, tmp_path / name)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", LOAD_AND_COMPUTE, str(tmp_path), name]
+    command = [sys.executable, "-c", LOAD_AND_COMPUTE, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"cell_type_annotation": "accuracy", "generated_cell_knn": "knn_accuracy_1"}.get(
-        name, "mmd2"
-    ) in done.stdout
+    assert all(name in done.stdout for name in ("'accuracy': 0.75", "'knn_accuracy_1'", "'mmd2'"))
 
 
 @pytest.mark.parametrize("name", ["cell_type_annotation", "generated_cell_knn", "text_discrepancy"])
@@ -194,13 +191,6 @@ def test_calibration_error_equals_the_gaps_of_sklearns_calibration_curve(rng):
 def test_calibration_error_refuses_percentages():
     with pytest.raises(ValueError, match=r"between 0 and 1.*85\.0"):
         expected_calibration_error([85.0], [True])
-
-
-def test_annotation_metric_loads_offline(load):
-    result = load("cell_type_annotation").compute(
-        predictions=["B", "T"], references=["B", "NK"], confidences=[1.0, 0.0]
-    )
-    assert result == {"accuracy": 0.5, "macro_f1": 0.5, "weighted_f1": 0.5, "balanced_accuracy": 0.5, "ece": 0.0}
 
 
 # Distances
@@ -349,18 +339,6 @@ def test_packaged_embedder_puts_paraphrases_nearer_than_strangers():
     np.testing.assert_array_equal(a, again)
 
 
-def test_text_metric_loads_offline(load):
-    result = load("text_discrepancy").compute(
-        predictions=["a B cell", "a T cell"],
-        references=["a B cell", "a T cell"],
-        prediction_embeddings=np.eye(2),
-        reference_embeddings=np.eye(2),
-        cell_types=["B cell", "T cell"],
-    )
-    assert result["named_type_accuracy"] == 1
-    assert json.dumps(result)
-
-
 # Generated cells
 
 
@@ -424,12 +402,3 @@ def test_matrices_of_different_genes_are_refused(three_types):
     cells, labels = three_types
     with pytest.raises(ValueError, match="different numbers of genes.*10.*shared genes"):
         generated_cell_scores(cells, labels, cells[:, :10], labels, cells)
-
-
-def test_generated_cell_metric_loads_offline(load, three_types):
-    cells, labels = three_types
-    result = load("generated_cell_knn").compute(
-        references=labels, generated=cells, real=cells, real_labels=labels, train=cells, n_components=5, ks=(3,)
-    )
-    assert set(result) == {"knn_accuracy_3", "energy_distance", "mmd2", "sliced_wasserstein"}
-    assert result["knn_accuracy_3"] == 1

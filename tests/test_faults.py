@@ -333,12 +333,6 @@ def test_a_source_that_changed_is_not_mixed_with_the_old_one(sources, tmp_path, 
         prepare.main(arguments(folder, tmp_path / "corpus"))
 
 
-def test_a_model_of_another_vocabulary_is_refused(copy):
-    other = {g: i for i, g in enumerate(["<pad>", "<cls>", "<eoc>", *reversed(GENES)])}
-    with pytest.raises(ValueError, match="another gene vocabulary"):
-        open_corpus(copy, vocabulary=other)
-
-
 def test_shards_of_unknown_origin_are_not_adopted(sources, copy):
     (copy / "manifest.json").unlink()
     with pytest.raises(ValueError, match="an unknown build"):
