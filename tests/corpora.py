@@ -6,6 +6,7 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.train.data.corpus_writer import CorpusWriter
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
 SHORT = {**QUIET, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1}
 

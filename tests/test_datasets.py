@@ -17,10 +17,10 @@ from transformers import Trainer, TrainingArguments
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.tests.corpora import QUIET, SHORT, write_corpus
+from scmmgpt.tests.corpora import QUIET, SHORT, SIZES, write_corpus
 from scmmgpt.tests.test_finetune import GENES
-from scmmgpt.tests.test_train import log_of, run_ranks, words_of
-from scmmgpt.train import align, finetune, pretrain, tune
+from scmmgpt.tests.test_train import align_only, log_of, run_ranks, tune_only, words_of
+from scmmgpt.train import finetune, pretrain
 from scmmgpt.train.data.batches import BatchDataset
 from scmmgpt.train.data.captions import CaptionSampler
 from scmmgpt.train.data.collate import AlignmentCollator
@@ -219,20 +219,10 @@ def test_cells_come_from_rows_in_every_format_and_go_back(corpus, kind):
 # -- commands and trainers --------------------------------------------------------------------------------------------
 
 
-ALIGN = {
-    "cell_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
-    "model_config": {"num_query_tokens": 2, "projection_dim": 8},
-    "qformer_config": {"cross_attention_frequency": 1},
-    "max_steps": 20,
-    "lr_scheduler_type": "constant",
-    **SHORT,
-}
-
-
 def align_on(corpus, bert, output_dir, road="corpus", **options):
-    values = {**ALIGN, "corpus": corpus, "bert": bert, "output_dir": output_dir, **options}
     cells = None if road == "corpus" else {"train": ROADS[road](corpus)}
-    align.main(*align.make_parser().parse_args_and_config(words_of(values)), cells=cells)
+    steps = {"cell_config": SIZES, "max_steps": 20, "lr_scheduler_type": "constant"}  # with dropout
+    align_only(corpus, bert, output_dir, cells=cells, **steps | options)
 
 
 def assert_equal_runs(ours, theirs):
@@ -277,25 +267,19 @@ def in_the_order_of_the_commands(corpus):
 
 def test_the_other_commands_train_on_a_dataset_too(corpus, aligned, tmp_path, monkeypatch):
     monkeypatch.setattr("scmmgpt.train.data.blocks.ROW_GROUP_SIZE", 8)
-    common = {name: ALIGN[name] for name in list(ALIGN)[3:]} | {"max_steps": 3, "corpus": corpus}
     for road, cells in {"corpus": None, "streamed": {"train": in_the_order_of_the_commands(corpus)}}.items():
-        values = {**common, "output_dir": tmp_path / f"pretrain {road}", "cell_config": ALIGN["cell_config"]}
+        values = {**SHORT, "max_steps": 3, "corpus": corpus, "cell_config": SIZES}
+        values |= {"output_dir": tmp_path / f"pretrain {road}"}
         pretrain.main(*pretrain.make_parser().parse_args_and_config(words_of(values)), cells=cells)
-        projector = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidden_layers": 1}}
-        values = {**common, "aligned": aligned, "language_model": "scratch", "model_config": projector}
-        values |= {"output_dir": tmp_path / f"tune {road}", "language_model_config": {"hidden_size": 16}}
-        values["language_model_config"] |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        values["language_model_config"] |= {"num_key_value_heads": 2}
-        tune.main(*tune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
+        tune_only(corpus, aligned, tmp_path / f"tune {road}", cells=cells, max_steps=3)
     for command in ("pretrain", "tune"):
         assert_equal_runs(tmp_path / f"{command} corpus", tmp_path / f"{command} streamed")
 
 
 def finetune_on(adata, bert, output_dir, cells=None, **options):
-    sizes = {name: ALIGN[name] for name in ("cell_config", "model_config")} | {
-        "qformer_config": {"num_hidden_layers": 1}
-    }
-    values = {name: ALIGN[name] for name in ("use_cpu", "disable_tqdm", "save_strategy", "learning_rate")}
+    sizes = {"cell_config": SIZES, "qformer_config": {"num_hidden_layers": 1}}
+    sizes["model_config"] = {"num_query_tokens": 2, "projection_dim": 8}
+    values = {name: SHORT[name] for name in ("use_cpu", "disable_tqdm", "save_strategy", "learning_rate")}
     values |= {"adata": adata, "label_key": "cell_type", "bert": bert, "output_dir": output_dir, "new_model": sizes}
     values |= {"num_train_epochs": 1, "per_device_train_batch_size": 8, **options}
     finetune.main(*finetune.make_parser().parse_args_and_config(words_of(values)), cells=cells)

@@ -15,7 +15,7 @@ from scmmgpt.eval import all as comparison
 from scmmgpt.eval import baselines, claims, clustering, methods, results, retrieval
 from scmmgpt.eval.cells import LabelledCells
 from scmmgpt.tests.conftest import TYPES
-from scmmgpt.tests.corpora import write_corpus
+from scmmgpt.tests.corpora import SIZES, write_corpus
 
 
 GENES = ["CD19", "CD79A", "MS4A1", "CD3D", "CD3E", "CD2", "LYZ", "CD14", "S100A8"]
@@ -196,11 +196,10 @@ def study(tmp_path, bert):
     write_corpus(corpus, vocabulary, splits)
     shares = np.full(len(vocabulary), 1 / len(GENES))
     pq.write_table(pa.table({"gene_id": np.arange(len(shares)), "mean_share": shares}), corpus / "genes.parquet")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     shared = {"per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no"}
-    aligning = {"bert": bert, "cell_config": sizes, "model_config": {"num_query_tokens": 2, "projection_dim": 8}}
+    aligning = {"bert": bert, "cell_config": SIZES, "model_config": {"num_query_tokens": 2, "projection_dim": 8}}
     aligning |= {"qformer_config": {"cross_attention_frequency": 1}, **shared, "use_cpu": True}
-    tuning = {"language_model": "scratch", "language_model_config": {**sizes, "num_key_value_heads": 2}}
+    tuning = {"language_model": "scratch", "language_model_config": {**SIZES, "num_key_value_heads": 2}}
     tuning |= {"train_parts": {"language_model": "full"}, "templates": "short", **shared, "use_cpu": True}
     tuning["model_config"] = {"num_state_components": None, "text_to_cell_config": {"num_hidden_layers": 1}}
     words = ["--corpus", str(corpus), "--output", str(tmp_path / "out"), "--cells-per-label", "6"]

@@ -17,6 +17,7 @@ from scmmgpt.configuration_scmmgpt import ScGPTConfig
 from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scgpt import ScGPTModel
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+from scmmgpt.tests.corpora import SIZES
 from scmmgpt.train import finetune, labels, readout, router
 from scmmgpt.train.arguments import FinetuneDataArguments
 from scmmgpt.train.convert import save_cell_model
@@ -45,14 +46,13 @@ def cells():
 
 def run(adata, bert, path, **options):
     adata.write_h5ad(path / "cells.h5ad")
-    cell_config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     values = {
         "adata": path / "cells.h5ad",
         "label_key": "label",
         "bert": bert,
         "new_model": json.dumps(
             {
-                "cell_config": cell_config,
+                "cell_config": SIZES,
                 "qformer_config": {"num_hidden_layers": 1},
                 "model_config": {"num_query_tokens": 2, "projection_dim": 16},
             }
@@ -287,9 +287,8 @@ def test_texts_of_labels_come_from_a_table_of_excel_too(tmp_path):
 
 def test_a_converted_cell_model_is_fine_tuned_in_its_own_vocabulary(cells, bert, tmp_path):
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<cls>", "<eoc>", *GENES[::-1], "OTHER"])}
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
-    model = ScGPTModel(ScGPTConfig(vocab_size=len(vocabulary), pad_token_id=0, cls_token_id=1, **sizes))
+    model = ScGPTModel(ScGPTConfig(vocab_size=len(vocabulary), pad_token_id=0, cls_token_id=1, **SIZES))
     extractor = ScMMGPTFeatureExtractor(pad_token_id=0, cls_token_id=1)
     save_cell_model(tmp_path / "scgpt", model, vocabulary, {}, extractor)
     new_model = {

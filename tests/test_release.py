@@ -16,6 +16,7 @@ from scmmgpt import novelty_scmmgpt, profiles_scmmgpt, readout_scmmgpt
 from scmmgpt.commands import checkpoints
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.synthetic import MARKERS, synthetic_adata
+from scmmgpt.tests.corpora import SIZES
 from scmmgpt.tests.test_remote_code import run_without_package
 
 
@@ -60,11 +61,10 @@ def built(bert, tmp_path_factory):
     sets = {"one": {"paper": "Nobody 2026"}, "two": {"label_key": "label", "labels": labels}}
     table = {"types": list(TYPES.values()), "broad": ["CL:0000542"], "sets": sets}
     (path / "table.json").write_text(json.dumps(table))
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    align = {"bert": bert, "cell_config": sizes, "qformer_config": {"num_hidden_layers": 1}}
+    align = {"bert": bert, "cell_config": SIZES, "qformer_config": {"num_hidden_layers": 1}}
     align |= {"model_config": {"num_query_tokens": 2, "projection_dim": 8}, "qformer_max_length": 16, **STEPS}
     align["qformer_config"]["cross_attention_frequency"] = 1
-    tune = {"language_model": "scratch", "language_model_config": {**sizes, "num_key_value_heads": 1}, **STEPS}
+    tune = {"language_model": "scratch", "language_model_config": {**SIZES, "num_key_value_heads": 1}, **STEPS}
     tune |= {"templates": "short", "train_parts": {"language_model": "full"}}
     tune["model_config"] = {"expression_head": "nb", "num_state_components": 2, "num_condition_tokens": 2}
     for name, config in (("align", align), ("tune", tune)):

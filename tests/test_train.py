@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scmmgpt.modeling_scmmgpt import ScMMGPTForCellTextAlignment
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.tests.corpora import SHORT
+from scmmgpt.tests.corpora import SHORT, SIZES
 from scmmgpt.train import align, curves, states, tune
 from scmmgpt.train import language_model as language_models
 from scmmgpt.train.convert import load_causal_lm
@@ -35,7 +35,6 @@ from scmmgpt.train.trainer import flatten_scalars, frozen_modules
 
 
 SMALL_PROJECTOR = {"num_condition_tokens": 2, "text_to_cell_config": {"num_hidden_layers": 1}}
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +55,7 @@ def run_align(corpus, bert, output_dir, model_config=None, **options):
     return align.ScMMGPTForCellTextAlignment.from_pretrained(output_dir)
 
 
-def align_only(corpus, bert, output_dir, model_config=None, **options):
+def align_only(corpus, bert, output_dir, model_config=None, cells=None, **options):
     values = {
         "corpus": corpus,
         "bert": bert,
@@ -68,7 +67,7 @@ def align_only(corpus, bert, output_dir, model_config=None, **options):
         "max_steps": 2,
         **options,
     }
-    align.main(*align.make_parser().parse_args_and_config(words_of(values)))
+    align.main(*align.make_parser().parse_args_and_config(words_of(values)), cells=cells)
 
 
 def run_tune(corpus, aligned, output_dir, model_config=None, **options):
@@ -76,7 +75,7 @@ def run_tune(corpus, aligned, output_dir, model_config=None, **options):
     return tune.ScMMGPTForConditionalGeneration.from_pretrained(output_dir)
 
 
-def tune_only(corpus, aligned, output_dir, model_config=None, **options):
+def tune_only(corpus, aligned, output_dir, model_config=None, cells=None, **options):
     values = {
         "corpus": corpus,
         "aligned": aligned,
@@ -89,7 +88,7 @@ def tune_only(corpus, aligned, output_dir, model_config=None, **options):
         "max_steps": 2,
         **options,
     }
-    tune.main(*tune.make_parser().parse_args_and_config(words_of(values)))
+    tune.main(*tune.make_parser().parse_args_and_config(words_of(values)), cells=cells)
 
 
 def test_only_frozen_parts_leave_training_mode():

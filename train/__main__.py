@@ -27,8 +27,8 @@ ABOUT = {
     "plan": "memory per GPU that a configuration takes",
     "options": "write docs/options.md to the standard output",
 }
-# Command -> module with `make_parser` and `main`, imported only when its command runs.
 CHECKPOINTS = ("aligned", "cell_model", "checkpoint")  # options that name checkpoints of this project
+# Command -> module with `make_parser` and `main`, imported only when its command runs.
 COMMANDS = {name: f"data.{name}" if name in ("prepare", "cache") else name for name in ABOUT}
 
 
