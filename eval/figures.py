@@ -35,8 +35,11 @@ def _wrapped(label: str) -> str:
 
 
 def type_colors(labels: Sequence[str]) -> dict[str, Any]:
-    """One colour a type, the same in every figure of a report."""
-    names = ("tab10", "Set2", "tab20b", "tab20c")
+    """One colour a type, the same in every figure of a report.
+
+    The first ten can be told apart by people with any vision of colours (Petroff 2021, arXiv:2107.02270).
+    """
+    names = ("petroff10", "Set2", "tab20b", "tab20c")
     colors = [color for name in names for color in matplotlib.color_sequences[name]]
     return {label: colors[i % len(colors)] for i, label in enumerate(sorted(set(labels)))}
 

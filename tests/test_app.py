@@ -38,7 +38,7 @@ def test_annotating_colours_the_map_and_counts_the_types(tasks, session, adata):
     assert counts["cells"].sum() == adata.n_obs
     assert set(counts["cell type"]) <= {"B cell", "T cell"}
     assert len(drawn["x"]) == len(drawn["y"]) == len(drawn["color"]) == adata.n_obs
-    assert {text.split(" (")[0] for text, _ in drawn["legend"]} == set(counts["cell type"])
+    assert {text.split(" (")[0] for text, _, _ in drawn["legend"]} == set(counts["cell type"])
 
 
 def test_saved_cells_have_all_that_was_read_and_found(tasks, session, adata):
@@ -69,11 +69,13 @@ def test_a_label_may_have_a_comma(tasks, session):
 
 def test_a_loop_selects_cells_that_are_then_described_and_explained(tasks, session):
     session.color = "cell_type"
-    _, said, _ = tasks["select"](session, SimpleNamespace(rows=[3, 1, 3, -1, 10**9, True, "2", None]))
+    _, drawn, said, _ = tasks["select"](session, SimpleNamespace(rows=[3, 1, 3, -1, 10**9, True, "2", None]))
+    assert drawn["rows"] == [1, 3]
     assert session.rows.tolist() == [1, 3]  # what is not a row of the file is left out
     assert said.startswith("2 cells selected: ")
     assert tasks["describe"](session)[0]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
-    _, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
+    _, drawn, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
+    assert drawn["rows"] == []
     assert said == app.NO_SELECTION
 
 
@@ -83,22 +85,24 @@ def test_evidence_names_genes_of_the_labels_of_selected_cells():
     tasks = {function.api_name: function.fn for function in build(pipeline).fns.values()}
     cells = opened(synthetic.synthetic_adata(), "cells.h5ad")
     table, _ = tasks["explain"](cells)
-    assert table["cells"].sum() == cells.adata.n_obs
-    genes = dict(zip(table["label"], table["genes"], strict=True))
-    assert "CD19" in genes["B cell"]
+    assert list(table) == app.EVIDENCE
+    genes = dict(zip(table["cell type (cells)"], table["genes"], strict=True))
+    assert len(genes) == 4
+    assert "CD19" in genes["B cell (15)"]
 
 
 def test_a_search_colours_the_map_by_its_score(tasks, session):
     _, drawn, _, _, hits, _ = tasks["search"](session, "a B cell", 4)
     assert len(hits) == 4
-    assert drawn["color"][hits["index"][0]] == max(drawn["color"])
-    assert drawn["title"].endswith("Colour: scmmgpt_search.")
+    assert drawn["color"][session.adata.obs_names.get_loc(hits["cell"][0])] == max(drawn["color"])
+    assert drawn["title"].endswith("Colour: match with “a B cell”.")
 
 
 def test_generated_cells_are_marked_on_the_map(tasks, session):
     _, drawn, genes, file, _ = tasks["generate"](session, "a B cell", 3)
     assert anndata.read_h5ad(file).n_obs == len(drawn["marks"]["x"]) == 3
-    assert drawn["title"].endswith("Crosses: generated cells.")
+    assert drawn["title"].endswith("Crosses: generated cells, each at a cell that is like it.")
+    assert {(x, y) for x, y in zip(*drawn["marks"].values())} <= {(x, y) for x, y in zip(drawn["x"], drawn["y"])}
     assert all(len(str(value)) <= 6 for value in genes["mean log1p(CP10k)"])  # three digits, of a double
     assert tasks["generate"](None, "a B cell", 2)[0] is None  # no cells are needed
 
