@@ -102,7 +102,8 @@ def test_generated_cells_are_marked_on_the_map(tasks, session):
     _, drawn, genes, file, _ = tasks["generate"](session, "a B cell", 3)
     assert anndata.read_h5ad(file).n_obs == len(drawn["marks"]["x"]) == 3
     assert drawn["title"].endswith("Crosses: generated cells, each at a cell that is like it.")
-    assert {(x, y) for x, y in zip(*drawn["marks"].values())} <= {(x, y) for x, y in zip(drawn["x"], drawn["y"])}
+    crosses, cells = (set(zip(places["x"], places["y"], strict=True)) for places in (drawn["marks"], drawn))
+    assert crosses <= cells  # and none between groups, where no cell is
     assert all(len(str(value)) <= 6 for value in genes["mean log1p(CP10k)"])  # three digits, of a double
     assert tasks["generate"](None, "a B cell", 2)[0] is None  # no cells are needed
 
@@ -166,7 +167,7 @@ def test_a_file_that_holds_no_cells_is_named(tasks, tmp_path):
 
 
 def test_parameters_of_the_pages_api_have_names(tasks):
-    assert list(inspect.signature(tasks["search"]).parameters) == ["session", "text", "top_k"]
+    assert list(inspect.signature(tasks["search"]).parameters) == ["session", "text", "top_k", "progress"]
 
 
 def test_the_page_does_not_call_home(tasks, tiny_pipeline):
