@@ -55,6 +55,7 @@ Open a file of single cells, then annotate the cells, search them by a sentence,
 Files stay on the machine that runs this page."""
 NO_SELECTION = "No cells selected: draw a loop around some, or click a type below the map."
 DESCRIBED = 20  # selected cells that are described; each takes a second
+MIN_CELLS = 5  # of a UMAP
 MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
 KEPT = 3600  # seconds that the cells and files of a browser are kept
@@ -64,7 +65,6 @@ MEAN_EXPRESSION = "mean log1p(CP10k)"
 SHOWN_GENES = 10  # that speak for a label
 SHOWN_KINDS = 6  # kinds of selected cells that are counted
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
-FILE_TYPES = [".h5ad", ".h5", ".h5mu", ".loom", ".csv", ".tsv", ".txt", ".gz"]
 FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
 
@@ -114,7 +114,7 @@ class Session:
 
     def map(self) -> dict:
         """The value of the map."""
-        title = f"{self.name}: {self.adata.n_obs:,} cells. {self.what}."
+        title = f"{self.name}: {self.adata.n_obs:,} {'cell' if self.adata.n_obs == 1 else 'cells'}. {self.what}."
         if self.color is not None:
             title += f" Colour: {self.name_of(self.color)}."
         if self.marks is not None:
@@ -126,11 +126,12 @@ class Session:
         """How many cells are selected, and of which kinds."""
         if not len(self.rows):
             return NO_SELECTION
+        chosen = f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected"
         if self.color is None or self.adata.obs[self.color].dtype.kind in "fiu":
-            return f"{len(self.rows):,} cells selected."
+            return f"{chosen}."
         counts = self.adata.obs[self.color].iloc[self.rows].astype(str).value_counts()
         kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
-        return f"{len(self.rows):,} cells selected: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
+        return f"{chosen}: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
 
     def chosen(self, most: int) -> anndata.AnnData:
         """A copy of the selected cells, at most `most`; without a selection of the first cells."""
@@ -140,14 +141,17 @@ class Session:
 
 def opened(adata: anndata.AnnData, name: str) -> Session:
     """A session with cells that were just read."""
+    if not adata.n_obs:
+        raise ValueError(f"{name} has no cells. Check the step that wrote the file.")
     if adata.n_obs > MAX_CELLS:
         raise ValueError(
             f"{name} has {adata.n_obs:,} cells, and the page takes at most {MAX_CELLS:,}. The commands read files of "
             "any size: `scmmgpt annotate`, then `scmmgpt report`."
         )
-    if adata.n_obs < 5:
-        raise ValueError(f"{name} has {adata.n_obs} cells; a map needs 5 or more. Use the command `scmmgpt annotate`.")
-    places, _, what = pl.coordinates(adata)
+    if adata.n_obs < MIN_CELLS:
+        places, what = np.c_[np.arange(adata.n_obs), np.zeros(adata.n_obs)], "They are too few for a UMAP: a row"
+    else:
+        places, _, what = pl.coordinates(adata)
     columns = colors_of(adata.obs)
     known = [name for name in ("scmmgpt_cell_type", "cell_type", "louvain", "leiden") if name in columns]
     return Session(adata, name, np.asarray(places, dtype=float), what, known[0] if known else None)
@@ -232,7 +236,7 @@ def build(pipeline: ScMMGPTPipeline) -> Any:
 
 def lay_out_map(ui: SimpleNamespace, tasks: "Tasks") -> None:
     """The file, its cells on a map, and what is saved."""
-    ui.path = gr.File(label="File of cells", file_types=FILE_TYPES, type="filepath", height=140)
+    ui.path = gr.File(label="File of cells (.h5ad, .h5, .h5mu, .loom, .csv, .tsv)", type="filepath", height=140)
     ui.sample = gr.Button("Open the example: 700 blood cells", size="sm")
     ui.map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
     ui.chosen = gr.Markdown(NO_SELECTION)
@@ -296,8 +300,8 @@ def connect(ui: SimpleNamespace, tasks: "Tasks") -> None:
     of_file = [*of_selected, ui.counts, ui.hits, ui.genes, ui.made]
     tasks.on([ui.path.upload], tasks.open, [ui.path], shown, clears=of_file)
     tasks.on([ui.sample.click], tasks.example, [], [*shown, ui.path], clears=of_file)
-    tasks.on([ui.color.input], tasks.paint, [ui.session, ui.color], drawn, changes=False)
-    tasks.on([ui.map.select], tasks.select, [ui.session], drawn, clears=of_selected, changes=False)
+    tasks.on([ui.color.input], tasks.paint, [ui.session, ui.color], drawn, changes=False, is_long=False)
+    tasks.on([ui.map.select], tasks.select, [ui.session], drawn, clears=of_selected, changes=False, is_long=False)
     inputs = [ui.session, ui.labels, ui.tissue, ui.min_score]
     tasks.on([ui.annotate.click], tasks.annotate, inputs, [*shown, ui.counts], clears=of_selected)
     inputs = [ui.session, ui.query, ui.top_k]
@@ -306,7 +310,7 @@ def connect(ui: SimpleNamespace, tasks: "Tasks") -> None:
     tasks.on([ui.describe.click], tasks.describe, [ui.session], [ui.texts])
     outputs = [ui.session, ui.turns, ui.question]
     tasks.on([ui.ask.click, ui.question.submit], tasks.ask, [ui.session, ui.question], outputs)
-    tasks.on([ui.turns.clear], tasks.forget, [ui.session], [ui.session], changes=False)
+    tasks.on([ui.turns.clear], tasks.forget, [ui.session], [ui.session], changes=False, is_long=False)
     inputs, outputs = [ui.session, ui.prompt, ui.n_cells], [ui.session, ui.map, ui.genes, ui.made]
     tasks.on([ui.generate.click, ui.prompt.submit], tasks.generate, inputs, outputs)
     tasks.on([ui.save.click], tasks.save, [ui.session], [tasks.saved], changes=False)
@@ -330,19 +334,29 @@ class Tasks:
         outputs: list[Any],
         clears: Sequence[Any] = (),
         changes: bool = True,
+        is_long: bool = True,
     ) -> None:
         """Connect events with a task. The model does one task at a time, whoever asks.
 
         A task that succeeds empties the results of other cells or labels, `clears`, and, if it `changes` the cells,
         takes away the file that was saved before.
         """
-        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
-        outputs, name = [*outputs, self.notes], function.__name__
-        done = gr.on(events, task(function), inputs, outputs, api_name=name, **one_at_a_time)
-        gone = {
-            **dict.fromkeys(clears, None),
-            **({self.saved: gr.update(value=None, visible=False)} if changes else {}),
-        }
+        done = gr.on(
+            events,
+            task(function),
+            inputs,
+            [*outputs, self.notes],
+            api_name=function.__name__,
+            concurrency_limit=1,
+            concurrency_id="model",
+            show_progress_on=[
+                part for part in outputs if isinstance(part, gr.HTML | gr.Dataframe | gr.File | gr.Chatbot)
+            ],
+            show_progress="full" if is_long else "hidden",
+        )
+        gone: dict[Any, Any] = dict.fromkeys(clears)
+        if changes:
+            gone[self.saved] = gr.update(value=None, visible=False)
         if gone:
             done.success(lambda: gone, None, list(gone), queue=False, show_progress="hidden", api_visibility="private")
 
@@ -357,7 +371,10 @@ class Tasks:
         """Read an uploaded file."""
         if not path:
             raise gr.Error(NO_CELLS)
-        return _shown(opened(read_file(path), Path(path).name))
+        adata, name = read_file(path), Path(path).name
+        if adata.n_obs:
+            self.pipeline.processor.choose_input(adata)  # what it says of matrix and genes is said at once
+        return _shown(opened(adata, name))
 
     def example(self) -> tuple[Any, ...]:
         """Open the example."""

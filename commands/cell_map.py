@@ -17,7 +17,9 @@ canvas { width: 100%; height: min(60vh, 520px, 100vw); touch-action: none; curso
 p { margin: 0 0 4px; overflow-wrap: anywhere }
 ul { display: flex; flex-wrap: wrap; gap: 2px 6px; list-style: none; margin: 6px 0; padding: 0; max-height: 12em;
      overflow: auto }
-li, button { font-size: 13px } button { padding: 1px 4px; border-radius: 4px; cursor: pointer; text-align: left }
+li, button { font-size: 13px }
+button { padding: 1px 4px; border: 0; border-radius: 4px; background: none; color: inherit; font-weight: 400;
+         cursor: pointer; text-align: left; text-decoration: underline dotted #8888 }
 button:hover, button[aria-pressed=true] { background: #8883 } button:focus-visible { outline: 2px solid #1d4ed8 }
 i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 5px; border: 1px solid #8886 }
 """
@@ -70,7 +72,8 @@ def draw(
         palette += [to_hex(colors[name]) for name in names[order]]
         color = 1 + np.argsort(order)[found]
         legend = [(f"{names[k]} ({counts[k]:,})", palette[1 + i], 1 + i) for i, k in enumerate(order)]
-    low, size = places.min(axis=0), max(float(np.ptp(places, axis=0).max()), 1e-12)
+    low, size = places.min(axis=0), np.ptp(places, axis=0)  # each axis fills the map; the units mean nothing
+    low, size = np.where(size > 0, low, low - 0.5), np.where(size > 0, size, 1.0)
 
     def scaled(points: np.ndarray) -> dict[str, list[int]]:
         x, y = np.clip((points - low) / size * 1000, -20, 1020).round().astype(int).T
