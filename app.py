@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import CHECKED, DEBUG, OneLineParser, as_options, explain, number, run_command
 from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
+from scmmgpt.labels_scmmgpt import trained_labels_of
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.records_scmmgpt import recorded
@@ -170,11 +171,11 @@ def on_page(text: str) -> str:
     """A message of the library in the words of the page, which has fields for a few arguments and none for the others.
 
     >>> on_page("If the cells are of one, name it by `tissue=`: blood.")
-    'If the cells are of one, name it by the field "Tissue": blood.'
+    'If the cells are of one, name it by "Tissue": blood.'
     """
 
     def field_of(found: re.Match) -> str:
-        return f'the field "{FIELDS[found[1]]}"' + (f" with {found[2]}" if found[2] else "")
+        return f'"{FIELDS[found[1]]}"' + (f" {found[2]}" if found[2] else "")
 
     text = text.replace(DEBUG, "").replace("look at uns['scmmgpt']['input']: ", "")
     said = re.sub(rf"`({'|'.join(FIELDS)})=([^`]*)`", field_of, text)
@@ -184,6 +185,24 @@ def on_page(text: str) -> str:
     if "`adata" in said:
         as_command += " Here `adata` is the file in Python: change it there, write it, and open it again."
     return as_command
+
+
+def named_labels(text: str, stored: Mapping[str, Any]) -> list[str]:
+    """The labels of a field, one a line; commas set labels apart where the checkpoint knows each of them.
+
+    A name of the Cell Ontology may have a comma.
+
+    >>> named_labels("B cell, T cells", {"labels": {"B cell": "", "T cell": ""}})
+    ['B cell', 'T cells']
+    >>> named_labels("CD4-positive, alpha-beta T cell", {"labels": {"T cell": ""}})
+    ['CD4-positive, alpha-beta T cell']
+    """
+    trained, terms = list(stored.get("labels", {})), stored.get("terms") or []
+    found: list[str] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        parts = [part.strip() for part in re.split("[,;]", line) if part.strip()]
+        found += parts if all(trained_labels_of(part, None, trained, terms) for part in parts) else [line]
+    return found
 
 
 def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -397,7 +416,7 @@ class Tasks:
     def annotate(self, session: Session | None, labels: str, tissue: str, min_score: float) -> tuple[Any, ...]:
         """Annotate all cells."""
         session = _with_cells(session)
-        names = [label.strip() for label in labels.splitlines() if label.strip()]
+        names = named_labels(labels, self.pipeline.model.config.annotation or {})
         of = None if tissue == ANY_TISSUE else tissue
         self.pipeline.annotate(session.adata, names or None, min_score=min_score or None, tissue=of)
         session.color, session.chat = "scmmgpt_cell_type", None
