@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -61,9 +62,11 @@ MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
 KEPT = 3600  # seconds that the cells and files of a browser are kept
 MIN_WIDTH = 340  # pixels of a column
+HITS = ["cell", "match", "annotated type"]
 EVIDENCE = ["cell type (cells)", "against", "genes"]
 MEAN_EXPRESSION = "mean log1p(CP10k)"
 SHOWN_GENES = 10  # that speak for a label
+SHOWN_QUERY = 80  # characters of a search
 SHOWN_KINDS = 6  # kinds of selected cells that are counted
 POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
@@ -283,7 +286,7 @@ def lay_out_tabs(ui: SimpleNamespace, tasks: "Tasks") -> None:
         ui.query = gr.Textbox(label="Which cells are wanted?", placeholder="a cytotoxic lymphocyte")
         ui.top_k = gr.Slider(1, 100, value=10, step=1, label="Cells in the table")
         ui.search = gr.Button("Search", variant="primary")
-        ui.hits = gr.Dataframe(label="Best matches", headers=["cell", "match"], wrap=True)
+        ui.hits = gr.Dataframe(label="Best matches", headers=HITS, wrap=True, column_widths=["42%", "18%", "40%"])
     with gr.Tab("Selected", visible=tasks.can_write or tasks.can_explain):
         gr.Markdown("About the cells that are selected on the map; without a selection, about all.")
         ui.explain = gr.Button("Why these types?", variant="primary", visible=tasks.can_explain)
@@ -418,6 +421,11 @@ class Tasks:
         session = _with_cells(session)
         names = named_labels(labels, self.pipeline.model.config.annotation or {})
         of = None if tissue == ANY_TISSUE else tissue
+        if names and of:
+            both = " and ".join(f'"{FIELDS[name]}"' for name in ("labels", "tissue"))
+            raise ValueError(
+                f"{both} both choose the cell types: empty the first, or set the second to {ANY_TISSUE!r}."
+            )
         self.pipeline.annotate(session.adata, names or None, min_score=min_score or None, tissue=of)
         session.color, session.chat = "scmmgpt_cell_type", None
         counts = session.adata.obs[session.color].value_counts().rename_axis("cell type").reset_index(name="cells")
@@ -427,12 +435,11 @@ class Tasks:
         """Find cells by a text; the score of each colours the map."""
         session = _with_cells(session)
         hits = self.pipeline.search(session.adata, text, top_k=int(top_k), key_added="scmmgpt_search")
-        session.color, session.query = "scmmgpt_search", " ".join(text.split())
+        session.color, session.query = "scmmgpt_search", textwrap.shorten(text, SHOWN_QUERY, placeholder=" …")
         found, scores = [hit["index"] for hit in hits], [round(hit["score"], 2) for hit in hits]
-        table = pd.DataFrame({"cell": session.adata.obs_names[found], "match": scores})
-        if "scmmgpt_cell_type" in session.adata.obs:
-            table["cell type"] = session.adata.obs["scmmgpt_cell_type"].iloc[found].astype(str).to_numpy()
-        return *_shown(session), table
+        obs = session.adata.obs.iloc[found]
+        types = obs["scmmgpt_cell_type"].astype(str) if "scmmgpt_cell_type" in obs else "–"
+        return *_shown(session), pd.DataFrame(dict(zip(HITS, (obs.index, scores, types), strict=True)))
 
     def explain(self, session: Session | None) -> tuple[pd.DataFrame]:
         """The genes that speak for the labels of the selected cells."""
