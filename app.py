@@ -524,18 +524,17 @@ def _shown(session: Session) -> tuple[Any, ...]:
     return session, session.map(), session.said(), gr.Dropdown(choices=columns, value=session.color)
 
 
-def launch(page: Any, host: str, port: int | None = None, **options: Any) -> str:
+def launch(page: Any, host: str, port: int | None = None, max_size: str | int = MAX_SIZE) -> str:
     """Serve a page, and return its address. Nothing of it is stored in the browser or offered to another host."""
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
-        max_file_size=MAX_SIZE,
+        max_file_size=max_size,
         theme=gr.themes.Default(**FONTS),
         footer_links=[],
         run_history=False,
         quiet=True,
         prevent_thread_lock=True,
-        **options,
     )
     return str(address)
 
