@@ -12,8 +12,8 @@ from scmmgpt.records_scmmgpt import words_of
 
 HTML = '<p></p><canvas role="img" aria-label="Map of the cells"></canvas><ul></ul>'
 CSS = """
-canvas { width: 100%; aspect-ratio: 1; max-height: min(60vh, 520px); touch-action: none; cursor: crosshair; background: #fff;
-         border: 1px solid #8884; border-radius: 6px }
+canvas { width: 100%; aspect-ratio: 1; max-height: min(60vh, 520px); touch-action: none; cursor: crosshair;
+         background: #fff; border: 1px solid #8884; border-radius: 6px }
 p { margin: 0 0 4px; overflow-wrap: anywhere }
 ul { display: flex; flex-wrap: wrap; gap: 2px 6px; list-style: none; margin: 6px 0; padding: 0; max-height: 12em;
      overflow: auto }
