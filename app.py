@@ -302,7 +302,7 @@ def lay_out_tabs(ui: SimpleNamespace, tasks: "Tasks") -> None:
         )
     with gr.Tab("Ask", visible=tasks.can_explain):
         gr.Markdown(f"Ask about the selected cells, or all. {EXAMPLES}")
-        ui.turns = gr.Chatbot(label="Answers, counted", height=320, buttons=["copy"])  # none shares
+        ui.turns = gr.Chatbot(show_label=False, height=420, buttons=["copy"])  # none shares
         ui.question = gr.Textbox(label="Question", placeholder="Why not NK cells?")
         ui.ask = gr.Button("Ask", variant="primary")
     with gr.Tab("Generate", visible=tasks.can_write):
@@ -320,8 +320,9 @@ def connect(ui: SimpleNamespace, tasks: "Tasks") -> None:
     shown = [*drawn, ui.color]
     of_selected = [ui.evidence, ui.texts, ui.turns]
     of_file = [*of_selected, ui.counts, ui.hits, ui.genes, ui.made]
-    tasks.on([ui.path.upload], tasks.open, [ui.path], shown, clears=of_file)
-    tasks.on([ui.sample.click], tasks.example, [], [*shown, ui.path], clears=of_file)
+    done = tasks.on([ui.path.upload], tasks.open, [ui.path], shown, clears=of_file)
+    done.then(lambda: None, None, ui.path, queue=False, api_visibility="private")  # free for the next file
+    tasks.on([ui.sample.click], tasks.example, [], shown, clears=of_file)
     tasks.on([ui.color.input], tasks.paint, [ui.session, ui.color], drawn, changes=False, is_long=False)
     tasks.on([ui.map.select], tasks.select, [ui.session], drawn, clears=of_selected, changes=False, is_long=False)
     inputs = [ui.session, ui.labels, ui.tissue, ui.min_score]
@@ -357,7 +358,7 @@ class Tasks:
         clears: Sequence[Any] = (),
         changes: bool = True,
         is_long: bool = True,
-    ) -> None:
+    ) -> Any:
         """Connect events with a task. The model does one task at a time, whoever asks.
 
         A task that succeeds empties the results of other cells or labels, `clears`, and, if it `changes` the cells,
@@ -381,6 +382,7 @@ class Tasks:
             gone[self.saved] = gr.update(value=None, visible=False)
         if gone:
             done.success(lambda: gone, None, list(gone), queue=False, show_progress="hidden", api_visibility="private")
+        return done
 
     def written(self, adata: anndata.AnnData, name: str) -> str:
         """A file to download, which the page deletes after `KEPT` seconds."""
@@ -400,7 +402,7 @@ class Tasks:
 
     def example(self) -> tuple[Any, ...]:
         """Open the example."""
-        return *_shown(opened(example(), "example")), None
+        return _shown(opened(example(), "example"))
 
     def paint(self, session: Session | None, color: str) -> tuple[Any, ...]:
         """Colour the map by a column of `obs`."""
