@@ -37,7 +37,7 @@ from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
 from scmmgpt.labels_scmmgpt import trained_labels_of
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.readers.cell_files import read_file
+from scmmgpt.readers.cell_files import is_table, read_file
 from scmmgpt.records_scmmgpt import recorded
 
 
@@ -143,15 +143,20 @@ class Session:
         return self.adata[rows[:most]].copy()
 
 
-def opened(adata: anndata.AnnData, name: str) -> Session:
-    """A session with cells that were just read."""
-    if not adata.n_obs:
+def check_size(n_cells: int, name: str) -> None:
+    """Refuse a file of no cells, and of more than `MAX_CELLS`."""
+    if not n_cells:
         raise ValueError(f"{name} has no cells. Check the step that wrote the file.")
-    if adata.n_obs > MAX_CELLS:
+    if n_cells > MAX_CELLS:
         raise ValueError(
-            f"{name} has {adata.n_obs:,} cells, and the page takes at most {MAX_CELLS:,}. The commands read files of "
+            f"{name} has {n_cells:,} cells, and the page takes at most {MAX_CELLS:,}. The commands read files of "
             "any size: `scmmgpt annotate`, then `scmmgpt report`."
         )
+
+
+def opened(adata: anndata.AnnData, name: str) -> Session:
+    """A session with cells that were just read."""
+    check_size(adata.n_obs, name)
     if adata.n_obs < MIN_CELLS:
         places, what = np.c_[np.arange(adata.n_obs), np.zeros(adata.n_obs)], "They are too few for a UMAP: a row"
     else:
@@ -395,9 +400,13 @@ class Tasks:
         """Read an uploaded file."""
         if not path:
             raise gr.Error(NO_CELLS)
-        adata, name = read_file(path), Path(path).name
-        if adata.n_obs:
-            self.pipeline.processor.choose_input(adata)  # what it says of matrix and genes is said at once
+        name, options = Path(path).name, {"gene_index": self.pipeline.processor.gene_index}
+        if not is_table(Path(path)):  # a table has its number of cells after it is read
+            with read_file(path, backed=True, **options) as file:
+                check_size(len(file.obs_names), name)
+        adata = read_file(path, **options)
+        check_size(adata.n_obs, name)
+        self.pipeline.processor.choose_input(adata)  # what it says of matrix and genes is said at once
         return _shown(opened(adata, name))
 
     def example(self) -> tuple[Any, ...]:
