@@ -413,9 +413,10 @@ class Tasks:
         """Open the example."""
         return _shown(opened(example(), "example"))
 
-    def paint(self, session: Session | None, color: str) -> tuple[Any, ...]:
+    def paint(self, session: Session | None, color: str | None) -> tuple[Any, ...]:
         """Colour the map by a column of `obs`."""
-        session = _with_cells(session)
+        if session is None or color is None:  # who leaves an empty field has chosen nothing
+            return gr.skip(), gr.skip(), gr.skip()
         if color not in session.adata.obs:
             raise ValueError(f"obs has no column {color!r}.")
         session.color = color

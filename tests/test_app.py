@@ -172,6 +172,10 @@ def test_a_matrix_that_is_a_layer_alone_has_a_map(adata):
     assert opened(adata, "cells.h5ad").places.shape == (adata.n_obs, 2)
 
 
+def test_who_passes_the_empty_field_of_colours_sees_no_error(tasks):
+    assert tasks["paint"](None, None)[-1] == ""
+
+
 def test_a_selection_stays_with_its_cells(tasks, session):
     tasks["select"](session, SimpleNamespace(rows=[1, 3]))
     for drawn in (
