@@ -400,11 +400,11 @@ class Tasks:
         """Read an uploaded file."""
         if not path:
             raise gr.Error(NO_CELLS)
-        name, options = Path(path).name, {"gene_index": self.pipeline.processor.gene_index}
+        name, genes = Path(path).name, self.pipeline.processor.gene_index
         if not is_table(Path(path)):  # a table has its number of cells after it is read
-            with read_file(path, backed=True, **options) as file:
+            with read_file(path, backed=True, gene_index=genes) as file:
                 check_size(len(file.obs_names), name)
-        adata = read_file(path, **options)
+        adata = read_file(path, gene_index=genes)
         check_size(adata.n_obs, name)
         self.pipeline.processor.choose_input(adata)  # what it says of matrix and genes is said at once
         return _shown(opened(adata, name))

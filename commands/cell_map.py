@@ -55,7 +55,8 @@ def draw(
     from scmmgpt.eval.figures import type_colors
 
     n = len(places)
-    palette, legend, color = [GREY], [], np.zeros(n, dtype=int)
+    palette, color = [GREY], np.zeros(n, dtype=int)
+    legend: list[tuple[str, str, int | None]] = []
     if values is not None and values.dtype.kind in "fiu":
         numbers = values.to_numpy(dtype=float)
         known = np.isfinite(numbers)
