@@ -8,16 +8,20 @@ the extra `app`.
 """
 
 import functools
+import inspect
 import logging
 import os
+import re
 import sys
 import tempfile
+import textwrap
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -28,11 +32,12 @@ from scmmgpt import pl
 from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, draw, nearest_places
 from scmmgpt.commands.chat import Chat, has_proof
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
-from scmmgpt.commands.errors import OneLineParser, number, run_command
+from scmmgpt.commands.errors import CHECKED, DEBUG, OneLineParser, as_options, explain, number, run_command
 from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
+from scmmgpt.labels_scmmgpt import trained_labels_of
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
-from scmmgpt.readers.cell_files import read_file
+from scmmgpt.readers.cell_files import is_table, read_file
 from scmmgpt.records_scmmgpt import recorded
 
 
@@ -47,14 +52,24 @@ with suppress(ModuleNotFoundError):
 NO_GRADIO = "The page needs gradio; install it with `pip install scmmgpt[app]`."
 NO_CELLS = "Choose a file of cells, or open the example, first."
 ANY_TISSUE = "any tissue"
-NO_SELECTION = "No cells selected: draw a loop around some."
+INTRODUCTION = """# scMMGPT
+Open a file of single cells, then annotate the cells, search them by a sentence, or ask about some of them.
+Files stay on the machine that runs this page."""
+NO_SELECTION = "No cells selected: draw a loop around some, or click a type below the map."
 DESCRIBED = 20  # selected cells that are described; each takes a second
+MIN_CELLS = 5  # of a UMAP
 MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
-KEPT = 3600  # seconds that the cells of a browser are kept
+KEPT = 3600  # seconds that the cells and files of a browser are kept
+MIN_WIDTH = 340  # pixels of a column
+HITS = ["cell", "match", "annotated type"]
+EVIDENCE = ["cell type (cells)", "against", "genes"]
+MEAN_EXPRESSION = "mean log1p(CP10k)"
 SHOWN_GENES = 10  # that speak for a label
+SHOWN_QUERY = 80  # characters of a search
 SHOWN_KINDS = 6  # kinds of selected cells that are counted
-FILE_TYPES = [".h5ad", ".h5", ".h5mu", ".loom", ".csv", ".tsv", ".txt", ".gz"]
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+FIELDS = {"labels": "Cell types", "tissue": "Tissue", "min_score": "Minimum score"}  # of the page, by argument
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # gradio's own come from Google
 
 
@@ -90,18 +105,37 @@ class Session:
     color: str | None = None  # column of obs
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # selected, none: all cells
     marks: np.ndarray | None = None  # places of generated cells
+    query: str = ""  # of the last search
     chat: Chat | None = None  # about the selected cells
     turns: list[dict[str, str]] = field(default_factory=list)  # of the chat
 
+    def name_of(self, column: str) -> str:
+        """A column of `obs` in words: those that the page adds have no prefix."""
+        if column == "scmmgpt_search":
+            return f"match with “{self.query}”" if self.query else "match with a search"
+        added = column.removeprefix("scmmgpt_")
+        return column if added == column else f"{added.replace('_', ' ')} (scMMGPT)"
+
     def map(self) -> dict:
         """The value of the map."""
-        title = f"{self.name}: {self.adata.n_obs:,} cells. {self.what}."
+        title = f"{self.name}: {self.adata.n_obs:,} {'cell' if self.adata.n_obs == 1 else 'cells'}. {self.what}."
         if self.color is not None:
-            title += f" Colour: {self.color}."
+            title += f" Colour: {self.name_of(self.color)}."
         if self.marks is not None:
-            title += " Crosses: generated cells."
+            title += " Crosses: generated cells, each at a cell that is like it."
         values = None if self.color is None else self.adata.obs[self.color]
-        return draw(self.places, title, values, self.marks)
+        return draw(self.places, title, values, self.marks, self.rows)
+
+    def said(self) -> str:
+        """How many cells are selected, and of which kinds."""
+        if not len(self.rows):
+            return NO_SELECTION
+        chosen = f"{len(self.rows):,} {'cell' if len(self.rows) == 1 else 'cells'} selected"
+        if self.color is None or self.adata.obs[self.color].dtype.kind in "fiu":
+            return f"{chosen}."
+        counts = self.adata.obs[self.color].iloc[self.rows].astype(str).value_counts()
+        kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
+        return f"{chosen}: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
 
     def chosen(self, most: int) -> anndata.AnnData:
         """A copy of the selected cells, at most `most`; without a selection of the first cells."""
@@ -109,16 +143,24 @@ class Session:
         return self.adata[rows[:most]].copy()
 
 
-def opened(adata: anndata.AnnData, name: str) -> Session:
-    """A session with cells that were just read."""
-    if adata.n_obs > MAX_CELLS:
+def check_size(n_cells: int, name: str) -> None:
+    """Refuse a file of no cells, and of more than `MAX_CELLS`."""
+    if not n_cells:
+        raise ValueError(f"{name} has no cells. Check the step that wrote the file.")
+    if n_cells > MAX_CELLS:
         raise ValueError(
-            f"{name} has {adata.n_obs:,} cells, and the page takes at most {MAX_CELLS:,}. The commands read files of "
+            f"{name} has {n_cells:,} cells, and the page takes at most {MAX_CELLS:,}. The commands read files of "
             "any size: `scmmgpt annotate`, then `scmmgpt report`."
         )
-    if adata.n_obs < 5:
-        raise ValueError(f"{name} has {adata.n_obs} cells; a map needs 5 or more. Use the command `scmmgpt annotate`.")
-    places, _, what = pl.coordinates(adata)
+
+
+def opened(adata: anndata.AnnData, name: str) -> Session:
+    """A session with cells that were just read."""
+    check_size(adata.n_obs, name)
+    if adata.n_obs < MIN_CELLS:
+        places, what = np.c_[np.arange(adata.n_obs), np.zeros(adata.n_obs)], "They are too few for a UMAP: a row"
+    else:
+        places, _, what = pl.coordinates(adata)
     columns = colors_of(adata.obs)
     known = [name for name in ("scmmgpt_cell_type", "cell_type", "louvain", "leiden") if name in columns]
     return Session(adata, name, np.asarray(places, dtype=float), what, known[0] if known else None)
@@ -133,112 +175,173 @@ def example() -> anndata.AnnData:
         return scanpy.datasets.pbmc68k_reduced()
 
 
-def save(adata: anndata.AnnData, name: str) -> str:
-    """Write a file to download into a new folder."""
-    path = Path(tempfile.mkdtemp(prefix="scmmgpt-"), name)
-    make_writable(adata)
-    adata.write_h5ad(path)
-    return str(path)
+def on_page(text: str) -> str:
+    """A message of the library in the words of the page, which has fields for a few arguments and none for the others.
+
+    >>> on_page("If the cells are of one, name it by `tissue=`: blood.")
+    'If the cells are of one, name it by "Tissue": blood.'
+    """
+
+    def field_of(found: re.Match) -> str:
+        return f'"{FIELDS[found[1]]}"' + (f" {found[2]}" if found[2] else "")
+
+    text = text.replace(DEBUG, "").replace("look at uns['scmmgpt']['input']: ", "")
+    said = re.sub(rf"`({'|'.join(FIELDS)})=([^`]*)`", field_of, text)
+    as_command = as_options(said)
+    if as_command != said:
+        as_command += " Options that begin with -- are those of the command `scmmgpt annotate`; the page has none."
+    if "`adata" in said:
+        as_command += " Here `adata` is the file in Python: change it there, write it, and open it again."
+    return as_command
+
+
+def named_labels(text: str, stored: Mapping[str, Any]) -> list[str]:
+    """The labels of a field, one a line; commas set labels apart where the checkpoint knows each of them.
+
+    A name of the Cell Ontology may have a comma.
+
+    >>> named_labels("B cell, T cells", {"labels": {"B cell": "", "T cell": ""}})
+    ['B cell', 'T cells']
+    >>> named_labels("CD4-positive, alpha-beta T cell", {"labels": {"T cell": ""}})
+    ['CD4-positive, alpha-beta T cell']
+    """
+    trained, terms = list(stored.get("labels", {})), stored.get("terms") or []
+    found: list[str] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        parts = [part.strip() for part in re.split("[,;]", line) if part.strip()]
+        found += parts if all(trained_labels_of(part, None, trained, terms) for part in parts) else [line]
+    return found
 
 
 def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Add the warnings of a task to its results, as a list in Markdown, and show its errors about an input.
 
-    An uploaded file goes by its name there, not by the folder that it was uploaded to.
+    An uploaded file goes by its name there, not by the folder that it was uploaded to. The page shows the progress
+    that a command would show in its terminal.
     """
+    progress = inspect.Parameter("progress", POSITIONAL, default=gr.Progress(track_tqdm=True))
 
-    @functools.wraps(function)  # the names of the parameters are those of the page's API
+    @functools.wraps(function)
     def run(*args: Any) -> tuple[Any, ...]:
+        args = tuple(arg for arg in args if not isinstance(arg, gr.Progress))
         folders = {f"{Path(arg).parent}{os.sep}" for arg in args if isinstance(arg, str) and os.path.isabs(arg)}
 
         def shown(message: object) -> str:
-            text = " ".join(str(message).split())
+            text = on_page(" ".join(str(message).split()))
             return functools.reduce(lambda text, folder: text.replace(folder, ""), folders, text)
 
         with Warnings() as raised:
             try:
                 results = function(*args)
-            except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-                raise gr.Error(shown(error)) from None
+            except gr.Error:
+                raise
+            except Exception as error:  # a library may raise anything about a file that is broken
+                is_foreseen = isinstance(error, CHECKED)
+                said = shown(explain(error, extra="app"))
+                raise gr.Error(said, duration=None, print_exception=not is_foreseen) from error
         return *results, "\n".join(f"- ⚠ {shown(message)}" for message in dict.fromkeys(raised.messages))
 
+    parameters = inspect.signature(function).parameters.values()  # their names are those of the page's API
+    vars(run)["__signature__"] = inspect.Signature([*parameters, progress])
     return run
 
 
 def build(pipeline: ScMMGPTPipeline) -> Any:
     """The page for one checkpoint, a `gradio.Blocks`."""
-    tasks = Tasks(pipeline)
-    stored = pipeline.model.config.annotation or {}
-    known, tissues = list(stored.get("labels", {})), [str(term["name"]) for term in stored.get("tissues") or []]
-    examples = f" It knows {', '.join(known[:3])}{', ...' if len(known) > 3 else ''}" if known else ""
-    with gr.Blocks(title="scMMGPT", analytics_enabled=False) as page:
-        gr.Markdown("# scMMGPT\nSingle cells to text and back. Files stay on the machine that runs this page.")
-        session = gr.State(None, time_to_live=KEPT)
+    tasks, ui = Tasks(pipeline), SimpleNamespace()
+    with gr.Blocks(title="scMMGPT", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+        gr.Markdown(INTRODUCTION)
+        ui.session = gr.State(None, time_to_live=KEPT)
         with gr.Row():
-            with gr.Column(scale=3, min_width=340):
-                path = gr.File(
-                    label="Cells (.h5ad, .h5, .loom, text)", file_types=FILE_TYPES, type="filepath", height=110
-                )
-                sample = gr.Button("Open the example: 700 blood cells", size="sm")
-                cell_map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
-                color = gr.Dropdown([], label="Colour")
-                chosen = gr.Markdown(NO_SELECTION)
-                write = gr.Button("Save the cells with their results", size="sm")
-                result = gr.File(label="Saved cells", visible=False)
-            shown = [session, cell_map, color, chosen]
-            with gr.Column(scale=2, min_width=340):
-                tasks.notes.render()
-                with gr.Tab("Annotate"):
-                    text = f"Candidate cell types, one a line; those of the checkpoint if empty.{examples}"
-                    labels = gr.Textbox(label=text, lines=4)
-                    tissue = gr.Dropdown([ANY_TISSUE, *tissues], label="Labels of the tissue", visible=bool(tissues))
-                    text = "Least score; cells below get a broader type or none. 0: as the checkpoint has it"
-                    min_score = gr.Slider(0, 1, value=0, step=0.05, label=text)
-                    button = gr.Button("Annotate", variant="primary")
-                    names, widths = ["cell type", "cells"], ["70%", "30%"]
-                    counts = gr.Dataframe(label="Cells per type", headers=names, wrap=True, column_widths=widths)
-                    outputs = [*shown, counts]
-                    tasks.on(button.click, tasks.annotate, [session, labels, tissue, min_score], outputs)
-                with gr.Tab("Search"):
-                    text = gr.Textbox(label="Description of the wanted cells", placeholder="a cytotoxic lymphocyte")
-                    top_k = gr.Slider(1, 100, value=10, step=1, label="Cells in the table")
-                    button = gr.Button("Search", variant="primary")
-                    outputs = [*shown, gr.Dataframe(label="Best matches")]
-                    tasks.on(button.click, tasks.search, [session, text, top_k], outputs)
-                with gr.Tab("Selected"):
-                    gr.Markdown("Draw a loop around cells on the map. Without a loop, the first cells are shown.")
-                    if pipeline.can_explain:
-                        button = gr.Button("Show the evidence for their labels", variant="primary")
-                        label, widths = "Genes that speak for each label", ["28%", "12%", "28%", "32%"]
-                        table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
-                        tasks.on(button.click, tasks.explain, [session], [table])
-                    if tasks.can_write or pipeline.can_explain:
-                        button = gr.Button("Describe them", variant="primary")
-                        label, widths = f"Descriptions, of at most {DESCRIBED} cells", ["28%", "72%"]
-                        table = gr.Dataframe(label=label, wrap=True, column_widths=widths)
-                        tasks.on(button.click, tasks.describe, [session], [table])
-                if pipeline.can_explain:
-                    with gr.Tab("Ask"):
-                        gr.Markdown(f"Ask about the selected cells, or all. {EXAMPLES}")
-                        turns = gr.Chatbot(label="Answers are counted", height=320, buttons=["copy"])  # none shares
-                        question = gr.Textbox(label="Question", placeholder="Why not NK cells?")
-                        button = gr.Button("Ask", variant="primary")
-                        for event in (button.click, question.submit):
-                            tasks.on(event, tasks.ask, [session, question], [session, turns, question])
-                if tasks.can_write:
-                    with gr.Tab("Generate"):
-                        prompt = gr.Textbox(label="Description", placeholder="A B cell from blood.")
-                        n_cells = gr.Slider(1, 1000, value=20, step=1, label="Cells")
-                        button = gr.Button("Generate", variant="primary")
-                        outputs = [gr.Dataframe(label="Highest genes"), gr.File(label="Generated cells")]
-                        inputs = [session, prompt, n_cells]
-                        tasks.on(button.click, tasks.generate, inputs, [session, cell_map, *outputs])
-        tasks.on(path.upload, tasks.open, [path], shown)
-        tasks.on(sample.click, tasks.example, [], shown)
-        tasks.on(color.input, tasks.paint, [session, color], [session, cell_map])
-        tasks.on(cell_map.select, tasks.select, [session], [session, chosen])
-        tasks.on(write.click, tasks.save, [session], [result])
+            with gr.Column(scale=3, min_width=MIN_WIDTH):
+                lay_out_map(ui, tasks)
+            with gr.Column(scale=2, min_width=MIN_WIDTH):
+                lay_out_tabs(ui, tasks)
+        connect(ui, tasks)
     return page
+
+
+def lay_out_map(ui: SimpleNamespace, tasks: "Tasks") -> None:
+    """The file, its cells on a map, and what is saved."""
+    ui.path = gr.File(label="File of cells (.h5ad, .h5, .h5mu, .loom, .csv, .tsv)", type="filepath", height=140)
+    ui.sample = gr.Button("Open the example: 700 blood cells", size="sm")
+    ui.map = gr.HTML(html_template=HTML, css_template=CSS, js_on_load=SCRIPT.read_text(encoding="utf-8"))
+    ui.chosen = gr.Markdown(NO_SELECTION)
+    ui.color = gr.Dropdown([], label="Colour of the cells")
+    ui.save = gr.Button("Save the cells with their results", size="sm")
+    tasks.saved.render()
+
+
+def lay_out_tabs(ui: SimpleNamespace, tasks: "Tasks") -> None:
+    """A tab for each task, with its fields, button and results."""
+    stored = tasks.pipeline.model.config.annotation or {}
+    known, tissues = list(stored.get("labels", {})), [str(term["name"]) for term in stored.get("tissues") or []]
+    examples = f", such as {', '.join(known[:3])}" if known else ""
+    tasks.notes.render()
+    with gr.Tab("Annotate"):
+        text = f"{FIELDS['labels']} to choose from, one a line. Empty: all that the model knows{examples}"
+        ui.labels = gr.Textbox(label=text, lines=4)
+        ui.tissue = gr.Dropdown([ANY_TISSUE, *tissues], label=FIELDS["tissue"], visible=bool(tissues))
+        text = f"{FIELDS['min_score']}: a cell below it gets a broader type or none. 0: the model decides"
+        ui.min_score = gr.Slider(0, 1, value=0, step=0.05, label=text)
+        ui.annotate = gr.Button("Annotate", variant="primary")
+        names, widths = ["cell type", "cells"], ["70%", "30%"]
+        ui.counts = gr.Dataframe(label="Cells per type", headers=names, wrap=True, column_widths=widths)
+    with gr.Tab("Search"):
+        ui.query = gr.Textbox(label="Which cells are wanted?", placeholder="a cytotoxic lymphocyte")
+        ui.top_k = gr.Slider(1, 100, value=10, step=1, label="Cells in the table")
+        ui.search = gr.Button("Search", variant="primary")
+        ui.hits = gr.Dataframe(label="Best matches", headers=HITS, wrap=True, column_widths=["42%", "18%", "40%"])
+    with gr.Tab("Selected", visible=tasks.can_write or tasks.can_explain):
+        gr.Markdown("About the cells that are selected on the map; without a selection, about all.")
+        ui.explain = gr.Button("Why these types?", variant="primary", visible=tasks.can_explain)
+        names, widths = list(EVIDENCE), ["30%", "26%", "44%"]
+        label = "Genes that speak for each type, against the type that is next"
+        ui.evidence = gr.Dataframe(
+            label=label, headers=names, wrap=True, column_widths=widths, visible=tasks.can_explain
+        )
+        ui.describe = gr.Button("Describe the cells", variant="primary")
+        names, widths = ["cell", "description"], ["36%", "64%"]
+        ui.texts = gr.Dataframe(
+            label=f"Descriptions, of {DESCRIBED} cells at most", headers=names, wrap=True, column_widths=widths
+        )
+    with gr.Tab("Ask", visible=tasks.can_explain):
+        gr.Markdown(f"Ask about the selected cells, or all. {EXAMPLES}")
+        ui.turns = gr.Chatbot(show_label=False, height=420, buttons=["copy"])  # none shares
+        ui.question = gr.Textbox(label="Question", placeholder="Why not NK cells?")
+        ui.ask = gr.Button("Ask", variant="primary")
+    with gr.Tab("Generate", visible=tasks.can_write):
+        ui.prompt = gr.Textbox(label="Description of the new cells", placeholder="A B cell from blood.")
+        ui.n_cells = gr.Slider(1, 1000, value=20, step=1, label="Number of cells")
+        ui.generate = gr.Button("Generate", variant="primary")
+        names = ["gene", MEAN_EXPRESSION]
+        ui.genes = gr.Dataframe(label="Genes with most expression", headers=names)
+        ui.made = gr.File(label="Generated cells")
+
+
+def connect(ui: SimpleNamespace, tasks: "Tasks") -> None:
+    """Connect buttons and fields with their tasks."""
+    drawn = [ui.session, ui.map, ui.chosen]
+    shown = [*drawn, ui.color]
+    of_selected = [ui.evidence, ui.texts, ui.turns]
+    of_file = [*of_selected, ui.counts, ui.hits, ui.genes, ui.made]
+    done = tasks.on([ui.path.upload], tasks.open, [ui.path], shown, clears=of_file)
+    done.then(lambda: None, None, ui.path, queue=False, api_visibility="private")  # free for the next file
+    tasks.on([ui.sample.click], tasks.example, [], shown, clears=of_file)
+    tasks.on([ui.color.input], tasks.paint, [ui.session, ui.color], drawn, changes=False, is_long=False)
+    tasks.on([ui.map.select], tasks.select, [ui.session], drawn, clears=of_selected, changes=False, is_long=False)
+    inputs = [ui.session, ui.labels, ui.tissue, ui.min_score]
+    tasks.on([ui.annotate.click], tasks.annotate, inputs, [*shown, ui.counts], clears=of_selected)
+    inputs = [ui.session, ui.query, ui.top_k]
+    tasks.on([ui.search.click, ui.query.submit], tasks.search, inputs, [*shown, ui.hits])
+    tasks.on([ui.explain.click], tasks.explain, [ui.session], [ui.evidence])
+    tasks.on([ui.describe.click], tasks.describe, [ui.session], [ui.texts])
+    outputs = [ui.session, ui.turns, ui.question]
+    tasks.on([ui.ask.click, ui.question.submit], tasks.ask, [ui.session, ui.question], outputs)
+    tasks.on([ui.turns.clear], tasks.forget, [ui.session], [ui.session], changes=False, is_long=False)
+    inputs, outputs = [ui.session, ui.prompt, ui.n_cells], [ui.session, ui.map, ui.genes, ui.made]
+    tasks.on([ui.generate.click, ui.prompt.submit], tasks.generate, inputs, outputs)
+    tasks.on([ui.save.click], tasks.save, [ui.session], [tasks.saved], changes=False)
 
 
 class Tasks:
@@ -246,51 +349,97 @@ class Tasks:
 
     def __init__(self, pipeline: ScMMGPTPipeline) -> None:
         self.pipeline = pipeline
+        self.can_explain = pipeline.can_explain
         self.can_write = hasattr(pipeline.model, "generate_cells")  # stage 1 has no language model
         self.notes: Any = gr.Markdown(render=False)  # where the page shows warnings of the last task
+        self.saved: Any = gr.File(label="Saved cells", visible=False, render=False)
 
-    def on(self, event: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
-        """Connect an event with a task. The model does one task at a time, whoever asks."""
-        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
-        event(task(function), inputs, [*outputs, self.notes], api_name=function.__name__, **one_at_a_time)
+    def on(
+        self,
+        events: Sequence[Any],
+        function: Callable[..., Any],
+        inputs: list[Any],
+        outputs: list[Any],
+        clears: Sequence[Any] = (),
+        changes: bool = True,
+        is_long: bool = True,
+    ) -> Any:
+        """Connect events with a task. The model does one task at a time, whoever asks.
+
+        A task that succeeds empties the results of other cells or labels, `clears`, and, if it `changes` the cells,
+        takes away the file that was saved before.
+        """
+        done = gr.on(
+            events,
+            task(function),
+            inputs,
+            [*outputs, self.notes],
+            api_name=function.__name__,
+            concurrency_limit=1,
+            concurrency_id="model",
+            show_progress_on=[
+                part for part in outputs if isinstance(part, gr.HTML | gr.Dataframe | gr.File | gr.Chatbot)
+            ],
+            show_progress="full" if is_long else "hidden",
+        )
+        gone: dict[Any, Any] = dict.fromkeys(clears)
+        if changes:
+            gone[self.saved] = gr.update(value=None, visible=False)
+        if gone:
+            done.success(lambda: gone, None, list(gone), queue=False, show_progress="hidden", api_visibility="private")
+        return done
+
+    def written(self, adata: anndata.AnnData, name: str) -> str:
+        """A file to download, which the page deletes after `KEPT` seconds."""
+        make_writable(adata)
+        with tempfile.TemporaryDirectory(prefix="scmmgpt-") as folder:
+            adata.write_h5ad(Path(folder, name))
+            return str(self.saved.move_resource_to_block_cache(Path(folder, name)))
 
     def open(self, path: str | None) -> tuple[Any, ...]:
         """Read an uploaded file."""
         if not path:
             raise gr.Error(NO_CELLS)
-        return _shown(opened(read_file(path), Path(path).name))
+        name, genes = Path(path).name, self.pipeline.processor.gene_index
+        if not is_table(Path(path)):  # a table has its number of cells after it is read
+            with read_file(path, backed=True, gene_index=genes) as file:
+                check_size(len(file.obs_names), name)
+        adata = read_file(path, gene_index=genes)
+        check_size(adata.n_obs, name)
+        self.pipeline.processor.choose_input(adata)  # what it says of matrix and genes is said at once
+        return _shown(opened(adata, name))
 
     def example(self) -> tuple[Any, ...]:
         """Open the example."""
         return _shown(opened(example(), "example"))
 
-    def paint(self, session: Session | None, color: str) -> tuple[Session, dict]:
+    def paint(self, session: Session | None, color: str | None) -> tuple[Any, ...]:
         """Colour the map by a column of `obs`."""
-        session = _with_cells(session)
+        if session is None or color is None:  # who leaves an empty field has chosen nothing
+            return gr.skip(), gr.skip(), gr.skip()
         if color not in session.adata.obs:
             raise ValueError(f"obs has no column {color!r}.")
         session.color = color
-        return session, session.map()
+        return session, session.map(), session.said()
 
-    def select(self, session: Session | None, event: "gr.EventData") -> tuple[Session, str]:
-        """Keep the cells inside a loop, and say what they are."""
+    def select(self, session: Session | None, event: "gr.EventData") -> tuple[Any, ...]:
+        """Keep the cells that are selected on the map, and say what they are."""
         session = _with_cells(session)
         session.rows, session.chat = checked_rows(event.rows, session.adata.n_obs), None
-        if not len(session.rows):
-            return session, NO_SELECTION
-        if session.color is None or session.adata.obs[session.color].dtype.kind in "fiu":
-            return session, f"{len(session.rows):,} cells selected."
-        counts = session.adata.obs[session.color].iloc[session.rows].astype(str).value_counts()
-        kinds = ", ".join(f"{name} {n:,}" for name, n in counts.head(SHOWN_KINDS).items())
-        return session, f"{len(session.rows):,} cells selected: {kinds}{', ...' if len(counts) > SHOWN_KINDS else '.'}"
+        return session, session.map(), session.said()
 
     def annotate(self, session: Session | None, labels: str, tissue: str, min_score: float) -> tuple[Any, ...]:
         """Annotate all cells."""
         session = _with_cells(session)
-        names = [label.strip() for label in labels.splitlines() if label.strip()]
+        names = named_labels(labels, self.pipeline.model.config.annotation or {})
         of = None if tissue == ANY_TISSUE else tissue
+        if names and of:
+            both = " and ".join(f'"{FIELDS[name]}"' for name in ("labels", "tissue"))
+            raise ValueError(
+                f"{both} both choose the cell types: empty the first, or set the second to {ANY_TISSUE!r}."
+            )
         self.pipeline.annotate(session.adata, names or None, min_score=min_score or None, tissue=of)
-        session.color = "scmmgpt_cell_type"
+        session.color, session.chat = "scmmgpt_cell_type", None
         counts = session.adata.obs[session.color].value_counts().rename_axis("cell type").reset_index(name="cells")
         return *_shown(session), counts[counts["cells"] > 0]
 
@@ -298,8 +447,11 @@ class Tasks:
         """Find cells by a text; the score of each colours the map."""
         session = _with_cells(session)
         hits = self.pipeline.search(session.adata, text, top_k=int(top_k), key_added="scmmgpt_search")
-        session.color = "scmmgpt_search"
-        return *_shown(session), pd.DataFrame(hits)
+        session.color, session.query = "scmmgpt_search", textwrap.shorten(text, SHOWN_QUERY, placeholder=" …")
+        found, scores = [hit["index"] for hit in hits], [round(hit["score"], 2) for hit in hits]
+        obs = session.adata.obs.iloc[found]
+        types = obs["scmmgpt_cell_type"].astype(str) if "scmmgpt_cell_type" in obs else "–"
+        return *_shown(session), pd.DataFrame(dict(zip(HITS, (obs.index, scores, types), strict=True)))
 
     def explain(self, session: Session | None) -> tuple[pd.DataFrame]:
         """The genes that speak for the labels of the selected cells."""
@@ -310,10 +462,13 @@ class Tasks:
         table: dict[str, dict[str, Any]] = {}
         for row in self.pipeline.explain(cells).group_rows():  # the most important gene first
             if row["level"] == "label" and row["term"] > 0:
-                about = {"label": row["name"], "cells": row["cells"], "runner-up": row["rival"], "genes": []}
+                about = {"cells": row["cells"], "against": row["rival"], "genes": []}
                 table.setdefault(row["name"], about)["genes"].append(row["gene"])
-        rows = sorted(table.values(), key=lambda row: -row["cells"])
-        return (pd.DataFrame([{**row, "genes": ", ".join(row["genes"][:SHOWN_GENES])} for row in rows]),)
+        rows = [
+            (f"{name} ({row['cells']:,})", row["against"], ", ".join(row["genes"][:SHOWN_GENES]))
+            for name, row in sorted(table.items(), key=lambda item: -item[1]["cells"])
+        ]
+        return (pd.DataFrame(rows, columns=EVIDENCE),)
 
     def ask(self, session: Session | None, question: str) -> tuple[Any, ...]:
         """Answer a question about the selected cells; turns go on until others are selected."""
@@ -327,10 +482,16 @@ class Tasks:
         session.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
         return session, session.turns, ""
 
+    def forget(self, session: Session | None) -> tuple[Session]:
+        """End the turns that the browser has emptied."""
+        session = _with_cells(session)
+        session.chat, session.turns = None, []
+        return (session,)
+
     def describe(self, session: Session | None) -> tuple[pd.DataFrame]:
         """Describe the selected cells: by counts, where the checkpoint can prove what it says."""
         session = _with_cells(session)
-        if not self.pipeline.can_explain:
+        if not self.can_explain:
             cells = session.chosen(DESCRIBED)
             self.pipeline.describe(cells)
         else:
@@ -345,21 +506,22 @@ class Tasks:
         generated = self.pipeline.generate(prompt, int(n_cells))
         mean = np.asarray(generated.X.mean(axis=0)).ravel()
         top = np.argsort(-mean)[:30]
-        genes = pd.DataFrame({"gene": generated.var_names[top], "mean log1p(CP10k)": mean[top].astype(float).round(3)})
+        genes = pd.DataFrame({"gene": generated.var_names[top], MEAN_EXPRESSION: mean[top].astype(float).round(3)})
         if session is None:
-            return None, None, genes, save(generated, "generated.h5ad")
+            return None, None, genes, self.written(generated, "generated.h5ad")
         if "X_scmmgpt" not in session.adata.obsm:
             self.pipeline.embed(session.adata)
         of = recorded(session.adata, "scmmgpt", "embed").get("of")  # of a file, not always the default
         self.pipeline.embed(generated, of=of)
         spaces = session.adata.obsm["X_scmmgpt"], generated.obsm["X_scmmgpt"]
         session.marks = nearest_places(session.places, *spaces)
-        return session, session.map(), genes, save(generated, "generated.h5ad")
+        return session, session.map(), genes, self.written(generated, "generated.h5ad")
 
     def save(self, session: Session | None) -> tuple[Any]:
         """Write the cells with all results."""
         session = _with_cells(session)
-        return (gr.update(value=save(session.adata, f"{session.name.split('.')[0]}_scmmgpt.h5ad"), visible=True),)
+        path = self.written(session.adata, f"{session.name.split('.')[0]}_scmmgpt.h5ad")
+        return (gr.update(value=path, visible=True),)
 
 
 def _with_cells(session: Session | None) -> Session:
@@ -369,10 +531,24 @@ def _with_cells(session: Session | None) -> Session:
 
 
 def _shown(session: Session) -> tuple[Any, ...]:
-    """A session, its map, the columns that can colour it, and that nothing is selected."""
-    session.rows, session.chat = session.rows[:0], None
-    choices = gr.Dropdown(choices=colors_of(session.adata.obs), value=session.color)
-    return session, session.map(), choices, NO_SELECTION
+    """A session, its map, what is selected, and the columns that can colour the map."""
+    columns = [(session.name_of(column), column) for column in colors_of(session.adata.obs)]
+    return session, session.map(), session.said(), gr.Dropdown(choices=columns, value=session.color)
+
+
+def launch(page: Any, host: str, port: int | None = None, max_size: str | int = MAX_SIZE) -> str:
+    """Serve a page, and return its address. Nothing of it is stored in the browser or offered to another host."""
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=max_size,
+        theme=gr.themes.Default(**FONTS),
+        footer_links=[],
+        run_history=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return str(address)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -390,8 +566,9 @@ def main(argv: list[str] | None = None) -> int:
         model = args.model or root_checkpoint()
         check_checkpoint(model)
         page = build(ScMMGPTPipeline.from_pretrained(model))
-        look = gr.themes.Default(**FONTS)
-        page.launch(server_name=args.host, server_port=args.port, max_file_size=MAX_SIZE, theme=look)
+        sys.stdout.write(f"The page is at {launch(page, args.host, args.port)} until you press Ctrl+C.\n")
+        sys.stdout.flush()
+        page.block_thread()
 
     return run_command("scmmgpt.app", serve, inputs=[args.model], extra="app")
 

@@ -36,7 +36,11 @@ def coordinates(adata: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]
     if "X_scmmgpt" in adata.obsm:
         points, what = np.asarray(adata.obsm["X_scmmgpt"])[rows], "UMAP of the embedding"
     else:
-        points, what = _components(adata.X[rows], seed), "UMAP of principal components"
+        matrices = [adata.X, *adata.layers.values(), *([] if adata.raw is None else [adata.raw.X])]
+        there = [matrix for matrix in matrices if matrix is not None]
+        if not there:
+            raise ValueError("The data have no matrix: X, layers and raw are empty. Write the file with its counts.")
+        points, what = _components(there[0][rows], seed), "UMAP of principal components"
     if len(rows) < 5:
         raise ValueError(f"There are {len(rows)} cells; a UMAP needs 5 or more.")
     places = umap_coordinates(points, seed=seed)

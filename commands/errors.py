@@ -28,6 +28,7 @@ NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28
 # Arguments that messages of the library name, and that are options of a command.
 OPTIONS = ("layer", "assume", "gene_column", "organism", "force", "min_score", "error_rate", "labels", "tissue")
 REWORDINGS: list[Callable[[str], str]] = []  # of everything that is said, such as addresses in place of their copies
+DEBUG = "; `--debug` shows where it happened"  # for those who have a command line
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
 # Modules whose distribution has another name, where an error names what to install.
 DISTRIBUTIONS = {
@@ -268,7 +269,7 @@ def explain(
     given = ", ".join(str(path) for path in inputs if path is not None)
     return (
         f"{given or 'The input'} cannot be used: something in it fits no format that is known here ({kind}: "
-        f"{shortened(text) or 'no message'}). Write or copy it again; `--debug` shows where it happened."
+        f"{shortened(text) or 'no message'}). Write or copy it again{DEBUG}."
     )
 
 

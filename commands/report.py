@@ -79,9 +79,10 @@ def pictures(adata: Any, label_key: str | None, seed: int) -> dict[str, dict[str
     found: dict[str, tuple[Any, str]] = {}
     if adata.n_obs >= 5:
         places, rows, what = pl.coordinates(adata, seed)
-        columns = [f"{KEY}_cell_type", f"{KEY}_score"]
-        values = {name.removeprefix("scmmgpt_"): adata.obs[name].iloc[rows].to_numpy() for name in columns}
-        found["map"] = figures.scatter_figure(places, values), f"{what}: {len(rows):,} cells by label and by score."
+        for name in ("cell_type", "score"):
+            title, values = name.replace("_", " "), adata.obs[f"{KEY}_{name}"].iloc[rows].to_numpy()
+            caption = f"{what}: {len(rows):,} cells by {title}."
+            found[f"map of {title}"] = figures.scatter_figure(places, {title: values}), caption
     if "gene" in recorded(adata, KEY, "explain"):
         caption = "Genes that speak for each label against the runner-up. Darker: more cells express the gene."
         found["evidence"] = pl.evidence(adata), caption

@@ -20,6 +20,7 @@ from scmmgpt.train.curves import figure_style
 
 REAL, GENERATED = "#9aa5b1", "#c2410c"
 MAX_VECTOR_POINTS = 3000  # more points are drawn as pixels inside the SVG, which would otherwise take megabytes
+LEGEND_ROW = 0.2  # inches
 
 
 def data_uri(figure: Figure) -> str:
@@ -35,8 +36,11 @@ def _wrapped(label: str) -> str:
 
 
 def type_colors(labels: Sequence[str]) -> dict[str, Any]:
-    """One colour a type, the same in every figure of a report."""
-    names = ("tab10", "Set2", "tab20b", "tab20c")
+    """One colour a type, the same in every figure of a report.
+
+    The first ten can be told apart by people with any vision of colours (Petroff 2021, arXiv:2107.02270).
+    """
+    names = ("petroff10", "Set2", "tab20b", "tab20c")
     colors = [color for name in names for color in matplotlib.color_sequences[name]]
     return {label: colors[i % len(colors)] for i, label in enumerate(sorted(set(labels)))}
 
@@ -114,9 +118,11 @@ def tsne_coordinates(points: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 
 def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Figure:
-    """Points `(n, 2)` coloured by columns `(n,)`, a panel each: numbers by shade, words by hue."""
+    """Points `(n, 2)` coloured by columns `(n,)`, a panel each: numbers by shade, words by hue, in a legend below."""
+    kinds = [len(set(map(str, values))) for values in columns.values() if np.asarray(values).dtype.kind not in "fiu"]
+    height = 4.2 + LEGEND_ROW * -(-max(kinds, default=0) // 2)
     with figure_style():
-        figure = Figure(figsize=(5.4 * len(columns), 4.6), layout="constrained")
+        figure = Figure(figsize=(5.4 * len(columns), height), layout="constrained")
         panels = figure.subplots(1, len(columns), squeeze=False)[0]
         size = float(np.clip(6000 / max(len(points), 1), 2, 26))
         style: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": len(points) > MAX_VECTOR_POINTS}
@@ -131,7 +137,7 @@ def scatter_figure(points: np.ndarray, columns: Mapping[str, np.ndarray]) -> Fig
                     mine = labels == label
                     axes.scatter(points[mine, 0], points[mine, 1], color=color, **style)
                     axes.scatter([], [], s=30, color=color, label=_wrapped(label))
-                axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False, fontsize=9)
             axes.set(xticks=[], yticks=[], title=name)
     return figure
 

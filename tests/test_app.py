@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from scmmgpt import app, synthetic
 from scmmgpt.app import ANY_TISSUE, build, opened
+from scmmgpt.commands import cell_map
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def test_annotating_colours_the_map_and_counts_the_types(tasks, session, adata):
     assert counts["cells"].sum() == adata.n_obs
     assert set(counts["cell type"]) <= {"B cell", "T cell"}
     assert len(drawn["x"]) == len(drawn["y"]) == len(drawn["color"]) == adata.n_obs
-    assert {text.split(" (")[0] for text, _ in drawn["legend"]} == set(counts["cell type"])
+    assert {text.split(" (")[0] for text, _, _ in drawn["legend"]} == set(counts["cell type"])
 
 
 def test_saved_cells_have_all_that_was_read_and_found(tasks, session, adata):
@@ -69,11 +72,13 @@ def test_a_label_may_have_a_comma(tasks, session):
 
 def test_a_loop_selects_cells_that_are_then_described_and_explained(tasks, session):
     session.color = "cell_type"
-    _, said, _ = tasks["select"](session, SimpleNamespace(rows=[3, 1, 3, -1, 10**9, True, "2", None]))
+    _, drawn, said, _ = tasks["select"](session, SimpleNamespace(rows=[3, 1, 3, -1, 10**9, True, "2", None]))
+    assert drawn["rows"] == [1, 3]
     assert session.rows.tolist() == [1, 3]  # what is not a row of the file is left out
     assert said.startswith("2 cells selected: ")
     assert tasks["describe"](session)[0]["cell"].tolist() == session.adata.obs_names[[1, 3]].tolist()
-    _, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
+    _, drawn, said, _ = tasks["select"](session, SimpleNamespace(rows=[]))
+    assert drawn["rows"] == []
     assert said == app.NO_SELECTION
 
 
@@ -83,22 +88,25 @@ def test_evidence_names_genes_of_the_labels_of_selected_cells():
     tasks = {function.api_name: function.fn for function in build(pipeline).fns.values()}
     cells = opened(synthetic.synthetic_adata(), "cells.h5ad")
     table, _ = tasks["explain"](cells)
-    assert table["cells"].sum() == cells.adata.n_obs
-    genes = dict(zip(table["label"], table["genes"], strict=True))
-    assert "CD19" in genes["B cell"]
+    assert list(table) == app.EVIDENCE
+    genes = dict(zip(table["cell type (cells)"], table["genes"], strict=True))
+    assert len(genes) == 4
+    assert "CD19" in genes["B cell (15)"]
 
 
 def test_a_search_colours_the_map_by_its_score(tasks, session):
     _, drawn, _, _, hits, _ = tasks["search"](session, "a B cell", 4)
     assert len(hits) == 4
-    assert drawn["color"][hits["index"][0]] == max(drawn["color"])
-    assert drawn["title"].endswith("Colour: scmmgpt_search.")
+    assert drawn["color"][session.adata.obs_names.get_loc(hits["cell"][0])] == max(drawn["color"])
+    assert drawn["title"].endswith("Colour: match with “a B cell”.")
 
 
 def test_generated_cells_are_marked_on_the_map(tasks, session):
     _, drawn, genes, file, _ = tasks["generate"](session, "a B cell", 3)
     assert anndata.read_h5ad(file).n_obs == len(drawn["marks"]["x"]) == 3
-    assert drawn["title"].endswith("Crosses: generated cells.")
+    assert drawn["title"].endswith("Crosses: generated cells, each at a cell that is like it.")
+    crosses, cells = (set(zip(places["x"], places["y"], strict=True)) for places in (drawn["marks"], drawn))
+    assert crosses <= cells  # and none between groups, where no cell is
     assert all(len(str(value)) <= 6 for value in genes["mean log1p(CP10k)"])  # three digits, of a double
     assert tasks["generate"](None, "a B cell", 2)[0] is None  # no cells are needed
 
@@ -133,6 +141,90 @@ def test_a_map_of_the_file_without_places_is_made_anew(adata):
     assert session.what == "UMAP of principal components"
 
 
+def test_files_that_no_task_could_read_are_refused_when_they_are_opened(tasks, adata, tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    empty, scaled, none = adata.copy(), adata.copy(), adata[:0].copy()
+    empty.X, scaled.X = None, adata.X.toarray() - 1.0
+    for name, cells, words in (
+        ("no-matrix", empty, "no matrix at all"),
+        ("scaled", scaled, "negative values"),
+        ("no-cells", none, r"no-cells\.h5ad has no cells"),
+    ):
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+        with pytest.raises(gradio.Error, match=words):
+            tasks["open"](str(tmp_path / f"{name}.h5ad"))
+    adata.write_h5ad(tmp_path / "many.h5ad")
+    monkeypatch.setattr(app, "MAX_CELLS", adata.n_obs - 1)
+    monkeypatch.setattr("scmmgpt.readers.cell_files._read_h5ad", lambda path: pytest.fail("read before it is refused"))
+    with pytest.raises(gradio.Error, match="at most"):
+        tasks["open"](str(tmp_path / "many.h5ad"))
+
+
+def test_few_cells_are_opened_without_a_umap_and_annotated(tasks, adata, tmp_path):
+    adata[:1].copy().write_h5ad(tmp_path / "one.h5ad")
+    session, drawn, *_ = tasks["open"](str(tmp_path / "one.h5ad"))
+    assert drawn["title"].startswith("one.h5ad: 1 cell. ")
+    assert tasks["annotate"](session, "B cell\nT cell", ANY_TISSUE, 0)[4]["cells"].tolist() == [1]
+
+
+def test_a_matrix_that_is_a_layer_alone_has_a_map(adata):
+    adata.layers["counts"], adata.X = adata.X, None
+    assert opened(adata, "cells.h5ad").places.shape == (adata.n_obs, 2)
+
+
+def test_who_passes_the_empty_field_of_colours_sees_no_error(tasks):
+    assert tasks["paint"](None, None)[-1] == ""
+
+
+def test_a_selection_stays_with_its_cells(tasks, session):
+    tasks["select"](session, SimpleNamespace(rows=[1, 3]))
+    for drawn in (
+        tasks["annotate"](session, "B cell\nT cell", ANY_TISSUE, 0)[1],
+        tasks["search"](session, "a B cell", 4)[1],
+        tasks["paint"](session, "cell_type")[1],
+        tasks["generate"](session, "a B cell", 3)[1],
+    ):
+        assert drawn["rows"] == [1, 3]
+
+
+def test_what_is_saved_leaves_no_second_copy(tasks, session, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert anndata.read_h5ad(tasks["save"](session)[0]["value"]).n_obs == session.adata.n_obs
+    assert list(tmp_path.glob("scmmgpt-*")) == []
+
+
+def test_labels_and_a_tissue_at_once_are_named_as_the_fields_of_the_page(tasks, session):
+    gradio = pytest.importorskip("gradio")
+    with pytest.raises(gradio.Error, match='"Cell types" and "Tissue" both choose'):
+        tasks["annotate"](session, "B cell", "blood", 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("Pass `min_score=`, or more `labels=`.", 'Pass "Minimum score", or more "Cell types".'),
+        ("`tissue='lung'` chooses among the others.", "\"Tissue\" 'lung' chooses among the others."),
+        ("Pass another `layer=`.", "Pass another `--layer`. Options that begin with -- are those of the command"),
+        ("Write it again; `--debug` shows where it happened.", "Write it again."),
+        ("Write `adata = adata.T`.", "Write `adata = adata.T`. Here `adata` is the file in Python"),
+    ],
+)
+def test_remedies_are_those_of_the_page(said, shown):
+    assert app.on_page(said).startswith(shown)
+
+
+def test_colours_of_a_map_are_the_commonest_first_and_numbers_grow_darker():
+    places, kinds = np.arange(12.0).reshape(6, 2), pd.Series(list("bbbaca"))
+    drawn = cell_map.draw(places, "", kinds)
+    assert [(text, index) for text, _, index in drawn["legend"]] == [("b (3)", 1), ("a (2)", 2), ("c (1)", 3)]
+    assert drawn["color"] == [1, 1, 1, 2, 3, 2]  # what is rare is drawn last
+    assert (min(drawn["x"]), max(drawn["x"])) == (min(drawn["y"]), max(drawn["y"])) == (0, 1000)
+    drawn = cell_map.draw(places, "", pd.Series(np.arange(6.0)))
+    light = [sum(to_rgb(drawn["palette"][i])) for i in drawn["color"]]
+    assert light == sorted(light, reverse=True)
+    assert [index for _, _, index in drawn["legend"]] == [None, None]
+
+
 def test_a_file_that_is_too_large_for_a_page_names_the_command(adata, monkeypatch):
     monkeypatch.setattr(app, "MAX_CELLS", adata.n_obs - 1)
     with pytest.raises(ValueError, match=r"cells\.h5ad has .* at most .*`scmmgpt annotate`"):
@@ -162,7 +254,7 @@ def test_a_file_that_holds_no_cells_is_named(tasks, tmp_path):
 
 
 def test_parameters_of_the_pages_api_have_names(tasks):
-    assert list(inspect.signature(tasks["search"]).parameters) == ["session", "text", "top_k"]
+    assert list(inspect.signature(tasks["search"]).parameters) == ["session", "text", "top_k", "progress"]
 
 
 def test_the_page_does_not_call_home(tasks, tiny_pipeline):

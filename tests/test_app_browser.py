@@ -18,16 +18,9 @@ MOST_BYTES = 2**20  # of a file, on this page
 @pytest.fixture(scope="module")
 def address():
     """The page of a tiny checkpoint, served on a free port."""
-    gradio = pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
+    pytest.importorskip("gradio", reason="the page needs gradio, which the extra `app` installs")
     page = app.build(synthetic.fitted_pipeline())
-    _, url, _ = page.launch(
-        server_name="127.0.0.1",
-        prevent_thread_lock=True,
-        quiet=True,
-        theme=gradio.themes.Default(**app.FONTS),
-        max_file_size=MOST_BYTES,
-    )
-    yield url
+    yield app.launch(page, "127.0.0.1", max_size=MOST_BYTES)
     page.close()
 
 
@@ -102,14 +95,14 @@ def test_cells_are_opened_annotated_found_selected_explained_asked_about_generat
     upload(page, tmp_path / "cells.h5ad")
     page.get_by_text(f"{cells.n_obs} cells").first.wait_for()
     page.get_by_role("button", name="Annotate").click()
-    page.get_by_text("Colour: scmmgpt_cell_type").wait_for()
+    page.get_by_text("Colour: cell type (scMMGPT)").wait_for()
     select_all(page)
     page.get_by_text(f"{cells.n_obs} cells selected: ").wait_for()
 
     show_tab(page, "Selected")
-    page.get_by_role("button", name="Show the evidence").click()
+    page.get_by_role("button", name="Why these types?").click()
     page.get_by_text("CD19").locator("visible=true").first.wait_for()
-    page.get_by_role("button", name="Describe them").click()
+    page.get_by_role("button", name="Describe the cells").click()
     page.get_by_text("A B cell from blood, shown by").locator("visible=true").first.wait_for()
 
     show_tab(page, "Ask")
@@ -120,12 +113,12 @@ def test_cells_are_opened_annotated_found_selected_explained_asked_about_generat
     show_tab(page, "Search")
     page.get_by_role("button", name="Search", exact=True).click()
     page.locator(".toast-body", has_text="The text to search for is empty").wait_for()
-    page.get_by_label("Description of the wanted cells").fill("a B cell")
+    page.get_by_label("Which cells are wanted?").fill("a B cell")
     page.get_by_role("button", name="Search", exact=True).click()
-    page.get_by_text("Colour: scmmgpt_search").wait_for()
+    page.get_by_text("Colour: match with “a B cell”").wait_for()
 
     show_tab(page, "Generate")
-    page.get_by_label("Description", exact=True).fill("A B cell from blood.")
+    page.get_by_label("Description of the new cells").fill("A B cell from blood.")
     page.get_by_role("button", name="Generate", exact=True).click()
     page.locator("a[href*=generated]").first.wait_for()
 
@@ -135,6 +128,48 @@ def test_cells_are_opened_annotated_found_selected_explained_asked_about_generat
     saved = anndata.read_h5ad(download.value.path())
     assert saved.obs_names.tolist() == cells.obs_names.tolist()
     assert {"scmmgpt_cell_type", "scmmgpt_search", "scmmgpt_description"} <= set(saved.obs)
+
+
+def test_a_type_is_selected_by_keyboard_and_stays_selected_in_another_colour(page, tmp_path):
+    cells = blood_cells()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    upload(page, tmp_path / "cells.h5ad")
+    page.get_by_role("button", name="B cell (15)").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("15 cells selected: B cell 15.").wait_for()
+    page.locator("button[aria-pressed=true]", has_text="B cell (15)").wait_for()
+    page.get_by_role("combobox", name="Colour of the cells").click()
+    page.get_by_role("option", name="donor_id").click()
+    page.get_by_text("15 cells selected: donor-").wait_for()
+    page.get_by_role("combobox", name="Colour of the cells").click()
+    page.get_by_role("option", name="cell_type", exact=True).click()
+    page.locator("button[aria-pressed=true]", has_text="B cell (15)").click()
+    page.get_by_text(app.NO_SELECTION).wait_for()
+
+
+def test_results_of_other_cells_leave_the_page(page, tmp_path):
+    for n in (24, 36):
+        blood_cells(n).write_h5ad(tmp_path / f"of-{n}.h5ad")
+    upload(page, tmp_path / "of-24.h5ad")
+    page.get_by_text("of-24.h5ad: 24 cells").wait_for()
+    page.get_by_role("button", name="Annotate").click()
+    page.get_by_text("Colour: cell type (scMMGPT)").wait_for()
+    page.get_by_role("button", name="Save the cells").click()
+    page.locator("a[href*=of-24_scmmgpt]").first.wait_for()
+    show_tab(page, "Selected")
+    page.get_by_role("button", name="Why these types?").click()
+    page.get_by_text("CD19").locator("visible=true").first.wait_for()
+    page.locator("a[href*=of-24_scmmgpt]").first.wait_for(state="hidden")  # it lacks what was found since
+    show_tab(page, "Ask")
+    page.get_by_label("Question").locator("visible=true").fill("Which types are here?")
+    page.keyboard.press("Enter")
+    page.get_by_text("Labels of the 24 cells").first.wait_for()
+
+    upload(page, tmp_path / "of-36.h5ad")
+    page.get_by_text("of-36.h5ad: 36 cells").wait_for()
+    page.get_by_text("Labels of the 24 cells").first.wait_for(state="detached")
+    show_tab(page, "Selected")
+    assert not page.get_by_text("CD19").locator("visible=true").count()
 
 
 def test_files_without_cells_or_too_large_are_refused_in_words(page, tmp_path, monkeypatch):
@@ -165,7 +200,7 @@ def test_two_users_at_once_have_their_own_cells(browser, address, tmp_path):
         page.get_by_text(f"of-{n}.h5ad: {n} cells").wait_for()
         page.get_by_role("button", name="Annotate").click()
     for page in pages:
-        page.get_by_text("Colour: scmmgpt_cell_type").wait_for()
+        page.get_by_text("Colour: cell type (scMMGPT)").wait_for()
         select_all(page)
     for n, page in zip((24, 36), pages, strict=True):
         page.get_by_text(f"{n} cells selected: ").wait_for()

@@ -98,7 +98,7 @@ def test_a_page_has_labels_evidence_audit_descriptions_and_receipt(pipeline, cel
     assert "60 cells, 4 labels: B cell (25 %), " in words  # the answer, above all else
     assert re.search(r"cell-0 monocyte B cell", words)
     assert cells.uns["scmmgpt"]["annotate"]["receipt"]["weights"] in words
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     assert all(picture["src"].startswith("data:") and picture["alt"] for picture in pictures)
 
 
@@ -122,7 +122,7 @@ def test_a_page_without_evidence_says_so(pipeline, cells):
     assert "labels in its set commonest set" in shown
     assert "2.0 B cell, plasma cell" in shown
     assert "There is no evidence for the labels" in words
-    assert len(pictures) == 1
+    assert len(pictures) == 2
     with pytest.raises(ValueError, match="no column 'nothing'"):
         report_page(cells, "cells", "nothing")
 

@@ -1,9 +1,11 @@
 // A map of cells on a canvas. `props.value` is what `commands/cell_map.py` draws:
-// {x, y: 0..1000, color: index into palette, palette: CSS colours, legend: [[text, colour]], title, marks: {x, y}}.
-// A loop drawn with mouse or finger selects cells: the event `select` carries their rows. A click beside a loop ends it.
+// {x, y: 0..1000, color: index into palette, palette: CSS colours, legend: [[text, colour, index or null]], title,
+// marks: {x, y}, rows: the selected cells}.
+// A loop drawn with mouse or finger selects cells, and so does a type of the legend, which a keyboard reaches: the event
+// `select` carries their rows. A click beside a loop, and a second one on a type, select none.
 // The page may replace what is in `element` with each value, so parts are looked up, and `element` itself listens.
 const part = (name) => element.querySelector(name), MARGIN = 10;
-let chosen = null, loop = [];
+let chosen = null, order = [], loop = [];
 
 const place = (value, length) => MARGIN + (value / 1000) * (length - 2 * MARGIN);
 const cells = () => (props.value && props.value.x ? props.value : null);
@@ -17,6 +19,20 @@ function inside(x, y) { // ray casting
   return odd;
 }
 
+function choose(rows) {
+  const drawn = cells();
+  chosen = rows.length ? new Set(rows) : null;
+  const above = (i) => drawn.color[i] + (chosen !== null && chosen.has(i) ? drawn.palette.length : 0);
+  order = drawn ? [...drawn.x.keys()].sort((a, b) => above(a) - above(b)) : [];
+  part("canvas").ariaLabel = drawn ? `Map of the cells. ${drawn.title}` : "Map of the cells";
+  draw();
+}
+
+function select(rows) {
+  choose(rows);
+  trigger("select", { rows });
+}
+
 function draw() {
   const canvas = part("canvas"), context = canvas.getContext("2d"), scale = window.devicePixelRatio || 1;
   const drawn = cells(), width = canvas.clientWidth, height = canvas.clientHeight;
@@ -25,7 +41,7 @@ function draw() {
   context.scale(scale, scale);
   if (!drawn) return;
   const radius = Math.max(1.2, Math.min(4, 90 / Math.sqrt(drawn.x.length)));
-  for (let i = 0; i < drawn.x.length; i++) {
+  for (const i of order) {
     context.globalAlpha = chosen === null || chosen.has(i) ? 0.85 : 0.08;
     context.fillStyle = drawn.palette[drawn.color[i]];
     context.beginPath();
@@ -33,13 +49,15 @@ function draw() {
     context.fill();
   }
   context.globalAlpha = 1;
-  context.strokeStyle = "#d1495b";
-  context.lineWidth = 1.5;
-  for (let i = 0; i < drawn.marks.x.length; i++) { // generated cells: crosses
-    const x = place(drawn.marks.x[i], width), y = place(1000 - drawn.marks.y[i], height);
+  for (const [stroke, width] of [["#fff", 4], ["#111", 1.5]]) { // generated cells: crosses, with a rim
+    context.strokeStyle = stroke;
+    context.lineWidth = width;
     context.beginPath();
-    context.moveTo(x - 3, y - 3); context.lineTo(x + 3, y + 3);
-    context.moveTo(x - 3, y + 3); context.lineTo(x + 3, y - 3);
+    for (let i = 0; i < drawn.marks.x.length; i++) {
+      const x = place(drawn.marks.x[i], canvas.clientWidth), y = place(1000 - drawn.marks.y[i], height);
+      context.moveTo(x - 3, y - 3); context.lineTo(x + 3, y + 3);
+      context.moveTo(x - 3, y + 3); context.lineTo(x + 3, y - 3);
+    }
     context.stroke();
   }
   if (loop.length > 1) {
@@ -51,18 +69,30 @@ function draw() {
   }
 }
 
-function renew() {
-  const drawn = cells();
-  chosen = null;
-  loop = [];
-  part("p").textContent = drawn ? drawn.title : "No cells yet.";
-  part("ul").replaceChildren(...(drawn ? drawn.legend : []).map(([text, colour]) => {
-    const item = document.createElement("li"), dot = document.createElement("span");
-    dot.style.background = colour;
+function entry([text, colour, index]) {
+  const item = document.createElement("li"), dot = document.createElement("i");
+  dot.style.background = colour;
+  if (index === null) {
     item.append(dot, text); // as text: a label of a file is no HTML
     return item;
-  }));
-  draw();
+  }
+  const button = document.createElement("button"), drawn = cells();
+  const mine = [...drawn.x.keys()].filter((i) => drawn.color[i] === index);
+  const isChosen = () => chosen !== null && chosen.size === mine.length && mine.every((i) => chosen.has(i));
+  button.title = "Select these cells";
+  button.ariaPressed = drawn.rows.length === mine.length && mine.every((i, k) => drawn.rows[k] === i);
+  button.append(dot, text);
+  button.addEventListener("click", () => select(isChosen() ? [] : mine));
+  item.append(button);
+  return item;
+}
+
+function renew() {
+  const drawn = cells();
+  loop = [];
+  part("p").textContent = drawn ? drawn.title : "No cells yet.";
+  part("ul").replaceChildren(...(drawn ? drawn.legend : []).map(entry));
+  choose(drawn ? drawn.rows : []);
 }
 
 const at = (event) => {
@@ -86,10 +116,9 @@ element.addEventListener("pointerup", () => {
     for (let i = 0; i < drawn.x.length; i++)
       if (inside(place(drawn.x[i], width), place(1000 - drawn.y[i], height))) rows.push(i);
   }
-  chosen = rows.length ? new Set(rows) : null;
   loop = [];
-  draw();
-  if (drawn) trigger("select", { rows });
+  if (drawn) select(rows);
+  else draw();
 });
 new ResizeObserver(draw).observe(element);
 watch("value", renew);
