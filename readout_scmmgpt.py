@@ -86,8 +86,7 @@ class PanelReadout:
         typical: float64 `(n_labels, n_labels + n_others)`: the scores of each label's mean cell, other cells' last.
         file_weights, file_bias: The same for probabilities, once cells of the file were read (`refinement_scmmgpt`).
         file_shares: float32 `(n_genes, n_labels)`: weights of [`root_shares`] beside them, of a narrow panel.
-        among: The regression of some of the labels alone, which names cells of none of them; see
-            [`ScMMGPTLabelReadout.among`].
+        among: The regression of some labels alone, for cells of none of them; see [`ScMMGPTLabelReadout.among`].
     """
 
     gene_ids: np.ndarray
@@ -479,8 +478,7 @@ class ScMMGPTLabelReadout(nn.Module):
             scaled, *as_they_are = self.versions(a, here)
             weights, bias = solve_groups(scaled, here)
             bias[: len(bonus)] += bonus
-            if len(bias) > len(bonus):
-                others = self._others(scaled, here, weights, bias, bool(as_they_are))
+            others = self._others(scaled, here, weights, bias, bool(as_they_are)) if len(bias) > len(bonus) else {}
             if as_they_are:
                 plain = solve_groups(a, here)
                 plain[1][: len(bonus)] += bonus
@@ -515,10 +513,8 @@ class ScMMGPTLabelReadout(nn.Module):
             profiles: As for [`for_genes`].
         """
         a = self.arrays()
-        here, bonus = (
-            np.isin(a["gene_ids"], panel.gene_ids),
-            np.repeat([0, PROFILE_BONUS], [len(a["bias"]), len(profiles)]),
-        )
+        here = np.isin(a["gene_ids"], panel.gene_ids)
+        bonus = np.repeat([0, PROFILE_BONUS], [len(a["bias"]), len(profiles)])
         a, some = with_profiles(a, profiles) if len(profiles) else a, np.asarray(columns)
         solved = [solve_groups(without_labels(version, some), here) for version in self.versions(a, here)]
         weights, bias = (np.mean(parts, axis=0)[: len(some)] for parts in zip(*solved, strict=True))
