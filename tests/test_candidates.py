@@ -1,11 +1,15 @@
 """Cells of trained labels that are no candidates: which candidate they get."""
 
 import numpy as np
+import pandas as pd
 import pytest
+from anndata import AnnData
 from scipy.sparse import csr_matrix
 
+from scmmgpt import ScMMGPTPipeline
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.regression_scmmgpt import LEAST_TOTAL
+from scmmgpt.tests.test_packaging import ROOT
 
 
 pytest.importorskip("cellxgene_ontology_guide")
@@ -69,3 +73,18 @@ def test_the_weights_are_those_of_a_ridge_regression_of_the_candidates_groups(re
         expected.append(np.vstack([solved, 1 / len(CANDIDATES) - (weights @ rows) @ solved]))
     found = np.vstack([among.weights, among.bias])
     np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=1e-5)
+
+
+def test_a_monocyte_is_called_kupffer_cell_where_no_other_candidate_is_myeloid():
+    if not (ROOT / "model.safetensors").is_file():
+        pytest.skip("the repository holds no checkpoint")
+    pipe = ScMMGPTPipeline.from_pretrained(ROOT)
+    readout, labels = pipe._bridge().label_readout, pipe.model.config.label_readout["labels"]
+    mean = np.expm1(readout.mean_profiles()[labels.index("monocyte")]).clip(min=0)
+    names = {token: gene for gene, token in pipe.processor.gene_index.vocabulary.items()}
+    var = pd.DataFrame(index=[names[token] for token in readout.gene_ids.tolist()])
+    counts = np.random.default_rng(0).poisson(0.2 * mean, (30, len(mean))).astype(np.float32)
+    adata = AnnData(csr_matrix(counts), var=var)
+    pipe.annotate(adata, labels=["hepatocyte", "Kupffer cell", "T cell", "NK cell", "B cell", "endothelial cell"])
+    assert (adata.obs["scmmgpt_cell_type"] == "Kupffer cell").mean() > 0.9
+    assert adata.obs["scmmgpt_score"].median() < 0.1
