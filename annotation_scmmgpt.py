@@ -45,7 +45,8 @@ def annotate_scores(
     candidates, scale = labelling.candidates, 1 / labelling.settings["temperature"]
     similarity = similarity + labelling.unseen_bonus * candidates.unseen
     weights = {"matching_weight": labelling.settings["matching_weight"], "doubt": stored.get("doubt", 0.0)}
-    probabilities = candidates.pool(label_probabilities(similarity, match, logit_scale=scale, **weights))
+    parts = candidates.doubt_parts()
+    probabilities = candidates.pool(label_probabilities(similarity, match, logit_scale=scale, parts=parts, **weights))
     if stored.get("novelty") and novelty is None:
         novelty = np.full(len(similarity), np.nan, dtype=np.float32)
     broader, named = None, None
@@ -82,6 +83,7 @@ def label_probabilities(
     logit_scale: float,
     matching_weight: float = 0.0,
     doubt: float = 0.0,
+    parts: int | np.ndarray | None = None,
 ) -> np.ndarray:
     """Probability of each label for each cell: a softmax over similarities, mixed with matching.
 
@@ -95,6 +97,8 @@ def label_probabilities(
         logit_scale: Inverse temperature of the softmax over labels.
         matching_weight: 0 = similarity alone, 1 = matching alone decides among the candidates.
         doubt: Share of cells whose scores say nothing, so that no probability is quite 1.
+        parts: Parts into which the doubt is divided, of which a label gets one, int `(n_labels,)`; by default the
+            number of labels.
 
     Returns:
         float32 `(n_cells, n_labels)`; each row sums to 1.
@@ -115,7 +119,8 @@ def label_probabilities(
         matched = candidates & (total > 0)
         redistributed = np.where(matched, share * match / np.where(total > 0, total, 1), probabilities)
         probabilities = (1 - matching_weight) * probabilities + matching_weight * redistributed
-    return ((1 - doubt) * probabilities + doubt / probabilities.shape[1]).astype(np.float32)
+    parts = probabilities.shape[1] if parts is None else parts
+    return ((1 - doubt) * probabilities + doubt / parts).astype(np.float32)
 
 
 def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:

@@ -25,7 +25,8 @@ import numpy as np
 
 from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
 from .labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
-from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
+from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
+from .regression_scmmgpt import sum_weights
 
 
 N_GENES = N_MARKERS = 10  # genes named for a cell, and markers of a label

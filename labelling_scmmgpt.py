@@ -134,6 +134,8 @@ class LabellingSteps(CellPasses):
         candidates = candidate_columns(settings["labels"], known, settings["cl_ids"], terms)
         ids = ids_of_labels(candidates.names, settings["cl_ids"], terms)
         readout = self._text_scores(candidates.texts, candidates.unseen, choice, asked)
+        if readout is not None:
+            readout = self._among_candidates(readout, candidates, list(asked.values()))
         profiled = None
         if types and is_default and min_score != 0 and readout is not None:
             named = self.model.config.label_readout["labels"], terms, types
@@ -153,6 +155,16 @@ class LabellingSteps(CellPasses):
         novelty = self._novelty(choice, candidates, readout, broader)
         decided = choice, settings, candidates, ids, readout, unseen_bonus, min_score, broader, error_rate
         return Labelling(*decided, fitted_score=fitted_score, novelty=novelty, profiled=profiled)
+
+    def _among_candidates(self, readout: TextScores, candidates: Candidates, profiles: Sequence[int]) -> TextScores:
+        """The scores where cells of trained labels that are no candidates get the candidate that is most like them."""
+        columns = readout.columns[(candidates.owners >= 0) & (readout.columns >= 0)]
+        label_readout, n_labels = self._bridge().label_readout, len(readout.panel.bias)
+        is_whole = n_labels == len(label_readout.bias) + len(profiles)
+        if readout.has_new_labels or not label_readout.num_groups or not is_whole or not 1 < len(columns) < n_labels:
+            return readout
+        panel = label_readout.among(readout.panel, columns.tolist(), profiles)
+        return replace(readout, panel=panel, scores=panel)
 
     def _kinds_of_trained(
         self, settings: dict[str, Any], known: dict[str, str], terms: Sequence[Mapping[str, Any]]

@@ -274,6 +274,17 @@ class Candidates:
                 pooled[:, owner] += probabilities[:, text]
         return pooled
 
+    def doubt_parts(self) -> np.ndarray:
+        """Parts of the doubt of which each text gets one, int64 `(n_texts,)`: every label has the same share of it.
+
+        A known label that is no candidate counts as a label. Else "T cell", which means three trained labels, would
+        get the cells of which no score speaks for a candidate.
+        """
+        owned = self.owners >= 0
+        texts_of = np.bincount(self.owners[owned], minlength=1)
+        of_owner = np.where(owned, texts_of[self.owners.clip(min=0)], 1)
+        return of_owner * (np.count_nonzero(texts_of) + np.count_nonzero(~owned))
+
 
 def candidate_columns(
     labels: Mapping[str, str],

@@ -19,8 +19,8 @@ import torch
 
 from .cells_scmmgpt import Cells
 from .novelty_scmmgpt import PANEL_GENES, Neighbours
-from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, sum_weights
-from .regression_scmmgpt import scale_groups, solve_groups, with_profiles
+from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
+from .regression_scmmgpt import scale_groups, solve_groups, sum_weights, with_profiles
 
 
 # A type names a cell that it leads in by 2 over the root of the genes that the cell expresses: few genes, much chance.

@@ -41,12 +41,15 @@ from .contrasts_scmmgpt import LITTLE_EVIDENCE, compare_labels
 from .kernels_scmmgpt import kernels_pay, place_counts
 from .regression_scmmgpt import (
     LOG_STEPS,
+    AmongLabels,
     condition,
     root_shares,
     scale_groups,
     solve_embedding,
     solve_groups,
+    sum_weights,
     with_profiles,
+    without_labels,
 )
 
 
@@ -83,6 +86,7 @@ class PanelReadout:
         typical: float64 `(n_labels, n_labels + n_others)`: the scores of each label's mean cell, other cells' last.
         file_weights, file_bias: The same for probabilities, once cells of the file were read (`refinement_scmmgpt`).
         file_shares: float32 `(n_genes, n_labels)`: weights of [`root_shares`] beside them, of a narrow panel.
+        among: The regression of some labels alone, for cells of none of them; see [`ScMMGPTLabelReadout.among`].
     """
 
     gene_ids: np.ndarray
@@ -100,6 +104,7 @@ class PanelReadout:
     file_weights: np.ndarray | None = None
     file_bias: np.ndarray | None = None
     file_shares: np.ndarray | None = None
+    among: AmongLabels | None = None
     _last: Any = field(default=None, init=False, repr=False)  # the last cells: profiles, scores, those of other cells
 
     def profiles(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -132,7 +137,8 @@ class PanelReadout:
             scores = scores + sum_weights(*root_shares(*profiles), self.file_shares)
         logits = torch.from_numpy(scores / np.float32(self.temperature))
         if not len(self.spread):
-            return logits.log_softmax(dim=1).numpy()
+            found = logits.log_softmax(dim=1).numpy()
+            return found if self.among is None else self.among.share_out(found, profiles, self)
         draws = torch.from_numpy(self.spread / np.float32(self.temperature))
         pieces = [(piece[:, None] + draws).log_softmax(dim=2).logsumexp(dim=1) for piece in logits.split(1024)]
         return (torch.cat(pieces) - np.log(len(draws))).numpy() if pieces else logits.numpy()
@@ -211,6 +217,7 @@ class PanelReadout:
             file_weights=None if self.file_weights is None else np.ascontiguousarray(self.file_weights[:, columns]),
             file_bias=None if self.file_bias is None else self.file_bias[columns],
             file_shares=None if self.file_shares is None else np.ascontiguousarray(self.file_shares[:, columns]),
+            among=None,
         )
 
     def weak_labels(self, likely: np.ndarray) -> dict[int, tuple[int, float, list[int]]]:
@@ -471,8 +478,7 @@ class ScMMGPTLabelReadout(nn.Module):
             scaled, *as_they_are = self.versions(a, here)
             weights, bias = solve_groups(scaled, here)
             bias[: len(bonus)] += bonus
-            if len(bias) > len(bonus):
-                others = self._others(scaled, here, weights, bias, bool(as_they_are))
+            others = self._others(scaled, here, weights, bias, bool(as_they_are)) if len(bias) > len(bonus) else {}
             if as_they_are:
                 plain = solve_groups(a, here)
                 plain[1][: len(bonus)] += bonus
@@ -497,6 +503,23 @@ class ScMMGPTLabelReadout(nn.Module):
             log=self.num_groups > 0,
             **others,
         )
+
+    def among(self, panel: PanelReadout, columns: Sequence[int], profiles: Sequence[int] = ()) -> PanelReadout:
+        """The panel where a cell of no candidate gets the one that a regression of the candidates alone says.
+
+        Args:
+            panel: All labels of this readout, which has groups, then `profiles`, for the genes of a file.
+            columns: Positions in the panel of the candidates.
+            profiles: As for [`for_genes`].
+        """
+        a = self.arrays()
+        here = np.isin(a["gene_ids"], panel.gene_ids)
+        bonus = np.repeat([0, PROFILE_BONUS], [len(a["bias"]), len(profiles)])
+        a, some = with_profiles(a, profiles) if len(profiles) else a, np.asarray(columns)
+        solved = [solve_groups(without_labels(version, some), here) for version in self.versions(a, here)]
+        weights, bias = (np.mean(parts, axis=0)[: len(some)] for parts in zip(*solved, strict=True))
+        rows = np.ascontiguousarray(weights.T, dtype=np.float32)
+        return replace(panel, among=AmongLabels(some, rows, (bias + bonus[some]).astype(np.float32)))
 
     def versions(self, a: dict[str, np.ndarray], here: np.ndarray) -> list[dict[str, np.ndarray]]:
         """The arrays whose regressions have the labels' weights as their mean: on the scale of the genes `here`.
@@ -575,13 +598,3 @@ def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np
     values = PROFILE_SCALE * np.sqrt(counts * share / totals[rows])
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(cells)))])
     return indptr, places[known], values.astype(np.float32)
-
-
-def sum_weights(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The product of ragged rows with `weights` `(n_genes, width)`, float32 `(n_cells, width)`, each row alone."""
-    if not len(positions):
-        return np.zeros((len(indptr) - 1, weights.shape[1]), dtype=np.float32)
-    genes, starts = torch.from_numpy(positions), torch.from_numpy(indptr[:-1])
-    per_entry = torch.from_numpy(values)
-    bags = F.embedding_bag(genes, torch.from_numpy(weights), starts, mode="sum", per_sample_weights=per_entry)
-    return bags.numpy()

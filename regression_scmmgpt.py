@@ -4,11 +4,54 @@ Arguments named `a` are [`ScMMGPTLabelReadout.arrays`], `here` says which of its
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 
 LOG_STEPS = 28.0  # of log1p(CP10k) in a byte of a profile, which then reaches 9.1
+LEAST_TOTAL = 0.5  # probability of the candidates together: a cell with less is more probably of no candidate
+
+
+@dataclass(frozen=True)
+class AmongLabels:
+    """A regression of some labels of a [`PanelReadout`], as if there were no others.
+
+    Args:
+        columns: int64 `(n_some,)`: positions of the labels in the panel.
+        weights: float32 `(n_genes, n_some)`, for profiles, and `bias` float32 `(n_some,)`.
+    """
+
+    columns: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+
+    def share_out(
+        self, found: np.ndarray, profiles: tuple[np.ndarray, np.ndarray, np.ndarray], panel: Any
+    ) -> np.ndarray:
+        """Log probabilities where a cell of no candidate divides what the candidates have as this regression says.
+
+        The regression of all labels tells such a cell from every candidate, and which is next is chance. The
+        probability of the candidates together stays.
+
+        Args:
+            found: Log probabilities of the labels of the panel, float32 `(n_cells, n_labels)`.
+            profiles: Of the same cells, ragged.
+            panel: The [`PanelReadout`], for its temperature and `file_shares`.
+        """
+        total = np.logaddexp.reduce(found[:, self.columns], axis=1, keepdims=True)
+        rows = np.flatnonzero(total < np.log(LEAST_TOTAL))
+        if len(rows):
+            scores = sum_weights(*profiles, self.weights) + self.bias
+            if panel.file_shares is not None:
+                shares = np.ascontiguousarray(panel.file_shares[:, self.columns])
+                scores = scores + sum_weights(*root_shares(*profiles), shares)
+            logits = torch.from_numpy(scores[rows] / np.float32(panel.temperature))
+            found[np.ix_(rows, self.columns)] = total[rows] + logits.log_softmax(dim=1).numpy()
+        return found
 
 
 def with_profiles(a: dict[str, np.ndarray], chosen: Sequence[int]) -> dict[str, np.ndarray]:
@@ -57,6 +100,25 @@ def with_groups(
     return {
         **a,
         "groups": np.concatenate([a["groups"], rows]),
+        "group_labels": mentions / of_groups[:, None],
+        "group_weights": of_groups,
+    }
+
+
+def without_labels(a: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays without the groups of labels that are not `kept`, positions `(n_kept,)`; other cells stay.
+
+    `bias` and `weights` are those of before.
+    """
+    columns = [*kept, *range(len(a["bias"]), a["group_labels"].shape[1])]
+    mentions = (a["group_labels"] * a["group_weights"][:, None])[:, columns]
+    here = mentions.any(axis=1)
+    mentions = mentions[here] / mentions.sum(axis=0) / len(columns)  # every label and kind has the same weight
+    of_groups, groups = mentions.sum(axis=1), a["groups"][here]
+    return {
+        **a,
+        "groups": groups,
+        "group_mean": of_groups @ groups,
         "group_labels": mentions / of_groups[:, None],
         "group_weights": of_groups,
     }
@@ -163,3 +225,13 @@ def root_shares(
     lengths, roots = np.diff(indptr), np.sqrt(np.expm1(values))
     sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=roots, minlength=len(lengths))
     return indptr, positions, (roots / np.repeat(sums, lengths).clip(min=1e-9)).astype(np.float32)
+
+
+def sum_weights(indptr: np.ndarray, positions: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The product of ragged rows with `weights` `(n_genes, width)`, float32 `(n_cells, width)`, each row alone."""
+    if not len(positions):
+        return np.zeros((len(indptr) - 1, weights.shape[1]), dtype=np.float32)
+    genes, starts = torch.from_numpy(positions), torch.from_numpy(indptr[:-1])
+    per_entry = torch.from_numpy(values)
+    bags = F.embedding_bag(genes, torch.from_numpy(weights), starts, mode="sum", per_sample_weights=per_entry)
+    return bags.numpy()

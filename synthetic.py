@@ -20,7 +20,8 @@ from scmmgpt.feature_extraction_scmmgpt import ScMMGPTFeatureExtractor
 from scmmgpt.modeling_scmmgpt import ScMMGPTForConditionalGeneration
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
-from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles, sum_weights
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout, panel_profiles
+from scmmgpt.regression_scmmgpt import sum_weights
 
 
 # Cell type -> (Cell Ontology id, marker genes). Background genes are expressed equally in all types.

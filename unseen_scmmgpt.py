@@ -30,7 +30,8 @@ import numpy as np
 
 from .cells_scmmgpt import Cells
 from .genes_scmmgpt import GeneIndex
-from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles, sum_weights
+from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout, panel_profiles
+from .regression_scmmgpt import sum_weights
 
 
 SEARCH_GENES = 20  # whose texts are nearest to a text that is searched for

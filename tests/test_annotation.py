@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from scmmgpt.annotation_scmmgpt import choose_labels
+from scmmgpt.annotation_scmmgpt import choose_labels, label_probabilities
 from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
 from scmmgpt.evidence_scmmgpt import likely_label
@@ -183,6 +183,19 @@ def test_labels_that_mean_trained_ones_are_scored_by_the_texts_of_training(terms
     assert candidates.owners.tolist() == [0, -1, -1, 1, 1, 1]
     pooled = candidates.pool(np.array([[0.1, 0.1, 0.5, 0.1, 0.1, 0.1]]))
     np.testing.assert_allclose(pooled, [[0.1, 0.3]])
+
+
+def test_a_label_that_means_several_trained_ones_has_no_larger_share_of_the_doubt(terms):
+    candidates = candidates_of(["B cell", "T cell"], terms)
+    similarity = np.zeros((1, 6))
+    similarity[0, 2] = 100  # a monocyte, which is no candidate
+    options = {"logit_scale": 1.0, "doubt": 0.2}
+    found = candidates.pool(label_probabilities(similarity, parts=candidates.doubt_parts(), **options))
+    np.testing.assert_allclose(found, [[0.05, 0.05]], rtol=1e-6)  # NK cells and monocytes have the other halves
+    own = candidates_of(list(TRAINED), terms)  # each label by its own text: as ever
+    np.testing.assert_array_equal(
+        label_probabilities(similarity, parts=own.doubt_parts(), **options), label_probabilities(similarity, **options)
+    )
 
 
 def test_a_trained_label_belongs_to_the_narrowest_label_that_means_it(terms):
