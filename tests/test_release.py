@@ -289,6 +289,24 @@ def test_a_calibrated_checkpoint_still_knows_cells_of_no_label(built):
     assert pipeline.model.config.annotation["novelty"]["lead_unit"] == before
 
 
+@pytest.mark.parametrize("n_genes", [None, 12])
+def test_evidence_compares_cells_with_mean_cells_in_the_same_units(built, n_genes):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    cells = synthetic_adata(120, seed=0)[:, :n_genes].copy()  # those of training: their mean is that of the label
+    pipeline.annotate(cells, force=True, min_score=0)
+    evidence = pipeline.explain(cells, "cell_type", force=True)
+    panel = evidence.explainer.panel
+    assert panel.log
+    read, _ = pipeline.processor.read_cells(cells, force=True)
+    starts, positions, values = panel.profiles(read)
+    profiles = np.zeros((len(read), len(panel.gene_ids)))
+    profiles[np.repeat(np.arange(len(read)), np.diff(starts)), positions] = values
+    for number, name in enumerate(evidence.sets):
+        mean = profiles[(cells.obs["cell_type"] == name).to_numpy()].mean(axis=0)
+        known = evidence.explainer.centroids[:, number]
+        assert abs(mean - known).mean() < 1  # log1p(CP10k); square roots of shares are some 30 larger
+
+
 def test_a_cell_counts_for_its_type_or_for_the_types_below_a_broad_term():
     types = ["CL:0000624", "CL:0000625", "CL:0000236", "CL:0000576"]
     found = release.place_terms(["CL:0000084", "CL:0000900", "CL:0000624", "CL:0001064"], types, ["CL:0000084"])
