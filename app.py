@@ -28,7 +28,7 @@ from scmmgpt import pl
 from scmmgpt.commands.cell_map import CSS, HTML, SCRIPT, checked_rows, colors_of, draw, nearest_places
 from scmmgpt.commands.chat import Chat, has_proof
 from scmmgpt.commands.checkpoints import check_checkpoint, root_checkpoint
-from scmmgpt.commands.errors import OneLineParser, number, run_command
+from scmmgpt.commands.errors import OneLineParser, as_options, number, run_command
 from scmmgpt.commands.questions import EXAMPLES
 from scmmgpt.commands.writing import make_writable
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
@@ -153,6 +153,8 @@ def task(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
 
         def shown(message: object) -> str:
             text = " ".join(str(message).split())
+            if (reworded := as_options(text)) != text:
+                text = f"{reworded} (Options are of the command `scmmgpt annotate`.)"
             return functools.reduce(lambda text, folder: text.replace(folder, ""), folders, text)
 
         with Warnings() as raised:
