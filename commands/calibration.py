@@ -32,8 +32,8 @@ def calibrate_checkpoint(
 ) -> dict[str, Any]:
     """Calibrate on the cells of `source`, write the configuration, and return the numbers of the fit.
 
-    A checkpoint of `finetune` or `release` keeps its labels, which those of the cells mean in any words. Else the labels
-    of the cells become those of the checkpoint; of a corpus, those of the training split are among them.
+    A checkpoint of `finetune` or `release` keeps its labels, which those of the cells mean in any words. Else the
+    labels of the cells become those of the checkpoint; of a corpus, those of the training split are among them.
     """
     stored = pipeline.model.config.annotation or {}
     if pipeline.can_explain and "similarity_weight" in stored:

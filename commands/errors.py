@@ -7,6 +7,7 @@ the line names its type, and the files that the command was given. `--debug` sho
 
 import argparse
 import contextlib
+import difflib
 import errno
 import logging
 import math
@@ -52,6 +53,15 @@ class OneLineParser(argparse.ArgumentParser):
         self.rare = set(rare)
         text = "show every option and the whole description"
         self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse an unknown command with the one that may be meant."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(value, action.choices, n=1)
+            raise argparse.ArgumentError(
+                None, f"there is no command {value!r}{f', do you mean {near[0]!r}?' if near else ''}"
+            )
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         """Exit with the message and the way to the help, without the usage."""
@@ -105,8 +115,10 @@ class PrintCompletion(argparse.Action):
         subs = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         for one in (parser, *(child for sub in subs for child in sub.choices.values())):
             for action in one._actions:
-                if action.type is Path:
-                    action.complete = shtab.FILE  # where shtab looks for it
+                if action.metavar == "FOLDER" or action.dest == "model":
+                    action.complete = shtab.DIR  # where shtab looks for it
+                elif action.type is Path:
+                    action.complete = shtab.FILE
         sys.stdout.write(shtab.complete(parser, shell) + "\n")
         parser.exit()
 

@@ -320,11 +320,8 @@ def test_calibrating_on_some_labels_keeps_the_others_and_asks_no_network(built, 
     words = ["calibrate", tmp_path / "cells.h5ad", "--model", copy, "--label-key", "given", "--quiet"]
     assert command_line.main([str(word) for word in words]) == 0
     after = json.loads((copy / "config.json").read_text())["annotation"]
-    assert (after["labels"], after["terms"], after["profiles"]) == (
-        before["labels"],
-        before["terms"],
-        before["profiles"],
-    )
+    for name in ("labels", "terms", "profiles"):
+        assert after[name] == before[name]
     assert after["matching_weight"] == 0
     assert "1 of 4 labels of obs['given'] mean no single label of the checkpoint ('my cluster 7')" in caplog.text
     words = ["annotate", tmp_path / "cells.h5ad", "--model", copy, "-o", tmp_path / "out.h5ad", "--quiet"]
