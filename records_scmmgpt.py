@@ -60,7 +60,7 @@ def clusters_of(obs: Any, key: str) -> np.ndarray:
     if len(names) > MOST_CLUSTERS and (sizes == 1).sum() > len(clusters) / 2:
         raise ValueError(
             f"obs[{key!r}] has {len(names):,} values in {len(clusters):,} cells, most of them in one cell (such as "
-            f"{names[0]!r}): these are no clusters. Name a column with clusters, such as 'leiden'."
+            f"{str(names[0])!r}): these are no clusters. Name a column with clusters, such as 'leiden'."
         )
     return clusters
 

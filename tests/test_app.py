@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scmmgpt import app, synthetic
-from scmmgpt.app import ANY_TISSUE, build, opened
+from scmmgpt.app import ANY_TISSUE, build, opened, task
 
 
 @pytest.fixture
@@ -151,6 +151,16 @@ def test_a_bad_input_is_said_in_the_browser(tasks, name, arguments, match):
     gradio = pytest.importorskip("gradio")
     with pytest.raises(gradio.Error, match=match):
         tasks[name](*arguments)
+
+
+def test_remedies_on_the_page_are_options_of_the_command():
+    gradio = pytest.importorskip("gradio")
+
+    def refuse():
+        raise ValueError("Convert it, or pass another `layer=`.")
+
+    with pytest.raises(gradio.Error, match=r"another `--layer`\. \(Options are of the command `scmmgpt annotate`\.\)"):
+        task(refuse)()
 
 
 def test_a_file_that_holds_no_cells_is_named(tasks, tmp_path):
