@@ -27,8 +27,10 @@ LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is w
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
 # Arguments that messages of the library name, and that are options of a command.
-OPTIONS = ("layer", "assume", "gene_column", "organism", "force", "min_score", "error_rate", "labels", "tissue")
-OPTIONS += ("proof",)
+OPTIONS = (
+    *("layer", "assume", "gene_column", "organism", "force"),
+    *("min_score", "error_rate", "labels", "tissue", "proof"),
+)
 REWORDINGS: list[Callable[[str], str]] = []  # of everything that is said, such as addresses in place of their copies
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
 # Modules whose distribution has another name, where an error names what to install.
