@@ -67,6 +67,8 @@ Args = argparse.Namespace
 
 IN_PARTITIONS = ("annotate", "audit", "embed", "search")  # commands that workers compute
 ERROR, INCOMPLETE = 2, 3  # exit codes: nothing was written; some cells have no result
+# Commands of `python -m scmmgpt.train` that no command here is called like.
+TRAINING = ("prepare", "cache", "convert", "pretrain", "align", "tune", "reinforce", "finetune", "release", "options")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_words(argv: list[str]) -> int:
     """Run a command line of paths."""
     parser = make_parser()
+    if argv and argv[0] in TRAINING:
+        parser.error(f"{argv[0]!r} is a command of training: `python -m scmmgpt.train {argv[0]} --help`")
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
@@ -107,7 +111,8 @@ def run_words(argv: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = OneLineParser(prog="scmmgpt", description="One language model for single cells and text.")
+    about = "One language model for single cells and text. `python -m scmmgpt.train finetune` teaches it your labels."
+    parser = OneLineParser(prog="scmmgpt", description=about)
     text = "print the completion of a shell, for its start-up file"
     parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=PrintCompletion, help=text)
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version")

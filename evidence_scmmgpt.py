@@ -150,7 +150,8 @@ class Explainer:
     Args:
         panel: The readout for these genes.
         members: bool `(n_sets, n_labels)`; a set of none or of all labels has no evidence.
-        weights, centroids: float32 `(n_genes, n_sets)`: mean weights and mean profiles of the members.
+        weights, centroids: float32 `(n_genes, n_sets)`: mean weights and mean profiles of the members, in the units
+            of the panel's profiles.
         markers: int32 `(n_sets, N_MARKERS)`: positions in `panel.gene_ids`, see [`find_markers`].
     """
 
@@ -176,10 +177,7 @@ class Explainer:
         """
         panel = readout.for_genes(measured, profiles)
         here = np.isin(readout.gene_ids.cpu().numpy(), panel.gene_ids)
-        centroids = readout.centroids.cpu().float().numpy()[:, here]
-        if len(profiles):
-            of_types = readout.mean_profiles()[len(readout.bias) :][profiles][:, here]
-            centroids = np.concatenate([centroids, of_types.astype(np.float32)])
+        centroids = readout.mean_profiles(profiles, here)[:, here].astype(np.float32)
         members = np.concatenate([members, np.eye(members.shape[1], dtype=bool)])
         shares = (members / members.sum(axis=1, keepdims=True).clip(min=1)).astype(np.float32)
         markers = np.full((len(members), N_MARKERS), NONE, dtype=np.int32)

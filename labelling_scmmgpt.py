@@ -137,7 +137,8 @@ class LabellingSteps(CellPasses):
         if readout is not None:
             readout = self._among_candidates(readout, candidates, list(asked.values()))
         profiled = None
-        if types and is_default and min_score != 0 and readout is not None:
+        has_all = readout is not None and len(readout.panel.bias) == len(self.model.config.label_readout["texts"])
+        if types and is_default and min_score != 0 and readout is not None and has_all:
             named = self.model.config.label_readout["labels"], terms, types
             answers, kinds = broader_answers(*named), kinds_of_terms(*named)
             profiled = ProfiledTypes.of(self._bridge().label_readout, readout.panel, answers, kinds)
@@ -339,6 +340,21 @@ class LabellingSteps(CellPasses):
             summary, warnings = {**summary, "weak_labels": np.asarray(weak, dtype=object)}, [*warnings, *more]
         return summary, warnings
 
+    def need_trained(self, labels: Mapping[str, str]) -> None:
+        """Refuse labels (label -> text) of which the label readout knows some and not all.
+
+        Raises:
+            ValueError: That names some that it does not know: no cell would get them.
+        """
+        trained = (self.model.config.label_readout or {}).get("texts", [])
+        new = [label for label, text in labels.items() if text not in trained]
+        if new and len(new) < len(labels):
+            raise ValueError(
+                f"{len(new)} of {len(labels)} labels are none that the checkpoint was trained on, such as {new[0]!r}: "
+                "calibration fits how sure a checkpoint is, and teaches no label. Run "
+                "`python -m scmmgpt.train finetune` on these cells."
+            )
+
     def fit_settings(
         self,
         cells: Cells,
@@ -382,7 +398,9 @@ class LabellingSteps(CellPasses):
         panel = None if readout is None or readout.has_new_labels else readout.panel
         members: list[list[int]] = []
         if panel is not None:  # a term is an answer if candidates are below it
-            trained = members_of_terms(terms, self.model.config.label_readout.get("labels", []))
+            known, texts = self.model.config.label_readout, set(candidates.texts)  # the panel has some of the labels
+            pairs = zip(known.get("labels", []), known["texts"], strict=False)
+            trained = members_of_terms(terms, [label for label, text in pairs if text in texts])
             chosen = members_of_terms(terms, candidates.names)
             members = [labels if below else [] for labels, below in zip(trained, chosen, strict=True)]
         stored, size = (self.model.config.annotation or {}).get("novelty"), self.model.config.cell_config.vocab_size

@@ -55,7 +55,7 @@ class CellPasses:
     def _language_model(self, verb: str) -> ScMMGPTForConditionalGeneration:
         """The model, which must have a language model for `verb`."""
         if not hasattr(self.model, "generate_cells"):
-            by_counts = "; `proof=True` (`--proof`) describes by counts" if verb == "describe" else ""
+            by_counts = "; `proof=True` describes by counts" if verb == "describe" else ""
             raise ValueError(
                 f"This checkpoint has no language model (it is of `align` or `finetune`), so it cannot {verb}"
                 f"{by_counts}. Train stage 2 with `python -m scmmgpt.train tune`."

@@ -305,7 +305,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         """Fit matching weight and temperature on labelled *validation* cells, never on test cells, and store them.
 
         Both minimise the negative log-likelihood of the true labels, on a grid. The model's configuration stores both,
-        with the labels and their texts, as the defaults of [`annotate`].
+        with the labels and their texts, as the defaults of [`annotate`]. Where `finetune` or `release` chose the label
+        readout alone, the network stays out, and the temperature alone is fitted.
 
         Args:
             adata: AnnData of validation cells.
@@ -315,7 +316,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         Returns:
             The stored settings, `nll`, `accuracy`, `n_cells` and `n_left_out`.
         """
-        settings = self.annotation_settings(labels, cl_ids, matching_weight=0.5)
+        alone = self.can_explain and (self.model.config.annotation or {}).get("similarity_weight") == 0
+        settings = self.annotation_settings(labels, cl_ids, matching_weight=0.0 if alone else 0.5)
+        self.need_trained(settings["labels"])
         truth = words_of(adata.obs, label_key)
         usable = np.isin(truth, list(settings["labels"]))
         if not usable.any():

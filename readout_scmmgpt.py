@@ -388,17 +388,26 @@ class ScMMGPTLabelReadout(nn.Module):
         for name, given in (("profile_places", places), ("profile_others", np.resize(others, len(values)))):
             self.register_buffer(name, torch.as_tensor(np.asarray(given), dtype=torch.int32, device=self.mean.device))
 
-    def mean_profiles(self) -> np.ndarray:
-        """Mean log1p(CP10k) of the labels, then of types that have a profile alone, float64 `(n_types, num_genes)`.
+    def mean_profiles(self, profiles: Sequence[int] | None = None, here: np.ndarray | None = None) -> np.ndarray:
+        """Mean profiles of the labels, then of types that have a profile alone, float64 `(n_types, num_genes)`.
 
-        Of a readout with groups. A gene that no profile has is at the mean of the groups.
+        They are in the units of [`PanelReadout.profiles`]: log1p(CP10k) of a readout with groups, where a gene that no
+        profile has is at the mean of the groups; else square roots of shares.
+
+        Args:
+            profiles: Numbers of the types, as for [`for_genes`]; by default all.
+            here: bool `(num_genes,)`: genes of a file, on the scale of which the means are; by default all.
         """
         a = self.arrays()
-        of_labels = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
-        means = of_labels @ a["groups"] / of_labels.sum(axis=1, keepdims=True).clip(min=1e-12)
-        if n_profiles := len(a.get("profiles", ())):
-            means = np.concatenate([means, with_profiles(a, range(n_profiles))["groups"][-n_profiles:]])
-        return means
+        if not self.num_groups:
+            return a["centroids"]
+        profiles = range(len(a.get("profiles", ()))) if profiles is None else profiles
+        if len(profiles):
+            a = with_profiles(a, profiles)
+        if here is not None and not here.all():
+            a = scale_groups(a, here)
+        of_types = a["group_labels"][:, : len(a["bias"])].T * a["group_weights"]
+        return of_types @ a["groups"] / of_types.sum(axis=1, keepdims=True).clip(min=1e-12)
 
     def place(self, scores: torch.Tensor) -> torch.Tensor:
         """Places of cells in the space shared with texts, `(num_cells, feature_width)`: means of the labels' places.

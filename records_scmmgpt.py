@@ -13,6 +13,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 MISSING = "(missing)"  # in place of a label or a cluster
+MOST_CLUSTERS = 20  # that may have one cell each for the most part
 
 
 def need_columns(obs: Any, *names: str) -> None:
@@ -25,7 +26,8 @@ def need_columns(obs: Any, *names: str) -> None:
     if not missing:
         return
     known = [str(name) for name in obs.columns]
-    near = difflib.get_close_matches(missing[0], known, n=1)
+    given = [name for name in known if not name.startswith("scmmgpt_") or missing[0].startswith("scmmgpt")]
+    near = difflib.get_close_matches(missing[0], given, n=1)
     there = f"it has {known}" if known else "it has no columns"
     which = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {missing}"
     raise ValueError(f"obs has no {which}; {there}." + (f" Do you mean {near[0]!r}?" if near else ""))
@@ -47,12 +49,18 @@ def clusters_of(obs: Any, key: str) -> np.ndarray:
     """The clusters of a column of `obs`, as [`words_of`] has them.
 
     Raises:
-        ValueError: If no cell has a cluster.
+        ValueError: If no cell has a cluster, or if the values are measurements or names: most cells have one alone.
     """
     clusters = words_of(obs, key)
     if len(clusters) and (clusters == MISSING).all():
         raise ValueError(
             f"obs[{key!r}] has no value for any of the {len(clusters)} cells; name a column with clusters."
+        )
+    names, sizes = np.unique(clusters[clusters != MISSING], return_counts=True)
+    if len(names) > MOST_CLUSTERS and (sizes == 1).sum() > len(clusters) / 2:
+        raise ValueError(
+            f"obs[{key!r}] has {len(names):,} values in {len(clusters):,} cells, most of them in one cell (such as "
+            f"{str(names[0])!r}): these are no clusters. Name a column with clusters, such as 'leiden'."
         )
     return clusters
 

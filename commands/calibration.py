@@ -2,15 +2,21 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from scmmgpt.commands.files import check_file, read_json, whole_file
-from scmmgpt.records_scmmgpt import need_columns
+from scmmgpt.labels_scmmgpt import trained_labels_of
+from scmmgpt.records_scmmgpt import MISSING, need_columns, words_of
 
 
 if TYPE_CHECKING:
     from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
+
+GIVEN = "scmmgpt_given"  # a column of obs that is not written
 
 
 def check_config(checkpoint: str) -> None:
@@ -26,8 +32,54 @@ def calibrate_checkpoint(
 ) -> dict[str, Any]:
     """Calibrate on the cells of `source`, write the configuration, and return the numbers of the fit.
 
-    The labels of the cells become those of the checkpoint; of a corpus, those of the training split are among them.
+    A checkpoint of `finetune` or `release` keeps its labels, which those of the cells mean in any words. Else the
+    labels of the cells become those of the checkpoint; of a corpus, those of the training split are among them.
     """
+    stored = pipeline.model.config.annotation or {}
+    if pipeline.can_explain and "similarity_weight" in stored:
+        adata.obs[GIVEN] = trained_words(words_of(adata.obs, label_key), stored, label_key)
+        done = pipeline.calibrate(adata, GIVEN, **reading)
+    else:
+        done = _calibrate_anew(pipeline, adata, source, label_key, reading)
+    config_file = Path(checkpoint) / "config.json"
+    config = read_json(config_file, dict)
+    config["annotation"] = pipeline.model.config.annotation
+    with whole_file(config_file) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
+    return {"model": str(checkpoint), "labels": len(done["labels"]), **{name: done[name] for name in names}}
+
+
+def trained_words(given: np.ndarray, stored: Mapping[str, Any], label_key: str) -> np.ndarray:
+    """The trained label that each given one means; a label that means none or several stays as it is.
+
+    Args:
+        given: str `(n_cells,)`.
+        stored: `config.annotation`, with `labels` and `terms`.
+        label_key: The column that they are of.
+    """
+    names, numbers = np.unique(given, return_inverse=True)
+    known, terms = list(stored["labels"]), stored.get("terms", [])
+    meant = [trained_labels_of(str(name), None, known, terms) for name in names]
+    if not any(len(labels) == 1 for labels in meant):
+        raise ValueError(
+            f"None of the {len(names)} labels of obs[{label_key!r}] is one that the checkpoint was trained on "
+            f"({str(names[0])!r}; it knows {', '.join(map(repr, known[:3]))}, ...). "
+            "`python -m scmmgpt.train finetune` learns new labels."
+        )
+    of_name = [labels[0] if len(labels) == 1 else str(name) for name, labels in zip(names, meant, strict=True)]
+    if left := [str(name) for name, labels in zip(names, meant, strict=True) if len(labels) != 1 and name != MISSING]:
+        logging.getLogger("scmmgpt").warning(
+            f"{len(left)} of {len(names)} labels of obs[{label_key!r}] mean no single label of the checkpoint "
+            f"({', '.join(map(repr, left[:3]))}{', ...' if len(left) > 3 else ''}): their cells are left out."
+        )
+    return np.asarray(of_name, dtype=str)[numbers]
+
+
+def _calibrate_anew(
+    pipeline: "ScMMGPTPipeline", adata: Any, source: Path, label_key: str, reading: dict[str, Any]
+) -> dict[str, Any]:
+    """Calibrate with the labels of the cells as those of the checkpoint."""
     from scmmgpt.train.data.captions import CaptionSampler
     from scmmgpt.train.data.ontology import label_terms, tissues_of
 
@@ -53,12 +105,4 @@ def calibrate_checkpoint(
         )
     known = {"terms": label_terms(ids), "tissues": tissues_of(labelled, labelled[label_key])}
     pipeline.model.config.annotation = {**(pipeline.model.config.annotation or {}), **known}
-    done = pipeline.calibrate(adata, label_key, labels, cl_ids=cl_ids, **reading)
-
-    config_file = Path(checkpoint) / "config.json"
-    config = read_json(config_file, dict)
-    config["annotation"] = pipeline.model.config.annotation
-    with whole_file(config_file) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
-    return {"model": str(checkpoint), "labels": len(labels), **{name: done[name] for name in names}}
+    return pipeline.calibrate(adata, label_key, labels, cl_ids=cl_ids, **reading)

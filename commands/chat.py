@@ -226,9 +226,11 @@ class Chat:
 
     def called(self, group: Group) -> str:
         """How many of the cells are of a group, in words."""
-        (mask, who), n = self.subject, int((self.mask(group) & self.subject[0]).sum())
+        mask, who = self.subject
+        is_denied = group in self.asked.denied and self.asked.topic in ("types", "column")
+        n = int(((self.mask(group) ^ is_denied) & mask).sum())
         what = f"called {group[1]} or a kind of it" if group[0] == "type" else f"of {group[0]} {group[1]}"
-        return f"{n:,} of {who} ({share(n / mask.sum())}) are {what}."
+        return f"{n:,} of {who} ({share(n / mask.sum())}) are {'not ' if is_denied else ''}{what}."
 
     # -- answers ------------------------------------------------------------------------------------------------------
 

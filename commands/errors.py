@@ -7,6 +7,7 @@ the line names its type, and the files that the command was given. `--debug` sho
 
 import argparse
 import contextlib
+import difflib
 import errno
 import logging
 import math
@@ -26,7 +27,10 @@ LITTLE_SPACE = 2**20  # bytes: a disk with less is full for every file that is w
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate|unable to allocate|bad_alloc", re.I)
 NO_SPACE = re.compile(r"no space left|disk quota exceeded|os error 28|errno = 28|file too large", re.I)
 # Arguments that messages of the library name, and that are options of a command.
-OPTIONS = ("layer", "assume", "gene_column", "organism", "force", "min_score", "error_rate", "labels", "tissue")
+OPTIONS = (
+    *("layer", "assume", "gene_column", "organism", "force"),
+    *("min_score", "error_rate", "labels", "tissue", "proof"),
+)
 REWORDINGS: list[Callable[[str], str]] = []  # of everything that is said, such as addresses in place of their copies
 DEBUG = "; `--debug` shows where it happened"  # for those who have a command line
 CHECKED = (ValueError, TypeError, OSError, ImportError)  # types that the checks of this package raise
@@ -52,6 +56,15 @@ class OneLineParser(argparse.ArgumentParser):
         self.rare = set(rare)
         text = "show every option and the whole description"
         self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse an unknown command with the one that may be meant."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(value, action.choices, n=1)
+            raise argparse.ArgumentError(
+                None, f"there is no command {value!r}{f', do you mean {near[0]!r}?' if near else ''}"
+            )
+        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         """Exit with the message and the way to the help, without the usage."""
@@ -105,8 +118,10 @@ class PrintCompletion(argparse.Action):
         subs = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         for one in (parser, *(child for sub in subs for child in sub.choices.values())):
             for action in one._actions:
-                if action.type is Path:
-                    action.complete = shtab.FILE  # where shtab looks for it
+                if action.metavar == "FOLDER" or action.dest == "model":
+                    action.complete = shtab.DIR  # where shtab looks for it
+                elif action.type is Path:
+                    action.complete = shtab.FILE
         sys.stdout.write(shtab.complete(parser, shell) + "\n")
         parser.exit()
 

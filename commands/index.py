@@ -74,7 +74,6 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
     Raises:
         ValueError: If a file has no embeddings, or embeddings of another checkpoint or space.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     known = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     done = {entry["source"] for entry in read_segments(folder)}
     number = max((int(path.name.removeprefix("segment-")) + 1 for path in folder.glob("segment-*")), default=0)
@@ -84,6 +83,7 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
         with _embedded(path) as (_, obs, about):
             if known is None:
                 known = about
+                folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / MANIFEST, about)
             changed = sorted(name for name in known if about[name] != known[name])
             if changed:

@@ -26,7 +26,7 @@ import h5py
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from scmmgpt.commands.checkpoints import find_checkpoint, root_checkpoint
 from scmmgpt.commands.errors import OPTION_WORDS
@@ -345,7 +345,22 @@ def _reading(options: Mapping[str, str] | None) -> list[str]:
     return _options(**(options or {}))
 
 
-def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] = ()) -> MCPServer:
+class Server(MCPServer):
+    """A server whose errors about arguments are one line, as all others are."""
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+        """Call a tool."""
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            found = error.__cause__.errors(include_url=False, include_context=False, include_input=False)
+            said = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found]
+            raise ToolError(f"Error executing tool {name}: {'; '.join(said)}.") from None
+
+
+def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] = ()) -> Server:
     """A server with the tools of [`CellTools`].
 
     Raises:
@@ -354,7 +369,7 @@ def make_server(folder: Path, run: Command, model: str, settings: Sequence[str] 
     if not folder.is_dir():
         raise ValueError(f"--folder {str(folder)!r} is not a folder; name the one that holds your files.")
     tools = CellTools(folder, run, model, settings)
-    server = MCPServer("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
+    server = Server("scmmgpt", instructions=INSTRUCTIONS, version=version("scmmgpt"), log_level="WARNING")
     local: Any = {"open_world_hint": False, "destructive_hint": False}
     readers: list[Callable[..., Any]] = [tools.inspect, tools.ask, tools.verify]
     writers: list[Callable[..., Any]] = [

@@ -146,6 +146,8 @@ EACH = re.compile(  # asks for each type, or for each value of a column
     r"(types?|labels?|populations?|subsets?|lineages?|kinds?|cells|clusters?|donors?|patients?|samples?|conditions?)\b",
     re.IGNORECASE,
 )
+# Before a group that the cells are not of.
+NOT_OF = re.compile(r"(\bnot|n't|\bother than)\s+((from|in|of|called)\s+)?((an?|the)\s+)?$", re.IGNORECASE)
 WITHOUT = re.compile(
     r"\b(without|not?|neither|nor|lack\w*|negative for|n't|absence of)\s+((express\w*|any|of|for)\s+)*$", re.IGNORECASE
 )
@@ -176,6 +178,7 @@ class Question:
         roles: The groups that it names: the cells that it asks about ("subject"), those that it compares them with
             ("reference"), and what it asks whether they are ("target").
         groups: The types and values in the order of the question.
+        denied: Those of them that the cells shall not be.
         each: "type" or a column, if it asks for each of them.
         unread: Words that nothing here explains: the question asks for something else.
     """
@@ -187,6 +190,7 @@ class Question:
     without: set[str] = field(default_factory=set)
     roles: dict[str, Group] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
+    denied: list[Group] = field(default_factory=list)
     each: str = ""
     unread: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # words that name something
@@ -236,6 +240,7 @@ class QuestionReader:
         asked, follows = Question(text), bool(FOLLOWS.match(text))
         groups = self.find_names(asked)
         asked.groups = list(groups)
+        asked.denied = [group for group, before in groups.items() if NOT_OF.search(before)]
         if asked.genes and (each := EACH.search(text)):
             asked.each = self.column_called(each.group(2))
         asked.topic = self.find_topic(asked, last.topic if follows else "")

@@ -66,14 +66,17 @@ def deletions(cells: Cells, evidence: Evidence, n_draws: int, seed: int) -> dict
     }
 
 
-def log_odds(pipeline: ScMMGPTPipeline, cells: Cells, genes: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Log odds of the label number `label` of each cell against all others, `(n_cells,)`, by `annotate`."""
+def log_odds(pipeline: ScMMGPTPipeline, cells: Cells, genes: np.ndarray, meant: np.ndarray) -> np.ndarray:
+    """Log odds of the label of each cell against all others, `(n_cells,)`, by `annotate`.
+
+    `meant`, bool `(n_cells, n_labels)`, are the labels of the checkpoint that it means: those below a broader type.
+    """
     counts = cells.to_csr(int(genes.max()) + 1)[:, genes]
     names = pd.Index([f"cell{i}" for i in range(len(cells))])
     var = pd.DataFrame(index=pd.Index(pipeline.processor.gene_symbols(genes.tolist())))
     adata = pipeline.annotate(anndata.AnnData(counts, obs=pd.DataFrame(index=names), var=var), min_score=0)
     p = np.asarray(adata.obsm["scmmgpt_probabilities"], dtype=np.float64)
-    own = p[np.arange(len(p)), label]
+    own = (p * meant).sum(axis=1)
     others = p.sum(axis=1) - own + np.maximum(1 - p.sum(axis=1), 0)
     return np.log(own.clip(min=1e-30)) - np.log(others.clip(min=1e-30))
 
@@ -88,21 +91,23 @@ def evaluate_evidence(pipeline: ScMMGPTPipeline, adata: Any, n_draws: int = 5, s
         longer is).
     """
     evidence = pipeline.explain(pipeline.annotate(adata))
-    chosen = np.flatnonzero(evidence.of_cells.rivals != NONE)
+    labels = adata.uns["scmmgpt"]["annotate"]["labels"].tolist()
+    known = evidence.names[len(evidence.sets) :].tolist()
+    meant = evidence.explainer.members[evidence.set_of_cell][:, [known.index(label) for label in labels]]
+    chosen = np.flatnonzero((evidence.of_cells.rivals != NONE) & meant.any(axis=1))
     if not len(chosen):
         raise ValueError("No cell got a label that the readout of the checkpoint knows: there is no evidence to test.")
-    labels = adata.uns["scmmgpt"]["annotate"]["labels"].tolist()
-    label = np.asarray([labels.index(evidence.sets[number]) for number in evidence.set_of_cell[chosen]])
+    meant = meant[chosen]
     cells, _ = pipeline.processor.read_cells(adata)
     choice = pipeline.processor.choose_input(adata)
     genes = np.sort(choice.match.measured)
     ways = deletions(cells, evidence, n_draws, seed)
     cells_chosen = cells[chosen]
     kept = np.isin(cells.rows(), chosen)
-    before = log_odds(pipeline, cells_chosen, genes, label)
+    before = log_odds(pipeline, cells_chosen, genes, meant)
     drops, lost = {}, {}
     for way, masks in ways.items():
-        after = [log_odds(pipeline, delete_genes(cells_chosen, mask[kept]), genes, label) for mask in masks]
+        after = [log_odds(pipeline, delete_genes(cells_chosen, mask[kept]), genes, meant) for mask in masks]
         drops[way] = np.stack([before - odds for odds in after])
         lost[way] = float(np.mean([((odds < 0) & (before > 0)).mean() for odds in after]))
     named = drops["named genes"]

@@ -271,6 +271,16 @@ def test_a_column_without_any_cluster_is_refused(tiny_pipeline, adata):
         tiny_pipeline.explain(adata, "cell_type", cluster_key="empty")
 
 
+def test_a_column_of_measurements_is_no_column_of_clusters(tiny_pipeline, adata):
+    adata.obs["n_counts"] = np.arange(adata.n_obs) + 0.25
+    with pytest.raises(
+        ValueError, match=rf"obs\['n_counts'\] has {adata.n_obs} values in {adata.n_obs} cells, .*'0.25'"
+    ):
+        tiny_pipeline.annotate(adata, cluster_key="n_counts")
+    adata.obs["pairs"] = np.arange(adata.n_obs) // 2  # small clusters are clusters
+    tiny_pipeline.annotate(adata, {"B": "a B cell", "T": "a T cell"}, cluster_key="pairs")
+
+
 def test_the_certainty_of_a_cell_does_not_depend_on_the_other_cells_of_the_file(tiny_pipeline, adata, monkeypatch):
     labels = {label: f"a {label}" for label in TRAINED}
     tiny_pipeline.model.config.annotation = {"labels": labels, "cl_ids": TRAINED}

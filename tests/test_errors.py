@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from scmmgpt.__main__ import main
+from scmmgpt.__main__ import TRAINING, main
 from scmmgpt.commands.checkpoints import check_checkpoint, find_checkpoint
-from scmmgpt.commands.errors import explain, naming, run_command, take_debug
+from scmmgpt.commands.errors import as_options, explain, naming, run_command, take_debug
 from scmmgpt.synthetic import synthetic_adata, tiny_pipeline
 
 
@@ -67,6 +67,34 @@ def test_every_error_is_one_line_and_an_exit_code(error, says, capsys):
     assert written.startswith("scmmgpt test: ")
     assert written.count("\n") == 1
     assert says in written
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["anotate"], "there is no command 'anotate', do you mean 'annotate'?"),
+        (["frobnicate"], "there is no command 'frobnicate' ("),
+        (
+            ["finetune", "--adata", "x"],
+            "'finetune' is a command of training: `python -m scmmgpt.train finetune --help`",
+        ),
+    ],
+)
+def test_an_unknown_command_brings_the_one_that_is_meant(words, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_no_command_of_training_hides_one_of_the_command_line():
+    from scmmgpt.train.__main__ import ABOUT
+
+    assert set(TRAINING) == set(ABOUT) - {"plan"}
+
+
+def test_remedies_are_options_of_the_command():
+    assert as_options("; `proof=True` describes by counts") == "; `--proof` describes by counts"
 
 
 def test_debug_shows_the_traceback_of_any_error():

@@ -353,3 +353,9 @@ def test_the_table_says_which_part_held_out_cells_chose_and_what_it_costs(networ
     assert lines[1].split()[:4] == ["readout", "0.900", "0.850", "0.050"]
     assert [line.split()[0] for line in lines[1:4] if line.endswith("used")] == [used]
     assert all(sentence in lines[-1] for sentence in sentences)
+
+
+def test_a_network_that_no_epoch_made_better_was_trained_all_the_same():
+    parts = {"readout": {"accuracy": 0.9, "macro_f1": 0.8, "ms_per_cell": 0.01}}
+    said = router.comparison(parts, "readout", 120, was_trained=True)
+    assert said.endswith("No epoch of the network lowered the loss, and training was undone.")

@@ -194,6 +194,7 @@ def test_what_is_no_index_and_what_is_not_embedded_is_named(checkpoint, tmp_path
     synthetic.synthetic_adata(8).write_h5ad(tmp_path / "cells.h5ad")
     assert main(["index", str(tmp_path / "cells.h5ad"), "-o", str(tmp_path / "index")]) == 2
     assert "has no embeddings of `scmmgpt embed`" in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
     words = ["search", "--model", checkpoint, "--text", "a B cell"]
     assert main([*words, "--index", str(tmp_path)]) == 2
     assert "is not an index" in capsys.readouterr().err

@@ -701,6 +701,10 @@ def test_a_column_that_is_not_there_is_answered_by_those_that_are():
     obs = pd.DataFrame({"cell_type": ["a"]})
     with pytest.raises(ValueError, match=r"no column 'celltype'; it has \['cell_type'\]. Do you mean 'cell_type'\?"):
         need_columns(obs, "cell_type", "celltype")
+    with pytest.raises(ValueError, match=r"no column 'cell_type'; it has \['scmmgpt_cell_type', 'louvain'\]\.$"):
+        need_columns(
+            pd.DataFrame({"scmmgpt_cell_type": [""], "louvain": [""]}), "cell_type"
+        )  # no label that was given
     with pytest.raises(ValueError, match=r"obs has no columns \['a', 'b'\]; it has no columns\.$"):
         need_columns(obs[[]], "a", "b")
 

@@ -151,6 +151,12 @@ def test_no_part_of_a_file_leads_out_of_the_folder(call, folder, kind):
         ("embed", {"file": "cells.h5ad", "output": "new.h5ad", "reading": {"model": "x"}}, "reading has ['model']"),
         ("search", {"file": "cells.h5ad", "text": " "}, "The text to search for is empty"),
         (
+            "search",
+            {"file": "cells.h5ad", "text": "T", "top_k": 0},
+            "top_k: Input should be greater than or equal to 1.",
+        ),
+        ("inspect", {}, "Error executing tool inspect: file: Field required."),
+        (
             "ask",
             {"file": "cells.h5ad", "questions": ["?"], "column": "given` or `given", "value": "B"},
             "This checkpoint has no label readout",

@@ -1,6 +1,7 @@
 """The checkpoint at the root of the repository: the command that builds it, and what lies there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata
@@ -287,6 +288,57 @@ def test_a_calibrated_checkpoint_still_knows_cells_of_no_label(built):
     before = pipeline.model.config.annotation["novelty"]["lead_unit"]
     pipeline.calibrate(synthetic_adata(200, seed=5), "cell_type", labels=list(TYPES))
     assert pipeline.model.config.annotation["novelty"]["lead_unit"] == before
+
+
+@pytest.mark.parametrize("n_genes", [None, 12])
+def test_evidence_compares_cells_with_mean_cells_in_the_same_units(built, n_genes):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    cells = synthetic_adata(120, seed=0)[:, :n_genes].copy()  # those of training: their mean is that of the label
+    pipeline.annotate(cells, force=True, min_score=0)
+    evidence = pipeline.explain(cells, "cell_type", force=True)
+    panel = evidence.explainer.panel
+    assert panel.log
+    read, _ = pipeline.processor.read_cells(cells, force=True)
+    starts, positions, values = panel.profiles(read)
+    profiles = np.zeros((len(read), len(panel.gene_ids)))
+    profiles[np.repeat(np.arange(len(read)), np.diff(starts)), positions] = values
+    for number, name in enumerate(evidence.sets):
+        mean = profiles[(cells.obs["cell_type"] == name).to_numpy()].mean(axis=0)
+        known = evidence.explainer.centroids[:, number]
+        assert abs(mean - known).mean() < 1  # log1p(CP10k); square roots of shares are some 30 larger
+
+
+def test_calibrating_on_some_labels_keeps_the_others_and_asks_no_network(built, tmp_path, monkeypatch, caplog):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(built, copy)
+    before = json.loads((copy / "config.json").read_text())["annotation"]
+    cells = synthetic_adata(200, seed=5)
+    words = {"B cell": "B lymphocytes", "monocyte": "monocytes", "T cell": "CL:0000084"}
+    cells.obs["given"] = cells.obs["cell_type"].astype(str).map(lambda name: words.get(name, "my cluster 7"))
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    monkeypatch.setattr("scmmgpt.scoring_scmmgpt.encode_texts", None)
+    words = ["calibrate", tmp_path / "cells.h5ad", "--model", copy, "--label-key", "given", "--quiet"]
+    assert command_line.main([str(word) for word in words]) == 0
+    after = json.loads((copy / "config.json").read_text())["annotation"]
+    for name in ("labels", "terms", "profiles"):
+        assert after[name] == before[name]
+    assert after["matching_weight"] == 0
+    assert "1 of 4 labels of obs['given'] mean no single label of the checkpoint ('my cluster 7')" in caplog.text
+    words = ["annotate", tmp_path / "cells.h5ad", "--model", copy, "-o", tmp_path / "out.h5ad", "--quiet"]
+    assert command_line.main([str(word) for word in words]) == 0
+    words = ["calibrate", tmp_path / "cells.h5ad", "--model", copy, "--label-key", "donor_id", "--quiet"]
+    assert command_line.main([str(word) for word in words]) == 2
+
+
+def test_a_checkpoint_with_some_of_its_labels_still_answers(built):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    cells = synthetic_adata(200, seed=5)
+    cells = cells[cells.obs["cell_type"].isin(["B cell", "monocyte"])].copy()
+    pipeline.calibrate(cells, "cell_type", labels=["B cell", "monocyte"])
+    annotated = pipeline.annotate(cells)
+    assert (annotated.obs["scmmgpt_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)).mean() > 0.8
+    with pytest.raises(ValueError, match="1 of 2 labels are none that the checkpoint was trained on, such as 'ghost'"):
+        pipeline.calibrate(cells, "cell_type", labels=["B cell", "ghost"])
 
 
 def test_a_cell_counts_for_its_type_or_for_the_types_below_a_broad_term():

@@ -476,8 +476,9 @@ class FineTuning:
             for name, values in parts.items()
         }
         used = "both" if self.similarity_weight else "readout"
-        self.record |= {"parts": rows, "verdict": verdict(rows, used)}
-        logger.info(comparison(rows, used, len(targets)))
+        was_trained = "epochs" in self.record
+        self.record |= {"parts": rows, "verdict": verdict(rows, used, was_trained)}
+        logger.info(comparison(rows, used, len(targets), was_trained))
 
     def add_label_readout(self) -> None:
         """Give the model the regression's own scores, what they are solved from, and a gate for other labels."""

@@ -16,8 +16,13 @@ def timed(work: Callable[[], T], n_cells: int) -> tuple[T, float]:
     return result, 1e3 * (time.perf_counter() - began) / n_cells
 
 
-def verdict(parts: Mapping[str, Mapping[str, float]], used: str) -> str:
-    """Which part `annotate` uses, and why, in words."""
+def verdict(parts: Mapping[str, Mapping[str, float]], used: str, was_trained: bool = False) -> str:
+    """Which part `annotate` uses, and why, in words.
+
+    A network that `was_trained` is not among the parts if no epoch was better than the start.
+    """
+    if "transformer" not in parts and was_trained:
+        return "`annotate` uses the linear readout. No epoch of the network lowered the loss, and training was undone."
     if "transformer" not in parts:
         return "`annotate` uses the linear readout. The network was not trained; `--num_train_epochs 3` compares it."
     readout, network = parts["readout"]["accuracy"], parts["transformer"]["accuracy"]
@@ -28,7 +33,7 @@ def verdict(parts: Mapping[str, Mapping[str, float]], used: str) -> str:
     return f"{compared} `annotate` uses both, which fit better by more than the standard error."
 
 
-def comparison(parts: Mapping[str, Mapping[str, float]], used: str, n_cells: int) -> str:
+def comparison(parts: Mapping[str, Mapping[str, float]], used: str, n_cells: int, was_trained: bool = False) -> str:
     """Held-out accuracy, macro-F1 and time of each part, with the one that is used, and the verdict."""
     lines = [f"{f'{n_cells} held-out cells':<24}{'accuracy':>9}{'macro-F1':>10}{'ms a cell':>11}"]
     for name in PARTS:
@@ -36,4 +41,4 @@ def comparison(parts: Mapping[str, Mapping[str, float]], used: str, n_cells: int
         numbers = [f"{row[key]:.3f}" if row else "-" for key in ("accuracy", "macro_f1", "ms_per_cell")]
         mark = "  used" if name == used else ""
         lines.append(f"{name:<24}{numbers[0]:>9}{numbers[1]:>10}{numbers[2]:>11}{mark}")
-    return "\n".join([*lines, verdict(parts, used)])
+    return "\n".join([*lines, verdict(parts, used, was_trained)])
