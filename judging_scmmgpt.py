@@ -102,7 +102,7 @@ class EvidenceSteps(LabellingSteps):
             _, probabilities = self.label_cells(adata, replace(wide, choice=uncounted(choice)), batch_size)
         names, terms = wide.candidates.names, with_types((self.model.config.annotation or {}).get("terms", []), types)
         set_of_cell = np.searchsorted(sets, given)
-        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms, stored)
         best, odds = judge(probabilities, members, set_of_cell)
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
         if "by_profile" in columns:  # like no trained label: judged by a label that is such a type, too
@@ -154,7 +154,7 @@ class EvidenceSteps(LabellingSteps):
         for warning in self.summarize(labelling, columns)[1]:
             logger.warning(warning)
         names, terms = wide.candidates.names, with_types((self.model.config.annotation or {}).get("terms", []), types)
-        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms, stored)
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
             logger.warning(f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged.")
