@@ -120,8 +120,9 @@ def confident_scores(test: AnnData, given: np.ndarray, seed: int) -> np.ndarray:
 def meanings(pipeline: ScMMGPTPipeline, names: np.ndarray) -> np.ndarray:
     """The labels of the checkpoint that each label of a file means, bool `(len(names), n_labels)`."""
     labels = list(pipeline.annotation_settings()["labels"])
-    terms = (pipeline.model.config.annotation or {}).get("terms", [])
-    return label_members(names.tolist(), {name: i for i, name in enumerate(labels)}, terms)
+    stored = pipeline.model.config.annotation or {}
+    numbers = {name: i for i, name in enumerate(labels)}
+    return label_members(names.tolist(), numbers, stored.get("terms", []), stored)
 
 
 def overlap(members: np.ndarray, names: np.ndarray) -> np.ndarray:
@@ -182,10 +183,11 @@ def evaluate_audit(
             audit = pipeline.audit(cells, "given")
             is_planted = given != truth
             scores = {
-                "audit": audit.score,
-                "model": audit.odds,
-                "markers": best_other(*(markers or marker_scores(counts, given, counts)), given),
-                "the file itself": confident_scores(counts, given, seed),
+                "audit: file and model": audit.score,
+                "model alone": audit.odds,
+                "regression of the audit alone": audit.file_odds,
+                "markers of the labels": best_other(*(markers or marker_scores(counts, given, counts)), given),
+                "cross-validated regression of scikit-learn": confident_scores(counts, given, seed),
                 "random": hashes(len(truth), seed).astype(float),
             }
             for system, score in scores.items():

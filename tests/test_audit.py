@@ -36,13 +36,13 @@ def swapped():
     return adata
 
 
-def audit_of(odds, marker_odds, novel=(), clusters=None):
+def audit_of(odds, marker_odds, novel=(), clusters=None, file=None, given=None):
     n = len(odds)
     is_novel = np.isin(np.arange(n), novel)
     words = np.full(n, "B"), np.full(n, "T"), np.full(n, "CD3E, CD3D", dtype=object)
-    return Audit(
-        words[0], words[1], np.array(odds), np.array(marker_odds, float), words[2], is_novel, words[1], clusters
-    )
+    file = np.full((2, n), np.nan) if file is None else np.array([file, file], float)
+    arrays = np.array(odds, float), np.array(marker_odds, float), *file, words[2], is_novel, words[1]
+    return Audit(words[0] if given is None else np.array(given), words[1], *arrays, clusters)
 
 
 @settings(deadline=None)  # the first example compiles
