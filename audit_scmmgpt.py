@@ -1,11 +1,11 @@
 """Given labels against model and markers: pure functions of arrays.
 
-Three witnesses judge the label that a cell was given. The other cells of the **file** give log odds of the best other
-label against the given one, by a regression that is cross-validated on the given labels (`crossfit_scmmgpt`). The
-**model** gives log odds from the probabilities of `annotate`. The **markers** of both labels, expressed and silent, give
-log odds by themselves (`evidence_scmmgpt`). File and model are added with factors that were fitted on the file; that is
-the score, above 0 where the label is doubtful. Where a label has too few cells for the file to judge, the score is the sum
-of model and markers.
+Three witnesses judge the label that a cell was given. The other cells of the **file** give log odds of the best
+other label against the given one, by a regression that is cross-validated on the given labels (`crossfit_scmmgpt`).
+The **model** gives log odds from the probabilities of `annotate`. The **markers** of both labels, expressed and
+silent, give log odds by themselves (`evidence_scmmgpt`). File and model are added with factors that were fitted on
+the file; that is the score, above 0 where the label is doubtful. Where a label has too few cells for the file to
+judge, the score is the sum of model and markers.
 
 A label that is wrong in all its cells is what the file calls right: only the model can see it. It is contradicted as a
 **whole** where model and markers contradict most of its cells. The score does not say so, as it ranks the cells of a
@@ -58,7 +58,7 @@ def judge(probabilities: np.ndarray, members: np.ndarray, given: np.ndarray) -> 
 
 
 def log_pooled(probabilities: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Log probabilities of given labels by the model, float64 `(n_cells, n_sets)`; NaN for those that mean none or all.
+    """Log probabilities of given labels by the model, float64 `(n_cells, n_sets)`; NaN if one means none or all.
 
     Arguments are as for [`judge`].
     """
@@ -109,6 +109,7 @@ class Audit:
 
     def __post_init__(self) -> None:
         by_model, by_file = ~np.isnan(self.odds) & ~self.novel, ~np.isnan(self.both_odds)
+        self.by_model: np.ndarray = by_model
         score = np.where(by_model, self.odds + np.nan_to_num(self.marker_odds), np.nan)
         self.score = np.where(by_file, self.both_odds, score).astype(np.float32)
         refuted = by_model & (self.odds >= CERTAIN) & (self.marker_odds > 0)  # NaN: there is no second witness
@@ -130,7 +131,8 @@ class Audit:
         """A row for each given label and each cluster, the share of contradicted cells falling.
 
         `level` ("label" or "cluster"), `name`, `cells`, shares of `contradicted`, `doubtful` and `not_judged` cells,
-        `suggested` (the label that contradicted cells most often get; where no cell is judged, what most are called)
+        `suggested` (the label that contradicted cells most often get; without these, and where the model judges no
+        cell, what most are called)
         and `genes` (those most often named for it).
         """
         rows: list[dict[str, Any]] = []
@@ -139,7 +141,7 @@ class Audit:
             for name in np.unique(names) if names is not None else ():
                 mine = names == name
                 bad = mine & (self.verdict == CONTRADICTED)
-                labels = self.suggested[bad] if (self.verdict[mine] != NOT_JUDGED).any() else self.called[mine]
+                labels = self.suggested[bad] if (bad | self.by_model)[mine].any() else self.called[mine]
                 suggested = str(Counter(labels.tolist()).most_common(1)[0][0]) if len(labels) else ""
                 told = self.genes[bad & (self.suggested == suggested)]
                 genes = Counter(gene for words in told.tolist() for gene in words.split(", ") if gene)

@@ -3,8 +3,8 @@
 A cell whose given label is improbable to a regression that was fitted without the cell has probably a wrong label
 (confident learning, Northcutt et al. 2021, J. Artif. Intell. Res. 70:1373). The hash of a cell's counts decides its
 fold, so that a cell has the same answer in every partition, whether the regression was fitted on it or not, and equal
-cells are in one fold. How much the checkpoint is believed beside the file is fitted, too: by the likelihood of the given
-labels ([`Belief`]).
+cells are in one fold. How much the checkpoint counts beside the file is fitted, too: by the likelihood of the given
+labels ([`FileRegression.believing`]).
 """
 
 from collections.abc import Mapping
@@ -192,7 +192,7 @@ def best_other_label(
         belief: Of [`FileRegression`].
 
     Returns:
-        int64 `(n_cells,)`, -1 where the file does not judge; float64 log odds of both, and of the file alone, NaN there.
+        int64 `(n_cells,)`, -1 where the file does not judge; float64 log odds of both and of the file alone, then NaN.
     """
     every = np.arange(len(given))
     barred = nested[given] | (np.arange(logs.shape[1]) == given[:, None])

@@ -287,11 +287,11 @@ def _as_written(label: str, known: Collection[str], terms: Sequence[Mapping[str,
 def labels_in_other_words(
     label: str, known: Sequence[str], terms: Sequence[Mapping[str, Any]], stored: Mapping[str, Any]
 ) -> list[str]:
-    """The trained labels of a type in the words of a file: none where two readings are left.
+    """The trained labels of a type in the words of a file; none where two readings are left.
 
-    Read are, in this order: a kind of a trained label ("VSMC"), an abbreviation ("MNP", [`ABBREVIATIONS`]), the words
-    of a name in another order ("T_CD4"), a tissue at either end ("Monocyte Liver"), and two types that are together one
-    term ("B_Plasma").
+    Readings are tried in this order: a kind of a trained label ("VSMC"), an abbreviation ("MNP", `ABBREVIATIONS`), the
+    words of a name in another order ("T_CD4"), a tissue at either end ("Monocyte Liver"), and two types that are one
+    term together, or one above the other.
 
     Args:
         label, known, terms: As for [`trained_labels_of`].

@@ -119,13 +119,14 @@ class EvidenceSteps(LabellingSteps):
         file = FileRegression.of(type(parts[0]).concatenate(parts), of_parts, len(sets))
         if file is None:
             return None
-        members, logs, model, own = self._audit_members(choice, sets), [], [], []
+        wide, types, members = self._audit_labelling(choice, sets)
+        logs, model, own = [], [], []
         for start, stop in spread_rows(len(given), BELIEF_CELLS):
             part = adata if stop - start == len(given) else adata[start:stop]
             cells = list(uncounted(choice).iter_cells(part))
             logs.append(file.log_probabilities(type(cells[0]).concatenate(cells)))
             quiet = replace(labelling, choice=uncounted(choice))
-            model.append(log_pooled(self._audit_probabilities(part, quiet, sets)[1], members))
+            model.append(log_pooled(self._audit_probabilities(part, quiet, wide, types)[1], members))
             own.append(numbers[start:stop])
         kept = np.concatenate(own) >= 0
         return file.believing(np.concatenate(logs)[kept], np.concatenate(model)[kept], np.concatenate(own)[kept])
@@ -146,9 +147,9 @@ class EvidenceSteps(LabellingSteps):
         compete as in `annotate --labels`.
         """
         choice = labelling.choice
-        columns, probabilities = self._audit_probabilities(adata, labelling, sets, batch_size)
-        wide, types = self._audit_labelling(choice, sets)
-        names, members = wide.candidates.names, self._audit_members(choice, sets)
+        wide, types, members = self._audit_labelling(choice, sets)
+        columns, probabilities = self._audit_probabilities(adata, labelling, wide, types, batch_size)
+        names = wide.candidates.names
         set_of_cell = np.searchsorted(sets, given)
         best, odds = judge(probabilities, members, set_of_cell)
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
@@ -227,30 +228,34 @@ class EvidenceSteps(LabellingSteps):
             first += len(cells)
 
     def _audit_probabilities(
-        self, adata: Any, labelling: Labelling, sets: np.ndarray, batch_size: int | None = None
+        self,
+        adata: Any,
+        labelling: Labelling,
+        wide: Labelling,
+        types: Sequence[Mapping[str, Any]],
+        batch_size: int | None = None,
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Columns of `annotate`, and the probabilities of the labels that compete with given ones."""
+        """Columns of `annotate`, and the probabilities of the labels of `wide`, others if there are `types`."""
         columns, probabilities = self.label_cells(adata, labelling, batch_size)
-        wide, types = self._audit_labelling(labelling.choice, sets)
         if types:
             quiet = replace(wide, choice=uncounted(labelling.choice))
             _, probabilities = self.label_cells(adata, quiet, batch_size)
         return columns, probabilities
 
-    def _audit_members(self, choice: InputChoice, sets: np.ndarray) -> np.ndarray:
-        """The competing labels that each label of the file means, bool `(n_sets, n_labels)`."""
-        wide, types = self._audit_labelling(choice, sets)
-        stored = self.model.config.annotation or {}
-        numbers = {name: i for i, name in enumerate(wide.candidates.names)}
-        return label_members(sets.tolist(), numbers, with_types(stored.get("terms", []), types), stored)
+    def _audit_labelling(
+        self, choice: InputChoice, sets: np.ndarray
+    ) -> tuple[Labelling, list[Mapping[str, Any]], np.ndarray]:
+        """The labels that compete with given ones; types among them that have a profile alone; what `sets` mean.
 
-    def _audit_labelling(self, choice: InputChoice, sets: np.ndarray) -> tuple[Labelling, list[Mapping[str, Any]]]:
-        """The labels that compete with given ones, and the types among them that have a profile and no cells."""
+        The last is bool `(n_sets, n_labels)`, over the competing labels.
+        """
         settings, stored = self.annotation_settings(), self.model.config.annotation or {}
-        labels, types = {name: name for name in sets.tolist()}, stored.get("profiles", [])
-        asked = profiled_types(labels, settings["cl_ids"], settings["labels"], types)
-        settings["labels"] |= {str(types[number]["name"]): text for text, number in asked.items()}
-        return self.labelling(choice, settings, not asked), [types[number] for number in asked.values()]
+        labels, known = {name: name for name in sets.tolist()}, stored.get("profiles", [])
+        asked = profiled_types(labels, settings["cl_ids"], settings["labels"], known)
+        settings["labels"] |= {str(known[number]["name"]): text for text, number in asked.items()}
+        wide, types = self.labelling(choice, settings, not asked), [known[number] for number in asked.values()]
+        numbers = {name: i for i, name in enumerate(wide.candidates.names)}
+        return wide, types, label_members(sets.tolist(), numbers, with_types(stored.get("terms", []), types), stored)
 
     def add_audit(
         self,
@@ -267,7 +272,8 @@ class EvidenceSteps(LabellingSteps):
         finish_report(choice.report)
         for warning in self.summarize(labelling, columns)[1]:
             logger.warning(warning)
-        names, members = self._audit_labelling(choice, sets)[0].candidates.names, self._audit_members(choice, sets)
+        wide, _, members = self._audit_labelling(choice, sets)
+        names = wide.candidates.names
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
             logger.warning(f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged.")
@@ -276,9 +282,9 @@ class EvidenceSteps(LabellingSteps):
             logger.warning(
                 f"{len(strange)} of {(sets != MISSING).sum()} labels of obs[{label_key!r}] mean no type that the "
                 f"checkpoint knows ({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, "
-                "...): their cells are judged by the other cells of the file alone, where the label has enough. Rename "
-                "them to a type, a synonym or an id of the Cell Ontology; of "
-                f"{strange[0]!r} {n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
+                "...): only the other cells of the file judge theirs, and labels of few cells are not judged. Rename "
+                f"them to a type, a synonym or an id of the Cell Ontology; of {strange[0]!r} "
+                f"{n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
             )
         judged = {
             name: columns[name]

@@ -273,7 +273,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         """Judge the labels that cells were given, by the file, the model and markers, and rank the doubtful ones.
 
         A label of the file may be in any words, or broader than those of training; cells of labels that the checkpoint
-        does not know are judged by the other cells of the file alone (`audit_scmmgpt`). Results of [`annotate`] stay as they are.
+        does not know are judged by the other cells of the file alone (`audit_scmmgpt`). Results of [`annotate`] stay
+        as they are.
 
         Args:
             label_key: Column of `obs` with the given labels.

@@ -71,6 +71,60 @@ def test_verdicts_need_both_witnesses_and_a_model_that_knows_the_cell():
     assert [row["verdict"] for row in audit.cell_rows("abcdefg")] == verdicts[:1] + ["doubtful"] * 3
 
 
+def test_the_file_outweighs_a_model_that_contradicts_few_cells_of_a_label():
+    file = [5, -5, -5, -5, 1, np.nan]
+    audit = audit_of([np.nan, 9, -5, -5, -5, 9], np.ones(6), file=file)
+    verdicts = ["contradicted", "doubtful", "supported", "supported", "doubtful", "contradicted"]
+    assert audit.verdict.tolist() == verdicts
+    assert audit.score[:5].tolist() == file[:5]
+    assert audit.score[5] == 10  # of a label with few cells: model and markers
+
+
+def test_a_label_that_the_model_contradicts_as_a_whole_is_contradicted_though_the_file_supports_it():
+    given = np.array(["right"] * 4 + ["wrong"] * 4)
+    audit = audit_of([-5, -5, -5, 9, 9, 9, 9, -5], np.ones(8), file=[-5] * 8, given=given)
+    assert audit.verdict.tolist() == ["supported"] * 3 + ["doubtful"] + ["contradicted"] * 3 + ["supported"]
+    assert [row["name"] for row in audit.group_rows()] == ["wrong", "right"]
+
+
+def test_labels_that_are_swapped_or_renamed_as_a_whole_are_contradicted(pipeline):
+    for renamed in ({"B cell": "monocyte", "monocyte": "B cell"}, {"T cell": "erythrocyte", "B cell": "T cell"}):
+        adata = synthetic_adata(200)
+        truth = adata.obs["cell_type"].astype(str)
+        adata.obs["given"] = truth.replace(renamed)
+        audit = pipeline.audit(adata, "given")
+        known = truth.isin(renamed) & (adata.obs["given"] != "erythrocyte")  # the model does not know this one
+        assert set(adata.obs["scmmgpt_audit"][known]) == {"contradicted"}
+        assert set(adata.obs["scmmgpt_audit"][~known]) == {"supported"}
+        assert (audit.file_odds < 0).all()  # the file sees nothing
+        assert (adata.obs["scmmgpt_audit_suggested"][known] == truth[known]).all()
+
+
+def test_a_label_that_the_checkpoint_does_not_know_is_judged_by_the_file(pipeline):
+    adata = synthetic_adata(200)
+    truth = adata.obs["cell_type"].astype(str).replace({"B cell": "blarb", "T cell": "twonk"})
+    adata.obs["given"] = truth
+    first = int(np.flatnonzero(truth == "blarb")[0])
+    adata.obs.iloc[first, adata.obs.columns.get_loc("given")] = "twonk"
+    audit = pipeline.audit(adata, "given")
+    assert audit.order()[0] == first
+    assert audit.suggested[first] == "blarb"
+    assert set(audit.genes[first].split(", ")[:3]) <= set(synthetic.MARKERS["B cell"][1])
+    assert audit.verdict[first] in ("contradicted", "doubtful")
+    assert set(np.delete(audit.verdict, first)) == {"supported"}
+
+
+def test_a_label_of_one_cell_is_judged_by_the_model_alone(pipeline):
+    adata = synthetic_adata(100)
+    given = adata.obs["cell_type"].astype(str).to_numpy().astype(object)
+    lone = int(np.flatnonzero(given == "B cell")[0])
+    given[lone] = "CD4-positive, alpha-beta T cell"
+    adata.obs["given"] = given
+    audit = pipeline.audit(adata, "given")
+    assert np.isnan(audit.file_odds[lone])
+    assert np.isfinite(np.delete(audit.file_odds, lone)).all()
+
+
 def test_clusters_are_ranked_by_their_share_of_contradicted_cells():
     audit = audit_of([5, 5, -5, 5], [1, 1, 1, 1], clusters=np.array(["x", "y", "x", "y"]))
     clusters = [row for row in audit.group_rows() if row["level"] == "cluster"]
@@ -104,7 +158,7 @@ def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swa
     assert verdicts.to_dict() == {
         "B-cells": ["supported"],
         "Lymphocyte": ["supported"],
-        "NK weird": ["not judged"],
+        "NK weird": ["supported"],
         "monocyte": ["supported"],
     }
     assert "1 of 4 labels of obs['mine'] mean no type that the checkpoint knows ('NK weird'" in caplog.text
@@ -120,13 +174,14 @@ def test_cells_without_a_label_are_not_judged_and_no_label_is_called_nan(pipelin
     assert "nan" not in {row["name"] for row in audit.group_rows()}
 
 
-def test_the_judgement_of_a_cell_does_not_depend_on_the_other_cells(pipeline, swapped):
-    few = swapped[:7].copy()
+def test_the_order_and_the_batches_of_the_cells_change_no_judgement(pipeline, swapped):
+    turned = swapped[::-1].copy()
     pipeline.audit(swapped, "given")
-    pipeline.audit(few, "given", batch_size=2)
+    pipeline.audit(turned, "given", batch_size=2)
     for name in ("scmmgpt_audit", "scmmgpt_audit_suggested", "scmmgpt_audit_genes"):
-        assert few.obs[name].tolist() == swapped.obs[name][:7].tolist()
-    assert few.obs["scmmgpt_audit_score"].tolist() == pytest.approx(swapped.obs["scmmgpt_audit_score"][:7].tolist())
+        assert turned.obs[name].tolist()[::-1] == swapped.obs[name].tolist()
+    scores = turned.obs["scmmgpt_audit_score"].to_numpy()[::-1]
+    assert scores.tolist() == pytest.approx(swapped.obs["scmmgpt_audit_score"].tolist(), abs=1e-2)
 
 
 def test_a_cell_without_counts_is_not_judged(pipeline, swapped):
@@ -136,11 +191,12 @@ def test_a_cell_without_counts_is_not_judged(pipeline, swapped):
     assert swapped.obs["scmmgpt_audit"].iloc[0] == "not judged"
 
 
-def test_a_checkpoint_without_a_readout_judges_by_the_model_alone(tiny_pipeline, adata):
+def test_a_checkpoint_without_a_readout_judges_by_model_and_file(tiny_pipeline, adata):
     tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B cell", "T cell": "a T cell"}}
     tiny_pipeline.audit(adata, "cell_type")
     assert "contradicted" not in set(adata.obs["scmmgpt_audit"])
-    assert set(adata.obs["scmmgpt_audit"][adata.obs["cell_type"] == "monocyte"]) == {"not judged"}
+    unknown = adata[adata.obs["cell_type"] == "monocyte"]  # the file judges these
+    assert set(unknown.obs["scmmgpt_audit"]) <= {"supported", "doubtful"}
 
 
 def test_an_audit_leaves_the_annotation_of_the_cells_as_it_is(pipeline, swapped):
@@ -187,8 +243,8 @@ def test_the_evaluation_ranks_planted_labels_above_chance(pipeline):
     result = evaluate_audit(pipeline, test, labels[1], test, (train, labels[0]), seeds=2)
     for kind in ("any", "near"):
         precision = result["kinds"][kind]["precision"]
-        assert precision["audit"] == [1, 1]
-        assert min(precision["markers"]) > 0.5
+        assert precision["audit: file and model"] == [1, 1]
+        assert min(precision["markers of the labels"]) > 0.5
         assert max(precision["random"]) < 0.5
     assert confident_scores(test, labels[1], 0).max() < 0
 
@@ -219,6 +275,6 @@ def test_the_evaluation_judges_all_cells_by_a_checkpoint_as_it_is(pipeline, tmp_
     assert '"n_cells": 113, "n_planted": 6, "left_out": {"neither known nor judged": 7}' in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     precision = result["kinds"]["any"]["precision"]
-    assert precision["audit"] == [1, 1]
-    assert min(precision["markers"]) > 0.5
+    assert precision["audit: file and model"] == [1, 1]
+    assert min(precision["markers of the labels"]) > 0.5
     assert max(precision["random"]) < 0.5
