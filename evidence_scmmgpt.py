@@ -290,8 +290,8 @@ def labels_in_other_words(
     """The trained labels of a type in the words of a file; none where two readings are left.
 
     Readings are tried in this order: a kind of a trained label ("VSMC"), an abbreviation ("MNP", `ABBREVIATIONS`), the
-    words of a name in another order ("T_CD4"), a tissue at either end ("Monocyte Liver"), and two types that are one
-    term together, or one above the other.
+    words of a name in another order ("T_CD4"), a tissue at either end ("Monocyte Liver"), two types that are one
+    term together, or one above the other, and an unknown word before a type in short ("CD14 Mono").
 
     Args:
         label, known, terms: As for [`trained_labels_of`].
@@ -305,23 +305,29 @@ def labels_in_other_words(
     if kind := term_of(label, stored.get("kinds", [])):
         return [name for name in kind["labels"] if name in known]
 
+    def named(part: Sequence[str]) -> list[str]:
+        return trained_labels_of(" ".join(part), None, known, terms) or _in_order(part, terms)
+
     def read(part: Sequence[str]) -> list[str]:
         text = " ".join(part)
-        if not part or OF_NO_ONE_TYPE.search(text):
-            return []
-        meant = trained_labels_of(text, None, known, terms) or _as_written(text, known, terms)
-        return meant or _in_order(part, terms)
+        return [] if OF_NO_ONE_TYPE.search(text) else named(part) or _as_written(text, known, terms)
 
     shorts = [word if word in ABBREVIATIONS else word.removesuffix("s") for word in normalize_label(label).split()]
     words = [word for short in shorts for word in ABBREVIATIONS.get(short, short).split()]
-    if found := read(words):
-        return found
     tissues = {name for term in stored.get("tissues", []) for name in term["names"]}
+    if " ".join(words) in tissues:
+        return []
+    if found := named(words):
+        return found
     for cut in range(1, len(words)):
         for part, place in ((words[:cut], words[cut:]), (words[cut:], words[:cut])):
             if " ".join(place) in tissues and (found := read(part)):
                 return found
-    return _together(read(words[:1]), read(words[1:]), terms) if len(shorts) == 2 else []
+    if len(shorts) == 2:
+        one, other = (read(ABBREVIATIONS.get(short, short).split()) for short in shorts)
+        if one and other:
+            return _together(one, other, terms)
+    return read(words)
 
 
 def _in_order(words: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -334,9 +340,7 @@ def _in_order(words: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[
 
 
 def _together(one: Sequence[str], other: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The labels of two types that are one term, or of the narrower; else none."""
-    if not one or not other:
-        return []
+    """The labels of two types that are one term together, or of the narrower; else none."""
     if set(one) <= set(other) or set(other) <= set(one):
         return list(min(one, other, key=len))
     both = {*one, *other}
