@@ -13,7 +13,8 @@ label against each other.
 
 | verdict | when |
 | --- | --- |
-| contradicted | file and model give at least 19 to 1 against the label; or the label is contradicted as a whole |
+| contradicted | file and model give at least 19 to 1 against the label |
+| | or the model alone does, and markers and file agree; or the label is contradicted as a whole |
 | doubtful | another label is more probable; or model and markers contradict the label, and the file does not |
 | supported | none is |
 | not judged | the label has too few cells, and the checkpoint does not know it, or knows no cell like this one |
@@ -116,7 +117,8 @@ class Audit:
         _, numbers = np.unique(self.given, return_inverse=True)
         n_judged, n_refuted = np.bincount(numbers, weights=by_model), np.bincount(numbers, weights=refuted)
         self.whole: np.ndarray = (n_refuted > WHOLE_SHARE * n_judged)[numbers] & refuted
-        certain = np.where(by_file, (self.both_odds >= CERTAIN) | self.whole, refuted)
+        agreed = refuted & (self.file_odds > 0)
+        certain = np.where(by_file, (self.both_odds >= CERTAIN) | agreed | self.whole, refuted)
         doubtful = np.where(by_file, (self.both_odds > 0) | refuted, self.odds > 0)
         judged = by_model | by_file
         verdicts = [certain, doubtful, judged]
