@@ -12,13 +12,14 @@ with the true one does not replace it ("T cell" is not wrong for a CD4 T cell). 
 labels among the k cells that are ranked first, where k is their number. Labels of the file that are wrong from the
 start count against every system.
 
-* audit: ranks by the score of `audit`, log odds of model and markers;
-* model: by the log odds of the model alone;
+* audit: ranks by the score of `audit`, log odds of file and model;
+* model alone: by the log odds of the checkpoint, which has learned from the training cells, or from none of the file;
+* regression of the audit alone: by the log odds of the file, which are cross-validated on the given labels;
 * markers: by the mean standardised expression of the ten marker genes of the best other label, less those of the given
   label. The markers come from a t-test on the training cells; with `--model`, on the judged cells and the labels that
   they were given, as there are no other cells;
-* the file itself: by a regression that is cross-validated on the given labels of the judged cells, as confident
-  learning does;
+* cross-validated regression of scikit-learn: likewise on the given labels of the judged cells, with its default
+  penalty, as confident learning does;
 * random: in hashed order.
 
 With `--model`, cells are left out whose label means no type of the checkpoint or has fewer than five cells; they are
