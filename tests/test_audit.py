@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.audit_scmmgpt import Audit, judge
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.crossfit_scmmgpt import FileRegression, folds_of
 from scmmgpt.eval.audit import best_other, confident_scores, evaluate_audit, overlap, plant, precision_at
 from scmmgpt.eval.audit import main as evaluate
 from scmmgpt.synthetic import synthetic_adata
@@ -123,6 +126,50 @@ def test_a_label_of_one_cell_is_judged_by_the_model_alone(pipeline):
     audit = pipeline.audit(adata, "given")
     assert np.isnan(audit.file_odds[lone])
     assert np.isfinite(np.delete(audit.file_odds, lone)).all()
+
+
+def cells_of_two_types(n_cells, seed):
+    """Counts of 40 genes, of which the first half is higher in the first half of the cells."""
+    rng = np.random.default_rng(seed)
+    types = np.arange(n_cells) * 2 // n_cells
+    counts = rng.poisson(np.where((np.arange(40) < 20) == (types[:, None] == 0), 6, 1))
+    ids = np.arange(n_cells, dtype=np.uint64)
+    return Cells.from_csr(csr_matrix(counts.astype(np.float32)), np.arange(40), ids), types
+
+
+def test_the_file_knows_types_and_no_labels_drawn_at_random():
+    cells, types = cells_of_two_types(200, 0)
+    every = np.arange(200)
+    given = np.where(every == 7, 1 - types, types)
+    logs = FileRegression.of(cells, given, 2).log_probabilities(cells)
+    assert (logs.argmax(axis=1) == types).all()  # also of the cell with the wrong label, which was not fitted with it
+    np.testing.assert_allclose(np.exp(logs).sum(axis=1), 1)
+    found = []
+    for seed in range(10):
+        drawn = np.random.default_rng(seed).integers(2, size=200)
+        found.append((FileRegression.of(cells, drawn, 2).log_probabilities(cells).argmax(axis=1) == drawn).mean())
+    assert np.mean(found) < 0.55  # each cell by a regression without it: none has learned labels by heart
+
+
+def test_equal_cells_do_not_vouch_for_each_other_and_arrays_restore_a_regression():
+    cells, types = cells_of_two_types(200, 0)
+    assert (folds_of(cells) == folds_of(cells[np.arange(200)[::-1]])[::-1]).all()
+    twice = Cells.concatenate([cells, cells])
+    assert (folds_of(twice)[:200] == folds_of(twice)[200:]).all()
+    file = FileRegression.of(cells, types, 2)
+    again = FileRegression.of_arrays({**file.as_arrays(), "sets": np.array(["a"])})
+    np.testing.assert_array_equal(again.log_probabilities(cells[:9]), file.log_probabilities(cells)[:9])
+    assert FileRegression.of_arrays({"sets": np.array(["a"])}) is None
+
+
+def test_a_checkpoint_that_is_no_better_than_chance_counts_for_nothing_beside_the_file():
+    cells, types = cells_of_two_types(200, 0)
+    file = FileRegression.of(cells, types, 2)
+    logs = file.log_probabilities(cells)
+    noise = np.log(np.random.default_rng(2).dirichlet(np.ones(2), size=200))
+    assert file.believing(logs, noise, types).belief[1] <= 0.1
+    right = np.log(np.where(np.arange(2) == types[:, None], 0.99, 0.01))
+    assert file.believing(np.zeros((200, 2)), right, types).belief[1] > 0
 
 
 def test_clusters_are_ranked_by_their_share_of_contradicted_cells():
