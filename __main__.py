@@ -200,7 +200,7 @@ def labels_found(adata: Any) -> dict[str, Any]:
 
 
 def audit(args: Args) -> int:
-    """Rank labels, clusters and cells whose given label contradicts model and markers."""
+    """Rank labels, clusters and cells whose given label contradicts the other cells, model and markers."""
     from scmmgpt.commands.results import audit_rows, audit_summary
 
     options = {"label_key": args.label_key, "cluster_key": args.cluster_key}

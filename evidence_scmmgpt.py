@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .cells_scmmgpt import COUNTS_PER_10K, Cells, sorting_order
-from .labels_scmmgpt import broader_labels, normalize_label, trained_labels_of
+from .labels_scmmgpt import ABBREVIATIONS, broader_labels, normalize_label, term_of, trained_labels_of
 from .readout_scmmgpt import PanelReadout, ScMMGPTLabelReadout
 from .regression_scmmgpt import sum_weights
 
@@ -248,7 +248,12 @@ class Explainer:
         return (odds + silent[numbers.ravel()]).astype(np.float32)
 
 
-def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def label_members(
+    labels: Sequence[str],
+    known: Mapping[str, int],
+    terms: Sequence[Mapping[str, Any]],
+    stored: Mapping[str, Any] | None = None,
+) -> np.ndarray:
     """The trained labels that each label means, in any words, bool `(len(labels), len(known))`.
 
     A label of a file that is a kind of trained ones means them: "CD14+ Monocytes" are monocytes. But a label of
@@ -258,6 +263,7 @@ def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequen
         labels: Labels of a file.
         known: Trained label -> its column.
         terms: As for [`trained_labels_of`].
+        stored: `kinds` and `tissues` of the checkpoint, terms; for [`labels_in_other_words`].
     """
     members = np.zeros((len(labels), len(known)), dtype=bool)
     words = {word for term in terms for name in term["names"] for word in name.split()}
@@ -267,9 +273,77 @@ def label_members(labels: Sequence[str], known: Mapping[str, int], terms: Sequen
             label = without_genes(label, words)
             meant = trained_labels_of(label, None, list(known), terms)
         if not meant and not OF_NO_ONE_TYPE.search(label.replace("_", " ")):
-            meant = broader_labels(label, list(known), terms) or labels_in_short(label, terms)
+            meant = _as_written(label, known, terms) or labels_in_other_words(label, list(known), terms, stored or {})
         members[row, [known[name] for name in meant if name in known]] = True
     return members
+
+
+def _as_written(label: str, known: Collection[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The trained labels of a kind of them, or of a type in short; empty where neither is clear."""
+    return broader_labels(label, list(known), terms) or labels_in_short(label, terms)
+
+
+def labels_in_other_words(
+    label: str, known: Sequence[str], terms: Sequence[Mapping[str, Any]], stored: Mapping[str, Any]
+) -> list[str]:
+    """The trained labels of a type in the words of a file; none where two readings are left.
+
+    Readings are tried in this order: a kind of a trained label ("VSMC"), an abbreviation ("MNP", `ABBREVIATIONS`), the
+    words of a name in another order ("T_CD4"), a tissue at either end ("Monocyte Liver"), two types that are one
+    term together, or one above the other, and an unknown word before a type in short ("CD14 Mono").
+
+    Args:
+        label, known, terms: As for [`trained_labels_of`].
+        stored: `kinds` and `tissues`, terms; either may be missing.
+
+    >>> terms = [{"id": "CL:0000624", "names": ["cd4 t cell"], "labels": ["CD4 T"]}]
+    >>> liver = {"id": "UBERON:0002107", "names": ["liver"], "labels": ["CD4 T"]}
+    >>> labels_in_other_words("Liver T_CD4", ["CD4 T", "B"], terms, {"tissues": [liver]})
+    ['CD4 T']
+    """
+    if kind := term_of(label, stored.get("kinds", [])):
+        return [name for name in kind["labels"] if name in known]
+
+    def named(part: Sequence[str]) -> list[str]:
+        return trained_labels_of(" ".join(part), None, known, terms) or _in_order(part, terms)
+
+    def read(part: Sequence[str]) -> list[str]:
+        text = " ".join(part)
+        return [] if OF_NO_ONE_TYPE.search(text) else named(part) or _as_written(text, known, terms)
+
+    shorts = [word if word in ABBREVIATIONS else word.removesuffix("s") for word in normalize_label(label).split()]
+    words = [word for short in shorts for word in ABBREVIATIONS.get(short, short).split()]
+    tissues = {name for term in stored.get("tissues", []) for name in term["names"]}
+    if " ".join(words) in tissues:
+        return []
+    if found := named(words):
+        return found
+    for cut in range(1, len(words)):
+        for part, place in ((words[:cut], words[cut:]), (words[cut:], words[:cut])):
+            if " ".join(place) in tissues and (found := read(part)):
+                return found
+    if len(shorts) == 2:
+        one, other = (read(ABBREVIATIONS.get(short, short).split()) for short in shorts)
+        if one and other:
+            return _together(one, other, terms)
+    return read(words)
+
+
+def _in_order(words: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The trained labels of the one type that has a name of these words, in any order, with or without "cell"."""
+    if len(words) < 2:
+        return []
+    wanted = sorted(words), sorted([*words, "cell"])
+    found = [list(term["labels"]) for term in terms if any(sorted(name.split()) in wanted for name in term["names"])]
+    return found[0] if found and all(set(labels) == set(found[0]) for labels in found) else []
+
+
+def _together(one: Sequence[str], other: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The labels of two types that are one term together, or of the narrower; else none."""
+    if set(one) <= set(other) or set(other) <= set(one):
+        return list(min(one, other, key=len))
+    both = {*one, *other}
+    return sorted(both) if any(set(term["labels"]) == both for term in terms) else []
 
 
 def without_genes(label: str, words: Collection[str]) -> str:

@@ -1,14 +1,15 @@
 """Labels against the genes of the cells: the evidence for a label, and the audit of labels that cells were given."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from transformers.utils import logging
 
-from .audit_scmmgpt import Audit, judge
+from .audit_scmmgpt import Audit, judge, log_pooled, nested_sets
 from .conversion_scmmgpt import InputChoice
+from .crossfit_scmmgpt import FileRegression, best_other_label
 from .evidence_scmmgpt import Evidence, Explainer, label_members
 from .labelling_scmmgpt import Labelling, LabellingSteps
 from .labels_scmmgpt import UNKNOWN, profiled_types, with_types
@@ -17,6 +18,21 @@ from .records_scmmgpt import MISSING, add_column, finish_report, table_of
 
 
 logger = logging.get_logger(__name__)
+
+FITTED_CELLS, BELIEF_CELLS = 4096, 1024  # of a file, at most, for the regression of its labels, and its weight
+ROWS_AT_ONCE = 64  # neighbouring rows of one read
+
+
+def spread_rows(total: int, most: int) -> list[tuple[int, int]]:
+    """Ranges of rows from all over the data, `most` rows together at most; one range where that is all rows.
+
+    >>> spread_rows(50, 1024), spread_rows(1000, 128)
+    ([(0, 50)], [(0, 64), (936, 1000)])
+    """
+    if total <= most:
+        return [(0, total)]
+    starts = np.linspace(0, total - ROWS_AT_ONCE, most // ROWS_AT_ONCE).astype(np.int64)
+    return [(start, start + ROWS_AT_ONCE) for start in starts.tolist()]
 
 
 class EvidenceSteps(LabellingSteps):
@@ -82,6 +98,39 @@ class EvidenceSteps(LabellingSteps):
         self._record(adata, key_added, choice.report, explain={"label_key": label_key, **table})
         return evidence
 
+    def read_labels(
+        self, adata: Any, labelling: Labelling, given: np.ndarray, sets: np.ndarray
+    ) -> FileRegression | None:
+        """The regression of the given labels on up to `FITTED_CELLS` cells of the data, `ROWS_AT_ONCE` at a time.
+
+        How much the checkpoint counts beside it is fitted on up to `BELIEF_CELLS`. None where labels have few cells.
+
+        Args:
+            adata, labelling, sets: As for [`audit_cells`], of all the data.
+            given: str `(n_obs,)`.
+        """
+        choice = labelling.choice
+        numbers = np.where(np.isin(given, (MISSING, UNKNOWN)), -1, np.searchsorted(sets, given))
+        parts, rows = [], spread_rows(len(given), FITTED_CELLS)
+        for start, stop in rows:
+            part = adata if stop - start == len(given) else adata[start:stop]
+            parts += list(uncounted(choice).iter_cells(part))
+        of_parts = np.concatenate([numbers[start:stop] for start, stop in rows])
+        file = FileRegression.of(type(parts[0]).concatenate(parts), of_parts, len(sets))
+        if file is None:
+            return None
+        wide, types, members = self._audit_labelling(choice, sets)
+        logs, model, own = [], [], []
+        for start, stop in spread_rows(len(given), BELIEF_CELLS):
+            part = adata if stop - start == len(given) else adata[start:stop]
+            cells = list(uncounted(choice).iter_cells(part))
+            logs.append(file.log_probabilities(type(cells[0]).concatenate(cells)))
+            quiet = replace(labelling, choice=uncounted(choice))
+            model.append(log_pooled(self._audit_probabilities(part, quiet, wide, types)[1], members))
+            own.append(numbers[start:stop])
+        kept = np.concatenate(own) >= 0
+        return file.believing(np.concatenate(logs)[kept], np.concatenate(model)[kept], np.concatenate(own)[kept])
+
     def audit_cells(
         self,
         adata: Any,
@@ -89,53 +138,124 @@ class EvidenceSteps(LabellingSteps):
         given: np.ndarray,
         sets: np.ndarray,
         batch_size: int | None = None,
+        file: FileRegression | None = None,
     ) -> dict[str, np.ndarray]:
         """What [`add_audit`] needs of cells: of all the data that `labelling` was made for, or of a part of them.
 
         `given` are the labels of these cells, `sets` all labels of the data, sorted. `labelling` is that of
-        `annotate`, after [`read_batch`]. Types that `sets` name by a profile alone compete as in `annotate --labels`.
+        `annotate`, after [`read_batch`], and `file` that of [`read_labels`]. Types that `sets` name by a profile alone
+        compete as in `annotate --labels`.
         """
         choice = labelling.choice
-        columns, probabilities = self.label_cells(adata, labelling, batch_size)
-        wide, types = self._audit_labelling(choice, sets)
-        if types:
-            _, probabilities = self.label_cells(adata, replace(wide, choice=uncounted(choice)), batch_size)
-        names, terms = wide.candidates.names, with_types((self.model.config.annotation or {}).get("terms", []), types)
+        wide, types, members = self._audit_labelling(choice, sets)
+        columns, probabilities = self._audit_probabilities(adata, labelling, wide, types, batch_size)
+        names = wide.candidates.names
         set_of_cell = np.searchsorted(sets, given)
-        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
         best, odds = judge(probabilities, members, set_of_cell)
         novel = np.asarray(columns.get("novelty", np.zeros(len(given)))) > 1
         if "by_profile" in columns:  # like no trained label: judged by a label that is such a type, too
             by_type: Any = members[:, np.isin(names, [str(known["name"]) for known in types])].any(axis=1)
             novel = np.where(columns["by_profile"], ~by_type[set_of_cell], novel)
-        genes, marker_odds = np.full(len(given), "", dtype=object), np.full(len(given), np.nan, dtype=np.float32)
+        n_cells, rival = len(given), np.full(len(given), -1)
+        file_odds, both_odds = np.full((2, n_cells), np.nan)
+        if file is not None:
+            parts = [file.log_probabilities(cells) for cells in uncounted(choice).iter_cells(adata)]
+            model = np.where(novel[:, None], np.nan, log_pooled(probabilities, members))
+            model[np.isnan(odds)] = np.nan
+            found = best_other_label(np.concatenate(parts), model, set_of_cell, nested_sets(members), file.belief)
+            rival, both_odds, file_odds = found
+            both_odds[(given == MISSING) | (given == UNKNOWN)] = np.nan
+            rival = np.where(both_odds > 0, rival, -1)  # where the file names another label, its evidence is sought
+            theirs = np.where(members[rival] & ~members[set_of_cell], probabilities, -1.0)
+            best = np.where(rival < 0, best, np.where(theirs.max(axis=1) >= 0, theirs.argmax(axis=1), -1))
+        genes, marker_odds = np.full(n_cells, "", dtype=object), np.full(n_cells, np.nan, dtype=np.float32)
         if self.can_explain:
-            of_readout, known, _, profiles = self.meanings(sets.tolist())
-            explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout, profiles)
-            symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
-            readout_columns = np.array([*(known.get(name, -1) for name in names), -1], dtype=np.int64)[best]
-            usable: np.ndarray = (readout_columns >= 0) & of_readout[set_of_cell].any(axis=1)
-            own = np.where(usable, readout_columns + explainer.first_label, 0)
-            chunks, size = self._chunks(adata, uncounted(choice)), self._batch_size(batch_size, 512)
-            for rows, cells in self._batches(chunks, size, "Auditing", len(given)):
-                rivals = np.where(usable[rows], set_of_cell[rows], -1)
-                found, (at, positions, values, _) = explainer(cells, own[rows], rivals)
-                odds[rows[np.bincount(at, minlength=len(rows)) == 0]] = np.nan  # nothing is measured in these cells
-                words = [", ".join(row[row != ""]) for row in symbols[found.genes]]
-                genes[rows] = words
-                odds_of = explainer.marker_odds(at, positions, values, own[rows], set_of_cell[rows])
-                marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
+            self._add_markers(adata, choice, names, sets, (best, set_of_cell), (odds, marker_odds, genes), batch_size)
+        if file is not None and (rival >= 0).any():
+            self._add_genes_of_file(adata, choice, file, np.where(genes == "", rival, -1), set_of_cell, genes)
         columns = {name: columns[name] for name in ("cell_type", "entropy", "novelty") if name in columns}
-        columns["suggested"] = np.asarray([*names, ""], dtype=str)[best]
+        columns["suggested"] = np.where(rival >= 0, sets[rival], np.asarray([*names, ""], dtype=str)[best])
+        columns |= {"file_odds": file_odds, "both_odds": both_odds}
         return {**columns, "novel": novel, "odds": odds, "marker_odds": marker_odds, "genes": genes.astype(str)}
 
-    def _audit_labelling(self, choice: InputChoice, sets: np.ndarray) -> tuple[Labelling, list[Mapping[str, Any]]]:
-        """The labels that compete with given ones, and the types among them that have a profile and no cells."""
+    def _add_markers(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        names: Sequence[str],
+        sets: np.ndarray,
+        labels: tuple[np.ndarray, np.ndarray],
+        found: tuple[np.ndarray, np.ndarray, np.ndarray],
+        batch_size: int | None,
+    ) -> None:
+        """Set the log odds by markers and the genes of each cell, for the best other label against the given one.
+
+        `labels` are the best other label of each cell, in `names`, and the given one, in `sets`; `found` are the odds
+        of the model, which are unset where nothing is measured, those of the markers, and the genes.
+        """
+        (best, set_of_cell), (odds, marker_odds, genes) = labels, found
+        of_readout, known, _, profiles = self.meanings(sets.tolist())
+        explainer = Explainer.of(self._bridge().label_readout, choice.match.measured, of_readout, profiles)
+        symbols = np.asarray([*self.processor.gene_symbols(explainer.panel.gene_ids.tolist()), ""], dtype=object)
+        readout_columns = np.array([*(known.get(name, -1) for name in names), -1], dtype=np.int64)[best]
+        usable: np.ndarray = (readout_columns >= 0) & of_readout[set_of_cell].any(axis=1)
+        own = np.where(usable, readout_columns + explainer.first_label, 0)
+        chunks, size = self._chunks(adata, uncounted(choice)), self._batch_size(batch_size, 512)
+        for rows, cells in self._batches(chunks, size, "Auditing", len(best)):
+            rivals = np.where(usable[rows], set_of_cell[rows], -1)
+            told, (at, positions, values, _) = explainer(cells, own[rows], rivals)
+            odds[rows[np.bincount(at, minlength=len(rows)) == 0]] = np.nan  # nothing is measured in these cells
+            genes[rows] = [", ".join(row[row != ""]) for row in symbols[told.genes]]
+            odds_of = explainer.marker_odds(at, positions, values, own[rows], set_of_cell[rows])
+            marker_odds[rows] = np.where(usable[rows], odds_of, np.nan)
+
+    def _add_genes_of_file(
+        self,
+        adata: Any,
+        choice: InputChoice,
+        file: FileRegression,
+        rival: np.ndarray,
+        given: np.ndarray,
+        genes: np.ndarray,
+    ) -> None:
+        """Set the genes by which the file tells `rival` from `given`, for cells that have a rival."""
+        first = 0
+        for cells in uncounted(choice).iter_cells(adata):
+            rows = slice(first, first + len(cells))
+            for row, ids in enumerate(file.genes_for(cells, rival[rows], given[rows]), first):
+                if len(ids):
+                    genes[row] = ", ".join(self.processor.gene_symbols(ids.tolist()))
+            first += len(cells)
+
+    def _audit_probabilities(
+        self,
+        adata: Any,
+        labelling: Labelling,
+        wide: Labelling,
+        types: Sequence[Mapping[str, Any]],
+        batch_size: int | None = None,
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Columns of `annotate`, and the probabilities of the labels of `wide`, others if there are `types`."""
+        columns, probabilities = self.label_cells(adata, labelling, batch_size)
+        if types:
+            quiet = replace(wide, choice=uncounted(labelling.choice))
+            _, probabilities = self.label_cells(adata, quiet, batch_size)
+        return columns, probabilities
+
+    def _audit_labelling(
+        self, choice: InputChoice, sets: np.ndarray
+    ) -> tuple[Labelling, list[Mapping[str, Any]], np.ndarray]:
+        """The labels that compete with given ones; types among them that have a profile alone; what `sets` mean.
+
+        The last is bool `(n_sets, n_labels)`, over the competing labels.
+        """
         settings, stored = self.annotation_settings(), self.model.config.annotation or {}
-        labels, types = {name: name for name in sets.tolist()}, stored.get("profiles", [])
-        asked = profiled_types(labels, settings["cl_ids"], settings["labels"], types)
-        settings["labels"] |= {str(types[number]["name"]): text for text, number in asked.items()}
-        return self.labelling(choice, settings, not asked), [types[number] for number in asked.values()]
+        labels, known = {name: name for name in sets.tolist()}, stored.get("profiles", [])
+        asked = profiled_types(labels, settings["cl_ids"], settings["labels"], known)
+        settings["labels"] |= {str(known[number]["name"]): text for text, number in asked.items()}
+        wide, types = self.labelling(choice, settings, not asked), [known[number] for number in asked.values()]
+        numbers = {name: i for i, name in enumerate(wide.candidates.names)}
+        return wide, types, label_members(sets.tolist(), numbers, with_types(stored.get("terms", []), types), stored)
 
     def add_audit(
         self,
@@ -149,12 +269,11 @@ class EvidenceSteps(LabellingSteps):
     ) -> Audit:
         """Add the verdicts on the given labels of all cells to `adata`, from the columns of [`audit_cells`]."""
         labelling, sets = self.labelling(choice, self.annotation_settings()), np.unique(given)
-        wide, types = self._audit_labelling(choice, sets)
         finish_report(choice.report)
         for warning in self.summarize(labelling, columns)[1]:
             logger.warning(warning)
-        names, terms = wide.candidates.names, with_types((self.model.config.annotation or {}).get("terms", []), types)
-        members = label_members(sets.tolist(), {name: i for i, name in enumerate(names)}, terms)
+        wide, _, members = self._audit_labelling(choice, sets)
+        names = wide.candidates.names
         called = np.asarray(columns["cell_type"])
         if n_missing := int((given == MISSING).sum()):
             logger.warning(f"obs[{label_key!r}] has no label of {n_missing} of {len(given)} cells: not judged.")
@@ -163,10 +282,14 @@ class EvidenceSteps(LabellingSteps):
             logger.warning(
                 f"{len(strange)} of {(sets != MISSING).sum()} labels of obs[{label_key!r}] mean no type that the "
                 f"checkpoint knows ({', '.join(map(repr, strange[:3]))}; it knows {', '.join(map(repr, names[:3]))}, "
-                "...): their cells are not judged. Rename them to a type, a synonym or an id of the Cell Ontology; of "
-                f"{strange[0]!r} {n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
+                "...): only the other cells of the file judge theirs, and labels of few cells are not judged. Rename "
+                f"them to a type, a synonym or an id of the Cell Ontology; of {strange[0]!r} "
+                f"{n_called.max() / n_called.sum():.0%} are called {str(found[n_called.argmax()])!r}."
             )
-        judged = {name: columns[name] for name in ("suggested", "odds", "marker_odds", "genes", "novel")}
+        judged = {
+            name: columns[name]
+            for name in ("suggested", "odds", "marker_odds", "file_odds", "both_odds", "genes", "novel")
+        }
         audit = Audit(given=given, called=called, clusters=clusters, **judged)
         columns_of = {"audit": audit.verdict, "audit_score": audit.score, "audit_suggested": audit.suggested}
         for name, values in {**columns_of, "audit_genes": audit.genes}.items():

@@ -14,6 +14,22 @@ import numpy as np
 
 UNKNOWN = "Unknown"  # the label of a cell that gets none
 MOST_LABELS = 0.9  # of a term that is an answer: "eukaryotic cell" excludes next to none
+# Short forms that files use and the names of terms lack; a word of several meanings is left out ("HSC": of the blood,
+# or of the liver; "EC", "PC"). Sources: the labels of Azimuth's references of blood (Hao et al. 2021, Cell 184:3573;
+# "Mono", "Eryth") and motor cortex (Bakken et al. 2021, Nature 598:111; "Astro", "Oligo", "OPC", "Endo"); of a kidney
+# (Stewart et al. 2019, Science 365:1461; "MNP"); the others are the type in one word, or a plural of CL:0000192.
+ABBREVIATIONS = {
+    "mono": "monocyte",
+    "eryth": "erythroid lineage cell",
+    "astro": "astrocyte",
+    "oligo": "oligodendrocyte",
+    "opc": "oligodendrocyte precursor cell",
+    "endo": "endothelial cell",
+    "mnp": "mononuclear phagocyte",
+    "smc": "smooth muscle cell",
+    "tcell": "t cell",
+    "bcell": "b cell",
+}
 STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
 
 

@@ -140,7 +140,7 @@ class CellPasses:
         asked = list(profiled_types(labels, stored.get("cl_ids", {}), known, types).values())
         known |= {types[number]["name"]: len(known) + place for place, number in enumerate(asked)}
         terms = with_types(terms, [types[number] for number in asked])
-        return label_members(sets, known, terms), known, terms, asked
+        return label_members(sets, known, terms, stored), known, terms, asked
 
     def _record(self, adata: Any, key: str, report: dict[str, Any] | None, **done: Any) -> Any:
         """Add the settings of a verb, the checkpoint and the report of what was read to `uns`."""

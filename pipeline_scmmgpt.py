@@ -270,10 +270,11 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> Audit:
-        """Judge the labels that cells were given, by the model and by markers, and rank the doubtful ones.
+        """Judge the labels that cells were given, by the file, the model and markers, and rank the doubtful ones.
 
         A label of the file may be in any words, or broader than those of training; cells of labels that the checkpoint
-        does not know are not judged (`audit_scmmgpt`). Results of [`annotate`] stay as they are.
+        does not know are judged by the other cells of the file alone (`audit_scmmgpt`). Results of [`annotate`] stay
+        as they are.
 
         Args:
             label_key: Column of `obs` with the given labels.
@@ -289,7 +290,9 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         clusters = None if cluster_key is None else clusters_of(adata.obs, cluster_key)
         choice = self.processor.choose_input(adata, **read_kwargs)
         labelling = self.read_batch(adata, self.labelling(uncounted(choice), self.annotation_settings()))
-        columns = self.audit_cells(adata, replace(labelling, choice=choice), given, np.unique(given), batch_size)
+        sets = np.unique(given)
+        file = self.read_labels(adata, labelling, given, sets)
+        columns = self.audit_cells(adata, replace(labelling, choice=choice), given, sets, batch_size, file)
         return self.add_audit(adata, choice, label_key, given, columns, clusters, key_added)
 
     def calibrate(

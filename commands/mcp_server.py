@@ -218,7 +218,7 @@ class CellTools:
         table: Table = None,
         reading: Reading = None,
     ) -> dict[str, Any]:
-        """Rank given labels, clusters and cells that model and markers contradict: obs['scmmgpt_audit']."""
+        """Rank given labels, clusters and cells that the file, model and markers contradict: obs['scmmgpt_audit']."""
         words = [*_options(label_key=label_key, cluster_key=cluster_key), *self._outputs(output=output, table=table)]
         return self._call("audit", self._existing(file), *words, *_reading(reading))
 

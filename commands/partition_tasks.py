@@ -22,6 +22,7 @@ import numpy as np
 from scmmgpt.commands.cluster import device_of_worker
 from scmmgpt.commands.files import whole_file
 from scmmgpt.commands.sources import Source
+from scmmgpt.crossfit_scmmgpt import FileRegression
 from scmmgpt.novelty_scmmgpt import Neighbours
 from scmmgpt.receipt_scmmgpt import digest
 from scmmgpt.records_scmmgpt import words_of
@@ -174,10 +175,13 @@ def decide(
 ) -> Arrays:
     """Decisions that need all cells of a source, or all their labels, before the first partition is computed."""
     if job.verb == "audit":
-        sets = np.unique(words_of(cells.obs, job.options["label_key"]))
+        given = words_of(cells.obs, job.options["label_key"])
+        sets = np.unique(given)
         with one_thread():
             labelling = pipeline.read_batch(cells, labelling_of(pipeline, choice, job.options, {}))
-        return _remember(pipeline, choice, job.options, {"sets": sets, **_arrays_of(labelling)}, labelling)
+            file = pipeline.read_labels(cells, labelling, given, sets)
+        decided = {"sets": sets, **_arrays_of(labelling), **({} if file is None else file.as_arrays())}
+        return _remember(pipeline, choice, job.options, decided, labelling)
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
     if job.verb == "annotate":
@@ -219,7 +223,8 @@ def compute_part(
     if job.verb == "audit":
         given = words_of(part.obs, options["label_key"])
         labelling = known_labelling(pipeline, choice, options, decided)
-        return Computed(pipeline.audit_cells(part, labelling, given, decided["sets"]))
+        file = FileRegression.of_arrays(decided)
+        return Computed(pipeline.audit_cells(part, labelling, given, decided["sets"], file=file))
     if job.verb == "explain" and labels is not None:
         key = options.get("cluster_key")
         clusters = None if key is None else words_of(part.obs, key)

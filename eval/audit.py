@@ -12,13 +12,14 @@ with the true one does not replace it ("T cell" is not wrong for a CD4 T cell). 
 labels among the k cells that are ranked first, where k is their number. Labels of the file that are wrong from the
 start count against every system.
 
-* audit: ranks by the score of `audit`, log odds of model and markers;
-* model: by the log odds of the model alone;
+* audit: ranks by the score of `audit`, log odds of file and model;
+* model alone: by the log odds of the checkpoint, which has learned from the training cells, or from none of the file;
+* regression of the audit alone: by the log odds of the file, which are cross-validated on the given labels;
 * markers: by the mean standardised expression of the ten marker genes of the best other label, less those of the given
   label. The markers come from a t-test on the training cells; with `--model`, on the judged cells and the labels that
   they were given, as there are no other cells;
-* the file itself: by a regression that is cross-validated on the given labels of the judged cells, as confident
-  learning does;
+* cross-validated regression of scikit-learn: likewise on the given labels of the judged cells, with its default
+  penalty, as confident learning does;
 * random: in hashed order.
 
 With `--model`, cells are left out whose label means no type of the checkpoint or has fewer than five cells; they are
@@ -120,8 +121,9 @@ def confident_scores(test: AnnData, given: np.ndarray, seed: int) -> np.ndarray:
 def meanings(pipeline: ScMMGPTPipeline, names: np.ndarray) -> np.ndarray:
     """The labels of the checkpoint that each label of a file means, bool `(len(names), n_labels)`."""
     labels = list(pipeline.annotation_settings()["labels"])
-    terms = (pipeline.model.config.annotation or {}).get("terms", [])
-    return label_members(names.tolist(), {name: i for i, name in enumerate(labels)}, terms)
+    stored = pipeline.model.config.annotation or {}
+    numbers = {name: i for i, name in enumerate(labels)}
+    return label_members(names.tolist(), numbers, stored.get("terms", []), stored)
 
 
 def overlap(members: np.ndarray, names: np.ndarray) -> np.ndarray:
@@ -182,10 +184,11 @@ def evaluate_audit(
             audit = pipeline.audit(cells, "given")
             is_planted = given != truth
             scores = {
-                "audit": audit.score,
-                "model": audit.odds,
-                "markers": best_other(*(markers or marker_scores(counts, given, counts)), given),
-                "the file itself": confident_scores(counts, given, seed),
+                "audit: file and model": audit.score,
+                "model alone": audit.odds,
+                "regression of the audit alone": audit.file_odds,
+                "markers of the labels": best_other(*(markers or marker_scores(counts, given, counts)), given),
+                "cross-validated regression of scikit-learn": confident_scores(counts, given, seed),
                 "random": hashes(len(truth), seed).astype(float),
             }
             for system, score in scores.items():

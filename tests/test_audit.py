@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
 from scmmgpt.audit_scmmgpt import Audit, judge
+from scmmgpt.cells_scmmgpt import Cells
+from scmmgpt.crossfit_scmmgpt import FileRegression, folds_of
 from scmmgpt.eval.audit import best_other, confident_scores, evaluate_audit, overlap, plant, precision_at
 from scmmgpt.eval.audit import main as evaluate
 from scmmgpt.synthetic import synthetic_adata
@@ -36,13 +39,13 @@ def swapped():
     return adata
 
 
-def audit_of(odds, marker_odds, novel=(), clusters=None):
+def audit_of(odds, marker_odds, novel=(), clusters=None, file=None, given=None):
     n = len(odds)
     is_novel = np.isin(np.arange(n), novel)
     words = np.full(n, "B"), np.full(n, "T"), np.full(n, "CD3E, CD3D", dtype=object)
-    return Audit(
-        words[0], words[1], np.array(odds), np.array(marker_odds, float), words[2], is_novel, words[1], clusters
-    )
+    file = np.full((2, n), np.nan) if file is None else np.array([file, file], float)
+    arrays = np.array(odds, float), np.array(marker_odds, float), *file, words[2], is_novel, words[1]
+    return Audit(words[0] if given is None else np.array(given), words[1], *arrays, clusters)
 
 
 @settings(deadline=None)  # the first example compiles
@@ -69,6 +72,104 @@ def test_verdicts_need_both_witnesses_and_a_model_that_knows_the_cell():
     assert audit.verdict.tolist() == verdicts
     assert audit.order().tolist() == [0, 2, 1, 3, 4]
     assert [row["verdict"] for row in audit.cell_rows("abcdefg")] == verdicts[:1] + ["doubtful"] * 3
+
+
+def test_the_file_outweighs_a_model_that_contradicts_few_cells_of_a_label():
+    file = [5, -5, -5, -5, 1, np.nan]
+    audit = audit_of([np.nan, 9, -5, -5, -5, 9], np.ones(6), file=file)
+    verdicts = ["contradicted", "doubtful", "supported", "supported", "doubtful", "contradicted"]
+    assert audit.verdict.tolist() == verdicts
+    assert audit.score[:5].tolist() == file[:5]
+    assert audit.score[5] == 10  # of a label with few cells: model and markers
+
+
+def test_a_label_that_the_model_contradicts_as_a_whole_is_contradicted_though_the_file_supports_it():
+    given = np.array(["right"] * 4 + ["wrong"] * 4)
+    audit = audit_of([-5, -5, -5, 9, 9, 9, 9, -5], np.ones(8), file=[-5] * 8, given=given)
+    assert audit.verdict.tolist() == ["supported"] * 3 + ["doubtful"] + ["contradicted"] * 3 + ["supported"]
+    assert [row["name"] for row in audit.group_rows()] == ["wrong", "right"]
+
+
+def test_labels_that_are_swapped_or_renamed_as_a_whole_are_contradicted(pipeline):
+    for renamed in ({"B cell": "monocyte", "monocyte": "B cell"}, {"T cell": "erythrocyte", "B cell": "T cell"}):
+        adata = synthetic_adata(200)
+        truth = adata.obs["cell_type"].astype(str)
+        adata.obs["given"] = truth.replace(renamed)
+        audit = pipeline.audit(adata, "given")
+        known = truth.isin(renamed) & (adata.obs["given"] != "erythrocyte")  # the model does not know this one
+        assert set(adata.obs["scmmgpt_audit"][known]) == {"contradicted"}
+        assert set(adata.obs["scmmgpt_audit"][~known]) == {"supported"}
+        assert (audit.file_odds < 0).all()  # the file sees nothing
+        assert (adata.obs["scmmgpt_audit_suggested"][known] == truth[known]).all()
+
+
+def test_a_label_that_the_checkpoint_does_not_know_is_judged_by_the_file(pipeline):
+    adata = synthetic_adata(200)
+    truth = adata.obs["cell_type"].astype(str).replace({"B cell": "blarb", "T cell": "twonk"})
+    adata.obs["given"] = truth
+    first = int(np.flatnonzero(truth == "blarb")[0])
+    adata.obs.iloc[first, adata.obs.columns.get_loc("given")] = "twonk"
+    audit = pipeline.audit(adata, "given")
+    assert audit.order()[0] == first
+    assert audit.suggested[first] == "blarb"
+    assert set(audit.genes[first].split(", ")[:3]) <= set(synthetic.MARKERS["B cell"][1])
+    assert audit.verdict[first] in ("contradicted", "doubtful")
+    assert set(np.delete(audit.verdict, first)) == {"supported"}
+
+
+def test_a_label_of_one_cell_is_judged_by_the_model_alone(pipeline):
+    adata = synthetic_adata(100)
+    given = adata.obs["cell_type"].astype(str).to_numpy().astype(object)
+    lone = int(np.flatnonzero(given == "B cell")[0])
+    given[lone] = "CD4-positive, alpha-beta T cell"
+    adata.obs["given"] = given
+    audit = pipeline.audit(adata, "given")
+    assert np.isnan(audit.file_odds[lone])
+    assert np.isfinite(np.delete(audit.file_odds, lone)).all()
+
+
+def cells_of_two_types(n_cells, seed):
+    """Counts of 40 genes, of which the first half is higher in the first half of the cells."""
+    rng = np.random.default_rng(seed)
+    types = np.arange(n_cells) * 2 // n_cells
+    counts = rng.poisson(np.where((np.arange(40) < 20) == (types[:, None] == 0), 6, 1))
+    ids = np.arange(n_cells, dtype=np.uint64)
+    return Cells.from_csr(csr_matrix(counts.astype(np.float32)), np.arange(40), ids), types
+
+
+def test_the_file_knows_types_and_no_labels_drawn_at_random():
+    cells, types = cells_of_two_types(200, 0)
+    every = np.arange(200)
+    given = np.where(every == 7, 1 - types, types)
+    logs = FileRegression.of(cells, given, 2).log_probabilities(cells)
+    assert (logs.argmax(axis=1) == types).all()  # also of the cell with the wrong label, which was not fitted with it
+    np.testing.assert_allclose(np.exp(logs).sum(axis=1), 1)
+    found = []
+    for seed in range(10):
+        drawn = np.random.default_rng(seed).integers(2, size=200)
+        found.append((FileRegression.of(cells, drawn, 2).log_probabilities(cells).argmax(axis=1) == drawn).mean())
+    assert np.mean(found) < 0.55  # each cell by a regression without it: none has learned labels by heart
+
+
+def test_equal_cells_do_not_vouch_for_each_other_and_arrays_restore_a_regression():
+    cells, types = cells_of_two_types(200, 0)
+    assert (folds_of(cells) == folds_of(cells[np.arange(200)[::-1]])[::-1]).all()
+    twice = Cells.concatenate([cells, cells])
+    assert (folds_of(twice)[:200] == folds_of(twice)[200:]).all()
+    file = FileRegression.of(cells, types, 2)
+    again = FileRegression.of_arrays({**file.as_arrays(), "sets": np.array(["a"])})
+    np.testing.assert_array_equal(again.log_probabilities(cells[:9]), file.log_probabilities(cells)[:9])
+    assert FileRegression.of_arrays({"sets": np.array(["a"])}) is None
+
+
+def test_a_checkpoint_that_is_no_better_than_chance_counts_for_nothing_beside_the_file():
+    cells, types = cells_of_two_types(200, 0)
+    file = FileRegression.of(cells, types, 2)
+    logs = file.log_probabilities(cells)
+    noise = np.log(np.random.default_rng(2).dirichlet(np.ones(2), size=200))
+    assert file.believing(logs, noise, types).belief[1] <= 0.1
+    right = np.log(np.where(np.arange(2) == types[:, None], 0.99, 0.01))
+    assert file.believing(np.zeros((200, 2)), right, types).belief[1] > 0
 
 
 def test_clusters_are_ranked_by_their_share_of_contradicted_cells():
@@ -104,7 +205,7 @@ def test_labels_in_other_words_are_judged_and_unknown_ones_are_not(pipeline, swa
     assert verdicts.to_dict() == {
         "B-cells": ["supported"],
         "Lymphocyte": ["supported"],
-        "NK weird": ["not judged"],
+        "NK weird": ["supported"],
         "monocyte": ["supported"],
     }
     assert "1 of 4 labels of obs['mine'] mean no type that the checkpoint knows ('NK weird'" in caplog.text
@@ -120,13 +221,14 @@ def test_cells_without_a_label_are_not_judged_and_no_label_is_called_nan(pipelin
     assert "nan" not in {row["name"] for row in audit.group_rows()}
 
 
-def test_the_judgement_of_a_cell_does_not_depend_on_the_other_cells(pipeline, swapped):
-    few = swapped[:7].copy()
+def test_the_order_and_the_batches_of_the_cells_change_no_judgement(pipeline, swapped):
+    turned = swapped[::-1].copy()
     pipeline.audit(swapped, "given")
-    pipeline.audit(few, "given", batch_size=2)
+    pipeline.audit(turned, "given", batch_size=2)
     for name in ("scmmgpt_audit", "scmmgpt_audit_suggested", "scmmgpt_audit_genes"):
-        assert few.obs[name].tolist() == swapped.obs[name][:7].tolist()
-    assert few.obs["scmmgpt_audit_score"].tolist() == pytest.approx(swapped.obs["scmmgpt_audit_score"][:7].tolist())
+        assert turned.obs[name].tolist()[::-1] == swapped.obs[name].tolist()
+    scores = turned.obs["scmmgpt_audit_score"].to_numpy()[::-1]
+    assert scores.tolist() == pytest.approx(swapped.obs["scmmgpt_audit_score"].tolist(), abs=1e-2)
 
 
 def test_a_cell_without_counts_is_not_judged(pipeline, swapped):
@@ -136,11 +238,12 @@ def test_a_cell_without_counts_is_not_judged(pipeline, swapped):
     assert swapped.obs["scmmgpt_audit"].iloc[0] == "not judged"
 
 
-def test_a_checkpoint_without_a_readout_judges_by_the_model_alone(tiny_pipeline, adata):
+def test_a_checkpoint_without_a_readout_judges_by_model_and_file(tiny_pipeline, adata):
     tiny_pipeline.model.config.annotation = {"labels": {"B cell": "a B cell", "T cell": "a T cell"}}
     tiny_pipeline.audit(adata, "cell_type")
     assert "contradicted" not in set(adata.obs["scmmgpt_audit"])
-    assert set(adata.obs["scmmgpt_audit"][adata.obs["cell_type"] == "monocyte"]) == {"not judged"}
+    unknown = adata[adata.obs["cell_type"] == "monocyte"]  # the file judges these
+    assert set(unknown.obs["scmmgpt_audit"]) <= {"supported", "doubtful"}
 
 
 def test_an_audit_leaves_the_annotation_of_the_cells_as_it_is(pipeline, swapped):
@@ -187,8 +290,8 @@ def test_the_evaluation_ranks_planted_labels_above_chance(pipeline):
     result = evaluate_audit(pipeline, test, labels[1], test, (train, labels[0]), seeds=2)
     for kind in ("any", "near"):
         precision = result["kinds"][kind]["precision"]
-        assert precision["audit"] == [1, 1]
-        assert min(precision["markers"]) > 0.5
+        assert precision["audit: file and model"] == [1, 1]
+        assert min(precision["markers of the labels"]) > 0.5
         assert max(precision["random"]) < 0.5
     assert confident_scores(test, labels[1], 0).max() < 0
 
@@ -219,6 +322,6 @@ def test_the_evaluation_judges_all_cells_by_a_checkpoint_as_it_is(pipeline, tmp_
     assert '"n_cells": 113, "n_planted": 6, "left_out": {"neither known nor judged": 7}' in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     precision = result["kinds"]["any"]["precision"]
-    assert precision["audit"] == [1, 1]
-    assert min(precision["markers"]) > 0.5
+    assert precision["audit: file and model"] == [1, 1]
+    assert min(precision["markers of the labels"]) > 0.5
     assert max(precision["random"]) < 0.5

@@ -159,6 +159,54 @@ def test_members_are_found_in_any_words():
     assert not label_members(of_no_one_type, {"CD4 T": 0, "B": 1, "CD8 T": 2}, terms).any()
 
 
+def test_labels_in_the_words_of_files_mean_types_and_unclear_ones_mean_none():
+    known = {
+        "CD4 T": 0,
+        "B": 1,
+        "plasma cell": 2,
+        "smooth muscle cell": 3,
+        "endothelial cell": 4,
+        "macrophage": 5,
+        "monocyte": 6,
+    }
+
+    def term(number, names, labels):
+        return {"id": f"CL:{number}", "name": names[0], "names": names, "labels": labels}
+
+    terms = [
+        term(1, ["cd4 t cell"], ["CD4 T"]),
+        term(2, ["b cell", "b"], ["B"]),
+        term(3, ["plasma cell"], ["plasma cell"]),
+        term(4, ["lymphocyte of b lineage"], ["B", "plasma cell"]),
+        term(5, ["smooth muscle cell"], ["smooth muscle cell"]),
+        term(6, ["endothelial cell"], ["endothelial cell"]),
+        term(7, ["mononuclear phagocyte"], ["macrophage"]),
+        term(8, ["cell of the vessel"], ["smooth muscle cell", "endothelial cell", "macrophage"]),
+    ]
+    kinds = [term(9, ["vascular associated smooth muscle cell", "vsmc"], ["smooth muscle cell"])]
+    tissues = [term(10, ["liver"], ["macrophage"])]
+    meant = {
+        "T_CD4": [0],
+        "T_cells_CD4": [0],
+        "VSMCs": [3],
+        "Endo": [4],
+        "MNPs": [5],
+        "Macrophage Liver": [5],
+        "liver_CD4_T": [0],
+        "B_Plasma": [1, 2],
+        "CD14_Mono": [6],
+        "HSC": [],
+        "B_Endo": [],
+        "Macrophage and B": [],
+        "liver": [],
+        "Macrophage Moon": [],
+    }
+    found = label_members(list(meant), known, terms, {"kinds": kinds, "tissues": tissues})
+    assert {label: np.flatnonzero(row).tolist() for label, row in zip(meant, found, strict=True)} == meant
+    without = label_members(["VSMCs", "Macrophage Liver"], known, terms)  # the checkpoint has the kinds and tissues
+    assert not without.any()
+
+
 def test_a_type_may_be_named_without_the_word_cell_or_the_organ():
     names = {
         "A": ["pancreatic alpha cell"],

@@ -117,6 +117,7 @@ def test_an_audit_in_partitions_has_the_neighbours_of_the_whole(tmp_path, types)
     plain = Labelling(*[None] * 9)
     pipeline = Mock(audit_cells=Mock(return_value={}), labelling=Mock(return_value=plain))
     pipeline.read_batch.return_value = replace(plain, neighbours=near)
+    pipeline.read_labels.return_value = None
     adata = anndata.AnnData(obs=pd.DataFrame({"given": ["B", "T"]}, index=["1", "2"]))
     job, choice = Mock(verb="audit", options={"label_key": "given"}), Mock()
     choice.match.ids = np.arange(2)
