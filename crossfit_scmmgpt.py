@@ -15,7 +15,7 @@ import torch
 
 from .cells_scmmgpt import Cells, fingerprints, normalize_log1p
 from .kernels_scmmgpt import GOLDEN_GAMMA, mix64
-from .readout_scmmgpt import sum_weights
+from .regression_scmmgpt import sum_weights
 
 
 # Chosen on five files of ../shared with planted labels, `train/LOG.md`.

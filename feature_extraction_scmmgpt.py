@@ -27,6 +27,7 @@ from .kernels_scmmgpt import BITS_32, LAST_HASH, LOW_32, REPEATED, ZERO, fill_ro
 
 VALUE_MODES = ("binned", "log1p", "raw")
 SELECTIONS = ("random", "top")
+LARGEST_WHOLE = 2**24  # float32 holds every whole number up to here; larger counts are left to NumPy
 
 
 def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -45,13 +46,6 @@ def _draw_bins(indptr: np.ndarray, counts: np.ndarray, hashes: np.ndarray, level
             upper[start:stop] = np.searchsorted(edges, counts[start:stop], side="right")
     # ceil(upper + u * (lower - upper)) = upper - floor(u * (upper - lower)), exactly, with u in units of 2^-32
     return upper - (((hashes & LOW_32) * (upper - lower).astype(np.uint64)) >> BITS_32).astype(np.int64)
-
-
-def _as_keys(counts: np.ndarray) -> np.ndarray:
-    """The counts as `float32`, `uint32` or, if there are larger ones, `uint64`."""
-    if counts.dtype.kind == "f":
-        return counts
-    return counts.astype(np.uint64 if counts.max(initial=0) >= 2**32 else np.uint32, copy=False)
 
 
 def mask_genes(
@@ -198,13 +192,12 @@ class ScMMGPTFeatureExtractor(FeatureExtractionMixin):
         gene_ids, attended = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         expression = np.empty(shape, dtype=np.float32)
         gene_ids[:, 0], expression[:, 0] = self.cls_token_id, self.cls_value
-        counts = _as_keys(cells.counts)
-        # Counts beyond 32 bits are left to NumPy.
-        fill = fill_rows if kernels_pay(len(cells)) and counts.dtype != np.uint64 else _fill_rows_numpy
+        is_float = cells.counts.dtype.kind == "f" or cells.counts.max(initial=0) <= LARGEST_WHOLE
+        fill = fill_rows if kernels_pay(len(cells)) and is_float else _fill_rows_numpy
         fill(
             cells.indptr,
             cells.gene_ids.astype(np.int32, copy=False),
-            counts,
+            cells.counts.astype(np.float32, copy=False) if is_float else cells.counts,
             self._values(cells),
             np.linspace(0, 1, self.n_bins - 1 if self.value_mode == "binned" else 0),
             cell_keys(cells.cell_ids, seed=self.seed, epoch=epoch, stream=RandomStream.TOKEN),

@@ -18,6 +18,7 @@ import numpy as np
 try:
     from llvmlite import ir
     from numba import njit, types
+    from numba.cpython.unsafe.numbers import trailing_zeros
     from numba.extending import intrinsic
     from numba.np.arrayobj import make_array
 except ImportError:
@@ -82,29 +83,7 @@ def hash_rows(indptr: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray) -> n
     return sums
 
 
-@_compiled
-def _name_row(
-    columns: np.ndarray, values: np.ndarray, ids: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray
-) -> tuple[np.uint64, float, bool, bool]:
-    """Copies the entries of a cell that have a gene to the front of `gene_ids` and `counts`.
-
-    Returns the number of these entries, the sum of all values, whether the columns ascend, and whether all values lie
-    between 0 and `LARGEST_VALUE`.
-    """
-    n, total, last, n_ascending, n_sound = ZERO, 0.0, np.int32(-1), 0, 0
-    for i in range(len(columns)):  # without a branch: the next entry overwrites one that does not stay
-        column, value = columns[i], values[i]
-        gene = ids[np.uint32(column)]
-        gene_ids[n], counts[n] = gene, value
-        n += np.uint64((gene >= 0) & (value != 0))
-        total += value
-        n_sound += (value >= 0) & (value <= LARGEST_VALUE)
-        n_ascending += column > last
-        last = column
-    return n, total, n_ascending == len(columns), n_sound == len(columns)
-
-
-if njit is not None:  # what LLVM has and numba has no word for
+if njit is not None:  # numba has no word for it
 
     def _compare_word(typing_context: Any, row: Any, first: Any) -> Any:
         """A word whose bit `i` is 1 where `row[first + i]` of a contiguous array is not 0."""
@@ -121,21 +100,6 @@ if njit is not None:  # what LLVM has and numba has no word for
 
     _filled_bits: Any = intrinsic(_compare_word)
 
-    def _of_word(operation: Callable) -> Any:
-        """An operation of LLVM on a word as a function that compiled loops call."""
-
-        @intrinsic
-        def apply(typing_context: Any, word: Any) -> Any:
-            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-                return builder.zext(operation(builder, arguments[0]), ir.IntType(64))
-
-            return types.int64(types.uint32), generate
-
-        return apply
-
-    _count_bits = _of_word(lambda builder, word: builder.ctpop(word))  # bits that are 1
-    _lowest_bit = _of_word(lambda builder, word: builder.cttz(word, ir.Constant(ir.IntType(1), 0)))  # its place
-
 
 @_compiled
 def find_entries(
@@ -146,27 +110,27 @@ def find_entries(
     If the arrays `gene_ids` and `counts` are too short, longer arrays take their place.
     """
     (n_rows, n_columns), n, are_sound = matrix.shape, ZERO, True
-    whole, columns = n_columns - n_columns % WORD, np.empty(n_columns + USUAL_BITS, np.int32)
+    whole, columns = n_columns - n_columns % WORD, np.empty(n_columns + 1, np.int32)
     indptr, totals = np.zeros(n_rows + 1, np.int64), np.empty(n_rows)
     for row in range(n_rows):
         if n + n_columns > len(counts):
             more = n_columns + len(counts) // 4
             gene_ids = np.append(gene_ids, np.empty(more, np.int32))
             counts = np.append(counts, np.empty(more, counts.dtype))
-        values, n_found = matrix[row], 0
+        values, n_found = matrix[row], ZERO
         for first in range(0, whole, WORD):
             bits = _filled_bits(values, first)
-            n_bits = _count_bits(bits)
-            for i in range(USUAL_BITS):  # without a branch: the next columns overwrite those that are too many
-                columns[n_found + i] = first + _lowest_bit(bits)
+            for _ in range(USUAL_BITS):  # without a branch: the next column overwrites one that is too many
+                columns[n_found] = first + trailing_zeros(bits)
+                n_found += np.uint64(bits != 0)
                 bits &= bits - BIT
-            for i in range(USUAL_BITS, n_bits):
-                columns[n_found + i] = first + _lowest_bit(bits)
+            while bits:
+                columns[n_found] = first + trailing_zeros(bits)
+                n_found += ONE
                 bits &= bits - BIT
-            n_found += n_bits
         for column in range(whole, n_columns):
             columns[n_found] = column
-            n_found += values[column] != 0
+            n_found += np.uint64(values[column] != 0)
         total, n_sound = 0.0, 0
         for i in range(n_found):
             place = np.uint32(columns[i])
@@ -202,11 +166,20 @@ def name_genes(
     for row in range(len(totals)):
         first, start, stop = n, indptr[row], indptr[row + 1]
         row_columns, row_data = columns[start:stop], data[start:stop]
-        n_kept, totals[row], ascend, is_sound = _name_row(row_columns, row_data, ids, gene_ids[n:], counts[n:])
-        are_sound, n = are_sound and is_sound, n + n_kept
-        if has_repeats or not ascend:
-            n = first
-            for entry in range(first, first + n_kept):
+        total, last, n_ascending, n_sound = 0.0, np.int32(-1), 0, 0
+        for i in range(len(row_columns)):  # without a branch: the next entry overwrites one that does not stay
+            column, value = row_columns[i], row_data[i]
+            gene = ids[np.uint32(column)]
+            gene_ids[n], counts[n] = gene, value
+            n += np.uint64((gene >= 0) & (value != 0))
+            total += value
+            n_sound += (value >= 0) & (value <= LARGEST_VALUE)
+            n_ascending += column > last
+            last = column
+        totals[row], are_sound = total, are_sound and n_sound == stop - start
+        if has_repeats or n_ascending < stop - start:
+            end, n = n, first
+            for entry in range(first, end):
                 gene, count = gene_ids[entry], counts[entry]
                 place = place_of[gene]
                 if place >= np.int64(first):
@@ -258,63 +231,43 @@ def sum_roots(indptr: np.ndarray, gene_ids: np.ndarray, counts: np.ndarray, chos
 
 
 @_compiled
-def _rank_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rank of each count, the count of each rank, and how many counts are not above it."""
-    ranks, largest, n_whole = np.empty(len(counts), np.int32), np.int32(0), 0
+def _rank_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rank of each count, from 0, and the count of each rank."""
+    ranks, n_whole = np.empty(len(counts), np.int32), 0
     for i in range(len(counts)):
         ranks[i] = np.int32(min(counts[i], np.float32(LARGEST_TALLIED)))
         n_whole += np.float32(ranks[i]) == counts[i]
-        largest = max(largest, ranks[i])
     if n_whole == len(counts):  # whole numbers are their own rank
-        values = np.arange(largest + 1).astype(counts.dtype)
-    else:
-        values = np.unique(counts)
-        ranks[:] = np.searchsorted(values, counts)
-    tally = np.zeros((4, len(values)), np.int64)  # in turns: an element can't be raised again at once
-    for i in range(len(ranks)):
-        tally[i & 3, np.uint32(ranks[i])] += 1
-    return ranks, values, np.cumsum(tally[0] + tally[1] + tally[2] + tally[3])
+        return ranks, np.arange(ranks.max() + 1).astype(np.float32)
+    values = np.unique(counts)
+    return np.searchsorted(values, counts).astype(np.int32), values
 
 
 @_compiled
-def _count_edges(values: np.ndarray, ends: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _count_edges(values: np.ndarray, in_order: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each rank, how many of the cell's quantile edges are not above its count, and how many equal it."""
     upper, n_equal = np.zeros(len(values), np.int32), np.zeros(len(values), np.uint64)
-    last, rank = ends[-1] - 1, 0
-    for k in range(len(levels)):  # by linear interpolation between neighbours in order of size, as NumPy does
-        level = levels[k] * last
-        before = np.int64(level)
-        weight = level - before
-        while ends[rank] <= before:
-            rank += 1
-        after = rank
-        while ends[after] <= min(before + 1, last):
-            after += 1
-        step = values[after] - values[rank]  # in the precision of the counts
-        edge = values[rank] + step * weight if weight < 0.5 else values[after] - step * (1 - weight)
-        reached = rank if edge <= values[rank] else after
+    last = len(in_order) - 1
+    for level in levels:  # by linear interpolation between neighbours in order of size, as NumPy does
+        before = np.int64(level * last)
+        weight = level * last - before
+        reached, after = in_order[before], in_order[min(before + 1, last)]
+        step = values[after] - values[reached]  # in the precision of the counts
+        edge = values[reached] + step * weight if weight < 0.5 else values[after] - step * (1 - weight)
+        reached = reached if edge <= values[reached] else after
         upper[reached] += 1
         n_equal[reached] += np.uint64(edge == values[reached])
     return np.cumsum(upper), n_equal
 
 
 @_compiled
-def _find_cutoff(hashes: np.ndarray, ranks: np.ndarray, ends: np.ndarray, n_kept: int, by_count: bool) -> np.uint64:
-    """A number that exactly `n_kept` of the hashes do not exceed, found by interpolation, as hashes are even.
-
-    If `by_count`, counts that tie for the last places keep their hashes; larger counts get 0, smaller the last hash.
-    """
-    low, high, n_low, n_high, n_passes = ZERO, LAST_HASH, 0, len(hashes), 0
-    if by_count:
-        tied = np.searchsorted(ends, len(hashes) - n_kept, side="right")
-        n_low, n_high = len(hashes) - ends[tied], len(hashes) - (ends[tied - 1] if tied else 0)
-        for i in range(len(hashes)):
-            if ranks[i] != tied:
-                hashes[i] = ZERO if ranks[i] > tied else LAST_HASH
+def _find_cutoff(hashes: np.ndarray, n_kept: int) -> np.uint64:
+    """A number that exactly `n_kept` of the hashes do not exceed, found by interpolation, as hashes are even."""
+    low, high, n_low, n_high = ZERO, LAST_HASH, 0, len(hashes)
     while low < high:
-        share = min((n_kept - n_low) / (n_high - n_low), 0.999) if n_passes < 16 else 0.5
+        share = min((n_kept - n_low) / (n_high - n_low), 0.999)
         cutoff = low + np.uint64(np.float64(high - low) * share)
-        n_found, n_passes = 0, n_passes + 1
+        n_found = 0
         for i in range(len(hashes)):
             n_found += hashes[i] <= cutoff
         if n_found == n_kept:
@@ -344,9 +297,9 @@ def fill_rows(
 ) -> None:
     """Bins, selects and pads every cell into its row of the outputs `(C, T)`, from position 1 on.
 
-    `gene_ids` are `int32 (E,)`, `counts` `float32` or `uint32 (E,)`, above 0: binned at the quantile `levels`, or, if
-    there are none, replaced by `values`, `float32 (E,)`. Of each cell `n_kept` genes stay: those of the largest counts
-    if `by_count`, else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs: `int64`, `float32`, `int64` (1 = attend).
+    `gene_ids` are `int32 (E,)`, `counts` `float32 (E,)`, above 0: binned at the quantile `levels`, or, if there are
+    none, replaced by `values`, `float32 (E,)`. Of each cell `n_kept` genes stay: those of the largest counts if
+    `by_count`, else any, as `cell_keys`, `uint64 (C,)`, decide. Outputs: `int64`, `float32`, `int64` (1 = attend).
     """
     for row in range(len(cell_keys)):
         start, stop, key = indptr[row], indptr[row + 1], cell_keys[row] + GOLDEN_GAMMA
@@ -356,13 +309,22 @@ def fill_rows(
         if stop == start:
             continue
         genes, hashes = gene_ids[start:stop].copy(), np.empty(stop - start, np.uint64)  # a copy reads memory fastest
-        ranks, ranked, ends = _rank_counts(counts[start:stop].copy())
         for i in range(len(genes)):
             hashes[i] = _mix64(key + np.uint64(genes[i]) * GOLDEN_GAMMA)
-        cutoff, places = LAST_HASH, hashes.copy() if by_count else hashes
-        if len(genes) > n_kept:
-            cutoff = _find_cutoff(places, ranks, ends, n_kept, by_count)
-        upper, n_equal = _count_edges(ranked, ends, levels)
+        ranks, ranked = _rank_counts(counts[start:stop].copy())
+        tally = np.zeros((4, len(ranked)), np.int64)  # in turns: an element can't be raised again at once
+        for i in range(len(ranks)):
+            tally[i & 3, np.uint32(ranks[i])] += 1
+        in_order = np.repeat(np.arange(len(ranked)), tally.sum(axis=0))  # ranks, ascending
+        kept = np.ones(len(genes), np.bool_)
+        if len(genes) > n_kept and by_count:  # only counts that tie for the last places are drawn
+            tied = in_order[-n_kept]
+            n_above = len(genes) - np.searchsorted(in_order, tied, side="right")
+            cutoff = _find_cutoff(hashes[ranks == tied], n_kept - n_above)
+            kept = (ranks > tied) | (ranks == tied) & (hashes <= cutoff)
+        elif len(genes) > n_kept:
+            kept = hashes <= _find_cutoff(hashes, n_kept)
+        upper, n_equal = _count_edges(ranked, in_order, levels)
         genes_out, values_out, entry, n = gene_ids_out[row, 1:end], expression_out[row, 1:end], ZERO, ZERO
         while n < np.uint64(len(genes_out)):  # without a branch, as above
             genes_out[n], rank = genes[entry], np.uint32(ranks[entry])
@@ -370,5 +332,5 @@ def fill_rows(
                 values_out[n] = upper[rank] - np.int32((hashes[entry] & LOW_32) * n_equal[rank] >> BITS_32)
             else:
                 values_out[n] = values[np.uint64(start) + entry]
-            n += np.uint64(places[entry] <= cutoff)
+            n += np.uint64(kept[entry])
             entry += ONE

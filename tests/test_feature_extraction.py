@@ -216,6 +216,12 @@ def test_random_selection_takes_every_gene_equally_often(path):
     assert np.abs(np.bincount(drawn, minlength=40) - 500).max() < 4 * 19.4
 
 
+def test_whole_counts_that_a_float_cannot_hold_stay_apart(path):
+    # As float32 the first two would tie; the three edges are 2**24, 2**24 + 1 and 2**24 + 2.
+    cells = Cells([0, 3], [10, 11, 12], [2**24, 2**24 + 1, 2**24 + 2], np.array([1], dtype=np.uint64))
+    assert ScMMGPTFeatureExtractor(n_bins=4)(cells)["expression"].tolist() == [[-2.0, 1.0, 2.0, 3.0]]
+
+
 def test_top_selection_keeps_the_largest_counts_and_draws_among_ties(path):
     cells = Cells([0, 6], [2, 3, 4, 5, 6, 7], [9, 1, 1, 7, 1, 1], np.array([3], dtype=np.uint64))
     extractor = ScMMGPTFeatureExtractor(max_genes=4, value_mode="raw", selection="top")
