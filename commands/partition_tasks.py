@@ -362,7 +362,7 @@ def write_partition(path: Path, names: Any, computed: Computed, counted: Mapping
         totals = {name: np.nansum(values, axis=0).tolist() for name, values in computed.arrays.items()}
         schema = {"cells": json.dumps(counted), "totals": json.dumps(totals)}
         words = [name for name, values in computed.columns.items() if values.dtype.kind in "UO"]
-        options = {"compression": "zstd", "use_dictionary": words, "write_page_checksum": True}
+        options = {"compression": "lz4", "use_dictionary": words, "write_page_checksum": True}
         pq.write_table(pa.table(table).replace_schema_metadata(schema), temporary, **options)
 
 
