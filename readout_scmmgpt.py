@@ -482,7 +482,7 @@ class ScMMGPTLabelReadout(nn.Module):
             a = with_profiles(a, profiles)
             a["weights"], a["bias"] = (of[: len(bonus)] for of in solve_groups(a, np.ones(len(here), bool)))
         spread = np.zeros((0, len(a["bias"])))
-        others: dict[str, np.ndarray] = {}
+        others: dict[str, Any] = {}
         if self.num_groups:
             scaled, *as_they_are = self.versions(a, here)
             weights, bias = solve_groups(scaled, here)
