@@ -244,9 +244,9 @@ def _fit(places: np.ndarray, numbers: np.ndarray, n_labels: int) -> tuple[np.nda
         optimizer.zero_grad()
         entropy = torch.nn.functional.cross_entropy(x @ weights + bias, y, reduction="sum")
         value = entropy + PENALTY / 2 * (weights**2).sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad(), torch.inference_mode(False):
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     return weights.detach().numpy(), bias.detach().numpy()

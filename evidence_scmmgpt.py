@@ -341,7 +341,7 @@ def _in_order(words: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[
 def _together(one: Sequence[str], other: Sequence[str], terms: Sequence[Mapping[str, Any]]) -> list[str]:
     """The labels of two types that are one term together, or of the narrower; else none."""
     if set(one) <= set(other) or set(other) <= set(one):
-        return list(min(one, other, key=len))
+        return list(one if len(one) <= len(other) else other)
     both = {*one, *other}
     return sorted(both) if any(set(term["labels"]) == both for term in terms) else []
 
