@@ -99,6 +99,7 @@ if njit is not None:  # numba has no word for it
         return types.uint32(row, types.int64), generate
 
     _filled_bits: Any = intrinsic(_compare_word)
+    _lowest_bit: Any = trailing_zeros
 
 
 @_compiled
@@ -121,11 +122,11 @@ def find_entries(
         for first in range(0, whole, WORD):
             bits = _filled_bits(values, first)
             for _ in range(USUAL_BITS):  # without a branch: the next column overwrites one that is too many
-                columns[n_found] = first + trailing_zeros(bits)
+                columns[n_found] = first + _lowest_bit(bits)
                 n_found += np.uint64(bits != 0)
                 bits &= bits - BIT
             while bits:
-                columns[n_found] = first + trailing_zeros(bits)
+                columns[n_found] = first + _lowest_bit(bits)
                 n_found += ONE
                 bits &= bits - BIT
         for column in range(whole, n_columns):
@@ -249,7 +250,7 @@ def _count_edges(values: np.ndarray, in_order: np.ndarray, levels: np.ndarray) -
     upper, n_equal = np.zeros(len(values), np.int32), np.zeros(len(values), np.uint64)
     last = len(in_order) - 1
     for level in levels:  # by linear interpolation between neighbours in order of size, as NumPy does
-        before = np.int64(level * last)
+        before = int(level * last)
         weight = level * last - before
         reached, after = in_order[before], in_order[min(before + 1, last)]
         step = values[after] - values[reached]  # in the precision of the counts

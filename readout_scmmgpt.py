@@ -43,6 +43,7 @@ from .regression_scmmgpt import (
     LOG_STEPS,
     AmongLabels,
     condition,
+    others_of,
     root_shares,
     scale_groups,
     solve_embedding,
@@ -487,7 +488,7 @@ class ScMMGPTLabelReadout(nn.Module):
             scaled, *as_they_are = self.versions(a, here)
             weights, bias = solve_groups(scaled, here)
             bias[: len(bonus)] += bonus
-            others = self._others(scaled, here, weights, bias, bool(as_they_are)) if len(bias) > len(bonus) else {}
+            others = others_of(scaled, here, weights, bias, bool(as_they_are)) if len(bias) > len(bonus) else {}
             if as_they_are:
                 plain = solve_groups(a, here)
                 plain[1][: len(bonus)] += bonus
@@ -566,21 +567,6 @@ class ScMMGPTLabelReadout(nn.Module):
         if not here.any():
             raise ValueError("The file measures none of the genes that the cells of fine-tuning expressed.")
         return a, here
-
-    def _others(
-        self, a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray, is_panel: bool
-    ) -> dict[str, np.ndarray]:
-        """`others`, `others_bias` and `typical` of a [`PanelReadout`], from the result of [`solve_groups`]."""
-        n_labels = len(a["bias"])
-        first = 0 if is_panel else n_labels
-        shares = a["group_labels"][:, :n_labels].T * a["group_weights"] * (a["group_labels"].max(axis=1) > 0.5)
-        shares /= shares.sum(axis=1, keepdims=True).clip(min=1e-12)
-        scores = shares @ (a["groups"][:, here] @ weights.T + bias)  # of the labels' mean cells
-        return {
-            "others": np.ascontiguousarray(weights[first:].T, dtype=np.float32),
-            "others_bias": bias[first:].astype(np.float32),
-            "typical": scores,
-        }
 
 
 def panel_profiles(cells: Cells, gene_ids: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

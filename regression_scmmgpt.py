@@ -218,6 +218,22 @@ def condition(a: dict[str, np.ndarray], here: np.ndarray) -> tuple[np.ndarray, n
     return w_here + moved, bias, covariance
 
 
+def others_of(
+    a: dict[str, np.ndarray], here: np.ndarray, weights: np.ndarray, bias: np.ndarray, is_panel: bool
+) -> dict[str, np.ndarray]:
+    """`others`, `others_bias` and `typical` of a `PanelReadout`, from the result of [`solve_groups`]."""
+    n_labels = len(a["bias"])
+    first = 0 if is_panel else n_labels
+    shares = a["group_labels"][:, :n_labels].T * a["group_weights"] * (a["group_labels"].max(axis=1) > 0.5)
+    shares /= shares.sum(axis=1, keepdims=True).clip(min=1e-12)
+    scores = shares @ (a["groups"][:, here] @ weights.T + bias)  # of the labels' mean cells
+    return {
+        "others": np.ascontiguousarray(weights[first:].T, dtype=np.float32),
+        "others_bias": bias[first:].astype(np.float32),
+        "typical": scores,
+    }
+
+
 def root_shares(
     indptr: np.ndarray, positions: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
