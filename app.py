@@ -106,6 +106,7 @@ class Session:
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # selected, none: all cells
     marks: np.ndarray | None = None  # places of generated cells
     query: str = ""  # of the last search
+    placed: np.ndarray | None = None  # by the network, for the searches
     chat: Chat | None = None  # about the selected cells
     turns: list[dict[str, str]] = field(default_factory=list)  # of the chat
 
@@ -446,7 +447,17 @@ class Tasks:
     def search(self, session: Session | None, text: str, top_k: int) -> tuple[Any, ...]:
         """Find cells by a text; the score of each colours the map."""
         session = _with_cells(session)
-        hits = self.pipeline.search(session.adata, text, top_k=int(top_k), key_added="scmmgpt_search")
+        choice = self.pipeline.processor.choose_input(session.adata)
+
+        def places() -> np.ndarray:
+            if session.placed is None:  # the cells stay, and the next search needs no network
+                session.placed = self.pipeline.place_cells(session.adata, choice)
+            return session.placed
+
+        columns = self.pipeline.search_cells(session.adata, choice, text, places=places)
+        (hits,) = self.pipeline.add_search(
+            session.adata, choice, columns, text, int(top_k), key_added="scmmgpt_search"
+        )
         session.color, session.query = "scmmgpt_search", textwrap.shorten(text, SHOWN_QUERY, placeholder=" …")
         found, scores = [hit["index"] for hit in hits], [round(hit["score"], 2) for hit in hits]
         obs = session.adata.obs.iloc[found]

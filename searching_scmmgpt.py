@@ -83,8 +83,13 @@ class SearchSteps(CellPasses):
         text: str | Sequence[str],
         by: str = "similarity",
         batch_size: int | None = None,
+        places: Callable[[], np.ndarray] | None = None,
     ) -> np.ndarray:
-        """What [`add_search`] scores cells by, float32 `(n_cells, n_columns)`: all the data of a choice, or a part."""
+        """What [`add_search`] scores cells by, float32 `(n_cells, n_columns)`: all the data of a choice, or a part.
+
+        `places` gives the result of [`place_cells`] for these cells, if the texts need it: searches of the same cells
+        may share it.
+        """
         texts = [text] if isinstance(text, str) else [str(item) for item in text]
         if not texts or not all(item.strip() for item in texts):
             raise ValueError("The text to search for is empty; describe the wanted cells.")
@@ -94,9 +99,18 @@ class SearchSteps(CellPasses):
             raise ValueError(
                 "This checkpoint has no texts about genes; train with gene_texts, or search by similarity."
             )
-        score, batch_size = self._search_scores(texts, by, choice), self._batch_size(batch_size, 64)
+        score, place_texts = self._search_scores(texts, by, choice, placed=places is not None)
+        batch_size = self._batch_size(batch_size, 64)
         columns = self._map_cells(score, self._chunks(adata, choice), batch_size, "Searching", adata.shape[0])
+        if places is not None and place_texts is not None:
+            columns[0] += cell_text_similarity(torch.from_numpy(places()), place_texts.float().cpu()).numpy()
         return np.concatenate(columns, axis=1)
+
+    def place_cells(self, adata: Any, choice: InputChoice, batch_size: int | None = None) -> np.ndarray:
+        """Features of all cells in the shared space, float32 `(n_cells, num_query_tokens, projection_dim)`."""
+        features_of, batch_size = self.features_of(choice), self._batch_size(batch_size, 64)
+        chunks = self._chunks(adata, choice)
+        return self._map_cells(lambda cells: (features_of(cells),), chunks, batch_size, "Searching", adata.shape[0])[0]
 
     def add_search(
         self,
@@ -133,30 +147,38 @@ class SearchSteps(CellPasses):
     def _search_plan(self, texts: list[str], choice: InputChoice) -> Search:
         return Search(texts, self.processor.gene_index, choice.match.measured)
 
-    def _search_scores(self, texts: list[str], by: str, choice: InputChoice) -> CellFunction:
-        """Scores of texts by genes; or similarities and expression, from which a search is scored."""
+    def _search_scores(
+        self, texts: list[str], by: str, choice: InputChoice, placed: bool = False
+    ) -> tuple[CellFunction, torch.Tensor | None]:
+        """Scores of texts by genes; or similarities and expression, from which a search is scored.
+
+        If the cells are `placed` already, similarities in the shared space are left out: the second result has the
+        features of the texts for them, if the texts are compared there at all.
+        """
         if by == "genes":
             states = text_states(self._bridge(), self.processor, texts)
             readout, measured = self._bridge().label_readout, choice.match.measured
             genes = GeneSearch.of(readout, measured, states, self._markers_named(texts, measured))
-            return lambda cells: (torch.from_numpy(genes(cells)),)
+            return lambda cells: (torch.from_numpy(genes(cells)),), None
         plan, bridge = self._search_plan(texts, choice), self._bridge()
         if not plan.texts:  # counts alone decide
-            return lambda cells: (torch.from_numpy(plan.expression(cells)),)
+            return lambda cells: (torch.from_numpy(plan.expression(cells)),), None
         stored = self.model.config.annotation or {}
         if bridge.config.profile_readout and stored.get("similarity_weight") == 0:  # the choice of fine-tuning
             panel = bridge.label_readout.for_genes(choice.match.measured)
             trained = self.model.config.label_readout["texts"]
             of_labels = mean_similarity(bridge, self.processor, plan.texts, trained, panel)
-            return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells)))
+            return lambda cells: (torch.from_numpy(of_labels(cells)), torch.from_numpy(plan.expression(cells))), None
         text_features = encode_texts(bridge, self.processor, plan.texts)
         features_of, of_types = self.features_of(choice), self._types_named(plan.texts, choice.match.measured)
 
         def similarity(cells: Cells) -> tuple[torch.Tensor, ...]:
-            found = cell_text_similarity(features_of(cells), text_features)
-            return found + of_types(cells).to(found), torch.from_numpy(plan.expression(cells))
+            found = of_types(cells)
+            if not placed:
+                found = found.to(text_features) + cell_text_similarity(features_of(cells), text_features)
+            return found, torch.from_numpy(plan.expression(cells))
 
-        return similarity
+        return similarity, text_features
 
     def _types_named(self, texts: Sequence[str], measured: np.ndarray) -> Callable[[Cells], torch.Tensor]:
         """Cells -> probability of the types that each text names and that have a profile alone, `(n, n_texts)`.

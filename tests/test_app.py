@@ -101,6 +101,25 @@ def test_a_search_colours_the_map_by_its_score(tasks, session):
     assert drawn["title"].endswith("Colour: match with “a B cell”.")
 
 
+def test_searches_place_the_cells_of_a_session_once(tiny_pipeline, tasks, session, adata, monkeypatch):
+    cell_model = tiny_pipeline._bridge().cell_model
+    texts, alone = ("a B cell", "a T cell without MS4A1"), []
+    for text in texts:
+        tiny_pipeline.search(adata, text, key_added="alone")
+        alone.append(adata.obs["alone"].to_numpy())
+    passes, forward = [], cell_model.forward
+    monkeypatch.setattr(cell_model, "forward", lambda *of, **named: passes.append(1) or forward(*of, **named))
+    tasks["search"](session, "more CD3D than MS4A1", 4)
+    assert not passes  # counts alone decide
+    for text, scores in zip(texts, alone, strict=True):
+        tasks["search"](session, text, 4)
+        np.testing.assert_allclose(session.adata.obs["scmmgpt_search"], scores, rtol=1e-4, atol=1e-5)
+        before = len(passes)
+    assert before  # the first text
+    tasks["search"](session, "a monocyte", 4)
+    assert len(passes) == before
+
+
 def test_generated_cells_are_marked_on_the_map(tasks, session):
     _, drawn, genes, file, _ = tasks["generate"](session, "a B cell", 3)
     assert anndata.read_h5ad(file).n_obs == len(drawn["marks"]["x"]) == 3
