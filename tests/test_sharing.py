@@ -118,6 +118,7 @@ def test_the_folder_of_a_space_runs_as_it_is(tiny_pipeline, tmp_path):
         "import runpy, sys, unittest.mock\n"
         "gradio = sys.modules['gradio'] = unittest.mock.MagicMock()\n"
         "gradio.Error = ValueError\n"
+        "gradio.Progress = type('Progress', (), {'__init__': lambda self, **options: None})\n"
         "runpy.run_path('app.py', run_name='__main__')\n"
         "print(gradio.Blocks.return_value.__enter__.return_value.launch.call_args)\n"
         "print(sys.modules['scmmgpt'].__file__)\n"
