@@ -10,6 +10,7 @@ means about as well as the label does, which need not make a cell novel (a cytot
 killer cell), the answer is the narrowest broader type of label and type, else `"Unknown"`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,13 +146,21 @@ class ProfiledTypes:
         found, best = np.full(len(scores), -1), scores.argmax(axis=1)
         if not np.isfinite(self.lead):
             return found
-        for place, kinds in enumerate(self.kinds):
-            members = np.isin(np.arange(scores.shape[1]), kinds)
+        for place in np.flatnonzero(self.members[:, best].any(axis=1)):
+            members = self.members[place]
             rows = np.flatnonzero((found < 0) & members[best])
             if len(rows):
                 total = scores[rows][:, members].sum(axis=1, dtype=np.float64)
                 lead = total - scores[rows][:, ~members].max(axis=1, initial=-np.inf)
                 found[rows[(total >= TERM_SCORE) & (lead >= TERM_LEAD)]] = place
+        return found
+
+    @functools.cached_property
+    def members(self) -> np.ndarray:
+        """Which labels and types are `kinds` of each term, bool `(n_terms, n_labels + n_types)`."""
+        found = np.zeros((len(self.kinds), len(self.bias)), dtype=bool)
+        for place, kinds in enumerate(self.kinds):
+            found[place, kinds] = True
         return found
 
     def beside(

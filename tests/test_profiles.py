@@ -158,7 +158,8 @@ def test_a_novel_cell_is_of_the_broader_type_that_its_kinds_explain_together(rea
     assert kinds == [[0, 22, 23], [1, 2]]
     assert kinds_of_terms([*"abcd"], terms, [{"above": ["CL:0000540"]}] * 2) == [[], []]  # too many of all types
     assert kinds_of_terms([*"abcd", *map(str, range(18))], terms, [{}]) == [[], []]  # an older checkpoint
-    types = replace(ProfiledTypes.of(readout, readout.for_genes(np.arange(30)), kinds=[[0, 4, 5], [1, 2]]), lead=0.0)
+    four = ProfiledTypes.of(readout, readout.for_genes(np.arange(30)), kinds=[[0, 4, 5], [1, 2]])
+    types = replace(four, bias=np.zeros(7, dtype=np.float32), lead=0.0)
     scores = [
         [0.3, 0.1, 0.1, 0.1, 0.25, 0.2, 0.1],  # together 0.75, and 0.65 more than any other
         [0.3, 0.1, 0.1, 0.1, 0.25, 0.2, 0.4],  # another type is best
