@@ -11,7 +11,7 @@ from .audit_scmmgpt import Audit, judge, log_pooled, nested_sets
 from .conversion_scmmgpt import InputChoice
 from .crossfit_scmmgpt import FileRegression, best_other_label
 from .evidence_scmmgpt import Evidence, Explainer, label_members
-from .labelling_scmmgpt import Labelling, LabellingSteps
+from .labelling_scmmgpt import Labelling, LabellingSteps, read_ranges
 from .labels_scmmgpt import UNKNOWN, profiled_types, with_types
 from .passes_scmmgpt import uncounted
 from .records_scmmgpt import MISSING, add_column, finish_report, table_of
@@ -111,21 +111,18 @@ class EvidenceSteps(LabellingSteps):
         """
         choice = labelling.choice
         numbers = np.where(np.isin(given, (MISSING, UNKNOWN)), -1, np.searchsorted(sets, given))
-        parts, rows = [], spread_rows(len(given), FITTED_CELLS)
-        for start, stop in rows:
-            part = adata if stop - start == len(given) else adata[start:stop]
-            parts += list(uncounted(choice).iter_cells(part))
-        of_parts = np.concatenate([numbers[start:stop] for start, stop in rows])
-        file = FileRegression.of(type(parts[0]).concatenate(parts), of_parts, len(sets))
+        fitted = read_ranges(adata, uncounted(choice), spread_rows(len(given), FITTED_CELLS))
+        cells = [cells for _, _, cells in fitted]
+        of_cells = np.concatenate([numbers[start:stop] for start, stop, _ in fitted])
+        file = FileRegression.of(type(cells[0]).concatenate(cells), of_cells, len(sets))
         if file is None:
             return None
         wide, types, members = self._audit_labelling(choice, sets)
         logs, model, own = [], [], []
-        for start, stop in spread_rows(len(given), BELIEF_CELLS):
+        quiet = replace(labelling, choice=uncounted(choice))
+        for start, stop, some in read_ranges(adata, uncounted(choice), spread_rows(len(given), BELIEF_CELLS)):
             part = adata if stop - start == len(given) else adata[start:stop]
-            cells = list(uncounted(choice).iter_cells(part))
-            logs.append(file.log_probabilities(type(cells[0]).concatenate(cells)))
-            quiet = replace(labelling, choice=uncounted(choice))
+            logs.append(file.log_probabilities(some))
             model.append(log_pooled(self._audit_probabilities(part, quiet, wide, types)[1], members))
             own.append(numbers[start:stop])
         kept = np.concatenate(own) >= 0

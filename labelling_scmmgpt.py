@@ -466,14 +466,33 @@ class LabellingSteps(CellPasses):
         return scorer.name(self._map_cells(scorer, chunks, batch_size, "Annotating", n_cells, is_padded))
 
 
+def read_ranges(adata: Any, choice: InputChoice, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, Cells]]:
+    """The ranges of rows that can be read, with their cells. The pass over all cells says what is wrong with others.
+
+    Raises:
+        ValueError: That of a range, if none can be read.
+    """
+    found: list[tuple[int, int, Cells]] = []
+    failed: ValueError | None = None
+    for start, stop in ranges:
+        try:
+            parts = list(choice.iter_cells(adata if stop - start == adata.shape[0] else adata[start:stop]))
+        except ValueError as error:
+            failed = error
+        else:
+            found.append((start, stop, type(parts[0]).concatenate(parts)))
+    if failed is not None and not found:
+        raise failed
+    return found
+
+
 def _cells_all_over(adata: Any, choice: InputChoice, most: int, at_once: int) -> Cells:
     """All cells of the data, or `most` of them, `at_once` neighbours at a time, without a pass over all."""
-    total, choice = choice.report["cells"]["cells"], uncounted(choice)
-    if total <= most:
-        parts = list(choice.iter_cells(adata))
-    else:
+    total, ranges = choice.report["cells"]["cells"], [(0, adata.shape[0])]
+    if total > most:
         starts = np.linspace(0, total - at_once, most // at_once).astype(np.int64).tolist()
-        parts = [cells for row in starts for cells in choice.iter_cells(adata[row : row + at_once])]
+        ranges = [(row, row + at_once) for row in starts]
+    parts = [cells for _, _, cells in read_ranges(adata, uncounted(choice), ranges)]
     return type(parts[0]).concatenate(parts)
 
 
