@@ -237,8 +237,9 @@ def _fit(places: np.ndarray, numbers: np.ndarray, n_labels: int) -> tuple[np.nda
     x, y = torch.from_numpy(places.astype(np.float64)), torch.from_numpy(numbers)
     weights = torch.zeros((x.shape[1], n_labels), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(n_labels, dtype=torch.float64, requires_grad=True)
-    options = {"max_iter": ITERATIONS, "tolerance_grad": 1e-4, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([weights, bias], **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.LBFGS(
+        [weights, bias], max_iter=ITERATIONS, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
