@@ -46,7 +46,13 @@ def annotate_scores(
     similarity = similarity + labelling.unseen_bonus * candidates.unseen
     weights = {"matching_weight": labelling.settings["matching_weight"], "doubt": stored.get("doubt", 0.0)}
     parts = candidates.doubt_parts()
-    probabilities = candidates.pool(label_probabilities(similarity, match, logit_scale=scale, parts=parts, **weights))
+
+    def pooled(similarity: np.ndarray) -> np.ndarray:
+        return candidates.pool(label_probabilities(similarity, match, logit_scale=scale, parts=parts, **weights))
+
+    probabilities = of_sets = pooled(similarity)
+    if labelling.prior is not None:
+        probabilities = pooled(similarity + np.log(labelling.prior) / scale)
     if stored.get("novelty") and novelty is None:
         novelty = np.full(len(similarity), np.nan, dtype=np.float32)
     broader, named = None, None
@@ -65,11 +71,11 @@ def annotate_scores(
         for name, word in (("cell_type", UNKNOWN), ("cl_id", "")):
             columns[name] = np.where(is_empty, word, columns[name])
     if labelling.error_rate is not None:
-        sets = label_sets(probabilities, names, set_threshold(stored["label_sets"], labelling.error_rate))
-        if named:  # the sets are of trained labels: the name that the cell has is one more
-            pairs = zip(columns["by_profile"], columns["cell_type"], sets, strict=True)
-            sets = np.array([f"{name} | {labels}" if is_new else labels for is_new, name, labels in pairs], str)
-        columns["label_set"] = sets
+        # Their thresholds are of cells by themselves. The label that the cell has is one more of its set.
+        sets = label_sets(of_sets, names, set_threshold(stored["label_sets"], labelling.error_rate))
+        is_label = np.isin(columns["cell_type"], [*names, *(known["name"] for known in stored.get("profiles", []))])
+        rows = zip(is_label, columns["cell_type"], sets, strict=True)
+        columns["label_set"] = np.array([with_label(name, found) if is_own else found for is_own, name, found in rows])
     return columns, probabilities
 
 
@@ -297,3 +303,12 @@ def label_sets(probabilities: np.ndarray, names: Sequence[str], threshold: float
     order = np.argsort(-probabilities, axis=1, kind="stable")
     n = np.maximum((probabilities >= threshold).sum(axis=1), 1)
     return np.array([" | ".join(names[i] for i in row[:k]) for row, k in zip(order, n, strict=True)], dtype=str)
+
+
+def with_label(label: str, labels: str) -> str:
+    """A set of labels that has a label, in front if it was missing.
+
+    >>> with_label("T", "B | NK"), with_label("B", "NK | B")
+    ('T | B | NK', 'NK | B')
+    """
+    return labels if label in labels.split(" | ") else f"{label} | {labels}"

@@ -20,10 +20,8 @@ from .conversion_scmmgpt import InputChoice
 from .labels_scmmgpt import (
     UNKNOWN,
     Candidates,
-    advice_on_tissues,
     candidate_columns,
     ids_of_labels,
-    labels_of_tissue,
     labels_with_texts,
     members_of_terms,
     profiled_types,
@@ -38,6 +36,7 @@ from .receipt_scmmgpt import superseded
 from .records_scmmgpt import MISSING, add_column, finish_report, recorded, table_of, words_of
 from .refinement_scmmgpt import MIN_FILE, FileMeans
 from .scoring_scmmgpt import LabelScorer, text_states
+from .tissues_scmmgpt import advice_on_tissues, labels_of_tissue, tissue_prior
 from .unseen_scmmgpt import MIN_BATCH, TextScores
 from .votes_scmmgpt import cluster_answers, majority_vote, summarize_annotation
 
@@ -67,6 +66,7 @@ class Labelling:
     neighbours: Neighbours | None = None  # cells of the file, by which novelty is judged
     profiled: ProfiledTypes | None = None  # types that no training cell has, for cells of no trained label
     file: FileMeans | None = None  # cells of the file that stand for labels, by which the readout was refined
+    prior: np.ndarray | None = None  # float64 (n_texts,), see `tissue_prior`; None: every label is as common
 
 
 class LabellingSteps(CellPasses):
@@ -209,7 +209,24 @@ class LabellingSteps(CellPasses):
             if labelling.profiled is not None:
                 neighbours = labelling.profiled.with_types(neighbours, cells)
             labelling = replace(labelling, neighbours=neighbours)
-        return self.with_file(labelling, FileMeans.of(readout.panel, cells)) if refines else labelling
+        if not refines:
+            return labelling
+        return self._with_prior(self.with_file(labelling, FileMeans.of(readout.panel, cells)), cells)
+
+    def _with_prior(self, labelling: "Labelling", cells: Cells) -> "Labelling":
+        """The same with the tissues that the cells of a file are like, where all labels of the checkpoint compete.
+
+        Scores must be those of the readout alone, which has learned every label as equally common.
+        """
+        stored, settings, readout = self.model.config.annotation or {}, labelling.settings, labelling.readout
+        names, alone = labelling.candidates.names, stored.get("similarity_weight") == 0 == settings["matching_weight"]
+        if readout is None or not alone or not stored.get("tissues") or set(names) != set(stored["labels"]):
+            return labelling
+        logits = settings["readout_temperature"] * readout(cells)
+        scale, doubt = 1 / settings["temperature"], stored.get("doubt", 0.0)
+        probabilities = label_probabilities(logits, logit_scale=scale, doubt=doubt)
+        labels = [names[owner] for owner in labelling.candidates.owners]
+        return replace(labelling, prior=tissue_prior(probabilities, labels, stored["tissues"]))
 
     def with_file(self, labelling: "Labelling", file: FileMeans) -> "Labelling":
         """The same with a readout that the cells of the file refined."""
@@ -306,6 +323,7 @@ class LabellingSteps(CellPasses):
             "read_batch": labelling.batch_read,
             "neighbour_cells": 0 if labelling.neighbours is None else len(labelling.neighbours.novelty),
             "refining_cells": 0 if labelling.file is None else int(labelling.file.n_cells.sum()),
+            **({} if labelling.prior is None else {"label_prior": labelling.prior}),
             **summary,
         }
         if clusters is not None:

@@ -30,7 +30,6 @@ ABBREVIATIONS = {
     "tcell": "t cell",
     "bcell": "b cell",
 }
-STRANGE_SHARE, MIN_STRANGE = 0.02, 3  # cells, and labels, of other tissues that bring advice to name one
 
 
 def normalize_label(label: str) -> str:
@@ -73,62 +72,6 @@ def labels_with_texts(labels: dict[str, str] | Sequence[str] | None, stored: dic
             raise ValueError(f"{same} differ in case alone and have texts that differ; leave out all but one.")
         merged[name] = next((labels[label] for label in [name, *same] if labels[label] != label), name)
     return merged
-
-
-def advice_on_tissues(where: Sequence[str], counts: Mapping[str, int], stored: Mapping[str, Any]) -> list[str]:
-    """Advice to name a tissue, where cells of one tissue have labels that no cell of it had in training.
-
-    Args:
-        where: The tissues that the file names, if any.
-        counts: Label -> cells.
-        stored: `labels` and `tissues`, terms, of the checkpoint.
-    """
-    tissues = stored.get("tissues") or []
-    named = [word for word in where if word]
-    terms = [term for name in named if (term := term_of(name, tissues)) is not None]
-    if not tissues or len(named) > 1:
-        return []
-    named = named if terms else []  # a tissue that the checkpoint does not know may be part of one: "lung tumour"
-
-    def strange(term: Mapping[str, Any]) -> dict[str, int]:
-        return {label: n for label, n in counts.items() if label in stored["labels"] and label not in term["labels"]}
-
-    term = min(terms or tissues, key=lambda term: sum(strange(term).values()))
-    others, n_cells = strange(term), sum(counts.values())
-    if sum(others.values()) < STRANGE_SHARE * n_cells or (not named and len(others) < MIN_STRANGE):
-        return []
-    shown = ", ".join(sorted(others, key=lambda label: -others[label])[:3])
-    if named:
-        start = f"The file says that the tissue is {named[0]!r}; {sum(others.values())} of {n_cells} cells have labels"
-        said = f"{start} that the checkpoint's cells of this tissue did not have ({shown})."
-        return [f"{said} `tissue='{term['name']}'` chooses among the others."]
-    known = ", ".join(str(term["name"]) for term in tissues)
-    said = f"The {len(counts)} labels are of several tissues (beside {term['name']}: {shown})."
-    return [f"{said} If the cells are of one, name it by `tissue=`: {known}."]
-
-
-def labels_of_tissue(tissue: str, stored: Mapping[str, Any]) -> dict[str, str]:
-    """Label -> text of the stored labels that the training cells of a tissue had.
-
-    Args:
-        tissue: In any spelling, a synonym, or an id of UBERON.
-        stored: `labels` (label -> text) and `tissues`, terms as for [`trained_labels_of`].
-
-    >>> liver = {"id": "UBERON:0002107", "name": "liver", "names": ["liver"], "labels": ["hepatocyte"]}
-    >>> labels_of_tissue("Liver", {"labels": {"hepatocyte": "A cell.", "neuron": "A cell."}, "tissues": [liver]})
-    {'hepatocyte': 'A cell.'}
-    """
-    tissues = stored.get("tissues") or []
-    if not tissues:
-        raise ValueError(
-            "This checkpoint does not know which labels a tissue has: name the labels, or use a checkpoint of "
-            "`release`, `finetune` or `calibrate` whose cells had a column 'tissue' in obs."
-        )
-    found = term_of(tissue, tissues)
-    if found is None:
-        known = ", ".join(str(term["name"]) for term in tissues)
-        raise ValueError(f"The checkpoint saw no cells of the tissue {tissue!r}; it knows {known}.")
-    return {label: text for label, text in stored["labels"].items() if label in found["labels"]}
 
 
 def ids_of_labels(names: Sequence[str], given: dict[str, str], terms: Sequence[Mapping[str, Any]]) -> dict[str, str]:

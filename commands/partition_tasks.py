@@ -202,6 +202,8 @@ def _arrays_of(labelling: "Labelling") -> Arrays:
         found |= {} if near.types is None else {"types": near.types}
     if (file := labelling.file) is not None:
         found |= {"means": file.means, "n_cells": file.n_cells}
+    if labelling.prior is not None:
+        found["prior"] = labelling.prior
     return found
 
 
@@ -250,7 +252,7 @@ def labelling_of(
         labelling = replace(labelling, neighbours=near)
     if "means" in decided:
         labelling = pipeline.with_file(labelling, FileMeans(decided["means"], decided["n_cells"]))
-    return labelling
+    return replace(labelling, prior=decided.get("prior"))
 
 
 def known_labelling(

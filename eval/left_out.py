@@ -21,7 +21,7 @@ readouts that had seen the dataset.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,12 +38,14 @@ from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expec
 from scmmgpt.genes_scmmgpt import GeneIndex
 from scmmgpt.labels_scmmgpt import UNKNOWN
 from scmmgpt.novelty_scmmgpt import first_term
+from scmmgpt.tissues_scmmgpt import tissue_prior
 from scmmgpt.train import left_out, release
 from scmmgpt.train.data import ontology, prepare
 from scmmgpt.train.data.gene_tables import build_gene_aliases
 from scmmgpt.train.left_out import ABSENT, LeftOut
 from scmmgpt.train.pooled import Dataset, fit_pooled_novelty
-from scmmgpt.train.references import Reference, TypeProfiles, read_types
+from scmmgpt.train.references import Reference, TypeProfiles, profiled_tissues, read_types
+from scmmgpt.train.release import LabelledSource
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,13 @@ class Sources:
     meanings: np.ndarray  # as for `fit_pooled_readout`
     reference: Reference | None = None
     profiles: TypeProfiles | None = None
+    tissues: Sequence[LabelledSource] = ()  # of which the cells have tissues, one for each dataset
+    profiled: frozenset[tuple[str, str]] = frozenset()  # pairs of a tissue and a type that has a profile there
+
+    def tissues_without(self, group: Collection[int]) -> list[dict[str, Any]]:
+        """The tissues that a checkpoint has without the datasets of a group."""
+        left = [source for number, source in enumerate(self.tissues) if number not in group]
+        return release.tissues_of(left, prepare.read_label_table("human"), self.profiled) if left else []
 
     @cached_property
     def terms(self) -> list[dict[str, Any]]:
@@ -85,10 +94,12 @@ def read_sources(folder: str | Path, labels: str = "human") -> Sources:
     placed = release.place_terms(
         sorted({term for source in sources for term in source.terms if term}), table["types"], table.get("broad", ())
     )
-    names = [source.name for source in sources if any(term in placed for term in source.terms)]
+    used = [source for source in sources if any(term in placed for term in source.terms)]
+    names = [source.name for source in used]
     reference = release.read_profiles(folder, types, table, index, len(vocabulary))
     profiles = read_types(folder, index, len(vocabulary), table.get("broad", ()))
-    return Sources(names, datasets, types, meanings, reference, profiles)
+    profiled = frozenset(profiled_tissues(folder))
+    return Sources(names, datasets, types, meanings, reference, profiles, used, profiled)
 
 
 def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
@@ -98,19 +109,34 @@ def calibrated(sources: Sources, cells: LeftOut) -> dict[str, Any]:
     return settings
 
 
-def annotate(sources: Sources, cells: LeftOut, settings: dict[str, Any], alone: bool = False) -> dict[str, np.ndarray]:
-    """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`."""
+def annotate(
+    sources: Sources,
+    cells: LeftOut,
+    settings: dict[str, Any],
+    alone: bool = False,
+    tissues: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, np.ndarray]:
+    """Cells of one dataset as `annotate` names them: the columns of `choose_labels`, and `probabilities`.
+
+    `of_sets` are the probabilities without what the cells say of their tissues, of which sets of labels are.
+    """
     alone = alone or sources.reference is None  # whose profiles novelty by neighbours needs
     unit = settings["lead_unit" if alone else "batch_unit"]
     cells = replace(cells, scores=cells.alone) if alone else left_out.with_neighbours(cells)
     labels = np.flatnonzero((cells.scores > ABSENT).any(axis=0))
     ids = {str(ontology.term_name(sources.types[label])): sources.types[label] for label in labels}
-    probabilities = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
+    probabilities = of_sets = left_out.probabilities_of(cells, settings["temperature"], settings["doubt"])
+    if tissues and not alone:
+        prior = np.ones(len(sources.types))
+        prior[labels] = tissue_prior(probabilities[:, labels], list(ids), tissues)
+        scores = np.where(cells.scores > ABSENT, cells.scores + settings["temperature"] * np.log(prior), ABSENT)
+        shifted = replace(cells, scores=scores.astype(np.float32))
+        probabilities = left_out.probabilities_of(shifted, settings["temperature"], settings["doubt"])
     novelty = (cells.novelty / np.float32(unit)).clip(min=0)
     least = least_scores(settings["min_score"], novelty)
     broader = first_term(cells.of_terms, unit)
     columns = choose_labels(probabilities[:, labels], list(ids), ids, least, novelty, sources.terms, broader=broader)
-    return columns | {"probabilities": probabilities}
+    return columns | {"probabilities": probabilities, "of_sets": of_sets}
 
 
 def known_scores(columns: dict[str, np.ndarray], targets: np.ndarray, types: Sequence[str]) -> dict[str, float]:
@@ -198,12 +224,12 @@ def leave_datasets_out(
     sets: dict[float, list[np.ndarray]] = {rate: [] for rate in ERROR_RATES}
     for group in groups:
         settings = calibrated(sources, cells.take(~np.isin(cells.datasets, group)))
-        own = judged or cells
+        own, tissues = judged or cells, sources.tissues_without(group)
         for number in group:
             mine = own.take(own.datasets == number)
             if not len(mine.targets):
                 continue
-            columns, known = annotate(sources, mine, settings, alone), mine.known
+            columns, known = annotate(sources, mine, settings, alone, tissues), mine.known
             if known.any():
                 some = {name: values[known] for name, values in columns.items()}
                 known_rows[sources.names[number]] = known_scores(some, mine.targets[known], sources.types)
@@ -213,7 +239,7 @@ def leave_datasets_out(
                 kept.append(mine.take(known))
                 parts.append(some["probabilities"])
                 for rate in ERROR_RATES:
-                    sets[rate].append(members(some["probabilities"], settings, rate))
+                    sets[rate].append(members(some["of_sets"], settings, rate))
             new_rows += new_cells(sources, mine, columns, ~known, sources.names[number])
             logger.info("%s left out", sources.names[number])
     if not kept:
@@ -281,7 +307,8 @@ def fit_for_file(sources: Sources, left: int | None, settings: dict[str, Any]) -
     train = [data for number, data in enumerate(sources.datasets) if number != left]
     readout, own = left_out.fit_known(train, sources.meanings, sources.reference)
     novelty = fit_pooled_novelty(train, train[0].counts.shape[1]) or {}
-    return untrained.Fitted(readout, [sources.types[label] for label in own], novelty, settings)
+    tissues = sources.tissues_without(() if left is None else (left,))
+    return untrained.Fitted(readout, [sources.types[label] for label in own], novelty, settings, tissues)
 
 
 def weighted(rows: Any) -> dict[str, float]:

@@ -38,6 +38,7 @@ from scmmgpt.profiles_scmmgpt import ProfiledTypes, broader_answers, kinds_of_te
 from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.refinement_scmmgpt import refine_by_cells
 from scmmgpt.regression_scmmgpt import solve_groups
+from scmmgpt.tissues_scmmgpt import tissue_prior
 from scmmgpt.train.data import ontology
 from scmmgpt.train.pooled import Dataset
 from scmmgpt.train.references import TypeProfiles
@@ -51,6 +52,7 @@ class Fitted:
     types: list[str]  # Cell Ontology ids of the labels
     novelty: dict[str, Any]  # as `fit_pooled_novelty` has it
     settings: dict[str, Any]  # of `train.left_out.calibrate`
+    tissues: list[dict[str, Any]]  # as `release.tissues_of` has them
 
     def without(self, term: str) -> "Fitted":
         """The same without a label."""
@@ -103,7 +105,11 @@ def annotate_file(
         judge = profiled.beside(judge, profiled.with_types(neighbours, cells))
     scale, doubt = 1 / fitted.settings["temperature"], fitted.settings["doubt"]
     named_by = panel if alone else refine_by_cells(fitted.readout, panel, cells)
-    probabilities = label_probabilities(named_by(cells), logit_scale=scale, doubt=doubt)
+    scores = named_by(cells)
+    probabilities = label_probabilities(scores, logit_scale=scale, doubt=doubt)
+    if fitted.tissues and not alone:
+        prior = tissue_prior(probabilities, names, fitted.tissues)
+        probabilities = label_probabilities(scores + np.log(prior) / scale, logit_scale=scale, doubt=doubt)
     novelty, broader, *named = (None, None) if judge is None else judge(cells).T
     least = least_scores(fitted.settings["min_score"], novelty)
     columns = choose_labels(probabilities, names, ids, least, novelty, terms, broader=broader)

@@ -16,13 +16,12 @@ from scmmgpt.cells_scmmgpt import Cells
 from scmmgpt.eval.abstention import evaluate_abstention
 from scmmgpt.evidence_scmmgpt import likely_label
 from scmmgpt.labels_scmmgpt import (
-    advice_on_tissues,
     candidate_columns,
-    labels_of_tissue,
     labels_with_texts,
     trained_labels_of,
 )
 from scmmgpt.novelty_scmmgpt import Novelty, absent_genes, fit_novelty, novelty_of
+from scmmgpt.tissues_scmmgpt import advice_on_tissues, labels_of_tissue, tissue_prior
 from scmmgpt.train.data import ontology
 
 
@@ -155,10 +154,31 @@ def test_labels_of_several_tissues_bring_the_advice_where_the_file_names_none():
         assert advice == [] if n_others == 2 else "beside blood: B cell, T cell, monocyte" in advice[0]
 
 
+def test_labels_of_other_tissues_than_those_of_the_cells_are_unlikely_beside_them():
+    labels = ["B cell", "T cell", "macrophage", "neuron", "alpha cell"]
+    blood, brain = {"labels": labels[:2]}, {"labels": labels[:4]}
+    islet = {"labels": ["B cell", "T cell", "macrophage", "alpha cell"]}
+
+    def seen(*counts):  # cells that are nine times as like their label as like each other
+        own = np.repeat(np.eye(5), counts, axis=0)
+        return tissue_prior((1 + 8 * own) / 13, labels, [blood, brain, islet])
+
+    of_blood = seen(50, 50, 3, 0, 0)
+    assert (of_blood[:2] > 6 * of_blood[3:].max()).all()
+    assert of_blood[2] < 0.5 * of_blood[0]
+    of_brain = seen(1, 2, 10, 60, 3)
+    assert of_brain[4] < 0.3 * of_brain[3]
+    assert of_brain[2] == pytest.approx(of_brain[3])
+    mixed = seen(0, 0, 0, 50, 50)  # a tissue that no one of these is: any label, or both tissues
+    assert mixed[3] == pytest.approx(mixed[4], rel=0.01)
+    np.testing.assert_allclose(seen(20, 20, 20, 20, 20) @ np.ones(5), 5)  # shares of all labels sum to 1
+    np.testing.assert_allclose(tissue_prior(np.full((3, 5), 0.2), labels, [{"labels": ["keratinocyte"]}]), 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tissue": "kidney"}, "saw no cells of the tissue 'kidney'; it knows blood, lung"),
+        ({"tissue": "kidney"}, "knows no tissue 'kidney'; it knows blood, lung"),
         ({"tissue": "lung", "labels": ["B cell"]}, "pass one of the two"),
     ],
 )

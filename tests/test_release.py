@@ -164,6 +164,8 @@ def test_cells_of_the_file_judge_novelty_and_refine_labels_in_partitions_too_unl
     np.testing.assert_array_equal(labels["parts"], labels["whole"])
     assert np.abs(labels["alone"] - labels["whole"]).max() > 1e-4
     assert 0 < done["parts"]["refining_cells"] == done["whole"]["refining_cells"] <= min(most, 150)
+    np.testing.assert_array_equal(done["parts"]["label_prior"], done["whole"]["label_prior"])
+    assert "label_prior" not in done["alone"]
     pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
     for n_cells, is_alone in ((40, False), (19, True)):  # too few to judge novelty by, and too few to refine labels
         few = pipeline.annotate(results["alone"][:n_cells].copy())

@@ -168,6 +168,22 @@ def mean_profiles(
     return means, np.unique(ids[ids >= 0])
 
 
+def profiled_tissues(folder: str | Path) -> set[tuple[str, str]]:
+    """Pairs of a tissue, UBERON id, and a type that a profile of it has; empty if the folder has no such file."""
+    table = reference_table()
+    path = Path(folder, table["file"])
+    if not path.is_file():
+        return set()
+    term_of = {name: term for kind in ("types", "untrained") for term, names in table[kind].items() for name in names}
+    tissue_of = {part: tissue for tissue, parts in table["tissues"].items() for part in parts}
+    found = set()
+    for column in pd.read_csv(path, nrows=0, index_col=0):
+        if not any(re.search(part, column) for part in table["left_out"]):
+            tissue = tissue_of.get(column.split("_")[-1].rstrip("-.0123456789"))
+            found.add((tissue, term_of.get(type_name(column))))
+    return {(tissue, term) for tissue, term in found if tissue and term}
+
+
 def type_name(column: str) -> str:
     """The type of a profile, as the table spells it, from the name of a column.
 

@@ -21,7 +21,7 @@ A step that is complete is not repeated. `train/configs/*_release.yaml` have the
 import argparse
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from scmmgpt.train.pooled import TEMPERATURE, Dataset, fit_pooled_novelty
 from scmmgpt.train.references import (
     Reference,
     TypeProfiles,
+    profiled_tissues,
     read_reference,
     read_types,
     reference_genes,
@@ -59,7 +60,7 @@ from scmmgpt.unseen_scmmgpt import Gate, named_genes
 
 logger = logging.getLogger(__name__)
 
-NAME, VERSION = "scmmgpt-human", "0.7.0"
+NAME, VERSION = "scmmgpt-human", "0.8.0"
 MIN_SOURCES = 3  # that measure a gene of the vocabulary
 MAX_CELLS = 100  # of a label of a dataset, for the readout
 MAX_BYTES = 64_000_000
@@ -209,9 +210,14 @@ def read_profiles(
     return read_reference(folder, types, place, index, n_genes)
 
 
-def tissues_of(sources: Sequence[LabelledSource], table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tissues of the cells, with the types that each has, as `annotation["tissues"]` of a checkpoint."""
-    pairs = {pair for source in sources for pair in zip(source.tissues, source.terms, strict=True)}
+def tissues_of(
+    sources: Sequence[LabelledSource], table: Mapping[str, Any], profiled: Collection[tuple[str, str]] = ()
+) -> list[dict[str, Any]]:
+    """The tissues of cells and profiles, with the types that each has, as `annotation["tissues"]` of a checkpoint.
+
+    `profiled` are pairs of a tissue and a type.
+    """
+    pairs = {pair for source in sources for pair in zip(source.tissues, source.terms, strict=True)} | set(profiled)
     placed = place_terms(sorted({term for _, term in pairs if term}), table["types"], table.get("broad", ()))
     return ontology.tissue_terms(
         (tissue, str(ontology.term_name(name))) for tissue, term in pairs for name in placed.get(term, ())
@@ -254,7 +260,7 @@ def add_readout(
         "unseen_gate": None if gate is None else vars(gate),
         "terms": ontology.label_terms(ids),
         "kinds": ontology.terms_below(ids, () if profiles is None else profiles.terms),
-        "tissues": tissues_of(sources, table),
+        "tissues": tissues_of(sources, table, profiled_tissues(data)),
         "novelty": (fit_pooled_novelty(datasets, n_genes) or {}) | others,
         "refines": True,  # by the cells of a file, as the cells were that the settings are fitted to
         **fitted,
