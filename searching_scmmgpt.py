@@ -1,6 +1,7 @@
 """Places of cells in the space that they share with texts, and searches in it."""
 
 import re
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -15,12 +16,13 @@ from .evidence_scmmgpt import NONE, Explainer
 from .labels_scmmgpt import names_known_type
 from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
 from .passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses, uncounted
-from .query_scmmgpt import Search
+from .query_scmmgpt import MIN_VOCABULARY, Search, is_understood, vocabulary_of
 from .records_scmmgpt import finish_report, rows_named
 from .scoring_scmmgpt import encode_texts, mean_similarity, text_states
 from .unseen_scmmgpt import GeneSearch
 
 
+SHOWN_TEXT = 60  # characters of a text, in a warning
 ARTICLE = re.compile(r"^(?:an?|the|any|all)\s+", re.IGNORECASE)
 logger = logging.get_logger(__name__)
 
@@ -163,12 +165,30 @@ class SearchSteps(CellPasses):
             logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search cannot look at it.")
         if plan.unknown:
             logger.warning(f"No gene of the checkpoint is called {', '.join(plan.unknown)}: the search reads a word.")
+        strange = self.warn_of_strange(texts)
         scores = columns if by == "genes" else plan.scores(columns)
         if key_added is not None:
             adata.obs[key_added] = scores[:, 0]
             done = {"text": texts[0], "by": by, "key": key_added}
             self._record(adata, "scmmgpt", choice.report, search=done)
-        return [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+        found = [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+        warned = ((hits, strange.get(text)) for text, hits in zip(texts, found, strict=True))
+        return [[hit | {"warning": said} for hit in hits] if said else hits for hits, said in warned]
+
+    def warn_of_strange(self, texts: Sequence[str]) -> dict[str, str]:
+        """Warn of texts of which the checkpoint knows no word: text -> what is said."""
+        known = vocabulary_of(self.model.config.annotation or {})
+        if len(known) < MIN_VOCABULARY:
+            return {}
+        said = {
+            text: f"The checkpoint knows no word of {textwrap.shorten(text, SHOWN_TEXT, placeholder=' ...')!r}: no "
+            "type, tissue or state, and no gene (genes are in capitals). The order of the cells may mean nothing."
+            for text in texts
+            if not is_understood(text, known, self.processor.gene_index)
+        }
+        for message in said.values():
+            logger.warning(message)
+        return said
 
     def _markers_named(self, texts: list[str], measured: np.ndarray) -> list[np.ndarray]:
         """Vocabulary ids of the markers of the type that each text names; none for a text that names no one type."""

@@ -214,6 +214,7 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
             f"The cells of {folder} are embedded as {of!r}, which texts are not compared with. Embed them with "
             f"`scmmgpt embed --of {OF_TEXTS}` and index these."
         )
+    pipeline.warn_of_strange([text])
     query = pipeline.embed_texts([text])[0]
     _check_dimensions(folder, query, model)
     hits = search_index(folder, query, top_k, where)
