@@ -331,7 +331,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             )
         choice = self.processor.choose_input(adata, **read_kwargs)
         cells = choice.convert(adata)[np.flatnonzero(usable)]
-        stored, fit = self.fit_settings(cells, truth[usable], choice, settings, batch_size)
+        stored, fit = self.fit_settings(adata, cells, truth[usable], choice, settings, batch_size)
         self.model.config.annotation = stored
         return {**stored, **fit, "n_cells": len(cells), "n_left_out": int((~usable).sum())}
 

@@ -54,11 +54,11 @@ STEM = 6  # letters: "antibodies" is "antibody"
 MIN_VOCABULARY = 500  # words of a checkpoint, below which a word that it lacks says nothing
 # Words of the texts about types that stand beside any noun, and letters that are cells only in capitals ("A cell").
 COMMON = frozenset(
-    """a after al all also an and any are as at be been before being between both but by can cell cells do each end few for
-    from get had has have having he high higher how if in into is it its kind kinds lacking less let low lower may more
-    most my negative no not of off on one or other out positive so some st such than that the their them these they
-    this those through to top two type types us via was we were what when where which who whose why with within without
-    you""".split()
+    """a after al all also an and any are as at be been before being between both but by can cell cells do each
+    end few for from get had has have having he high higher how if in into is it its kind kinds lacking less
+    let low lower may more most my negative no not of off on one or other out positive so some st such than
+    that the their them these they this those through to top two type types us via was we were what when where
+    which who whose why with within without you""".split()
 )
 # Words of no name of a type: states, and the labels of captions of training that are no type of the checkpoint.
 STATES = frozenset("cancer tumour tumor malignant neoplastic dividing ilc".split())
