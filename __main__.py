@@ -285,8 +285,12 @@ def index(args: Args) -> None:
 
 
 def search(args: Args) -> int:
-    """Find the cells that a text describes best."""
-    if (args.file is None) == (args.index is None):
+    """Find the cells that a text describes best, or that are most like some cells."""
+    if args.like is not None and args.file is None:
+        raise ValueError("Name the FILE that has the cells of --like; with --index, cells of the index are found.")
+    if args.like is not None and args.by != "similarity":
+        raise ValueError(f"--by {args.by} is for --text; cells are compared by similarity.")
+    if args.like is None and (args.file is None) == (args.index is None):
         raise ValueError("Name the cells to search: either FILE or --index.")
     if args.index is not None:
         if args.by != "similarity":
@@ -301,11 +305,12 @@ def search(args: Args) -> int:
     if args.workers or args.cluster:
         if args.output is None:
             raise ValueError("--workers and --cluster need --output: the partitions are kept beside it.")
-        options = {"text": args.text, "top_k": args.top_k, "by": args.by, "key_added": key}
+        options = {"text": args.text, "top_k": args.top_k, "like": args.like, "by": args.by, "key_added": key}
         outputs = several_outputs(args)
         return run_in_partitions(args, outputs, options, lambda results: {"hits": results.found}, lines=render_hits)
     pipeline, adata = load(args)
-    hits = pipeline.search(adata, args.text, args.top_k, by=args.by, key_added=key, **read_options(args))
+    options = {"like": args.like, "by": args.by, "key_added": key}
+    hits = pipeline.search(adata, args.text, args.top_k, **options, **read_options(args))
     if args.output is not None:
         with whole_file(args.output) as temporary:
             write_result(adata, args.file, temporary)
@@ -315,12 +320,17 @@ def search(args: Args) -> int:
 
 def search_in_index(args: Args) -> None:
     """`search` where the cells are in an index."""
-    from scmmgpt.commands.index import find_text, read_manifest, render_hits
+    from scmmgpt.commands.index import find_like, find_text, read_manifest, render_hits
 
     if args.output is not None:
         raise ValueError("--output has the score of every cell of FILE; of an index, only the best are scored.")
     read_manifest(args.index)
-    hits = find_text(args.index, args.text, load_pipeline(args), args.model, args.top_k, args.where)
+    if args.like is not None:
+        pipeline, adata = load(args)
+        which = adata, args.like
+        hits = find_like(args.index, *which, pipeline, args.model, args.top_k, args.where, **read_options(args))
+    else:
+        hits = find_text(args.index, args.text, load_pipeline(args), args.model, args.top_k, args.where)
     write(args, [vars(hit) for hit in hits], render_hits(hits))
 
 

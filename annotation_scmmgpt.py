@@ -238,12 +238,12 @@ def name_by_profile(
 
 
 def fit_mixture(
-    similarity: np.ndarray, match: np.ndarray | None, target: np.ndarray, temperature: float
+    similarity: np.ndarray, match: np.ndarray | None, target: np.ndarray, temperature: float, doubt: float = 0.0
 ) -> dict[str, float]:
     """The temperature and the matching weight with the least negative log-likelihood of the true labels, on a grid.
 
     Args:
-        similarity, match: As for [`label_probabilities`].
+        similarity, match, doubt: As for [`label_probabilities`].
         target: Int `(n_cells,)`: index of each cell's true label.
         temperature: Middle of the grid, whose ends are an eighth of it and eight times of it.
 
@@ -253,7 +253,8 @@ def fit_mixture(
     best: dict[str, float] = {}
     for candidate in temperature * 2.0 ** np.arange(-3, 3.5, 0.5):
         for weight in np.linspace(0, 1, 11):
-            probabilities = label_probabilities(similarity, match, logit_scale=1 / candidate, matching_weight=weight)
+            options = {"logit_scale": 1 / candidate, "matching_weight": weight, "doubt": doubt}
+            probabilities = label_probabilities(similarity, match, **options)
             nll = -np.log(np.maximum(probabilities[np.arange(len(target)), target], 1e-9)).mean()
             if not best or nll < best["nll"] - 1e-9:
                 accuracy = float((probabilities.argmax(axis=1) == target).mean())
@@ -278,6 +279,34 @@ def fit_label_sets(probabilities: np.ndarray, target: np.ndarray) -> dict[str, A
     smallest = np.arange(1, SET_STEPS // 2 + 1) * (len(own) + 1) // SET_STEPS
     thresholds = np.where(smallest > 0, own[np.maximum(smallest, 1) - 1], 0.0)
     return {"n_cells": len(own), "thresholds": [float(f"{value:.6g}") for value in thresholds]}
+
+
+def least_error_rate(n_cells: int) -> float:
+    """The least error rate for which `n_cells` held-out cells say anything: `n_cells >= 1 / rate - 1`.
+
+    The sets of a lower one hold every label. It is a multiple of 1 / `SET_STEPS`.
+
+    >>> least_error_rate(99), least_error_rate(98), least_error_rate(19)
+    (0.01, 0.02, 0.05)
+    """
+    return math.ceil(SET_STEPS / (n_cells + 1)) / SET_STEPS
+
+
+def advice_on_sets(n_cells: int, n_before: int = 0) -> list[str]:
+    """What a user should know of sets that rest on `n_cells` held-out cells, in place of `n_before`.
+
+    >>> advice_on_sets(1000, 500)
+    []
+    """
+    said, least = [], least_error_rate(n_cells)
+    if n_before > n_cells:
+        said.append(f"Sets of labels (`error_rate=`) rest on these {n_cells} cells now, and on {n_before} before.")
+    if least > 1 / SET_STEPS:
+        said.append(
+            f"{n_cells} cells serve error rates of {least:g} and more: at a lower one, every set holds all labels "
+            f"(a rate of {1 / SET_STEPS:g} needs {SET_STEPS - 1} cells)."
+        )
+    return said
 
 
 def set_threshold(stored: Mapping[str, Any] | None, error_rate: float) -> float:

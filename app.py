@@ -62,7 +62,7 @@ MAX_CELLS = 50_000  # of a file, on the page
 MAX_SIZE = "1gb"  # of a file
 KEPT = 3600  # seconds that the cells and files of a browser are kept
 MIN_WIDTH = 340  # pixels of a column
-HITS = ["cell", "match", "annotated type"]
+SEARCHED, HITS = "scmmgpt_search", ["cell", "match", "annotated type"]  # a column of obs, those of a table
 EVIDENCE = ["cell type (cells)", "against", "genes"]
 MEAN_EXPRESSION = "mean log1p(CP10k)"
 SHOWN_GENES = 10  # that speak for a label
@@ -112,8 +112,8 @@ class Session:
 
     def name_of(self, column: str) -> str:
         """A column of `obs` in words: those that the page adds have no prefix."""
-        if column == "scmmgpt_search":
-            return f"match with “{self.query}”" if self.query else "match with a search"
+        if column == SEARCHED:
+            return f"match with {self.query or 'a search'}"
         added = column.removeprefix("scmmgpt_")
         return column if added == column else f"{added.replace('_', ' ')} (scMMGPT)"
 
@@ -292,6 +292,7 @@ def lay_out_tabs(ui: SimpleNamespace, tasks: "Tasks") -> None:
         ui.query = gr.Textbox(label="Which cells are wanted?", placeholder="a cytotoxic lymphocyte")
         ui.top_k = gr.Slider(1, 100, value=10, step=1, label="Cells in the table")
         ui.search = gr.Button("Search", variant="primary")
+        ui.like = gr.Button("More like the selected cells")
         ui.hits = gr.Dataframe(label="Best matches", headers=HITS, wrap=True, column_widths=["42%", "18%", "40%"])
     with gr.Tab("Selected", visible=tasks.can_write or tasks.can_explain):
         gr.Markdown("About the cells that are selected on the map; without a selection, about all.")
@@ -315,8 +316,7 @@ def lay_out_tabs(ui: SimpleNamespace, tasks: "Tasks") -> None:
         ui.prompt = gr.Textbox(label="Description of the new cells", placeholder="A B cell from blood.")
         ui.n_cells = gr.Slider(1, 1000, value=20, step=1, label="Number of cells")
         ui.generate = gr.Button("Generate", variant="primary")
-        names = ["gene", MEAN_EXPRESSION]
-        ui.genes = gr.Dataframe(label="Genes with most expression", headers=names)
+        ui.genes = gr.Dataframe(label="Genes with most expression", headers=["gene", MEAN_EXPRESSION])
         ui.made = gr.File(label="Generated cells")
 
 
@@ -333,8 +333,9 @@ def connect(ui: SimpleNamespace, tasks: "Tasks") -> None:
     tasks.on([ui.map.select], tasks.select, [ui.session], drawn, clears=of_selected, changes=False, is_long=False)
     inputs = [ui.session, ui.labels, ui.tissue, ui.min_score]
     tasks.on([ui.annotate.click], tasks.annotate, inputs, [*shown, ui.counts], clears=of_selected)
-    inputs = [ui.session, ui.query, ui.top_k]
-    tasks.on([ui.search.click, ui.query.submit], tasks.search, inputs, [*shown, ui.hits])
+    inputs, outputs = [ui.session, ui.query, ui.top_k], [*shown, ui.hits]
+    tasks.on([ui.search.click, ui.query.submit], tasks.search, inputs, outputs)
+    tasks.on([ui.like.click], tasks.like, [ui.session, ui.top_k], outputs)
     tasks.on([ui.explain.click], tasks.explain, [ui.session], [ui.evidence])
     tasks.on([ui.describe.click], tasks.describe, [ui.session], [ui.texts])
     outputs = [ui.session, ui.turns, ui.question]
@@ -455,14 +456,16 @@ class Tasks:
             return session.placed
 
         columns = self.pipeline.search_cells(session.adata, choice, text, places=places)
-        (hits,) = self.pipeline.add_search(
-            session.adata, choice, columns, text, int(top_k), key_added="scmmgpt_search"
-        )
-        session.color, session.query = "scmmgpt_search", textwrap.shorten(text, SHOWN_QUERY, placeholder=" …")
-        found, scores = [hit["index"] for hit in hits], [round(hit["score"], 2) for hit in hits]
-        obs = session.adata.obs.iloc[found]
-        types = obs["scmmgpt_cell_type"].astype(str) if "scmmgpt_cell_type" in obs else "–"
-        return *_shown(session), pd.DataFrame(dict(zip(HITS, (obs.index, scores, types), strict=True)))
+        (hits,) = self.pipeline.add_search(session.adata, choice, columns, text, int(top_k), key_added=SEARCHED)
+        return _found(session, hits, f"“{textwrap.shorten(text, SHOWN_QUERY, placeholder=' …')}”")
+
+    def like(self, session: Session | None, top_k: int) -> tuple[Any, ...]:
+        """Find the cells that are most like the selected ones."""
+        session = _with_cells(session)
+        if not len(names := session.adata.obs_names[session.rows]):
+            raise gr.Error(NO_SELECTION)
+        hits = self.pipeline.search(session.adata, None, int(top_k), like=list(names), key_added=SEARCHED)
+        return _found(session, hits, names[0] if len(names) == 1 else f"{len(names):,} selected cells")
 
     def explain(self, session: Session | None) -> tuple[pd.DataFrame]:
         """The genes that speak for the labels of the selected cells."""
@@ -545,6 +548,15 @@ def _shown(session: Session) -> tuple[Any, ...]:
     """A session, its map, what is selected, and the columns that can colour the map."""
     columns = [(session.name_of(column), column) for column in colors_of(session.adata.obs)]
     return session, session.map(), session.said(), gr.Dropdown(choices=columns, value=session.color)
+
+
+def _found(session: Session, hits: list[dict[str, Any]], query: str) -> tuple[Any, ...]:
+    """A session whose map has the scores of a search, and the table of the best cells."""
+    session.color, session.query = SEARCHED, query
+    found, scores = [hit["index"] for hit in hits], [round(hit["score"], 2) for hit in hits]
+    obs = session.adata.obs.iloc[found]
+    types = obs["scmmgpt_cell_type"].astype(str) if "scmmgpt_cell_type" in obs else "–"
+    return *_shown(session), pd.DataFrame(dict(zip(HITS, (obs.index, scores, types), strict=True)))
 
 
 def launch(page: Any, host: str, port: int | None = None, max_size: str | int = MAX_SIZE) -> str:

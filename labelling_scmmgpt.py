@@ -9,10 +9,12 @@ import numpy as np
 from transformers.utils import logging
 
 from .annotation_scmmgpt import (
+    advice_on_sets,
     annotate_scores,
     fit_label_sets,
     fit_mixture,
     label_probabilities,
+    least_error_rate,
     set_threshold,
 )
 from .cells_scmmgpt import Cells
@@ -306,6 +308,9 @@ class LabellingSteps(CellPasses):
         if settings["labels"].keys() == stored.get("labels", {}).keys():
             where = np.unique(tissues_of(adata.obs).astype(str)).tolist()
             warnings = [*warnings, *advice_on_tissues(where, Counter(columns["cell_type"].tolist()), stored)]
+        n_held_out = (stored.get("label_sets") or {}).get("n_cells", 0)
+        if labelling.error_rate is not None and labelling.error_rate < least_error_rate(n_held_out):
+            warnings = [*warnings, *advice_on_sets(n_held_out)]
         finish_report(labelling.choice.report)
         for warning in warnings:
             logger.warning(warning)
@@ -375,32 +380,37 @@ class LabellingSteps(CellPasses):
 
     def fit_settings(
         self,
+        adata: Any,
         cells: Cells,
         truth: np.ndarray,
         choice: InputChoice,
         settings: dict[str, Any],
         batch_size: int | None = None,
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """What [`calibrate`] stores, from labelled cells, and how well it fits them: `nll` and `accuracy`."""
+        """What [`calibrate`] stores, from labelled cells of `adata`, and how well it fits them: `nll` and `accuracy`."""
         texts = list(settings["labels"].values())
         names = list(settings["labels"])
         readout = self._text_scores(texts, np.zeros(len(texts), bool), choice)
+        refined = self.read_batch(adata, self.labelling(choice, settings)).readout  # as `annotate` has it
+        if readout is not None and refined is not None and len(refined.panel.bias) == len(readout.panel.bias):
+            readout = replace(readout, panel=refined.panel, scores=refined.panel)
         similarity, match, _ = self._label_scores([cells], len(cells), texts, settings, batch_size, readout=readout)
         target = np.asarray([names.index(label) for label in truth])
-        best = fit_mixture(similarity, match, target, settings["temperature"])
+        before = dict(self.model.config.annotation or {})
+        doubt = before.get("doubt", 0.0)  # of datasets left out: one dataset does not tell it
+        best = fit_mixture(similarity, match, target, settings["temperature"], doubt)
         cl_ids = {name: i for name, i in settings["cl_ids"].items() if name in settings["labels"]}
         fitted: dict[str, Any] = {name: best[name] for name in ("temperature", "matching_weight")}
-        before = dict(self.model.config.annotation or {})
         before.pop("min_score", None)  # of another temperature
-        before.pop("doubt", None)
         if set(np.unique(target)) == set(range(len(names))):  # else a type without a cell would seem new
             vocab_size = self.model.config.cell_config.vocab_size
             novelty = fit_novelty(cells, target, choice.match.measured, vocab_size)
             kept = {k: v for k, v in (before.get("novelty") or {}).items() if k.endswith("_unit")}  # the readout's own
             fitted |= {} if novelty is None else {"novelty": {**kept, **novelty}}
-        scale, weight = 1 / best["temperature"], best["matching_weight"]
-        probabilities = label_probabilities(similarity, match, logit_scale=scale, matching_weight=weight)
-        fitted["label_sets"] = fit_label_sets(probabilities, target)
+        options = {"logit_scale": 1 / best["temperature"], "matching_weight": best["matching_weight"], "doubt": doubt}
+        fitted["label_sets"] = fit_label_sets(label_probabilities(similarity, match, **options), target)
+        for said in advice_on_sets(len(target), (before.get("label_sets") or {}).get("n_cells", 0)):
+            logger.warning(said)
         # What other commands stored stays: terms and bonus of fine-tuning.
         return {**before, **settings, "cl_ids": cl_ids, **fitted}, best
 

@@ -331,7 +331,7 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
             )
         choice = self.processor.choose_input(adata, **read_kwargs)
         cells = choice.convert(adata)[np.flatnonzero(usable)]
-        stored, fit = self.fit_settings(cells, truth[usable], choice, settings, batch_size)
+        stored, fit = self.fit_settings(adata, cells, truth[usable], choice, settings, batch_size)
         self.model.config.annotation = stored
         return {**stored, **fit, "n_cells": len(cells), "n_left_out": int((~usable).sum())}
 
@@ -518,15 +518,16 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
     def search(
         self,
         adata: Any,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         top_k: int = 10,
         *,
+        like: str | Sequence[str] | None = None,
         by: str = "similarity",
         key_added: str | None = None,
         batch_size: int | None = None,
         **read_kwargs: Any,
     ) -> list:
-        """Find the cells that a text describes best.
+        """Find the cells that a text describes best, or that are most like some cells.
 
         Args:
             text: Description of the wanted cells, one text or several. What follows "without", "lacking", "but not"
@@ -534,6 +535,8 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
                 by their similarity. Genes and programmes after "high", "low" or in "more CD8A than CD4" count by their
                 expression (`query_scmmgpt`).
             top_k: Cells to return per text.
+            like: In place of a text, the name of a cell, or names of several: the others are ordered by the cosine
+                similarity of their embedding ([`embed`]) with that of the cell, or with the mean of several.
             by: `"similarity"` of cell and text in the shared space; where fine-tuning chose the readout alone, of the
                 text and the texts of the labels, weighted by the cell's probabilities. Or `"genes"`: the expression of
                 the genes whose own texts are nearest, which finds conditions that no cell of training shows. It needs
@@ -550,6 +553,15 @@ class ScMMGPTPipeline(DescriptionSteps, SearchSteps):
         """
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+        if (text is None) == (like is None):
+            raise ValueError("Say which cells are wanted: either a text, or cells that they are like.")
+        if text is None:
+            if by != "similarity":
+                raise ValueError(f"by is {by!r}, which is for texts; cells are compared by similarity.")
+            like = [like] if isinstance(like, str) else list(like or ())
+            choice = self.processor.choose_input(adata, **read_kwargs)
+            columns = self.compare_with_cells(adata, choice, self.places_named(adata, choice, like), batch_size)
+            return self.add_search(adata, choice, columns, None, top_k, by, key_added, like)[0]
         if key_added is not None and not isinstance(text, str) and len(text) > 1:
             raise ValueError(f"key_added names one column of obs, but there are {len(text)} texts; pass one text.")
         choice = self.processor.choose_input(adata, **read_kwargs)

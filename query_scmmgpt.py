@@ -13,13 +13,15 @@ else by its similarity. All terms are in standard deviations over the searched c
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from .cells_scmmgpt import Cells
 from .genes_scmmgpt import GeneIndex
+from .labels_scmmgpt import ABBREVIATIONS
 from .programmes_scmmgpt import PROGRAMMES
 from .unseen_scmmgpt import named_genes
 
@@ -47,6 +49,20 @@ SYMBOL = re.compile(r"(?=.*\d)[A-Z][A-Z0-9-]{2,}")
 # What may surround the name of a programme: "a type I interferon response".
 AROUND = re.compile(r"^type i |[ -](?:response|signature|programme|program|signall?ing|genes|activity|expression)$")
 COUNTS_PER_10K = 1e4
+WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
+STEM = 6  # letters: "antibodies" is "antibody"
+MIN_VOCABULARY = 500  # words of a checkpoint, below which a word that it lacks says nothing
+# Words of the texts about types that stand beside any noun, and letters that are cells only in capitals ("A cell").
+COMMON = frozenset(
+    """a after al all also an and any are as at be been before being between both but by can cell cells do each
+    end few for from get had has have having he high higher how if in into is it its kind kinds lacking less
+    let low lower may more most my negative no not of off on one or other out positive so some st such than
+    that the their them these they this those through to top two type types us via was we were what when where
+    which who whose why with within without you""".split()
+)
+# Words of no name of a type: states, and the labels of captions of training that are no type of the checkpoint.
+STATES = frozenset("cancer tumour tumor malignant neoplastic dividing ilc".split())
+LETTERS = ("b", "d", "t")  # of types, which people write in lower case, too
 
 
 @dataclass(frozen=True)
@@ -223,6 +239,50 @@ class Search:
         """
         similarity, expressed = np.split(columns, [len(self.texts)], axis=1)
         return np.stack([part.score(similarity, expressed) for part in self._parts], axis=1)
+
+
+def vocabulary_of(stored: Mapping[str, Any]) -> frozenset[str]:
+    """Stems of the words in the names and texts of what a checkpoint knows: types, tissues, programmes.
+
+    Args:
+        stored: `config.annotation`.
+    """
+    named = [term for key in ("terms", "kinds", "profiles", "tissues") for term in stored.get(key) or []]
+    texts = [text for pair in (stored.get("labels") or {}).items() for text in pair]
+    texts += [text for term in named for text in (*term["names"], term.get("text", ""))]
+    texts += [text for pair in ABBREVIATIONS.items() for text in pair]
+    texts += [text for programme in PROGRAMMES for text in (programme.phrase, *programme.words)]
+    words = {word for text in texts for word in WORD.findall(text.casefold())}
+    return frozenset(map(_stem, (words | STATES) - COMMON))
+
+
+def is_understood(text: str, vocabulary: Collection[str], gene_index: GeneIndex) -> bool:
+    """Whether a text has a word that the checkpoint knows, or a gene in capitals.
+
+    >>> known = vocabulary_of({"labels": {"plasma cell": "A cell that secretes antibodies."}})
+    >>> [is_understood(text, known, GeneIndex({"LYZ": 0})) for text in ("an antibody", "LYZ", "the weather")]
+    [True, True, False]
+    """
+    if named_genes(text, gene_index):
+        return True
+    for word in WORD.findall(text):
+        plain = word.casefold()
+        if word.isupper() and len(word) > 1 and word in gene_index.vocabulary:
+            return True
+        parts = [part for part in (plain, *plain.split("-")) if part not in COMMON and not part.isdigit()]
+        if any(_is_known(part, vocabulary) for part in parts if len(part) > 1 or part in LETTERS or word.isupper()):
+            return True
+    return False
+
+
+def _is_known(word: str, vocabulary: Collection[str]) -> bool:
+    """Whether a word, or a longer one that begins with it ("micro"), is known."""
+    stem = _stem(word)
+    return stem in vocabulary or (len(stem) == STEM - 1 and any(known.startswith(stem) for known in vocabulary))
+
+
+def _stem(word: str) -> str:
+    return (word.removesuffix("s") if len(word) > 3 else word)[:STEM]
 
 
 def combine(wanted: np.ndarray, similar: Sequence[np.ndarray], expressed: Sequence[np.ndarray]) -> np.ndarray:

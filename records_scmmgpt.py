@@ -5,7 +5,8 @@ This file travels with the weights, so it imports neither AnnData nor pandas.
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 MISSING = "(missing)"  # in place of a label or a cluster
 MOST_CLUSTERS = 20  # that may have one cell each for the most part
+NEAR_ENDS, MOST_NEAR = 4, 10_000  # letters that a name like another shares at an end; names that are compared
 
 
 def need_columns(obs: Any, *names: str) -> None:
@@ -63,6 +65,52 @@ def clusters_of(obs: Any, key: str) -> np.ndarray:
             f"{str(names[0])!r}): these are no clusters. Name a column with clusters, such as 'leiden'."
         )
     return clusters
+
+
+def rows_named(names: Iterable[Any], wanted: Sequence[str]) -> np.ndarray:
+    """Rows of the cells that are wanted by name, int64, in order, each once.
+
+    Args:
+        names: Names of all cells.
+        wanted: Names of some.
+
+    Raises:
+        ValueError: If none is wanted, or a name is that of no cell, or of several.
+    """
+    rows: dict[str, list[int]] = {str(name): [] for name in wanted}
+    if not rows:
+        raise ValueError("like names no cell; name one or more, as obs_names has them.")
+    for row, name in enumerate(names):
+        if str(name) in rows:
+            rows[str(name)].append(row)
+    if missing := [name for name, found in rows.items() if not found]:
+        near = names_near(missing[0], names)
+        meant = f" Do you mean {' or '.join(map(repr, near))}?" if near else ""
+        others = f" (nor {len(missing) - 1} others of the {len(rows)})" if len(missing) > 1 else ""
+        raise ValueError(f"No cell is called {missing[0]!r}{others}.{meant or ' The names are those of obs_names.'}")
+    if repeated := [name for name, found in rows.items() if len(found) > 1]:
+        raise ValueError(
+            f"{len(rows[repeated[0]])} cells are called {repeated[0]!r}: `adata.obs_names_make_unique()` tells them "
+            "apart."
+        )
+    return np.unique(np.array([row for found in rows.values() for row in found], dtype=np.int64))
+
+
+def names_near(name: str, names: Iterable[Any]) -> list[str]:
+    """Up to three names that may be meant by one, the nearest first: they start or end as it does.
+
+    >>> names_near("aaacct", ["AAACCT-1", "GGGTTT-1", "AAAGGT-1"])
+    ['AAACCT-1']
+    """
+    word = name.casefold()
+    ends = word[:NEAR_ENDS], word[-NEAR_ENDS:]
+    alike = (
+        str(other)
+        for other in names
+        if str(other).casefold().startswith(ends[0]) or str(other).casefold().endswith(ends[1])
+    )
+    spelt = {other.casefold(): other for other in islice(alike, MOST_NEAR)}
+    return [spelt[near] for near in difflib.get_close_matches(word, spelt, n=3, cutoff=0.7)]
 
 
 def add_column(adata: Any, name: str, values: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Places of cells in the space that they share with texts, and searches in it."""
 
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from .conversion_scmmgpt import InputChoice
 from .evidence_scmmgpt import NONE, Explainer
 from .labels_scmmgpt import names_known_type
 from .modeling_scmmgpt import CELL_INPUTS, cell_text_similarity
-from .passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses
-from .query_scmmgpt import Search
-from .records_scmmgpt import finish_report
+from .passes_scmmgpt import LINEAR_BATCH, CellFunction, CellPasses, uncounted
+from .query_scmmgpt import MIN_VOCABULARY, Search, is_understood, vocabulary_of
+from .records_scmmgpt import finish_report, rows_named
 from .scoring_scmmgpt import encode_texts, mean_similarity, text_states
 from .unseen_scmmgpt import GeneSearch
 
 
+SHOWN_TEXT = 60  # characters of a text, in a warning
 ARTICLE = re.compile(r"^(?:an?|the|any|all)\s+", re.IGNORECASE)
 logger = logging.get_logger(__name__)
 
@@ -112,30 +114,81 @@ class SearchSteps(CellPasses):
         chunks = self._chunks(adata, choice)
         return self._map_cells(lambda cells: (features_of(cells),), chunks, batch_size, "Searching", adata.shape[0])[0]
 
+    def places_named(self, adata: Any, choice: InputChoice, like: Sequence[str], of: str | None = None) -> np.ndarray:
+        """Embeddings of the cells with these names, float32 `(n, width)`; `of` is that of [`embed_cells`].
+
+        Raises:
+            ValueError: As [`rows_named`].
+        """
+        rows, choice = rows_named(adata.obs_names, like), uncounted(choice)
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)  # a file on disk is read by ranges of rows
+        return np.concatenate([self.embed_cells(adata[int(run[0]) : int(run[-1]) + 1], choice, of) for run in runs])
+
+    def compare_with_cells(
+        self, adata: Any, choice: InputChoice, places: np.ndarray, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Cosine similarity of cells with the mean of `places`, float32 `(n_cells, 1)`: for [`add_search`].
+
+        Args:
+            places: Of [`places_named`].
+            adata, choice: All the data of a choice, or a part.
+        """
+        # A sum for each cell, since a matrix product rounds a cell by its neighbours in memory.
+        return (self.embed_cells(adata, choice, None, batch_size) * middle(places)).sum(axis=1, keepdims=True)
+
     def add_search(
         self,
         adata: Any,
         choice: InputChoice,
         columns: np.ndarray,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None,
         top_k: int,
         by: str = "similarity",
         key_added: str | None = None,
+        like: Sequence[str] | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """The hits of each text, from what [`search_cells`] gives for all cells; scores are added as `key_added`."""
+        """The hits of each text, from what [`search_cells`] gives for all cells; scores are added as `key_added`.
+
+        Without a text, those of the cells that are `like` some, from what [`compare_with_cells`] gives: these are no
+        hits themselves.
+        """
         finish_report(choice.report)
+        if text is None:
+            if key_added is not None:
+                adata.obs[key_added] = columns[:, 0]
+                done = {"like": np.asarray(like, dtype=object), "key": key_added}
+                self._record(adata, "scmmgpt", choice.report, search=done)
+            return [_best_hits(columns[:, 0], adata.obs.index, top_k, set(map(str, like or ())))]
         texts = [text] if isinstance(text, str) else list(text)
         plan = self._search_plan(texts, choice)
         if plan.absent:
             logger.warning(f"The file does not measure {', '.join(plan.absent)}: the search cannot look at it.")
         if plan.unknown:
             logger.warning(f"No gene of the checkpoint is called {', '.join(plan.unknown)}: the search reads a word.")
+        strange = self.warn_of_strange(texts)
         scores = columns if by == "genes" else plan.scores(columns)
         if key_added is not None:
             adata.obs[key_added] = scores[:, 0]
             done = {"text": texts[0], "by": by, "key": key_added}
             self._record(adata, "scmmgpt", choice.report, search=done)
-        return [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+        found = [_best_hits(column, adata.obs.index, top_k) for column in scores.T]
+        warned = ((hits, strange.get(text)) for text, hits in zip(texts, found, strict=True))
+        return [[hit | {"warning": said} for hit in hits] if said else hits for hits, said in warned]
+
+    def warn_of_strange(self, texts: Sequence[str]) -> dict[str, str]:
+        """Warn of texts of which the checkpoint knows no word: text -> what is said."""
+        known = vocabulary_of(self.model.config.annotation or {})
+        if len(known) < MIN_VOCABULARY:
+            return {}
+        said = {
+            text: f"The checkpoint knows no word of {textwrap.shorten(text, SHOWN_TEXT, placeholder=' ...')!r}: no "
+            "type, tissue or state, and no gene (genes are in capitals). The order of the cells may mean nothing."
+            for text in texts
+            if not is_understood(text, known, self.processor.gene_index)
+        }
+        for message in said.values():
+            logger.warning(message)
+        return said
 
     def _markers_named(self, texts: list[str], measured: np.ndarray) -> list[np.ndarray]:
         """Vocabulary ids of the markers of the type that each text names; none for a text that names no one type."""
@@ -213,8 +266,15 @@ class SearchSteps(CellPasses):
         return features
 
 
-def _best_hits(similarity: np.ndarray, names: Any, top_k: int) -> list[dict[str, Any]]:
-    best = enumerate(np.argsort(-similarity, kind="stable")[:top_k].tolist(), start=1)
+def middle(places: np.ndarray) -> np.ndarray:
+    """The direction of the mean of some places `(n, width)`, of unit length, `(width,)`."""
+    mean = places.mean(axis=0)
+    return mean / max(float(np.linalg.norm(mean)), 1e-12)
+
+
+def _best_hits(similarity: np.ndarray, names: Any, top_k: int, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    order = np.argsort(-similarity, kind="stable")[: top_k + len(without)].tolist()
+    best = enumerate([i for i in order if not without or str(names[i]) not in without][:top_k], start=1)
     exact = similarity.astype(np.float64)
     z = (exact - exact.mean()) / max(exact.std(), 1e-9)
     return [

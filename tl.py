@@ -111,9 +111,14 @@ def embed(adata: Any, *, model: Model = None, copy: bool = False, device: str | 
 
 
 def search(
-    adata: Any, text: str | Sequence[str], *, model: Model = None, device: str | None = None, **options: Any
+    adata: Any,
+    text: str | Sequence[str] | None = None,
+    *,
+    model: Model = None,
+    device: str | None = None,
+    **options: Any,
 ) -> list:
-    """Find the cells that a text describes best; see [`ScMMGPTPipeline.search`]."""
+    """Find the cells that a text describes best, or with `like` those like a cell; see [`ScMMGPTPipeline.search`]."""
     return load(model, device).search(adata, text, **options)
 
 

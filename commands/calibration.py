@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scmmgpt.annotation_scmmgpt import least_error_rate
 from scmmgpt.commands.files import check_file, read_json, whole_file
 from scmmgpt.labels_scmmgpt import trained_labels_of
 from scmmgpt.records_scmmgpt import MISSING, need_columns, words_of
@@ -47,7 +48,8 @@ def calibrate_checkpoint(
     with whole_file(config_file) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     names = ("matching_weight", "temperature", "nll", "accuracy", "n_cells", "n_left_out")
-    return {"model": str(checkpoint), "labels": len(done["labels"]), **{name: done[name] for name in names}}
+    summary = {"model": str(checkpoint), "labels": len(done["labels"]), **{name: done[name] for name in names}}
+    return {**summary, "least_error_rate": least_error_rate(done["n_cells"])}
 
 
 def trained_words(given: np.ndarray, stored: Mapping[str, Any], label_key: str) -> np.ndarray:

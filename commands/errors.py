@@ -113,6 +113,8 @@ class PrintCompletion(argparse.Action):
         """Print it and exit."""
         try:
             import shtab
+
+            from scmmgpt.commands.completion import completes
         except ModuleNotFoundError:
             parser.error("shtab is not installed. Install `scmmgpt[completion]`.")
         subs = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
@@ -122,6 +124,8 @@ class PrintCompletion(argparse.Action):
                     action.complete = shtab.DIR  # where shtab looks for it
                 elif action.type is Path:
                     action.complete = shtab.FILE
+                elif shell == "bash" and (found := completes(action.dest)) is not None:
+                    action.complete = found
         sys.stdout.write(shtab.complete(parser, shell) + "\n")
         parser.exit()
 

@@ -9,7 +9,7 @@ without loading it; FAISS maps its vectors into memory. Vectors lie in lists aro
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 MANIFEST = "index.json"
 CALLED = "scmmgpt_cell_type"  # of obs, as `annotate` writes it
 KEY = "X_scmmgpt"  # of obsm, as `embed` writes it
+OF_TEXTS = "cell-text"  # the embedding that texts are compared with
+SAME = 0.99  # cosine similarity of a cell with itself, rounded to 8 bits a dimension
+SAME_AMONG = 10  # nearest cells, among which a cell that is in the index itself is sought
 CELLS_PER_SEGMENT = 1_000_000
 TRAINING_VECTORS = 65  # for each centroid; FAISS recommends 39 to 256
 PROBES = 64  # lists that a query looks into: 48 of 4,000 find 98.8 % of the ten nearest of a million cells
@@ -75,6 +78,7 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
         ValueError: If a file has no embeddings, or embeddings of another checkpoint or space.
     """
     known = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    is_new = known is None
     done = {entry["source"] for entry in read_segments(folder)}
     number = max((int(path.name.removeprefix("segment-")) + 1 for path in folder.glob("segment-*")), default=0)
     missing: list[Segment] = []
@@ -96,6 +100,12 @@ def add_files(folder: Path, paths: list[Path], workers: int = 1, cluster: str | 
                     continue
                 stop, new = min(start + CELLS_PER_SEGMENT, len(obs)), folder / f"segment-{number + len(missing):05d}"
                 missing.append(Segment(path, start, stop, source, new))
+    if is_new and known is not None and known["of"] != OF_TEXTS:
+        logger.warning(
+            f"The cells of {folder} are embedded as {known['of']!r}, which no text is compared with: the index finds "
+            "cells that are like a cell (`scmmgpt search FILE --like CELL --index`). For texts, embed the cells with "
+            f"`--of {OF_TEXTS}`."
+        )
     from transformers.utils import logging as progress_logging
 
     with Workers(workers, cluster) as running:
@@ -119,12 +129,8 @@ def _embedded(path: Path) -> Iterator[tuple[h5py.Dataset, pd.DataFrame, dict[str
         if f"obsm/{KEY}" not in file or "uns/scmmgpt/embed" not in file:
             raise ValueError(f"{path} has no embeddings of `scmmgpt embed` in obsm[{KEY!r}]. Embed the cells first.")
         done, vectors = anndata.io.read_elem(file["uns/scmmgpt"]), file[f"obsm/{KEY}"]
-        if str(done["embed"]["of"]) != "cell-text":
-            raise ValueError(
-                f"{path} has embeddings of {str(done['embed']['of'])!r}, which texts are not compared with. Embed the "
-                "cells with `scmmgpt embed --of cell-text`."
-            )
-        about = {"checkpoint": str(done.get("checkpoint", "")), "dimensions": int(vectors.shape[1])}
+        about = {"checkpoint": str(done.get("checkpoint", "")), "of": str(done["embed"]["of"])}
+        about["dimensions"] = int(vectors.shape[1])
         yield vectors, anndata.io.read_elem(file["obs"]), about
 
 
@@ -172,14 +178,14 @@ def _faiss() -> Any:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checkpoint and the width of the embeddings of an index.
+    """The checkpoint, the space (`of`) and the width of the embeddings of an index.
 
     Raises:
         FileNotFoundError: If the folder is not an index.
     """
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} is not an index: it has no {MANIFEST}. `scmmgpt index` makes one.")
-    return read_json(folder / MANIFEST, dict)
+    return {"of": OF_TEXTS, **read_json(folder / MANIFEST, dict)}
 
 
 def read_segments(folder: Path) -> list[dict[str, Any]]:
@@ -203,16 +209,61 @@ def find_text(folder: Path, text: str, pipeline: Any, model: str, top_k: int, wh
     for level in Search([text], pipeline.processor.gene_index).queries[0].levels:
         lacks = "cannot compare texts" if level.is_text else "has no counts"
         raise ValueError(f"An index {lacks} for {level.high or level.low!r}; search FILE for that.")
-    about, query = read_manifest(folder), pipeline.embed_texts([text])[0]
+    if (of := read_manifest(folder)["of"]) != OF_TEXTS:
+        raise ValueError(
+            f"The cells of {folder} are embedded as {of!r}, which texts are not compared with. Embed them with "
+            f"`scmmgpt embed --of {OF_TEXTS}` and index these."
+        )
+    pipeline.warn_of_strange([text])
+    query = pipeline.embed_texts([text])[0]
+    _check_dimensions(folder, query, model)
+    hits = search_index(folder, query, top_k, where)
+    types = (pipeline.model.config.annotation or {}).get("profiles", [])
+    named = [str(types[number]["name"]) for number in pipeline.profiles_named(text)]
+    return with_called(hits, folder, query, top_k, where, named) if named else hits
+
+
+def find_like(
+    folder: Path,
+    adata: Any,
+    like: Sequence[str],
+    pipeline: Any,
+    model: str,
+    top_k: int,
+    where: str | None = None,
+    **reading: Any,
+) -> list[Hit]:
+    """The cells of an index that are most like some cells of a file, which are no hits themselves.
+
+    Args:
+        adata, like: The file, and the names of its cells.
+        pipeline, model: As for [`find_text`].
+        top_k, where: As for [`search_index`].
+        reading: For `choose_input`.
+
+    Raises:
+        ValueError: If a cell is not in the file, or the index is of another checkpoint.
+    """
+    from scmmgpt.searching_scmmgpt import middle
+
+    choice = pipeline.processor.choose_input(adata, **reading)
+    places = pipeline.places_named(adata, choice, like, read_manifest(folder)["of"])
+    _check_dimensions(folder, places[0], model)
+    known = set(map(str, like))
+    nearest = (hit for place in places for hit in search_index(folder, place, SAME_AMONG))
+    same = {(hit.file, hit.row) for hit in nearest if hit.cell in known and hit.score >= SAME}
+    hits = search_index(folder, middle(places), top_k + len(same), where)
+    others = [hit for hit in hits if (hit.file, hit.row) not in same]
+    return [replace(hit, rank=rank) for rank, hit in enumerate(others[:top_k], 1)]
+
+
+def _check_dimensions(folder: Path, query: np.ndarray, model: str) -> None:
+    about = read_manifest(folder)
     if len(query) != about["dimensions"]:
         raise ValueError(
             f"The embeddings of {folder} have {about['dimensions']} dimensions, those of {model} {len(query)}: they "
             f"are of different checkpoints. The index is of {about['checkpoint']!r}."
         )
-    hits = search_index(folder, query, top_k, where)
-    types = (pipeline.model.config.annotation or {}).get("profiles", [])
-    named = [str(types[number]["name"]) for number in pipeline.profiles_named(text)]
-    return with_called(hits, folder, query, top_k, where, named) if named else hits
 
 
 def with_called(

@@ -181,7 +181,12 @@ class CellTools:
     def search(
         self,
         file: File,
-        text: Annotated[str, Field(description="description of the wanted cells; may deny: T cell without CD8")],
+        text: Annotated[
+            str | None, Field(description="description of the wanted cells; may deny: T cell without CD8")
+        ] = None,
+        like: Annotated[
+            list[str] | None, Field(description="in place of text: names of cells, to find the cells most like them")
+        ] = None,
         top_k: Annotated[int, Field(ge=1, le=1000)] = 10,
         by: Annotated[
             Literal["similarity", "genes"],
@@ -192,6 +197,7 @@ class CellTools:
     ) -> dict[str, Any]:
         """Find the cells that a text describes best; scores order cells and have no zero that means no match."""
         words = [*_options(text=text, top_k=top_k, by=by), *self._outputs(output=output)]
+        words += [f"--like={name}" for name in like or ()]
         return self._call("search", self._existing(file), *words, *_reading(reading))
 
     def embed(self, file: File, output: Output, reading: Reading = None) -> dict[str, Any]:

@@ -79,10 +79,13 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     """Options of `search`."""
     add_input(parser, count="?")
     add_partitions(parser)
-    parser.add_argument("--text", required=True, help="description of the wanted cells")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--text", help="description of the wanted cells")
+    text = "names of cells of FILE that the wanted cells are like; with --index, the others of the index"
+    wanted.add_argument("--like", nargs="+", action="extend", metavar="CELL", help=text)
     how = "score by similarity in the shared space, or by expression of the genes whose texts are nearest"
     parser.add_argument("--by", choices=("similarity", "genes"), default="similarity", help=how)
-    text = "search an index of `scmmgpt index` in place of FILE"
+    text = "search an index of `scmmgpt index` in place of FILE, which then has the cells of --like alone"
     parser.add_argument("--index", type=Path, metavar="FOLDER", help=text)
     parser.add_argument(
         "--where", metavar="CONDITION", help="search cells of the index with, e.g., \"tissue == 'lung'\""

@@ -182,6 +182,9 @@ def decide(
             file = pipeline.read_labels(cells, labelling, given, sets)
         decided = {"sets": sets, **_arrays_of(labelling), **({} if file is None else file.as_arrays())}
         return _remember(pipeline, choice, job.options, decided, labelling)
+    if job.verb == "search" and (like := job.options.get("like")) is not None:
+        with one_thread():
+            return {"like": pipeline.places_named(cells, choice, like)}
     if job.verb == "explain" and labels is not None:
         return {"sets": np.unique(labels)}
     if job.verb == "annotate":
@@ -219,6 +222,8 @@ def compute_part(
     options = job.options
     if job.verb == "embed":
         return Computed(arrays={"embedding": pipeline.embed_cells(part, choice, options["of"])})
+    if job.verb == "search" and "like" in decided:
+        return Computed({"search0": pipeline.compare_with_cells(part, choice, decided["like"])[:, 0]})
     if job.verb == "search":
         found = pipeline.search_cells(part, choice, options["text"], options["by"])
         return Computed({f"search{i}": column for i, column in enumerate(found.T)})

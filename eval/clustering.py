@@ -5,6 +5,7 @@ python -m scmmgpt.eval clustering --cells FILE --label-key KEY --batch-key KEY -
 AvgBIO is the mean of NMI and ARI of Leiden clusters against the types, at the resolution with the highest NMI, and of
 the silhouette width of types. AvgBATCH is the mean of the graph connectivity of types and the silhouette width of
 batches within types. Definitions are those of scIB (Luecken et al. 2022), silhouettes scaled to 0..1. With
+The share of nearest cells with the same type is what a search for cells like a cell finds. With
 `scib-metrics`, what it recommends today stands beside them; with `harmonypy`, Harmony is a baseline (both are in the
 extra `integration`).
 """
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RESOLUTIONS = np.arange(1, 11) / 5  # of Leiden: 0.2 to 2
 N_NEIGHBORS = 15
+N_NEAREST = 10  # hits of a search, by default
 N_COMPONENTS = 50
 LISI_NEIGHBORS = 90  # three times the perplexity, as in the paper of LISI
 MEASURES = {
@@ -41,6 +43,7 @@ MEASURES = {
     "nmi": results.Measure("NMI", True, "Normalised mutual information of Leiden clusters and types."),
     "ari": results.Measure("ARI", True, "Adjusted Rand index of the same."),
     "asw_type": results.Measure("ASW of types", True, "Silhouette width of types, 0 to 1."),
+    "nearest": results.Measure("nearest cells", True, "Share of the ten nearest cells with a cell's type."),
     "avg_batch": results.Measure("AvgBATCH", True, "Mean of graph connectivity and silhouette width of batches."),
     "connectivity": results.Measure(
         "graph connectivity", True, "Share of a type in its largest connected part of the graph, mean over types."
@@ -92,6 +95,7 @@ def cluster_scores(
         best = max(best, found)
     width = float((silhouette_score(points, types) + 1) / 2)
     scores = {"avg_bio": float(np.mean([*best, width])), "nmi": best[0], "ari": best[1], "asw_type": width}
+    scores["nearest"] = nearest_alike(points, types)
     if batches is None or len(np.unique(batches)) < 2:
         return scores
     graph, parts, widths = adata.obsp["connectivities"], [], []
@@ -106,6 +110,13 @@ def cluster_scores(
         scores["asw_batch"] = float(np.mean(widths))
         scores["avg_batch"] = (scores["connectivity"] + scores["asw_batch"]) / 2
     return scores | scib_scores(points, types, batches)
+
+
+def nearest_alike(points: np.ndarray, types: np.ndarray) -> float:
+    """Share of the `N_NEAREST` nearest cells of a cell, itself left out, that have its type; mean over cells."""
+    n_nearest = min(N_NEAREST, len(types) - 1)
+    nearest = NearestNeighbors(n_neighbors=n_nearest).fit(points).kneighbors(return_distance=False)
+    return float((types[nearest] == types[:, None]).mean())
 
 
 def scib_scores(points: np.ndarray, types: np.ndarray, batches: np.ndarray) -> dict[str, float]:

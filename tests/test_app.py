@@ -101,6 +101,15 @@ def test_a_search_colours_the_map_by_its_score(tasks, session):
     assert drawn["title"].endswith("Colour: match with “a B cell”.")
 
 
+def test_cells_like_the_selected_ones_are_found(tasks, session, tiny_pipeline, adata):
+    with pytest.raises(pytest.importorskip("gradio").Error, match="No cells selected"):
+        tasks["like"](session, 4)
+    tasks["select"](session, SimpleNamespace(rows=[3]))
+    _, drawn, _, _, hits, _ = tasks["like"](session, 4)
+    assert hits["cell"].tolist() == [h["cell"] for h in tiny_pipeline.search(adata, like=adata.obs_names[3], top_k=4)]
+    assert drawn["title"].endswith(f"Colour: match with {adata.obs_names[3]}.")
+
+
 def test_searches_place_the_cells_of_a_session_once(tiny_pipeline, tasks, session, adata, monkeypatch):
     cell_model = tiny_pipeline._bridge().cell_model
     texts, alone = ("a B cell", "a T cell without MS4A1"), []

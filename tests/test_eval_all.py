@@ -96,6 +96,8 @@ def test_clusters_that_are_types_and_batches_that_are_mixed_score_best():
     )
     values = {(row["system"], row["metric"]): row["value"] for row in found["rows"]}
     assert values[results.MODEL_NAME, "avg_bio"] > 0.9 > 0.5 > values["noise", "avg_bio"]
+    assert values[results.MODEL_NAME, "nearest"] == 1
+    assert values["noise", "nearest"] == pytest.approx(0.5, abs=0.06)
     assert values[results.MODEL_NAME, "avg_batch"] > 0.9 > values["batches", "avg_batch"]
 
 

@@ -70,6 +70,33 @@ def test_an_index_cannot_leave_out_what_a_text_denies(folder):
         index.find_text(folder, "T cell without CD8", None, "model", 5)
 
 
+def test_a_cell_of_one_file_is_sought_in_the_index_of_many_without_itself(folder, vectors, tmp_path):
+    adata = anndata.AnnData(obs={"row": range(3)})
+    adata.obs_names = ["blood-5", "blood-6", "lung-7"]  # the last is another cell of the same name
+    asked = []
+
+    class Pipeline:
+        class processor:
+            choose_input = staticmethod(lambda adata, **reading: reading)
+
+        @staticmethod
+        def places_named(adata, choice, like, of):
+            asked.append((list(like), of, choice))
+            return vectors[[{"blood-5": 5, "blood-6": 6, "lung-7": 60}[name] for name in like]]
+
+    hits = index.find_like(folder, adata, ["blood-5"], Pipeline, "model", 3, layer="counts")
+    assert asked == [(["blood-5"], "cell-text", {"layer": "counts"})]
+    exact = np.argsort(-(vectors @ vectors[5]))
+    assert exact[0] == 5
+    assert [hit.rank for hit in hits] == [1, 2, 3]
+    assert [int(hit.cell.split("-")[1]) + 200 * hit.cell.startswith("lung") for hit in hits] == exact[1:4].tolist()
+    everywhere = index.find_like(folder, adata, ["lung-7", "blood-6"], Pipeline, "model", 300)
+    assert {f"blood-{i}" for i in range(200)} - {hit.cell for hit in everywhere} == {"blood-6"}
+    assert "lung-7" in {hit.cell for hit in everywhere}
+    only = index.find_like(folder, adata, ["blood-5"], Pipeline, "model", 2, "tissue == 'lung'")
+    assert all(hit.cell.startswith("lung") for hit in only)
+
+
 def test_cells_called_by_a_profile_come_first(folder, vectors, tmp_path, caplog):
     query = vectors[0]
     plain = index.search_index(folder, query, 5)

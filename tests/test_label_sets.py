@@ -6,7 +6,7 @@ import pytest
 
 from scmmgpt import synthetic
 from scmmgpt.__main__ import main
-from scmmgpt.annotation_scmmgpt import fit_label_sets, label_sets, set_threshold
+from scmmgpt.annotation_scmmgpt import fit_label_sets, label_sets, least_error_rate, set_threshold
 from scmmgpt.commands.verify import verify_file
 from scmmgpt.readers.cell_files import read_file
 from scmmgpt.synthetic import synthetic_adata
@@ -40,6 +40,8 @@ def test_the_true_label_is_missing_at_most_at_the_error_rate(n_cells, error_rate
 def test_too_few_held_out_cells_give_all_labels():
     stored = fit_label_sets(np.array([[0.9, 0.1]] * 5), np.zeros(5, dtype=int))
     assert set_threshold(stored, 0.1) == 0  # one error in ten needs nine cells
+    assert least_error_rate(5) == 0.17  # one of the six cells with the new one
+    assert set_threshold(stored, 0.17) > 0 == set_threshold(stored, 0.16)
     assert label_sets(np.array([[0.9, 0.1]]), ["B", "T"], 0.0).tolist() == ["B | T"]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from scmmgpt.__main__ import main, make_parser
 from scmmgpt.commands.files import whole_file
+from scmmgpt.synthetic import synthetic_adata
 
 
 COMMANDS = [
@@ -75,14 +76,35 @@ def test_a_shell_completes_commands_options_and_paths(tmp_path, capsys):
 
     def completed(*words):
         quoted = " ".join(f"'{word}'" for word in words)
-        complete = f"COMP_WORDS=(scmmgpt {quoted}); COMP_CWORD={len(words)}; _shtab_scmmgpt; echo ${{COMPREPLY[@]}}"
+        shown = "printf '%s\n' \"${COMPREPLY[@]}\""
+        complete = f"COMP_WORDS=(scmmgpt {quoted}); COMP_CWORD={len(words)}; _shtab_scmmgpt; {shown}"
         script = f"source completion 2>/dev/null; {complete}"
         run = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-        return run.stdout.split()
+        return run.stdout.splitlines()
 
     assert completed("an") == ["annotate"]
     assert sorted(completed("annotate", "--clu")) == ["--cluster", "--cluster-key"]
     assert completed("annotate", "cel") == ["cells.h5ad"]
+
+    stored = {"labels": {"B cell": "a", "plasma cell": "b"}, "tissues": [{"name": "lymph node"}, {"name": "liver"}]}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps({"annotation": stored}))
+    model = ["--model", "own"]
+    assert completed("annotate", "cells.h5ad", *model, "--tissue", "") == [r"lymph\ node", "liver"]
+    assert completed("annotate", "cells.h5ad", *model, "--labels", "b") == [r"B\ cell"]
+    assert completed("annotate", "cells.h5ad", *model, "--labels", "B cell", "p") == [r"plasma\ cell"]
+    assert completed("embed", "cells.h5ad", "--device", "c") == ["cpu", "cuda"]
+    synthetic_adata(3).write_h5ad(tmp_path / "cells.h5ad")
+    assert completed("audit", "cells.h5ad", "--label-key", "cell") == ["cell_type", "cell_type_ontology_term_id"]
+    assert completed("audit", "none.h5ad", "--label-key", "cell") == [""]
+
+
+def test_values_are_completed_without_a_heavy_import():
+    code = "import sys; sys.argv = ['', 'labels', '', 'scmmgpt']; import runpy; "
+    code += "runpy.run_module('scmmgpt.commands.completion', run_name='__main__'); "
+    code += "print({'torch', 'numpy', 'pandas', 'h5py'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "set()"
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "mcp"])

@@ -99,6 +99,9 @@ def test_a_warning_reaches_an_agent_once(call):
 def test_an_agent_searches_embeds_describes_and_generates(call, folder):
     hits = call("search", file="cells.h5ad", text="--output=x", top_k=3)["found"]
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    like = call("search", file="cells.h5ad", like=[hits[0]["cell"]], top_k=60)["found"]
+    assert len(like) == 59
+    assert hits[0]["cell"] not in {hit["cell"] for hit in like}
     assert call("embed", file="cells.h5ad", output="embedded.h5ad")["cells"] == 60
     assert call("describe", file="cells.h5ad", output="described.h5ad", table="words.csv")["cells"] == 60
     prompts = ["a B cell", "--output=/x.h5ad"]

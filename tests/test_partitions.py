@@ -154,10 +154,13 @@ def test_a_look_at_the_whole_file_corrects_labels_in_all_partitions(fitted, tmp_
     assert not np.array_equal(plain.obsm["scmmgpt_probabilities"], whole.obsm["scmmgpt_probabilities"])
 
 
-@pytest.mark.parametrize("text", ["a B cell", "a T cell without CD19, not a monocyte"])
-def test_a_search_in_partitions_finds_the_hits_of_the_whole(adata, checkpoint, tmp_path, small, capsys, text):
+@pytest.mark.parametrize(
+    "wanted", [["--text", "a B cell"], ["--text", "a T cell without CD19, not a monocyte"], ["--like", "c3", "c50"]]
+)
+def test_a_search_in_partitions_finds_the_hits_of_the_whole(adata, checkpoint, tmp_path, small, capsys, wanted):
+    adata.obs_names = [f"c{i}" for i in range(adata.n_obs)]
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    words = [tmp_path / "cells.h5ad", "--text", text, "--top-k", 5]
+    words = [tmp_path / "cells.h5ad", *wanted, "--top-k", 5]
     capsys.readouterr()
     run("search", *words, "-o", tmp_path / "whole.h5ad", checkpoint=checkpoint)
     hits = capsys.readouterr().out
@@ -167,6 +170,7 @@ def test_a_search_in_partitions_finds_the_hits_of_the_whole(adata, checkpoint, t
     run("search", *words, "-o", tmp_path / "parts.h5ad", *where, checkpoint=checkpoint)
     assert capsys.readouterr().out == hits
     assert_same(tmp_path / "parts.h5ad", tmp_path / "whole.h5ad")
+    run("verify", tmp_path / "parts.h5ad", checkpoint=checkpoint)
 
 
 def test_the_model_of_the_package_is_named_in_each_result(adata, checkpoint, tmp_path, small, monkeypatch):

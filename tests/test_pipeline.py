@@ -374,6 +374,38 @@ def test_hits_are_the_most_similar_cells_in_order(tiny_pipeline, adata):
     assert [hit["rank"] for hit in hits] == [1, 2, 3, 4, 5]
 
 
+def test_cells_like_a_cell_are_the_others_by_the_cosine_of_embeddings(tiny_pipeline, adata):
+    name, other = adata.obs_names[[7, 31]]
+    places = tiny_pipeline.embed(adata.copy()).obsm["X_scmmgpt"]
+    hits = tiny_pipeline.search(adata, like=name, top_k=4, key_added="alike")
+    similarity = adata.obs["alike"].to_numpy()
+    np.testing.assert_allclose(similarity, places @ places[7], atol=1e-5)  # 1 for the cell itself
+    order = [row for row in np.argsort(-similarity, kind="stable") if row != 7]
+    assert [hit["index"] for hit in hits] == order[:4]
+    tiny_pipeline.search(adata, like=name, batch_size=1, key_added="alone")
+    np.testing.assert_allclose(adata.obs["alone"], similarity, atol=1e-5)
+
+    both = tiny_pipeline.search(adata, like=[other, name], top_k=adata.n_obs)
+    mean = places[[7, 31]].mean(axis=0)
+    assert both[0]["score"] == pytest.approx(np.delete(places @ mean / np.linalg.norm(mean), [7, 31]).max(), abs=1e-5)
+    assert {hit["cell"] for hit in both} == set(adata.obs_names) - {name, other}
+
+
+def test_a_cell_that_is_not_there_is_named_with_those_that_may_be_meant(tiny_pipeline, adata):
+    adata.obs_names = [f"AAACCT{i:03d}-1" for i in range(adata.n_obs)]
+    with pytest.raises(ValueError, match=r"No cell is called 'aaacct007'. Do you mean 'AAACCT007-1'"):
+        tiny_pipeline.search(adata, like=["aaacct007"])
+    with pytest.raises(
+        ValueError, match=r"No cell is called 'x' \(nor 1 others of the 3\). The names are those of obs"
+    ):
+        tiny_pipeline.search(adata, like=["x", "AAACCT001-1", "y"])
+    with pytest.raises(ValueError, match="like names no cell"):
+        tiny_pipeline.search(adata, like=[])
+    adata.obs_names = ["a", "a", *adata.obs_names[2:]]
+    with pytest.raises(ValueError, match="2 cells are called 'a': `adata.obs_names_make_unique"):
+        tiny_pipeline.search(adata, like="a")
+
+
 def test_several_texts_give_a_list_of_hits_each(tiny_pipeline, adata):
     both = tiny_pipeline.search(adata, ["a B cell", "monocyte"], top_k=2)
     assert both[1] == tiny_pipeline.search(adata, "monocyte", top_k=2)
@@ -385,7 +417,14 @@ def test_more_hits_than_cells_are_all_cells(tiny_pipeline, adata):
 
 @pytest.mark.parametrize(
     ("text", "kwargs", "message"),
-    [("", {}, "empty"), ("B", {"top_k": 0}, "top_k"), (["B", "T"], {"key_added": "x"}, "one column")],
+    [
+        ("", {}, "empty"),
+        ("B", {"top_k": 0}, "top_k"),
+        (["B", "T"], {"key_added": "x"}, "one column"),
+        (None, {}, "either a text, or cells"),
+        ("B", {"like": "cell0"}, "either a text, or cells"),
+        (None, {"like": "cell0", "by": "genes"}, "by is 'genes', which is for texts"),
+    ],
 )
 def test_search_says_what_is_wrong(tiny_pipeline, adata, text, kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """Embeddings by the groups of the label readout: a closed form, for the genes that a file has."""
 
+import json
 from pathlib import Path
 
 import anndata
@@ -113,7 +114,7 @@ def test_a_change_of_the_groups_changes_the_embedding(readout):
     np.testing.assert_array_equal(readout.embedding_for()(cells), before)
 
 
-def test_partitions_have_the_same_bits_and_the_result_is_verified(pipeline, tmp_path, monkeypatch):
+def test_partitions_have_the_same_bits_and_an_index_finds_like_cells(pipeline, tmp_path, monkeypatch, caplog, capsys):
     for name in ("passes_scmmgpt.SORTED_CELLS", "conversion_scmmgpt.CHUNK_ROWS", "conversion_scmmgpt.CACHED_ROWS"):
         monkeypatch.setattr(f"scmmgpt.{name}", 7)
     pipeline.model.save_pretrained(tmp_path / "model")
@@ -126,8 +127,18 @@ def test_partitions_have_the_same_bits_and_the_result_is_verified(pipeline, tmp_
     np.testing.assert_array_equal(parts.obsm["X_scmmgpt"], whole.obsm["X_scmmgpt"])
     assert parts.uns["scmmgpt"]["embed"]["of"] == "profile"
     assert main(["verify", str(tmp_path / "parts.h5ad"), "--device", "cpu"]) == 0
-    with pytest.raises(ValueError, match="--of cell-text"):
-        add_files(tmp_path / "index", [tmp_path / "whole.h5ad"])
+    pytest.importorskip("faiss", reason="the extra `index` installs FAISS")
+    add_files(tmp_path / "index", [tmp_path / "whole.h5ad"])
+    assert "no text is compared with: the index finds cells that are like a cell" in caplog.text
+    assert main(["search", "--index", str(tmp_path / "index"), "--text", "a B cell", *words[2:6]]) == 2
+    assert "embedded as 'profile', which texts are not compared with" in capsys.readouterr().err
+    like = ["--like", "cell-3", "--top-k", "5", "--json", *words[2:6]]
+    assert main(["search", words[1], "--index", str(tmp_path / "index"), *like]) == 0
+    of_index = json.loads(capsys.readouterr().out)
+    assert main(["search", words[1], *like]) == 0
+    of_file = json.loads(capsys.readouterr().out)
+    assert [hit["row"] for hit in of_index] == [hit["index"] for hit in of_file]
+    assert [hit["score"] for hit in of_index] == pytest.approx([hit["score"] for hit in of_file], abs=1e-5)
 
 
 def test_a_checkpoint_without_the_setting_embeds_as_before_and_one_without_groups_says_so(adata):

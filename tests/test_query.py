@@ -1,11 +1,15 @@
 """A search says what cells should be, what they should lack, and what should be high or low in them."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from scmmgpt import query_scmmgpt
 from scmmgpt.genes_scmmgpt import GeneIndex
-from scmmgpt.query_scmmgpt import Query, Search, combine, read_query
+from scmmgpt.processing_scmmgpt import ScMMGPTProcessor
+from scmmgpt.query_scmmgpt import Query, Search, combine, is_understood, read_query, vocabulary_of
 from scmmgpt.synthetic import synthetic_adata
 
 
@@ -105,6 +109,59 @@ def test_a_search_without_a_gene_ranks_cells_that_express_it_last(tiny_pipeline)
     plain = tiny_pipeline.search(adata, "T cell", top_k=adata.n_obs)
     assert [hit["score"] for hit in plain] == pytest.approx([hit["score"] for hit in hits[1]], abs=1e-5)
     assert all(abs(hit["score"]) <= 1 for hit in plain)
+
+
+NONSENSE = ["asdf", "qwerty cells", "the weather in Paris", "cells without", "not", "What's up?", "12 3", "CD4K cells"]
+QUERIES = [
+    "a cell that makes antibodies",
+    "a cytotoxic lymphocyte",
+    "stimulated with interferon",
+    "t cells",
+    "B-cell",
+    "micro",
+    "LYZ",
+    "high CD8A",
+    "cells of the liver",
+    "This cell is a malignant cell.",
+    "hepatocytes, not dividing",
+]
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Words and genes of the checkpoint at the root."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "config.json").is_file():
+        pytest.skip("needs the checkpoint at the root")
+    stored = json.loads((root / "config.json").read_text(encoding="utf-8"))["annotation"]
+    return vocabulary_of(stored), ScMMGPTProcessor.from_pretrained(str(root)).gene_index, stored
+
+
+@pytest.mark.parametrize("text", NONSENSE)
+def test_a_text_of_no_known_word_is_not_understood(known, text):
+    assert not is_understood(text, *known[:2])
+
+
+def test_texts_about_cells_are_understood(known):
+    words, gene_index, stored = known
+    texts = [*QUERIES, *stored["labels"], *(text for _, _, text, *_ in DENIALS)]
+    texts += [
+        name for key in ("profiles", "tissues", "kinds", "terms") for term in stored[key] for name in term["names"]
+    ]
+    strange = {text for text in texts if not is_understood(text, words, gene_index)}
+    assert strange <= {"be cell", "cell"}  # of common words
+
+
+def test_a_search_for_nothing_known_warns_in_log_and_hits(tiny_pipeline, caplog, monkeypatch):
+    adata = synthetic_adata(20)
+    assert not any("warning" in hit for hit in tiny_pipeline.search(adata, "asdf"))  # it stores no words at all
+    tiny_pipeline.model.config.annotation = {"labels": {"plasma cell": "A cell that secretes antibodies."}}
+    monkeypatch.setattr("scmmgpt.searching_scmmgpt.MIN_VOCABULARY", 5)
+    caplog.clear()
+    strange, fine = tiny_pipeline.search(adata, ["asdf", "antibody"], top_k=2)
+    assert [hit["warning"] for hit in strange] == [caplog.messages[-1]] * 2
+    assert "knows no word of 'asdf'" in caplog.messages[-1]
+    assert not any("warning" in hit for hit in fine)
 
 
 BLOOD = ["CD4+", "CD8+", "CD56+", "CD19+", "CD34+"]  # all but monocytes

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from scmmgpt import __main__ as command_line
 from scmmgpt import novelty_scmmgpt, profiles_scmmgpt, readout_scmmgpt
+from scmmgpt.annotation_scmmgpt import fit_label_sets
 from scmmgpt.commands import checkpoints
 from scmmgpt.pipeline_scmmgpt import ScMMGPTPipeline
 from scmmgpt.synthetic import MARKERS, synthetic_adata
@@ -310,6 +311,30 @@ def test_evidence_compares_cells_with_mean_cells_in_the_same_units(built, n_gene
         assert abs(mean - known).mean() < 1  # log1p(CP10k); square roots of shares are some 30 larger
 
 
+def test_sets_of_a_calibration_are_of_the_probabilities_that_annotate_gives(built, caplog):
+    pipeline = ScMMGPTPipeline.from_pretrained(str(built), device="cpu")
+    stored = pipeline.model.config.annotation
+    assert stored["refines"]
+    stored["doubt"] = 0.2
+    n_before = stored["label_sets"]["n_cells"]
+    cells = synthetic_adata(60, seed=5, mean_total=20)
+    done = pipeline.calibrate(cells, "cell_type")
+    assert done["doubt"] == 0.2  # of datasets left out, which 60 cells do not tell
+    assert f"rest on these 60 cells now, and on {n_before} before" in caplog.text
+    assert "60 cells serve error rates of 0.02 and more" in caplog.text
+    annotated = pipeline.annotate(cells.copy(), error_rate=0.05)
+    names = list(annotated.uns["scmmgpt"]["annotate"]["labels"])
+    truth = np.array([names.index(name) for name in cells.obs["cell_type"]])
+    found = fit_label_sets(annotated.obsm["scmmgpt_probabilities"], truth)
+    np.testing.assert_allclose(found["thresholds"], done["label_sets"]["thresholds"], rtol=1e-4)
+    caplog.clear()
+    pipeline.annotate(cells.copy(), error_rate=0.02)
+    assert "every set holds all labels" not in caplog.text
+    pipeline.annotate(cells, error_rate=0.01)
+    assert "60 cells serve error rates of 0.02 and more: at a lower one, every set holds all labels" in caplog.text
+    assert set(cells.obs["scmmgpt_label_set"].str.count(r"\|")) == {len(names) - 1}
+
+
 def test_calibrating_on_some_labels_keeps_the_others_and_asks_no_network(built, tmp_path, monkeypatch, caplog):
     copy = tmp_path / "checkpoint"
     shutil.copytree(built, copy)
@@ -325,6 +350,7 @@ def test_calibrating_on_some_labels_keeps_the_others_and_asks_no_network(built, 
     for name in ("labels", "terms", "profiles"):
         assert after[name] == before[name]
     assert after["matching_weight"] == 0
+    assert after["doubt"] == before["doubt"]
     assert "1 of 4 labels of obs['given'] mean no single label of the checkpoint ('my cluster 7')" in caplog.text
     words = ["annotate", tmp_path / "cells.h5ad", "--model", copy, "-o", tmp_path / "out.h5ad", "--quiet"]
     assert command_line.main([str(word) for word in words]) == 0

@@ -1,0 +1,90 @@
+"""Values that a shell completes: labels and tissues of a checkpoint, columns of `obs`, devices.
+
+    python -m scmmgpt.commands.completion labels WORD LINE ...
+
+A shell waits for them at each press of the Tab key, so `json` and `h5py` alone read them.
+"""
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+
+KINDS = {  # option -> the values that it takes
+    "labels": "labels",
+    "tissue": "tissues",
+    "label_key": "columns",
+    "cluster_key": "columns",
+    "columns": "columns",
+    "device": "devices",
+}
+DEVICES = ["cpu", "cuda", "mps"]
+# For bash; the functions of the kinds follow.
+PREAMBLE = """
+_scmmgpt_values() {{
+  "{python}" -P -m scmmgpt.commands.completion "$1" "$2" "${{COMP_WORDS[@]}}" 2>/dev/null
+}}
+"""
+FUNCTION = '_scmmgpt_{kind}() {{ _scmmgpt_values {kind} "$1"; }}\n'
+
+
+def completes(option: str) -> dict[str, object] | None:
+    """What `shtab` completes an option with, by the name of its argument; None for an option without such values."""
+    kind = KINDS.get(option)
+    if kind is None:
+        return None
+    bash = PREAMBLE.format(python=sys.executable) + "".join(FUNCTION.format(kind=k) for k in sorted({*KINDS.values()}))
+    return {"bash": f"_scmmgpt_{kind}", "preamble": {"bash": bash}}
+
+
+def values(kind: str, line: Sequence[str]) -> list[str]:
+    """The values of a kind; those of no file that can be read are none.
+
+    Args:
+        kind: "labels", "tissues", "columns" or "devices".
+        line: The words of the command line: `--model` among them names the checkpoint, and a file of cells has `obs`.
+    """
+    if kind == "devices":
+        return DEVICES
+    if kind == "columns":
+        return [name for word in line if word.endswith(".h5ad") for name in columns_of(Path(word))]
+    words = [word for word in line if word != "="]  # bash sets the sign apart
+    given = [word for option, word in itertools.pairwise(words) if option == "--model"]
+    config = (Path(given[-1]).expanduser() if given else Path(__file__).parents[1]) / "config.json"
+    with suppress(OSError, ValueError, AttributeError):
+        stored = json.loads(config.read_text(encoding="utf-8")).get("annotation") or {}
+        found = stored.get("labels", {}) if kind == "labels" else [term["name"] for term in stored.get("tissues", [])]
+        return [str(name) for name in found]
+    return []
+
+
+def columns_of(path: Path) -> list[str]:
+    """The columns of `obs` of an `.h5ad` file, without its index."""
+    import h5py
+
+    with suppress(OSError, KeyError), h5py.File(path) as file:
+        obs = file["obs"]
+        names = obs.dtype.names if isinstance(obs, h5py.Dataset) else obs.attrs.get("column-order", list(obs))
+        return [str(name) for name in names if name not in ("_index", "index", "__categories")]
+    return []
+
+
+def matching(names: Sequence[str], word: str) -> list[str]:
+    r"""The names that begin with a word of a command line, in any case, spelt as the shell takes them.
+
+    >>> matching(["B cell", "T cell"], "b"), matching(["B cell"], r"B\ c"), matching(["B cell"], '"B c')
+    (['B\\ cell'], ['B\\ cell'], ['B cell'])
+    """
+    quoted = word[:1] in ('"', "'")
+    start = (word[1:] if quoted else re.sub(r"\\(.)", r"\1", word)).casefold()
+    found = [name for name in names if name.casefold().startswith(start)]
+    return found if quoted else [re.sub(r"([^\w@%+=:,./-])", r"\\\1", name) for name in found]
+
+
+if __name__ == "__main__":
+    kind, word, *line = sys.argv[1:]
+    sys.stdout.writelines(f"{name}\n" for name in matching(values(kind, line), word))
