@@ -9,7 +9,7 @@ import pytest
 import yaml
 from scipy.sparse import csr_matrix
 
-from scmmgpt.eval import crossdata, learning_curve
+from scmmgpt.eval import abstention, candidates, crossdata, learning_curve
 from scmmgpt.regression_scmmgpt import solve_groups
 from scmmgpt.train import pooled
 from scmmgpt.train.pooled import Dataset, fit_pooled_readout
@@ -295,3 +295,30 @@ def test_the_learning_curve_computes_no_scores_twice(folder, tmp_path, capsys, m
         learning_curve.main([*words, "--steps", "3"])
     with pytest.raises(ValueError, match="three or more"):
         learning_curve.main(["--data", str(folder), "--sets", "one", "two", "--output", str(tmp_path / "other")])
+
+
+def test_cells_of_no_candidate_get_the_candidate_of_their_class(folder, capsys):
+    kinds = {"B cell": ["B1", "B2"], "T cell": ["T1", "T2"], "myeloid": ["M"]}
+    table = json.loads((folder / "tables" / "label_classes.json").read_text())
+    for name, labels in table.items():
+        labels |= {f"{name} {kind}": {"coarse": name, "fine": kind} for name, of in kinds.items() for kind in of}
+        adata = anndata.read_h5ad(folder / f"{name}.h5ad")
+        own = adata.obs["own"].astype(str).to_numpy()
+        turns = [
+            f"{cell} {kinds[cell][row % len(kinds[cell])]}" if cell in kinds else cell for row, cell in enumerate(own)
+        ]
+        adata.obs["own"] = turns
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    (folder / "tables" / "label_classes.json").write_text(json.dumps(table))
+    out = folder / "out.json"
+    words = ["--data", str(folder), "--leave-out", "candidates", "--output", str(out)]
+    assert abstention.main(words) == 0
+    result = json.loads(out.read_text())
+    cases = [(row["dataset"], row["candidate"]) for row in result["cases"]]
+    assert cases == [(name, kind) for name in ("one", "two", "panel") for kind in ("B1", "B2", "T1", "T2")]
+    assert result["n_cells"] == sum(row["n_cells"] for row in result["cases"])
+    assert {row["n_cells"] + row["n_others"] for row in result["cases"]} <= set(
+        range(45, 50)
+    )  # ten of the class are the kept type
+    shares = result["cells_of_no_candidate"]
+    assert shares[candidates.READOUT]["mean_of_cells"] > shares[candidates.WITHOUT]["mean_of_cells"]
