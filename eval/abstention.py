@@ -34,6 +34,8 @@ from scmmgpt.train.labels import column_of
 
 
 ERROR_RATES = (0.01, 0.05, 0.1, 0.2)
+# What may be left out of `--data`, and the options that do not apply to it.
+UNUSED = {"datasets": (), "labels": ("genes", "together"), "candidates": ("genes", "together", "alone")}
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
@@ -105,13 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", help="file of cells of other types")
     parser.add_argument("--label-key", default="cell_type", help="obs column of the known types (%(default)s)")
     parser.add_argument("--data", help="in place of a model: folder of the files of `train release`")
-    units = "datasets", "labels", "candidates"
-    parser.add_argument("--leave-out", choices=units, default=units[0], help="unit, with --data (%(default)s)")
+    parser.add_argument("--leave-out", choices=UNUSED, default="datasets", help="unit, with --data (%(default)s)")
     parser.add_argument("--genes", type=int, help="number of the most variable genes that a dataset keeps")
     parser.add_argument("--alone", action="store_true", help="judge each cell without the others of its dataset")
     parser.add_argument("--together", nargs="+", default=(), help="datasets to leave out together, such as a tissue's")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
+    for option in UNUSED[args.leave_out]:
+        if getattr(args, option):
+            raise ValueError(f"--leave-out {args.leave_out} does not take --{option}; leave it out.")
     if args.data and args.leave_out == "candidates":
         result = leave_candidates_out(args.data)
     elif args.data:

@@ -297,28 +297,38 @@ def test_the_learning_curve_computes_no_scores_twice(folder, tmp_path, capsys, m
         learning_curve.main(["--data", str(folder), "--sets", "one", "two", "--output", str(tmp_path / "other")])
 
 
-def test_cells_of_no_candidate_get_the_candidate_of_their_class(folder, capsys):
+def test_each_type_of_a_class_is_the_only_candidate_of_the_class_in_turn():
+    types = [("B cell", "B"), ("T cell", "CD4"), ("T cell", "CD8")]
+    labels, own = np.repeat(["B cell", "T cell"], [2, 14]), np.repeat(["B", "CD4", "", "CD8"], [2, 6, 3, 5])
+    test = crossdata.LabelledSet("one", None, np.arange(3), labels, own, labels)
+    cases = list(candidates.cases_of(crossdata.LeftOutSet([], test, ["B cell", "T cell"], 3, None), types))
+    assert [case.kept[1] for case in cases] == ["CD4", "CD8"]
+    assert [case.places.tolist() for case in cases] == [[0, 1], [0, 2]]
+    assert [case.rows.tolist() for case in cases] == [[11, 12, 13, 14, 15], [2, 3, 4, 5, 6, 7]]  # not the unknown
+    assert [case.others.tolist() for case in cases] == [[0, 1], [0, 1]]
+
+
+def test_cells_of_no_candidate_are_named_by_the_command(folder, capsys):
     kinds = {"B cell": ["B1", "B2"], "T cell": ["T1", "T2"], "myeloid": ["M"]}
     table = json.loads((folder / "tables" / "label_classes.json").read_text())
     for name, labels in table.items():
-        labels |= {f"{name} {kind}": {"coarse": name, "fine": kind} for name, of in kinds.items() for kind in of}
+        labels |= {kind: {"coarse": cell, "fine": kind} for cell, of in kinds.items() for kind in of}
         adata = anndata.read_h5ad(folder / f"{name}.h5ad")
-        own = adata.obs["own"].astype(str).to_numpy()
-        turns = [
-            f"{cell} {kinds[cell][row % len(kinds[cell])]}" if cell in kinds else cell for row, cell in enumerate(own)
-        ]
-        adata.obs["own"] = turns
+        places = zip(adata.obs["own"].astype(str), range(60), strict=True)
+        adata.obs["own"] = [kinds[cell][row % len(kinds[cell])] if cell in kinds else cell for cell, row in places]
         adata.write_h5ad(folder / f"{name}.h5ad")
     (folder / "tables" / "label_classes.json").write_text(json.dumps(table))
-    out = folder / "out.json"
-    words = ["--data", str(folder), "--leave-out", "candidates", "--output", str(out)]
-    assert abstention.main(words) == 0
-    result = json.loads(out.read_text())
+    words = ["--data", str(folder), "--leave-out", "candidates"]
+    assert abstention.main([*words, "--output", str(folder / "out.json")]) == 0
+    result = json.loads((folder / "out.json").read_text())
     cases = [(row["dataset"], row["candidate"]) for row in result["cases"]]
     assert cases == [(name, kind) for name in ("one", "two", "panel") for kind in ("B1", "B2", "T1", "T2")]
     assert result["n_cells"] == sum(row["n_cells"] for row in result["cases"])
-    assert {row["n_cells"] + row["n_others"] for row in result["cases"]} <= set(
-        range(45, 50)
-    )  # ten of the class are the kept type
-    shares = result["cells_of_no_candidate"]
-    assert shares[candidates.READOUT]["mean_of_cells"] > shares[candidates.WITHOUT]["mean_of_cells"]
+    for system in candidates.SYSTEMS:
+        assert result["cells_of_candidates"][system]["mean_of_cells"] > 0.95
+        shares = [row["cells_of_no_candidate"][system] for row in result["cases"]]
+        assert result["cells_of_no_candidate"][system]["mean_of_cases"] == pytest.approx(np.mean(shares))
+    found = {system: means["mean_of_cells"] for system, means in result["cells_of_no_candidate"].items()}
+    assert found[candidates.READOUT] > max(found[candidates.WITHOUT], 0.9)
+    with pytest.raises(ValueError, match="candidates does not take --genes"):
+        abstention.main([*words, "--genes", "5"])
