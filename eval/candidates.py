@@ -139,7 +139,9 @@ def row_of(case: LeftOutSet, one: CandidateCase, named: dict[str, np.ndarray]) -
     row: dict[str, Any] = {"dataset": case.test.name, "class": one.kept[0], "candidate": one.kept[1]}
     row |= {"n_cells": len(one.rows), "n_others": len(one.others)}
     for name, rows in (("cells_of_no_candidate", one.rows), ("cells_of_candidates", one.others)):
-        row[name] = {system: float((got == truth)[rows].mean()) for system, got in named.items()}
+        row[name] = (
+            {system: float((got == truth)[rows].mean()) for system, got in named.items()} if len(rows) else None
+        )
     return row
 
 
@@ -148,14 +150,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not rows:
         raise ValueError("No dataset has a class of which two types are in the other datasets.")
 
-    def means(part: str, size: str, kept: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    def means(part: str, size: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        kept = [row for row in rows if row[size]]
         weights = [row[size] for row in kept]
         return {
             system: {
                 "mean_of_cells": float(np.average([row[part][system] for row in kept], weights=weights)),
                 "mean_of_cases": float(np.mean([row[part][system] for row in kept])),
             }
-            for system in SYSTEMS
+            for system in (SYSTEMS if kept else ())
         }
 
     by_set = {}

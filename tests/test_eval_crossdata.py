@@ -1,6 +1,7 @@
 """Datasets left out: who sees which cells, a readout pooled over datasets of different genes, and learning curves."""
 
 import json
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -306,6 +307,18 @@ def test_each_type_of_a_class_is_the_only_candidate_of_the_class_in_turn():
     assert [case.places.tolist() for case in cases] == [[0, 1], [0, 2]]
     assert [case.rows.tolist() for case in cases] == [[11, 12, 13, 14, 15], [2, 3, 4, 5, 6, 7]]  # not the unknown
     assert [case.others.tolist() for case in cases] == [[0, 1], [0, 1]]
+
+
+def test_a_dataset_of_one_class_has_no_cells_of_other_classes():
+    case = crossdata.LeftOutSet([], SimpleNamespace(labels=np.array(["T cell"] * 4), name="one"), [], 3, None)
+    one = candidates.CandidateCase(("T cell", "CD4"), np.arange(1), np.arange(4), np.arange(0))
+    named = dict.fromkeys(candidates.SYSTEMS, np.array(["T cell", "T cell", "T cell", "B cell"]))
+    row = candidates.row_of(case, one, named)
+    other = row | {"n_others": 2, "cells_of_candidates": dict.fromkeys(candidates.SYSTEMS, 0.5)}
+    result = candidates.summarise([row, other])
+    assert result["cells_of_no_candidate"][candidates.READOUT] == {"mean_of_cells": 0.75, "mean_of_cases": 0.75}
+    assert result["cells_of_candidates"][candidates.READOUT] == {"mean_of_cells": 0.5, "mean_of_cases": 0.5}
+    assert candidates.summarise([row])["cells_of_candidates"] == {}
 
 
 def test_cells_of_no_candidate_are_named_by_the_command(folder, capsys):
