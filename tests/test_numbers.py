@@ -64,6 +64,9 @@ def test_claims_and_first_page_state_the_means_of_the_tables():
     text = " ".join(README.split())
     assert f"mean macro-F1 of {ours} over 18 classes, and {plain} without reference profiles" in text
     assert f"(logistic regression: {regression}, CellTypist: {celltypist};" in text
+    alone = rows["by types, each cell alone"][0]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"macro-F1 {plain} in place of {alone}; {ours} with reference profiles" in changes
     words = claim("datasets left out: macro-F1")
     assert f"| {ours} with reference profiles; without {plain} by types, {rows['pooled readout'][0]} |" in words
     assert f"| {regression} logistic regression, {celltypist} CellTypist |" in words
@@ -76,6 +79,20 @@ def test_claims_and_first_page_state_the_means_of_the_tables():
     words = claim("the same, Cell Ontology terms")
     assert f"| {terms[OURS][0]} with reference profiles, {terms['pooled readout'][0]} without" in words
     assert f"| {terms[REGRESSION][0]} logistic regression, {terms[CELLTYPIST][0]} CellTypist" in words
+
+
+def test_what_the_page_says_of_the_learning_curve_follows_from_its_table():
+    rows = {}
+    for line in EVALUATION.split("| datasets left out | 1 % (57 cells)")[1].splitlines()[2:6]:
+        name, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
+        rows[name.split()[0]] = [float(cell.split()[0]) for cell in cells[:-1]]
+    behind = [
+        [full - deep for full, deep in zip(rows[name], rows["network"], strict=True)]
+        for name in ("pooled", "logistic")
+    ]
+    ends = [f"{int(min(gaps))} to {round(max(gaps))} points" for gaps in behind]
+    assert f"stays behind by {ends[0]}" in EVALUATION
+    assert f"behind logistic regression by {ends[1].removesuffix(' points')}." in EVALUATION
 
 
 def test_the_checkpoint_that_pages_name_is_that_of_the_repository():
