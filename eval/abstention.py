@@ -10,7 +10,8 @@ calibration error of the score. New cells: share without a label, and the area u
 `1 - score`, the baseline, for separating new cells from known ones. Of a checkpoint with held-out cells, the share of
 known cells whose set of labels has the true one, and the mean size of a set, by error rate.
 
-With `--data` nothing is loaded: `eval.left_out` leaves datasets and labels out of the annotation of `train release`.
+With `--data` nothing is loaded: `eval.left_out` leaves datasets and labels out of the annotation of `train release`,
+and `eval.candidates` types out of the candidates.
 """
 
 import json
@@ -23,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from scmmgpt.commands.errors import OneLineParser
 from scmmgpt.commands.files import write_json
+from scmmgpt.eval.candidates import leave_candidates_out
 from scmmgpt.eval.left_out import evaluate_left_out
 from scmmgpt.eval.metrics.cell_type_annotation.cell_type_annotation import expected_calibration_error
 from scmmgpt.labels_scmmgpt import UNKNOWN
@@ -32,6 +34,8 @@ from scmmgpt.train.labels import column_of
 
 
 ERROR_RATES = (0.01, 0.05, 0.1, 0.2)
+# What may be left out of `--data`, and the options that do not apply to it.
+UNUSED = {"datasets": (), "labels": ("genes", "together"), "candidates": ("genes", "together", "alone")}
 
 
 def evaluate_abstention(pipeline: ScMMGPTPipeline, known: Any, new: Any, label_key: str) -> dict[str, Any]:
@@ -103,13 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--new", help="file of cells of other types")
     parser.add_argument("--label-key", default="cell_type", help="obs column of the known types (%(default)s)")
     parser.add_argument("--data", help="in place of a model: folder of the files of `train release`")
-    parser.add_argument("--leave-out", choices=("datasets", "labels"), default="datasets", help="unit (%(default)s)")
+    parser.add_argument("--leave-out", choices=UNUSED, default="datasets", help="unit, with --data (%(default)s)")
     parser.add_argument("--genes", type=int, help="number of the most variable genes that a dataset keeps")
     parser.add_argument("--alone", action="store_true", help="judge each cell without the others of its dataset")
     parser.add_argument("--together", nargs="+", default=(), help="datasets to leave out together, such as a tissue's")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
-    if args.data:
+    for option in UNUSED[args.leave_out]:
+        if getattr(args, option):
+            raise ValueError(f"--leave-out {args.leave_out} does not take --{option}; leave it out.")
+    if args.data and args.leave_out == "candidates":
+        result = leave_candidates_out(args.data)
+    elif args.data:
         result = evaluate_left_out(args.data, args.leave_out, args.together, args.genes, args.alone)
     elif args.model and args.known and args.new:
         pipeline = ScMMGPTPipeline.from_pretrained(args.model)

@@ -55,6 +55,7 @@ from scmmgpt.eval.annotation import hierarchical_f1
 from scmmgpt.eval.results import percentile_interval
 from scmmgpt.eval.task import read_runs
 from scmmgpt.labels_scmmgpt import term_of
+from scmmgpt.readout_scmmgpt import ScMMGPTLabelReadout
 from scmmgpt.refinement_scmmgpt import refine_by_cells
 from scmmgpt.train import release
 from scmmgpt.train.data import ontology
@@ -216,12 +217,23 @@ def pooled(case: LeftOutSet, *, refit: bool = True, choose: bool = False) -> np.
 
 
 def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = False) -> np.ndarray:
-    """Our readout of the types within the classes, whose probabilities are summed.
+    """Our readout of the types within the classes, whose probabilities are summed; with `alone`, each cell by itself.
 
-    With `alone`, each cell is named by itself. With `profiles`, reference profiles of the types and of other cells
-    join the datasets, as in the released checkpoint.
+    `profiles` are as for [`fit_by_types`].
+    """
+    readout, types = fit_by_types(case, profiles)
+    panel = readout.for_genes(case.test.measured)
+    panel = panel if alone else refine_by_cells(readout, panel, case.test.cells)
+    probabilities = np.exp(panel(case.test.cells))
+    of_class = np.array([[label == name for name in case.classes] for label, _ in types], dtype=float)
+    return probabilities @ of_class
 
-    A cell of unknown type counts for each type of its class a part.
+
+def fit_by_types(case: LeftOutSet, profiles: bool) -> tuple[ScMMGPTLabelReadout, list[tuple[str, str]]]:
+    """The readout of the types within the classes, and its labels: (class, type).
+
+    With `profiles`, reference profiles of the types and of other cells join the datasets, as in the released
+    checkpoint. A cell of unknown type counts for each type of its class a part.
     """
     kinds = sorted({pair for part in case.train for pair in zip(part.labels, part.types, strict=True)})
     kinds = [pair for pair in kinds if pair[0] in case.classes]
@@ -241,12 +253,7 @@ def pooled_by_types(case: LeftOutSet, *, alone: bool = False, profiles: bool = F
         table, index = read_label_table("human"), reference_gene_index()
         if (reference := release.read_profiles(case.folder, names, table, index, case.n_genes)) is not None:
             datasets, shares = reference.join(datasets, shares, np.arange(len(types)))
-    readout = fit_pooled_readout(datasets, len(types), meanings=shares)
-    panel = readout.for_genes(case.test.measured)
-    panel = panel if alone else refine_by_cells(readout, panel, case.test.cells)
-    probabilities = np.exp(panel(case.test.cells))
-    of_class = np.array([[label == name for name in case.classes] for label, _ in types], dtype=float)
-    return probabilities @ of_class
+    return fit_pooled_readout(datasets, len(types), meanings=shares), types
 
 
 def choose_penalty(case: LeftOutSet) -> float:

@@ -1,6 +1,7 @@
 """Datasets left out: who sees which cells, a readout pooled over datasets of different genes, and learning curves."""
 
 import json
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from scipy.sparse import csr_matrix
 
-from scmmgpt.eval import crossdata, learning_curve
+from scmmgpt.eval import abstention, candidates, crossdata, learning_curve
 from scmmgpt.regression_scmmgpt import solve_groups
 from scmmgpt.train import pooled
 from scmmgpt.train.pooled import Dataset, fit_pooled_readout
@@ -295,3 +296,52 @@ def test_the_learning_curve_computes_no_scores_twice(folder, tmp_path, capsys, m
         learning_curve.main([*words, "--steps", "3"])
     with pytest.raises(ValueError, match="three or more"):
         learning_curve.main(["--data", str(folder), "--sets", "one", "two", "--output", str(tmp_path / "other")])
+
+
+def test_each_type_of_a_class_is_the_only_candidate_of_the_class_in_turn():
+    types = [("B cell", "B"), ("T cell", "CD4"), ("T cell", "CD8")]
+    labels, own = np.repeat(["B cell", "T cell"], [2, 14]), np.repeat(["B", "CD4", "", "CD8"], [2, 6, 3, 5])
+    test = crossdata.LabelledSet("one", None, np.arange(3), labels, own, labels)
+    cases = list(candidates.cases_of(crossdata.LeftOutSet([], test, ["B cell", "T cell"], 3, None), types))
+    assert [case.kept[1] for case in cases] == ["CD4", "CD8"]
+    assert [case.places.tolist() for case in cases] == [[0, 1], [0, 2]]
+    assert [case.rows.tolist() for case in cases] == [[11, 12, 13, 14, 15], [2, 3, 4, 5, 6, 7]]  # not the unknown
+    assert [case.others.tolist() for case in cases] == [[0, 1], [0, 1]]
+
+
+def test_a_dataset_of_one_class_has_no_cells_of_other_classes():
+    case = crossdata.LeftOutSet([], SimpleNamespace(labels=np.array(["T cell"] * 4), name="one"), [], 3, None)
+    one = candidates.CandidateCase(("T cell", "CD4"), np.arange(1), np.arange(4), np.arange(0))
+    named = dict.fromkeys(candidates.SYSTEMS, np.array(["T cell", "T cell", "T cell", "B cell"]))
+    row = candidates.row_of(case, one, named)
+    other = row | {"n_others": 2, "cells_of_candidates": dict.fromkeys(candidates.SYSTEMS, 0.5)}
+    result = candidates.summarise([row, other])
+    assert result["cells_of_no_candidate"][candidates.READOUT] == {"mean_of_cells": 0.75, "mean_of_cases": 0.75}
+    assert result["cells_of_candidates"][candidates.READOUT] == {"mean_of_cells": 0.5, "mean_of_cases": 0.5}
+    assert candidates.summarise([row])["cells_of_candidates"] == {}
+
+
+def test_cells_of_no_candidate_are_named_by_the_command(folder, capsys):
+    kinds = {"B cell": ["B1", "B2"], "T cell": ["T1", "T2"], "myeloid": ["M"]}
+    table = json.loads((folder / "tables" / "label_classes.json").read_text())
+    for name, labels in table.items():
+        labels |= {kind: {"coarse": cell, "fine": kind} for cell, of in kinds.items() for kind in of}
+        adata = anndata.read_h5ad(folder / f"{name}.h5ad")
+        places = zip(adata.obs["own"].astype(str), range(60), strict=True)
+        adata.obs["own"] = [kinds[cell][row % len(kinds[cell])] if cell in kinds else cell for cell, row in places]
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    (folder / "tables" / "label_classes.json").write_text(json.dumps(table))
+    words = ["--data", str(folder), "--leave-out", "candidates"]
+    assert abstention.main([*words, "--output", str(folder / "out.json")]) == 0
+    result = json.loads((folder / "out.json").read_text())
+    cases = [(row["dataset"], row["candidate"]) for row in result["cases"]]
+    assert cases == [(name, kind) for name in ("one", "two", "panel") for kind in ("B1", "B2", "T1", "T2")]
+    assert result["n_cells"] == sum(row["n_cells"] for row in result["cases"])
+    for system in candidates.SYSTEMS:
+        assert result["cells_of_candidates"][system]["mean_of_cells"] > 0.95
+        shares = [row["cells_of_no_candidate"][system] for row in result["cases"]]
+        assert result["cells_of_no_candidate"][system]["mean_of_cases"] == pytest.approx(np.mean(shares))
+    found = {system: means["mean_of_cells"] for system, means in result["cells_of_no_candidate"].items()}
+    assert found[candidates.READOUT] > max(found[candidates.WITHOUT], 0.9)
+    with pytest.raises(ValueError, match="candidates does not take --genes"):
+        abstention.main([*words, "--genes", "5"])

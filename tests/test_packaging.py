@@ -1,5 +1,6 @@
 """The package holds together: modules import, travelling files travel, the metadata agree with the code."""
 
+import argparse
 import ast
 import doctest
 import importlib
@@ -174,23 +175,39 @@ def test_every_configuration_is_understood_by_its_command(path, tmp_path):
 
 
 def documented_commands(path):
-    """Every command of a page: the lines of its bash blocks, and the code that begins a row of a table."""
+    """Commands of a page: the lines of its bash blocks, code that begins a row of a table, tasks of evaluation."""
     text = path.read_text()
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     lines += re.findall(r"^\| `([^`]*)` \|", text, flags=re.MULTILINE)
+    lines += [line for line in re.findall(r"`(python -m scmmgpt\.eval [^`]* --[^`]*)`", text) if "..." not in line]
     lines = [line.removeprefix(".venv/bin/") for line in lines]
-    return [line for line in lines if re.match(r"(scmmgpt|python -m scmmgpt\.train) \w", line)]
+    return [line for line in lines if re.match(r"(scmmgpt|python -m scmmgpt\.(train|eval)) \w", line)]
+
+
+class Understood(Exception):
+    """A command line was parsed."""
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_documented_commands_are_understood(path, tmp_path):
+def test_documented_commands_are_understood(path, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, *words):
+        raise Understood(parse_args(parser, *words))
+
     for line in documented_commands(path):
         words = shlex.split(line, comments=True)
         if "--help" in words:
             continue
         if words[0] == "scmmgpt":
             assert scmmgpt_main.make_parser().parse_args(words[1:])
+        elif words[2] == "scmmgpt.eval":
+            task = import_or_skip(f"scmmgpt.eval.{words[3]}")
+            monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+            with pytest.raises(Understood):
+                task.main(words[4:])
+            monkeypatch.undo()
         else:
             module = importlib.import_module(f"scmmgpt.train.{train_main.COMMANDS[words[3]]}")
             parser, arguments = module.make_parser(), words[4:]
